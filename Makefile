@@ -1,0 +1,35 @@
+# `make demo` and `make test` set up a virtual environment in .venv the first time.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := peer dht expert_server trainer_client talkoot tests benchmarks
+
+.PHONY: demo test lint proto clean
+
+demo: $(VENV)/installed
+	$(BIN)/talkoot demo
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Generates peer/wire/ from proto/; `-Ipeer/wire=proto` maps the folder to the package.
+proto: $(VENV)/installed
+	$(BIN)/python -m grpc_tools.protoc -Ipeer/wire=proto --python_out=. --pyi_out=. --grpc_python_out=. \
+		peer/wire/expert.proto peer/wire/records.proto
+	rm -f peer/wire/records_pb2_grpc.py
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

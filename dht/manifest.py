@@ -1,0 +1,160 @@
+"""The manifest: the description of the model that every peer of a swarm shares, signed by its author."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dht.uid import UID, grid_coordinates
+from peer import PROTOCOL_VERSION
+from peer.errors import SettingsError, SwarmError
+
+SwarmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}[a-z0-9]$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(_Part):
+    """The language model: `layers` times (local Transformer layers, then a mixture of experts)."""
+
+    layers: int = Field(2, ge=1, le=64, description="mixture layers of the model")
+    hidden: int = Field(128, ge=8, le=16384, description="columns of every activation")
+    heads: int = Field(4, ge=1, le=256, description="attention heads, at the trainer and in transformer experts")
+    context: int = Field(128, ge=2, le=65536, description="longest sequence, in tokens")
+    local_layers: int = Field(1, ge=0, le=16, description="local Transformer layers before each mixture")
+    feed_forward: int = Field(512, ge=8, le=65536, description="inner size of feed-forward blocks")
+    seed: int = Field(0, ge=0, lt=2**63, description="from which all first parameters are drawn")
+
+    @model_validator(mode="after")
+    def _heads_divide_hidden(self) -> Self:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError(f"hidden ({self.hidden}) must be an even multiple of heads ({self.heads})")
+        return self
+
+
+class ExpertSpec(_Part):
+    """The experts: their grid and their kind."""
+
+    grid: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
+        (4, 4), min_length=1, max_length=4, description="size of each grid dimension, the same in every layer"
+    )
+    kind: Literal["transformer"] = Field("transformer", description="what an expert is")
+
+    @model_validator(mode="after")
+    def _grid_is_not_too_large(self) -> Self:
+        if self.count > 2**20:
+            raise ValueError(f"the grid has {self.count} experts; at most {2**20} in a layer")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Experts in one layer."""
+        total = 1
+        for size in self.grid:
+            total *= size
+        return total
+
+
+class RoutingSpec(_Part):
+    """How many experts every token is sent to."""
+
+    top_k: int = Field(4, ge=1, le=64, description="experts for each token")
+
+
+class OptimizerSpec(_Part):
+    """The optimizer of the experts: AdamW."""
+
+    learning_rate: float = Field(1e-3, gt=0, le=1, allow_inf_nan=False, description="step size")
+    weight_decay: float = Field(0.01, ge=0, le=1, allow_inf_nan=False, description="decoupled weight decay")
+    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of one step")
+    warmup_updates: int = Field(10, ge=0, le=10**7, description="steps in which the step size rises linearly")
+
+
+class Manifest(_Part):
+    """What all peers of a swarm share. The file that founds a swarm has the same form, as TOML."""
+
+    name: SwarmName = Field(description="the swarm's name: small letters, digits and hyphens, 2 to 32")
+    protocol_version: int = PROTOCOL_VERSION
+    model: ModelSpec = ModelSpec()
+    experts: ExpertSpec = ExpertSpec()
+    routing: RoutingSpec = RoutingSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Self:
+        """Raises SettingsError that names the file and the key that is wrong."""
+        try:
+            return cls._validated(tomllib.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise SettingsError(f"no file {path}: write one, or copy deploy/swarm.toml") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise SettingsError(f"can't read {path}: {error}") from error
+        except ValidationError as error:
+            raise SettingsError(f"{path}: {describe_validation_error(error)}") from error
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Self:
+        """Raises SwarmError when the manifest is of another protocol version or not valid."""
+        try:
+            version = _Versioned.model_validate_json(text).protocol_version
+            if version != PROTOCOL_VERSION:
+                raise SwarmError(
+                    f"this swarm speaks protocol version {version}, this software {PROTOCOL_VERSION}: "
+                    + ("update Talkoot" if version > PROTOCOL_VERSION else "ask its founder to update")
+                )
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise SwarmError(f"the swarm's manifest is not valid: {describe_validation_error(error)}") from error
+
+    def to_json(self) -> bytes:
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def _validated(cls, values: dict[str, object]) -> Self:
+        version = values.get("protocol_version", PROTOCOL_VERSION)
+        if version != PROTOCOL_VERSION:
+            raise SwarmError(
+                f"the manifest asks for protocol version {version}, this software speaks {PROTOCOL_VERSION}"
+            )
+        return cls.model_validate(values)
+
+    @property
+    def experts_total(self) -> int:
+        return self.model.layers * self.experts.count
+
+    def uids(self) -> list[UID]:
+        """Every expert of the swarm, in order."""
+        return [
+            UID(layer, coordinate)
+            for layer in range(self.model.layers)
+            for coordinate in grid_coordinates(self.experts.grid)
+        ]
+
+    def holds(self, uid: UID) -> bool:
+        """Whether the UID lies on this swarm's grid."""
+        return (
+            0 <= uid.layer < self.model.layers
+            and len(uid.coordinate) == len(self.experts.grid)
+            and all(0 <= x < size for x, size in zip(uid.coordinate, self.experts.grid, strict=True))
+        )
+
+
+class _Versioned(BaseModel):
+    """Only the version, so that a manifest of another one is told from a broken one."""
+
+    protocol_version: int
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """One line that names each key that is wrong."""
+    parts = []
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"])) or "the whole"
+        if problem["type"] == "extra_forbidden":
+            parts.append(f"unknown setting {key!r}")
+        else:
+            parts.append(f"{key}: {problem['msg']}")
+    return "; ".join(parts)

@@ -1,0 +1,99 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CODEC_UNSPECIFIED: _ClassVar[Codec]
+    CODEC_FP32: _ClassVar[Codec]
+CODEC_UNSPECIFIED: Codec
+CODEC_FP32: Codec
+
+class CallRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: CallHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[CallHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class CallHeader(_message.Message):
+    __slots__ = ("protocol_version", "swarm_id", "request_id", "width", "codec", "experts")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SWARM_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    swarm_id: str
+    request_id: bytes
+    width: int
+    codec: Codec
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertRows]
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., width: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ...) -> None: ...
+
+class ExpertRows(_message.Message):
+    __slots__ = ("uid", "segment_lengths", "positions")
+    UID_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    uid: str
+    segment_lengths: _containers.RepeatedScalarFieldContainer[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, uid: _Optional[str] = ..., segment_lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CallReply(_message.Message):
+    __slots__ = ("expert", "chunk")
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    expert: ExpertReply
+    chunk: bytes
+    def __init__(self, expert: _Optional[_Union[ExpertReply, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class ExpertReply(_message.Message):
+    __slots__ = ("index", "status", "message", "update_count", "payload_bytes", "retry_after_s")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    status: int
+    message: str
+    update_count: int
+    payload_bytes: int
+    retry_after_s: float
+    def __init__(self, index: _Optional[int] = ..., status: _Optional[int] = ..., message: _Optional[str] = ..., update_count: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+
+class InfoRequest(_message.Message):
+    __slots__ = ("protocol_version", "swarm_id")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SWARM_ID_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    swarm_id: str
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ...) -> None: ...
+
+class InfoReply(_message.Message):
+    __slots__ = ("protocol_version", "software_version", "experts")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    software_version: str
+    experts: _containers.RepeatedCompositeFieldContainer[HostedExpert]
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[HostedExpert, _Mapping]]] = ...) -> None: ...
+
+class HostedExpert(_message.Message):
+    __slots__ = ("uid", "update_count")
+    UID_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    uid: str
+    update_count: int
+    def __init__(self, uid: _Optional[str] = ..., update_count: _Optional[int] = ...) -> None: ...
