@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dht.uid import UID, grid_coordinates
 from peer import PROTOCOL_VERSION
 from peer.errors import SettingsError, SwarmError
+from peer.settings import describe_validation_error
 
 SwarmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}[a-z0-9]$")]
 
@@ -147,14 +148,3 @@ class _Versioned(BaseModel):
 
     protocol_version: int
 
-
-def describe_validation_error(error: ValidationError) -> str:
-    """One line that names each key that is wrong."""
-    parts = []
-    for problem in error.errors():
-        key = ".".join(map(str, problem["loc"])) or "the whole"
-        if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown setting {key!r}")
-        else:
-            parts.append(f"{key}: {problem['msg']}")
-    return "; ".join(parts)

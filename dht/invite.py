@@ -1,0 +1,61 @@
+"""The invite: the one line a volunteer pastes. Bootstrap addresses, the swarm's name, its author's key fingerprint."""
+
+import re
+from dataclasses import dataclass
+
+import base58
+from google.protobuf.message import DecodeError
+from hivemind.p2p import PeerID
+
+from dht.records import SwarmKeys, parse_peer_id
+from peer.errors import InviteError, WireError
+from peer.host import is_multiaddress
+from peer.wire import records_pb2
+
+_SCHEME = "talkoot1"
+"""The 1 is the form of the invite; it changes when an old program could not read a new invite."""
+_MAX_CHARACTERS = 4096
+_MAX_ADDRESSES = 16
+
+
+@dataclass(frozen=True)
+class Invite:
+    """What one needs to know to join a swarm and to recognise its manifest."""
+
+    keys: SwarmKeys
+    bootstrap: tuple[str, ...]
+    """Multiaddresses, tried all at once."""
+
+    def __str__(self) -> str:
+        message = records_pb2.InviteMessage(
+            name=self.keys.name,
+            author=self.keys.author.to_bytes(),
+            bootstrap_addresses=self.bootstrap,
+        )
+        checked: bytes = base58.b58encode_check(message.SerializeToString())
+        return _SCHEME + checked.decode()
+
+    @classmethod
+    def parse(cls, text: str) -> "Invite":
+        """Raises InviteError that says what is wrong with the line."""
+        text = text.strip()
+        if not text.startswith("talkoot"):
+            raise InviteError(f"an invite starts with {_SCHEME!r}: copy the whole line that the founder's node printed")
+        if not text.startswith(_SCHEME):
+            raise InviteError("this invite is of another version of Talkoot: update it, or ask for a new invite")
+        if len(text) > _MAX_CHARACTERS:
+            raise InviteError(f"an invite has at most {_MAX_CHARACTERS} characters")
+        message = records_pb2.InviteMessage()
+        try:
+            message.ParseFromString(base58.b58decode_check(text.removeprefix(_SCHEME)))
+            author = parse_peer_id(message.author)
+        except (ValueError, DecodeError, WireError) as error:
+            raise InviteError(
+                "the invite is incomplete or mistyped (its checksum does not fit): copy the whole line again"
+            ) from error
+        addresses = tuple(message.bootstrap_addresses)
+        if not addresses or len(addresses) > _MAX_ADDRESSES or not all(map(is_multiaddress, addresses)):
+            raise InviteError("the invite names no usable bootstrap address: ask for a new one")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}[a-z0-9]", message.name):
+            raise InviteError("the invite names no valid swarm: ask for a new one")
+        return cls(SwarmKeys(message.name, author), addresses)

@@ -1,0 +1,175 @@
+"""What is announced: signed records, unsigned index entries, and the rules by which both are accepted.
+
+A record is signed by the peer that writes it; its key, its owner and its expiry stand inside the signed bytes, so none
+of them can be exchanged. An index entry only says where to look (which coordinates are active, which peers a shard
+has); it is unsigned and small, and what it points to is signed.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import PeerID
+from hivemind.utils import MSGPackSerializer
+
+from dht.uid import UID
+from peer.errors import RecordError, WireError
+from peer.identity import Identity, peer_id_of, verify
+from peer.wire import records_pb2
+
+MAX_RECORD_BYTES = 16 * 1024
+MAX_LIFETIME_S = 600.0
+"""Announcements, node records and index entries that claim to live longer are refused."""
+MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
+CLOCK_TOLERANCE_S = 3.0
+_MAX_INDEX_BYTES = 128
+_COORDINATE_LIMIT = 4096
+
+
+@dataclass(frozen=True)
+class SwarmKeys:
+    """The DHT keys of a swarm: its name, and the PeerID of the manifest's author."""
+
+    name: str
+    author: PeerID
+
+    @property
+    def swarm_id(self) -> str:
+        """Names the swarm in keys and calls; two authors with the same name have different ones."""
+        return f"{self.name}-{self.author.to_base58()[-12:]}"
+
+    @property
+    def manifest(self) -> str:
+        return f"{self.name}.manifest"
+
+    def prefix(self, layer: int, coordinate: tuple[int, ...] = ()) -> str:
+        return ".".join([self.swarm_id, str(layer), *map(str, coordinate)])
+
+    def expert(self, uid: UID) -> str:
+        return self.prefix(uid.layer, uid.coordinate)
+
+    def node(self, peer_id: PeerID) -> str:
+        return f"{self.swarm_id}.node.{peer_id.to_base58()}"
+
+    def node_shard(self, shard: int) -> str:
+        return f"{self.swarm_id}.nodes.{shard:02x}"
+
+
+def shard_of(peer_id: PeerID) -> int:
+    """Which of the 256 node shards a peer is listed in."""
+    return int(peer_id.to_bytes()[-1])
+
+
+def seal(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
+    """Fills in the writer and signs. The result is what is stored under `payload.key`."""
+    payload.peer_id = identity.peer_id.to_bytes()
+    data = payload.SerializeToString()
+    record = records_pb2.SignedRecord(
+        payload=data, public_key=identity.public_key, signature=identity.sign(data)
+    )
+    return record.SerializeToString()
+
+
+def unseal(data: object, key: str, peer_id: PeerID, now: float) -> records_pb2.RecordPayload:
+    """The payload of a stored value, once all of it is known to be right. Raises RecordError."""
+    if not isinstance(data, bytes):
+        raise RecordError("a record must be bytes")
+    payload = _verified(data)
+    if payload.key != key:
+        raise RecordError(f"the record belongs under {payload.key[:80]!r}, not {key!r}")
+    if payload.peer_id != peer_id.to_bytes():
+        raise RecordError("the record is another peer's")
+    if payload.expires_at <= now:
+        raise RecordError("the record has expired")
+    _check_lifetime(payload.expires_at, now, payload)
+    return payload
+
+
+def _verified(data: bytes) -> records_pb2.RecordPayload:
+    if len(data) > MAX_RECORD_BYTES:
+        raise RecordError(f"a record of {len(data)} bytes; at most {MAX_RECORD_BYTES}")
+    record, payload = records_pb2.SignedRecord(), records_pb2.RecordPayload()
+    try:
+        record.ParseFromString(data)
+        payload.ParseFromString(record.payload)
+    except DecodeError as error:
+        raise RecordError("the record can't be parsed") from error
+    if peer_id_of(record.public_key).to_bytes() != payload.peer_id:
+        raise RecordError("the record's key is not its writer's")
+    verify(record.public_key, record.payload, record.signature)
+    return payload
+
+
+def _check_lifetime(expires_at: float, now: float, payload: records_pb2.RecordPayload | None) -> None:
+    is_manifest = payload is not None and payload.WhichOneof("body") == "manifest_json"
+    longest = MAX_MANIFEST_LIFETIME_S if is_manifest else MAX_LIFETIME_S
+    if not expires_at <= now + longest + CLOCK_TOLERANCE_S:  # also refuses NaN
+        raise RecordError(f"the record claims to live longer than {longest:.0f} s")
+
+
+class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
+    """What this peer lets into its DHT store, and takes out of the answers of others.
+
+    hivemind gives a validator the hash of the key, not the key: so every value names its key, and the hash is compared.
+    Not hivemind's RSASignatureValidator, because that protects only the subkeys that ask for it. Expired records pass:
+    hivemind forgets them by itself, and drops a whole dictionary for one entry that is refused.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+
+    def validate(self, record: DHTRecord) -> bool:
+        try:
+            self.check(record)
+        except RecordError:
+            return False
+        return True
+
+    def check(self, record: DHTRecord) -> None:
+        """Raises RecordError, saying why the record is refused."""
+        if len(record.value) > MAX_RECORD_BYTES + 16 or len(record.subkey) > 64:
+            raise RecordError("the record is too large")
+        try:
+            value = MSGPackSerializer.loads(record.value)
+            subkey = MSGPackSerializer.loads(record.subkey)
+        except Exception as error:  # msgpack raises many types for bytes that are no msgpack
+            raise RecordError("the record can't be parsed") from error
+        if isinstance(value, str):
+            self._check_index_entry(record, value, subkey)
+        elif isinstance(value, bytes):
+            payload = _verified(value)
+            if not _is_digest_of(record.key, payload.key) or subkey != payload.peer_id:
+                raise RecordError("the record stands under another key or subkey than the signed ones")
+            if payload.expires_at != record.expiration_time:
+                raise RecordError("the record's expiry is not the signed one")
+            _check_lifetime(payload.expires_at, self._now(), payload)
+        else:
+            raise RecordError("a value is a record (bytes) or an index entry (text)")
+
+    def _check_index_entry(self, record: DHTRecord, value: str, subkey: object) -> None:
+        if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
+            raise RecordError("an index entry's value is the name of its key")
+        if _SHARD_PATTERN.search(value):
+            if not isinstance(subkey, bytes) or len(subkey) != 34 or value[-2:] != f"{subkey[-1]:02x}":
+                raise RecordError("a shard's subkeys are the PeerIDs that fall into it")
+        elif not isinstance(subkey, int) or not 0 <= subkey < _COORDINATE_LIMIT:
+            raise RecordError("a prefix's subkeys are coordinates")
+        _check_lifetime(record.expiration_time, self._now(), None)
+
+
+_SHARD_PATTERN = re.compile(r"\.nodes\.[0-9a-f]{2}$")
+
+
+def _is_digest_of(digest: bytes, key: str) -> bool:
+    return bool(DHTID.generate(source=key).to_bytes() == digest)
+
+
+def parse_peer_id(value: object) -> PeerID:
+    """A PeerID from a DHT subkey. Raises WireError."""
+    if not isinstance(value, bytes) or len(value) != 34 or value[:2] != b"\x12\x20":
+        raise WireError("not the PeerID of an RSA key")
+    return PeerID(value)

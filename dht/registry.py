@@ -1,0 +1,279 @@
+"""Announce, look up, expire: what a swarm's peers write to the DHT and read from it."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import PeerID
+
+from dht.records import SwarmKeys, parse_peer_id, seal, shard_of, unseal
+from dht.uid import UID
+from peer.errors import RecordError, UnreachableError, WireError
+from peer.identity import Identity, certificate_pem
+from peer.wire import records_pb2
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Prefix = tuple[int, tuple[int, ...]]
+"""A layer, and the first coordinates of some of its experts."""
+
+_MAX_ADDRESSES = 8
+
+
+class ReplicaState(Enum):
+    """How far a replica has got."""
+
+    CLAIMED = records_pb2.REPLICA_STATE_CLAIMED
+    SERVING = records_pb2.REPLICA_STATE_SERVING
+    WITHDRAWN = records_pb2.REPLICA_STATE_WITHDRAWN
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One node's copy of an expert, as the node announced it."""
+
+    uid: UID
+    peer_id: PeerID
+    state: ReplicaState
+    update_count: int
+    queued_rows: int
+    claimed_at: float
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """Who and where a node is, as it said itself."""
+
+    peer_id: PeerID
+    addresses: tuple[str, ...]
+    certificate_pem: bytes
+    protocol_version: int
+    software_version: str
+    expert_count: int
+    expert_capacity: int
+    rows_processed: int
+    updates: int
+    started_at: float
+    bootstrap_addresses: tuple[str, ...]
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What a node says of one of its replicas."""
+
+    uid: UID
+    state: ReplicaState
+    update_count: int = 0
+    claimed_at: float = 0.0
+
+
+class Registry:
+    """A peer's access to its swarm's DHT keys. All answers are checked; whatever is not right is left out."""
+
+    def __init__(
+        self,
+        dht: DHTNode,
+        keys: SwarmKeys,
+        identity: Identity,
+        *,
+        deadline_s: float = 15.0,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """`deadline_s`: longest that one look-up or store may take, all its keys together."""
+        self.keys = keys
+        self._dht = dht
+        self._identity = identity
+        self._deadline_s = deadline_s
+        self._now = now
+
+    async def publish_manifest(self, manifest_json: bytes, lifetime_s: float) -> bytes:
+        """Signs and stores the manifest; returns what was stored, so that others can store it again."""
+        expires_at = self._now() + lifetime_s
+        payload = records_pb2.RecordPayload(
+            key=self.keys.manifest, expires_at=expires_at, manifest_json=manifest_json
+        )
+        record = seal(self._identity, payload)
+        await self.republish_manifest(record, expires_at)
+        return record
+
+    async def republish_manifest(self, record: bytes, expires_at: float) -> None:
+        """Stores the author's signed manifest again, so that it outlives the peers that held it."""
+        await self._store([(self.keys.manifest, self.keys.author.to_bytes(), record, expires_at)])
+
+    async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
+        """Author → (signed manifest record, its expiry), for every author who used this swarm's name."""
+        found = await self._get([self.keys.manifest])
+        manifests = {}
+        for subkey, (value, expires_at) in found[self.keys.manifest].items():
+            try:
+                author = parse_peer_id(subkey)
+                unseal(value, self.keys.manifest, author, self._now())
+            except (RecordError, WireError) as error:
+                logger.debug("left out a manifest: %s", error)
+                continue
+            manifests[author] = (value, expires_at)
+        return manifests
+
+    def manifest_json(self, record: bytes) -> bytes:
+        """The manifest inside the author's record."""
+        return unseal(record, self.keys.manifest, self.keys.author, self._now()).manifest_json
+
+    async def announce(self, replicas: Collection[Announced], lifetime_s: float, queued_rows: int = 0) -> None:
+        """Writes each replica under its expert's key, and every coordinate on the way there as active."""
+        expires_at = self._now() + lifetime_s
+        stores: dict[tuple[str, int | bytes], tuple[str, int | bytes, str | bytes, float]] = {}
+        for replica in replicas:
+            key = self.keys.expert(replica.uid)
+            record = self._seal_announcement(key, replica, expires_at, queued_rows)
+            stores[key, b""] = (key, self._identity.peer_id.to_bytes(), record, expires_at)
+            if replica.state is not ReplicaState.WITHDRAWN:
+                for depth, coordinate in enumerate(replica.uid.coordinate):
+                    prefix = self.keys.prefix(replica.uid.layer, replica.uid.coordinate[:depth])
+                    stores[prefix, coordinate] = (prefix, coordinate, prefix, expires_at)
+        await self._store(list(stores.values()))
+
+    async def withdraw(self, uids: Iterable[UID], lifetime_s: float) -> None:
+        """Says that this peer hosts these experts no more."""
+        await self.announce([Announced(uid, ReplicaState.WITHDRAWN) for uid in uids], lifetime_s)
+
+    async def publish_node(self, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
+        """Writes this peer's node record, and lists the peer in its shard."""
+        peer_id, expires_at = self._identity.peer_id, self._now() + lifetime_s
+        key, shard = self.keys.node(peer_id), self.keys.node_shard(shard_of(peer_id))
+        payload = records_pb2.RecordPayload(key=key, expires_at=expires_at, node=node)
+        record = seal(self._identity, payload)
+        subkey = peer_id.to_bytes()
+        await self._store([(key, subkey, record, expires_at), (shard, subkey, shard, expires_at)])
+
+    async def prefixes(self, prefixes: Collection[Prefix]) -> dict[Prefix, frozenset[int]]:
+        """The active next coordinates after each prefix."""
+        keys = {self.keys.prefix(layer, coordinate): (layer, coordinate) for layer, coordinate in prefixes}
+        found = await self._get(list(keys))
+        return {
+            prefix: frozenset(c for c, (value, _) in found[key].items() if isinstance(c, int) and value == key)
+            for key, prefix in keys.items()
+        }
+
+    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+        """Every live announcement for each expert, withdrawn ones left out."""
+        keys = {self.keys.expert(uid): uid for uid in uids}
+        found = await self._get(list(keys))
+        return {uid: tuple(self._replicas_of(uid, key, found[key])) for key, uid in keys.items()}
+
+    async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+        """The node records of those peers that have a valid one."""
+        keys = {self.keys.node(peer_id): peer_id for peer_id in peer_ids}
+        found = await self._get(list(keys))
+        nodes = {}
+        for key, peer_id in keys.items():
+            value, _ = found[key].get(peer_id.to_bytes(), (None, 0.0))
+            if value is not None:
+                try:
+                    nodes[peer_id] = self._node_info(value, key, peer_id)
+                except RecordError as error:
+                    logger.debug("left out node %s: %s", peer_id, error)
+        return nodes
+
+    async def node_ids(self) -> frozenset[PeerID]:
+        """All peers listed in the 256 shards."""
+        shards = [self.keys.node_shard(shard) for shard in range(256)]
+        found = await self._get(shards)
+        listed = set()
+        for shard in shards:
+            for subkey, (value, _) in found[shard].items():
+                try:
+                    peer_id = parse_peer_id(subkey)
+                except WireError:
+                    continue
+                if value == shard and self.keys.node_shard(shard_of(peer_id)) == shard:
+                    listed.add(peer_id)
+        return frozenset(listed)
+
+    def _seal_announcement(self, key: str, replica: Announced, expires_at: float, queued_rows: int) -> bytes:
+        payload = records_pb2.RecordPayload(
+            key=key,
+            expires_at=expires_at,
+            announcement=records_pb2.Announcement(
+                state=replica.state.value,
+                update_count=replica.update_count,
+                queued_rows=queued_rows,
+                claimed_at=replica.claimed_at,
+            ),
+        )
+        return seal(self._identity, payload)
+
+    def _replicas_of(self, uid: UID, key: str, found: Mapping[object, tuple[Any, float]]) -> Iterable[Replica]:
+        for subkey, (value, _) in found.items():
+            try:
+                peer_id = parse_peer_id(subkey)
+                payload = unseal(value, key, peer_id, self._now())
+                announcement = payload.announcement
+                state = ReplicaState(announcement.state)
+            except (RecordError, WireError, ValueError) as error:
+                logger.debug("left out a replica of %s: %s", uid, error)
+                continue
+            if state is not ReplicaState.WITHDRAWN:
+                yield Replica(
+                    uid,
+                    peer_id,
+                    state,
+                    announcement.update_count,
+                    announcement.queued_rows,
+                    announcement.claimed_at,
+                    payload.expires_at,
+                )
+
+    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo:
+        payload = unseal(value, key, peer_id, self._now())
+        node = payload.node
+        return NodeInfo(
+            peer_id,
+            tuple(node.addresses[:_MAX_ADDRESSES]),
+            certificate_pem(node.certificate, peer_id),
+            node.protocol_version,
+            "".join(c for c in node.software_version[:32] if c.isprintable()),
+            node.expert_count,
+            node.expert_capacity,
+            node.rows_processed,
+            node.updates,
+            node.started_at,
+            tuple(node.bootstrap_addresses[:_MAX_ADDRESSES]),
+            payload.expires_at,
+        )
+
+    async def _store(self, items: Sequence[tuple[str, int | bytes, str | bytes, float]]) -> None:
+        """Stores (key, subkey, value, expiry) items. Raises UnreachableError when no peer took any of them."""
+        if not items:
+            return
+        keys, subkeys, values, expiries = map(list, zip(*items, strict=True))
+        stored = await self._in_time(self._dht.store_many(keys, values, expiries, subkeys=subkeys))
+        if not any(stored.values()):
+            raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
+
+    async def _get(self, keys: Sequence[str]) -> dict[str, dict[object, tuple[Any, float]]]:
+        """For each key, its dictionary: subkey → (value, expiry). All replicas of a key are asked and merged."""
+        if not keys:
+            return {}
+        found = await self._in_time(self._dht.get_many(keys, sufficient_expiration_time=float("inf")))
+        result: dict[str, dict[object, tuple[Any, float]]] = {}
+        for key in keys:
+            item = found[key]
+            is_dictionary = item is not None and isinstance(item.value, dict)
+            result[key] = {k: (v.value, v.expiration_time) for k, v in item.value.items()} if is_dictionary else {}
+        return result
+
+    async def _in_time(self, call: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await call
+        except TimeoutError:
+            raise UnreachableError(f"the DHT did not answer within {self._deadline_s:.0f} s") from None

@@ -1,0 +1,139 @@
+"""A peer's one RSA key: it is the libp2p identity, signs records, and is the TLS key.
+
+The PeerID is the hash of the public key (libp2p's peer-id rules for RSA), so whoever knows a PeerID can check a key,
+a signature and a certificate against it, with no authority anywhere.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.x509.oid import NameOID
+from hivemind.p2p import PeerID
+from hivemind.proto import crypto_pb2
+
+from peer.errors import RecordError, StartError
+
+TLS_NAME = "talkoot.peer"
+"""Name in every certificate. Certificates are pinned whole, so the name says nothing about who it is."""
+
+_KEY_BITS = 2048
+_CERTIFICATE_YEARS = 10
+_SIGNATURE_PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
+_SIGNATURE_DOMAIN = b"talkoot record v1\0"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A key pair, and what follows from it."""
+
+    key: rsa.RSAPrivateKey
+    path: Path
+    peer_id: PeerID
+    public_key: bytes
+    """DER SubjectPublicKeyInfo."""
+
+    @classmethod
+    def load_or_create(cls, path: Path) -> "Identity":
+        """Reads the key at `path`, in libp2p's form; makes a new one the first time. Raises StartError."""
+        try:
+            if not path.exists():
+                _write_new_key(path)
+            message = crypto_pb2.PrivateKey.FromString(path.read_bytes())
+            key = serialization.load_der_private_key(message.data, password=None)
+        except OSError as error:
+            raise StartError(f"can't use the identity file {path}: {error.strerror}") from error
+        except Exception as error:  # protobuf and cryptography raise many types for bytes that are no key
+            raise StartError(f"{path} holds no libp2p RSA key: move it away to get a new identity") from error
+        if not isinstance(key, rsa.RSAPrivateKey):
+            raise StartError(f"{path} holds no RSA key: move it away to get a new identity")
+        public_key = _public_bytes(key.public_key())
+        return cls(key, path, peer_id_of(public_key), public_key)
+
+    def sign(self, data: bytes) -> bytes:
+        """RSA-PSS with SHA-256 over the data, in this project's domain."""
+        return self.key.sign(_SIGNATURE_DOMAIN + data, _SIGNATURE_PADDING, hashes.SHA256())
+
+    def private_key_pem(self) -> bytes:
+        return self.key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+
+    def make_certificate(self) -> bytes:
+        """A self-signed TLS certificate for this key, DER."""
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, TLS_NAME)])
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(self.key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=365 * _CERTIFICATE_YEARS))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(TLS_NAME)]), critical=False)
+        )
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+
+
+def peer_id_of(public_key: bytes) -> PeerID:
+    """The PeerID of a DER SubjectPublicKeyInfo: sha2-256 multihash of libp2p's PublicKey message."""
+    message = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=public_key).SerializeToString()
+    digest = hashes.Hash(hashes.SHA256())
+    digest.update(message)
+    return PeerID(b"\x12\x20" + digest.finalize())
+
+
+def verify(public_key: bytes, data: bytes, signature: bytes) -> None:
+    """Raises RecordError unless `signature` is the key's over `data`."""
+    try:
+        key = serialization.load_der_public_key(public_key)
+    except Exception as error:  # cryptography raises many types for bytes that are no key
+        raise RecordError("the record carries no public key") from error
+    if not isinstance(key, rsa.RSAPublicKey) or not 2048 <= key.key_size <= 4096:
+        raise RecordError("the record's key is no RSA key of 2048 to 4096 bits")
+    try:
+        key.verify(signature, _SIGNATURE_DOMAIN + data, _SIGNATURE_PADDING, hashes.SHA256())
+    except InvalidSignature:
+        raise RecordError("the record's signature is wrong") from None
+
+
+def certificate_pem(certificate: bytes, peer_id: PeerID) -> bytes:
+    """PEM of a DER certificate, once its key is known to be the peer's. Raises RecordError."""
+    try:
+        parsed = x509.load_der_x509_certificate(certificate)
+        public_key = parsed.public_key()
+        if not isinstance(public_key, rsa.RSAPublicKey):
+            raise RecordError("the certificate's key is no RSA key")
+        if peer_id_of(_public_bytes(public_key)) != peer_id:
+            raise RecordError(f"the certificate is not that of peer {peer_id}")
+        return parsed.public_bytes(serialization.Encoding.PEM)
+    except ValueError as error:
+        raise RecordError("the record carries no certificate") from error
+
+
+def _public_bytes(key: rsa.RSAPublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _write_new_key(path: Path) -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=_KEY_BITS)
+    data = key.private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    )
+    message = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(message.SerializeToString())
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
