@@ -95,9 +95,8 @@ class Registry:
         self._deadline_s = deadline_s
         self._now = now
 
-    async def publish_manifest(self, manifest_json: bytes, lifetime_s: float) -> bytes:
+    async def publish_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
         """Signs and stores the manifest; returns what was stored, so that others can store it again."""
-        expires_at = self._now() + lifetime_s
         payload = records_pb2.RecordPayload(
             key=self.keys.manifest, expires_at=expires_at, manifest_json=manifest_json
         )
@@ -106,8 +105,12 @@ class Registry:
         return record
 
     async def republish_manifest(self, record: bytes, expires_at: float) -> None:
-        """Stores the author's signed manifest again, so that it outlives the peers that held it."""
-        await self._store([(self.keys.manifest, self.keys.author.to_bytes(), record, expires_at)])
+        """Stores the author's signed manifest again, so that it outlives the peers that held it.
+
+        Peers that have it already refuse it, which is no failure.
+        """
+        subkey = self.keys.author.to_bytes()
+        await self._in_time(self._dht.store(self.keys.manifest, record, expires_at, subkey=subkey))
 
     async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
         """Author → (signed manifest record, its expiry), for every author who used this swarm's name."""

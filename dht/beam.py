@@ -1,0 +1,132 @@
+"""SelectExperts: beam search for the k live experts with the highest scores.
+
+Ryabinin & Gusev 2020 (arXiv 2002.04013), appendix "SelectExperts". An expert's score is the sum of one
+number per grid dimension (product keys), so the search goes by prefixes, not by experts.
+
+Shapes: R rows, G_d size of grid dimension d, W prefixes in the beam, C candidates, k experts for each row.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
+
+_LIMIT = np.float32(1e30)  # far from overflow, so that sums of clipped scores stay finite
+_DEAD = np.int32(-(2**31))  # the order of a dead prefix: below that of every score
+_LOW_32 = np.int64(2**32 - 1)
+_CANDIDATES_AT_ONCE = 2**17  # 1 MiB of keys: a block of rows stays in the cache
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The experts of each row, best first. `valid` marks the slots that hold one; the others are zeros."""
+
+    coordinates: Integers  # [R, k, dims]
+    scores: Floats  # [R, k]
+    valid: Booleans  # [R, k]
+
+
+def default_beam_size(k: int) -> int:
+    """k prefixes do where all experts are live; where 1 in 10 is, 4 k find 98% (top-4 on 32 × 32)."""
+    return max(16, 4 * k)
+
+
+def select_experts(
+    scores: Sequence[Floats], alive: Sequence[Booleans], k: int, beam_size: int | None = None
+) -> Selection:
+    """The k live experts with the highest scores, for each row.
+
+    `scores` has one float32 [R, G_d] per grid dimension. `alive[d]` is a bool array of shape `grid[: d + 1]`,
+    True where that prefix (in the last dimension: that expert) is live. Of equal scores the lower
+    coordinate wins. If fewer than k experts are found, the last slots of the row are invalid.
+
+    The result is exact if `beam_size` is at least the number of live prefixes in every dimension but the
+    last, or if it is at least k and every expert is live. Below that, a wider beam is never worse on a grid
+    of one or two dimensions; on more it is better on average, not in every row.
+
+    A prefix counts as live only if an expert below it does: one that is marked live over dead experts, as
+    when records expire at different times, takes no slot of the beam. Below a dead prefix nothing is found.
+
+    A score beyond ±1e30 counts as ±1e30 and NaN as the lowest: a diverged gate still chooses live experts.
+    """
+    width = default_beam_size(k) if beam_size is None else beam_size
+    grid = tuple(table.shape[1] for table in scores)
+    assert all(table.dtype == np.float32 for table in scores), "scores are float32"
+    assert min(k, width) >= 1, f"top {k} with a beam of {width}"
+    prefix_shapes = [grid[: d + 1] for d in range(len(grid))]
+    assert [table.shape for table in alive] == prefix_shapes, f"the prefix tables don't fit the grid {grid}"
+    assert math.prod(grid) <= 2**32, f"the coordinates of {grid} need more than 32 bits"
+
+    tables = _tables_of_live_prefixes(alive)
+    rows = len(scores[0])
+    block = max(1, _CANDIDATES_AT_ONCE // (max(grid) * width))
+    keys_Rk = np.full((rows, k), np.int64(_DEAD) << 32)
+    for start in range(0, rows, block):
+        part = slice(start, start + block)
+        found = _best_keys([_finite(table[part]) for table in scores], tables, k, width)
+        keys_Rk[part, : found.shape[1]] = found
+    return _selection(keys_Rk, grid)
+
+
+def _tables_of_live_prefixes(alive: Sequence[Booleans]) -> list[Booleans]:
+    """For each dimension a table [prefixes before it, G_d]: marked live, and with a live expert below."""
+    tables = [alive[-1].reshape(-1, alive[-1].shape[-1])]
+    for marked in reversed(alive[:-1]):
+        has_live_child = tables[0].any(axis=1).reshape(marked.shape)
+        tables.insert(0, (marked & has_live_child).reshape(-1, marked.shape[-1]))
+    return tables
+
+
+def _finite(scores: Floats) -> Floats:
+    numbers = np.where(np.isnan(scores), -_LIMIT, scores)
+    return np.clip(numbers, -_LIMIT, _LIMIT) + np.float32(0)  # + 0 turns -0 into 0: they must tie
+
+
+def _best_keys(scores: Sequence[Floats], tables: Sequence[Booleans], k: int, width: int) -> Integers:
+    """The beam search: keys of the best k experts, best first. [R, at most k]"""
+    rows, dims = len(scores[0]), len(scores)
+    prefix_RW = np.zeros((rows, 1), np.int64)
+    total_RW = np.zeros((rows, 1), np.float32)
+    live_RW = np.ones((rows, 1), np.bool_)
+    for d, (scores_RG, table) in enumerate(zip(scores, tables, strict=True)):
+        size = scores_RG.shape[1]
+        total_RWG = total_RW[:, :, None] + scores_RG[:, None, :]
+        prefix_RWG = prefix_RW[:, :, None] * size + np.arange(size)
+        live_RWG = table[prefix_RW] & live_RW[:, :, None]
+        keys_RC = _keys(total_RWG, prefix_RWG, live_RWG).reshape(rows, -1)
+        keys_RW = _largest(keys_RC, k if d == dims - 1 else width)
+        total_RW, prefix_RW, live_RW = _read_keys(keys_RW)
+    return keys_RW
+
+
+def _keys(scores: Floats, prefixes: Integers, live: Booleans) -> Integers:
+    """One integer that sorts as (live, score, lower prefix): no tie is left to the algorithm that selects."""
+    bits = scores.view(np.int32)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the order of floats, as the order of integers
+    return (np.where(live, order, _DEAD).astype(np.int64) << 32) + (_LOW_32 - prefixes)
+
+
+def _read_keys(keys: Integers) -> tuple[Floats, Integers, Booleans]:
+    """Score, prefix, and whether the key is that of a live prefix; the dead read as zeros."""
+    order = (keys >> 32).astype(np.int32)
+    live = order != _DEAD
+    scores = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32)
+    return np.where(live, scores, np.float32(0)), np.where(live, _LOW_32 - (keys & _LOW_32), 0), live
+
+
+def _largest(keys_RC: Integers, count: int) -> Integers:
+    """The `count` largest of each row (fewer if it has fewer), in falling order."""
+    if count < keys_RC.shape[1]:
+        keys_RC = np.partition(keys_RC, -count, axis=1)[:, -count:]
+    return np.sort(keys_RC, axis=1)[:, ::-1]
+
+
+def _selection(keys_Rk: Integers, grid: tuple[int, ...]) -> Selection:
+    scores, experts, valid = _read_keys(keys_Rk)
+    return Selection(np.stack(np.unravel_index(experts, grid), axis=-1), scores, valid)

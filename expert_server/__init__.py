@@ -1,0 +1,1 @@
+"""The role of a node: hosts experts, and computes them for trainers."""

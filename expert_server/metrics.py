@@ -1,0 +1,56 @@
+"""A node's Prometheus metrics, read from its counters when they are scraped."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from expert_server.runtime import RuntimeStats
+
+
+@dataclass(frozen=True)
+class NodeCounts:
+    """What a node counts beside its runtime."""
+
+    experts: int
+    adopted: int
+    dht_failures: int
+
+
+class NodeCollector(Collector):
+    """No label here has a value that peers choose."""
+
+    def __init__(self, runtime: Callable[[], RuntimeStats], node: Callable[[], NodeCounts]) -> None:
+        self._runtime = runtime
+        self._node = node
+
+    def collect(self) -> Iterator[Metric]:
+        stats, node = self._runtime(), self._node()
+        yield GaugeMetricFamily("talkoot_experts", "Experts hosted.", node.experts)
+        yield CounterMetricFamily(
+            "talkoot_experts_adopted", "Experts taken over because nobody hosted them.", node.adopted
+        )
+        yield CounterMetricFamily(
+            "talkoot_dht_failures", "DHT rounds that failed or timed out.", node.dht_failures
+        )
+        yield GaugeMetricFamily("talkoot_queued_rows", "Rows that wait to be computed.", stats.queued_rows)
+        yield CounterMetricFamily("talkoot_rows", "Rows computed, forward and backward.", stats.rows)
+        yield CounterMetricFamily("talkoot_batches", "Batches computed.", stats.batches)
+        yield CounterMetricFamily("talkoot_updates", "Optimizer steps taken.", stats.updates)
+        yield CounterMetricFamily(
+            "talkoot_skipped_updates",
+            "Optimizer steps skipped for gradients that were not finite.",
+            stats.skipped_updates,
+        )
+        yield CounterMetricFamily(
+            "talkoot_compute_seconds", "Time the compute thread was busy.", stats.busy_s
+        )
+        works = CounterMetricFamily(
+            "talkoot_unfinished_works", "Works that brought no result, by cause.", labels=["cause"]
+        )
+        works.add_metric(["expired"], stats.expired)
+        works.add_metric(["refused"], stats.refused)
+        works.add_metric(["failed"], stats.failed)
+        yield works

@@ -1,0 +1,258 @@
+"""A volunteer's node: founds or joins a swarm, takes experts that need a host, announces and serves them."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import grpc
+import psutil
+from prometheus_client import CollectorRegistry
+
+from dht.manifest import Manifest
+from dht.registry import Announced, ReplicaState
+from dht.swarm import Stage, Swarm
+from dht.uid import UID
+from dht.vacancies import choose, lost_claims, vacant
+from expert_server.expert import expert_bytes
+from expert_server.metrics import NodeCollector, NodeCounts
+from expert_server.runtime import Runtime, RuntimeStats
+from expert_server.servicer import EdgeLimits, ExpertServicer
+from expert_server.settings import NodeSettings
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.channels import SERVER_OPTIONS, server_credentials
+from peer.errors import StartError, UnreachableError
+from peer.host import require_free_port
+from peer.metrics import MetricsServer
+from peer.wire import expert_pb2_grpc, records_pb2
+
+logger = logging.getLogger(__name__)
+
+_FREE_MEMORY_SHARE = 0.25
+_CLAIM_ROUNDS = 5
+_FAREWELL_S = 2.0
+"""Longest that a stopping node tries to withdraw its announcements."""
+_CALLS_GRACE_S = 1.0
+"""Longest that a stopping node lets calls finish."""
+
+
+class NodeState(Enum):
+    """What a node does now."""
+
+    JOINING = "joining"
+    SERVING = "serving"
+    UNREACHABLE = "can't reach the DHT"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """What a node shows at a glance."""
+
+    state: NodeState
+    experts: int
+    capacity: int
+    """Experts it would host at most, those it would adopt included."""
+    adopted: int
+    updates: int
+    rows: int
+    queued_rows: int
+    peers: int
+    """DHT peers known."""
+
+
+class Node:
+    """A node of a swarm that was founded or joined. Made by `start`; then `run` it, and `stop` it when done."""
+
+    def __init__(
+        self, settings: NodeSettings, swarm: Swarm, runtime: Runtime, now: Callable[[], float] = time.time
+    ) -> None:
+        self.swarm = swarm
+        self.runtime = runtime
+        self.address = ""
+        self.metrics_address = ""
+        self._settings = settings
+        self._now = now
+        self._room = _room(settings, swarm.manifest)
+        self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
+        self._claimed_at: dict[UID, float] = {}
+        self._was_vacant: set[UID] = set()
+        self._state = NodeState.JOINING
+        self._started_at = now()
+        self._adopted = self._dht_failures = 0
+        self._certificate = swarm.host.identity.make_certificate()
+        self._server: grpc.aio.Server | None = None
+        self._metrics: MetricsServer | None = None
+
+    @classmethod
+    async def start(
+        cls, settings: NodeSettings, swarm: Swarm, *, host: str, stage: Stage = logger.info
+    ) -> "Node":
+        """Serves on `host`, takes its first experts and announces them. Takes over the swarm, also when it fails."""
+        runtime = Runtime(
+            {},
+            max_queued_rows=settings.max_queued_rows,
+            max_batch_rows=settings.max_batch_rows,
+            threads=settings.threads or os.cpu_count() or 1,
+        )
+        node = cls(settings, swarm, runtime)
+        try:
+            await runtime.start()
+            await node._serve(host)
+            stage("looking for experts that need a host")
+            for _ in range(_CLAIM_ROUNDS):  # what was lost to other claims is tried elsewhere
+                if not await node._take_vacant(node._room - len(runtime.experts)):
+                    break
+            await node._announce()
+            node._state = NodeState.SERVING
+            return node
+        except BaseException:
+            await node.stop()
+            raise
+
+    async def run(self) -> None:
+        """Announces, and adopts experts that nobody hosts, for ever."""
+        while True:
+            await asyncio.sleep(self._settings.announce_every_s)
+            try:
+                await self._announce()
+                await self._adopt()
+                self._state = NodeState.SERVING
+            except UnreachableError as error:
+                self._dht_failures += 1
+                self._state = NodeState.UNREACHABLE
+                logger.warning("%s; trying again in %.0f s", error, self._settings.announce_every_s)
+
+    async def stop(self) -> None:
+        """Withdraws, lets calls finish for a moment, and ends. Stopping twice is harmless."""
+        self._state = NodeState.STOPPING
+        if self._claimed_at:
+            # a DHT that does not answer must not keep us
+            with contextlib.suppress(UnreachableError, TimeoutError):
+                async with asyncio.timeout(_FAREWELL_S):
+                    await self.swarm.registry.withdraw(self._claimed_at, self._settings.lifetime_s)
+            self._claimed_at.clear()
+        if self._server is not None:
+            await self._server.stop(_CALLS_GRACE_S)
+        await self.runtime.stop()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        await self.swarm.stop()
+
+    def status(self) -> NodeStatus:
+        stats = self.runtime.stats
+        return NodeStatus(
+            self._state,
+            len(self.runtime.experts),
+            self._room + self._spare,
+            self._adopted,
+            stats.updates,
+            stats.rows,
+            stats.queued_rows,
+            len(self.swarm.host.dht.protocol.routing_table.uid_to_peer_id),
+        )
+
+    async def _serve(self, host: str) -> None:
+        settings = self._settings
+        require_free_port(host, settings.grpc_port)
+        limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s)
+        servicer = ExpertServicer(self.runtime, self.swarm.manifest, self.swarm.keys.swarm_id, limits)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=settings.max_calls)
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, self._server)
+        credentials = server_credentials(self.swarm.host.identity, self._certificate)
+        try:
+            port = self._server.add_secure_port(f"{host}:{settings.grpc_port}", credentials)
+        except RuntimeError as error:
+            raise StartError(f"can't listen on {host} port {settings.grpc_port}: pass another port") from error
+        await self._server.start()
+        self.address = f"{host}:{port}"
+        registry = CollectorRegistry()
+        registry.register(NodeCollector(self._stats, self._counts))
+        self._metrics = MetricsServer(registry, "127.0.0.1", settings.metrics_port)
+        self.metrics_address = self._metrics.address
+
+    async def _announce(self) -> None:
+        """Renews everything that this node says of itself."""
+        experts = self.runtime.experts
+        announced = [
+            Announced(uid, ReplicaState.SERVING, expert.update_count, self._claimed_at[uid])
+            for uid, expert in experts.items()
+        ]
+        registry, stats = self.swarm.registry, self.runtime.stats
+        lifetime_s = self._settings.lifetime_s
+        await registry.announce(announced, lifetime_s, stats.queued_rows)
+        record = records_pb2.NodeRecord(
+            addresses=[self.address],
+            certificate=self._certificate,
+            protocol_version=PROTOCOL_VERSION,
+            software_version=SOFTWARE_VERSION,
+            expert_count=len(experts),
+            expert_capacity=self._room + self._spare,
+            rows_processed=stats.rows,
+            updates=stats.updates,
+            started_at=self._started_at,
+            bootstrap_addresses=await self.swarm.host.bootstrap_addresses(),
+        )
+        await registry.publish_node(record, lifetime_s)
+        await self.swarm.keep_manifest()
+
+    async def _adopt(self) -> None:
+        """Takes experts that had no host at the last look either; before that they may be just changing hands."""
+        replicas = await self.swarm.registry.replicas(self.swarm.manifest.uids())
+        me = self.swarm.host.peer_id
+        if any(me not in {r.peer_id for r in replicas[uid]} for uid in self.runtime.experts):
+            raise UnreachableError("the DHT does not give back this node's own announcements")
+        now_vacant = set(vacant(replicas))
+        lasting = now_vacant & self._was_vacant
+        self._was_vacant = now_vacant
+        room = self._room + self._spare - len(self.runtime.experts)
+        if lasting and room > 0:
+            taken = await self._claim(choose(lasting, room, me))
+            self._adopted += len(taken)
+            if taken:
+                logger.info("adopted %d experts that nobody hosted", len(taken))
+
+    async def _take_vacant(self, room: int) -> list[UID]:
+        replicas = await self.swarm.registry.replicas(self.swarm.manifest.uids())
+        return await self._claim(choose(vacant(replicas), room, self.swarm.host.peer_id))
+
+    async def _claim(self, wanted: list[UID]) -> list[UID]:
+        """Claims experts, waits for the claims of others, and serves those that it keeps."""
+        if not wanted:
+            return []
+        registry, me = self.swarm.registry, self.swarm.host.peer_id
+        lifetime_s, claimed_at = self._settings.lifetime_s, self._now()
+        self._claimed_at |= dict.fromkeys(wanted, claimed_at)
+        claims = [Announced(uid, ReplicaState.CLAIMED, 0, claimed_at) for uid in wanted]
+        await registry.announce(claims, lifetime_s)
+        await asyncio.sleep(self._settings.claim_wait_s)
+        lost = lost_claims(wanted, await registry.replicas(wanted), me)
+        for uid in lost:
+            del self._claimed_at[uid]
+        await registry.withdraw(lost, lifetime_s)
+        kept = [uid for uid in wanted if uid not in lost]
+        for uid in kept:
+            await self.runtime.build(uid, self.swarm.manifest)
+        await registry.announce(
+            [Announced(uid, ReplicaState.SERVING, 0, claimed_at) for uid in kept], lifetime_s
+        )
+        return kept
+
+    def _stats(self) -> RuntimeStats:
+        return self.runtime.stats
+
+    def _counts(self) -> NodeCounts:
+        return NodeCounts(len(self.runtime.experts), self._adopted, self._dht_failures)
+
+
+def _room(settings: NodeSettings, manifest: Manifest) -> int:
+    """Experts to host: as asked, else as many as fit in a quarter of the free memory."""
+    if settings.experts is not None:
+        return settings.experts
+    fitting = int(_FREE_MEMORY_SHARE * psutil.virtual_memory().available / expert_bytes(manifest))
+    return min(max(1, fitting), manifest.experts_total)

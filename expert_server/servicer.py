@@ -1,0 +1,303 @@
+"""The gRPC edge of a node: reads calls, refuses what is wrong before it is queued, streams answers as they are ready."""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+import torch
+from grpc import StatusCode
+
+from dht.manifest import Manifest
+from dht.uid import UID
+from expert_server.runtime import Direction, Result, Runtime, Work
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.codec import MAX_CHUNK_BYTES, decode, encode, encoded_bytes, split
+from peer.errors import ExpertError, WireError
+from peer.wire import expert_pb2, expert_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+Requests = AsyncIterator[expert_pb2.CallRequest]
+Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
+
+MAX_EXPERTS_IN_CALL = 4096
+
+
+@dataclass(frozen=True)
+class EdgeLimits:
+    """What one call may ask for."""
+
+    max_call_bytes: int
+    """Payload of one call, in bytes."""
+    max_call_s: float
+    """Longest that a call may last, whatever deadline it came with, in seconds."""
+    remembered_requests: int = 65_536
+    """Backward calls whose ids are remembered, so that none is applied twice."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One expert's part of a call, as its header describes it: valid but for the tensors."""
+
+    uid: UID
+    lengths: torch.Tensor
+    """int64 [S]"""
+    positions: torch.Tensor
+    """int64 [R]"""
+
+    @property
+    def rows(self) -> int:
+        return len(self.positions)
+
+
+class SeenRequests:
+    """The ids of the last backward calls. A pure bounded memory."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._ids: OrderedDict[bytes, None] = OrderedDict()
+
+    def is_new(self, request_id: bytes) -> bool:
+        """Whether the id was not seen before; from now on it was."""
+        if request_id in self._ids:
+            return False
+        self._ids[request_id] = None
+        if len(self._ids) > self._limit:
+            self._ids.popitem(last=False)
+        return True
+
+
+class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+    """Serves the experts of one runtime to one swarm."""
+
+    def __init__(self, runtime: Runtime, manifest: Manifest, swarm_id: str, limits: EdgeLimits) -> None:
+        self._runtime = runtime
+        self._manifest = manifest
+        self._swarm_id = swarm_id
+        self._limits = limits
+        self._seen = SeenRequests(limits.remembered_requests)
+
+    async def Forward(self, requests: Requests, context: Context) -> None:
+        await self._serve("forward", requests, context)
+
+    async def Backward(self, requests: Requests, context: Context) -> None:
+        await self._serve("backward", requests, context)
+
+    async def Info(
+        self,
+        request: expert_pb2.InfoRequest,
+        context: grpc.aio.ServicerContext[expert_pb2.InfoRequest, expert_pb2.InfoReply],
+    ) -> expert_pb2.InfoReply:
+        try:
+            self._check_swarm(request.protocol_version, request.swarm_id)
+        except ExpertError as error:
+            await context.abort(error.status, str(error))
+        return expert_pb2.InfoReply(
+            protocol_version=PROTOCOL_VERSION,
+            software_version=SOFTWARE_VERSION,
+            experts=[
+                expert_pb2.HostedExpert(uid=str(uid), update_count=expert.update_count)
+                for uid, expert in self._runtime.experts.items()
+            ],
+        )
+
+    async def _serve(self, direction: Direction, requests: Requests, context: Context) -> None:
+        remaining = context.time_remaining()
+        seconds = min(
+            self._limits.max_call_s, remaining if remaining is not None else self._limits.max_call_s
+        )
+        try:
+            async with asyncio.timeout(seconds):
+                await self._answer_call(direction, requests, context, time.monotonic() + seconds)
+        except WireError as error:
+            await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
+        except ExpertError as error:
+            await context.abort(error.status, str(error))
+        except TimeoutError:
+            await context.abort(StatusCode.DEADLINE_EXCEEDED, f"the call lasted longer than {seconds:.1f} s")
+
+    async def _answer_call(
+        self, direction: Direction, requests: Requests, context: Context, deadline: float
+    ) -> None:
+        header = await _read_header(requests)
+        self._check_swarm(header.protocol_version, header.swarm_id)
+        parts = self._check_parts(header, direction)
+        if direction == "backward" and not self._seen.is_new(header.request_id):
+            raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
+
+        payload = _Payload(requests)
+        width = header.width
+        caller = context.peer() or ""
+        writing = asyncio.Lock()
+        answers: list[asyncio.Task[None]] = []
+        try:
+            for index, part in enumerate(parts):
+                size = encoded_bytes(part.rows, width, header.codec)
+                inputs = await payload.read(size)
+                gradients = await payload.read(size) if direction == "backward" else None
+                work = _make_work(direction, part, inputs, gradients, header, deadline, caller)
+                answers.append(
+                    asyncio.create_task(self._answer(index, work, header.codec, context.write, writing))
+                )
+            await payload.expect_end()
+            for answer in answers:
+                await answer
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    async def _answer(
+        self,
+        index: int,
+        work: Work,
+        codec: "expert_pb2.Codec",
+        write: Callable[[expert_pb2.CallReply], Awaitable[None]],
+        writing: asyncio.Lock,
+    ) -> None:
+        """Computes one expert's part, and writes its reply and payload without others in between."""
+        try:
+            result: Result = await self._runtime.submit(work)
+        except ExpertError as error:
+            status: int = error.status.value[0]
+            reply = expert_pb2.ExpertReply(
+                index=index, status=status, message=str(error), retry_after_s=error.retry_after_s
+            )
+            async with writing:
+                await write(expert_pb2.CallReply(expert=reply))
+            return
+        data = encode(result.tensor.numpy(), codec)
+        reply = expert_pb2.ExpertReply(index=index, update_count=result.update_count, payload_bytes=len(data))
+        async with writing:
+            await write(expert_pb2.CallReply(expert=reply))
+            for chunk in split(data):
+                await write(expert_pb2.CallReply(chunk=chunk))
+
+    def _check_swarm(self, protocol_version: int, swarm_id: str) -> None:
+        if protocol_version != PROTOCOL_VERSION:
+            raise ExpertError(
+                StatusCode.FAILED_PRECONDITION,
+                f"this node speaks protocol version {PROTOCOL_VERSION}, the caller {protocol_version}",
+            )
+        if swarm_id != self._swarm_id:
+            raise ExpertError(
+                StatusCode.FAILED_PRECONDITION,
+                f"this node belongs to swarm {self._swarm_id}, the call is for {swarm_id[:64]!r}",
+            )
+
+    def _check_parts(self, header: expert_pb2.CallHeader, direction: Direction) -> list[Part]:
+        """The header's experts, once every number in them is known to be right. Raises WireError."""
+        if len(header.request_id) != 16:
+            raise WireError(f"a request id of {len(header.request_id)} bytes; expected 16")
+        if header.width != self._manifest.model.hidden:
+            raise WireError(
+                f"width {header.width}; this swarm's hidden size is {self._manifest.model.hidden}"
+            )
+        if not 1 <= len(header.experts) <= MAX_EXPERTS_IN_CALL:
+            raise WireError(f"{len(header.experts)} experts in one call; expected 1 to {MAX_EXPERTS_IN_CALL}")
+        tensors = 2 if direction == "backward" else 1
+        rows = sum(len(expert.positions) for expert in header.experts)
+        size = tensors * encoded_bytes(rows, header.width, header.codec)
+        if size > self._limits.max_call_bytes:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED,
+                f"a call of {size} bytes; at most {self._limits.max_call_bytes}: send fewer rows at once",
+            )
+        parts = [make_part(expert, self._manifest) for expert in header.experts]
+        if len({part.uid for part in parts}) != len(parts):
+            raise WireError("an expert is named twice in one call")
+        return parts
+
+
+def make_part(expert: expert_pb2.ExpertRows, manifest: Manifest) -> Part:
+    """Checks one expert's segments and positions. Raises WireError."""
+    uid = UID.parse(expert.uid)
+    if not manifest.holds(uid):
+        raise WireError(
+            f"{uid} is not on this swarm's grid of {manifest.model.layers} × {manifest.experts.grid}"
+        )
+    lengths = np.array(expert.segment_lengths, dtype=np.int64)
+    positions = np.array(expert.positions, dtype=np.int64)
+    if not len(positions):
+        raise WireError(f"no rows for expert {uid}")
+    if not len(lengths) or lengths.min() < 1 or lengths.sum() != len(positions):
+        raise WireError(f"segments of {lengths.sum()} rows for the {len(positions)} rows of expert {uid}")
+    if positions.max() >= manifest.model.context:
+        raise WireError(
+            f"position {positions.max()}; this swarm's context is {manifest.model.context} tokens"
+        )
+    starts = np.cumsum(lengths)[:-1]
+    rising = np.diff(positions) > 0
+    rising[starts - 1] = True  # between two segments positions may fall
+    if not rising.all():
+        raise WireError(f"positions of expert {uid} do not rise within a segment")
+    return Part(uid, torch.from_numpy(lengths), torch.from_numpy(positions))
+
+
+def _make_work(
+    direction: Direction,
+    part: Part,
+    inputs: bytearray,
+    gradients: bytearray | None,
+    header: expert_pb2.CallHeader,
+    deadline: float,
+    caller: str,
+) -> Work:
+    return Work(
+        uid=part.uid,
+        direction=direction,
+        inputs=torch.from_numpy(decode(inputs, header.width, header.codec)),
+        gradients=None
+        if gradients is None
+        else torch.from_numpy(decode(gradients, header.width, header.codec)),
+        lengths=part.lengths,
+        positions=part.positions,
+        deadline=deadline,
+        caller=caller,
+    )
+
+
+async def _read_header(requests: Requests) -> expert_pb2.CallHeader:
+    async for request in requests:
+        if request.WhichOneof("part") != "header":
+            break
+        return request.header
+    raise WireError("a call must begin with its header")
+
+
+class _Payload:
+    """Reads exact numbers of bytes from a stream of chunks. Never holds more than was asked for and one chunk."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._chunk = b""
+        self._used = 0
+
+    async def read(self, size: int) -> bytearray:
+        """The next `size` bytes. Raises WireError when the stream ends before."""
+        data = bytearray()
+        while len(data) < size:
+            if self._used == len(self._chunk):
+                self._chunk, self._used = await self._next_chunk(size - len(data)), 0
+            piece = self._chunk[self._used : self._used + size - len(data)]
+            data += piece
+            self._used += len(piece)
+        return data
+
+    async def expect_end(self) -> None:
+        """Raises WireError when there is more than the header said."""
+        if self._used != len(self._chunk):
+            raise WireError("the payload is longer than the header says")
+        async for _ in self._requests:
+            raise WireError("the payload is longer than the header says")
+
+    async def _next_chunk(self, missing: int) -> bytes:
+        async for request in self._requests:
+            if request.WhichOneof("part") != "chunk" or not 1 <= len(request.chunk) <= MAX_CHUNK_BYTES:
+                raise WireError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
+            return request.chunk
+        raise WireError(f"the payload ended {missing} bytes before what the header says")

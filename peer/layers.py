@@ -1,0 +1,117 @@
+"""The Transformer layer that both roles compute: the trainer's local layer and the `transformer` expert.
+
+Shape suffixes: R = rows, S = segments, D = hidden, H = heads, C = columns of one head, L = longest segment.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+M = TypeVar("M", bound=nn.Module)
+
+_ROTARY_BASE = 10_000.0
+_LARGEST_PADDING = 1.5  # rows with padding over rows, in one group of segments
+
+
+def seeded(seed: int, build: Callable[[], M]) -> M:
+    """Builds a module whose parameters follow from the seed alone, and leaves the global generator as it was.
+
+    Not to be called while another thread draws from torch's global generator; draws on the CPU.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed: that would seed the accelerators too
+        torch.default_generator.manual_seed(seed)
+        return build()
+
+
+class TransformerLayer(nn.Module):
+    """Causal attention with rotary positions (Su et al., arXiv 2104.09864), then a GELU feed-forward block.
+
+    Both normalise their input first and add to it. Rows lie packed, segment after segment, so that no linear
+    layer computes padding. A row sees itself and the earlier rows of its own segment.
+    """
+
+    frequencies_C: Tensor
+
+    def __init__(self, hidden: int, heads: int, feed_forward: int) -> None:
+        super().__init__()
+        assert hidden % (2 * heads) == 0, f"hidden ({hidden}) must be an even multiple of heads ({heads})"
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(hidden)
+        self.attention_input = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.attention_output = nn.Linear(hidden, hidden, bias=False)
+        self.feed_forward_norm = nn.LayerNorm(hidden)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(hidden, feed_forward), nn.GELU(), nn.Linear(feed_forward, hidden)
+        )
+        width = hidden // heads
+        exponents_C = torch.arange(0, width, 2, dtype=torch.float32) / width
+        self.register_buffer("frequencies_C", _ROTARY_BASE**-exponents_C, persistent=False)
+
+    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+        """Gives [R, D]. `lengths_S`: int64, on the CPU, each at least 1, R in all. `positions_R`: int64."""
+        x_RD = x_RD + self.attention_output(
+            self._attention(self.attention_norm(x_RD), lengths_S.tolist(), positions_R)
+        )
+        output_RD: Tensor = x_RD + self.feed_forward(self.feed_forward_norm(x_RD))
+        return output_RD
+
+    def _attention(self, x_RD: Tensor, lengths: list[int], positions_R: Tensor) -> Tensor:
+        rows, hidden = x_RD.shape
+        assert sum(lengths) == rows, f"segments of {sum(lengths)} rows in all, but {rows} rows"
+        qkv_R3HC = self.attention_input(x_RD).view(rows, 3, self.heads, hidden // self.heads)
+        angles_R11C = (positions_R[:, None] * self.frequencies_C)[:, None, None]
+        qk_R2HC = _rotate(qkv_R3HC[:, :2], angles_R11C.cos(), angles_R11C.sin())
+        return _attend_segments(torch.cat((qk_R2HC, qkv_R3HC[:, 2:]), dim=1), lengths).reshape(rows, hidden)
+
+
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turns each pair (column c, column c + C/2) of the last dimension by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
+
+
+def _attend_segments(qkv_R3HC: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within each segment; gives [R, H, C]."""
+    if len(set(lengths)) == 1:
+        return _attend(qkv_R3HC, len(lengths))
+    lengths_S = torch.tensor(lengths)
+    starts_S = lengths_S.cumsum(0) - lengths_S
+    order, outputs = [], []
+    for group in group_by_length(lengths):
+        members_S = torch.tensor(group)
+        steps_L = torch.arange(lengths[group[0]])
+        inside_SL = steps_L < lengths_S[members_S, None]
+        rows = (starts_S[members_S, None] + steps_L)[inside_SL]
+        slots = inside_SL.flatten().nonzero().squeeze(1).to(qkv_R3HC.device)
+        order.append(rows)
+        # padding is zero, and stands behind the rows of its segment, where the causal mask hides it
+        padded = qkv_R3HC.new_zeros(inside_SL.numel(), *qkv_R3HC.shape[1:])
+        padded = padded.index_copy(0, slots, qkv_R3HC.index_select(0, rows.to(qkv_R3HC.device)))
+        outputs.append(_attend(padded, len(group)).index_select(0, slots))
+    return torch.cat(outputs).index_select(0, torch.cat(order).argsort().to(qkv_R3HC.device))
+
+
+def _attend(qkv_R3HC: Tensor, segments: int) -> Tensor:
+    """Causal attention within segments of equal length; gives [R, H, C]."""
+    qkv_SL3HC = qkv_R3HC.view(segments, -1, *qkv_R3HC.shape[1:])
+    q_SHLC, k_SHLC, v_SHLC = qkv_SL3HC.permute(2, 0, 3, 1, 4).unbind(0)
+    output_SHLC = F.scaled_dot_product_attention(q_SHLC, k_SHLC, v_SHLC, is_causal=True)
+    return output_SHLC.transpose(1, 2).flatten(0, 1)
+
+
+def group_by_length(lengths: list[int]) -> list[list[int]]:
+    """Indices of segments, longest first, in groups that padding to the longest swells by half at most."""
+    groups: list[list[int]] = []
+    rows = longest = 0
+    for segment in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        rows += lengths[segment]
+        if groups and (len(groups[-1]) + 1) * longest <= _LARGEST_PADDING * rows:
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+            rows = longest = lengths[segment]
+    return groups

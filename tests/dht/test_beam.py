@@ -1,0 +1,186 @@
+"""The beam search against brute force: the paper's SelectExperts must find the top k of the live experts."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.beam import Booleans, Floats, Selection, default_beam_size, select_experts
+
+
+@dataclass(frozen=True)
+class Case:
+    scores: list[Floats]
+    alive: list[Booleans]
+    k: int
+
+    @property
+    def widest(self) -> int:
+        """As many prefixes as any dimension but the last has."""
+        return max([1, *(int(table.sum()) for table in self.alive[:-1])])
+
+
+@st.composite
+def cases(draw: st.DrawFn, max_dims: int = 3, live: float | None = None) -> Case:
+    grid = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=max_dims)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows = draw(st.integers(0, 6))
+    levels = draw(st.sampled_from([2, 1000]))  # two levels give many ties
+    scores = [(rng.integers(-levels, levels, (rows, size)) / 8).astype(np.float32) for size in grid]
+    share = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9])) if live is None else live
+    return Case(scores, prefix_tables(rng.random(grid) < share), draw(st.integers(1, 6)))
+
+
+def prefix_tables(alive: Booleans) -> list[Booleans]:
+    return [np.asarray(alive.any(axis=tuple(range(d + 1, alive.ndim)))) for d in range(alive.ndim)]
+
+
+def brute_force(scores: Sequence[Floats], alive_last: Booleans, k: int) -> Selection:
+    rows, grid = len(scores[0]), alive_last.shape
+    total = np.zeros((rows, 1), np.float32)
+    for table in scores:
+        total = (total[:, :, None] + table[:, None, :]).reshape(rows, total.shape[1] * table.shape[1])
+    total = np.where(alive_last.reshape(-1), total, -np.inf).astype(np.float32)
+    slots = min(k, total.shape[1])
+    best = np.argsort(-total, axis=1, kind="stable")[:, :slots]
+    best_scores = np.full((rows, k), -np.inf, np.float32)
+    best_scores[:, :slots] = np.take_along_axis(total, best, axis=1)
+    valid = np.isfinite(best_scores)
+    experts = np.where(valid, np.pad(best, ((0, 0), (0, k - slots))), 0)
+    return Selection(np.stack(np.unravel_index(experts, grid), -1), np.where(valid, best_scores, 0), valid)
+
+
+def assert_same(found: Selection, expected: Selection) -> None:
+    np.testing.assert_array_equal(found.valid, expected.valid)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    np.testing.assert_array_equal(found.coordinates, expected.coordinates)
+
+
+@given(cases(max_dims=4))
+def test_beam_over_all_live_prefixes_equals_brute_force(case: Case) -> None:
+    found = select_experts(case.scores, case.alive, case.k, case.widest)
+    assert_same(found, brute_force(case.scores, case.alive[-1], case.k))
+
+
+@given(cases(live=1.0))
+def test_beam_of_k_finds_the_highest_scores_where_every_expert_is_live(case: Case) -> None:
+    found = select_experts(case.scores, case.alive, case.k, case.k)
+    np.testing.assert_array_equal(found.scores, brute_force(case.scores, case.alive[-1], case.k).scores)
+
+
+@given(cases(max_dims=2), st.integers(1, 5))
+def test_wider_beam_is_never_worse_on_two_dimensions(case: Case, width: int) -> None:
+    narrow = select_experts(case.scores, case.alive, case.k, width)
+    wide = select_experts(case.scores, case.alive, case.k, width + 1)
+    lowest = np.float32(-np.inf)
+    assert (np.where(wide.valid, wide.scores, lowest) >= np.where(narrow.valid, narrow.scores, lowest)).all()
+
+
+@given(cases(max_dims=4), st.integers(1, 3))
+def test_narrow_beam_gives_distinct_live_experts_best_first(case: Case, width: int) -> None:
+    found = select_experts(case.scores, case.alive, case.k, width)
+    assert (found.valid[:, :-1] >= found.valid[:, 1:]).all(), "the valid slots come first"
+    for row, (coordinates, scores, valid) in enumerate(
+        zip(found.coordinates, found.scores, found.valid, strict=True)
+    ):
+        experts = [tuple(c) for c in coordinates[valid].tolist()]
+        assert len(set(experts)) == len(experts)
+        assert all(case.alive[-1][expert] for expert in experts)
+        assert (np.diff(scores[valid]) <= 0).all()
+        for expert, score in zip(experts, scores[valid], strict=True):
+            assert score == sum(table[row, x] for table, x in zip(case.scores, expert, strict=True))
+    assert (found.coordinates[~found.valid] == 0).all()
+    assert found.valid[:, 0].all() or not case.alive[-1].any(), "one live expert is enough to be found"
+
+
+@given(cases(), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_prefix_marked_live_over_dead_experts_takes_no_slot_of_the_beam(
+    case: Case, width: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    stale = [table | (rng.random(table.shape) < 0.5) for table in case.alive[:-1]]
+    found = select_experts(case.scores, [*stale, case.alive[-1]], case.k, width)
+    assert_same(found, select_experts(case.scores, case.alive, case.k, width))
+
+
+def test_expert_below_a_dead_prefix_is_not_found() -> None:
+    scores = [np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)]
+    alive = [np.array([False, True]), np.ones((2, 2), np.bool_)]
+    found = select_experts(scores, alive, k=4)
+    assert found.coordinates[found.valid].tolist() == [[1, 0], [1, 1]]
+
+
+def test_equal_scores_go_to_the_lower_coordinate() -> None:
+    scores = [np.array([[0.0, -0.0, 0.0]], np.float32), np.array([[-0.0, 0.0]], np.float32)]
+    found = select_experts(scores, prefix_tables(np.ones((3, 2), np.bool_)), k=3)
+    assert found.coordinates.tolist() == [[[0, 0], [0, 1], [1, 0]]]
+
+
+def test_fewer_live_experts_than_k_leave_the_last_slots_invalid() -> None:
+    alive = np.zeros((4, 4), np.bool_)
+    alive[1, 2] = alive[3, 0] = True
+    scores = [np.array([[0, 1, 0, 3]], np.float32), np.array([[0, 0, 5, 0]], np.float32)]
+    found = select_experts(scores, prefix_tables(alive), k=4)
+    assert found.valid.tolist() == [[True, True, False, False]]
+    assert found.coordinates[0, :2].tolist() == [[1, 2], [3, 0]]
+    assert found.scores[0, :2].tolist() == [6, 3]
+
+
+def test_nothing_is_found_in_a_dead_layer() -> None:
+    scores = [np.zeros((3, 4), np.float32), np.zeros((3, 4), np.float32)]
+    assert not select_experts(scores, prefix_tables(np.zeros((4, 4), np.bool_)), k=2).valid.any()
+
+
+def test_scores_that_are_not_finite_still_choose_live_experts() -> None:
+    scores = [
+        np.array([[np.nan, 0, np.inf]], np.float32),
+        np.array([[-np.inf, np.inf]], np.float32),
+    ]
+    found = select_experts(scores, prefix_tables(np.ones((3, 2), np.bool_)), k=6)
+    assert found.valid.all()
+    assert np.isfinite(found.scores).all()
+    assert found.coordinates[0, 0].tolist() == [2, 1]
+    assert found.coordinates[0, -1].tolist() == [0, 0]
+
+
+def test_rows_in_several_blocks_are_chosen_as_if_alone() -> None:
+    rng = np.random.default_rng(1)
+    scores = [rng.standard_normal((5, 600)).astype(np.float32) for _ in range(2)]
+    alive = prefix_tables(rng.random((600, 600)) < 0.5)
+    found = select_experts(scores, alive, k=4, beam_size=200)
+    for row in range(5):
+        alone = select_experts([table[row : row + 1] for table in scores], alive, k=4, beam_size=200)
+        np.testing.assert_array_equal(found.coordinates[row], alone.coordinates[0])
+
+
+def test_default_beam_finds_nearly_all_where_nine_of_ten_experts_are_missing() -> None:
+    rng = np.random.default_rng(2)
+    scores = [rng.standard_normal((512, 32)).astype(np.float32) for _ in range(2)]
+    alive = prefix_tables(rng.random((32, 32)) < 0.1)
+    found = select_experts(scores, alive, k=4, beam_size=default_beam_size(4))
+    expected = brute_force(scores, alive[-1], k=4)
+    hits = (found.coordinates[:, :, None] == expected.coordinates[:, None]).all(axis=-1).any(axis=1)
+    assert hits.mean() > 0.95
+
+
+def test_tables_that_do_not_fit_the_grid_are_refused() -> None:
+    with pytest.raises(AssertionError, match="don't fit the grid"):
+        select_experts([np.zeros((1, 4), np.float32)], [np.ones(3, np.bool_)], k=1)
+
+
+@pytest.mark.parametrize("live", [0.1, 1.0])
+def test_a_thousand_rows_are_chosen_in_milliseconds(live: float) -> None:
+    """Takes 2.5 ms here; the bound leaves room for a busy machine."""
+    rng = np.random.default_rng(3)
+    scores = [rng.standard_normal((1024, 32)).astype(np.float32) for _ in range(2)]
+    alive = prefix_tables(rng.random((32, 32)) < live)
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        select_experts(scores, alive, k=4)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.05

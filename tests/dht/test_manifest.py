@@ -1,0 +1,151 @@
+"""The manifest: what is refused, and how the refusal reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.manifest import ExpertSpec, Manifest, ModelSpec
+from dht.uid import UID
+from peer import PROTOCOL_VERSION
+from peer.errors import SettingsError, SwarmError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "swarm.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def manifests() -> st.SearchStrategy[Manifest]:
+    grids = st.lists(st.integers(1, 32), min_size=1, max_size=4).map(tuple)
+    heads = st.integers(1, 8)
+    models = st.builds(
+        lambda layers, heads, pairs, seed: ModelSpec.model_validate(
+            {"layers": layers, "heads": heads, "hidden": 2 * heads * pairs, "seed": seed}
+        ),
+        layers=st.integers(1, 64),
+        heads=heads,
+        pairs=st.integers(4, 16),
+        seed=st.integers(0, 2**63 - 1),
+    )
+    return st.builds(
+        lambda name, model, grid: Manifest.model_validate(
+            {"name": name, "model": model, "experts": {"grid": grid}}
+        ),
+        name=st.from_regex(r"[a-z0-9][a-z0-9-]{0,30}[a-z0-9]", fullmatch=True),
+        model=models,
+        grid=grids,
+    )
+
+
+@given(manifests())
+def test_json_gives_back_the_same_manifest(manifest: Manifest) -> None:
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert Manifest.from_json(manifest.to_json()).to_json() == manifest.to_json()
+
+
+def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> None:
+    text = 'name = "sauna"\n[model]\nlayers = 3\n[experts]\ngrid = [8, 16]\n[routing]\ntop_k = 2\n'
+    manifest = Manifest.from_toml(write(tmp_path, text))
+    assert manifest.name == "sauna"
+    assert manifest.model.layers == 3
+    assert manifest.experts.grid == (8, 16)
+    assert manifest.routing.top_k == 2
+    assert manifest.protocol_version == PROTOCOL_VERSION
+    assert manifest.model.hidden == ModelSpec.model_fields["hidden"].default
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "name"),
+        ('name = "A"', "name"),
+        ('name = "sauna\\n"', "name"),
+        ('name = "sauna"\ncolour = 1', "unknown setting 'colour'"),
+        ('name = "sauna"\n[model]\nlayer = 2', "unknown setting 'model.layer'"),
+        ('name = "sauna"\n[model]\nlayers = 0', "model.layers"),
+        ('name = "sauna"\n[model]\nlayers = "two"', "model.layers"),
+        ('name = "sauna"\n[model]\nhidden = 100\nheads = 3', "hidden (100)"),
+        ('name = "sauna"\n[experts]\ngrid = []', "experts.grid"),
+        ('name = "sauna"\n[experts]\ngrid = [4, 0]', "experts.grid.1"),
+        ('name = "sauna"\n[experts]\ngrid = [4096, 4096]', "at most 1048576"),
+        ('name = "sauna"\n[experts]\nkind = "lstm"', "experts.kind"),
+        ('name = "sauna"\n[optimizer]\nlearning_rate = nan', "optimizer.learning_rate"),
+        ('name = "sauna"\n[optimizer]\nclip_norm = inf', "optimizer.clip_norm"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_key_named(tmp_path: Path, text: str, named: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        Manifest.from_toml(path)
+    message = str(caught.value)
+    assert named in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("content", [b"name = ", b'name = "\xff"'])
+def test_a_file_that_does_not_parse_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "swarm.toml"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"can't read .*swarm\.toml"):
+        Manifest.from_toml(path)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no file .*absent\.toml"):
+        Manifest.from_toml(tmp_path / "absent.toml")
+    with pytest.raises(SettingsError, match="can't read"):
+        Manifest.from_toml(tmp_path)
+
+
+@pytest.mark.parametrize(("version", "remedy"), [(7, "update Talkoot"), (0, "founder to update")])
+def test_another_protocol_version_is_refused_naming_both(version: int, remedy: str) -> None:
+    later = json.dumps({"name": "sauna", "protocol_version": version, "invented_later": True}).encode()
+    with pytest.raises(SwarmError, match=remedy) as caught:
+        Manifest.from_json(later)
+    assert f"version {version}" in str(caught.value)
+    assert str(PROTOCOL_VERSION) in str(caught.value)
+
+
+def test_a_file_of_another_protocol_version_is_refused_naming_both(tmp_path: Path) -> None:
+    path = write(tmp_path, 'name = "sauna"\nprotocol_version = 7\ninvented_later = true\n')
+    with pytest.raises(SwarmError, match=f"version 7.*{PROTOCOL_VERSION}"):
+        Manifest.from_toml(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"null", b"{}", b'{"protocol_version": "x"}', b'{"protocol_version": 1}', b"\xff"],
+)
+def test_json_that_is_no_manifest_is_refused(text: bytes) -> None:
+    with pytest.raises(SwarmError, match="not valid"):
+        Manifest.from_json(text)
+
+
+@given(st.binary(max_size=200))
+def test_hostile_json_raises_nothing_but_swarm_error(text: bytes) -> None:
+    with pytest.raises(SwarmError):
+        Manifest.from_json(text)
+
+
+@given(manifests().filter(lambda manifest: manifest.experts_total <= 2000))
+def test_uids_are_every_expert_once_and_all_lie_on_the_grid(manifest: Manifest) -> None:
+    uids = manifest.uids()
+    assert len(uids) == len(set(uids)) == manifest.experts_total
+    assert uids == sorted(uids)
+    assert all(manifest.holds(uid) for uid in uids)
+
+
+@pytest.mark.parametrize(
+    "uid", [UID(2, (0, 0)), UID(0, (4, 0)), UID(0, (0, 5)), UID(0, (0,)), UID(0, (0, 0, 0)), UID(-1, (0, 0))]
+)
+def test_a_uid_off_the_grid_is_not_held(uid: UID) -> None:
+    manifest = Manifest.model_validate(
+        {"name": "sauna", "model": {"layers": 2}, "experts": ExpertSpec.model_validate({"grid": (4, 5)})}
+    )
+    assert not manifest.holds(uid)
+    assert manifest.holds(UID(1, (3, 4)))

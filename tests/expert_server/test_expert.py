@@ -1,0 +1,177 @@
+from collections.abc import Callable
+from math import prod
+
+import pytest
+import torch
+from grpc import StatusCode
+from torch import Tensor
+
+from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
+from dht.uid import UID
+from expert_server.blocks import build_block
+from expert_server.expert import Expert, expert_bytes
+from peer.errors import ExpertError
+
+HIDDEN = 16
+ROWS = 12
+LENGTHS = torch.tensor([5, 4, 3])
+POSITIONS = torch.tensor([0, 1, 4, 5, 9, 0, 2, 3, 7, 1, 2, 3])
+AN_UID = UID(1, (0, 1))
+
+
+def make_manifest(
+    seed: int = 3, learning_rate: float = 1e-2, warmup_updates: int = 0, clip_norm: float = 1.0
+) -> Manifest:
+    model = ModelSpec(
+        layers=2, hidden=HIDDEN, heads=2, context=32, local_layers=1, feed_forward=32, seed=seed
+    )
+    optimizer = OptimizerSpec(
+        learning_rate=learning_rate, weight_decay=0.1, clip_norm=clip_norm, warmup_updates=warmup_updates
+    )
+    return Manifest(
+        name="test", model=model, experts=ExpertSpec(grid=(2, 2), kind="transformer"), optimizer=optimizer
+    )
+
+
+def random_rows(seed: int) -> Tensor:
+    return torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters_of(expert: Expert) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in expert.block.parameters()]
+
+
+def gradients_that_overflow_when_summed() -> Tensor:
+    """Each is finite, and so is the input's gradient; that of a bias, the sum over the rows, is not."""
+    gradients = torch.zeros(ROWS, HIDDEN)
+    gradients[:, 0] = 5e37
+    return gradients
+
+
+def test_every_node_starts_an_expert_from_the_same_parameters() -> None:
+    first, second = build_block(make_manifest(), AN_UID), build_block(make_manifest(), AN_UID)
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("seed", "uid"),
+    [(3, UID(0, (0, 1))), (3, UID(1, (1, 0))), (4, AN_UID)],
+    ids=["layer", "coordinate", "seed"],
+)
+def test_another_uid_or_seed_gives_other_parameters(seed: int, uid: UID) -> None:
+    first, other = build_block(make_manifest(), AN_UID), build_block(make_manifest(seed), uid)
+    assert not torch.equal(
+        first.state_dict()["attention_input.weight"], other.state_dict()["attention_input.weight"]
+    )
+
+
+def test_first_parameters_stay_the_same_between_releases() -> None:
+    weight = build_block(make_manifest(), AN_UID).state_dict()["attention_input.weight"]
+    torch.testing.assert_close(
+        weight[0, :3], torch.tensor([-0.008971, 0.090666, -0.186289]), atol=1e-6, rtol=0
+    )
+
+
+def test_forward_gives_the_outputs_of_the_block_without_a_graph() -> None:
+    expert = Expert(AN_UID, make_manifest())
+    output = expert.forward(random_rows(0), LENGTHS, POSITIONS)
+    assert not output.requires_grad
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expert.block(random_rows(0), LENGTHS, POSITIONS))
+
+
+def test_backward_gives_the_gradient_of_the_inputs_before_the_step() -> None:
+    expert = Expert(AN_UID, make_manifest())
+    x = random_rows(0).requires_grad_()
+    output = build_block(make_manifest(), AN_UID)(x, LENGTHS, POSITIONS)
+    (expected,) = torch.autograd.grad(output, x, random_rows(1))
+    torch.testing.assert_close(expert.backward(random_rows(0), random_rows(1), LENGTHS, POSITIONS), expected)
+
+
+def test_backward_takes_the_clipped_adamw_step() -> None:
+    expert, block = Expert(AN_UID, make_manifest(clip_norm=0.5)), build_block(make_manifest(), AN_UID)
+    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2, weight_decay=0.1)
+    for seed in range(3):
+        optimizer.zero_grad()
+        block(random_rows(seed), LENGTHS, POSITIONS).backward(random_rows(seed + 10))
+        torch.nn.utils.clip_grad_norm_(block.parameters(), 0.5)
+        optimizer.step()
+        expert.backward(random_rows(seed), random_rows(seed + 10), LENGTHS, POSITIONS)
+    assert expert.update_count == 3
+    torch.testing.assert_close(
+        parameters_of(expert), [p.detach() for p in block.parameters()], atol=1e-5, rtol=1e-3
+    )
+
+
+def test_steps_reduce_a_loss() -> None:
+    expert, target = Expert(AN_UID, make_manifest()), random_rows(1)
+    losses = []
+    for _ in range(30):
+        output = expert.forward(random_rows(0), LENGTHS, POSITIONS)
+        losses.append((output - target).square().mean().item())
+        expert.backward(random_rows(0), 2 * (output - target) / target.numel(), LENGTHS, POSITIONS)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_step_size_rises_linearly_through_the_warm_up() -> None:
+    expert = Expert(AN_UID, make_manifest(learning_rate=0.1, warmup_updates=4))
+    sizes = []
+    for seed in range(6):
+        expert.backward(random_rows(seed), random_rows(seed + 10), LENGTHS, POSITIONS)
+        sizes.append(expert.optimizer.param_groups[0]["lr"])
+    assert sizes == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+def test_parameter_gradients_that_are_not_finite_skip_the_update() -> None:
+    expert = Expert(AN_UID, make_manifest())
+    before = parameters_of(expert)
+    gradient = expert.backward(random_rows(0), gradients_that_overflow_when_summed(), LENGTHS, POSITIONS)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(parameters_of(expert), before, atol=0, rtol=0)
+    assert (expert.update_count, expert.skipped_updates) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda expert: expert.forward(torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS),
+        lambda expert: expert.backward(random_rows(0), torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS),
+    ],
+    ids=["forward", "backward"],
+)
+def test_numbers_that_overflow_are_an_error_and_change_nothing(call: Callable[[Expert], Tensor]) -> None:
+    expert = Expert(AN_UID, make_manifest())
+    before = parameters_of(expert)
+    with pytest.raises(ExpertError, match=r"of expert 1\.0\.1 are not finite") as caught:
+        call(expert)
+    assert caught.value.status is StatusCode.INTERNAL
+    torch.testing.assert_close(parameters_of(expert), before, atol=0, rtol=0)
+    assert expert.update_count == 0
+
+
+def test_an_expert_goes_on_after_a_skipped_update() -> None:
+    expert, untouched = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
+    with pytest.raises(ExpertError):
+        expert.backward(random_rows(0), torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS)
+    for replica in (expert, untouched):
+        replica.backward(random_rows(0), random_rows(1), LENGTHS, POSITIONS)
+    torch.testing.assert_close(parameters_of(expert), parameters_of(untouched), atol=0, rtol=0)
+    assert expert.update_count == 1
+
+
+def test_sizes_count_weights_gradients_and_moments() -> None:
+    manifest = make_manifest()
+    expert = Expert(AN_UID, manifest)
+    weights = sum(4 * prod(p.shape) for p in expert.block.parameters())
+    assert expert_bytes(manifest) == 4 * weights
+    assert expert.state_bytes == weights
+    expert.backward(random_rows(0), random_rows(1), LENGTHS, POSITIONS)
+    counters = 4 * len(list(expert.block.parameters()))
+    assert expert.state_bytes == 3 * weights + counters
+    assert all(parameter.grad is None for parameter in expert.block.parameters())
+
+
+def test_estimating_an_expert_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    expert_bytes(make_manifest())
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,434 @@
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import get_args
+
+import pytest
+import torch
+import uvloop
+from grpc import StatusCode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dht.manifest import ExpertSpec, Manifest, ModelSpec
+from dht.uid import UID
+from expert_server.expert import Expert
+from expert_server.runtime import BatchQueue, Direction, Entry, Result, Runtime, Work
+from peer.errors import ExpertError
+
+HIDDEN = 16
+FIRST, SECOND = UID(0, (0, 0)), UID(0, (0, 1))
+NEVER = float("inf")
+MANIFEST = Manifest(
+    name="test",
+    model=ModelSpec(layers=1, hidden=HIDDEN, heads=2, context=32, local_layers=0, feed_forward=32, seed=0),
+    experts=ExpertSpec(grid=(2, 2), kind="transformer"),
+)
+
+
+def make_work(
+    rows: int = 4, uid: UID = FIRST, direction: Direction = "forward", deadline: float = NEVER, seed: int = 0
+) -> Work:
+    generator = torch.Generator().manual_seed(seed)
+    inputs, gradients = torch.randn(2, rows, HIDDEN, generator=generator).unbind()
+    lengths = torch.tensor([rows] if rows < 3 else [2, rows - 2])
+    positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    backward = direction == "backward"
+    return Work(
+        uid, direction, inputs, gradients if backward else None, lengths, positions, deadline, "a trainer"
+    )
+
+
+def backward_alone(work: Work) -> Tensor:
+    assert work.gradients is not None
+    expert = Expert(work.uid, MANIFEST)
+    return expert.backward(work.inputs, work.gradients, work.lengths, work.positions)
+
+
+# The queue
+
+
+class ModelQueue:
+    """What BatchQueue should do, by full scans."""
+
+    def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
+        self.max_queued_rows, self.max_batch_rows = max_queued_rows, max_batch_rows
+        self.entries: list[Entry] = []
+
+    @property
+    def rows(self) -> int:
+        return sum(entry.work.rows for entry in self.entries)
+
+    def pop(self, now: float) -> tuple[list[Entry], list[Entry]]:
+        in_order = sorted(self.entries, key=lambda entry: (entry.work.deadline, entry.order))
+        expired = [entry for entry in in_order if entry.work.deadline <= now]
+        alive = in_order[len(expired) :]
+        batch = [entry for entry in alive if entry.work.key == alive[0].work.key]
+        while len(batch) > 1 and sum(entry.work.rows for entry in batch) > self.max_batch_rows:
+            batch.pop()
+        self.entries = [entry for entry in self.entries if entry not in batch and entry not in expired]
+        return batch, expired
+
+
+uids = st.sampled_from([FIRST, SECOND])
+pushes = st.tuples(
+    st.just("push"), st.integers(1, 8), uids, st.sampled_from(get_args(Direction)), st.integers(0, 40)
+)
+operations = st.one_of(
+    pushes,
+    pushes,
+    st.tuples(st.just("pop"), st.integers(0, 3)),
+    st.tuples(st.just("discard"), st.integers(0, 100)),
+    st.tuples(st.just("remove"), uids),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(operations, max_size=60))
+def test_queue_does_what_full_scans_would(steps: list[tuple[object, ...]]) -> None:
+    queue, model, now = BatchQueue(30, 10), ModelQueue(30, 10), 0.0
+    pushed: list[Entry] = []
+    for step in steps:
+        match step:
+            case "push", int(rows), UID() as uid, ("forward" | "backward") as direction, int(deadline):
+                work = make_work(rows, uid, direction, deadline)
+                if model.rows + rows > model.max_queued_rows:
+                    with pytest.raises(ExpertError):
+                        queue.push(work, now)
+                else:
+                    pushed.append(queue.push(work, now))
+                    model.entries.append(pushed[-1])
+            case "pop", int(elapsed):
+                now += elapsed
+                assert queue.pop(now) == model.pop(now)
+            case "discard", int(index) if pushed:
+                entry = pushed[index % len(pushed)]
+                queue.discard(entry)
+                model.entries = [kept for kept in model.entries if kept is not entry]
+            case "remove", UID() as uid:
+                removed = [entry for entry in model.entries if entry.work.uid == uid]
+                assert sorted(queue.remove(uid), key=lambda entry: entry.order) == removed
+                model.entries = [entry for entry in model.entries if entry.work.uid != uid]
+        assert queue.rows == model.rows
+    assert sorted(queue.clear(), key=lambda entry: entry.order) == model.entries
+    assert queue.pop(NEVER) == ([], [])
+
+
+def test_earliest_deadline_chooses_the_expert_and_the_order_in_its_batch() -> None:
+    queue = BatchQueue(100, 10)
+    late, other, early = (
+        queue.push(make_work(uid=uid, deadline=deadline), 0.0)
+        for uid, deadline in ((FIRST, 9.0), (SECOND, 5.0), (FIRST, 1.0))
+    )
+    assert queue.pop(0.0) == ([early, late], [])
+    assert queue.pop(0.0) == ([other], [])
+
+
+def test_directions_are_not_merged() -> None:
+    queue = BatchQueue(100, 100)
+    forward, backward = (queue.push(make_work(direction=d), 0.0) for d in ("forward", "backward"))
+    assert queue.pop(0.0) == ([forward], [])
+    assert queue.pop(0.0) == ([backward], [])
+
+
+def test_work_larger_than_a_batch_runs_alone() -> None:
+    queue = BatchQueue(100, 10)
+    large, small = queue.push(make_work(rows=50), 0.0), queue.push(make_work(rows=1), 0.0)
+    assert queue.pop(0.0) == ([large], [])
+    assert queue.pop(0.0) == ([small], [])
+
+
+def test_expired_work_is_never_in_a_batch() -> None:
+    queue = BatchQueue(100, 100)
+    expired, alive = queue.push(make_work(deadline=1.0), 0.0), queue.push(make_work(deadline=2.0), 0.0)
+    assert queue.pop(1.0) == ([alive], [expired])
+
+
+def test_full_queue_says_when_to_ask_again() -> None:
+    queue = BatchQueue(10, 10)
+    queue.push(make_work(rows=8), 0.0)
+    queue.measure(rows=100, seconds=50.0)
+    with pytest.raises(ExpertError, match="no room for 3 rows: 8 of at most 10 wait already") as caught:
+        queue.push(make_work(rows=3), 0.0)
+    assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.retry_after_s == pytest.approx(4.0)
+
+
+# The runtime
+
+
+def make_runtime(
+    *experts: Expert, max_queued_rows: int = 1000, clock: Callable[[], float] | None = None
+) -> Runtime:
+    return Runtime(
+        {expert.uid: expert for expert in experts},
+        max_queued_rows=max_queued_rows,
+        max_batch_rows=100,
+        threads=1,
+        clock=clock or (lambda: 0.0),
+    )
+
+
+def with_runtime(runtime: Runtime, scenario: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await runtime.start()
+        try:
+            async with asyncio.timeout(30):
+                await scenario()
+        finally:
+            await runtime.stop()
+
+    uvloop.run(main())
+
+
+class HeldThread:
+    """Keeps the compute thread of a runtime busy until the block ends."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._reached, self._release = threading.Event(), threading.Event()
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.create_task(self._runtime.run(self._hold))
+        assert await asyncio.to_thread(self._reached.wait, 10)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._release.set()
+        await self._task
+
+    def _hold(self) -> None:
+        self._reached.set()
+        assert self._release.wait(10)
+
+
+async def submit_in_order(runtime: Runtime, *works: Work) -> list[asyncio.Task[Result]]:
+    """Starts the calls, and returns once all of them are queued."""
+    tasks = [asyncio.create_task(runtime.submit(work)) for work in works]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def status_of(call: Awaitable[Result]) -> StatusCode:
+    with pytest.raises(ExpertError) as caught:
+        await call
+    return caught.value.status
+
+
+def test_merged_forward_gives_each_caller_what_it_would_get_alone() -> None:
+    expert = Expert(FIRST, MANIFEST)
+    runtime = make_runtime(expert)
+    works = [make_work(rows, seed=rows) for rows in (3, 1, 7)]
+
+    async def scenario() -> None:
+        results = await asyncio.gather(*map(runtime.submit, works))
+        for work, result in zip(works, results, strict=True):
+            alone = expert.forward(work.inputs, work.lengths, work.positions)
+            torch.testing.assert_close(result.tensor, alone)
+        assert (runtime.stats.batches, runtime.stats.rows, runtime.stats.updates) == (1, 11, 0)
+
+    with_runtime(runtime, scenario)
+
+
+def test_merged_backward_takes_one_step_and_gives_each_caller_its_gradient() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST))
+    works = [make_work(rows, direction="backward", seed=rows) for rows in (3, 1, 7)]
+
+    async def scenario() -> None:
+        results = await asyncio.gather(*map(runtime.submit, works))
+        for work, result in zip(works, results, strict=True):
+            torch.testing.assert_close(result.tensor, backward_alone(work))
+        assert [result.update_count for result in results] == [1, 1, 1]
+        assert (runtime.stats.batches, runtime.stats.updates) == (1, 1)
+
+    with_runtime(runtime, scenario)
+
+
+def test_an_expert_that_is_not_here_is_not_found() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST))
+
+    async def scenario() -> None:
+        assert await status_of(runtime.submit(make_work(uid=SECOND))) is StatusCode.NOT_FOUND
+
+    with_runtime(runtime, scenario)
+
+
+def test_expired_work_is_refused_and_not_computed() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST), clock=lambda: 5.0)
+
+    async def scenario() -> None:
+        assert await status_of(runtime.submit(make_work(deadline=5.0))) is StatusCode.DEADLINE_EXCEEDED
+        assert (runtime.stats.expired, runtime.stats.batches) == (1, 0)
+
+    with_runtime(runtime, scenario)
+
+
+def test_a_full_queue_refuses() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST), max_queued_rows=5)
+
+    async def scenario() -> None:
+        fits, refused = await submit_in_order(runtime, make_work(4), make_work(2))
+        assert await status_of(refused) is StatusCode.RESOURCE_EXHAUSTED
+        await fits
+        assert (runtime.stats.refused, runtime.stats.batches) == (1, 1)
+
+    with_runtime(runtime, scenario)
+
+
+def test_work_of_a_caller_that_is_gone_is_not_computed() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST))
+
+    async def scenario() -> None:
+        async with HeldThread(runtime):
+            (computing,) = await submit_in_order(runtime, make_work(4))
+            await asyncio.sleep(0)
+            gone, stays = await submit_in_order(runtime, make_work(5), make_work(6))
+            gone.cancel()
+            await asyncio.wait([gone])
+            assert runtime.stats.queued_rows == 6
+        await asyncio.gather(computing, stays)
+        assert (runtime.stats.rows, runtime.stats.queued_rows) == (10, 0)
+
+    with_runtime(runtime, scenario)
+
+
+def test_a_caller_that_leaves_during_its_batch_harms_nobody() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST))
+
+    async def scenario() -> None:
+        async with HeldThread(runtime):
+            gone, stays = await submit_in_order(runtime, make_work(4), make_work(5))
+            await asyncio.sleep(0)
+            assert runtime.stats.queued_rows == 0
+            gone.cancel()
+        assert (await stays).tensor.shape == (5, HIDDEN)
+
+    with_runtime(runtime, scenario)
+
+
+class BrokenExpert(Expert):
+    """Fails as torch may: out of memory, a wrong kernel."""
+
+    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+
+def test_an_unforeseen_error_fails_its_batch_and_the_runtime_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runtime = make_runtime(BrokenExpert(FIRST, MANIFEST), Expert(SECOND, MANIFEST))
+
+    async def scenario() -> None:
+        tasks = await submit_in_order(runtime, make_work(), make_work(), make_work(uid=SECOND))
+        assert [await status_of(task) for task in tasks[:2]] == [StatusCode.INTERNAL] * 2
+        await tasks[2]
+        assert (runtime.stats.failed, runtime.stats.batches) == (2, 2)
+
+    with_runtime(runtime, scenario)
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert "expert 0.0.0 failed on a batch from a trainer" in record.message
+
+
+def test_numbers_that_overflow_fail_their_batch_and_count() -> None:
+    expert = Expert(FIRST, MANIFEST)
+    runtime = make_runtime(expert)
+    works = [make_work(direction="backward"), make_work(direction="backward")]
+    assert works[1].gradients is not None
+    works[1].gradients.fill_(3e38)
+
+    async def scenario() -> None:
+        tasks = await submit_in_order(runtime, *works)
+        assert [await status_of(task) for task in tasks] == [StatusCode.INTERNAL] * 2
+        assert (runtime.stats.failed, runtime.stats.skipped_updates, runtime.stats.updates) == (2, 1, 0)
+
+    with_runtime(runtime, scenario)
+
+
+def test_removing_an_expert_fails_its_waiting_work() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST), Expert(SECOND, MANIFEST))
+
+    async def scenario() -> None:
+        async with HeldThread(runtime):
+            (computing,) = await submit_in_order(runtime, make_work())
+            await asyncio.sleep(0)
+            waiting, other = await submit_in_order(runtime, make_work(), make_work(uid=SECOND))
+            runtime.remove(FIRST)
+            assert await status_of(waiting) is StatusCode.NOT_FOUND
+            assert await status_of(runtime.submit(make_work())) is StatusCode.NOT_FOUND
+        await asyncio.gather(computing, other)
+        assert list(runtime.experts) == [SECOND]
+
+    with_runtime(runtime, scenario)
+
+
+def test_stopping_fails_waiting_work_and_delivers_what_is_being_computed() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST))
+
+    async def scenario() -> None:
+        async with HeldThread(runtime):
+            (computing,) = await submit_in_order(runtime, make_work())
+            await asyncio.sleep(0)
+            (waiting,) = await submit_in_order(runtime, make_work())
+            stopping = asyncio.create_task(runtime.stop())
+            assert await status_of(waiting) is StatusCode.UNAVAILABLE
+        await stopping
+        assert computing.done()
+        assert computing.result().tensor.shape == (4, HIDDEN)
+        await runtime.stop()
+        assert await status_of(runtime.submit(make_work())) is StatusCode.UNAVAILABLE
+        with pytest.raises(ExpertError, match="stopping"):
+            await runtime.run(lambda: None)
+
+    with_runtime(runtime, scenario)
+
+
+def test_a_stopped_runtime_leaves_no_thread() -> None:
+    runtime, threads = make_runtime(), set(threading.enumerate())
+
+    async def scenario() -> None:
+        await runtime.build(FIRST, MANIFEST)
+        assert [t for t in threading.enumerate() if t.name.startswith("compute")]
+
+    with_runtime(runtime, scenario)
+    assert set(threading.enumerate()) <= threads
+
+
+def test_experts_are_built_and_computed_on_one_thread_with_its_own_thread_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Watched(Expert):
+        def __init__(self, uid: UID, manifest: Manifest, device: torch.device | str = "cpu") -> None:
+            seen.append((threading.current_thread().name, torch.get_num_threads()))
+            super().__init__(uid, manifest, device)
+
+        def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+            seen.append((threading.current_thread().name, torch.get_num_threads()))
+            return super().forward(x_RD, lengths_S, positions_R)
+
+    monkeypatch.setattr("expert_server.runtime.Expert", Watched)
+    runtime = make_runtime()
+
+    async def scenario() -> None:
+        await runtime.build(FIRST, MANIFEST)
+        await runtime.submit(make_work())
+
+    with_runtime(runtime, scenario)
+    assert seen == [("compute_0", 1)] * 2
+
+
+def test_many_callers_of_many_experts_all_get_their_own_rows() -> None:
+    uids = [FIRST, SECOND]
+    runtime = make_runtime(*(Expert(uid, MANIFEST) for uid in uids))
+    works = [make_work(1 + n % 5, uids[n % 2], seed=n, deadline=float(1 + n % 7)) for n in range(60)]
+
+    async def scenario() -> None:
+        results = await asyncio.gather(*map(runtime.submit, works))
+        for work, result in zip(works, results, strict=True):
+            alone = runtime.experts[work.uid].forward(work.inputs, work.lengths, work.positions)
+            torch.testing.assert_close(result.tensor, alone)
+        assert runtime.stats.rows == sum(work.rows for work in works)
+
+    with_runtime(runtime, scenario)

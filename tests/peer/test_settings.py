@@ -1,0 +1,128 @@
+"""Settings: which source wins, and how a wrong one is named."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field, ValidationError
+from pydantic_settings import SettingsConfigDict
+
+from peer.errors import SettingsError
+from peer.settings import RoleSettings
+
+
+class SaunaSettings(RoleSettings):
+    model_config = SettingsConfigDict(env_prefix="TALKOOT_SAUNA_")
+
+    heat: int = Field(default=80, ge=0, le=110, description="degrees")
+    wait_s: float = Field(default=1.0, gt=0, description="seconds")
+    stove: Path | None = Field(default=None, description="its folder")
+    guests: tuple[str, ...] = Field(default=(), description="who comes")
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SaunaSettings.model_fields:
+        monkeypatch.delenv(f"TALKOOT_SAUNA_{name.upper()}", raising=False)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "sauna.toml"
+    path.write_text("heat = 60\nwait_s = 2.5\n", encoding="utf-8")
+    return path
+
+
+def test_defaults_hold_where_nothing_is_given() -> None:
+    assert SaunaSettings.load().heat == 80
+
+
+def test_the_file_is_stronger_than_defaults(config: Path) -> None:
+    settings = SaunaSettings.load(config)
+    assert (settings.heat, settings.wait_s, settings.stove) == (60, 2.5, None)
+
+
+def test_the_environment_is_stronger_than_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALKOOT_SAUNA_HEAT", "70")
+    settings = SaunaSettings.load(config)
+    assert (settings.heat, settings.wait_s) == (70, 2.5)
+
+
+def test_flags_are_strongest(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALKOOT_SAUNA_HEAT", "70")
+    assert SaunaSettings.load(config, heat=90, wait_s=None).heat == 90
+
+
+def test_a_flag_of_none_was_not_given(config: Path) -> None:
+    assert SaunaSettings.load(config, heat=None).heat == 60
+
+
+def test_what_is_loaded_is_of_the_class_that_was_asked_and_frozen(config: Path) -> None:
+    settings = SaunaSettings.load(config, stove=Path("/stove"), guests=["a", "b"])
+    assert type(settings) is SaunaSettings
+    assert settings.stove == Path("/stove")
+    assert settings.guests == ("a", "b")
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.heat = 1
+
+
+def test_two_files_do_not_mix(config: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text("heat = 50\n", encoding="utf-8")
+    assert SaunaSettings.load(config).wait_s == 2.5
+    assert SaunaSettings.load(other).wait_s == 1.0
+    assert SaunaSettings.load().heat == 80
+
+
+def test_an_unknown_key_in_the_file_is_named(config: Path) -> None:
+    config.write_text("heet = 60\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="unknown setting 'heet'"):
+        SaunaSettings.load(config)
+
+
+def test_an_unknown_flag_is_named() -> None:
+    with pytest.raises(SettingsError, match="unknown setting 'steam'"):
+        SaunaSettings.load(steam=1)
+
+
+def test_an_unknown_variable_of_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALKOOT_SAUNA_HEET", "60")
+    with pytest.raises(SettingsError, match="unknown setting TALKOOT_SAUNA_HEET"):
+        SaunaSettings.load()
+
+
+def test_variables_of_other_roles_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALKOOT_LAUNDRY_HEET", "60")
+    assert SaunaSettings.load().heat == 80
+
+
+@pytest.mark.parametrize(("key", "value"), [("heat", 111), ("heat", -1), ("heat", "hot"), ("wait_s", 0)])
+def test_a_value_out_of_bounds_is_refused_in_one_line_that_names_its_key(key: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=f"^{key}: ") as caught:
+        SaunaSettings.load(**{key: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_out_of_bounds_in_the_environment_names_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALKOOT_SAUNA_HEAT", "200")
+    with pytest.raises(SettingsError, match="heat"):
+        SaunaSettings.load()
+
+
+def test_all_wrong_keys_are_named_at_once() -> None:
+    with pytest.raises(SettingsError, match=r"heat: .*wait_s: "):
+        SaunaSettings.load(heat=200, wait_s=-1)
+
+
+def test_a_missing_file_and_one_that_does_not_parse_are_named(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no settings file .*absent"):
+        SaunaSettings.load(tmp_path / "absent.toml")
+    config.write_text("heat = = 60", encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"can't read .*sauna\.toml"):
+        SaunaSettings.load(config)
+
+
+def test_a_list_in_the_environment_that_does_not_parse_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TALKOOT_SAUNA_GUESTS", "not json")
+    with pytest.raises(SettingsError, match="guests"):
+        SaunaSettings.load()

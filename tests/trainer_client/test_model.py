@@ -1,0 +1,140 @@
+"""The language model, with mixtures that compute at home."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dht.manifest import Manifest
+from trainer_client.model import LanguageModel
+
+
+class DenseMixture(nn.Module):
+    """What every token would get from one expert without attention."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU())
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTD: Tensor = x_BTD + self.inner(x_BTD)
+        return y_BTD
+
+
+def make_manifest(**model: int) -> Manifest:
+    small = {"layers": 2, "hidden": 32, "heads": 2, "context": 16, "feed_forward": 64}
+    return Manifest.model_validate({"name": "sauna", "model": small | model})
+
+
+def make_model(**model: int) -> LanguageModel:
+    return LanguageModel(make_manifest(**model), lambda layer: DenseMixture(32))
+
+
+def test_there_are_logits_for_every_position() -> None:
+    logits = make_model()(torch.randint(256, (3, 16)))
+    assert logits.shape == (3, 16, 256)
+    assert logits.dtype == torch.float32
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 15), st.integers(0, 2))
+def test_a_changed_token_changes_no_logit_before_it(seed: int, at: int, local_layers: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(256, (2, 16), generator=generator)
+    changed = tokens.clone()
+    changed[0, at] = (changed[0, at] + 1) % 256
+    model = make_model(local_layers=local_layers)
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    torch.testing.assert_close(after[0, :at], before[0, :at], rtol=0, atol=1e-5)
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-5)
+    assert not torch.allclose(after[0, at], before[0, at])
+
+
+def test_a_later_position_sees_an_earlier_token_through_the_local_layer() -> None:
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    changed = tokens.clone()
+    changed[0, 0] = 1
+    model = make_model()
+    assert not torch.allclose(model(tokens)[0, -1], model(changed)[0, -1])
+
+
+def test_the_loss_is_the_mean_of_minus_log_probability_in_nats() -> None:
+    model = make_model()
+    tokens = torch.randint(256, (2, 9))
+    probabilities = model(tokens[:, :-1]).softmax(dim=-1)
+    chosen = [probabilities[b, t, tokens[b, t + 1]].item() for b in range(2) for t in range(8)]
+    expected = -sum(map(math.log, chosen)) / len(chosen)
+    assert model.loss(tokens).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_first_loss_is_near_that_of_guessing() -> None:
+    loss = make_model().loss(torch.randint(256, (8, 17))).item()
+    assert loss == pytest.approx(math.log(256), abs=0.6)
+
+
+def test_equal_manifests_give_equal_parameters_and_other_seeds_other_ones() -> None:
+    torch.manual_seed(1)
+    first = make_model(seed=3).state_dict()
+    torch.manual_seed(2)
+    second = make_model(seed=3).state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = make_model(seed=4).state_dict()
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+def test_what_a_mixture_draws_changes_no_other_parameter() -> None:
+    def plain(layer: int) -> nn.Module:
+        return DenseMixture(32)
+
+    def with_more(layer: int) -> nn.Module:
+        mixture = DenseMixture(32)
+        mixture.more = nn.Linear(32, 32)
+        return mixture
+
+    first = LanguageModel(make_manifest(), plain).state_dict()
+    second = LanguageModel(make_manifest(), with_more).state_dict()
+    assert first.keys() < second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_mixtures_start_different_from_each_other() -> None:
+    parameters = make_model().state_dict()
+    assert not torch.equal(parameters["mixtures.0.inner.1.weight"], parameters["mixtures.1.inner.1.weight"])
+
+
+def test_the_highest_seed_of_a_manifest_works() -> None:
+    make_model(seed=2**63 - 1)
+
+
+def test_each_layer_asks_for_its_own_mixture() -> None:
+    asked: list[int] = []
+
+    def make_mixture(layer: int) -> nn.Module:
+        asked.append(layer)
+        return nn.Identity()
+
+    LanguageModel(make_manifest(layers=3), make_mixture)
+    assert asked == [0, 1, 2]
+
+
+def test_a_sequence_longer_than_the_context_is_a_programmer_error() -> None:
+    with pytest.raises(AssertionError, match="at most 16 tokens"):
+        make_model()(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_the_model_learns_a_small_text() -> None:
+    model = make_model()
+    tokens = torch.tensor([list(b"sauna sauna sauna")])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first = model.loss(tokens).item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model.loss(tokens)
+        torch.autograd.backward(loss)
+        optimizer.step()
+    assert model.loss(tokens).item() < first / 4

@@ -1,0 +1,213 @@
+"""The training loop, its schedule and its figures."""
+
+import math
+import statistics
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dht.manifest import Manifest
+from peer.errors import UserError
+from trainer_client.data import ByteDataset
+from trainer_client.model import LanguageModel
+from trainer_client.settings import TrainerSettings
+from trainer_client.training import Progress, Summary, learning_rate, longest_stall, train, validation_loss
+
+TEXT = b"In the sauna one must behave as in church. " * 60
+
+
+class FailingModel(LanguageModel):
+    """Its training losses are not finite in the steps named."""
+
+    def __init__(self, bad_steps: range | set[int], value: float = math.nan) -> None:
+        super().__init__(make_manifest(), lambda layer: nn.Identity())
+        self.bad_steps = bad_steps
+        self.value = value
+        self.step = 0
+
+    def loss(self, tokens_BT: Tensor) -> Tensor:
+        loss = super().loss(tokens_BT)
+        if not self.training:
+            return loss
+        self.step += 1
+        return loss * self.value if self.step in self.bad_steps else loss
+
+
+class SteepModel(LanguageModel):
+    """Its loss is finite and its gradient is not: a square root at 0."""
+
+    def loss(self, tokens_BT: Tensor) -> Tensor:
+        return super().loss(tokens_BT) + (0 * self.head.weight.sum()).square().sqrt()
+
+
+def make_manifest() -> Manifest:
+    model = {"layers": 1, "hidden": 16, "heads": 2, "context": 16, "feed_forward": 32}
+    return Manifest.model_validate({"name": "sauna", "model": model})
+
+
+def make_settings(**given: Any) -> TrainerSettings:
+    small = {"steps": 12, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-2, "validation_batches": 2}
+    return TrainerSettings.load(**(small | given))
+
+
+def run(
+    settings: TrainerSettings,
+    model: LanguageModel | None = None,
+    stop_after: int | None = None,
+    clock: Iterator[float] | None = None,
+) -> tuple[Summary, list[Progress]]:
+    model = model or LanguageModel(make_manifest(), lambda layer: nn.Identity())
+    seen: list[Progress] = []
+    stop = threading.Event()
+
+    def observe(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.step == stop_after:
+            stop.set()
+
+    if stop_after == 0:
+        stop.set()
+    timed: dict[str, Any] = {} if clock is None else {"clock": lambda: next(clock)}
+    summary = train(model, ByteDataset(TEXT, 16), settings, observe=observe, stop=stop, **timed)
+    return summary, seen
+
+
+def test_training_lowers_the_loss_on_held_out_text() -> None:
+    summary, seen = run(make_settings(steps=60))
+    assert summary.steps == len(seen) == 60
+    assert summary.validation_loss_last < summary.validation_loss_first - 1
+    assert summary.loss_first == seen[0].loss
+    assert summary.loss_last == seen[-1].loss
+    assert summary.skipped_steps == 0
+    assert summary.tokens_per_s > 0
+
+
+def test_equal_runs_give_equal_losses() -> None:
+    first, second = run(make_settings())[1], run(make_settings())[1]
+    assert [progress.loss for progress in first] == [progress.loss for progress in second]
+
+
+def test_validation_comes_before_the_first_step_and_after_the_last() -> None:
+    model = LanguageModel(make_manifest(), lambda layer: nn.Identity())
+    batches = ByteDataset(TEXT, 16).validation_batches(4, 2)
+    before = validation_loss(model, batches)
+    summary, seen = run(make_settings(), model)
+    assert summary.validation_loss_first == before
+    assert summary.validation_loss_last == validation_loss(model, batches)
+    assert [progress.step for progress in seen if progress.validation_loss is not None] == [12]
+
+
+def test_validation_comes_every_so_many_steps() -> None:
+    _, seen = run(make_settings(validate_every=5))
+    assert [progress.step for progress in seen if progress.validation_loss is not None] == [5, 10, 12]
+
+
+def test_validation_takes_no_gradient_and_leaves_the_model_in_training() -> None:
+    model = LanguageModel(make_manifest(), lambda layer: nn.Identity())
+    validation_loss(model, ByteDataset(TEXT, 16).validation_batches(4, 2))
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_stop_ends_training_between_two_steps_with_what_it_has() -> None:
+    summary, seen = run(make_settings(validate_every=2), stop_after=5)
+    assert summary.steps == len(seen) == 5
+    assert summary.loss_last == seen[-1].loss
+    assert summary.validation_loss_last == seen[3].validation_loss
+
+
+def test_stop_before_the_first_step_gives_an_empty_summary() -> None:
+    summary, seen = run(make_settings(), stop_after=0)
+    assert seen == []
+    assert (summary.steps, summary.loss_first, summary.loss_last) == (0, None, None)
+    assert (summary.tokens_per_s, summary.longest_stall_s) == (0, 0)
+    assert summary.validation_loss_first == summary.validation_loss_last
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(value: float) -> None:
+    model = FailingModel({1, 4, 5, 12}, value)
+    summary, seen = run(make_settings(), model)
+    assert summary.skipped_steps == 4
+    assert summary.steps == 12
+    assert [p.step for p in seen if not math.isfinite(p.loss)] == [1, 4, 5, 12]
+    assert (summary.loss_first, summary.loss_last) == (seen[1].loss, seen[10].loss)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_step_with_a_gradient_that_is_not_finite_changes_no_parameter() -> None:
+    model = SteepModel(make_manifest(), lambda layer: nn.Identity())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    summary, _ = run(make_settings(steps=3), model)
+    assert summary.skipped_steps == 3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_training_ends_with_a_clear_error_after_ten_bad_steps_in_a_row() -> None:
+    with pytest.raises(UserError, match=r"10 steps in a row, up to step 12: .*learning_rate"):
+        run(make_settings(steps=30), FailingModel(range(3, 31)))
+
+
+def test_nine_bad_steps_in_a_row_are_survived() -> None:
+    summary, _ = run(make_settings(steps=20), FailingModel(range(2, 11)))
+    assert (summary.steps, summary.skipped_steps) == (20, 9)
+
+
+def test_figures_come_from_the_clock_and_leave_validation_out() -> None:
+    # start; first validation done; steps 1 and 2; a validation; steps 3 and 4; the last validation; the end
+    times = iter([0.0, 10.0, 20.0, 30.0, 130.0, 134.0, 140.0, 150.0, 151.0])
+    summary, seen = run(make_settings(steps=4, validate_every=2), clock=times)
+    assert [progress.step_s for progress in seen] == [10, 10, 4, 6]
+    tokens = 4 * 16
+    assert [progress.tokens_per_s for progress in seen] == [
+        pytest.approx(tokens * steps / passed) for steps, passed in [(1, 10), (2, 20), (3, 24), (4, 30)]
+    ]
+    assert summary.tokens_per_s == pytest.approx(tokens * 4 / 30)
+    assert summary.longest_stall_s == 10 - 6
+    assert summary.seconds == 151
+
+
+def test_stall_is_the_longest_interval_less_the_median() -> None:
+    assert longest_stall([1.0, 1.2, 0.8, 9.0, 1.0]) == 8.0
+
+
+@pytest.mark.parametrize("intervals", [[], [3.0], [2.0, 2.0, 2.0]])
+def test_steady_steps_have_no_stall(intervals: list[float]) -> None:
+    assert longest_stall(intervals) == 0
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50))
+def test_a_stall_is_never_negative_nor_longer_than_the_longest_interval(intervals: list[float]) -> None:
+    assert 0 <= longest_stall(intervals) <= max(intervals)
+    assert longest_stall(intervals) + statistics.median(intervals) == pytest.approx(max(intervals))
+
+
+def test_the_rate_rises_linearly_then_falls_as_a_cosine() -> None:
+    settings = make_settings(steps=110, warmup_steps=10, learning_rate=1e-3)
+    rates = [learning_rate(step, settings) for step in range(110)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9] == pytest.approx(1e-3)
+    assert rates[10] == pytest.approx(1e-3)
+    assert rates[60] == pytest.approx(0.55e-3)
+    assert rates[109] == pytest.approx(1e-4, rel=0.01)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@given(st.integers(1, 50), st.integers(0, 60), st.integers(0, 60))
+def test_the_rate_is_always_positive_and_never_above_the_highest(steps: int, warmup: int, step: int) -> None:
+    settings = make_settings(steps=steps, warmup_steps=warmup, learning_rate=1e-3)
+    assert 0 < learning_rate(step, settings) <= 1e-3 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("steps", 0), ("k_min", 0), ("grace_s", -1), ("call_deadline_s", math.inf)]
+)
+def test_settings_out_of_bounds_are_refused(key: str, value: float) -> None:
+    with pytest.raises(UserError, match=key):
+        make_settings(**{key: value})

@@ -1,0 +1,156 @@
+"""One call to one node: its header and payload out, the answers of its experts in, as they are ready.
+
+`dispatch` sees only the `ExpertCaller` protocol, so tests put a function in its place.
+"""
+
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import grpc
+from grpc import StatusCode
+
+from dht.registry import NodeInfo
+from dht.uid import UID
+from peer import PROTOCOL_VERSION
+from peer.channels import ChannelPool
+from peer.codec import MAX_CHUNK_BYTES, Floats, decode, encode, encoded_bytes, split
+from peer.errors import ExpertError, WireError
+from peer.wire import expert_pb2, expert_pb2_grpc
+
+Direction: TypeAlias = Literal["forward", "backward"]
+
+_STATUS = {status.value[0]: status for status in StatusCode}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one expert is asked: its rows in segments, inputs and, backward, the gradients of its outputs."""
+
+    uid: UID
+    lengths: Sequence[int]
+    """Rows of each segment."""
+    positions: Sequence[int]
+    """Of each row in its sequence."""
+    inputs: Floats
+    """[R, D]"""
+    gradients: Floats | None
+    """[R, D], or None in forward."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one expert answered: a tensor [R, D], or why it did not."""
+
+    index: int
+    """Which of the requests this answers."""
+    tensor: Floats | None
+    error: ExpertError | None = None
+
+
+class ExpertCaller(Protocol):
+    """The network, as dispatch sees it."""
+
+    def call(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncIterator[Answer]:
+        """Yields answers in any order. Raises ExpertError when the call as a whole failed; then no more come."""
+        ...
+
+
+class GrpcCaller:
+    """Calls nodes over pinned TLS channels."""
+
+    def __init__(self, channels: ChannelPool, swarm_id: str, width: int) -> None:
+        self._channels = channels
+        self._swarm_id = swarm_id
+        self._width = width
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    async def call(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncIterator[Answer]:
+        if not node.addresses:
+            raise ExpertError(StatusCode.UNAVAILABLE, f"node {node.peer_id} gives no address")
+        channel = await self._channels.get(node.addresses[0], node.certificate_pem)
+        stub = expert_pb2_grpc.ExpertServiceStub(channel)
+        method = stub.Forward if direction == "forward" else stub.Backward
+        stream = method(timeout=deadline_s)
+        try:
+            await self._send(stream, requests)
+            async with contextlib.aclosing(self._answers(stream, requests)) as answers:
+                async for answer in answers:
+                    yield answer
+        except grpc.aio.AioRpcError as error:
+            raise ExpertError(error.code(), str(error.details())) from error
+        except grpc.aio.UsageError as error:  # the call ended while we were still sending
+            raise ExpertError(await stream.code(), str(await stream.details())) from error
+        except WireError as error:
+            raise ExpertError(StatusCode.DATA_LOSS, f"node {node.peer_id} answered wrongly: {error}") from error
+        finally:
+            stream.cancel()  # no effect on a call that has ended
+
+    async def _send(self, stream: grpc.aio.StreamStreamCall, requests: Sequence[Request]) -> None:
+        header = expert_pb2.CallHeader(
+            protocol_version=PROTOCOL_VERSION,
+            swarm_id=self._swarm_id,
+            request_id=secrets.token_bytes(16),
+            width=self._width,
+            codec=expert_pb2.CODEC_FP32,
+            experts=[
+                expert_pb2.ExpertRows(
+                    uid=str(request.uid), segment_lengths=request.lengths, positions=request.positions
+                )
+                for request in requests
+            ],
+        )
+        await stream.write(expert_pb2.CallRequest(header=header))
+        for request in requests:
+            for tensor in (request.inputs, request.gradients):
+                if tensor is not None:
+                    for chunk in split(encode(tensor, expert_pb2.CODEC_FP32)):
+                        await stream.write(expert_pb2.CallRequest(chunk=chunk))
+                        self.bytes_sent += len(chunk)
+        await stream.done_writing()
+
+    async def _answers(
+        self, stream: grpc.aio.StreamStreamCall, requests: Sequence[Request]
+    ) -> AsyncIterator[Answer]:
+        """Raises WireError for whatever a correct node would not send."""
+        waiting = set(range(len(requests)))
+        while waiting:
+            reply = await self._next(stream, "expert")
+            expert = reply.expert
+            if expert.index not in waiting:
+                raise WireError(f"an answer for part {expert.index}, which is not waited for")
+            waiting.remove(expert.index)
+            if expert.status:
+                status = _STATUS.get(expert.status, StatusCode.UNKNOWN)
+                error = ExpertError(status, expert.message[:500], max(0.0, expert.retry_after_s))
+                yield Answer(expert.index, None, error)
+                continue
+            size = encoded_bytes(len(requests[expert.index].inputs), self._width, expert_pb2.CODEC_FP32)
+            if expert.payload_bytes != size:
+                raise WireError(f"a tensor of {expert.payload_bytes} bytes; expected {size}")
+            data = bytearray()
+            while len(data) < size:
+                chunk = (await self._next(stream, "chunk")).chunk
+                if not 1 <= len(chunk) <= min(MAX_CHUNK_BYTES, size - len(data)):
+                    raise WireError(f"a chunk of {len(chunk)} bytes")
+                data += chunk
+            self.bytes_received += size
+            yield Answer(expert.index, decode(data, self._width, expert_pb2.CODEC_FP32))
+
+    async def _next(self, stream: grpc.aio.StreamStreamCall, part: str) -> expert_pb2.CallReply:
+        reply = await stream.read()
+        if reply is grpc.aio.EOF:
+            code = await stream.code()
+            if code is not StatusCode.OK:
+                raise ExpertError(code, str(await stream.details()))
+            raise WireError("the stream ended before all experts had answered")
+        if reply.WhichOneof("part") != part:
+            raise WireError(f"got {reply.WhichOneof('part')} where {part} was expected")
+        return reply

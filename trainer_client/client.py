@@ -1,0 +1,126 @@
+"""A trainer's membership in a swarm: the loop, the host, the directory and the dispatcher, started and stopped as one."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import nn
+
+from dht.directory import Directory
+from dht.invite import Invite
+from dht.manifest import Manifest
+from dht.swarm import Stage, Swarm, join_swarm
+from peer.channels import ChannelPool
+from peer.errors import SwarmError
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.processes import StateFolder
+from trainer_client.calls import GrpcCaller
+from trainer_client.dispatch import Dispatcher, WaitPolicy
+from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.settings import TrainerSettings
+
+_LOOK_AGAIN_S = 0.5
+
+
+class SwarmClient:
+    """Joins a swarm as trainer. A context manager: leaving it stops everything it started."""
+
+    def __init__(
+        self, invite: Invite, settings: TrainerSettings, state: Path, *, stage: Stage = lambda text: None
+    ) -> None:
+        """`stage` is told what happens while joining. Raises UserError when joining fails."""
+        self._folder = StateFolder(state)
+        self._loop = LoopThread()
+        self._swarm: Swarm | None = None
+        self._channels = ChannelPool()
+        self._refreshing: asyncio.Task[None] | None = None
+        try:
+            self._loop.run(self._start(invite, settings, stage))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def manifest(self) -> Manifest:
+        assert self._swarm is not None
+        return self._swarm.manifest
+
+    def make_mixture(self, layer: int) -> nn.Module:
+        """The mixture of the swarm's experts in one layer of the model."""
+        return RemoteMixtureOfExperts(
+            layer,
+            self.manifest.model.hidden,
+            self.manifest.experts.grid,
+            self.manifest.routing.top_k,
+            self.dispatcher,
+            self._loop.run,
+        )
+
+    def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
+        """Waits until `share` of all experts are live, at most `limit_s` seconds; then one live expert is enough.
+
+        Raises SwarmError when there is none.
+        """
+        deadline = time.monotonic() + limit_s
+        total = self.manifest.experts_total
+        while (live := self.dispatcher.live_experts()) < share * total:
+            if time.monotonic() > deadline:
+                if live:
+                    return
+                raise SwarmError(
+                    f"no expert of this swarm answered in {limit_s:.0f} s: is a node running? "
+                    "`talkoot status` shows who is there"
+                )
+            report(f"waiting for experts: {live} of {total} live")
+            self._loop.run(self._look_again())
+
+    def close(self) -> None:
+        """Leaves the swarm. Closing twice is harmless."""
+        if not self._loop.loop.is_closed():
+            self._loop.run(self._stop())
+        self._loop.close()
+        self._folder.close()
+
+    async def _start(self, invite: Invite, settings: TrainerSettings, stage: Stage) -> None:
+        identity = Identity.load_or_create(self._folder.path / "identity.key")
+        self._swarm = await join_swarm(
+            identity, invite, listen="127.0.0.1", serves_dht=False, stage=stage
+        )
+        stage("looking for experts")
+        self._directory = Directory(
+            self._swarm.registry, self._swarm.manifest, refresh_every_s=settings.refresh_every_s
+        )
+        await self._directory.refresh()
+        self._refreshing = asyncio.create_task(self._directory.keep_fresh())
+        caller = GrpcCaller(self._channels, invite.keys.swarm_id, self._swarm.manifest.model.hidden)
+        policy = WaitPolicy(settings.call_deadline_s, settings.grace_s, settings.k_min)
+        seed = random.SystemRandom().getrandbits(32)
+        self.dispatcher = Dispatcher(self._directory, caller, policy, seed=seed)
+
+    async def _look_again(self) -> None:
+        await asyncio.sleep(_LOOK_AGAIN_S)
+        await self._directory.refresh()
+
+    async def _stop(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await self.dispatcher.close()
+        await self._channels.close()
+        if self._swarm is not None:
+            await self._swarm.stop()
