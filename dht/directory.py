@@ -69,7 +69,7 @@ class View:
             if uid.layer == layer and self.hosts(uid, avoided):
                 alive[uid.coordinate] = True
         dimensions = alive.ndim
-        return tuple(alive.any(axis=tuple(range(d + 1, dimensions))) for d in range(dimensions))
+        return tuple(np.asarray(alive.any(axis=tuple(range(d + 1, dimensions)))) for d in range(dimensions))
 
 
 class Directory:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import base58
 from google.protobuf.message import DecodeError
-from hivemind.p2p import PeerID
 
 from dht.records import SwarmKeys, parse_peer_id
 from peer.errors import InviteError, WireError
@@ -40,9 +39,13 @@ class Invite:
         """Raises InviteError that says what is wrong with the line."""
         text = text.strip()
         if not text.startswith("talkoot"):
-            raise InviteError(f"an invite starts with {_SCHEME!r}: copy the whole line that the founder's node printed")
+            raise InviteError(
+                f"an invite starts with {_SCHEME!r}: copy the whole line that the founder's node printed"
+            )
         if not text.startswith(_SCHEME):
-            raise InviteError("this invite is of another version of Talkoot: update it, or ask for a new invite")
+            raise InviteError(
+                "this invite is of another version of Talkoot: update it, or ask for a new invite"
+            )
         if len(text) > _MAX_CHARACTERS:
             raise InviteError(f"an invite has at most {_MAX_CHARACTERS} characters")
         message = records_pb2.InviteMessage()

@@ -1,6 +1,5 @@
 """The manifest: the description of the model that every peer of a swarm shares, signed by its author."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -9,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dht.uid import UID, grid_coordinates
 from peer import PROTOCOL_VERSION
 from peer.errors import SettingsError, SwarmError
-from peer.settings import describe_validation_error
+from peer.settings import describe_validation_error, read_toml
 
 SwarmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}[a-z0-9]$")]
 
@@ -21,13 +20,17 @@ class _Part(BaseModel):
 class ModelSpec(_Part):
     """The language model: `layers` times (local Transformer layers, then a mixture of experts)."""
 
-    layers: int = Field(2, ge=1, le=64, description="mixture layers of the model")
-    hidden: int = Field(128, ge=8, le=16384, description="columns of every activation")
-    heads: int = Field(4, ge=1, le=256, description="attention heads, at the trainer and in transformer experts")
-    context: int = Field(128, ge=2, le=65536, description="longest sequence, in tokens")
-    local_layers: int = Field(1, ge=0, le=16, description="local Transformer layers before each mixture")
-    feed_forward: int = Field(512, ge=8, le=65536, description="inner size of feed-forward blocks")
-    seed: int = Field(0, ge=0, lt=2**63, description="from which all first parameters are drawn")
+    layers: int = Field(default=2, ge=1, le=64, description="mixture layers of the model")
+    hidden: int = Field(default=128, ge=8, le=16384, description="columns of every activation")
+    heads: int = Field(
+        default=4, ge=1, le=256, description="attention heads, at the trainer and in transformer experts"
+    )
+    context: int = Field(default=128, ge=2, le=65536, description="longest sequence, in tokens")
+    local_layers: int = Field(
+        default=1, ge=0, le=16, description="local Transformer layers before each mixture"
+    )
+    feed_forward: int = Field(default=512, ge=8, le=65536, description="inner size of feed-forward blocks")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="from which all first parameters are drawn")
 
     @model_validator(mode="after")
     def _heads_divide_hidden(self) -> Self:
@@ -40,9 +43,12 @@ class ExpertSpec(_Part):
     """The experts: their grid and their kind."""
 
     grid: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
-        (4, 4), min_length=1, max_length=4, description="size of each grid dimension, the same in every layer"
+        default=(4, 4),
+        min_length=1,
+        max_length=4,
+        description="size of each grid dimension, the same in every layer",
     )
-    kind: Literal["transformer"] = Field("transformer", description="what an expert is")
+    kind: Literal["transformer"] = Field(default="transformer", description="what an expert is")
 
     @model_validator(mode="after")
     def _grid_is_not_too_large(self) -> Self:
@@ -62,16 +68,22 @@ class ExpertSpec(_Part):
 class RoutingSpec(_Part):
     """How many experts every token is sent to."""
 
-    top_k: int = Field(4, ge=1, le=64, description="experts for each token")
+    top_k: int = Field(default=4, ge=1, le=64, description="experts for each token")
 
 
 class OptimizerSpec(_Part):
     """The optimizer of the experts: AdamW."""
 
-    learning_rate: float = Field(1e-3, gt=0, le=1, allow_inf_nan=False, description="step size")
-    weight_decay: float = Field(0.01, ge=0, le=1, allow_inf_nan=False, description="decoupled weight decay")
-    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of one step")
-    warmup_updates: int = Field(10, ge=0, le=10**7, description="steps in which the step size rises linearly")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False, description="step size")
+    weight_decay: float = Field(
+        default=0.01, ge=0, le=1, allow_inf_nan=False, description="decoupled weight decay"
+    )
+    clip_norm: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of one step"
+    )
+    warmup_updates: int = Field(
+        default=10, ge=0, le=10**7, description="steps in which the step size rises linearly"
+    )
 
 
 class Manifest(_Part):
@@ -84,15 +96,20 @@ class Manifest(_Part):
     routing: RoutingSpec = RoutingSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
 
+    @model_validator(mode="after")
+    def _top_k_is_not_too_large(self) -> Self:
+        if self.routing.top_k > self.experts.count:
+            raise ValueError(
+                f"top_k ({self.routing.top_k}) is more than a layer's {self.experts.count} experts"
+            )
+        return self
+
     @classmethod
     def from_toml(cls, path: Path) -> Self:
         """Raises SettingsError that names the file and the key that is wrong."""
+        values = read_toml(path)
         try:
-            return cls._validated(tomllib.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise SettingsError(f"no file {path}: write one, or copy deploy/swarm.toml") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise SettingsError(f"can't read {path}: {error}") from error
+            return cls._validated(values)
         except ValidationError as error:
             raise SettingsError(f"{path}: {describe_validation_error(error)}") from error
 
@@ -108,7 +125,9 @@ class Manifest(_Part):
                 )
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise SwarmError(f"the swarm's manifest is not valid: {describe_validation_error(error)}") from error
+            raise SwarmError(
+                f"the swarm's manifest is not valid: {describe_validation_error(error)}"
+            ) from error
 
     def to_json(self) -> bytes:
         return self.model_dump_json().encode()
@@ -147,4 +166,3 @@ class _Versioned(BaseModel):
     """Only the version, so that a manifest of another one is told from a broken one."""
 
     protocol_version: int
-

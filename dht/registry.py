@@ -130,7 +130,9 @@ class Registry:
         """The manifest inside the author's record."""
         return unseal(record, self.keys.manifest, self.keys.author, self._now()).manifest_json
 
-    async def announce(self, replicas: Collection[Announced], lifetime_s: float, queued_rows: int = 0) -> None:
+    async def announce(
+        self, replicas: Collection[Announced], lifetime_s: float, queued_rows: int = 0
+    ) -> None:
         """Writes each replica under its expert's key, and every coordinate on the way there as active."""
         expires_at = self._now() + lifetime_s
         stores: dict[tuple[str, int | bytes], tuple[str, int | bytes, str | bytes, float]] = {}
@@ -162,7 +164,9 @@ class Registry:
         keys = {self.keys.prefix(layer, coordinate): (layer, coordinate) for layer, coordinate in prefixes}
         found = await self._get(list(keys))
         return {
-            prefix: frozenset(c for c, (value, _) in found[key].items() if isinstance(c, int) and value == key)
+            prefix: frozenset(
+                c for c, (value, _) in found[key].items() if isinstance(c, int) and value == key
+            )
             for key, prefix in keys.items()
         }
 
@@ -214,7 +218,9 @@ class Registry:
         )
         return seal(self._identity, payload)
 
-    def _replicas_of(self, uid: UID, key: str, found: Mapping[object, tuple[Any, float]]) -> Iterable[Replica]:
+    def _replicas_of(
+        self, uid: UID, key: str, found: Mapping[object, tuple[Any, float]]
+    ) -> Iterable[Replica]:
         for subkey, (value, _) in found.items():
             try:
                 peer_id = parse_peer_id(subkey)
@@ -271,7 +277,9 @@ class Registry:
         for key in keys:
             item = found[key]
             is_dictionary = item is not None and isinstance(item.value, dict)
-            result[key] = {k: (v.value, v.expiration_time) for k, v in item.value.items()} if is_dictionary else {}
+            result[key] = (
+                {k: (v.value, v.expiration_time) for k, v in item.value.items()} if is_dictionary else {}
+            )
         return result
 
     async def _in_time(self, call: Awaitable[T]) -> T:

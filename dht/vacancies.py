@@ -27,12 +27,18 @@ def choose(vacancies: Collection[UID], room: int, peer_id: PeerID) -> list[UID]:
     return sorted(vacancies, key=lambda uid: preference(uid, peer_id), reverse=True)[: max(room, 0)]
 
 
-def lost_claims(claims: Collection[UID], replicas: Mapping[UID, Sequence[Replica]], peer_id: PeerID) -> list[UID]:
+def lost_claims(
+    claims: Collection[UID], replicas: Mapping[UID, Sequence[Replica]], peer_id: PeerID
+) -> list[UID]:
     """Those of this peer's claims that it must give up: another serves the expert already, or prefers it more."""
     return [
         uid
         for uid in claims
-        if any(_outranks(replica, uid, peer_id) for replica in replicas.get(uid, ()) if replica.peer_id != peer_id)
+        if any(
+            _outranks(replica, uid, peer_id)
+            for replica in replicas.get(uid, ())
+            if replica.peer_id != peer_id
+        )
     ]
 
 

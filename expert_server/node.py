@@ -168,7 +168,9 @@ class Node:
         try:
             port = self._server.add_secure_port(f"{host}:{settings.grpc_port}", credentials)
         except RuntimeError as error:
-            raise StartError(f"can't listen on {host} port {settings.grpc_port}: pass another port") from error
+            raise StartError(
+                f"can't listen on {host} port {settings.grpc_port}: pass another port"
+            ) from error
         await self._server.start()
         self.address = f"{host}:{port}"
         registry = CollectorRegistry()

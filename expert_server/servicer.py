@@ -1,4 +1,4 @@
-"""The gRPC edge of a node: reads calls, refuses what is wrong before it is queued, streams answers as they are ready."""
+"""The gRPC edge of a node: reads calls, refuses what is wrong before it is queued, streams answers as they come."""
 
 import asyncio
 import logging

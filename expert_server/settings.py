@@ -1,9 +1,9 @@
 """The node's settings, from a TOML file, the environment (`TALKOOT_NODE_…`) and flags."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
-from pydantic_settings import SettingsConfigDict
 
 from peer.settings import RoleSettings
 
@@ -11,7 +11,7 @@ from peer.settings import RoleSettings
 class NodeSettings(RoleSettings):
     """What a volunteer's node may use, and how it serves. Times are in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="TALKOOT_NODE_")
+    env_prefix: ClassVar[str] = "TALKOOT_NODE_"
 
     experts: int | None = Field(
         None, ge=0, le=10**6, description="experts to host; unset: a quarter of the free memory"
@@ -45,9 +45,7 @@ class NodeSettings(RoleSettings):
         65536, ge=1, le=10**9, description="rows that may wait; more are refused with RESOURCE_EXHAUSTED"
     )
     max_batch_rows: int = Field(8192, ge=1, le=10**7, description="rows computed at once")
-    max_call_bytes: int = Field(
-        64 * 2**20, ge=1024, le=2**32, description="payload of one call, in bytes"
-    )
+    max_call_bytes: int = Field(64 * 2**20, ge=1024, le=2**32, description="payload of one call, in bytes")
     max_calls: int = Field(64, ge=1, le=10**5, description="calls served at the same time")
     max_call_s: float = Field(60.0, gt=0, le=3600, description="longest that a call may last, in seconds")
 

@@ -29,7 +29,7 @@ def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
 def encode(tensor_RD: Floats, codec: "expert_pb2.Codec") -> memoryview:
     """The tensor's bytes; no copy when it is contiguous and of the codec's type."""
     encoded_bytes(0, 0, codec)
-    return memoryview(np.ascontiguousarray(tensor_RD, dtype="<f4")).cast("B")
+    return np.ascontiguousarray(tensor_RD, dtype="<f4").data.cast("B")
 
 
 def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") -> Floats:

@@ -13,8 +13,8 @@ import psutil
 from hivemind.dht.node import DHTNode
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.errors import StartError, UnreachableError
@@ -80,7 +80,9 @@ class Host:
         """Leaves the DHT and ends p2pd. Stopping twice is harmless."""
         if self.dht.is_alive:
             # p2pd may be gone already, then there is nothing to unregister from
-            with contextlib.suppress(ControlFailure, OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
+            with contextlib.suppress(
+                ControlFailure, OSError, asyncio.IncompleteReadError, asyncio.TimeoutError
+            ):
                 await asyncio.wait_for(self.dht.shutdown(), DIAL_DEADLINE_S)
         refresh = self.dht.cache_refresh_task
         if refresh is not None:
@@ -116,7 +118,9 @@ def require_free_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise StartError(f"can't listen on {host} port {port}: {error.strerror}; pass another port") from error
+            raise StartError(
+                f"can't listen on {host} port {port}: {error.strerror}; pass another port"
+            ) from error
 
 
 async def _start_daemon(

@@ -125,7 +125,9 @@ def _public_bytes(key: rsa.RSAPublicKey) -> bytes:
 def _write_new_key(path: Path) -> None:
     key = rsa.generate_private_key(public_exponent=65537, key_size=_KEY_BITS)
     data = key.private_bytes(
-        serialization.Encoding.DER, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        serialization.Encoding.DER,
+        serialization.PrivateFormat.TraditionalOpenSSL,
+        serialization.NoEncryption(),
     )
     message = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=data)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,9 @@ class StateFolder:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock: IO[str] = (path / "lock").open("w")
         except OSError as error:
-            raise StartError(f"can't use the state folder {path}: {error.strerror}; pass another --state") from error
+            raise StartError(
+                f"can't use the state folder {path}: {error.strerror}; pass another --state"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

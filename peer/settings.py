@@ -1,24 +1,21 @@
 """Settings: one pydantic model per role, from a TOML file, the environment and flags; flags are strongest."""
 
 import os
+import tomllib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peer.errors import SettingsError
 
 
-class RoleSettings(BaseSettings):
-    """Base of a role's settings. A subclass sets `env_prefix`, and gives each field a unit, bounds and a description."""
+class RoleSettings(BaseModel):
+    """Base of a role's settings. A subclass sets `env_prefix`, and gives each field a unit, bounds, a description."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    env_prefix: ClassVar[str]
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> Self:
@@ -27,40 +24,34 @@ class RoleSettings(BaseSettings):
         Raises SettingsError with one line that names the setting that is wrong.
         """
         given = {name: value for name, value in flags.items() if value is not None}
-        if config is not None and not config.is_file():
-            raise SettingsError(f"no settings file {config}")
-        _refuse_unknown_environment(cls)
-
-        class FromFile(cls):  # type: ignore[misc, valid-type]  # the file's path is known only here
-            model_config = SettingsConfigDict(toml_file=config)
-
+        from_file = {} if config is None else read_toml(config)
         try:
-            # a FromFile is a cls: it differs only in where its values came from
-            loaded = FromFile(**given)
-            return cls.model_construct(**{name: getattr(loaded, name) for name in cls.model_fields})
+            return cls.model_validate({**from_file, **cls._from_environment(), **given})
         except ValidationError as error:
             raise SettingsError(describe_validation_error(error)) from error
-        except ValueError as error:  # TOML that does not parse
-            raise SettingsError(f"can't read {config}: {error}") from error
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+    def _from_environment(cls) -> dict[str, str]:
+        known = {f"{cls.env_prefix}{name}".upper(): name for name in cls.model_fields}
+        found = {
+            name: value for name, value in os.environ.items() if name.startswith(cls.env_prefix) and value
+        }
+        unknown = sorted(set(found) - set(known))
+        if unknown:
+            raise SettingsError(
+                f"unknown setting {unknown[0]} in the environment; known: {', '.join(sorted(known))}"
+            )
+        return {known[name]: value for name, value in found.items()}
 
 
-def _refuse_unknown_environment(cls: type[RoleSettings]) -> None:
-    prefix = cls.model_config.get("env_prefix", "")
-    known = {f"{prefix}{name}".upper() for name in cls.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith(prefix) and name not in known)
-    if prefix and unknown:
-        raise SettingsError(f"unknown setting {unknown[0]} in the environment; known: {', '.join(sorted(known))}")
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises SettingsError that names the file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"no file {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"can't read {path}: {error}") from error
 
 
 def describe_validation_error(error: ValidationError) -> str:

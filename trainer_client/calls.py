@@ -89,7 +89,9 @@ class GrpcCaller:
         except grpc.aio.UsageError as error:  # the call ended while we were still sending
             raise ExpertError(await stream.code(), str(await stream.details())) from error
         except WireError as error:
-            raise ExpertError(StatusCode.DATA_LOSS, f"node {node.peer_id} answered wrongly: {error}") from error
+            raise ExpertError(
+                StatusCode.DATA_LOSS, f"node {node.peer_id} answered wrongly: {error}"
+            ) from error
         finally:
             stream.cancel()  # no effect on a call that has ended
 

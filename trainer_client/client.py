@@ -1,4 +1,4 @@
-"""A trainer's membership in a swarm: the loop, the host, the directory and the dispatcher, started and stopped as one."""
+"""A trainer's membership in a swarm: loop, host, directory and dispatcher, started and stopped as one."""
 
 import asyncio
 import random
@@ -99,9 +99,7 @@ class SwarmClient:
 
     async def _start(self, invite: Invite, settings: TrainerSettings, stage: Stage) -> None:
         identity = Identity.load_or_create(self._folder.path / "identity.key")
-        self._swarm = await join_swarm(
-            identity, invite, listen="127.0.0.1", serves_dht=False, stage=stage
-        )
+        self._swarm = await join_swarm(identity, invite, listen="127.0.0.1", serves_dht=False, stage=stage)
         stage("looking for experts")
         self._directory = Directory(
             self._swarm.registry, self._swarm.manifest, refresh_every_s=settings.refresh_every_s

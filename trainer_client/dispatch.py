@@ -333,7 +333,9 @@ class _Forward:
         """One call to each server, with all shares of its experts."""
         dispatcher, result = self._dispatcher, self.result
         by_peer: dict[PeerID, list[Share]] = defaultdict(list)
-        for share in make_shares(result.layer, result.coordinates, wanted, self._grid, result.sequence_length):
+        for share in make_shares(
+            result.layer, result.coordinates, wanted, self._grid, result.sequence_length
+        ):
             replica = view.replica(share.uid, dispatcher._rng, avoided)
             if replica is not None:
                 by_peer[replica.peer_id].append(share)

@@ -1,9 +1,9 @@
 """The trainer's settings, from a TOML file, the environment (`TALKOOT_TRAIN_…`) and flags."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
-from pydantic_settings import SettingsConfigDict
 
 from peer.settings import RoleSettings
 
@@ -11,7 +11,7 @@ from peer.settings import RoleSettings
 class TrainerSettings(RoleSettings):
     """How a trainer trains, and how long it waits for experts. Times are in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="TALKOOT_TRAIN_")
+    env_prefix: ClassVar[str] = "TALKOOT_TRAIN_"
 
     steps: int = Field(200, ge=1, le=10**7, description="training steps of this run")
     batch_size: int = Field(8, ge=1, le=65536, description="sequences in a step")

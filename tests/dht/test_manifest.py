@@ -33,7 +33,7 @@ def manifests() -> st.SearchStrategy[Manifest]:
     )
     return st.builds(
         lambda name, model, grid: Manifest.model_validate(
-            {"name": name, "model": model, "experts": {"grid": grid}}
+            {"name": name, "model": model, "experts": {"grid": grid}, "routing": {"top_k": 1}}
         ),
         name=st.from_regex(r"[a-z0-9][a-z0-9-]{0,30}[a-z0-9]", fullmatch=True),
         model=models,
@@ -149,3 +149,10 @@ def test_a_uid_off_the_grid_is_not_held(uid: UID) -> None:
     )
     assert not manifest.holds(uid)
     assert manifest.holds(UID(1, (3, 4)))
+
+
+def test_more_experts_per_token_than_a_layer_has_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "swarm.toml"
+    path.write_text('name = "few"\n[experts]\ngrid = [3, 1]\n[routing]\ntop_k = 4\n', encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"top_k \(4\) is more than a layer's 3 experts"):
+        Manifest.from_toml(path)

@@ -1,18 +1,17 @@
 """Settings: which source wins, and how a wrong one is named."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import Field, ValidationError
-from pydantic_settings import SettingsConfigDict
 
 from peer.errors import SettingsError
 from peer.settings import RoleSettings
 
 
 class SaunaSettings(RoleSettings):
-    model_config = SettingsConfigDict(env_prefix="TALKOOT_SAUNA_")
+    env_prefix: ClassVar[str] = "TALKOOT_SAUNA_"
 
     heat: int = Field(default=80, ge=0, le=110, description="degrees")
     wait_s: float = Field(default=1.0, gt=0, description="seconds")
@@ -115,7 +114,7 @@ def test_all_wrong_keys_are_named_at_once() -> None:
 
 
 def test_a_missing_file_and_one_that_does_not_parse_are_named(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"no settings file .*absent"):
+    with pytest.raises(SettingsError, match=r"no file .*absent"):
         SaunaSettings.load(tmp_path / "absent.toml")
     config.write_text("heat = = 60", encoding="utf-8")
     with pytest.raises(SettingsError, match=r"can't read .*sauna\.toml"):
