@@ -1,7 +1,7 @@
 """The manifest: the description of the model that every peer of a swarm shares, signed by its author."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -48,7 +48,9 @@ class ExpertSpec(_Part):
         max_length=4,
         description="size of each grid dimension, the same in every layer",
     )
-    kind: Literal["transformer"] = Field(default="transformer", description="what an expert is")
+    kind: str = Field(
+        default="transformer", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="what an expert is"
+    )
 
     @model_validator(mode="after")
     def _grid_is_not_too_large(self) -> Self:

@@ -1,27 +1,73 @@
-"""The trainable block inside an expert, by the manifest's kind."""
+"""The trainable block inside an expert, by the manifest's kind.
+
+A block maps (rows [R, D], lengths [S] of the segments, positions [R] in their sequences) to [R, D], and carries its own
+residual connection. Kinds beside the two here come from other packages, through the entry point group
+`talkoot.expert_kinds`: a name, and a function from the manifest's `ModelSpec` to such a block.
+"""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import TypeAlias, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from dht.manifest import Manifest, ModelSpec
 from dht.uid import UID
+from peer.errors import SwarmError
 from peer.layers import TransformerLayer, seeded
+
+ENTRY_POINT_GROUP = "talkoot.expert_kinds"
+
+BlockBuilder: TypeAlias = Callable[[ModelSpec], nn.Module]
+
+
+class FeedForward(nn.Module):
+    """A pre-norm GELU feed-forward block with its residual; every row by itself."""
+
+    def __init__(self, hidden: int, feed_forward: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(hidden),
+            nn.Linear(hidden, feed_forward),
+            nn.GELU(),
+            nn.Linear(feed_forward, hidden),
+        )
+
+    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+        output_RD: Tensor = x_RD + self.layers(x_RD)
+        return output_RD
 
 
 def _transformer(model: ModelSpec) -> nn.Module:
     return TransformerLayer(model.hidden, model.heads, model.feed_forward)
 
 
-KINDS: Mapping[str, Callable[[ModelSpec], nn.Module]] = MappingProxyType({"transformer": _transformer})
-"""Builders of blocks. A block maps (rows [R, D], lengths [S], positions [R]) to [R, D]."""
+def _ffn(model: ModelSpec) -> nn.Module:
+    return FeedForward(model.hidden, model.feed_forward)
+
+
+_OWN_KINDS: dict[str, BlockBuilder] = {"transformer": _transformer, "ffn": _ffn}
+
+
+def builder_of(kind: str) -> BlockBuilder:
+    """The builder of a kind's blocks. Raises SwarmError when no installed package has it."""
+    if kind in _OWN_KINDS:
+        return _OWN_KINDS[kind]
+    found = entry_points(group=ENTRY_POINT_GROUP)
+    if kind not in found.names:
+        known = sorted({*_OWN_KINDS, *found.names})
+        raise SwarmError(
+            f"this swarm's experts are of kind {kind!r}, which is not installed here (installed: {', '.join(known)}): "
+            "install the package that its founder names"
+        )
+    return cast(BlockBuilder, found[kind].load())
 
 
 def build_block(manifest: Manifest, uid: UID) -> nn.Module:
     """The block with its first parameters, which follow from the manifest's seed and the UID alone."""
-    return seeded(first_seed(manifest, uid), lambda: KINDS[manifest.experts.kind](manifest.model))
+    build = builder_of(manifest.experts.kind)
+    return seeded(first_seed(manifest, uid), lambda: build(manifest.model))
 
 
 def first_seed(manifest: Manifest, uid: UID) -> int:

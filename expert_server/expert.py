@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.blocks import KINDS, build_block
+from expert_server.blocks import build_block, builder_of
 from peer.errors import ExpertError
 
 
@@ -95,5 +95,5 @@ class Expert:
 def expert_bytes(manifest: Manifest) -> int:
     """Estimates the memory of one expert: weights, gradients and AdamW's two moments. Allocates nothing."""
     with torch.device("meta"):
-        block = KINDS[manifest.experts.kind](manifest.model)
+        block = builder_of(manifest.experts.kind)(manifest.model)
     return 4 * sum(parameter.nbytes for parameter in block.parameters())

@@ -72,7 +72,7 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
         ('name = "sauna"\n[experts]\ngrid = []', "experts.grid"),
         ('name = "sauna"\n[experts]\ngrid = [4, 0]', "experts.grid.1"),
         ('name = "sauna"\n[experts]\ngrid = [4096, 4096]', "at most 1048576"),
-        ('name = "sauna"\n[experts]\nkind = "lstm"', "experts.kind"),
+        ('name = "sauna"\n[experts]\nkind = "no kind"', "experts.kind"),
         ('name = "sauna"\n[optimizer]\nlearning_rate = nan', "optimizer.learning_rate"),
         ('name = "sauna"\n[optimizer]\nclip_norm = inf', "optimizer.clip_norm"),
     ],

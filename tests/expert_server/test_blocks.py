@@ -1,0 +1,47 @@
+"""Kinds of experts: our own, and those that other packages bring."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dht.manifest import ModelSpec
+from expert_server.blocks import builder_of
+from peer.errors import SwarmError
+
+
+class Doubling(nn.Module):
+    """What the package of the test brings."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((model.hidden,), 2.0))
+
+    def forward(self, x_RD: torch.Tensor, lengths_S: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
+        return x_RD * self.scale
+
+
+def test_an_ffn_expert_treats_every_row_by_itself() -> None:
+    block = builder_of("ffn")(ModelSpec(hidden=8, heads=1, feed_forward=16))
+    x_RD = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    whole = block(x_RD, torch.tensor([5]), torch.arange(5))
+    alone = torch.cat([block(row, torch.tensor([1]), torch.tensor([0])) for row in x_RD.split(1)])
+    torch.testing.assert_close(whole, alone)
+
+
+def test_a_kind_comes_from_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "doubling-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: doubling\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        f"[talkoot.expert_kinds]\ndoubling = {Doubling.__module__}:Doubling\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    block = builder_of("doubling")(ModelSpec(hidden=8, heads=1))
+    assert isinstance(block, Doubling)
+
+
+def test_a_kind_that_is_not_installed_is_named() -> None:
+    with pytest.raises(SwarmError, match=r"kind 'lstm', which is not installed here \(installed: ffn, "):
+        builder_of("lstm")
