@@ -3,6 +3,8 @@
 Shape suffixes: R = rows, S = segments, D = hidden.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -14,6 +16,28 @@ from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block, builder_of
 from peer.errors import ExpertError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """What autograd kept of one forward pass. Good for one backward pass, as long as the parameters stay the same."""
+
+    inputs: Tensor
+    outputs: Tensor
+    update_count: int
+    bytes: int
+    """Memory it holds, parameters not counted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BackwardPart:
+    """Rows that go backwards together: inputs and gradients of the outputs [R, D], and the graph if it was kept."""
+
+    inputs: Tensor
+    gradients: Tensor
+    lengths: Tensor
+    positions: Tensor
+    graph: Graph | None = None
 
 
 class Expert:
@@ -43,24 +67,47 @@ class Expert:
             y_RD: Tensor = self.block(x_RD.to(self.device), lengths_S, positions_R.to(self.device))
         return self._finite(y_RD, "outputs")
 
-    def backward(self, x_RD: Tensor, grad_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
-        """Gives the gradient of the inputs [R, D], before the one optimizer step that this call takes.
-
-        The step is skipped when the gradient of a parameter is not finite. Raises ExpertError (INTERNAL), and
-        takes no step, when the gradient of the inputs is not finite.
-        """
+    def forward_with_graph(
+        self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor
+    ) -> tuple[Tensor, "Graph"]:
+        """As `forward`, and what `backward` needs so that it must not compute the outputs again."""
         x_RD = x_RD.detach().to(self.device).requires_grad_()
-        y_RD = self.block(x_RD, lengths_S, positions_R.to(self.device))
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(_count_into(sizes), _unchanged):
+            y_RD = self.block(x_RD, lengths_S, positions_R.to(self.device))
+        for parameter in self.block.parameters():
+            sizes.pop(parameter.data_ptr(), None)
+        graph = Graph(x_RD, y_RD, self.update_count, sum(sizes.values()))
+        return self._finite(y_RD.detach(), "outputs"), graph
+
+    def is_current(self, graph: "Graph | None") -> bool:
+        """Whether the parameters are still those that the graph was computed with."""
+        return graph is not None and graph.update_count == self.update_count
+
+    def backward(self, parts: Sequence["BackwardPart"]) -> list[Tensor]:
+        """Gives each part's gradient of the inputs [R, D], before the one optimizer step for all parts together.
+
+        The step is skipped when the gradient of a parameter is not finite. Raises ExpertError (INTERNAL), and takes
+        no step, when the gradient of an input is not finite.
+        """
         try:
-            y_RD.backward(grad_RD.to(self.device))
-            assert x_RD.grad is not None, "a block must use its input"
-            if not x_RD.grad.isfinite().all():
-                self.skipped_updates += 1
-            grad_input_RD = self._finite(x_RD.grad, "gradients of the inputs")
+            grad_inputs = [self._gradient_of_inputs(part) for part in parts]
             self._step()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        return grad_input_RD
+        return grad_inputs
+
+    def _gradient_of_inputs(self, part: "BackwardPart") -> Tensor:
+        """Adds to the gradients of the parameters. A graph can be used once."""
+        graph = part.graph
+        if graph is not None and self.is_current(graph):
+            x_RD, y_RD = graph.inputs, graph.outputs
+        else:
+            x_RD = part.inputs.detach().to(self.device).requires_grad_()
+            y_RD = self.block(x_RD, part.lengths, part.positions.to(self.device))
+        torch.autograd.backward(y_RD, part.gradients.to(self.device))
+        assert x_RD.grad is not None, "a block must use its input"
+        return self._finite(x_RD.grad, "gradients of the inputs")
 
     @property
     def state_bytes(self) -> int:
@@ -75,7 +122,8 @@ class Expert:
         if not norm.isfinite():
             self.skipped_updates += 1
             return
-        clip_grads_with_norm_(self.block.parameters(), self._settings.clip_norm, norm)
+        if norm > self._settings.clip_norm:
+            clip_grads_with_norm_(self.block.parameters(), self._settings.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.optimizer.step()
@@ -90,6 +138,18 @@ class Expert:
         if not tensor_RD.isfinite().all():
             raise ExpertError(StatusCode.INTERNAL, f"the {name} of expert {self.uid} are not finite")
         return tensor_RD.cpu()
+
+
+def _count_into(sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:
+    def count(tensor: Tensor) -> Tensor:
+        sizes[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    return count
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def expert_bytes(manifest: Manifest) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.expert import Expert
+from expert_server.expert import BackwardPart, Expert, Graph
 from peer.errors import ExpertError
 
 T = TypeVar("T")
@@ -56,6 +56,10 @@ class Work:
     """Monotonic seconds, after which nobody waits for the result."""
     caller: str
     """Who asks, for the log."""
+    keep: bool = False
+    """In forward: whether a backward call is meant to follow."""
+    graph: Graph | None = None
+    """In backward: what the forward pass kept, if anything."""
 
     def __post_init__(self) -> None:
         assert (self.gradients is None) == (self.direction == "forward"), "gradients belong to backward alone"
@@ -84,6 +88,8 @@ class Result:
 
     tensor: Tensor
     update_count: int
+    graph: Graph | None = None
+    """Of a forward pass that was to be kept, unless it was merged with others."""
 
 
 class BatchQueue:
@@ -331,8 +337,7 @@ class Runtime:
         updates, skipped, start = expert.update_count, expert.skipped_updates, self._clock()
         try:
             results = await self.run(partial(compute, expert, [entry.work for entry in batch]))
-        except ExpertError as error:
-            self._stats.failed += len(batch)
+        except ExpertError as error:  # the runtime was stopped
             self._fail(batch, error.status, str(error))
         except Exception as error:
             # the outermost loop of the role: one broken batch must not end the others
@@ -344,16 +349,21 @@ class Runtime:
             rows = sum(entry.work.rows for entry in batch)
             self._queue.measure(rows, self._clock() - start)
             self._stats.rows += rows
+            self._stats.failed += sum(isinstance(result, ExpertError) for result in results)
             self._deliver(batch, results)
         self._stats.batches += 1
         self._stats.busy_s += self._clock() - start
         self._stats.updates += expert.update_count - updates
         self._stats.skipped_updates += expert.skipped_updates - skipped
 
-    def _deliver(self, batch: list[Entry], results: list[Result]) -> None:
+    def _deliver(self, batch: list[Entry], results: Sequence[Result | ExpertError]) -> None:
         for entry, result in zip(batch, results, strict=True):
             future = self._waiting.get(entry)
-            if future is not None and not future.done():
+            if future is None or future.done():
+                continue
+            if isinstance(result, ExpertError):
+                future.set_exception(result)
+            else:
                 future.set_result(result)
 
     def _fail(self, entries: Iterable[Entry], status: StatusCode, message: str) -> None:
@@ -363,18 +373,59 @@ class Runtime:
                 future.set_exception(ExpertError(status, message))
 
 
-def compute(expert: Expert, batch: Sequence[Work]) -> list[Result]:
-    """Computes work of one expert and direction as one batch, in backward with one optimizer step."""
-    inputs_RD = _joined([work.inputs for work in batch])
-    lengths_S = _joined([work.lengths for work in batch])
-    positions_R = _joined([work.positions for work in batch])
-    if batch[0].direction == "forward":
-        output_RD = expert.forward(inputs_RD, lengths_S, positions_R)
-    else:
-        grad_RD = _joined([work.gradients for work in batch if work.gradients is not None])
-        output_RD = expert.backward(inputs_RD, grad_RD, lengths_S, positions_R)
+def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]:
+    """Computes work of one expert and direction as one batch, in backward with one optimizer step.
+
+    When the batch fails each work is computed by itself, so that one caller's numbers spoil no other's.
+    """
+    step = _forward if batch[0].direction == "forward" else _backward
+    try:
+        return list(step(expert, batch))
+    except ExpertError as error:
+        if len(batch) == 1:
+            return [error]
+    return [
+        result for work in batch for result in compute(expert, [replace(work, graph=None)])
+    ]  # graphs are used up
+
+
+def _forward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
+    if len(batch) == 1 and batch[0].keep:
+        work = batch[0]
+        output_RD, graph = expert.forward_with_graph(work.inputs, work.lengths, work.positions)
+        return [Result(output_RD, expert.update_count, graph)]
+    output_RD = expert.forward(
+        _joined([work.inputs for work in batch]),
+        _joined([work.lengths for work in batch]),
+        _joined([work.positions for work in batch]),
+    )
     parts = torch.split(output_RD, [work.rows for work in batch])
     return [Result(part, expert.update_count) for part in parts]
+
+
+def _backward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
+    """Works with a good graph go by themselves, the others as one; all of them before one optimizer step."""
+    ready = [work for work in batch if expert.is_current(work.graph)]
+    others = [work for work in batch if not expert.is_current(work.graph)]
+    parts = [_part([work], work.graph) for work in ready]
+    if others:
+        parts.append(_part(others, None))
+    gradients = expert.backward(parts)
+    by_work = dict(zip(ready, gradients, strict=False))
+    if others:
+        split = torch.split(gradients[-1], [work.rows for work in others])
+        by_work |= dict(zip(others, split, strict=True))
+    return [Result(by_work[work], expert.update_count) for work in batch]
+
+
+def _part(works: Sequence[Work], graph: Graph | None) -> BackwardPart:
+    return BackwardPart(
+        _joined([work.inputs for work in works]),
+        _joined([work.gradients for work in works if work.gradients is not None]),
+        _joined([work.lengths for work in works]),
+        _joined([work.positions for work in works]),
+        graph,
+    )
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ def test_an_ffn_expert_treats_every_row_by_itself() -> None:
     block = builder_of("ffn")(ModelSpec(hidden=8, heads=1, feed_forward=16))
     x_RD = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     whole = block(x_RD, torch.tensor([5]), torch.arange(5))
-    alone = torch.cat([block(row, torch.tensor([1]), torch.tensor([0])) for row in x_RD.split(1)])
+    alone = torch.cat([block(row, torch.tensor([1]), torch.tensor([0])) for row in torch.split(x_RD, 1)])
     torch.testing.assert_close(whole, alone)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from dht.uid import UID
 from expert_server.blocks import build_block
-from expert_server.expert import Expert, expert_bytes
+from expert_server.expert import BackwardPart, Expert, Graph, expert_bytes
 from peer.errors import ExpertError
 
 HIDDEN = 16
@@ -35,6 +35,10 @@ def make_manifest(
 
 def random_rows(seed: int) -> Tensor:
     return torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def backward(expert: Expert, inputs: Tensor, gradients: Tensor, graph: Graph | None = None) -> Tensor:
+    return expert.backward([BackwardPart(inputs, gradients, LENGTHS, POSITIONS, graph)])[0]
 
 
 def parameters_of(expert: Expert) -> list[Tensor]:
@@ -85,7 +89,7 @@ def test_backward_gives_the_gradient_of_the_inputs_before_the_step() -> None:
     x = random_rows(0).requires_grad_()
     output = build_block(make_manifest(), AN_UID)(x, LENGTHS, POSITIONS)
     (expected,) = torch.autograd.grad(output, x, random_rows(1))
-    torch.testing.assert_close(expert.backward(random_rows(0), random_rows(1), LENGTHS, POSITIONS), expected)
+    torch.testing.assert_close(backward(expert, random_rows(0), random_rows(1)), expected)
 
 
 def test_backward_takes_the_clipped_adamw_step() -> None:
@@ -96,7 +100,7 @@ def test_backward_takes_the_clipped_adamw_step() -> None:
         block(random_rows(seed), LENGTHS, POSITIONS).backward(random_rows(seed + 10))
         torch.nn.utils.clip_grad_norm_(block.parameters(), 0.5)
         optimizer.step()
-        expert.backward(random_rows(seed), random_rows(seed + 10), LENGTHS, POSITIONS)
+        backward(expert, random_rows(seed), random_rows(seed + 10))
     assert expert.update_count == 3
     torch.testing.assert_close(
         parameters_of(expert), [p.detach() for p in block.parameters()], atol=1e-5, rtol=1e-3
@@ -109,7 +113,7 @@ def test_steps_reduce_a_loss() -> None:
     for _ in range(30):
         output = expert.forward(random_rows(0), LENGTHS, POSITIONS)
         losses.append((output - target).square().mean().item())
-        expert.backward(random_rows(0), 2 * (output - target) / target.numel(), LENGTHS, POSITIONS)
+        backward(expert, random_rows(0), 2 * (output - target) / target.numel())
     assert losses[-1] < 0.3 * losses[0]
 
 
@@ -117,7 +121,7 @@ def test_step_size_rises_linearly_through_the_warm_up() -> None:
     expert = Expert(AN_UID, make_manifest(learning_rate=0.1, warmup_updates=4))
     sizes = []
     for seed in range(6):
-        expert.backward(random_rows(seed), random_rows(seed + 10), LENGTHS, POSITIONS)
+        backward(expert, random_rows(seed), random_rows(seed + 10))
         sizes.append(expert.optimizer.param_groups[0]["lr"])
     assert sizes == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
@@ -125,7 +129,7 @@ def test_step_size_rises_linearly_through_the_warm_up() -> None:
 def test_parameter_gradients_that_are_not_finite_skip_the_update() -> None:
     expert = Expert(AN_UID, make_manifest())
     before = parameters_of(expert)
-    gradient = expert.backward(random_rows(0), gradients_that_overflow_when_summed(), LENGTHS, POSITIONS)
+    gradient = backward(expert, random_rows(0), gradients_that_overflow_when_summed())
     assert gradient.isfinite().all()
     torch.testing.assert_close(parameters_of(expert), before, atol=0, rtol=0)
     assert (expert.update_count, expert.skipped_updates) == (0, 1)
@@ -135,7 +139,7 @@ def test_parameter_gradients_that_are_not_finite_skip_the_update() -> None:
     "call",
     [
         lambda expert: expert.forward(torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS),
-        lambda expert: expert.backward(random_rows(0), torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS),
+        lambda expert: backward(expert, random_rows(0), torch.full((ROWS, HIDDEN), 3e38)),
     ],
     ids=["forward", "backward"],
 )
@@ -152,9 +156,9 @@ def test_numbers_that_overflow_are_an_error_and_change_nothing(call: Callable[[E
 def test_an_expert_goes_on_after_a_skipped_update() -> None:
     expert, untouched = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
     with pytest.raises(ExpertError):
-        expert.backward(random_rows(0), torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS)
+        backward(expert, random_rows(0), torch.full((ROWS, HIDDEN), 3e38))
     for replica in (expert, untouched):
-        replica.backward(random_rows(0), random_rows(1), LENGTHS, POSITIONS)
+        backward(replica, random_rows(0), random_rows(1))
     torch.testing.assert_close(parameters_of(expert), parameters_of(untouched), atol=0, rtol=0)
     assert expert.update_count == 1
 
@@ -165,7 +169,7 @@ def test_sizes_count_weights_gradients_and_moments() -> None:
     weights = sum(4 * prod(p.shape) for p in expert.block.parameters())
     assert expert_bytes(manifest) == 4 * weights
     assert expert.state_bytes == weights
-    expert.backward(random_rows(0), random_rows(1), LENGTHS, POSITIONS)
+    backward(expert, random_rows(0), random_rows(1))
     counters = 4 * len(list(expert.block.parameters()))
     assert expert.state_bytes == 3 * weights + counters
     assert all(parameter.grad is None for parameter in expert.block.parameters())
@@ -175,3 +179,52 @@ def test_estimating_an_expert_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     expert_bytes(make_manifest())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_kept_graph_gives_what_computing_again_gives() -> None:
+    kept, plain = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
+    output, graph = kept.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
+    torch.testing.assert_close(output, plain.forward(random_rows(0), LENGTHS, POSITIONS))
+    torch.testing.assert_close(
+        backward(kept, random_rows(0), random_rows(1), graph), backward(plain, random_rows(0), random_rows(1))
+    )
+    torch.testing.assert_close(parameters_of(kept), parameters_of(plain))
+
+
+def test_a_graph_of_older_parameters_is_not_used() -> None:
+    expert, plain = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
+    _, graph = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
+    for one in (expert, plain):
+        backward(one, random_rows(2), random_rows(3))
+    assert not expert.is_current(graph)
+    torch.testing.assert_close(
+        backward(expert, random_rows(0), random_rows(1), graph),
+        backward(plain, random_rows(0), random_rows(1)),
+    )
+
+
+def test_parts_of_one_backward_take_one_step_on_the_sum_of_their_gradients() -> None:
+    expert, plain = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
+    _, graph = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
+    expert.backward(
+        [
+            BackwardPart(random_rows(0), random_rows(1), LENGTHS, POSITIONS, graph),
+            BackwardPart(random_rows(2), random_rows(3), LENGTHS, POSITIONS),
+        ]
+    )
+    joined = BackwardPart(
+        torch.cat([random_rows(0), random_rows(2)]),
+        torch.cat([random_rows(1), random_rows(3)]),
+        torch.cat([LENGTHS, LENGTHS]),
+        torch.cat([POSITIONS, POSITIONS]),
+    )
+    plain.backward([joined])
+    assert expert.update_count == plain.update_count == 1
+    torch.testing.assert_close(parameters_of(expert), parameters_of(plain))
+
+
+def test_the_memory_of_a_graph_grows_with_its_rows() -> None:
+    expert = Expert(AN_UID, make_manifest())
+    _, small = expert.forward_with_graph(random_rows(0)[:5], LENGTHS[:1], POSITIONS[:5])
+    _, large = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
+    assert 5 * HIDDEN * 4 < small.bytes < large.bytes

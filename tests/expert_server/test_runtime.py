@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
-from expert_server.expert import Expert
+from expert_server.expert import BackwardPart, Expert
 from expert_server.runtime import BatchQueue, Direction, Entry, Result, Runtime, Work
 from peer.errors import ExpertError
 
@@ -43,7 +43,7 @@ def make_work(
 def backward_alone(work: Work) -> Tensor:
     assert work.gradients is not None
     expert = Expert(work.uid, MANIFEST)
-    return expert.backward(work.inputs, work.gradients, work.lengths, work.positions)
+    return expert.backward([BackwardPart(work.inputs, work.gradients, work.lengths, work.positions)])[0]
 
 
 # The queue
@@ -330,17 +330,19 @@ def test_an_unforeseen_error_fails_its_batch_and_the_runtime_goes_on(
     assert "expert 0.0.0 failed on a batch from a trainer" in record.message
 
 
-def test_numbers_that_overflow_fail_their_batch_and_count() -> None:
+def test_numbers_that_overflow_fail_their_own_work_alone() -> None:
     expert = Expert(FIRST, MANIFEST)
     runtime = make_runtime(expert)
-    works = [make_work(direction="backward"), make_work(direction="backward")]
+    works = [make_work(direction="backward", seed=seed) for seed in range(3)]
     assert works[1].gradients is not None
     works[1].gradients.fill_(3e38)
 
     async def scenario() -> None:
-        tasks = await submit_in_order(runtime, *works)
-        assert [await status_of(task) for task in tasks] == [StatusCode.INTERNAL] * 2
-        assert (runtime.stats.failed, runtime.stats.skipped_updates, runtime.stats.updates) == (2, 1, 0)
+        good, bad, other = await submit_in_order(runtime, *works)
+        assert await status_of(bad) is StatusCode.INTERNAL
+        torch.testing.assert_close((await good).tensor, backward_alone(works[0]))
+        assert (await other).tensor.isfinite().all()
+        assert (runtime.stats.batches, runtime.stats.failed, runtime.stats.updates) == (1, 1, 2)
 
     with_runtime(runtime, scenario)
 
