@@ -1,0 +1,90 @@
+"""Forward passes kept for their backward call: the budget holds, and what is oldest goes first."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.uid import UID
+from expert_server.expert import Graph
+from expert_server.kept import Kept, KeptForwards
+
+AN_UID = UID(0, (0, 0))
+BARE = 4 * 8 + 2 * 8  # bytes of inputs, length and position of `a_forward`
+
+
+def a_forward(graph_bytes: int | None = 100, expires_at: float = 60.0) -> Kept:
+    inputs = torch.zeros(1, 8)
+    graph = None if graph_bytes is None else Graph(inputs, inputs, 0, graph_bytes)
+    return Kept(inputs, torch.tensor([1]), torch.tensor([0]), graph, expires_at)
+
+
+def key(number: int) -> tuple[bytes, UID]:
+    return number.to_bytes(16, "big"), AN_UID
+
+
+def test_a_forward_is_handed_over_once() -> None:
+    store, forward = KeptForwards(1000), a_forward()
+    assert store.put(key(1), forward, now=0.0)
+    assert store.take(key(1)) is forward
+    assert store.take(key(1)) is None
+    assert (len(store), store.bytes) == (0, 0)
+
+
+def test_another_caller_cannot_take_it() -> None:
+    store = KeptForwards(1000)
+    store.put(key(1), a_forward(), now=0.0)
+    assert store.take(key(2)) is None
+    assert store.take((key(1)[0], UID(0, (0, 1)))) is None
+
+
+def test_when_full_the_oldest_graph_goes_first_and_its_inputs_stay() -> None:
+    store = KeptForwards(3 * BARE + 2 * 100)
+    for number in range(3):
+        assert store.put(key(number), a_forward(), now=0.0)
+    graphs = [kept.graph is not None for number in range(3) if (kept := store.take(key(number)))]
+    assert graphs == [False, True, True]
+
+
+def test_when_only_inputs_are_left_the_oldest_go() -> None:
+    store = KeptForwards(2 * BARE)
+    for number in range(3):
+        assert store.put(key(number), a_forward(None), now=0.0)
+    assert [store.take(key(number)) is not None for number in range(3)] == [False, True, True]
+
+
+def test_what_is_over_the_budget_by_itself_is_not_kept() -> None:
+    store = KeptForwards(BARE)
+    assert not KeptForwards(BARE - 1).put(key(1), a_forward(), now=0.0)
+    assert store.put(key(1), a_forward(graph_bytes=10**9), now=0.0)
+    kept = store.take(key(1))
+    assert kept is not None
+    assert kept.graph is None
+
+
+def test_what_nobody_came_for_expires() -> None:
+    store = KeptForwards(10_000)
+    store.put(key(1), a_forward(expires_at=10.0), now=0.0)
+    store.put(key(2), a_forward(expires_at=20.0), now=10.0)
+    assert store.take(key(1)) is None
+    assert store.take(key(2)) is not None
+
+
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.integers(0, 5), st.one_of(st.none(), st.integers(0, 400))), max_size=60
+    ),
+    st.integers(0, 800),
+)
+def test_the_budget_holds_and_bytes_are_those_of_what_is_kept(
+    steps: list[tuple[bool, int, int | None]], budget: int
+) -> None:
+    store = KeptForwards(budget)
+    for puts, number, graph_bytes in steps:
+        if puts:
+            store.put(key(number), a_forward(graph_bytes), now=0.0)
+        else:
+            store.take(key(number))
+        assert store.bytes <= budget
+    taken = [kept.bytes for number in range(6) if (kept := store.take(key(number)))]
+    assert store.bytes == 0
+    assert sum(taken) <= budget
