@@ -156,7 +156,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         if _SHARD_PATTERN.search(value):
             if not isinstance(subkey, bytes) or len(subkey) != 34 or value[-2:] != f"{subkey[-1]:02x}":
                 raise RecordError("a shard's subkeys are the PeerIDs that fall into it")
-        elif not isinstance(subkey, int) or not 0 <= subkey < _COORDINATE_LIMIT:
+        elif type(subkey) is not int or not 0 <= subkey < _COORDINATE_LIMIT:  # True is no coordinate
             raise RecordError("a prefix's subkeys are coordinates")
         _check_lifetime(record.expiration_time, self._now(), None)
 

@@ -164,9 +164,7 @@ class Registry:
         keys = {self.keys.prefix(layer, coordinate): (layer, coordinate) for layer, coordinate in prefixes}
         found = await self._get(list(keys))
         return {
-            prefix: frozenset(
-                c for c, (value, _) in found[key].items() if isinstance(c, int) and value == key
-            )
+            prefix: frozenset(c for c, (value, _) in found[key].items() if type(c) is int and value == key)
             for key, prefix in keys.items()
         }
 

@@ -3,10 +3,9 @@
 import asyncio
 import contextlib
 import logging
+import os
 import socket
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import psutil
@@ -19,7 +18,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from peer.errors import StartError, UnreachableError
 from peer.identity import Identity
-from peer.processes import die_with_parent
+from peer.processes import die_with_parent, sweep_dead_sockets
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +32,12 @@ class _Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
     @staticmethod
     def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
         return die_with_parent(P2P._make_process_args(*arguments, **options))
+
+    async def _read_outputs(self, ready: "asyncio.Future[None]") -> None:
+        """Ends when p2pd ended by itself; hivemind would leave its socket file behind."""
+        await super()._read_outputs(ready)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self._daemon_listen_maddr["unix"])
 
 
 class Host:
@@ -59,7 +64,7 @@ class Host:
         `serves_dht=False` makes a client that hosts no keys. Raises StartError when this machine can't start it, and
         UnreachableError when no bootstrap address answers.
         """
-        _sweep_dead_sockets()
+        sweep_dead_sockets()
         if serves_dht:
             require_free_port(listen, port)
         reachable = await _answering(bootstrap)
@@ -127,8 +132,17 @@ async def _start_daemon(
     identity: Identity, listen: str, port: int, bootstrap: Sequence[str], serves_dht: bool
 ) -> P2P:
     family = "ip6" if ":" in listen else "ip4"
+    started: list[_Daemon] = []
+
+    class Daemon(_Daemon):
+        """Can be ended when `create` is cancelled: hivemind would leave p2pd and its sockets behind."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            started.append(self)
+
     try:
-        return await _Daemon.create(
+        return await Daemon.create(
             initial_peers=list(bootstrap) or None,
             identity_path=str(identity.path),
             check_if_identity_free=False,  # the state folder's lock and the signed records stand for it
@@ -141,9 +155,15 @@ async def _start_daemon(
             startup_timeout=START_DEADLINE_S,
         )
     except P2PDaemonError as error:
+        if "failed to connect to bootstrap peers" in str(error):
+            raise _no_peer_answered(bootstrap) from error
         raise StartError(f"the libp2p daemon did not start: {error}") from error
     except OSError as error:
         raise StartError(f"can't run the libp2p daemon: {error}") from error
+    except asyncio.CancelledError:
+        for daemon in started:
+            await daemon.shutdown()
+        raise
 
 
 async def _start_dht(
@@ -161,14 +181,18 @@ async def _start_dht(
             cache_refresh_before_expiry=0,
         )
     except RuntimeError as error:
-        raise UnreachableError(
-            f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}; "
-            "is the invite of a swarm that still runs?"
-        ) from error
+        raise _no_peer_answered(bootstrap) from error
     except Exception as error:
         if type(error).__name__ != "ValidationError":
             raise
         raise StartError(f"the bootstrap peer refused us: {error}") from error
+
+
+def _no_peer_answered(bootstrap: Sequence[str]) -> UnreachableError:
+    return UnreachableError(
+        f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}; "
+        "is the invite of a swarm that still runs?"
+    )
 
 
 async def _answering(bootstrap: Sequence[str]) -> list[str]:
@@ -181,7 +205,7 @@ async def _answering(bootstrap: Sequence[str]) -> list[str]:
         try:
             async with asyncio.timeout(DIAL_DEADLINE_S):
                 _, writer = await asyncio.open_connection(*endpoint)
-        except OSError:
+        except (OSError, UnicodeError):  # the latter for a host name that can't be one
             return False
         writer.close()
         return True
@@ -198,21 +222,8 @@ def _tcp_endpoint(address: str) -> tuple[str, int] | None:
 
 
 def is_multiaddress(text: str) -> bool:
-    """Whether the text is a multiaddress that names a peer, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"""
+    """Whether the text is a multiaddress that says who and where a peer is, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"""
     try:
-        return bool(Multiaddr(text)["p2p"])
+        return bool(Multiaddr(text)["p2p"]) and not text.startswith("/p2p/")
     except Exception:  # noqa: BLE001  # hivemind raises many types for text that is no multiaddress
         return False
-
-
-def _sweep_dead_sockets() -> None:
-    """Removes the unix sockets of hivemind processes that were killed: nobody listens on them any more."""
-    for path in Path(tempfile.gettempdir()).glob("hivemind-p2p*.sock"):
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(0.2)
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink(missing_ok=True)
-            except OSError:
-                continue  # not ours to judge

@@ -109,13 +109,13 @@ def certificate_pem(certificate: bytes, peer_id: PeerID) -> bytes:
     try:
         parsed = x509.load_der_x509_certificate(certificate)
         public_key = parsed.public_key()
-        if not isinstance(public_key, rsa.RSAPublicKey):
-            raise RecordError("the certificate's key is no RSA key")
-        if peer_id_of(_public_bytes(public_key)) != peer_id:
-            raise RecordError(f"the certificate is not that of peer {peer_id}")
-        return parsed.public_bytes(serialization.Encoding.PEM)
-    except ValueError as error:
+    except Exception as error:  # cryptography raises many types for bytes that are no certificate
         raise RecordError("the record carries no certificate") from error
+    if not isinstance(public_key, rsa.RSAPublicKey):
+        raise RecordError("the certificate's key is no RSA key")
+    if peer_id_of(_public_bytes(public_key)) != peer_id:
+        raise RecordError(f"the certificate is not that of peer {peer_id}")
+    return parsed.public_bytes(serialization.Encoding.PEM)
 
 
 def _public_bytes(key: rsa.RSAPublicKey) -> bytes:

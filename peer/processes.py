@@ -1,13 +1,16 @@
-"""Child processes that never outlive their parent, and state folders that one process uses at a time."""
+"""Child processes that never outlive their parent, what killed ones leave, and state folders for one process."""
 
 import fcntl
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 from peer.errors import StartError
+
+_SOCKET_FOLDER = Path("/tmp")  # noqa: S108  # hivemind puts its sockets there, whatever TMPDIR says
 
 # Runs between fork and exec of the child, in an interpreter of its own: asks the kernel for SIGKILL when the parent
 # ends (PR_SET_PDEATHSIG = 1), and looks whether it has ended already.
@@ -22,6 +25,28 @@ _DIE_WITH_PARENT = (
 def die_with_parent(arguments: Sequence[str]) -> list[str]:
     """The command line that runs `arguments` so that the kernel kills it when this process ends, however it ends."""
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *arguments]
+
+
+def sweep_dead_sockets() -> None:
+    """Removes the unix sockets of hivemind processes that were killed: nobody holds them any more."""
+    paths = list(_SOCKET_FOLDER.glob("hivemind-p2p*.sock"))
+    held = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
+    for path in paths:
+        if str(path) not in held and _is_refused(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_refused(path: Path) -> bool:
+    """Whether nobody listens on a unix socket, in another network namespace either, which /proc does not show."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(0.2)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False  # not ours to judge
+    return False
 
 
 class StateFolder:

@@ -17,11 +17,11 @@ class CircuitBreakers:
     """One breaker for each peer that failed lately.
 
     After a failure a peer is avoided for `first_s`, after each further one twice as long, up to `longest_s`; once the
-    time is over one call may try it (half-open), and a success closes the breaker.
+    time is over it may be tried again (half-open), and a success closes the breaker.
     """
 
     def __init__(self, first_s: float = 2.0, longest_s: float = 120.0, limit: int = 4096) -> None:
-        """`limit`: peers remembered at most."""
+        """`limit`: peers remembered at most; beyond it the one is forgotten whose last failure is longest ago."""
         self._first_s = first_s
         self._longest_s = longest_s
         self._limit = limit
@@ -29,19 +29,16 @@ class CircuitBreakers:
 
     def failed(self, peer_id: PeerID, now: float) -> None:
         """The peer did not do what it was asked. A failure while the breaker is open changes nothing."""
-        breaker = self._breakers.setdefault(peer_id, _Breaker())
+        breaker = self._breaker(peer_id)
         if now < breaker.opens_until:
             return
         breaker.failures += 1
         wait = min(self._first_s * 2 ** min(breaker.failures - 1, 30), self._longest_s)
         breaker.opens_until = now + wait
-        self._breakers.move_to_end(peer_id)
-        if len(self._breakers) > self._limit:
-            self._breakers.popitem(last=False)
 
     def busy(self, peer_id: PeerID, now: float, retry_after_s: float) -> None:
         """The peer asked to be left alone for a while; that is no failure."""
-        breaker = self._breakers.setdefault(peer_id, _Breaker())
+        breaker = self._breaker(peer_id)
         breaker.opens_until = max(breaker.opens_until, now + min(retry_after_s, self._longest_s))
 
     def succeeded(self, peer_id: PeerID) -> None:
@@ -50,3 +47,10 @@ class CircuitBreakers:
     def open_at(self, now: float) -> frozenset[PeerID]:
         """The peers to avoid now."""
         return frozenset(peer_id for peer_id, breaker in self._breakers.items() if now < breaker.opens_until)
+
+    def _breaker(self, peer_id: PeerID) -> _Breaker:
+        breaker = self._breakers.setdefault(peer_id, _Breaker())
+        self._breakers.move_to_end(peer_id)
+        if len(self._breakers) > self._limit:
+            self._breakers.popitem(last=False)
+        return breaker

@@ -3,9 +3,10 @@
 `dispatch` sees only the `ExpertCaller` protocol, so tests put a function in its place.
 """
 
+import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -22,7 +23,12 @@ from peer.wire import expert_pb2, expert_pb2_grpc
 
 Direction: TypeAlias = Literal["forward", "backward"]
 
+Stream: TypeAlias = "grpc.aio.StreamStreamCall[expert_pb2.CallRequest, expert_pb2.CallReply]"
+
 _STATUS = {status.value[0]: status for status in StatusCode}
+
+_BUSY_S = 1.0
+"""How long a node is left alone that refused a whole call as too much; only experts give a time."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +84,23 @@ class GrpcCaller:
         channel = await self._channels.get(node.addresses[0], node.certificate_pem)
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
         method = stub.Forward if direction == "forward" else stub.Backward
-        stream = method(timeout=deadline_s)
+        stream: Stream = method(timeout=deadline_s)
         try:
             await self._send(stream, requests)
             async with contextlib.aclosing(self._answers(stream, requests)) as answers:
                 async for answer in answers:
                     yield answer
         except grpc.aio.AioRpcError as error:
-            raise ExpertError(error.code(), str(error.details())) from error
-        except grpc.aio.UsageError as error:  # the call ended while we were still sending
-            raise ExpertError(await stream.code(), str(await stream.details())) from error
+            raise _call_error(error.code(), error.details()) from error
+        except (asyncio.InvalidStateError, grpc.aio.InternalError) as error:
+            # the call ended while we were still sending
+            raise _call_error(await stream.code(), await stream.details()) from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # not we are cancelled, but the call: the pool closed its channel to make room for others
+            raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call") from error
         except WireError as error:
             raise ExpertError(
                 StatusCode.DATA_LOSS, f"node {node.peer_id} answered wrongly: {error}"
@@ -95,7 +108,7 @@ class GrpcCaller:
         finally:
             stream.cancel()  # no effect on a call that has ended
 
-    async def _send(self, stream: grpc.aio.StreamStreamCall, requests: Sequence[Request]) -> None:
+    async def _send(self, stream: Stream, requests: Sequence[Request]) -> None:
         header = expert_pb2.CallHeader(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
@@ -118,10 +131,10 @@ class GrpcCaller:
                         self.bytes_sent += len(chunk)
         await stream.done_writing()
 
-    async def _answers(
-        self, stream: grpc.aio.StreamStreamCall, requests: Sequence[Request]
-    ) -> AsyncIterator[Answer]:
-        """Raises WireError for whatever a correct node would not send."""
+    async def _answers(self, stream: Stream, requests: Sequence[Request]) -> AsyncGenerator[Answer, None]:
+        """Raises WireError for whatever a correct node would not send. Reads to the stream's end: calls that are
+        cancelled leak (grpc issue 43360).
+        """
         waiting = set(range(len(requests)))
         while waiting:
             reply = await self._next(stream, "expert")
@@ -146,13 +159,25 @@ class GrpcCaller:
             self.bytes_received += size
             yield Answer(expert.index, decode(data, self._width, expert_pb2.CODEC_FP32))
 
-    async def _next(self, stream: grpc.aio.StreamStreamCall, part: str) -> expert_pb2.CallReply:
+        if await stream.read() is not grpc.aio.EOF:
+            raise WireError("more than all experts' answers")
+
+    async def _next(self, stream: Stream, part: str) -> expert_pb2.CallReply:
         reply = await stream.read()
-        if reply is grpc.aio.EOF:
-            code = await stream.code()
-            if code is not StatusCode.OK:
-                raise ExpertError(code, str(await stream.details()))
+        if not isinstance(reply, expert_pb2.CallReply):
+            # the end, with status OK: any other was raised by read()
             raise WireError("the stream ended before all experts had answered")
         if reply.WhichOneof("part") != part:
             raise WireError(f"got {reply.WhichOneof('part')} where {part} was expected")
         return reply
+
+
+def _call_error(status: StatusCode, details: str | None) -> ExpertError:
+    """Why a call failed as a whole."""
+    if status is StatusCode.OK:
+        return ExpertError(StatusCode.DATA_LOSS, "the node ended the call before it had all rows")
+    if status is StatusCode.INTERNAL:
+        # what grpc.aio makes of every status that comes while it writes a message
+        return ExpertError(StatusCode.UNAVAILABLE, f"the call broke off: {details}"[:500])
+    retry_after_s = _BUSY_S if status is StatusCode.RESOURCE_EXHAUSTED else 0.0
+    return ExpertError(status, (details or "")[:500], retry_after_s)

@@ -126,13 +126,15 @@ class Dispatcher:
         self._rng = random.Random(seed)  # noqa: S311  # spreads load, keeps no secret
         self._clock = clock
         self._calls: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def live_experts(self) -> int:
         """Experts that can be called now."""
         return self._directory.view.live_experts(self._breakers.open_at(self._clock()))
 
     async def close(self) -> None:
-        """Ends the calls that are still under way."""
+        """Ends the calls that are still under way; whoever waits for one goes on as if it had failed."""
+        self._closed = True
         for call in self._calls:
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
@@ -163,7 +165,8 @@ class Dispatcher:
         for answer in forward.answers:
             if answer.peer_id not in avoided:
                 by_peer[answer.peer_id].append(answer)
-        view, waiting = self._directory.view, 0
+        view = self._directory.view
+        waiting: dict[PeerID, int] = {}
         for peer_id, answers in by_peer.items():
             node = view.nodes.get(peer_id)
             if node is None:
@@ -171,15 +174,18 @@ class Dispatcher:
             shares = [answer.share for answer in answers]
             requests = [_request(a.share, forward.inputs, a.gradients(gradients)) for a in answers]
             self._start_call(node, "backward", shares, requests, self._policy.call_deadline_s, outcomes)
-            waiting += len(shares)
-        answered = 0
-        while waiting and (left := began + self._policy.call_deadline_s - self._clock()) > 0:
+            waiting[peer_id] = len(shares)
+        answered, ends = 0, began + self._policy.call_deadline_s
+        while any(waiting.values()) and (left := ends - self._clock()) > 0:
             for outcome in await _next_outcomes(outcomes, left):
-                waiting -= 1
+                waiting[outcome.peer_id] -= 1
                 if outcome.answer is not None and outcome.answer.tensor is not None:
                     total[outcome.share.rows] += outcome.answer.tensor  # a share names each row once
                     answered += 1
         self.stats.late_backward += len(forward.answers) - answered
+        for peer_id, shares_left in waiting.items():
+            if shares_left:  # at the deadline: the next layer must not wait for this peer again
+                self._breakers.failed(peer_id, self._clock())
         return total
 
     def _start_call(
@@ -192,6 +198,9 @@ class Dispatcher:
         outcomes: "asyncio.Queue[list[_Outcome]]",
     ) -> None:
         """Starts a call that puts the outcome of every share into `outcomes`, also when nobody reads them any more."""
+        if self._closed:
+            outcomes.put_nowait([_Outcome(share, node.peer_id, None) for share in shares])
+            return
         task = asyncio.create_task(self._call(node, direction, shares, requests, deadline_s, outcomes))
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
@@ -207,16 +216,21 @@ class Dispatcher:
     ) -> None:
         self.stats.calls += 1
         waiting = dict(enumerate(shares))
+        did_well = True
         try:
             async for answer in self._caller.call(node, direction, requests, deadline_s):
                 share = waiting.pop(answer.index)
                 if answer.error is not None:
                     self._note_failure(node.peer_id, answer.error)
+                    did_well &= answer.error.status in _NOT_THE_PEERS_FAULT
                 outcomes.put_nowait([_Outcome(share, node.peer_id, answer if answer.error is None else None)])
-            self._breakers.succeeded(node.peer_id)
+            if did_well:
+                self._breakers.succeeded(node.peer_id)
         except ExpertError as error:
             self._note_failure(node.peer_id, error)
-        outcomes.put_nowait([_Outcome(share, node.peer_id, None) for share in waiting.values()])
+        finally:
+            if waiting:  # no empty list: that would look like a time-out
+                outcomes.put_nowait([_Outcome(share, node.peer_id, None) for share in waiting.values()])
 
     def _note_failure(self, peer_id: PeerID, error: ExpertError) -> None:
         self.stats.failures[error.status.name.lower()] += 1
@@ -247,10 +261,11 @@ class _Forward:
         self._scores = scores
         self._grid = tuple(table.shape[1] for table in scores)
         self._began = self._clock()
-        self._rounds = 0
+        self._rounds = np.zeros(rows, dtype=np.int64)  # times that each row's experts were chosen
         self._outcomes: asyncio.Queue[list[_Outcome]] = asyncio.Queue()
         self._pending = np.zeros((rows, k), dtype=bool)
-        self._failed: set[UID] = set()
+        self._failed: set[UID] = set()  # or late: not asked again for any row
+        self._asked: dict[UID, PeerID] = {}  # who was asked last for each expert
         self._goal = np.full(rows, min(self._policy.k_min, k))  # answers that each row needs
         self.result = ForwardPass(
             layer,
@@ -286,36 +301,42 @@ class _Forward:
         """Sends to other experts the rows that can't reach their goal, or did not in half of the time."""
         answered = self.result.answered.sum(axis=1)
         hoped = answered if timed_out else answered + self._pending.sum(axis=1)
-        lacking = np.flatnonzero(hoped < self._goal)
-        if len(lacking) and self._rounds < _MAX_ROUNDS:
-            if timed_out:
-                self._give_up(lacking)
-            self._dispatcher.stats.reselected_rows += len(lacking)
-            self._choose(lacking)
+        lacking = np.flatnonzero((hoped < self._goal) & (self._rounds < _MAX_ROUNDS))
+        if not len(lacking):
+            return
+        self._dispatcher.stats.reselected_rows += len(lacking)
+        late = np.zeros_like(self._pending)
+        if timed_out:
+            self._note_late()
+            late[lacking] = self._pending[lacking]
+        self._pending &= ~late  # others may have these slots
+        self._choose(lacking)
+        self._pending |= late  # where nobody else was found, the late expert keeps its slot
 
-    def _give_up(self, rows: Integers) -> None:
-        """Frees the slots of these rows that still wait; those experts are not asked again for any row."""
-        late = self._pending[rows]
-        self._failed |= {
-            UID(self.result.layer, tuple(coordinate))
-            for coordinate in np.unique(self.result.coordinates[rows][late], axis=0).tolist()
-        }
-        self._pending[rows] = False
+    def _note_late(self) -> None:
+        """Experts that still have not answered are not asked again, nor are their peers before this call is over."""
+        now = self._clock()
+        left = self._began + self._policy.call_deadline_s - now
+        for coordinate in np.unique(self.result.coordinates[self._pending], axis=0).tolist():
+            uid = UID(self.result.layer, tuple(coordinate))
+            self._failed.add(uid)
+            self._dispatcher._breakers.busy(self._asked[uid], now, left)
 
     def _choose(self, rows: Integers) -> None:
         """Fills the free slots of these rows with the best live experts that they don't have, and calls those."""
-        self._rounds += 1
+        is_first = not self._rounds.any()
+        self._rounds[rows] += 1
         view = self._dispatcher._directory.view
         avoided = self._dispatcher._breakers.open_at(self._clock())
         taken = (self.result.answered | self._pending)[rows]
         k = taken.shape[1]
-        fresh = self._select(rows, view, avoided, k if self._rounds == 1 else 2 * k)
+        fresh = self._select(rows, view, avoided, k if is_first else 2 * k)
         coordinates, filled = refill(self.result.coordinates[rows], taken, fresh)
         self.result.coordinates[rows] = coordinates
         wanted = np.zeros_like(self._pending)
         wanted[rows] = filled
         self._send(wanted, view, avoided)
-        if self._rounds == 1:
+        if is_first:
             # no row can get more answers than there are live experts
             self._goal = np.minimum(self._goal, np.maximum(1, self._pending.sum(axis=1)))
 
@@ -339,6 +360,7 @@ class _Forward:
             replica = view.replica(share.uid, dispatcher._rng, avoided)
             if replica is not None:
                 by_peer[replica.peer_id].append(share)
+                self._asked[share.uid] = replica.peer_id
                 self._pending[share.rows, share.slots] = True
         left = self._began + self._policy.call_deadline_s - self._clock()
         for peer_id, shares in by_peer.items():
@@ -346,18 +368,22 @@ class _Forward:
             dispatcher._start_call(view.nodes[peer_id], "forward", shares, requests, left, self._outcomes)
 
     def _settle(self, outcome: _Outcome) -> None:
-        """Takes an answer in, unless its slots were given to another expert since."""
+        """Takes an answer into those of its slots that have none yet, also where another expert was asked since."""
         share, result = outcome.share, self.result
-        current = (result.coordinates[share.rows, share.slots] == share.uid.coordinate).all(axis=-1)
-        current &= self._pending[share.rows, share.slots]
-        self._pending[share.rows[current], share.slots[current]] = False
         if outcome.answer is None or outcome.answer.tensor is None:
+            own = (result.coordinates[share.rows, share.slots] == share.uid.coordinate).all(axis=-1)
+            self._pending[share.rows[own], share.slots[own]] = False
             self._failed.add(share.uid)
             return
-        rows, slots = share.rows[current], share.slots[current]
-        result.outputs[rows, slots] = outcome.answer.tensor[current]
+        first = ~result.answered[share.rows, share.slots]
+        if not first.any():
+            return
+        rows, slots = share.rows[first], share.slots[first]
+        result.coordinates[rows, slots] = share.uid.coordinate
+        result.outputs[rows, slots] = outcome.answer.tensor[first]
         result.answered[rows, slots] = True
-        result.answers.append(AnsweredShare(share, outcome.peer_id, current))
+        self._pending[rows, slots] = False
+        result.answers.append(AnsweredShare(share, outcome.peer_id, first))
 
 
 async def _next_outcomes(outcomes: "asyncio.Queue[list[_Outcome]]", timeout_s: float) -> list[_Outcome]:

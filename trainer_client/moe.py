@@ -60,7 +60,9 @@ class RemoteMixtureOfExperts(nn.Module):
         x_RD = x_BTD.flatten(0, 1)
         scores = self.gate(x_RD)
         scores_numpy = [table.detach().cpu().numpy() for table in scores]
-        outputs_RKD, answered_RK, coordinates = _CallExperts.apply(x_RD, self, scores_numpy, x_BTD.shape[1])
+        outputs_RKD, answered_RK, coordinates = _CallExperts.apply(  # type: ignore[no-untyped-call]  # torch's lacks types
+            x_RD, self.gate.linear.weight, self, scores_numpy, x_BTD.shape[1]
+        )
         logits_RK = self.gate.logits(scores, coordinates)
         weights_RK = mixture_weights(logits_RK, answered_RK)
         mixed_RD = (weights_RK.to(outputs_RKD.dtype).unsqueeze(1) @ outputs_RKD).squeeze(1)
@@ -85,11 +87,15 @@ class _CallExperts(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_RD: Tensor,
+        anchor: Tensor,
         mixture: RemoteMixtureOfExperts,
         scores: Sequence[Floats],
         sequence_length: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs [R, K, D], which of them are there [R, K], and the experts' coordinates [R, K, dims]."""
+        """Outputs [R, K, D], which of them are there [R, K], and the experts' coordinates [R, K, dims].
+
+        `anchor` is any parameter: experts are sent gradients also where x needs none, as in a model's first layer.
+        """
         inputs = x_RD.detach().cpu().float().numpy()
         ctx.mixture = mixture
         ctx.forward_pass = result = mixture.call_forward(inputs, scores, sequence_length)
@@ -104,4 +110,4 @@ class _CallExperts(torch.autograd.Function):
         gradients_RKD = gradients[0]
         numbers = np.ascontiguousarray(gradients_RKD.detach().cpu().float().numpy())
         total_RD = ctx.mixture.call_backward(ctx.forward_pass, numbers)
-        return torch.from_numpy(total_RD).to(gradients_RKD), None, None, None
+        return torch.from_numpy(total_RD).to(gradients_RKD), None, None, None, None

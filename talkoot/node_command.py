@@ -1,0 +1,217 @@
+"""`talkoot node`: starts a node, shows what it does, and stops it."""
+
+import asyncio
+import ipaddress
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import uvloop
+from rich.live import Live
+from rich.text import Text
+
+from dht.invite import Invite
+from dht.manifest import Manifest
+from dht.swarm import Stage, Swarm, found_swarm, join_swarm
+from expert_server.node import Node, NodeStatus
+from expert_server.settings import NodeSettings
+from peer.errors import SettingsError, StartError
+from peer.host import default_listen_address, is_multiaddress
+from peer.identity import Identity
+from peer.processes import StateFolder
+from talkoot.console import Terminal, quiet_hivemind
+from talkoot.signals import Stopped, run_until_stopped
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
+_LINE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node gets its swarm from: a manifest to found one, or an invite to join one."""
+
+    new: Path | None
+    join: str | None
+    bootstrap: tuple[str, ...]
+
+    def swarm_starter(self) -> "SwarmStarter":
+        """Reads the manifest or the invite. Raises UserError when it is not valid."""
+        if (self.new is None) == (self.join is None):
+            raise SettingsError(
+                "pass either --new swarm.toml to found a swarm, or --join INVITE to join one"
+                + ("; not both" if self.new else "")
+            )
+        for address in self.bootstrap:
+            if not is_multiaddress(address):
+                raise SettingsError(
+                    f"--bootstrap {address}: no multiaddress that names a peer, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"
+                )
+        if self.new is not None:
+            return SwarmStarter(Manifest.from_toml(self.new), None, self.bootstrap)
+        assert self.join is not None
+        invite = Invite.parse(self.join)
+        return SwarmStarter(None, replace(invite, bootstrap=(*invite.bootstrap, *self.bootstrap)), ())
+
+
+@dataclass(frozen=True)
+class SwarmStarter:
+    """A manifest or an invite that was found valid."""
+
+    manifest: Manifest | None
+    invite: Invite | None
+    bootstrap: tuple[str, ...]
+
+    async def start(self, identity: Identity, host: str, port: int, stage: Stage) -> Swarm:
+        if self.manifest is not None:
+            return await found_swarm(
+                identity, self.manifest, listen=host, port=port, bootstrap=self.bootstrap, stage=stage
+            )
+        assert self.invite is not None
+        return await join_swarm(identity, self.invite, listen=host, port=port, stage=stage)
+
+
+def run_node(
+    terminal: Terminal,
+    origin: Origin,
+    config: Path | None,
+    flags: Mapping[str, Any],
+    invite_file: Path | None,
+) -> None:
+    """Runs until a signal comes. Raises UserError when it can't start, and Stopped when stopped before it served."""
+    quiet_hivemind()
+    settings = NodeSettings.load(config, **flags)
+    starter = origin.swarm_starter()
+    host = _listen_address(settings)
+    folder = StateFolder(settings.state or platformdirs.user_state_path("talkoot") / "node")
+    try:
+        command = _NodeCommand(terminal, starter, settings, host, folder.path, invite_file)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(command.run())
+    finally:
+        folder.close()
+
+
+class _NodeCommand:
+    """One run of the command."""
+
+    def __init__(
+        self,
+        terminal: Terminal,
+        starter: SwarmStarter,
+        settings: NodeSettings,
+        host: str,
+        state: Path,
+        invite_file: Path | None,
+    ) -> None:
+        self._terminal = terminal
+        self._starter = starter
+        self._settings = settings
+        self._host = host
+        self._state = state
+        self._invite_file = invite_file
+        self._served = False
+
+    async def run(self) -> None:
+        """Serves until a signal comes. A node that served and was stopped has done its work: no error."""
+        try:
+            await run_until_stopped(self._serve())
+        except Stopped:
+            if not self._served:
+                raise
+            logger.info("left the swarm")
+
+    async def _serve(self) -> None:
+        with self._terminal.stages("making ready") as stage:
+            identity = Identity.load_or_create(self._state / "identity.key")
+            swarm = await self._starter.start(identity, self._host, self._settings.dht_port, stage)
+            # from here on the node stops the swarm
+            node = await Node.start(self._settings, swarm, host=self._host, stage=stage)
+        try:
+            self._served = True
+            self._show_invite(node, str(await swarm.invite()))
+            async with asyncio.TaskGroup() as group:
+                group.create_task(node.run())
+                group.create_task(self._show_state(node))
+        finally:
+            await node.stop()
+
+    def _show_invite(self, node: Node, invite: str) -> None:
+        if self._invite_file is not None:
+            _write(self._invite_file, invite + "\n")
+        peer_id = node.swarm.host.peer_id.to_base58()
+        if self._terminal.json:
+            self._terminal.event("invite", {"peer_id": peer_id, "invite": invite})
+        elif self._starter.manifest is not None:
+            if self._terminal.live:
+                self._terminal.err.rule("others join with")
+            self._terminal.line(f"invite: {invite}")
+            if self._terminal.live:
+                self._terminal.err.rule()
+        logger.info("peer %s serves on %s; metrics at %s", peer_id, node.address, node.metrics_address)
+
+    async def _show_state(self, node: Node) -> None:
+        if self._terminal.json:
+            peer_id = node.swarm.host.peer_id.to_base58()
+            await _watch(node, _LOOK_EVERY_S, lambda status, rate: self._event(peer_id, status, rate))
+        elif self._terminal.live:
+            with Live(console=self._terminal.err, auto_refresh=False, transient=True) as live:
+                await _watch(
+                    node,
+                    _LOOK_EVERY_S,
+                    lambda status, rate: live.update(Text(_words(status, rate)), refresh=True),
+                )
+        else:
+            await _watch(node, _LINE_EVERY_S, lambda status, rate: logger.info(_words(status, rate)))
+
+    def _event(self, peer_id: str, status: NodeStatus, rows_per_s: float) -> None:
+        values = asdict(status) | {"state": status.state.value, "peer_id": peer_id, "rows_per_s": rows_per_s}
+        self._terminal.event("state", values)
+
+
+async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, float], None]) -> None:
+    """Shows the node's status and rows per second, whenever the status has changed. For ever."""
+    shown: NodeStatus | None = None
+    rows, looked_at = 0, time.monotonic()
+    while True:
+        status, now = node.status(), time.monotonic()
+        if status != shown:
+            show(status, (status.rows - rows) / (now - looked_at) if shown else 0.0)
+        shown, rows, looked_at = status, status.rows, now
+        await asyncio.sleep(every_s)
+
+
+def _words(status: NodeStatus, rows_per_s: float) -> str:
+    return (
+        f"{status.state.value}: {status.experts} of at most {status.capacity} experts, {status.adopted} adopted, "
+        f"{status.updates} updates, {rows_per_s:.0f} rows/s, {status.queued_rows} rows queued, "
+        f"{status.peers} DHT peers"
+    )
+
+
+def _listen_address(settings: NodeSettings) -> str:
+    host = settings.host or default_listen_address()
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        raise SettingsError(
+            f"host {host!r} is no IP address: pass this machine's, such as 192.0.2.7"
+        ) from None
+    if address.is_unspecified:
+        raise SettingsError(f"nobody can reach a node at {host}: pass the address that others see as --host")
+    return host
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: who waits for the file never reads half of it."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise StartError(f"can't write {path}: {error.strerror}; pass another --invite-file") from error

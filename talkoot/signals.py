@@ -1,0 +1,109 @@
+"""Ctrl-C, SIGTERM and a closed terminal: the first one stops the command, the following ones change nothing."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_GENTLE_S = 1.0
+"""How long a training step may go on after the signal, before it is broken off."""
+
+
+class Stopped(BaseException):
+    """Somebody asked this process to stop. No Exception: whoever handles errors must let it through."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_status = 128 + number
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that end a command; SIGHUP not when it is ignored, as `nohup` has it."""
+    always = [signal.SIGINT, signal.SIGTERM]
+    return always if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*always, signal.SIGHUP]
+
+
+class StopSignals:
+    """Turns the first signal into Stopped, raised in the main thread. For commands whose main thread runs no loop."""
+
+    def __init__(self) -> None:
+        self.received: Stopped | None = None
+        self._raised = False
+        self._event: threading.Event | None = None
+        for number in stop_signals():
+            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGALRM, self._on_alarm)
+
+    @contextmanager
+    def gently(self, event: threading.Event) -> Iterator[None]:
+        """Inside, a signal first sets the event, and raises only when that has not helped within a second."""
+        self._event = event
+        try:
+            yield
+        finally:
+            self._event = None
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def ignore(self) -> None:
+        """From now on nothing is raised: the process is stopping, and what it does now must be done."""
+        _ignore_stop_signals()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        first = self.received is None
+        if self.received is None:
+            self.received = Stopped(number)
+        if first and self._event is not None:
+            self._event.set()
+            signal.setitimer(signal.ITIMER_REAL, _GENTLE_S)
+        else:
+            self._raise()
+
+    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
+        self._raise()
+
+    def _raise(self) -> None:
+        if self.received is not None and not self._raised:
+            self._raised = True
+            raise self.received
+
+
+async def run_until_stopped(work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work`; the first signal cancels it. Raises Stopped when its clean-up is done.
+
+    For commands whose main thread runs the loop. Afterwards the signals are ignored: the process is ending.
+    """
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(work)
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        received.append(number)
+        if len(received) == 1:
+            task.cancel()
+
+    handled = stop_signals()
+    for number in handled:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if received:
+            raise Stopped(received[0]) from None
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+        for number in handled:
+            loop.remove_signal_handler(number)
+        _ignore_stop_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+
+
+def _ignore_stop_signals() -> None:
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)

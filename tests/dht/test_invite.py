@@ -1,0 +1,159 @@
+"""The invite: one line, and any slip in it is found."""
+
+import string
+from pathlib import Path
+
+import base58
+import pytest
+from hivemind.p2p import PeerID
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.invite import Invite
+from dht.records import SwarmKeys
+from peer.errors import InviteError
+from peer.identity import Identity
+from peer.wire import records_pb2
+
+AUTHOR = PeerID(b"\x12\x20" + bytes(range(32)))
+ADDRESS = f"/ip4/203.0.113.7/tcp/31337/p2p/{AUTHOR.to_base58()}"
+INVITE = Invite(
+    SwarmKeys("sauna-42", AUTHOR), (ADDRESS, ADDRESS.replace("ip4/203.0.113.7", "ip6/2001:db8::7"))
+)
+LINE = str(INVITE)
+PRINTABLE = string.ascii_letters + string.digits + string.punctuation + " "
+
+
+def line_of(message: records_pb2.InviteMessage) -> str:
+    return "talkoot1" + str(base58.b58encode_check(message.SerializeToString()).decode())
+
+
+def message_of(**changes: object) -> records_pb2.InviteMessage:
+    fields = {"name": "sauna-42", "author": AUTHOR.to_bytes(), "bootstrap_addresses": [ADDRESS], **changes}
+    return records_pb2.InviteMessage(**fields)
+
+
+peer_ids = st.binary(min_size=32, max_size=32).map(lambda digest: PeerID(b"\x12\x20" + digest))
+names = st.from_regex(r"[a-z0-9][a-z0-9-]{0,30}[a-z0-9]", fullmatch=True)
+addresses = st.builds(
+    lambda host, port, peer_id: f"/ip4/{host}/tcp/{port}/p2p/{peer_id.to_base58()}",
+    st.ip_addresses(v=4),
+    st.integers(1, 65535),
+    peer_ids,
+)
+
+
+@given(names, peer_ids, st.lists(addresses, min_size=1, max_size=16).map(tuple))
+def test_parsing_gives_back_the_invite(name: str, author: PeerID, bootstrap: tuple[str, ...]) -> None:
+    invite = Invite(SwarmKeys(name, author), bootstrap)
+    assert Invite.parse(str(invite)) == invite
+
+
+def test_a_real_peers_invite_is_one_word(tmp_path: Path) -> None:
+    identity = Identity.load_or_create(tmp_path / "peer.key")
+    line = str(Invite(SwarmKeys("sauna", identity.peer_id), (ADDRESS,)))
+    assert line.isalnum()
+    assert Invite.parse(line).keys.author == identity.peer_id
+
+
+@pytest.mark.parametrize("around", ["{}\n", "  {}  ", "\t{}\r\n"])
+def test_white_space_around_it_is_no_matter(around: str) -> None:
+    assert Invite.parse(around.format(LINE)) == INVITE
+
+
+@given(st.integers(0, len(LINE) - 1), st.sampled_from(PRINTABLE))
+def test_any_changed_character_is_found(position: int, character: str) -> None:
+    changed = LINE[:position] + character + LINE[position + 1 :]
+    if changed != LINE:
+        with pytest.raises(InviteError):
+            Invite.parse(changed)
+
+
+@given(st.integers(0, len(LINE) - 1))
+def test_any_truncation_is_found_at_either_end(length: int) -> None:
+    for cut in (LINE[:length], LINE[len(LINE) - length :]):
+        with pytest.raises(InviteError):
+            Invite.parse(cut)
+
+
+@given(st.integers(0, len(LINE)), st.sampled_from(string.ascii_letters + string.digits))
+def test_any_added_character_is_found(position: int, character: str) -> None:
+    with pytest.raises(InviteError):
+        Invite.parse(LINE[:position] + character + LINE[position:])
+
+
+@given(st.integers(0, len(LINE) - 2))
+def test_any_two_exchanged_neighbours_are_found(position: int) -> None:
+    first, second = LINE[position], LINE[position + 1]
+    if first != second:
+        with pytest.raises(InviteError):
+            Invite.parse(LINE[:position] + second + first + LINE[position + 2 :])
+
+
+@given(st.text(max_size=200))
+def test_garbage_raises_only_invite_error(text: str) -> None:
+    for garbage in (text, "talkoot1" + text):
+        with pytest.raises(InviteError):
+            Invite.parse(garbage)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_with_a_right_checksum_raises_only_invite_error(data: bytes) -> None:
+    with pytest.raises(InviteError):
+        Invite.parse("talkoot1" + base58.b58encode_check(data).decode())
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "an invite starts with 'talkoot1'"),
+        ("hello", "an invite starts with 'talkoot1'"),
+        (LINE.removeprefix("talkoot"), "copy the whole line that the founder's node printed"),
+        (LINE.replace("talkoot1", "talkoot2", 1), "another version of Talkoot: update it, or ask for a new"),
+        (LINE[:-1], "incomplete or mistyped"),
+        ("talkoot1", "incomplete or mistyped"),
+        (LINE + "1" * 5000, "at most 4096 characters"),
+        (LINE + "\N{LATIN SMALL LETTER A WITH DIAERESIS}", "incomplete or mistyped"),
+    ],
+)
+def test_the_refusal_says_what_to_do(line: str, said: str) -> None:
+    with pytest.raises(InviteError) as caught:
+        Invite.parse(line)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "bootstrap",
+    [
+        [],
+        [""],
+        ["localhost:31337"],
+        ["/ip4/203.0.113.7/tcp/31337"],
+        ["/ip4/203.0.113.7/tcp/99999/p2p/" + AUTHOR.to_base58()],
+        [ADDRESS, "junk"],
+        [ADDRESS] * 17,
+    ],
+)
+def test_an_invite_without_a_usable_address_is_refused(bootstrap: list[str]) -> None:
+    with pytest.raises(InviteError, match="no usable bootstrap address"):
+        Invite.parse(line_of(message_of(bootstrap_addresses=bootstrap)))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "x", "Sauna", "sau.na", "sauna-", "-sauna", "s" * 33, "sauna\n", "sau na"]
+)
+def test_an_invite_to_a_name_that_cannot_be_is_refused(name: str) -> None:
+    with pytest.raises(InviteError, match="names no valid swarm"):
+        Invite.parse(line_of(message_of(name=name)))
+
+
+@pytest.mark.parametrize("author", [b"", b"x", bytes(34), AUTHOR.to_bytes() + b"\0"])
+def test_an_invite_without_the_authors_fingerprint_is_refused(author: bytes) -> None:
+    with pytest.raises(InviteError):
+        Invite.parse(line_of(message_of(author=author)))
+
+
+def test_the_right_message_passes() -> None:
+    """Else the refusals above would say nothing."""
+    assert Invite.parse(line_of(message_of())) == Invite(SwarmKeys("sauna-42", AUTHOR), (ADDRESS,))

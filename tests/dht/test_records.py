@@ -1,0 +1,375 @@
+"""Signed records and index entries: own ones pass, and whatever is exchanged, changed or invented does not."""
+
+import math
+import time
+
+import pytest
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord
+from hivemind.p2p import PeerID
+from hivemind.utils import MSGPackSerializer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dht.records import (
+    CLOCK_TOLERANCE_S,
+    MAX_LIFETIME_S,
+    MAX_MANIFEST_LIFETIME_S,
+    MAX_RECORD_BYTES,
+    RecordValidator,
+    SwarmKeys,
+    parse_peer_id,
+    seal,
+    shard_of,
+    unseal,
+)
+from dht.uid import UID
+from peer.errors import RecordError, WireError
+from peer.identity import Identity
+from peer.wire import records_pb2
+
+NOW = 1_800_000_000.0
+EXPIRES_AT = NOW + 30.0
+UID_HERE = UID(1, (2, 3))
+VALIDATOR = RecordValidator(lambda: NOW)
+
+
+@pytest.fixture(scope="module")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "peer.key")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return Identity.load_or_create(tmp_path_factory.mktemp("other") / "peer.key")
+
+
+@pytest.fixture(scope="module")
+def keys(identity: Identity) -> SwarmKeys:
+    return SwarmKeys("sauna", identity.peer_id)
+
+
+def stored(key: str, subkey: object, value: object, expires_at: float = EXPIRES_AT) -> DHTRecord:
+    """What hivemind hands to the validator."""
+    return DHTRecord(
+        DHTID.generate(source=key).to_bytes(),
+        MSGPackSerializer.dumps(subkey),
+        MSGPackSerializer.dumps(value),
+        expires_at,
+    )
+
+
+def announcement(key: str, expires_at: float = EXPIRES_AT) -> records_pb2.RecordPayload:
+    return records_pb2.RecordPayload(
+        key=key,
+        expires_at=expires_at,
+        announcement=records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING, update_count=7),
+    )
+
+
+def manifest(keys: SwarmKeys, expires_at: float) -> records_pb2.RecordPayload:
+    return records_pb2.RecordPayload(key=keys.manifest, expires_at=expires_at, manifest_json=b"{}")
+
+
+def announced(identity: Identity, keys: SwarmKeys) -> tuple[str, bytes, bytes]:
+    """Key, subkey and value of a right announcement."""
+    key = keys.expert(UID_HERE)
+    return key, identity.peer_id.to_bytes(), seal(identity, announcement(key))
+
+
+def refused(record: DHTRecord, reason: str) -> None:
+    with pytest.raises(RecordError, match=reason):
+        VALIDATOR.check(record)
+    assert VALIDATOR.validate(record) is False
+
+
+# What passes
+
+
+def test_keys_name_the_swarm_with_its_author(keys: SwarmKeys, other: Identity) -> None:
+    swarm_id = keys.swarm_id
+    assert swarm_id == f"sauna-{keys.author.to_base58()[-12:]}"
+    assert swarm_id != SwarmKeys("sauna", other.peer_id).swarm_id
+    assert keys.manifest == "sauna.manifest"
+    assert keys.prefix(1) == f"{swarm_id}.1"
+    assert keys.prefix(1, (2,)) == f"{swarm_id}.1.2"
+    assert keys.expert(UID_HERE) == f"{swarm_id}.1.2.3"
+    assert keys.node(other.peer_id) == f"{swarm_id}.node.{other.peer_id.to_base58()}"
+    assert keys.node_shard(0xA) == f"{swarm_id}.nodes.0a"
+
+
+@given(st.integers(0, 2**63), st.integers(0, 2**32 - 1), st.floats(0, MAX_LIFETIME_S, exclude_min=True))
+def test_unsealing_gives_back_what_was_sealed(
+    identity: Identity, keys: SwarmKeys, updates: int, rows: int, lifetime: float
+) -> None:
+    key = keys.expert(UID_HERE)
+    payload = announcement(key, NOW + lifetime)
+    payload.announcement.update_count, payload.announcement.queued_rows = updates, rows
+    unsealed = unseal(seal(identity, payload), key, identity.peer_id, NOW - 1e-3)
+    assert unsealed.announcement == payload.announcement
+    assert unsealed.peer_id == identity.peer_id.to_bytes()
+
+
+def test_the_validator_accepts_every_kind_of_own_record(identity: Identity, keys: SwarmKeys) -> None:
+    subkey = identity.peer_id.to_bytes()
+    node = records_pb2.RecordPayload(
+        key=keys.node(identity.peer_id),
+        expires_at=EXPIRES_AT,
+        node=records_pb2.NodeRecord(
+            addresses=["203.0.113.77:65535"] * 8,
+            certificate=identity.make_certificate(),
+            bootstrap_addresses=[f"/ip4/203.0.113.77/tcp/65535/p2p/{identity.peer_id.to_base58()}"] * 8,
+        ),
+    )
+    days = NOW + MAX_MANIFEST_LIFETIME_S
+    for payload in (announcement(keys.expert(UID_HERE)), node, manifest(keys, days)):
+        VALIDATOR.check(stored(payload.key, subkey, seal(identity, payload), payload.expires_at))
+    shard = keys.node_shard(shard_of(identity.peer_id))
+    VALIDATOR.check(stored(shard, subkey, shard))
+    for prefix, coordinate in ((keys.prefix(1), 2), (keys.prefix(1, (2,)), 3), (keys.prefix(0), 4095)):
+        VALIDATOR.check(stored(prefix, coordinate, prefix))
+
+
+def test_expired_records_pass_so_that_they_do_not_spoil_a_whole_dictionary(
+    identity: Identity, keys: SwarmKeys
+) -> None:
+    key = keys.expert(UID_HERE)
+    past = NOW - 5
+    VALIDATOR.check(stored(key, identity.peer_id.to_bytes(), seal(identity, announcement(key, past)), past))
+
+
+# What is refused: signed records
+
+
+def test_an_unsigned_record_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    key, subkey, value = announced(identity, keys)
+    record = records_pb2.SignedRecord.FromString(value)
+    record.ClearField("signature")
+    refused(stored(key, subkey, record.SerializeToString()), "signature is wrong")
+    refused(stored(key, subkey, record.payload), "can't be parsed|not its writer's")
+
+
+def test_a_changed_payload_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    key, subkey, value = announced(identity, keys)
+    record = records_pb2.SignedRecord.FromString(value)
+    payload = records_pb2.RecordPayload.FromString(record.payload)
+    payload.announcement.update_count += 1
+    record.payload = payload.SerializeToString()
+    refused(stored(key, subkey, record.SerializeToString()), "signature is wrong")
+    with pytest.raises(RecordError, match="signature is wrong"):
+        unseal(record.SerializeToString(), key, identity.peer_id, NOW)
+
+
+def test_a_record_signed_with_another_key_is_refused(
+    identity: Identity, other: Identity, keys: SwarmKeys
+) -> None:
+    key, subkey, value = announced(identity, keys)
+    record = records_pb2.SignedRecord.FromString(value)
+    record.signature = other.sign(record.payload)
+    refused(stored(key, subkey, record.SerializeToString()), "signature is wrong")
+    record.public_key = other.public_key
+    refused(stored(key, subkey, record.SerializeToString()), "not its writer's")
+
+
+def test_a_record_under_another_key_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    _, subkey, value = announced(identity, keys)
+    elsewhere = keys.expert(UID(1, (2, 2)))
+    refused(stored(elsewhere, subkey, value), "another key or subkey")
+    with pytest.raises(RecordError, match="belongs under"):
+        unseal(value, elsewhere, identity.peer_id, NOW)
+
+
+def test_a_record_of_another_swarm_is_refused(identity: Identity, other: Identity, keys: SwarmKeys) -> None:
+    _, subkey, value = announced(identity, keys)
+    elsewhere = SwarmKeys("sauna", other.peer_id).expert(UID_HERE)
+    refused(stored(elsewhere, subkey, value), "another key or subkey")
+
+
+def test_a_record_under_another_peers_subkey_is_refused(
+    identity: Identity, other: Identity, keys: SwarmKeys
+) -> None:
+    key, _, value = announced(identity, keys)
+    for subkey in (other.peer_id.to_bytes(), "text", 0, None, [identity.peer_id.to_bytes()]):
+        refused(stored(key, subkey, value), "another key or subkey")
+    with pytest.raises(RecordError, match="another peer's"):
+        unseal(value, key, other.peer_id, NOW)
+
+
+def test_a_record_that_names_another_writer_is_refused(
+    identity: Identity, other: Identity, keys: SwarmKeys
+) -> None:
+    key = keys.expert(UID_HERE)
+    payload = announcement(key)
+    payload.peer_id = identity.peer_id.to_bytes()
+    data = payload.SerializeToString()
+    forged = records_pb2.SignedRecord(
+        payload=data, public_key=other.public_key, signature=other.sign(data)
+    ).SerializeToString()
+    refused(stored(key, identity.peer_id.to_bytes(), forged), "not its writer's")
+
+
+@pytest.mark.parametrize("shift", [-1.0, 1e-3, 60.0, math.inf, math.nan])
+def test_an_expiry_that_is_not_the_signed_one_is_refused(
+    identity: Identity, keys: SwarmKeys, shift: float
+) -> None:
+    key, subkey, value = announced(identity, keys)
+    refused(stored(key, subkey, value, EXPIRES_AT + shift), "not the signed one")
+
+
+@pytest.mark.parametrize("lifetime", [MAX_LIFETIME_S + CLOCK_TOLERANCE_S + 1, 1e9, math.inf])
+def test_a_record_that_would_live_too_long_is_refused(
+    identity: Identity, keys: SwarmKeys, lifetime: float
+) -> None:
+    key, until = keys.expert(UID_HERE), NOW + lifetime
+    value = seal(identity, announcement(key, until))
+    refused(stored(key, identity.peer_id.to_bytes(), value, until), "live longer than 600 s")
+    with pytest.raises(RecordError, match="live longer"):
+        unseal(value, key, identity.peer_id, NOW)
+
+
+def test_a_manifest_that_would_live_too_long_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    until = NOW + MAX_MANIFEST_LIFETIME_S + CLOCK_TOLERANCE_S + 1
+    value = seal(identity, manifest(keys, until))
+    refused(stored(keys.manifest, identity.peer_id.to_bytes(), value, until), "live longer")
+
+
+def test_a_signed_expiry_that_is_no_number_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    key = keys.expert(UID_HERE)
+    value = seal(identity, announcement(key, math.nan))
+    refused(stored(key, identity.peer_id.to_bytes(), value, math.nan), "not the signed one")
+    with pytest.raises(RecordError, match="live longer"):
+        unseal(value, key, identity.peer_id, NOW)
+
+
+def test_an_expired_record_is_not_unsealed(identity: Identity, keys: SwarmKeys) -> None:
+    key, _, value = announced(identity, keys)
+    for now in (EXPIRES_AT, EXPIRES_AT + 1):
+        with pytest.raises(RecordError, match="has expired"):
+            unseal(value, key, identity.peer_id, now)
+
+
+def test_an_oversized_record_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    payload = manifest(keys, EXPIRES_AT)
+    payload.manifest_json = bytes(MAX_RECORD_BYTES)
+    value = seal(identity, payload)
+    refused(stored(keys.manifest, identity.peer_id.to_bytes(), value), "too large")
+    with pytest.raises(RecordError, match=f"at most {MAX_RECORD_BYTES}"):
+        unseal(value, keys.manifest, identity.peer_id, NOW)
+    payload.manifest_json = bytes(MAX_RECORD_BYTES - 1000)
+    VALIDATOR.check(stored(keys.manifest, identity.peer_id.to_bytes(), seal(identity, payload)))
+
+
+def test_a_plain_value_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    """hivemind hands over an empty subkey for what is stored without one."""
+    key, _, value = announced(identity, keys)
+    key_bytes = DHTID.generate(source=key).to_bytes()
+    refused(DHTRecord(key_bytes, b"", MSGPackSerializer.dumps(value), EXPIRES_AT), "can't be parsed")
+    prefix = stored(keys.prefix(1), 2, keys.prefix(1))
+    refused(DHTRecord(prefix.key, b"", prefix.value, EXPIRES_AT), "can't be parsed")
+
+
+@pytest.mark.parametrize("value", [None, 0, 1.5, True, [], {}, [b"bytes"], ("text",)])
+def test_a_value_that_is_neither_bytes_nor_text_is_refused(keys: SwarmKeys, value: object) -> None:
+    refused(stored(keys.prefix(1), 2, value), "record .* or an index entry|can't be parsed")
+
+
+# What is refused: index entries
+
+
+def test_an_index_entry_under_a_wrong_key_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    refused(stored(keys.prefix(1), 2, keys.prefix(0)), "name of its key")
+    shard = shard_of(identity.peer_id)
+    subkey = identity.peer_id.to_bytes()
+    refused(stored(keys.node_shard(shard ^ 1), subkey, keys.node_shard(shard)), "name of its key")
+    refused(stored(keys.prefix(1), 2, keys.prefix(1) + " "), "name of its key")
+
+
+def test_an_index_entry_in_a_foreign_shard_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    subkey = identity.peer_id.to_bytes()
+    foreign = keys.node_shard(shard_of(identity.peer_id) ^ 1)
+    refused(stored(foreign, subkey, foreign), "PeerIDs that fall into it")
+
+
+@pytest.mark.parametrize("subkey", [0, None, "text", b"", b"x", bytes(33), bytes(35), [bytes(34)]])
+def test_a_shard_takes_only_peer_ids(keys: SwarmKeys, subkey: object) -> None:
+    shard = keys.node_shard(0)
+    VALIDATOR.check(stored(shard, bytes(34), shard))
+    refused(stored(shard, subkey, shard), "PeerIDs that fall into it")
+
+
+@pytest.mark.parametrize("subkey", [-1, 4096, 2**64 - 1, 1.0, True, False, None, "2", b"2", [2]])
+def test_a_prefix_takes_only_coordinates(keys: SwarmKeys, subkey: object) -> None:
+    refused(stored(keys.prefix(1), subkey, keys.prefix(1)), "subkeys are coordinates")
+
+
+@pytest.mark.parametrize("lifetime", [MAX_LIFETIME_S + CLOCK_TOLERANCE_S + 1, math.inf, math.nan])
+def test_an_index_entry_that_would_live_too_long_is_refused(keys: SwarmKeys, lifetime: float) -> None:
+    refused(stored(keys.prefix(1), 2, keys.prefix(1), NOW + lifetime), "live longer than 600 s")
+
+
+def test_a_long_index_entry_is_refused() -> None:
+    name = "x" * 200
+    refused(stored(name, 2, name), "name of its key")
+
+
+# Hostile bytes
+
+packed = st.one_of(
+    st.binary(max_size=300),
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+        max_leaves=6,
+    ).map(MSGPackSerializer.dumps),
+)
+
+
+@settings(max_examples=400)
+@given(key=st.binary(max_size=40), subkey=packed, value=packed, expires_at=st.floats())
+def test_hostile_bytes_are_refused_and_raise_nothing(
+    key: bytes, subkey: bytes, value: bytes, expires_at: float
+) -> None:
+    assert VALIDATOR.validate(DHTRecord(key, subkey, value, expires_at)) is False
+
+
+@settings(max_examples=300)
+@given(part=st.integers(0, 2), position=st.integers(0, 10**6), change=st.integers(1, 255))
+def test_a_record_with_any_one_byte_changed_is_refused(
+    identity: Identity, keys: SwarmKeys, part: int, position: int, change: int
+) -> None:
+    record = stored(*announced(identity, keys))
+    pieces = [bytearray(record.key), bytearray(record.subkey), bytearray(record.value)]
+    pieces[part][position % len(pieces[part])] ^= change
+    assert not VALIDATOR.validate(DHTRecord(*map(bytes, pieces), EXPIRES_AT))
+
+
+@given(st.one_of(st.binary(max_size=300), st.none(), st.text(), st.integers(), st.lists(st.binary())))
+def test_unsealing_something_else_raises_only_record_error(identity: Identity, data: object) -> None:
+    with pytest.raises(RecordError):
+        unseal(data, "key", identity.peer_id, NOW)
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60), st.binary(max_size=60))
+def test_unsealing_a_record_of_hostile_fields_raises_only_record_error(
+    identity: Identity, payload: bytes, public_key: bytes, signature: bytes
+) -> None:
+    record = records_pb2.SignedRecord(payload=payload, public_key=public_key, signature=signature)
+    with pytest.raises(RecordError):
+        unseal(record.SerializeToString(), "key", identity.peer_id, NOW)
+
+
+@given(st.one_of(st.binary(max_size=40), st.text(), st.integers(), st.none()))
+def test_only_peer_ids_of_rsa_keys_are_parsed(identity: Identity, value: object) -> None:
+    assert parse_peer_id(identity.peer_id.to_bytes()) == identity.peer_id
+    if isinstance(value, bytes) and len(value) == 34 and value.startswith(b"\x12\x20"):
+        assert parse_peer_id(value) == PeerID(value)
+    else:
+        with pytest.raises(WireError):
+            parse_peer_id(value)
+
+
+def test_the_clock_is_the_real_one_when_none_is_given(identity: Identity, keys: SwarmKeys) -> None:
+    key, until = keys.expert(UID_HERE), time.time() + 30
+    record = stored(key, identity.peer_id.to_bytes(), seal(identity, announcement(key, until)), until)
+    assert RecordValidator().validate(record)
+    assert not RecordValidator(lambda: until - MAX_LIFETIME_S - 60).validate(record)

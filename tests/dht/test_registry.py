@@ -1,0 +1,424 @@
+"""What peers announce, and what other peers see of it: three real hosts."""
+
+import asyncio
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hivemind.p2p import PeerID
+
+from dht.directory import Directory
+from dht.manifest import Manifest
+from dht.records import RecordValidator, SwarmKeys, seal, shard_of, unseal
+from dht.registry import Announced, Registry, Replica, ReplicaState
+from dht.uid import UID
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.errors import RecordError, UnreachableError
+from peer.host import Host
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.wire import records_pb2
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+MANIFEST = Manifest.model_validate(
+    {"name": "swarm", "model": {"layers": 2}, "experts": {"grid": (3, 4)}, "routing": {"top_k": 2}}
+)
+FIRST, SECOND, THIRD = UID(0, (0, 1)), UID(0, (2, 3)), UID(1, (1, 0))
+SERVING, CLAIMED = ReplicaState.SERVING, ReplicaState.CLAIMED
+LIFETIME_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def hosts(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
+    folder = tmp_path_factory.mktemp("identities")
+    started: list[Host] = []
+
+    async def start() -> None:
+        bootstrap: list[str] = []
+        for n in range(3):
+            identity = Identity.load_or_create(folder / f"{n}.key")
+            started.append(
+                await Host.start(
+                    identity, listen="127.0.0.1", bootstrap=bootstrap, validator=RecordValidator()
+                )
+            )
+            bootstrap = bootstrap or await started[0].bootstrap_addresses()
+
+    try:
+        loop.run(start(), 60)
+        yield started
+    finally:
+        for host in reversed(started):
+            loop.run(host.stop(), 30)
+
+
+@dataclass
+class Swarm:
+    """Three peers' access to a swarm of its own."""
+
+    hosts: list[Host]
+    keys: SwarmKeys
+    run: Callable[[Coroutine[Any, Any, None]], None]
+
+    def registry(self, n: int, now: Callable[[], float] = time.time) -> Registry:
+        return Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now)
+
+    async def store(self, n: int, key: str, subkey: object, value: object, expires_at: float) -> bool:
+        """Past the registry."""
+        return bool(await self.hosts[n].dht.store(key, value, expires_at, subkey=subkey))
+
+
+@pytest.fixture
+def swarm(loop: LoopThread, hosts: list[Host], request: pytest.FixtureRequest) -> Swarm:
+    name = f"swarm-{zlib.crc32(request.node.name.encode()):x}"
+    return Swarm(hosts, SwarmKeys(name, hosts[0].peer_id), lambda coroutine: loop.run(coroutine, 60))
+
+
+def node_record(host: Host, **changes: Any) -> records_pb2.NodeRecord:
+    fields = {
+        "addresses": ["127.0.0.1:50051"],
+        "certificate": host.identity.make_certificate(),
+        "protocol_version": PROTOCOL_VERSION,
+        "software_version": SOFTWARE_VERSION,
+        "expert_count": 2,
+        "expert_capacity": 5,
+        "rows_processed": 2**40,
+        "updates": 7,
+        "started_at": 1.5,
+        **changes,
+    }
+    return records_pb2.NodeRecord(**fields)
+
+
+async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float = 15.0) -> None:
+    async with asyncio.timeout(deadline_s):
+        while True:
+            if await check():
+                return
+            await asyncio.sleep(0.1)
+
+
+def test_another_peer_sees_what_was_announced(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        before = time.time()
+        announced = [Announced(FIRST, SERVING, 41, before), Announced(THIRD, CLAIMED)]
+        await swarm.registry(1).announce(announced, LIFETIME_S, queued_rows=12)
+        found = await swarm.registry(2).replicas([FIRST, SECOND, THIRD])
+        (first,), second, (third,) = found[FIRST], found[SECOND], found[THIRD]
+        me = swarm.hosts[1].peer_id
+        assert first == Replica(FIRST, me, SERVING, 41, 12, before, first.expires_at)
+        assert (third.peer_id, third.state, third.update_count) == (me, CLAIMED, 0)
+        assert second == ()
+        assert before + LIFETIME_S <= first.expires_at <= time.time() + LIFETIME_S
+
+    swarm.run(scenario())
+
+
+def test_prefixes_are_the_active_coordinates_of_all_peers(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        await asyncio.gather(
+            swarm.registry(1).announce([Announced(FIRST, SERVING), Announced(THIRD, CLAIMED)], LIFETIME_S),
+            swarm.registry(2).announce([Announced(SECOND, SERVING)], LIFETIME_S),
+        )
+        found = await swarm.registry(0).prefixes([(0, ()), (1, ()), (0, (0,)), (0, (1,)), (0, (2,))])
+        assert found == {(0, ()): {0, 2}, (1, ()): {1}, (0, (0,)): {1}, (0, (1,)): set(), (0, (2,)): {3}}
+
+    swarm.run(scenario())
+
+
+def test_a_renewed_announcement_takes_the_place_of_the_old(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        registry = swarm.registry(1)
+        await registry.announce([Announced(FIRST, CLAIMED)], LIFETIME_S)
+        await registry.announce([Announced(FIRST, SERVING, 3)], LIFETIME_S)
+        await swarm.registry(2).announce([Announced(FIRST, SERVING, 5)], LIFETIME_S)
+        found = (await swarm.registry(0).replicas([FIRST]))[FIRST]
+        counts = {replica.peer_id: (replica.state, replica.update_count) for replica in found}
+        assert counts == {swarm.hosts[1].peer_id: (SERVING, 3), swarm.hosts[2].peer_id: (SERVING, 5)}
+        assert len(found) == 2
+
+    swarm.run(scenario())
+
+
+def test_withdrawn_replicas_are_gone_at_once_and_the_others_stay(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        for n in (1, 2):
+            await swarm.registry(n).announce(
+                [Announced(FIRST, SERVING), Announced(SECOND, SERVING)], LIFETIME_S
+            )
+        await swarm.registry(1).withdraw([FIRST], LIFETIME_S)
+        found = await swarm.registry(0).replicas([FIRST, SECOND])
+        assert {replica.peer_id for replica in found[FIRST]} == {swarm.hosts[2].peer_id}
+        assert {replica.peer_id for replica in found[SECOND]} == {host.peer_id for host in swarm.hosts[1:]}
+
+    swarm.run(scenario())
+
+
+def test_a_node_record_is_seen_in_full(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        host = swarm.hosts[1]
+        record = node_record(host, software_version="1.0\x1b[31m\n" + "x" * 99, addresses=["a:1"] * 20)
+        await swarm.registry(1).publish_node(record, LIFETIME_S)
+        found = await swarm.registry(2).nodes([host.peer_id, swarm.hosts[0].peer_id])
+        assert set(found) == {host.peer_id}
+        node = found[host.peer_id]
+        assert node.addresses == ("a:1",) * 8
+        assert node.software_version.isprintable()
+        assert len(node.software_version) <= 32
+        assert node.certificate_pem.startswith(b"-----BEGIN CERTIFICATE-----")
+        assert (node.expert_count, node.expert_capacity) == (2, 5)
+        assert (node.rows_processed, node.updates, node.started_at) == (2**40, 7, 1.5)
+        assert node.protocol_version == PROTOCOL_VERSION
+
+    swarm.run(scenario())
+
+
+def test_all_nodes_are_listed_through_their_shards(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        for n, host in enumerate(swarm.hosts):
+            await swarm.registry(n).publish_node(node_record(host), LIFETIME_S)
+        assert await swarm.registry(0).node_ids() == {host.peer_id for host in swarm.hosts}
+
+    swarm.run(scenario())
+
+
+@pytest.mark.parametrize("certificate", ["another peer's", "none", "of another version"])
+def test_a_node_with_a_wrong_certificate_is_left_out(swarm: Swarm, certificate: str) -> None:
+    own = bytearray(swarm.hosts[1].identity.make_certificate())
+    own[12] ^= 1
+    wrong = {
+        "another peer's": swarm.hosts[2].identity.make_certificate(),
+        "none": b"",
+        "of another version": bytes(own),
+    }[certificate]
+
+    async def scenario() -> None:
+        await swarm.registry(1).publish_node(node_record(swarm.hosts[1], certificate=wrong), LIFETIME_S)
+        await swarm.registry(2).publish_node(node_record(swarm.hosts[2]), LIFETIME_S)
+        found = await swarm.registry(0).nodes([host.peer_id for host in swarm.hosts])
+        assert set(found) == {swarm.hosts[2].peer_id}
+
+    swarm.run(scenario())
+
+
+def announcement(key: str, expires_at: float) -> records_pb2.RecordPayload:
+    body = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING)
+    return records_pb2.RecordPayload(key=key, expires_at=expires_at, announcement=body)
+
+
+def test_a_peer_cannot_announce_for_another(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        victim, liar = swarm.hosts[1], swarm.hosts[2]
+        await swarm.registry(1).announce([Announced(FIRST, SERVING, 7)], LIFETIME_S)
+        key, until = swarm.keys.expert(FIRST), time.time() + 2 * LIFETIME_S
+        forged = seal(liar.identity, announcement(key, until))
+        assert not await swarm.store(2, key, victim.peer_id.to_bytes(), forged, until)
+        assert not await swarm.store(2, swarm.keys.expert(SECOND), victim.peer_id.to_bytes(), forged, until)
+        found = await swarm.registry(0).replicas([FIRST, SECOND])
+        assert [(r.peer_id, r.update_count) for r in found[FIRST]] == [(victim.peer_id, 7)]
+        assert found[SECOND] == ()
+        assert await swarm.store(2, key, liar.peer_id.to_bytes(), forged, until), "its own it may"
+
+    swarm.run(scenario())
+
+
+def test_a_plain_value_does_not_hide_the_announcements(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        await swarm.registry(1).announce([Announced(FIRST, SERVING)], LIFETIME_S)
+        until = time.time() + 500
+        for key in (swarm.keys.expert(FIRST), swarm.keys.prefix(0), swarm.keys.prefix(0, (0,))):
+            assert not await swarm.store(2, key, None, b"mine", until)
+            assert not await swarm.store(2, key, None, key, until)
+        assert len((await swarm.registry(0).replicas([FIRST]))[FIRST]) == 1
+        assert await swarm.registry(0).prefixes([(0, ())]) == {(0, ()): {0}}
+
+    swarm.run(scenario())
+
+
+@pytest.mark.parametrize("subkey", [True, "1", -1, 4096, b"1"])
+def test_what_is_no_coordinate_does_not_get_into_a_prefix(swarm: Swarm, subkey: object) -> None:
+    async def scenario() -> None:
+        prefix = swarm.keys.prefix(0, (0,))
+        assert not await swarm.store(2, prefix, subkey, prefix, time.time() + 500)
+        await swarm.registry(1).announce([Announced(FIRST, SERVING)], LIFETIME_S)
+        (active,) = (await swarm.registry(0).prefixes([(0, (0,))])).values()
+        assert [type(coordinate) for coordinate in active] == [int]
+        assert active == {1}
+
+    swarm.run(scenario())
+
+
+def test_an_expired_announcement_disappears(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        await swarm.registry(1).announce([Announced(FIRST, SERVING), Announced(SECOND, SERVING)], 1.0)
+        await swarm.registry(2).announce([Announced(SECOND, SERVING)], LIFETIME_S)
+        reader = swarm.registry(0)
+
+        async def is_gone() -> bool:
+            return not (await reader.replicas([FIRST]))[FIRST]
+
+        await eventually(is_gone)
+        assert {r.peer_id for r in (await reader.replicas([SECOND]))[SECOND]} == {swarm.hosts[2].peer_id}
+
+    swarm.run(scenario())
+
+
+def test_a_reader_leaves_out_what_has_expired_by_its_own_clock(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        await swarm.registry(1).announce([Announced(FIRST, SERVING)], LIFETIME_S)
+        await swarm.registry(1).publish_node(node_record(swarm.hosts[1]), LIFETIME_S)
+        later = swarm.registry(0, now=lambda: time.time() + LIFETIME_S)
+        assert await later.replicas([FIRST]) == {FIRST: ()}
+        assert await later.nodes([swarm.hosts[1].peer_id]) == {}
+
+    swarm.run(scenario())
+
+
+def test_records_that_live_too_long_are_accepted_by_nobody_and_the_writer_is_told(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        with pytest.raises(UnreachableError, match="no DHT peer accepted our records"):
+            await swarm.registry(1).announce([Announced(FIRST, SERVING)], 10_000.0)
+        assert await swarm.registry(0).replicas([FIRST]) == {FIRST: ()}
+
+    swarm.run(scenario())
+
+
+def test_nothing_to_say_and_nothing_to_ask_costs_no_call(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        registry = swarm.registry(1)
+        await registry.announce([], LIFETIME_S)
+        await registry.withdraw([], LIFETIME_S)
+        assert await registry.replicas([]) == {}
+        assert await registry.nodes([]) == {}
+        assert await registry.prefixes([]) == {}
+
+    swarm.run(scenario())
+
+
+def test_a_dht_that_does_not_answer_is_unreachable_in_bounded_time(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        host = swarm.hosts[1]
+        hurried = Registry(host.dht, swarm.keys, host.identity, deadline_s=0.0)
+        for call in (hurried.replicas([FIRST]), hurried.announce([Announced(FIRST, SERVING)], LIFETIME_S)):
+            with pytest.raises(UnreachableError, match="did not answer within 0 s"):
+                await call
+
+    swarm.run(scenario())
+
+
+def test_the_directory_of_another_peer_has_consistent_tables(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        nodes = {1: [FIRST, SECOND], 2: [SECOND, THIRD]}
+        for n, uids in nodes.items():
+            await swarm.registry(n).announce([Announced(uid, SERVING) for uid in uids], LIFETIME_S)
+            await swarm.registry(n).publish_node(node_record(swarm.hosts[n]), LIFETIME_S)
+        # hosted by a peer without a node record, so nobody can call it; and merely claimed
+        await swarm.registry(0).announce([Announced(UID(1, (2, 2)), SERVING)], LIFETIME_S)
+        await swarm.registry(1).announce([Announced(UID(1, (0, 3)), CLAIMED)], LIFETIME_S)
+
+        directory = Directory(swarm.registry(0), MANIFEST, refresh_every_s=60)
+        assert directory.view.live_experts() == 0
+        before = time.time()
+        view = await directory.refresh()
+        assert view is directory.view
+        assert before <= view.read_at <= time.time()
+        assert set(view.nodes) == {swarm.hosts[n].peer_id for n in nodes}
+        assert view.live_experts() == 3
+
+        for layer, live in ((0, {FIRST, SECOND}), (1, {THIRD})):
+            rows_I, cells_IJ = view.tables(layer)
+            assert {UID(layer, (int(i), int(j))) for i, j in np.argwhere(cells_IJ)} == live
+            assert np.array_equal(rows_I, cells_IJ.any(axis=1))
+
+        only_second = frozenset({swarm.hosts[2].peer_id})
+        assert view.live_experts(only_second) == 2
+        assert np.argwhere(view.tables(1, only_second)[1]).tolist() == []
+        assert {replica.peer_id for replica in view.hosts(SECOND)} == {swarm.hosts[n].peer_id for n in nodes}
+
+        await swarm.registry(2).withdraw([THIRD], LIFETIME_S)
+        assert (await directory.refresh()).live_experts() == 2
+        assert view.live_experts() == 3, "an old view does not change"
+
+    swarm.run(scenario())
+
+
+def test_a_coordinate_off_the_grid_does_not_disturb_the_directory(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        stray = [Announced(UID(0, (2, 99)), SERVING), Announced(UID(0, (77, 0)), SERVING)]
+        await swarm.registry(1).announce([Announced(SECOND, SERVING), *stray], LIFETIME_S)
+        await swarm.registry(1).publish_node(node_record(swarm.hosts[1]), LIFETIME_S)
+        view = await Directory(swarm.registry(0), MANIFEST, refresh_every_s=60).refresh()
+        assert set(view.replicas) == {SECOND}
+        assert view.live_experts() == 1
+
+    swarm.run(scenario())
+
+
+def test_a_manifest_is_found_and_outlives_a_republication(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        until = time.time() + 3600
+        author = swarm.registry(0)
+        record = await author.publish_manifest(MANIFEST.to_json(), until)
+        await swarm.registry(1).republish_manifest(record, until)
+        reader = swarm.registry(2)
+        assert await reader.find_manifests() == {swarm.keys.author: (record, until)}
+        assert Manifest.from_json(reader.manifest_json(record)) == MANIFEST
+
+    swarm.run(scenario())
+
+
+def test_two_authors_of_one_name_are_both_listed(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        until = time.time() + 3600
+        rival = Registry(
+            swarm.hosts[1].dht, SwarmKeys(swarm.keys.name, swarm.hosts[1].peer_id), swarm.hosts[1].identity
+        )
+        records: dict[PeerID, tuple[bytes, float]] = {}
+        for author, text in ((swarm.registry(0), b"first"), (rival, b"second")):
+            records[author.keys.author] = await author.publish_manifest(text, until), until
+        reader = swarm.registry(2)
+        assert await reader.find_manifests() == records
+        assert reader.manifest_json(records[swarm.keys.author][0]) == b"first"
+        with pytest.raises(RecordError, match="another peer's"):
+            reader.manifest_json(records[rival.keys.author][0])
+
+    swarm.run(scenario())
+
+
+def test_a_manifest_under_a_foreign_subkey_is_not_stored(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        until = time.time() + 3600
+        payload = records_pb2.RecordPayload(
+            key=swarm.keys.manifest, expires_at=until, manifest_json=b"the liar's"
+        )
+        forged = seal(swarm.hosts[1].identity, payload)
+        assert not await swarm.store(1, swarm.keys.manifest, swarm.keys.author.to_bytes(), forged, until)
+        assert await swarm.registry(2).find_manifests() == {}
+
+    swarm.run(scenario())
+
+
+def test_a_peer_listed_in_a_wrong_shard_is_not_stored(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        peer_id = swarm.hosts[1].peer_id
+        wrong = swarm.keys.node_shard(shard_of(peer_id) ^ 1)
+        assert not await swarm.store(1, wrong, peer_id.to_bytes(), wrong, time.time() + 60)
+        assert await swarm.registry(2).node_ids() == frozenset()
+
+    swarm.run(scenario())
+
+
+def test_what_is_stored_can_be_unsealed_by_anyone(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        await swarm.registry(1).announce([Announced(FIRST, SERVING, 9)], LIFETIME_S)
+        key, peer_id = swarm.keys.expert(FIRST), swarm.hosts[1].peer_id
+        found = await swarm.hosts[2].dht.get(key, latest=True)
+        payload = unseal(found.value[peer_id.to_bytes()].value, key, peer_id, time.time())
+        assert payload.announcement.update_count == 9
+
+    swarm.run(scenario())

@@ -1,0 +1,115 @@
+"""Who takes which expert: all peers must come to the same answer, each by itself."""
+
+import random
+
+from hivemind.p2p import PeerID
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.registry import Replica, ReplicaState
+from dht.uid import UID, grid_coordinates
+from dht.vacancies import choose, lost_claims, preference, vacant
+
+CLAIMED, SERVING = ReplicaState.CLAIMED, ReplicaState.SERVING
+
+peer_ids = st.binary(min_size=32, max_size=32).map(lambda digest: PeerID(b"\x12\x20" + digest))
+uids = st.builds(UID, st.integers(0, 3), st.tuples(st.integers(0, 15), st.integers(0, 15)))
+GRID = [UID(layer, coordinate) for layer in range(2) for coordinate in grid_coordinates((16, 16))]
+
+
+def seeded_peers(count: int) -> list[PeerID]:
+    rng = random.Random(0)
+    return [PeerID(b"\x12\x20" + rng.randbytes(32)) for _ in range(count)]
+
+
+def replica(uid: UID, peer_id: PeerID, state: ReplicaState) -> Replica:
+    return Replica(uid, peer_id, state, 0, 0, claimed_at=0.0, expires_at=1.0)
+
+
+def test_vacant_is_what_nobody_hosts_or_claims() -> None:
+    first, second, third = GRID[:3]
+    peer_id = seeded_peers(1)[0]
+    replicas = {
+        first: (replica(first, peer_id, SERVING),),
+        second: (),
+        third: (replica(third, peer_id, CLAIMED),),
+    }
+    assert vacant(replicas) == [second]
+
+
+@given(st.sets(uids, max_size=30), st.integers(-3, 40), peer_ids)
+def test_a_choice_is_bounded_and_of_the_most_preferred(
+    vacancies: set[UID], room: int, peer_id: PeerID
+) -> None:
+    chosen = choose(vacancies, room, peer_id)
+    assert len(chosen) == len(set(chosen)) == min(max(room, 0), len(vacancies))
+    assert set(chosen) <= vacancies
+    left = vacancies - set(chosen)
+    if chosen and left:
+        least = min(preference(uid, peer_id) for uid in chosen)
+        assert least > max(preference(uid, peer_id) for uid in left)
+
+
+@given(
+    st.lists(uids, unique=True, max_size=30), st.integers(0, 40), peer_ids, st.randoms(use_true_random=False)
+)
+def test_a_choice_depends_on_nothing_but_the_vacancies_and_the_peer(
+    vacancies: list[UID], room: int, peer_id: PeerID, rng: random.Random
+) -> None:
+    chosen = choose(vacancies, room, peer_id)
+    shuffled = list(vacancies)
+    rng.shuffle(shuffled)
+    assert choose(shuffled, room, PeerID(peer_id.to_bytes())) == chosen
+
+
+def test_preference_is_the_same_on_every_machine() -> None:
+    """Peers of different versions and machines must agree on it: it is part of the protocol."""
+    peer_id = PeerID(b"\x12\x20" + bytes(32))
+    assert preference(UID(0, (1, 2)), peer_id).hex().startswith("7405f72ff5975e0d")
+
+
+def test_peers_that_choose_at_once_mostly_choose_differently() -> None:
+    peers = seeded_peers(16)
+    choices = [choose(GRID, 8, peer_id) for peer_id in peers]
+    distinct = {uid for chosen in choices for uid in chosen}
+    # 128 draws of 512 experts at random give 113 distinct ones on average
+    assert len(distinct) > 100
+
+
+def test_every_peer_wins_its_share() -> None:
+    peers = seeded_peers(4)
+    wins = [sum(max(peers, key=lambda p: preference(uid, p)) == peer_id for uid in GRID) for peer_id in peers]
+    assert sum(wins) == len(GRID)
+    assert min(wins) > len(GRID) / 8
+
+
+@given(uids, st.sets(peer_ids, min_size=1, max_size=8))
+def test_of_simultaneous_claimants_exactly_one_keeps_the_expert(uid: UID, claimants: set[PeerID]) -> None:
+    seen = {uid: [replica(uid, peer_id, CLAIMED) for peer_id in claimants]}
+    keeping = [peer_id for peer_id in claimants if not lost_claims([uid], seen, peer_id)]
+    assert keeping == [max(claimants, key=lambda peer_id: preference(uid, peer_id))]
+
+
+@given(uids, st.sets(peer_ids, min_size=2, max_size=8), st.integers(1, 8))
+def test_who_serves_already_beats_every_claim(uid: UID, peers: set[PeerID], serving: int) -> None:
+    ordered = sorted(peers, key=lambda peer_id: preference(uid, peer_id))
+    split = min(serving, len(ordered) - 1)  # those that serve are the least preferred
+    seen = {uid: [replica(uid, p, SERVING if n < split else CLAIMED) for n, p in enumerate(ordered)]}
+    assert all(lost_claims([uid], seen, claimant) == [uid] for claimant in ordered[split:])
+
+
+@given(st.sets(uids, min_size=1, max_size=8), st.sets(peer_ids, min_size=1, max_size=4), st.data())
+def test_claims_of_many_experts_end_with_one_host_for_each(
+    wanted: set[UID], claimants: set[PeerID], data: st.DataObject
+) -> None:
+    claims = {peer_id: data.draw(st.sets(st.sampled_from(sorted(wanted)))) for peer_id in sorted(claimants)}
+    seen = {uid: [replica(uid, p, CLAIMED) for p, uids in claims.items() if uid in uids] for uid in wanted}
+    kept = [uid for p, mine in claims.items() for uid in mine - set(lost_claims(sorted(mine), seen, p))]
+    assert sorted(kept) == sorted(set().union(*claims.values()))
+
+
+@given(st.lists(uids, unique=True, max_size=5), peer_ids)
+def test_a_claim_that_no_other_contests_is_kept(claims: list[UID], peer_id: PeerID) -> None:
+    own = {uid: [replica(uid, peer_id, CLAIMED)] for uid in claims}
+    assert lost_claims(claims, own, peer_id) == []
+    assert lost_claims(claims, {}, peer_id) == []

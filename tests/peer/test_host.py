@@ -1,0 +1,332 @@
+"""A peer's host starts, joins and stops, and leaves nothing behind, however it ends."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from peer.errors import StartError, UnreachableError, UserError
+from peer.host import Host, default_listen_address, is_multiaddress, require_free_port
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.processes import die_with_parent
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+SOCKETS = Path("/tmp")
+LOCAL = "127.0.0.1"
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+import psutil
+from peer.host import Host
+from peer.identity import Identity
+
+async def main():
+    host = await Host.start(Identity.load_or_create(Path(sys.argv[1])), listen="127.0.0.1")
+    print(psutil.Process().children()[0].pid, host.p2p.daemon_listen_maddr["unix"], flush=True)
+    await asyncio.sleep(300)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(3)]
+
+
+@pytest.fixture(scope="module")
+def first(loop: LoopThread, identities: list[Identity]) -> Iterator[Host]:
+    host = loop.run(Host.start(identities[0], listen=LOCAL))
+    yield host
+    loop.run(host.stop())
+
+
+@pytest.fixture
+def sockets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Path]]:
+    """Lists the socket files that hosts of this test have made and not removed."""
+    used: list[str] = []
+
+    def note_socket(arguments: Sequence[str]) -> list[str]:
+        (listen,) = [a for a in arguments if a.startswith("-listen=/unix/tmp/hivemind-p2pd-")]
+        used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
+        return die_with_parent(arguments)
+
+    monkeypatch.setattr("peer.host.die_with_parent", note_socket)
+
+    def left() -> list[Path]:
+        assert used, "no host was started"
+        return [path for name in used for path in SOCKETS.glob(f"hivemind-*-{name}")]
+
+    return left
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """Accepts connections, and never says a word."""
+    with socket.create_server((LOCAL, 0)) as server:
+        yield server
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+def daemons() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def descriptors() -> int:
+    return int(psutil.Process().num_fds())
+
+
+def tcp_address(port: int, identity: Identity, host: str = "/ip4/127.0.0.1") -> str:
+    return f"{host}/tcp/{port}/p2p/{identity.peer_id.to_base58()}"
+
+
+def closed_port() -> int:
+    with socket.create_server((LOCAL, 0)) as server:
+        return int(server.getsockname()[1])
+
+
+async def start_and_stop(identity: Identity, bootstrap: list[str]) -> None:
+    host = await Host.start(identity, listen=LOCAL, bootstrap=bootstrap)
+    await host.stop()
+
+
+def test_two_hosts_find_each_others_values(loop: LoopThread, identities: list[Identity], first: Host) -> None:
+    async def scenario() -> None:
+        bootstrap = await first.bootstrap_addresses()
+        assert bootstrap
+        assert all(is_multiaddress(address) for address in bootstrap)
+        host = await Host.start(identities[1], listen=LOCAL, bootstrap=bootstrap)
+        try:
+            assert host.peer_id == host.p2p.peer_id == identities[1].peer_id
+            assert await host.dht.store("key", "value", time.time() + 60, subkey="subkey")
+            found = await first.dht.get("key", latest=True)
+            assert found.value["subkey"].value == "value"
+        finally:
+            await host.stop()
+
+    loop.run(scenario(), 30)
+
+
+def test_a_client_joins_but_listens_nowhere(
+    loop: LoopThread, identities: list[Identity], first: Host
+) -> None:
+    async def scenario() -> None:
+        host = await Host.start(
+            identities[2], listen=LOCAL, bootstrap=await first.bootstrap_addresses(), serves_dht=False
+        )
+        try:
+            assert await host.dht.store("client's", 1, time.time() + 60)
+            assert (await first.dht.get("client's")).value == 1
+            assert host.peer_id not in first.dht.protocol.routing_table.peer_id_to_uid
+            (daemon,) = [psutil.Process(pid) for pid in daemons() if pid == host.p2p._child.pid]
+            assert not [c for c in daemon.net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN]
+        finally:
+            await host.stop()
+
+    loop.run(scenario(), 30)
+
+
+def test_joining_works_when_only_one_of_several_addresses_answers(
+    loop: LoopThread, identities: list[Identity], first: Host
+) -> None:
+    async def scenario() -> None:
+        good = await first.bootstrap_addresses()
+        dead = [tcp_address(closed_port(), identities[2])]
+        host = await Host.start(identities[1], listen=LOCAL, bootstrap=dead + good)
+        await host.stop()
+
+    loop.run(scenario(), 30)
+
+
+def test_after_stop_no_daemon_socket_file_or_descriptor_is_left(
+    loop: LoopThread, identities: list[Identity], first: Host, sockets: Callable[[], list[Path]]
+) -> None:
+    bootstrap = loop.run(first.bootstrap_addresses())
+    loop.run(start_and_stop(identities[1], bootstrap), 30)  # what is opened once for all is open now
+    wait_until(lambda: len(daemons()) == 1)
+    open_before = descriptors()
+    for _ in range(2):
+        loop.run(start_and_stop(identities[1], bootstrap), 30)
+        assert len(daemons()) == 1
+        assert sockets() == []
+        wait_until(lambda: descriptors() <= open_before)
+
+
+def test_stopping_twice_and_after_the_daemon_died_is_harmless(
+    loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]]
+) -> None:
+    host = loop.run(Host.start(identities[1], listen=LOCAL), 30)
+    assert sockets()
+    (pid,) = [pid for pid in daemons() if pid == host.p2p._child.pid]
+    psutil.Process(pid).kill()
+    wait_until(lambda: pid not in daemons())
+    begin = time.monotonic()
+    loop.run(host.stop(), 30)
+    loop.run(host.stop(), 30)
+    assert time.monotonic() - begin < 10
+    wait_until(lambda: sockets() == [])
+
+
+def test_p2pd_dies_with_a_killed_process_and_the_next_start_sweeps_its_sockets(
+    loop: LoopThread, identities: list[Identity], first: Host, tmp_path: Path
+) -> None:
+    live = Path(first.p2p.daemon_listen_maddr["unix"])
+    owner = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", OWNER, str(tmp_path / "owner.key")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert owner.stdout is not None
+    with owner.stdout:
+        pid, left = owner.stdout.readline().split()
+    daemon = psutil.Process(int(pid))
+    assert daemon.name() == "p2pd"
+    assert Path(left).exists()
+    owner.kill()
+    owner.wait()
+    wait_until(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE)
+    loop.run(start_and_stop(identities[1], []), 30)
+    assert not Path(left).exists()
+    assert live.exists(), "the socket of a living host was swept"
+    assert loop.run(first.bootstrap_addresses(), 10)
+
+
+def test_sockets_of_living_programs_are_not_touched(loop: LoopThread, identities: list[Identity]) -> None:
+    path = SOCKETS / f"hivemind-p2pd-test-{time.time_ns()}.sock"
+    try:
+        with socket.socket(socket.AF_UNIX) as living:
+            living.bind(str(path))  # not listening yet: a connection is refused
+            loop.run(start_and_stop(identities[1], []), 30)
+            assert path.exists()
+            living.listen()
+            loop.run(start_and_stop(identities[1], []), 30)
+            assert path.exists()
+            living.settimeout(0)
+            with pytest.raises(BlockingIOError):  # and nobody called there
+                living.accept()
+        loop.run(start_and_stop(identities[1], []), 30)
+        assert not path.exists()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_an_unreachable_bootstrap_is_said_at_once(loop: LoopThread, identities: list[Identity]) -> None:
+    addresses = [tcp_address(closed_port(), identities[0]), tcp_address(closed_port(), identities[2])]
+    begin = time.monotonic()
+    with pytest.raises(UnreachableError, match="none of the 2 bootstrap addresses answers") as caught:
+        loop.run(start_and_stop(identities[1], addresses), 30)
+    assert time.monotonic() - begin < 4
+    assert all(address in str(caught.value) for address in addresses)
+
+
+@pytest.mark.parametrize("host", ["/dns4/" + "a" * 80, "/dns4/a..b", "/dns4/no-such-host.invalid"])
+def test_a_host_name_that_cannot_be_is_unreachable(
+    loop: LoopThread, identities: list[Identity], host: str
+) -> None:
+    with pytest.raises(UnreachableError):
+        loop.run(start_and_stop(identities[1], [tcp_address(80, identities[0], host)]), 30)
+
+
+def test_a_bootstrap_that_is_no_peer_is_refused_in_bounded_time(
+    loop: LoopThread, identities: list[Identity], listener: socket.socket, sockets: Callable[[], list[Path]]
+) -> None:
+    before = daemons()
+    begin = time.monotonic()
+    address = tcp_address(listener.getsockname()[1], identities[0])
+    with pytest.raises(UserError, match="no DHT peer answered there") as caught:
+        loop.run(start_and_stop(identities[1], [address]), 60)
+    assert time.monotonic() - begin < 15
+    assert "\n" not in str(caught.value)
+    wait_until(lambda: daemons() == before and sockets() == [])
+
+
+def test_a_bootstrap_with_another_key_is_refused(
+    loop: LoopThread, identities: list[Identity], first: Host, sockets: Callable[[], list[Path]]
+) -> None:
+    before = daemons()
+    port = int(loop.run(first.bootstrap_addresses())[0].split("/")[4])
+    with pytest.raises(UserError, match="no DHT peer answered there"):
+        loop.run(start_and_stop(identities[1], [tcp_address(port, identities[2])]), 60)
+    wait_until(lambda: daemons() == before and sockets() == [])
+
+
+def test_a_busy_port_is_named(loop: LoopThread, identities: list[Identity], listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    before = daemons()
+    with pytest.raises(StartError, match=f"can't listen on 127.0.0.1 port {port}.*pass another port"):
+        loop.run(Host.start(identities[1], listen=LOCAL, port=port), 30)
+    assert daemons() == before
+
+
+def test_an_address_of_another_machine_is_named() -> None:
+    with pytest.raises(StartError, match=r"can't listen on 192\.0\.2\.1 port 0"):
+        require_free_port("192.0.2.1", 0)
+
+
+def test_a_free_port_is_used(loop: LoopThread, identities: list[Identity]) -> None:
+    port = closed_port()
+
+    async def scenario() -> list[str]:
+        host = await Host.start(identities[1], listen=LOCAL, port=port)
+        try:
+            return await host.bootstrap_addresses()
+        finally:
+            await host.stop()
+
+    assert loop.run(scenario(), 30) == [tcp_address(port, identities[1])]
+
+
+def test_a_cancelled_start_leaves_no_daemon(
+    loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]]
+) -> None:
+    before = daemons()
+
+    async def scenario() -> None:
+        task = asyncio.create_task(Host.start(identities[1], listen=LOCAL))
+        await asyncio.to_thread(wait_until, lambda: daemons() != before)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
+
+    loop.run(scenario(), 30)
+    wait_until(lambda: daemons() == before and sockets() == [])
+
+
+def test_the_default_address_is_of_this_machine() -> None:
+    require_free_port(default_listen_address(), 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "/",
+        "{}",
+        "/p2p/{}",
+        "localhost:80",
+        "/ip4/127.0.0.1/tcp/80",
+        "/ip4/127.0.0.1/tcp/80/p2p/x",
+        "/ip4/127.0.0.1/tcp/80,/p2p/{}",
+        "/ip4/127.0.0.1/tcp/99999/p2p/{}",
+        "/ip4/1.2.3/tcp/80/p2p/{}",
+    ],
+)
+def test_what_is_no_address_of_a_peer(identities: list[Identity], text: str) -> None:
+    assert is_multiaddress(tcp_address(80, identities[0]))
+    assert not is_multiaddress(text.format(identities[0].peer_id.to_base58()))

@@ -1,0 +1,159 @@
+"""Child processes die with their parent; a state folder has one user at a time."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from peer.errors import StartError
+from peer.processes import StateFolder, die_with_parent
+
+SLEEP = shutil.which("sleep") or "/bin/sleep"
+
+PARENT = f"""
+import subprocess, time
+from peer.processes import die_with_parent
+child = subprocess.Popen(die_with_parent([{SLEEP!r}, "300"]))
+print(child.pid, flush=True)
+time.sleep(300)
+"""
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from peer.errors import StartError
+from peer.processes import StateFolder
+try:
+    folder = StateFolder(Path(sys.argv[1]))
+except StartError as error:
+    print(error, flush=True)
+else:
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+def start_python(script: str, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def first_line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def runs(child: psutil.Process) -> bool:
+    """Whether it still runs; a process that nobody has collected yet does not."""
+    try:
+        return bool(child.is_running() and child.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_child_is_gone_after_its_parent_was_killed() -> None:
+    parent = start_python(PARENT)
+    child = psutil.Process(int(first_line(parent)))
+    wait_until(lambda: child.name() == "sleep")
+    os.kill(parent.pid, signal.SIGSTOP)  # a parent that hangs is still a parent
+    assert runs(child)
+    kill(parent)
+    wait_until(lambda: not runs(child))
+
+
+def test_the_command_takes_the_place_of_the_child() -> None:
+    child = subprocess.Popen(die_with_parent([SLEEP, "300"]))
+    wait_until(lambda: psutil.Process(child.pid).name() == "sleep")
+    child.terminate()
+    assert child.wait() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_exit_status_and_output_are_those_of_the_command(status: int) -> None:
+    arguments = die_with_parent(["/bin/sh", "-c", f"echo $0 $1; exit {status}", "first", "with space"])
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    assert result.returncode == status
+    assert result.stdout == "first with space\n"
+
+
+def test_a_child_whose_parent_is_gone_already_never_starts_the_command(tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    arguments = die_with_parent(["/bin/sh", "-c", f"touch {touched}"])
+    # the shell stands between, so the child's parent is not the process that made the arguments
+    result = subprocess.run(["/bin/sh", "-c", '"$@"; exit $?', "sh", *arguments])
+    assert result.returncode == 1
+    assert not touched.exists()
+    assert subprocess.run(arguments).returncode == 0
+    assert touched.exists()
+
+
+def test_a_state_folder_is_made_private_and_opens_once(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "state"
+    folder = StateFolder(path)
+    assert path.stat().st_mode & 0o077 == 0
+    with pytest.raises(StartError, match="another process uses the state folder") as caught:
+        StateFolder(path)
+    assert str(path) in str(caught.value)
+    assert "--state" in str(caught.value)
+    folder.close()
+    StateFolder(path).close()
+
+
+def test_a_refused_state_folder_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    before = psutil.Process().num_fds()
+    for _ in range(3):
+        with pytest.raises(StartError):
+            StateFolder(tmp_path)
+    assert psutil.Process().num_fds() == before
+    folder.close()
+    assert psutil.Process().num_fds() == before - 1
+
+
+def test_a_state_folder_is_held_against_other_processes_and_freed_by_a_kill(tmp_path: Path) -> None:
+    holder = start_python(HOLDER, str(tmp_path))
+    assert first_line(holder) == "held"
+    with pytest.raises(StartError, match="another process uses the state folder"):
+        StateFolder(tmp_path)
+    rival = start_python(HOLDER, str(tmp_path))
+    assert "another process uses the state folder" in first_line(rival)
+    kill(rival)
+    kill(holder)
+    StateFolder(tmp_path).close()
+
+
+def test_a_child_process_does_not_keep_the_folder(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    child = subprocess.Popen(die_with_parent([SLEEP, "300"]))
+    folder.close()
+    StateFolder(tmp_path).close()
+    child.kill()
+    child.wait()
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file", tmp_path / "file" / "state"):
+        with pytest.raises(StartError, match="can't use the state folder") as caught:
+            StateFolder(path)
+        assert str(path) in str(caught.value)

@@ -1,0 +1,108 @@
+"""The generated code is that of proto/, and every field there says what it means."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor import FileDescriptor
+
+from peer.wire import expert_pb2, records_pb2
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = {"expert": expert_pb2.DESCRIPTOR, "records": records_pb2.DESCRIPTOR}
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make proto` would write now, and the compiler's own description of it."""
+    folder = tmp_path_factory.mktemp("generated")
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-Ipeer/wire={ROOT / 'proto'}"]
+    command += [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
+    command += [f"--descriptor_set_out={folder / 'set'}", "--include_source_info"]
+    subprocess.run([*command, *(f"peer/wire/{name}.proto" for name in COMMITTED)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def described(generated: Path) -> dict[str, descriptor_pb2.FileDescriptorProto]:
+    found = descriptor_pb2.FileDescriptorSet.FromString((generated / "set").read_bytes())
+    return {Path(file.name).stem: file for file in found.file}
+
+
+def test_every_proto_file_has_generated_code() -> None:
+    assert {path.stem for path in (ROOT / "proto").glob("*.proto")} == set(COMMITTED)
+    assert {path.stem.removesuffix("_pb2") for path in (ROOT / "peer/wire").glob("*_pb2.py")} == set(
+        COMMITTED
+    )
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_descriptors_are_those_of_proto(
+    name: str, described: dict[str, descriptor_pb2.FileDescriptorProto]
+) -> None:
+    fresh = descriptor_pb2.FileDescriptorProto()
+    fresh.CopyFrom(described[name])
+    fresh.ClearField("source_code_info")
+    for message in fresh.message_type:
+        for field in message.field:
+            field.ClearField("json_name")  # protoc fills it in here only
+    assert fresh.SerializeToString(deterministic=True) == serialized(COMMITTED[name])
+
+
+def serialized(file: FileDescriptor) -> bytes:
+    proto = descriptor_pb2.FileDescriptorProto()
+    file.CopyToProto(proto)
+    return proto.SerializeToString(deterministic=True)
+
+
+def significant(path: Path, pattern: str) -> list[str]:
+    return re.findall(pattern, path.read_text(encoding="utf-8"))
+
+
+def test_committed_stubs_call_what_the_service_has(generated: Path) -> None:
+    pattern = r"'/talkoot[^']*'|\w+__pb2\.\w+\.(?:FromString|SerializeToString)|stream_\w+|unary_\w+"
+    fresh = significant(generated / "peer/wire/expert_pb2_grpc.py", pattern)
+    assert "'/talkoot.v1.ExpertService/Forward'" in fresh
+    assert significant(ROOT / "peer/wire/expert_pb2_grpc.py", pattern) == fresh
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_types_are_those_of_proto(name: str, generated: Path) -> None:
+    pattern = r"class \w+|    \w+: [^\n]+"
+    fresh = significant(generated / f"peer/wire/{name}_pb2.pyi", pattern)
+    assert len(fresh) > 10
+    assert significant(ROOT / f"peer/wire/{name}_pb2.pyi", pattern) == fresh
+
+
+def paths(file: descriptor_pb2.FileDescriptorProto) -> Iterator[tuple[str, Sequence[int]]]:
+    """Everything that needs a comment: its name, and its path in the source code info (descriptor.proto)."""
+    for m, message in enumerate(file.message_type):
+        for f, field in enumerate(message.field):
+            yield f"{message.name}.{field.name}", [4, m, 2, f]
+        assert not message.nested_type, "nested messages are not looked at here"
+    for e, enum in enumerate(file.enum_type):
+        yield enum.name, [5, e]
+        for v, value in enumerate(enum.value):
+            yield f"{enum.name}.{value.name}", [5, e, 2, v]
+    for s, service in enumerate(file.service):
+        for r, method in enumerate(service.method):
+            yield f"{service.name}.{method.name}", [6, s, 2, r]
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_every_field_value_and_call_has_a_comment(
+    name: str, described: dict[str, descriptor_pb2.FileDescriptorProto]
+) -> None:
+    file = described[name]
+    commented = {
+        tuple(location.path)
+        for location in file.source_code_info.location
+        if location.leading_comments.strip()
+    }
+    named = dict(paths(file))
+    assert len(named) > 20
+    assert [what for what, path in named.items() if tuple(path) not in commented] == []

@@ -1,0 +1,360 @@
+"""The command as people use it: in processes of its own, judged by what it prints and how it ends."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dht.invite import Invite
+from dht.manifest import Manifest
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+
+HOST = "127.0.0.1"
+DEADLINE_S = 60.0
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "talkoot.cli", *arguments]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S, env=os.environ | environment
+    )
+
+
+def wait_until(condition: Callable[[], bool], what: str, limit_s: float = DEADLINE_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {limit_s} s in vain for {what}"
+        time.sleep(0.05)
+
+
+def assert_one_clear_line(ended: subprocess.CompletedProcess[str], *said: str) -> None:
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 2, ended.stderr
+    assert len(errors) == 1, ended.stderr
+    assert ended.stderr.endswith(errors[0] + "\n"), ended.stderr
+    assert "Traceback" not in ended.stderr
+    for part in said:
+        assert part in errors[0]
+
+
+@dataclass(frozen=True)
+class Founder:
+    process: subprocess.Popen[str]
+    invite: str
+    state: Path
+    metrics_port: int
+
+
+@contextmanager
+def founding(folder: Path, *options: str) -> Iterator[Founder]:
+    """A founder's node, once it serves. Options are added to its command line."""
+    manifest, invite, state = folder / "swarm.toml", folder / "invite", folder / "state"
+    manifest.write_text('name = "taken"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n')
+    log = (folder / "log").open("w+")
+    process = subprocess.Popen(
+        command(
+            *("node", "--new", str(manifest), "--host", HOST, "--state", str(state), "--threads", "1"),
+            *("--invite-file", str(invite), *options),
+        ),
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
+    try:
+        wait_until(lambda: invite.exists() or process.poll() is not None, "the invite")
+        wait_until(lambda: "metrics at" in (folder / "log").read_text(), "the node", 5.0)
+        port = re.search(r"metrics at http://127\.0\.0\.1:(\d+)/", (folder / "log").read_text())
+        assert port is not None
+        yield Founder(process, invite.read_text().strip(), state, int(port[1]))
+    finally:
+        process.kill()
+        process.communicate()
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def founder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Founder]:
+    with founding(tmp_path_factory.mktemp("founder"), "--experts", "4") as running:
+        yield running
+
+
+@contextmanager
+def listening() -> Iterator[int]:
+    """A port at which somebody else listens, who says nothing."""
+    with socket.create_server((HOST, 0)) as server:
+        yield server.getsockname()[1]
+
+
+def silent_invite(founder: Founder, port: int) -> str:
+    """The founder's invite, with the port of another address."""
+    invite = Invite.parse(founder.invite)
+    return str(Invite(invite.keys, (f"/ip4/{HOST}/tcp/{port}/p2p/{invite.keys.author.to_base58()}",)))
+
+
+# What everybody types first
+
+
+def test_help_is_instant() -> None:
+    run("--help")  # the first start compiles
+    began = time.monotonic()
+    ended = run("--help")
+    assert time.monotonic() - began < 0.5
+    assert ended.returncode == 0
+    for name in ("node", "train", "status", "demo"):
+        assert name in ended.stdout
+
+
+@pytest.mark.parametrize("name", ["node", "train", "status", "demo"])
+def test_every_command_has_help(name: str) -> None:
+    ended = run(name, "--help")
+    assert ended.returncode == 0
+    assert "Usage:" in ended.stdout
+
+
+def test_version_names_software_and_protocol() -> None:
+    assert run("--version").stdout == f"talkoot {SOFTWARE_VERSION}, protocol version {PROTOCOL_VERSION}\n"
+
+
+def test_example_manifest_is_the_demos() -> None:
+    example = Path(__file__).parents[2] / "deploy" / "swarm.toml"
+    assert Manifest.from_toml(example) == Manifest(name="demo")
+
+
+# What can be wrong
+
+
+@pytest.mark.parametrize("name", ["node", "train"])
+def test_wrong_invite_is_refused(name: str) -> None:
+    assert_one_clear_line(run(name, "--join", "hello"), "an invite starts with 'talkoot1'")
+
+
+@pytest.mark.parametrize("name", ["node", "status"])
+def test_truncated_invite_is_refused(founder: Founder, name: str) -> None:
+    assert_one_clear_line(run(name, "--join", founder.invite[:-5]), "copy the whole line again")
+
+
+@pytest.mark.parametrize("name", ["train", "status"])
+def test_missing_invite_is_asked_for(name: str) -> None:
+    assert_one_clear_line(run(name), "--join")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--new", "swarm.toml", "--join", "talkoot1"]])
+def test_node_is_told_to_found_or_to_join(arguments: list[str]) -> None:
+    assert_one_clear_line(run("node", *arguments), "either --new swarm.toml", "or --join INVITE")
+
+
+@pytest.mark.parametrize("name", ["node", "train", "status"])
+def test_unreachable_bootstrap_is_named(founder: Founder, tmp_path: Path, name: str) -> None:
+    with listening() as port:
+        pass  # nobody listens there any more
+    host, state = ["--host", HOST] if name == "node" else [], ["--state", str(tmp_path / "state")]
+    ended = run(name, "--join", silent_invite(founder, port), *host, *(state if name != "status" else []))
+    assert_one_clear_line(ended, f"/ip4/{HOST}/tcp/{port}")
+
+
+@pytest.mark.parametrize("option", ["--dht-port", "--grpc-port", "--metrics-port"])
+def test_busy_port_is_named(tmp_path: Path, option: str) -> None:
+    manifest = tmp_path / "swarm.toml"
+    manifest.write_text('name = "busy"\n')
+    with listening() as port:
+        ended = run(
+            *("node", "--new", str(manifest), "--host", HOST, "--state", str(tmp_path / "state")),
+            *("--experts", "0", option, str(port)),
+        )
+    assert_one_clear_line(ended, f"{HOST} port {port}", "pass another")
+
+
+def test_address_that_nobody_can_reach_is_refused(tmp_path: Path) -> None:
+    manifest = tmp_path / "swarm.toml"
+    manifest.write_text('name = "everywhere"\n')
+    assert_one_clear_line(run("node", "--new", str(manifest), "--host", "0.0.0.0"), "--host")
+    assert_one_clear_line(run("node", "--new", str(manifest), "--host", "my-machine"), "no IP address")
+
+
+def test_missing_and_empty_data_are_named(founder: Founder, tmp_path: Path) -> None:
+    missing, empty = tmp_path / "missing.txt", tmp_path / "empty.txt"
+    empty.touch()
+    train = ["train", "--join", founder.invite, "--state", str(tmp_path / "state"), "--data"]
+    assert_one_clear_line(run(*train, str(missing)), f"no file or folder {missing}")
+    assert_one_clear_line(run(*train, str(empty)), f"{empty} is empty")
+    assert_one_clear_line(run("demo", "--data", str(missing)), f"no file or folder {missing}")
+
+
+def test_unknown_setting_is_named(founder: Founder, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("colour = 3\n")
+    assert_one_clear_line(run("node", "--join", founder.invite, "--config", str(config)), "colour")
+    ended = run("train", "--join", founder.invite, TALKOOT_TRAIN_COLOUR="3")
+    assert_one_clear_line(ended, "TALKOOT_TRAIN_COLOUR")
+
+
+def test_missing_settings_file_is_named(founder: Founder, tmp_path: Path) -> None:
+    join = ["node", "--join", founder.invite, "--config", str(tmp_path / "none.toml")]
+    assert_one_clear_line(run(*join), "none.toml")
+
+
+def test_setting_out_of_bounds_is_named(founder: Founder) -> None:
+    assert_one_clear_line(run("train", "--join", founder.invite, "--steps", "0"), "steps")
+
+
+def test_option_that_does_not_exist_is_named() -> None:
+    ended = run("train", "--colour", "3")
+    assert ended.returncode == 2
+    assert "--colour" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('name = "x-y"\n[model]\ncolour = 3\n', "colour"),
+        ('name = "X Y"\n', "name"),
+        ('name = "x-y"\n[experts]\nkind = "sheep"\n', "sheep"),
+        (f'name = "x-y"\nprotocol_version = {PROTOCOL_VERSION + 1}\n', f"version {PROTOCOL_VERSION + 1}"),
+    ],
+)
+def test_manifest_that_is_not_valid_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    manifest = tmp_path / "swarm.toml"
+    manifest.write_text(text)
+    assert_one_clear_line(run("node", "--new", str(manifest), "--host", HOST), said)
+
+
+def test_missing_manifest_is_named(tmp_path: Path) -> None:
+    assert_one_clear_line(run("node", "--new", str(tmp_path / "none.toml")), "none.toml")
+
+
+@pytest.mark.parametrize("name", ["node", "train"])
+def test_state_folder_in_use_is_named(founder: Founder, name: str) -> None:
+    host = ["--host", HOST] if name == "node" else []
+    ended = run(name, "--join", founder.invite, "--state", str(founder.state), *host)
+    assert_one_clear_line(ended, f"another process uses the state folder {founder.state}", "--state")
+
+
+def test_second_founder_of_a_name_is_refused(founder: Founder, tmp_path: Path) -> None:
+    manifest = tmp_path / "swarm.toml"
+    manifest.write_text('name = "taken"\n')
+    bootstrap = Invite.parse(founder.invite).bootstrap[0]
+    found = [
+        "node",
+        "--new",
+        str(manifest),
+        "--host",
+        HOST,
+        "--state",
+        str(tmp_path / "state"),
+        "--bootstrap",
+    ]
+    assert_one_clear_line(run(*found, bootstrap), "'taken' exists here already", "choose another name")
+    assert_one_clear_line(run(*found, "there"), "--bootstrap there")
+
+
+def test_demo_of_one_node_has_none_to_lose() -> None:
+    assert_one_clear_line(run("demo", "--nodes", "1"), "--no-kill")
+
+
+def test_result_that_can_not_be_written_is_known_before_the_work(founder: Founder, tmp_path: Path) -> None:
+    nowhere = tmp_path / "no" / "such.json"
+    state = str(tmp_path / "state")
+    assert_one_clear_line(run("demo", "--json", str(nowhere)), str(nowhere))
+    train = run("train", "--join", founder.invite, "--state", state, "--json", str(nowhere))
+    assert_one_clear_line(train, str(nowhere))
+
+
+# What a running swarm shows
+
+
+def test_status_lists_nodes_and_experts(founder: Founder) -> None:
+    ended = run("status", "--join", founder.invite)
+    assert ended.returncode == 0, ended.stderr
+    assert "1 nodes, 4 of 4 experts alive" in ended.stdout
+    assert "layer 0" in ended.stdout
+
+
+def test_trainer_with_too_short_a_text_is_told_what_it_needs(founder: Founder, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    ended = run("train", "--join", founder.invite, "--state", str(tmp_path / "s"), "--data", str(text))
+    assert_one_clear_line(ended, "9 bytes")
+
+
+# How it stops
+
+
+def kin(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def dead_sockets() -> set[Path]:
+    return {path for path in Path("/tmp").glob("hivemind-*.sock") if not listened_at(path)}
+
+
+def listened_at(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except FileNotFoundError:
+            return True
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serving_node_leaves_at_once_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    before = dead_sockets()
+    with founding(tmp_path, "--experts", "1") as node:
+        processes = kin(node.process)
+        assert "p2pd" in {p.name() for p in processes}
+        node.process.send_signal(number)
+        wait_until(lambda: gone(processes[1:]), "p2pd's end", 8.0)
+        node.process.send_signal(number)  # impatience changes nothing
+        output, _ = node.process.communicate(timeout=8.0)
+        assert node.process.returncode == 0, (tmp_path / "log").read_text()
+        assert f"invite: {node.invite}\n" in output
+    assert gone(processes)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert not dead_sockets() - before
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("node", signal.SIGINT), ("train", signal.SIGTERM), ("status", signal.SIGINT)]
+)
+def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, number: signal.Signals) -> None:
+    host = ["--host", HOST] if name == "node" else []
+    state = ["--state", str(tmp_path / "state")] if name != "status" else []
+    before = dead_sockets()
+    with listening() as port, (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(
+            command(name, "--join", silent_invite(founder, port), *host, *state),
+            stderr=log,
+            text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+        wait_until(lambda: "p2pd" in {p.name() for p in kin(process)}, "p2pd", 20.0)
+        processes = kin(process)
+        process.send_signal(number)
+        process.wait(8.0)
+    said = (tmp_path / "log").read_text()
+    assert process.returncode == 128 + number, said
+    assert "Traceback" not in said
+    assert gone(processes)
+    assert not dead_sockets() - before
+    assert not list(tmp_path.glob("talkoot-*"))

@@ -1,0 +1,143 @@
+"""The demo as people run it: a swarm of real processes on loopback, on the smallest number of steps that learns."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+MARK = "TEST_OF_THE_DEMO"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A demo, and all processes that it started: the environment marks them."""
+
+    process: subprocess.Popen[bytes]
+    mark: str
+    temporary: Path
+    log: Path
+
+    def processes(self) -> list[str]:
+        return [name for process in psutil.process_iter() if (name := marked_name(process, self.mark))]
+
+
+def marked_name(process: psutil.Process, mark: str) -> str | None:
+    try:
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return process.name() if alive and process.environ().get(MARK) == mark else None
+    except psutil.Error:
+        return None
+
+
+@contextmanager
+def running_demo(tmp_path: Path, *options: str) -> Iterator[Running]:
+    temporary, log, mark = tmp_path / "tmp", tmp_path / "log", uuid.uuid4().hex
+    temporary.mkdir()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "talkoot.cli", "demo", *options],
+            stdout=file,
+            stderr=file,
+            env=os.environ | {"TMPDIR": str(temporary), MARK: mark},
+        )
+    try:
+        yield Running(process, mark, temporary, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float, log: Path) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def dead_sockets() -> set[Path]:
+    return {path for path in Path("/tmp").glob("hivemind-*.sock") if is_dead(path)}
+
+
+def is_dead(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+def test_demo_learns_loses_a_node_and_serves_its_experts_again(tmp_path: Path) -> None:
+    result, before = tmp_path / "result.json", dead_sockets()
+    with running_demo(tmp_path, "--steps", "30", "--json", str(result)) as demo:
+        demo.process.wait(110)
+        assert demo.process.returncode == 0, demo.log.read_text()
+        assert not demo.processes()
+    values = json.loads(result.read_text())
+    assert list(values) == [
+        "steps",
+        "loss_first",
+        "loss_last",
+        "validation_loss_first",
+        "validation_loss_last",
+        "nodes_started",
+        "nodes_killed",
+        "experts_total",
+        "experts_alive_end",
+        "tokens_per_s",
+        "longest_stall_s",
+        "seconds",
+    ]
+    assert values["steps"] == 30
+    assert values["validation_loss_last"] < 0.75 * values["validation_loss_first"]
+    assert (values["nodes_started"], values["nodes_killed"]) == (3, 1)
+    assert values["experts_alive_end"] == values["experts_total"] == 32
+    assert values["longest_stall_s"] < 10
+    assert "is killed with SIGKILL" in demo.log.read_text()
+    assert not list(demo.temporary.iterdir())
+    assert not dead_sockets() - before
+
+
+def test_interrupted_demo_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    before = dead_sockets()
+    with running_demo(tmp_path, "--nodes", "2") as demo:
+        wait_until(lambda: demo.processes().count("p2pd") >= 2, 60, demo.log)
+        demo.process.send_signal(signal.SIGINT)
+        demo.process.wait(15)
+        assert demo.process.returncode == 128 + signal.SIGINT, demo.log.read_text()
+        assert not demo.processes()
+    assert "Traceback" not in demo.log.read_text()
+    assert not list(demo.temporary.iterdir())
+    assert not dead_sockets() - before
+
+
+def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
+    with running_demo(tmp_path, "--nodes", "2") as demo:
+        wait_until(lambda: demo.processes().count("p2pd") >= 2, 60, demo.log)
+        demo.process.kill()
+        demo.process.wait()
+        wait_until(lambda: not demo.processes(), 10, demo.log)
+
+
+def test_child_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    with running_demo(tmp_path, "--nodes", "1", "--no-kill", "--data", str(text)) as demo:
+        demo.process.wait(60)
+        said = demo.log.read_text()
+        assert demo.process.returncode == 2, said
+        assert "error: trainer ended early with exit status 2: the text has 9 bytes" in said
+        assert not demo.processes()
+    assert not list(demo.temporary.iterdir())

@@ -1,0 +1,215 @@
+"""A swarm without a network: real blocks behind an `ExpertCaller` that fails when told, and a clock that jumps."""
+
+import asyncio
+import contextlib
+import math
+import selectors
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from grpc import StatusCode
+from hivemind.p2p import PeerID
+from torch import Tensor, nn
+
+from dht.directory import Directory, View
+from dht.manifest import ExpertSpec, Manifest, ModelSpec, RoutingSpec
+from dht.registry import NodeInfo, Replica, ReplicaState
+from dht.uid import UID
+from expert_server.blocks import build_block
+from peer.codec import Floats
+from peer.errors import ExpertError
+from trainer_client.calls import Answer, Direction, Request
+
+
+class _Selector(selectors.DefaultSelector):
+    """Instead of waiting, it lets time pass."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            assert timeout is not None, "everything waits for something that will never happen"
+            self.now += max(0.0, timeout)
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Runs timers in order and at once: `time()` jumps to the next one when there is nothing else to do."""
+
+    def __init__(self) -> None:
+        self._virtual = _Selector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now
+
+
+@contextlib.contextmanager
+def virtual_time() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        yield runner
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How an expert or a peer answers: with which error, if any, and how many seconds late."""
+
+    status: StatusCode | None = None
+    after_s: float = 0.0
+    retry_after_s: float = 0.0
+
+    @property
+    def error(self) -> ExpertError | None:
+        return None if self.status is None else ExpertError(self.status, "as told", self.retry_after_s)
+
+
+WELL = Behaviour()
+SILENT = Behaviour(after_s=math.inf)
+
+
+def fails(status: StatusCode = StatusCode.UNAVAILABLE, after_s: float = 0.0) -> Behaviour:
+    return Behaviour(status, after_s)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call to one node, as the node saw it."""
+
+    peer_id: PeerID
+    direction: Direction
+    requests: Sequence[Request]
+    deadline_s: float
+    began: float
+
+    @property
+    def uids(self) -> list[UID]:
+        return [request.uid for request in self.requests]
+
+
+class FakeDirectory(Directory):
+    """Knows what it is told."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+
+class FakeSwarm:
+    """All experts of a manifest, expert i hosted by peer i modulo `peers`. The `ExpertCaller` of its trainers.
+
+    Its blocks take no optimizer steps.
+    """
+
+    def __init__(self, manifest: Manifest, peers: int | None = None) -> None:
+        self.manifest = manifest
+        self.peer_of = {
+            uid: make_peer_id(i % (peers or len(manifest.uids()))) for i, uid in enumerate(manifest.uids())
+        }
+        self.behaviours: dict[UID | PeerID, Behaviour] = {}
+        self.calls: list[Call] = []
+        self.ended = 0
+        self._blocks: dict[UID, nn.Module] = {}
+
+    def directory(self, live: Iterable[UID] | None = None) -> FakeDirectory:
+        uids = self.manifest.uids() if live is None else list(live)
+        replicas = {uid: (make_replica(uid, self.peer_of[uid]),) for uid in uids}
+        nodes = {peer_id: make_node(peer_id) for peer_id in self.peer_of.values()}
+        return FakeDirectory(View(self.manifest, replicas, nodes, 1.0))
+
+    def block(self, uid: UID) -> nn.Module:
+        if uid not in self._blocks:
+            self._blocks[uid] = build_block(self.manifest, uid).requires_grad_(False)
+        return self._blocks[uid]
+
+    def called(self, direction: Direction) -> list[Call]:
+        return [call for call in self.calls if call.direction == direction]
+
+    def rows_sent(self, direction: Direction, uid: UID) -> int:
+        return sum(
+            len(request.inputs)
+            for call in self.called(direction)
+            for request in call.requests
+            if request.uid == uid
+        )
+
+    async def call(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncIterator[Answer]:
+        began = now()
+        self.calls.append(Call(node.peer_id, direction, requests, deadline_s, began))
+        try:
+            peer = self._behaviour(node.peer_id)
+            await _wait_until(began + peer.after_s, began + deadline_s)
+            if peer.error is not None:
+                raise peer.error
+            parts = [(self._behaviour(request.uid), index) for index, request in enumerate(requests)]
+            for behaviour, index in sorted(parts, key=lambda part: part[0].after_s):
+                await _wait_until(began + peer.after_s + behaviour.after_s, began + deadline_s)
+                if behaviour.error is None:
+                    yield Answer(index, self.compute(direction, requests[index]))
+                else:
+                    yield Answer(index, None, behaviour.error)
+        finally:
+            self.ended += 1
+
+    def compute(self, direction: Direction, request: Request) -> Floats:
+        """What the expert answers."""
+        inputs = torch.from_numpy(request.inputs.copy())
+        with torch.enable_grad():
+            inputs.requires_grad_(direction == "backward")
+            outputs: Tensor = self.block(request.uid)(
+                inputs, torch.tensor(request.lengths), torch.tensor(request.positions)
+            )
+            if direction == "backward":
+                assert request.gradients is not None
+                (outputs,) = torch.autograd.grad(outputs, inputs, torch.from_numpy(request.gradients))
+        answer: Floats = outputs.detach().numpy()
+        return answer
+
+    def _behaviour(self, of: UID | PeerID) -> Behaviour:
+        return self.behaviours.get(of, WELL)
+
+
+async def _wait_until(due: float, ends: float) -> None:
+    """Raises DEADLINE_EXCEEDED when `due` is not before the end."""
+    left = min(due, ends) - now()
+    if left > 0:
+        await asyncio.sleep(left)
+    if due >= ends:
+        raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no answer in time")
+
+
+def make_peer_id(number: int) -> PeerID:
+    return PeerID(b"\x12\x20" + number.to_bytes(32, "big"))
+
+
+def make_node(peer_id: PeerID) -> NodeInfo:
+    return NodeInfo(peer_id, ("127.0.0.1:1",), b"", 1, "0", 1, 1, 0, 0, 0.0, (), math.inf)
+
+
+def make_replica(uid: UID, peer_id: PeerID) -> Replica:
+    return Replica(uid, peer_id, ReplicaState.SERVING, 0, 0, 0.0, math.inf)
+
+
+def make_manifest(grid: tuple[int, ...], k: int = 1, **model: int) -> Manifest:
+    small = {"layers": 1, "hidden": 8, "heads": 2, "context": 16, "local_layers": 1, "feed_forward": 16}
+    return Manifest(
+        name="sauna",
+        model=ModelSpec.model_validate(small | model),
+        experts=ExpertSpec(grid=grid, kind="transformer"),
+        routing=RoutingSpec(top_k=k),
+    )
+
+
+def random_rows(rows: int, width: int = 8, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal((rows, width), dtype=np.float32)
+
+
+def slower(behaviour: Behaviour, by_s: float) -> Behaviour:
+    return replace(behaviour, after_s=behaviour.after_s + by_s)
