@@ -18,6 +18,7 @@ from dht.registry import Announced, ReplicaState
 from dht.swarm import Stage, Swarm
 from dht.uid import UID
 from dht.vacancies import choose, lost_claims, vacant
+from expert_server.blocks import builder_of
 from expert_server.expert import expert_bytes
 from expert_server.metrics import NodeCollector, NodeCounts
 from expert_server.runtime import Runtime, RuntimeStats
@@ -25,7 +26,7 @@ from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.channels import SERVER_OPTIONS, server_credentials
-from peer.errors import StartError, UnreachableError
+from peer.errors import StartError, SwarmError, UnreachableError
 from peer.host import require_free_port
 from peer.metrics import MetricsServer
 from peer.wire import expert_pb2_grpc, records_pb2
@@ -93,6 +94,11 @@ class Node:
         cls, settings: NodeSettings, swarm: Swarm, *, host: str, stage: Stage = logger.info
     ) -> "Node":
         """Serves on `host`, takes its first experts and announces them. Takes over the swarm, also when it fails."""
+        try:
+            builder_of(swarm.manifest.experts.kind)
+        except SwarmError:
+            await swarm.stop()
+            raise
         runtime = Runtime(
             {},
             max_queued_rows=settings.max_queued_rows,

@@ -150,6 +150,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         finally:
             for answer in answers:
                 answer.cancel()
+            await asyncio.gather(*answers, return_exceptions=True)
 
     async def _answer(
         self,

@@ -139,7 +139,9 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option(help="Highest step size of the dense part.  [default: 0.002]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="From which batches are drawn.  [default: 0]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="From which batches are drawn.  [default: this trainer's own]")
+    ] = None,
     validate_every: Annotated[
         int | None, typer.Option(help="Steps between validations.  [default: only before and after]")
     ] = None,

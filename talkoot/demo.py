@@ -219,7 +219,7 @@ class _Demo:
             "trainer",
             *("train", "--join", invite, "--steps", str(self._plan.steps), *data),
             *("--threads", "1", "--log-format", "json", "--state", str(self._folder / "trainer")),
-            *("--call-deadline-s", str(_CALL_DEADLINE_S)),
+            *("--call-deadline-s", str(_CALL_DEADLINE_S), "--seed", "0"),
         )
 
     async def _start(self, name: str, *arguments: str) -> Child:

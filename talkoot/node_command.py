@@ -17,6 +17,7 @@ from rich.text import Text
 from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm
+from expert_server.blocks import builder_of
 from expert_server.node import Node, NodeStatus
 from expert_server.settings import NodeSettings
 from peer.errors import SettingsError, StartError
@@ -53,7 +54,9 @@ class Origin:
                     f"--bootstrap {address}: no multiaddress that names a peer, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"
                 )
         if self.new is not None:
-            return SwarmStarter(Manifest.from_toml(self.new), None, self.bootstrap)
+            manifest = Manifest.from_toml(self.new)
+            builder_of(manifest.experts.kind)  # better known now than when the manifest is published
+            return SwarmStarter(manifest, None, self.bootstrap)
         assert self.join is not None
         invite = Invite.parse(self.join)
         return SwarmStarter(None, replace(invite, bootstrap=(*invite.bootstrap, *self.bootstrap)), ())

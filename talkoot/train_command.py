@@ -71,7 +71,8 @@ def run_train(
 def _train(
     terminal: Terminal, signals: StopSignals, client: SwarmClient, text: bytes, settings: TrainerSettings
 ) -> Summary:
-    dataset = ByteDataset(text, client.manifest.model.context, seed=settings.seed)
+    seed = client.own_seed if settings.seed is None else settings.seed
+    dataset = ByteDataset(text, client.manifest.model.context, seed=seed)
     with terminal.stages("looking for experts") as stage:
         client.wait_for_experts(_WAIT_FOR_EXPERTS_S, _once(stage))
     model = LanguageModel(client.manifest, client.make_mixture)

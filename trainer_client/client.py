@@ -61,6 +61,12 @@ class SwarmClient:
         assert self._swarm is not None
         return self._swarm.manifest
 
+    @property
+    def own_seed(self) -> int:
+        """A seed that no other trainer has, from this one's key: 63 bits."""
+        assert self._swarm is not None
+        return int.from_bytes(self._swarm.host.peer_id.to_bytes()[-8:], "big") >> 1
+
     def make_mixture(self, layer: int) -> nn.Module:
         """The mixture of the swarm's experts in one layer of the model."""
         return RemoteMixtureOfExperts(

@@ -26,7 +26,9 @@ class TrainerSettings(RoleSettings):
         0, ge=0, le=10**7, description="steps between validations; 0 validates only before and after"
     )
     validation_batches: int = Field(4, ge=1, le=10_000, description="batches in a validation")
-    seed: int = Field(0, ge=0, lt=2**63, description="from which this trainer's batches are drawn")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="from which this trainer's batches are drawn; unset: its own"
+    )
     call_deadline_s: float = Field(
         10.0,
         gt=0,

@@ -89,9 +89,9 @@ def answered_by_all_rows(result: ForwardPass) -> list[int]:
 
 def check_outputs(swarm: FakeSwarm, result: ForwardPass) -> None:
     """No row has an expert twice, and every answer stands in the slot of the expert that gave it."""
-    for row in range(len(result.inputs)):
-        experts = answered_by(result, row)
-        assert len(set(experts)) == len(experts)
+    for row, slots in enumerate(result.answered):
+        experts = result.coordinates[row, slots].tolist()
+        assert len(set(map(tuple, experts))) == len(experts)
     assert not result.outputs[~result.answered].any()
     computed = np.zeros_like(result.outputs)
     counted = np.zeros(result.answered.shape, int)
@@ -434,7 +434,7 @@ def test_whatever_fails_a_call_ends_in_time_with_the_right_outputs_and_no_expert
     data: st.DataObject,
 ) -> None:
     async def scenario() -> None:
-        experts, peers = 9, data.draw(st.integers(1, 9))
+        peers = data.draw(st.integers(1, 9))
         k, k_min = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
         swarm = FakeSwarm(make_manifest((3, 3)), peers)
         for number in range(peers):
@@ -446,43 +446,13 @@ def test_whatever_fails_a_call_ends_in_time_with_the_right_outputs_and_no_expert
         scores = [rng.standard_normal((12, 3), dtype=np.float32) for _ in range(2)]
         result = await dispatcher.forward(0, random_rows(12), scores, k, LENGTH)
         assert now() <= DEADLINE
-        for row in range(12):
-            used = [tuple(c) for c in result.coordinates[row, result.answered[row]].tolist()]
-            assert len(set(used)) == len(used)
-        check_outputs_of_grid(swarm, result)
-        well = [
-            expert
-            for expert in swarm.manifest.uids()
-            if swarm.behaviours[expert] == Behaviour() == swarm.behaviours[swarm.peer_of[expert]]
-        ]
-        if len(well) == experts:
-            assert result.answered.sum() == 12 * min(k, experts)
+        check_outputs(swarm, result)
         began = now()
         gradients = await dispatcher.backward(result, np.ones_like(result.outputs))
         assert np.isfinite(gradients).all()
         assert now() <= began + DEADLINE
         await settle()
         assert swarm.ended == len(swarm.calls)
-
-    def check_outputs_of_grid(swarm: FakeSwarm, result: ForwardPass) -> None:
-        counted = np.zeros(result.answered.shape, int)
-        for answer in result.answers:
-            share = answer.share
-            tensor = swarm.compute(
-                "forward",
-                Request(
-                    share.uid,
-                    share.lengths.tolist(),
-                    share.positions.tolist(),
-                    result.inputs[share.rows],
-                    None,
-                ),
-            )
-            rows, slots = share.rows[answer.counts], share.slots[answer.counts]
-            assert (result.coordinates[rows, slots] == share.uid.coordinate).all()
-            np.testing.assert_allclose(result.outputs[rows, slots], tensor[answer.counts], atol=1e-5)
-            counted[rows, slots] += 1
-        np.testing.assert_array_equal(counted, result.answered)
 
     run(scenario())
 
