@@ -146,7 +146,7 @@ class Node:
             await self._server.stop(_CALLS_GRACE_S)
         await self.runtime.stop()
         if self._metrics is not None:
-            self._metrics.close()
+            await asyncio.to_thread(self._metrics.close)
             self._metrics = None
         await self.swarm.stop()
 

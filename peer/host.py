@@ -99,8 +99,15 @@ class Host:
         return self.identity.peer_id
 
     async def bootstrap_addresses(self) -> list[str]:
-        """Multiaddresses by which others can join, loopback ones last and only if there is nothing else."""
-        addresses = [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+        """Multiaddresses by which others can join, loopback ones last and only if there is nothing else.
+
+        Raises UnreachableError when p2pd does not answer.
+        """
+        try:
+            visible = await self.p2p.get_visible_maddrs(latest=True)
+        except (ControlFailure, OSError, asyncio.IncompleteReadError) as error:
+            raise UnreachableError("the libp2p daemon does not answer") from error
+        addresses = [str(address) for address in visible]
         direct = [a for a in addresses if a.startswith(("/ip4/", "/ip6/", "/dns")) and "/tcp/" in a]
         public = [a for a in direct if not a.startswith(("/ip4/127.", "/ip6/::1/"))]
         return (public or direct or addresses)[:8]

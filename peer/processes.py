@@ -13,11 +13,13 @@ from peer.errors import StartError
 _SOCKET_FOLDER = Path("/tmp")  # noqa: S108  # hivemind puts its sockets there, whatever TMPDIR says
 
 # Runs between fork and exec of the child, in an interpreter of its own: asks the kernel for SIGKILL when the parent
-# ends (PR_SET_PDEATHSIG = 1), and looks whether it has ended already.
+# ends (PR_SET_PDEATHSIG = 1), and looks whether it has ended already. A process group of its own keeps Ctrl-C from the
+# child: the parent gets it, and still needs the child to leave in order.
 _DIE_WITH_PARENT = (
     "import ctypes,os,sys;"
     "ctypes.CDLL(None).prctl(1,9)==0 or sys.exit('prctl failed');"
     "os.getppid()==int(sys.argv[1]) or sys.exit(1);"
+    "os.setpgid(0,0);"
     "os.execv(sys.argv[2],sys.argv[2:])"
 )
 

@@ -87,7 +87,6 @@ class Child:
                 stderr=file,
                 # one thread each: several pools on few cores wait for each other; what torch caches goes with the demo
                 env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
-                process_group=0,  # Ctrl-C is for the demo, which then stops its children in order
             )
         child = cls(name, process, errors)
         child._reading = asyncio.create_task(child._read(hear))

@@ -20,6 +20,8 @@ from talkoot.signals import run_until_stopped
 _HOST = "127.0.0.1"
 _ANNOUNCE_EVERY_S = 2.0
 """Short, so that a dead node is noticed within the demo: announcements live three times as long."""
+_FOUNDER_ANNOUNCES_EVERY_S = 4.0
+"""Longer: while the others start, the founder shall not adopt what they are going to host."""
 _START_LIMIT_S = 90.0
 _SILENCE_LIMIT_S = 60.0
 """Longest that the trainer may be silent."""
@@ -144,11 +146,11 @@ class _Demo:
     async def _start_swarm(self) -> None:
         manifest = self._folder / "swarm.toml"
         manifest.write_text('name = "demo"\n')  # all else has its default
-        founder = await self._start_node("--new", str(manifest))
+        founder = await self._start_node(_FOUNDER_ANNOUNCES_EVERY_S, "--new", str(manifest))
         await self._children.until(lambda: founder in self._invites, _START_LIMIT_S, "the founder's invite")
         invite = self._invites[founder]["invite"]
         for _ in range(1, self._plan.nodes):
-            await self._start_node("--join", invite)
+            await self._start_node(_ANNOUNCE_EVERY_S, "--join", invite)
         await self._start_trainer(invite)
         await self._children.until(
             lambda: len(self._states) == self._plan.nodes and self._step > 0, _START_LIMIT_S, "the first step"
@@ -199,7 +201,7 @@ class _Demo:
             for expert in reading["experts"]["list"]
         )
 
-    async def _start_node(self, *origin: str) -> Child:
+    async def _start_node(self, announce_every_s: float, *origin: str) -> Child:
         name = f"node {len(self._nodes) + 1}"
         experts = str(math.ceil(self._experts_total / self._plan.nodes))
         child = await self._start(
@@ -207,7 +209,7 @@ class _Demo:
             *("node", *origin, "--host", _HOST, "--threads", "1", "--log-format", "json"),
             *("--state", str(self._folder / name.replace(" ", "-"))),
             *("--experts", experts, "--spare", experts),  # room for all that the killed node hosts
-            *("--announce-every-s", str(_ANNOUNCE_EVERY_S)),
+            *("--announce-every-s", str(announce_every_s)),
         )
         self._nodes.append(child)
         self._display.show_node_state(name, child.pid, "starting")

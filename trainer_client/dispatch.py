@@ -329,8 +329,7 @@ class _Forward:
         view = self._dispatcher._directory.view
         avoided = self._dispatcher._breakers.open_at(self._clock())
         taken = (self.result.answered | self._pending)[rows]
-        k = taken.shape[1]
-        fresh = self._select(rows, view, avoided, k if is_first else 2 * k)
+        fresh = self._select(rows, view, avoided, taken.shape[1])
         coordinates, filled = refill(self.result.coordinates[rows], taken, fresh)
         self.result.coordinates[rows] = coordinates
         wanted = np.zeros_like(self._pending)

@@ -5,7 +5,7 @@ import contextlib
 import math
 import selectors
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -103,8 +103,10 @@ class FakeDirectory(Directory):
 class FakeSwarm:
     """All experts of a manifest, expert i hosted by peer i modulo `peers`. The `ExpertCaller` of its trainers.
 
-    Its blocks take no optimizer steps.
+    Its blocks take no optimizer steps. A call without an answer ends `overshoot_s` after its deadline, as real ones do.
     """
+
+    overshoot_s = 0.01
 
     def __init__(self, manifest: Manifest, peers: int | None = None) -> None:
         self.manifest = manifest
@@ -116,10 +118,16 @@ class FakeSwarm:
         self.ended = 0
         self._blocks: dict[UID, nn.Module] = {}
 
-    def directory(self, live: Iterable[UID] | None = None) -> FakeDirectory:
+    def directory(
+        self, live: Iterable[UID] | None = None, more_hosts: Iterable[PeerID] = ()
+    ) -> FakeDirectory:
+        """`more_hosts` have a replica of every expert."""
         uids = self.manifest.uids() if live is None else list(live)
-        replicas = {uid: (make_replica(uid, self.peer_of[uid]),) for uid in uids}
-        nodes = {peer_id: make_node(peer_id) for peer_id in self.peer_of.values()}
+        replicas = {
+            uid: tuple(make_replica(uid, peer_id) for peer_id in (self.peer_of[uid], *more_hosts))
+            for uid in uids
+        }
+        nodes = {peer_id: make_node(peer_id) for peer_id in (*self.peer_of.values(), *more_hosts)}
         return FakeDirectory(View(self.manifest, replicas, nodes, 1.0))
 
     def block(self, uid: UID) -> nn.Module:
@@ -145,12 +153,12 @@ class FakeSwarm:
         self.calls.append(Call(node.peer_id, direction, requests, deadline_s, began))
         try:
             peer = self._behaviour(node.peer_id)
-            await _wait_until(began + peer.after_s, began + deadline_s)
+            await self._wait_until(began + peer.after_s, began + deadline_s)
             if peer.error is not None:
                 raise peer.error
             parts = [(self._behaviour(request.uid), index) for index, request in enumerate(requests)]
             for behaviour, index in sorted(parts, key=lambda part: part[0].after_s):
-                await _wait_until(began + peer.after_s + behaviour.after_s, began + deadline_s)
+                await self._wait_until(began + peer.after_s + behaviour.after_s, began + deadline_s)
                 if behaviour.error is None:
                     yield Answer(index, self.compute(direction, requests[index]))
                 else:
@@ -175,14 +183,13 @@ class FakeSwarm:
     def _behaviour(self, of: UID | PeerID) -> Behaviour:
         return self.behaviours.get(of, WELL)
 
-
-async def _wait_until(due: float, ends: float) -> None:
-    """Raises DEADLINE_EXCEEDED when `due` is not before the end."""
-    left = min(due, ends) - now()
-    if left > 0:
-        await asyncio.sleep(left)
-    if due >= ends:
-        raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no answer in time")
+    async def _wait_until(self, due: float, ends: float) -> None:
+        """Raises DEADLINE_EXCEEDED when `due` is not before the end."""
+        left = (due if due < ends else ends + self.overshoot_s) - now()
+        if left > 0:
+            await asyncio.sleep(left)
+        if due >= ends:
+            raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no answer in time")
 
 
 def make_peer_id(number: int) -> PeerID:
@@ -209,7 +216,3 @@ def make_manifest(grid: tuple[int, ...], k: int = 1, **model: int) -> Manifest:
 
 def random_rows(rows: int, width: int = 8, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).standard_normal((rows, width), dtype=np.float32)
-
-
-def slower(behaviour: Behaviour, by_s: float) -> Behaviour:
-    return replace(behaviour, after_s=behaviour.after_s + by_s)

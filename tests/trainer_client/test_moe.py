@@ -1,4 +1,4 @@
-"""The mixture layer against a plain local one, with real blocks (the paper, section 3.1), and causality of a whole model."""
+"""The mixture layer against a plain local one, with real blocks (the paper, section 3.1); a whole model is causal."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -299,7 +299,10 @@ def make_model(swarm: FakeSwarm, make_mixture: Callable[[int], nn.Module]) -> La
 def test_a_changed_token_changes_no_logit_before_it(
     data: st.DataObject, grid: tuple[int, ...], peers: int, seed: int
 ) -> None:
-    """Also when experts fail, as long as each row keeps k_min of its own: see `docs/decisions.md`."""
+    """Also when experts fail, here fewer than k: each row keeps k_min of its own experts.
+
+    Where rows are sent elsewhere, who is known to be dead counts too, and a later token may have found that out.
+    """
     length, k = 12, 3
     swarm = FakeSwarm(make_manifest(grid, layers=2), peers)
     missing = data.draw(st.sets(st.sampled_from(swarm.manifest.uids()), max_size=k - 1))

@@ -1,0 +1,494 @@
+"""Nodes of a real swarm: p2pd, DHT, gRPC and torch, several nodes on one loop."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+
+from dht.directory import Directory
+from dht.invite import Invite
+from dht.manifest import Manifest
+from dht.records import SwarmKeys
+from dht.registry import ReplicaState
+from dht.swarm import Swarm, found_swarm, join_swarm
+from dht.uid import UID
+from expert_server.node import Node, NodeState
+from expert_server.settings import NodeSettings
+from peer import PROTOCOL_VERSION
+from peer.channels import ChannelPool
+from peer.errors import StartError, SwarmError
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.processes import die_with_parent
+from peer.wire import expert_pb2, expert_pb2_grpc
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+LOCAL = "127.0.0.1"
+MANIFEST = Manifest.model_validate(
+    {
+        "name": "sauna",
+        "model": {"layers": 2, "hidden": 8, "heads": 2, "context": 8, "feed_forward": 8},
+        "experts": {"grid": [2, 2]},
+        "routing": {"top_k": 2},
+    }
+)
+UIDS = MANIFEST.uids()
+
+
+@dataclass
+class Village:
+    """Makes peers, and stops what a test leaves running."""
+
+    identities: list[Identity]
+    stack: contextlib.AsyncExitStack
+
+    async def found(self, *, manifest: Manifest = MANIFEST, **settings: Any) -> Node:
+        swarm = await found_swarm(self.identities[0], manifest, listen=LOCAL, port=0)
+        return await self._start(swarm, settings)
+
+    async def join(self, number: int, invite: Invite, **settings: Any) -> Node:
+        return await self._start(await join_swarm(self.identities[number], invite, listen=LOCAL), settings)
+
+    async def observe(self, number: int, invite: Invite) -> Swarm:
+        """A peer that hosts nothing, and sees what trainers see."""
+        swarm = await join_swarm(self.identities[number], invite, listen=LOCAL, serves_dht=False)
+        self.stack.push_async_callback(swarm.stop)
+        return swarm
+
+    async def run(self, node: Node) -> "asyncio.Task[None]":
+        """Lets the node announce and adopt, until the end of the test or until the task is cancelled."""
+        task = asyncio.create_task(node.run())
+        self.stack.push_async_callback(end, task)
+        return task
+
+    async def _start(self, swarm: Swarm, settings: dict[str, Any]) -> Node:
+        node = await Node.start(node_settings(**settings), swarm, host=LOCAL)
+        self.stack.push_async_callback(node.stop)
+        return node
+
+
+async def end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def node_settings(**changes: Any) -> NodeSettings:
+    return NodeSettings.load(**{"threads": 1, "claim_wait_s": 0.1, **changes})
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity]) -> Callable[[Callable[[Village], Any]], None]:
+    def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
+        async def with_village() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                await scenario(Village(identities, stack))
+
+        loop.run(with_village(), 90)
+
+    return run
+
+
+Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
+
+
+async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float) -> None:
+    async with asyncio.timeout(deadline_s):
+        while True:
+            if await check():
+                return
+            await asyncio.sleep(0.1)
+
+
+async def serving(swarm: Swarm) -> Counter[UID]:
+    """How many nodes serve each expert, by the DHT."""
+    found = await swarm.registry.replicas(UIDS)
+    return Counter(
+        {
+            uid: sum(replica.state is ReplicaState.SERVING for replica in hosts)
+            for uid, hosts in found.items()
+            if hosts
+        }
+    )
+
+
+async def hosts_of(swarm: Swarm) -> set[Any]:
+    return {replica.peer_id for hosts in (await swarm.registry.replicas(UIDS)).values() for replica in hosts}
+
+
+ONCE_EACH = Counter(UIDS)
+
+
+def test_a_founder_hosts_as_many_experts_as_it_is_told(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=3)
+        assert len(node.runtime.experts) == 3
+        observer = await village.observe(1, await node.swarm.invite())
+        assert await serving(observer) == Counter(list(node.runtime.experts))
+        replicas = await observer.registry.replicas(list(node.runtime.experts))
+        assert {r.peer_id for hosts in replicas.values() for r in hosts} == {node.swarm.host.peer_id}
+        status = node.status()
+        assert (status.state, status.experts, status.capacity) == (NodeState.SERVING, 3, 5)
+        assert (status.adopted, status.updates, status.rows, status.queued_rows) == (0, 0, 0, 0)
+
+    play(scenario)
+
+
+def test_a_node_hosts_no_more_than_there_are(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=100)
+        assert set(node.runtime.experts) == set(UIDS)
+        late = await village.join(1, await node.swarm.invite(), experts=2)
+        assert len(late.runtime.experts) == 0
+        assert late.status().state is NodeState.SERVING
+
+    play(scenario)
+
+
+def test_without_a_number_a_node_hosts_what_fits_its_memory(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found()
+        assert set(node.runtime.experts) == set(UIDS)
+
+    play(scenario)
+
+
+def test_a_joiner_takes_what_is_vacant(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=5)
+        second = await village.join(1, await first.swarm.invite(), experts=8)
+        assert set(second.runtime.experts) == set(UIDS) - set(first.runtime.experts)
+        assert await serving(first.swarm) == await serving(second.swarm) == ONCE_EACH
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("each", [3, 6])
+def test_two_joiners_at_once_never_host_the_same_expert(play: Play, each: int) -> None:
+    """With 3 each the vacancies are just enough; with 6 each all of them are contested."""
+
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=2)
+        invite = await first.swarm.invite()
+        others = await asyncio.gather(
+            *(village.join(n, invite, experts=each, claim_wait_s=1.0) for n in (1, 2))
+        )
+        hosted = Counter(uid for node in (first, *others) for uid in node.runtime.experts)
+        assert hosted == ONCE_EACH
+        assert await serving(first.swarm) == ONCE_EACH
+        assert all(len(node.runtime.experts) <= each for node in others)
+
+    play(scenario)
+
+
+def test_a_node_that_stops_politely_is_listed_no_more(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=4)
+        second = await village.join(1, await first.swarm.invite(), experts=4)
+        observer = await village.observe(2, await first.swarm.invite())
+        assert await serving(observer) == ONCE_EACH
+        begin = time.monotonic()
+        await second.stop()
+        assert time.monotonic() - begin < 5
+        assert await serving(observer) == Counter(list(first.runtime.experts))
+        assert await hosts_of(observer) == {first.swarm.host.peer_id}
+
+    play(scenario)
+
+
+def test_the_founder_may_leave_and_others_still_join(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=4)
+        second = await village.join(1, await first.swarm.invite(), experts=2)
+        await first.stop()
+        third = await village.join(2, await second.swarm.invite(), experts=8)
+        assert third.swarm.manifest == MANIFEST
+        assert set(third.runtime.experts) >= set(UIDS) - set(second.runtime.experts)
+
+    play(scenario)
+
+
+def test_orphans_of_a_vanished_node_are_adopted_by_the_others(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=3, spare=4, announce_every_s=0.5)
+        await village.run(first)
+        invite = await first.swarm.invite()
+        second = await village.join(1, invite, experts=3, spare=4, announce_every_s=0.5)
+        await village.run(second)
+        third = await village.join(2, invite, experts=2, spare=0, announce_every_s=0.5)
+        running = await village.run(third)
+        observer = await village.observe(3, invite)
+        assert await serving(observer) == ONCE_EACH
+        orphans = set(third.runtime.experts)
+        assert len(orphans) == 2
+
+        await end(running)
+        await third.swarm.host.stop()  # no farewell
+
+        async def adopted() -> bool:
+            hosted = {*first.runtime.experts, *second.runtime.experts}
+            hosts = {first.swarm.host.peer_id, second.swarm.host.peer_id}
+            return hosted == set(UIDS) == set(await serving(observer)) and await hosts_of(observer) == hosts
+
+        # announcements live 1.5 s, and an expert must be vacant twice in a row
+        await eventually(adopted, 30)
+        assert first.status().adopted + second.status().adopted >= len(orphans)
+
+    play(scenario)
+
+
+def test_a_node_without_spare_room_adopts_nothing(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=2, spare=0, announce_every_s=0.5)
+        own = set(node.runtime.experts)
+        await village.run(node)
+        observer = await village.observe(1, await node.swarm.invite())
+        renewed: set[float] = set()
+
+        async def announced_often() -> bool:
+            for hosts in (await observer.registry.replicas(sorted(own))).values():
+                renewed.update(replica.expires_at for replica in hosts)
+            return len(renewed) >= 5
+
+        await eventually(announced_often, 20)
+        assert set(node.runtime.experts) == own
+        assert await serving(observer) == Counter(list(own))
+
+    play(scenario)
+
+
+def test_a_trainer_finds_and_calls_a_node_by_what_the_dht_says(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=3)
+        observer = await village.observe(1, await node.swarm.invite())
+        view = await Directory(observer.registry, observer.manifest, refresh_every_s=60).refresh()
+        assert view.live_experts() == 3
+        (info,) = view.nodes.values()
+        assert info.addresses == (node.address,)
+        assert (info.expert_count, info.expert_capacity, info.protocol_version) == (3, 5, PROTOCOL_VERSION)
+        assert list(info.bootstrap_addresses) == await node.swarm.host.bootstrap_addresses()
+        pool = ChannelPool()
+        try:
+            channel = await pool.get(info.addresses[0], info.certificate_pem)
+            assert await pool.get(info.addresses[0], info.certificate_pem) is channel
+            stub: Any = expert_pb2_grpc.ExpertServiceStub(channel)
+            request = expert_pb2.InfoRequest(
+                protocol_version=PROTOCOL_VERSION, swarm_id=observer.keys.swarm_id
+            )
+            reply = await stub.Info(request, timeout=10)
+            assert {UID.parse(expert.uid) for expert in reply.experts} == set(node.runtime.experts)
+            await node.stop()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.Info(request, timeout=2)
+        finally:
+            await pool.close()
+
+    play(scenario)
+
+
+def fetch(address: str) -> tuple[str, str]:
+    with urllib.request.urlopen(address, timeout=10) as response:
+        return response.headers["Content-Type"], response.read().decode()
+
+
+def test_metrics_are_served_on_loopback_as_prometheus_text(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=3)
+        assert node.metrics_address.startswith("http://127.0.0.1:")
+        kind, text = await asyncio.to_thread(fetch, node.metrics_address)
+        assert kind.startswith("text/plain")
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert float(values["talkoot_experts"]) == 3
+        for name in ("rows", "batches", "updates", "skipped_updates", "experts_adopted", "dht_failures"):
+            assert float(values[f"talkoot_{name}_total"]) == 0
+            assert f"# TYPE talkoot_{name}_total counter" in text
+        assert float(values['talkoot_unfinished_works_total{cause="expired"}']) == 0
+        assert float(values["process_open_fds"]) > 0
+        await node.stop()
+        with pytest.raises(OSError, match="refused"):
+            await asyncio.to_thread(fetch, node.metrics_address)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("setting", ["grpc_port", "metrics_port"])
+def test_a_busy_port_is_named_and_nothing_is_left(play: Play, setting: str) -> None:
+    async def scenario(village: Village) -> None:
+        before = children()
+        with socket.create_server((LOCAL, 0)) as server:
+            port = server.getsockname()[1]
+            with pytest.raises(StartError, match=f"port {port}.*pass another"):
+                await village.found(experts=1, **{setting: port})
+        assert children() == before
+
+    play(scenario)
+
+
+def test_a_second_founder_of_a_name_is_refused_and_leaves_nothing(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=1)
+        before = children()
+        bootstrap = await node.swarm.host.bootstrap_addresses()
+        with pytest.raises(SwarmError, match="a swarm named 'sauna' exists here already, founded by Qm"):
+            await found_swarm(village.identities[1], MANIFEST, listen=LOCAL, port=0, bootstrap=bootstrap)
+        assert children() == before
+
+    play(scenario)
+
+
+def test_an_invite_to_a_swarm_that_is_not_there_is_refused_and_leaves_nothing(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dht.swarm._MANIFEST_DEADLINE_S", 0.5)
+
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=1)
+        before = children()
+        invite = await node.swarm.invite()
+        wrong = (
+            replace(invite, keys=SwarmKeys("sauna", village.identities[2].peer_id)),  # another author
+            replace(invite, keys=SwarmKeys("banya", invite.keys.author)),  # another name
+        )
+        for changed in wrong:
+            with pytest.raises(SwarmError, match="know no manifest of swarm"):
+                await join_swarm(village.identities[1], changed, listen=LOCAL)
+        assert children() == before
+
+    play(scenario)
+
+
+def test_a_manifest_of_another_version_is_refused_naming_both(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        later = MANIFEST.model_copy(update={"protocol_version": 7})
+        swarm = await found_swarm(village.identities[0], later, listen=LOCAL, port=0)
+        village.stack.push_async_callback(swarm.stop)
+        before = children()
+        with pytest.raises(SwarmError, match=f"protocol version 7, this software {PROTOCOL_VERSION}"):
+            await join_swarm(village.identities[1], await swarm.invite(), listen=LOCAL)
+        assert children() == before
+
+    play(scenario)
+
+
+def test_a_node_comes_back_with_its_identity(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=4)
+        invite = await first.swarm.invite()
+        second = await village.join(1, invite, experts=4)
+        peer_id, hosted = second.swarm.host.peer_id, set(second.runtime.experts)
+        await second.stop()
+        again = await village.join(1, invite, experts=4)
+        assert again.swarm.host.peer_id == peer_id
+        assert set(again.runtime.experts) == hosted
+        assert await serving(first.swarm) == ONCE_EACH
+
+    play(scenario)
+
+
+def test_a_node_whose_p2pd_died_says_so_and_still_stops(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=2, announce_every_s=0.5)
+        task = await village.run(node)
+        for pid in children():
+            psutil.Process(pid).kill()
+
+        async def noticed() -> bool:
+            assert not task.done(), task
+            return node.status().state is NodeState.UNREACHABLE
+
+        await eventually(noticed, 30)
+        await end(task)
+        begin = time.monotonic()
+        await node.stop()
+        await node.stop()
+        assert time.monotonic() - begin < 15
+
+    play(scenario)
+
+
+# Nothing is left behind
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+@pytest.fixture
+def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Path]]]:
+    """Lists the socket files that hosts of this test have made and not removed."""
+    used: list[str] = []
+
+    def note_socket(arguments: Sequence[str]) -> list[str]:
+        (listen,) = [a for a in arguments if a.startswith("-listen=/unix/tmp/hivemind-p2pd-")]
+        used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
+        return die_with_parent(arguments)
+
+    monkeypatch.setattr("peer.host.die_with_parent", note_socket)
+    yield lambda: [path for name in used for path in Path("/tmp").glob(f"hivemind-*-{name}")]
+    assert used, "no host was started"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds of the things that leak."""
+
+    children: int
+    descriptors: int
+    threads: int
+    tasks: int
+
+
+def held(loop: LoopThread) -> Held:
+    return Held(
+        len(children()),
+        int(psutil.Process().num_fds()),
+        threading.active_count(),
+        len(asyncio.all_tasks(loop.loop)),
+    )
+
+
+def test_fifty_boots_and_stops_leave_nothing(
+    loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]]
+) -> None:
+    manifest = MANIFEST.model_copy(update={"model": MANIFEST.model.model_copy(update={"layers": 1})})
+
+    async def boot_and_stop() -> None:
+        swarm = await found_swarm(identities[0], manifest, listen=LOCAL, port=0)
+        node = await Node.start(node_settings(experts=2), swarm, host=LOCAL)
+        try:
+            assert len(node.runtime.experts) == 2
+            assert node.status().state is NodeState.SERVING
+        finally:
+            await node.stop()
+
+    for boot in range(50):
+        loop.run(boot_and_stop(), 60)
+        assert sockets() == []
+        if boot == 4:
+            after_five = held(loop)
+    assert after_five.children == 0
+    deadline = time.monotonic() + 10
+    while held(loop) != after_five and time.monotonic() < deadline:
+        time.sleep(0.05)  # the last boot's descriptors and threads end a moment later
+    now = held(loop)
+    assert now.children == 0
+    assert now.descriptors <= after_five.descriptors
+    assert now.threads <= after_five.threads
+    assert now.tasks <= after_five.tasks
