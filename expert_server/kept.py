@@ -11,14 +11,15 @@ from torch import Tensor
 from dht.uid import UID
 from expert_server.expert import Graph
 
-KeptKey = tuple[bytes, UID]
-"""The forward call's request id, which its caller alone knows, and the expert."""
+KeptKey = tuple[bytes, int]
+"""The forward call's request id, which its caller alone knows, and which part of the call this was."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
     """What one expert was given in a forward call, and its graph if there is room for it."""
 
+    uid: UID
     inputs: Tensor
     lengths: Tensor
     positions: Tensor

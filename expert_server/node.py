@@ -166,7 +166,7 @@ class Node:
     async def _serve(self, host: str) -> None:
         settings = self._settings
         require_free_port(host, settings.grpc_port)
-        limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s)
+        limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes)
         servicer = ExpertServicer(self.runtime, self.swarm.manifest, self.swarm.keys.swarm_id, limits)
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=settings.max_calls)
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, self._server)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import grpc
@@ -14,6 +14,7 @@ from grpc import StatusCode
 
 from dht.manifest import Manifest
 from dht.uid import UID
+from expert_server.kept import Kept, KeptForwards
 from expert_server.runtime import Direction, Result, Runtime, Work
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import MAX_CHUNK_BYTES, decode, encode, encoded_bytes, split
@@ -35,7 +36,9 @@ class EdgeLimits:
     max_call_bytes: int
     """Payload of one call, in bytes."""
     max_call_s: float
-    """Longest that a call may last, whatever deadline it came with, in seconds."""
+    """Longest that a call may last, whatever deadline it came with, in seconds; also how long a forward is kept."""
+    max_kept_bytes: int = 0
+    """Memory for forward passes that are kept until their backward call comes."""
     remembered_requests: int = 65_536
     """Backward calls whose ids are remembered, so that none is applied twice."""
 
@@ -49,10 +52,20 @@ class Part:
     """int64 [S]"""
     positions: torch.Tensor
     """int64 [R]"""
+    kept: Kept | None = None
+    """In backward: what the forward call left here."""
 
     @property
     def rows(self) -> int:
         return len(self.positions)
+
+
+@dataclass(frozen=True)
+class LostPart:
+    """One expert's part of a backward call whose forward pass is kept no more."""
+
+    uid: UID
+    rows: int
 
 
 class SeenRequests:
@@ -81,6 +94,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self._swarm_id = swarm_id
         self._limits = limits
         self._seen = SeenRequests(limits.remembered_requests)
+        self._kept = KeptForwards(limits.max_kept_bytes)
 
     async def Forward(self, requests: Requests, context: Context) -> None:
         await self._serve("forward", requests, context)
@@ -130,53 +144,52 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         if direction == "backward" and not self._seen.is_new(header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
 
+        call = _Call(direction, header, deadline, context)
         payload = _Payload(requests)
-        width = header.width
-        caller = context.peer() or ""
-        writing = asyncio.Lock()
         answers: list[asyncio.Task[None]] = []
         try:
             for index, part in enumerate(parts):
-                size = encoded_bytes(part.rows, width, header.codec)
-                inputs = await payload.read(size)
+                size = encoded_bytes(part.rows, header.width, header.codec)
+                inputs = None if isinstance(part, LostPart) or part.kept else await payload.read(size)
                 gradients = await payload.read(size) if direction == "backward" else None
-                work = _make_work(direction, part, inputs, gradients, header, deadline, caller)
-                answers.append(
-                    asyncio.create_task(self._answer(index, work, header.codec, context.write, writing))
-                )
+                if isinstance(part, LostPart):
+                    answers.append(asyncio.create_task(self._refuse_lost(call, index, part)))
+                else:
+                    work = call.work(part, inputs, gradients)
+                    answers.append(asyncio.create_task(self._answer(call, index, work)))
             await payload.expect_end()
             for answer in answers:
                 await answer
         finally:
             for answer in answers:
                 answer.cancel()
-            await asyncio.gather(*answers, return_exceptions=True)
 
-    async def _answer(
-        self,
-        index: int,
-        work: Work,
-        codec: "expert_pb2.Codec",
-        write: Callable[[expert_pb2.CallReply], Awaitable[None]],
-        writing: asyncio.Lock,
-    ) -> None:
+    async def _answer(self, call: "_Call", index: int, work: Work) -> None:
         """Computes one expert's part, and writes its reply and payload without others in between."""
         try:
-            result: Result = await self._runtime.submit(work)
+            result = await self._runtime.submit(work)
         except ExpertError as error:
-            status: int = error.status.value[0]
-            reply = expert_pb2.ExpertReply(
-                index=index, status=status, message=str(error), retry_after_s=error.retry_after_s
-            )
-            async with writing:
-                await write(expert_pb2.CallReply(expert=reply))
+            await call.write_error(index, error)
             return
-        data = encode(result.tensor.numpy(), codec)
-        reply = expert_pb2.ExpertReply(index=index, update_count=result.update_count, payload_bytes=len(data))
-        async with writing:
-            await write(expert_pb2.CallReply(expert=reply))
-            for chunk in split(data):
-                await write(expert_pb2.CallReply(chunk=chunk))
+        data = encode(result.tensor.numpy(), call.header.codec)
+        kept = work.keep and self._keep(call.header.request_id, index, work, result)
+        await call.write(
+            expert_pb2.ExpertReply(
+                index=index, update_count=result.update_count, payload_bytes=len(data), kept=kept
+            ),
+            data,
+        )
+
+    async def _refuse_lost(self, call: "_Call", index: int, part: LostPart) -> None:
+        message = f"the forward pass of expert {part.uid} is kept no more: send its inputs"
+        await call.write_error(index, ExpertError(StatusCode.FAILED_PRECONDITION, message))
+
+    def _keep(self, request_id: bytes, index: int, work: Work, result: Result) -> bool:
+        now = time.monotonic()
+        kept = Kept(
+            work.uid, work.inputs, work.lengths, work.positions, result.graph, now + self._limits.max_call_s
+        )
+        return self._kept.put((request_id, index), kept, now)
 
     def _check_swarm(self, protocol_version: int, swarm_id: str) -> None:
         if protocol_version != PROTOCOL_VERSION:
@@ -190,7 +203,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
                 f"this node belongs to swarm {self._swarm_id}, the call is for {swarm_id[:64]!r}",
             )
 
-    def _check_parts(self, header: expert_pb2.CallHeader, direction: Direction) -> list[Part]:
+    def _check_parts(self, header: expert_pb2.CallHeader, direction: Direction) -> list[Part | LostPart]:
         """The header's experts, once every number in them is known to be right. Raises WireError."""
         if len(header.request_id) != 16:
             raise WireError(f"a request id of {len(header.request_id)} bytes; expected 16")
@@ -200,15 +213,27 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
             )
         if not 1 <= len(header.experts) <= MAX_EXPERTS_IN_CALL:
             raise WireError(f"{len(header.experts)} experts in one call; expected 1 to {MAX_EXPERTS_IN_CALL}")
-        tensors = 2 if direction == "backward" else 1
-        rows = sum(len(expert.positions) for expert in header.experts)
-        size = tensors * encoded_bytes(rows, header.width, header.codec)
+        tensor_rows = sum(_tensor_rows(expert, direction) for expert in header.experts)
+        size = encoded_bytes(tensor_rows, header.width, header.codec)
         if size > self._limits.max_call_bytes:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED,
                 f"a call of {size} bytes; at most {self._limits.max_call_bytes}: send fewer rows at once",
             )
-        return [make_part(expert, self._manifest) for expert in header.experts]
+        return [self._find_part(expert, direction) for expert in header.experts]
+
+    def _find_part(self, expert: expert_pb2.ExpertRows, direction: Direction) -> Part | LostPart:
+        if not expert.kept_request_id:
+            return make_part(expert, self._manifest)
+        if direction == "forward" or expert.segment_lengths or expert.positions:
+            raise WireError("a kept forward pass is named in backward calls, without segments and positions")
+        uid = _parse_uid(expert.uid, self._manifest)
+        kept = self._kept.take((expert.kept_request_id, expert.kept_index))
+        if kept is None:
+            return LostPart(uid, expert.kept_rows)
+        if (kept.uid, len(kept.positions)) != (uid, expert.kept_rows):
+            raise WireError(f"the kept forward pass is of {len(kept.positions)} rows for expert {kept.uid}")
+        return Part(uid, kept.lengths, kept.positions, kept)
 
 
 def make_part(expert: expert_pb2.ExpertRows, manifest: Manifest) -> Part:
@@ -236,27 +261,70 @@ def make_part(expert: expert_pb2.ExpertRows, manifest: Manifest) -> Part:
     return Part(uid, torch.from_numpy(lengths), torch.from_numpy(positions))
 
 
-def _make_work(
-    direction: Direction,
-    part: Part,
-    inputs: bytearray,
-    gradients: bytearray | None,
-    header: expert_pb2.CallHeader,
-    deadline: float,
-    caller: str,
-) -> Work:
-    return Work(
-        uid=part.uid,
-        direction=direction,
-        inputs=torch.from_numpy(decode(inputs, header.width, header.codec)),
-        gradients=None
-        if gradients is None
-        else torch.from_numpy(decode(gradients, header.width, header.codec)),
-        lengths=part.lengths,
-        positions=part.positions,
-        deadline=deadline,
-        caller=caller,
-    )
+def _parse_uid(text: str, manifest: Manifest) -> UID:
+    uid = UID.parse(text)
+    if not manifest.holds(uid):
+        raise WireError(
+            f"{uid} is not on this swarm's grid of {manifest.model.layers} × {manifest.experts.grid}"
+        )
+    return uid
+
+
+def _tensor_rows(expert: expert_pb2.ExpertRows, direction: Direction) -> int:
+    """Rows of payload, inputs and gradients together."""
+    if expert.kept_request_id:
+        return expert.kept_rows
+    return len(expert.positions) * (2 if direction == "backward" else 1)
+
+
+class _Call:
+    """One call while it is answered: what its header says, and one reply at a time."""
+
+    def __init__(
+        self, direction: Direction, header: expert_pb2.CallHeader, deadline: float, context: Context
+    ) -> None:
+        self.header = header
+        self._direction = direction
+        self._deadline = deadline
+        self._caller = context.peer() or ""
+        self._context = context
+        self._writing = asyncio.Lock()
+
+    def work(self, part: Part, inputs: bytearray | None, gradients: bytearray | None) -> Work:
+        """Raises WireError when a number is not finite."""
+        if inputs is not None:
+            inputs_RD = self._tensor(inputs)
+        else:
+            assert part.kept is not None, "inputs come in the payload or were kept"
+            inputs_RD = part.kept.inputs
+        return Work(
+            uid=part.uid,
+            direction=self._direction,
+            inputs=inputs_RD,
+            gradients=None if gradients is None else self._tensor(gradients),
+            lengths=part.lengths,
+            positions=part.positions,
+            deadline=self._deadline,
+            caller=self._caller,
+            keep=self.header.keep and self._direction == "forward",
+            graph=part.kept.graph if part.kept else None,
+        )
+
+    async def write(self, reply: expert_pb2.ExpertReply, data: memoryview) -> None:
+        async with self._writing:
+            await self._context.write(expert_pb2.CallReply(expert=reply))
+            for chunk in split(data):
+                await self._context.write(expert_pb2.CallReply(chunk=chunk))
+
+    async def write_error(self, index: int, error: ExpertError) -> None:
+        status: int = error.status.value[0]
+        reply = expert_pb2.ExpertReply(
+            index=index, status=status, message=str(error), retry_after_s=error.retry_after_s
+        )
+        await self.write(reply, memoryview(b""))
+
+    def _tensor(self, data: bytearray) -> torch.Tensor:
+        return torch.from_numpy(decode(data, self.header.width, self.header.codec))
 
 
 async def _read_header(requests: Requests) -> expert_pb2.CallHeader:

@@ -14,40 +14,61 @@ class NodeSettings(RoleSettings):
     env_prefix: ClassVar[str] = "TALKOOT_NODE_"
 
     experts: int | None = Field(
-        None, ge=0, le=10**6, description="experts to host; unset: a quarter of the free memory"
+        default=None, ge=0, le=10**6, description="experts to host; unset: a quarter of the free memory"
     )
     spare: int | None = Field(
-        None,
+        default=None,
         ge=0,
         le=10**6,
         description="experts to adopt beyond those when their host has gone; unset: half as many",
     )
     host: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=253,
         description="address to listen on and to announce; unset: this machine's first",
     )
-    dht_port: int = Field(0, ge=0, le=65535, description="TCP port of the DHT; 0: any free one")
-    grpc_port: int = Field(0, ge=0, le=65535, description="TCP port of the expert service; 0: any free one")
-    metrics_port: int = Field(
-        0, ge=0, le=65535, description="TCP port of /metrics, on loopback; 0: any free one"
+    dht_port: int = Field(default=0, ge=0, le=65535, description="TCP port of the DHT; 0: any free one")
+    grpc_port: int = Field(
+        default=0, ge=0, le=65535, description="TCP port of the expert service; 0: any free one"
     )
-    state: Path | None = Field(None, description="folder of the node's identity and state")
-    threads: int | None = Field(None, ge=1, le=1024, description="torch threads; unset: one for each core")
+    metrics_port: int = Field(
+        default=0, ge=0, le=65535, description="TCP port of /metrics, on loopback; 0: any free one"
+    )
+    state: Path | None = Field(default=None, description="folder of the node's identity and state")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
+    )
     announce_every_s: float = Field(
-        10.0, ge=0.5, le=120, description="seconds between announcements; they live three times as long"
+        default=10.0,
+        ge=0.5,
+        le=120,
+        description="seconds between announcements; they live three times as long",
     )
     claim_wait_s: float = Field(
-        1.0, ge=0.1, le=30, description="seconds for others to see a claim before the expert is served"
+        default=1.0,
+        ge=0.1,
+        le=30,
+        description="seconds for others to see a claim before the expert is served",
     )
     max_queued_rows: int = Field(
-        65536, ge=1, le=10**9, description="rows that may wait; more are refused with RESOURCE_EXHAUSTED"
+        default=65536,
+        ge=1,
+        le=10**9,
+        description="rows that may wait; more are refused with RESOURCE_EXHAUSTED",
     )
-    max_batch_rows: int = Field(8192, ge=1, le=10**7, description="rows computed at once")
-    max_call_bytes: int = Field(64 * 2**20, ge=1024, le=2**32, description="payload of one call, in bytes")
-    max_calls: int = Field(64, ge=1, le=10**5, description="calls served at the same time")
-    max_call_s: float = Field(60.0, gt=0, le=3600, description="longest that a call may last, in seconds")
+    max_batch_rows: int = Field(default=8192, ge=1, le=10**7, description="rows computed at once")
+    max_call_bytes: int = Field(default=64 * 2**20, ge=1024, le=2**32, description="payload of one call, in bytes")
+    max_kept_bytes: int = Field(
+        default=256 * 2**20,
+        ge=0,
+        le=2**40,
+        description="memory for forward passes kept until their backward call, in bytes",
+    )
+    max_calls: int = Field(default=64, ge=1, le=10**5, description="calls served at the same time")
+    max_call_s: float = Field(
+        default=60.0, gt=0, le=3600, description="longest that a call may last, in seconds"
+    )
 
     @property
     def lifetime_s(self) -> float:

@@ -6,8 +6,9 @@
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
 import grpc
@@ -44,6 +45,18 @@ class Request:
     """[R, D]"""
     gradients: Floats | None
     """[R, D], or None in forward."""
+    keep: bool = False
+    """In forward: whether a backward call is meant to follow."""
+    kept: "KeptAt | None" = None
+    """In backward: where the node keeps the inputs, so that they need not be sent again."""
+
+
+@dataclass(frozen=True)
+class KeptAt:
+    """How to name a forward pass that the node that answered it has kept."""
+
+    request_id: bytes
+    index: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,8 @@ class Answer:
     """Which of the requests this answers."""
     tensor: Floats | None
     error: ExpertError | None = None
+    kept: KeptAt | None = None
+    """In forward: set when the node has kept what it was sent."""
 
 
 class ExpertCaller(Protocol):
@@ -79,15 +94,34 @@ class GrpcCaller:
     async def call(
         self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
     ) -> AsyncIterator[Answer]:
+        ends = time.monotonic() + deadline_s
+        lost = []  # the node had to give up what it kept
+        async with contextlib.aclosing(self._call_once(node, direction, requests, deadline_s)) as answers:
+            async for answer in answers:
+                if requests[answer.index].kept and _is_lost(answer):
+                    lost.append(answer.index)
+                else:
+                    yield answer
+        if lost:
+            whole = [replace(requests[index], kept=None) for index in lost]
+            left = max(ends - time.monotonic(), 0.001)
+            async with contextlib.aclosing(self._call_once(node, direction, whole, left)) as answers:
+                async for answer in answers:
+                    yield replace(answer, index=lost[answer.index])
+
+    async def _call_once(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncGenerator[Answer, None]:
         if not node.addresses:
             raise ExpertError(StatusCode.UNAVAILABLE, f"node {node.peer_id} gives no address")
         channel = await self._channels.get(node.addresses[0], node.certificate_pem)
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
         method = stub.Forward if direction == "forward" else stub.Backward
         stream: Stream = method(timeout=deadline_s)
+        request_id = secrets.token_bytes(16)
         try:
-            await self._send(stream, requests)
-            async with contextlib.aclosing(self._answers(stream, requests)) as answers:
+            await self._send(stream, request_id, requests)
+            async with contextlib.aclosing(self._answers(stream, request_id, requests)) as answers:
                 async for answer in answers:
                     yield answer
         except grpc.aio.AioRpcError as error:
@@ -108,30 +142,28 @@ class GrpcCaller:
         finally:
             stream.cancel()  # no effect on a call that has ended
 
-    async def _send(self, stream: Stream, requests: Sequence[Request]) -> None:
+    async def _send(self, stream: Stream, request_id: bytes, requests: Sequence[Request]) -> None:
         header = expert_pb2.CallHeader(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
-            request_id=secrets.token_bytes(16),
+            request_id=request_id,
             width=self._width,
             codec=expert_pb2.CODEC_FP32,
-            experts=[
-                expert_pb2.ExpertRows(
-                    uid=str(request.uid), segment_lengths=request.lengths, positions=request.positions
-                )
-                for request in requests
-            ],
+            experts=map(_expert_rows, requests),
+            keep=any(request.keep for request in requests),
         )
         await stream.write(expert_pb2.CallRequest(header=header))
         for request in requests:
-            for tensor in (request.inputs, request.gradients):
+            for tensor in (None if request.kept else request.inputs, request.gradients):
                 if tensor is not None:
                     for chunk in split(encode(tensor, expert_pb2.CODEC_FP32)):
                         await stream.write(expert_pb2.CallRequest(chunk=chunk))
                         self.bytes_sent += len(chunk)
         await stream.done_writing()
 
-    async def _answers(self, stream: Stream, requests: Sequence[Request]) -> AsyncGenerator[Answer, None]:
+    async def _answers(
+        self, stream: Stream, request_id: bytes, requests: Sequence[Request]
+    ) -> AsyncGenerator[Answer, None]:
         """Raises WireError for whatever a correct node would not send. Reads to the stream's end: calls that are
         cancelled leak (grpc issue 43360).
         """
@@ -157,8 +189,8 @@ class GrpcCaller:
                     raise WireError(f"a chunk of {len(chunk)} bytes")
                 data += chunk
             self.bytes_received += size
-            yield Answer(expert.index, decode(data, self._width, expert_pb2.CODEC_FP32))
-
+            kept = KeptAt(request_id, expert.index) if expert.kept else None
+            yield Answer(expert.index, decode(data, self._width, expert_pb2.CODEC_FP32), kept=kept)
         if await stream.read() is not grpc.aio.EOF:
             raise WireError("more than all experts' answers")
 
@@ -170,6 +202,23 @@ class GrpcCaller:
         if reply.WhichOneof("part") != part:
             raise WireError(f"got {reply.WhichOneof('part')} where {part} was expected")
         return reply
+
+
+def _expert_rows(request: Request) -> expert_pb2.ExpertRows:
+    if request.kept is not None:
+        return expert_pb2.ExpertRows(
+            uid=str(request.uid),
+            kept_request_id=request.kept.request_id,
+            kept_index=request.kept.index,
+            kept_rows=len(request.positions),
+        )
+    return expert_pb2.ExpertRows(
+        uid=str(request.uid), segment_lengths=request.lengths, positions=request.positions
+    )
+
+
+def _is_lost(answer: Answer) -> bool:
+    return answer.error is not None and answer.error.status is StatusCode.FAILED_PRECONDITION
 
 
 def _call_error(status: StatusCode, details: str | None) -> ExpertError:

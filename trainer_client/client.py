@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from torch import nn
 
@@ -67,7 +67,7 @@ class SwarmClient:
         assert self._swarm is not None
         return int.from_bytes(self._swarm.host.peer_id.to_bytes()[-8:], "big") >> 1
 
-    def make_mixture(self, layer: int) -> nn.Module:
+    def make_mixture(self, layer: int, choose_by: Literal["token", "sequence"] = "token") -> nn.Module:
         """The mixture of the swarm's experts in one layer of the model."""
         return RemoteMixtureOfExperts(
             layer,
@@ -76,6 +76,7 @@ class SwarmClient:
             self.manifest.routing.top_k,
             self.dispatcher,
             self._loop.run,
+            choose_by,
         )
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:

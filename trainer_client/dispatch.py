@@ -22,7 +22,7 @@ from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import ExpertError
 from trainer_client.breaker import CircuitBreakers
-from trainer_client.calls import Answer, Direction, ExpertCaller, Request
+from trainer_client.calls import Answer, Direction, ExpertCaller, KeptAt, Request
 from trainer_client.shares import Booleans, Integers, Share, make_shares, refill
 
 logger = logging.getLogger(__name__)
@@ -63,10 +63,14 @@ class AnsweredShare:
     share: Share
     peer_id: PeerID
     counts: Booleans
+    kept: KeptAt | None = None
 
-    def gradients(self, gradients: Floats) -> Floats:
-        """This share's part [r, D] of all gradients [R, K, D]; zero in rows whose slot another expert has now."""
-        return np.where(self.counts[:, None], gradients[self.share.rows, self.share.slots], np.float32(0))
+    def request(self, inputs: Floats, gradients: Floats) -> Request:
+        """Its backward request: the gradients [R, K, D] of its rows, zero where the slot has another's answer."""
+        own = gradients[self.share.rows, self.share.slots]
+        if not self.counts.all():
+            own[~self.counts] = 0
+        return _request(self.share, inputs, own, kept=self.kept)
 
 
 @dataclass
@@ -140,13 +144,20 @@ class Dispatcher:
         await asyncio.gather(*self._calls, return_exceptions=True)
 
     async def forward(
-        self, layer: int, inputs: Floats, scores: Sequence[Floats], k: int, sequence_length: int
+        self,
+        layer: int,
+        inputs: Floats,
+        scores: Sequence[Floats],
+        k: int,
+        sequence_length: int,
+        keep: bool = False,
     ) -> ForwardPass:
         """Sends each row to its top-k live experts by `scores` (one [R, G_d] per grid dimension).
 
-        Row r is position `r % sequence_length` of sequence `r // sequence_length`. Never raises for experts that fail.
+        Row r is position `r % sequence_length` of sequence `r // sequence_length`. `keep`: a
+        backward call is meant to follow. Never raises for experts that fail.
         """
-        run = _Forward(self, layer, inputs, scores, k, sequence_length)
+        run = _Forward(self, layer, inputs, scores, k, sequence_length, keep)
         await run.until_enough()
         result = run.result
         self.stats.unanswered_rows += int((~result.answered.any(axis=1)).sum())
@@ -172,7 +183,7 @@ class Dispatcher:
             if node is None:
                 continue  # its record has expired since
             shares = [answer.share for answer in answers]
-            requests = [_request(a.share, forward.inputs, a.gradients(gradients)) for a in answers]
+            requests = [answer.request(forward.inputs, gradients) for answer in answers]
             self._start_call(node, "backward", shares, requests, self._policy.call_deadline_s, outcomes)
             waiting[peer_id] = len(shares)
         answered, ends = 0, began + self._policy.call_deadline_s
@@ -253,12 +264,14 @@ class _Forward:
         scores: Sequence[Floats],
         k: int,
         sequence_length: int,
+        keep: bool,
     ) -> None:
         rows, width = inputs.shape
         self._dispatcher = dispatcher
         self._policy = dispatcher._policy
         self._clock = dispatcher._clock
         self._scores = scores
+        self._keep = keep
         self._grid = tuple(table.shape[1] for table in scores)
         self._began = self._clock()
         self._rounds = np.zeros(rows, dtype=np.int64)  # times that each row's experts were chosen
@@ -363,7 +376,7 @@ class _Forward:
                 self._pending[share.rows, share.slots] = True
         left = self._began + self._policy.call_deadline_s - self._clock()
         for peer_id, shares in by_peer.items():
-            requests = [_request(share, result.inputs, None) for share in shares]
+            requests = [_request(share, result.inputs, None, keep=self._keep) for share in shares]
             dispatcher._start_call(view.nodes[peer_id], "forward", shares, requests, left, self._outcomes)
 
     def _settle(self, outcome: _Outcome) -> None:
@@ -382,7 +395,7 @@ class _Forward:
         result.outputs[rows, slots] = outcome.answer.tensor[first]
         result.answered[rows, slots] = True
         self._pending[rows, slots] = False
-        result.answers.append(AnsweredShare(share, outcome.peer_id, first))
+        result.answers.append(AnsweredShare(share, outcome.peer_id, first, outcome.answer.kept))
 
 
 async def _next_outcomes(outcomes: "asyncio.Queue[list[_Outcome]]", timeout_s: float) -> list[_Outcome]:
@@ -394,11 +407,20 @@ async def _next_outcomes(outcomes: "asyncio.Queue[list[_Outcome]]", timeout_s: f
         return []
 
 
-def _request(share: Share, inputs: Floats, gradients: Floats | None) -> Request:
+def _request(
+    share: Share,
+    inputs: Floats,
+    gradients: Floats | None,
+    *,
+    keep: bool = False,
+    kept: KeptAt | None = None,
+) -> Request:
     return Request(
         share.uid,
         share.lengths.tolist(),
         share.positions.tolist(),
         inputs[share.rows],
         gradients,
+        keep,
+        kept,
     )

@@ -7,7 +7,7 @@ Shapes: B sequences, T positions, R = B * T rows, K experts for each row, D hidd
 """
 
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,13 @@ class Experts(Protocol):
     """What the layer needs of `dispatch`: all experts of a swarm, forward and backward."""
 
     async def forward(
-        self, layer: int, inputs: Floats, scores: Sequence[Floats], k: int, sequence_length: int
+        self,
+        layer: int,
+        inputs: Floats,
+        scores: Sequence[Floats],
+        k: int,
+        sequence_length: int,
+        keep: bool = False,
     ) -> ForwardPass: ...
 
     async def backward(self, forward: ForwardPass, gradients: Floats) -> Floats: ...
@@ -47,10 +53,15 @@ class RemoteMixtureOfExperts(nn.Module):
         k: int,
         experts: Experts,
         run: "Run[Any]",
+        choose_by: Literal["token", "sequence"] = "token",
     ) -> None:
+        """`choose_by="sequence"` sends all tokens of a sequence where their mean says: not for causal models, in which
+        a token may not know of later ones.
+        """
         super().__init__()
         self.layer = layer
         self.k = k
+        self.choose_by = choose_by
         self.gate = Gate(hidden, grid)
         self._experts = experts
         self._run = run
@@ -58,10 +69,10 @@ class RemoteMixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; each of the B sequences is causal by itself."""
         x_RD = x_BTD.flatten(0, 1)
-        scores = self.gate(x_RD)
+        scores = self._scores(x_BTD)
         scores_numpy = [table.detach().cpu().numpy() for table in scores]
         outputs_RKD, answered_RK, coordinates = _CallExperts.apply(  # type: ignore[no-untyped-call]  # torch's lacks types
-            x_RD, self.gate.linear.weight, self, scores_numpy, x_BTD.shape[1]
+            x_RD, self.gate.linear.weight, self, scores_numpy, x_BTD.shape[1], torch.is_grad_enabled()
         )
         logits_RK = self.gate.logits(scores, coordinates)
         weights_RK = mixture_weights(logits_RK, answered_RK)
@@ -69,9 +80,18 @@ class RemoteMixtureOfExperts(nn.Module):
         y_RD = torch.where(answered_RK.any(dim=1, keepdim=True), mixed_RD, x_RD)
         return y_RD.view_as(x_BTD)
 
-    def call_forward(self, inputs: Floats, scores: Sequence[Floats], sequence_length: int) -> ForwardPass:
+    def _scores(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        """One [R, G_d] table per grid dimension."""
+        if self.choose_by == "token":
+            scores: tuple[Tensor, ...] = self.gate(x_BTD.flatten(0, 1))
+            return scores
+        return tuple(table.repeat_interleave(x_BTD.shape[1], dim=0) for table in self.gate(x_BTD.mean(dim=1)))
+
+    def call_forward(
+        self, inputs: Floats, scores: Sequence[Floats], sequence_length: int, keep: bool
+    ) -> ForwardPass:
         result: ForwardPass = self._run(
-            self._experts.forward(self.layer, inputs, scores, self.k, sequence_length)
+            self._experts.forward(self.layer, inputs, scores, self.k, sequence_length, keep)
         )
         return result
 
@@ -91,6 +111,7 @@ class _CallExperts(torch.autograd.Function):
         mixture: RemoteMixtureOfExperts,
         scores: Sequence[Floats],
         sequence_length: int,
+        keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs [R, K, D], which of them are there [R, K], and the experts' coordinates [R, K, dims].
 
@@ -98,7 +119,7 @@ class _CallExperts(torch.autograd.Function):
         """
         inputs = x_RD.detach().cpu().float().numpy()
         ctx.mixture = mixture
-        ctx.forward_pass = result = mixture.call_forward(inputs, scores, sequence_length)
+        ctx.forward_pass = result = mixture.call_forward(inputs, scores, sequence_length, keep)
         outputs_RKD = torch.from_numpy(result.outputs).to(x_RD)
         answered_RK = torch.from_numpy(result.answered).to(x_RD.device)
         coordinates = torch.from_numpy(result.coordinates).to(x_RD.device)
@@ -110,4 +131,4 @@ class _CallExperts(torch.autograd.Function):
         gradients_RKD = gradients[0]
         numbers = np.ascontiguousarray(gradients_RKD.detach().cpu().float().numpy())
         total_RD = ctx.mixture.call_backward(ctx.forward_pass, numbers)
-        return torch.from_numpy(total_RD).to(gradients_RKD), None, None, None, None
+        return torch.from_numpy(total_RD).to(gradients_RKD), None, None, None, None, None

@@ -13,39 +13,52 @@ class TrainerSettings(RoleSettings):
 
     env_prefix: ClassVar[str] = "TALKOOT_TRAIN_"
 
-    steps: int = Field(200, ge=1, le=10**7, description="training steps of this run")
-    batch_size: int = Field(8, ge=1, le=65536, description="sequences in a step")
+    steps: int = Field(default=200, ge=1, le=10**7, description="training steps of this run")
+    batch_size: int = Field(default=8, ge=1, le=65536, description="sequences in a step")
     learning_rate: float = Field(
-        2e-3, gt=0, le=1, allow_inf_nan=False, description="highest step size of the dense part"
+        default=2e-3, gt=0, le=1, allow_inf_nan=False, description="highest step size of the dense part"
     )
-    warmup_steps: int = Field(20, ge=0, le=10**7, description="steps in which the step size rises linearly")
+    warmup_steps: int = Field(
+        default=20, ge=0, le=10**7, description="steps in which the step size rises linearly"
+    )
     clip_norm: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of the dense part"
+        default=1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of the dense part"
     )
     validate_every: int = Field(
-        0, ge=0, le=10**7, description="steps between validations; 0 validates only before and after"
+        default=0, ge=0, le=10**7, description="steps between validations; 0 validates only before and after"
     )
-    validation_batches: int = Field(4, ge=1, le=10_000, description="batches in a validation")
+    validation_batches: int = Field(default=4, ge=1, le=10_000, description="batches in a validation")
     seed: int | None = Field(
-        None, ge=0, lt=2**63, description="from which this trainer's batches are drawn; unset: its own"
+        default=None,
+        ge=0,
+        lt=2**63,
+        description="from which this trainer's batches are drawn; unset: its own",
     )
     call_deadline_s: float = Field(
-        10.0,
+        default=10.0,
         gt=0,
         le=600,
         allow_inf_nan=False,
         description="seconds: the longest that a call to experts may take",
     )
     grace_s: float = Field(
-        0.5,
+        default=0.5,
         ge=0,
         le=600,
         allow_inf_nan=False,
         description="seconds to wait for the other answers once every row has k_min",
     )
-    k_min: int = Field(2, ge=1, le=64, description="answers that a row needs before the others may be late")
-    refresh_every_s: float = Field(
-        3.0, ge=0.1, le=60, allow_inf_nan=False, description="seconds between two looks at who is alive"
+    k_min: int = Field(
+        default=2, ge=1, le=64, description="answers that a row needs before the others may be late"
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="torch threads; unset: one for each core")
-    state: Path | None = Field(None, description="folder of the trainer's identity and state")
+    refresh_every_s: float = Field(
+        default=3.0,
+        ge=0.1,
+        le=60,
+        allow_inf_nan=False,
+        description="seconds between two looks at who is alive",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
+    )
+    state: Path | None = Field(default=None, description="folder of the trainer's identity and state")

@@ -23,30 +23,38 @@ class CallRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[CallHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class CallHeader(_message.Message):
-    __slots__ = ("protocol_version", "swarm_id", "request_id", "width", "codec", "experts")
+    __slots__ = ("protocol_version", "swarm_id", "request_id", "width", "codec", "experts", "keep")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SWARM_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     swarm_id: str
     request_id: bytes
     width: int
     codec: Codec
     experts: _containers.RepeatedCompositeFieldContainer[ExpertRows]
-    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., width: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ...) -> None: ...
+    keep: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., width: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ..., keep: _Optional[bool] = ...) -> None: ...
 
 class ExpertRows(_message.Message):
-    __slots__ = ("uid", "segment_lengths", "positions")
+    __slots__ = ("uid", "segment_lengths", "positions", "kept_request_id", "kept_index", "kept_rows")
     UID_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    KEPT_INDEX_FIELD_NUMBER: _ClassVar[int]
+    KEPT_ROWS_FIELD_NUMBER: _ClassVar[int]
     uid: str
     segment_lengths: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, uid: _Optional[str] = ..., segment_lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+    kept_request_id: bytes
+    kept_index: int
+    kept_rows: int
+    def __init__(self, uid: _Optional[str] = ..., segment_lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., kept_request_id: _Optional[bytes] = ..., kept_index: _Optional[int] = ..., kept_rows: _Optional[int] = ...) -> None: ...
 
 class CallReply(_message.Message):
     __slots__ = ("expert", "chunk")
@@ -57,20 +65,22 @@ class CallReply(_message.Message):
     def __init__(self, expert: _Optional[_Union[ExpertReply, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class ExpertReply(_message.Message):
-    __slots__ = ("index", "status", "message", "update_count", "payload_bytes", "retry_after_s")
+    __slots__ = ("index", "status", "message", "update_count", "payload_bytes", "kept", "retry_after_s")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     UPDATE_COUNT_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     index: int
     status: int
     message: str
     update_count: int
     payload_bytes: int
+    kept: bool
     retry_after_s: float
-    def __init__(self, index: _Optional[int] = ..., status: _Optional[int] = ..., message: _Optional[str] = ..., update_count: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., status: _Optional[int] = ..., message: _Optional[str] = ..., update_count: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., kept: _Optional[bool] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ("protocol_version", "swarm_id")
