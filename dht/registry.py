@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
 _MAX_ADDRESSES = 8
+_ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}")
+"""host:port. gRPC would also take other schemes, such as unix sockets of the caller's own machine."""
 
 
 class ReplicaState(Enum):
@@ -244,7 +247,7 @@ class Registry:
         node = payload.node
         return NodeInfo(
             peer_id,
-            tuple(node.addresses[:_MAX_ADDRESSES]),
+            tuple(filter(_ADDRESS.fullmatch, node.addresses[:_MAX_ADDRESSES])),
             certificate_pem(node.certificate, peer_id),
             node.protocol_version,
             "".join(c for c in node.software_version[:32] if c.isprintable()),

@@ -58,7 +58,9 @@ class NodeSettings(RoleSettings):
         description="rows that may wait; more are refused with RESOURCE_EXHAUSTED",
     )
     max_batch_rows: int = Field(default=8192, ge=1, le=10**7, description="rows computed at once")
-    max_call_bytes: int = Field(default=64 * 2**20, ge=1024, le=2**32, description="payload of one call, in bytes")
+    max_call_bytes: int = Field(
+        default=64 * 2**20, ge=1024, le=2**32, description="payload of one call, in bytes"
+    )
     max_kept_bytes: int = Field(
         default=256 * 2**20,
         ge=0,

@@ -225,31 +225,29 @@ def test_the_founder_may_leave_and_others_still_join(play: Play) -> None:
     play(scenario)
 
 
-def test_orphans_of_a_vanished_node_are_adopted_by_the_others(play: Play) -> None:
+def test_orphans_of_a_vanished_founder_are_adopted_by_the_others(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        first = await village.found(experts=3, spare=4, announce_every_s=0.5)
-        await village.run(first)
-        invite = await first.swarm.invite()
-        second = await village.join(1, invite, experts=3, spare=4, announce_every_s=0.5)
-        await village.run(second)
-        third = await village.join(2, invite, experts=2, spare=0, announce_every_s=0.5)
-        running = await village.run(third)
+        founder = await village.found(experts=8, announce_every_s=0.5)
+        running = await village.run(founder)
+        invite = await founder.swarm.invite()
+        heirs = [await village.join(n, invite, experts=0, spare=6, announce_every_s=0.5) for n in (1, 2)]
         observer = await village.observe(3, invite)
-        assert await serving(observer) == ONCE_EACH
-        orphans = set(third.runtime.experts)
-        assert len(orphans) == 2
+        assert all(len(heir.runtime.experts) == 0 for heir in heirs)
+        for heir in heirs:
+            await village.run(heir)
 
         await end(running)
-        await third.swarm.host.stop()  # no farewell
+        await founder.swarm.host.stop()  # no farewell
 
         async def adopted() -> bool:
-            hosted = {*first.runtime.experts, *second.runtime.experts}
-            hosts = {first.swarm.host.peer_id, second.swarm.host.peer_id}
+            hosted = {uid for heir in heirs for uid in heir.runtime.experts}
+            hosts = {heir.swarm.host.peer_id for heir in heirs}
             return hosted == set(UIDS) == set(await serving(observer)) and await hosts_of(observer) == hosts
 
         # announcements live 1.5 s, and an expert must be vacant twice in a row
         await eventually(adopted, 30)
-        assert first.status().adopted + second.status().adopted >= len(orphans)
+        assert sum(heir.status().adopted for heir in heirs) >= len(UIDS)
+        assert all(heir.status().experts <= heir.status().capacity == 6 for heir in heirs)
 
     play(scenario)
 
