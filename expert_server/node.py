@@ -172,13 +172,13 @@ class Node:
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, self._server)
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
         try:
-            port = self._server.add_secure_port(f"{host}:{settings.grpc_port}", credentials)
+            port = self._server.add_secure_port(_endpoint(host, settings.grpc_port), credentials)
         except RuntimeError as error:
             raise StartError(
                 f"can't listen on {host} port {settings.grpc_port}: pass another port"
             ) from error
         await self._server.start()
-        self.address = f"{host}:{port}"
+        self.address = _endpoint(host, port)
         registry = CollectorRegistry()
         registry.register(NodeCollector(self._stats, self._counts))
         self._metrics = MetricsServer(registry, "127.0.0.1", settings.metrics_port)
@@ -256,6 +256,11 @@ class Node:
 
     def _counts(self) -> NodeCounts:
         return NodeCounts(len(self.runtime.experts), self._adopted, self._dht_failures)
+
+
+def _endpoint(host: str, port: int) -> str:
+    """`host:port`, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _room(settings: NodeSettings, manifest: Manifest) -> int:

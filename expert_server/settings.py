@@ -20,7 +20,7 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=0,
         le=10**6,
-        description="experts to adopt beyond those when their host has gone; unset: half as many",
+        description="experts to adopt beyond those when nobody hosts them; unset: half as many",
     )
     host: str | None = Field(
         default=None,

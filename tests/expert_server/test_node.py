@@ -7,7 +7,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dht.directory import Directory
 from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.records import SwarmKeys
-from dht.registry import ReplicaState
+from dht.registry import Replica, ReplicaState
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
 from expert_server.node import Node, NodeState
@@ -56,10 +56,10 @@ class Village:
 
     async def found(self, *, manifest: Manifest = MANIFEST, **settings: Any) -> Node:
         swarm = await found_swarm(self.identities[0], manifest, listen=LOCAL, port=0)
-        return await self._start(swarm, settings)
+        return await self.start(swarm, settings)
 
     async def join(self, number: int, invite: Invite, **settings: Any) -> Node:
-        return await self._start(await join_swarm(self.identities[number], invite, listen=LOCAL), settings)
+        return await self.start(await join_swarm(self.identities[number], invite, listen=LOCAL), settings)
 
     async def observe(self, number: int, invite: Invite) -> Swarm:
         """A peer that hosts nothing, and sees what trainers see."""
@@ -73,7 +73,7 @@ class Village:
         self.stack.push_async_callback(end, task)
         return task
 
-    async def _start(self, swarm: Swarm, settings: dict[str, Any]) -> Node:
+    async def start(self, swarm: Swarm, settings: dict[str, Any]) -> Node:
         node = await Node.start(node_settings(**settings), swarm, host=LOCAL)
         self.stack.push_async_callback(node.stop)
         return node
@@ -107,6 +107,7 @@ def play(loop: LoopThread, identities: list[Identity]) -> Callable[[Callable[[Vi
 
 
 Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
+Look = Callable[[Collection[UID]], Coroutine[Any, Any, dict[UID, tuple[Replica, ...]]]]
 
 
 async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float) -> None:
@@ -180,20 +181,44 @@ def test_a_joiner_takes_what_is_vacant(play: Play) -> None:
     play(scenario)
 
 
+def look_together(swarms: Sequence[Swarm], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody claims an expert before all have looked which are vacant."""
+    barrier = asyncio.Barrier(len(swarms))
+    for swarm in swarms:
+        monkeypatch.setattr(swarm.registry, "replicas", waiting_once(swarm.registry.replicas, barrier))
+
+
+def waiting_once(look: Look, barrier: asyncio.Barrier) -> Look:
+    has_waited = False
+
+    async def look_and_wait(uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+        nonlocal has_waited
+        found = await look(uids)
+        if not has_waited:
+            has_waited = True
+            await barrier.wait()
+        return found
+
+    return look_and_wait
+
+
 @pytest.mark.parametrize("each", [3, 6])
-def test_two_joiners_at_once_never_host_the_same_expert(play: Play, each: int) -> None:
+def test_two_joiners_at_once_never_host_the_same_expert(
+    play: Play, monkeypatch: pytest.MonkeyPatch, each: int
+) -> None:
     """With 3 each the vacancies are just enough; with 6 each all of them are contested."""
 
     async def scenario(village: Village) -> None:
         first = await village.found(experts=2)
         invite = await first.swarm.invite()
-        others = await asyncio.gather(
-            *(village.join(n, invite, experts=each, claim_wait_s=1.0) for n in (1, 2))
-        )
+        swarms = [await join_swarm(village.identities[n], invite, listen=LOCAL) for n in (1, 2)]
+        look_together(swarms, monkeypatch)
+        settings = {"experts": each, "claim_wait_s": 1.0}
+        others = await asyncio.gather(*(village.start(swarm, settings) for swarm in swarms))
         hosted = Counter(uid for node in (first, *others) for uid in node.runtime.experts)
         assert hosted == ONCE_EACH
         assert await serving(first.swarm) == ONCE_EACH
-        assert all(len(node.runtime.experts) <= each for node in others)
+        assert all(1 <= len(node.runtime.experts) <= each for node in others)
 
     play(scenario)
 
@@ -297,6 +322,27 @@ def test_a_trainer_finds_and_calls_a_node_by_what_the_dht_says(play: Play) -> No
                 await stub.Info(request, timeout=2)
         finally:
             await pool.close()
+
+    play(scenario)
+
+
+def test_a_node_serves_on_an_ipv6_address(play: Play) -> None:
+    if not socket.has_ipv6 or not any(a.address == "::1" for a in psutil.net_if_addrs().get("lo", [])):
+        pytest.skip("this machine has no IPv6")
+
+    async def scenario(village: Village) -> None:
+        swarm = await found_swarm(village.identities[0], MANIFEST, listen="::1", port=0)
+        node = await Node.start(node_settings(experts=1), swarm, host="::1")
+        village.stack.push_async_callback(node.stop)
+        assert node.address.startswith("[::1]:")
+        observer = await join_swarm(village.identities[1], await swarm.invite(), listen="::1", serves_dht=False)
+        village.stack.push_async_callback(observer.stop)
+        (info,) = (await observer.registry.nodes([swarm.host.peer_id])).values()
+        pool = ChannelPool()
+        village.stack.push_async_callback(pool.close)
+        stub: Any = expert_pb2_grpc.ExpertServiceStub(await pool.get(info.addresses[0], info.certificate_pem))
+        request = expert_pb2.InfoRequest(protocol_version=PROTOCOL_VERSION, swarm_id=observer.keys.swarm_id)
+        assert len((await stub.Info(request, timeout=10)).experts) == 1
 
     play(scenario)
 
