@@ -26,7 +26,7 @@ class Graph:
     outputs: Tensor
     update_count: int
     bytes: int
-    """Memory it holds, parameters not counted."""
+    """Memory it holds, about; parameters not counted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +52,7 @@ class Expert:
         self.device = torch.device(device)
         self.update_count = 0
         self.skipped_updates = 0
+        self._graph_bytes_per_row: float | None = None
         self.block = build_block(manifest, uid).to(self.device)
         self._settings = manifest.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -72,13 +73,22 @@ class Expert:
     ) -> tuple[Tensor, "Graph"]:
         """As `forward`, and what `backward` needs so that it must not compute the outputs again."""
         x_RD = x_RD.detach().to(self.device).requires_grad_()
+        if self._graph_bytes_per_row is None:
+            y_RD = self._measure_graph(x_RD, lengths_S, positions_R.to(self.device))
+        else:
+            y_RD = self.block(x_RD, lengths_S, positions_R.to(self.device))
+        graph = Graph(x_RD, y_RD, self.update_count, int(len(x_RD) * (self._graph_bytes_per_row or 0)))
+        return self._finite(y_RD.detach(), "outputs"), graph
+
+    def _measure_graph(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+        """Runs the block, and counts what autograd keeps of it. Once: counting takes as long as a small forward."""
         sizes: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(_count_into(sizes), _unchanged):
-            y_RD = self.block(x_RD, lengths_S, positions_R.to(self.device))
+            y_RD: Tensor = self.block(x_RD, lengths_S, positions_R)
         for parameter in self.block.parameters():
             sizes.pop(parameter.data_ptr(), None)
-        graph = Graph(x_RD, y_RD, self.update_count, sum(sizes.values()))
-        return self._finite(y_RD.detach(), "outputs"), graph
+        self._graph_bytes_per_row = sum(sizes.values()) / len(x_RD)
+        return y_RD
 
     def is_current(self, graph: "Graph | None") -> bool:
         """Whether the parameters are still those that the graph was computed with."""

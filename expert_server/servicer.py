@@ -163,6 +163,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         finally:
             for answer in answers:
                 answer.cancel()
+            await asyncio.gather(*answers, return_exceptions=True)
 
     async def _answer(self, call: "_Call", index: int, work: Work) -> None:
         """Computes one expert's part, and writes its reply and payload without others in between."""
