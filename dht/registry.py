@@ -153,6 +153,10 @@ class Registry:
         """Says that this peer hosts these experts no more."""
         await self.announce([Announced(uid, ReplicaState.WITHDRAWN) for uid in uids], lifetime_s)
 
+    async def leave(self, lifetime_s: float) -> None:
+        """Says that this peer is no node of the swarm any more."""
+        await self.publish_node(records_pb2.NodeRecord(left=True), lifetime_s)
+
     async def publish_node(self, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
         """Writes this peer's node record, and lists the peer in its shard."""
         peer_id, expires_at = self._identity.peer_id, self._now() + lifetime_s
@@ -186,9 +190,12 @@ class Registry:
             value, _ = found[key].get(peer_id.to_bytes(), (None, 0.0))
             if value is not None:
                 try:
-                    nodes[peer_id] = self._node_info(value, key, peer_id)
+                    node = self._node_info(value, key, peer_id)
                 except RecordError as error:
                     logger.debug("left out node %s: %s", peer_id, error)
+                    continue
+                if node is not None:
+                    nodes[peer_id] = node
         return nodes
 
     async def node_ids(self) -> frozenset[PeerID]:
@@ -242,9 +249,12 @@ class Registry:
                     payload.expires_at,
                 )
 
-    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo:
+    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
+        """None when the node has left."""
         payload = unseal(value, key, peer_id, self._now())
         node = payload.node
+        if node.left:
+            return None
         return NodeInfo(
             peer_id,
             tuple(filter(_ADDRESS.fullmatch, node.addresses[:_MAX_ADDRESSES])),

@@ -135,13 +135,9 @@ class Node:
 
     async def stop(self) -> None:
         """Withdraws, lets calls finish for a moment, and ends. Stopping twice is harmless."""
-        self._state = NodeState.STOPPING
-        if self._claimed_at:
-            # a DHT that does not answer must not keep us
-            with contextlib.suppress(UnreachableError, TimeoutError):
-                async with asyncio.timeout(_FAREWELL_S):
-                    await self.swarm.registry.withdraw(self._claimed_at, self._settings.lifetime_s)
-            self._claimed_at.clear()
+        if self._state is not NodeState.STOPPING:
+            self._state = NodeState.STOPPING
+            await self._say_goodbye()
         if self._server is not None:
             await self._server.stop(_CALLS_GRACE_S)
         await self.runtime.stop()
@@ -149,6 +145,15 @@ class Node:
             await asyncio.to_thread(self._metrics.close)
             self._metrics = None
         await self.swarm.stop()
+
+    async def _say_goodbye(self) -> None:
+        """Withdraws what was announced. A DHT that does not answer must not keep us."""
+        registry, lifetime_s = self.swarm.registry, self._settings.lifetime_s
+        with contextlib.suppress(UnreachableError, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_S):
+                await registry.withdraw(self._claimed_at, lifetime_s)
+                await registry.leave(lifetime_s)
+        self._claimed_at.clear()
 
     def status(self) -> NodeStatus:
         stats = self.runtime.stats

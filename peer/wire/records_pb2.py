@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peer/wire/records.proto\x12\ntalkoot.v1\"F\n\x0cSignedRecord\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\xbc\x01\n\rRecordPayload\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x07peer_id\x18\x02 \x01(\x0c\x12\x12\n\nexpires_at\x18\x03 \x01(\x01\x12\x30\n\x0c\x61nnouncement\x18\x04 \x01(\x0b\x32\x18.talkoot.v1.AnnouncementH\x00\x12&\n\x04node\x18\x05 \x01(\x0b\x32\x16.talkoot.v1.NodeRecordH\x00\x12\x17\n\rmanifest_json\x18\x06 \x01(\x0cH\x00\x42\x06\n\x04\x62ody\"v\n\x0c\x41nnouncement\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.talkoot.v1.ReplicaState\x12\x14\n\x0cupdate_count\x18\x02 \x01(\x04\x12\x13\n\x0bqueued_rows\x18\x03 \x01(\r\x12\x12\n\nclaimed_at\x18\x04 \x01(\x01\"\xf1\x01\n\nNodeRecord\x12\x11\n\taddresses\x18\x01 \x03(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x18\n\x10software_version\x18\x04 \x01(\t\x12\x14\n\x0c\x65xpert_count\x18\x05 \x01(\r\x12\x17\n\x0f\x65xpert_capacity\x18\x06 \x01(\r\x12\x16\n\x0erows_processed\x18\x07 \x01(\x04\x12\x0f\n\x07updates\x18\x08 \x01(\x04\x12\x12\n\nstarted_at\x18\t \x01(\x01\x12\x1b\n\x13\x62ootstrap_addresses\x18\n \x03(\t\"J\n\rInviteMessage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\x0c\x12\x1b\n\x13\x62ootstrap_addresses\x18\x03 \x03(\t*\x80\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_CLAIMED\x10\x01\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x02\x12\x1b\n\x17REPLICA_STATE_WITHDRAWN\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peer/wire/records.proto\x12\ntalkoot.v1\"F\n\x0cSignedRecord\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\xbc\x01\n\rRecordPayload\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x07peer_id\x18\x02 \x01(\x0c\x12\x12\n\nexpires_at\x18\x03 \x01(\x01\x12\x30\n\x0c\x61nnouncement\x18\x04 \x01(\x0b\x32\x18.talkoot.v1.AnnouncementH\x00\x12&\n\x04node\x18\x05 \x01(\x0b\x32\x16.talkoot.v1.NodeRecordH\x00\x12\x17\n\rmanifest_json\x18\x06 \x01(\x0cH\x00\x42\x06\n\x04\x62ody\"v\n\x0c\x41nnouncement\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.talkoot.v1.ReplicaState\x12\x14\n\x0cupdate_count\x18\x02 \x01(\x04\x12\x13\n\x0bqueued_rows\x18\x03 \x01(\r\x12\x12\n\nclaimed_at\x18\x04 \x01(\x01\"\xff\x01\n\nNodeRecord\x12\x11\n\taddresses\x18\x01 \x03(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x18\n\x10software_version\x18\x04 \x01(\t\x12\x14\n\x0c\x65xpert_count\x18\x05 \x01(\r\x12\x17\n\x0f\x65xpert_capacity\x18\x06 \x01(\r\x12\x16\n\x0erows_processed\x18\x07 \x01(\x04\x12\x0f\n\x07updates\x18\x08 \x01(\x04\x12\x12\n\nstarted_at\x18\t \x01(\x01\x12\x1b\n\x13\x62ootstrap_addresses\x18\n \x03(\t\x12\x0c\n\x04left\x18\x0b \x01(\x08\"J\n\rInviteMessage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x61uthor\x18\x02 \x01(\x0c\x12\x1b\n\x13\x62ootstrap_addresses\x18\x03 \x03(\t*\x80\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_CLAIMED\x10\x01\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x02\x12\x1b\n\x17REPLICA_STATE_WITHDRAWN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peer.wire.records_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATE']._serialized_start=743
-  _globals['_REPLICASTATE']._serialized_end=871
+  _globals['_REPLICASTATE']._serialized_start=757
+  _globals['_REPLICASTATE']._serialized_end=885
   _globals['_SIGNEDRECORD']._serialized_start=39
   _globals['_SIGNEDRECORD']._serialized_end=109
   _globals['_RECORDPAYLOAD']._serialized_start=112
@@ -40,7 +40,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ANNOUNCEMENT']._serialized_start=302
   _globals['_ANNOUNCEMENT']._serialized_end=420
   _globals['_NODERECORD']._serialized_start=423
-  _globals['_NODERECORD']._serialized_end=664
-  _globals['_INVITEMESSAGE']._serialized_start=666
-  _globals['_INVITEMESSAGE']._serialized_end=740
+  _globals['_NODERECORD']._serialized_end=678
+  _globals['_INVITEMESSAGE']._serialized_start=680
+  _globals['_INVITEMESSAGE']._serialized_end=754
 # @@protoc_insertion_point(module_scope)

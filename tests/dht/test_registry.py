@@ -178,6 +178,17 @@ def test_a_node_record_is_seen_in_full(swarm: Swarm) -> None:
     swarm.run(scenario())
 
 
+def test_a_node_that_left_is_gone_at_once(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        host = swarm.hosts[1]
+        await swarm.registry(1).publish_node(node_record(host), LIFETIME_S)
+        assert host.peer_id in await swarm.registry(0).nodes([host.peer_id])
+        await swarm.registry(1).leave(LIFETIME_S)
+        assert not await swarm.registry(0).nodes([host.peer_id])
+
+    swarm.run(scenario())
+
+
 def test_all_nodes_are_listed_through_their_shards(swarm: Swarm) -> None:
     async def scenario() -> None:
         for n, host in enumerate(swarm.hosts):
