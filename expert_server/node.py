@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
+from pathlib import Path
 
 import grpc
 import psutil
@@ -19,7 +21,8 @@ from dht.swarm import Stage, Swarm
 from dht.uid import UID
 from dht.vacancies import choose, lost_claims, vacant
 from expert_server.blocks import builder_of
-from expert_server.expert import expert_bytes
+from expert_server.checkpoints import Checkpoints, CheckpointStore
+from expert_server.expert import Expert, expert_bytes
 from expert_server.metrics import NodeCollector, NodeCounts
 from expert_server.runtime import Runtime, RuntimeStats
 from expert_server.servicer import EdgeLimits, ExpertServicer
@@ -39,6 +42,8 @@ _FAREWELL_S = 2.0
 """Longest that a stopping node tries to withdraw its announcements."""
 _CALLS_GRACE_S = 1.0
 """Longest that a stopping node lets calls finish."""
+_LAST_SAVE_S = 10.0
+"""Longest that a stopping node saves its experts."""
 
 
 class NodeState(Enum):
@@ -70,7 +75,12 @@ class Node:
     """A node of a swarm that was founded or joined. Made by `start`; then `run` it, and `stop` it when done."""
 
     def __init__(
-        self, settings: NodeSettings, swarm: Swarm, runtime: Runtime, now: Callable[[], float] = time.time
+        self,
+        settings: NodeSettings,
+        swarm: Swarm,
+        runtime: Runtime,
+        state: Path,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self.swarm = swarm
         self.runtime = runtime
@@ -78,6 +88,8 @@ class Node:
         self.metrics_address = ""
         self._settings = settings
         self._now = now
+        store = CheckpointStore(state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept)
+        self._checkpoints = Checkpoints(store, runtime)
         self._room = _room(settings, swarm.manifest)
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._claimed_at: dict[UID, float] = {}
@@ -91,9 +103,12 @@ class Node:
 
     @classmethod
     async def start(
-        cls, settings: NodeSettings, swarm: Swarm, *, host: str, stage: Stage = logger.info
+        cls, settings: NodeSettings, swarm: Swarm, *, host: str, state: Path, stage: Stage = logger.info
     ) -> "Node":
-        """Serves on `host`, takes its first experts and announces them. Takes over the swarm, also when it fails."""
+        """Serves on `host`, takes its first experts and announces them. Takes over the swarm, also when it fails.
+
+        `state`: the node's own folder, where it keeps checkpoints.
+        """
         try:
             builder_of(swarm.manifest.experts.kind)
         except SwarmError:
@@ -105,8 +120,9 @@ class Node:
             max_batch_rows=settings.max_batch_rows,
             threads=settings.threads or os.cpu_count() or 1,
         )
-        node = cls(settings, swarm, runtime)
+        node = cls(settings, swarm, runtime, state)
         try:
+            await node._checkpoints.open()
             await runtime.start()
             await node._serve(host)
             stage("looking for experts that need a host")
@@ -121,7 +137,13 @@ class Node:
             raise
 
     async def run(self) -> None:
-        """Announces, and adopts experts that nobody hosts, for ever."""
+        """Announces, adopts experts that nobody hosts, and saves its own, for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._stay_announced())
+            if self._settings.checkpoint_every_s:
+                group.create_task(self._checkpoints.save_every(self._settings.checkpoint_every_s))
+
+    async def _stay_announced(self) -> None:
         while True:
             await asyncio.sleep(self._settings.announce_every_s)
             try:
@@ -134,7 +156,7 @@ class Node:
                 logger.warning("%s; trying again in %.0f s", error, self._settings.announce_every_s)
 
     async def stop(self) -> None:
-        """Withdraws, lets calls finish for a moment, and ends. Stopping twice is harmless."""
+        """Withdraws, lets calls finish for a moment, saves the experts, and ends. Stopping twice is harmless."""
         self._state = NodeState.STOPPING
         if self._claimed_at:
             # a DHT that does not answer must not keep us
@@ -144,6 +166,7 @@ class Node:
             self._claimed_at.clear()
         if self._server is not None:
             await self._server.stop(_CALLS_GRACE_S)
+        await self._checkpoints.save_all_within(_LAST_SAVE_S)
         await self.runtime.stop()
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
@@ -220,14 +243,17 @@ class Node:
         self._was_vacant = now_vacant
         room = self._room + self._spare - len(self.runtime.experts)
         if lasting and room > 0:
-            taken = await self._claim(choose(lasting, room, me))
+            taken = await self._claim(choose(lasting, room, me, await self._checkpoints.newest()))
             self._adopted += len(taken)
             if taken:
                 logger.info("adopted %d experts that nobody hosted", len(taken))
 
     async def _take_vacant(self, room: int) -> list[UID]:
         replicas = await self.swarm.registry.replicas(self.swarm.manifest.uids())
-        return await self._claim(choose(vacant(replicas), room, self.swarm.host.peer_id))
+        me = self.swarm.host.peer_id
+        # what this node itself hosted before it was killed may still be announced
+        vacancies = [uid for uid in vacant(replicas, besides=me) if uid not in self.runtime.experts]
+        return await self._claim(choose(vacancies, room, me, await self._checkpoints.newest()))
 
     async def _claim(self, wanted: list[UID]) -> list[UID]:
         """Claims experts, waits for the claims of others, and serves those that it keeps."""
@@ -236,26 +262,36 @@ class Node:
         registry, me = self.swarm.registry, self.swarm.host.peer_id
         lifetime_s, claimed_at = self._settings.lifetime_s, self._now()
         self._claimed_at |= dict.fromkeys(wanted, claimed_at)
-        claims = [Announced(uid, ReplicaState.CLAIMED, 0, claimed_at) for uid in wanted]
+        saved = await self._checkpoints.newest()
+        claims = [Announced(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at) for uid in wanted]
         await registry.announce(claims, lifetime_s)
         await asyncio.sleep(self._settings.claim_wait_s)
-        lost = lost_claims(wanted, await registry.replicas(wanted), me)
+        lost = lost_claims(wanted, await registry.replicas(wanted), me, saved)
         for uid in lost:
             del self._claimed_at[uid]
         await registry.withdraw(lost, lifetime_s)
         kept = [uid for uid in wanted if uid not in lost]
-        for uid in kept:
-            await self.runtime.build(uid, self.swarm.manifest)
+        experts = [await self._take(uid) for uid in kept]
         await registry.announce(
-            [Announced(uid, ReplicaState.SERVING, 0, claimed_at) for uid in kept], lifetime_s
+            [Announced(e.uid, ReplicaState.SERVING, e.update_count, claimed_at) for e in experts], lifetime_s
         )
         return kept
+
+    async def _take(self, uid: UID) -> Expert:
+        """Serves an expert from its newest checkpoint here, else from its first parameters."""
+        expert = await self.runtime.run(partial(Expert, uid, self.swarm.manifest))
+        if await self._checkpoints.restore(expert):
+            logger.info("expert %s goes on from its checkpoint of %d updates", uid, expert.update_count)
+        self.runtime.add(expert)
+        return expert
 
     def _stats(self) -> RuntimeStats:
         return self.runtime.stats
 
     def _counts(self) -> NodeCounts:
-        return NodeCounts(len(self.runtime.experts), self._adopted, self._dht_failures)
+        return NodeCounts(
+            len(self.runtime.experts), self._adopted, self._dht_failures, self._checkpoints.counts
+        )
 
 
 def _endpoint(host: str, port: int) -> str:

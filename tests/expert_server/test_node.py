@@ -53,6 +53,7 @@ class Village:
 
     identities: list[Identity]
     stack: contextlib.AsyncExitStack
+    folder: Path
 
     async def found(self, *, manifest: Manifest = MANIFEST, **settings: Any) -> Node:
         swarm = await found_swarm(self.identities[0], manifest, listen=LOCAL, port=0)
@@ -73,8 +74,12 @@ class Village:
         self.stack.push_async_callback(end, task)
         return task
 
+    def state(self, swarm: Swarm) -> Path:
+        """The state folder of one peer, the same when it comes back."""
+        return self.folder / swarm.host.peer_id.to_base58()
+
     async def start(self, swarm: Swarm, settings: dict[str, Any]) -> Node:
-        node = await Node.start(node_settings(**settings), swarm, host=LOCAL)
+        node = await Node.start(node_settings(**settings), swarm, host=LOCAL, state=self.state(swarm))
         self.stack.push_async_callback(node.stop)
         return node
 
@@ -95,11 +100,13 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
 
 
 @pytest.fixture
-def play(loop: LoopThread, identities: list[Identity]) -> Callable[[Callable[[Village], Any]], None]:
+def play(
+    loop: LoopThread, identities: list[Identity], tmp_path: Path
+) -> Callable[[Callable[[Village], Any]], None]:
     def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
         async def with_village() -> None:
             async with contextlib.AsyncExitStack() as stack:
-                await scenario(Village(identities, stack))
+                await scenario(Village(identities, stack, tmp_path))
 
         loop.run(with_village(), 90)
 
@@ -332,10 +339,12 @@ def test_a_node_serves_on_an_ipv6_address(play: Play) -> None:
 
     async def scenario(village: Village) -> None:
         swarm = await found_swarm(village.identities[0], MANIFEST, listen="::1", port=0)
-        node = await Node.start(node_settings(experts=1), swarm, host="::1")
+        node = await Node.start(node_settings(experts=1), swarm, host="::1", state=village.state(swarm))
         village.stack.push_async_callback(node.stop)
         assert node.address.startswith("[::1]:")
-        observer = await join_swarm(village.identities[1], await swarm.invite(), listen="::1", serves_dht=False)
+        observer = await join_swarm(
+            village.identities[1], await swarm.invite(), listen="::1", serves_dht=False
+        )
         village.stack.push_async_callback(observer.stop)
         (info,) = (await observer.registry.nodes([swarm.host.peer_id])).values()
         pool = ChannelPool()
@@ -509,13 +518,13 @@ def held(loop: LoopThread) -> Held:
 
 
 def test_fifty_boots_and_stops_leave_nothing(
-    loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]]
+    loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]], tmp_path: Path
 ) -> None:
     manifest = MANIFEST.model_copy(update={"model": MANIFEST.model.model_copy(update={"layers": 1})})
 
     async def boot_and_stop() -> None:
         swarm = await found_swarm(identities[0], manifest, listen=LOCAL, port=0)
-        node = await Node.start(node_settings(experts=2), swarm, host=LOCAL)
+        node = await Node.start(node_settings(experts=2), swarm, host=LOCAL, state=tmp_path)
         try:
             assert len(node.runtime.experts) == 2
             assert node.status().state is NodeState.SERVING
