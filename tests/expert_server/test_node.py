@@ -76,7 +76,8 @@ class Village:
 
     def state(self, swarm: Swarm) -> Path:
         """The state folder of one peer, the same when it comes back."""
-        return self.folder / swarm.host.peer_id.to_base58()
+        name: str = swarm.host.peer_id.to_base58()
+        return self.folder / name
 
     async def start(self, swarm: Swarm, settings: dict[str, Any]) -> Node:
         node = await Node.start(node_settings(**settings), swarm, host=LOCAL, state=self.state(swarm))

@@ -1,0 +1,508 @@
+"""Checkpoints on disk: what was saved comes back, and nothing broken ever does."""
+
+import errno
+import json
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dht.manifest import Manifest
+from dht.uid import UID
+from expert_server.checkpoints import Checkpoint, CheckpointCounts, Checkpoints, CheckpointStore
+from expert_server.expert import BackwardPart, Expert, State
+from expert_server.runtime import Runtime
+from peer.loop import LoopThread
+
+MANIFEST = Manifest.model_validate(
+    {
+        "name": "sauna",
+        "model": {"layers": 2, "hidden": 8, "heads": 2, "context": 8, "feed_forward": 8},
+        "experts": {"grid": [2, 2]},
+        "routing": {"top_k": 2},
+    }
+)
+AN_UID, OTHER_UID = UID(1, (0, 1)), UID(0, (1, 1))
+SWARM = "sauna-QmFounder"
+
+
+def make_store(folder: Path, keep: int = 2, swarm_id: str = SWARM) -> CheckpointStore:
+    return CheckpointStore(folder, swarm_id, keep, now=lambda: 1000.5)
+
+
+def step(expert: Expert, steps: int = 1) -> Expert:
+    """Takes optimizer steps that depend on the update count alone."""
+    for _ in range(steps):
+        generator = torch.Generator().manual_seed(expert.update_count)
+        inputs, gradients = torch.randn(2, 5, 8, generator=generator).unbind()
+        expert.backward([BackwardPart(inputs, gradients, torch.tensor([5]), torch.arange(5))])
+    return expert
+
+
+def make_expert(steps: int = 0, uid: UID = AN_UID) -> Expert:
+    return step(Expert(uid, MANIFEST), steps)
+
+
+def save(store: CheckpointStore, expert: Expert) -> Path:
+    store.save(expert.uid, Checkpoint(expert.export_state(), expert.update_count))
+    return store.path(expert.uid, expert.update_count)
+
+
+def assert_same(first: State, second: State) -> None:
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def without(name: str) -> Callable[[State], State]:
+    return lambda state: {key: tensor for key, tensor in state.items() if key != name}
+
+
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
+    return lambda state: state | {name: change(state[name])}
+
+
+WEIGHT, MOMENT = "block.attention_input.weight", "optimizer.attention_input.weight.exp_avg"
+
+
+# The store
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_what_was_saved_is_loaded(tmp_path: Path, steps: int) -> None:
+    expert, store = make_expert(steps), make_store(tmp_path)
+    path = save(store, expert)
+    assert path == tmp_path / SWARM / "1.0.1" / f"{steps}.safetensors"
+    checkpoint = make_store(tmp_path).load_newest(AN_UID)
+    assert checkpoint is not None
+    assert checkpoint.update_count == steps
+    assert_same(checkpoint.state, expert.export_state())
+
+
+def test_what_was_never_saved_is_none(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "not there")
+    store.sweep()
+    assert store.load_newest(AN_UID) is None
+    assert store.newest() == {}
+
+
+def test_any_tool_can_read_a_checkpoint_and_its_header(tmp_path: Path) -> None:
+    path = save(make_store(tmp_path), make_expert(3))
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["talkoot"])
+    sha256 = header.pop("sha256")
+    assert len(sha256) == 64
+    assert header == {
+        "format_version": 1, "swarm_id": SWARM, "uid": "1.0.1", "update_count": 3, "saved_at": 1000.5,
+    }  # fmt: skip
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    store, expert = make_store(tmp_path, keep=3), make_expert()
+    for _ in range(12):  # 9 and 10: by number, not by name
+        save(store, step(expert))
+    save(store, make_expert(1, OTHER_UID))
+    assert store.update_counts(AN_UID) == [12, 11, 10]
+    assert store.newest() == {AN_UID: 12, OTHER_UID: 1}
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    store, expert = make_store(tmp_path, keep=1), make_expert()
+    path = save(store, step(expert))
+    for name in ("notes.txt", "07.safetensors", "9.safetensors.bak"):
+        (path.parent / name).write_text("mine")
+        (path.parent.parent / name).write_text("mine")
+    save(store, step(expert))
+    assert sorted(os.listdir(path.parent)) == [
+        "07.safetensors", "2.safetensors", "9.safetensors.bak", "notes.txt",
+    ]  # fmt: skip
+    assert store.newest() == {AN_UID: 2}
+
+
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    path = save(store, make_expert(1))
+    (path.parent / ".2.safetensors.new").write_bytes(b"half")
+    store.sweep()
+    assert os.listdir(path.parent) == ["1.safetensors"]
+
+
+# Files that are passed over
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Changes fields of the header, and leaves the rest as it is."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["talkoot"]) | changes
+    state = safetensors.torch.load_file(path)
+    path.write_bytes(safetensors.torch.save(state, {"talkoot": json.dumps(header)}))
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def replace_state(path: Path, change: Callable[[State], State]) -> None:
+    """A checkpoint whose checksum is right, and whose tensors are not."""
+    store = make_store(path.parent.parent.parent)
+    store.save(AN_UID, Checkpoint(change(make_expert(3).export_state()), 3))
+
+
+def link_from(path: Path, swarm_id: str, uid: UID) -> None:
+    """Puts a good checkpoint of another swarm or expert in the file's place."""
+    path.write_bytes(
+        save(make_store(path.parents[2] / "elsewhere", 2, swarm_id), make_expert(3, uid)).read_bytes()
+    )
+
+
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def put_dead_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), "can't be read"),
+    "garbage": (lambda path: path.write_bytes(os.urandom(4096)), "can't be read"),
+    "a pickle": (lambda path: torch.save({"a": 1}, path), "can't be read"),
+    "a folder": (put_folder, "can't be read"),
+    "a dead link": (put_dead_link, "can't be read"),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"more"), "can't be read"),
+    "no header": (lambda path: safetensors.torch.save_file({}, path), "no header of a checkpoint"),
+    "header of another kind": (lambda path: rewrite(path, more=1), "header is not valid"),
+    "format version": (lambda path: rewrite(path, format_version=2), "has format version 2, this software reads 1"),
+    "time": (lambda path: rewrite(path, saved_at=7.0), "checksum"),
+    "update count": (lambda path: rewrite(path, update_count=9), "of update count 9, not 3"),
+    "foreign swarm": (lambda path: link_from(path, "banya-QmOther", AN_UID), "of swarm banya-QmOther, not sauna"),
+    "foreign expert": (lambda path: link_from(path, SWARM, OTHER_UID), r"of expert 0\.1\.1, not 1\.0\.1"),
+    "last byte": (lambda path: flip(path, -1), "checksum"),
+    "wrong shape": (lambda path: replace_state(path, changed(WEIGHT, lambda t: t[:5])), r"is \(\(5, 8\)"),
+    "not finite": (lambda path: replace_state(path, changed(MOMENT, lambda t: t / 0)), "not finite"),
+    "no moments": (lambda path: replace_state(path, without(MOMENT)), "lacks"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def restore(loop: LoopThread) -> Callable[[CheckpointStore], Expert]:
+    """Loads the newest valid checkpoint into a new expert, as a node does."""
+
+    def run(store: CheckpointStore) -> Expert:
+        async def restored() -> Expert:
+            runtime = Runtime({}, max_queued_rows=100, max_batch_rows=100, threads=1)
+            expert = make_expert()
+            try:
+                checkpoints = Checkpoints(store, runtime)
+                assert await checkpoints.restore(expert) == (checkpoints.counts.restored == 1)
+            finally:
+                await runtime.stop()
+            return expert
+
+        return loop.run(restored(), 30)
+
+    return run
+
+
+@pytest.mark.parametrize(("break_file", "reason"), BREAK.values(), ids=BREAK)
+def test_a_broken_or_foreign_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path,
+    restore: Callable[[CheckpointStore], Expert],
+    caplog: pytest.LogCaptureFixture,
+    break_file: Callable[[Path], Any],
+    reason: str,
+) -> None:
+    store, expert = make_store(tmp_path), make_expert(2)
+    save(store, expert)
+    before = expert.export_state()
+    path = save(store, step(expert))
+    break_file(path)
+    restored = restore(store)
+    assert restored.update_count == 2
+    assert_same(restored.export_state(), before)
+    (line,) = warnings_in(caplog)
+    assert line.startswith(f"passing over the checkpoint {path}: ")
+    assert re.search(reason, line)
+
+
+def test_a_truncated_checkpoint_is_passed_over_wherever_it_ends(tmp_path: Path) -> None:
+    store, expert = make_store(tmp_path), make_expert(2)
+    save(store, expert)
+    path = save(store, step(expert))
+    data = path.read_bytes()
+    rng = random.Random(0)
+    for length in [0, 1, 7, 8, 9, 100, len(data) - 1, *rng.sample(range(len(data)), 40)]:
+        path.write_bytes(data[:length])
+        checkpoint = store.load_newest(AN_UID)
+        assert checkpoint is not None
+        assert checkpoint.update_count == 2, length
+
+
+def test_a_flipped_bit_is_never_loaded_as_another_state(tmp_path: Path) -> None:
+    store, expert = make_store(tmp_path), make_expert(2)
+    save(store, expert)
+    states = {2: expert.export_state(), 3: step(expert).export_state()}
+    path = save(store, expert)
+    data = path.read_bytes()
+    rng = random.Random(1)
+    for offset in [*range(0, 600, 7), *rng.sample(range(len(data)), 100)]:
+        flipped = bytearray(data)
+        flipped[offset] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        checkpoint = store.load_newest(AN_UID)
+        assert checkpoint is not None
+        assert_same(checkpoint.state, states[checkpoint.update_count])
+
+
+def test_without_a_valid_checkpoint_an_expert_starts_anew(
+    tmp_path: Path, restore: Callable[[CheckpointStore], Expert]
+) -> None:
+    store = make_store(tmp_path)
+    save(store, make_expert(2)).write_bytes(b"broken")
+    restored = restore(store)
+    assert restored.update_count == 0
+    assert_same(restored.export_state(), make_expert().export_state())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_broken_newer_file_never_pushes_out_a_good_one(tmp_path: Path, keep: int) -> None:
+    store, expert = make_store(tmp_path, keep), make_expert()
+    for count in (90, 91, 92):
+        path = store.path(AN_UID, count)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"broken")
+    for _ in range(4):
+        save(store, step(expert))
+        checkpoint = store.load_newest(AN_UID)
+        assert checkpoint is not None
+        assert checkpoint.update_count == expert.update_count
+    assert len(store.update_counts(AN_UID)) == 3 + keep
+
+
+# Writers that die and disks that are full
+
+
+_WRITERS = """
+import os, sys
+from pathlib import Path
+import torch
+from written_by import make_expert, make_store, save, step
+
+torch.set_num_threads(1)  # so that this process has one thread, and can fork
+while sys.stdin.readline():
+    if writer := os.fork():
+        os.waitpid(writer, 0)
+        print("dead", flush=True)
+        continue
+    store, expert = make_store(Path(sys.argv[1])), make_expert()
+    if checkpoint := store.load_newest(expert.uid):
+        expert.import_state(checkpoint.state, checkpoint.update_count)
+    print(os.getpid(), flush=True)
+    while True:
+        save(store, step(expert))
+        print(expert.update_count, flush=True)
+"""
+"""Starts a writer for each line it reads, one after another."""
+
+
+def test_a_writer_killed_at_any_moment_loses_nothing_that_was_saved(tmp_path: Path) -> None:
+    here = Path(__file__)
+    (tmp_path / "written_by.py").symlink_to(here)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(tmp_path)])}
+    store, rng, last_saved = make_store(tmp_path / "state"), random.Random(2), 0
+    with subprocess.Popen(
+        [sys.executable, "-c", _WRITERS, str(tmp_path / "state")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as writers:
+        assert writers.stdin is not None
+        assert writers.stdout is not None
+        for _ in range(20):
+            print(file=writers.stdin, flush=True)
+            pid = int(writers.stdout.readline())
+            time.sleep(rng.uniform(0, 0.1))  # the random moment: nothing is waited for
+            os.kill(pid, signal.SIGKILL)
+            while (line := writers.stdout.readline()) != "dead\n":
+                last_saved = int(line)
+            checkpoint = store.load_newest(AN_UID)
+            update_count = checkpoint.update_count if checkpoint else 0
+            assert update_count in (last_saved, last_saved + 1)  # it may be saved and not said yet
+            if checkpoint is not None:
+                make_expert().import_state(checkpoint.state, update_count)
+            last_saved = update_count
+        writers.stdin.close()
+    assert last_saved > 20
+    store.sweep()
+    assert not list(tmp_path.rglob("*.new"))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program runs after it."""
+
+
+def test_a_save_that_ends_before_any_of_its_system_calls_leaves_a_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls_left = 0
+
+    def mortal(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            nonlocal calls_left
+            calls_left -= 1
+            if calls_left < 0:
+                raise Killed
+            return call(*arguments)
+
+        return run
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, mortal(getattr(os, name)))
+    monkeypatch.setattr(Path, "unlink", mortal(Path.unlink))
+    for ends_after in range(10):
+        calls_left = 100
+        store, expert = make_store(tmp_path / str(ends_after), keep=1), make_expert(2)
+        save(store, expert)
+        step(expert)
+        calls_left = ends_after
+        try:
+            save(store, expert)
+        except Killed:
+            is_whole = False
+        else:
+            is_whole = True
+        checkpoint = store.load_newest(AN_UID)
+        assert checkpoint is not None
+        assert checkpoint.update_count == 3 if is_whole else checkpoint.update_count in (2, 3)
+        if is_whole:
+            break
+    assert ends_after == 4, "file, rename, folder, and the one before removed"
+
+
+Scenario = Callable[[Checkpoints, Expert], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def play(loop: LoopThread, tmp_path: Path) -> Callable[[Scenario], None]:
+    """Plays a scenario with one expert in service, saved once, that has taken another update since."""
+
+    def run(scenario: Scenario) -> None:
+        async def with_runtime() -> None:
+            runtime = Runtime({}, max_queued_rows=100, max_batch_rows=100, threads=1)
+            try:
+                checkpoints, expert = Checkpoints(make_store(tmp_path), runtime), make_expert(1)
+                runtime.add(expert)
+                await checkpoints.save_changed()
+                assert checkpoints.counts == CheckpointCounts(saved=1)
+                await runtime.run(lambda: step(expert))
+                await scenario(checkpoints, expert)
+            finally:
+                await runtime.stop()
+
+        loop.run(with_runtime(), 30)
+
+    return run
+
+
+Play = Callable[[Scenario], None]
+
+
+def test_an_expert_is_saved_again_only_when_it_has_changed(play: Play, tmp_path: Path) -> None:
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        for _ in range(3):
+            await checkpoints.save_changed()
+        assert checkpoints.counts.saved == 2
+        assert make_store(tmp_path).update_counts(AN_UID) == [2, 1]
+
+    play(scenario)
+
+
+def full_disk(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_costs_no_checkpoint_and_is_tried_again(
+    play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    store = make_store(tmp_path)
+
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        with monkeypatch.context() as full:
+            full.setattr(os, call, full_disk)
+            await checkpoints.save_changed()
+        assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
+        (line,) = warnings_in(caplog)
+        assert "could not save 1 experts, such as 1.0.1" in line
+        assert "No space left on device" in line
+        assert os.listdir(store.path(AN_UID, 1).parent) == ["1.safetensors"]
+        await checkpoints.save_changed()
+        assert checkpoints.counts == CheckpointCounts(saved=2, failed=1)
+
+    play(scenario)
+    assert store.newest() == {AN_UID: 2}
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    play: Play, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        (tmp_path / SWARM).rename(tmp_path / "moved")
+        (tmp_path / SWARM).write_text("a file in the folder's place")
+        await checkpoints.open()
+        assert await checkpoints.newest() == {}
+        assert not await checkpoints.restore(make_expert())
+        await checkpoints.save_changed()
+        assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
+
+    play(scenario)
+    assert "could not save 1 experts" in warnings_in(caplog)[0]
+
+
+def test_an_expert_that_is_not_finite_never_takes_the_place_of_a_good_checkpoint(
+    play: Play, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        with torch.no_grad():
+            next(expert.block.parameters()).fill_(float("inf"))
+        await checkpoints.save_changed()
+        assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
+
+    play(scenario)
+    assert make_store(tmp_path).newest() == {AN_UID: 1}
+    assert "is not finite" in warnings_in(caplog)[0]
+
+
+def test_the_last_save_is_bounded_in_time(
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        released = threading.Event()
+        monkeypatch.setattr(CheckpointStore, "save", lambda *_: released.wait(20))
+        begin = time.monotonic()
+        await checkpoints.save_all_within(0.1)
+        assert time.monotonic() - begin < 5
+        released.set()
+
+    play(scenario)
+    assert "no time to save 1 experts" in warnings_in(caplog)[0]
