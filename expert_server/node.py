@@ -89,7 +89,7 @@ class Node:
         self._settings = settings
         self._now = now
         store = CheckpointStore(state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept)
-        self._checkpoints = Checkpoints(store, runtime)
+        self.checkpoints = Checkpoints(store, runtime)
         self._room = _room(settings, swarm.manifest)
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._claimed_at: dict[UID, float] = {}
@@ -122,7 +122,7 @@ class Node:
         )
         node = cls(settings, swarm, runtime, state)
         try:
-            await node._checkpoints.open()
+            await node.checkpoints.open()
             await runtime.start()
             await node._serve(host)
             stage("looking for experts that need a host")
@@ -141,7 +141,7 @@ class Node:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._stay_announced())
             if self._settings.checkpoint_every_s:
-                group.create_task(self._checkpoints.save_every(self._settings.checkpoint_every_s))
+                group.create_task(self.checkpoints.save_every(self._settings.checkpoint_every_s))
 
     async def _stay_announced(self) -> None:
         while True:
@@ -166,7 +166,7 @@ class Node:
             self._claimed_at.clear()
         if self._server is not None:
             await self._server.stop(_CALLS_GRACE_S)
-        await self._checkpoints.save_all_within(_LAST_SAVE_S)
+        await self.checkpoints.save_all_within(_LAST_SAVE_S)
         await self.runtime.stop()
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
@@ -243,7 +243,7 @@ class Node:
         self._was_vacant = now_vacant
         room = self._room + self._spare - len(self.runtime.experts)
         if lasting and room > 0:
-            taken = await self._claim(choose(lasting, room, me, await self._checkpoints.newest()))
+            taken = await self._claim(choose(lasting, room, me, await self.checkpoints.newest()))
             self._adopted += len(taken)
             if taken:
                 logger.info("adopted %d experts that nobody hosted", len(taken))
@@ -253,7 +253,7 @@ class Node:
         me = self.swarm.host.peer_id
         # what this node itself hosted before it was killed may still be announced
         vacancies = [uid for uid in vacant(replicas, besides=me) if uid not in self.runtime.experts]
-        return await self._claim(choose(vacancies, room, me, await self._checkpoints.newest()))
+        return await self._claim(choose(vacancies, room, me, await self.checkpoints.newest()))
 
     async def _claim(self, wanted: list[UID]) -> list[UID]:
         """Claims experts, waits for the claims of others, and serves those that it keeps."""
@@ -262,7 +262,7 @@ class Node:
         registry, me = self.swarm.registry, self.swarm.host.peer_id
         lifetime_s, claimed_at = self._settings.lifetime_s, self._now()
         self._claimed_at |= dict.fromkeys(wanted, claimed_at)
-        saved = await self._checkpoints.newest()
+        saved = await self.checkpoints.newest()
         claims = [Announced(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at) for uid in wanted]
         await registry.announce(claims, lifetime_s)
         await asyncio.sleep(self._settings.claim_wait_s)
@@ -271,7 +271,10 @@ class Node:
             del self._claimed_at[uid]
         await registry.withdraw(lost, lifetime_s)
         kept = [uid for uid in wanted if uid not in lost]
+        restored_before = self.checkpoints.counts.restored
         experts = [await self._take(uid) for uid in kept]
+        if restored := self.checkpoints.counts.restored - restored_before:
+            logger.info("%d of %d experts go on from this node's checkpoints", restored, len(experts))
         await registry.announce(
             [Announced(e.uid, ReplicaState.SERVING, e.update_count, claimed_at) for e in experts], lifetime_s
         )
@@ -280,8 +283,7 @@ class Node:
     async def _take(self, uid: UID) -> Expert:
         """Serves an expert from its newest checkpoint here, else from its first parameters."""
         expert = await self.runtime.run(partial(Expert, uid, self.swarm.manifest))
-        if await self._checkpoints.restore(expert):
-            logger.info("expert %s goes on from its checkpoint of %d updates", uid, expert.update_count)
+        await self.checkpoints.restore(expert)
         self.runtime.add(expert)
         return expert
 
@@ -290,7 +292,7 @@ class Node:
 
     def _counts(self) -> NodeCounts:
         return NodeCounts(
-            len(self.runtime.experts), self._adopted, self._dht_failures, self._checkpoints.counts
+            len(self.runtime.experts), self._adopted, self._dht_failures, self.checkpoints.counts
         )
 
 
