@@ -3,9 +3,10 @@
 Shape suffixes: R = rows, S = segments, D = hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeAlias
 
 import torch
 from grpc import StatusCode
@@ -15,7 +16,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block, builder_of
-from peer.errors import ExpertError
+from peer.errors import ExpertError, StateError
+
+State: TypeAlias = dict[str, Tensor]
+"""What an expert is made of: `block.…` and `optimizer.…` tensors by name, on the CPU."""
+
+_BLOCK, _OPTIMIZER = "block.", "optimizer."
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,6 +133,67 @@ class Expert:
         tensors = filter(torch.is_tensor, chain(self.block.parameters(), moments))
         return sum(tensor.nbytes for tensor in tensors)
 
+    def export_state(self) -> State:
+        """Copies of the block's parameters and persistent buffers, and of AdamW's moments and step for each parameter.
+
+        A parameter that has never had a gradient has no moments. Raises StateError when a number is not finite.
+        """
+        state = {_BLOCK + name: tensor for name, tensor in self._block_tensors().items()}
+        for name, parameter in self.block.named_parameters():
+            for moment, tensor in self.optimizer.state.get(parameter, {}).items():
+                state[_moment_name(name, moment)] = tensor
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+        self._check_numbers(copies)
+        return copies
+
+    def import_state(self, state: Mapping[str, Tensor], update_count: int) -> None:
+        """Goes on from an exported state as if it had never stopped.
+
+        Raises StateError, and changes nothing, when a name, shape or dtype is not this expert's or a number is not
+        finite.
+        """
+        block = self._block_tensors()
+        parameters = dict(self.block.named_parameters())
+        stepped = [name for name in parameters if _moment_name(name, "step") in state]
+        expected = {_BLOCK + name: tensor for name, tensor in block.items()}
+        for name in stepped:
+            like_moments = (parameters[name], parameters[name], torch.zeros((), dtype=torch.float32))
+            expected |= {_moment_name(name, m): t for m, t in zip(_MOMENTS, like_moments, strict=True)}
+        self._check_form(state, expected)
+        self._check_numbers(state)
+        if update_count < 0 or bool(update_count) != bool(stepped):
+            raise StateError(f"{update_count} updates, and moments of {len(stepped)} parameters")
+
+        with torch.no_grad():
+            for name, tensor in block.items():
+                tensor.copy_(state[_BLOCK + name])
+        self.optimizer.state.clear()
+        for name in stepped:
+            moments = {m: state[_moment_name(name, m)].to(self.device, copy=True) for m in _MOMENTS}
+            self.optimizer.state[parameters[name]] = moments
+        self.update_count = update_count
+
+    def _block_tensors(self) -> State:
+        """The block's own tensors, not copies. A block may add other things to its state; they are left out."""
+        return {name: value for name, value in self.block.state_dict().items() if torch.is_tensor(value)}
+
+    def _check_form(self, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+        if different := state.keys() ^ expected.keys():
+            name = min(different)
+            problem = "lacks" if name in expected else "has the unknown"
+            raise StateError(f"the state of expert {self.uid} {problem} {name!r}")
+        for name, like in expected.items():
+            found, wanted = ((tuple(t.shape), t.dtype) for t in (state[name], like))
+            if found != wanted:
+                raise StateError(f"{name!r} of expert {self.uid} is {found}; expected {wanted}")
+
+    def _check_numbers(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise StateError(f"{name!r} of expert {self.uid} is not finite")
+            if name.endswith((".exp_avg_sq", ".step")) and name.startswith(_OPTIMIZER) and (tensor < 0).any():
+                raise StateError(f"{name!r} of expert {self.uid} is negative")
+
     def _step(self) -> None:
         gradients = [p.grad for p in self.block.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
@@ -148,6 +216,10 @@ class Expert:
         if not tensor_RD.isfinite().all():
             raise ExpertError(StatusCode.INTERNAL, f"the {name} of expert {self.uid} are not finite")
         return tensor_RD.cpu()
+
+
+def _moment_name(parameter: str, moment: str) -> str:
+    return f"{_OPTIMIZER}{parameter}.{moment}"
 
 
 def _count_into(sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:

@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from expert_server.checkpoints import CheckpointCounts
 from expert_server.runtime import RuntimeStats
 
 
@@ -17,6 +18,7 @@ class NodeCounts:
     experts: int
     adopted: int
     dht_failures: int
+    checkpoints: CheckpointCounts
 
 
 class NodeCollector(Collector):
@@ -34,6 +36,14 @@ class NodeCollector(Collector):
         )
         yield CounterMetricFamily(
             "talkoot_dht_failures", "DHT rounds that failed or timed out.", node.dht_failures
+        )
+        saves = node.checkpoints
+        yield CounterMetricFamily("talkoot_checkpoints_saved", "Checkpoints written.", saves.saved)
+        yield CounterMetricFamily(
+            "talkoot_checkpoint_failures", "Checkpoints that could not be written.", saves.failed
+        )
+        yield CounterMetricFamily(
+            "talkoot_experts_restored", "Experts that went on from a checkpoint.", saves.restored
         )
         yield GaugeMetricFamily("talkoot_queued_rows", "Rows that wait to be computed.", stats.queued_rows)
         yield CounterMetricFamily("talkoot_rows", "Rows computed, forward and backward.", stats.rows)

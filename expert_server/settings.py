@@ -20,7 +20,7 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=0,
         le=10**6,
-        description="experts to adopt beyond those when nobody hosts them; unset: half as many",
+        description="experts to adopt beyond those when their host has gone; unset: half as many",
     )
     host: str | None = Field(
         default=None,
@@ -36,6 +36,16 @@ class NodeSettings(RoleSettings):
         default=0, ge=0, le=65535, description="TCP port of /metrics, on loopback; 0: any free one"
     )
     state: Path | None = Field(default=None, description="folder of the node's identity and state")
+    checkpoint_every_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds between saves of the experts that changed; 0: only when the node stops",
+    )
+    checkpoints_kept: int = Field(
+        default=2, ge=1, le=1000, description="checkpoints kept of each expert, newest first"
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
     )

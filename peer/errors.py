@@ -10,6 +10,7 @@ TalkootError
 │   └── DataError               text that is missing, empty or unreadable
 ├── RecordError                 a DHT record that is malformed, unsigned, expired or not its writer's
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
+├── StateError                  an expert's state that is broken, or not that expert's
 └── ExpertError                 an expert did not do what was asked; has a gRPC status
 """
 
@@ -59,6 +60,10 @@ class RecordError(TalkootError):
 
 class WireError(TalkootError):
     """A message that is malformed; INVALID_ARGUMENT at the edge."""
+
+
+class StateError(TalkootError):
+    """An expert's state that is broken, or not that expert's."""
 
 
 class ExpertError(TalkootError):

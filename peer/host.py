@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import psutil
 from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
@@ -179,6 +180,8 @@ async def _start_dht(
     try:
         return await DHTNode.create(
             p2p=p2p,
+            # from the PeerID, else a peer that restarts stands twice in the routing tables of the others
+            node_id=DHTID.generate(source=p2p.peer_id.to_bytes()),
             initial_peers=list(bootstrap) or None,
             record_validator=validator,
             client_mode=not serves_dht,

@@ -71,7 +71,7 @@ def node(
     ] = None,
     spare: Annotated[
         int | None,
-        typer.Option(help="Experts to adopt beyond those when nobody hosts them.  [default: half as many]"),
+        typer.Option(help="Experts to adopt beyond those when their host has gone.  [default: half as many]"),
     ] = None,
     host: Annotated[
         str | None,

@@ -134,7 +134,7 @@ class _NodeCommand:
             identity = Identity.load_or_create(self._state / "identity.key")
             swarm = await self._starter.start(identity, self._host, self._settings.dht_port, stage)
             # from here on the node stops the swarm
-            node = await Node.start(self._settings, swarm, host=self._host, stage=stage)
+            node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
             self._served = True
             self._show_invite(node, str(await swarm.invite()))

@@ -10,7 +10,8 @@ from hivemind.p2p import PeerID
 class _Breaker:
     failures: int = 0
     """In a row."""
-    opens_until: float = 0.0
+    failed_until: float = 0.0
+    busy_until: float = 0.0
 
 
 class CircuitBreakers:
@@ -30,23 +31,25 @@ class CircuitBreakers:
     def failed(self, peer_id: PeerID, now: float) -> None:
         """The peer did not do what it was asked. A failure while the breaker is open changes nothing."""
         breaker = self._breaker(peer_id)
-        if now < breaker.opens_until:
+        if now < breaker.failed_until:
             return
         breaker.failures += 1
         wait = min(self._first_s * 2 ** min(breaker.failures - 1, 30), self._longest_s)
-        breaker.opens_until = now + wait
+        breaker.failed_until = now + wait
 
     def busy(self, peer_id: PeerID, now: float, retry_after_s: float) -> None:
         """The peer asked to be left alone for a while; that is no failure."""
         breaker = self._breaker(peer_id)
-        breaker.opens_until = max(breaker.opens_until, now + min(retry_after_s, self._longest_s))
+        breaker.busy_until = max(breaker.busy_until, now + min(retry_after_s, self._longest_s))
 
     def succeeded(self, peer_id: PeerID) -> None:
         self._breakers.pop(peer_id, None)
 
     def open_at(self, now: float) -> frozenset[PeerID]:
         """The peers to avoid now."""
-        return frozenset(peer_id for peer_id, breaker in self._breakers.items() if now < breaker.opens_until)
+        return frozenset(
+            peer_id for peer_id, b in self._breakers.items() if now < max(b.failed_until, b.busy_until)
+        )
 
     def _breaker(self, peer_id: PeerID) -> _Breaker:
         breaker = self._breakers.setdefault(peer_id, _Breaker())

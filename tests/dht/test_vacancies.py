@@ -22,8 +22,8 @@ def seeded_peers(count: int) -> list[PeerID]:
     return [PeerID(b"\x12\x20" + rng.randbytes(32)) for _ in range(count)]
 
 
-def replica(uid: UID, peer_id: PeerID, state: ReplicaState) -> Replica:
-    return Replica(uid, peer_id, state, 0, 0, claimed_at=0.0, expires_at=1.0)
+def replica(uid: UID, peer_id: PeerID, state: ReplicaState, update_count: int = 0) -> Replica:
+    return Replica(uid, peer_id, state, update_count, 0, claimed_at=0.0, expires_at=1.0)
 
 
 def test_vacant_is_what_nobody_hosts_or_claims() -> None:
@@ -35,6 +35,8 @@ def test_vacant_is_what_nobody_hosts_or_claims() -> None:
         third: (replica(third, peer_id, CLAIMED),),
     }
     assert vacant(replicas) == [second]
+    assert vacant(replicas, besides=peer_id) == [first, second, third]
+    assert vacant(replicas, besides=seeded_peers(2)[1]) == [second]
 
 
 @given(st.sets(uids, max_size=30), st.integers(-3, 40), peer_ids)
@@ -113,3 +115,19 @@ def test_a_claim_that_no_other_contests_is_kept(claims: list[UID], peer_id: Peer
     own = {uid: [replica(uid, peer_id, CLAIMED)] for uid in claims}
     assert lost_claims(claims, own, peer_id) == []
     assert lost_claims(claims, {}, peer_id) == []
+
+
+def test_a_choice_begins_with_the_checkpoints_of_most_updates() -> None:
+    (peer_id,) = seeded_peers(1)
+    plain = choose(GRID[:20], 20, peer_id)
+    checkpoints = {plain[7]: 3, plain[15]: 40, plain[19]: 3, GRID[30]: 9}
+    assert choose(GRID[:20], 5, peer_id, checkpoints) == [plain[n] for n in (15, 7, 19, 0, 1)]
+
+
+@given(uids, st.dictionaries(peer_ids, st.integers(0, 3), min_size=1, max_size=8))
+def test_of_simultaneous_claimants_the_one_with_most_updates_keeps_the_expert(
+    uid: UID, update_counts: dict[PeerID, int]
+) -> None:
+    seen = {uid: [replica(uid, peer_id, CLAIMED, count) for peer_id, count in update_counts.items()]}
+    keeping = [p for p, count in update_counts.items() if not lost_claims([uid], seen, p, {uid: count})]
+    assert keeping == [max(update_counts, key=lambda p: (update_counts[p], preference(uid, p)))]

@@ -9,8 +9,8 @@ from torch import Tensor
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from dht.uid import UID
 from expert_server.blocks import build_block
-from expert_server.expert import BackwardPart, Expert, Graph, expert_bytes
-from peer.errors import ExpertError
+from expert_server.expert import BackwardPart, Expert, Graph, State, expert_bytes
+from peer.errors import ExpertError, StateError
 
 HIDDEN = 16
 ROWS = 12
@@ -228,3 +228,98 @@ def test_the_memory_of_a_graph_grows_with_its_rows() -> None:
     _, small = expert.forward_with_graph(random_rows(0)[:5], LENGTHS[:1], POSITIONS[:5])
     _, large = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
     assert 5 * HIDDEN * 4 < small.bytes < large.bytes
+
+
+# State
+
+
+def train(expert: Expert, steps: int) -> None:
+    """Takes optimizer steps that depend on the update count alone."""
+    for _ in range(steps):
+        seed = 2 * expert.update_count
+        backward(expert, random_rows(seed), random_rows(seed + 1))
+
+
+def trained_expert(steps: int) -> Expert:
+    expert = Expert(AN_UID, make_manifest(warmup_updates=4))
+    train(expert, steps)
+    return expert
+
+
+def assert_same(first: State, second: State) -> None:
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_an_imported_expert_trains_on_as_if_it_had_never_stopped(steps: int) -> None:
+    stayed, restored = trained_expert(steps), trained_expert(2)
+    restored.import_state(trained_expert(steps).export_state(), steps)
+    assert restored.update_count == steps
+    for expert in (stayed, restored):
+        train(expert, 5)
+    assert restored.update_count == stayed.update_count == steps + 5
+    assert_same(restored.export_state(), stayed.export_state())
+
+
+def test_an_exported_state_is_a_copy_and_so_is_an_imported_one() -> None:
+    expert, other = trained_expert(1), trained_expert(0)
+    state = expert.export_state()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    other.import_state(state, 1)
+    train(expert, 1)
+    train(other, 1)
+    assert_same(state, before)
+    assert not any(tensor.requires_grad for tensor in state.values())
+
+
+def without(name: str) -> Callable[[State], State]:
+    return lambda state: {key: tensor for key, tensor in state.items() if key != name}
+
+
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
+    return lambda state: state | {name: change(state[name])}
+
+
+WEIGHT, MOMENT = "block.attention_input.weight", "optimizer.attention_input.weight.exp_avg"
+SQUARES, STEPS = "optimizer.attention_input.weight.exp_avg_sq", "optimizer.attention_input.weight.step"
+WRONG_STATES: dict[str, tuple[Callable[[State], State], str]] = {
+    "empty": (lambda state: {}, "lacks"),
+    "no weight": (without(WEIGHT), f"lacks '{WEIGHT}'"),
+    "no moment": (without(MOMENT), f"lacks '{MOMENT}'"),
+    "no step": (without(STEPS), "has the unknown"),
+    "one more": (lambda state: state | {"block.more": torch.zeros(1)}, "has the unknown 'block.more'"),
+    "shape": (changed(WEIGHT, lambda t: t.T.contiguous()), r"is \(\(16, 48\)"),
+    "shape of a moment": (changed(MOMENT, lambda t: t[:1]), r"is \(\(1, 16\)"),
+    "dtype": (changed(WEIGHT, lambda t: t.half()), "float16"),
+    "dtype of a step": (changed(STEPS, lambda t: t.long()), "int64"),
+    "NaN": (changed(WEIGHT, lambda t: t * float("nan")), f"'{WEIGHT}' .* not finite"),
+    "infinite moment": (changed(MOMENT, lambda t: t + float("inf")), "not finite"),
+    "negative square": (changed(SQUARES, lambda t: t - 1), "negative"),
+    "negative step": (changed(STEPS, lambda t: t - 9), "negative"),
+}
+
+
+@pytest.mark.parametrize(("make_wrong", "message"), WRONG_STATES.values(), ids=WRONG_STATES)
+def test_a_state_that_is_not_this_experts_is_refused_and_changes_nothing(
+    make_wrong: Callable[[State], State], message: str
+) -> None:
+    expert = trained_expert(2)
+    before = expert.export_state()
+    with pytest.raises(StateError, match=message):
+        expert.import_state(make_wrong(trained_expert(3).export_state()), 3)
+    assert_same(expert.export_state(), before)
+    assert expert.update_count == 2
+
+
+@pytest.mark.parametrize(("steps", "update_count"), [(3, 0), (0, 3), (3, -1)])
+def test_an_update_count_that_does_not_fit_the_moments_is_refused(steps: int, update_count: int) -> None:
+    with pytest.raises(StateError, match=f"{update_count} updates, and moments of"):
+        trained_expert(0).import_state(trained_expert(steps).export_state(), update_count)
+
+
+def test_an_expert_that_is_not_finite_is_not_exported() -> None:
+    expert = trained_expert(1)
+    with torch.no_grad():
+        next(expert.block.parameters()).fill_(float("nan"))
+    with pytest.raises(StateError, match="not finite"):
+        expert.export_state()

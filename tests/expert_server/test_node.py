@@ -7,7 +7,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,25 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from village import (
+    LOCAL,
+    MANIFEST,
+    ONCE_EACH,
+    UIDS,
+    Village,
+    end,
+    eventually,
+    hosts_of,
+    node_settings,
+    serving,
+)
 
 from dht.directory import Directory
-from dht.invite import Invite
-from dht.manifest import Manifest
 from dht.records import SwarmKeys
-from dht.registry import Replica, ReplicaState
+from dht.registry import Replica
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
 from expert_server.node import Node, NodeState
-from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
 from peer.errors import StartError, SwarmError
@@ -35,58 +44,6 @@ from peer.wire import expert_pb2, expert_pb2_grpc
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
-LOCAL = "127.0.0.1"
-MANIFEST = Manifest.model_validate(
-    {
-        "name": "sauna",
-        "model": {"layers": 2, "hidden": 8, "heads": 2, "context": 8, "feed_forward": 8},
-        "experts": {"grid": [2, 2]},
-        "routing": {"top_k": 2},
-    }
-)
-UIDS = MANIFEST.uids()
-
-
-@dataclass
-class Village:
-    """Makes peers, and stops what a test leaves running."""
-
-    identities: list[Identity]
-    stack: contextlib.AsyncExitStack
-
-    async def found(self, *, manifest: Manifest = MANIFEST, **settings: Any) -> Node:
-        swarm = await found_swarm(self.identities[0], manifest, listen=LOCAL, port=0)
-        return await self.start(swarm, settings)
-
-    async def join(self, number: int, invite: Invite, **settings: Any) -> Node:
-        return await self.start(await join_swarm(self.identities[number], invite, listen=LOCAL), settings)
-
-    async def observe(self, number: int, invite: Invite) -> Swarm:
-        """A peer that hosts nothing, and sees what trainers see."""
-        swarm = await join_swarm(self.identities[number], invite, listen=LOCAL, serves_dht=False)
-        self.stack.push_async_callback(swarm.stop)
-        return swarm
-
-    async def run(self, node: Node) -> "asyncio.Task[None]":
-        """Lets the node announce and adopt, until the end of the test or until the task is cancelled."""
-        task = asyncio.create_task(node.run())
-        self.stack.push_async_callback(end, task)
-        return task
-
-    async def start(self, swarm: Swarm, settings: dict[str, Any]) -> Node:
-        node = await Node.start(node_settings(**settings), swarm, host=LOCAL)
-        self.stack.push_async_callback(node.stop)
-        return node
-
-
-async def end(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-def node_settings(**changes: Any) -> NodeSettings:
-    return NodeSettings.load(**{"threads": 1, "claim_wait_s": 0.1, **changes})
-
 
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
@@ -95,11 +52,13 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
 
 
 @pytest.fixture
-def play(loop: LoopThread, identities: list[Identity]) -> Callable[[Callable[[Village], Any]], None]:
+def play(
+    loop: LoopThread, identities: list[Identity], tmp_path: Path
+) -> Callable[[Callable[[Village], Any]], None]:
     def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
         async def with_village() -> None:
             async with contextlib.AsyncExitStack() as stack:
-                await scenario(Village(identities, stack))
+                await scenario(Village(identities, stack, tmp_path))
 
         loop.run(with_village(), 90)
 
@@ -108,33 +67,6 @@ def play(loop: LoopThread, identities: list[Identity]) -> Callable[[Callable[[Vi
 
 Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
 Look = Callable[[Collection[UID]], Coroutine[Any, Any, dict[UID, tuple[Replica, ...]]]]
-
-
-async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float) -> None:
-    async with asyncio.timeout(deadline_s):
-        while True:
-            if await check():
-                return
-            await asyncio.sleep(0.1)
-
-
-async def serving(swarm: Swarm) -> Counter[UID]:
-    """How many nodes serve each expert, by the DHT."""
-    found = await swarm.registry.replicas(UIDS)
-    return Counter(
-        {
-            uid: sum(replica.state is ReplicaState.SERVING for replica in hosts)
-            for uid, hosts in found.items()
-            if hosts
-        }
-    )
-
-
-async def hosts_of(swarm: Swarm) -> set[Any]:
-    return {replica.peer_id for hosts in (await swarm.registry.replicas(UIDS)).values() for replica in hosts}
-
-
-ONCE_EACH = Counter(UIDS)
 
 
 def test_a_founder_hosts_as_many_experts_as_it_is_told(play: Play) -> None:
@@ -332,7 +264,7 @@ def test_a_node_serves_on_an_ipv6_address(play: Play) -> None:
 
     async def scenario(village: Village) -> None:
         swarm = await found_swarm(village.identities[0], MANIFEST, listen="::1", port=0)
-        node = await Node.start(node_settings(experts=1), swarm, host="::1")
+        node = await Node.start(node_settings(experts=1), swarm, host="::1", state=village.state(swarm))
         village.stack.push_async_callback(node.stop)
         assert node.address.startswith("[::1]:")
         observer = await join_swarm(
@@ -362,7 +294,17 @@ def test_metrics_are_served_on_loopback_as_prometheus_text(play: Play) -> None:
         assert kind.startswith("text/plain")
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert float(values["talkoot_experts"]) == 3
-        for name in ("rows", "batches", "updates", "skipped_updates", "experts_adopted", "dht_failures"):
+        for name in (
+            "rows",
+            "batches",
+            "updates",
+            "skipped_updates",
+            "experts_adopted",
+            "experts_restored",
+            "checkpoints_saved",
+            "checkpoint_failures",
+            "dht_failures",
+        ):
             assert float(values[f"talkoot_{name}_total"]) == 0
             assert f"# TYPE talkoot_{name}_total counter" in text
         assert float(values['talkoot_unfinished_works_total{cause="expired"}']) == 0
@@ -511,13 +453,13 @@ def held(loop: LoopThread) -> Held:
 
 
 def test_fifty_boots_and_stops_leave_nothing(
-    loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]]
+    loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]], tmp_path: Path
 ) -> None:
     manifest = MANIFEST.model_copy(update={"model": MANIFEST.model.model_copy(update={"layers": 1})})
 
     async def boot_and_stop() -> None:
         swarm = await found_swarm(identities[0], manifest, listen=LOCAL, port=0)
-        node = await Node.start(node_settings(experts=2), swarm, host=LOCAL)
+        node = await Node.start(node_settings(experts=2), swarm, host=LOCAL, state=tmp_path)
         try:
             assert len(node.runtime.experts) == 2
             assert node.status().state is NodeState.SERVING

@@ -1,0 +1,316 @@
+"""Checkpoints: experts' states on disk, so that a node that restarts goes on where it was.
+
+`CheckpointStore` is the folder: it knows files and nothing of experts in service. `Checkpoints` is the shell around it:
+it saves and restores the experts of one runtime without holding up what they compute.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from dht.uid import UID
+from expert_server.expert import Expert, State
+from expert_server.runtime import Runtime
+from peer.errors import ExpertError, StateError, WireError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+
+_HEADER_KEY = "talkoot"
+"""Of the safetensors metadata, under which the header stands as JSON."""
+_FILE_NAME = re.compile(r"(0|[1-9][0-9]{0,17})\.safetensors")
+_TEMPORARY = ".*.new"
+
+
+class Header(BaseModel):
+    """What a checkpoint says of itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format_version: int = FORMAT_VERSION
+    swarm_id: str
+    uid: str
+    update_count: int = Field(ge=0)
+    saved_at: float = Field(ge=0, allow_inf_nan=False)
+    """Unix time, in seconds."""
+    sha256: str = ""
+    """Over the rest of the header and all tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One expert's state, as it was after `update_count` updates."""
+
+    state: State
+    update_count: int
+
+
+class CheckpointStore:
+    """The checkpoints of one swarm's experts: `<folder>/<swarm_id>/<uid>/<update_count>.safetensors`.
+
+    A file is whole or not there: it is written under another name, synced, and renamed. One process at a time uses
+    the folder; within it, any thread.
+    """
+
+    def __init__(self, folder: Path, swarm_id: str, keep: int, now: Callable[[], float] = time.time) -> None:
+        """`keep`: how many checkpoints of each expert stay."""
+        assert keep >= 1, "a store that keeps nothing is none"
+        self._folder = folder / swarm_id
+        self._swarm_id = swarm_id
+        self._keep = keep
+        self._now = now
+        self._writing = threading.Lock()
+
+    def sweep(self) -> None:
+        """Removes what writers that were killed have left."""
+        for path in self._folder.glob(f"*/{_TEMPORARY}"):
+            with suppress(OSError):
+                path.unlink()
+
+    def newest(self) -> dict[UID, int]:
+        """The update count of each expert's newest checkpoint, by the file names alone."""
+        try:
+            names = os.listdir(self._folder)
+        except OSError:
+            return {}
+        found = {}
+        for name in names:
+            with suppress(WireError):  # not a folder of ours
+                uid = UID.parse(name)
+                if counts := self.update_counts(uid):
+                    found[uid] = counts[0]
+        return found
+
+    def update_counts(self, uid: UID) -> list[int]:
+        """Of an expert's checkpoints, newest first, by the file names alone."""
+        try:
+            names = os.listdir(self._folder / str(uid))
+        except OSError:
+            return []
+        return sorted(
+            (int(match[1]) for name in names if (match := _FILE_NAME.fullmatch(name))), reverse=True
+        )
+
+    def path(self, uid: UID, update_count: int) -> Path:
+        return self._folder / str(uid) / f"{update_count}.safetensors"
+
+    def save(self, uid: UID, checkpoint: Checkpoint) -> None:
+        """Returns when the checkpoint is safely on disk. Raises OSError; the checkpoints before it stay then."""
+        header = Header(
+            swarm_id=self._swarm_id,
+            uid=str(uid),
+            update_count=checkpoint.update_count,
+            saved_at=self._now(),
+        )
+        header = header.model_copy(update={"sha256": _digest(header, checkpoint.state)})
+        data = to_safetensors(checkpoint.state, {_HEADER_KEY: header.model_dump_json()})
+        path = self.path(uid, checkpoint.update_count)
+        with self._writing:
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                for folder in path.parents[1:4]:  # swarm, store and state: where the new folders are entered
+                    _sync_folder(folder)
+            _write_whole(path, data)
+            self._prune(uid, checkpoint.update_count)
+
+    def load_newest(self, uid: UID, below: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint that is whole and this expert's, of those with fewer than `below` updates if given.
+
+        Others are passed over, with a line in the log that says why.
+        """
+        for update_count in self.update_counts(uid):
+            if below is None or update_count < below:
+                try:
+                    return Checkpoint(self._load(uid, update_count), update_count)
+                except StateError as error:
+                    self.pass_over(uid, update_count, error)
+        return None
+
+    def pass_over(self, uid: UID, update_count: int, reason: StateError) -> None:
+        """Says so. The file stays, for people to look at, until newer ones take its place."""
+        logger.warning("passing over the checkpoint %s: %s", self.path(uid, update_count), reason)
+
+    def _load(self, uid: UID, update_count: int) -> State:
+        """Raises StateError when the file is not what its place says, or not as it was written."""
+        try:
+            with safe_open(self.path(uid, update_count), framework="pt") as file:
+                header = _read_header(file.metadata())
+                for name, found, expected in (
+                    ("swarm", header.swarm_id, self._swarm_id),
+                    ("expert", header.uid, str(uid)),
+                    ("update count", header.update_count, update_count),
+                ):
+                    if found != expected:
+                        raise StateError(f"it is of {name} {found}, not {expected}")
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        except (SafetensorError, OSError) as error:
+            raise StateError(f"it can't be read: {error}") from error
+        if _digest(header, state) != header.sha256:
+            raise StateError("its checksum does not match: the disk or another program changed it")
+        return state
+
+    def _prune(self, uid: UID, update_count: int) -> None:
+        """Keeps the newest of those up to the one just saved.
+
+        What claims to be newer was passed over when the expert was restored, and must not push out what is good.
+        """
+        counts = [count for count in self.update_counts(uid) if count <= update_count]
+        for count in counts[self._keep :]:
+            with suppress(OSError):  # one file too many does no harm
+                self.path(uid, count).unlink()
+
+
+def _read_header(metadata: Mapping[str, str] | None) -> Header:
+    """Raises StateError."""
+    try:
+        values = json.loads((metadata or {})[_HEADER_KEY])
+        version = values["format_version"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError("it has no header of a checkpoint") from error
+    if version != FORMAT_VERSION:
+        raise StateError(f"it has format version {version!r}, this software reads {FORMAT_VERSION}")
+    try:
+        return Header.model_validate(values)
+    except ValidationError as error:
+        raise StateError(f"its header is not valid: {error.error_count()} errors") from error
+
+
+def _digest(header: Header, state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.model_dump_json(exclude={"sha256"}).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes what was renamed or made in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class CheckpointCounts:
+    """Counts since the start."""
+
+    saved: int = 0
+    failed: int = 0
+    restored: int = 0
+
+
+class Checkpoints:
+    """Saves and restores the experts of one runtime: tensors on its compute thread, files on other threads."""
+
+    def __init__(self, store: CheckpointStore, runtime: Runtime) -> None:
+        self.counts = CheckpointCounts()
+        self._store = store
+        self._runtime = runtime
+        self._on_disk: dict[UID, int] = {}
+        """The update count that each expert was saved or restored with."""
+
+    async def open(self) -> None:
+        """Tidies the folder."""
+        await asyncio.to_thread(self._store.sweep)
+
+    async def newest(self) -> dict[UID, int]:
+        """The update count of each expert's newest checkpoint, not yet verified."""
+        return await asyncio.to_thread(self._store.newest)
+
+    async def restore(self, expert: Expert) -> bool:
+        """Loads the newest valid checkpoint into an expert that does not serve yet. Says whether there was one."""
+        below: int | None = None
+        while checkpoint := await asyncio.to_thread(self._store.load_newest, expert.uid, below):
+            state, below = checkpoint.state, checkpoint.update_count
+            try:
+                await self._runtime.run(partial(expert.import_state, state, below))
+            except StateError as error:
+                self._store.pass_over(expert.uid, below, error)
+                continue
+            self._on_disk[expert.uid] = below
+            self.counts.restored += 1
+            return True
+        self._on_disk.pop(expert.uid, None)
+        return False
+
+    async def save_every(self, seconds: float) -> None:
+        """Saves what changed, again and again, for ever."""
+        while True:
+            await asyncio.sleep(seconds)
+            await self.save_changed()
+
+    async def save_changed(self) -> None:
+        """Saves the experts that took updates since they were last saved, one by one. What fails is tried next time."""
+        failures: list[tuple[UID, StateError | OSError]] = []
+        for expert in list(self._runtime.experts.values()):
+            if not self._is_changed(expert):
+                continue
+            try:
+                checkpoint = await self._runtime.run(partial(_export, expert))
+                await asyncio.to_thread(self._store.save, expert.uid, checkpoint)
+            except ExpertError:
+                return  # the runtime was stopped
+            except (StateError, OSError) as error:
+                failures.append((expert.uid, error))
+            else:
+                self.counts.saved += 1
+                self._on_disk[expert.uid] = checkpoint.update_count
+        if failures:
+            self.counts.failed += len(failures)
+            uid, reason = failures[0]
+            logger.warning(
+                "could not save %d experts, such as %s: %s; their checkpoints before this stay",
+                len(failures),
+                uid,
+                reason,
+            )
+
+    async def save_all_within(self, seconds: float) -> None:
+        """Saves what changed before the node ends, or as much of it as there is time for."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.save_changed()
+        except TimeoutError:
+            left = sum(map(self._is_changed, self._runtime.experts.values()))
+            logger.warning("no time to save %d experts; their checkpoints before this stay", left)
+
+    def _is_changed(self, expert: Expert) -> bool:
+        return expert.update_count != self._on_disk.get(expert.uid, 0)
+
+
+def _export(expert: Expert) -> Checkpoint:
+    return Checkpoint(expert.export_state(), expert.update_count)

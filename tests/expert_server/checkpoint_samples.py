@@ -1,0 +1,70 @@
+"""Experts, stores and checkpoints for tests."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dht.manifest import Manifest
+from dht.uid import UID
+from expert_server.checkpoints import Checkpoint, CheckpointStore
+from expert_server.expert import BackwardPart, Expert, State
+
+MANIFEST = Manifest.model_validate(
+    {
+        "name": "sauna",
+        "model": {"layers": 2, "hidden": 8, "heads": 2, "context": 8, "feed_forward": 8},
+        "experts": {"grid": [2, 2]},
+        "routing": {"top_k": 2},
+    }
+)
+AN_UID, OTHER_UID = UID(1, (0, 1)), UID(0, (1, 1))
+SWARM = "sauna-QmFounder"
+
+
+def make_store(folder: Path, keep: int = 2, swarm_id: str = SWARM) -> CheckpointStore:
+    return CheckpointStore(folder, swarm_id, keep, now=lambda: 1000.5)
+
+
+def step(expert: Expert, steps: int = 1) -> Expert:
+    """Takes optimizer steps that depend on the update count alone."""
+    for _ in range(steps):
+        generator = torch.Generator().manual_seed(expert.update_count)
+        inputs, gradients = torch.randn(2, 5, 8, generator=generator).unbind()
+        expert.backward([BackwardPart(inputs, gradients, torch.tensor([5]), torch.arange(5))])
+    return expert
+
+
+def make_expert(steps: int = 0, uid: UID = AN_UID) -> Expert:
+    return step(Expert(uid, MANIFEST), steps)
+
+
+def save(store: CheckpointStore, expert: Expert) -> Path:
+    store.save(expert.uid, Checkpoint(expert.export_state(), expert.update_count))
+    return store.path(expert.uid, expert.update_count)
+
+
+def assert_same(first: State, second: State) -> None:
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def without(name: str) -> Callable[[State], State]:
+    return lambda state: {key: tensor for key, tensor in state.items() if key != name}
+
+
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
+    return lambda state: state | {name: change(state[name])}
+
+
+WEIGHT, MOMENT = "block.attention_input.weight", "optimizer.attention_input.weight.exp_avg"
+
+
+def filled_with(number: int) -> Checkpoint:
+    return Checkpoint({name: torch.full((64, 64), float(number)) for name in "abcdefgh"}, number)

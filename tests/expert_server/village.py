@@ -1,0 +1,103 @@
+"""Several nodes of one real swarm on one loop, for tests."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dht.invite import Invite
+from dht.manifest import Manifest
+from dht.registry import ReplicaState
+from dht.swarm import Swarm, found_swarm, join_swarm
+from dht.uid import UID
+from expert_server.node import Node
+from expert_server.settings import NodeSettings
+from peer.identity import Identity
+
+LOCAL = "127.0.0.1"
+MANIFEST = Manifest.model_validate(
+    {
+        "name": "sauna",
+        "model": {"layers": 2, "hidden": 8, "heads": 2, "context": 8, "feed_forward": 8},
+        "experts": {"grid": [2, 2]},
+        "routing": {"top_k": 2},
+    }
+)
+UIDS = MANIFEST.uids()
+
+
+@dataclass
+class Village:
+    """Makes peers, and stops what a test leaves running."""
+
+    identities: list[Identity]
+    stack: contextlib.AsyncExitStack
+    folder: Path
+
+    async def found(self, *, manifest: Manifest = MANIFEST, **settings: Any) -> Node:
+        swarm = await found_swarm(self.identities[0], manifest, listen=LOCAL, port=0)
+        return await self.start(swarm, settings)
+
+    async def join(self, number: int, invite: Invite, **settings: Any) -> Node:
+        return await self.start(await join_swarm(self.identities[number], invite, listen=LOCAL), settings)
+
+    async def observe(self, number: int, invite: Invite) -> Swarm:
+        """A peer that hosts nothing, and sees what trainers see."""
+        swarm = await join_swarm(self.identities[number], invite, listen=LOCAL, serves_dht=False)
+        self.stack.push_async_callback(swarm.stop)
+        return swarm
+
+    async def run(self, node: Node) -> "asyncio.Task[None]":
+        """Lets the node announce and adopt, until the end of the test or until the task is cancelled."""
+        task = asyncio.create_task(node.run())
+        self.stack.push_async_callback(end, task)
+        return task
+
+    def state(self, swarm: Swarm) -> Path:
+        """The state folder of one peer, the same when it comes back."""
+        name: str = swarm.host.peer_id.to_base58()
+        return self.folder / name
+
+    async def start(self, swarm: Swarm, settings: dict[str, Any]) -> Node:
+        node = await Node.start(node_settings(**settings), swarm, host=LOCAL, state=self.state(swarm))
+        self.stack.push_async_callback(node.stop)
+        return node
+
+
+async def end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def node_settings(**changes: Any) -> NodeSettings:
+    return NodeSettings.load(**{"threads": 1, "claim_wait_s": 0.1, **changes})
+
+
+async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float) -> None:
+    async with asyncio.timeout(deadline_s):
+        while True:
+            if await check():
+                return
+            await asyncio.sleep(0.1)
+
+
+async def serving(swarm: Swarm) -> Counter[UID]:
+    """How many nodes serve each expert, by the DHT."""
+    found = await swarm.registry.replicas(UIDS)
+    return Counter(
+        {
+            uid: sum(replica.state is ReplicaState.SERVING for replica in hosts)
+            for uid, hosts in found.items()
+            if hosts
+        }
+    )
+
+
+async def hosts_of(swarm: Swarm) -> set[Any]:
+    return {replica.peer_id for hosts in (await swarm.registry.replicas(UIDS)).values() for replica in hosts}
+
+
+ONCE_EACH = Counter(UIDS)
