@@ -298,7 +298,7 @@ class Node:
             experts.append(await self._take(uid))
             if self._now() > claimed_at + lifetime_s / 3:  # building takes long: the claims must not expire
                 claimed_at = self._now()
-                await registry.announce(claims, lifetime_s)
+                await registry.announce([claim for claim in claims if claim.uid in kept], lifetime_s)
         if restored := self.checkpoints.counts.restored - restored_before:
             logger.info("%d of %d experts go on from this node's checkpoints", restored, len(experts))
         await registry.announce(
