@@ -256,9 +256,9 @@ class Node:
         self._had_host |= set(replicas) - now_vacant
         lasting = now_vacant & self._was_vacant
         self._was_vacant = now_vacant
-        orphans = lasting & self._had_host
-        room = self._room - len(mine)
         saved = await self.checkpoints.newest()
+        orphans = lasting & (self._had_host | saved.keys())
+        room = self._room - len(mine)
         wanted = choose(orphans, room + self._spare, me, saved)
         wanted += choose(lasting - orphans, room - len(wanted), me, saved)
         taken = await self._claim(wanted)

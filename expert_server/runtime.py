@@ -379,14 +379,17 @@ def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]
     When the batch fails each work is computed by itself, so that one caller's numbers spoil no other's.
     """
     step = _forward if batch[0].direction == "forward" else _backward
+    skipped = expert.skipped_updates
     try:
-        return list(step(expert, batch))
+        results: list[Result | ExpertError] = list(step(expert, batch))
+        if len(batch) == 1 or expert.skipped_updates == skipped:
+            return results
+        expert.skipped_updates = skipped  # whose gradients they were, the works tell one by one
     except ExpertError as error:
         if len(batch) == 1:
             return [error]
-    return [
-        result for work in batch for result in compute(expert, [replace(work, graph=None)])
-    ]  # graphs are used up
+    alone = [replace(work, graph=None) for work in batch]  # graphs are used up
+    return [result for work in alone for result in compute(expert, [work])]
 
 
 def _forward(expert: Expert, batch: Sequence[Work]) -> list[Result]:

@@ -77,8 +77,22 @@ def _train(
         client.wait_for_experts(_WAIT_FOR_EXPERTS_S, _once(stage))
     model = LanguageModel(client.manifest, client.make_mixture)
     stop = threading.Event()
-    with _observer(terminal, client, settings.steps) as observe, signals.gently(stop):
+    with _observer(terminal, client, settings.steps) as show, signals.gently(stop):
+
+        def observe(progress: Progress) -> None:
+            show(progress)
+            _pause_without_experts(client, stop)
+
         return train(model, dataset, settings, observe=observe, stop=stop)
+
+
+def _pause_without_experts(client: SwarmClient, stop: threading.Event) -> None:
+    """Without experts only the dense part would learn. Raises SwarmError when none comes back in time."""
+    if client.dispatcher.live_experts() or stop.is_set():
+        return
+    logger.warning("no expert answers: training pauses until one does, at most %.0f s", _WAIT_FOR_EXPERTS_S)
+    client.wait_for_experts(_WAIT_FOR_EXPERTS_S, lambda text: None, share=1 / client.manifest.experts_total)
+    logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
 
 
 def _once(stage: Callable[[str], None]) -> Callable[[str], None]:
@@ -149,7 +163,7 @@ def _summary_table(values: Mapping[str, Any]) -> Table:
     table = Table(title="stopped" if values["stopped"] else "done", show_header=False)
     for name, value in values.items():
         if name != "stopped":
-            shown = f"{value:.3f}" if isinstance(value, float) else value
+            shown = f"{value:.3f}" if isinstance(value, float) else "not measured" if value is None else value
             if isinstance(value, dict):
                 shown = ", ".join(f"{count} {cause}" for cause, count in value.items()) or "none"
             table.add_row(name.replace("_", " "), str(shown))

@@ -42,7 +42,7 @@ class Summary:
     loss_first: float | None  # None: stopped before a step had a finite loss
     loss_last: float | None
     validation_loss_first: float
-    validation_loss_last: float  # the last measured: of an earlier step, when the run was stopped
+    validation_loss_last: float | None  # the last measured after a step; None: stopped before that
     tokens_per_s: float  # over all steps, validation left out
     longest_stall_s: float  # see `longest_stall`
     seconds: float  # validation included
@@ -139,7 +139,8 @@ class _Record:
 
     def __init__(self, tokens_in_a_step: int, first_validation_loss: float) -> None:
         self.steps = 0
-        self.validation_loss_first = self.validation_loss_last = first_validation_loss
+        self.validation_loss_first = first_validation_loss
+        self.validation_loss_last: float | None = None
         self._tokens = tokens_in_a_step
         self._intervals_s = array("d")
         self._rolling_s: deque[float] = deque(maxlen=_ROLLING_STEPS)

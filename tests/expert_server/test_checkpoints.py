@@ -118,7 +118,7 @@ while sys.stdin.readline():
     while True:
         update_count += 1
         store.save(AN_UID, filled_with(update_count))
-        print(update_count, flush=True)
+        os.write(1, b"%d\\n" % update_count)  # in one piece, unlike print
 """
 """Starts a writer for each line it reads, one after another."""
 

@@ -347,6 +347,23 @@ def test_numbers_that_overflow_fail_their_own_work_alone() -> None:
     with_runtime(runtime, scenario)
 
 
+def test_gradients_that_skip_the_update_do_not_take_it_from_others() -> None:
+    expert = Expert(FIRST, MANIFEST)
+    runtime = make_runtime(expert)
+    works = [make_work(direction="backward", seed=seed) for seed in range(2)]
+    assert works[1].gradients is not None
+    works[1].gradients.fill_(0)
+    works[1].gradients[:, 0] = (
+        1e38  # finite, and so is the gradient of the inputs; that of a bias is their sum
+    )
+
+    async def scenario() -> None:
+        await asyncio.gather(*await submit_in_order(runtime, *works))
+        assert (runtime.stats.updates, runtime.stats.skipped_updates) == (1, 1)
+
+    with_runtime(runtime, scenario)
+
+
 def test_removing_an_expert_fails_its_waiting_work() -> None:
     runtime = make_runtime(Expert(FIRST, MANIFEST), Expert(SECOND, MANIFEST))
 
