@@ -335,7 +335,9 @@ def test_a_node_serves_on_an_ipv6_address(play: Play) -> None:
         node = await Node.start(node_settings(experts=1), swarm, host="::1")
         village.stack.push_async_callback(node.stop)
         assert node.address.startswith("[::1]:")
-        observer = await join_swarm(village.identities[1], await swarm.invite(), listen="::1", serves_dht=False)
+        observer = await join_swarm(
+            village.identities[1], await swarm.invite(), listen="::1", serves_dht=False
+        )
         village.stack.push_async_callback(observer.stop)
         (info,) = (await observer.registry.nodes([swarm.host.peer_id])).values()
         pool = ChannelPool()
