@@ -9,10 +9,11 @@ from itertools import chain
 
 import torch
 from grpc import StatusCode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
-from dht.manifest import Manifest
+from dht.manifest import Manifest, OptimizerSpec
 from dht.uid import UID
 from expert_server.blocks import build_block, builder_of
 from peer.errors import ExpertError
@@ -54,12 +55,7 @@ class Expert:
         self.skipped_updates = 0
         self.block = build_block(manifest, uid).to(self.device)
         self._settings = manifest.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.block.parameters(),
-            lr=self._settings.learning_rate,
-            weight_decay=self._settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.block, self._settings)
 
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
         """Gives the outputs [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
@@ -140,6 +136,20 @@ class Expert:
         return tensor_RD.cpu()
 
 
+def make_optimizer(block: nn.Module, spec: OptimizerSpec) -> Optimizer:
+    """The manifest's optimizer, without clipping and warm-up."""
+    parameters, rate, decay = block.parameters(), spec.learning_rate, spec.weight_decay
+    match spec.name:
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+        case "adam":
+            return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=True)
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=rate, momentum=spec.sgd_momentum, weight_decay=decay, fused=True
+            )
+
+
 def _count_into(sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:
     def count(tensor: Tensor) -> Tensor:
         sizes[tensor.data_ptr()] = tensor.nbytes
@@ -153,7 +163,7 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 def expert_bytes(manifest: Manifest) -> int:
-    """Estimates the memory of one expert: weights, gradients and AdamW's two moments. Allocates nothing."""
+    """Estimates the memory of one expert: weights, gradients and the optimizer's moments. Allocates nothing."""
     with torch.device("meta"):
         block = builder_of(manifest.experts.kind)(manifest.model)
-    return 4 * sum(parameter.nbytes for parameter in block.parameters())
+    return (2 + manifest.optimizer.moments) * sum(parameter.nbytes for parameter in block.parameters())
