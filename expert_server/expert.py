@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dht.manifest import Manifest, OptimizerSpec
 from dht.uid import UID
 from expert_server.blocks import build_block, builder_of
+from expert_server.guard import Guard
 from peer.errors import ExpertError
 
 
@@ -28,6 +29,7 @@ class Graph:
     update_count: int
     bytes: int
     """Memory it holds, parameters not counted."""
+    rollbacks: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +58,7 @@ class Expert:
         self.block = build_block(manifest, uid).to(self.device)
         self._settings = manifest.optimizer
         self.optimizer = make_optimizer(self.block, self._settings)
+        self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
 
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
         """Gives the outputs [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
@@ -73,12 +76,14 @@ class Expert:
             y_RD = self.block(x_RD, lengths_S, positions_R.to(self.device))
         for parameter in self.block.parameters():
             sizes.pop(parameter.data_ptr(), None)
-        graph = Graph(x_RD, y_RD, self.update_count, sum(sizes.values()))
+        graph = Graph(x_RD, y_RD, self.update_count, sum(sizes.values()), self.guard.rollbacks)
         return self._finite(y_RD.detach(), "outputs"), graph
 
     def is_current(self, graph: "Graph | None") -> bool:
         """Whether the parameters are still those that the graph was computed with."""
-        return graph is not None and graph.update_count == self.update_count
+        if graph is None:
+            return False
+        return (graph.update_count, graph.rollbacks) == (self.update_count, self.guard.rollbacks)
 
     def backward(self, parts: Sequence["BackwardPart"]) -> list[Tensor]:
         """Gives each part's gradient of the inputs [R, D], before the one optimizer step for all parts together.
@@ -107,7 +112,7 @@ class Expert:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights and optimizer state now; before the first step the optimizer has none."""
+        """Bytes of weights and optimizer state now, the guard's copy not counted; no moments before the first step."""
         moments = (value for state in self.optimizer.state.values() for value in state.values())
         tensors = filter(torch.is_tensor, chain(self.block.parameters(), moments))
         return sum(tensor.nbytes for tensor in tensors)
@@ -117,6 +122,7 @@ class Expert:
         norm = get_total_norm(gradients)
         if not norm.isfinite():
             self.skipped_updates += 1
+            self.guard.check()
             return
         if norm > self._settings.clip_norm:
             clip_grads_with_norm_(self.block.parameters(), self._settings.clip_norm, norm)
@@ -124,6 +130,7 @@ class Expert:
             group["lr"] = self._learning_rate()
         self.optimizer.step()
         self.update_count += 1
+        self.guard.note_update()
 
     def _learning_rate(self) -> float:
         """Of the next step: it rises linearly over the first `warmup_updates` steps."""
@@ -132,6 +139,7 @@ class Expert:
 
     def _finite(self, tensor_RD: Tensor, name: str) -> Tensor:
         if not tensor_RD.isfinite().all():
+            self.guard.check()
             raise ExpertError(StatusCode.INTERNAL, f"the {name} of expert {self.uid} are not finite")
         return tensor_RD.cpu()
 
@@ -163,7 +171,9 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 def expert_bytes(manifest: Manifest) -> int:
-    """Estimates the memory of one expert: weights, gradients and the optimizer's moments. Allocates nothing."""
+    """Estimates the memory of one expert: weights, gradients, moments, and the guard's half. Allocates nothing."""
     with torch.device("meta"):
         block = builder_of(manifest.experts.kind)(manifest.model)
-    return (2 + manifest.optimizer.moments) * sum(parameter.nbytes for parameter in block.parameters())
+    weights = sum(parameter.nbytes for parameter in block.parameters())
+    state = (1 + manifest.optimizer.moments) * weights
+    return state + weights + state // 2

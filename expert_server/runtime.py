@@ -49,6 +49,7 @@ class RuntimeStats:
     rows: int = 0
     updates: int = 0
     skipped_updates: int = 0
+    rollbacks: int = 0
     expired: int = 0
     refused: int = 0
     failed: int = 0
@@ -172,7 +173,8 @@ class Runtime:
 
     async def _run_batch(self, batch: list[Entry]) -> None:
         expert = self._experts[batch[0].work.uid]
-        updates, skipped, start = expert.update_count, expert.skipped_updates, self._clock()
+        updates, skipped, rollbacks = expert.update_count, expert.skipped_updates, expert.guard.rollbacks
+        start = self._clock()
         try:
             results = await self.run(partial(compute, expert, [entry.work for entry in batch]))
         except ExpertError as error:  # the runtime was stopped
@@ -193,6 +195,7 @@ class Runtime:
         self._stats.busy_s += self._clock() - start
         self._stats.updates += expert.update_count - updates
         self._stats.skipped_updates += expert.skipped_updates - skipped
+        self._stats.rollbacks += expert.guard.rollbacks - rollbacks
 
     def _deliver(self, batch: list[Entry], results: Sequence[Result | ExpertError]) -> None:
         for entry, result in zip(batch, results, strict=True):

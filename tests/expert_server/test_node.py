@@ -362,7 +362,15 @@ def test_metrics_are_served_on_loopback_as_prometheus_text(play: Play) -> None:
         assert kind.startswith("text/plain")
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert float(values["talkoot_experts"]) == 3
-        for name in ("rows", "batches", "updates", "skipped_updates", "experts_adopted", "dht_failures"):
+        for name in (
+            "rows",
+            "batches",
+            "updates",
+            "skipped_updates",
+            "rollbacks",
+            "experts_adopted",
+            "dht_failures",
+        ):
             assert float(values[f"talkoot_{name}_total"]) == 0
             assert f"# TYPE talkoot_{name}_total counter" in text
         assert float(values['talkoot_unfinished_works_total{cause="expired"}']) == 0

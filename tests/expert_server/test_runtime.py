@@ -339,3 +339,18 @@ def test_many_callers_of_many_experts_all_get_their_own_rows() -> None:
         assert runtime.stats.rows == sum(work.rows for work in works)
 
     with_runtime(runtime, scenario)
+
+
+def test_rollbacks_are_counted_also_when_the_batch_fails() -> None:
+    expert = Expert(FIRST, MANIFEST)
+    runtime = make_runtime(expert)
+
+    async def scenario() -> None:
+        await runtime.submit(make_work(direction="backward"))
+        with torch.no_grad():
+            next(expert.block.parameters()).fill_(torch.nan)
+        assert await status_of(runtime.submit(make_work())) is StatusCode.INTERNAL
+        assert (await runtime.submit(make_work())).tensor.isfinite().all()
+        assert (runtime.stats.rollbacks, runtime.stats.updates) == (1, 1)
+
+    with_runtime(runtime, scenario)
