@@ -86,7 +86,8 @@ def test_parameters_that_are_not_finite_go_back_to_the_last_good_state(
 def test_parameters_that_explode_go_back_at_the_next_check() -> None:
     expert = make_expert()
     losses = train(expert, UPDATES)
-    poison(expert, lambda parameter: parameter * 100)
+    with torch.no_grad():
+        list(expert.block.parameters())[-1].add_(1000.0)
     train(expert, CHECK_EVERY_UPDATES)
     assert (expert.guard.rollbacks, expert.update_count) == (1, UPDATES + CHECK_EVERY_UPDATES)
     assert train(expert, 40)[-1] < losses[-1]
