@@ -1,7 +1,7 @@
 """The manifest: the description of the model that every peer of a swarm shares, signed by its author."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -74,11 +74,19 @@ class RoutingSpec(_Part):
 
 
 class OptimizerSpec(_Part):
-    """The optimizer of the experts: AdamW."""
+    """The optimizer of the experts."""
 
+    name: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="the rule of a step")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False, description="step size")
+    momentum: float | None = Field(
+        default=None, ge=0, lt=1, allow_inf_nan=False, description="of sgd alone; unset: 0.9"
+    )
     weight_decay: float = Field(
-        default=0.01, ge=0, le=1, allow_inf_nan=False, description="decoupled weight decay"
+        default=0.01,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="decoupled weight decay in adamw; in adam and sgd it is added to the gradient",
     )
     clip_norm: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of one step"
@@ -86,6 +94,29 @@ class OptimizerSpec(_Part):
     warmup_updates: int = Field(
         default=10, ge=0, le=10**7, description="steps in which the step size rises linearly"
     )
+    guard_factor: float = Field(
+        default=10.0,
+        ge=5,
+        allow_inf_nan=False,
+        description="growth of the parameter norm at which an expert goes back to its last good state",
+    )
+
+    @model_validator(mode="after")
+    def _momentum_belongs_to_sgd(self) -> Self:
+        if self.momentum is not None and self.name != "sgd":
+            raise ValueError(f"momentum is for sgd, and the optimizer is {self.name}")
+        return self
+
+    @property
+    def sgd_momentum(self) -> float:
+        return 0.9 if self.momentum is None else self.momentum
+
+    @property
+    def moments(self) -> int:
+        """Numbers that the optimizer keeps for each parameter."""
+        if self.name == "sgd":
+            return 1 if self.sgd_momentum else 0
+        return 2
 
 
 class Manifest(_Part):

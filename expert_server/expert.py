@@ -10,19 +10,26 @@ from typing import TypeAlias
 
 import torch
 from grpc import StatusCode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
-from dht.manifest import Manifest
+from dht.manifest import Manifest, OptimizerSpec
 from dht.uid import UID
 from expert_server.blocks import build_block, builder_of
+from expert_server.guard import Guard
 from peer.errors import ExpertError, StateError
 
 State: TypeAlias = dict[str, Tensor]
 """What an expert is made of: `block.…` and `optimizer.…` tensors by name, on the CPU."""
 
 _BLOCK, _OPTIMIZER = "block.", "optimizer."
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = {
+    "adamw": ("exp_avg", "exp_avg_sq", "step"),
+    "adam": ("exp_avg", "exp_avg_sq", "step"),
+    "sgd": ("momentum_buffer",),
+}
+"""What an optimizer remembers of each parameter."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +41,7 @@ class Graph:
     update_count: int
     bytes: int
     """Memory it holds, about; parameters not counted."""
+    rollbacks: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,12 +70,8 @@ class Expert:
         self._graph_bytes_per_row: float | None = None
         self.block = build_block(manifest, uid).to(self.device)
         self._settings = manifest.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.block.parameters(),
-            lr=self._settings.learning_rate,
-            weight_decay=self._settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.block, self._settings)
+        self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
 
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
         """Gives the outputs [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
@@ -84,7 +88,8 @@ class Expert:
             y_RD = self._measure_graph(x_RD, lengths_S, positions_R.to(self.device))
         else:
             y_RD = self.block(x_RD, lengths_S, positions_R.to(self.device))
-        graph = Graph(x_RD, y_RD, self.update_count, int(len(x_RD) * (self._graph_bytes_per_row or 0)))
+        size = int(len(x_RD) * (self._graph_bytes_per_row or 0))
+        graph = Graph(x_RD, y_RD, self.update_count, size, self.guard.rollbacks)
         return self._finite(y_RD.detach(), "outputs"), graph
 
     def _measure_graph(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
@@ -99,7 +104,9 @@ class Expert:
 
     def is_current(self, graph: "Graph | None") -> bool:
         """Whether the parameters are still those that the graph was computed with."""
-        return graph is not None and graph.update_count == self.update_count
+        if graph is None:
+            return False
+        return (graph.update_count, graph.rollbacks) == (self.update_count, self.guard.rollbacks)
 
     def backward(self, parts: Sequence["BackwardPart"]) -> list[Tensor]:
         """Gives each part's gradient of the inputs [R, D], before the one optimizer step for all parts together.
@@ -128,20 +135,21 @@ class Expert:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights and optimizer state now; before the first step the optimizer has none."""
+        """Bytes of weights and optimizer state now, the guard's copy not counted; no moments before the first step."""
         moments = (value for state in self.optimizer.state.values() for value in state.values())
         tensors = filter(torch.is_tensor, chain(self.block.parameters(), moments))
         return sum(tensor.nbytes for tensor in tensors)
 
     def export_state(self) -> State:
-        """Copies of the block's parameters and persistent buffers, and of AdamW's moments and step for each parameter.
+        """Copies of the block's parameters and persistent buffers, and of what the optimizer remembers of each.
 
         A parameter that has never had a gradient has no moments. Raises StateError when a number is not finite.
         """
         state = {_BLOCK + name: tensor for name, tensor in self._block_tensors().items()}
         for name, parameter in self.block.named_parameters():
             for moment, tensor in self.optimizer.state.get(parameter, {}).items():
-                state[_moment_name(name, moment)] = tensor
+                if torch.is_tensor(tensor):  # SGD without momentum remembers None
+                    state[_moment_name(name, moment)] = tensor
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         self._check_numbers(copies)
         return copies
@@ -154,14 +162,15 @@ class Expert:
         """
         block = self._block_tensors()
         parameters = dict(self.block.named_parameters())
-        stepped = [name for name in parameters if _moment_name(name, "step") in state]
+        moments = _MOMENTS[self._settings.name] if self._remembers() else ()
+        stepped = [name for name in parameters if any(_moment_name(name, m) in state for m in moments)]
         expected = {_BLOCK + name: tensor for name, tensor in block.items()}
         for name in stepped:
-            like_moments = (parameters[name], parameters[name], torch.zeros((), dtype=torch.float32))
-            expected |= {_moment_name(name, m): t for m, t in zip(_MOMENTS, like_moments, strict=True)}
+            number = torch.zeros((), dtype=torch.float32)
+            expected |= {_moment_name(name, m): number if m == "step" else parameters[name] for m in moments}
         self._check_form(state, expected)
         self._check_numbers(state)
-        if update_count < 0 or bool(update_count) != bool(stepped):
+        if update_count < 0 or (moments and bool(update_count) != bool(stepped)):
             raise StateError(f"{update_count} updates, and moments of {len(stepped)} parameters")
 
         with torch.no_grad():
@@ -169,9 +178,14 @@ class Expert:
                 tensor.copy_(state[_BLOCK + name])
         self.optimizer.state.clear()
         for name in stepped:
-            moments = {m: state[_moment_name(name, m)].to(self.device, copy=True) for m in _MOMENTS}
-            self.optimizer.state[parameters[name]] = moments
+            self.optimizer.state[parameters[name]] = {
+                m: state[_moment_name(name, m)].to(self.device, copy=True) for m in moments
+            }
         self.update_count = update_count
+        self.guard.keep()
+
+    def _remembers(self) -> bool:
+        return self._settings.name != "sgd" or self._settings.sgd_momentum > 0
 
     def _block_tensors(self) -> State:
         """The block's own tensors, not copies. A block may add other things to its state; they are left out."""
@@ -199,6 +213,7 @@ class Expert:
         norm = get_total_norm(gradients)
         if not norm.isfinite():
             self.skipped_updates += 1
+            self.guard.check()
             return
         if norm > self._settings.clip_norm:
             clip_grads_with_norm_(self.block.parameters(), self._settings.clip_norm, norm)
@@ -206,6 +221,7 @@ class Expert:
             group["lr"] = self._learning_rate()
         self.optimizer.step()
         self.update_count += 1
+        self.guard.note_update()
 
     def _learning_rate(self) -> float:
         """Of the next step: it rises linearly over the first `warmup_updates` steps."""
@@ -214,12 +230,27 @@ class Expert:
 
     def _finite(self, tensor_RD: Tensor, name: str) -> Tensor:
         if not tensor_RD.isfinite().all():
+            self.guard.check()
             raise ExpertError(StatusCode.INTERNAL, f"the {name} of expert {self.uid} are not finite")
         return tensor_RD.cpu()
 
 
 def _moment_name(parameter: str, moment: str) -> str:
     return f"{_OPTIMIZER}{parameter}.{moment}"
+
+
+def make_optimizer(block: nn.Module, spec: OptimizerSpec) -> Optimizer:
+    """The manifest's optimizer, without clipping and warm-up."""
+    parameters, rate, decay = block.parameters(), spec.learning_rate, spec.weight_decay
+    match spec.name:
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+        case "adam":
+            return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=True)
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=rate, momentum=spec.sgd_momentum, weight_decay=decay, fused=True
+            )
 
 
 def _count_into(sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:
@@ -235,7 +266,9 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 def expert_bytes(manifest: Manifest) -> int:
-    """Estimates the memory of one expert: weights, gradients and AdamW's two moments. Allocates nothing."""
+    """Estimates the memory of one expert: weights, gradients, moments, and the guard's half. Allocates nothing."""
     with torch.device("meta"):
         block = builder_of(manifest.experts.kind)(manifest.model)
-    return 4 * sum(parameter.nbytes for parameter in block.parameters())
+    weights = sum(parameter.nbytes for parameter in block.parameters())
+    state = (1 + manifest.optimizer.moments) * weights
+    return state + weights + state // 2

@@ -55,6 +55,9 @@ class NodeCollector(Collector):
             stats.skipped_updates,
         )
         yield CounterMetricFamily(
+            "talkoot_rollbacks", "Experts rolled back to their last good state.", stats.rollbacks
+        )
+        yield CounterMetricFamily(
             "talkoot_compute_seconds", "Time the compute thread was busy.", stats.busy_s
         )
         works = CounterMetricFamily(

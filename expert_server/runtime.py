@@ -1,9 +1,9 @@
 """From requests to batches to the compute thread.
 
-`BatchQueue` is the policy: it reads no clock and does no I/O. `Runtime` is the shell around it: one
-asyncio task that takes batches, and one thread that computes them.
+`Runtime` is the shell around the policy in `batching.py`: one asyncio task that takes batches, and one thread that
+computes them.
 
-Shape suffixes: R = rows, S = segments, D = hidden.
+Shape suffixes: R = rows, D = hidden.
 """
 
 import asyncio
@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from heapq import heapify, heappop, heappush
-from itertools import count
 from types import MappingProxyType
-from typing import Literal, TypeAlias, TypeVar
+from typing import TypeVar
 
 import torch
 from grpc import StatusCode
@@ -24,62 +22,13 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
+from expert_server.batching import BatchQueue, Entry, Work
 from expert_server.expert import BackwardPart, Expert, Graph
 from peer.errors import ExpertError
 
 T = TypeVar("T")
-Direction: TypeAlias = Literal["forward", "backward"]
-Key: TypeAlias = tuple[UID, Direction]
 
 logger = logging.getLogger(__name__)
-
-_RATE_MEMORY = 0.9  # weight that the measured rate keeps at each new batch
-_RETRY_UNMEASURED_S = 1.0
-_RETRY_LEAST_S, _RETRY_MOST_S = 0.05, 30.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """One expert's part of one call, validated. Floats are float32, integers int64."""
-
-    uid: UID
-    direction: Direction
-    inputs: Tensor
-    """[R, D]"""
-    gradients: Tensor | None
-    """[R, D], of the outputs; none in forward."""
-    lengths: Tensor
-    """[S], each at least 1, summing to R."""
-    positions: Tensor
-    """[R]"""
-    deadline: float
-    """Monotonic seconds, after which nobody waits for the result."""
-    caller: str
-    """Who asks, for the log."""
-    keep: bool = False
-    """In forward: whether a backward call is meant to follow."""
-    graph: Graph | None = None
-    """In backward: what the forward pass kept, if anything."""
-
-    def __post_init__(self) -> None:
-        assert (self.gradients is None) == (self.direction == "forward"), "gradients belong to backward alone"
-
-    @property
-    def rows(self) -> int:
-        return self.inputs.shape[0]
-
-    @property
-    def key(self) -> Key:
-        return self.uid, self.direction
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """Work in the queue, known by identity; `order` counts arrivals."""
-
-    work: Work
-    order: int
-    queued: bool = True
 
 
 @dataclass(slots=True)
@@ -92,118 +41,6 @@ class Result:
     """Of a forward pass that was to be kept, unless it was merged with others."""
 
 
-class BatchQueue:
-    """Bounded queue that merges work of one expert and direction into batches, earliest deadline first."""
-
-    def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
-        self.rows = 0
-        self._max_queued_rows = max_queued_rows
-        self._max_batch_rows = max_batch_rows
-        self._order = count()
-        self._entries: dict[Key, list[tuple[float, int, Entry]]] = {}
-        """A heap for each key; none is empty."""
-        self._heads: list[tuple[float, int, Key]] = []
-        """A heap with the head of every heap in `_entries`, and some that are heads no more."""
-        self._measured_rows = self._measured_s = 0.0
-
-    def push(self, work: Work, now: float) -> Entry:
-        """Raises ExpertError (RESOURCE_EXHAUSTED) when the rows don't fit beside those that wait."""
-        if self.rows + work.rows > self._max_queued_rows:
-            raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED,
-                f"no room for {work.rows} rows: {self.rows} of at most {self._max_queued_rows} wait already",
-                retry_after_s=self.retry_after_s(),
-            )
-        entry = Entry(work, next(self._order))
-        heappush(self._entries.setdefault(work.key, []), (work.deadline, entry.order, entry))
-        self.rows += work.rows
-        if self._entries[work.key][0][2] is entry:
-            self._note_head(work.key)
-        return entry
-
-    def pop(self, now: float) -> tuple[list[Entry], list[Entry]]:
-        """Takes the next batch, and apart from it all work whose deadline has passed."""
-        expired: list[Entry] = []
-        while (key := self._first_key()) is not None:
-            if self._entries[key][0][0] > now:
-                return self._take_batch(key), expired
-            expired.append(self._take(key))
-        return [], expired
-
-    def discard(self, entry: Entry) -> None:
-        """Takes out work that nobody waits for; no matter if it is out already."""
-        if entry.queued:
-            key = entry.work.key
-            self._entries[key] = [item for item in self._entries[key] if item[2] is not entry]
-            heapify(self._entries[key])
-            self._removed(entry)
-            self._head_changed(key)
-
-    def remove(self, uid: UID) -> list[Entry]:
-        """Takes out all work for one expert."""
-        directions: tuple[Direction, ...] = ("forward", "backward")
-        removed = [item[2] for d in directions for item in self._entries.pop((uid, d), [])]
-        return [self._removed(entry) for entry in removed]
-
-    def clear(self) -> list[Entry]:
-        """Takes out everything."""
-        return [entry for uid in {uid for uid, _ in self._entries} for entry in self.remove(uid)]
-
-    def measure(self, rows: int, seconds: float) -> None:
-        """Notes how long a batch took."""
-        self._measured_rows = _RATE_MEMORY * self._measured_rows + rows
-        self._measured_s = _RATE_MEMORY * self._measured_s + seconds
-
-    def retry_after_s(self) -> float:
-        """Estimates when the work that waits now will be done, from the measured rows per second."""
-        if not self._measured_rows:
-            return _RETRY_UNMEASURED_S
-        estimate = self.rows * self._measured_s / self._measured_rows
-        return min(max(estimate, _RETRY_LEAST_S), _RETRY_MOST_S)
-
-    def _take_batch(self, key: Key) -> list[Entry]:
-        batch = [self._take(key)]
-        rows = batch[0].work.rows
-        while key in self._entries:
-            rows += self._entries[key][0][2].work.rows
-            if rows > self._max_batch_rows:
-                break
-            batch.append(self._take(key))
-        return batch
-
-    def _take(self, key: Key) -> Entry:
-        entry = heappop(self._entries[key])[2]
-        self._head_changed(key)
-        return self._removed(entry)
-
-    def _removed(self, entry: Entry) -> Entry:
-        entry.queued = False
-        self.rows -= entry.work.rows
-        return entry
-
-    def _head_changed(self, key: Key) -> None:
-        if self._entries[key]:
-            self._note_head(key)
-        else:
-            del self._entries[key]
-
-    def _first_key(self) -> Key | None:
-        """The key whose work has the earliest deadline."""
-        while self._heads:
-            _, order, key = self._heads[0]
-            if key in self._entries and self._entries[key][0][1] == order:
-                return key
-            heappop(self._heads)
-        return None
-
-    def _note_head(self, key: Key) -> None:
-        deadline, order, _ = self._entries[key][0]
-        heappush(self._heads, (deadline, order, key))
-        if len(self._heads) > 2 * len(self._entries) + 64:
-            self._heads = [(items[0][0], items[0][1], key) for key, items in self._entries.items()]
-            heapify(self._heads)
-
-
 @dataclass(slots=True)
 class RuntimeStats:
     """Counts since the start; only `queued_rows` is of now. `failed` counts works of batches that failed."""
@@ -212,6 +49,7 @@ class RuntimeStats:
     rows: int = 0
     updates: int = 0
     skipped_updates: int = 0
+    rollbacks: int = 0
     expired: int = 0
     refused: int = 0
     failed: int = 0
@@ -284,8 +122,9 @@ class Runtime:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is not serving")
         if work.uid not in self._experts:
             raise ExpertError(StatusCode.NOT_FOUND, _not_hosted(work.uid))
+        self._refuse(self._queue.make_room(work))
         try:
-            entry = self._queue.push(work, self._clock())
+            entry = self._queue.push(work)
         except ExpertError:
             self._stats.refused += 1
             raise
@@ -334,7 +173,8 @@ class Runtime:
 
     async def _run_batch(self, batch: list[Entry]) -> None:
         expert = self._experts[batch[0].work.uid]
-        updates, skipped, start = expert.update_count, expert.skipped_updates, self._clock()
+        updates, skipped, rollbacks = expert.update_count, expert.skipped_updates, expert.guard.rollbacks
+        start = self._clock()
         try:
             results = await self.run(partial(compute, expert, [entry.work for entry in batch]))
         except ExpertError as error:  # the runtime was stopped
@@ -355,6 +195,7 @@ class Runtime:
         self._stats.busy_s += self._clock() - start
         self._stats.updates += expert.update_count - updates
         self._stats.skipped_updates += expert.skipped_updates - skipped
+        self._stats.rollbacks += expert.guard.rollbacks - rollbacks
 
     def _deliver(self, batch: list[Entry], results: Sequence[Result | ExpertError]) -> None:
         for entry, result in zip(batch, results, strict=True):
@@ -366,11 +207,20 @@ class Runtime:
             else:
                 future.set_result(result)
 
-    def _fail(self, entries: Iterable[Entry], status: StatusCode, message: str) -> None:
+    def _refuse(self, entries: Sequence[Entry]) -> None:
+        self._stats.refused += len(entries)
+        for entry in entries:
+            retry_after_s = self._queue.retry_after_s(entry.work.caller)
+            message = "no room: others wait, and more than your share of the queue was yours"
+            self._fail([entry], StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s)
+
+    def _fail(
+        self, entries: Iterable[Entry], status: StatusCode, message: str, retry_after_s: float = 0.0
+    ) -> None:
         for entry in entries:
             future = self._waiting.get(entry)
             if future is not None and not future.done():
-                future.set_exception(ExpertError(status, message))
+                future.set_exception(ExpertError(status, message, retry_after_s=retry_after_s))
 
 
 def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]:

@@ -14,8 +14,9 @@ from grpc import StatusCode
 
 from dht.manifest import Manifest
 from dht.uid import UID
+from expert_server.batching import Direction, Work
 from expert_server.kept import Kept, KeptForwards
-from expert_server.runtime import Direction, Result, Runtime, Work
+from expert_server.runtime import Result, Runtime
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import MAX_CHUNK_BYTES, decode, encode, encoded_bytes, split
 from peer.errors import ExpertError, WireError

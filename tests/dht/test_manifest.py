@@ -75,6 +75,10 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
         ('name = "sauna"\n[experts]\nkind = "no kind"', "experts.kind"),
         ('name = "sauna"\n[optimizer]\nlearning_rate = nan', "optimizer.learning_rate"),
         ('name = "sauna"\n[optimizer]\nclip_norm = inf', "optimizer.clip_norm"),
+        ('name = "sauna"\n[optimizer]\nname = "lion"', "optimizer.name"),
+        ('name = "sauna"\n[optimizer]\nname = "sgd"\nmomentum = 1', "optimizer.momentum"),
+        ('name = "sauna"\n[optimizer]\nmomentum = 0.5', "momentum is for sgd, and the optimizer is adamw"),
+        ('name = "sauna"\n[optimizer]\nguard_factor = 1', "optimizer.guard_factor"),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_key_named(tmp_path: Path, text: str, named: str) -> None:

@@ -1,5 +1,7 @@
 from collections.abc import Callable
+from functools import partial
 from math import prod
+from typing import Literal
 
 import pytest
 import torch
@@ -20,13 +22,23 @@ AN_UID = UID(1, (0, 1))
 
 
 def make_manifest(
-    seed: int = 3, learning_rate: float = 1e-2, warmup_updates: int = 0, clip_norm: float = 1.0
+    seed: int = 3,
+    learning_rate: float = 1e-2,
+    warmup_updates: int = 0,
+    clip_norm: float = 1.0,
+    name: Literal["adamw", "adam", "sgd"] = "adamw",
+    momentum: float | None = None,
 ) -> Manifest:
     model = ModelSpec(
         layers=2, hidden=HIDDEN, heads=2, context=32, local_layers=1, feed_forward=32, seed=seed
     )
     optimizer = OptimizerSpec(
-        learning_rate=learning_rate, weight_decay=0.1, clip_norm=clip_norm, warmup_updates=warmup_updates
+        name=name,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weight_decay=0.1,
+        clip_norm=clip_norm,
+        warmup_updates=warmup_updates,
     )
     return Manifest(
         name="test", model=model, experts=ExpertSpec(grid=(2, 2), kind="transformer"), optimizer=optimizer
@@ -92,16 +104,33 @@ def test_backward_gives_the_gradient_of_the_inputs_before_the_step() -> None:
     torch.testing.assert_close(backward(expert, random_rows(0), random_rows(1)), expected)
 
 
-def test_backward_takes_the_clipped_adamw_step() -> None:
-    expert, block = Expert(AN_UID, make_manifest(clip_norm=0.5)), build_block(make_manifest(), AN_UID)
-    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2, weight_decay=0.1)
-    for seed in range(3):
+@pytest.mark.parametrize(
+    ("name", "momentum", "reference"),
+    [
+        ("adamw", None, partial(torch.optim.AdamW)),
+        ("adam", None, partial(torch.optim.Adam)),
+        ("sgd", None, partial(torch.optim.SGD, momentum=0.9)),
+        ("sgd", 0.0, partial(torch.optim.SGD, momentum=0.0)),
+    ],
+)
+def test_backward_takes_the_clipped_step_of_the_manifests_optimizer(
+    name: Literal["adamw", "adam", "sgd"],
+    momentum: float | None,
+    reference: Callable[..., torch.optim.Optimizer],
+) -> None:
+    manifest = make_manifest(clip_norm=0.5, warmup_updates=2, name=name, momentum=momentum)
+    expert, block = Expert(AN_UID, manifest), build_block(manifest, AN_UID)
+    optimizer = reference(block.parameters(), lr=1e-2, weight_decay=0.1)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 2))
+    for seed in range(4):
         optimizer.zero_grad()
         block(random_rows(seed), LENGTHS, POSITIONS).backward(random_rows(seed + 10))
         torch.nn.utils.clip_grad_norm_(block.parameters(), 0.5)
         optimizer.step()
+        warm_up.step()
         backward(expert, random_rows(seed), random_rows(seed + 10))
-    assert expert.update_count == 3
+    assert expert.update_count == 4
+    assert expert.optimizer.defaults["fused"]
     torch.testing.assert_close(
         parameters_of(expert), [p.detach() for p in block.parameters()], atol=1e-5, rtol=1e-3
     )
@@ -167,12 +196,22 @@ def test_sizes_count_weights_gradients_and_moments() -> None:
     manifest = make_manifest()
     expert = Expert(AN_UID, manifest)
     weights = sum(4 * prod(p.shape) for p in expert.block.parameters())
-    assert expert_bytes(manifest) == 4 * weights
+    assert expert_bytes(manifest) == (1 + 3 + 1.5) * weights
     assert expert.state_bytes == weights
     backward(expert, random_rows(0), random_rows(1))
     counters = 4 * len(list(expert.block.parameters()))
     assert expert.state_bytes == 3 * weights + counters
     assert all(parameter.grad is None for parameter in expert.block.parameters())
+
+
+@pytest.mark.parametrize(("momentum", "moments"), [(None, 1), (0.0, 0)])
+def test_sizes_follow_the_optimizer(momentum: float | None, moments: int) -> None:
+    manifest = make_manifest(name="sgd", momentum=momentum)
+    expert = Expert(AN_UID, manifest)
+    weights = expert.state_bytes
+    backward(expert, random_rows(0), random_rows(1))
+    assert expert.state_bytes == (1 + moments) * weights
+    assert expert_bytes(manifest) == (1 + 1.5 * (1 + moments)) * weights
 
 
 def test_estimating_an_expert_draws_no_random_numbers() -> None:

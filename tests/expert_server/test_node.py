@@ -299,6 +299,7 @@ def test_metrics_are_served_on_loopback_as_prometheus_text(play: Play) -> None:
             "batches",
             "updates",
             "skipped_updates",
+            "rollbacks",
             "experts_adopted",
             "experts_restored",
             "checkpoints_saved",

@@ -1,20 +1,18 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
-from typing import get_args
 
 import pytest
 import torch
 import uvloop
 from grpc import StatusCode
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
+from expert_server.batching import Direction, Work
 from expert_server.expert import BackwardPart, Expert
-from expert_server.runtime import BatchQueue, Direction, Entry, Result, Runtime, Work
+from expert_server.runtime import Result, Runtime
 from peer.errors import ExpertError
 
 HIDDEN = 16
@@ -28,134 +26,25 @@ MANIFEST = Manifest(
 
 
 def make_work(
-    rows: int = 4, uid: UID = FIRST, direction: Direction = "forward", deadline: float = NEVER, seed: int = 0
+    rows: int = 4,
+    uid: UID = FIRST,
+    direction: Direction = "forward",
+    deadline: float = NEVER,
+    seed: int = 0,
+    caller: str = "a trainer",
 ) -> Work:
     generator = torch.Generator().manual_seed(seed)
     inputs, gradients = torch.randn(2, rows, HIDDEN, generator=generator).unbind()
     lengths = torch.tensor([rows] if rows < 3 else [2, rows - 2])
     positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
     backward = direction == "backward"
-    return Work(
-        uid, direction, inputs, gradients if backward else None, lengths, positions, deadline, "a trainer"
-    )
+    return Work(uid, direction, inputs, gradients if backward else None, lengths, positions, deadline, caller)
 
 
 def backward_alone(work: Work) -> Tensor:
     assert work.gradients is not None
     expert = Expert(work.uid, MANIFEST)
     return expert.backward([BackwardPart(work.inputs, work.gradients, work.lengths, work.positions)])[0]
-
-
-# The queue
-
-
-class ModelQueue:
-    """What BatchQueue should do, by full scans."""
-
-    def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
-        self.max_queued_rows, self.max_batch_rows = max_queued_rows, max_batch_rows
-        self.entries: list[Entry] = []
-
-    @property
-    def rows(self) -> int:
-        return sum(entry.work.rows for entry in self.entries)
-
-    def pop(self, now: float) -> tuple[list[Entry], list[Entry]]:
-        in_order = sorted(self.entries, key=lambda entry: (entry.work.deadline, entry.order))
-        expired = [entry for entry in in_order if entry.work.deadline <= now]
-        alive = in_order[len(expired) :]
-        batch = [entry for entry in alive if entry.work.key == alive[0].work.key]
-        while len(batch) > 1 and sum(entry.work.rows for entry in batch) > self.max_batch_rows:
-            batch.pop()
-        self.entries = [entry for entry in self.entries if entry not in batch and entry not in expired]
-        return batch, expired
-
-
-uids = st.sampled_from([FIRST, SECOND])
-pushes = st.tuples(
-    st.just("push"), st.integers(1, 8), uids, st.sampled_from(get_args(Direction)), st.integers(0, 40)
-)
-operations = st.one_of(
-    pushes,
-    pushes,
-    st.tuples(st.just("pop"), st.integers(0, 3)),
-    st.tuples(st.just("discard"), st.integers(0, 100)),
-    st.tuples(st.just("remove"), uids),
-)
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.lists(operations, max_size=60))
-def test_queue_does_what_full_scans_would(steps: list[tuple[object, ...]]) -> None:
-    queue, model, now = BatchQueue(30, 10), ModelQueue(30, 10), 0.0
-    pushed: list[Entry] = []
-    for step in steps:
-        match step:
-            case "push", int(rows), UID() as uid, ("forward" | "backward") as direction, int(deadline):
-                work = make_work(rows, uid, direction, deadline)
-                if model.rows + rows > model.max_queued_rows:
-                    with pytest.raises(ExpertError):
-                        queue.push(work, now)
-                else:
-                    pushed.append(queue.push(work, now))
-                    model.entries.append(pushed[-1])
-            case "pop", int(elapsed):
-                now += elapsed
-                assert queue.pop(now) == model.pop(now)
-            case "discard", int(index) if pushed:
-                entry = pushed[index % len(pushed)]
-                queue.discard(entry)
-                model.entries = [kept for kept in model.entries if kept is not entry]
-            case "remove", UID() as uid:
-                removed = [entry for entry in model.entries if entry.work.uid == uid]
-                assert sorted(queue.remove(uid), key=lambda entry: entry.order) == removed
-                model.entries = [entry for entry in model.entries if entry.work.uid != uid]
-        assert queue.rows == model.rows
-    assert sorted(queue.clear(), key=lambda entry: entry.order) == model.entries
-    assert queue.pop(NEVER) == ([], [])
-
-
-def test_earliest_deadline_chooses_the_expert_and_the_order_in_its_batch() -> None:
-    queue = BatchQueue(100, 10)
-    late, other, early = (
-        queue.push(make_work(uid=uid, deadline=deadline), 0.0)
-        for uid, deadline in ((FIRST, 9.0), (SECOND, 5.0), (FIRST, 1.0))
-    )
-    assert queue.pop(0.0) == ([early, late], [])
-    assert queue.pop(0.0) == ([other], [])
-
-
-def test_directions_are_not_merged() -> None:
-    queue = BatchQueue(100, 100)
-    forward, backward = (queue.push(make_work(direction=d), 0.0) for d in ("forward", "backward"))
-    assert queue.pop(0.0) == ([forward], [])
-    assert queue.pop(0.0) == ([backward], [])
-
-
-def test_work_larger_than_a_batch_runs_alone() -> None:
-    queue = BatchQueue(100, 10)
-    large, small = queue.push(make_work(rows=50), 0.0), queue.push(make_work(rows=1), 0.0)
-    assert queue.pop(0.0) == ([large], [])
-    assert queue.pop(0.0) == ([small], [])
-
-
-def test_expired_work_is_never_in_a_batch() -> None:
-    queue = BatchQueue(100, 100)
-    expired, alive = queue.push(make_work(deadline=1.0), 0.0), queue.push(make_work(deadline=2.0), 0.0)
-    assert queue.pop(1.0) == ([alive], [expired])
-
-
-def test_full_queue_says_when_to_ask_again() -> None:
-    queue = BatchQueue(10, 10)
-    queue.push(make_work(rows=8), 0.0)
-    queue.measure(rows=100, seconds=50.0)
-    with pytest.raises(ExpertError, match="no room for 3 rows: 8 of at most 10 wait already") as caught:
-        queue.push(make_work(rows=3), 0.0)
-    assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
-    assert caught.value.retry_after_s == pytest.approx(4.0)
-
-
-# The runtime
 
 
 def make_runtime(
@@ -271,6 +160,22 @@ def test_a_full_queue_refuses() -> None:
         assert await status_of(refused) is StatusCode.RESOURCE_EXHAUSTED
         await fits
         assert (runtime.stats.refused, runtime.stats.batches) == (1, 1)
+
+    with_runtime(runtime, scenario)
+
+
+def test_who_comes_to_a_full_queue_gets_room_from_the_one_that_filled_it() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST), max_queued_rows=8)
+
+    async def scenario() -> None:
+        works = [make_work(4, caller="greedy"), make_work(4, caller="greedy"), make_work(2, caller="other")]
+        first, displaced, other = await submit_in_order(runtime, *works)
+        with pytest.raises(ExpertError, match="others wait") as caught:
+            await displaced
+        assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
+        assert caught.value.retry_after_s > 0
+        await asyncio.gather(first, other)
+        assert (runtime.stats.refused, runtime.stats.rows) == (1, 6)
 
     with_runtime(runtime, scenario)
 
@@ -449,5 +354,20 @@ def test_many_callers_of_many_experts_all_get_their_own_rows() -> None:
             alone = runtime.experts[work.uid].forward(work.inputs, work.lengths, work.positions)
             torch.testing.assert_close(result.tensor, alone)
         assert runtime.stats.rows == sum(work.rows for work in works)
+
+    with_runtime(runtime, scenario)
+
+
+def test_rollbacks_are_counted_also_when_the_batch_fails() -> None:
+    expert = Expert(FIRST, MANIFEST)
+    runtime = make_runtime(expert)
+
+    async def scenario() -> None:
+        await runtime.submit(make_work(direction="backward"))
+        with torch.no_grad():
+            next(expert.block.parameters()).fill_(torch.nan)
+        assert await status_of(runtime.submit(make_work())) is StatusCode.INTERNAL
+        assert (await runtime.submit(make_work())).tensor.isfinite().all()
+        assert (runtime.stats.rollbacks, runtime.stats.updates) == (1, 1)
 
     with_runtime(runtime, scenario)

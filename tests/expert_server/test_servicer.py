@@ -21,8 +21,9 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
+from expert_server.batching import Direction
 from expert_server.expert import BackwardPart, Expert
-from expert_server.runtime import Direction, Runtime
+from expert_server.runtime import Runtime
 from expert_server.servicer import EdgeLimits, ExpertServicer, SeenRequests, make_part
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.channels import CLIENT_OPTIONS, SERVER_OPTIONS, server_credentials

@@ -1,0 +1,334 @@
+from collections import Counter
+from itertools import combinations, count
+from typing import get_args
+
+import pytest
+import torch
+from grpc import StatusCode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dht.uid import UID
+from expert_server.batching import BatchQueue, Direction, Entry, Work
+from peer.errors import ExpertError
+
+FIRST, SECOND = UID(0, (0, 0)), UID(0, (0, 1))
+NEVER = float("inf")
+MAX_BATCH_ROWS, MAX_WORK_ROWS = 10, 16
+BOUND = max(MAX_BATCH_ROWS, MAX_WORK_ROWS)
+
+
+def make_work(
+    rows: int = 4,
+    uid: UID = FIRST,
+    direction: Direction = "forward",
+    deadline: float = NEVER,
+    caller: str = "a trainer",
+) -> Work:
+    inputs = torch.empty(rows, 1)
+    gradients = inputs if direction == "backward" else None
+    positions = torch.empty(rows, dtype=torch.int64)
+    return Work(uid, direction, inputs, gradients, torch.tensor([rows]), positions, deadline, caller)
+
+
+def push(queue: BatchQueue, work: Work) -> tuple[Entry, list[Entry]]:
+    """As the runtime does; and what had to make room."""
+    displaced = queue.make_room(work)
+    return queue.push(work), displaced
+
+
+class ModelQueue:
+    """What BatchQueue should do, by full scans."""
+
+    def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
+        self.max_queued_rows, self.max_batch_rows = max_queued_rows, max_batch_rows
+        self.share = (max_queued_rows + 1) // 2
+        self.entries: list[Entry] = []
+        self.virtual_times: dict[str, int] = {}
+        self.virtual_time = 0
+
+    @property
+    def rows(self) -> int:
+        return self.rows_of(None)
+
+    def rows_of(self, caller: str | None) -> int:
+        return sum(entry.work.rows for entry in self.entries if caller in (None, entry.work.caller))
+
+    def displaced_by(self, work: Work) -> list[Entry]:
+        displaced: list[Entry] = []
+        if self.rows + work.rows > self.max_queued_rows and not self.is_beyond_share(work):
+            for entry in sorted(self.entries, key=lambda e: (e.work.deadline, e.order), reverse=True):
+                left = self.rows_of(entry.work.caller) - sum(e.work.rows for e in displaced)
+                if entry.work.caller != work.caller and left > self.share:
+                    displaced.append(entry)
+        return displaced
+
+    def is_beyond_share(self, work: Work) -> bool:
+        own = self.rows_of(work.caller)
+        return self.rows > own and own + work.rows > self.share
+
+    def refuses(self, work: Work) -> bool:
+        return self.is_beyond_share(work) or self.rows + work.rows > self.max_queued_rows
+
+    def add(self, entry: Entry) -> None:
+        caller = entry.work.caller
+        if not self.rows_of(caller):
+            self.virtual_times[caller] = max(self.virtual_times.get(caller, 0), self.virtual_time)
+        self.entries.append(entry)
+
+    def take(self, entries: list[Entry]) -> None:
+        self.entries = [entry for entry in self.entries if entry not in entries]
+        if not self.entries:
+            self.virtual_times, self.virtual_time = {}, 0
+
+    def turn(self, entry: Entry) -> tuple[float, float, int]:
+        return self.virtual_times[entry.work.caller], entry.work.deadline, entry.order
+
+    def pop(self, now: float) -> tuple[list[Entry], list[Entry]]:
+        in_order = sorted(self.entries, key=lambda entry: (entry.work.deadline, entry.order))
+        expired = [entry for entry in in_order if entry.work.deadline <= now]
+        self.take(expired)
+        batch: list[Entry] = []
+        if self.entries:
+            chosen = min(self.entries, key=self.turn)
+            self.virtual_time = self.virtual_times[chosen.work.caller]
+            while joining := [e for e in self.entries if e.work.key == chosen.work.key and e not in batch]:
+                entry = min(joining, key=self.turn)
+                rows = entry.work.rows + sum(e.work.rows for e in batch)
+                lead = self.virtual_times[entry.work.caller] + entry.work.rows - self.virtual_time
+                if batch and max(rows, lead) > self.max_batch_rows:
+                    break
+                self.virtual_times[entry.work.caller] += entry.work.rows
+                batch.append(entry)
+            self.take(batch)
+        return batch, expired
+
+
+uids = st.sampled_from([FIRST, SECOND])
+callers = st.sampled_from(["a", "b", "c"])
+directions = st.sampled_from(get_args(Direction))
+works = st.builds(make_work, st.integers(1, 8), uids, directions, st.integers(0, 40).map(float), callers)
+operations = st.one_of(
+    works,
+    works,
+    st.tuples(st.just("pop"), st.integers(0, 3)),
+    st.tuples(st.just("discard"), st.integers(0, 100)),
+    st.tuples(st.just("remove"), uids),
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(operations, max_size=60))
+def test_queue_does_what_full_scans_would(steps: list[object]) -> None:
+    queue, model, now = BatchQueue(30, 10), ModelQueue(30, 10), 0.0
+    pushed: list[Entry] = []
+    for step in steps:
+        match step:
+            case Work():
+                displaced = model.displaced_by(step)
+                assert queue.make_room(step) == displaced
+                model.take(displaced)
+                if model.refuses(step):
+                    with pytest.raises(ExpertError):
+                        queue.push(step)
+                else:
+                    pushed.append(queue.push(step))
+                    model.add(pushed[-1])
+            case "pop", int(elapsed):
+                now += elapsed
+                assert queue.pop(now) == model.pop(now)
+            case "discard", int(index) if pushed:
+                entry = pushed[index % len(pushed)]
+                queue.discard(entry)
+                model.take([entry])
+            case "remove", UID() as uid:
+                removed = [entry for entry in model.entries if entry.work.uid == uid]
+                assert sorted(queue.remove(uid), key=lambda entry: entry.order) == removed
+                model.take(removed)
+        assert queue.rows == model.rows
+    assert sorted(queue.clear(), key=lambda entry: entry.order) == model.entries
+    assert queue.pop(NEVER) == ([], [])
+
+
+def test_earliest_deadline_chooses_the_expert_and_the_order_in_its_batch() -> None:
+    queue = BatchQueue(100, 10)
+    late, other, early = (
+        queue.push(make_work(uid=uid, deadline=deadline))
+        for uid, deadline in ((FIRST, 9.0), (SECOND, 5.0), (FIRST, 1.0))
+    )
+    assert queue.pop(0.0) == ([early, late], [])
+    assert queue.pop(0.0) == ([other], [])
+
+
+def test_directions_are_not_merged() -> None:
+    queue = BatchQueue(100, 100)
+    forward, backward = (queue.push(make_work(direction=d)) for d in get_args(Direction))
+    assert queue.pop(0.0) == ([forward], [])
+    assert queue.pop(0.0) == ([backward], [])
+
+
+def test_callers_of_one_expert_share_a_batch() -> None:
+    queue = BatchQueue(100, 100)
+    entries = [queue.push(make_work(caller=caller)) for caller in "abc"]
+    assert queue.pop(0.0) == (entries, [])
+
+
+def test_work_larger_than_a_batch_runs_alone() -> None:
+    queue = BatchQueue(100, 10)
+    large, small = queue.push(make_work(rows=50)), queue.push(make_work(rows=1))
+    assert queue.pop(0.0) == ([large], [])
+    assert queue.pop(0.0) == ([small], [])
+
+
+def test_expired_work_is_never_in_a_batch() -> None:
+    queue = BatchQueue(100, 100)
+    expired, alive = queue.push(make_work(deadline=1.0)), queue.push(make_work(deadline=2.0))
+    assert queue.pop(1.0) == ([alive], [expired])
+
+
+# Fairness
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> dict[str, list[tuple[int, UID, Direction, float]]]:
+    """For each caller a cycle of works, of which it always has some waiting."""
+    work = st.tuples(st.integers(1, MAX_WORK_ROWS), uids, directions, st.floats(1, 1e6))
+    return {name: draw(st.lists(work, min_size=1, max_size=5)) for name in "abcd"[: draw(st.integers(2, 4))]}
+
+
+@settings(deadline=None, max_examples=200)
+@given(arrivals(), st.integers(0, 3), st.integers(BOUND + 1, 80), st.integers(0, 20))
+def test_served_rows_of_waiting_callers_stay_within_one_batch_or_work(
+    cycles: dict[str, list[tuple[int, UID, Direction, float]]], late: int, depth: int, head_start: int
+) -> None:
+    """`late` callers come after `head_start` batches; from then on all have `depth` rows waiting."""
+    queue, names = BatchQueue(10**6, MAX_BATCH_ROWS), list(cycles)
+    waiting: Counter[str] = Counter()
+    served: Counter[str] = Counter()
+    computed: set[Entry] = set()
+    pushed: Counter[str] = Counter()
+    for batch_number in range(head_start + 40):
+        if batch_number == head_start:
+            served.clear()
+        active = names if batch_number >= head_start else names[: max(1, len(names) - late)]
+        for name in active:
+            while waiting[name] < depth:
+                rows, uid, direction, deadline = cycles[name][pushed[name] % len(cycles[name])]
+                queue.push(make_work(rows, uid, direction, deadline, name))
+                waiting[name] += rows
+                pushed[name] += 1
+        batch, expired = queue.pop(0.0)
+        assert not expired
+        assert not computed & set(batch)
+        computed |= set(batch)
+        for entry in batch:
+            waiting[entry.work.caller] -= entry.work.rows
+            served[entry.work.caller] += entry.work.rows
+        if batch_number >= head_start:
+            # at most BOUND from equal virtual times; those that came earlier may have been BOUND ahead or behind
+            most = BOUND if head_start == 0 else 2 * BOUND
+            assert all(abs(served[a] - served[b]) <= most for a, b in combinations(names, 2))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(works, st.booleans()), max_size=40))
+def test_nothing_is_lost_or_computed_twice_and_nothing_expired_is_computed(
+    steps: list[tuple[Work, bool]],
+) -> None:
+    queue, clock = BatchQueue(10**6, MAX_BATCH_ROWS), count()
+    pushed: list[Entry] = []
+    done: list[Entry] = []
+    for work, pops in steps:
+        pushed.append(queue.push(work))
+        if pops:
+            now = next(clock)
+            batch, expired = queue.pop(now)
+            assert all(entry.work.deadline > now for entry in batch)
+            assert all(entry.work.deadline <= now for entry in expired)
+            done += batch + expired
+    while queue.rows:
+        batch, expired = queue.pop(0.0)
+        done += batch + expired
+    assert sorted(done, key=lambda entry: entry.order) == pushed
+
+
+def test_a_caller_with_short_deadlines_does_not_starve_others() -> None:
+    queue = BatchQueue(10**6, 10)
+    for _ in range(100):
+        queue.push(make_work(10, deadline=1.0, caller="greedy"))
+    patient = queue.push(make_work(10, SECOND, deadline=1000.0, caller="patient"))
+    batches = [queue.pop(0.0)[0] for _ in range(2)]
+    assert [patient] in batches
+
+
+def test_a_caller_that_leaves_and_returns_has_not_gained_by_it() -> None:
+    queue = BatchQueue(10**6, 10)
+    for _ in range(4):
+        queue.push(make_work(10, deadline=5.0, caller="steady"))
+    served = []
+    for _ in range(4):
+        if not queue._rows_of("returning"):
+            queue.push(make_work(10, SECOND, deadline=1.0, caller="returning"))
+        served += [entry.work.caller for entry in queue.pop(0.0)[0]]
+    assert Counter(served) == {"returning": 2, "steady": 2}
+
+
+def test_callers_that_come_and_go_leave_nothing_behind() -> None:
+    queue = BatchQueue(10**6, 10)
+    queue.push(make_work(1, SECOND, deadline=1e6, caller="stays"))
+    for n in range(5000):
+        queue.push(make_work(1, deadline=1.0, caller=f"passing {n}"))
+        queue.push(make_work(1, SECOND, deadline=1e6, caller="stays"))
+        queue.pop(0.0)
+    assert len(queue._ahead) <= 1024
+    queue.clear()
+    assert [queue._ahead, queue._callers, queue._by_key, queue._waiting] == [{}, {}, {}, {}]
+
+
+# The bounds
+
+
+def test_full_queue_says_when_to_ask_again() -> None:
+    queue = BatchQueue(10, 10)
+    queue.push(make_work(rows=8))
+    queue.measure(rows=100, seconds=50.0)
+    with pytest.raises(ExpertError, match="no room for 3 rows: 8 of at most 10 wait already") as caught:
+        queue.push(make_work(rows=3))
+    assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.retry_after_s == pytest.approx(4.0)
+
+
+def test_a_caller_alone_may_fill_the_queue() -> None:
+    queue = BatchQueue(10, 10)
+    queue.push(make_work(rows=6))
+    queue.push(make_work(rows=4))
+    assert queue.rows == 10
+
+
+def test_while_others_wait_a_caller_may_have_half_of_the_queue() -> None:
+    queue = BatchQueue(100, 10)
+    queue.push(make_work(rows=1, caller="other"))
+    queue.push(make_work(rows=49, caller="greedy"))
+    queue.measure(rows=100, seconds=1.0)
+    with pytest.raises(
+        ExpertError, match="49 of yours wait, and while others wait you may have 50"
+    ) as caught:
+        queue.push(make_work(rows=2, caller="greedy"))
+    assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.retry_after_s == pytest.approx(0.5)
+    queue.push(make_work(rows=49, caller="other"))
+
+
+def test_who_comes_to_a_full_queue_gets_room_from_the_one_that_filled_it() -> None:
+    queue = BatchQueue(10, 10)
+    early, *late = (queue.push(make_work(5, deadline=d, caller="greedy")) for d in (1.0, 2.0))
+    entry, displaced = push(queue, make_work(1, caller="other"))
+    assert displaced == late
+    assert queue.pop(0.0) == ([early, entry], [])
+
+
+def test_no_one_is_displaced_for_work_that_is_refused_anyway() -> None:
+    queue = BatchQueue(10, 10)
+    queue.push(make_work(10, caller="greedy"))
+    assert queue.make_room(make_work(6, caller="other")) == []
+    assert queue.rows == 10
