@@ -28,6 +28,8 @@ Requests = AsyncIterator[expert_pb2.CallRequest]
 Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
 
 MAX_EXPERTS_IN_CALL = 4096
+_SETTLE_S = 1.0
+"""Longest that a call which has failed waits for a caller who does not read."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
             for answer in answers:
                 answer.cancel()
             await asyncio.gather(*answers, return_exceptions=True)
+            await call.settle()
 
     async def _answer(self, call: "_Call", index: int, work: Work) -> None:
         """Computes one expert's part, and writes its reply and payload without others in between."""
@@ -291,6 +294,7 @@ class _Call:
         self._caller = context.peer() or ""
         self._context = context
         self._writing = asyncio.Lock()
+        self._sending: asyncio.Future[None] | None = None
 
     def work(self, part: Part, inputs: bytearray | None, gradients: bytearray | None) -> Work:
         """Raises WireError when a number is not finite."""
@@ -314,9 +318,19 @@ class _Call:
 
     async def write(self, reply: expert_pb2.ExpertReply, data: memoryview) -> None:
         async with self._writing:
-            await self._context.write(expert_pb2.CallReply(expert=reply))
+            await self._send(expert_pb2.CallReply(expert=reply))
             for chunk in split(data):
-                await self._context.write(expert_pb2.CallReply(chunk=chunk))
+                await self._send(expert_pb2.CallReply(chunk=chunk))
+
+    async def settle(self) -> None:
+        """Waits for the message that was on its way when its answer was cancelled: before, gRPC takes no status."""
+        if self._sending is not None:
+            await asyncio.wait([self._sending], timeout=_SETTLE_S)
+
+    async def _send(self, message: expert_pb2.CallReply) -> None:
+        self._sending = asyncio.ensure_future(self._context.write(message))
+        self._sending.add_done_callback(_note_failed_write)
+        await asyncio.shield(self._sending)
 
     async def write_error(self, index: int, error: ExpertError) -> None:
         status: int = error.status.value[0]
@@ -327,6 +341,12 @@ class _Call:
 
     def _tensor(self, data: bytearray) -> torch.Tensor:
         return torch.from_numpy(decode(data, self.header.width, self.header.codec))
+
+
+def _note_failed_write(sending: "asyncio.Future[None]") -> None:
+    """Nobody may be waiting for it any more."""
+    if not sending.cancelled() and (error := sending.exception()) is not None:
+        logger.debug("a reply was not written: %s", error)
 
 
 async def _read_header(requests: Requests) -> expert_pb2.CallHeader:

@@ -279,8 +279,11 @@ def train(expert: Expert, steps: int) -> None:
         backward(expert, random_rows(seed), random_rows(seed + 1))
 
 
-def trained_expert(steps: int) -> Expert:
-    expert = Expert(AN_UID, make_manifest(warmup_updates=4))
+def trained_expert(steps: int, optimizer: OptimizerSpec | None = None) -> Expert:
+    manifest = make_manifest(warmup_updates=4)
+    if optimizer is not None:
+        manifest = manifest.model_copy(update={"optimizer": optimizer})
+    expert = Expert(AN_UID, manifest)
     train(expert, steps)
     return expert
 
@@ -290,9 +293,21 @@ def assert_same(first: State, second: State) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_an_imported_expert_trains_on_as_if_it_had_never_stopped(steps: int) -> None:
-    stayed, restored = trained_expert(steps), trained_expert(2)
-    restored.import_state(trained_expert(steps).export_state(), steps)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerSpec(),
+        OptimizerSpec(name="adam"),
+        OptimizerSpec(name="sgd"),
+        OptimizerSpec(name="sgd", momentum=0.0),
+    ],
+    ids=["adamw", "adam", "sgd", "sgd without momentum"],
+)
+def test_an_imported_expert_trains_on_as_if_it_had_never_stopped(
+    steps: int, optimizer: OptimizerSpec
+) -> None:
+    stayed, restored = trained_expert(steps, optimizer), trained_expert(2, optimizer)
+    restored.import_state(trained_expert(steps, optimizer).export_state(), steps)
     assert restored.update_count == steps
     for expert in (stayed, restored):
         train(expert, 5)
@@ -325,7 +340,7 @@ WRONG_STATES: dict[str, tuple[Callable[[State], State], str]] = {
     "empty": (lambda state: {}, "lacks"),
     "no weight": (without(WEIGHT), f"lacks '{WEIGHT}'"),
     "no moment": (without(MOMENT), f"lacks '{MOMENT}'"),
-    "no step": (without(STEPS), "has the unknown"),
+    "no step": (without(STEPS), "lacks"),
     "one more": (lambda state: state | {"block.more": torch.zeros(1)}, "has the unknown 'block.more'"),
     "shape": (changed(WEIGHT, lambda t: t.T.contiguous()), r"is \(\(16, 48\)"),
     "shape of a moment": (changed(MOMENT, lambda t: t[:1]), r"is \(\(1, 16\)"),
