@@ -21,7 +21,7 @@ lint: $(VENV)/installed
 # Generates peer/wire/ from proto/; `-Ipeer/wire=proto` maps the folder to the package.
 proto: $(VENV)/installed
 	$(BIN)/python -m grpc_tools.protoc -Ipeer/wire=proto --python_out=. --pyi_out=. --grpc_python_out=. \
-		peer/wire/expert.proto peer/wire/records.proto
+		$(patsubst proto/%,peer/wire/%,$(wildcard proto/*.proto))
 	rm -f peer/wire/records_pb2_grpc.py
 
 $(VENV)/installed: pyproject.toml

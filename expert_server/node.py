@@ -5,24 +5,18 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from pathlib import Path
 
 import grpc
-import psutil
 from prometheus_client import CollectorRegistry
 
-from dht.manifest import Manifest
-from dht.registry import Announced, Replica, ReplicaState
 from dht.swarm import Stage, Swarm
-from dht.uid import UID
-from dht.vacancies import choose, lost_claims, vacant
 from expert_server.blocks import builder_of
 from expert_server.checkpoints import Checkpoints, CheckpointStore
-from expert_server.expert import Expert, expert_bytes
+from expert_server.hosting import Hosting
 from expert_server.metrics import NodeCollector, NodeCounts
 from expert_server.runtime import Runtime, RuntimeStats
 from expert_server.servicer import EdgeLimits, ExpertServicer
@@ -36,8 +30,6 @@ from peer.wire import expert_pb2_grpc, records_pb2
 
 logger = logging.getLogger(__name__)
 
-_FREE_MEMORY_SHARE = 0.25
-_CLAIM_ROUNDS = 5
 _FAREWELL_S = 2.0
 """Longest that a stopping node tries to withdraw its announcements."""
 _CALLS_GRACE_S = 1.0
@@ -90,14 +82,10 @@ class Node:
         self._now = now
         store = CheckpointStore(state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept)
         self.checkpoints = Checkpoints(store, runtime)
-        self._room = _room(settings, swarm.manifest)
-        self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
-        self._claimed_at: dict[UID, float] = {}
-        self._was_vacant: set[UID] = set()
-        self._had_host: set[UID] = set()
+        self.hosting = Hosting(settings, swarm, runtime, self.checkpoints, now)
         self._state = NodeState.JOINING
         self._started_at = now()
-        self._adopted = self._dht_failures = 0
+        self._dht_failures = 0
         self._certificate = swarm.host.identity.make_certificate()
         self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
@@ -127,10 +115,8 @@ class Node:
             await runtime.start()
             await node._serve(host)
             stage("looking for experts that need a host")
-            for _ in range(_CLAIM_ROUNDS):  # what was lost to other claims is tried elsewhere
-                if not await node._take_vacant(node._room - len(runtime.experts)):
-                    break
-            await node._announce()
+            await node.hosting.take_first()
+            await node.hosting.announce()
             await node._describe()
             node._state = NodeState.SERVING
             return node
@@ -150,7 +136,7 @@ class Node:
             await asyncio.sleep(self._settings.announce_every_s)
             failures = [
                 error
-                for step in (self._announce, self._describe, self._adopt)
+                for step in (self.hosting.announce, self._describe, self.hosting.adopt)
                 if (error := await _tried(step))
             ]
             if failures:
@@ -175,20 +161,18 @@ class Node:
 
     async def _say_goodbye(self) -> None:
         """Withdraws what was announced. A DHT that does not answer must not keep us."""
-        registry, lifetime_s = self.swarm.registry, self._settings.lifetime_s
         with contextlib.suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
-                await registry.withdraw(self._claimed_at, lifetime_s)
-                await registry.leave(lifetime_s)
-        self._claimed_at.clear()
+                await self.hosting.withdraw()
+                await self.swarm.registry.leave(self._settings.lifetime_s)
 
     def status(self) -> NodeStatus:
         stats = self.runtime.stats
         return NodeStatus(
             self._state,
             len(self.runtime.experts),
-            self._room + self._spare,
-            self._adopted,
+            self.hosting.capacity,
+            self.hosting.adopted,
             stats.updates,
             stats.rows,
             stats.queued_rows,
@@ -216,16 +200,6 @@ class Node:
         self._metrics = MetricsServer(registry, "127.0.0.1", settings.metrics_port)
         self.metrics_address = self._metrics.address
 
-    async def _announce(self) -> None:
-        """Renews what this node says of its replicas, and the manifest."""
-        announced = [
-            Announced(uid, ReplicaState.SERVING, expert.update_count, self._claimed_at[uid])
-            for uid, expert in self.runtime.experts.items()
-        ]
-        queued_rows = self.runtime.stats.queued_rows
-        await self.swarm.registry.announce(announced, self._settings.lifetime_s, queued_rows)
-        await self.swarm.keep_manifest()
-
     async def _describe(self) -> None:
         """Renews what this node says of itself."""
         stats = self.runtime.stats
@@ -235,7 +209,7 @@ class Node:
             protocol_version=PROTOCOL_VERSION,
             software_version=SOFTWARE_VERSION,
             expert_count=len(self.runtime.experts),
-            expert_capacity=self._room + self._spare,
+            expert_capacity=self.hosting.capacity,
             rows_processed=stats.rows,
             updates=stats.updates,
             started_at=self._started_at,
@@ -243,82 +217,12 @@ class Node:
         )
         await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
 
-    async def _adopt(self) -> None:
-        """Takes experts that had no host at the last look either; before that they may be just changing hands.
-
-        The spare room is for those that had a host once: a founder alone leaves the others to those who join.
-        """
-        replicas = await self.swarm.registry.replicas(self.swarm.manifest.uids())
-        me, mine = self.swarm.host.peer_id, self.runtime.experts
-        if any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
-            raise UnreachableError("the DHT does not give back this node's own announcements")
-        now_vacant = set(self._vacant(replicas))
-        self._had_host |= set(replicas) - now_vacant
-        lasting = now_vacant & self._was_vacant
-        self._was_vacant = now_vacant
-        saved = await self.checkpoints.newest()
-        orphans = lasting & (self._had_host | saved.keys())
-        room = self._room - len(mine)
-        wanted = choose(orphans, room + self._spare, me, saved)
-        wanted += choose(lasting - orphans, room - len(wanted), me, saved)
-        taken = await self._claim(wanted)
-        self._adopted += len(taken)
-        if taken:
-            logger.info("adopted %d experts that nobody hosted", len(taken))
-
-    async def _take_vacant(self, room: int) -> list[UID]:
-        replicas = await self.swarm.registry.replicas(self.swarm.manifest.uids())
-        me, saved = self.swarm.host.peer_id, await self.checkpoints.newest()
-        return await self._claim(choose(self._vacant(replicas), room, me, saved))
-
-    def _vacant(self, replicas: Mapping[UID, Collection[Replica]]) -> list[UID]:
-        """What nobody else hosts: what this node hosted before it was killed may still be announced."""
-        me, mine = self.swarm.host.peer_id, self.runtime.experts
-        return [uid for uid in vacant(replicas, besides=me) if uid not in mine]
-
-    async def _claim(self, wanted: list[UID]) -> list[UID]:
-        """Claims experts, waits for the claims of others, and serves those that it keeps."""
-        if not wanted:
-            return []
-        registry, me = self.swarm.registry, self.swarm.host.peer_id
-        lifetime_s, claimed_at = self._settings.lifetime_s, self._now()
-        self._claimed_at |= dict.fromkeys(wanted, claimed_at)
-        saved = await self.checkpoints.newest()
-        claims = [Announced(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at) for uid in wanted]
-        await registry.announce(claims, lifetime_s)
-        await asyncio.sleep(self._settings.claim_wait_s)
-        lost = lost_claims(wanted, await registry.replicas(wanted), me, saved)
-        for uid in lost:
-            del self._claimed_at[uid]
-        await registry.withdraw(lost, lifetime_s)
-        kept = [uid for uid in wanted if uid not in lost]
-        restored_before = self.checkpoints.counts.restored
-        experts = []
-        for uid in kept:
-            experts.append(await self._take(uid))
-            if self._now() > claimed_at + lifetime_s / 3:  # building takes long: the claims must not expire
-                claimed_at = self._now()
-                await registry.announce([claim for claim in claims if claim.uid in kept], lifetime_s)
-        if restored := self.checkpoints.counts.restored - restored_before:
-            logger.info("%d of %d experts go on from this node's checkpoints", restored, len(experts))
-        await registry.announce(
-            [Announced(e.uid, ReplicaState.SERVING, e.update_count, claimed_at) for e in experts], lifetime_s
-        )
-        return kept
-
-    async def _take(self, uid: UID) -> Expert:
-        """Serves an expert from its newest checkpoint here, else from its first parameters."""
-        expert = await self.runtime.run(partial(Expert, uid, self.swarm.manifest))
-        await self.checkpoints.restore(expert)
-        self.runtime.add(expert)
-        return expert
-
     def _stats(self) -> RuntimeStats:
         return self.runtime.stats
 
     def _counts(self) -> NodeCounts:
         return NodeCounts(
-            len(self.runtime.experts), self._adopted, self._dht_failures, self.checkpoints.counts
+            len(self.runtime.experts), self.hosting.adopted, self._dht_failures, self.checkpoints.counts
         )
 
 
@@ -334,11 +238,3 @@ async def _tried(step: Callable[[], Awaitable[None]]) -> UnreachableError | None
     except UnreachableError as error:
         return error
     return None
-
-
-def _room(settings: NodeSettings, manifest: Manifest) -> int:
-    """Experts to host: as asked, else as many as fit in a quarter of the free memory."""
-    if settings.experts is not None:
-        return settings.experts
-    fitting = int(_FREE_MEMORY_SHARE * psutil.virtual_memory().available / expert_bytes(manifest))
-    return min(max(1, fitting), manifest.experts_total)
