@@ -1,13 +1,15 @@
 """From requests to batches to the compute thread.
 
-`Runtime` is the shell around the policy in `batching.py`: one asyncio task that takes batches, and one thread that
-computes them.
+`Runtime` is the shell around the policy in `batching.py`: the event loop's thread brings work, and one thread takes it
+in batches and computes them. The compute thread takes its batches itself: a turn through the loop between two of them
+would leave it idle, and the loop is busiest when work waits.
 
 Shape suffixes: R = rows, D = hidden.
 """
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +43,17 @@ class Result:
     """Of a forward pass that was to be kept, unless it was merged with others."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """What one batch brought: a result for each work, and how long it took and what it changed."""
+
+    results: Sequence[Result | ExpertError]
+    seconds: float
+    updates: int
+    skipped_updates: int
+    rollbacks: int
+
+
 @dataclass(slots=True)
 class RuntimeStats:
     """Counts since the start; only `queued_rows` is of now. `failed` counts works of batches that failed."""
@@ -60,7 +73,7 @@ class RuntimeStats:
 class Runtime:
     """Computes work for the experts of one node, in batches, on one thread.
 
-    All methods belong to the event loop's thread, and none of them blocks it.
+    All public methods belong to the event loop's thread, and none of them blocks it.
     """
 
     def __init__(
@@ -73,13 +86,16 @@ class Runtime:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`threads`: of torch, within one operation. `clock`: what deadlines are measured by."""
-        self._experts = dict(experts)
         self._clock = clock
+        self._lock = threading.Lock()
+        """Of what both threads use: the queue, the experts in service, and the two flags."""
         self._queue = BatchQueue(max_queued_rows, max_batch_rows)
-        self._waiting: dict[Entry, asyncio.Future[Result]] = {}
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._experts = dict(experts)
+        self._computing = False
+        """Whether the thread computes a batch, or will look for one."""
         self._stopped = False
+        self._waiting: dict[Entry, asyncio.Future[Result]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._stats = RuntimeStats()
         self._thread = ThreadPoolExecutor(
             max_workers=1,
@@ -99,51 +115,47 @@ class Runtime:
         return replace(self._stats, queued_rows=self._queue.rows)
 
     async def start(self) -> None:
-        assert self._task is None, "a runtime starts once"
-        self._task = asyncio.create_task(self._serve(), name="expert runtime")
+        assert self._loop is None, "a runtime starts once"
+        self._loop = asyncio.get_running_loop()
 
     async def stop(self) -> None:
         """Fails the work that waits, lets the batch that is being computed end, and ends the thread."""
-        self._stopped = True
-        self._fail(self._queue.clear(), StatusCode.UNAVAILABLE, "this node is stopping")
-        self._wake.set()
-        try:
-            if self._task is not None:
-                await asyncio.shield(self._task)
-        finally:
-            await asyncio.to_thread(self._thread.shutdown)
+        with self._lock:
+            self._stopped = True
+            waiting = self._queue.clear()
+        self._fail(waiting, StatusCode.UNAVAILABLE, "this node is stopping")
+        await asyncio.to_thread(self._thread.shutdown)
 
     async def submit(self, work: Work) -> Result:
         """Waits for the result; when cancelled, takes the work out of the queue.
 
         Raises ExpertError: NOT_FOUND, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, UNAVAILABLE or INTERNAL.
         """
-        if self._task is None or self._stopped:
+        if self._loop is None or self._stopped:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is not serving")
         if work.uid not in self._experts:
             raise ExpertError(StatusCode.NOT_FOUND, _not_hosted(work.uid))
-        self._refuse(self._queue.make_room(work))
-        try:
-            entry = self._queue.push(work)
-        except ExpertError:
-            self._stats.refused += 1
-            raise
-        self._waiting[entry] = asyncio.get_running_loop().create_future()
-        self._wake.set()
+        entry = self._push(work)
+        self._waiting[entry] = self._loop.create_future()
+        self._loop.call_soon(self._wake_thread)  # not now: what else this turn of the loop brings may join
         try:
             return await self._waiting[entry]
         finally:
             del self._waiting[entry]
-            self._queue.discard(entry)
+            with self._lock:
+                self._queue.discard(entry)
 
     def add(self, expert: Expert) -> None:
         """Takes an expert into service, in place of one with the same UID."""
-        self._experts[expert.uid] = expert
+        with self._lock:
+            self._experts[expert.uid] = expert
 
     def remove(self, uid: UID) -> None:
         """Takes an expert out of service; the work that waits for it fails with NOT_FOUND."""
-        del self._experts[uid]
-        self._fail(self._queue.remove(uid), StatusCode.NOT_FOUND, _not_hosted(uid))
+        with self._lock:
+            del self._experts[uid]
+            waiting = self._queue.remove(uid)
+        self._fail(waiting, StatusCode.NOT_FOUND, _not_hosted(uid))
 
     async def build(self, uid: UID, manifest: Manifest, device: torch.device | str = "cpu") -> Expert:
         """Builds an expert and takes it into service."""
@@ -160,44 +172,80 @@ class Runtime:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is stopping")
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
-    async def _serve(self) -> None:
-        while not self._stopped:
-            batch, expired = self._queue.pop(self._clock())
-            self._stats.expired += len(expired)
-            self._fail(expired, StatusCode.DEADLINE_EXCEEDED, "the deadline passed while this work waited")
-            if batch:
-                await self._run_batch(batch)
-            elif not expired:
-                self._wake.clear()
-                await self._wake.wait()
+    def _push(self, work: Work) -> Entry:
+        try:
+            with self._lock:
+                displaced = self._queue.make_room(work)
+                entry = self._queue.push(work)
+        except ExpertError:
+            self._stats.refused += 1
+            raise
+        self._stats.refused += len(displaced)
+        for other in displaced:
+            message = "no room: others wait, and more than your share of the queue was yours"
+            retry_after_s = self._queue.retry_after_s(other.work.caller)
+            self._fail([other], StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s)
+        return entry
 
-    async def _run_batch(self, batch: list[Entry]) -> None:
-        expert = self._experts[batch[0].work.uid]
+    def _wake_thread(self) -> None:
+        with self._lock:
+            if not (self._computing or self._stopped):
+                self._computing = True
+                self._thread.submit(self._compute_next)
+
+    def _compute_next(self) -> None:
+        """On the compute thread: computes one batch, and comes back for the next behind what `run` has brought."""
+        assert self._loop is not None, "the runtime was started"
+        with self._lock:
+            batch, expired = self._queue.pop(self._clock())
+            expert = self._experts[batch[0].work.uid] if batch else None
+        if expired:
+            self._loop.call_soon_threadsafe(self._expire, expired)
+        if expert is not None:
+            self._loop.call_soon_threadsafe(self._finish, batch, self._compute(expert, batch))
+        with self._lock:
+            self._computing = bool(self._queue.rows) and not self._stopped
+            if self._computing:
+                self._thread.submit(self._compute_next)
+
+    def _compute(self, expert: Expert, batch: Sequence[Entry]) -> "_Computed":
         updates, skipped, rollbacks = expert.update_count, expert.skipped_updates, expert.guard.rollbacks
         start = self._clock()
         try:
-            results = await self.run(partial(compute, expert, [entry.work for entry in batch]))
-        except ExpertError as error:  # the runtime was stopped
-            self._fail(batch, error.status, str(error))
+            results = compute(expert, [entry.work for entry in batch])
         except Exception as error:
             # the outermost loop of the role: one broken batch must not end the others
             callers = ", ".join(sorted({entry.work.caller for entry in batch}))
             logger.exception("expert %s failed on a batch from %s", expert.uid, callers)
-            self._stats.failed += len(batch)
-            self._fail(batch, StatusCode.INTERNAL, f"expert {expert.uid} failed: {type(error).__name__}")
-        else:
-            rows = sum(entry.work.rows for entry in batch)
-            self._queue.measure(rows, self._clock() - start)
-            self._stats.rows += rows
-            self._stats.failed += sum(isinstance(result, ExpertError) for result in results)
-            self._deliver(batch, results)
-        self._stats.batches += 1
-        self._stats.busy_s += self._clock() - start
-        self._stats.updates += expert.update_count - updates
-        self._stats.skipped_updates += expert.skipped_updates - skipped
-        self._stats.rollbacks += expert.guard.rollbacks - rollbacks
+            message = f"expert {expert.uid} failed: {type(error).__name__}"
+            results = [ExpertError(StatusCode.INTERNAL, message) for _ in batch]
+        return _Computed(
+            results,
+            self._clock() - start,
+            expert.update_count - updates,
+            expert.skipped_updates - skipped,
+            expert.guard.rollbacks - rollbacks,
+        )
 
-    def _deliver(self, batch: list[Entry], results: Sequence[Result | ExpertError]) -> None:
+    def _expire(self, entries: Sequence[Entry]) -> None:
+        self._stats.expired += len(entries)
+        self._fail(entries, StatusCode.DEADLINE_EXCEEDED, "the deadline passed while this work waited")
+
+    def _finish(self, batch: Sequence[Entry], computed: "_Computed") -> None:
+        rows = sum(entry.work.rows for entry in batch)
+        with self._lock:
+            self._queue.measure(rows, computed.seconds)
+        stats = self._stats
+        stats.batches += 1
+        stats.rows += rows
+        stats.failed += sum(isinstance(result, ExpertError) for result in computed.results)
+        stats.busy_s += computed.seconds
+        stats.updates += computed.updates
+        stats.skipped_updates += computed.skipped_updates
+        stats.rollbacks += computed.rollbacks
+        self._deliver(batch, computed.results)
+
+    def _deliver(self, batch: Sequence[Entry], results: Sequence[Result | ExpertError]) -> None:
         for entry, result in zip(batch, results, strict=True):
             future = self._waiting.get(entry)
             if future is None or future.done():
@@ -206,13 +254,6 @@ class Runtime:
                 future.set_exception(result)
             else:
                 future.set_result(result)
-
-    def _refuse(self, entries: Sequence[Entry]) -> None:
-        self._stats.refused += len(entries)
-        for entry in entries:
-            retry_after_s = self._queue.retry_after_s(entry.work.caller)
-            message = "no room: others wait, and more than your share of the queue was yours"
-            self._fail([entry], StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s)
 
     def _fail(
         self, entries: Iterable[Entry], status: StatusCode, message: str, retry_after_s: float = 0.0

@@ -91,6 +91,25 @@ class HeldThread:
         assert self._release.wait(10)
 
 
+class HeldExpert(Expert):
+    """Computes forward passes when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(FIRST, MANIFEST)
+        self._reached, self._release = threading.Event(), threading.Event()
+
+    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+        self._reached.set()
+        assert self._release.wait(10)
+        return super().forward(x_RD, lengths_S, positions_R)
+
+    async def is_computing(self) -> bool:
+        return await asyncio.to_thread(self._reached.wait, 10)
+
+    def let_go(self) -> None:
+        self._release.set()
+
+
 async def submit_in_order(runtime: Runtime, *works: Work) -> list[asyncio.Task[Result]]:
     """Starts the calls, and returns once all of them are queued."""
     tasks = [asyncio.create_task(runtime.submit(work)) for work in works]
@@ -185,27 +204,26 @@ def test_work_of_a_caller_that_is_gone_is_not_computed() -> None:
 
     async def scenario() -> None:
         async with HeldThread(runtime):
-            (computing,) = await submit_in_order(runtime, make_work(4))
-            await asyncio.sleep(0)
             gone, stays = await submit_in_order(runtime, make_work(5), make_work(6))
             gone.cancel()
             await asyncio.wait([gone])
             assert runtime.stats.queued_rows == 6
-        await asyncio.gather(computing, stays)
-        assert (runtime.stats.rows, runtime.stats.queued_rows) == (10, 0)
+        await stays
+        assert (runtime.stats.rows, runtime.stats.queued_rows) == (6, 0)
 
     with_runtime(runtime, scenario)
 
 
 def test_a_caller_that_leaves_during_its_batch_harms_nobody() -> None:
-    runtime = make_runtime(Expert(FIRST, MANIFEST))
+    expert = HeldExpert()
+    runtime = make_runtime(expert)
 
     async def scenario() -> None:
-        async with HeldThread(runtime):
-            gone, stays = await submit_in_order(runtime, make_work(4), make_work(5))
-            await asyncio.sleep(0)
-            assert runtime.stats.queued_rows == 0
-            gone.cancel()
+        gone, stays = await submit_in_order(runtime, make_work(4), make_work(5))
+        assert await expert.is_computing()
+        assert runtime.stats.queued_rows == 0
+        gone.cancel()
+        expert.let_go()
         assert (await stays).tensor.shape == (5, HIDDEN)
 
     with_runtime(runtime, scenario)
@@ -270,16 +288,17 @@ def test_gradients_that_skip_the_update_do_not_take_it_from_others() -> None:
 
 
 def test_removing_an_expert_fails_its_waiting_work() -> None:
-    runtime = make_runtime(Expert(FIRST, MANIFEST), Expert(SECOND, MANIFEST))
+    expert = HeldExpert()
+    runtime = make_runtime(expert, Expert(SECOND, MANIFEST))
 
     async def scenario() -> None:
-        async with HeldThread(runtime):
-            (computing,) = await submit_in_order(runtime, make_work())
-            await asyncio.sleep(0)
-            waiting, other = await submit_in_order(runtime, make_work(), make_work(uid=SECOND))
-            runtime.remove(FIRST)
-            assert await status_of(waiting) is StatusCode.NOT_FOUND
-            assert await status_of(runtime.submit(make_work())) is StatusCode.NOT_FOUND
+        (computing,) = await submit_in_order(runtime, make_work())
+        assert await expert.is_computing()
+        waiting, other = await submit_in_order(runtime, make_work(), make_work(uid=SECOND))
+        runtime.remove(FIRST)
+        assert await status_of(waiting) is StatusCode.NOT_FOUND
+        assert await status_of(runtime.submit(make_work())) is StatusCode.NOT_FOUND
+        expert.let_go()
         await asyncio.gather(computing, other)
         assert list(runtime.experts) == [SECOND]
 
@@ -287,15 +306,16 @@ def test_removing_an_expert_fails_its_waiting_work() -> None:
 
 
 def test_stopping_fails_waiting_work_and_delivers_what_is_being_computed() -> None:
-    runtime = make_runtime(Expert(FIRST, MANIFEST))
+    expert = HeldExpert()
+    runtime = make_runtime(expert)
 
     async def scenario() -> None:
-        async with HeldThread(runtime):
-            (computing,) = await submit_in_order(runtime, make_work())
-            await asyncio.sleep(0)
-            (waiting,) = await submit_in_order(runtime, make_work())
-            stopping = asyncio.create_task(runtime.stop())
-            assert await status_of(waiting) is StatusCode.UNAVAILABLE
+        (computing,) = await submit_in_order(runtime, make_work())
+        assert await expert.is_computing()
+        (waiting,) = await submit_in_order(runtime, make_work())
+        stopping = asyncio.create_task(runtime.stop())
+        assert await status_of(waiting) is StatusCode.UNAVAILABLE
+        expert.let_go()
         await stopping
         assert computing.done()
         assert computing.result().tensor.shape == (4, HIDDEN)
