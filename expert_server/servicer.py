@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from expert_server.batching import Direction, Work
 from expert_server.kept import Kept, KeptForwards
 from expert_server.runtime import Result, Runtime
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.codec import MAX_CHUNK_BYTES, decode, encode, encoded_bytes, split
+from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
 from peer.wire import expert_pb2, expert_pb2_grpc
 
@@ -141,14 +141,14 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
     async def _answer_call(
         self, direction: Direction, requests: Requests, context: Context, deadline: float
     ) -> None:
-        header = await _read_header(requests)
+        header, chunk = await _read_header(requests)
         self._check_swarm(header.protocol_version, header.swarm_id)
         parts = self._check_parts(header, direction)
         if direction == "backward" and not self._seen.is_new(header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
 
         call = _Call(direction, header, deadline, context)
-        payload = _Payload(requests)
+        payload = _Payload(requests, chunk)
         answers: list[asyncio.Task[None]] = []
         try:
             for index, part in enumerate(parts):
@@ -293,6 +293,8 @@ class _Call:
         self._deadline = deadline
         self._caller = context.peer() or ""
         self._context = context
+        self._ready: deque[tuple[expert_pb2.ExpertReply | None, memoryview]] = deque()
+        """What is to be written: answers with their tensors, and first maybe the rest of a tensor."""
         self._writing = asyncio.Lock()
         self._sending: asyncio.Future[None] | None = None
 
@@ -317,10 +319,25 @@ class _Call:
         )
 
     async def write(self, reply: expert_pb2.ExpertReply, data: memoryview) -> None:
+        """Returns when it is written. Answers that become ready meanwhile go together in the next message."""
+        self._ready.append((reply, data))
         async with self._writing:
-            await self._send(expert_pb2.CallReply(expert=reply))
-            for chunk in split(data):
-                await self._send(expert_pb2.CallReply(chunk=chunk))
+            while self._ready:
+                await self._send(self._next_message())
+
+    def _next_message(self) -> expert_pb2.CallReply:
+        experts: list[expert_pb2.ExpertReply] = []
+        pieces: list[memoryview] = []
+        room = CHUNK_BYTES
+        while room and self._ready:
+            reply, data = self._ready.popleft()
+            if reply is not None:
+                experts.append(reply)
+            pieces.append(data[:room])
+            if len(data) > room:
+                self._ready.appendleft((None, data[room:]))
+            room -= len(pieces[-1])
+        return expert_pb2.CallReply(experts=experts, chunk=b"".join(pieces))
 
     async def settle(self) -> None:
         """Waits for the message that was on its way when its answer was cancelled: before, gRPC takes no status."""
@@ -349,43 +366,47 @@ def _note_failed_write(sending: "asyncio.Future[None]") -> None:
         logger.debug("a reply was not written: %s", error)
 
 
-async def _read_header(requests: Requests) -> expert_pb2.CallHeader:
+async def _read_header(requests: Requests) -> tuple[expert_pb2.CallHeader, bytes]:
+    """The header, and the payload's first bytes."""
     async for request in requests:
-        if request.WhichOneof("part") != "header":
+        if not request.HasField("header"):
             break
-        return request.header
+        return request.header, _checked(request.chunk, least=0)
     raise WireError("a call must begin with its header")
+
+
+def _checked(chunk: bytes, least: int) -> bytes:
+    if not least <= len(chunk) <= MAX_CHUNK_BYTES:
+        raise WireError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
+    return chunk
 
 
 class _Payload:
     """Reads exact numbers of bytes from a stream of chunks. Never holds more than was asked for and one chunk."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: Requests, first: bytes) -> None:
         self._requests = requests
-        self._chunk = b""
-        self._used = 0
+        self._chunk = memoryview(first)
 
     async def read(self, size: int) -> bytearray:
         """The next `size` bytes. Raises WireError when the stream ends before."""
         data = bytearray()
         while len(data) < size:
-            if self._used == len(self._chunk):
-                self._chunk, self._used = await self._next_chunk(size - len(data)), 0
-            piece = self._chunk[self._used : self._used + size - len(data)]
-            data += piece
-            self._used += len(piece)
+            if not self._chunk:
+                self._chunk = memoryview(await self._next_chunk(size - len(data)))
+            missing = size - len(data)
+            data += self._chunk[:missing]
+            self._chunk = self._chunk[missing:]
         return data
 
     async def expect_end(self) -> None:
         """Raises WireError when there is more than the header said."""
-        if self._used != len(self._chunk):
+        if self._chunk:
             raise WireError("the payload is longer than the header says")
         async for _ in self._requests:
             raise WireError("the payload is longer than the header says")
 
     async def _next_chunk(self, missing: int) -> bytes:
         async for request in self._requests:
-            if request.WhichOneof("part") != "chunk" or not 1 <= len(request.chunk) <= MAX_CHUNK_BYTES:
-                raise WireError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
-            return request.chunk
+            return _checked(b"" if request.HasField("header") else request.chunk, least=1)
         raise WireError(f"the payload ended {missing} bytes before what the header says")

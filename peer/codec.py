@@ -1,6 +1,6 @@
 """Tensors as bytes on the wire: encoding, sizes, chunks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,8 @@ Floats = npt.NDArray[np.float32]
 CHUNK_BYTES = 512 * 1024
 """Bigger messages stall the loop, smaller ones cost more than they carry."""
 MAX_CHUNK_BYTES = 1024 * 1024
-MAX_MESSAGE_BYTES = 2 * 1024 * 1024
+MAX_MESSAGE_BYTES = 3 * 1024 * 1024
+"""Of a header and a chunk together."""
 
 _BYTES_PER_NUMBER = {expert_pb2.CODEC_FP32: 4}
 
@@ -41,7 +42,17 @@ def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") 
     return tensor_RD
 
 
-def split(data: memoryview) -> Iterator[bytes]:
-    """The bytes in chunks that fit a message."""
-    for start in range(0, len(data), CHUNK_BYTES):
-        yield bytes(data[start : start + CHUNK_BYTES])
+def chunks(parts: Iterable[memoryview]) -> Iterator[bytes]:
+    """The bytes of all parts, one after another, in as few chunks as fit into messages."""
+    pieces: list[memoryview] = []
+    room = CHUNK_BYTES
+    for part in parts:
+        while part:
+            pieces.append(part[:room])
+            part = part[room:]
+            room -= len(pieces[-1])
+            if not room:
+                yield b"".join(pieces)
+                pieces, room = [], CHUNK_BYTES
+    if pieces:
+        yield b"".join(pieces)

@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
@@ -18,7 +19,7 @@ from dht.registry import NodeInfo
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
-from peer.codec import MAX_CHUNK_BYTES, Floats, decode, encode, encoded_bytes, split
+from peer.codec import MAX_CHUNK_BYTES, Floats, chunks, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
 from peer.wire import expert_pb2, expert_pb2_grpc
 
@@ -152,13 +153,13 @@ class GrpcCaller:
             experts=map(_expert_rows, requests),
             keep=any(request.keep for request in requests),
         )
-        await stream.write(expert_pb2.CallRequest(header=header))
-        for request in requests:
-            for tensor in (None if request.kept else request.inputs, request.gradients):
-                if tensor is not None:
-                    for chunk in split(encode(tensor, expert_pb2.CODEC_FP32)):
-                        await stream.write(expert_pb2.CallRequest(chunk=chunk))
-                        self.bytes_sent += len(chunk)
+        payload = chunks(encode(tensor, expert_pb2.CODEC_FP32) for tensor in _tensors(requests))
+        first = next(payload, b"")
+        await stream.write(expert_pb2.CallRequest(header=header, chunk=first))
+        self.bytes_sent += len(first)
+        for chunk in payload:
+            await stream.write(expert_pb2.CallRequest(chunk=chunk))
+            self.bytes_sent += len(chunk)
         await stream.done_writing()
 
     async def _answers(
@@ -167,41 +168,92 @@ class GrpcCaller:
         """Raises WireError for whatever a correct node would not send. Reads to the stream's end: calls that are
         cancelled leak (grpc issue 43360).
         """
-        waiting = set(range(len(requests)))
-        while waiting:
-            reply = await self._next(stream, "expert")
-            expert = reply.expert
-            if expert.index not in waiting:
-                raise WireError(f"an answer for part {expert.index}, which is not waited for")
-            waiting.remove(expert.index)
-            if expert.status:
-                status = _STATUS.get(expert.status, StatusCode.UNKNOWN)
-                error = ExpertError(status, expert.message[:500], max(0.0, expert.retry_after_s))
-                yield Answer(expert.index, None, error)
-                continue
-            size = encoded_bytes(len(requests[expert.index].inputs), self._width, expert_pb2.CODEC_FP32)
-            if expert.payload_bytes != size:
-                raise WireError(f"a tensor of {expert.payload_bytes} bytes; expected {size}")
-            data = bytearray()
-            while len(data) < size:
-                chunk = (await self._next(stream, "chunk")).chunk
-                if not 1 <= len(chunk) <= min(MAX_CHUNK_BYTES, size - len(data)):
-                    raise WireError(f"a chunk of {len(chunk)} bytes")
-                data += chunk
-            self.bytes_received += size
-            kept = KeptAt(request_id, expert.index) if expert.kept else None
-            yield Answer(expert.index, decode(data, self._width, expert_pb2.CODEC_FP32), kept=kept)
+        replies = _Replies(request_id, requests, self._width)
+        while not replies.complete:
+            reply = await stream.read()
+            if not isinstance(reply, expert_pb2.CallReply):
+                # the end, with status OK: any other was raised by read()
+                raise WireError("the stream ended before all experts had answered")
+            self.bytes_received += len(reply.chunk)
+            for answer in replies.take(reply):
+                yield answer
         if await stream.read() is not grpc.aio.EOF:
             raise WireError("more than all experts' answers")
 
-    async def _next(self, stream: Stream, part: str) -> expert_pb2.CallReply:
-        reply = await stream.read()
-        if not isinstance(reply, expert_pb2.CallReply):
-            # the end, with status OK: any other was raised by read()
-            raise WireError("the stream ended before all experts had answered")
-        if reply.WhichOneof("part") != part:
-            raise WireError(f"got {reply.WhichOneof('part')} where {part} was expected")
-        return reply
+
+class _Replies:
+    """Puts the answers of one call together. Does no I/O."""
+
+    def __init__(self, request_id: bytes, requests: Sequence[Request], width: int) -> None:
+        self._request_id = request_id
+        self._requests = requests
+        self._width = width
+        self._waiting = set(range(len(requests)))
+        self._due: deque[expert_pb2.ExpertReply] = deque()
+        """Answers whose tensors have not come in whole."""
+        self._data = bytearray()
+        """Of the first that is due."""
+        self._missing = 0
+        """Bytes that all answers still lack."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expert has answered."""
+        return not (self._waiting or self._due)
+
+    def take(self, reply: expert_pb2.CallReply) -> Iterator[Answer]:
+        """The answers that are whole with this message. Raises WireError when it is not what must come next."""
+        chunk = memoryview(reply.chunk)
+        if not (reply.experts or chunk) or len(chunk) > MAX_CHUNK_BYTES:
+            raise WireError(f"a message of {len(reply.experts)} answers and {len(chunk)} bytes")
+        for expert in reply.experts:
+            self._expect(expert)
+        if len(chunk) > self._missing:
+            raise WireError(f"{len(chunk) - self._missing} bytes more than the answers' tensors have")
+        self._missing -= len(chunk)
+        while self._due:
+            expert = self._due[0]
+            missing = expert.payload_bytes - len(self._data)
+            self._data += chunk[:missing]
+            chunk = chunk[missing:]
+            if len(self._data) < expert.payload_bytes:
+                return
+            self._due.popleft()
+            yield self._answer(expert, self._data)
+            self._data = bytearray()
+
+    def _expect(self, expert: expert_pb2.ExpertReply) -> None:
+        if expert.index not in self._waiting:
+            raise WireError(f"an answer for part {expert.index}, which is not waited for")
+        size = 0
+        if not expert.status:
+            rows = len(self._requests[expert.index].inputs)
+            size = encoded_bytes(rows, self._width, expert_pb2.CODEC_FP32)
+        if expert.payload_bytes != size:
+            raise WireError(f"a tensor of {expert.payload_bytes} bytes; expected {size}")
+        self._waiting.remove(expert.index)
+        self._due.append(expert)
+        self._missing += size
+
+    def _answer(self, expert: expert_pb2.ExpertReply, data: bytearray) -> Answer:
+        if expert.status:
+            status = _STATUS.get(expert.status, StatusCode.UNKNOWN)
+            return Answer(
+                expert.index,
+                None,
+                ExpertError(status, expert.message[:500], max(0.0, expert.retry_after_s)),
+            )
+        kept = KeptAt(self._request_id, expert.index) if expert.kept else None
+        return Answer(expert.index, decode(data, self._width, expert_pb2.CODEC_FP32), kept=kept)
+
+
+def _tensors(requests: Sequence[Request]) -> Iterator[Floats]:
+    """In the order of the payload."""
+    for request in requests:
+        if not request.kept:
+            yield request.inputs
+        if request.gradients is not None:
+            yield request.gradients
 
 
 def _expert_rows(request: Request) -> expert_pb2.ExpertRows:
@@ -225,6 +277,8 @@ def _call_error(status: StatusCode, details: str | None) -> ExpertError:
     """Why a call failed as a whole."""
     if status is StatusCode.OK:
         return ExpertError(StatusCode.DATA_LOSS, "the node ended the call before it had all rows")
+    if status is StatusCode.CANCELLED:
+        return ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call")
     if status is StatusCode.INTERNAL:
         # what grpc.aio makes of every status that comes while it writes a message
         return ExpertError(StatusCode.UNAVAILABLE, f"the call broke off: {details}"[:500])

@@ -57,12 +57,12 @@ class ExpertRows(_message.Message):
     def __init__(self, uid: _Optional[str] = ..., segment_lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., kept_request_id: _Optional[bytes] = ..., kept_index: _Optional[int] = ..., kept_rows: _Optional[int] = ...) -> None: ...
 
 class CallReply(_message.Message):
-    __slots__ = ("expert", "chunk")
-    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("experts", "chunk")
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
-    expert: ExpertReply
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertReply]
     chunk: bytes
-    def __init__(self, expert: _Optional[_Union[ExpertReply, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, experts: _Optional[_Iterable[_Union[ExpertReply, _Mapping]]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class ExpertReply(_message.Message):
     __slots__ = ("index", "status", "message", "update_count", "payload_bytes", "kept", "retry_after_s")

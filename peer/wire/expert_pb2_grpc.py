@@ -56,7 +56,7 @@ class ExpertServiceServicer:
 
     def Forward(self, request_iterator, context):
         """Runs experts on rows of activations. Requests: one CallHeader, then payload chunks. Replies: for every expert
-        one ExpertReply, followed by its payload chunks.
+        one ExpertReply, and its tensor in the payload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -242,19 +242,15 @@ async def make(edge: Edge, call: Call, **options: Any) -> Outcome:
 def answers(outcome: Outcome, rows: int = ROWS) -> dict[int, tuple[expert_pb2.ExpertReply, Tensor | None]]:
     """Index → reply and tensor, once the stream is known to have the right form."""
     found: dict[int, tuple[expert_pb2.ExpertReply, Tensor | None]] = {}
-    pending = list(outcome.replies)
-    while pending:
-        reply = pending.pop(0)
-        assert reply.WhichOneof("part") == "expert"
-        assert reply.expert.index not in found
-        data = bytearray()
-        while len(data) < reply.expert.payload_bytes:
-            chunk = pending.pop(0).chunk
-            assert 0 < len(chunk) <= MAX_CHUNK_BYTES
-            data += chunk
-        assert len(data) == reply.expert.payload_bytes
+    payload = memoryview(b"".join(reply.chunk for reply in outcome.replies))
+    assert all(len(reply.chunk) <= MAX_CHUNK_BYTES for reply in outcome.replies)
+    for expert in (expert for reply in outcome.replies for expert in reply.experts):
+        assert expert.index not in found
+        data, payload = bytearray(payload[: expert.payload_bytes]), payload[expert.payload_bytes :]
+        assert len(data) == expert.payload_bytes
         tensor = torch.frombuffer(data, dtype=torch.float32).view(rows, HIDDEN) if data else None
-        found[reply.expert.index] = reply.expert, tensor
+        found[expert.index] = expert, tensor
+    assert not payload
     return found
 
 
@@ -365,12 +361,14 @@ def test_a_full_queue_is_said_in_the_reply_with_a_time_to_come_back(run: Runner)
     run(scenario, max_queued_rows=ROWS - 1)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["after the header", "beside the header"])
 @pytest.mark.parametrize("size", [1, 7, 64, 10**6])
-def test_it_does_not_matter_how_the_payload_is_cut(run: Runner, size: int) -> None:
+def test_it_does_not_matter_how_the_payload_is_cut(run: Runner, size: int, beside: bool) -> None:
     call = Call("backward", uids=[FIRST, SECOND])
 
     async def scenario(edge: Edge) -> None:
-        requests = [expert_pb2.CallRequest(header=call.header), *chunked(call.payload, size)]
+        first, *others = chunked(call.payload, size)
+        requests = [with_payload(call, first.chunk), *others] if beside else [header_of(call), first, *others]
         outcome = await exchange(edge, "backward", requests)
         assert outcome.code is StatusCode.OK, outcome.details
         for index, (_, tensor) in answers(outcome).items():
@@ -386,7 +384,7 @@ def test_a_large_answer_comes_in_chunks(run: Runner) -> None:
     async def scenario(edge: Edge) -> None:
         outcome = await make(edge, call)
         assert outcome.code is StatusCode.OK, outcome.details
-        assert len(outcome.replies) == 3
+        assert [len(reply.chunk) for reply in outcome.replies] == [CHUNK_BYTES] * 2
         ((_, tensor),) = answers(outcome, segments * CONTEXT).values()
         torch.testing.assert_close(tensor, call.expected(Expert(FIRST, MANIFEST)))
 
@@ -567,6 +565,10 @@ def header_of(call: Call) -> expert_pb2.CallRequest:
     return expert_pb2.CallRequest(header=call.header)
 
 
+def with_payload(call: Call, data: bytes) -> expert_pb2.CallRequest:
+    return expert_pb2.CallRequest(header=call.header, chunk=data)
+
+
 def piece(data: bytes) -> expert_pb2.CallRequest:
     return expert_pb2.CallRequest(chunk=data)
 
@@ -579,6 +581,14 @@ WRONG_STREAMS: dict[str, tuple[Callable[[Call], list[expert_pb2.CallRequest]], s
     "no message at all": (lambda call: [], NO_HEADER),
     "an empty message": (lambda call: [expert_pb2.CallRequest()], NO_HEADER),
     "a chunk before the header": (lambda call: [piece(call.payload), header_of(call)], NO_HEADER),
+    "a header with a part of the payload, then too much": (
+        lambda call: [with_payload(call, call.payload[:8]), piece(call.payload)],
+        "longer than the header says",
+    ),
+    "an oversized chunk beside the header": (
+        lambda call: [with_payload(call, bytes(MAX_CHUNK_BYTES + 1))],
+        NOT_A_CHUNK,
+    ),
     "a second header": (lambda call: [header_of(call), header_of(call)], NOT_A_CHUNK),
     "an empty chunk": (lambda call: [header_of(call), piece(b""), piece(call.payload)], NOT_A_CHUNK),
     "a message with nothing in it": (lambda call: [header_of(call), expert_pb2.CallRequest()], NOT_A_CHUNK),

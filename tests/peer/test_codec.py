@@ -11,10 +11,10 @@ from peer.codec import (
     MAX_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
     Floats,
+    chunks,
     decode,
     encode,
     encoded_bytes,
-    split,
 )
 from peer.errors import WireError
 from peer.wire import expert_pb2
@@ -76,14 +76,17 @@ def test_a_codec_that_is_not_spoken_is_named(number: int) -> None:
             use()
 
 
+SIZES = st.one_of(st.integers(0, 3), st.integers(-2, 2).map(lambda n: 3 * CHUNK_BYTES + n))
+
+
 @settings(max_examples=30)
-@given(st.one_of(st.integers(0, 3), st.integers(-2, 2).map(lambda n: 3 * CHUNK_BYTES + n)))
-def test_chunks_are_all_the_bytes_in_order_and_none_is_empty(size: int) -> None:
-    data = np.arange(size, dtype=np.uint32).astype(np.uint8).tobytes()
-    chunks = list(split(memoryview(data)))
-    assert b"".join(chunks) == data
-    assert all(1 <= len(chunk) <= CHUNK_BYTES for chunk in chunks)
-    assert len(chunks) == -(-size // CHUNK_BYTES)
+@given(st.lists(SIZES, max_size=4))
+def test_chunks_are_all_the_bytes_in_order_and_none_but_the_last_has_room(sizes: list[int]) -> None:
+    parts = [np.arange(size, dtype=np.uint32).astype(np.uint8).tobytes() for size in sizes]
+    found = list(chunks(map(memoryview, parts)))
+    assert b"".join(found) == b"".join(parts)
+    assert all(len(chunk) == CHUNK_BYTES for chunk in found[:-1])
+    assert all(1 <= len(chunk) <= CHUNK_BYTES for chunk in found)
 
 
 def test_a_chunk_fits_a_message() -> None:

@@ -18,7 +18,7 @@ from dht.registry import NodeInfo
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.channels import SERVER_OPTIONS, ChannelPool, server_credentials
-from peer.codec import CHUNK_BYTES, Floats
+from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, Floats
 from peer.errors import ExpertError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
@@ -59,12 +59,13 @@ class Server:
         """Takes in the next messages, or all."""
         while messages > 0 and isinstance(request := await context.read(), CallRequest):
             messages -= 1
-            if request.WhichOneof("part") == "header":
-                assert self.header is None
+            assert request.HasField("header") == (self.header is None)
+            if self.header is None:
                 self.header = request.header
             else:
-                assert 1 <= len(request.chunk) <= CHUNK_BYTES
-                self.payload += request.chunk
+                assert request.chunk
+            assert len(request.chunk) <= CHUNK_BYTES
+            self.payload += request.chunk
 
     async def start(self, identity: Identity) -> grpc.aio.Server:
         certificate = identity.make_certificate()
@@ -179,7 +180,11 @@ def requests_for(
 
 
 def reply(index: int, size: int = BYTES) -> CallReply:
-    return CallReply(expert=ExpertReply(index=index, payload_bytes=size))
+    return CallReply(experts=[ExpertReply(index=index, payload_bytes=size)])
+
+
+def both() -> CallReply:
+    return CallReply(experts=[*reply(0).experts, *reply(1).experts])
 
 
 def chunk(size: int = BYTES, number: float = 1.0) -> CallReply:
@@ -355,7 +360,16 @@ WRONG = {
     "chunks longer than announced": ((*ANSWERED_0, reply(1), chunk(BYTES - 4), chunk(8)), [0]),
     "one chunk too many at the end": ((*ANSWERED_0, reply(1), chunk(), chunk(4)), [0, 1]),
     "an empty chunk": ((*ANSWERED_0, reply(1), CallReply(chunk=b""), chunk()), [0]),
-    "the next answer before the payload": ((reply(0), reply(1), chunk(), chunk()), []),
+    "no room for the second of two tensors": ((reply(0), reply(1), chunk(), chunk(BYTES + 4)), [0]),
+    "both tensors short": ((both(), chunk(), chunk(BYTES - 4)), [0]),
+    "a repeated index in one message": (
+        (CallReply(experts=[*reply(0).experts] * 2, chunk=bytes(2 * BYTES)),),
+        [],
+    ),
+    "a message of too many bytes": (
+        (CallReply(experts=both().experts, chunk=bytes(MAX_CHUNK_BYTES + 1)),),
+        [],
+    ),
     "a chunk before any answer": ((chunk(), reply(0), chunk()), []),
     "an empty message": ((CallReply(),), []),
     "bytes that are no message": ((*ANSWERED_0, b"\xff\xff\xff"), [0]),
@@ -382,7 +396,7 @@ def test_wrong_answer_is_data_loss_and_earlier_answers_count(
 def test_message_over_the_limit_is_refused_unread(
     loop: LoopThread, server: Server, caller: GrpcCaller
 ) -> None:
-    server.behave = sends(reply(0), bytes(3 * 2**20))
+    server.behave = sends(reply(0), bytes(4 * 2**20))
     collected = loop.run(collect(caller, server.info, requests_for(0)))
     assert collected.status is StatusCode.RESOURCE_EXHAUSTED
     assert not collected.answers
@@ -406,7 +420,7 @@ def test_wrong_answer_cuts_the_call_off_at_the_server(
 
 def refusal(index: int, status: int, message: str = "", retry_after_s: float = 0.0) -> CallReply:
     return CallReply(
-        expert=ExpertReply(index=index, status=status, message=message, retry_after_s=retry_after_s)
+        experts=[ExpertReply(index=index, status=status, message=message, retry_after_s=retry_after_s)]
     )
 
 
