@@ -2,12 +2,12 @@
 
 Start-time fair queueing (Goyal, Vin & Cheng 1996) over callers, by rows. Each caller has a virtual time, the rows
 computed for it. Whose is least chooses the expert and direction of the next batch, by its earliest deadline; others
-join in the same order. Nothing here reads a clock or does I/O.
+join in the same order. Experts that are busy with a batch are passed over. Nothing here reads a clock or does I/O.
 
 Shape suffixes: R = rows, S = segments, D = hidden.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count, islice
@@ -96,7 +96,7 @@ class BatchQueue:
         self._ahead: dict[str, int] = {}
         """Virtual times of callers that left when they were ahead of others."""
         self._virtual_time = 0
-        """That of the caller who chose the last batch: no caller's is less."""
+        """The least of all callers when the last batch was chosen: no caller's is less."""
         self._measured_rows = self._measured_s = 0.0
 
     def make_room(self, work: Work) -> list[Entry]:
@@ -143,13 +143,13 @@ class BatchQueue:
             line.push(entry)
         return entry
 
-    def pop(self, now: float) -> tuple[list[Entry], list[Entry]]:
-        """Takes the next batch, and apart from it all work whose deadline has passed."""
+    def pop(self, now: float, busy: Set[UID] = frozenset()) -> tuple[list[Entry], list[Entry]]:
+        """Takes the next batch, of no busy expert, and apart from it all work whose deadline has passed."""
         expired: list[Entry] = []
         while self._waiting:
             deadline, order = self._by_deadline.first()
             if deadline > now:
-                return self._take_batch(), expired
+                return self._take_batch(busy), expired
             expired.append(self._take(self._waiting[order]))
         return [], expired
 
@@ -191,12 +191,18 @@ class BatchQueue:
     def _rows_of(self, caller: str) -> int:
         return self._callers[caller].rows if caller in self._callers else 0
 
-    def _take_batch(self) -> list[Entry]:
+    def _take_batch(self, busy: Set[UID]) -> list[Entry]:
         """Nobody joins who would be more than a batch ahead of the caller whose turn it is."""
-        chooser = min(self._callers.values(), key=_Caller.turn)
-        self._virtual_time = chooser.virtual_time
-        most = self._virtual_time + self._max_batch_rows
-        lines = self._by_key[self._waiting[chooser.line.first()[1]].work.key]
+        callers = self._callers.values()
+        choosers = [
+            (caller.virtual_time, *first) for caller in callers if (first := self._first(caller, busy))
+        ]
+        if not choosers:
+            return []
+        self._virtual_time = min(caller.virtual_time for caller in callers)
+        virtual_time, _, order = min(choosers)
+        most = virtual_time + self._max_batch_rows
+        lines = self._by_key[self._waiting[order].work.key]
         turns = [(self._callers[name].virtual_time, line.first(), name) for name, line in lines.items()]
         heapify(turns)  # the chooser's is first
         batch: list[Entry] = []
@@ -215,6 +221,14 @@ class BatchQueue:
             else:
                 heappop(turns)
         return batch
+
+    def _first(self, caller: "_Caller", busy: Set[UID]) -> tuple[float, int] | None:
+        """Deadline and order of the caller's earliest deadline, busy experts left out."""
+        first = caller.line.first()
+        if self._waiting[first[1]].work.uid not in busy:
+            return first
+        lines = (lines.get(caller.name) for (uid, _), lines in self._by_key.items() if uid not in busy)
+        return min((line.first() for line in lines if line), default=None)
 
     def _take(self, entry: Entry) -> Entry:
         work = entry.work
@@ -288,7 +302,3 @@ class _Caller:
     virtual_time: int
     line: _Line
     rows: int = 0
-
-    def turn(self) -> tuple[int, tuple[float, int]]:
-        """The least is next."""
-        return self.virtual_time, self.line.first()

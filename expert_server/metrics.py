@@ -58,7 +58,9 @@ class NodeCollector(Collector):
             "talkoot_rollbacks", "Experts rolled back to their last good state.", stats.rollbacks
         )
         yield CounterMetricFamily(
-            "talkoot_compute_seconds", "Time the compute thread was busy.", stats.busy_s
+            "talkoot_compute_seconds",
+            "Time that batches took, those at the same time added up.",
+            stats.busy_s,
         )
         works = CounterMetricFamily(
             "talkoot_unfinished_works", "Works that brought no result, by cause.", labels=["cause"]

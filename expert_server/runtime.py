@@ -1,46 +1,37 @@
-"""From requests to batches to the compute thread.
+"""From requests to batches to the compute threads.
 
-`Runtime` is the shell around the policy in `batching.py`: the event loop's thread brings work, and one thread takes it
-in batches and computes them. The compute thread takes its batches itself: a turn through the loop between two of them
+`Runtime` is the shell around the policy in `batching.py`: the event loop's thread brings work, and a few threads take
+it in batches, each for another expert. A thread that has ended a batch starts the next itself: a turn through the loop
 would leave it idle, and the loop is busiest when work waits.
-
-Shape suffixes: R = rows, D = hidden.
 """
 
 import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from grpc import StatusCode
-from torch import Tensor
 
-from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.batching import BatchQueue, Entry, Work
-from expert_server.expert import BackwardPart, Expert, Graph
+from expert_server.computing import Result, compute
+from expert_server.expert import Expert
 from peer.errors import ExpertError
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(slots=True)
-class Result:
-    """`tensor` [R, D]: outputs in forward, gradients of the inputs in backward; on the CPU, float32."""
-
-    tensor: Tensor
-    update_count: int
-    graph: Graph | None = None
-    """Of a forward pass that was to be kept, unless it was merged with others."""
+_MOST_AT_ONCE = 4
+"""Batches: more would keep more tensors in memory and gain little."""
+_STOPPING = "this node is stopping"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +43,28 @@ class _Computed:
     updates: int
     skipped_updates: int
     rollbacks: int
+
+
+class _Task:
+    """A function that `run` was given, and its result to come."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.future: Future[Any] = Future()
+        self._function = function
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._function()
+        except BaseException as error:  # noqa: BLE001  # it goes on where the result is awaited
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+    def refuse(self) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(ExpertError(StatusCode.UNAVAILABLE, _STOPPING))
 
 
 @dataclass(slots=True)
@@ -71,8 +84,9 @@ class RuntimeStats:
 
 
 class Runtime:
-    """Computes work for the experts of one node, in batches, on one thread.
+    """Computes work for the experts of one node, in batches, each expert's one after another.
 
+    Experts with work share the threads: many small batches run beside each other, one large one gets all threads.
     All public methods belong to the event loop's thread, and none of them blocks it.
     """
 
@@ -85,24 +99,23 @@ class Runtime:
         threads: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`threads`: of torch, within one operation. `clock`: what deadlines are measured by."""
+        """`threads`: of all batches together. `clock`: what deadlines are measured by."""
         self._clock = clock
         self._lock = threading.Lock()
-        """Of what both threads use: the queue, the experts in service, and the two flags."""
+        """Of what all threads use: the queue, the experts in service, and what is under way."""
         self._queue = BatchQueue(max_queued_rows, max_batch_rows)
         self._experts = dict(experts)
-        self._computing = False
-        """Whether the thread computes a batch, or will look for one."""
-        self._stopped = False
+        self._busy: set[UID] = set()
+        """Experts that have a batch under way."""
+        self._tasks: deque[_Task] = deque()
+        """Of `run`: each waits until nothing is under way."""
+        self._exclusive = self._stopped = False
         self._waiting: dict[Entry, asyncio.Future[Result]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stats = RuntimeStats()
-        self._thread = ThreadPoolExecutor(
-            max_workers=1,
-            thread_name_prefix="compute",
-            initializer=torch.set_num_threads,
-            initargs=(threads,),
-        )
+        self._threads = threads
+        self._at_once = min(threads, _MOST_AT_ONCE)
+        self._pool = ThreadPoolExecutor(max_workers=self._at_once, thread_name_prefix="compute")
 
     @property
     def experts(self) -> Mapping[UID, Expert]:
@@ -119,12 +132,15 @@ class Runtime:
         self._loop = asyncio.get_running_loop()
 
     async def stop(self) -> None:
-        """Fails the work that waits, lets the batch that is being computed end, and ends the thread."""
+        """Fails what waits, lets what is under way end, and ends the threads."""
         with self._lock:
             self._stopped = True
-            waiting = self._queue.clear()
-        self._fail(waiting, StatusCode.UNAVAILABLE, "this node is stopping")
-        await asyncio.to_thread(self._thread.shutdown)
+            waiting, tasks = self._queue.clear(), list(self._tasks)
+            self._tasks.clear()
+        self._fail(waiting, StatusCode.UNAVAILABLE, _STOPPING)
+        for task in tasks:
+            task.refuse()
+        await asyncio.to_thread(self._pool.shutdown)
 
     async def submit(self, work: Work) -> Result:
         """Waits for the result; when cancelled, takes the work out of the queue.
@@ -137,7 +153,7 @@ class Runtime:
             raise ExpertError(StatusCode.NOT_FOUND, _not_hosted(work.uid))
         entry = self._push(work)
         self._waiting[entry] = self._loop.create_future()
-        self._loop.call_soon(self._wake_thread)  # not now: what else this turn of the loop brings may join
+        self._loop.call_soon(self._start)  # not now: what else this turn of the loop brings may join
         try:
             return await self._waiting[entry]
         finally:
@@ -157,20 +173,19 @@ class Runtime:
             waiting = self._queue.remove(uid)
         self._fail(waiting, StatusCode.NOT_FOUND, _not_hosted(uid))
 
-    async def build(self, uid: UID, manifest: Manifest, device: torch.device | str = "cpu") -> Expert:
-        """Builds an expert and takes it into service."""
-        expert = await self.run(partial(Expert, uid, manifest, device))
-        self.add(expert)
-        return expert
-
     async def run(self, function: Callable[[], T]) -> T:
-        """Runs a function on the compute thread, between two batches.
+        """Runs a function on a compute thread while no batch is under way, before those that wait.
 
         Whatever reads or writes an expert's tensors goes this way.
         """
-        if self._stopped:
-            raise ExpertError(StatusCode.UNAVAILABLE, "this node is stopping")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        task = _Task(function)
+        with self._lock:
+            if self._stopped:
+                raise ExpertError(StatusCode.UNAVAILABLE, _STOPPING)
+            self._tasks.append(task)
+        self._start()
+        result: T = await asyncio.wrap_future(task.future)
+        return result
 
     def _push(self, work: Work) -> Entry:
         try:
@@ -187,26 +202,45 @@ class Runtime:
             self._fail([other], StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s)
         return entry
 
-    def _wake_thread(self) -> None:
+    def _start(self) -> None:
+        """Starts what can be started now. Called whenever something came or ended, on any thread."""
         with self._lock:
-            if not (self._computing or self._stopped):
-                self._computing = True
-                self._thread.submit(self._compute_next)
+            if self._tasks:
+                if not (self._busy or self._exclusive):
+                    self._exclusive = True
+                    self._pool.submit(self._run_task, self._tasks.popleft())
+                return
+            batches: list[tuple[Expert, list[Entry]]] = []
+            while not (self._exclusive or self._stopped) and len(self._busy) < self._at_once:
+                batch, expired = self._queue.pop(self._clock(), self._busy)
+                if expired and self._loop is not None:
+                    self._loop.call_soon_threadsafe(self._expire, expired)
+                if not batch:
+                    break
+                expert = self._experts[batch[0].work.uid]
+                self._busy.add(expert.uid)
+                batches.append((expert, batch))
+            threads = max(1, self._threads // max(1, len(self._busy)))
+            for expert, batch in batches:
+                self._pool.submit(self._run_batch, expert, batch, threads)
 
-    def _compute_next(self) -> None:
-        """On the compute thread: computes one batch, and comes back for the next behind what `run` has brought."""
+    def _run_task(self, task: "_Task") -> None:
+        torch.set_num_threads(self._threads)
+        task.run()
+        with self._lock:
+            self._exclusive = False
+        self._start()
+
+    def _run_batch(self, expert: Expert, batch: Sequence[Entry], threads: int) -> None:
         assert self._loop is not None, "the runtime was started"
+        torch.set_num_threads(threads)  # of this thread alone
+        computed = self._compute(expert, batch)
+        rows = sum(entry.work.rows for entry in batch)
         with self._lock:
-            batch, expired = self._queue.pop(self._clock())
-            expert = self._experts[batch[0].work.uid] if batch else None
-        if expired:
-            self._loop.call_soon_threadsafe(self._expire, expired)
-        if expert is not None:
-            self._loop.call_soon_threadsafe(self._finish, batch, self._compute(expert, batch))
-        with self._lock:
-            self._computing = bool(self._queue.rows) and not self._stopped
-            if self._computing:
-                self._thread.submit(self._compute_next)
+            self._queue.measure(rows, computed.seconds / len(self._busy))
+            self._busy.remove(expert.uid)
+        self._start()
+        self._loop.call_soon_threadsafe(self._finish, batch, computed)
 
     def _compute(self, expert: Expert, batch: Sequence[Entry]) -> "_Computed":
         updates, skipped, rollbacks = expert.update_count, expert.skipped_updates, expert.guard.rollbacks
@@ -232,12 +266,9 @@ class Runtime:
         self._fail(entries, StatusCode.DEADLINE_EXCEEDED, "the deadline passed while this work waited")
 
     def _finish(self, batch: Sequence[Entry], computed: "_Computed") -> None:
-        rows = sum(entry.work.rows for entry in batch)
-        with self._lock:
-            self._queue.measure(rows, computed.seconds)
         stats = self._stats
         stats.batches += 1
-        stats.rows += rows
+        stats.rows += sum(entry.work.rows for entry in batch)
         stats.failed += sum(isinstance(result, ExpertError) for result in computed.results)
         stats.busy_s += computed.seconds
         stats.updates += computed.updates
@@ -262,68 +293,6 @@ class Runtime:
             future = self._waiting.get(entry)
             if future is not None and not future.done():
                 future.set_exception(ExpertError(status, message, retry_after_s=retry_after_s))
-
-
-def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]:
-    """Computes work of one expert and direction as one batch, in backward with one optimizer step.
-
-    When the batch fails each work is computed by itself, so that one caller's numbers spoil no other's.
-    """
-    step = _forward if batch[0].direction == "forward" else _backward
-    skipped = expert.skipped_updates
-    try:
-        results: list[Result | ExpertError] = list(step(expert, batch))
-        if len(batch) == 1 or expert.skipped_updates == skipped:
-            return results
-        expert.skipped_updates = skipped  # whose gradients they were, the works tell one by one
-    except ExpertError as error:
-        if len(batch) == 1:
-            return [error]
-    alone = [replace(work, graph=None) for work in batch]  # graphs are used up
-    return [result for work in alone for result in compute(expert, [work])]
-
-
-def _forward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
-    if len(batch) == 1 and batch[0].keep:
-        work = batch[0]
-        output_RD, graph = expert.forward_with_graph(work.inputs, work.lengths, work.positions)
-        return [Result(output_RD, expert.update_count, graph)]
-    output_RD = expert.forward(
-        _joined([work.inputs for work in batch]),
-        _joined([work.lengths for work in batch]),
-        _joined([work.positions for work in batch]),
-    )
-    parts = torch.split(output_RD, [work.rows for work in batch])
-    return [Result(part, expert.update_count) for part in parts]
-
-
-def _backward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
-    """Works with a good graph go by themselves, the others as one; all of them before one optimizer step."""
-    ready = [work for work in batch if expert.is_current(work.graph)]
-    others = [work for work in batch if not expert.is_current(work.graph)]
-    parts = [_part([work], work.graph) for work in ready]
-    if others:
-        parts.append(_part(others, None))
-    gradients = expert.backward(parts)
-    by_work = dict(zip(ready, gradients, strict=False))
-    if others:
-        split = torch.split(gradients[-1], [work.rows for work in others])
-        by_work |= dict(zip(others, split, strict=True))
-    return [Result(by_work[work], expert.update_count) for work in batch]
-
-
-def _part(works: Sequence[Work], graph: Graph | None) -> BackwardPart:
-    return BackwardPart(
-        _joined([work.inputs for work in works]),
-        _joined([work.gradients for work in works if work.gradients is not None]),
-        _joined([work.lengths for work in works]),
-        _joined([work.positions for work in works]),
-        graph,
-    )
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _not_hosted(uid: UID) -> str:

@@ -15,8 +15,9 @@ from grpc import StatusCode
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.batching import Direction, Work
+from expert_server.computing import Result
 from expert_server.kept import Kept, KeptForwards
-from expert_server.runtime import Result, Runtime
+from expert_server.runtime import Runtime
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError

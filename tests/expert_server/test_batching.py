@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Set
 from itertools import combinations, count
 from typing import get_args
 
@@ -84,18 +85,19 @@ class ModelQueue:
     def turn(self, entry: Entry) -> tuple[float, float, int]:
         return self.virtual_times[entry.work.caller], entry.work.deadline, entry.order
 
-    def pop(self, now: float) -> tuple[list[Entry], list[Entry]]:
+    def pop(self, now: float, busy: Set[UID]) -> tuple[list[Entry], list[Entry]]:
         in_order = sorted(self.entries, key=lambda entry: (entry.work.deadline, entry.order))
         expired = [entry for entry in in_order if entry.work.deadline <= now]
         self.take(expired)
         batch: list[Entry] = []
-        if self.entries:
-            chosen = min(self.entries, key=self.turn)
-            self.virtual_time = self.virtual_times[chosen.work.caller]
+        if free := [entry for entry in self.entries if entry.work.uid not in busy]:
+            chosen = min(free, key=self.turn)
+            turn = self.virtual_times[chosen.work.caller]
+            self.virtual_time = min(self.virtual_times[entry.work.caller] for entry in self.entries)
             while joining := [e for e in self.entries if e.work.key == chosen.work.key and e not in batch]:
                 entry = min(joining, key=self.turn)
                 rows = entry.work.rows + sum(e.work.rows for e in batch)
-                lead = self.virtual_times[entry.work.caller] + entry.work.rows - self.virtual_time
+                lead = self.virtual_times[entry.work.caller] + entry.work.rows - turn
                 if batch and max(rows, lead) > self.max_batch_rows:
                     break
                 self.virtual_times[entry.work.caller] += entry.work.rows
@@ -111,7 +113,7 @@ works = st.builds(make_work, st.integers(1, 8), uids, directions, st.integers(0,
 operations = st.one_of(
     works,
     works,
-    st.tuples(st.just("pop"), st.integers(0, 3)),
+    st.tuples(st.just("pop"), st.integers(0, 3), st.frozensets(uids)),
     st.tuples(st.just("discard"), st.integers(0, 100)),
     st.tuples(st.just("remove"), uids),
 )
@@ -134,9 +136,9 @@ def test_queue_does_what_full_scans_would(steps: list[object]) -> None:
                 else:
                     pushed.append(queue.push(step))
                     model.add(pushed[-1])
-            case "pop", int(elapsed):
+            case "pop", int(elapsed), frozenset() as busy:
                 now += elapsed
-                assert queue.pop(now) == model.pop(now)
+                assert queue.pop(now, busy) == model.pop(now, busy)
             case "discard", int(index) if pushed:
                 entry = pushed[index % len(pushed)]
                 queue.discard(entry)

@@ -11,8 +11,9 @@ from torch import Tensor
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
 from expert_server.batching import Direction, Work
+from expert_server.computing import Result
 from expert_server.expert import BackwardPart, Expert
-from expert_server.runtime import Result, Runtime
+from expert_server.runtime import Runtime
 from peer.errors import ExpertError
 
 HIDDEN = 16
@@ -48,13 +49,16 @@ def backward_alone(work: Work) -> Tensor:
 
 
 def make_runtime(
-    *experts: Expert, max_queued_rows: int = 1000, clock: Callable[[], float] | None = None
+    *experts: Expert,
+    max_queued_rows: int = 1000,
+    threads: int = 1,
+    clock: Callable[[], float] | None = None,
 ) -> Runtime:
     return Runtime(
         {expert.uid: expert for expert in experts},
         max_queued_rows=max_queued_rows,
         max_batch_rows=100,
-        threads=1,
+        threads=threads,
         clock=clock or (lambda: 0.0),
     )
 
@@ -94,11 +98,14 @@ class HeldThread:
 class HeldExpert(Expert):
     """Computes forward passes when it is let go."""
 
-    def __init__(self) -> None:
-        super().__init__(FIRST, MANIFEST)
+    def __init__(self, uid: UID = FIRST) -> None:
+        super().__init__(uid, MANIFEST)
         self._reached, self._release = threading.Event(), threading.Event()
+        self.threads: list[int] = []
+        """Of torch, in each forward pass."""
 
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+        self.threads.append(torch.get_num_threads())
         self._reached.set()
         assert self._release.wait(10)
         return super().forward(x_RD, lengths_S, positions_R)
@@ -328,39 +335,87 @@ def test_stopping_fails_waiting_work_and_delivers_what_is_being_computed() -> No
 
 
 def test_a_stopped_runtime_leaves_no_thread() -> None:
-    runtime, threads = make_runtime(), set(threading.enumerate())
+    threads = set(threading.enumerate())
+    runtime = make_runtime(Expert(FIRST, MANIFEST), threads=4)
 
     async def scenario() -> None:
-        await runtime.build(FIRST, MANIFEST)
+        await runtime.submit(make_work())
         assert [t for t in threading.enumerate() if t.name.startswith("compute")]
 
     with_runtime(runtime, scenario)
     assert set(threading.enumerate()) <= threads
 
 
-def test_experts_are_built_and_computed_on_one_thread_with_its_own_thread_count(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[tuple[str, int]] = []
-
-    class Watched(Expert):
-        def __init__(self, uid: UID, manifest: Manifest, device: torch.device | str = "cpu") -> None:
-            seen.append((threading.current_thread().name, torch.get_num_threads()))
-            super().__init__(uid, manifest, device)
-
-        def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
-            seen.append((threading.current_thread().name, torch.get_num_threads()))
-            return super().forward(x_RD, lengths_S, positions_R)
-
-    monkeypatch.setattr("expert_server.runtime.Expert", Watched)
-    runtime = make_runtime()
+def test_experts_are_computed_beside_each_other_and_share_the_threads() -> None:
+    first, second = HeldExpert(), HeldExpert(SECOND)
+    runtime = make_runtime(first, second, threads=4)
 
     async def scenario() -> None:
-        await runtime.build(FIRST, MANIFEST)
+        tasks = await submit_in_order(runtime, make_work(), make_work(uid=SECOND))
+        assert await first.is_computing()
+        assert await second.is_computing()
+        first.let_go()
+        second.let_go()
+        await asyncio.gather(*tasks)
+        await runtime.submit(make_work())
+        assert (first.threads, second.threads) == ([2, 4], [2])
+
+    with_runtime(runtime, scenario)
+
+
+def test_an_expert_has_one_batch_under_way() -> None:
+    expert, other = HeldExpert(), Expert(SECOND, MANIFEST)
+    runtime = make_runtime(expert, other, threads=4)
+
+    async def scenario() -> None:
+        (first,) = await submit_in_order(runtime, make_work())
+        assert await expert.is_computing()
+        waiting = await submit_in_order(runtime, make_work(), make_work(direction="backward"))
+        await runtime.submit(make_work(uid=SECOND))
+        assert expert.threads == [4]
+        assert runtime.stats.queued_rows == 8
+        expert.let_go()
+        await asyncio.gather(first, *waiting)
+
+    with_runtime(runtime, scenario)
+
+
+def test_what_is_run_has_all_experts_for_itself() -> None:
+    expert, other = HeldExpert(), Expert(SECOND, MANIFEST)
+    runtime = make_runtime(expert, other, threads=4)
+
+    async def scenario() -> None:
+        (computing,) = await submit_in_order(runtime, make_work())
+        assert await expert.is_computing()
+        running = asyncio.create_task(runtime.run(lambda: runtime.stats.batches))
+        await asyncio.sleep(0)
+        (waiting,) = await submit_in_order(runtime, make_work(uid=SECOND))
+        await asyncio.to_thread(lambda: None)
+        assert not running.done()
+        assert runtime.stats.queued_rows == 4
+        expert.let_go()
+        await asyncio.gather(computing, waiting)
+        assert await running <= 1  # the second batch came after it
+
+    with_runtime(runtime, scenario)
+
+
+def test_what_is_run_may_fail_or_be_given_up() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST))
+
+    async def scenario() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await runtime.run(lambda: 1 // 0)
+        async with HeldThread(runtime):
+            given_up = asyncio.create_task(runtime.run(lambda: pytest.fail("nobody waits for it")))
+            await asyncio.sleep(0)
+            given_up.cancel()
+            stays = asyncio.create_task(runtime.run(lambda: "done"))
+            await asyncio.wait([given_up])
+        assert await stays == "done"
         await runtime.submit(make_work())
 
     with_runtime(runtime, scenario)
-    assert seen == [("compute_0", 1)] * 2
 
 
 def test_many_callers_of_many_experts_all_get_their_own_rows() -> None:

@@ -1,0 +1,86 @@
+"""One batch on one expert: what the compute threads do.
+
+Shape suffixes: R = rows, D = hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from expert_server.batching import Work
+from expert_server.expert import BackwardPart, Expert, Graph
+from peer.errors import ExpertError
+
+
+@dataclass(slots=True)
+class Result:
+    """`tensor` [R, D]: outputs in forward, gradients of the inputs in backward; on the CPU, float32."""
+
+    tensor: Tensor
+    update_count: int
+    graph: Graph | None = None
+    """Of a forward pass that was to be kept, unless it was merged with others."""
+
+
+def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]:
+    """Computes work of one expert and direction as one batch, in backward with one optimizer step.
+
+    When the batch fails each work is computed by itself, so that one caller's numbers spoil no other's.
+    """
+    step = _forward if batch[0].direction == "forward" else _backward
+    skipped = expert.skipped_updates
+    try:
+        results: list[Result | ExpertError] = list(step(expert, batch))
+        if len(batch) == 1 or expert.skipped_updates == skipped:
+            return results
+        expert.skipped_updates = skipped  # whose gradients they were, the works tell one by one
+    except ExpertError as error:
+        if len(batch) == 1:
+            return [error]
+    alone = [replace(work, graph=None) for work in batch]  # graphs are used up
+    return [result for work in alone for result in compute(expert, [work])]
+
+
+def _forward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
+    if len(batch) == 1 and batch[0].keep:
+        work = batch[0]
+        output_RD, graph = expert.forward_with_graph(work.inputs, work.lengths, work.positions)
+        return [Result(output_RD, expert.update_count, graph)]
+    output_RD = expert.forward(
+        _joined([work.inputs for work in batch]),
+        _joined([work.lengths for work in batch]),
+        _joined([work.positions for work in batch]),
+    )
+    parts = torch.split(output_RD, [work.rows for work in batch])
+    return [Result(part, expert.update_count) for part in parts]
+
+
+def _backward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
+    """Works with a good graph go by themselves, the others as one; all of them before one optimizer step."""
+    ready = [work for work in batch if expert.is_current(work.graph)]
+    others = [work for work in batch if not expert.is_current(work.graph)]
+    parts = [_part([work], work.graph) for work in ready]
+    if others:
+        parts.append(_part(others, None))
+    gradients = expert.backward(parts)
+    by_work = dict(zip(ready, gradients, strict=False))
+    if others:
+        split = torch.split(gradients[-1], [work.rows for work in others])
+        by_work |= dict(zip(others, split, strict=True))
+    return [Result(by_work[work], expert.update_count) for work in batch]
+
+
+def _part(works: Sequence[Work], graph: Graph | None) -> BackwardPart:
+    return BackwardPart(
+        _joined([work.inputs for work in works]),
+        _joined([work.gradients for work in works if work.gradients is not None]),
+        _joined([work.lengths for work in works]),
+        _joined([work.positions for work in works]),
+        graph,
+    )
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
