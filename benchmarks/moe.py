@@ -211,9 +211,10 @@ def run_apart(contender: str, case: str, seconds: float) -> dict[str, float]:
     """Runs one contender in a process of its own. Raises SystemExit with its output when it fails."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.moe"]
     command += ["--contender", contender, "--case", case, "--seconds", str(seconds)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"}
-    )
+    environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"}
+    if contender == "talkoot":
+        environment["OMP_WAIT_POLICY"] = "passive"  # as the command `talkoot` sets it
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{contender} failed on {case}:\n{done.stdout}{done.stderr}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

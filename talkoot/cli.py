@@ -1,5 +1,6 @@
 """The command `talkoot`. What is slow to import is imported inside the commands, so that --help is instant."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -220,6 +221,8 @@ def demo(
 @contextmanager
 def _command(log_format: LogFormat) -> Iterator[tuple[Terminal, StopSignals]]:
     """Around every command: errors of the user in one line, signals as exit status."""
+    # torch's threads must not spin while they wait: others need the cores; OpenMP reads this when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signals = StopSignals()
     terminal = Terminal(log_format)
     try:
