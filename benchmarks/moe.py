@@ -13,11 +13,9 @@ Every contender runs in a process of its own, and they take turns, so that whate
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,9 +26,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rival_blocks import SEQUENCE, RivalFeedForward, RivalTransformer, make_package
+from benchmarks.rival_blocks import SEQUENCE, RivalFeedForward, RivalTransformer
+from benchmarks.village import START_LIMIT_S, running_node
 from dht.manifest import ModelSpec
-from peer.processes import die_with_parent
 
 GRID = (4, 4)
 TOP_K = 4
@@ -43,7 +41,6 @@ TARGETS = {
     "ffn_vs_bound": 0.80,
     "transformer_vs_bound": 0.95,
 }
-_START_LIMIT_S = 60.0
 
 MANIFEST = """
 name = "benchmark"
@@ -126,47 +123,21 @@ def _on_samples(block: torch.nn.Module, x_STD: torch.Tensor) -> torch.Tensor:
 
 def run_talkoot(case: str, seconds: float) -> dict[str, float]:
     """A node in a process of its own, started with the command; this process is the trainer."""
-    from dht.invite import Invite
     from trainer_client.client import SwarmClient
     from trainer_client.settings import TrainerSettings
 
-    folder = Path(tempfile.mkdtemp(prefix="talkoot-benchmark-"))
-    package = make_package()
     manifest = MANIFEST.format(hidden=HIDDEN, context=SEQUENCE, case=case, top_k=TOP_K)
-    (folder / "swarm.toml").write_text(manifest)
-    node = subprocess.Popen(
-        die_with_parent(
-            [
-                *(sys.executable, "-m", "talkoot.cli", "node", "--new", str(folder / "swarm.toml")),
-                *("--host", "127.0.0.1", "--experts", "16", "--state", str(folder / "node")),
-                *("--invite-file", str(folder / "invite")),
-            ]
-        ),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(package)])},
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "node.log").open("wb"),
-    )
-    try:
-        began = time.monotonic()
-        while not (folder / "invite").exists():
-            if node.poll() is not None or time.monotonic() - began > _START_LIMIT_S:
-                raise SystemExit(f"the node did not start:\n{(folder / 'node.log').read_text()}")
-            time.sleep(0.05)
-        start_s = time.monotonic() - began
-        invite = Invite.parse((folder / "invite").read_text())
-        with SwarmClient(invite, TrainerSettings(call_deadline_s=60.0), folder / "trainer") as client:
-            client.wait_for_experts(_START_LIMIT_S, lambda text: None)
-            mixture = client.make_mixture(0, choose_by="sequence")
-            result = measure(make_step(mixture, SHAPES[case]), SHAPES[case][0], seconds)
-            failures = dict(client.dispatcher.stats.failures)
-            if failures:
-                raise SystemExit(f"calls failed: {failures}")
-            return result | {"start_s": start_s, "processes": 2}
-    finally:
-        node.terminate()
-        node.wait()
-        shutil.rmtree(folder)
-        shutil.rmtree(package)
+    with (
+        running_node(manifest, experts=GRID[0] * GRID[1]) as node,
+        SwarmClient(node.invite, TrainerSettings(call_deadline_s=60.0), node.folder / "trainer") as client,
+    ):
+        client.wait_for_experts(START_LIMIT_S, lambda text: None)
+        mixture = client.make_mixture(0, choose_by="sequence")
+        result = measure(make_step(mixture, SHAPES[case]), SHAPES[case][0], seconds)
+        failures = dict(client.dispatcher.stats.failures)
+    if failures:
+        raise SystemExit(f"calls failed: {failures}")
+    return result | {"start_s": node.start_s, "processes": 2}
 
 
 def run_hivemind(case: str, seconds: float) -> dict[str, float]:

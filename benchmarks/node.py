@@ -1,0 +1,287 @@
+"""A node under many trainers, and a node with many experts.
+
+Eight trainers, each a process of its own, train on one node of 16 experts: together they should reach what one alone
+reaches, and the slowest at least half of its fair share. Then a node serves 256 small experts: how soon, in how many
+processes, and in how much memory once each has taken a step; hivemind.moe's server of the same experts beside it.
+
+    python -m benchmarks.node [--json FILE]
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.village import START_LIMIT_S, running_node
+from dht.invite import Invite
+from dht.manifest import Manifest
+from dht.swarm import join_swarm
+from peer.channels import ChannelPool
+from peer.identity import Identity
+from trainer_client.calls import GrpcCaller, Request
+
+TRAINERS = 8
+BATCH, HIDDEN = 64, 256
+MANY_GRID, MANY_HIDDEN = (16, 16), 64
+TARGETS = {
+    "eight_trainers_vs_one": "at least 1.00",
+    "slowest_of_fair_share": "at least 0.50",
+    "many_experts_start_s": "at most 5.0",
+    "many_experts_processes": "at most 3",
+    "many_experts_memory_vs_bound": "at most 1.00",
+}
+
+_MANIFEST = """
+name = "benchmark"
+[model]
+layers = 1
+hidden = {hidden}
+heads = 4
+context = 128
+feed_forward = {feed_forward}
+[experts]
+grid = [{grid[0]}, {grid[1]}]
+kind = "{kind}"
+"""
+
+
+def manifest(grid: tuple[int, int], hidden: int, kind: str) -> str:
+    return _MANIFEST.format(grid=grid, hidden=hidden, feed_forward=4 * hidden, kind=kind)
+
+
+# Many trainers
+
+
+def train(invite: str, state: Path, seconds: float) -> None:
+    """One trainer: says when it is ready, begins when it reads a line, and prints its steps within the time."""
+    from trainer_client.client import SwarmClient
+    from trainer_client.settings import TrainerSettings
+
+    torch.set_num_threads(1)
+    with SwarmClient(Invite.parse(invite), TrainerSettings(call_deadline_s=60.0), state) as client:
+        client.wait_for_experts(START_LIMIT_S, lambda text: None)
+        mixture = client.make_mixture(0)
+
+        def step() -> None:
+            x_BTD = torch.randn(BATCH, 1, HIDDEN, requires_grad=True)
+            torch.autograd.backward(mixture(x_BTD).square().mean())
+
+        step()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        steps, ends = 0, time.monotonic() + seconds
+        while time.monotonic() < ends:
+            step()
+            steps += 1
+        print(json.dumps({"steps": steps, "failures": dict(client.dispatcher.stats.failures)}), flush=True)
+
+
+def trainers_at_once(count: int, invite: str, folder: Path, seconds: float) -> list[float]:
+    """Samples per second of each."""
+    with ExitStack() as stack:
+        processes = []
+        for number in range(count):
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.node", "--trainer", invite]
+            command += ["--state", str(folder / f"trainer-{count}-{number}"), "--seconds", str(seconds)]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        for process in processes:
+            assert _pipe(process.stdout).readline() == "ready\n", "a trainer did not start"
+        for process in processes:
+            _pipe(process.stdin).write("\n")
+            _pipe(process.stdin).flush()
+        results = [json.loads(_pipe(process.stdout).readline()) for process in processes]
+        for process in processes:
+            process.wait()
+    if failed := [result["failures"] for result in results if result["failures"]]:
+        raise SystemExit(f"calls failed: {failed}")
+    return [BATCH * result["steps"] / seconds for result in results]
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe
+
+
+def measure_trainers(seconds: float) -> dict[str, float]:
+    with running_node(manifest((4, 4), HIDDEN, "rival-ffn"), experts=16) as node:
+        invite = str(node.invite)
+        (alone,) = trainers_at_once(1, invite, node.folder, seconds)
+        together = trainers_at_once(TRAINERS, invite, node.folder, seconds)
+    return {
+        "one_trainer_samples_per_s": alone,
+        "eight_trainers_samples_per_s": sum(together),
+        "eight_trainers_vs_one": sum(together) / alone,
+        "slowest_of_fair_share": min(together) / (sum(together) / TRAINERS),
+    }
+
+
+# Many experts
+
+
+async def step_all(invite: Invite, state: Path) -> int:
+    """Sends every expert of the swarm a backward call. Returns how many answered."""
+    swarm = await join_swarm(
+        Identity.load_or_create(state / "key"), invite, listen="127.0.0.1", serves_dht=False
+    )
+    channels = ChannelPool()
+    try:
+        uids, hidden = swarm.manifest.uids(), swarm.manifest.model.hidden
+        (host,) = {replica.peer_id for r in (await swarm.registry.replicas(uids)).values() for replica in r}
+        node = (await swarm.registry.nodes([host]))[host]
+        rows = np.random.default_rng(0).standard_normal((4, hidden)).astype(np.float32)
+        requests = [Request(uid, [1] * 4, [0] * 4, rows, rows) for uid in uids]
+        caller = GrpcCaller(channels, invite.keys.swarm_id, hidden)
+        answers = [answer async for answer in caller.call(node, "backward", requests, 60.0)]
+        return sum(answer.tensor is not None for answer in answers)
+    finally:
+        await channels.close()
+        await swarm.stop()
+
+
+def measure_many_experts() -> dict[str, float]:
+    text = manifest(MANY_GRID, MANY_HIDDEN, "rival-ffn")
+    count = MANY_GRID[0] * MANY_GRID[1]
+    with running_node(text, experts=count) as node:
+        (node.folder / "observer").mkdir()
+        answered = asyncio.run(step_all(node.invite, node.folder / "observer"))
+        if answered != count:
+            raise SystemExit(f"{answered} of {count} experts answered")
+        processes, memory = tree(node.pid)
+        parsed = Manifest.from_toml(node.folder / "swarm.toml")
+    from benchmarks.rival_blocks import RivalFeedForward
+
+    weights = sum(p.nbytes for p in RivalFeedForward(parsed.model).parameters())
+    state = count * weights * (1 + parsed.optimizer.moments)
+    bound = 1.5 * state + 500 * 2**20
+    return {
+        "many_experts_start_s": node.start_s,
+        "many_experts_processes": processes,
+        "many_experts_memory_mib": memory / 2**20,
+        "many_experts_state_mib": state / 2**20,
+        "many_experts_memory_vs_bound": memory / bound,
+    }
+
+
+def serve_hivemind() -> None:
+    """hivemind.moe's server of the same experts, until it is killed. Prints when it serves."""
+    from hivemind.moe.server.server import background_server
+
+    uids = [f"expert.{i}.{j}" for i in range(MANY_GRID[0]) for j in range(MANY_GRID[1])]
+    optimizer = partial(torch.optim.Adam, lr=1e-3)
+    with background_server(
+        expert_uids=uids, expert_cls="ffn", hidden_dim=MANY_HIDDEN, device="cpu", optim_cls=optimizer
+    ):
+        print("serving", flush=True)
+        signal.pause()
+
+
+def measure_hivemind(limit_s: float) -> dict[str, float | str]:
+    began = time.monotonic()
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.node", "--hivemind"]
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"},
+    )
+    family = psutil.Process(server.pid)
+    try:
+        signal.signal(signal.SIGALRM, _give_up)
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        try:
+            line = _pipe(server.stdout).readline()
+        except TimeoutError:
+            return {"hivemind_many_experts": f"not serving after {limit_s:.0f} s"}
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if line != "serving\n":
+            return {"hivemind_many_experts": "did not start"}
+        start_s = time.monotonic() - began
+        processes, memory = tree(server.pid)
+        return {
+            "hivemind_many_experts_start_s": start_s,
+            "hivemind_many_experts_processes": processes,
+            "hivemind_many_experts_memory_mib": memory / 2**20,
+        }
+    finally:
+        for process in [*family.children(recursive=True), family]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        server.wait()
+
+
+def _give_up(number: int, frame: object) -> None:
+    raise TimeoutError
+
+
+def tree(pid: int) -> tuple[int, int]:
+    """Processes, and their memory in bytes with what they share counted once."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return len(family), sum(process.memory_full_info().pss for process in family)
+
+
+def show(results: dict[str, float | str], console: Console) -> None:
+    table = Table("", "measured", "target", title="one node: many trainers, many experts")
+    for name, value in results.items():
+        text = value if isinstance(value, str) else f"{value:.2f}"
+        table.add_row(name.replace("_", " "), text, TARGETS.get(name, ""))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--seconds", type=float, default=15.0, help="measured seconds with trainers")
+    parser.add_argument(
+        "--rival-limit", type=float, default=120.0, metavar="S", help="seconds hivemind.moe may take to start"
+    )
+    parser.add_argument("--trainer", metavar="INVITE", help=argparse.SUPPRESS)
+    parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--hivemind", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.trainer:
+        train(options.trainer, options.state, options.seconds)
+        return
+    if options.hivemind:
+        serve_hivemind()
+        return
+    console = Console(width=110)
+    results: dict[str, float | str] = {}
+    with console.status("trainers"):
+        results |= measure_trainers(options.seconds)
+    with console.status("256 experts"):
+        results |= measure_many_experts()
+    with console.status("256 experts of hivemind.moe"):
+        results |= measure_hivemind(options.rival_limit)
+    show(results, console)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
