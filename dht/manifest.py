@@ -92,7 +92,7 @@ class OptimizerSpec(_Part):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="decoupled weight decay in adamw; in adam and sgd it is added to the gradient",
+        description="decoupled in adamw, added to the gradient in adam and sgd; of matrices, not of biases and norms",
     )
     clip_norm: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of one step"

@@ -240,17 +240,18 @@ def _moment_name(parameter: str, moment: str) -> str:
 
 
 def make_optimizer(block: nn.Module, spec: OptimizerSpec) -> Optimizer:
-    """The manifest's optimizer, without clipping and warm-up."""
-    parameters, rate, decay = block.parameters(), spec.learning_rate, spec.weight_decay
+    """The manifest's optimizer, without clipping and warm-up. Biases and norms, which are vectors, do not decay."""
+    decays: dict[float, list[nn.Parameter]] = {}
+    for parameter in block.parameters():
+        decays.setdefault(spec.weight_decay if parameter.dim() > 1 else 0.0, []).append(parameter)
+    groups = [{"params": members, "weight_decay": decay} for decay, members in decays.items()]
     match spec.name:
         case "adamw":
-            return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+            return torch.optim.AdamW(groups, lr=spec.learning_rate, fused=True)
         case "adam":
-            return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=True)
+            return torch.optim.Adam(groups, lr=spec.learning_rate, fused=True)
         case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=rate, momentum=spec.sgd_momentum, weight_decay=decay, fused=True
-            )
+            return torch.optim.SGD(groups, lr=spec.learning_rate, momentum=spec.sgd_momentum, fused=True)
 
 
 def _count_into(sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:

@@ -120,7 +120,16 @@ def test_backward_takes_the_clipped_step_of_the_manifests_optimizer(
 ) -> None:
     manifest = make_manifest(clip_norm=0.5, warmup_updates=2, name=name, momentum=momentum)
     expert, block = Expert(AN_UID, manifest), build_block(manifest, AN_UID)
-    optimizer = reference(block.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = reference(
+        [
+            {
+                "params": [p for name, p in block.named_parameters() if not is_vector(name)],
+                "weight_decay": 0.1,
+            },
+            {"params": [p for name, p in block.named_parameters() if is_vector(name)], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+    )
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 2))
     for seed in range(4):
         optimizer.zero_grad()
@@ -134,6 +143,19 @@ def test_backward_takes_the_clipped_step_of_the_manifests_optimizer(
     torch.testing.assert_close(
         parameters_of(expert), [p.detach() for p in block.parameters()], atol=1e-5, rtol=1e-3
     )
+
+
+def is_vector(name: str) -> bool:
+    return "norm" in name or name.endswith("bias")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_biases_and_norms_do_not_decay(name: Literal["adamw", "adam", "sgd"]) -> None:
+    expert = Expert(AN_UID, make_manifest(name=name, learning_rate=0.1))
+    before = {name: p.detach().clone() for name, p in expert.block.named_parameters()}
+    backward(expert, random_rows(0), torch.zeros(ROWS, HIDDEN))
+    changed = {n for n, p in expert.block.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {name for name in before if not is_vector(name)}
 
 
 def test_steps_reduce_a_loss() -> None:
