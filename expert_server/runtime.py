@@ -157,9 +157,9 @@ class Runtime:
             waiting = self._queue.remove(uid)
         self._fail(waiting, StatusCode.NOT_FOUND, _not_hosted(uid))
 
-    async def build(self, uid: UID, manifest: Manifest, device: torch.device | str = "cpu") -> Expert:
+    async def build(self, uid: UID, manifest: Manifest) -> Expert:
         """Builds an expert and takes it into service."""
-        expert = await self.run(partial(Expert, uid, manifest, device))
+        expert = await self.run(partial(Expert, uid, manifest))
         self.add(expert)
         return expert
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
 from expert_server.batching import Direction, Work
+from expert_server.devices import ComputeDevice
 from expert_server.expert import BackwardPart, Expert
 from expert_server.runtime import Result, Runtime
 from peer.errors import ExpertError
@@ -344,7 +345,7 @@ def test_experts_are_built_and_computed_on_one_thread_with_its_own_thread_count(
     seen: list[tuple[str, int]] = []
 
     class Watched(Expert):
-        def __init__(self, uid: UID, manifest: Manifest, device: torch.device | str = "cpu") -> None:
+        def __init__(self, uid: UID, manifest: Manifest, device: ComputeDevice | None = None) -> None:
             seen.append((threading.current_thread().name, torch.get_num_threads()))
             super().__init__(uid, manifest, device)
 
