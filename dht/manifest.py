@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dht.uid import UID, grid_coordinates
 from peer import PROTOCOL_VERSION
 from peer.errors import SettingsError, SwarmError
+from peer.layers import Activation, Norm
 from peer.settings import describe_validation_error, read_toml
 
 SwarmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}[a-z0-9]$")]
@@ -30,6 +31,11 @@ class ModelSpec(_Part):
         default=1, ge=0, le=16, description="local Transformer layers before each mixture"
     )
     feed_forward: int = Field(default=512, ge=8, le=65536, description="inner size of feed-forward blocks")
+    norm: Norm = Field(default="layer", description="LayerNorm or RMSNorm, in every layer")
+    activation: Activation = Field(
+        default="gelu",
+        description="of feed-forward blocks; swiglu and geglu have three matrices of hidden × feed_forward, gelu two",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="from which all first parameters are drawn")
 
     @model_validator(mode="after")
@@ -86,7 +92,7 @@ class OptimizerSpec(_Part):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="decoupled weight decay in adamw; in adam and sgd it is added to the gradient",
+        description="decoupled in adamw, added to the gradient in adam and sgd; of matrices, not of biases and norms",
     )
     clip_norm: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of one step"

@@ -2,7 +2,7 @@
 
 A block maps (rows [R, D], lengths [S] of the segments, positions [R] in their sequences) to [R, D], and carries its own
 residual connection. Kinds beside the two here come from other packages, through the entry point group
-`talkoot.expert_kinds`: a name, and a function from the manifest's `ModelSpec` to such a block.
+`talkoot.expert_kinds`: a name, and a function from the manifest's `ModelSpec` to such a block (docs/expert-kinds.md).
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dht.manifest import Manifest, ModelSpec
 from dht.uid import UID
 from peer.errors import SwarmError
-from peer.layers import TransformerLayer, seeded
+from peer.layers import Activation, Norm, TransformerLayer, make_feed_forward, make_norm, seeded
 
 ENTRY_POINT_GROUP = "talkoot.expert_kinds"
 
@@ -23,15 +23,14 @@ BlockBuilder: TypeAlias = Callable[[ModelSpec], nn.Module]
 
 
 class FeedForward(nn.Module):
-    """A pre-norm GELU feed-forward block with its residual; every row by itself."""
+    """A pre-norm feed-forward block with its residual; every row by itself."""
 
-    def __init__(self, hidden: int, feed_forward: int) -> None:
+    def __init__(
+        self, hidden: int, feed_forward: int, norm: Norm = "layer", activation: Activation = "gelu"
+    ) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.LayerNorm(hidden),
-            nn.Linear(hidden, feed_forward),
-            nn.GELU(),
-            nn.Linear(feed_forward, hidden),
+            make_norm(norm, hidden), *make_feed_forward(hidden, feed_forward, activation)
         )
 
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
@@ -40,11 +39,11 @@ class FeedForward(nn.Module):
 
 
 def _transformer(model: ModelSpec) -> nn.Module:
-    return TransformerLayer(model.hidden, model.heads, model.feed_forward)
+    return TransformerLayer(model.hidden, model.heads, model.feed_forward, model.norm, model.activation)
 
 
 def _ffn(model: ModelSpec) -> nn.Module:
-    return FeedForward(model.hidden, model.feed_forward)
+    return FeedForward(model.hidden, model.feed_forward, model.norm, model.activation)
 
 
 _OWN_KINDS: dict[str, BlockBuilder] = {"transformer": _transformer, "ffn": _ffn}

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from dht.manifest import Manifest, OptimizerSpec
 from dht.uid import UID
 from expert_server.blocks import build_block, builder_of
+from expert_server.devices import ComputeDevice
 from expert_server.guard import Guard
 from peer.errors import ExpertError, StateError
 
@@ -62,13 +63,14 @@ class Expert:
     Tensors come and go on the CPU, in float32, whatever the device.
     """
 
-    def __init__(self, uid: UID, manifest: Manifest, device: torch.device | str = "cpu") -> None:
+    def __init__(self, uid: UID, manifest: Manifest, device: ComputeDevice | None = None) -> None:
+        """`device`: the CPU in float32 unless given."""
         self.uid = uid
-        self.device = torch.device(device)
+        self.device = device or ComputeDevice()
         self.update_count = 0
         self.skipped_updates = 0
         self._graph_bytes_per_row: float | None = None
-        self.block = build_block(manifest, uid).to(self.device)
+        self.block = build_block(manifest, uid).to(self.device.torch_device)
         self._settings = manifest.optimizer
         self.optimizer = make_optimizer(self.block, self._settings)
         self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
@@ -76,31 +78,46 @@ class Expert:
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
         """Gives the outputs [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
         with torch.no_grad():
-            y_RD: Tensor = self.block(x_RD.to(self.device), lengths_S, positions_R.to(self.device))
-        return self._finite(y_RD, "outputs")
+            y_RD = self._outputs(self.device.load(x_RD), lengths_S, positions_R)
+        outputs_RD = self._fetched(y_RD, "outputs")
+        self.device.wait()
+        return outputs_RD
 
     def forward_with_graph(
         self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor
     ) -> tuple[Tensor, "Graph"]:
         """As `forward`, and what `backward` needs so that it must not compute the outputs again."""
-        x_RD = x_RD.detach().to(self.device).requires_grad_()
+        x_RD = self.device.load(x_RD.detach()).requires_grad_()
         if self._graph_bytes_per_row is None:
-            y_RD = self._measure_graph(x_RD, lengths_S, positions_R.to(self.device))
+            y_RD = self._measure_graph(x_RD, lengths_S, positions_R)
         else:
-            y_RD = self.block(x_RD, lengths_S, positions_R.to(self.device))
-        size = int(len(x_RD) * (self._graph_bytes_per_row or 0))
+            y_RD = self._outputs(x_RD, lengths_S, positions_R)
+        size = self._cast_bytes() + int(len(x_RD) * (self._graph_bytes_per_row or 0))
         graph = Graph(x_RD, y_RD, self.update_count, size, self.guard.rollbacks)
-        return self._finite(y_RD.detach(), "outputs"), graph
+        outputs_RD = self._fetched(y_RD.detach(), "outputs")
+        self.device.wait()
+        return outputs_RD, graph
+
+    def _outputs(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+        with self.device.autocast():
+            y_RD: Tensor = self.block(x_RD, lengths_S, self.device.load(positions_R))
+        return y_RD.float()
 
     def _measure_graph(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
         """Runs the block, and counts what autograd keeps of it. Once: counting takes as long as a small forward."""
         sizes: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(_count_into(sizes), _unchanged):
-            y_RD: Tensor = self.block(x_RD, lengths_S, positions_R)
+            y_RD = self._outputs(x_RD, lengths_S, positions_R)
         for parameter in self.block.parameters():
-            sizes.pop(parameter.data_ptr(), None)
-        self._graph_bytes_per_row = sum(sizes.values()) / len(x_RD)
+            sizes.pop(parameter.untyped_storage().data_ptr(), None)
+        self._graph_bytes_per_row = max(0, sum(sizes.values()) - self._cast_bytes()) / len(x_RD)
         return y_RD
+
+    def _cast_bytes(self) -> int:
+        """Of the matrices in bfloat16, which autocast makes for each forward pass and a graph keeps."""
+        if self.device.precision != "bf16":
+            return 0
+        return sum(p.nbytes // 2 for p in self.block.parameters() if p.dim() > 1)
 
     def is_current(self, graph: "Graph | None") -> bool:
         """Whether the parameters are still those that the graph was computed with."""
@@ -119,6 +136,7 @@ class Expert:
             self._step()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+        self.device.wait()
         return grad_inputs
 
     def _gradient_of_inputs(self, part: "BackwardPart") -> Tensor:
@@ -127,11 +145,12 @@ class Expert:
         if graph is not None and self.is_current(graph):
             x_RD, y_RD = graph.inputs, graph.outputs
         else:
-            x_RD = part.inputs.detach().to(self.device).requires_grad_()
-            y_RD = self.block(x_RD, part.lengths, part.positions.to(self.device))
-        torch.autograd.backward(y_RD, part.gradients.to(self.device))
+            x_RD = self.device.load(part.inputs.detach()).requires_grad_()
+            y_RD = self._outputs(x_RD, part.lengths, part.positions)
+        # loaded only now: the gradients travel while the outputs are computed
+        torch.autograd.backward(y_RD, self.device.load(part.gradients))
         assert x_RD.grad is not None, "a block must use its input"
-        return self._finite(x_RD.grad, "gradients of the inputs")
+        return self._fetched(x_RD.grad, "gradients of the inputs")
 
     @property
     def state_bytes(self) -> int:
@@ -179,7 +198,7 @@ class Expert:
         self.optimizer.state.clear()
         for name in stepped:
             self.optimizer.state[parameters[name]] = {
-                m: state[_moment_name(name, m)].to(self.device, copy=True) for m in moments
+                m: state[_moment_name(name, m)].to(self.device.torch_device, copy=True) for m in moments
             }
         self.update_count = update_count
         self.guard.keep()
@@ -228,11 +247,13 @@ class Expert:
         warmup = max(1, self._settings.warmup_updates)
         return self._settings.learning_rate * min(1.0, (self.update_count + 1) / warmup)
 
-    def _finite(self, tensor_RD: Tensor, name: str) -> Tensor:
+    def _fetched(self, tensor_RD: Tensor, name: str) -> Tensor:
+        """On its way to the CPU: whole once the device was waited for. Raises ExpertError when it is not finite."""
+        fetched_RD = self.device.fetch(tensor_RD)
         if not tensor_RD.isfinite().all():
             self.guard.check()
             raise ExpertError(StatusCode.INTERNAL, f"the {name} of expert {self.uid} are not finite")
-        return tensor_RD.cpu()
+        return fetched_RD
 
 
 def _moment_name(parameter: str, moment: str) -> str:
@@ -240,22 +261,24 @@ def _moment_name(parameter: str, moment: str) -> str:
 
 
 def make_optimizer(block: nn.Module, spec: OptimizerSpec) -> Optimizer:
-    """The manifest's optimizer, without clipping and warm-up."""
-    parameters, rate, decay = block.parameters(), spec.learning_rate, spec.weight_decay
+    """The manifest's optimizer, without clipping and warm-up. Biases and norms, which are vectors, do not decay."""
+    decays: dict[float, list[nn.Parameter]] = {}
+    for parameter in block.parameters():
+        decays.setdefault(spec.weight_decay if parameter.dim() > 1 else 0.0, []).append(parameter)
+    groups = [{"params": members, "weight_decay": decay} for decay, members in decays.items()]
     match spec.name:
         case "adamw":
-            return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+            return torch.optim.AdamW(groups, lr=spec.learning_rate, fused=True)
         case "adam":
-            return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=True)
+            return torch.optim.Adam(groups, lr=spec.learning_rate, fused=True)
         case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=rate, momentum=spec.sgd_momentum, weight_decay=decay, fused=True
-            )
+            return torch.optim.SGD(groups, lr=spec.learning_rate, momentum=spec.sgd_momentum, fused=True)
 
 
 def _count_into(sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:
     def count(tensor: Tensor) -> Tensor:
-        sizes[tensor.data_ptr()] = tensor.nbytes
+        storage = tensor.untyped_storage()  # all of it is kept, also when the tensor is a part of it
+        sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     return count
@@ -266,9 +289,12 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 def expert_bytes(manifest: Manifest) -> int:
-    """Estimates the memory of one expert: weights, gradients, moments, and the guard's half. Allocates nothing."""
+    """Estimates the memory of one expert: weights, gradients, moments, and the guard's half. Allocates nothing.
+
+    Good for each precision: the parameters are float32 in all, and matrices in bfloat16 live for one batch.
+    """
     with torch.device("meta"):
         block = builder_of(manifest.experts.kind)(manifest.model)
     weights = sum(parameter.nbytes for parameter in block.parameters())
     state = (1 + manifest.optimizer.moments) * weights
-    return state + weights + state // 2
+    return state + weights + state // 2 + sum(buffer.nbytes for buffer in block.buffers())

@@ -3,10 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-
-import psutil
 
 from dht.manifest import Manifest
 from dht.registry import Announced, Replica, ReplicaState
@@ -14,6 +13,7 @@ from dht.swarm import Swarm
 from dht.uid import UID
 from dht.vacancies import choose, lost_claims, vacant
 from expert_server.checkpoints import Checkpoints
+from expert_server.devices import ComputeDevice, roomiest
 from expert_server.expert import Expert, expert_bytes
 from expert_server.runtime import Runtime
 from expert_server.settings import NodeSettings
@@ -34,6 +34,7 @@ class Hosting:
         swarm: Swarm,
         runtime: Runtime,
         checkpoints: Checkpoints,
+        devices: Sequence[ComputeDevice],
         now: Callable[[], float] = time.time,
     ) -> None:
         self.adopted = 0
@@ -42,8 +43,9 @@ class Hosting:
         self._swarm = swarm
         self._runtime = runtime
         self._checkpoints = checkpoints
+        self._devices = devices
         self._now = now
-        self._room = _room(settings, swarm.manifest)
+        self._room = _room(settings, swarm.manifest, devices)
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._claimed_at: dict[UID, float] = {}
         self._was_vacant: set[UID] = set()
@@ -140,15 +142,18 @@ class Hosting:
 
     async def _take(self, uid: UID) -> Expert:
         """Serves an expert from its newest checkpoint here, else from its first parameters."""
-        expert = await self._runtime.run(partial(Expert, uid, self._swarm.manifest))
+        hosted = Counter(expert.device for expert in self._runtime.experts.values())
+        device = roomiest(self._devices, hosted)
+        expert = await self._runtime.run(partial(Expert, uid, self._swarm.manifest, device))
         await self._checkpoints.restore(expert)
         self._runtime.add(expert)
         return expert
 
 
-def _room(settings: NodeSettings, manifest: Manifest) -> int:
-    """Experts to host: as asked, else as many as fit in a quarter of the free memory."""
+def _room(settings: NodeSettings, manifest: Manifest, devices: Sequence[ComputeDevice]) -> int:
+    """Experts to host: as asked, else as many as fit in a quarter of the free memory of each device."""
     if settings.experts is not None:
         return settings.experts
-    fitting = int(_FREE_MEMORY_SHARE * psutil.virtual_memory().available / expert_bytes(manifest))
+    size = expert_bytes(manifest)
+    fitting = sum(int(_FREE_MEMORY_SHARE * device.memory_bytes / size) for device in devices)
     return min(max(1, fitting), manifest.experts_total)

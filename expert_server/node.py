@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from dht.swarm import Stage, Swarm
 from expert_server.blocks import builder_of
 from expert_server.checkpoints import Checkpoints, CheckpointStore
+from expert_server.devices import ComputeDevice, open_devices
 from expert_server.hosting import Hosting
 from expert_server.metrics import NodeCollector, NodeCounts
 from expert_server.runtime import Runtime, RuntimeStats
@@ -23,7 +24,7 @@ from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.channels import SERVER_OPTIONS, server_credentials
-from peer.errors import StartError, SwarmError, UnreachableError
+from peer.errors import StartError, UnreachableError, UserError
 from peer.host import require_free_port
 from peer.metrics import MetricsServer
 from peer.wire import expert_pb2_grpc, records_pb2
@@ -72,6 +73,7 @@ class Node:
         swarm: Swarm,
         runtime: Runtime,
         state: Path,
+        devices: Sequence[ComputeDevice],
         now: Callable[[], float] = time.time,
     ) -> None:
         self.swarm = swarm
@@ -82,7 +84,7 @@ class Node:
         self._now = now
         store = CheckpointStore(state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept)
         self.checkpoints = Checkpoints(store, runtime)
-        self.hosting = Hosting(settings, swarm, runtime, self.checkpoints, now)
+        self.hosting = Hosting(settings, swarm, runtime, self.checkpoints, devices, now)
         self._state = NodeState.JOINING
         self._started_at = now()
         self._dht_failures = 0
@@ -100,7 +102,8 @@ class Node:
         """
         try:
             builder_of(swarm.manifest.experts.kind)
-        except SwarmError:
+            devices = open_devices(settings.device, settings.precision)
+        except UserError:
             await swarm.stop()
             raise
         runtime = Runtime(
@@ -109,7 +112,8 @@ class Node:
             max_batch_rows=settings.max_batch_rows,
             threads=settings.threads or os.cpu_count() or 1,
         )
-        node = cls(settings, swarm, runtime, state)
+        logger.info("computes on %s", ", ".join(map(str, devices)))
+        node = cls(settings, swarm, runtime, state, devices)
         try:
             await node.checkpoints.open()
             await runtime.start()

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from expert_server.devices import PrecisionSetting
 from peer.settings import RoleSettings
 
 
@@ -45,6 +46,15 @@ class NodeSettings(RoleSettings):
     )
     checkpoints_kept: int = Field(
         default=2, ge=1, le=1000, description="checkpoints kept of each expert, newest first"
+    )
+    device: str = Field(
+        default="auto",
+        max_length=200,
+        description="auto, cpu, cuda, cuda:N, mps, or several with commas; auto: all CUDA GPUs, else MPS, else the CPU",
+    )
+    precision: PrecisionSetting = Field(
+        default="auto",
+        description="of the experts' computing; auto: bf16 on CUDA GPUs that have it, else fp32",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="torch threads; unset: one for each core"

@@ -1,10 +1,12 @@
 """The Transformer layer that both roles compute: the trainer's local layer and the `transformer` expert.
 
+Its norm and activation are choices of the manifest; GLaM (Du et al., arXiv 2112.06905) has RMSNorm and GEGLU.
+
 Shape suffixes: R = rows, S = segments, D = hidden, H = heads, C = columns of one head, L = longest segment.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,12 @@ from torch.nn import functional as F
 
 M = TypeVar("M", bound=nn.Module)
 
+Norm: TypeAlias = Literal["layer", "rms"]
+Activation: TypeAlias = Literal["gelu", "swiglu", "geglu"]
+
+_NORM_EPSILON = (
+    1e-5  # torch's for LayerNorm; its default for RMSNorm lets gradients of rows near zero grow 3000-fold
+)
 _ROTARY_BASE = 10_000.0
 _LARGEST_PADDING = 1.5  # rows with padding over rows, in one group of segments
 
@@ -27,8 +35,38 @@ def seeded(seed: int, build: Callable[[], M]) -> M:
         return build()
 
 
+def make_norm(norm: Norm, hidden: int) -> nn.Module:
+    """LayerNorm, or RMSNorm (Zhang and Sennrich, arXiv 1910.07467), with parameters that start at one and zero."""
+    return (nn.LayerNorm if norm == "layer" else nn.RMSNorm)(hidden, eps=_NORM_EPSILON)
+
+
+def make_feed_forward(hidden: int, inner: int, activation: Activation) -> nn.Sequential:
+    """Maps [R, D] to [R, D] through `inner` columns, without norm or residual.
+
+    GELU: 2 matrices of D × inner, and biases. SwiGLU and GEGLU (Shazeer, arXiv 2002.05202): 3 matrices of D × inner,
+    no biases, as in the paper and in PaLM. With two thirds of `inner` they have as many parameters as GELU.
+    """
+    if activation == "gelu":
+        return nn.Sequential(nn.Linear(hidden, inner), nn.GELU(), nn.Linear(inner, hidden))
+    gate = Gate(nn.SiLU() if activation == "swiglu" else nn.GELU())
+    return nn.Sequential(nn.Linear(hidden, 2 * inner, bias=False), gate, nn.Linear(inner, hidden, bias=False))
+
+
+class Gate(nn.Module):
+    """Gives the second half of the columns, each times a function of its partner in the first half."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, values = x.chunk(2, dim=-1)
+        output: Tensor = self.function(gate) * values
+        return output
+
+
 class TransformerLayer(nn.Module):
-    """Causal attention with rotary positions (Su et al., arXiv 2104.09864), then a GELU feed-forward block.
+    """Causal attention with rotary positions (Su et al., arXiv 2104.09864), then a feed-forward block.
 
     Both normalise their input first and add to it. Rows lie packed, segment after segment, so that no linear
     layer computes padding. A row sees itself and the earlier rows of its own segment.
@@ -36,17 +74,22 @@ class TransformerLayer(nn.Module):
 
     frequencies_C: Tensor
 
-    def __init__(self, hidden: int, heads: int, feed_forward: int) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        feed_forward: int,
+        norm: Norm = "layer",
+        activation: Activation = "gelu",
+    ) -> None:
         super().__init__()
         assert hidden % (2 * heads) == 0, f"hidden ({hidden}) must be an even multiple of heads ({heads})"
         self.heads = heads
-        self.attention_norm = nn.LayerNorm(hidden)
+        self.attention_norm = make_norm(norm, hidden)
         self.attention_input = nn.Linear(hidden, 3 * hidden, bias=False)
         self.attention_output = nn.Linear(hidden, hidden, bias=False)
-        self.feed_forward_norm = nn.LayerNorm(hidden)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(hidden, feed_forward), nn.GELU(), nn.Linear(feed_forward, hidden)
-        )
+        self.feed_forward_norm = make_norm(norm, hidden)
+        self.feed_forward = make_feed_forward(hidden, feed_forward, activation)
         width = hidden // heads
         exponents_C = torch.arange(0, width, 2, dtype=torch.float32) / width
         self.register_buffer("frequencies_C", _ROTARY_BASE**-exponents_C, persistent=False)
@@ -69,9 +112,9 @@ class TransformerLayer(nn.Module):
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turns each pair (column c, column c + C/2) of the last dimension by its angle."""
+    """Turns each pair (column c, column c + C/2) of the last dimension by its angle, in float32; keeps x's dtype."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
+    return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1).type_as(x)
 
 
 def _attend_segments(qkv_R3HC: Tensor, lengths: list[int]) -> Tensor:

@@ -90,6 +90,21 @@ def node(
         int | None, typer.Option(help="TCP port of /metrics, on loopback.  [default: any free one]")
     ] = None,
     state: State = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="D",
+            help="auto, cpu, cuda, cuda:1, mps, or several with commas.  [default: auto, all CUDA GPUs, else MPS, "
+            "else the CPU]",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="fp32, tf32, bf16 or auto.  [default: auto, bf16 on CUDA GPUs that have it, else fp32]",
+        ),
+    ] = None,
     threads: Threads = None,
     announce_every_s: Annotated[
         float | None, typer.Option(help="Seconds between announcements.  [default: 10]")
@@ -115,6 +130,8 @@ def node(
         "grpc_port": grpc_port,
         "metrics_port": metrics_port,
         "state": state,
+        "device": device,
+        "precision": precision,
         "threads": threads,
         "announce_every_s": announce_every_s,
     }

@@ -206,7 +206,8 @@ class _Demo:
         experts = str(math.ceil(self._experts_total / self._plan.nodes))
         child = await self._start(
             name,
-            *("node", *origin, "--host", _HOST, "--threads", "1", "--log-format", "json"),
+            *("node", *origin, "--host", _HOST, "--device", "cpu", "--threads", "1"),
+            *("--log-format", "json"),
             *("--state", str(self._folder / name.replace(" ", "-"))),
             *("--experts", experts, "--spare", experts),  # room for all that the killed node hosts
             *("--announce-every-s", str(announce_every_s)),

@@ -18,6 +18,7 @@ from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm
 from expert_server.blocks import builder_of
+from expert_server.devices import check_devices
 from expert_server.node import Node, NodeStatus
 from expert_server.settings import NodeSettings
 from peer.errors import SettingsError, StartError
@@ -89,6 +90,7 @@ def run_node(
     """Runs until a signal comes. Raises UserError when it can't start, and Stopped when stopped before it served."""
     quiet_hivemind()
     settings = NodeSettings.load(config, **flags)
+    check_devices(settings.device, settings.precision)  # better known before others are bothered
     starter = origin.swarm_starter()
     host = _listen_address(settings)
     folder = StateFolder(settings.state or platformdirs.user_state_path("talkoot") / "node")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dht.manifest import Manifest, ModelSpec
-from peer.layers import TransformerLayer, seeded
+from peer.layers import TransformerLayer, make_norm, seeded
 from trainer_client.data import VOCABULARY
 
 # validation loss of 2 dense layers after 200 steps: 1.90 at 0.02, 1.84 at 0.1, 1.78 here, 1.85 at 1
@@ -41,7 +41,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, spec.hidden)
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_SCALE)
         self.local = nn.ModuleList(LocalLayers(spec) for _ in range(spec.layers))
-        self.norm = nn.LayerNorm(spec.hidden)
+        self.norm = make_norm(spec.norm, spec.hidden)
         self.head = nn.Linear(spec.hidden, VOCABULARY, bias=False)
         return self
 
@@ -66,7 +66,8 @@ class LocalLayers(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            TransformerLayer(spec.hidden, spec.heads, spec.feed_forward) for _ in range(spec.local_layers)
+            TransformerLayer(spec.hidden, spec.heads, spec.feed_forward, spec.norm, spec.activation)
+            for _ in range(spec.local_layers)
         )
 
     def forward(self, x_BTD: Tensor) -> Tensor:

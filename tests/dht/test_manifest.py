@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.errors import SettingsError, SwarmError
+from peer.layers import Activation, Norm
 
 
 def write(folder: Path, text: str) -> Path:
@@ -23,13 +25,15 @@ def manifests() -> st.SearchStrategy[Manifest]:
     grids = st.lists(st.integers(1, 32), min_size=1, max_size=4).map(tuple)
     heads = st.integers(1, 8)
     models = st.builds(
-        lambda layers, heads, pairs, seed: ModelSpec.model_validate(
-            {"layers": layers, "heads": heads, "hidden": 2 * heads * pairs, "seed": seed}
+        lambda layers, heads, pairs, seed, norm, activation: ModelSpec(
+            layers=layers, heads=heads, hidden=2 * heads * pairs, seed=seed, norm=norm, activation=activation
         ),
         layers=st.integers(1, 64),
         heads=heads,
         pairs=st.integers(4, 16),
         seed=st.integers(0, 2**63 - 1),
+        norm=st.sampled_from(get_args(Norm)),
+        activation=st.sampled_from(get_args(Activation)),
     )
     return st.builds(
         lambda name, model, grid: Manifest.model_validate(
@@ -69,6 +73,8 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
         ('name = "sauna"\n[model]\nlayers = 0', "model.layers"),
         ('name = "sauna"\n[model]\nlayers = "two"', "model.layers"),
         ('name = "sauna"\n[model]\nhidden = 100\nheads = 3', "hidden (100)"),
+        ('name = "sauna"\n[model]\nnorm = "batch"', "model.norm: Input should be 'layer' or 'rms'"),
+        ('name = "sauna"\n[model]\nactivation = "relu"', "model.activation: Input should be 'gelu', "),
         ('name = "sauna"\n[experts]\ngrid = []', "experts.grid"),
         ('name = "sauna"\n[experts]\ngrid = [4, 0]', "experts.grid.1"),
         ('name = "sauna"\n[experts]\ngrid = [4096, 4096]', "at most 1048576"),
@@ -160,3 +166,18 @@ def test_more_experts_per_token_than_a_layer_has_are_refused(tmp_path: Path) -> 
     path.write_text('name = "few"\n[experts]\ngrid = [3, 1]\n[routing]\ntop_k = 4\n', encoding="utf-8")
     with pytest.raises(SettingsError, match=r"top_k \(4\) is more than a layer's 3 experts"):
         Manifest.from_toml(path)
+
+
+def test_a_manifest_from_before_norms_could_be_chosen_means_the_same_model() -> None:
+    values = json.loads(Manifest(name="sauna").to_json())
+    del values["model"]["norm"], values["model"]["activation"]
+    manifest = Manifest.from_json(json.dumps(values).encode())
+    assert manifest == Manifest(name="sauna")
+    assert (manifest.model.norm, manifest.model.activation) == ("layer", "gelu")
+
+
+def test_the_example_manifest_says_the_defaults() -> None:
+    path = Path(__file__).parents[2] / "deploy" / "swarm.toml"
+    assert Manifest.from_toml(path) == Manifest(name="demo")
+    named = path.read_text(encoding="utf-8")
+    assert all(f"{key} = " in named for key in ModelSpec.model_fields)

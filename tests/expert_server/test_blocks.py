@@ -1,6 +1,7 @@
 """Kinds of experts: our own, and those that other packages bring."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from dht.manifest import ModelSpec
 from expert_server.blocks import builder_of
 from peer.errors import SwarmError
+from peer.layers import Activation, Norm, TransformerLayer
 
 
 class Doubling(nn.Module):
@@ -22,12 +24,25 @@ class Doubling(nn.Module):
         return x_RD * self.scale
 
 
-def test_an_ffn_expert_treats_every_row_by_itself() -> None:
-    block = builder_of("ffn")(ModelSpec(hidden=8, heads=1, feed_forward=16))
+@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_an_ffn_expert_treats_every_row_by_itself(norm: Norm, activation: Activation) -> None:
+    block = builder_of("ffn")(ModelSpec(hidden=8, heads=1, feed_forward=16, norm=norm, activation=activation))
     x_RD = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     whole = block(x_RD, torch.tensor([5]), torch.arange(5))
     alone = torch.cat([block(row, torch.tensor([1]), torch.tensor([0])) for row in torch.split(x_RD, 1)])
     torch.testing.assert_close(whole, alone)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "ffn"])
+def test_the_manifest_chooses_norm_and_activation(kind: str) -> None:
+    block = builder_of(kind)(ModelSpec(hidden=8, heads=1, feed_forward=16, norm="rms", activation="swiglu"))
+    modules = [type(module) for module in block.modules()]
+    assert modules.count(nn.RMSNorm) == (2 if kind == "transformer" else 1)
+    assert nn.SiLU in modules
+    assert not {nn.LayerNorm, nn.GELU} & set(modules)
+    if isinstance(block, TransformerLayer):
+        assert block.state_dict()["feed_forward.0.weight"].shape == (32, 8)
 
 
 def test_a_kind_comes_from_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

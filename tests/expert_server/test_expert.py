@@ -1,3 +1,5 @@
+"""An expert: its outputs, gradients and steps."""
+
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -5,63 +7,25 @@ from typing import Literal
 
 import pytest
 import torch
+from expert_samples import (
+    AN_UID,
+    HIDDEN,
+    LENGTHS,
+    POSITIONS,
+    ROWS,
+    backward,
+    gradients_that_overflow_when_summed,
+    make_manifest,
+    parameters_of,
+    random_rows,
+)
 from grpc import StatusCode
 from torch import Tensor
 
-from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from dht.uid import UID
 from expert_server.blocks import build_block
-from expert_server.expert import BackwardPart, Expert, Graph, State, expert_bytes
-from peer.errors import ExpertError, StateError
-
-HIDDEN = 16
-ROWS = 12
-LENGTHS = torch.tensor([5, 4, 3])
-POSITIONS = torch.tensor([0, 1, 4, 5, 9, 0, 2, 3, 7, 1, 2, 3])
-AN_UID = UID(1, (0, 1))
-
-
-def make_manifest(
-    seed: int = 3,
-    learning_rate: float = 1e-2,
-    warmup_updates: int = 0,
-    clip_norm: float = 1.0,
-    name: Literal["adamw", "adam", "sgd"] = "adamw",
-    momentum: float | None = None,
-) -> Manifest:
-    model = ModelSpec(
-        layers=2, hidden=HIDDEN, heads=2, context=32, local_layers=1, feed_forward=32, seed=seed
-    )
-    optimizer = OptimizerSpec(
-        name=name,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=0.1,
-        clip_norm=clip_norm,
-        warmup_updates=warmup_updates,
-    )
-    return Manifest(
-        name="test", model=model, experts=ExpertSpec(grid=(2, 2), kind="transformer"), optimizer=optimizer
-    )
-
-
-def random_rows(seed: int) -> Tensor:
-    return torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-
-def backward(expert: Expert, inputs: Tensor, gradients: Tensor, graph: Graph | None = None) -> Tensor:
-    return expert.backward([BackwardPart(inputs, gradients, LENGTHS, POSITIONS, graph)])[0]
-
-
-def parameters_of(expert: Expert) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in expert.block.parameters()]
-
-
-def gradients_that_overflow_when_summed() -> Tensor:
-    """Each is finite, and so is the input's gradient; that of a bias, the sum over the rows, is not."""
-    gradients = torch.zeros(ROWS, HIDDEN)
-    gradients[:, 0] = 5e37
-    return gradients
+from expert_server.expert import BackwardPart, Expert, expert_bytes
+from peer.errors import ExpertError
 
 
 def test_every_node_starts_an_expert_from_the_same_parameters() -> None:
@@ -120,7 +84,16 @@ def test_backward_takes_the_clipped_step_of_the_manifests_optimizer(
 ) -> None:
     manifest = make_manifest(clip_norm=0.5, warmup_updates=2, name=name, momentum=momentum)
     expert, block = Expert(AN_UID, manifest), build_block(manifest, AN_UID)
-    optimizer = reference(block.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = reference(
+        [
+            {
+                "params": [p for name, p in block.named_parameters() if not is_vector(name)],
+                "weight_decay": 0.1,
+            },
+            {"params": [p for name, p in block.named_parameters() if is_vector(name)], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+    )
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 2))
     for seed in range(4):
         optimizer.zero_grad()
@@ -134,6 +107,19 @@ def test_backward_takes_the_clipped_step_of_the_manifests_optimizer(
     torch.testing.assert_close(
         parameters_of(expert), [p.detach() for p in block.parameters()], atol=1e-5, rtol=1e-3
     )
+
+
+def is_vector(name: str) -> bool:
+    return "norm" in name or name.endswith("bias")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_biases_and_norms_do_not_decay(name: Literal["adamw", "adam", "sgd"]) -> None:
+    expert = Expert(AN_UID, make_manifest(name=name, learning_rate=0.1))
+    before = {name: p.detach().clone() for name, p in expert.block.named_parameters()}
+    backward(expert, random_rows(0), torch.zeros(ROWS, HIDDEN))
+    changed = {n for n, p in expert.block.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {name for name in before if not is_vector(name)}
 
 
 def test_steps_reduce_a_loss() -> None:
@@ -192,11 +178,10 @@ def test_an_expert_goes_on_after_a_skipped_update() -> None:
     assert expert.update_count == 1
 
 
-def test_sizes_count_weights_gradients_and_moments() -> None:
+def test_the_size_counts_weights_and_moments() -> None:
     manifest = make_manifest()
     expert = Expert(AN_UID, manifest)
     weights = sum(4 * prod(p.shape) for p in expert.block.parameters())
-    assert expert_bytes(manifest) == (1 + 3 + 1.5) * weights
     assert expert.state_bytes == weights
     backward(expert, random_rows(0), random_rows(1))
     counters = 4 * len(list(expert.block.parameters()))
@@ -205,13 +190,12 @@ def test_sizes_count_weights_gradients_and_moments() -> None:
 
 
 @pytest.mark.parametrize(("momentum", "moments"), [(None, 1), (0.0, 0)])
-def test_sizes_follow_the_optimizer(momentum: float | None, moments: int) -> None:
+def test_the_size_follows_the_optimizer(momentum: float | None, moments: int) -> None:
     manifest = make_manifest(name="sgd", momentum=momentum)
     expert = Expert(AN_UID, manifest)
     weights = expert.state_bytes
     backward(expert, random_rows(0), random_rows(1))
     assert expert.state_bytes == (1 + moments) * weights
-    assert expert_bytes(manifest) == (1 + 1.5 * (1 + moments)) * weights
 
 
 def test_estimating_an_expert_draws_no_random_numbers() -> None:
@@ -267,113 +251,3 @@ def test_the_memory_of_a_graph_grows_with_its_rows() -> None:
     _, small = expert.forward_with_graph(random_rows(0)[:5], LENGTHS[:1], POSITIONS[:5])
     _, large = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
     assert 5 * HIDDEN * 4 < small.bytes < large.bytes
-
-
-# State
-
-
-def train(expert: Expert, steps: int) -> None:
-    """Takes optimizer steps that depend on the update count alone."""
-    for _ in range(steps):
-        seed = 2 * expert.update_count
-        backward(expert, random_rows(seed), random_rows(seed + 1))
-
-
-def trained_expert(steps: int, optimizer: OptimizerSpec | None = None) -> Expert:
-    manifest = make_manifest(warmup_updates=4)
-    if optimizer is not None:
-        manifest = manifest.model_copy(update={"optimizer": optimizer})
-    expert = Expert(AN_UID, manifest)
-    train(expert, steps)
-    return expert
-
-
-def assert_same(first: State, second: State) -> None:
-    torch.testing.assert_close(first, second, atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("steps", [0, 1, 5])
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        OptimizerSpec(),
-        OptimizerSpec(name="adam"),
-        OptimizerSpec(name="sgd"),
-        OptimizerSpec(name="sgd", momentum=0.0),
-    ],
-    ids=["adamw", "adam", "sgd", "sgd without momentum"],
-)
-def test_an_imported_expert_trains_on_as_if_it_had_never_stopped(
-    steps: int, optimizer: OptimizerSpec
-) -> None:
-    stayed, restored = trained_expert(steps, optimizer), trained_expert(2, optimizer)
-    restored.import_state(trained_expert(steps, optimizer).export_state(), steps)
-    assert restored.update_count == steps
-    for expert in (stayed, restored):
-        train(expert, 5)
-    assert restored.update_count == stayed.update_count == steps + 5
-    assert_same(restored.export_state(), stayed.export_state())
-
-
-def test_an_exported_state_is_a_copy_and_so_is_an_imported_one() -> None:
-    expert, other = trained_expert(1), trained_expert(0)
-    state = expert.export_state()
-    before = {name: tensor.clone() for name, tensor in state.items()}
-    other.import_state(state, 1)
-    train(expert, 1)
-    train(other, 1)
-    assert_same(state, before)
-    assert not any(tensor.requires_grad for tensor in state.values())
-
-
-def without(name: str) -> Callable[[State], State]:
-    return lambda state: {key: tensor for key, tensor in state.items() if key != name}
-
-
-def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
-    return lambda state: state | {name: change(state[name])}
-
-
-WEIGHT, MOMENT = "block.attention_input.weight", "optimizer.attention_input.weight.exp_avg"
-SQUARES, STEPS = "optimizer.attention_input.weight.exp_avg_sq", "optimizer.attention_input.weight.step"
-WRONG_STATES: dict[str, tuple[Callable[[State], State], str]] = {
-    "empty": (lambda state: {}, "lacks"),
-    "no weight": (without(WEIGHT), f"lacks '{WEIGHT}'"),
-    "no moment": (without(MOMENT), f"lacks '{MOMENT}'"),
-    "no step": (without(STEPS), "lacks"),
-    "one more": (lambda state: state | {"block.more": torch.zeros(1)}, "has the unknown 'block.more'"),
-    "shape": (changed(WEIGHT, lambda t: t.T.contiguous()), r"is \(\(16, 48\)"),
-    "shape of a moment": (changed(MOMENT, lambda t: t[:1]), r"is \(\(1, 16\)"),
-    "dtype": (changed(WEIGHT, lambda t: t.half()), "float16"),
-    "dtype of a step": (changed(STEPS, lambda t: t.long()), "int64"),
-    "NaN": (changed(WEIGHT, lambda t: t * float("nan")), f"'{WEIGHT}' .* not finite"),
-    "infinite moment": (changed(MOMENT, lambda t: t + float("inf")), "not finite"),
-    "negative square": (changed(SQUARES, lambda t: t - 1), "negative"),
-    "negative step": (changed(STEPS, lambda t: t - 9), "negative"),
-}
-
-
-@pytest.mark.parametrize(("make_wrong", "message"), WRONG_STATES.values(), ids=WRONG_STATES)
-def test_a_state_that_is_not_this_experts_is_refused_and_changes_nothing(
-    make_wrong: Callable[[State], State], message: str
-) -> None:
-    expert = trained_expert(2)
-    before = expert.export_state()
-    with pytest.raises(StateError, match=message):
-        expert.import_state(make_wrong(trained_expert(3).export_state()), 3)
-    assert_same(expert.export_state(), before)
-    assert expert.update_count == 2
-
-
-@pytest.mark.parametrize(("steps", "update_count"), [(3, 0), (0, 3), (3, -1)])
-def test_an_update_count_that_does_not_fit_the_moments_is_refused(steps: int, update_count: int) -> None:
-    with pytest.raises(StateError, match=f"{update_count} updates, and moments of"):
-        trained_expert(0).import_state(trained_expert(steps).export_state(), update_count)
-
-
-def test_an_expert_that_is_not_finite_is_not_exported() -> None:
-    expert = trained_expert(1)
-    with torch.no_grad():
-        next(expert.block.parameters()).fill_(float("nan"))
-    with pytest.raises(StateError, match="not finite"):
-        expert.export_state()

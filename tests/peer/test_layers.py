@@ -1,18 +1,34 @@
+from typing import get_args
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peer.layers import TransformerLayer, group_by_length, seeded
+from peer.layers import (
+    Activation,
+    Norm,
+    TransformerLayer,
+    group_by_length,
+    make_feed_forward,
+    make_norm,
+    seeded,
+)
 
 HIDDEN, HEADS, FEED_FORWARD = 16, 2, 32
 
 lengths_lists = st.lists(st.integers(1, 20), min_size=1, max_size=8)
 seeds = st.integers(0, 2**32 - 1)
+norms = st.sampled_from(get_args(Norm))
+activations = st.sampled_from(get_args(Activation))
 
 
-def build_layer() -> TransformerLayer:
-    return seeded(7, lambda: TransformerLayer(HIDDEN, HEADS, FEED_FORWARD))
+def build_layer(norm: Norm = "layer", activation: Activation = "gelu") -> TransformerLayer:
+    return seeded(7, lambda: TransformerLayer(HIDDEN, HEADS, FEED_FORWARD, norm, activation))
+
+
+layers = st.builds(build_layer, norms, activations)
 
 
 def random_rows(rows: int, seed: int) -> Tensor:
@@ -45,9 +61,10 @@ def attention_by_the_book(layer: TransformerLayer, x: Tensor, positions: Tensor)
 
 
 @settings(deadline=None, max_examples=40)
-@given(lengths_lists, seeds)
-def test_packed_segments_give_what_each_gives_alone(lengths: list[int], seed: int) -> None:
-    layer = build_layer()
+@given(layers, lengths_lists, seeds)
+def test_packed_segments_give_what_each_gives_alone(
+    layer: TransformerLayer, lengths: list[int], seed: int
+) -> None:
     x, positions = random_rows(sum(lengths), seed), rising_positions(lengths, seed)
     packed = layer(x, torch.tensor(lengths), positions)
     alone = [
@@ -58,9 +75,10 @@ def test_packed_segments_give_what_each_gives_alone(lengths: list[int], seed: in
 
 
 @settings(deadline=None, max_examples=40)
-@given(lengths_lists, seeds)
-def test_packed_segments_give_the_gradients_that_each_gives_alone(lengths: list[int], seed: int) -> None:
-    layer = build_layer()
+@given(layers, lengths_lists, seeds)
+def test_packed_segments_give_the_gradients_that_each_gives_alone(
+    layer: TransformerLayer, lengths: list[int], seed: int
+) -> None:
     x = random_rows(sum(lengths), seed).requires_grad_()
     grad, positions = random_rows(sum(lengths), seed + 1), rising_positions(lengths, seed)
     inputs = [x, *layer.parameters()]
@@ -71,14 +89,13 @@ def test_packed_segments_give_the_gradients_that_each_gives_alone(lengths: list[
 
 
 @settings(deadline=None, max_examples=40)
-@given(lengths_lists, seeds, st.data())
+@given(layers, lengths_lists, seeds, st.data())
 def test_a_row_changes_no_earlier_row_and_no_other_segment(
-    lengths: list[int], seed: int, data: st.DataObject
+    layer: TransformerLayer, lengths: list[int], seed: int, data: st.DataObject
 ) -> None:
     segment = data.draw(st.integers(0, len(lengths) - 1))
     row = data.draw(st.integers(0, lengths[segment] - 1))
     start, end = sum(lengths[:segment]), sum(lengths[: segment + 1])
-    layer = build_layer()
     x, positions = random_rows(sum(lengths), seed), rising_positions(lengths, seed)
     changed_x = x.clone()
     changed_x[start + row] = random_rows(1, seed + 1)[0] * 10
@@ -98,13 +115,67 @@ def test_a_segment_that_is_not_finite_leaves_the_others_finite() -> None:
     assert output[8:].isfinite().all()
 
 
-def test_only_distances_between_positions_matter() -> None:
-    layer, lengths = build_layer(), torch.tensor([6, 3])
-    x, positions = random_rows(9, 0), rising_positions([6, 3], 0)
-    torch.testing.assert_close(
-        layer(x, lengths, positions), layer(x, lengths, positions + 100), atol=1e-4, rtol=1e-4
-    )
-    assert not torch.allclose(layer(x, lengths, positions), layer(x, lengths, positions * 2), atol=1e-4)
+@settings(deadline=None, max_examples=40)
+@given(layers, lengths_lists, seeds, st.integers(1, 1000))
+def test_only_distances_between_positions_matter(
+    layer: TransformerLayer, lengths: list[int], seed: int, distance: int
+) -> None:
+    x, positions = random_rows(sum(lengths), seed), rising_positions(lengths, seed)
+    here, there = (layer(x, torch.tensor(lengths), places) for places in (positions, positions + distance))
+    torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-3)
+    stretched = layer(x, torch.tensor(lengths), positions * 2)
+    assert torch.allclose(here, stretched, atol=1e-6) == (max(lengths) == 1)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+def test_gated_blocks_follow_their_paper(activation: Activation) -> None:
+    """Shazeer, arXiv 2002.05202, section 2."""
+    block = seeded(7, lambda: make_feed_forward(HIDDEN, FEED_FORWARD, activation))
+    (both, output), x = block.parameters(), random_rows(5, 0)
+    gate, value = both.chunk(2)
+    gated = x @ gate.T
+    by_the_book = gated * gated.sigmoid() if activation == "swiglu" else gated * normal_distribution(gated)
+    torch.testing.assert_close(block(x), (by_the_book * (x @ value.T)) @ output.T, atol=1e-5, rtol=1e-4)
+
+
+def normal_distribution(x: Tensor) -> Tensor:
+    return (1 + torch.erf(x / 2**0.5)) / 2
+
+
+def test_rms_norm_divides_by_the_root_of_the_mean_square() -> None:
+    """Zhang and Sennrich, arXiv 1910.07467, equation 4."""
+    x = random_rows(5, 0) * 3
+    expected = x / x.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(make_norm("rms", HIDDEN)(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_gradients_of_rows_near_zero_stay_small(norm: Norm) -> None:
+    x = (random_rows(5, 0) * 1e-9).requires_grad_()
+    (gradient,) = torch.autograd.grad(make_norm(norm, HIDDEN)(x).sum(), x)
+    assert gradient.abs().max() < 400
+
+
+@settings(max_examples=40)
+@given(norms, activations, st.integers(1, 8), st.integers(1, 40))
+def test_parameters_are_as_many_as_stated(norm: Norm, activation: Activation, heads: int, inner: int) -> None:
+    hidden = 4 * heads
+    layer = TransformerLayer(hidden, heads, inner, norm, activation)
+    norms = 2 * (2 if norm == "layer" else 1) * hidden
+    feed_forward = 2 * hidden * inner + hidden + inner if activation == "gelu" else 3 * hidden * inner
+    assert sum(p.numel() for p in layer.parameters()) == norms + 4 * hidden * hidden + feed_forward
+
+
+@settings(deadline=None, max_examples=20)
+@given(layers, lengths_lists, seeds)
+def test_bfloat16_autocast_changes_little_and_gives_float32(
+    layer: TransformerLayer, lengths: list[int], seed: int
+) -> None:
+    x, positions = random_rows(sum(lengths), seed), rising_positions(lengths, seed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = layer(x, torch.tensor(lengths), positions)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, layer(x, torch.tensor(lengths), positions), atol=0.05, rtol=0.05)
 
 
 @settings(deadline=None)

@@ -176,6 +176,19 @@ def test_busy_port_is_named(tmp_path: Path, option: str) -> None:
     assert_one_clear_line(ended, f"{HOST} port {port}", "pass another")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "cuda:99"], "device cuda:99: torch finds"),
+        (["--device", "cpu", "--precision", "tf32"], "precision tf32"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, options: list[str], said: str) -> None:
+    manifest = tmp_path / "swarm.toml"
+    manifest.write_text('name = "fast"\n')
+    assert_one_clear_line(run("node", "--new", str(manifest), "--host", HOST, *options), said)
+
+
 def test_address_that_nobody_can_reach_is_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "swarm.toml"
     manifest.write_text('name = "everywhere"\n')

@@ -24,12 +24,12 @@ class DenseMixture(nn.Module):
         return y_BTD
 
 
-def make_manifest(**model: int) -> Manifest:
+def make_manifest(**model: int | str) -> Manifest:
     small = {"layers": 2, "hidden": 32, "heads": 2, "context": 16, "feed_forward": 64}
     return Manifest.model_validate({"name": "sauna", "model": small | model})
 
 
-def make_model(**model: int) -> LanguageModel:
+def make_model(**model: int | str) -> LanguageModel:
     return LanguageModel(make_manifest(**model), lambda layer: DenseMixture(32))
 
 
@@ -85,6 +85,14 @@ def test_equal_manifests_give_equal_parameters_and_other_seeds_other_ones() -> N
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = make_model(seed=4).state_dict()
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+def test_the_manifest_chooses_norm_and_activation_of_the_dense_part() -> None:
+    manifest = make_manifest(norm="rms", activation="swiglu")
+    modules = [type(m) for m in LanguageModel(manifest, lambda layer: nn.Identity()).modules()]
+    assert modules.count(nn.RMSNorm) == 2 * 2 + 1
+    assert modules.count(nn.SiLU) == 2
+    assert nn.LayerNorm not in modules
 
 
 def test_what_a_mixture_draws_changes_no_other_parameter() -> None:

@@ -1,0 +1,169 @@
+"""The devices that a node computes on: which they are, in what precision, and how rows get there and back.
+
+The choice is a function of what torch reports; `ComputeDevice` touches the device.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import psutil
+import torch
+from torch import Tensor
+
+from peer.errors import SettingsError, StartError
+
+Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
+PrecisionSetting: TypeAlias = Literal["auto", "fp32", "tf32", "bf16"]
+
+_AMPERE = (8, 0)  # the first GPUs that compute in bfloat16
+
+
+@dataclass(frozen=True)
+class Found:
+    """What torch finds on this machine."""
+
+    cuda: tuple[tuple[int, int], ...] = ()
+    """The compute capability of each CUDA GPU."""
+    mps: bool = False
+
+
+def find() -> Found:
+    """Asks torch. Raises StartError when there is a CUDA GPU that torch can't use."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    try:
+        return Found(tuple(map(torch.cuda.get_device_capability, gpus)), torch.backends.mps.is_available())
+    except RuntimeError as error:
+        raise StartError(f"can't use the CUDA GPUs here: {error}; --device cpu does without") from error
+
+
+def choose_devices(setting: str, found: Found) -> tuple[str, ...]:
+    """Names of devices, as torch has them. "auto": all CUDA GPUs, else MPS, else the CPU.
+
+    Raises SettingsError when the setting names none, or one that is not there.
+    """
+    if setting == "auto":
+        gpus = tuple(f"cuda:{number}" for number in range(len(found.cuda)))
+        return gpus or (("mps",) if found.mps else ("cpu",))
+    names = tuple(_device_name(part.strip(), found) for part in setting.split(","))
+    if len(set(names)) < len(names):
+        raise SettingsError(f"device {setting}: name each device once")
+    return names
+
+
+def _device_name(name: str, found: Found) -> str:
+    kind, colon, number = ("cuda:0" if name == "cuda" else name).partition(":")
+    if kind == "cuda" and number.isdecimal():
+        if int(number) >= len(found.cuda):
+            there = ", ".join(f"cuda:{n}" for n in range(len(found.cuda))) or "no CUDA GPU"
+            raise SettingsError(
+                f"device {name}: torch finds {there} here; "
+                "`python -m torch.utils.collect_env` shows GPUs, driver and what torch is built for"
+            )
+        return f"cuda:{int(number)}"
+    if colon or kind not in ("cpu", "mps"):
+        raise SettingsError(
+            f"device {name!r}: expected auto, cpu, mps, cuda, cuda:1, or several such as cuda:0,cuda:1"
+        )
+    if kind == "mps" and not found.mps:
+        raise SettingsError("device mps: torch finds no Metal GPU here")
+    return kind
+
+
+def choose_precision(setting: PrecisionSetting, device: str, found: Found) -> Precision:
+    """The precision on one device of `choose_devices`. "auto": bf16 on CUDA GPUs that have it, else fp32.
+
+    Raises SettingsError for tf32 on anything but a CUDA GPU.
+    """
+    kind, _, number = device.partition(":")
+    if setting == "auto":
+        return "bf16" if kind == "cuda" and found.cuda[int(number)] >= _AMPERE else "fp32"
+    if setting == "tf32" and kind != "cuda":
+        raise SettingsError(f"precision tf32 is one of CUDA GPUs, and this node computes on {kind}")
+    return setting
+
+
+class ComputeDevice:
+    """One device, the precision on it, and the way of rows to it and back. Several threads may use it at once.
+
+    Parameters, gradients and optimizer state are float32 in every precision. bf16 is torch's autocast in forward
+    and backward; tf32 rounds what CUDA multiplies as matrices; fp32 rounds nothing.
+
+    On CUDA, rows travel through pinned memory on a stream of their own: what is loaded while kernels run arrives
+    beside them, and what is fetched travels while the optimizer steps.
+    """
+
+    def __init__(self, name: str = "cpu", precision: Precision = "fp32", memory_bytes: int = 1) -> None:
+        """`memory_bytes`: how much memory was free before experts came, at least 1."""
+        self.torch_device = torch.device(name)
+        self.precision: Precision = precision
+        self.memory_bytes = memory_bytes
+        self._copies: torch.cuda.Stream | None = None
+        if self.torch_device.type == "cuda":
+            self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]  # torch's gap
+
+    def __str__(self) -> str:
+        return f"{self.torch_device} in {self.precision}"
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
+        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def load(self, tensor: Tensor) -> Tensor:
+        """Brings a tensor from the CPU. What is computed from now on waits for it, what runs already does not."""
+        if self._copies is None:
+            return tensor.to(self.torch_device)
+        with torch.cuda.stream(self._copies):
+            loaded = tensor.pin_memory().to(self.torch_device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.torch_device)
+        computing.wait_stream(self._copies)
+        loaded.record_stream(computing)
+        return loaded
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """Begins to bring a tensor to the CPU. It is whole after `wait`."""
+        if self._copies is None:
+            return tensor.cpu()
+        self._copies.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.cuda.stream(self._copies):
+            fetched = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            fetched.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._copies)
+        return fetched
+
+    def wait(self) -> None:
+        """Until all that was fetched is whole."""
+        if self._copies is not None:
+            self._copies.synchronize()
+
+
+def roomiest(devices: Sequence[ComputeDevice], hosted: Mapping[ComputeDevice, int]) -> ComputeDevice:
+    """Where the next expert goes, so that devices host experts in proportion to their free memory."""
+    return min(devices, key=lambda device: (hosted.get(device, 0) + 1) / device.memory_bytes)
+
+
+def check_devices(device: str, precision: PrecisionSetting) -> dict[str, Precision]:
+    """The precision on each device of a node's settings. Raises SettingsError when one does not fit this machine."""
+    found = Found() if device == "cpu" else find()  # finding GPUs takes time and memory
+    return {name: choose_precision(precision, name, found) for name in choose_devices(device, found)}
+
+
+def open_devices(device: str, precision: PrecisionSetting) -> list[ComputeDevice]:
+    """Opens the devices of a node's settings. With tf32 it sets torch's switch for that, which is the whole process's.
+
+    Raises SettingsError when a setting does not fit this machine, StartError when a device does not answer.
+    """
+    chosen = check_devices(device, precision)
+    if precision == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    return [ComputeDevice(name, its_precision, _free_bytes(name)) for name, its_precision in chosen.items()]
+
+
+def _free_bytes(name: str) -> int:
+    if not name.startswith("cuda"):
+        return psutil.virtual_memory().available  # Metal GPUs share it
+    try:
+        free_bytes, _ = torch.cuda.mem_get_info(name)
+    except RuntimeError as error:
+        raise StartError(f"can't use {name}: {error}; choose others with --device") from error
+    return max(1, free_bytes)

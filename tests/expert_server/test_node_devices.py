@@ -1,0 +1,84 @@
+"""A node on several devices, which are all the CPU here: experts are spread, serve, and are refused none of it."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from village import LOCAL, MANIFEST, Village, node_settings
+
+from dht.swarm import found_swarm
+from expert_server import node as node_module
+from expert_server.devices import ComputeDevice
+from expert_server.expert import expert_bytes
+from expert_server.node import Node
+from peer.errors import SettingsError
+from peer.identity import Identity
+from peer.loop import LoopThread
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+Scenario = Callable[[Village], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def play(loop: LoopThread, tmp_path: Path) -> Callable[[Scenario], None]:
+    identities = [Identity.load_or_create(tmp_path / "identity.key")]
+
+    def run(scenario: Scenario) -> None:
+        async def with_village() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                await scenario(Village(identities, stack, tmp_path))
+
+        loop.run(with_village(), 60)
+
+    return run
+
+
+def give_memory(monkeypatch: pytest.MonkeyPatch, experts_in_a_quarter: list[float]) -> list[ComputeDevice]:
+    size = expert_bytes(MANIFEST)
+    devices = [ComputeDevice(memory_bytes=int(4 * size * room)) for room in experts_in_a_quarter]
+    monkeypatch.setattr(node_module, "open_devices", lambda device, precision: devices)
+    return devices
+
+
+def test_a_node_fills_a_quarter_of_each_devices_memory(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small = give_memory(monkeypatch, [3.9, 1.1])
+
+    async def scenario(village: Village) -> None:
+        node = await village.found()
+        hosted = Counter(expert.device for expert in node.runtime.experts.values())
+        assert hosted == {large: 3, small: 1}
+        for expert in node.runtime.experts.values():
+            assert await node.runtime.run(expert.export_state)
+
+    play(scenario)
+
+
+def test_experts_that_were_asked_for_are_spread_by_memory(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small = give_memory(monkeypatch, [200.0, 100.0])
+
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=6)
+        hosted = Counter(expert.device for expert in node.runtime.experts.values())
+        assert hosted == {large: 4, small: 2}
+
+    play(scenario)
+
+
+def test_a_node_without_its_device_does_not_start_and_leaves_the_swarm(
+    play: Callable[[Scenario], None],
+) -> None:
+    async def scenario(village: Village) -> None:
+        swarm = await found_swarm(village.identities[0], MANIFEST, listen=LOCAL, port=0)
+        with pytest.raises(SettingsError, match="device cuda:99: torch finds"):
+            await Node.start(node_settings(device="cuda:99"), swarm, host=LOCAL, state=village.state(swarm))
+        assert not swarm.host.dht.is_alive
+
+    play(scenario)
