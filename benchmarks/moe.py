@@ -13,11 +13,14 @@ Every contender runs in a process of its own, and they take turns, so that whate
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,8 @@ TARGETS = {
     "ffn_vs_bound": 0.80,
     "transformer_vs_bound": 0.95,
 }
+_TRIES = 3
+_START_AND_STOP_S = 60.0
 
 MANIFEST = """
 name = "benchmark"
@@ -59,9 +64,8 @@ weight_decay = 0.0
 
 
 def measure(step: Callable[[], None], samples: int, seconds: float) -> dict[str, float]:
-    """Runs steps for a while, the first three unmeasured. Samples per second from the median step."""
-    for _ in range(3):
-        step()
+    """Runs steps for a while, the first unmeasured. Samples per second from the median step."""
+    step()
     intervals: list[float] = []
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(intervals) < 3:
@@ -179,17 +183,36 @@ CONTENDERS = {"talkoot": run_talkoot, "hivemind": run_hivemind, "bound": run_bou
 
 
 def run_apart(contender: str, case: str, seconds: float) -> dict[str, float]:
-    """Runs one contender in a process of its own. Raises SystemExit with its output when it fails."""
+    """Runs one contender in a session of its own, of which nothing is left afterwards.
+
+    hivemind.moe forks while threads run, and now and then hangs for it: such a run is tried again. Raises SystemExit
+    with its output when a contender fails.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.moe"]
     command += ["--contender", contender, "--case", case, "--seconds", str(seconds)]
     environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"}
     if contender == "talkoot":
         environment["OMP_WAIT_POLICY"] = "passive"  # as the command `talkoot` sets it
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{contender} failed on {case}:\n{done.stdout}{done.stderr}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    for _ in range(_TRIES):
+        with tempfile.TemporaryFile("w+") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            try:
+                status = process.wait(_START_AND_STOP_S + 5 * seconds)
+            except subprocess.TimeoutExpired:
+                continue
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output.seek(0)
+            said = output.read()
+        if status:
+            raise SystemExit(f"{contender} failed on {case}:\n{said}")
+        result: dict[str, float] = json.loads(said.splitlines()[-1])
+        return result
+    raise SystemExit(f"{contender} hung on {case}, {_TRIES} times")
 
 
 def compare(rounds: int, seconds: float, console: Console) -> dict[str, Any]:
