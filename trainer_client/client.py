@@ -20,7 +20,8 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
 from trainer_client.calls import GrpcCaller
-from trainer_client.dispatch import Dispatcher, WaitPolicy
+from trainer_client.dispatch import Dispatcher
+from trainer_client.forward_pass import WaitPolicy
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.settings import TrainerSettings
 

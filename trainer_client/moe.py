@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peer.codec import Floats
-from trainer_client.dispatch import ForwardPass
+from trainer_client.forward_pass import ForwardPass
 from trainer_client.gate import Gate, mixture_weights
 
 T = TypeVar("T")
