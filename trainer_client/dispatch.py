@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from hivemind.p2p import PeerID
 
-from dht.directory import Directory
+from dht.beam import Selection
+from dht.directory import Directory, PrefixTables
 from peer.codec import Floats
 from trainer_client.breaker import CircuitBreakers
-from trainer_client.calls import ExpertCaller
+from trainer_client.calls import Answer, ExpertCaller
 from trainer_client.forward_pass import (
     AnsweredShare,
     ForwardFanOut,
@@ -24,7 +25,15 @@ from trainer_client.forward_pass import (
     RoutedRows,
     WaitPolicy,
 )
-from trainer_client.outgoing import DispatchStats, NodeCall, Outcomes, Outgoing, next_outcomes
+from trainer_client.outgoing import (
+    DispatchStats,
+    GuardReport,
+    NodeCall,
+    Outcomes,
+    Outgoing,
+    next_outcomes,
+    no_guard_report,
+)
 
 
 class Dispatcher:
@@ -39,8 +48,10 @@ class Dispatcher:
         breakers: CircuitBreakers | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        guard_report: Callable[[Answer], GuardReport] = no_guard_report,
     ) -> None:
-        self._outgoing = Outgoing(caller, breakers or CircuitBreakers(), clock)
+        """`guard_report` reads from an answer what its expert's guard did, for `stats`."""
+        self._outgoing = Outgoing(caller, breakers or CircuitBreakers(), clock, guard_report)
         rng = random.Random(seed)  # noqa: S311  # spreads load, keeps no secret
         self._reach = Reach(directory, self._outgoing, policy, rng)
 
@@ -51,6 +62,10 @@ class Dispatcher:
     def live_experts(self) -> int:
         """Experts that can be called now."""
         return self._reach.directory.view.live_experts(self._outgoing.avoided())
+
+    async def alive(self, layer: int) -> PrefixTables:
+        """The prefix tables of a layer's experts that can be called now."""
+        return self._reach.directory.view.tables(layer, self._outgoing.avoided())
 
     async def close(self) -> None:
         """Ends the calls that are still under way; whoever waits for one goes on as if it had failed."""
@@ -64,13 +79,16 @@ class Dispatcher:
         k: int,
         sequence_length: int,
         keep: bool = False,
+        first: Selection | None = None,
     ) -> ForwardPass:
-        """Sends each row to its top-k live experts by `scores` (one [R, G_d] per grid dimension).
+        """Sends each row to the experts in `first`, by default its top-k live ones by `scores` (one [R, G_d] per grid
+        dimension). Where too few answer, rows are sent to the next by `scores`.
 
         Row r is position `r % sequence_length` of sequence `r // sequence_length`. `keep`: a
         backward call is meant to follow. Never raises for experts that fail.
         """
-        run = ForwardFanOut(self._reach, RoutedRows(layer, inputs, scores, k, sequence_length, keep))
+        rows = RoutedRows(layer, inputs, scores, k, sequence_length, keep, first)
+        run = ForwardFanOut(self._reach, rows)
         await run.until_enough()
         result = run.result
         self.stats.unanswered_rows += int((~result.answered.any(axis=1)).sum())

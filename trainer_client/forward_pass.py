@@ -13,7 +13,7 @@ import numpy as np
 from hivemind.p2p import PeerID
 
 from dht.beam import Selection, default_beam_size, select_experts
-from dht.directory import Directory, View
+from dht.directory import Directory, PrefixTables, View
 from dht.uid import UID
 from peer.codec import Floats
 from trainer_client.calls import KeptAt, Request
@@ -96,6 +96,8 @@ class RoutedRows:
     k: int
     sequence_length: int
     keep: bool
+    first: Selection | None
+    """Whom to ask first; None: the best. Where one of them has gone since, all rows ask their best."""
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -180,7 +182,11 @@ class ForwardFanOut:
         view = self._reach.directory.view
         avoided = self._reach.outgoing.avoided()
         taken = (self.result.answered | self._pending)[rows]
-        fresh = self._select(rows, view, avoided, taken.shape[1])
+        tables = self._tables(view, avoided)
+        fresh = self._rows.first if is_first else None
+        if fresh is None or not _all_live(fresh, tables):
+            scores = [table[rows] for table in self._rows.scores]
+            fresh = select_experts(scores, tables, self._rows.k, default_beam_size(self._rows.k))
         coordinates, filled = refill(self.result.coordinates[rows], taken, fresh)
         self.result.coordinates[rows] = coordinates
         wanted = np.zeros_like(self._pending)
@@ -190,15 +196,15 @@ class ForwardFanOut:
             # no row can get more answers than there are live experts
             self._goal = np.minimum(self._goal, np.maximum(1, self._pending.sum(axis=1)))
 
-    def _select(self, rows: Integers, view: View, avoided: frozenset[PeerID], count: int) -> Selection:
+    def _tables(self, view: View, avoided: frozenset[PeerID]) -> PrefixTables:
+        """Of the live experts that have not failed in this pass."""
         tables = view.tables(self.result.layer, avoided)
         if self._failed:
             alive = tables[-1].copy()
             for uid in self._failed:
                 alive[uid.coordinate] = False
             tables = (*tables[:-1], alive)
-        scores = [table[rows] for table in self._rows.scores]
-        return select_experts(scores, tables, count, default_beam_size(count))
+        return tables
 
     def _send(self, wanted: Booleans, view: View, avoided: frozenset[PeerID]) -> None:
         """One call to each server, with all shares of its experts."""
@@ -236,6 +242,10 @@ class ForwardFanOut:
         result.answered[rows, slots] = True
         self._pending[rows, slots] = False
         result.answers.append(AnsweredShare(share, outcome.peer_id, first, outcome.answer.kept))
+
+
+def _all_live(selection: Selection, tables: PrefixTables) -> bool:
+    return bool(tables[-1][tuple(selection.coordinates[selection.valid].T)].all())
 
 
 def _request(

@@ -34,6 +34,22 @@ class DispatchStats:
     """Rows that went on with no expert at all."""
     late_backward: int = 0
     """Shares whose gradient did not come in time."""
+    skipped_updates: int = 0
+    """Optimizer steps that experts' guards refused."""
+    rollbacks: int = 0
+    """Times that experts went back to their last good state."""
+
+
+@dataclass(frozen=True)
+class GuardReport:
+    """What an expert's guard did in a backward call."""
+
+    skipped_updates: int = 0
+    rollbacks: int = 0
+
+
+def no_guard_report(answer: Answer) -> GuardReport:
+    return GuardReport()
 
 
 @dataclass
@@ -68,12 +84,18 @@ class Outgoing:
     """The calls of one trainer. Its methods belong to the loop's thread."""
 
     def __init__(
-        self, caller: ExpertCaller, breakers: CircuitBreakers, clock: Callable[[], float] = time.monotonic
+        self,
+        caller: ExpertCaller,
+        breakers: CircuitBreakers,
+        clock: Callable[[], float] = time.monotonic,
+        guard_report: Callable[[Answer], GuardReport] = no_guard_report,
     ) -> None:
+        """`guard_report` reads from an answer what its expert's guard did."""
         self.stats = DispatchStats()
         self.breakers = breakers
         self.now = clock
         self._caller = caller
+        self._guard_report = guard_report
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -108,6 +130,7 @@ class Outgoing:
                 if answer.error is not None:
                     self._note_failure(peer_id, answer.error)
                     did_well &= answer.error.status in _NOT_THE_PEERS_FAULT
+                self._note_guard(share, peer_id, self._guard_report(answer))
                 call.outcomes.put_nowait([Outcome(share, peer_id, answer if answer.error is None else None)])
             if did_well:
                 self.breakers.succeeded(peer_id)
@@ -116,6 +139,12 @@ class Outgoing:
         finally:
             if waiting:  # no empty list: that would look like a time-out
                 call.fail(list(waiting.values()))
+
+    def _note_guard(self, share: Share, peer_id: PeerID, report: GuardReport) -> None:
+        self.stats.skipped_updates += report.skipped_updates
+        self.stats.rollbacks += report.rollbacks
+        if report.rollbacks:
+            logger.warning("expert %s of node %s went back to its last good state", share.uid, peer_id)
 
     def _note_failure(self, peer_id: PeerID, error: ExpertError) -> None:
         self.stats.failures[error.status.name.lower()] += 1
