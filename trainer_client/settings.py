@@ -34,7 +34,7 @@ class TrainerSettings(RoleSettings):
         default=None,
         ge=0,
         lt=2**63,
-        description="from which this trainer's batches are drawn; unset: its own",
+        description="from which this trainer's batches, noise and dropout are drawn; unset: its own",
     )
     router: RouterName = Field(default="product-key", description="how tokens find their experts")
     top_k: int | None = Field(
