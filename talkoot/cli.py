@@ -140,7 +140,8 @@ def train(
         float | None, typer.Option(help="Highest step size of the dense part.  [default: 0.002]")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="From which batches, noise and dropout are drawn.  [default: this trainer's own]")
+        int | None,
+        typer.Option(help="From which batches, noise and dropout are drawn.  [default: this trainer's own]"),
     ] = None,
     router: Annotated[
         str | None,
