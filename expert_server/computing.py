@@ -22,6 +22,10 @@ class Result:
     update_count: int
     graph: Graph | None = None
     """Of a forward pass that was to be kept, unless it was merged with others."""
+    skipped_update: bool = False
+    """In backward: the guard refused the step."""
+    rolled_back: bool = False
+    """In backward: the expert went back to its last good state."""
 
 
 def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]:
@@ -64,12 +68,14 @@ def _backward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
     parts = [_part([work], work.graph) for work in ready]
     if others:
         parts.append(_part(others, None))
+    skipped, rollbacks = expert.skipped_updates, expert.guard.rollbacks
     gradients = expert.backward(parts)
+    guard = expert.skipped_updates > skipped, expert.guard.rollbacks > rollbacks
     by_work = dict(zip(ready, gradients, strict=False))
     if others:
         split = torch.split(gradients[-1], [work.rows for work in others])
         by_work |= dict(zip(others, split, strict=True))
-    return [Result(by_work[work], expert.update_count) for work in batch]
+    return [Result(by_work[work], expert.update_count, None, *guard) for work in batch]
 
 
 def _part(works: Sequence[Work], graph: Graph | None) -> BackwardPart:

@@ -181,7 +181,12 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         kept = work.keep and self._keep(call.header.request_id, index, work, result)
         await call.write(
             expert_pb2.ExpertReply(
-                index=index, update_count=result.update_count, payload_bytes=len(data), kept=kept
+                index=index,
+                update_count=result.update_count,
+                payload_bytes=len(data),
+                kept=kept,
+                skipped_update=result.skipped_update,
+                rolled_back=result.rolled_back,
             ),
             data,
         )

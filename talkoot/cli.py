@@ -158,7 +158,19 @@ def train(
         float | None, typer.Option(help="Highest step size of the dense part.  [default: 0.002]")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="From which batches are drawn.  [default: this trainer's own]")
+        int | None,
+        typer.Option(help="From which batches, noise and dropout are drawn.  [default: this trainer's own]"),
+    ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How tokens find experts: product-key, noisy-top-k, switch, base or glam."
+            "  [default: product-key]",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts for each token.  [default: the router's own number]")
     ] = None,
     validate_every: Annotated[
         int | None, typer.Option(help="Steps between validations.  [default: only before and after]")
@@ -186,6 +198,8 @@ def train(
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "seed": seed,
+        "router": router,
+        "top_k": top_k,
         "validate_every": validate_every,
         "call_deadline_s": call_deadline_s,
         "grace_s": grace_s,

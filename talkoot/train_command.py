@@ -156,6 +156,8 @@ def _dispatched(client: SwarmClient) -> dict[str, Any]:
         "reselected_rows": stats.reselected_rows,
         "unanswered_rows": stats.unanswered_rows,
         "late_backward": stats.late_backward,
+        "skipped_updates": stats.skipped_updates,
+        "rollbacks": stats.rollbacks,
     }
 
 

@@ -70,6 +70,10 @@ class Answer:
     error: ExpertError | None = None
     kept: KeptAt | None = None
     """In forward: set when the node has kept what it was sent."""
+    skipped_update: bool = False
+    """In backward: the expert's guard refused the step."""
+    rolled_back: bool = False
+    """In backward: the expert went back to its last good state."""
 
 
 class ExpertCaller(Protocol):
@@ -244,7 +248,13 @@ class _Replies:
                 ExpertError(status, expert.message[:500], max(0.0, expert.retry_after_s)),
             )
         kept = KeptAt(self._request_id, expert.index) if expert.kept else None
-        return Answer(expert.index, decode(data, self._width, expert_pb2.CODEC_FP32), kept=kept)
+        return Answer(
+            expert.index,
+            decode(data, self._width, expert_pb2.CODEC_FP32),
+            kept=kept,
+            skipped_update=expert.skipped_update,
+            rolled_back=expert.rolled_back,
+        )
 
 
 def _tensors(requests: Sequence[Request]) -> Iterator[Floats]:

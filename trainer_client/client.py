@@ -20,8 +20,10 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
 from trainer_client.calls import GrpcCaller
-from trainer_client.dispatch import Dispatcher, WaitPolicy
+from trainer_client.dispatch import Dispatcher
+from trainer_client.forward_pass import WaitPolicy
 from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.routers import Routing, experts_for_each_row
 from trainer_client.settings import TrainerSettings
 
 _LOOK_AGAIN_S = 0.5
@@ -34,6 +36,7 @@ class SwarmClient:
         self, invite: Invite, settings: TrainerSettings, state: Path, *, stage: Stage = lambda text: None
     ) -> None:
         """`stage` is told what happens while joining. Raises UserError when joining fails."""
+        self._settings = settings
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._swarm: Swarm | None = None
@@ -41,6 +44,7 @@ class SwarmClient:
         self._refreshing: asyncio.Task[None] | None = None
         try:
             self._loop.run(self._start(invite, settings, stage))
+            self._k = experts_for_each_row(settings.router, settings.top_k, self.manifest)
         except BaseException:
             self.close()
             raise
@@ -73,10 +77,21 @@ class SwarmClient:
             layer,
             self.manifest.model.hidden,
             self.manifest.experts.grid,
-            self.manifest.routing.top_k,
+            self._k,
             self.dispatcher,
             self._loop.run,
             choose_by,
+            self._routing(),
+        )
+
+    def _routing(self) -> Routing:
+        settings = self._settings
+        return Routing(
+            settings.router,
+            settings.balance_weight,
+            settings.expert_dropout,
+            settings.gate_scale,
+            self.own_seed if settings.seed is None else settings.seed,
         )
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:

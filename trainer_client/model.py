@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from dht.manifest import Manifest, ModelSpec
 from peer.layers import TransformerLayer, make_norm, seeded
+from trainer_client.balancing import LoadSpread
 from trainer_client.data import VOCABULARY
+from trainer_client.moe import RemoteMixtureOfExperts, Routed
 
 # validation loss of 2 dense layers after 200 steps: 1.90 at 0.02, 1.84 at 0.1, 1.78 here, 1.85 at 1
 _EMBEDDING_SCALE = 0.3
@@ -58,6 +60,19 @@ class LanguageModel(nn.Module):
         """Cross-entropy of every byte but the first, in nats per byte. int64 [B, T + 1] -> []"""
         logits_BTV = self(tokens_BT[:, :-1])
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
+
+    def balancing_loss(self) -> Tensor | None:
+        """What the routers add to the loss of this thread's last forward pass in training; None if nothing. []"""
+        losses = [routed.balancing_loss for routed in self._routed() if routed.balancing_loss is not None]
+        return torch.stack(losses).sum() if losses else None
+
+    def load_spread(self) -> LoadSpread | None:
+        """The mean over the mixtures, in this thread's last forward pass in training; None where no expert was live."""
+        return LoadSpread.mean([routed.spread for routed in self._routed() if routed.spread is not None])
+
+    def _routed(self) -> list[Routed]:
+        remote = (mixture for mixture in self.mixtures if isinstance(mixture, RemoteMixtureOfExperts))
+        return [mixture.routed for mixture in remote if mixture.routed is not None]
 
 
 class LocalLayers(nn.Module):

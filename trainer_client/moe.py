@@ -1,21 +1,28 @@
 """A decentralized mixture of experts as a torch layer.
 
-Ryabinin & Gusev 2020 (arXiv 2002.04013), section 3.1: y = sum of w_k f_k(x) over the experts that answered, with
-weights softmax over those experts' logits.
+Ryabinin & Gusev 2020 (arXiv 2002.04013), section 3.1: y = sum of w_k f_k(x) over the experts that answered. Which
+experts, and which weights, the router says.
 
-Shapes: B sequences, T positions, R = B * T rows, K experts for each row, D hidden size.
+Shapes: B sequences, T positions, R = B * T rows, U rows that are routed (tokens, or whole sequences), K experts for
+each row, D hidden size.
 """
 
+import threading
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dht.beam import Selection
+from dht.directory import PrefixTables
 from peer.codec import Floats
-from trainer_client.dispatch import ForwardPass
-from trainer_client.gate import Gate, mixture_weights
+from trainer_client.balancing import LoadSpread, balancing_loss, load_spread
+from trainer_client.forward_pass import ForwardPass
+from trainer_client.gate import Gate
+from trainer_client.routers import Routing, noisy_scores
 
 T = TypeVar("T")
 
@@ -34,15 +41,29 @@ class Experts(Protocol):
         k: int,
         sequence_length: int,
         keep: bool = False,
+        first: Selection | None = None,
     ) -> ForwardPass: ...
+
+    async def alive(self, layer: int) -> PrefixTables: ...
 
     async def backward(self, forward: ForwardPass, gradients: Floats) -> Floats: ...
 
 
-class RemoteMixtureOfExperts(nn.Module):
-    """Sends each token to its top-k live experts, and mixes what they answer. Holds the gate alone.
+@dataclass(frozen=True)
+class Routed:
+    """What a forward pass in training tells of its routing."""
 
-    Where no expert answers, a token passes unchanged: experts carry their own residual connection.
+    balancing_loss: Tensor | None
+    """To be added to the loss; None where the router has none."""
+    spread: LoadSpread | None
+    """None where no expert was live."""
+
+
+class RemoteMixtureOfExperts(nn.Module):
+    """Sends each token to the live experts that its router chooses, and mixes what they answer. Holds the gate alone.
+
+    Experts carry their own residual connection, so a token's own value takes what its weights lack to 1; where no
+    expert answers, it passes unchanged.
     """
 
     def __init__(
@@ -54,6 +75,7 @@ class RemoteMixtureOfExperts(nn.Module):
         experts: Experts,
         run: "Run[Any]",
         choose_by: Literal["token", "sequence"] = "token",
+        routing: Routing | None = None,
     ) -> None:
         """`choose_by="sequence"` sends all tokens of a sequence where their mean says: not for causal models, in which
         a token may not know of later ones.
@@ -62,42 +84,96 @@ class RemoteMixtureOfExperts(nn.Module):
         self.layer = layer
         self.k = k
         self.choose_by = choose_by
-        self.gate = Gate(hidden, grid)
+        self._routing = routing = routing or Routing()
+        self._router = routing.router
+        scale = routing.gate_scale if self._router.starts_small else None
+        self.gate = Gate(hidden, grid, scale=scale, has_noise=self._router.has_noise)
         self._experts = experts
         self._run = run
+        self._rng = np.random.default_rng((routing.seed, layer))
+        self._last = threading.local()  # several threads may train the same layer
+
+    @property
+    def routed(self) -> Routed | None:
+        """Of this thread's last forward pass in training; None before the first."""
+        routed: Routed | None = getattr(self._last, "routed", None)
+        return routed
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; each of the B sequences is causal by itself."""
         x_RD = x_BTD.flatten(0, 1)
-        scores = self._scores(x_BTD)
-        scores_numpy = [table.detach().cpu().numpy() for table in scores]
+        alive: PrefixTables = self._run(self._experts.alive(self.layer))
+        scores, selection = self._route(x_BTD, alive)
+        call = _Call(_arrays(scores), selection, x_BTD.shape[1], torch.is_grad_enabled())
         outputs_RKD, answered_RK, coordinates = _CallExperts.apply(  # type: ignore[no-untyped-call]  # torch's lacks types
-            x_RD, self.gate.linear.weight, self, scores_numpy, x_BTD.shape[1], torch.is_grad_enabled()
+            x_RD, self.gate.linear.weight, self, call
         )
+        if self.training and self._router.drops_outputs:
+            outputs_RKD = self._drop(outputs_RKD, x_RD)
         logits_RK = self.gate.logits(scores, coordinates)
-        weights_RK = mixture_weights(logits_RK, answered_RK)
-        mixed_RD = (weights_RK.to(outputs_RKD.dtype).unsqueeze(1) @ outputs_RKD).squeeze(1)
+        weights_RK = self._router.weigh(scores, alive, logits_RK, answered_RK).to(outputs_RKD.dtype)
+        mixed_RD = (weights_RK.unsqueeze(1) @ outputs_RKD).squeeze(1)
+        if self._router.keeps_rest:
+            mixed_RD = mixed_RD + (1 - weights_RK.sum(dim=1, keepdim=True)) * x_RD
         y_RD = torch.where(answered_RK.any(dim=1, keepdim=True), mixed_RD, x_RD)
         return y_RD.view_as(x_BTD)
 
-    def _scores(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
-        """One [R, G_d] table per grid dimension."""
+    def _route(self, x_BTD: Tensor, alive: PrefixTables) -> tuple[tuple[Tensor, ...], Selection]:
+        """The scores, one [R, G_d] table per grid dimension, and the experts of each row."""
+        x_UD = x_BTD.flatten(0, 1) if self.choose_by == "token" else x_BTD.mean(dim=1)
+        rng = self._rng if self.training else None
+        scores: tuple[Tensor, ...] = self.gate(x_UD)
+        if rng is not None and self._router.has_noise:
+            scores = noisy_scores(scores, self.gate.spreads(x_UD), rng)
+        selection = self._router.choose(_arrays(scores), alive, self.k, rng)
+        if self.training:
+            loss = None
+            if self._router.has_balancing_loss:
+                loss = self._routing.balance_weight * balancing_loss(scores, selection, alive)
+            self._last.routed = Routed(loss, load_spread(selection, alive))
         if self.choose_by == "token":
-            scores: tuple[Tensor, ...] = self.gate(x_BTD.flatten(0, 1))
-            return scores
-        return tuple(table.repeat_interleave(x_BTD.shape[1], dim=0) for table in self.gate(x_BTD.mean(dim=1)))
+            return scores, selection
+        length = x_BTD.shape[1]
+        scores = tuple(table.repeat_interleave(length, dim=0) for table in scores)
+        return scores, replace(
+            selection,
+            coordinates=selection.coordinates.repeat(length, axis=0),
+            scores=selection.scores.repeat(length, axis=0),
+            valid=selection.valid.repeat(length, axis=0),
+        )
 
-    def call_forward(
-        self, inputs: Floats, scores: Sequence[Floats], sequence_length: int, keep: bool
-    ) -> ForwardPass:
+    def _drop(self, outputs_RKD: Tensor, x_RD: Tensor) -> Tensor:
+        """Dropout of what experts add to their input: dropping the input too would cut their residual connection."""
+        rate = self._routing.expert_dropout
+        kept = torch.from_numpy(self._rng.random(outputs_RKD.shape, dtype=np.float32) >= rate)
+        x_R1D = x_RD.unsqueeze(1)
+        return x_R1D + (outputs_RKD - x_R1D) * kept.to(outputs_RKD) / (1 - rate)
+
+    def call_forward(self, inputs: Floats, call: "_Call") -> ForwardPass:
         result: ForwardPass = self._run(
-            self._experts.forward(self.layer, inputs, scores, self.k, sequence_length, keep)
+            self._experts.forward(
+                self.layer, inputs, call.scores, self.k, call.sequence_length, call.keep, call.first
+            )
         )
         return result
 
     def call_backward(self, forward: ForwardPass, gradients: Floats) -> Floats:
         result: Floats = self._run(self._experts.backward(forward, gradients))
         return result
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the rows of a forward pass are to be sent."""
+
+    scores: Sequence[Floats]
+    first: Selection
+    sequence_length: int
+    keep: bool
+
+
+def _arrays(scores: Sequence[Tensor]) -> list[Floats]:
+    return [table.detach().cpu().numpy() for table in scores]
 
 
 class _CallExperts(torch.autograd.Function):
@@ -109,9 +185,7 @@ class _CallExperts(torch.autograd.Function):
         x_RD: Tensor,
         anchor: Tensor,
         mixture: RemoteMixtureOfExperts,
-        scores: Sequence[Floats],
-        sequence_length: int,
-        keep: bool,
+        call: _Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs [R, K, D], which of them are there [R, K], and the experts' coordinates [R, K, dims].
 
@@ -119,7 +193,7 @@ class _CallExperts(torch.autograd.Function):
         """
         inputs = x_RD.detach().cpu().float().numpy()
         ctx.mixture = mixture
-        ctx.forward_pass = result = mixture.call_forward(inputs, scores, sequence_length, keep)
+        ctx.forward_pass = result = mixture.call_forward(inputs, call)
         outputs_RKD = torch.from_numpy(result.outputs).to(x_RD)
         answered_RK = torch.from_numpy(result.answered).to(x_RD.device)
         coordinates = torch.from_numpy(result.coordinates).to(x_RD.device)
@@ -131,4 +205,4 @@ class _CallExperts(torch.autograd.Function):
         gradients_RKD = gradients[0]
         numbers = np.ascontiguousarray(gradients_RKD.detach().cpu().float().numpy())
         total_RD = ctx.mixture.call_backward(ctx.forward_pass, numbers)
-        return torch.from_numpy(total_RD).to(gradients_RKD), None, None, None, None, None
+        return torch.from_numpy(total_RD).to(gradients_RKD), None, None, None

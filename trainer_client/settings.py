@@ -1,11 +1,13 @@
 """The trainer's settings, from a TOML file, the environment (`TALKOOT_TRAIN_…`) and flags."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from peer.settings import RoleSettings
+
+RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
 
 
 class TrainerSettings(RoleSettings):
@@ -32,7 +34,31 @@ class TrainerSettings(RoleSettings):
         default=None,
         ge=0,
         lt=2**63,
-        description="from which this trainer's batches are drawn; unset: its own",
+        description="from which this trainer's batches, noise and dropout are drawn; unset: its own",
+    )
+    router: RouterName = Field(default="product-key", description="how tokens find their experts")
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="experts for each token, at most the manifest's top_k; unset: the router's own number",
+    )
+    balance_weight: float = Field(
+        default=0.01,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="weight of the balancing loss, in noisy-top-k, switch and glam",
+    )
+    expert_dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="part of what experts answer that training drops, in switch"
+    )
+    gate_scale: float = Field(
+        default=0.1,
+        gt=0,
+        le=10,
+        allow_inf_nan=False,
+        description="scale of the gate's first weights, in switch: their variance is this over hidden",
     )
     call_deadline_s: float = Field(
         default=10.0,

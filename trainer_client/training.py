@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peer.errors import UserError
+from trainer_client.balancing import LoadSpread
 from trainer_client.data import ByteDataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
@@ -32,6 +33,8 @@ class Progress:
     validation_loss: float | None  # nats per byte; None unless it was measured after this step
     tokens_per_s: float  # over the last 20 steps
     step_s: float  # since the end of the step before, validation left out
+    load_cv: float | None  # of the rows of each live expert; None where there was none: see LoadSpread
+    load_max_over_mean: float | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Summary:
     longest_stall_s: float  # see `longest_stall`
     seconds: float  # validation included
     skipped_steps: int
+    load_cv: float | None  # means over steps and layers; None where no expert was live
+    load_max_over_mean: float | None
 
 
 def train(
@@ -76,7 +81,7 @@ def train(
             model, dataset.batch(record.steps, settings.batch_size), optimizer, rate, settings.clip_norm
         )
         ended = clock()
-        record.add_step(loss, ended - last_end)
+        record.add_step(loss, ended - last_end, model.load_spread())
         last_end = ended
         fresh = None
         if record.steps == settings.steps or (
@@ -126,7 +131,8 @@ def _step(
     value: float = loss.item()
     if not math.isfinite(value):
         return value  # no backward: experts would be sent gradients that they must refuse
-    torch.autograd.backward(loss)
+    balancing = model.balancing_loss()
+    torch.autograd.backward(loss if balancing is None else loss + balancing)
     norm: float = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
     if not math.isfinite(norm):
         return math.nan
@@ -144,12 +150,19 @@ class _Record:
         self._tokens = tokens_in_a_step
         self._intervals_s = array("d")
         self._rolling_s: deque[float] = deque(maxlen=_ROLLING_STEPS)
+        self._spread: LoadSpread | None = None
+        self._load_cv = array("d")
+        self._load_max_over_mean = array("d")
         self._loss_first: float | None = None
         self._loss_last: float | None = None
         self._skipped = self._skipped_in_a_row = 0
 
-    def add_step(self, loss: float, interval_s: float) -> None:
+    def add_step(self, loss: float, interval_s: float, spread: LoadSpread | None) -> None:
         self.steps += 1
+        self._spread = spread
+        if spread is not None:
+            self._load_cv.append(spread.cv)
+            self._load_max_over_mean.append(spread.max_over_mean)
         self._intervals_s.append(interval_s)
         self._rolling_s.append(interval_s)
         if math.isfinite(loss):
@@ -166,8 +179,16 @@ class _Record:
             )
 
     def progress(self, steps: int, loss: float, validation_loss: float | None) -> Progress:
-        rate = self._rate(self._rolling_s)
-        return Progress(self.steps, steps, loss, validation_loss, rate, self._intervals_s[-1])
+        return Progress(
+            step=self.steps,
+            steps=steps,
+            loss=loss,
+            validation_loss=validation_loss,
+            tokens_per_s=self._rate(self._rolling_s),
+            step_s=self._intervals_s[-1],
+            load_cv=None if self._spread is None else self._spread.cv,
+            load_max_over_mean=None if self._spread is None else self._spread.max_over_mean,
+        )
 
     def summary(self, seconds: float) -> Summary:
         return Summary(
@@ -180,9 +201,15 @@ class _Record:
             longest_stall_s=longest_stall(self._intervals_s[1:]),  # the first step has no step before it
             seconds=seconds,
             skipped_steps=self._skipped,
+            load_cv=_mean(self._load_cv),
+            load_max_over_mean=_mean(self._load_max_over_mean),
         )
 
     def _rate(self, intervals_s: Sequence[float]) -> float:
         """Tokens per second; 0 when no time has passed."""
         passed = sum(intervals_s)
         return self._tokens * len(intervals_s) / passed if passed > 0 else 0.0
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return statistics.fmean(numbers) if numbers else None

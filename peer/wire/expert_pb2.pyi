@@ -65,13 +65,15 @@ class CallReply(_message.Message):
     def __init__(self, experts: _Optional[_Iterable[_Union[ExpertReply, _Mapping]]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class ExpertReply(_message.Message):
-    __slots__ = ("index", "status", "message", "update_count", "payload_bytes", "kept", "retry_after_s")
+    __slots__ = ("index", "status", "message", "update_count", "payload_bytes", "kept", "skipped_update", "rolled_back", "retry_after_s")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     UPDATE_COUNT_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_UPDATE_FIELD_NUMBER: _ClassVar[int]
+    ROLLED_BACK_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     index: int
     status: int
@@ -79,8 +81,10 @@ class ExpertReply(_message.Message):
     update_count: int
     payload_bytes: int
     kept: bool
+    skipped_update: bool
+    rolled_back: bool
     retry_after_s: float
-    def __init__(self, index: _Optional[int] = ..., status: _Optional[int] = ..., message: _Optional[str] = ..., update_count: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., kept: _Optional[bool] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., status: _Optional[int] = ..., message: _Optional[str] = ..., update_count: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., kept: _Optional[bool] = ..., skipped_update: _Optional[bool] = ..., rolled_back: _Optional[bool] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ("protocol_version", "swarm_id")

@@ -288,8 +288,9 @@ def test_gradients_that_skip_the_update_do_not_take_it_from_others() -> None:
     )
 
     async def scenario() -> None:
-        await asyncio.gather(*await submit_in_order(runtime, *works))
+        results = await asyncio.gather(*await submit_in_order(runtime, *works))
         assert (runtime.stats.updates, runtime.stats.skipped_updates) == (1, 1)
+        assert [result.skipped_update for result in results] == [False, True]
 
     with_runtime(runtime, scenario)
 

@@ -222,6 +222,17 @@ def test_setting_out_of_bounds_is_named(founder: Founder) -> None:
     assert_one_clear_line(run("train", "--join", founder.invite, "--steps", "0"), "steps")
 
 
+def test_router_that_does_not_exist_is_named_with_those_that_do(founder: Founder) -> None:
+    ended = run("train", "--join", founder.invite, "--router", "best")
+    assert_one_clear_line(ended, "router", "'product-key', 'noisy-top-k', 'switch', 'base' or 'glam'")
+
+
+def test_number_of_experts_that_a_router_can_not_have_is_named(founder: Founder, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    ended = run("train", "--join", founder.invite, "--state", state, "--router", "switch", "--top-k", "2")
+    assert_one_clear_line(ended, "top_k: switch sends each token to 1 expert")
+
+
 def test_option_that_does_not_exist_is_named() -> None:
     ended = run("train", "--colour", "3")
     assert ended.returncode == 2

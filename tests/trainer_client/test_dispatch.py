@@ -30,7 +30,8 @@ from dht.uid import UID
 from peer.codec import Floats
 from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import Request
-from trainer_client.dispatch import Dispatcher, ForwardPass, WaitPolicy
+from trainer_client.dispatch import Dispatcher
+from trainer_client.forward_pass import ForwardPass, WaitPolicy
 
 DEADLINE, GRACE = 10.0, 1.0
 LENGTH = 4

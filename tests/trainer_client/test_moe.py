@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from dht.beam import default_beam_size, select_experts
 from dht.uid import UID
 from peer.loop import LoopThread
-from trainer_client.dispatch import Dispatcher, WaitPolicy
+from trainer_client.dispatch import Dispatcher
+from trainer_client.forward_pass import WaitPolicy
 from trainer_client.gate import Gate
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts

@@ -1,0 +1,73 @@
+"""A trainer's mixtures over a swarm without a network, with any router, and experts that learn."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import pytest
+import torch
+from expert_fakes import FakeSwarm, virtual_time
+
+from dht.manifest import Manifest
+from expert_server.expert import BackwardPart, Expert
+from peer.codec import Floats
+from trainer_client.calls import Direction, Request
+from trainer_client.dispatch import Dispatcher
+from trainer_client.forward_pass import WaitPolicy
+from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.routers import ROUTERS, Routing
+from trainer_client.settings import RouterName
+
+every_router = pytest.mark.parametrize("name", get_args(RouterName))
+
+
+class LearningSwarm(FakeSwarm):
+    """Its experts take optimizer steps."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest, peers=4)
+        self.experts = {uid: Expert(uid, manifest) for uid in manifest.uids()}
+
+    def compute(self, direction: Direction, request: Request) -> Floats:
+        inputs = torch.from_numpy(request.inputs.copy())
+        lengths, positions = torch.tensor(request.lengths), torch.tensor(request.positions)
+        expert = self.experts[request.uid]
+        if direction == "forward":
+            answer: Floats = expert.forward(inputs, lengths, positions).numpy()
+            return answer
+        assert request.gradients is not None
+        gradients = torch.from_numpy(request.gradients.copy())
+        with torch.enable_grad():
+            (gradient_RD,) = expert.backward([BackwardPart(inputs, gradients, lengths, positions)])
+        gradient: Floats = gradient_RD.numpy()
+        return gradient
+
+
+def k_of(name: RouterName) -> int:
+    return ROUTERS[name].k or 3
+
+
+@contextmanager
+def mixtures(
+    swarm: FakeSwarm,
+    name: RouterName,
+    choose_by: Literal["token", "sequence"] = "token",
+    **routing: Any,
+) -> Iterator[Callable[[int], RemoteMixtureOfExperts]]:
+    """Makes the layers of a trainer that calls this swarm in virtual time."""
+    spec = swarm.manifest
+    with virtual_time() as runner:
+        dispatcher = Dispatcher(
+            swarm.directory(), swarm, WaitPolicy(10.0, 0.0, 1), clock=runner.get_loop().time
+        )
+        yield lambda layer: RemoteMixtureOfExperts(
+            layer,
+            spec.model.hidden,
+            spec.experts.grid,
+            k_of(name),
+            dispatcher,
+            runner.run,
+            choose_by,
+            Routing(name, **routing),
+        )
+        runner.run(dispatcher.close())

@@ -1,0 +1,140 @@
+"""The balancing loss against its formula and worked numbers, and the figures of the load."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dht.beam import Selection
+from dht.directory import PrefixTables
+from trainer_client.balancing import LoadSpread, balancing_loss, load_spread
+from trainer_client.routers import best
+
+
+def all_live(*grid: int) -> PrefixTables:
+    return tables(np.ones(grid, dtype=np.bool_))
+
+
+def tables(live: np.ndarray) -> PrefixTables:
+    return tuple(np.asarray(live.any(axis=tuple(range(d + 1, live.ndim)))) for d in range(live.ndim))
+
+
+def chosen(*rows: list[tuple[int, ...]]) -> Selection:
+    coordinates = np.array(rows)
+    return Selection(
+        coordinates, np.zeros(coordinates.shape[:2], np.float32), np.ones(coordinates.shape[:2], np.bool_)
+    )
+
+
+def gate_of(*rows: list[float]) -> Tensor:
+    """Scores whose softmax these rows are."""
+    return torch.tensor(rows).log().requires_grad_()
+
+
+# x1 and x2 of the worked example: four experts, top-2
+WORKED = ([0.2, 0.6, 0.1, 0.1], [0.1, 0.6, 0.2, 0.1])
+
+
+def worked_selection(scores: Tensor) -> Selection:
+    return best([scores.detach().numpy()], all_live(4), 2)
+
+
+def test_worked_example_has_the_counts_and_sums_it_should() -> None:
+    scores = gate_of(*WORKED)
+    selection = worked_selection(scores)
+    assert np.bincount(selection.coordinates.flatten(), minlength=4).tolist() == [1, 2, 1, 0]
+    assert scores.softmax(dim=1).sum(dim=0).tolist() == pytest.approx([0.3, 1.2, 0.3, 0.2])
+
+
+def test_worked_example_has_the_loss_that_counts_and_sums_give() -> None:
+    scores = gate_of(*WORKED)
+    counts, sums = torch.tensor([1.0, 2.0, 1.0, 0.0]), torch.tensor([0.3, 1.2, 0.3, 0.2])
+    expected = 4 * (counts / 4 * sums / 2).sum()
+    assert balancing_loss([scores], worked_selection(scores), all_live(4)).item() == pytest.approx(
+        expected.item()
+    )
+    assert expected.item() == pytest.approx(1.5)
+
+
+def test_worked_example_pushes_the_second_expert_down_and_the_others_up() -> None:
+    scores = gate_of(*WORKED)
+    torch.autograd.backward(balancing_loss([scores], worked_selection(scores), all_live(4)))
+    assert scores.grad is not None
+    assert (scores.grad[:, 1] > 0.01).all()
+    assert (scores.grad[:, [0, 2, 3]] < -0.001).all()
+    after = (scores - scores.grad).softmax(dim=1)
+    assert (after[:, 1] < scores.softmax(dim=1)[:, 1]).all()
+
+
+def test_equation_4_of_the_switch_transformer() -> None:
+    """alpha N sum f_i P_i, without alpha: f the part of rows sent to expert i, P the mean of its probability."""
+    scores = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    selection = best([scores.numpy()], all_live(6), 1)
+    f = torch.bincount(scores.argmax(dim=1), minlength=6) / 50
+    expected = 6 * (f * scores.softmax(dim=1).mean(dim=0)).sum()
+    assert balancing_loss([scores], selection, all_live(6)).item() == pytest.approx(expected.item())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_an_even_load_costs_1_in_every_grid_with_any_experts_live(seed: int, grid: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    live = rng.random(grid) < 0.6
+    live[(0,) * len(grid)] = True
+    under = [live.sum(axis=tuple(a for a in range(live.ndim) if a != d)) for d in range(live.ndim)]
+    # each live expert is chosen once, and a coordinate is as probable as it has live experts
+    scores = [torch.from_numpy(n.astype(np.float32)).log().expand(3, -1) for n in under]
+    selection = chosen(*[[tuple(expert)] for expert in np.argwhere(live).tolist()])
+    assert balancing_loss(scores, selection, tables(live)).item() == pytest.approx(1)
+
+
+def test_each_grid_dimension_is_balanced_by_itself() -> None:
+    """All rows go to coordinate 0 of the first dimension, and evenly to those of the second."""
+    scores = [torch.zeros(4, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)]
+    selection = chosen([(0, 0)], [(0, 1)], [(0, 0)], [(0, 1)])
+    torch.autograd.backward(balancing_loss(scores, selection, all_live(2, 2)))
+    assert scores[0].grad is not None
+    assert scores[1].grad is not None
+    assert (scores[0].grad[:, 0] > 0.01).all()
+    assert scores[1].grad.abs().max() < 1e-7
+
+
+def test_dead_experts_count_for_nothing() -> None:
+    scores = torch.tensor([[9.0, 1.0, 2.0], [9.0, 2.0, 1.0]], requires_grad=True)
+    live = np.array([False, True, True])
+    loss = balancing_loss([scores], chosen([(2,)], [(1,)]), tables(live))
+    assert loss.item() == pytest.approx(1)
+    torch.autograd.backward(loss)
+    assert scores.grad is not None
+    assert not scores.grad[:, 0].any()
+
+
+@pytest.mark.parametrize("live", [np.zeros(3, np.bool_), np.ones(3, np.bool_)])
+def test_no_choice_at_all_is_no_error(live: np.ndarray) -> None:
+    scores = torch.randn(2, 3, requires_grad=True)
+    none = Selection(np.zeros((2, 1, 1), np.int64), np.zeros((2, 1), np.float32), np.zeros((2, 1), np.bool_))
+    loss = balancing_loss([scores], none, tables(live))
+    torch.autograd.backward(loss)
+    assert loss.item() == 0
+    assert load_spread(none, tables(live)) is None
+
+
+def test_the_spread_is_that_of_rows_over_live_experts() -> None:
+    live = np.array([True, True, True, True, False])
+    selection = chosen([(0,), (1,)], [(1,), (2,)], [(1,), (2,)])  # 1, 3, 2 and 0 rows
+    spread = load_spread(selection, tables(live))
+    assert spread is not None
+    assert spread.cv == pytest.approx(np.std([1, 3, 2, 0]) / 1.5)
+    assert spread.max_over_mean == 2
+
+
+def test_an_even_load_has_no_spread() -> None:
+    spread = load_spread(chosen([(0, 0)], [(0, 1)], [(1, 0)], [(1, 1)]), all_live(2, 2))
+    assert spread == LoadSpread(0, 1)
+
+
+def test_spreads_have_a_mean() -> None:
+    assert LoadSpread.mean([LoadSpread(1, 2), LoadSpread(3, 6)]) == LoadSpread(2, 4)
+    assert LoadSpread.mean([]) is None

@@ -1,0 +1,309 @@
+"""The mixture layer with each router: formulas, randomness, failures, causality. Real blocks, no network."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from expert_fakes import FakeSwarm, fails, make_manifest, virtual_time
+from grpc import StatusCode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from router_fakes import every_router, k_of, mixtures
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dht.beam import Selection
+from dht.registry import NodeInfo
+from dht.uid import UID
+from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch import Dispatcher
+from trainer_client.forward_pass import WaitPolicy
+from trainer_client.model import LanguageModel
+from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.settings import RouterName
+
+HIDDEN = 8
+
+grids = st.sampled_from([(5,), (2, 3), (2, 2, 2)])
+
+
+def random_rows(sequences: int, length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sequences, length, HIDDEN, generator=generator).requires_grad_()
+
+
+def sharpen(mixture: RemoteMixtureOfExperts) -> RemoteMixtureOfExperts:
+    """Tokens go to different experts, by a wide margin."""
+    nn.init.normal_(mixture.gate.linear.weight, std=1.0)
+    return mixture
+
+
+def outputs_of_all(swarm: FakeSwarm, x_D: Tensor) -> Tensor:
+    """Of every expert of a one-dimensional grid, for a sequence of one token. (experts, D)"""
+    one = torch.ones(1, dtype=torch.int64)
+    return torch.cat(
+        [swarm.block(uid)(x_D[None], one, torch.zeros_like(one)) for uid in swarm.manifest.uids()]
+    )
+
+
+# Formulas
+
+
+def one_token(name: RouterName, training: bool, **routing: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For 12 sequences of one token: what the layer gives [12, D], the gate's logits [12, 5], all outputs, inputs."""
+    swarm = FakeSwarm(make_manifest((5,)))
+    x_BTD = random_rows(12, 1)
+    with mixtures(swarm, name, **routing) as make_mixture:
+        mixture = sharpen(make_mixture(0)).train(training)
+        y_BTD = mixture(x_BTD)
+        (logits,) = mixture.gate(x_BTD[:, 0])
+    outputs = torch.stack([outputs_of_all(swarm, x_D) for x_D in x_BTD[:, 0]])
+    return y_BTD[:, 0], logits, outputs, x_BTD[:, 0]
+
+
+def test_switch_adds_the_best_experts_part_weighed_by_its_probability() -> None:
+    """y = x + p_i(x) (E_i(x) - x): experts carry their own residual connection. In evaluation nothing is dropped."""
+    y, logits, outputs, x = one_token("switch", training=False)
+    p, best = logits.softmax(dim=1).max(dim=1)
+    expected = x + p[:, None] * (outputs[torch.arange(12), best] - x)
+    torch.testing.assert_close(y, expected)
+
+
+def test_base_adds_the_best_experts_part_weighed_by_a_sigmoid_in_evaluation() -> None:
+    y, logits, outputs, x = one_token("base", training=False)
+    highest, best = logits.max(dim=1)
+    expected = x + highest.sigmoid()[:, None] * (outputs[torch.arange(12), best] - x)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("name", ["glam", "noisy-top-k"])
+def test_top_2_routers_mix_two_experts_by_their_renormalised_softmax_in_evaluation(name: RouterName) -> None:
+    y, logits, outputs, _ = one_token(name, training=False)
+    top = logits.topk(2, dim=1)
+    chosen = outputs[torch.arange(12)[:, None], top.indices]
+    torch.testing.assert_close(y, (top.values.softmax(dim=1)[:, :, None] * chosen).sum(dim=1))
+
+
+def test_switch_drops_some_of_what_experts_add_and_scales_the_rest() -> None:
+    y, logits, outputs, x = one_token("switch", training=True, expert_dropout=0.5)
+    p, best = logits.softmax(dim=1).max(dim=1)
+    added = p[:, None] * (outputs[torch.arange(12), best] - x)
+    dropped = torch.isclose(y, x, rtol=1e-4, atol=1e-6)
+    doubled = torch.isclose(y - x, 2 * added, rtol=1e-3, atol=1e-5)
+    assert (dropped | doubled).all()
+    assert 0.3 < dropped.float().mean() < 0.7
+
+
+# Randomness
+
+
+@every_router
+def test_evaluation_has_no_chance_in_it(name: RouterName) -> None:
+    swarm = FakeSwarm(make_manifest((2, 3)))
+    x_BTD = random_rows(2, 6)
+    with mixtures(swarm, name) as make_mixture:
+        mixture = sharpen(make_mixture(0)).eval()
+        torch.testing.assert_close(mixture(x_BTD), mixture(x_BTD), rtol=0, atol=0)
+        assert mixture.routed is None
+
+
+@every_router
+def test_training_follows_from_the_seed(name: RouterName) -> None:
+    swarm = FakeSwarm(make_manifest((2, 3)))
+    x_BTD = random_rows(4, 8)
+
+    def outputs(seed: int) -> Tensor:
+        torch.manual_seed(0)
+        with mixtures(swarm, name, seed=seed) as make_mixture:
+            mixture = sharpen(make_mixture(0))
+            return torch.stack([mixture(x_BTD), mixture(x_BTD)])
+
+    first = outputs(1)
+    torch.testing.assert_close(outputs(1), first, rtol=0, atol=0)
+    has_chance = name in {"noisy-top-k", "switch"}
+    assert torch.equal(outputs(2), first) != has_chance
+    assert torch.equal(first[0], first[1]) != has_chance
+
+
+def test_noise_weighs_the_experts_by_the_scores_that_chose_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that overrules the gate: expert 4 gets nearly all of the weight, not only a place among the two."""
+    monkeypatch.setattr(
+        "trainer_client.moe.noisy_scores",
+        lambda scores, spreads, rng: (scores[0] + 50 * F.one_hot(torch.tensor(4), 5),),
+    )
+    y, _, outputs, _ = one_token("noisy-top-k", training=True)
+    torch.testing.assert_close(y, outputs[:, 4])
+
+
+def test_a_sequence_that_is_routed_as_one_stays_together_under_noise_and_chance() -> None:
+    swarm = FakeSwarm(make_manifest((9,)))
+    with mixtures(swarm, "noisy-top-k", choose_by="sequence") as make_mixture:
+        make_mixture(0)(random_rows(6, 4))
+    lengths = [n for call in swarm.called("forward") for request in call.requests for n in request.lengths]
+    assert set(lengths) == {4}
+
+
+def test_base_balances_whole_sequences_when_they_are_routed_as_one() -> None:
+    swarm = FakeSwarm(make_manifest((3,)))
+    with mixtures(swarm, "base", choose_by="sequence") as make_mixture:
+        make_mixture(0)(random_rows(6, 4))
+    assert [swarm.rows_sent("forward", uid) for uid in swarm.manifest.uids()] == [8, 8, 8]
+
+
+# The gate
+
+
+def test_gate_of_switch_starts_smaller() -> None:
+    hidden = 4096
+    with mixtures(FakeSwarm(make_manifest((4, 4), hidden=hidden)), "switch", gate_scale=0.1) as make_mixture:
+        weight, bias = (p.detach() for p in make_mixture(0).gate.linear.parameters())
+    # a normal distribution cut off at two standard deviations has 0.88 of its spread
+    assert weight.std().item() == pytest.approx(0.88 * (0.1 / hidden) ** 0.5, rel=0.02)
+    assert weight.abs().max() <= 2 * (0.1 / hidden) ** 0.5
+    assert not bias.any()
+
+
+@every_router
+def test_gate_and_weights_compute_in_float32_in_a_bfloat16_model(name: RouterName) -> None:
+    swarm = FakeSwarm(make_manifest((5,)))
+    x_BTD = random_rows(2, 6).detach().bfloat16()
+    with mixtures(swarm, name) as make_mixture:
+        mixture = make_mixture(0).bfloat16()
+        (scores,) = mixture.gate(x_BTD.flatten(0, 1))
+        y_BTD = mixture(x_BTD)
+        torch.autograd.backward(y_BTD.float().square().sum())
+    weight = mixture.gate.linear.weight
+    assert weight.dtype == y_BTD.dtype == torch.bfloat16
+    exact = x_BTD.flatten(0, 1).double() @ weight.double().T + mixture.gate.linear.bias.double()
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()
+
+
+@every_router
+def test_the_state_is_the_gates(name: RouterName) -> None:
+    expected = ["gate.linear.bias", "gate.linear.weight"]
+    if name == "noisy-top-k":
+        expected.append("gate.noise.weight")
+    with mixtures(FakeSwarm(make_manifest((2, 3))), name) as make_mixture:
+        assert sorted(make_mixture(0).state_dict()) == expected
+
+
+# Failures
+
+
+@every_router
+def test_rows_of_an_expert_that_fails_go_to_their_next_best(name: RouterName) -> None:
+    swarm = FakeSwarm(make_manifest((5,)))
+    dead = UID(0, (2,))
+    swarm.behaviours[dead] = fails(StatusCode.NOT_FOUND)
+    x_BTD = random_rows(4, 8)
+    with mixtures(swarm, name, expert_dropout=0.0) as make_mixture:
+        mixture = sharpen(make_mixture(0))
+        y_BTD = mixture(x_BTD)
+        torch.autograd.backward(y_BTD.square().sum())
+    assert swarm.rows_sent("forward", dead)
+    assert not torch.isclose(y_BTD, x_BTD).all(dim=-1).any()
+    assert mixture.gate.linear.weight.grad is not None
+    assert mixture.gate.linear.weight.grad.isfinite().all()
+
+
+def test_where_a_chosen_expert_has_gone_since_all_rows_ask_their_best() -> None:
+    swarm = FakeSwarm(make_manifest((4,)))
+    live = [UID(0, (number,)) for number in (0, 1, 3)]
+    scores = [np.tile(np.array([[0.0, 1.0, 2.0, 3.0]], np.float32), (6, 1))]
+    gone = Selection(np.full((6, 1, 1), 2), np.zeros((6, 1), np.float32), np.ones((6, 1), np.bool_))
+    there = Selection(np.zeros((6, 1, 1), np.int64), np.zeros((6, 1), np.float32), np.ones((6, 1), np.bool_))
+    inputs = np.ones((6, HIDDEN), np.float32)
+    with virtual_time() as runner:
+        dispatcher = Dispatcher(
+            swarm.directory(live), swarm, WaitPolicy(10.0, 0.0, 1), clock=runner.get_loop().time
+        )
+        first = runner.run(dispatcher.forward(0, inputs, scores, 1, 3, first=there))
+        second = runner.run(dispatcher.forward(0, inputs, scores, 1, 3, first=gone))
+        assert runner.run(dispatcher.alive(0))[-1].tolist() == [True, True, False, True]
+    assert first.coordinates.flatten().tolist() == [0] * 6
+    assert second.coordinates.flatten().tolist() == [3] * 6
+    assert second.answered.all()
+
+
+# Causality
+
+
+@every_router
+@settings(max_examples=6, deadline=None)
+@given(data=st.data(), grid=grids, seed=st.integers(0, 2**31 - 1))
+def test_a_changed_token_changes_no_logit_before_it(
+    name: RouterName, data: st.DataObject, grid: tuple[int, ...], seed: int
+) -> None:
+    """In evaluation, where losses are scored. In training `base` is not causal: one row's expert depends on all
+    rows' scores, later ones' too, for that is what balancing them together means.
+    """
+    length = 12
+    swarm = FakeSwarm(make_manifest(grid, layers=2), peers=3)
+    if k_of(name) > 1:
+        swarm.behaviours[swarm.manifest.uids()[seed % 4]] = fails(StatusCode.NOT_FOUND)
+    at = data.draw(st.integers(0, length - 1))
+    tokens_BT = torch.randint(256, (2, length), generator=torch.Generator().manual_seed(seed))
+    changed_BT = tokens_BT.clone()
+    changed_BT[0, at] = (changed_BT[0, at] + data.draw(st.integers(1, 255))) % 256
+    torch.manual_seed(seed)
+    with mixtures(swarm, name) as make_mixture, torch.no_grad():
+        model = LanguageModel(swarm.manifest, lambda layer: sharpen(make_mixture(layer))).eval()
+        before_BTV, after_BTV = model(tokens_BT), model(changed_BT)
+    torch.testing.assert_close(after_BTV[0, :at], before_BTV[0, :at], rtol=0, atol=1e-6)
+    torch.testing.assert_close(after_BTV[1], before_BTV[1], rtol=0, atol=1e-6)
+    assert not torch.allclose(after_BTV[0, at], before_BTV[0, at], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["product-key", "switch", "glam"])
+def test_choices_in_training_are_causal_too(name: RouterName) -> None:
+    """noisy-top-k is so as well, but there the noise of two passes differs."""
+    swarm = FakeSwarm(make_manifest((2, 3)))
+    x_BTD = random_rows(1, 8).detach()
+    changed_BTD = x_BTD.clone()
+    changed_BTD[0, 5:] += 1
+    with mixtures(swarm, name, expert_dropout=0.0) as make_mixture:
+        mixture = sharpen(make_mixture(0))
+        torch.testing.assert_close(mixture(changed_BTD)[0, :5], mixture(x_BTD)[0, :5], rtol=0, atol=1e-6)
+
+
+def test_base_does_see_other_rows_in_training() -> None:
+    """What the test above leaves out is real: the rows of one batch compete."""
+    swarm = FakeSwarm(make_manifest((3,)))
+    x_BTD = random_rows(1, 9).detach()
+    with mixtures(swarm, "base") as make_mixture:
+        mixture = sharpen(make_mixture(0))
+        together = mixture(x_BTD)
+        alone = torch.cat([mixture(x_BTD[:, :3]), mixture(x_BTD[:, :6])[:, 3:]], dim=1)
+    assert not torch.allclose(together[:, :6], alone)
+
+
+# The guard
+
+
+class GuardedSwarm(FakeSwarm):
+    """Whose second expert skips its update, and whose third goes back to its last good state besides."""
+
+    async def call(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncIterator[Answer]:
+        async for answer in super().call(node, direction, requests, deadline_s):
+            if direction == "backward":
+                (number,) = requests[answer.index].uid.coordinate
+                answer = replace(answer, skipped_update=number > 0, rolled_back=number > 1)
+            yield answer
+
+
+def test_what_experts_guards_did_is_counted() -> None:
+    swarm = GuardedSwarm(make_manifest((3,)))
+    with virtual_time() as runner:
+        clock = runner.get_loop().time
+        dispatcher = Dispatcher(swarm.directory(), swarm, WaitPolicy(10.0, 0.0, 1), clock=clock)
+        scores = [np.zeros((4, 3), np.float32)]
+        result = runner.run(dispatcher.forward(0, np.ones((4, HIDDEN), np.float32), scores, 3, 4))
+        runner.run(dispatcher.backward(result, np.ones_like(result.outputs)))
+    assert (dispatcher.stats.skipped_updates, dispatcher.stats.rollbacks) == (2, 1)

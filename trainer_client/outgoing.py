@@ -1,0 +1,150 @@
+"""Calls under way: starts calls to nodes, notes how they went, and hands over the outcome of every share."""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from grpc import StatusCode
+from hivemind.p2p import PeerID
+
+from dht.registry import NodeInfo
+from peer.errors import ExpertError
+from trainer_client.breaker import CircuitBreakers
+from trainer_client.calls import Answer, Direction, ExpertCaller, Request
+from trainer_client.shares import Share
+
+logger = logging.getLogger(__name__)
+
+# an expert's own status, after which the peer that hosts it is as good as before
+_NOT_THE_PEERS_FAULT = {StatusCode.NOT_FOUND, StatusCode.INTERNAL, StatusCode.INVALID_ARGUMENT}
+
+
+@dataclass
+class DispatchStats:
+    """Counted since the start."""
+
+    calls: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    """By cause: the gRPC status in small letters."""
+    reselected_rows: int = 0
+    unanswered_rows: int = 0
+    """Rows that went on with no expert at all."""
+    late_backward: int = 0
+    """Shares whose gradient did not come in time."""
+    skipped_updates: int = 0
+    """Optimizer steps that experts' guards refused."""
+    rollbacks: int = 0
+    """Times that experts went back to their last good state."""
+
+
+@dataclass
+class Outcome:
+    """One share's end: its answer, or None when it failed."""
+
+    share: Share
+    peer_id: PeerID
+    answer: Answer | None
+
+
+Outcomes = asyncio.Queue[list[Outcome]]
+
+
+@dataclass(frozen=True)
+class NodeCall:
+    """One call to one node, and where the outcomes of its shares go."""
+
+    node: NodeInfo
+    direction: Direction
+    shares: Sequence[Share]
+    requests: Sequence[Request]
+    """One for each share."""
+    deadline_s: float
+    outcomes: Outcomes
+
+    def fail(self, shares: Sequence[Share]) -> None:
+        self.outcomes.put_nowait([Outcome(share, self.node.peer_id, None) for share in shares])
+
+
+class Outgoing:
+    """The calls of one trainer. Its methods belong to the loop's thread."""
+
+    def __init__(
+        self,
+        caller: ExpertCaller,
+        breakers: CircuitBreakers,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stats = DispatchStats()
+        self.breakers = breakers
+        self.now = clock
+        self._caller = caller
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def avoided(self) -> frozenset[PeerID]:
+        """The peers to leave alone now."""
+        return self.breakers.open_at(self.now())
+
+    def start(self, call: NodeCall) -> None:
+        """Starts a call that puts the outcome of every share into its queue, also when nobody reads them any more."""
+        if self._closed:
+            call.fail(call.shares)
+            return
+        task = asyncio.create_task(self._call(call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Ends the calls that are still under way; whoever waits for one goes on as if it had failed."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _call(self, call: NodeCall) -> None:
+        self.stats.calls += 1
+        peer_id = call.node.peer_id
+        waiting = dict(enumerate(call.shares))
+        did_well = True
+        try:
+            async for answer in self._caller.call(call.node, call.direction, call.requests, call.deadline_s):
+                share = waiting.pop(answer.index)
+                if answer.error is not None:
+                    self._note_failure(peer_id, answer.error)
+                    did_well &= answer.error.status in _NOT_THE_PEERS_FAULT
+                self._note_guard(share, peer_id, answer)
+                call.outcomes.put_nowait([Outcome(share, peer_id, answer if answer.error is None else None)])
+            if did_well:
+                self.breakers.succeeded(peer_id)
+        except ExpertError as error:
+            self._note_failure(peer_id, error)
+        finally:
+            if waiting:  # no empty list: that would look like a time-out
+                call.fail(list(waiting.values()))
+
+    def _note_guard(self, share: Share, peer_id: PeerID, answer: Answer) -> None:
+        self.stats.skipped_updates += answer.skipped_update
+        self.stats.rollbacks += answer.rolled_back
+        if answer.rolled_back:
+            logger.warning("expert %s of node %s went back to its last good state", share.uid, peer_id)
+
+    def _note_failure(self, peer_id: PeerID, error: ExpertError) -> None:
+        self.stats.failures[error.status.name.lower()] += 1
+        now = self.now()
+        if error.status is StatusCode.RESOURCE_EXHAUSTED:
+            self.breakers.busy(peer_id, now, error.retry_after_s)
+        elif error.status not in _NOT_THE_PEERS_FAULT:
+            self.breakers.failed(peer_id, now)
+        logger.debug("node %s: %s: %s", peer_id, error.status.name, error)
+
+
+async def next_outcomes(outcomes: Outcomes, timeout_s: float) -> list[Outcome]:
+    """The next outcomes; none when the time is over."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await outcomes.get()
+    except TimeoutError:
+        return []

@@ -1,0 +1,210 @@
+"""Routers: the policies that turn a gate's scores into chosen experts and weights. Pure functions over live experts.
+
+Shapes: R rows, G_d size of grid dimension d, K chosen experts for each row.
+
+A router chooses by the same scores that weigh its choice, so where it adds noise it adds it before both. All but `base`
+leave the choice to the beam search over live prefixes, which needs no list of the experts. `switch` needs the softmax
+over all live experts, and `log_total` has that without a list too: the exponential of a sum of scores is a product.
+`base` weighs every row against every expert, so it needs the list, and at most `MOST_BALANCED` experts in a layer.
+
+`rng` is None in evaluation. Then nothing is random, and each row's choice follows from its own scores.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dht.beam import Selection, default_beam_size, select_experts
+from dht.directory import PrefixTables
+from dht.manifest import Manifest
+from peer.codec import Floats
+from peer.errors import SettingsError
+from trainer_client.assignment import balanced_assignment
+from trainer_client.gate import mixture_weights
+from trainer_client.settings import RouterName
+
+MOST_BALANCED = 256
+"""Experts in a layer that `base` can balance."""
+
+Choose = Callable[[Sequence[Floats], PrefixTables, int, np.random.Generator | None], Selection]
+"""(one [R, G_d] of scores per grid dimension, prefix tables, k, rng) -> k experts for each row, best first"""
+
+Weigh = Callable[[Sequence[Tensor], PrefixTables, Tensor, Tensor], Tensor]
+"""(scores, prefix tables, logits [R, K], which experts answered [R, K]) -> weights [R, K]; 0 where none answered"""
+
+
+# Choosing
+
+
+def best(
+    scores: Sequence[Floats], alive: PrefixTables, k: int, rng: np.random.Generator | None = None
+) -> Selection:
+    """The k live experts with the highest scores."""
+    return select_experts(scores, alive, k, default_beam_size(k))
+
+
+def best_others_by_chance(
+    scores: Sequence[Floats], alive: PrefixTables, k: int, rng: np.random.Generator | None = None
+) -> Selection:
+    """The best expert, and each of the k - 1 next with probability min(1, k g), g its weight among the k.
+
+    GShard (arXiv 2006.16668), algorithm 1, "random routing", there with k = 2. In evaluation all k.
+    """
+    selection = best(scores, alive, k)
+    if rng is None:
+        return selection
+    chance_RK = rng.random(selection.valid.shape, dtype=np.float32)
+    logits_RK, valid_RK = torch.from_numpy(selection.scores), torch.from_numpy(selection.valid)
+    kept_RK = chance_RK < k * mixture_weights(logits_RK, valid_RK).numpy()
+    kept_RK[:, 0] = True
+    return replace(selection, valid=selection.valid & kept_RK)
+
+
+def balanced(
+    scores: Sequence[Floats], alive: PrefixTables, k: int, rng: np.random.Generator | None = None
+) -> Selection:
+    """In training one expert for each row and R / E rows for each live expert (BASE, arXiv 2103.16716, section 3.1).
+
+    There a row's expert depends on all rows. In evaluation it is the row's best, so that no row sees another.
+    """
+    live = np.argwhere(alive[-1])
+    if rng is None or not len(live):
+        return best(scores, alive, k)
+    logits_RE = np.sum([scores_RG[:, live[:, d]] for d, scores_RG in enumerate(scores)], axis=0)
+    expert_R = balanced_assignment(logits_RE)
+    chosen_R1 = np.take_along_axis(logits_RE, expert_R[:, None], axis=1)
+    return Selection(live[expert_R][:, None], chosen_R1, np.ones(chosen_R1.shape, dtype=np.bool_))
+
+
+# Weighing
+
+
+def softmax_of_answered(
+    scores: Sequence[Tensor], alive: PrefixTables, logits_RK: Tensor, answered_RK: Tensor
+) -> Tensor:
+    """The gate's softmax, renormalised over the experts that were chosen and answered."""
+    return mixture_weights(logits_RK, answered_RK)
+
+
+def probability_among_live(
+    scores: Sequence[Tensor], alive: PrefixTables, logits_RK: Tensor, answered_RK: Tensor
+) -> Tensor:
+    """The softmax over all live experts, not renormalised: with one expert that would weigh 1, and the gate learn
+    nothing (Switch Transformer, arXiv 2101.03961, equation 2).
+    """
+    total_R1 = log_total(scores, alive).unsqueeze(1)
+    logits_RK = logits_RK.masked_fill(~answered_RK, torch.finfo(logits_RK.dtype).min)
+    # an expert that has come alive since was not in the total
+    return (logits_RK - total_R1).exp().clamp(max=1).to(logits_RK.dtype)
+
+
+def sigmoid_of_logit(
+    scores: Sequence[Tensor], alive: PrefixTables, logits_RK: Tensor, answered_RK: Tensor
+) -> Tensor:
+    """BASE (arXiv 2103.16716), section 3: an expert's weight depends on its own score alone."""
+    return logits_RK.masked_fill(~answered_RK, 0).sigmoid().masked_fill(~answered_RK, 0)
+
+
+def log_total(scores: Sequence[Tensor], alive: PrefixTables) -> Tensor:
+    """Logarithm of the sum of exp(logit) over all live experts, float64 [R]. Never lists the experts."""
+    highest = [scores_RG.detach().double().amax(dim=1, keepdim=True) for scores_RG in scores]
+    factors = [(s_RG.double() - top_R1).exp() for s_RG, top_R1 in zip(scores, highest, strict=True)]
+    live_PG = torch.from_numpy(alive[-1]).to(factors[-1]).reshape(-1, alive[-1].shape[-1])
+    total_RP = factors[-1] @ live_PG.T
+    for factor_RG in reversed(factors[:-1]):
+        rows, size = factor_RG.shape
+        total_RP = (total_RP.view(rows, -1, size) * factor_RG.unsqueeze(1)).sum(dim=2)
+    smallest = torch.finfo(torch.float64).tiny  # no live expert: log(0) would have no gradient
+    return total_RP.squeeze(1).clamp_min(smallest).log() + torch.cat(highest, dim=1).sum(dim=1)
+
+
+# Noise
+
+
+def noisy_scores(
+    scores: Sequence[Tensor], spreads: Sequence[Tensor], rng: np.random.Generator
+) -> tuple[Tensor, ...]:
+    """H = score + normal noise * softplus(spread) (Shazeer et al. 2017, arXiv 1701.06538, equation 4)."""
+    noisy = []
+    for scores_RG, spread_RG in zip(scores, spreads, strict=True):
+        noise_RG = torch.from_numpy(rng.standard_normal(scores_RG.shape, dtype=np.float32))
+        noisy.append(scores_RG + noise_RG.to(scores_RG.device) * F.softplus(spread_RG))
+    return tuple(noisy)
+
+
+# Routers
+
+
+@dataclass(frozen=True)
+class Router:
+    """What tells one router from another."""
+
+    choose: Choose = best
+    weigh: Weigh = softmax_of_answered
+    k: int | None = None
+    """Experts for each row; None: the manifest's top_k."""
+    only_k: bool = False
+    """No other k is possible."""
+    keeps_rest: bool = False
+    """Its weights don't sum to 1; what is missing stays with the row itself."""
+    has_noise: bool = False
+    has_balancing_loss: bool = False
+    starts_small: bool = False
+    """Its gate starts with smaller parameters."""
+    drops_outputs: bool = False
+    """Drops some of what experts answer, in training."""
+
+
+ROUTERS: dict[RouterName, Router] = {
+    # the paper, section 3.1
+    "product-key": Router(),
+    # Shazeer et al. 2017 with GShard's choice of the second
+    "noisy-top-k": Router(best_others_by_chance, k=2, has_noise=True, has_balancing_loss=True),
+    # Fedus et al. 2021
+    "switch": Router(
+        weigh=probability_among_live, k=1, only_k=True, keeps_rest=True,
+        has_balancing_loss=True, starts_small=True, drops_outputs=True,
+    ),
+    # Lewis et al. 2021
+    "base": Router(balanced, sigmoid_of_logit, k=1, only_k=True, keeps_rest=True),
+    # Du et al. 2021 (arXiv 2112.06905)
+    "glam": Router(k=2, has_balancing_loss=True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router with its figures."""
+
+    name: RouterName = "product-key"
+    balance_weight: float = 0.01
+    """Of the balancing loss in the loss."""
+    expert_dropout: float = 0.1
+    gate_scale: float = 0.1
+    seed: int = 0
+    """Of noise, chance and dropout."""
+
+    @property
+    def router(self) -> Router:
+        return ROUTERS[self.name]
+
+
+def experts_for_each_row(name: RouterName, asked: int | None, manifest: Manifest) -> int:
+    """K of this router in this swarm: at most the manifest's top_k. Raises SettingsError when it can't be `asked`."""
+    router, most = ROUTERS[name], manifest.routing.top_k
+    if name == "base" and manifest.experts.count > MOST_BALANCED:
+        raise SettingsError(
+            f"router: base balances at most {MOST_BALANCED} experts in a layer, and this swarm has "
+            f"{manifest.experts.count}; take switch"
+        )
+    if asked is None:
+        return most if router.k is None else min(router.k, most)
+    if router.only_k and asked != router.k:
+        raise SettingsError(f"top_k: {name} sends each token to {router.k} expert, not to {asked}")
+    if asked > most:
+        raise SettingsError(f"top_k: this swarm's manifest allows {most} experts for each token, not {asked}")
+    return asked
