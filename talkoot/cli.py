@@ -32,6 +32,7 @@ State = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Folder of identity and state; one process at a time uses it."),
 ]
+NodeState = Annotated[Path | None, typer.Option(metavar="DIR", help="The node's state folder.")]
 Threads = Annotated[int | None, typer.Option(help="Torch threads.  [default: one for each core]")]
 Format = Annotated[LogFormat, typer.Option(help="Lines for people, or JSON lines for programs.")]
 
@@ -215,6 +216,62 @@ def demo(
         from talkoot.demo import DemoPlan, run_demo
 
         run_demo(terminal, DemoPlan(nodes, steps, kill, data), json_file)
+
+
+@app.command()
+def pause(
+    *,
+    duration: Annotated[
+        str | None,
+        typer.Option("--for", metavar="TIME", help="Resume by itself after that, such as 30m, 2h or 1d."),
+    ] = None,
+    state: NodeState = None,
+) -> None:
+    """Let a running node host nothing until it is resumed, or restarted."""
+    with _command(LogFormat.TEXT) as (terminal, _):
+        from talkoot.steer_command import run_pause
+
+        run_pause(terminal, state, duration)
+
+
+@app.command()
+def resume(*, state: NodeState = None) -> None:
+    """Let a paused node go on."""
+    with _command(LogFormat.TEXT) as (terminal, _):
+        from talkoot.steer_command import run_resume
+
+        run_resume(terminal, state)
+
+
+@app.command()
+def stop(
+    *,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait until the node has left and its process is gone.")
+    ] = True,
+    state: NodeState = None,
+) -> None:
+    """Let a running node leave its swarm in order, and end."""
+    with _command(LogFormat.TEXT) as (terminal, _):
+        from talkoot.steer_command import run_stop
+
+        run_stop(terminal, state, wait=wait)
+
+
+@app.command()
+def logs(
+    *,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print new lines as they come, until Ctrl-C.")
+    ] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last lines.")] = 100,
+    state: NodeState = None,
+) -> None:
+    """Print what a node logged, whether it runs or not."""
+    with _command(LogFormat.TEXT) as (terminal, _):
+        from talkoot.logs_command import run_logs
+
+        run_logs(terminal, state, lines, follow=follow)
 
 
 @contextmanager

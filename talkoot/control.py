@@ -17,8 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
+import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from expert_server.settings import NodeSettings
 from peer.errors import StartError, TalkootError, UnreachableError, UserError
 from peer.settings import describe_validation_error
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOG_FILE = "node.log"
 CONTROL_VERSION = 1
 MAX_LINE_BYTES = 4096
 MAX_CLIENTS = 8
@@ -278,6 +281,11 @@ class Control:
         if reply.standing is None:
             raise UserError(f"the node says: {reply.error}")
         return reply.standing
+
+
+def node_folder(state: Path | None) -> Path:
+    """A node's state folder: the one given, else the environment's, else the usual one."""
+    return NodeSettings.load(state=state).state or platformdirs.user_state_path("talkoot") / "node"
 
 
 def is_running(state: Path) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import uvloop
 from rich.live import Live
 from rich.text import Text
@@ -24,7 +23,8 @@ from peer.errors import SettingsError, StartError
 from peer.host import default_listen_address, is_multiaddress
 from peer.identity import Identity
 from peer.processes import StateFolder
-from talkoot.console import Terminal, quiet_hivemind
+from talkoot.console import Terminal, log_file, quiet_hivemind
+from talkoot.control import LOG_FILE, ControlServer, node_folder
 from talkoot.signals import Stopped, run_until_stopped
 
 logger = logging.getLogger(__name__)
@@ -91,11 +91,12 @@ def run_node(
     settings = NodeSettings.load(config, **flags)
     starter = origin.swarm_starter()
     host = _listen_address(settings)
-    folder = StateFolder(settings.state or platformdirs.user_state_path("talkoot") / "node")
+    folder = StateFolder(node_folder(settings.state))
     try:
-        command = _NodeCommand(terminal, starter, settings, host, folder.path, invite_file)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(command.run())
+        with log_file(folder.path / LOG_FILE):
+            command = _NodeCommand(terminal, starter, settings, host, folder.path, invite_file)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(command.run())
     finally:
         folder.close()
 
@@ -119,15 +120,20 @@ class _NodeCommand:
         self._state = state
         self._invite_file = invite_file
         self._served = False
+        self._control = ControlServer(state)
 
     async def run(self) -> None:
         """Serves until a signal comes. A node that served and was stopped has done its work: no error."""
         try:
-            await run_until_stopped(self._serve())
+            await run_until_stopped(self._serve_steered())
         except Stopped:
             if not self._served:
                 raise
             logger.info("left the swarm")
+
+    async def _serve_steered(self) -> None:
+        async with self._control:
+            await self._serve()
 
     async def _serve(self) -> None:
         with self._terminal.stages("making ready") as stage:
@@ -136,6 +142,7 @@ class _NodeCommand:
             # from here on the node stops the swarm
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
+            self._control.steer(node)
             self._served = True
             self._show_invite(node, str(await swarm.invite()))
             async with asyncio.TaskGroup() as group:
