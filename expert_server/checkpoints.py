@@ -127,7 +127,7 @@ class CheckpointStore:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 for folder in path.parents[1:4]:  # swarm, store and state: where the new folders are entered
                     _sync_folder(folder)
-            _write_whole(path, data)
+            write_whole(path, data)
             self._prune(uid, checkpoint.update_count)
 
     def load_newest(self, uid: UID, below: int | None = None) -> Checkpoint | None:
@@ -200,7 +200,7 @@ def _digest(header: Header, state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
     try:
         with temporary.open("wb") as file:
