@@ -20,6 +20,7 @@ from expert_server.runtime import Result, Runtime
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import MAX_CHUNK_BYTES, decode, encode, encoded_bytes, split
 from peer.errors import ExpertError, WireError
+from peer.rates import Rate, Traffic
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -91,13 +92,23 @@ class SeenRequests:
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
     """Serves the experts of one runtime to one swarm."""
 
-    def __init__(self, runtime: Runtime, manifest: Manifest, swarm_id: str, limits: EdgeLimits) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        manifest: Manifest,
+        swarm_id: str,
+        limits: EdgeLimits,
+        traffic: Traffic | None = None,
+    ) -> None:
+        self.calls = 0
+        """Forward and backward, since the start."""
+        self.kept = KeptForwards(limits.max_kept_bytes)
         self._runtime = runtime
         self._manifest = manifest
         self._swarm_id = swarm_id
         self._limits = limits
         self._seen = SeenRequests(limits.remembered_requests)
-        self._kept = KeptForwards(limits.max_kept_bytes)
+        self._traffic = traffic or Traffic()
 
     async def Forward(self, requests: Requests, context: Context) -> None:
         await self._serve("forward", requests, context)
@@ -124,6 +135,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         )
 
     async def _serve(self, direction: Direction, requests: Requests, context: Context) -> None:
+        self.calls += 1
         remaining = context.time_remaining()
         seconds = min(
             self._limits.max_call_s, remaining if remaining is not None else self._limits.max_call_s
@@ -147,8 +159,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         if direction == "backward" and not self._seen.is_new(header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
 
-        call = _Call(direction, header, deadline, context)
-        payload = _Payload(requests)
+        call = _Call(direction, header, deadline, context, self._traffic.up)
+        payload = _Payload(requests, self._traffic.down)
         answers: list[asyncio.Task[None]] = []
         try:
             for index, part in enumerate(parts):
@@ -190,11 +202,13 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         await call.write_error(index, ExpertError(StatusCode.FAILED_PRECONDITION, message))
 
     def _keep(self, request_id: bytes, index: int, work: Work, result: Result) -> bool:
+        if work.uid not in self._runtime.experts:  # given up meanwhile
+            return False
         now = time.monotonic()
         kept = Kept(
             work.uid, work.inputs, work.lengths, work.positions, result.graph, now + self._limits.max_call_s
         )
-        return self._kept.put((request_id, index), kept, now)
+        return self.kept.put((request_id, index), kept, now)
 
     def _check_swarm(self, protocol_version: int, swarm_id: str) -> None:
         if protocol_version != PROTOCOL_VERSION:
@@ -233,7 +247,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         if direction == "forward" or expert.segment_lengths or expert.positions:
             raise WireError("a kept forward pass is named in backward calls, without segments and positions")
         uid = _parse_uid(expert.uid, self._manifest)
-        kept = self._kept.take((expert.kept_request_id, expert.kept_index))
+        kept = self.kept.take((expert.kept_request_id, expert.kept_index))
         if kept is None:
             return LostPart(uid, expert.kept_rows)
         if (kept.uid, len(kept.positions)) != (uid, expert.kept_rows):
@@ -286,13 +300,19 @@ class _Call:
     """One call while it is answered: what its header says, and one reply at a time."""
 
     def __init__(
-        self, direction: Direction, header: expert_pb2.CallHeader, deadline: float, context: Context
+        self,
+        direction: Direction,
+        header: expert_pb2.CallHeader,
+        deadline: float,
+        context: Context,
+        uploads: Rate,
     ) -> None:
         self.header = header
         self._direction = direction
         self._deadline = deadline
         self._caller = context.peer() or ""
         self._context = context
+        self._uploads = uploads
         self._writing = asyncio.Lock()
         self._sending: asyncio.Future[None] | None = None
 
@@ -320,6 +340,7 @@ class _Call:
         async with self._writing:
             await self._send(expert_pb2.CallReply(expert=reply))
             for chunk in split(data):
+                await self._uploads.take(len(chunk))
                 await self._send(expert_pb2.CallReply(chunk=chunk))
 
     async def settle(self) -> None:
@@ -360,8 +381,9 @@ async def _read_header(requests: Requests) -> expert_pb2.CallHeader:
 class _Payload:
     """Reads exact numbers of bytes from a stream of chunks. Never holds more than was asked for and one chunk."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: Requests, downloads: Rate) -> None:
         self._requests = requests
+        self._downloads = downloads
         self._chunk = b""
         self._used = 0
 
@@ -387,5 +409,6 @@ class _Payload:
         async for request in self._requests:
             if request.WhichOneof("part") != "chunk" or not 1 <= len(request.chunk) <= MAX_CHUNK_BYTES:
                 raise WireError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
+            await self._downloads.take(len(request.chunk))  # gRPC reads on only then: the sender slows down
             return request.chunk
         raise WireError(f"the payload ended {missing} bytes before what the header says")
