@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import struct
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +49,7 @@ Deed = Literal["status", "pause", "resume", "stop"]
 class Steerable(Protocol):
     """What the control socket needs of a node."""
 
-    async def pause(self, reason: str) -> None: ...
+    async def pause(self, reason: str, for_s: float | None) -> None: ...
 
     async def resume(self) -> None: ...
 
@@ -84,8 +83,8 @@ class Standing(BaseModel):
     updates: int = 0
     rows: int = 0
     peers: int = 0
-    paused_until: float | None = None
-    """Unix time; None when no end was set."""
+    why: str = ""
+    """Why it is paused, in words."""
 
 
 class Reply(BaseModel):
@@ -99,17 +98,11 @@ class Reply(BaseModel):
 class ControlServer:
     """Listens from the moment a node begins to join until it is gone. A context manager, on the node's loop."""
 
-    def __init__(
-        self, state: Path, *, stop: Callable[[], None] | None = None, now: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, state: Path, *, stop: Callable[[], None] | None = None) -> None:
         """`state` must be held by this process. `stop`: asks the process to leave in order."""
         self._state = state
         self._stop = stop or _send_sigterm
-        self._now = now
         self._node: Steerable | None = None
-        self._paused_until: float | None = None
-        self._resuming: asyncio.Task[None] | None = None
-        self._steering = asyncio.Lock()
         self._clients: set[asyncio.Task[None]] = set()
         self._deeds: set[asyncio.Task[Standing]] = set()
         self._server: asyncio.Server | None = None
@@ -137,7 +130,7 @@ class ControlServer:
         assert self._server is not None
         self._server.close()
         (self._state / _SOCKET).unlink(missing_ok=True)
-        tasks = [*self._clients, *self._deeds, *([self._resuming] if self._resuming else [])]
+        tasks = [*self._clients, *self._deeds]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -199,38 +192,18 @@ class ControlServer:
         elif request.deed != "status":
             if self._node is None:
                 raise UserError("it is still joining its swarm: try again when it serves")
-            async with self._steering:
-                await self._steer(self._node, request)
+            if request.deed == "pause":
+                await self._node.pause("by its owner", request.for_s)
+            else:
+                await self._node.resume()
         return self._standing()
-
-    async def _steer(self, node: Steerable, request: Request) -> None:
-        if request.deed == "resume":
-            await node.resume()
-        else:
-            await node.pause("paused by hand")
-        if self._resuming is not None:
-            self._resuming.cancel()
-        self._paused_until = self._resuming = None
-        if request.deed == "pause" and request.for_s is not None:
-            self._paused_until = self._now() + request.for_s
-            self._resuming = asyncio.create_task(self._resume_after(node, request.for_s))
-
-    async def _resume_after(self, node: Steerable, wait_s: float) -> None:
-        await asyncio.sleep(wait_s)
-        async with self._steering:
-            try:
-                await node.resume()
-            except TalkootError as error:
-                logger.warning("the pause is over, but the node can't resume: %s", error)
-            self._paused_until = self._resuming = None
 
     def _standing(self) -> Standing:
         if self._node is None:
             return Standing(state="joining", pid=os.getpid())
         status = self._node.status()
-        values = asdict(status) | {"state": status.state.value}
         return Standing.model_validate(
-            values | {"pid": os.getpid(), "paused_until": self._paused_until}, extra="ignore"
+            asdict(status) | {"state": status.state.value, "pid": os.getpid()}, extra="ignore"
         )
 
 

@@ -51,11 +51,11 @@ def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
 
 def words(standing: Standing) -> str:
     """What a node does now, in a line."""
-    text = f"{standing.state}: {standing.experts} of at most {standing.capacity} experts"
-    text += f", {standing.updates} updates, {standing.peers} DHT peers"
-    if standing.paused_until is not None:
-        text += time.strftime("; resumes %a %H:%M:%S", time.localtime(standing.paused_until))
-    return text
+    state = standing.why if standing.state == "paused" and standing.why else standing.state
+    return (
+        f"{state}; {standing.experts} of at most {standing.capacity} experts, {standing.updates} updates, "
+        f"{standing.peers} DHT peers"
+    )
 
 
 def parse_duration_s(text: str) -> float:

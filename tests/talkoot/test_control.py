@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ class FakeNode:
         self.error: Exception | None = None
         self.held: asyncio.Event | None = None
 
-    async def pause(self, reason: str) -> None:
-        self.told.append(f"pause: {reason}")
+    async def pause(self, reason: str, for_s: float | None) -> None:
+        self.told.append(f"pause {reason}" + (f" for {for_s}" if for_s else ""))
         if self.held is not None:
             await self.held.wait()
+            self.told.append("paused")
         if self.error is not None:
             raise self.error
 
@@ -44,7 +46,8 @@ class FakeNode:
         self.told.append("resume")
 
     def status(self) -> NodeStatus:
-        return NodeStatus(NodeState.SERVING, 3, 5, 0, updates=7, rows=9, queued_rows=0, peers=2)
+        values: dict[str, Any] = {field.name: 0 for field in fields(NodeStatus)}
+        return NodeStatus(**values | {"state": NodeState.PAUSED, "why": "paused", "experts": 3, "rows": 9})
 
 
 class Running:
@@ -113,9 +116,9 @@ def in_loop(loop: LoopThread, work: Callable[[], None]) -> None:
 
 def test_state_after_a_deed_is_told(running: Running) -> None:
     standing = running.ask("pause")
-    assert running.node.told == ["pause: paused by hand"]
-    assert (standing.state, standing.experts, standing.capacity, standing.rows) == ("serving", 3, 5, 9)
-    assert (standing.pid, standing.paused_until) == (os.getpid(), None)
+    assert running.node.told == ["pause by its owner"]
+    assert (standing.state, standing.why, standing.experts, standing.rows) == ("paused", "paused", 3, 9)
+    assert standing.pid == os.getpid()
     running.ask("resume")
     assert running.node.told[1:] == ["resume"]
 
@@ -131,31 +134,15 @@ def test_stop_is_passed_on(running: Running) -> None:
     assert running.node.told == []
 
 
-def test_pause_for_a_time_ends_by_itself(running: Running) -> None:
-    began = time.time()
-    until = running.ask("pause", for_s=0.2).paused_until
-    assert until is not None
-    assert 0 <= until - began - 0.2 < 1
-    wait_until(lambda: "resume" in running.node.told)
-    wait_until(lambda: running.ask("status").paused_until is None)
-    assert time.time() - began >= 0.2
-
-
-def test_new_pause_takes_the_place_of_the_old_one(running: Running) -> None:
-    running.ask("pause", for_s=0.1)
-    assert running.ask("pause").paused_until is None
-    running.ask("pause", for_s=0.2)
-    assert running.ask("resume").paused_until is None
-    running.ask("pause", for_s=0.3)
-    wait_until(lambda: running.node.told.count("resume") == 2)
-    assert running.node.told.count("pause: paused by hand") == 4
+def test_pause_for_a_time_is_passed_on(running: Running) -> None:
+    running.ask("pause", for_s=7200)
+    assert running.node.told == ["pause by its owner for 7200.0"]
 
 
 def test_what_the_node_can_not_do_is_told(running: Running) -> None:
     running.node.error = SwarmError("the moon is full")
     with pytest.raises(UserError, match="the node says: the moon is full"):
-        running.ask("pause", for_s=60)
-    assert running.ask("status").paused_until is None
+        running.ask("pause")
 
 
 def test_node_that_crashes_on_a_deed_is_an_error_for_the_client_alone(running: Running) -> None:
@@ -163,7 +150,7 @@ def test_node_that_crashes_on_a_deed_is_an_error_for_the_client_alone(running: R
     with pytest.raises(UnreachableError, match="talkoot logs"):
         running.ask("pause")
     running.node.error = None
-    assert running.ask("status").state == "serving"
+    assert running.ask("status").state == "paused"
 
 
 def test_joining_node_can_be_stopped_but_not_paused(loop: LoopThread, tmp_path: Path) -> None:
@@ -178,18 +165,15 @@ def test_joining_node_can_be_stopped_but_not_paused(loop: LoopThread, tmp_path: 
     assert joining.stops == 1
 
 
-def test_two_clients_at_once_are_served_one_after_the_other(running: Running, loop: LoopThread) -> None:
+def test_two_clients_at_once_are_both_served(running: Running, loop: LoopThread) -> None:
     running.node.held = asyncio.Event()
-    with closing(connected(running.state)) as first, closing(connected(running.state)) as second:
+    with closing(connected(running.state)) as first:
         first.sendall(b'{"version": 1, "deed": "pause"}\n')
         wait_until(lambda: len(running.node.told) == 1)
-        second.sendall(b'{"version": 1, "deed": "resume"}\n')
-        assert running.ask("status").state == "serving"  # who only looks waits for nobody
-        assert running.node.told == ["pause: paused by hand"]
+        assert running.ask("resume").state == "paused"
         in_loop(loop, running.node.held.set)
-        for client in (first, second):
-            assert json.loads(client.makefile("rb").readline())["standing"]["state"] == "serving"
-    assert running.node.told == ["pause: paused by hand", "resume"]
+        assert json.loads(first.makefile("rb").readline())["standing"]["state"] == "paused"
+    assert running.node.told == ["pause by its owner", "resume", "paused"]
 
 
 def test_slow_deed_is_not_broken_off(
@@ -198,9 +182,10 @@ def test_slow_deed_is_not_broken_off(
     monkeypatch.setattr(control, "_ACT_DEADLINE_S", 0.1)
     running.node.held = asyncio.Event()
     with pytest.raises(UserError, match="still at it"):
-        running.ask("pause", for_s=60)
+        running.ask("pause")
+    assert len(running.server._deeds) == 1
     in_loop(loop, running.node.held.set)
-    wait_until(lambda: running.ask("status").paused_until is not None)
+    wait_until(lambda: running.node.told == ["pause by its owner", "paused"])
 
 
 def test_client_that_is_killed_leaves_no_trace(running: Running, loop: LoopThread) -> None:
@@ -211,7 +196,7 @@ def test_client_that_is_killed_leaves_no_trace(running: Running, loop: LoopThrea
     client.close()
     in_loop(loop, running.node.held.set)
     wait_until(lambda: not running.server._clients)
-    assert running.ask("status").state == "serving"
+    assert running.ask("status").state == "paused"
 
 
 # What bad clients get
@@ -265,7 +250,7 @@ def test_clients_are_bounded(running: Running) -> None:
         for client in idle:
             client.close()
     wait_until(lambda: not running.server._clients)
-    assert running.ask("status").state == "serving"
+    assert running.ask("status").state == "paused"
 
 
 def test_another_user_is_refused(loop: LoopThread) -> None:
@@ -321,7 +306,7 @@ def test_socket_of_a_killed_node_is_replaced(loop: LoopThread, tmp_path: Path) -
     server = Running(loop, tmp_path)
     server.start()
     try:
-        assert server.ask("status").state == "serving"
+        assert server.ask("status").state == "paused"
     finally:
         server.close()
 
@@ -332,7 +317,7 @@ def test_path_may_be_longer_than_a_socket_address(loop: LoopThread, tmp_path: Pa
     server = Running(loop, state)
     server.start()
     try:
-        assert server.ask("status").state == "serving"
+        assert server.ask("status").state == "paused"
         assert (state / "control.sock").is_socket()
     finally:
         server.close()
@@ -347,7 +332,6 @@ def test_folder_that_takes_no_socket_is_named(loop: LoopThread, tmp_path: Path) 
 def test_server_that_closes_waits_for_nobody(loop: LoopThread, tmp_path: Path) -> None:
     server = Running(loop, tmp_path)
     server.start()
-    server.ask("pause", for_s=3600)
     with closing(connected(tmp_path)):
         wait_until(lambda: len(server.server._clients) == 1)
         server.close()
