@@ -4,9 +4,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
+import typer.main
+from typer.core import TyperGroup
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import UserError
@@ -22,6 +24,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+service = typer.Typer(
+    help="Run a node as a systemd service of this user.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(service, name="service")
 
 Join = Annotated[str | None, typer.Option(metavar="INVITE", help="The invite of the swarm to join.")]
 Config = Annotated[
@@ -272,6 +279,63 @@ def logs(
         from talkoot.logs_command import run_logs
 
         run_logs(terminal, state, lines, follow=follow)
+
+
+@service.command(
+    "install",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[OPTIONS] [NODE OPTIONS]",
+)
+def service_install(
+    context: typer.Context,
+    *,
+    join: Join = None,
+    state: State = None,
+    as_root: Annotated[bool, typer.Option("--as-root", help="Let the node run as root.")] = False,
+    print_only: Annotated[
+        bool, typer.Option("--print", help="Print the unit file, and install nothing.")
+    ] = False,
+) -> None:
+    """Run a node as a systemd service of this user. All other options go to `talkoot node`."""
+    options = _node_options(context.args)
+    with _command(LogFormat.TEXT) as (terminal, _):
+        from talkoot.service_command import make_service, run_install
+
+        run_install(terminal, make_service(options, join, state), as_root=as_root, print_only=print_only)
+
+
+@service.command("remove")
+def service_remove() -> None:
+    """Stop the service and remove it. The node's checkpoints stay."""
+    with _command(LogFormat.TEXT) as (terminal, _):
+        from talkoot.service_command import run_remove
+
+        run_remove(terminal)
+
+
+@service.command("status")
+def service_status() -> None:
+    """Say whether the service runs. Exit status 1 when it does not."""
+    with _command(LogFormat.TEXT) as (terminal, _):
+        from talkoot.service_command import run_status
+
+        if not run_status(terminal):
+            raise typer.Exit(1)
+
+
+def _node_options(arguments: list[str]) -> dict[str, Any]:
+    """The options of `talkoot node` that were given, checked as it would: values by their flags, True for switches."""
+    command = cast(TyperGroup, typer.main.get_command(app)).commands["node"]
+    context = command.make_context("node", list(arguments))
+    given: dict[str, Any] = {}
+    for parameter in command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[parameter.name or ""]
+        flags = parameter.secondary_opts if value is False else parameter.opts
+        given[flags[0]] = value is False or value
+    return given
 
 
 @contextmanager

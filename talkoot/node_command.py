@@ -19,7 +19,7 @@ from dht.swarm import Stage, Swarm, found_swarm, join_swarm
 from expert_server.blocks import builder_of
 from expert_server.node import Node, NodeStatus
 from expert_server.settings import NodeSettings
-from peer.errors import SettingsError, StartError
+from peer.errors import InviteError, SettingsError, StartError
 from peer.host import default_listen_address, is_multiaddress
 from peer.identity import Identity
 from peer.processes import StateFolder
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
+_LONGEST_LINE = 8192
+"""Characters read from a file with an invite; Invite says what is too long."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,19 @@ class Origin:
             builder_of(manifest.experts.kind)  # better known now than when the manifest is published
             return SwarmStarter(manifest, None, self.bootstrap)
         assert self.join is not None
-        invite = Invite.parse(self.join)
+        invite = Invite.parse(invite_text(self.join))
         return SwarmStarter(None, replace(invite, bootstrap=(*invite.bootstrap, *self.bootstrap)), ())
+
+
+def invite_text(join: str) -> str:
+    """What was passed as --join: an invite, or `@` and the file that holds it. Raises InviteError."""
+    if not join.startswith("@"):
+        return join
+    try:
+        with Path(join[1:]).open(encoding="utf-8") as file:
+            return file.readline(_LONGEST_LINE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InviteError(f"can't read the invite from {join[1:]}: {error}") from error
 
 
 @dataclass(frozen=True)
