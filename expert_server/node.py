@@ -22,6 +22,7 @@ from expert_server.machine import usable_cores
 from expert_server.memory import most_bytes, row_bytes, within_memory
 from expert_server.metrics import NodeCollector, NodeCounts
 from expert_server.pauses import Pauses, paused_in_words
+from expert_server.probe import ProbeServicer
 from expert_server.runtime import Runtime, RuntimeStats
 from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.settings import NodeSettings
@@ -31,7 +32,7 @@ from peer.errors import StartError, UnreachableError, UserError
 from peer.host import require_free_port
 from peer.metrics import MetricsServer
 from peer.rates import Traffic
-from peer.wire import expert_pb2_grpc, records_pb2
+from peer.wire import expert_pb2_grpc, probe_pb2_grpc, records_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -307,6 +308,8 @@ class Node:
         require_free_port(host, settings.grpc_port)
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=settings.max_calls)
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
+        probe = ProbeServicer(self.swarm.keys.swarm_id, self.traffic)
+        probe_pb2_grpc.add_ProbeServiceServicer_to_server(probe, self._server)
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
         try:
             port = self._server.add_secure_port(_endpoint(host, settings.grpc_port), credentials)

@@ -89,6 +89,20 @@ class SeenRequests:
         return True
 
 
+def require_same_swarm(own_swarm_id: str, protocol_version: int, swarm_id: str) -> None:
+    """Raises ExpertError (FAILED_PRECONDITION) when the caller speaks another version or means another swarm."""
+    if protocol_version != PROTOCOL_VERSION:
+        raise ExpertError(
+            StatusCode.FAILED_PRECONDITION,
+            f"this node speaks protocol version {PROTOCOL_VERSION}, the caller {protocol_version}",
+        )
+    if swarm_id != own_swarm_id:
+        raise ExpertError(
+            StatusCode.FAILED_PRECONDITION,
+            f"this node belongs to swarm {own_swarm_id}, the call is for {swarm_id[:64]!r}",
+        )
+
+
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
     """Serves the experts of one runtime to one swarm."""
 
@@ -122,7 +136,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         context: grpc.aio.ServicerContext[expert_pb2.InfoRequest, expert_pb2.InfoReply],
     ) -> expert_pb2.InfoReply:
         try:
-            self._check_swarm(request.protocol_version, request.swarm_id)
+            require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
         except ExpertError as error:
             await context.abort(error.status, str(error))
         return expert_pb2.InfoReply(
@@ -154,7 +168,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self, direction: Direction, requests: Requests, context: Context, deadline: float
     ) -> None:
         header = await _read_header(requests)
-        self._check_swarm(header.protocol_version, header.swarm_id)
+        require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
         parts = self._check_parts(header, direction)
         if direction == "backward" and not self._seen.is_new(header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
@@ -209,18 +223,6 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
             work.uid, work.inputs, work.lengths, work.positions, result.graph, now + self._limits.max_call_s
         )
         return self.kept.put((request_id, index), kept, now)
-
-    def _check_swarm(self, protocol_version: int, swarm_id: str) -> None:
-        if protocol_version != PROTOCOL_VERSION:
-            raise ExpertError(
-                StatusCode.FAILED_PRECONDITION,
-                f"this node speaks protocol version {PROTOCOL_VERSION}, the caller {protocol_version}",
-            )
-        if swarm_id != self._swarm_id:
-            raise ExpertError(
-                StatusCode.FAILED_PRECONDITION,
-                f"this node belongs to swarm {self._swarm_id}, the call is for {swarm_id[:64]!r}",
-            )
 
     def _check_parts(self, header: expert_pb2.CallHeader, direction: Direction) -> list[Part | LostPart]:
         """The header's experts, once every number in them is known to be right. Raises WireError."""
