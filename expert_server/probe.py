@@ -16,6 +16,7 @@ from typing import TypeAlias
 from urllib.parse import unquote
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from expert_server.servicer import require_same_swarm
@@ -225,7 +226,7 @@ def _refusals() -> Iterator[_Refusal]:
         yield refusal
     except ExpertError as error:
         refusal.error = error
-    except WireError as error:
+    except (WireError, DecodeError) as error:
         refusal.error = ExpertError(StatusCode.INVALID_ARGUMENT, str(error))
     except TimeoutError:
         refusal.error = ExpertError(StatusCode.DEADLINE_EXCEEDED, "the probe lasted too long")

@@ -6,9 +6,12 @@ from typing import Annotated
 import typer
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.errors import SettingsError
 from talkoot import steer
 from talkoot.console import LogFormat
 from talkoot.options import Config, Format, Join, State, Threads, command
+
+NOT_FIT_STATUS = 1
 
 app = typer.Typer(
     help="Volunteers host experts; trainers train a language model on them.",
@@ -86,6 +89,13 @@ def node(
     invite_file: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write this node's invite there.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check whether this machine can serve: exit status 0 or 1.")
+    ] = False,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="With --check: print what the last check found.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --check: print one JSON object.")] = False,
     log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Host experts, in a new swarm or in one that you were invited to."""
@@ -100,10 +110,18 @@ def node(
         "threads": threads,
         "announce_every_s": announce_every_s,
     }
-    with command(log_format) as (terminal, _):
+    with command(LogFormat.JSON if as_json else log_format) as (terminal, _):
         from talkoot.node_command import Origin, run_node
 
         origin = Origin(new, join, tuple(bootstrap or ()))
+        if check:
+            from talkoot.check_command import run_check
+
+            if not run_check(terminal, origin, config, flags, cached=cached):
+                raise typer.Exit(NOT_FIT_STATUS)
+            return
+        if cached or as_json:
+            raise SettingsError("--cached and --json are for --check")
         run_node(terminal, origin, config, flags, invite_file)
 
 

@@ -103,7 +103,7 @@ def run_node(
     quiet_hivemind()
     settings = NodeSettings.load(config, **flags)
     starter = origin.swarm_starter()
-    host = _listen_address(settings)
+    host = listen_address(settings)
     folder = StateFolder(node_folder(settings.state))
     try:
         with log_file(folder.path / LOG_FILE):
@@ -217,7 +217,8 @@ def _words(status: NodeStatus, rows_per_s: float) -> str:
     )
 
 
-def _listen_address(settings: NodeSettings) -> str:
+def listen_address(settings: NodeSettings) -> str:
+    """Where a node listens, which is what it announces. Raises SettingsError."""
     host = settings.host or default_listen_address()
     try:
         address = ipaddress.ip_address(host)
