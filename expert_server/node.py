@@ -280,7 +280,7 @@ class Node:
             threads=_threads(settings),
             contributed_rows=contribution.rows,
             contributed_updates=contribution.updates,
-            contributed_hours=round(contribution.served_s / 3600, 2),
+            contributed_hours=round(contribution.served_s / 3600, 1),
         )
 
     def _why(self) -> str:
