@@ -330,7 +330,7 @@ class Node:
             protocol_version=PROTOCOL_VERSION,
             software_version=SOFTWARE_VERSION,
             expert_count=len(self.runtime.experts),
-            expert_capacity=self.hosting.capacity if self._pauses.hosts else 0,
+            expert_capacity=0 if self._pauses.why else self.hosting.capacity,
             rows_processed=stats.rows,
             updates=stats.updates,
             started_at=self._started_at,
