@@ -281,7 +281,7 @@ class Node:
             threads=_threads(settings),
             contributed_rows=contribution.rows,
             contributed_updates=contribution.updates,
-            contributed_hours=round(contribution.served_s / 3600, 2),
+            contributed_hours=round(contribution.served_s / 3600, 1),
         )
 
     def _why(self) -> str:
@@ -333,7 +333,7 @@ class Node:
             protocol_version=PROTOCOL_VERSION,
             software_version=SOFTWARE_VERSION,
             expert_count=len(self.runtime.experts),
-            expert_capacity=self.hosting.capacity if self._pauses.hosts else 0,
+            expert_capacity=0 if self._pauses.why else self.hosting.capacity,
             rows_processed=stats.rows,
             updates=stats.updates,
             started_at=self._started_at,

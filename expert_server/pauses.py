@@ -92,20 +92,27 @@ class Pauses:
             while not self._ended and self.hosts is bool(self.why):
                 if self.hosts:
                     logger.info(paused_in_words(self.why))
-                    await self._release()
-                    self.hosts = False
+                    await self._give_up()
                 else:
                     await self._begin()
 
     async def _begin(self) -> None:
         self.hosts = self.taking = True
         try:
-            await self._run(self._take)
+            ended = await self._run(self._take)
         finally:
             self.taking = False
+        if (
+            not ended and not self._ended
+        ):  # even if it may go on already: half of the experts are no state to be in
+            await self._give_up()
 
-    async def _run(self, step: Step) -> None:
-        """Until it ends or is broken off."""
+    async def _give_up(self) -> None:
+        await self._release()
+        self.hosts = False
+
+    async def _run(self, step: Step) -> bool:
+        """Says whether it came to its end, and was not broken off."""
         try:
             async with asyncio.timeout(None) as running:
                 self._running = running
@@ -113,8 +120,10 @@ class Pauses:
         except TimeoutError:
             if not running.expired():
                 raise
+            return False
         finally:
             self._running = None
+        return True
 
     def _break_off(self) -> None:
         if self._running is not None:

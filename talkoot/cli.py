@@ -75,7 +75,49 @@ def node(
         int | None, typer.Option(help="TCP port of /metrics, on loopback.  [default: any free one]")
     ] = None,
     state: State = None,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Torch threads, at most one for each core.  [default: one for each core]"),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most that experts, kept forward passes and waiting rows take, such as 2GB or 512MiB.  "
+            "[default: no bound]",
+        ),
+    ] = None,
+    upload_mbit: Annotated[
+        float | None, typer.Option(help="Most that answers take, in Mbit/s.  [default: no bound]")
+    ] = None,
+    download_mbit: Annotated[
+        float | None, typer.Option(help="Most that calls take, in Mbit/s.  [default: no bound]")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOURS",
+            help="When to work, in local time, such as 22:00-07:00 or "
+            "'mon-fri 22:00-07:00,sat-sun 00:00-24:00'.  [default: always]",
+        ),
+    ] = None,
+    only_when_idle: Annotated[
+        bool | None,
+        typer.Option(
+            "--only-when-idle/--even-when-busy",
+            help="Pause while other programs need the processor.  [default: no]",
+        ),
+    ] = None,
+    not_on_battery: Annotated[
+        bool | None,
+        typer.Option(
+            "--not-on-battery/--on-battery", help="Pause while the machine is on battery.  [default: no]"
+        ),
+    ] = None,
+    niceness: Annotated[
+        int | None,
+        typer.Option(help="Priority: 0 as other programs, 19 after all of them.  [default: 10]"),
+    ] = None,
     announce_every_s: Annotated[
         float | None, typer.Option(help="Seconds between announcements.  [default: 10]")
     ] = None,
@@ -108,6 +150,13 @@ def node(
         "metrics_port": metrics_port,
         "state": state,
         "threads": threads,
+        "memory": memory,
+        "upload_mbit": upload_mbit,
+        "download_mbit": download_mbit,
+        "schedule": schedule,
+        "only_when_idle": only_when_idle,
+        "not_on_battery": not_on_battery,
+        "niceness": niceness,
         "announce_every_s": announce_every_s,
     }
     with command(LogFormat.JSON if as_json else log_format) as (terminal, _):

@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,6 @@ from typing import Any
 
 import uvloop
 from rich.live import Live
-from rich.text import Text
 
 from dht.invite import Invite
 from dht.manifest import Manifest
@@ -25,6 +25,7 @@ from peer.identity import Identity
 from peer.processes import StateFolder
 from talkoot.console import Terminal, log_file, quiet_hivemind
 from talkoot.control import LOG_FILE, ControlServer, node_folder
+from talkoot.node_view import Pace, PaceMeter, line, panel
 from talkoot.signals import Stopped, run_until_stopped
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ def run_node(
     settings = NodeSettings.load(config, **flags)
     starter = origin.swarm_starter()
     host = listen_address(settings)
+    _be_nice(settings.niceness)
     folder = StateFolder(node_folder(settings.state))
     try:
         with log_file(folder.path / LOG_FILE):
@@ -181,40 +183,39 @@ class _NodeCommand:
     async def _show_state(self, node: Node) -> None:
         if self._terminal.json:
             peer_id = node.swarm.host.peer_id.to_base58()
-            await _watch(node, _LOOK_EVERY_S, lambda status, rate: self._event(peer_id, status, rate))
+            await _watch(node, _LOOK_EVERY_S, lambda status, pace: self._event(peer_id, status, pace))
         elif self._terminal.live:
+            swarm = node.swarm.manifest.name
             with Live(console=self._terminal.err, auto_refresh=False, transient=True) as live:
                 await _watch(
                     node,
                     _LOOK_EVERY_S,
-                    lambda status, rate: live.update(Text(_words(status, rate)), refresh=True),
+                    lambda status, pace: live.update(panel(swarm, status, pace), refresh=True),
                 )
         else:
-            await _watch(node, _LINE_EVERY_S, lambda status, rate: logger.info(_words(status, rate)))
+            await _watch(node, _LINE_EVERY_S, lambda status, pace: logger.info(line(status, pace)))
 
-    def _event(self, peer_id: str, status: NodeStatus, rows_per_s: float) -> None:
-        values = asdict(status) | {"state": status.state.value, "peer_id": peer_id, "rows_per_s": rows_per_s}
+    def _event(self, peer_id: str, status: NodeStatus, pace: Pace) -> None:
+        values = asdict(status) | {"state": status.state.value, "peer_id": peer_id, "rows_per_s": pace.rows}
         self._terminal.event("state", values)
 
 
-async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, float], None]) -> None:
-    """Shows the node's status and rows per second, whenever the status has changed. For ever."""
-    shown: NodeStatus | None = None
-    rows, looked_at = 0, time.monotonic()
+async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, Pace], None]) -> None:
+    """Shows the node's status and pace, whenever one of them has changed. For ever."""
+    meter = PaceMeter()
+    shown: tuple[NodeStatus, Pace] | None = None
     while True:
-        status, now = node.status(), time.monotonic()
-        if status != shown:
-            show(status, (status.rows - rows) / (now - looked_at) if shown else 0.0)
-        shown, rows, looked_at = status, status.rows, now
+        status = node.status()
+        now = status, meter.note(status, time.monotonic())
+        if now != shown:
+            show(*now)
+        shown = now
         await asyncio.sleep(every_s)
 
 
-def _words(status: NodeStatus, rows_per_s: float) -> str:
-    return (
-        f"{status.state.value}: {status.experts} of at most {status.capacity} experts, {status.adopted} adopted, "
-        f"{status.updates} updates, {rows_per_s:.0f} rows/s, {status.queued_rows} rows queued, "
-        f"{status.peers} DHT peers"
-    )
+def _be_nice(niceness: int) -> None:
+    """Lets other programs go first. Before threads begin: each has a priority of its own, from who starts it."""
+    os.nice(max(0, niceness - os.nice(0)))
 
 
 def listen_address(settings: NodeSettings) -> str:
