@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -131,6 +131,10 @@ class _TerminalHandler(logging.Handler):
 class _LogFileHandler(RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """A full disk costs lines of the file, which the terminal has too."""
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written is tried once more
+            super().close()
 
 
 class _TextFormatter(logging.Formatter):
