@@ -104,6 +104,7 @@ def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play
         status = node.status()
         assert (status.state, status.why, status.experts) == (NodeState.PAUSED, "paused: by its owner", 0)
         assert status.memory_bytes == 0
+        assert node._counts().paused
         assert not await serving(observer)
         gc.collect()
         assert not any(expert() for expert in experts), "still in memory"
@@ -116,6 +117,7 @@ def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play
         status = node.status()
         assert (status.state, status.why) == (NodeState.SERVING, "")
         assert updates(node) == before
+        assert not node._counts().paused
         assert set(await serving(observer)) == set(before)
 
     play(scenario)
@@ -252,20 +254,6 @@ def test_a_node_may_be_stopped_while_it_pauses_or_goes_on(play: Play, first: str
         await node.resume()  # after the end, too, these are harmless
         assert not await hosts_of(observer)
         assert await node.checkpoints.newest() == before
-
-    play(scenario)
-
-
-def test_a_pause_is_a_metric(play: Play) -> None:
-    async def scenario(village: Village) -> None:
-        node = await village.found(experts=1)
-        await node.pause()
-        counts = node._counts()
-        assert counts.paused
-        await node.resume()
-        counts = node._counts()
-        assert not counts.paused
-        assert counts.memory_bytes > 0
 
     play(scenario)
 
