@@ -258,6 +258,36 @@ def test_a_node_may_be_stopped_while_it_pauses_or_goes_on(play: Play, first: str
     play(scenario)
 
 
+def test_experts_are_saved_though_the_one_who_paused_is_cancelled(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=3)
+        await train(node, 2)
+        before = updates(node)
+        given_up, goes_on = asyncio.Event(), asyncio.Event()
+        save_all_within = node.checkpoints.save_all_within
+
+        async def save_late(*arguments: Any) -> None:
+            given_up.set()
+            await goes_on.wait()
+            await save_all_within(*arguments)
+
+        monkeypatch.setattr(node.checkpoints, "save_all_within", save_late)
+        pausing = asyncio.create_task(node.pause())
+        await given_up.wait()
+        pausing.cancel()
+        await asyncio.gather(pausing, return_exceptions=True)
+        assert not node.runtime.experts
+        stopping = asyncio.create_task(node.stop())
+        await asyncio.sleep(0)
+        goes_on.set()
+        await stopping
+        assert await node.checkpoints.newest() == before
+
+    play(scenario)
+
+
 def test_what_was_contributed_is_there_after_a_restart(play: Play) -> None:
     async def scenario(village: Village) -> None:
         node = await village.found(experts=2)
