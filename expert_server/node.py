@@ -115,6 +115,7 @@ class Node:
         self._pauses = Pauses(settings, self._take_experts, self._give_up_experts, now)
         self._account = Account(state / "contribution.json")
         self._expert_bytes = expert_bytes(swarm.manifest)
+        self._most_bytes = settings.memory or most_bytes(settings, swarm.manifest, self.hosting.capacity)
         self._unreachable = self._stopping = False
         limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes)
         self._servicer = ExpertServicer(runtime, swarm.manifest, swarm.keys.swarm_id, limits, self.traffic)
@@ -275,8 +276,7 @@ class Node:
             upload_mbit=settings.upload_mbit,
             download_mbit=settings.download_mbit,
             memory_bytes=self._memory_bytes(),
-            memory_limit_bytes=settings.memory
-            or most_bytes(settings, self.swarm.manifest, self.hosting.capacity),
+            memory_limit_bytes=self._most_bytes,
             busy_s=stats.busy_s,
             threads=_threads(settings),
             contributed_rows=contribution.rows,

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
+from typing import Any
 
 from expert_server.machine import Machine
 from expert_server.manners import Cause, MachineState, OwnersWord, reasons_to_pause
@@ -12,7 +13,7 @@ from expert_server.settings import NodeSettings
 
 logger = logging.getLogger(__name__)
 
-Step = Callable[[], Awaitable[None]]
+Step = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Pauses:
@@ -24,7 +25,7 @@ class Pauses:
     def __init__(
         self, settings: NodeSettings, take: Step, release: Step, now: Callable[[], float] = time.time
     ) -> None:
-        """`take` and `release`: begin and end to host. Release may be called again if it was broken off."""
+        """`take` and `release`: begin and end to host."""
         self.hosts = False
         """Whether the node hosts experts, or would if there were any for it."""
         self.taking = False
@@ -40,6 +41,7 @@ class Pauses:
         self._changing = asyncio.Lock()
         self._running: asyncio.Timeout | None = None
         """Around what a pause breaks off."""
+        self._releasing: asyncio.Task[None] | None = None
         self._ended = False
 
     @property
@@ -81,7 +83,8 @@ class Pauses:
         self._ended = True
         self._break_off()
         async with self._changing:
-            pass
+            if self._releasing is not None:
+                await self._give_up()
 
     async def _settle(self) -> None:
         """Hosts or does not, as is right now; what is right may change meanwhile."""
@@ -89,6 +92,8 @@ class Pauses:
         if self.why:
             self._break_off()
         async with self._changing:
+            if self._releasing is not None:
+                await self._give_up()
             while not self._ended and self.hosts is bool(self.why):
                 if self.hosts:
                     logger.info(paused_in_words(self.why))
@@ -108,7 +113,17 @@ class Pauses:
             await self._give_up()
 
     async def _give_up(self) -> None:
-        await self._release()
+        """In a task of its own, which whoever comes next waits for, too.
+
+        Experts that are out of service but not yet saved must not be lost when the one who waits is cancelled.
+        """
+        releasing = self._releasing or asyncio.create_task(self._release(), name="release of experts")
+        self._releasing = releasing
+        try:
+            await asyncio.shield(releasing)
+        finally:
+            if releasing.done():
+                self._releasing = None
         self.hosts = False
 
     async def _run(self, step: Step) -> bool:

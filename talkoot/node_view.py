@@ -69,7 +69,7 @@ def panel(swarm: str, status: NodeStatus, pace: Pace) -> Panel:
     grid.add_row("compute", _bar(pace.busy, 1.0, f"{pace.busy:.0%} busy, {_count(status.threads, 'thread')}"))
     grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
     grid.add_row("peers", f"{status.peers:,} known by the DHT   {status.updates:,} updates since the start")
-    grid.add_row("so far", f"{_so_far(status)}, in all its runs")
+    grid.add_row("all runs", _so_far(status))
     return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left", width=WIDTH)
 
 
@@ -88,7 +88,7 @@ def _parts(status: NodeStatus, pace: Pace) -> Iterator[str]:
     yield f"{pace.busy:.0%} busy"
     yield f"memory {_memory(status)}"
     yield f"{status.peers} DHT peers"
-    yield f"so far {_so_far(status)}"
+    yield f"in all runs {_so_far(status)}"
 
 
 def _experts(status: NodeStatus) -> str:

@@ -104,6 +104,7 @@ def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play
         status = node.status()
         assert (status.state, status.why, status.experts) == (NodeState.PAUSED, "paused: by its owner", 0)
         assert status.memory_bytes == 0
+        assert node._counts().paused
         assert not await serving(observer)
         gc.collect()
         assert not any(expert() for expert in experts), "still in memory"
@@ -116,6 +117,7 @@ def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play
         status = node.status()
         assert (status.state, status.why) == (NodeState.SERVING, "")
         assert updates(node) == before
+        assert not node._counts().paused
         assert set(await serving(observer)) == set(before)
 
     play(scenario)
@@ -256,16 +258,32 @@ def test_a_node_may_be_stopped_while_it_pauses_or_goes_on(play: Play, first: str
     play(scenario)
 
 
-def test_a_pause_is_a_metric(play: Play) -> None:
+def test_experts_are_saved_though_the_one_who_paused_is_cancelled(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(village: Village) -> None:
-        node = await village.found(experts=1)
-        await node.pause()
-        counts = node._counts()
-        assert counts.paused
-        await node.resume()
-        counts = node._counts()
-        assert not counts.paused
-        assert counts.memory_bytes > 0
+        node = await village.found(experts=3)
+        await train(node, 2)
+        before = updates(node)
+        given_up, goes_on = asyncio.Event(), asyncio.Event()
+        save_all_within = node.checkpoints.save_all_within
+
+        async def save_late(*arguments: Any) -> None:
+            given_up.set()
+            await goes_on.wait()
+            await save_all_within(*arguments)
+
+        monkeypatch.setattr(node.checkpoints, "save_all_within", save_late)
+        pausing = asyncio.create_task(node.pause())
+        await given_up.wait()
+        pausing.cancel()
+        await asyncio.gather(pausing, return_exceptions=True)
+        assert not node.runtime.experts
+        stopping = asyncio.create_task(node.stop())
+        await asyncio.sleep(0)
+        goes_on.set()
+        await stopping
+        assert await node.checkpoints.newest() == before
 
     play(scenario)
 
