@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -127,7 +127,7 @@ class CheckpointStore:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 for folder in path.parents[1:4]:  # swarm, store and state: where the new folders are entered
                     _sync_folder(folder)
-            _write_whole(path, data)
+            write_whole(path, data)
             self._prune(uid, checkpoint.update_count)
 
     def load_newest(self, uid: UID, below: int | None = None) -> Checkpoint | None:
@@ -200,7 +200,7 @@ def _digest(header: Header, state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
     try:
         with temporary.open("wb") as file:
@@ -273,10 +273,13 @@ class Checkpoints:
             await asyncio.sleep(seconds)
             await self.save_changed()
 
-    async def save_changed(self) -> None:
-        """Saves the experts that took updates since they were last saved, one by one. What fails is tried next time."""
+    async def save_changed(self, experts: Collection[Expert] | None = None) -> None:
+        """Saves those that took updates since they were last saved, one by one: of `experts`, else of all that serve.
+
+        What fails is tried next time.
+        """
         failures: list[tuple[UID, StateError | OSError]] = []
-        for expert in list(self._runtime.experts.values()):
+        for expert in list(self._runtime.experts.values() if experts is None else experts):
             if not self._is_changed(expert):
                 continue
             try:
@@ -299,13 +302,15 @@ class Checkpoints:
                 reason,
             )
 
-    async def save_all_within(self, seconds: float) -> None:
-        """Saves what changed before the node ends, or as much of it as there is time for."""
+    async def save_all_within(self, seconds: float, experts: Collection[Expert] | None = None) -> None:
+        """Saves what changed before the experts go, or as much of it as there is time for."""
+        if experts is None:
+            experts = list(self._runtime.experts.values())
         try:
             async with asyncio.timeout(seconds):
-                await self.save_changed()
+                await self.save_changed(experts)
         except TimeoutError:
-            left = sum(map(self._is_changed, self._runtime.experts.values()))
+            left = sum(map(self._is_changed, experts))
             logger.warning("no time to save %d experts; their checkpoints before this stay", left)
 
     def _is_changed(self, expert: Expert) -> bool:

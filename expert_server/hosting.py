@@ -1,6 +1,7 @@
 """The experts that a node hosts: it claims those that need a host, announces them, and adopts orphans."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 _FREE_MEMORY_SHARE = 0.25
 _CLAIM_ROUNDS = 5
+_WITHDRAW_S = 2.0
+"""Longest that a node which gives its experts up tries to withdraw its announcements."""
+_QUEUE_S = 2.0
+"""Longest that it lets work that waits be computed."""
 
 
 class Hosting:
@@ -76,6 +81,26 @@ class Hosting:
         """Says that this node hosts nothing more."""
         await self._swarm.registry.withdraw(self._claimed_at, self._settings.lifetime_s)
         self._claimed_at.clear()
+
+    async def release(self, timeout_s: float) -> int:
+        """Gives up all experts: withdraws, lets work end for a moment, and saves them for at most `timeout_s`.
+
+        A DHT that does not answer does not keep it. Says how many experts other nodes took over.
+        """
+        with contextlib.suppress(UnreachableError, TimeoutError):
+            async with asyncio.timeout(_WITHDRAW_S):
+                await self.withdraw()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_QUEUE_S):
+                while self._runtime.stats.queued_rows:  # noqa: ASYNC110  # the queue tells nobody that it is empty
+                    await asyncio.sleep(0.02)
+        experts = list(self._runtime.experts.values())
+        for expert in experts:  # before they are saved: nothing steps them afterwards
+            self._runtime.remove(expert.uid)
+        self._claimed_at.clear()
+        self._was_vacant.clear()
+        await self._checkpoints.save_all_within(timeout_s, experts)
+        return 0
 
     async def adopt(self) -> None:
         """Takes experts that had no host at the last look either; before that they may be just changing hands.

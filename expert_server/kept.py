@@ -65,6 +65,11 @@ class KeptForwards:
             self.bytes -= kept.bytes
         return kept
 
+    def clear(self) -> None:
+        self._kept.clear()
+        self._graphs.clear()
+        self.bytes = 0
+
     def __len__(self) -> int:
         return len(self._kept)
 

@@ -19,6 +19,11 @@ class NodeCounts:
     adopted: int
     dht_failures: int
     checkpoints: CheckpointCounts
+    paused: bool
+    calls: int
+    uploaded_bytes: int
+    downloaded_bytes: int
+    memory_bytes: int
 
 
 class NodeCollector(Collector):
@@ -44,6 +49,19 @@ class NodeCollector(Collector):
         )
         yield CounterMetricFamily(
             "talkoot_experts_restored", "Experts that went on from a checkpoint.", saves.restored
+        )
+        yield GaugeMetricFamily("talkoot_paused", "1 while the node is paused.", node.paused)
+        yield CounterMetricFamily("talkoot_calls", "Forward and backward calls that came.", node.calls)
+        yield CounterMetricFamily(
+            "talkoot_uploaded_bytes", "Payload of answers, in bytes.", node.uploaded_bytes
+        )
+        yield CounterMetricFamily(
+            "talkoot_downloaded_bytes", "Payload of calls, in bytes.", node.downloaded_bytes
+        )
+        yield GaugeMetricFamily(
+            "talkoot_memory_bytes",
+            "Memory of experts, kept forward passes and waiting rows, about.",
+            node.memory_bytes,
         )
         yield GaugeMetricFamily("talkoot_queued_rows", "Rows that wait to be computed.", stats.queued_rows)
         yield CounterMetricFamily("talkoot_rows", "Rows computed, forward and backward.", stats.rows)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,15 @@ from prometheus_client import CollectorRegistry
 from dht.swarm import Stage, Swarm
 from expert_server.blocks import builder_of
 from expert_server.checkpoints import Checkpoints, CheckpointStore
+from expert_server.contribution import Account, Contribution
 from expert_server.devices import ComputeDevice, open_devices
+from expert_server.expert import expert_bytes
 from expert_server.hosting import Hosting
+from expert_server.machine import usable_cores
+from expert_server.memory import most_bytes, row_bytes, within_memory
 from expert_server.metrics import NodeCollector, NodeCounts
+from expert_server.pauses import Pauses, paused_in_words
+from expert_server.probe import ProbeServicer
 from expert_server.runtime import Runtime, RuntimeStats
 from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.settings import NodeSettings
@@ -27,7 +32,8 @@ from peer.channels import SERVER_OPTIONS, server_credentials
 from peer.errors import StartError, UnreachableError, UserError
 from peer.host import require_free_port
 from peer.metrics import MetricsServer
-from peer.wire import expert_pb2_grpc, records_pb2
+from peer.rates import Traffic
+from peer.wire import expert_pb2_grpc, probe_pb2_grpc, records_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +42,8 @@ _FAREWELL_S = 2.0
 _CALLS_GRACE_S = 1.0
 """Longest that a stopping node lets calls finish."""
 _LAST_SAVE_S = 10.0
-"""Longest that a stopping node saves its experts."""
+"""Longest that a node which pauses or stops saves its experts."""
+_ACCOUNT_EVERY_S = 60.0
 
 
 class NodeState(Enum):
@@ -44,6 +51,7 @@ class NodeState(Enum):
 
     JOINING = "joining"
     SERVING = "serving"
+    PAUSED = "paused"
     UNREACHABLE = "can't reach the DHT"
     STOPPING = "stopping"
 
@@ -62,6 +70,26 @@ class NodeStatus:
     queued_rows: int
     peers: int
     """DHT peers known."""
+    why: str
+    """Why it is paused, such as `paused until 22:00`; or, though it serves, what else it would be; else empty."""
+    calls: int
+    uploaded_bytes: int
+    """Payload of answers; `downloaded_bytes`: of calls."""
+    downloaded_bytes: int
+    upload_mbit: float | None
+    """The limit, if there is one."""
+    download_mbit: float | None
+    memory_bytes: int
+    """Of experts, kept forward passes and waiting rows, about."""
+    memory_limit_bytes: int
+    """What they may take at most."""
+    busy_s: float
+    """Computed for so long, since the start."""
+    threads: int
+    contributed_rows: int
+    """Over all runs, as are the following."""
+    contributed_updates: int
+    contributed_hours: float
 
 
 class Node:
@@ -85,7 +113,14 @@ class Node:
         store = CheckpointStore(state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept)
         self.checkpoints = Checkpoints(store, runtime)
         self.hosting = Hosting(settings, swarm, runtime, self.checkpoints, devices, now)
-        self._state = NodeState.JOINING
+        self.traffic = Traffic(settings.upload_mbit, settings.download_mbit)
+        self._pauses = Pauses(settings, self._take_experts, self._give_up_experts, now)
+        self._account = Account(state / "contribution.json")
+        self._expert_bytes = expert_bytes(swarm.manifest)
+        self._most_bytes = settings.memory or most_bytes(settings, swarm.manifest, self.hosting.capacity)
+        self._unreachable = self._stopping = False
+        limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes)
+        self._servicer = ExpertServicer(runtime, swarm.manifest, swarm.keys.swarm_id, limits, self.traffic)
         self._started_at = now()
         self._dht_failures = 0
         self._certificate = swarm.host.identity.make_certificate()
@@ -103,6 +138,7 @@ class Node:
         try:
             builder_of(swarm.manifest.experts.kind)
             devices = open_devices(settings.device, settings.precision)
+            settings = within_memory(settings, swarm.manifest)
         except UserError:
             await swarm.stop()
             raise
@@ -110,7 +146,7 @@ class Node:
             {},
             max_queued_rows=settings.max_queued_rows,
             max_batch_rows=settings.max_batch_rows,
-            threads=settings.threads or os.cpu_count() or 1,
+            threads=_threads(settings),
         )
         logger.info("computes on %s", ", ".join(map(str, devices)))
         node = cls(settings, swarm, runtime, state, devices)
@@ -119,46 +155,101 @@ class Node:
             await runtime.start()
             await node._serve(host)
             stage("looking for experts that need a host")
-            await node.hosting.take_first()
-            await node.hosting.announce()
-            await node._describe()
-            node._state = NodeState.SERVING
+            await node._pauses.look()
+            if not node._pauses.hosts:
+                await node._describe()
+            node._note_work()
             return node
         except BaseException:
             await node.stop()
             raise
 
+    @property
+    def state(self) -> NodeState:
+        if self._stopping:
+            return NodeState.STOPPING
+        if self._pauses.why:
+            return NodeState.PAUSED
+        if self._pauses.taking or not self._pauses.hosts:
+            return NodeState.JOINING
+        return NodeState.UNREACHABLE if self._unreachable else NodeState.SERVING
+
     async def run(self) -> None:
-        """Announces, adopts experts that nobody hosts, and saves its own, for ever."""
+        """Announces, adopts experts that nobody hosts, saves its own, and minds its manners, for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._stay_announced())
+            group.create_task(self._mind_manners())
+            group.create_task(self._keep_account())
             if self._settings.checkpoint_every_s:
                 group.create_task(self.checkpoints.save_every(self._settings.checkpoint_every_s))
+
+    async def pause(self, reason: str = "by its owner", for_s: float | None = None) -> None:
+        """Gives up its experts and stays in the swarm, until `resume`, or for so many seconds.
+
+        `reason`: in words, to be shown. Calls are answered with NOT_FOUND meanwhile. Returns when it has paused.
+        """
+        await self._pauses.pause(reason, for_s)
+
+    async def resume(self) -> None:
+        """Takes experts again, those with checkpoints here before others.
+
+        Wins over the schedule, the battery and other programs as they are now, until they allow it by themselves.
+        """
+        self._note_dht(await _tried(self._pauses.resume))
+
+    async def _take_experts(self) -> None:
+        await self.hosting.take_first()
+        await self.hosting.announce()
+        await self._describe()
+
+    async def _give_up_experts(self) -> None:
+        await self.hosting.release(_LAST_SAVE_S)
+        self._servicer.kept.clear()
+        await _tried(self._describe)
 
     async def _stay_announced(self) -> None:
         while True:
             await asyncio.sleep(self._settings.announce_every_s)
-            failures = [
-                error
-                for step in (self.hosting.announce, self._describe, self.hosting.adopt)
-                if (error := await _tried(step))
-            ]
-            if failures:
-                self._dht_failures += 1
-                again_s = self._settings.announce_every_s
-                logger.warning("%s; trying again in %.0f s", failures[0], again_s)
-            self._state = NodeState.UNREACHABLE if failures else NodeState.SERVING
+            if not await self._pauses.while_hosting(self._renew):
+                self._note_dht(await _tried(self._describe))
+
+    async def _renew(self) -> None:
+        steps = (self.hosting.announce, self._describe, self.hosting.adopt)
+        errors = [error for step in steps if (error := await _tried(step))]
+        self._note_dht(errors[0] if errors else None)
+
+    def _note_dht(self, error: UnreachableError | None) -> None:
+        """What the DHT did not do in the last round, if anything."""
+        if error is not None:
+            self._dht_failures += 1
+            logger.warning("%s; trying again in %.0f s", error, self._settings.announce_every_s)
+        self._unreachable = error is not None
+
+    async def _mind_manners(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.look_every_s)
+            if error := await _tried(self._pauses.look):
+                self._note_dht(error)
+            self._note_work()
+
+    async def _keep_account(self) -> None:
+        while True:
+            await asyncio.sleep(_ACCOUNT_EVERY_S)
+            await self._account.save(self._contribution())
 
     async def stop(self) -> None:
         """Withdraws, lets calls finish for a moment, saves the experts, and ends. Stopping twice is harmless."""
-        if self._state is not NodeState.STOPPING:
-            self._state = NodeState.STOPPING
+        if not self._stopping:
+            self._stopping = True
+            await self._pauses.end()
             await self._say_goodbye()
         if self._server is not None:
             await self._server.stop(_CALLS_GRACE_S)
         await self.checkpoints.save_all_within(_LAST_SAVE_S)
         await self.runtime.stop()
         if self._metrics is not None:
+            self._note_work()
+            await self._account.save(self._contribution())
             await asyncio.to_thread(self._metrics.close)
             self._metrics = None
         await self.swarm.stop()
@@ -171,25 +262,58 @@ class Node:
                 await self.swarm.registry.leave(self._settings.lifetime_s)
 
     def status(self) -> NodeStatus:
-        stats = self.runtime.stats
+        stats, contribution = self.runtime.stats, self._contribution()
+        settings = self._settings
         return NodeStatus(
-            self._state,
-            len(self.runtime.experts),
-            self.hosting.capacity,
-            self.hosting.adopted,
-            stats.updates,
-            stats.rows,
-            stats.queued_rows,
-            len(self.swarm.host.dht.protocol.routing_table.uid_to_peer_id),
+            state=self.state,
+            experts=len(self.runtime.experts),
+            capacity=self.hosting.capacity,
+            adopted=self.hosting.adopted,
+            updates=stats.updates,
+            rows=stats.rows,
+            queued_rows=stats.queued_rows,
+            peers=len(self.swarm.host.dht.protocol.routing_table.uid_to_peer_id),
+            why=self._why(),
+            calls=self._servicer.calls,
+            uploaded_bytes=self.traffic.up.bytes,
+            downloaded_bytes=self.traffic.down.bytes,
+            upload_mbit=settings.upload_mbit,
+            download_mbit=settings.download_mbit,
+            memory_bytes=self._memory_bytes(),
+            memory_limit_bytes=self._most_bytes,
+            busy_s=stats.busy_s,
+            threads=_threads(settings),
+            contributed_rows=contribution.rows,
+            contributed_updates=contribution.updates,
+            contributed_hours=round(contribution.served_s / 3600, 1),
         )
+
+    def _why(self) -> str:
+        if self._pauses.why:
+            return paused_in_words(self._pauses.why)
+        if self._pauses.set_aside:
+            return f"told to go on, else {paused_in_words(self._pauses.set_aside)}"
+        return ""
+
+    def _memory_bytes(self) -> int:
+        manifest = self.swarm.manifest
+        queued = self.runtime.stats.queued_rows * row_bytes(manifest)
+        return len(self.runtime.experts) * self._expert_bytes + self._servicer.kept.bytes + queued
+
+    def _note_work(self) -> None:
+        self._account.note(serves=self.state is NodeState.SERVING)
+
+    def _contribution(self) -> Contribution:
+        stats = self.runtime.stats
+        return self._account.total(stats.rows, stats.updates)
 
     async def _serve(self, host: str) -> None:
         settings = self._settings
         require_free_port(host, settings.grpc_port)
-        limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes)
-        servicer = ExpertServicer(self.runtime, self.swarm.manifest, self.swarm.keys.swarm_id, limits)
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=settings.max_calls)
-        expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, self._server)
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
+        probe = ProbeServicer(self.swarm.keys.swarm_id, self.traffic)
+        probe_pb2_grpc.add_ProbeServiceServicer_to_server(probe, self._server)
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
         try:
             port = self._server.add_secure_port(_endpoint(host, settings.grpc_port), credentials)
@@ -213,7 +337,7 @@ class Node:
             protocol_version=PROTOCOL_VERSION,
             software_version=SOFTWARE_VERSION,
             expert_count=len(self.runtime.experts),
-            expert_capacity=self.hosting.capacity,
+            expert_capacity=0 if self._pauses.why else self.hosting.capacity,
             rows_processed=stats.rows,
             updates=stats.updates,
             started_at=self._started_at,
@@ -226,13 +350,26 @@ class Node:
 
     def _counts(self) -> NodeCounts:
         return NodeCounts(
-            len(self.runtime.experts), self.hosting.adopted, self._dht_failures, self.checkpoints.counts
+            experts=len(self.runtime.experts),
+            adopted=self.hosting.adopted,
+            dht_failures=self._dht_failures,
+            checkpoints=self.checkpoints.counts,
+            paused=self.state is NodeState.PAUSED,
+            calls=self._servicer.calls,
+            uploaded_bytes=self.traffic.up.bytes,
+            downloaded_bytes=self.traffic.down.bytes,
+            memory_bytes=self._memory_bytes(),
         )
 
 
 def _endpoint(host: str, port: int) -> str:
     """`host:port`, an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _threads(settings: NodeSettings) -> int:
+    """More than one for each core only wait for each other."""
+    return min(settings.threads or usable_cores(), usable_cores())
 
 
 async def _tried(step: Callable[[], Awaitable[None]]) -> UnreachableError | None:

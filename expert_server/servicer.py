@@ -21,6 +21,7 @@ from expert_server.runtime import Runtime
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
+from peer.rates import Rate, Traffic
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -89,16 +90,40 @@ class SeenRequests:
         return True
 
 
+def require_same_swarm(own_swarm_id: str, protocol_version: int, swarm_id: str) -> None:
+    """Raises ExpertError (FAILED_PRECONDITION) when the caller speaks another version or means another swarm."""
+    if protocol_version != PROTOCOL_VERSION:
+        raise ExpertError(
+            StatusCode.FAILED_PRECONDITION,
+            f"this node speaks protocol version {PROTOCOL_VERSION}, the caller {protocol_version}",
+        )
+    if swarm_id != own_swarm_id:
+        raise ExpertError(
+            StatusCode.FAILED_PRECONDITION,
+            f"this node belongs to swarm {own_swarm_id}, the call is for {swarm_id[:64]!r}",
+        )
+
+
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
     """Serves the experts of one runtime to one swarm."""
 
-    def __init__(self, runtime: Runtime, manifest: Manifest, swarm_id: str, limits: EdgeLimits) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        manifest: Manifest,
+        swarm_id: str,
+        limits: EdgeLimits,
+        traffic: Traffic | None = None,
+    ) -> None:
+        self.calls = 0
+        """Forward and backward, since the start."""
+        self.kept = KeptForwards(limits.max_kept_bytes)
         self._runtime = runtime
         self._manifest = manifest
         self._swarm_id = swarm_id
         self._limits = limits
         self._seen = SeenRequests(limits.remembered_requests)
-        self._kept = KeptForwards(limits.max_kept_bytes)
+        self._traffic = traffic or Traffic()
 
     async def Forward(self, requests: Requests, context: Context) -> None:
         await self._serve("forward", requests, context)
@@ -112,7 +137,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         context: grpc.aio.ServicerContext[expert_pb2.InfoRequest, expert_pb2.InfoReply],
     ) -> expert_pb2.InfoReply:
         try:
-            self._check_swarm(request.protocol_version, request.swarm_id)
+            require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
         except ExpertError as error:
             await context.abort(error.status, str(error))
         return expert_pb2.InfoReply(
@@ -125,6 +150,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         )
 
     async def _serve(self, direction: Direction, requests: Requests, context: Context) -> None:
+        self.calls += 1
         remaining = context.time_remaining()
         seconds = min(
             self._limits.max_call_s, remaining if remaining is not None else self._limits.max_call_s
@@ -143,13 +169,14 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self, direction: Direction, requests: Requests, context: Context, deadline: float
     ) -> None:
         header, chunk = await _read_header(requests)
-        self._check_swarm(header.protocol_version, header.swarm_id)
+        require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
         parts = self._check_parts(header, direction)
         if direction == "backward" and not self._seen.is_new(header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
 
-        call = _Call(direction, header, deadline, context)
-        payload = _Payload(requests, chunk)
+        call = _Call(direction, header, deadline, context, self._traffic.up)
+        await self._traffic.down.take(len(chunk))
+        payload = _Payload(requests, chunk, self._traffic.down)
         answers: list[asyncio.Task[None]] = []
         try:
             for index, part in enumerate(parts):
@@ -196,23 +223,13 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         await call.write_error(index, ExpertError(StatusCode.FAILED_PRECONDITION, message))
 
     def _keep(self, request_id: bytes, index: int, work: Work, result: Result) -> bool:
+        if work.uid not in self._runtime.experts:  # given up meanwhile
+            return False
         now = time.monotonic()
         kept = Kept(
             work.uid, work.inputs, work.lengths, work.positions, result.graph, now + self._limits.max_call_s
         )
-        return self._kept.put((request_id, index), kept, now)
-
-    def _check_swarm(self, protocol_version: int, swarm_id: str) -> None:
-        if protocol_version != PROTOCOL_VERSION:
-            raise ExpertError(
-                StatusCode.FAILED_PRECONDITION,
-                f"this node speaks protocol version {PROTOCOL_VERSION}, the caller {protocol_version}",
-            )
-        if swarm_id != self._swarm_id:
-            raise ExpertError(
-                StatusCode.FAILED_PRECONDITION,
-                f"this node belongs to swarm {self._swarm_id}, the call is for {swarm_id[:64]!r}",
-            )
+        return self.kept.put((request_id, index), kept, now)
 
     def _check_parts(self, header: expert_pb2.CallHeader, direction: Direction) -> list[Part | LostPart]:
         """The header's experts, once every number in them is known to be right. Raises WireError."""
@@ -239,7 +256,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         if direction == "forward" or expert.segment_lengths or expert.positions:
             raise WireError("a kept forward pass is named in backward calls, without segments and positions")
         uid = _parse_uid(expert.uid, self._manifest)
-        kept = self._kept.take((expert.kept_request_id, expert.kept_index))
+        kept = self.kept.take((expert.kept_request_id, expert.kept_index))
         if kept is None:
             return LostPart(uid, expert.kept_rows)
         if (kept.uid, len(kept.positions)) != (uid, expert.kept_rows):
@@ -292,13 +309,19 @@ class _Call:
     """One call while it is answered: what its header says, and one reply at a time."""
 
     def __init__(
-        self, direction: Direction, header: expert_pb2.CallHeader, deadline: float, context: Context
+        self,
+        direction: Direction,
+        header: expert_pb2.CallHeader,
+        deadline: float,
+        context: Context,
+        uploads: Rate,
     ) -> None:
         self.header = header
         self._direction = direction
         self._deadline = deadline
         self._caller = context.peer() or ""
         self._context = context
+        self._uploads = uploads
         self._ready: deque[tuple[expert_pb2.ExpertReply | None, memoryview]] = deque()
         """What is to be written: answers with their tensors, and first maybe the rest of a tensor."""
         self._writing = asyncio.Lock()
@@ -329,7 +352,9 @@ class _Call:
         self._ready.append((reply, data))
         async with self._writing:
             while self._ready:
-                await self._send(self._next_message())
+                message = self._next_message()
+                await self._uploads.take(len(message.chunk))
+                await self._send(message)
 
     def _next_message(self) -> expert_pb2.CallReply:
         experts: list[expert_pb2.ExpertReply] = []
@@ -390,8 +415,9 @@ def _checked(chunk: bytes, least: int) -> bytes:
 class _Payload:
     """Reads exact numbers of bytes from a stream of chunks. Never holds more than was asked for and one chunk."""
 
-    def __init__(self, requests: Requests, first: bytes) -> None:
+    def __init__(self, requests: Requests, first: bytes, downloads: Rate) -> None:
         self._requests = requests
+        self._downloads = downloads
         self._chunk = memoryview(first)
 
     async def read(self, size: int) -> bytearray:
@@ -414,5 +440,7 @@ class _Payload:
 
     async def _next_chunk(self, missing: int) -> bytes:
         async for request in self._requests:
-            return _checked(b"" if request.HasField("header") else request.chunk, least=1)
+            chunk = _checked(b"" if request.HasField("header") else request.chunk, least=1)
+            await self._downloads.take(len(chunk))  # gRPC reads on only then: the sender slows down
+            return chunk
         raise WireError(f"the payload ended {missing} bytes before what the header says")

@@ -1,12 +1,41 @@
 """The node's settings, from a TOML file, the environment (`TALKOOT_NODE_…`) and flags."""
 
+import re
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
 from expert_server.devices import PrecisionSetting
+from expert_server.schedule import Schedule
 from peer.settings import RoleSettings
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
+
+
+def parse_bytes(value: object) -> object:
+    """Bytes from `2GB`, `512MiB` or `1.5g`; what is no text stays as it is. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is no size: write for example 2GB or 512MiB")
+    number, prefix, binary = match.groups()
+    unit = (1024 if binary else 1000) ** " kmgt".index((prefix or " ").lower())
+    return int(float(number) * unit)
+
+
+def bytes_in_words(size: float) -> str:
+    """Such as `512 MB`, to three digits."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _parse_schedule(value: object) -> object:
+    return Schedule.parse(value) if isinstance(value, str) else value
 
 
 class NodeSettings(RoleSettings):
@@ -57,7 +86,57 @@ class NodeSettings(RoleSettings):
         description="of the experts' computing; auto: bf16 on CUDA GPUs that have it, else fp32",
     )
     threads: int | None = Field(
-        default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
+        default=None, ge=1, le=1024, description="torch threads, at most one for each core; unset: so many"
+    )
+    memory: Annotated[int, BeforeValidator(parse_bytes)] | None = Field(
+        default=None,
+        ge=1,
+        le=2**50,
+        description="most that experts with their optimizers, kept forward passes and waiting rows take, in bytes "
+        "or as 2GB, 512MiB; it lowers `experts`, `spare`, `max_kept_bytes` and `max_queued_rows`; unset: no bound",
+    )
+    upload_mbit: float | None = Field(
+        default=None,
+        ge=0.01,
+        le=10**6,
+        description="most that answers to trainers take, in Mbit/s; unset: no bound",
+    )
+    download_mbit: float | None = Field(
+        default=None,
+        ge=0.01,
+        le=10**6,
+        description="most that calls of trainers take, in Mbit/s; unset: no bound",
+    )
+    schedule: Annotated[InstanceOf[Schedule], BeforeValidator(_parse_schedule)] | None = Field(
+        default=None,
+        description="when to work, in local time, such as `22:00-07:00` or "
+        "`mon-fri 22:00-07:00,sat-sun 00:00-24:00`; unset: always",
+    )
+    only_when_idle: bool = Field(default=False, description="pause while other programs need the processor")
+    busy_percent: float = Field(
+        default=25.0, gt=0, le=100, description="load by other programs to pause at, in % of all cores"
+    )
+    busy_after_s: float = Field(
+        default=10.0, gt=0, le=3600, description="window of that load before a pause, in seconds"
+    )
+    idle_percent: float = Field(
+        default=10.0, ge=0, lt=100, description="load by other programs to resume at, in % of all cores"
+    )
+    idle_after_s: float = Field(
+        default=120.0, gt=0, le=86400, description="window of that load before it resumes, in seconds"
+    )
+    not_on_battery: bool = Field(default=False, description="pause while the machine runs on battery")
+    niceness: int = Field(
+        default=10,
+        ge=0,
+        le=19,
+        description="priority that the command gives itself: 0 as any other program, 19 the last",
+    )
+    look_every_s: float = Field(
+        default=2.0,
+        ge=0.05,
+        le=60,
+        description="seconds between looks at the hour, the battery and the load by other programs",
     )
     announce_every_s: float = Field(
         default=10.0,
@@ -91,6 +170,14 @@ class NodeSettings(RoleSettings):
     max_call_s: float = Field(
         default=60.0, gt=0, le=3600, description="longest that a call may last, in seconds"
     )
+
+    @model_validator(mode="after")
+    def _has_hysteresis(self) -> Self:
+        if self.idle_percent >= self.busy_percent:
+            raise ValueError(
+                f"idle_percent ({self.idle_percent:g}) must be less than busy_percent ({self.busy_percent:g})"
+            )
+        return self
 
     @property
     def lifetime_s(self) -> float:

@@ -62,5 +62,5 @@ def describe_validation_error(error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             parts.append(f"unknown setting {key!r}")
         else:
-            parts.append(f"{key}: {problem['msg']}")
+            parts.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(parts)

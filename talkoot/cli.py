@@ -1,20 +1,17 @@
 """The command `talkoot`. What is slow to import is imported inside the commands, so that --help is instant."""
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.errors import UserError
-from talkoot.console import LogFormat, Terminal, set_up_logging
-from talkoot.signals import Stopped, StopSignals
+from peer.errors import SettingsError
+from talkoot import steer
+from talkoot.console import LogFormat
+from talkoot.options import Config, Format, Join, State, Threads, command
 
-USER_ERROR_STATUS = 2
+NOT_FIT_STATUS = 1
 
 app = typer.Typer(
     help="Volunteers host experts; trainers train a language model on them.",
@@ -23,18 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Join = Annotated[str | None, typer.Option(metavar="INVITE", help="The invite of the swarm to join.")]
-Config = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Settings as TOML; flags are stronger, then the environment."),
-]
-State = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Folder of identity and state; one process at a time uses it."),
-]
-Threads = Annotated[int | None, typer.Option(help="Torch threads.  [default: one for each core]")]
-Format = Annotated[LogFormat, typer.Option(help="Lines for people, or JSON lines for programs.")]
 
 
 def main() -> None:
@@ -105,7 +90,49 @@ def node(
             help="fp32, tf32, bf16 or auto.  [default: auto, bf16 on CUDA GPUs that have it, else fp32]",
         ),
     ] = None,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Torch threads, at most one for each core.  [default: one for each core]"),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most that experts, kept forward passes and waiting rows take, such as 2GB or 512MiB.  "
+            "[default: no bound]",
+        ),
+    ] = None,
+    upload_mbit: Annotated[
+        float | None, typer.Option(help="Most that answers take, in Mbit/s.  [default: no bound]")
+    ] = None,
+    download_mbit: Annotated[
+        float | None, typer.Option(help="Most that calls take, in Mbit/s.  [default: no bound]")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOURS",
+            help="When to work, in local time, such as 22:00-07:00 or "
+            "'mon-fri 22:00-07:00,sat-sun 00:00-24:00'.  [default: always]",
+        ),
+    ] = None,
+    only_when_idle: Annotated[
+        bool | None,
+        typer.Option(
+            "--only-when-idle/--even-when-busy",
+            help="Pause while other programs need the processor.  [default: no]",
+        ),
+    ] = None,
+    not_on_battery: Annotated[
+        bool | None,
+        typer.Option(
+            "--not-on-battery/--on-battery", help="Pause while the machine is on battery.  [default: no]"
+        ),
+    ] = None,
+    niceness: Annotated[
+        int | None,
+        typer.Option(help="Priority: 0 as other programs, 19 after all of them.  [default: 10]"),
+    ] = None,
     announce_every_s: Annotated[
         float | None, typer.Option(help="Seconds between announcements.  [default: 10]")
     ] = None,
@@ -119,6 +146,13 @@ def node(
     invite_file: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write this node's invite there.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check whether this machine can serve: exit status 0 or 1.")
+    ] = False,
+    cached: Annotated[
+        bool, typer.Option("--cached", help="With --check: print what the last check found.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --check: print one JSON object.")] = False,
     log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Host experts, in a new swarm or in one that you were invited to."""
@@ -133,12 +167,27 @@ def node(
         "device": device,
         "precision": precision,
         "threads": threads,
+        "memory": memory,
+        "upload_mbit": upload_mbit,
+        "download_mbit": download_mbit,
+        "schedule": schedule,
+        "only_when_idle": only_when_idle,
+        "not_on_battery": not_on_battery,
+        "niceness": niceness,
         "announce_every_s": announce_every_s,
     }
-    with _command(log_format) as (terminal, _):
+    with command(LogFormat.JSON if as_json else log_format) as (terminal, _):
         from talkoot.node_command import Origin, run_node
 
         origin = Origin(new, join, tuple(bootstrap or ()))
+        if check:
+            from talkoot.check_command import run_check
+
+            if not run_check(terminal, origin, config, flags, cached=cached):
+                raise typer.Exit(NOT_FIT_STATUS)
+            return
+        if cached or as_json:
+            raise SettingsError("--cached and --json are for --check")
         run_node(terminal, origin, config, flags, invite_file)
 
 
@@ -207,7 +256,7 @@ def train(
         "threads": threads,
         "state": state,
     }
-    with _command(log_format) as (terminal, signals):
+    with command(log_format) as (terminal, signals):
         from talkoot.train_command import run_train
 
         run_train(terminal, signals, join, data, config, flags, json_file)
@@ -220,7 +269,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """List the nodes and experts of a swarm."""
-    with _command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, _):
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, _):
         from talkoot.status import run_status
 
         run_status(terminal, join)
@@ -243,29 +292,13 @@ def demo(
     ] = None,
 ) -> None:
     """Start a swarm on this machine, train on it, kill a node, and watch it go on."""
-    with _command(LogFormat.TEXT) as (terminal, _):
+    with command(LogFormat.TEXT) as (terminal, _):
         from talkoot.demo import DemoPlan, run_demo
 
         run_demo(terminal, DemoPlan(nodes, steps, kill, data), json_file)
 
 
-@contextmanager
-def _command(log_format: LogFormat) -> Iterator[tuple[Terminal, StopSignals]]:
-    """Around every command: errors of the user in one line, signals as exit status."""
-    # torch's threads must not spin while they wait: others need the cores; OpenMP reads this when torch is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    signals = StopSignals()
-    terminal = Terminal(log_format)
-    try:
-        set_up_logging(terminal)
-        yield terminal, signals
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)  # noqa: T201  # the one line
-        raise typer.Exit(USER_ERROR_STATUS) from None
-    except Stopped as stopped:
-        raise typer.Exit(stopped.exit_status) from None
-    finally:
-        signals.ignore()
+steer.add_to(app)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,20 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from peer.errors import StartError, UserError
+
 logger = logging.getLogger(__name__)
+
+LOG_FILE_BYTES = 5_000_000
+"""A log file that would grow beyond is kept as `….1`, in place of the one before."""
 
 
 class LogFormat(StrEnum):
@@ -66,6 +73,31 @@ def set_up_logging(terminal: Terminal) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Inside, all log lines also go to a file, which stays small; so does what ends it. Raises StartError."""
+    try:
+        handler = _LogFileHandler(
+            path, maxBytes=LOG_FILE_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
+        )
+    except OSError as error:
+        raise StartError(f"can't write {path}: {error.strerror}; pass another --state") from error
+    handler.setFormatter(_TextFormatter("%Y-%m-%d %H:%M:%S"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    except UserError as error:
+        handler.handle(_record(str(error)))  # the terminal gets it as its last line
+        raise
+    except Exception as error:
+        handler.handle(_record(f"ended by a {type(error).__name__}", error))
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
 def quiet_hivemind() -> None:
     """Takes hivemind's own log handler away; its errors come as our log lines. Call it once hivemind is imported."""
     from hivemind.utils.logging import use_hivemind_log_handler
@@ -96,9 +128,22 @@ class _TerminalHandler(logging.Handler):
         self._console.print(self.format(record))
 
 
+class _LogFileHandler(RotatingFileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk costs lines of the file, which the terminal has too."""
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written is tried once more
+            super().close()
+
+
 class _TextFormatter(logging.Formatter):
+    def __init__(self, clock: str = "%H:%M:%S") -> None:
+        super().__init__()
+        self._clock = clock
+
     def format(self, record: logging.LogRecord) -> str:
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        clock = time.strftime(self._clock, time.localtime(record.created))
         level = "" if record.levelno < logging.WARNING else f"{_level(record)}: "
         text = f"{clock} {level}{record.getMessage()}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
@@ -115,6 +160,11 @@ class _JsonFormatter(logging.Formatter):
         if record.exc_info:
             values["exception"] = self.formatException(record.exc_info)
         return to_json(values)
+
+
+def _record(message: str, error: Exception | None = None) -> logging.LogRecord:
+    raised = None if error is None else (type(error), error, error.__traceback__)
+    return logging.LogRecord(__name__, logging.ERROR, __file__, 0, message, (), raised)
 
 
 def _level(record: logging.LogRecord) -> str:

@@ -210,7 +210,7 @@ class _Demo:
             *("--log-format", "json"),
             *("--state", str(self._folder / name.replace(" ", "-"))),
             *("--experts", experts, "--spare", experts),  # room for all that the killed node hosts
-            *("--announce-every-s", str(announce_every_s)),
+            *("--announce-every-s", str(announce_every_s), "--niceness", "0"),  # their owner watches
         )
         self._nodes.append(child)
         self._display.show_node_state(name, child.pid, "starting")

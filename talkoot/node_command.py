@@ -3,16 +3,15 @@
 import asyncio
 import ipaddress
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import uvloop
 from rich.live import Live
-from rich.text import Text
 
 from dht.invite import Invite
 from dht.manifest import Manifest
@@ -21,17 +20,21 @@ from expert_server.blocks import builder_of
 from expert_server.devices import check_devices
 from expert_server.node import Node, NodeStatus
 from expert_server.settings import NodeSettings
-from peer.errors import SettingsError, StartError
+from peer.errors import InviteError, SettingsError, StartError
 from peer.host import default_listen_address, is_multiaddress
 from peer.identity import Identity
 from peer.processes import StateFolder
-from talkoot.console import Terminal, quiet_hivemind
+from talkoot.console import Terminal, log_file, quiet_hivemind
+from talkoot.control import LOG_FILE, ControlServer, node_folder
+from talkoot.node_view import Pace, PaceMeter, line, panel
 from talkoot.signals import Stopped, run_until_stopped
 
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
+_LONGEST_LINE = 8192
+"""Characters read from a file with an invite; Invite says what is too long."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,19 @@ class Origin:
             builder_of(manifest.experts.kind)  # better known now than when the manifest is published
             return SwarmStarter(manifest, None, self.bootstrap)
         assert self.join is not None
-        invite = Invite.parse(self.join)
+        invite = Invite.parse(invite_text(self.join))
         return SwarmStarter(None, replace(invite, bootstrap=(*invite.bootstrap, *self.bootstrap)), ())
+
+
+def invite_text(join: str) -> str:
+    """What was passed as --join: an invite, or `@` and the file that holds it. Raises InviteError."""
+    if not join.startswith("@"):
+        return join
+    try:
+        with Path(join[1:]).open(encoding="utf-8") as file:
+            return file.readline(_LONGEST_LINE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InviteError(f"can't read the invite from {join[1:]}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -92,12 +106,14 @@ def run_node(
     settings = NodeSettings.load(config, **flags)
     check_devices(settings.device, settings.precision)  # better known before others are bothered
     starter = origin.swarm_starter()
-    host = _listen_address(settings)
-    folder = StateFolder(settings.state or platformdirs.user_state_path("talkoot") / "node")
+    host = listen_address(settings)
+    _be_nice(settings.niceness)
+    folder = StateFolder(node_folder(settings.state))
     try:
-        command = _NodeCommand(terminal, starter, settings, host, folder.path, invite_file)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(command.run())
+        with log_file(folder.path / LOG_FILE):
+            command = _NodeCommand(terminal, starter, settings, host, folder.path, invite_file)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(command.run())
     finally:
         folder.close()
 
@@ -121,15 +137,20 @@ class _NodeCommand:
         self._state = state
         self._invite_file = invite_file
         self._served = False
+        self._control = ControlServer(state)
 
     async def run(self) -> None:
         """Serves until a signal comes. A node that served and was stopped has done its work: no error."""
         try:
-            await run_until_stopped(self._serve())
+            await run_until_stopped(self._serve_steered())
         except Stopped:
             if not self._served:
                 raise
             logger.info("left the swarm")
+
+    async def _serve_steered(self) -> None:
+        async with self._control:
+            await self._serve()
 
     async def _serve(self) -> None:
         with self._terminal.stages("making ready") as stage:
@@ -138,6 +159,7 @@ class _NodeCommand:
             # from here on the node stops the swarm
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
+            self._control.steer(node)
             self._served = True
             self._show_invite(node, str(await swarm.invite()))
             async with asyncio.TaskGroup() as group:
@@ -163,43 +185,43 @@ class _NodeCommand:
     async def _show_state(self, node: Node) -> None:
         if self._terminal.json:
             peer_id = node.swarm.host.peer_id.to_base58()
-            await _watch(node, _LOOK_EVERY_S, lambda status, rate: self._event(peer_id, status, rate))
+            await _watch(node, _LOOK_EVERY_S, lambda status, pace: self._event(peer_id, status, pace))
         elif self._terminal.live:
+            swarm = node.swarm.manifest.name
             with Live(console=self._terminal.err, auto_refresh=False, transient=True) as live:
                 await _watch(
                     node,
                     _LOOK_EVERY_S,
-                    lambda status, rate: live.update(Text(_words(status, rate)), refresh=True),
+                    lambda status, pace: live.update(panel(swarm, status, pace), refresh=True),
                 )
         else:
-            await _watch(node, _LINE_EVERY_S, lambda status, rate: logger.info(_words(status, rate)))
+            await _watch(node, _LINE_EVERY_S, lambda status, pace: logger.info(line(status, pace)))
 
-    def _event(self, peer_id: str, status: NodeStatus, rows_per_s: float) -> None:
-        values = asdict(status) | {"state": status.state.value, "peer_id": peer_id, "rows_per_s": rows_per_s}
+    def _event(self, peer_id: str, status: NodeStatus, pace: Pace) -> None:
+        values = asdict(status) | {"state": status.state.value, "peer_id": peer_id, "rows_per_s": pace.rows}
         self._terminal.event("state", values)
 
 
-async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, float], None]) -> None:
-    """Shows the node's status and rows per second, whenever the status has changed. For ever."""
-    shown: NodeStatus | None = None
-    rows, looked_at = 0, time.monotonic()
+async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, Pace], None]) -> None:
+    """Shows the node's status and pace, whenever one of them has changed. For ever."""
+    meter = PaceMeter()
+    shown: tuple[NodeStatus, Pace] | None = None
     while True:
-        status, now = node.status(), time.monotonic()
-        if status != shown:
-            show(status, (status.rows - rows) / (now - looked_at) if shown else 0.0)
-        shown, rows, looked_at = status, status.rows, now
+        status = node.status()
+        now = status, meter.note(status, time.monotonic())
+        if now != shown:
+            show(*now)
+        shown = now
         await asyncio.sleep(every_s)
 
 
-def _words(status: NodeStatus, rows_per_s: float) -> str:
-    return (
-        f"{status.state.value}: {status.experts} of at most {status.capacity} experts, {status.adopted} adopted, "
-        f"{status.updates} updates, {rows_per_s:.0f} rows/s, {status.queued_rows} rows queued, "
-        f"{status.peers} DHT peers"
-    )
+def _be_nice(niceness: int) -> None:
+    """Lets other programs go first. Before threads begin: each has a priority of its own, from who starts it."""
+    os.nice(max(0, niceness - os.nice(0)))
 
 
-def _listen_address(settings: NodeSettings) -> str:
+def listen_address(settings: NodeSettings) -> str:
+    """Where a node listens, which is what it announces. Raises SettingsError."""
     host = settings.host or default_listen_address()
     try:
         address = ipaddress.ip_address(host)

@@ -1,0 +1,58 @@
+"""How a node divides the memory that its owner allows. Pure."""
+
+import math
+
+from dht.manifest import Manifest
+from expert_server.expert import expert_bytes
+from expert_server.settings import NodeSettings, bytes_in_words
+from peer.errors import SettingsError
+
+_KEPT_SHARE = _QUEUE_SHARE = 1 / 8
+
+
+def row_bytes(manifest: Manifest) -> int:
+    """Most that a row which waits takes: its inputs and gradients in float32, its position."""
+    return 2 * 4 * manifest.model.hidden + 8
+
+
+def most_bytes(settings: NodeSettings, manifest: Manifest, capacity: int) -> int:
+    """What `capacity` experts, kept forward passes and waiting rows take together, at most."""
+    queue = settings.max_queued_rows * row_bytes(manifest)
+    return capacity * expert_bytes(manifest) + settings.max_kept_bytes + queue
+
+
+def smallest_memory(manifest: Manifest) -> int:
+    """In bytes: room for one expert, and for one sequence that waits."""
+    for_expert = math.ceil(expert_bytes(manifest) / (1 - _KEPT_SHARE - _QUEUE_SHARE))
+    for_queue = math.ceil(manifest.model.context * row_bytes(manifest) / _QUEUE_SHARE)
+    return max(for_expert, for_queue)
+
+
+def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
+    """The settings with numbers that keep to `memory`, if it is set.
+
+    An eighth at most is for forward passes that are kept, one for rows that wait, the rest for experts: two thirds
+    of those to host, the others to adopt. Raises SettingsError when that is not enough for one expert.
+    """
+    memory = settings.memory
+    if memory is None:
+        return settings
+    if memory < (smallest := smallest_memory(manifest)):
+        raise SettingsError(
+            f"memory: {bytes_in_words(memory)} is too little for one expert of this swarm: "
+            f"the smallest that works is {smallest} bytes ({bytes_in_words(smallest)})"
+        )
+    kept = min(settings.max_kept_bytes, int(memory * _KEPT_SHARE))
+    queued_rows = min(settings.max_queued_rows, int(memory * _QUEUE_SHARE) // row_bytes(manifest))
+    fitting = (memory - kept - queued_rows * row_bytes(manifest)) // expert_bytes(manifest)
+    usual = min(max(1, 2 * fitting // 3), manifest.experts_total)
+    experts = min(settings.experts if settings.experts is not None else usual, fitting)
+    spare = settings.spare if settings.spare is not None else (experts + 1) // 2
+    return settings.model_copy(
+        update={
+            "experts": experts,
+            "spare": min(spare, fitting - experts),
+            "max_kept_bytes": kept,
+            "max_queued_rows": queued_rows,
+        }
+    )

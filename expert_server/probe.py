@@ -1,0 +1,232 @@
+"""The node's side of measuring the way between two peers. A hostile caller gets little of it: all is bounded.
+
+What a caller may cost in the worst case: two probes at once of 8 MiB and 10 s, and a short TCP connection to the
+caller's own address. The bandwidth limits of the node hold for probes, too.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+from urllib.parse import unquote
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc import StatusCode
+
+from expert_server.servicer import require_same_swarm
+from peer.codec import MAX_CHUNK_BYTES
+from peer.errors import ExpertError, WireError
+from peer.rates import Traffic
+from peer.wire import probe_pb2, probe_pb2_grpc
+
+MAX_PROBE_BYTES = 8 * 2**20
+MAX_PROBE_REQUESTS = 256
+LOWEST_PORT = 1024
+
+ProbeContext = grpc.aio.ServicerContext[probe_pb2.ProbeRequest, probe_pb2.ProbeReply]
+DialContext = grpc.aio.ServicerContext[probe_pb2.DialBackRequest, probe_pb2.DialBackReply]
+Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_REMEMBERED_CALLERS = 1024
+
+
+@dataclass(frozen=True)
+class ProbeLimits:
+    """What callers may ask for. Times in seconds."""
+
+    probe_s: float = 10.0
+    dial_s: float = 3.0
+    at_once: int = 2
+    """Probes; and as many dials."""
+    burst: int = 6
+    """Calls of one caller that may follow each other at once, after that one every `every_s`."""
+    every_s: float = 10.0
+    all_burst: int = 16
+    """As `burst`, of all callers together."""
+    all_every_s: float = 2.0
+
+
+class Allowance:
+    """How often callers may ask, each of them and all together. Pure: `now` is passed in.
+
+    The generic cell rate algorithm: it remembers of each caller when the calls so far would have been due, had they
+    come evenly.
+    """
+
+    def __init__(self, limits: ProbeLimits) -> None:
+        self._limits = limits
+        self._due: OrderedDict[str, float] = OrderedDict()  # by caller, the one seen last at the end
+        self._all_due = float("-inf")
+
+    def take(self, caller: str, now: float) -> float:
+        """Lets the caller ask once: then it is 0, else how many seconds to wait, and nothing is taken."""
+        limits = self._limits
+        due, all_due = max(now, self._due.get(caller, now)), max(now, self._all_due)
+        wait_s = max(
+            due - now - (limits.burst - 1) * limits.every_s,
+            all_due - now - (limits.all_burst - 1) * limits.all_every_s,
+        )
+        if wait_s > 0:
+            return wait_s
+        self._due[caller] = due + limits.every_s
+        self._due.move_to_end(caller)
+        self._all_due = all_due + limits.all_every_s
+        if len(self._due) > _REMEMBERED_CALLERS:
+            self._due.popitem(last=False)  # who is forgotten begins anew; the bound for all stays
+        return 0.0
+
+
+class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+    """Lets the peers of one swarm measure the way to this node."""
+
+    def __init__(
+        self,
+        swarm_id: str,
+        traffic: Traffic,
+        limits: ProbeLimits = ProbeLimits(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._swarm_id = swarm_id
+        self._traffic = traffic
+        self._limits = limits
+        self._clock = clock
+        self._probes, self._dials = _Service(limits), _Service(limits)
+
+    async def Probe(self, requests: AsyncIterator[probe_pb2.ProbeRequest], context: ProbeContext) -> None:
+        try:
+            with _refusals() as refusal, self._probes.turn(context.peer(), self._clock()):
+                async with asyncio.timeout(self._limits.probe_s):
+                    await self._answer(requests, context)
+        except _NotReadError:
+            raise asyncio.CancelledError from None  # gRPC then drops the call; it takes no status any more
+        if refusal.error is not None:
+            await context.abort(refusal.error.status, str(refusal.error))
+
+    async def DialBack(
+        self, request: probe_pb2.DialBackRequest, context: DialContext
+    ) -> probe_pb2.DialBackReply:
+        with _refusals() as refusal:
+            require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
+            if not LOWEST_PORT <= request.port <= 65535:
+                raise WireError(f"ports from {LOWEST_PORT} to 65535 are dialled, not {request.port}")
+            with self._dials.turn(context.peer(), self._clock()) as address:
+                return await self._dial(address, request.port)
+        assert refusal.error is not None
+        await context.abort(refusal.error.status, str(refusal.error))
+        raise AssertionError("abort raises")
+
+    async def _answer(self, requests: AsyncIterator[probe_pb2.ProbeRequest], context: ProbeContext) -> None:
+        count = total = 0
+        async for request in requests:
+            if not count:
+                require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
+            count += 1
+            sent = len(request.payload)
+            if max(sent, request.reply_bytes) > MAX_CHUNK_BYTES:
+                raise WireError(f"a message has at most {MAX_CHUNK_BYTES} bytes of payload")
+            total += sent + request.reply_bytes
+            if total > MAX_PROBE_BYTES or count > MAX_PROBE_REQUESTS:
+                raise ExpertError(
+                    StatusCode.RESOURCE_EXHAUSTED,
+                    f"a probe has at most {MAX_PROBE_BYTES} bytes and {MAX_PROBE_REQUESTS} requests",
+                )
+            await self._traffic.down.take(sent)
+            await self._traffic.up.take(request.reply_bytes)
+            reply = probe_pb2.ProbeReply(time=time.time(), payload=bytes(request.reply_bytes))
+            try:
+                await context.write(reply)
+            except asyncio.CancelledError:
+                raise _NotReadError from None
+
+    async def _dial(self, address: Address, port: int) -> probe_pb2.DialBackReply:
+        reply = probe_pb2.DialBackReply(address=str(address))
+        try:
+            async with asyncio.timeout(self._limits.dial_s):
+                _, writer = await asyncio.open_connection(str(address), port)
+        except TimeoutError:
+            reply.message = f"no answer within {self._limits.dial_s:.0f} s"
+        except OSError as error:
+            reply.message = error.strerror or str(error)
+        else:
+            reply.connected = True
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+        return reply
+
+
+class _Service:
+    """Who may be served now, of one kind of call."""
+
+    def __init__(self, limits: ProbeLimits) -> None:
+        self._limits = limits
+        self._allowance = Allowance(limits)
+        self._running = 0
+
+    @contextmanager
+    def turn(self, peer: str, now: float) -> Iterator[Address]:
+        """Around a call by gRPC's name of its peer. Raises ExpertError when there is no turn for it."""
+        address = address_of(peer)
+        if address is None:
+            raise ExpertError(StatusCode.FAILED_PRECONDITION, "this call comes from no IP address")
+        if self._running >= self._limits.at_once:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED, "others are served now: try again in some seconds"
+            )
+        if wait_s := self._allowance.take(_neighbourhood(address), now):
+            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, f"too many calls: try again in {wait_s:.0f} s")
+        self._running += 1
+        try:
+            yield address
+        finally:
+            self._running -= 1
+
+
+def address_of(peer: str) -> Address | None:
+    """The IP address in gRPC's name of a peer, such as `ipv4:192.0.2.7:4711` or `ipv6:%5B::1%5D:4711`."""
+    kind, _, rest = unquote(peer).partition(":")
+    if kind not in {"ipv4", "ipv6"}:
+        return None
+    host = rest.rpartition(":")[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def _neighbourhood(address: Address) -> str:
+    """What counts as one caller: one IPv4 address, or the 2^64 IPv6 addresses that one line usually has."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+
+
+class _NotReadError(Exception):
+    """The call ended while a reply was on its way to a caller who did not read it."""
+
+
+@dataclass
+class _Refusal:
+    error: ExpertError | None = None
+
+
+@contextmanager
+def _refusals() -> Iterator[_Refusal]:
+    """Keeps what the caller is to be told: `abort` must come when nothing is held any more."""
+    refusal = _Refusal()
+    try:
+        yield refusal
+    except ExpertError as error:
+        refusal.error = error
+    except (WireError, DecodeError) as error:
+        refusal.error = ExpertError(StatusCode.INVALID_ARGUMENT, str(error))
+    except TimeoutError:
+        refusal.error = ExpertError(StatusCode.DEADLINE_EXCEEDED, "the probe lasted too long")

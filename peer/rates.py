@@ -1,0 +1,87 @@
+"""Limits of bandwidth: a token bucket, pure, and the turns that callers take at it."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+BURST_S = 0.2
+"""How much of its rate a bucket holds that was idle."""
+_PIECE_S = 0.05
+"""Callers take turns after so much of the rate, so that a short message need not wait for long ones to end."""
+
+
+class Bucket:
+    """In any span of `t` seconds it lets pass at most rate × t + burst bytes; one take may be as large as the burst.
+
+    Pure: `now` is passed in, and never goes back.
+    """
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        """`rate` in bytes per second, `burst` in bytes."""
+        assert rate > 0, "a bucket that never fills lets nothing pass"
+        self._rate = rate
+        self._burst = burst
+        self._level = burst
+        self._at = now
+
+    def take(self, size: int, now: float) -> float:
+        """Takes `size` bytes, after those before. Says how many seconds to wait until they may pass."""
+        assert size <= self._burst, "more at once than may pass at once"
+        self._level = min(self._burst, self._level + (now - self._at) * self._rate) - size
+        self._at = now
+        return max(0.0, -self._level / self._rate)
+
+    def give_back(self, size: int) -> None:
+        """Undoes the last take, of bytes that did not pass."""
+        self._level += size
+
+
+class Rate:
+    """How fast bytes may pass, whoever sends them: first come, first served, by small pieces. Counts them, too.
+
+    For one event loop.
+    """
+
+    def __init__(self, limit: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`limit`: bytes per second; None: as fast as they come."""
+        self.bytes = 0
+        """That have passed since the start."""
+        self._clock = clock
+        self._turn = asyncio.Lock()  # first come, first served
+        self._bucket = None if limit is None else Bucket(limit, max(1.0, limit * BURST_S), clock())
+        self._piece = None if limit is None else max(1, int(limit * _PIECE_S))
+
+    async def take(self, size: int) -> None:
+        """Waits until `size` bytes may pass."""
+        if self._bucket is None or self._piece is None:
+            self.bytes += size
+            return
+        left = size
+        while left:
+            piece = min(left, self._piece)
+            async with self._turn:
+                await self._wait(self._bucket, piece)
+            self.bytes += piece
+            left -= piece
+
+    async def _wait(self, bucket: Bucket, size: int) -> None:
+        if not (delay_s := bucket.take(size, self._clock())):
+            return
+        try:
+            await asyncio.sleep(delay_s)
+        except asyncio.CancelledError:
+            bucket.give_back(size)
+            raise
+
+
+class Traffic:
+    """What passes up and down, all calls together."""
+
+    def __init__(self, up_mbit: float | None = None, down_mbit: float | None = None) -> None:
+        """Limits in Mbit/s; None: none."""
+        self.up = Rate(_bytes_per_s(up_mbit))
+        self.down = Rate(_bytes_per_s(down_mbit))
+
+
+def _bytes_per_s(mbit: float | None) -> float | None:
+    return None if mbit is None else mbit * 1e6 / 8

@@ -1,0 +1,126 @@
+"""What `talkoot node` shows of itself: a panel when somebody watches, else a line now and then."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from expert_server.node import NodeState, NodeStatus
+from expert_server.settings import bytes_in_words
+
+WIDTH = 80
+_BAR = 20
+_STYLES = {NodeState.SERVING: "green", NodeState.PAUSED: "yellow", NodeState.UNREACHABLE: "red"}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast things went between two looks, per second; `busy` is a share."""
+
+    calls: float = 0.0
+    rows: float = 0.0
+    up_mbit: float = 0.0
+    down_mbit: float = 0.0
+    busy: float = 0.0
+
+
+class PaceMeter:
+    """Measures from one look at a node to the next. Pure: `now` is passed in."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, NodeStatus] | None = None
+
+    def note(self, status: NodeStatus, now: float) -> Pace:
+        last, self._last = self._last, (now, status)
+        if last is None or now <= last[0]:
+            return Pace()
+        seconds, before = now - last[0], last[1]
+        return Pace(
+            calls=(status.calls - before.calls) / seconds,
+            rows=(status.rows - before.rows) / seconds,
+            up_mbit=(status.uploaded_bytes - before.uploaded_bytes) * 8e-6 / seconds,
+            down_mbit=(status.downloaded_bytes - before.downloaded_bytes) * 8e-6 / seconds,
+            busy=min(1.0, (status.busy_s - before.busy_s) / seconds),
+        )
+
+
+def state_in_words(status: NodeStatus) -> str:
+    """Such as `serving`, `paused: on battery` or `serving (told to go on, else paused until 22:00)`."""
+    if not status.why:
+        return status.state.value
+    return status.why if status.state is NodeState.PAUSED else f"{status.state.value} ({status.why})"
+
+
+def panel(swarm: str, status: NodeStatus, pace: Pace) -> Panel:
+    """Ten lines of at most `WIDTH` columns."""
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+    state = Text(state_in_words(status), style=_STYLES.get(status.state, ""))
+    grid.add_row("state", state)
+    grid.add_row("experts", _bar(status.experts, status.capacity, _experts(status)))
+    grid.add_row(
+        "work", f"{pace.calls:.1f} requests/s   {pace.rows:,.0f} rows/s   {status.queued_rows:,} rows wait"
+    )
+    grid.add_row("network", _network(status, pace))
+    grid.add_row("compute", _bar(pace.busy, 1.0, f"{pace.busy:.0%} busy, {_count(status.threads, 'thread')}"))
+    grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
+    grid.add_row("peers", f"{status.peers:,} known by the DHT   {status.updates:,} updates since the start")
+    grid.add_row("all runs", _so_far(status))
+    return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left", width=WIDTH)
+
+
+def line(status: NodeStatus, pace: Pace) -> str:
+    """The same for a log."""
+    return ", ".join(_parts(status, pace))
+
+
+def _parts(status: NodeStatus, pace: Pace) -> Iterator[str]:
+    yield f"{state_in_words(status)}: {_experts(status)}"
+    yield f"{status.updates} updates"
+    yield f"{pace.calls:.1f} requests/s"
+    yield f"{pace.rows:.0f} rows/s"
+    yield f"{status.queued_rows} rows queued"
+    yield f"up {pace.up_mbit:.1f} and down {pace.down_mbit:.1f} Mbit/s"
+    yield f"{pace.busy:.0%} busy"
+    yield f"memory {_memory(status)}"
+    yield f"{status.peers} DHT peers"
+    yield f"in all runs {_so_far(status)}"
+
+
+def _experts(status: NodeStatus) -> str:
+    return f"{status.experts} of at most {status.capacity} experts, {status.adopted} adopted"
+
+
+def _network(status: NodeStatus, pace: Pace) -> str:
+    up, down = _mbit(pace.up_mbit, status.upload_mbit), _mbit(pace.down_mbit, status.download_mbit)
+    return f"up {up}   down {down}"
+
+
+def _mbit(now: float, limit: float | None) -> str:
+    return f"{now:.1f} Mbit/s" if limit is None else f"{now:.1f} of {limit:g} Mbit/s"
+
+
+def _memory(status: NodeStatus) -> str:
+    return f"{bytes_in_words(status.memory_bytes)} of {bytes_in_words(status.memory_limit_bytes)}"
+
+
+def _so_far(status: NodeStatus) -> str:
+    rows, updates = status.contributed_rows, status.contributed_updates
+    return f"{rows:,} rows, {updates:,} updates, {status.contributed_hours:.1f} hours served"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _bar(value: float, most: float, words: str) -> Table:
+    """Words after a bar."""
+    row = Table.grid(padding=(0, 2))
+    row.add_column(width=_BAR)
+    row.add_column(no_wrap=True, overflow="ellipsis")
+    row.add_row(ProgressBar(total=max(most, 1e-9), completed=min(value, most), width=_BAR), words)
+    return row

@@ -1,0 +1,61 @@
+"""What a node has contributed is counted on over its runs, and no broken file stops it."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from expert_server.contribution import Account, Contribution
+from peer.loop import LoopThread
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_it_is_counted_on_over_runs(loop: LoopThread, tmp_path: Path) -> None:
+    path, clock = tmp_path / "state" / "contribution.json", Clock()
+    for run in (1, 2, 3):
+        account = Account(path, clock)
+        account.note(serves=True)
+        clock.now += 3600
+        account.note(serves=True)
+        clock.now += 1800
+        account.note(serves=False)
+        clock.now += 999  # paused
+        account.note(serves=True)
+        total = account.total(rows=10, updates=3)
+        assert total == Contribution(rows=10 * run, updates=3 * run, served_s=5400 * run)
+        loop.run(account.save(total), 10)
+    assert [p.name for p in path.parent.iterdir()] == ["contribution.json"]
+
+
+@pytest.mark.parametrize(
+    "broken", [b"", b"{", b'{"rows": -1}', b'{"hours": 2}', b"\xff" * 10, b'{"rows": 1}' + b" " * 5000 + b"x"]
+)
+def test_a_broken_file_counts_as_nothing(
+    tmp_path: Path, broken: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "contribution.json"
+    path.write_bytes(broken)
+    total = Account(path).total(rows=1, updates=1)
+    if broken.endswith(b"x"):  # what lies beyond the bound is not read
+        assert total.rows == 2
+    else:
+        assert total == Contribution(rows=1, updates=1)
+        assert "counted anew" in caplog.text
+
+
+def test_a_disk_that_cannot_be_written_is_a_warning(
+    loop: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "file" / "contribution.json"
+    path.parent.write_text("a file in the folder's place")
+    account = Account(path)
+    loop.run(account.save(account.total(1, 1)), 10)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * len(caplog.records)
+    assert "could not write" in caplog.text

@@ -1,0 +1,134 @@
+"""What a node may use at most: memory, threads, bandwidth. Real nodes and sockets."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from village import MANIFEST, UIDS, Village, eventually
+
+from dht.swarm import Swarm
+from dht.uid import UID
+from expert_server.machine import usable_cores
+from expert_server.memory import smallest_memory
+from peer import PROTOCOL_VERSION
+from peer.channels import ChannelPool
+from peer.errors import SettingsError
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.wire import expert_pb2, expert_pb2_grpc
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(2)]
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
+        async def with_village() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                await scenario(Village(identities, stack, tmp_path))
+
+        loop.run(with_village(), 60)
+
+    return run
+
+
+# What a node may use
+
+
+def test_a_node_keeps_to_the_memory_that_it_may_take(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(memory=2 * smallest_memory(MANIFEST))
+        status = node.status()
+        assert 1 <= status.experts <= status.capacity < len(UIDS)
+        assert status.memory_bytes <= status.memory_limit_bytes == 2 * smallest_memory(MANIFEST)
+
+    play(scenario)
+
+
+def test_too_little_memory_is_refused_and_nothing_is_left(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        before = len(psutil.Process().children())
+        with pytest.raises(SettingsError, match="memory: 100 bytes is too little"):
+            await village.found(memory="100")
+        assert len(psutil.Process().children()) == before
+
+    play(scenario)
+
+
+def test_a_node_has_no_more_threads_than_cores(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=0, threads=1000)
+        assert await node.runtime.run(torch.get_num_threads) == usable_cores()
+        assert node.status().threads == usable_cores()
+
+    play(scenario)
+
+
+# What it sends
+
+
+async def forward(stub: Any, swarm: Swarm, uid: UID, segments: int) -> float:
+    """Sends and receives rows of 32 bytes each, 8 in a segment. Gives the seconds."""
+    header = expert_pb2.CallHeader(
+        protocol_version=PROTOCOL_VERSION,
+        swarm_id=swarm.keys.swarm_id,
+        request_id=time.monotonic_ns().to_bytes(16, "big"),
+        width=8,
+        codec=expert_pb2.CODEC_FP32,
+        experts=[
+            expert_pb2.ExpertRows(
+                uid=str(uid), segment_lengths=[8] * segments, positions=[*range(8)] * segments
+            )
+        ],
+    )
+    payload = torch.randn(8 * segments, 8).numpy().tobytes()
+    chunks = [payload[n : n + 65536] for n in range(0, len(payload), 65536)]
+    requests = [expert_pb2.CallRequest(header=header), *(expert_pb2.CallRequest(chunk=c) for c in chunks)]
+    begin = time.monotonic()
+    replies = [reply async for reply in stub.Forward(iter(requests), timeout=30)]
+    assert sum(len(reply.chunk) for reply in replies) == len(payload)
+    assert replies[0].expert.status == 0
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize("direction", ["upload_mbit", "download_mbit"])
+def test_a_limited_node_takes_its_time_and_lets_short_calls_through(play: Play, direction: str) -> None:
+    """256 KiB at 1 Mbit/s take 2 s; a short call needs 1% of that."""
+
+    async def scenario(village: Village) -> None:
+        limit: dict[str, Any] = {direction: 1.0}
+        node = await village.found(experts=1, **limit)
+        (uid,) = node.runtime.experts
+        pem = (await node.swarm.registry.nodes([node.swarm.host.peer_id])).popitem()[1].certificate_pem
+        pool = ChannelPool()
+        village.stack.push_async_callback(pool.close)
+        stub: Any = expert_pb2_grpc.ExpertServiceStub(await pool.get(node.address, pem))
+        await forward(stub, node.swarm, uid, 1)
+        long = asyncio.create_task(forward(stub, node.swarm, uid, 1024))
+        spent = node.traffic.up if direction == "upload_mbit" else node.traffic.down
+
+        async def under_way() -> bool:
+            return spent.bytes > 40_000
+
+        await eventually(under_way, 10)
+        await forward(stub, node.swarm, uid, 10)
+        assert not long.done()
+        size, burst = 1024 * 8 * 32, 0.2 * 125_000
+        assert await long >= (size - burst) / 125_000 * 0.98
+        assert spent.bytes >= size
+
+    play(scenario)

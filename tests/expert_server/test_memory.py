@@ -1,0 +1,105 @@
+"""What an owner allows is divided so that it is never passed, and the smallest that works is named."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dht.manifest import Manifest
+from expert_server.expert import expert_bytes
+from expert_server.memory import most_bytes, smallest_memory, within_memory
+from expert_server.settings import NodeSettings, bytes_in_words, parse_bytes
+from peer.errors import SettingsError
+
+
+def manifest_of(hidden: int, context: int) -> Manifest:
+    model = {"layers": 2, "hidden": hidden, "heads": 1, "context": context, "feed_forward": hidden}
+    return Manifest.model_validate(
+        {"name": "sauna", "model": model, "experts": {"grid": [3, 3]}, "routing": {"top_k": 2}}
+    )
+
+
+manifests = st.builds(manifest_of, st.sampled_from([8, 16, 64]), st.integers(2, 512))
+
+
+@settings(max_examples=40)
+@given(
+    manifests,
+    st.floats(1, 1000),
+    st.none() | st.integers(0, 100),
+    st.none() | st.integers(0, 100),
+    st.integers(0, 2**30),
+    st.integers(1, 10**6),
+)
+def test_all_together_never_takes_more_than_is_allowed(
+    manifest: Manifest, times: float, experts: int | None, spare: int | None, kept: int, rows: int
+) -> None:
+    memory = int(smallest_memory(manifest) * times)
+    asked = NodeSettings(
+        memory=memory, experts=experts, spare=spare, max_kept_bytes=kept, max_queued_rows=rows
+    )
+    fitted = within_memory(asked, manifest)
+    assert fitted.experts is not None
+    assert fitted.spare is not None
+    assert most_bytes(fitted, manifest, fitted.experts + fitted.spare) <= memory
+    assert fitted.experts >= (1 if experts is None else min(1, experts))
+    assert fitted.experts <= (manifest.experts_total if experts is None else experts)
+    assert fitted.spare <= (fitted.spare if spare is None else spare)
+    assert fitted.max_kept_bytes <= kept
+    assert 1 <= fitted.max_queued_rows <= rows
+
+
+@settings(max_examples=40)
+@given(manifests)
+def test_the_smallest_that_works_is_named(manifest: Manifest) -> None:
+    smallest = smallest_memory(manifest)
+    experts = within_memory(NodeSettings(memory=smallest), manifest).experts
+    assert experts is not None
+    assert experts >= 1
+    with pytest.raises(SettingsError, match=re.escape(f"the smallest that works is {smallest} bytes")):
+        within_memory(NodeSettings(memory=smallest - 1), manifest)
+
+
+def test_three_quarters_are_for_experts_a_third_of_them_to_adopt() -> None:
+    manifest = manifest_of(64, 16)
+    fitted = within_memory(NodeSettings(memory=8 * expert_bytes(manifest), max_queued_rows=10**9), manifest)
+    assert (fitted.experts, fitted.spare) == (4, 2)
+    assert fitted.max_kept_bytes == expert_bytes(manifest)
+
+
+def test_without_a_limit_nothing_changes() -> None:
+    unbounded = NodeSettings()
+    assert within_memory(unbounded, manifest_of(8, 8)) is unbounded
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2GB", 2 * 10**9),
+        ("512MiB", 512 * 2**20),
+        ("1.5g", 1_500_000_000),
+        ("64 kb", 64_000),
+        ("1TiB", 2**40),
+        (" 5000000 ", 5_000_000),
+        ("100b", 100),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+    assert NodeSettings.load(memory=text).memory == size
+
+
+@pytest.mark.parametrize("wrong", ["", "much", "2XB", "-2GB", "2 GB RAM", "1e9", "2000PB", "0"])
+def test_what_is_no_size_is_refused(wrong: str) -> None:
+    with pytest.raises(SettingsError, match="memory: "):
+        NodeSettings.load(memory=wrong)
+
+
+@given(st.integers(0, 10**15))
+def test_sizes_are_said_in_three_digits(size: int) -> None:
+    words = bytes_in_words(size)
+    assert len(words) <= 11
+    number, unit = words.split()
+    back = float(number) * 1000 ** ("bytes", "kB", "MB", "GB", "TB").index(unit)
+    assert back == pytest.approx(size, rel=0.006, abs=0.01)

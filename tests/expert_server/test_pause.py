@@ -1,0 +1,303 @@
+"""A pause: a node gives up its experts and stays in the swarm; then it goes on where it was."""
+
+import asyncio
+import contextlib
+import gc
+import time
+import weakref
+from collections.abc import Callable, Coroutine
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from grpc import StatusCode
+from village import LOCAL, MANIFEST, Village, eventually, hosts_of, serving
+
+from dht.swarm import Swarm, found_swarm
+from dht.uid import UID
+from expert_server.expert import BackwardPart, Expert
+from expert_server.node import Node, NodeState
+from peer import PROTOCOL_VERSION
+from peer.channels import ChannelPool
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.wire import expert_pb2, expert_pb2_grpc
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(2)]
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
+        async def with_village() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                await scenario(Village(identities, stack, tmp_path))
+
+        loop.run(with_village(), 60)
+
+    return run
+
+
+def step(expert: Expert) -> None:
+    inputs, gradients = torch.randn(2, 5, 8).unbind()
+    expert.backward([BackwardPart(inputs, gradients, torch.tensor([5]), torch.arange(5))])
+
+
+async def train(node: Node, count: int) -> None:
+    for expert in node.runtime.experts.values():
+        for _ in range(count):
+            await node.runtime.run(lambda expert=expert: step(expert))  # type: ignore[misc]  # a default binds now
+
+
+def updates(node: Node) -> dict[UID, int]:
+    return {uid: expert.update_count for uid, expert in node.runtime.experts.items()}
+
+
+def elsewhen() -> str:
+    """Hours that are not now."""
+    start = datetime.now() + timedelta(hours=10)
+    return f"{start:%H}:00-{start + timedelta(hours=4):%H}:00"
+
+
+async def call(swarm: Swarm, node: Node, uid: UID, pool: ChannelPool, *, keep: bool = False) -> Any:
+    """A forward call as a trainer makes it. Gives the first reply."""
+    (info,) = (await swarm.registry.nodes([node.swarm.host.peer_id])).values()
+    stub: Any = expert_pb2_grpc.ExpertServiceStub(await pool.get(info.addresses[0], info.certificate_pem))
+    rows = expert_pb2.ExpertRows(uid=str(uid), segment_lengths=[5], positions=range(5))
+    header = expert_pb2.CallHeader(
+        protocol_version=PROTOCOL_VERSION,
+        swarm_id=swarm.keys.swarm_id,
+        request_id=time.monotonic_ns().to_bytes(16, "big"),
+        width=8,
+        codec=expert_pb2.CODEC_FP32,
+        experts=[rows],
+        keep=keep,
+    )
+    payload = torch.randn(5, 8).numpy().tobytes()
+    requests = [expert_pb2.CallRequest(header=header), expert_pb2.CallRequest(chunk=payload)]
+    replies = [reply async for reply in stub.Forward(iter(requests), timeout=10)]
+    return replies[0].expert
+
+
+def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=4, spare=0, announce_every_s=0.5)
+        observer = await village.observe(1, await node.swarm.invite())
+        await village.run(node)
+        await train(node, 3)
+        before = updates(node)
+        experts = [weakref.ref(expert) for expert in node.runtime.experts.values()]
+
+        await node.pause("by its owner")
+        status = node.status()
+        assert (status.state, status.why, status.experts) == (NodeState.PAUSED, "paused: by its owner", 0)
+        assert status.memory_bytes == 0
+        assert node._counts().paused
+        assert not await serving(observer)
+        gc.collect()
+        assert not any(expert() for expert in experts), "still in memory"
+        (info,) = (await observer.registry.nodes([node.swarm.host.peer_id])).values()
+        assert (info.expert_count, info.expert_capacity) == (0, 0)  # a peer as before
+
+        await asyncio.sleep(1.2)  # rounds in which others' experts might be adopted
+        assert not node.runtime.experts
+        await node.resume()
+        status = node.status()
+        assert (status.state, status.why) == (NodeState.SERVING, "")
+        assert updates(node) == before
+        assert not node._counts().paused
+        assert set(await serving(observer)) == set(before)
+
+    play(scenario)
+
+
+def test_calls_to_a_paused_node_are_refused_and_kept_passes_forgotten(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=2)
+        observer = await village.observe(1, await node.swarm.invite())
+        pool = ChannelPool()
+        village.stack.push_async_callback(pool.close)
+        uid = next(iter(node.runtime.experts))
+        reply = await call(observer, node, uid, pool, keep=True)
+        assert (reply.status, reply.kept) == (0, True)
+        used = node.status().memory_bytes
+        await node.pause()
+        assert node.status().memory_bytes == 0 < used
+        refused = await call(observer, node, uid, pool, keep=True)
+        assert refused.status == StatusCode.NOT_FOUND.value[0]
+        assert refused.message == f"expert {uid} is not hosted here"
+        await node.resume()
+        assert (await call(observer, node, uid, pool)).status == 0
+        assert node.status().calls == 3
+
+    play(scenario)
+
+
+def test_a_node_pauses_on_battery_and_goes_on_when_plugged_in(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    battery = SimpleNamespace(power_plugged=True)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery)
+
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=2, not_on_battery=True, look_every_s=0.05)
+        await village.run(node)
+        await train(node, 1)
+        before = updates(node)
+
+        async def paused() -> bool:
+            return node.status().why == "paused: on battery" and not node.runtime.experts
+
+        async def serves() -> bool:
+            return node.status().state is NodeState.SERVING and updates(node) == before
+
+        battery.power_plugged = False
+        await eventually(paused, 10)
+        battery.power_plugged = True
+        await eventually(serves, 10)
+        battery.power_plugged = False
+        await eventually(paused, 10)
+        await node.pause("by its owner", for_s=0.5)
+        assert node.status().why.startswith("paused: by its owner until ")
+        battery.power_plugged = True
+        await eventually(serves, 10)
+
+    play(scenario)
+
+
+def test_outside_its_hours_a_node_starts_paused_and_its_owner_wins(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        hours = elsewhen()
+        node = await village.found(experts=2, schedule=hours, look_every_s=0.05)
+        await village.run(node)
+        begins = hours.split("-")[0]
+        status = node.status()
+        assert (status.state, status.experts) == (NodeState.PAUSED, 0)
+        assert status.why == f"paused until {begins}"
+        await node.resume()
+        await asyncio.sleep(0.3)  # several looks
+        status = node.status()
+        assert (status.state, status.experts) == (NodeState.SERVING, 2)
+        assert status.why == f"told to go on, else paused until {begins}"
+        await node.pause()
+        assert node.status().why == f"paused: by its owner; until {begins}"
+
+    play(scenario)
+
+
+def test_a_pause_breaks_off_the_taking_of_experts(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        swarm = await found_swarm(village.identities[0], MANIFEST, listen=LOCAL, port=0)
+        node = await village.start(swarm, {"experts": 4, "schedule": elsewhen(), "claim_wait_s": 30})
+        resuming = asyncio.create_task(node.resume())
+
+        async def claimed() -> bool:
+            return bool(await hosts_of(swarm))
+
+        await eventually(claimed, 10)
+        assert node.status().state is NodeState.JOINING
+        begin = time.monotonic()
+        await node.pause()
+        await resuming
+        assert time.monotonic() - begin < 10
+        assert node.status().state is NodeState.PAUSED
+        assert not await hosts_of(swarm)
+
+    play(scenario)
+
+
+def test_of_many_words_at_once_the_last_counts(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=3, claim_wait_s=0.1, announce_every_s=0.5, look_every_s=0.05)
+        await village.run(node)
+        await train(node, 2)
+        before = updates(node)
+        for last in (node.pause, node.resume):
+            words = [node.pause, node.pause, node.resume, node.resume, node.pause, node.resume, last, last]
+            await asyncio.gather(*(word() for word in words))
+            paused = last == node.pause
+            assert node.status().state is (NodeState.PAUSED if paused else NodeState.SERVING)
+            assert updates(node) == ({} if paused else before)
+            assert set(await serving(node.swarm)) == set(updates(node))
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("first", ["pause", "resume", "stop"])
+def test_a_node_may_be_stopped_while_it_pauses_or_goes_on(play: Play, first: str) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=4, claim_wait_s=0.1)
+        invite = await node.swarm.invite()
+        observer = await village.observe(1, invite)
+        await train(node, 2)
+        before = updates(node)
+        if first == "resume":
+            await node.pause()
+        others = [node.pause, node.resume, *([node.stop] if first != "stop" else []), node.pause]
+        begun = asyncio.create_task(getattr(node, first)())
+        await asyncio.sleep(0)
+        await asyncio.gather(begun, *(other() for other in others))
+        assert node.status().state is NodeState.STOPPING
+        await node.pause()
+        await node.resume()  # after the end, too, these are harmless
+        assert not await hosts_of(observer)
+        assert await node.checkpoints.newest() == before
+
+    play(scenario)
+
+
+def test_experts_are_saved_though_the_one_who_paused_is_cancelled(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=3)
+        await train(node, 2)
+        before = updates(node)
+        given_up, goes_on = asyncio.Event(), asyncio.Event()
+        save_all_within = node.checkpoints.save_all_within
+
+        async def save_late(*arguments: Any) -> None:
+            given_up.set()
+            await goes_on.wait()
+            await save_all_within(*arguments)
+
+        monkeypatch.setattr(node.checkpoints, "save_all_within", save_late)
+        pausing = asyncio.create_task(node.pause())
+        await given_up.wait()
+        pausing.cancel()
+        await asyncio.gather(pausing, return_exceptions=True)
+        assert not node.runtime.experts
+        stopping = asyncio.create_task(node.stop())
+        await asyncio.sleep(0)
+        goes_on.set()
+        await stopping
+        assert await node.checkpoints.newest() == before
+
+    play(scenario)
+
+
+def test_what_was_contributed_is_there_after_a_restart(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=2)
+        observer = await village.observe(1, await node.swarm.invite())
+        pool = ChannelPool()
+        village.stack.push_async_callback(pool.close)
+        await call(observer, node, next(iter(node.runtime.experts)), pool)
+        assert node.status().contributed_rows == 5
+        await node.stop()
+        again = await village.found(experts=2)
+        assert (again.status().rows, again.status().contributed_rows) == (0, 5)
+
+    play(scenario)

@@ -1,0 +1,128 @@
+"""Bandwidth: never more than rate × time + burst, all of it when there is enough to send, and every caller in turn."""
+
+import asyncio
+import time
+from itertools import accumulate, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peer.loop import LoopThread
+from peer.rates import BURST_S, Bucket, Rate, Traffic
+
+RATES = st.floats(1.0, 1e6)
+STEPS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 1.0)), min_size=1, max_size=40)
+"""Seconds until the next take, and its share of the burst."""
+
+
+def play(rate: float, steps: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """When how many bytes pass; who takes waits before the next takes, as in `Rate`."""
+    burst = rate * BURST_S
+    bucket, now = Bucket(rate, burst, 0.0), 0.0
+    passed: list[tuple[float, float]] = []
+    for pause, share in steps:
+        now += pause
+        size = int(share * burst)
+        now += bucket.take(size, now)
+        passed.append((now, size))
+    return passed
+
+
+@given(RATES, STEPS)
+def test_in_no_window_passes_more_than_the_rate_and_one_burst(
+    rate: float, steps: list[tuple[float, float]]
+) -> None:
+    passed = play(rate, steps)
+    totals = [0.0, *accumulate(size for _, size in passed)]
+    for first, (start, _) in enumerate(passed):
+        for last, (end, _) in enumerate(passed[first:], start=first):
+            most = rate * (end - start) + rate * BURST_S
+            assert totals[last + 1] - totals[first] <= most * (1 + 1e-6) + 1e-6
+
+
+@given(RATES, st.lists(st.floats(0.01, 1.0), min_size=1, max_size=40))
+def test_who_always_has_something_to_send_gets_the_whole_rate(rate: float, shares: list[float]) -> None:
+    passed = play(rate, [(0.0, share) for share in shares])
+    total = sum(size for _, size in passed)
+    assert passed[-1][0] == pytest.approx(max(0.0, total / rate - BURST_S), abs=1e-6 * len(shares))
+
+
+@given(RATES, STEPS)
+def test_time_never_goes_back_and_an_idle_bucket_lets_pass_at_once(
+    rate: float, steps: list[tuple[float, float]]
+) -> None:
+    passed = play(rate, steps)
+    assert all(before <= after for (before, _), (after, _) in pairwise(passed))
+    bucket = Bucket(rate, rate * BURST_S, 0.0)
+    bucket.take(int(rate * BURST_S), 0.0)
+    assert bucket.take(int(rate * BURST_S), 2 * BURST_S) == 0.0
+
+
+def test_what_did_not_pass_is_given_back() -> None:
+    bucket = Bucket(100.0, 100.0, 0.0)
+    bucket.take(100, 0.0)
+    assert bucket.take(50, 0.0) == pytest.approx(0.5)
+    bucket.give_back(50)
+    assert bucket.take(100, 0.0) == pytest.approx(1.0)
+
+
+# Callers on a loop
+
+
+def test_without_a_limit_nobody_waits_and_bytes_are_counted(loop: LoopThread) -> None:
+    async def scenario() -> int:
+        rate = Rate(None)
+        for _ in range(1000):
+            await rate.take(10**9)
+        return rate.bytes
+
+    assert loop.run(scenario(), 5) == 10**12
+
+
+def test_a_large_message_takes_the_time_that_it_must(loop: LoopThread) -> None:
+    async def scenario() -> tuple[float, int]:
+        rate = Traffic(up_mbit=8.0).up  # 1 MB/s, 200 kB at once
+        begin = time.monotonic()
+        await rate.take(500_000)
+        return time.monotonic() - begin, rate.bytes
+
+    seconds, passed = loop.run(scenario(), 20)
+    assert passed == 500_000
+    assert seconds >= 0.29
+
+
+def test_a_short_message_does_not_wait_for_a_long_one_to_end(loop: LoopThread) -> None:
+    async def scenario() -> list[str]:
+        rate, ended = Rate(1e6), []
+
+        async def send(name: str, size: int) -> None:
+            await rate.take(size)
+            ended.append(name)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(send("long", 600_000))
+            group.create_task(send("longer", 700_000))
+            for number in range(3):
+                group.create_task(send(f"short {number}", 100))
+        return ended
+
+    assert loop.run(scenario(), 20) == ["short 0", "short 1", "short 2", "long", "longer"]
+
+
+def test_who_gives_up_leaves_its_turn_and_its_bytes(loop: LoopThread) -> None:
+    async def scenario() -> float:
+        rate = Rate(1000.0)
+        await rate.take(200)  # the burst
+        sending = asyncio.create_task(rate.take(10**6))
+        waiting = asyncio.create_task(rate.take(10**6))
+        await asyncio.sleep(0)  # both have their turn, or wait for it
+        for task in (waiting, sending):
+            task.cancel()
+        await asyncio.gather(sending, waiting, return_exceptions=True)
+        begin = time.monotonic()
+        async with asyncio.timeout(10):
+            await rate.take(100)
+        return time.monotonic() - begin
+
+    assert 0.08 <= loop.run(scenario(), 20) < 5

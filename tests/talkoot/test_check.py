@@ -1,0 +1,312 @@
+"""What a check of the machine finds, and what it makes of that."""
+
+import random
+import socket
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.manifest import Manifest
+from dht.registry import NodeInfo
+from expert_server.expert import expert_bytes
+from expert_server.probe import ProbeServicer
+from expert_server.probing import DialledBack, Link
+from expert_server.settings import NodeSettings
+from peer import PROTOCOL_VERSION
+from peer.channels import SERVER_OPTIONS, server_credentials
+from peer.errors import DataError, StartError
+from peer.identity import Identity, certificate_pem
+from peer.loop import LoopThread
+from peer.rates import Traffic
+from peer.wire import probe_pb2_grpc
+from talkoot import check_machine
+from talkoot.check_command import Check
+from talkoot.check_machine import check_cores, check_disk, check_memory, check_speed
+from talkoot.check_report import Finding, Report, Verdict, age_in_words, show
+from talkoot.check_swarm import ask_peers, judge_bandwidth, judge_clock, judge_reachability
+from talkoot.console import LogFormat, Terminal
+from talkoot.node_command import SwarmStarter
+
+LOCAL = "127.0.0.1"
+SWARM = "sauna-1"
+SMALL = Manifest.model_validate(
+    {"name": "sauna", "model": {"hidden": 8, "heads": 2, "context": 8, "feed_forward": 8}}
+)
+
+
+def link(offset_s: float = 0.0, *, trip_s: float = 0.1, up: float = 50.0, down: float = 50.0) -> Link:
+    return Link(trip_s, offset_s, up, down)
+
+
+# What peers say
+
+
+@pytest.mark.parametrize(
+    ("offset_s", "verdict"),
+    [
+        (0.0, Verdict.OK),
+        (-0.9, Verdict.OK),
+        (2.0, Verdict.WEAK),
+        (-2.0, Verdict.WEAK),
+        (3.2, Verdict.PROBLEM),
+    ],
+)
+def test_clock_that_is_far_off_is_a_problem(offset_s: float, verdict: Verdict) -> None:
+    found = judge_clock([link(offset_s)], "")
+    assert found.verdict is verdict
+    assert ("behind" if offset_s > 0 else "ahead of") in found.says
+    assert "timedatectl" in found.fix
+
+
+def test_clock_may_be_off_by_half_the_round_trip() -> None:
+    assert judge_clock([link(3.5, trip_s=6.0)], "").verdict is Verdict.OK
+
+
+@given(st.floats(-1e9, 1e9))
+def test_one_peer_that_lies_about_the_time_changes_nothing(lie_s: float) -> None:
+    assert judge_clock([link(0.1), link(lie_s), link(-0.1)], "").verdict is Verdict.OK
+
+
+def test_bandwidth_is_that_of_the_best_peer() -> None:
+    assert judge_bandwidth([link(up=1.0, down=2.0), link(up=20.0, down=90.0)], "").verdict is Verdict.OK
+    found = judge_bandwidth([link(up=1.0, down=90.0)], "")
+    assert found.verdict is Verdict.WEAK
+    assert "1.0 Mbit/s up, 90.0 Mbit/s down, 100 ms" in found.says
+
+
+def test_machine_that_peers_can_dial_is_reachable() -> None:
+    refused = DialledBack(False, "192.0.2.7", "Connection refused")
+    reached = DialledBack(True, "192.0.2.7", "")
+    assert judge_reachability([refused, reached], "192.0.2.7", 4711, "").verdict is Verdict.OK
+    found = judge_reachability([refused], "192.0.2.7", 4711, "")
+    assert found.verdict is Verdict.PROBLEM
+    assert "192.0.2.7 port 4711: Connection refused" in found.says
+    assert "--grpc-port" in found.fix
+
+
+def test_machine_behind_a_router_is_told() -> None:
+    """Also when the router lets the connection in: what would be announced is not what peers see."""
+    found = judge_reachability([DialledBack(True, "198.51.100.1", "")], "192.168.1.5", 4711, "")
+    assert found.verdict is Verdict.PROBLEM
+    assert "as 198.51.100.1, but it would announce 192.168.1.5" in found.says
+
+
+def test_what_nobody_said_is_not_checked() -> None:
+    found = [judge_clock([], "why"), judge_bandwidth([], "why"), judge_reachability([], LOCAL, 1, "why")]
+    assert {(finding.verdict, finding.says) for finding in found} == {(Verdict.SKIPPED, "why")}
+
+
+class Swarm:
+    """A node that answers probes, as the registry of a swarm lists it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.identity = Identity.load_or_create(folder / "key")
+        self.nodes: dict[Any, NodeInfo] = {}
+        self.server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        probe_pb2_grpc.add_ProbeServiceServicer_to_server(ProbeServicer(SWARM, Traffic()), self.server)
+        certificate = self.identity.make_certificate()
+        port = self.server.add_secure_port(f"{LOCAL}:0", server_credentials(self.identity, certificate))
+        await self.server.start()
+        self.list(f"{LOCAL}:{port}", certificate)
+
+    def list(self, address: str, certificate: bytes) -> None:
+        peer_id = self.identity.peer_id
+        pem = certificate_pem(certificate, peer_id)
+        self.nodes[peer_id] = NodeInfo(
+            peer_id, (address,), pem, PROTOCOL_VERSION, "", 0, 0, 0, 0, 0.0, (), 0.0
+        )
+
+    async def ask(self, host: str = LOCAL, port: int = 0) -> dict[str, Finding]:
+        async def node_ids() -> frozenset[Any]:
+            return frozenset(self.nodes)
+
+        async def nodes(peer_ids: Any) -> dict[Any, NodeInfo]:
+            return {peer_id: self.nodes[peer_id] for peer_id in peer_ids}
+
+        swarm: Any = SimpleNamespace(
+            registry=SimpleNamespace(node_ids=node_ids, nodes=nodes),
+            keys=SimpleNamespace(swarm_id=SWARM),
+            host=SimpleNamespace(peer_id=None),
+        )
+        found = await ask_peers(swarm, host, port, random.Random(0))
+        return {finding.name: finding for finding in found}
+
+
+Play = Callable[[Callable[[Swarm], Coroutine[Any, Any, None]]], None]
+
+
+@pytest.fixture
+def play(loop: LoopThread, tmp_path: Path) -> Play:
+    def run(scenario: Callable[[Swarm], Coroutine[Any, Any, None]]) -> None:
+        async def do() -> None:
+            swarm = Swarm(tmp_path)
+            await swarm.start()
+            assert swarm.server is not None
+            try:
+                await scenario(swarm)
+            finally:
+                await swarm.server.stop(0)
+
+        loop.run(do(), 30)
+
+    return run
+
+
+def test_peers_measure_the_way_and_dial_back(play: Play) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        found = await swarm.ask()
+        assert {finding.verdict for finding in found.values()} == {Verdict.OK}, found
+        assert abs(float(found["clock"].values["clock_offset_s"])) < 1
+        other = await swarm.ask("127.0.0.2")  # ours too, but calls go out from 127.0.0.1
+        assert other["reachability"].verdict is Verdict.PROBLEM
+        assert "as 127.0.0.1, but it would announce 127.0.0.2" in other["reachability"].says
+
+    play(scenario)
+
+
+def test_port_that_is_taken_is_named(play: Play) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        with socket.create_server((LOCAL, 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(StartError, match=f"can't listen on {LOCAL} port {port}"):
+                await swarm.ask(LOCAL, port)
+
+    play(scenario)
+
+
+def test_peers_that_do_not_answer_are_named(play: Play) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        assert swarm.server is not None
+        await swarm.server.stop(0)
+        found = await swarm.ask()
+        assert {finding.verdict for finding in found.values()} == {Verdict.SKIPPED}
+        assert "UNAVAILABLE" in found["clock"].says
+        swarm.nodes.clear()
+        assert "no other node" in (await swarm.ask())["clock"].says
+
+    play(scenario)
+
+
+# What the machine says
+
+
+def test_speed_is_measured_with_one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_machine, "_MEASURE_S", 0.01)
+    found = check_speed(NodeSettings(threads=1), SMALL)
+    assert found.values["threads"] == 1
+    assert float(found.values["rows_per_s"]) > 0
+    monkeypatch.setattr(check_machine, "_SLOW_ROWS_PER_S", 1e12)
+    assert check_speed(NodeSettings(threads=1), SMALL).verdict is Verdict.WEAK
+
+
+def test_memory_says_how_many_experts_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    each = expert_bytes(SMALL)
+    free = SimpleNamespace(available=10 * each)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    found = check_memory(NodeSettings(), SMALL)
+    assert (found.verdict, found.values["experts"], found.values["experts_that_fit"]) == (Verdict.OK, 2, 10)
+    assert check_memory(NodeSettings(experts=10), SMALL).verdict is Verdict.OK
+    found = check_memory(NodeSettings(experts=11), SMALL)
+    assert (found.verdict, "--experts 10" in found.fix) == (Verdict.WEAK, True)
+    assert check_memory(NodeSettings(memory=1), SMALL).verdict is Verdict.PROBLEM
+    free.available = each - 1
+    assert check_memory(NodeSettings(), SMALL).verdict is Verdict.PROBLEM
+
+
+def test_cores_are_counted() -> None:
+    assert int(check_cores().values["cores"]) >= 1
+
+
+def test_disk_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_machine, "_SLOW_DISK_BYTES_PER_S", 0.0)
+    found = check_disk(tmp_path, NodeSettings(), SMALL, experts=1)
+    assert (found.verdict, list(tmp_path.iterdir())) == (Verdict.OK, [])
+    assert found.values["needed_bytes"] == 3 * expert_bytes(SMALL)
+    assert check_disk(tmp_path, NodeSettings(), SMALL, experts=10**15).verdict is Verdict.WEAK
+    monkeypatch.setattr(check_machine, "_SLOW_DISK_BYTES_PER_S", 1e15)
+    assert check_disk(tmp_path, NodeSettings(), SMALL, experts=1).verdict is Verdict.WEAK
+    missing = check_disk(tmp_path / "missing", NodeSettings(), SMALL, experts=1)
+    assert (missing.verdict, "another --state" in missing.fix) == (Verdict.PROBLEM, True)
+
+
+def test_all_of_a_machine_is_checked_though_p2pd_does_not_start(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_machine, "_MEASURE_S", 0.01)
+    stages: list[str] = []
+    with socket.create_server((LOCAL, 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = NodeSettings(dht_port=port, threads=1)
+        check = Check(SwarmStarter(SMALL, None, ()), settings, LOCAL, tmp_path)
+        report = loop.run(check.run(stages.append), 30)
+    findings = {finding.name: finding for finding in report.findings}
+    assert findings["p2pd"].verdict is Verdict.PROBLEM
+    assert f"{LOCAL} port {port}" in findings["p2pd"].fix
+    assert "--join" in findings["reachability"].says
+    assert findings["speed"].verdict is not Verdict.PROBLEM
+    assert len(findings) == len(report.findings) == 9
+    assert not report.can_serve
+    assert "training one expert for a moment" in stages
+
+
+# The report
+
+
+def report(*verdicts: Verdict) -> Report:
+    findings = (Finding(name="disk", verdict=verdict, says="so", fix="mend it") for verdict in verdicts)
+    return Report(checked_at=1.0, swarm=None, findings=tuple(findings))
+
+
+def test_only_problems_keep_a_machine_from_serving() -> None:
+    assert report(Verdict.OK, Verdict.WEAK, Verdict.SKIPPED).can_serve
+    assert not report(Verdict.OK, Verdict.PROBLEM).can_serve
+
+
+def test_report_is_kept(tmp_path: Path) -> None:
+    kept = report(Verdict.OK, Verdict.PROBLEM)
+    kept.save(tmp_path)
+    assert Report.load(tmp_path) == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["check.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no json", "[]", '{"version": 9, "checked_at": 1, "swarm": null, "findings": []}']
+)
+def test_kept_report_that_is_broken_is_told(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match="not checked yet"):
+        Report.load(tmp_path)
+    (tmp_path / "check.json").write_text(text)
+    with pytest.raises(DataError, match="without --cached"):
+        Report.load(tmp_path)
+
+
+def test_fix_is_shown_where_something_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Terminal(LogFormat.TEXT), report(Verdict.OK), cached=False)
+    said = capsys.readouterr().out
+    assert "mend it" not in said
+    assert "this machine can host experts" in said
+    show(Terminal(LogFormat.TEXT), report(Verdict.PROBLEM), cached=True)
+    said = capsys.readouterr().out
+    assert "→ mend it" in said
+    assert "this machine can't host experts" in said
+    assert "days ago" in said
+
+
+def test_ages_are_told_in_words() -> None:
+    assert [age_in_words(age_s) for age_s in (-3, 90, 1000, 9000, 300_000)] == [
+        "0 s",
+        "90 s",
+        "17 min",
+        "2 h",
+        "3 days",
+    ]

@@ -1,0 +1,233 @@
+"""What a volunteer types while a node runs: one real node in a process of its own, steered and checked from outside."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peer.errors import SettingsError
+from talkoot import console, logs_command
+from talkoot.check_report import Finding, Report, Verdict
+from talkoot.console import LogFormat, Terminal, log_file
+from talkoot.control import Control
+from talkoot.logs_command import Follower
+from talkoot.steer_command import parse_duration_s
+
+HOST = "127.0.0.1"
+DEADLINE_S = 60.0
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "talkoot.cli", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class RunningNode:
+    process: "subprocess.Popen[bytes]"
+    state: Path
+    invite: str
+
+    def say(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run(*arguments, "--state", str(self.state))
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
+    folder = tmp_path_factory.mktemp("node")
+    manifest, invite, state = folder / "swarm.toml", folder / "invite", folder / "state"
+    manifest.write_text('name = "steered"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n')
+    with (folder / "errors").open("wb") as errors:
+        process = subprocess.Popen(
+            command(
+                *("node", "--new", str(manifest), "--host", HOST, "--state", str(state), "--threads", "1"),
+                *("--experts", "4", "--invite-file", str(invite)),
+            ),
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+    try:
+        wait_until(lambda: invite.exists() or process.poll() is not None, "the invite")
+        yield RunningNode(process, state, invite.read_text().strip())
+    finally:
+        process.kill()
+        process.wait()
+
+
+# The order matters: one node is used for all of its life
+
+
+def test_running_node_is_paused_and_resumed(node: RunningNode) -> None:
+    paused = node.say("pause", "--for", "2h")
+    assert (paused.returncode, paused.stderr) == (0, "")
+    assert paused.stdout.startswith("paused: by its owner until ")
+    assert "0 of at most 6 experts" in paused.stdout
+    with Control(node.state) as control:
+        assert control.pid == node.process.pid
+    resumed = node.say("resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "; 4 of at most 6 experts" in resumed.stdout
+
+
+def test_machine_is_checked_against_a_running_swarm(node: RunningNode, tmp_path: Path) -> None:
+    state = ["--state", str(tmp_path)]
+    check = ["node", "--check", "--join", node.invite, "--host", HOST, "--threads", "1", *state]
+    checked = run(*check, "--json")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    found = json.loads(checked.stdout)
+    verdicts = {finding["name"]: finding["verdict"] for finding in found["checks"]}
+    assert [verdicts[name] for name in ("p2pd", "swarm", "clock", "reachability")] == ["ok"] * 4, verdicts
+    assert set(verdicts) >= {"bandwidth", "speed", "memory", "cores", "disk"}
+    assert Report.load(tmp_path).to_dict(0.0)["checks"] == found["checks"]
+
+
+def test_machine_that_can_not_serve_is_an_exit_status(tmp_path: Path) -> None:
+    finding = Finding(name="disk", verdict=Verdict.PROBLEM, says="full", fix="make room")
+    Report(checked_at=0.0, swarm=None, findings=(finding,)).save(tmp_path)
+    checked = run("node", "--check", "--cached", "--state", str(tmp_path))
+    assert checked.returncode == 1, checked.stderr
+    assert "make room" in checked.stdout
+    wrong = run("node", "--cached", "--state", str(tmp_path))
+    assert (wrong.returncode, "are for --check" in wrong.stderr) == (2, True)
+
+
+def test_logs_are_followed_while_the_node_leaves_in_order(node: RunningNode) -> None:
+    follow = command("logs", "--follow", "-n", "1", "--state", str(node.state))
+    with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as following:
+        try:
+            assert following.stdout is not None
+            assert following.stdout.readline()  # now it has begun
+            stopped = node.say("stop")
+            assert stopped.returncode == 0, stopped.stderr
+            assert f"stopped; its identity and checkpoints stay in {node.state}" in stopped.stdout
+            assert node.process.poll() == 0
+            heard = ""
+            while "left the swarm" not in heard:
+                heard += (line := following.stdout.readline())
+                assert line, heard
+        finally:
+            following.send_signal(signal.SIGINT)
+    assert following.returncode == 128 + signal.SIGINT
+    assert not (node.state / "control.sock").exists()
+
+
+def test_log_stays_when_the_node_is_gone(node: RunningNode) -> None:
+    assert node.process.wait(DEADLINE_S) == 0
+    last = node.say("logs", "-n", "1")
+    assert last.returncode == 0, last.stderr
+    assert last.stdout.endswith(" left the swarm\n")
+    assert "asked to stop" in node.say("logs").stdout
+
+
+@pytest.mark.parametrize("name", ["pause", "resume", "stop", "logs"])
+def test_without_a_node_it_says_what_to_do(tmp_path: Path, name: str) -> None:
+    ended = run(name, "--state", str(tmp_path / "none"))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: no ")
+    assert "--state" in line
+
+
+# Durations
+
+
+@given(st.integers(0, 29), st.integers(0, 23), st.integers(0, 59), st.integers(1, 59))
+def test_durations_are_read(days: int, hours: int, minutes: int, seconds: int) -> None:
+    text = f"{days}d{hours}h{minutes}m{seconds}s"
+    assert parse_duration_s(text) == ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2", "h", "0m", "-1h", "1h 30", "2w", "1.5h", "31d", "9" * 99 + "s", "٣h"]
+)
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="such as 30m, 2h or 1d"):
+        parse_duration_s(text)
+
+
+# The log file
+
+
+def lines_in(path: Path) -> list[str]:
+    return [line.split(" ", 2)[-1] for line in path.read_text().splitlines()]
+
+
+def log(text: str) -> None:
+    console.logger.warning(text)
+
+
+def test_log_file_is_rotated_and_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "LOG_FILE_BYTES", 400)
+    path = tmp_path / "node.log"
+    follower = Follower(path)
+    assert follower.lines() == []
+    heard: list[str] = []
+    with log_file(path):
+        for number in range(50):
+            log(f"line {number}")
+            heard += follower.lines()
+    follower.close()
+    assert [line.split()[-1] for line in heard] == [str(number) for number in range(50)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["node.log", "node.log.1"]
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 800
+    log("after the end")
+    assert lines_in(path)[-1] == "warning: line 49"
+
+
+def test_last_lines_come_from_both_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "node.log.1").write_text("one\ntwo\n")
+    (tmp_path / "node.log").write_bytes(b"three\n\x1b[31mfour\xff\nunfinished")
+    logs_command.run_logs(Terminal(LogFormat.TEXT), tmp_path, 3, follow=False)
+    assert capsys.readouterr().out == "two\nthree\n\\x1b[31mfour\\xff\n"
+
+
+def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:
+    path = tmp_path / "node.log"
+    path.write_text("ha")
+    follower = Follower(path)
+    assert follower.lines() == []
+    with path.open("a") as file:
+        file.write("lf\nnext")
+    assert follower.lines() == ["half"]
+    follower.close()
+
+
+def test_what_ended_a_node_is_in_its_log(tmp_path: Path) -> None:
+    path = tmp_path / "node.log"
+    with pytest.raises(SettingsError), log_file(path):
+        raise SettingsError("no such thing")
+    with pytest.raises(ZeroDivisionError), log_file(path):
+        _ = 1 // 0
+    said = lines_in(path)
+    assert said[:2] == ["error: no such thing", "error: ended by a ZeroDivisionError"]
+    assert "ZeroDivisionError: integer division or modulo by zero" in path.read_text()
+
+
+def test_full_disk_costs_lines_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    os.symlink("/dev/full", tmp_path / "node.log")
+    with log_file(tmp_path / "node.log"):
+        log("lost")
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,242 @@
+"""What `talkoot node` shows: at one glance, in few lines, true to the numbers; and what its flags do."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.live import Live
+
+from expert_server.node import NodeState, NodeStatus
+from expert_server.settings import NodeSettings
+from talkoot.console import to_json
+from talkoot.node_view import WIDTH, Pace, PaceMeter, line, panel, state_in_words
+
+STATUS = NodeStatus(
+    state=NodeState.SERVING,
+    experts=12,
+    capacity=18,
+    adopted=2,
+    updates=1234,
+    rows=50_000,
+    queued_rows=512,
+    peers=9,
+    why="",
+    calls=100,
+    uploaded_bytes=10_000_000,
+    downloaded_bytes=20_000_000,
+    upload_mbit=8.0,
+    download_mbit=None,
+    memory_bytes=600_000_000,
+    memory_limit_bytes=2_000_000_000,
+    busy_s=12.0,
+    threads=2,
+    contributed_rows=7_000_000,
+    contributed_updates=34_567,
+    contributed_hours=12.3,
+)
+LATER = replace(
+    STATUS, calls=131, rows=54_120, uploaded_bytes=11_500_000, downloaded_bytes=21_000_000, busy_s=15.4
+)
+numbers = st.integers(0, 2**62)
+statuses = st.builds(
+    NodeStatus,
+    **{field.name: numbers for field in fields(NodeStatus)}
+    | {
+        "state": st.sampled_from(NodeState),
+        "why": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
+        "upload_mbit": st.none() | st.floats(0.01, 1e6),
+        "download_mbit": st.none() | st.floats(0.01, 1e6),
+        "busy_s": st.floats(0, 1e9),
+        "contributed_hours": st.floats(0, 1e6),
+    },
+)
+
+
+def terminal(file: io.StringIO, width: int = WIDTH) -> Console:
+    """As the command makes it, but recorded."""
+    return Console(
+        file=file,
+        width=width,
+        height=25,
+        force_terminal=True,
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+        record=True,
+    )
+
+
+def shown(status: NodeStatus, pace: Pace, width: int = WIDTH) -> list[str]:
+    console = terminal(io.StringIO(), width)
+    with Live(console=console, auto_refresh=False) as live:
+        live.update(panel("sauna", status, pace), refresh=True)
+    return console.export_text().rstrip("\n").splitlines()
+
+
+def test_a_glance_tells_what_a_node_does_and_gave() -> None:
+    meter = PaceMeter()
+    meter.note(STATUS, 100.0)
+    lines = shown(LATER, meter.note(LATER, 110.0))[-10:]
+    text = "\n".join(lines)
+    for said in (
+        "talkoot node in sauna",
+        "state     serving",
+        "12 of at most 18 experts, 2 adopted",
+        "3.1 requests/s   412 rows/s   512 rows wait",
+        "up 1.2 of 8 Mbit/s   down 0.8 Mbit/s",
+        "34% busy, 2 threads",
+        "600 MB of 2 GB",
+        "9 known by the DHT   1,234 updates since the start",
+        "all runs  7,000,000 rows, 34,567 updates, 12.3 hours served",
+    ):
+        assert said in text
+
+
+@settings(max_examples=25)
+@given(statuses, st.sampled_from([WIDTH, 100, 200]))
+def test_it_fits_whatever_the_numbers(status: NodeStatus, width: int) -> None:
+    pace = PaceMeter().note(status, 0.0)
+    console = terminal(io.StringIO(), width)
+    lines = console.render_lines(panel("sauna", status, pace), console.options)
+    assert len(lines) <= 12
+    assert all(sum(segment.cell_length for segment in row) <= max(WIDTH, width) for row in lines)
+    console.print(panel("sauna", status, pace))
+    assert all(len(row.rstrip()) <= WIDTH for row in console.export_text().splitlines())
+
+
+def test_the_panel_stays_in_its_place_between_looks() -> None:
+    """Each refresh moves the cursor up and overwrites: nothing is cleared before, so nothing flickers."""
+    file = io.StringIO()
+    with Live(console=terminal(file), auto_refresh=False) as live:
+        for _ in range(3):
+            before = file.tell()
+            live.update(panel("sauna", STATUS, Pace()), refresh=True)
+            written = file.getvalue()[before:]
+            assert "\x1b[2J" not in written
+            assert written.count("\n") <= 12
+    assert file.getvalue().count("\x1b[1A") >= 2 * 9
+
+
+@pytest.mark.parametrize(
+    ("state", "why", "words"),
+    [
+        (NodeState.JOINING, "", "joining"),
+        (NodeState.PAUSED, "paused until 22:00", "paused until 22:00"),
+        (
+            NodeState.SERVING,
+            "told to go on, else paused: on battery",
+            "serving (told to go on, else paused: on battery)",
+        ),
+        (NodeState.UNREACHABLE, "", "can't reach the DHT"),
+    ],
+)
+def test_the_state_comes_with_its_reason(state: NodeState, why: str, words: str) -> None:
+    status = replace(STATUS, state=state, why=why)
+    assert state_in_words(status) == words
+    assert words in "\n".join(shown(status, Pace()))
+    assert line(status, Pace()).startswith(f"{words}: 12 of at most 18 experts")
+
+
+def test_a_line_for_the_log_says_the_same() -> None:
+    meter = PaceMeter()
+    meter.note(STATUS, 100.0)
+    assert line(LATER, meter.note(LATER, 110.0)) == (
+        "serving: 12 of at most 18 experts, 2 adopted, 1234 updates, 3.1 requests/s, 412 rows/s, 512 rows queued, "
+        "up 1.2 and down 0.8 Mbit/s, 34% busy, memory 600 MB of 2 GB, 9 DHT peers, "
+        "in all runs 7,000,000 rows, 34,567 updates, 12.3 hours served"
+    )
+
+
+def test_the_first_look_and_one_in_the_same_moment_measure_nothing() -> None:
+    meter = PaceMeter()
+    assert meter.note(STATUS, 1.0) == Pace()
+    assert meter.note(LATER, 1.0) == Pace()
+
+
+def test_a_program_reads_every_field() -> None:
+    assert '"why": ""' in to_json(asdict(STATUS) | {"state": STATUS.state.value})
+
+
+# The flags
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "talkoot.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+
+
+def test_every_flag_is_shown_with_its_unit_and_default() -> None:
+    said = " ".join(run("node", "--help").stdout.split())
+    for flag, words in {
+        "--threads": "[default: one for each core]",
+        "--memory": "2GB or 512MiB. [default: no bound]",
+        "--upload-mbit": "in Mbit/s. [default: no bound]",
+        "--download-mbit": "in Mbit/s. [default: no bound]",
+        "--schedule": "[default: always]",
+        "--only-when-idle": "[default: no]",
+        "--not-on-battery": "[default: no]",
+        "--niceness": f"[default: {NodeSettings().niceness}]",
+    }.items():
+        assert flag in said
+        assert words in said[said.index(flag) :]
+
+
+def test_a_wrong_flag_is_one_clear_line() -> None:
+    ended = run("node", "--join", "talkoot1", "--memory", "much", "--schedule", "mon-fry 1:00-2:00")
+    assert ended.returncode == 2
+    (error,) = [row for row in ended.stderr.splitlines() if row]
+    assert error.startswith("error: ")
+    assert "memory: 'much' is no size" in error
+    assert "schedule: 'mon-fry' names no days" in error
+
+
+def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(tmp_path: Path) -> None:
+    manifest, begins = tmp_path / "swarm.toml", datetime.now() + timedelta(hours=10)
+    manifest.write_text('name = "sauna"\n')
+    hours = f"{begins:%H}:00-{begins + timedelta(hours=1):%H}:00"
+    command = ["node", "--new", str(manifest), "--host", "127.0.0.1", "--state", str(tmp_path / "state")]
+    options = ["--schedule", hours, "--log-format", "json"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "talkoot.cli", *command, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            events = map(json.loads, process.stdout)  # ends when the process does
+            event = next(event for event in events if event["event"] == "state")
+            assert (event["state"], event["why"]) == ("paused", f"paused until {begins:%H}:00")
+            assert event["experts"] == 0
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+            assert "p2pd" in {member.name() for member in family}
+            assert {member.nice() for member in family} == {max(10, os.nice(0))}
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom talkoot.cli import app\n"
+        "assert CliRunner().invoke(app, ['node', '--help']).exit_code == 0\n"
+        "print(sorted({'torch', 'hivemind', 'grpc', 'psutil', 'numpy'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "[]\n", ended.stderr

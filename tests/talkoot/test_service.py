@@ -1,0 +1,298 @@
+"""The systemd service of a node, in a home of its own, with stand-ins for systemctl and systemd-run that note calls."""
+
+import configparser
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from dht.invite import Invite
+from dht.records import SwarmKeys
+from peer.errors import InviteError, SettingsError, StartError
+from peer.identity import Identity
+from peer.loop import LoopThread
+from talkoot.console import LogFormat, Terminal
+from talkoot.control import ControlServer
+from talkoot.node_command import Origin
+from talkoot.service_command import UNIT, Service, make_service, run_install, run_remove, run_status
+
+_STAND_IN = """#!/bin/sh
+echo "$(basename "$0") $*" >> "{folder}/calls"
+for word in "$@"; do
+    if [ -e "{folder}/fail-$word" ]; then echo "$word went wrong" >&2; exit 1; fi
+done
+if [ -e "{folder}/says" ]; then cat "{folder}/says"; fi
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine with systemd, as far as the command can see."""
+
+    folder: Path
+    invite: str
+
+    @property
+    def unit_file(self) -> Path:
+        return self.folder / "config" / "systemd" / "user" / UNIT
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "my state"
+
+    def calls(self) -> list[str]:
+        path = self.folder / "calls"
+        calls = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [call for call in calls if call != "systemctl --user show-environment"]
+
+    def fails(self, word: str) -> None:
+        (self.folder / f"fail-{word}").touch()
+
+    def service(self, **options: object) -> Service:
+        flags = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        return make_service(flags, self.invite, self.state)
+
+    def install(self, **options: object) -> None:
+        run_install(terminal(), self.service(**options), as_root=True)
+
+
+def terminal() -> Terminal:
+    return Terminal(LogFormat.TEXT)
+
+
+@pytest.fixture(scope="module")
+def invite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    peer_id = Identity.load_or_create(tmp_path_factory.mktemp("identity") / "key").peer_id
+    return str(Invite(SwarmKeys("sauna", peer_id), (f"/ip4/127.0.0.1/tcp/1/p2p/{peer_id.to_base58()}",)))
+
+
+@pytest.fixture
+def machine(tmp_path: Path, invite: str, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("systemctl", "systemd-run"):
+        (commands / name).write_text(_STAND_IN.format(folder=tmp_path))
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return Machine(tmp_path, invite)
+
+
+def parsed(text: str) -> configparser.ConfigParser:
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]  # as the documentation does it
+    unit.read_string(text)
+    return unit
+
+
+def words_of(unit: configparser.ConfigParser) -> list[str]:
+    """The command line as systemd would see it, of a unit without $ and % in it."""
+    return shlex.split(unit["Service"]["ExecStart"])
+
+
+# What is installed
+
+
+def test_installed_service_runs_the_node_with_this_interpreter(machine: Machine) -> None:
+    machine.install(experts=4, bootstrap=["/ip4/1", "/ip4/2"], config=Path("a.toml"))
+    command = words_of(parsed(machine.unit_file.read_text()))
+    assert command[:5] == [sys.executable, "-P", "-m", "talkoot.cli", "node"]
+    options = command[5:]
+    assert options[:4] == ["--join", f"@{machine.state}/invite", "--state", str(machine.state)]
+    assert options[4:8] == ["--experts", "4", "--bootstrap", "/ip4/1"]
+    assert options[8:] == ["--bootstrap", "/ip4/2", "--config", str(Path("a.toml").absolute())]
+    ended = subprocess.run([*command[:5], "--help"], capture_output=True, text=True)
+    assert "Host experts" in ended.stdout
+
+
+def test_installing_loads_enables_and_starts(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine.install()
+    tried, *calls = machine.calls()
+    assert tried.startswith("systemd-run --user --wait")
+    assert calls == ["systemctl --user daemon-reload", f"systemctl --user enable --now {UNIT}"]
+    said = capsys.readouterr().out
+    assert "installed and started" in said
+    assert "loginctl enable-linger" in said
+    machine.install(experts=2)
+    assert machine.calls()[1:] == [*calls, f"systemctl --user restart {UNIT}"]
+    assert '"--experts" "2"' in machine.unit_file.read_text()
+
+
+def test_invite_is_for_its_owner_alone(machine: Machine) -> None:
+    machine.install()
+    path = machine.state / "invite"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(machine.state.stat().st_mode) == 0o700
+    assert machine.invite not in machine.unit_file.read_text()
+    assert Origin(None, f"@{path}", ()).swarm_starter().invite == Invite.parse(machine.invite)
+
+
+def test_file_without_an_invite_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InviteError, match=r"can't read the invite from .*none"):
+        Origin(None, f"@{tmp_path / 'none'}", ()).swarm_starter()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(InviteError, match="can't read the invite from"):
+        Origin(None, f"@{tmp_path / 'binary'}", ()).swarm_starter()
+
+
+def test_unit_lets_the_node_leave_in_order(machine: Machine) -> None:
+    service = parsed(machine.service().unit(sandboxed=True))["Service"]
+    assert (service["KillSignal"], service["KillMode"]) == ("SIGTERM", "mixed")
+    assert (service["Restart"], service["NoNewPrivileges"]) == ("on-failure", "yes")
+    assert int(service["TimeoutStopSec"]) > 90
+    assert (service["ProtectSystem"], service["ProtectHome"]) == ("full", "read-only")
+    assert shlex.split(service["ReadWritePaths"]) == [str(machine.state)]
+
+
+def test_without_user_namespaces_the_unit_does_without_a_sandbox(machine: Machine) -> None:
+    machine.fails("--wait")
+    machine.install()
+    text = machine.unit_file.read_text()
+    assert "ProtectSystem" not in text
+    assert "NoNewPrivileges=yes" in text
+
+
+@pytest.mark.parametrize("sandboxed", [True, False])
+def test_systemd_finds_nothing_wrong_with_the_unit(
+    machine: Machine, sandboxed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd-analyze here")
+    state = machine.folder / 'a "b" \\c %h $HOME é'
+    state.mkdir()
+    service = make_service({"--host": "a%b$c"}, machine.invite, state)
+    path = machine.folder / UNIT
+    path.write_text(service.unit(sandboxed=sandboxed))
+    ended = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert str(path) not in ended.stderr, ended.stderr
+
+
+def test_print_installs_nothing(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    run_install(terminal(), machine.service(experts=3), print_only=True)
+    unit = parsed(capsys.readouterr().out)
+    assert words_of(unit)[-2:] == ["--experts", "3"]
+    assert machine.calls() == []
+    assert not machine.unit_file.exists()
+    assert not machine.state.exists()
+
+
+# What can go wrong
+
+
+def test_nobody_becomes_root_by_accident(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(SettingsError, match="--as-root"):
+        run_install(terminal(), machine.service())
+    assert machine.calls() == []
+    assert not machine.state.exists()
+
+
+@pytest.mark.parametrize("word", ["show-environment", "daemon-reload", "--now"])
+def test_installing_that_fails_leaves_nothing_half_done(machine: Machine, word: str) -> None:
+    machine.fails(word)
+    with pytest.raises(StartError, match=f"{word} went wrong"):
+        machine.install()
+    assert not machine.unit_file.exists()
+    assert not (machine.state / "invite").exists()
+
+
+def test_failed_replacement_leaves_the_old_service(machine: Machine) -> None:
+    machine.install()
+    before = machine.unit_file.read_text()
+    machine.fails("restart")
+    with pytest.raises(StartError, match="restart went wrong"):
+        run_install(terminal(), replace(machine.service(experts=1), invite="another"), as_root=True)
+    assert machine.unit_file.read_text() == before
+    assert (machine.state / "invite").read_text() == machine.invite + "\n"
+
+
+def test_without_systemd_it_says_what_to_do_instead(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(machine.folder))
+    with pytest.raises(StartError, match=r"no systemd: start `talkoot node --join INVITE` .* @reboot"):
+        machine.install()
+    assert not machine.unit_file.exists()
+
+
+def test_state_folder_of_a_running_node_is_refused(machine: Machine, loop: LoopThread) -> None:
+    machine.state.mkdir()
+    server = ControlServer(machine.state)
+    loop.run(server.__aenter__(), 10)
+    try:
+        with pytest.raises(StartError, match="`talkoot stop` it first"):
+            machine.install()
+    finally:
+        loop.run(server.__aexit__(), 10)
+    assert not machine.unit_file.exists()
+
+
+def test_options_that_need_somebody_there_are_refused(machine: Machine) -> None:
+    with pytest.raises(SettingsError, match="--new is not for a service"):
+        machine.service(new=Path("swarm.toml"))
+    with pytest.raises(SettingsError, match="--join INVITE"):
+        make_service({}, None, machine.state)
+    with pytest.raises(InviteError):
+        make_service({}, machine.invite[:-3], machine.state)
+    with pytest.raises(SettingsError, match="not printable"):
+        machine.service(host="1.2.3.4\nExecStartPre=true")
+
+
+def test_node_options_are_checked_before_anything_is_installed(machine: Machine) -> None:
+    command = [sys.executable, "-m", "talkoot.cli", "service", "install", "--join", machine.invite]
+    wrong = subprocess.run([*command, "--colour", "3"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "--colour" in wrong.stderr
+    printed = subprocess.run([*command, "--print", "--experts", "3"], capture_output=True, text=True)
+    assert words_of(parsed(printed.stdout))[-2:] == ["--experts", "3"], printed.stderr
+    assert machine.calls() == []
+
+
+# Afterwards
+
+
+def test_removing_leaves_the_checkpoints(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine.install()
+    (machine.state / "checkpoints").mkdir()
+    machine.calls()
+    run_remove(terminal())
+    assert machine.calls() == [f"systemctl --user disable --now {UNIT}", "systemctl --user daemon-reload"]
+    assert not machine.unit_file.exists()
+    assert not (machine.state / "invite").exists()
+    assert (machine.state / "checkpoints").exists()
+    assert f"checkpoints stay in {machine.state}" in capsys.readouterr().out
+    with pytest.raises(StartError, match="no service is installed"):
+        run_remove(terminal())
+
+
+def test_status_says_what_systemd_says(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StartError, match="no service is installed"):
+        run_status(terminal())
+    machine.install()
+    says = machine.folder / "says"
+    says.write_text("ActiveState=active\nSubState=running\nUnitFileState=enabled\nMainPID=42\nNRestarts=2\n")
+    assert run_status(terminal())
+    said = capsys.readouterr().out
+    assert f"{UNIT}: active (running), enabled, process 42, restarted 2 times\n" in said
+    says.write_text("ActiveState=failed\nSubState=failed\nResult=exit-code\nMainPID=0\n")
+    assert not run_status(terminal())
+    assert "last result: exit-code" in capsys.readouterr().out
+
+
+def test_unit_of_another_maker_is_left_alone(machine: Machine) -> None:
+    machine.unit_file.parent.mkdir(parents=True)
+    machine.unit_file.write_text("[Service]\nExecStart=/bin/true\n")
+    with pytest.raises(StartError, match="not made by this command"):
+        run_remove(terminal())
+    with pytest.raises(StartError, match="not made by this command"):
+        machine.install()
+    assert machine.unit_file.exists()
