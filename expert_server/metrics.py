@@ -19,6 +19,8 @@ class NodeCounts:
     adopted: int
     dht_failures: int
     checkpoints: CheckpointCounts
+    tasks: int
+    """Of the event loop."""
 
 
 class NodeCollector(Collector):
@@ -37,6 +39,7 @@ class NodeCollector(Collector):
         yield CounterMetricFamily(
             "talkoot_dht_failures", "DHT rounds that failed or timed out.", node.dht_failures
         )
+        yield GaugeMetricFamily("talkoot_tasks", "Tasks on the event loop.", node.tasks)
         saves = node.checkpoints
         yield CounterMetricFamily("talkoot_checkpoints_saved", "Checkpoints written.", saves.saved)
         yield CounterMetricFamily(

@@ -91,6 +91,7 @@ class Node:
         self._certificate = swarm.host.identity.make_certificate()
         self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
+        self._loop = asyncio.get_running_loop()  # metrics are read on another thread
 
     @classmethod
     async def start(
@@ -226,7 +227,11 @@ class Node:
 
     def _counts(self) -> NodeCounts:
         return NodeCounts(
-            len(self.runtime.experts), self.hosting.adopted, self._dht_failures, self.checkpoints.counts
+            len(self.runtime.experts),
+            self.hosting.adopted,
+            self._dht_failures,
+            self.checkpoints.counts,
+            len(asyncio.all_tasks(self._loop)),
         )
 
 

@@ -1,10 +1,11 @@
 """The gRPC edge of a node: reads calls, refuses what is wrong before it is queued, streams answers as they come."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import grpc
@@ -101,10 +102,12 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self._kept = KeptForwards(limits.max_kept_bytes)
 
     async def Forward(self, requests: Requests, context: Context) -> None:
-        await self._serve("forward", requests, context)
+        with _ending_with_the_call():
+            await self._serve("forward", requests, context)
 
     async def Backward(self, requests: Requests, context: Context) -> None:
-        await self._serve("backward", requests, context)
+        with _ending_with_the_call():
+            await self._serve("backward", requests, context)
 
     async def Info(
         self,
@@ -359,6 +362,15 @@ class _Call:
 
     def _tensor(self, data: bytearray) -> torch.Tensor:
         return torch.from_numpy(decode(data, self.header.width, self.header.codec))
+
+
+@contextlib.contextmanager
+def _ending_with_the_call() -> Iterator[None]:
+    """A caller who has gone while it was answered or refused is no error of ours: as if gRPC had cancelled us."""
+    try:
+        yield
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError from error
 
 
 def _note_failed_write(sending: "asyncio.Future[None]") -> None:

@@ -1,0 +1,256 @@
+"""A node of its own under callers that do everything wrong for minutes: it holds no more than before, and serves.
+
+`python -m pytest -m slow tests/expert_server/test_soak.py`; TALKOOT_SOAK_S sets the seconds.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import linear_regression, median
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from troublemakers import Troublemakers
+from village import LOCAL, eventually
+
+from dht.invite import Invite
+from dht.manifest import Manifest
+from dht.registry import NodeInfo
+from dht.swarm import join_swarm
+from dht.uid import UID
+from expert_server.expert import BackwardPart, Expert
+from peer.channels import ChannelPool
+from peer.identity import Identity
+from peer.loop import LoopThread
+from trainer_client.calls import Answer, Direction, GrpcCaller, KeptAt, Request
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+SOAK_S = float(os.environ.get("TALKOOT_SOAK_S", "600"))
+CALLERS = 6
+HIDDEN, ROWS = 64, 12
+MANIFEST_TOML = f"""
+name = "soak"
+[model]
+layers = 1
+hidden = {HIDDEN}
+heads = 2
+context = 32
+feed_forward = 64
+[experts]
+grid = [2, 2]
+[routing]
+top_k = 2
+[optimizer]
+name = "sgd"  # small differences stay small
+momentum = 0.0
+learning_rate = 1e-3
+"""
+OWN, *SHARED = (UID(0, (i, j)) for i in range(2) for j in range(2))
+"""One expert for the caller that is right, the others for those that are not."""
+SETTINGS = {
+    "TALKOOT_NODE_MAX_CALL_S": "5",
+    "TALKOOT_NODE_MAX_KEPT_BYTES": str(4 * 2**20),  # soon full
+    "TALKOOT_NODE_CHECKPOINT_EVERY_S": "1",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the node holds at one moment."""
+
+    at_s: float
+    memory_mb: float
+    """Resident."""
+    descriptors: int
+    threads: int
+    tasks: int
+
+
+@dataclass(frozen=True)
+class RunningNode:
+    process: subprocess.Popen[str]
+    invite: Invite
+    metrics_address: str
+
+    def sample(self) -> Sample:
+        process = psutil.Process(self.process.pid)
+        memory_mb = process.memory_info().rss / 2**20
+        with urllib.request.urlopen(self.metrics_address, timeout=10) as response:
+            tasks = re.search(r"^talkoot_tasks (\S+)$", response.read().decode(), re.MULTILINE)
+        assert tasks is not None
+        return Sample(
+            time.monotonic(), memory_mb, process.num_fds(), process.num_threads(), int(float(tasks[1]))
+        )
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[RunningNode]:
+    manifest, invite, log = tmp_path / "swarm.toml", tmp_path / "invite", tmp_path / "log"
+    manifest.write_text(MANIFEST_TOML)
+    arguments = ["--new", manifest, "--host", LOCAL, "--state", tmp_path / "state", "--experts", "4"]
+    arguments += ["--threads", "2", "--invite-file", invite]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "talkoot.cli", "node", *map(str, arguments)],
+            stdout=output,
+            stderr=output,
+            text=True,
+            env=os.environ | SETTINGS,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while "metrics at" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        metrics = re.search(r"metrics at (http://\S+)", log.read_text())
+        assert metrics is not None
+        yield RunningNode(process, Invite.parse(invite.read_text().strip()), metrics[1])
+        assert process.poll() is None, "the node died"
+        assert "Traceback" not in log.read_text(), log.read_text()[-5000:]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+class RightCaller:
+    """Calls one expert that nobody else calls, and knows every answer from its own copy of it."""
+
+    def __init__(self, node: NodeInfo, caller: GrpcCaller, manifest: Manifest) -> None:
+        self.calls = 0
+        self._node, self._caller = node, caller
+        self._expert = Expert(OWN, manifest)
+
+    async def call_until(self, is_over: Callable[[], bool]) -> None:
+        while not is_over():
+            await self.call()
+            await asyncio.sleep(0.02)
+
+    async def call(self) -> None:
+        """Forward and backward, once with what the node has kept and once without."""
+        generator = torch.Generator().manual_seed(self.calls)
+        inputs, gradients = torch.randn(2, ROWS, HIDDEN, generator=generator).unbind()
+        lengths, positions = torch.tensor([ROWS]), torch.arange(ROWS)
+        answer = await self._ask("forward", inputs, None, keep=self.calls % 2 == 0)
+        self._assert_close(answer, self._expert.forward(inputs, lengths, positions))
+        answer = await self._ask("backward", inputs, gradients, kept=answer.kept)
+        (expected,) = self._expert.backward([BackwardPart(inputs, gradients, lengths, positions)])
+        self._assert_close(answer, expected)
+        self.calls += 1
+
+    @property
+    def updates(self) -> int:
+        return self._expert.update_count
+
+    async def _ask(
+        self,
+        direction: Direction,
+        inputs: torch.Tensor,
+        gradients: torch.Tensor | None,
+        keep: bool = False,
+        kept: KeptAt | None = None,
+    ) -> Answer:
+        request = Request(
+            OWN,
+            [ROWS],
+            range(ROWS),
+            inputs.numpy(),
+            None if gradients is None else gradients.numpy(),
+            keep,
+            kept,
+        )
+        (answer,) = [a async for a in self._caller.call(self._node, direction, [request], 30.0)]
+        assert answer.error is None, answer.error
+        return answer
+
+    def _assert_close(self, answer: Answer, expected: torch.Tensor) -> None:
+        assert answer.tensor is not None
+        np.testing.assert_allclose(answer.tensor, expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@contextlib.asynccontextmanager
+async def joined(node: RunningNode, folder: Path) -> AsyncIterator[tuple[NodeInfo, Manifest, str]]:
+    """The node and the manifest, as trainers find them."""
+    swarm = await join_swarm(
+        Identity.load_or_create(folder / "caller.key"), node.invite, listen=LOCAL, serves_dht=False
+    )
+    try:
+        (info,) = (await swarm.registry.nodes([node.invite.keys.author])).values()
+        yield info, swarm.manifest, swarm.keys.swarm_id
+    finally:
+        await swarm.stop()
+
+
+async def soak(node: RunningNode, folder: Path, seconds: float) -> list[Sample]:
+    """Samples of the time of trouble; before and after all is quiet."""
+    samples: list[Sample] = []
+    async with contextlib.AsyncExitStack() as stack:
+        info, manifest, swarm_id = await stack.enter_async_context(joined(node, folder))
+        channels = ChannelPool()
+        stack.push_async_callback(channels.close)
+        right = RightCaller(info, GrpcCaller(channels, swarm_id, HIDDEN), manifest)
+        await right.call()
+        quiet = await asyncio.to_thread(node.sample)
+        troublemakers = Troublemakers(info, manifest, swarm_id, SHARED)
+        async with asyncio.TaskGroup() as group:
+            trouble = group.create_task(troublemakers.trouble(seconds, CALLERS))
+            group.create_task(right.call_until(trouble.done))
+            while not trouble.done():
+                samples.append(await asyncio.to_thread(node.sample))
+                await asyncio.wait([trouble], timeout=0.5)
+        await right.call()
+        print(f"{right.calls} right calls beside {dict(troublemakers.made)}")
+        assert right.calls > seconds
+
+        async def is_quiet_again() -> bool:
+            now = await asyncio.to_thread(node.sample)
+            return now.tasks <= quiet.tasks and now.descriptors <= quiet.descriptors
+
+        await eventually(is_quiet_again, 30)
+    return samples
+
+
+def growth(samples: Sequence[Sample], of: Callable[[Sample], float]) -> float:
+    """By the straight line through all samples, from the first to the last."""
+    times = [sample.at_s for sample in samples]
+    return linear_regression(times, [of(sample) for sample in samples]).slope * (times[-1] - times[0])
+
+
+def assert_flat(samples: Sequence[Sample]) -> None:
+    """In the second half: no growth beyond what the allocator and chance make."""
+    half = samples[len(samples) // 2 :]
+    minutes = (half[-1].at_s - half[0].at_s) / 60
+    memory_mb = [sample.memory_mb for sample in half]
+    tolerance_mb = 4.0 + 1.0 * minutes
+    for name in ("memory_mb", "descriptors", "threads", "tasks"):
+        values = [getattr(sample, name) for sample in half]
+        grown = growth(half, lambda sample: getattr(sample, name))  # noqa: B023  # called at once
+        print(
+            f"{name}: median {median(values):.1f}, least {min(values):.1f}, most {max(values):.1f}, "
+            f"grown by {grown:.2f} in {minutes:.2f} min"
+        )
+    assert growth(half, lambda sample: sample.memory_mb) <= tolerance_mb
+    assert max(memory_mb) <= 1.1 * median(memory_mb)
+
+
+def test_a_node_holds_no_more_after_a_little_trouble(
+    node: RunningNode, loop: LoopThread, tmp_path: Path
+) -> None:
+    assert_flat(loop.run(soak(node, tmp_path, 12.0), 90))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SOAK_S + 120)
+def test_a_node_holds_no_more_after_long_trouble(node: RunningNode, loop: LoopThread, tmp_path: Path) -> None:
+    assert_flat(loop.run(soak(node, tmp_path, SOAK_S), SOAK_S + 90))
