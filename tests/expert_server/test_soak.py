@@ -218,6 +218,7 @@ async def soak(node: RunningNode, folder: Path, seconds: float) -> list[Sample]:
             return now.tasks <= quiet.tasks and now.descriptors <= quiet.descriptors
 
         await eventually(is_quiet_again, 30)
+    print([round(sample.memory_mb) for sample in samples[:: len(samples) // 60 + 1]])
     return samples
 
 

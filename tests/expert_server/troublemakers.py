@@ -27,14 +27,16 @@ BROKEN_OFF = StatusCode.INTERNAL
 class Troublemakers:
     """Each method is one way to misbehave, once. They agree on nothing but the node and its manifest."""
 
-    def __init__(self, node: NodeInfo, manifest: Manifest, swarm_id: str, uids: Sequence[UID]) -> None:
-        """`uids`: of experts that may be spoilt."""
+    def __init__(
+        self, node: NodeInfo, manifest: Manifest, swarm_id: str, uids: Sequence[UID], seed: int = 0
+    ) -> None:
+        """`uids`: of experts that may be spoilt. `seed`: not to be used twice with a node, which remembers ids."""
         self.made: Counter[str] = Counter()
         """Misdeeds by name."""
         self._address, self._pem = node.addresses[0], node.certificate_pem
         self._manifest, self._swarm_id, self._uids = manifest, swarm_id, uids
-        self._rng = random.Random(0)
-        self._generator = torch.Generator().manual_seed(0)
+        self._rng = random.Random(seed)
+        self._generator = torch.Generator().manual_seed(seed)
         self._channel = self._open()
 
     async def trouble(self, seconds: float, callers: int, misdeeds: Sequence[str] = ()) -> None:
