@@ -6,12 +6,8 @@
 import asyncio
 import contextlib
 import os
-import re
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import linear_regression, median
@@ -20,17 +16,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from node_process import NodeProcess, found_by_a_trainer, started
 from troublemakers import Troublemakers
-from village import LOCAL, eventually
+from village import eventually
 
-from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.registry import NodeInfo
-from dht.swarm import join_swarm
 from dht.uid import UID
 from expert_server.expert import BackwardPart, Expert
 from peer.channels import ChannelPool
-from peer.identity import Identity
 from peer.loop import LoopThread
 from trainer_client.calls import Answer, Direction, GrpcCaller, KeptAt, Request
 
@@ -59,9 +53,11 @@ learning_rate = 1e-3
 OWN, *SHARED = (UID(0, (i, j)) for i in range(2) for j in range(2))
 """One expert for the caller that is right, the others for those that are not."""
 SETTINGS = {
-    "TALKOOT_NODE_MAX_CALL_S": "5",
-    "TALKOOT_NODE_MAX_KEPT_BYTES": str(4 * 2**20),  # soon full
-    "TALKOOT_NODE_CHECKPOINT_EVERY_S": "1",
+    "experts": 4,
+    "threads": 2,
+    "max_call_s": 5,
+    "max_kept_bytes": 4 * 2**20,  # soon full
+    "checkpoint_every_s": 1,
 }
 
 
@@ -77,51 +73,18 @@ class Sample:
     tasks: int
 
 
-@dataclass(frozen=True)
-class RunningNode:
-    process: subprocess.Popen[str]
-    invite: Invite
-    metrics_address: str
-
-    def sample(self) -> Sample:
-        process = psutil.Process(self.process.pid)
-        memory_mb = process.memory_info().rss / 2**20
-        with urllib.request.urlopen(self.metrics_address, timeout=10) as response:
-            tasks = re.search(r"^talkoot_tasks (\S+)$", response.read().decode(), re.MULTILINE)
-        assert tasks is not None
-        return Sample(
-            time.monotonic(), memory_mb, process.num_fds(), process.num_threads(), int(float(tasks[1]))
-        )
+def sample(node: NodeProcess) -> Sample:
+    process = psutil.Process(node.process.pid)
+    memory_mb = process.memory_info().rss / 2**20
+    tasks = int(node.metric("talkoot_tasks"))
+    return Sample(time.monotonic(), memory_mb, process.num_fds(), process.num_threads(), tasks)
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[RunningNode]:
-    manifest, invite, log = tmp_path / "swarm.toml", tmp_path / "invite", tmp_path / "log"
-    manifest.write_text(MANIFEST_TOML)
-    arguments = ["--new", manifest, "--host", LOCAL, "--state", tmp_path / "state", "--experts", "4"]
-    arguments += ["--threads", "2", "--invite-file", invite]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "talkoot.cli", "node", *map(str, arguments)],
-            stdout=output,
-            stderr=output,
-            text=True,
-            env=os.environ | SETTINGS,
-        )
-    try:
-        deadline = time.monotonic() + 60
-        while "metrics at" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        metrics = re.search(r"metrics at (http://\S+)", log.read_text())
-        assert metrics is not None
-        yield RunningNode(process, Invite.parse(invite.read_text().strip()), metrics[1])
-        assert process.poll() is None, "the node died"
-        assert "Traceback" not in log.read_text(), log.read_text()[-5000:]
-    finally:
-        process.terminate()
-        process.wait(30)
+def node(tmp_path: Path) -> Iterator[NodeProcess]:
+    with started(tmp_path, MANIFEST_TOML, **SETTINGS) as running:
+        yield running
+        assert running.process.poll() is None, "the node died"
 
 
 class RightCaller:
@@ -179,46 +142,33 @@ class RightCaller:
         np.testing.assert_allclose(answer.tensor, expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
-@contextlib.asynccontextmanager
-async def joined(node: RunningNode, folder: Path) -> AsyncIterator[tuple[NodeInfo, Manifest, str]]:
-    """The node and the manifest, as trainers find them."""
-    swarm = await join_swarm(
-        Identity.load_or_create(folder / "caller.key"), node.invite, listen=LOCAL, serves_dht=False
-    )
-    try:
-        (info,) = (await swarm.registry.nodes([node.invite.keys.author])).values()
-        yield info, swarm.manifest, swarm.keys.swarm_id
-    finally:
-        await swarm.stop()
-
-
-async def soak(node: RunningNode, folder: Path, seconds: float) -> list[Sample]:
+async def soak(node: NodeProcess, folder: Path, seconds: float) -> list[Sample]:
     """Samples of the time of trouble; before and after all is quiet."""
     samples: list[Sample] = []
     async with contextlib.AsyncExitStack() as stack:
-        info, manifest, swarm_id = await stack.enter_async_context(joined(node, folder))
+        info, manifest, swarm_id = await stack.enter_async_context(found_by_a_trainer(node, folder))
         channels = ChannelPool()
         stack.push_async_callback(channels.close)
         right = RightCaller(info, GrpcCaller(channels, swarm_id, HIDDEN), manifest)
         await right.call()
-        quiet = await asyncio.to_thread(node.sample)
+        quiet = await asyncio.to_thread(sample, node)
         troublemakers = Troublemakers(info, manifest, swarm_id, SHARED)
         async with asyncio.TaskGroup() as group:
             trouble = group.create_task(troublemakers.trouble(seconds, CALLERS))
             group.create_task(right.call_until(trouble.done))
             while not trouble.done():
-                samples.append(await asyncio.to_thread(node.sample))
+                samples.append(await asyncio.to_thread(sample, node))
                 await asyncio.wait([trouble], timeout=0.5)
         await right.call()
         print(f"{right.calls} right calls beside {dict(troublemakers.made)}")
         assert right.calls > seconds
 
         async def is_quiet_again() -> bool:
-            now = await asyncio.to_thread(node.sample)
+            now = await asyncio.to_thread(sample, node)
             return now.tasks <= quiet.tasks and now.descriptors <= quiet.descriptors
 
         await eventually(is_quiet_again, 30)
-    print([round(sample.memory_mb) for sample in samples[:: len(samples) // 60 + 1]])
+    print([round(one.memory_mb) for one in samples[:: len(samples) // 60 + 1]])
     return samples
 
 
@@ -246,12 +196,12 @@ def assert_flat(samples: Sequence[Sample]) -> None:
 
 
 def test_a_node_holds_no_more_after_a_little_trouble(
-    node: RunningNode, loop: LoopThread, tmp_path: Path
+    node: NodeProcess, loop: LoopThread, tmp_path: Path
 ) -> None:
     assert_flat(loop.run(soak(node, tmp_path, 12.0), 90))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(SOAK_S + 120)
-def test_a_node_holds_no_more_after_long_trouble(node: RunningNode, loop: LoopThread, tmp_path: Path) -> None:
+def test_a_node_holds_no_more_after_long_trouble(node: NodeProcess, loop: LoopThread, tmp_path: Path) -> None:
     assert_flat(loop.run(soak(node, tmp_path, SOAK_S), SOAK_S + 90))
