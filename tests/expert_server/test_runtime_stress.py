@@ -30,7 +30,7 @@ MANIFEST = Manifest(
 )
 UIDS = MANIFEST.uids()
 ALWAYS_THERE, BROKEN = UIDS[:3], UIDS[2]
-CALLERS, CALLS = 24, 60
+CALLERS, CALLS = 24, 40
 MAX_ROWS = 9
 
 
@@ -99,7 +99,7 @@ class Stress:
         self.rows: dict[int, int] = {}
         self.ran: Counter[str] = Counter()
         self._rng = random.Random(seed)
-        experts = {uid: WatchedExpert(uid, self.witness) for uid in ALWAYS_THERE}
+        experts: dict[UID, Expert] = {uid: WatchedExpert(uid, self.witness) for uid in ALWAYS_THERE}
         self.runtime = Runtime(experts, max_queued_rows=60, max_batch_rows=20, threads=threads)
 
     async def all_at_once(self) -> None:
