@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import numpy as np
@@ -145,14 +146,15 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
     async def _answer_call(
         self, direction: Direction, requests: Requests, context: Context, deadline: float
     ) -> None:
-        header, chunk = await _read_header(requests)
+        reader = _Reader(requests)
+        header, chunk = await reader.header()
         self._check_swarm(header.protocol_version, header.swarm_id)
         parts = self._check_parts(header, direction)
         if direction == "backward" and not self._seen.is_new(header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
 
         call = _Call(direction, header, deadline, context)
-        payload = _Payload(requests, chunk)
+        payload = _Payload(reader, chunk)
         answers: list[asyncio.Task[None]] = []
         try:
             for index, part in enumerate(parts):
@@ -350,7 +352,7 @@ class _Call:
 
     async def _send(self, message: expert_pb2.CallReply) -> None:
         self._sending = asyncio.ensure_future(self._context.write(message))
-        self._sending.add_done_callback(_note_failed_write)
+        self._sending.add_done_callback(_note_failure)
         await asyncio.shield(self._sending)
 
     async def write_error(self, index: int, error: ExpertError) -> None:
@@ -373,19 +375,35 @@ def _ending_with_the_call() -> Iterator[None]:
         raise asyncio.CancelledError from error
 
 
-def _note_failed_write(sending: "asyncio.Future[None]") -> None:
+def _note_failure(transfer: "asyncio.Future[Any]") -> None:
     """Nobody may be waiting for it any more."""
-    if not sending.cancelled() and (error := sending.exception()) is not None:
-        logger.debug("a reply was not written: %s", error)
+    if not transfer.cancelled() and (error := transfer.exception()) is not None:
+        logger.debug("a message was not read or written: %s", error)
 
 
-async def _read_header(requests: Requests) -> tuple[expert_pb2.CallHeader, bytes]:
-    """The header, and the payload's first bytes."""
-    async for request in requests:
-        if not request.HasField("header"):
-            break
+class _Reader:
+    """Reads the messages of one call.
+
+    A read that has begun is never cancelled, and ends with the call: gRPC does not free the message of a read that
+    nobody waits for (grpc issue 43360).
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._reading: asyncio.Future[expert_pb2.CallRequest | None] | None = None
+
+    async def header(self) -> tuple[expert_pb2.CallHeader, bytes]:
+        """The header, and the payload's first bytes."""
+        request = await self.next()
+        if request is None or not request.HasField("header"):
+            raise WireError("a call must begin with its header")
         return request.header, _checked(request.chunk, least=0)
-    raise WireError("a call must begin with its header")
+
+    async def next(self) -> expert_pb2.CallRequest | None:
+        """None at the end."""
+        self._reading = asyncio.ensure_future(anext(self._requests, None))
+        self._reading.add_done_callback(_note_failure)
+        return await asyncio.shield(self._reading)
 
 
 def _checked(chunk: bytes, least: int) -> bytes:
@@ -397,8 +415,8 @@ def _checked(chunk: bytes, least: int) -> bytes:
 class _Payload:
     """Reads exact numbers of bytes from a stream of chunks. Never holds more than was asked for and one chunk."""
 
-    def __init__(self, requests: Requests, first: bytes) -> None:
-        self._requests = requests
+    def __init__(self, reader: _Reader, first: bytes) -> None:
+        self._reader = reader
         self._chunk = memoryview(first)
 
     async def read(self, size: int) -> bytearray:
@@ -414,12 +432,11 @@ class _Payload:
 
     async def expect_end(self) -> None:
         """Raises WireError when there is more than the header said."""
-        if self._chunk:
-            raise WireError("the payload is longer than the header says")
-        async for _ in self._requests:
+        if self._chunk or await self._reader.next() is not None:
             raise WireError("the payload is longer than the header says")
 
     async def _next_chunk(self, missing: int) -> bytes:
-        async for request in self._requests:
-            return _checked(b"" if request.HasField("header") else request.chunk, least=1)
-        raise WireError(f"the payload ended {missing} bytes before what the header says")
+        request = await self._reader.next()
+        if request is None:
+            raise WireError(f"the payload ended {missing} bytes before what the header says")
+        return _checked(b"" if request.HasField("header") else request.chunk, least=1)
