@@ -5,9 +5,8 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import numpy as np
@@ -19,15 +18,15 @@ from dht.uid import UID
 from expert_server.batching import Direction, Work
 from expert_server.computing import Result
 from expert_server.kept import Kept, KeptForwards
+from expert_server.reading import Payload, Reader, Requests, note_failure
 from expert_server.runtime import Runtime
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode, encode, encoded_bytes
+from peer.codec import CHUNK_BYTES, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-Requests = AsyncIterator[expert_pb2.CallRequest]
 Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
 
 MAX_EXPERTS_IN_CALL = 4096
@@ -146,7 +145,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
     async def _answer_call(
         self, direction: Direction, requests: Requests, context: Context, deadline: float
     ) -> None:
-        reader = _Reader(requests)
+        reader = Reader(requests)
         header, chunk = await reader.header()
         self._check_swarm(header.protocol_version, header.swarm_id)
         parts = self._check_parts(header, direction)
@@ -154,7 +153,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
 
         call = _Call(direction, header, deadline, context)
-        payload = _Payload(reader, chunk)
+        payload = Payload(reader, chunk)
         answers: list[asyncio.Task[None]] = []
         try:
             for index, part in enumerate(parts):
@@ -352,7 +351,7 @@ class _Call:
 
     async def _send(self, message: expert_pb2.CallReply) -> None:
         self._sending = asyncio.ensure_future(self._context.write(message))
-        self._sending.add_done_callback(_note_failure)
+        self._sending.add_done_callback(note_failure)
         await asyncio.shield(self._sending)
 
     async def write_error(self, index: int, error: ExpertError) -> None:
@@ -373,70 +372,3 @@ def _ending_with_the_call() -> Iterator[None]:
         yield
     except grpc.aio.InternalError as error:
         raise asyncio.CancelledError from error
-
-
-def _note_failure(transfer: "asyncio.Future[Any]") -> None:
-    """Nobody may be waiting for it any more."""
-    if not transfer.cancelled() and (error := transfer.exception()) is not None:
-        logger.debug("a message was not read or written: %s", error)
-
-
-class _Reader:
-    """Reads the messages of one call.
-
-    A read that has begun is never cancelled, and ends with the call: gRPC does not free the message of a read that
-    nobody waits for (grpc issue 43360).
-    """
-
-    def __init__(self, requests: Requests) -> None:
-        self._requests = requests
-        self._reading: asyncio.Future[expert_pb2.CallRequest | None] | None = None
-
-    async def header(self) -> tuple[expert_pb2.CallHeader, bytes]:
-        """The header, and the payload's first bytes."""
-        request = await self.next()
-        if request is None or not request.HasField("header"):
-            raise WireError("a call must begin with its header")
-        return request.header, _checked(request.chunk, least=0)
-
-    async def next(self) -> expert_pb2.CallRequest | None:
-        """None at the end."""
-        self._reading = asyncio.ensure_future(anext(self._requests, None))
-        self._reading.add_done_callback(_note_failure)
-        return await asyncio.shield(self._reading)
-
-
-def _checked(chunk: bytes, least: int) -> bytes:
-    if not least <= len(chunk) <= MAX_CHUNK_BYTES:
-        raise WireError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
-    return chunk
-
-
-class _Payload:
-    """Reads exact numbers of bytes from a stream of chunks. Never holds more than was asked for and one chunk."""
-
-    def __init__(self, reader: _Reader, first: bytes) -> None:
-        self._reader = reader
-        self._chunk = memoryview(first)
-
-    async def read(self, size: int) -> bytearray:
-        """The next `size` bytes. Raises WireError when the stream ends before."""
-        data = bytearray()
-        while len(data) < size:
-            if not self._chunk:
-                self._chunk = memoryview(await self._next_chunk(size - len(data)))
-            missing = size - len(data)
-            data += self._chunk[:missing]
-            self._chunk = self._chunk[missing:]
-        return data
-
-    async def expect_end(self) -> None:
-        """Raises WireError when there is more than the header said."""
-        if self._chunk or await self._reader.next() is not None:
-            raise WireError("the payload is longer than the header says")
-
-    async def _next_chunk(self, missing: int) -> bytes:
-        request = await self._reader.next()
-        if request is None:
-            raise WireError(f"the payload ended {missing} bytes before what the header says")
-        return _checked(b"" if request.HasField("header") else request.chunk, least=1)

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_server.expert import Expert
+from expert_server.reading import Reader
 from expert_server.servicer import SeenRequests
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -164,3 +165,25 @@ def test_a_call_that_is_given_up_leaves_nothing_queued(run: Runner, way: str) ->
         await make(edge, Call(seed=5))
 
     run(scenario)
+
+
+def test_a_read_that_has_begun_is_not_cancelled_with_its_call(loop: LoopThread) -> None:
+    """gRPC would not free what it reads then (issue 43360)."""
+
+    async def scenario() -> None:
+        arrives, ended = asyncio.Event(), asyncio.Event()
+
+        async def requests() -> AsyncIterator[expert_pb2.CallRequest]:
+            await arrives.wait()
+            ended.set()
+            yield expert_pb2.CallRequest()
+
+        reading = asyncio.create_task(Reader(requests()).next())
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        assert reading.cancelled()
+        arrives.set()
+        await asyncio.wait_for(ended.wait(), 5)
+
+    loop.run(scenario(), 10)
