@@ -172,27 +172,28 @@ async def soak(node: NodeProcess, folder: Path, seconds: float) -> list[Sample]:
     return samples
 
 
-def growth(samples: Sequence[Sample], of: Callable[[Sample], float]) -> float:
-    """By the straight line through all samples, from the first to the last."""
-    times = [sample.at_s for sample in samples]
-    return linear_regression(times, [of(sample) for sample in samples]).slope * (times[-1] - times[0])
+def growth(times: Sequence[float], values: Sequence[float]) -> float:
+    """By the straight line through all, from the first to the last."""
+    return linear_regression(times, values).slope * (times[-1] - times[0])
 
 
 def assert_flat(samples: Sequence[Sample]) -> None:
-    """In the second half: no growth beyond what the allocator and chance make."""
+    """In the second half nothing grows, but for what the allocator and calls under way make."""
     half = samples[len(samples) // 2 :]
     minutes = (half[-1].at_s - half[0].at_s) / 60
-    memory_mb = [sample.memory_mb for sample in half]
-    tolerance_mb = 4.0 + 1.0 * minutes
-    for name in ("memory_mb", "descriptors", "threads", "tasks"):
+    tolerances = {"memory_mb": 10 + 1.0 * minutes, "descriptors": 3, "threads": 2, "tasks": CALLERS}
+    too_much = []
+    for name, tolerance in tolerances.items():
         values = [getattr(sample, name) for sample in half]
-        grown = growth(half, lambda sample: getattr(sample, name))  # noqa: B023  # called at once
-        print(
-            f"{name}: median {median(values):.1f}, least {min(values):.1f}, most {max(values):.1f}, "
-            f"grown by {grown:.2f} in {minutes:.2f} min"
+        grown = growth([sample.at_s for sample in half], values)
+        line = (
+            f"{name}: median {median(values):.1f}, most {max(values):.1f}, "
+            f"grown by {grown:.2f} in {minutes:.2f} min, allowed {tolerance:.2f}"
         )
-    assert growth(half, lambda sample: sample.memory_mb) <= tolerance_mb
-    assert max(memory_mb) <= 1.1 * median(memory_mb)
+        print(line)
+        if grown > tolerance or max(values) > 1.1 * median(values) + 3 * CALLERS:
+            too_much.append(line)
+    assert not too_much
 
 
 def test_a_node_holds_no_more_after_a_little_trouble(
