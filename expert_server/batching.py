@@ -100,21 +100,25 @@ class BatchQueue:
         self._measured_rows = self._measured_s = 0.0
 
     def make_room(self, work: Work) -> list[Entry]:
-        """Takes out what one caller has beyond its share, latest deadlines first, when this work has no room beside it.
+        """Takes out what one caller has beyond its share, latest deadlines first, when this work has room only then.
 
-        A caller can have more than its share only if it was alone when it came.
+        A caller can have more than its share only if it was alone when it came, and one at most has: it is half of all.
         """
         if self.rows + work.rows <= self._max_queued_rows or self._is_beyond_share(work):
             return []
-        taken: list[Entry] = []
         others = (caller for name, caller in self._callers.items() if name != work.caller)
-        large = [caller for caller in others if caller.rows > self._share]
-        for caller in large:  # at most one: a share is half of the queue
-            for _, order in sorted(caller.line.items(), reverse=True):
-                if caller.rows <= self._share:
-                    break
-                taken.append(self._take(self._waiting[order]))
-        return taken
+        large = next((caller for caller in others if caller.rows > self._share), None)
+        if large is None:
+            return []
+        beyond, left = list[Entry](), large.rows
+        for _, order in sorted(large.line.items(), reverse=True):
+            if left <= self._share:
+                break
+            beyond.append(self._waiting[order])
+            left -= beyond[-1].work.rows
+        if self.rows - large.rows + left + work.rows > self._max_queued_rows:
+            return []
+        return [self._take(entry) for entry in beyond]
 
     def push(self, work: Work) -> Entry:
         """Raises ExpertError (RESOURCE_EXHAUSTED) when the rows don't fit beside those that wait."""

@@ -24,6 +24,8 @@ class NodeCounts:
     uploaded_bytes: int
     downloaded_bytes: int
     memory_bytes: int
+    tasks: int
+    """Of the event loop."""
 
 
 class NodeCollector(Collector):
@@ -42,6 +44,7 @@ class NodeCollector(Collector):
         yield CounterMetricFamily(
             "talkoot_dht_failures", "DHT rounds that failed or timed out.", node.dht_failures
         )
+        yield GaugeMetricFamily("talkoot_tasks", "Tasks on the event loop.", node.tasks)
         saves = node.checkpoints
         yield CounterMetricFamily("talkoot_checkpoints_saved", "Checkpoints written.", saves.saved)
         yield CounterMetricFamily(

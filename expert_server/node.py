@@ -126,6 +126,7 @@ class Node:
         self._certificate = swarm.host.identity.make_certificate()
         self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
+        self._loop = asyncio.get_running_loop()  # metrics are read on another thread
 
     @classmethod
     async def start(
@@ -359,6 +360,7 @@ class Node:
             uploaded_bytes=self.traffic.up.bytes,
             downloaded_bytes=self.traffic.down.bytes,
             memory_bytes=self._memory_bytes(),
+            tasks=len(asyncio.all_tasks(self._loop)),
         )
 
 

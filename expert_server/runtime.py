@@ -191,15 +191,15 @@ class Runtime:
         try:
             with self._lock:
                 displaced = self._queue.make_room(work)
+                retry_after_s = [self._queue.retry_after_s(other.work.caller) for other in displaced]
                 entry = self._queue.push(work)
         except ExpertError:
             self._stats.refused += 1
             raise
         self._stats.refused += len(displaced)
-        for other in displaced:
-            message = "no room: others wait, and more than your share of the queue was yours"
-            retry_after_s = self._queue.retry_after_s(other.work.caller)
-            self._fail([other], StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s)
+        message = "no room: others wait, and more than your share of the queue was yours"
+        for other, seconds in zip(displaced, retry_after_s, strict=True):
+            self._fail([other], StatusCode.RESOURCE_EXHAUSTED, message, seconds)
         return entry
 
     def _start(self) -> None:

@@ -1,10 +1,11 @@
 """The gRPC edge of a node: reads calls, refuses what is wrong before it is queued, streams answers as they come."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import grpc
@@ -17,16 +18,16 @@ from dht.uid import UID
 from expert_server.batching import Direction, Work
 from expert_server.computing import Result
 from expert_server.kept import Kept, KeptForwards
+from expert_server.reading import Payload, Reader, Requests, note_failure
 from expert_server.runtime import Runtime
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode, encode, encoded_bytes
+from peer.codec import CHUNK_BYTES, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
 from peer.rates import Rate, Traffic
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-Requests = AsyncIterator[expert_pb2.CallRequest]
 Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
 
 MAX_EXPERTS_IN_CALL = 4096
@@ -126,10 +127,12 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self._traffic = traffic or Traffic()
 
     async def Forward(self, requests: Requests, context: Context) -> None:
-        await self._serve("forward", requests, context)
+        with _ending_with_the_call():
+            await self._serve("forward", requests, context)
 
     async def Backward(self, requests: Requests, context: Context) -> None:
-        await self._serve("backward", requests, context)
+        with _ending_with_the_call():
+            await self._serve("backward", requests, context)
 
     async def Info(
         self,
@@ -168,15 +171,15 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
     async def _answer_call(
         self, direction: Direction, requests: Requests, context: Context, deadline: float
     ) -> None:
-        header, chunk = await _read_header(requests)
+        reader = Reader(requests, self._traffic.down)
+        header, chunk = await reader.header()
         require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
         parts = self._check_parts(header, direction)
         if direction == "backward" and not self._seen.is_new(header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
 
         call = _Call(direction, header, deadline, context, self._traffic.up)
-        await self._traffic.down.take(len(chunk))
-        payload = _Payload(requests, chunk, self._traffic.down)
+        payload = Payload(reader, chunk)
         answers: list[asyncio.Task[None]] = []
         try:
             for index, part in enumerate(parts):
@@ -377,7 +380,7 @@ class _Call:
 
     async def _send(self, message: expert_pb2.CallReply) -> None:
         self._sending = asyncio.ensure_future(self._context.write(message))
-        self._sending.add_done_callback(_note_failed_write)
+        self._sending.add_done_callback(note_failure)
         await asyncio.shield(self._sending)
 
     async def write_error(self, index: int, error: ExpertError) -> None:
@@ -391,56 +394,10 @@ class _Call:
         return torch.from_numpy(decode(data, self.header.width, self.header.codec))
 
 
-def _note_failed_write(sending: "asyncio.Future[None]") -> None:
-    """Nobody may be waiting for it any more."""
-    if not sending.cancelled() and (error := sending.exception()) is not None:
-        logger.debug("a reply was not written: %s", error)
-
-
-async def _read_header(requests: Requests) -> tuple[expert_pb2.CallHeader, bytes]:
-    """The header, and the payload's first bytes."""
-    async for request in requests:
-        if not request.HasField("header"):
-            break
-        return request.header, _checked(request.chunk, least=0)
-    raise WireError("a call must begin with its header")
-
-
-def _checked(chunk: bytes, least: int) -> bytes:
-    if not least <= len(chunk) <= MAX_CHUNK_BYTES:
-        raise WireError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
-    return chunk
-
-
-class _Payload:
-    """Reads exact numbers of bytes from a stream of chunks. Never holds more than was asked for and one chunk."""
-
-    def __init__(self, requests: Requests, first: bytes, downloads: Rate) -> None:
-        self._requests = requests
-        self._downloads = downloads
-        self._chunk = memoryview(first)
-
-    async def read(self, size: int) -> bytearray:
-        """The next `size` bytes. Raises WireError when the stream ends before."""
-        data = bytearray()
-        while len(data) < size:
-            if not self._chunk:
-                self._chunk = memoryview(await self._next_chunk(size - len(data)))
-            missing = size - len(data)
-            data += self._chunk[:missing]
-            self._chunk = self._chunk[missing:]
-        return data
-
-    async def expect_end(self) -> None:
-        """Raises WireError when there is more than the header said."""
-        if self._chunk:
-            raise WireError("the payload is longer than the header says")
-        async for _ in self._requests:
-            raise WireError("the payload is longer than the header says")
-
-    async def _next_chunk(self, missing: int) -> bytes:
-        async for request in self._requests:
-            chunk = _checked(b"" if request.HasField("header") else request.chunk, least=1)
-            await self._downloads.take(len(chunk))  # gRPC reads on only then: the sender slows down
-            return chunk
-        raise WireError(f"the payload ended {missing} bytes before what the header says")
+@contextlib.contextmanager
+def _ending_with_the_call() -> Iterator[None]:
+    """A caller who has gone while it was answered or refused is no error of ours: as if gRPC had cancelled us."""
+    try:
+        yield
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError from error

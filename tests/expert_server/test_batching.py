@@ -62,7 +62,8 @@ class ModelQueue:
                 left = self.rows_of(entry.work.caller) - sum(e.work.rows for e in displaced)
                 if entry.work.caller != work.caller and left > self.share:
                     displaced.append(entry)
-        return displaced
+        left = self.rows - sum(entry.work.rows for entry in displaced)
+        return displaced if left + work.rows <= self.max_queued_rows else []
 
     def is_beyond_share(self, work: Work) -> bool:
         own = self.rows_of(work.caller)
@@ -334,3 +335,12 @@ def test_no_one_is_displaced_for_work_that_is_refused_anyway() -> None:
     queue.push(make_work(10, caller="greedy"))
     assert queue.make_room(make_work(6, caller="other")) == []
     assert queue.rows == 10
+
+
+def test_no_one_is_displaced_when_the_room_would_not_be_enough() -> None:
+    queue = BatchQueue(8, 8)
+    for rows, deadline in ((4, 1.0), (1, 2.0)):
+        queue.push(make_work(rows, deadline=deadline, caller="greedy"))
+    queue.push(make_work(3, caller="other"))
+    assert queue.make_room(make_work(4, caller="third")) == []  # one row less would not do
+    assert queue.rows == 8

@@ -310,6 +310,7 @@ def test_metrics_are_served_on_loopback_as_prometheus_text(play: Play) -> None:
             assert f"# TYPE talkoot_{name}_total counter" in text
         assert float(values['talkoot_unfinished_works_total{cause="expired"}']) == 0
         assert float(values["process_open_fds"]) > 0
+        assert float(values["talkoot_tasks"]) > 0
         await node.stop()
         with pytest.raises(OSError, match="refused"):
             await asyncio.to_thread(fetch, node.metrics_address)

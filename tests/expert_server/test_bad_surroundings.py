@@ -1,0 +1,173 @@
+"""A real node: its disk is full, its folder can't be written, it is killed, its DHT holds foreign records."""
+
+import asyncio
+import contextlib
+import resource
+import signal
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from node_process import NodeProcess, found_by_a_trainer, started
+from village import LOCAL, MANIFEST, UIDS, Village, eventually
+
+from dht.records import SwarmKeys, seal
+from dht.registry import NodeInfo
+from dht.swarm import join_swarm
+from dht.uid import UID
+from expert_server.checkpoints import CheckpointStore
+from peer.channels import ChannelPool
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.wire import records_pb2
+from trainer_client.calls import Answer, Direction, GrpcCaller, Request
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+HIDDEN, ROWS = 64, 5
+AN_EXPERT = UID(0, (0,))
+MANIFEST_TOML = f"""
+name = "hardship"
+[model]
+layers = 1
+hidden = {HIDDEN}
+heads = 2
+context = 16
+feed_forward = 64
+[experts]
+grid = [1]
+[routing]
+top_k = 1
+"""
+FULL_AT_BYTES = 50_000  # more than the log has, less than a checkpoint
+
+
+@dataclass
+class Trainer:
+    """Calls the one expert of a node."""
+
+    node: NodeInfo
+    caller: GrpcCaller
+
+    async def call(self, direction: Direction) -> Answer:
+        rows = np.random.default_rng(0).standard_normal((ROWS, HIDDEN), dtype=np.float32)
+        gradients = rows if direction == "backward" else None
+        request = Request(AN_EXPERT, [ROWS], range(ROWS), rows, gradients)
+        (answer,) = [a async for a in self.caller.call(self.node, direction, [request], 20.0)]
+        assert answer.error is None, answer.error
+        assert answer.tensor is not None
+        assert np.isfinite(answer.tensor).all()
+        return answer
+
+
+@contextlib.asynccontextmanager
+async def training(node: NodeProcess, folder: Path) -> AsyncIterator[Trainer]:
+    async with found_by_a_trainer(node, folder) as (info, _, swarm_id):
+        channels = ChannelPool()
+        try:
+            yield Trainer(info, GrpcCaller(channels, swarm_id, HIDDEN))
+        finally:
+            await channels.close()
+
+
+async def reaches(node: NodeProcess, name: str, least: float) -> None:
+    async def reached() -> bool:
+        return await asyncio.to_thread(node.metric, name) >= least
+
+    await eventually(reached, 20)
+
+
+def saved(node: NodeProcess, folder: Path) -> int:
+    """The update count of the newest valid checkpoint, as the next start would find it."""
+    (path,) = (folder / "state" / "checkpoints").iterdir()
+    checkpoint = CheckpointStore(path.parent, path.name, 2).load_newest(AN_EXPERT)
+    return checkpoint.update_count if checkpoint else 0
+
+
+def test_a_disk_that_is_full_and_a_kill_lose_nothing_that_was_saved(loop: LoopThread, tmp_path: Path) -> None:
+    async def until_the_disk_is_full(node: NodeProcess) -> int:
+        async with training(node, tmp_path) as trainer:
+            await trainer.call("backward")
+            await reaches(node, "talkoot_checkpoints_saved_total", 1)
+            pid = node.process.pid
+            limits = resource.prlimit(pid, resource.RLIMIT_FSIZE, (FULL_AT_BYTES, resource.RLIM_INFINITY))
+            await trainer.call("backward")
+            await reaches(node, "talkoot_checkpoint_failures_total", 2)
+            await trainer.call("forward")
+            assert saved(node, tmp_path) == 1
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+            await reaches(node, "talkoot_checkpoints_saved_total", 2)
+            assert saved(node, tmp_path) == 2
+            answer = await trainer.call("backward")
+            node.process.send_signal(signal.SIGKILL)  # the third may be on its way to the disk
+            return 2 if answer.tensor is not None else 0
+
+    async def what_is_left(node: NodeProcess) -> None:
+        assert "go on from this node's checkpoints" in node.log.read_text()
+        async with training(node, tmp_path) as trainer:
+            await trainer.call("backward")
+            await reaches(node, "talkoot_updates_total", 1)
+
+    with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0.2) as node:
+        least = loop.run(until_the_disk_is_full(node), 60)
+        node.process.wait(10)
+        kept = saved(node, tmp_path)
+        assert kept in (least, least + 1)
+    with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0) as node:
+        loop.run(what_is_left(node), 60)
+        node.process.terminate()
+        node.process.wait(20)
+        assert saved(node, tmp_path) == kept + 1  # saved when it stopped politely
+
+
+def test_a_state_folder_that_cannot_be_written_costs_no_call(loop: LoopThread, tmp_path: Path) -> None:
+    """A file stands in the folder's place: permissions do not stop a superuser."""
+    (tmp_path / "state").mkdir(mode=0o700)
+    (tmp_path / "state" / "checkpoints").write_text("in the way")
+
+    async def scenario(node: NodeProcess) -> None:
+        async with training(node, tmp_path) as trainer:
+            await trainer.call("backward")
+            await reaches(node, "talkoot_checkpoint_failures_total", 2)
+            await trainer.call("backward")
+            await trainer.call("forward")
+            assert await asyncio.to_thread(node.metric, "talkoot_updates_total") == 2
+
+    with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0.2) as node:
+        loop.run(scenario(node), 60)
+        assert "could not save 1 experts, such as 0.0: " in node.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(2)]
+
+
+def test_another_swarms_records_are_not_taken_for_this_swarms(
+    loop: LoopThread, identities: list[Identity], tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            village = Village(identities, stack, tmp_path)
+            node = await village.found(experts=len(UIDS))
+            stranger = await join_swarm(identities[1], await node.swarm.invite(), listen=LOCAL)
+            stack.push_async_callback(stranger.stop)
+            here = node.swarm.keys.expert(UIDS[0])
+            there = SwarmKeys(MANIFEST.name, identities[1].peer_id).expert(UIDS[0])
+            until = time.time() + 60
+            announced = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING, update_count=99)
+            foreign = seal(
+                identities[1],
+                records_pb2.RecordPayload(key=there, expires_at=until, announcement=announced),
+            )
+            dht, subkey = stranger.host.dht, identities[1].peer_id.to_bytes()
+            assert await dht.store(there, foreign, until, subkey=subkey), "where it belongs it is right"
+            assert not await dht.store(here, foreign, until, subkey=subkey)
+            (replicas,) = (await node.swarm.registry.replicas([UIDS[0]])).values()
+            assert [(r.peer_id, r.update_count) for r in replicas] == [(node.swarm.host.peer_id, 0)]
+
+    loop.run(scenario(), 60)

@@ -1,0 +1,239 @@
+"""The runtime while everything happens at once: every work ends, none is computed twice, and the counts add up."""
+
+import asyncio
+import contextlib
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import uvloop
+from grpc import StatusCode
+from torch import Tensor
+
+from dht.manifest import ExpertSpec, Manifest, ModelSpec
+from dht.uid import UID
+from expert_server.batching import Work
+from expert_server.expert import BackwardPart, Expert
+from expert_server.runtime import Runtime
+from peer.errors import ExpertError
+
+WIDTH = 8
+MANIFEST = Manifest(
+    name="stress",
+    model=ModelSpec(layers=1, hidden=WIDTH, heads=2, feed_forward=8),
+    experts=ExpertSpec(grid=(6,)),
+)
+UIDS = MANIFEST.uids()
+ALWAYS_THERE, BROKEN = UIDS[:3], UIDS[2]
+CALLERS, CALLS = 24, 40
+MAX_ROWS = 9
+
+
+@dataclass
+class Witness:
+    """Sees what the compute threads do, and what must never be."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    under_way: Counter[UID | None] = field(default_factory=Counter)
+    """Batches by expert, and functions that were run (None)."""
+    computed: Counter[int] = field(default_factory=Counter)
+    """Rows by work."""
+    batches: int = 0
+    steps: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def sees(self, uid: UID | None) -> Iterator[None]:
+        with self.lock:
+            self.under_way[uid] += 1
+            if max(self.under_way.values()) > 1 or (self.under_way[None] and self.under_way.total() > 1):
+                self.wrong.append(f"at the same time: {self.under_way}")
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.under_way[uid] -= 1
+
+    def note_batch(self, inputs_RD: Tensor) -> None:
+        with self.lock:
+            self.batches += 1
+            self.computed.update(inputs_RD[:, 0].int().tolist())
+
+
+class WatchedExpert(Expert):
+    """Gives back what it gets, some of it twice as large, after a while."""
+
+    def __init__(self, uid: UID, witness: Witness) -> None:
+        super().__init__(uid, MANIFEST)
+        self._witness = witness
+
+    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+        with self._witness.sees(self.uid):
+            self._witness.note_batch(x_RD)
+            time.sleep(2e-5 * len(x_RD))
+            if self.uid == BROKEN and len(x_RD) % 3 == 0:
+                raise RuntimeError("out of memory")
+        return x_RD.clone()
+
+    def backward(self, parts: Sequence[BackwardPart]) -> list[Tensor]:
+        with self._witness.sees(self.uid):
+            self._witness.note_batch(torch.cat([part.inputs for part in parts]))
+            self._witness.steps += 1
+            time.sleep(2e-5 * sum(len(part.inputs) for part in parts))
+            self.update_count += 1
+        return [2 * part.inputs for part in parts]
+
+
+class Stress:
+    """Callers, and somebody who adds, removes and runs things, all by one seed."""
+
+    def __init__(self, seed: int, threads: int) -> None:
+        self.witness = Witness()
+        self.ends: dict[int, StatusCode | str] = {}
+        """How each work ended: a status, or "cancelled"."""
+        self.rows: dict[int, int] = {}
+        self.ran: Counter[str] = Counter()
+        self._rng = random.Random(seed)
+        experts: dict[UID, Expert] = {uid: WatchedExpert(uid, self.witness) for uid in ALWAYS_THERE}
+        self.runtime = Runtime(experts, max_queued_rows=60, max_batch_rows=20, threads=threads)
+
+    async def all_at_once(self) -> None:
+        """Until every caller has made its calls. Raises TimeoutError when one of them never ends."""
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            callers = [
+                group.create_task(self._call_often("greedy" if n % 2 else str(n % 8))) for n in range(CALLERS)
+            ]
+            changes = [group.create_task(step()) for step in (self._add_and_remove, self._run_often)]
+            await asyncio.wait(callers)
+            for change in changes:
+                change.cancel()
+
+    async def _call_often(self, caller: str) -> None:
+        for _ in range(CALLS):
+            work = self._work(caller)
+            number = int(work.inputs[0, 0])
+            call = asyncio.create_task(self._submit(number, work))
+            if self._rng.random() < 0.2:
+                await asyncio.sleep(self._rng.uniform(0, 0.004))
+                call.cancel()
+            await asyncio.wait([call])
+            if call.cancelled():
+                self.ends[number] = "cancelled"
+            else:
+                call.result()  # raises what it should not have
+            if self.ends[number] is StatusCode.UNAVAILABLE:
+                return
+
+    async def _submit(self, number: int, work: Work) -> None:
+        try:
+            result = await self.runtime.submit(work)
+        except ExpertError as error:
+            self.ends[number] = error.status
+        else:
+            torch.testing.assert_close(result.tensor, (1 if work.gradients is None else 2) * work.inputs)
+            self.ends[number] = StatusCode.OK
+
+    def _work(self, caller: str) -> Work:
+        rows, backward = self._rng.randint(1, MAX_ROWS), self._rng.random() < 0.4
+        number = len(self.rows)
+        self.rows[number] = rows
+        inputs = torch.full((rows, WIDTH), float(number))
+        deadline = time.monotonic() + self._rng.choice([0.002, 0.02, float("inf")])
+        return Work(
+            uid=self._rng.choice(UIDS),
+            direction="backward" if backward else "forward",
+            inputs=inputs,
+            gradients=inputs if backward else None,
+            lengths=torch.ones(rows, dtype=torch.int64),
+            positions=torch.zeros(rows, dtype=torch.int64),
+            deadline=deadline,
+            caller=caller,
+        )
+
+    async def _add_and_remove(self) -> None:
+        while True:
+            await asyncio.sleep(self._rng.uniform(0, 0.005))
+            uid = self._rng.choice(UIDS)
+            if uid in self.runtime.experts and uid not in ALWAYS_THERE:
+                self.runtime.remove(uid)
+            else:
+                self.runtime.add(WatchedExpert(uid, self.witness))
+
+    async def _run_often(self) -> None:
+        while True:
+            await asyncio.sleep(self._rng.uniform(0, 0.005))
+            run = asyncio.create_task(self.runtime.run(self._alone))
+            if self._rng.random() < 0.3:
+                await asyncio.sleep(0)
+                run.cancel()
+            (end,) = await asyncio.gather(run, return_exceptions=True)
+            self.ran[type(end).__name__] += 1
+
+    def _alone(self) -> None:
+        with self.witness.sees(None):
+            time.sleep(1e-4)
+            if self._rng.random() < 0.3:
+                raise ZeroDivisionError
+
+    def check(self) -> None:
+        witness, stats = self.witness, self.runtime.stats
+        assert witness.wrong == []
+        assert self.ends.keys() == self.rows.keys()
+        for number, end in self.ends.items():
+            computed = witness.computed[number]
+            if end in (StatusCode.OK, StatusCode.INTERNAL):
+                assert computed == self.rows[number], (number, end)
+            elif end == "cancelled":
+                assert computed in (0, self.rows[number])
+            else:
+                assert computed == 0, (number, end)
+        counts = Counter(self.ends.values())
+        gone = counts["cancelled"]
+        assert stats.queued_rows == 0
+        assert (stats.rows, stats.batches) == (witness.computed.total(), witness.batches)
+        assert stats.updates == witness.steps
+        assert 0 <= stats.expired - counts[StatusCode.DEADLINE_EXCEEDED] <= gone
+        assert 0 <= stats.refused - counts[StatusCode.RESOURCE_EXHAUSTED] <= gone
+        assert 0 <= stats.failed - counts[StatusCode.INTERNAL] <= gone
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("seed", range(2))
+def test_every_work_ends_whatever_happens_beside_it(seed: int, threads: int) -> None:
+    async def scenario() -> None:
+        stress = Stress(seed, threads)
+        await stress.runtime.start()
+        try:
+            await stress.all_at_once()
+        finally:
+            await stress.runtime.stop()
+        stress.check()
+        counts = Counter(stress.ends.values())
+        assert StatusCode.UNAVAILABLE not in counts
+        assert counts[StatusCode.OK] > CALLERS * CALLS / 10
+        assert stress.ran["NoneType"] > 0
+
+    uvloop.run(scenario())
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stop_in_the_middle_of_everything_ends_all_of_it(seed: int, threads: int) -> None:
+    async def scenario() -> None:
+        stress = Stress(seed, threads)
+        await stress.runtime.start()
+        everything = asyncio.create_task(stress.all_at_once())
+        await asyncio.sleep(0.05 + 0.05 * seed)
+        assert not everything.done()
+        await stress.runtime.stop()
+        await everything
+        stress.check()
+        assert StatusCode.UNAVAILABLE in stress.ends.values()
+        assert not [t for t in threading.enumerate() if t.name.startswith("compute")]
+
+    uvloop.run(scenario())
