@@ -10,10 +10,14 @@ import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import FileDescriptor
 
-from peer.wire import expert_pb2, records_pb2
+from peer.wire import expert_pb2, records_pb2, state_pb2
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = {"expert": expert_pb2.DESCRIPTOR, "records": records_pb2.DESCRIPTOR}
+COMMITTED = {
+    "expert": expert_pb2.DESCRIPTOR,
+    "records": records_pb2.DESCRIPTOR,
+    "state": state_pb2.DESCRIPTOR,
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +67,12 @@ def significant(path: Path, pattern: str) -> list[str]:
     return re.findall(pattern, path.read_text(encoding="utf-8"))
 
 
-def test_committed_stubs_call_what_the_service_has(generated: Path) -> None:
+@pytest.mark.parametrize(("name", "call"), [("expert", "Expert/Forward"), ("state", "State/Fetch")])
+def test_committed_stubs_call_what_the_service_has(name: str, call: str, generated: Path) -> None:
     pattern = r"'/talkoot[^']*'|\w+__pb2\.\w+\.(?:FromString|SerializeToString)|stream_\w+|unary_\w+"
-    fresh = significant(generated / "peer/wire/expert_pb2_grpc.py", pattern)
-    assert "'/talkoot.v1.ExpertService/Forward'" in fresh
-    assert significant(ROOT / "peer/wire/expert_pb2_grpc.py", pattern) == fresh
+    fresh = significant(generated / f"peer/wire/{name}_pb2_grpc.py", pattern)
+    assert f"'/talkoot.v1.{call.replace('/', 'Service/')}'" in fresh
+    assert significant(ROOT / f"peer/wire/{name}_pb2_grpc.py", pattern) == fresh
 
 
 @pytest.mark.parametrize("name", COMMITTED)
