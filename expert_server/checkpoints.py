@@ -238,6 +238,10 @@ class Checkpoints:
             left = sum(map(self._is_changed, experts))
             logger.warning("no time to save %d experts; their checkpoints before this stay", left)
 
+    def note_replaced(self, uid: UID) -> None:
+        """The expert's state is another one, though it may have as many updates: it needs saving."""
+        self._on_disk.pop(uid, None)
+
     def _is_changed(self, expert: Expert) -> bool:
         return expert.update_count != self._on_disk.get(expert.uid, 0)
 

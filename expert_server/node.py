@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -14,28 +15,30 @@ import grpc
 from prometheus_client import CollectorRegistry
 
 from dht.swarm import Stage, Swarm
+from expert_server.averaging import Meetings
 from expert_server.blocks import builder_of
 from expert_server.checkpoints import Checkpoints, CheckpointStore
 from expert_server.hosting import Hosting
 from expert_server.metrics import NodeCollector, NodeCounts
+from expert_server.replication import Replication
 from expert_server.runtime import Runtime, RuntimeStats
 from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.settings import NodeSettings
+from expert_server.state_servicer import StateServicer
+from expert_server.transfer import Snapshots, SnapshotTaker, StateClient
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.channels import SERVER_OPTIONS, server_credentials
 from peer.errors import StartError, SwarmError, UnreachableError
 from peer.host import require_free_port
 from peer.metrics import MetricsServer
-from peer.wire import expert_pb2_grpc, records_pb2
+from peer.wire import expert_pb2_grpc, records_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 2.0
-"""Longest that a stopping node tries to withdraw its announcements."""
+"""Longest that a stopping node tries to withdraw its record."""
 _CALLS_GRACE_S = 1.0
 """Longest that a stopping node lets calls finish."""
-_LAST_SAVE_S = 10.0
-"""Longest that a stopping node saves its experts."""
 
 
 class NodeState(Enum):
@@ -44,6 +47,7 @@ class NodeState(Enum):
     JOINING = "joining"
     SERVING = "serving"
     UNREACHABLE = "can't reach the DHT"
+    DRAINING = "draining"
     STOPPING = "stopping"
 
 
@@ -61,6 +65,10 @@ class NodeStatus:
     queued_rows: int
     peers: int
     """DHT peers known."""
+    replicated: int
+    """Of the experts, those that other nodes serve too."""
+    handed_over: int
+    """Experts that others took over when this node left."""
 
 
 class Node:
@@ -82,10 +90,20 @@ class Node:
         self._now = now
         store = CheckpointStore(state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept)
         self.checkpoints = Checkpoints(store, runtime)
-        self.hosting = Hosting(settings, swarm, runtime, self.checkpoints, now)
+        meetings, swarm_id = Meetings(), swarm.keys.swarm_id
+        self.client = StateClient(swarm_id, swarm.manifest, swarm.host.peer_id, settings.max_transfer_s)
+        self.hosting = Hosting(settings, swarm, runtime, self.checkpoints, self.client, meetings, now)
+        snapshots = Snapshots(settings.max_snapshots, settings.snapshot_s)
+        self._snapshots = SnapshotTaker(runtime, snapshots, swarm_id, meetings.of)
+        self.replication = Replication(
+            settings, swarm, runtime, self.checkpoints, self.hosting, self.client, self._snapshots, meetings,
+            random.Random(swarm.host.peer_id.to_bytes()),  # noqa: S311  # whom to average with is no secret
+        )  # fmt: skip
         self._state = NodeState.JOINING
         self._started_at = now()
         self._dht_failures = 0
+        self._failing: set[str] = set()
+        """Of the rounds that a running node makes, those that failed the last time."""
         self._certificate = swarm.host.identity.make_certificate()
         self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
@@ -125,45 +143,61 @@ class Node:
             raise
 
     async def run(self) -> None:
-        """Announces, adopts experts that nobody hosts, and saves its own, for ever."""
+        """Announces, adopts, replicates and averages experts, and saves its own, for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._stay_announced())
+            group.create_task(self._look_around())
+            group.create_task(self.replication.run())
             if self._settings.checkpoint_every_s:
                 group.create_task(self.checkpoints.save_every(self._settings.checkpoint_every_s))
 
     async def _stay_announced(self) -> None:
         while True:
             await asyncio.sleep(self._settings.announce_every_s)
-            failures = [
-                error
-                for step in (self.hosting.announce, self._describe, self.hosting.adopt)
-                if (error := await _tried(step))
-            ]
-            if failures:
-                self._dht_failures += 1
-                again_s = self._settings.announce_every_s
-                logger.warning("%s; trying again in %.0f s", failures[0], again_s)
-            self._state = NodeState.UNREACHABLE if failures else NodeState.SERVING
+            await self._round("announce", self.hosting.announce, self._describe)
+
+    async def _look_around(self) -> None:
+        """Beside the announcements, which must not wait while states are fetched."""
+        await self._round("look", self.hosting.replicate)
+        while True:
+            await asyncio.sleep(self._settings.announce_every_s)
+            await self._round("look", self.hosting.adopt, self.hosting.replicate)
+
+    async def _round(self, name: str, *steps: Callable[[], Awaitable[None]]) -> None:
+        failures = [error for step in steps if (error := await _tried(step))]
+        if failures:
+            self._dht_failures += 1
+            self._failing.add(name)
+            again_s = self._settings.announce_every_s
+            logger.warning("%s; trying again in %.0f s", failures[0], again_s)
+        else:
+            self._failing.discard(name)
+        self._state = NodeState.UNREACHABLE if self._failing else NodeState.SERVING
 
     async def stop(self) -> None:
-        """Withdraws, lets calls finish for a moment, saves the experts, and ends. Stopping twice is harmless."""
-        if self._state is not NodeState.STOPPING:
+        """Hands its experts over, saves them, withdraws, and ends. Stopping twice is harmless."""
+        if self._state not in {NodeState.DRAINING, NodeState.STOPPING}:
+            self._state = NodeState.DRAINING
+            await self.hosting.release(self._settings.drain_timeout_s)
             self._state = NodeState.STOPPING
             await self._say_goodbye()
         if self._server is not None:
             await self._server.stop(_CALLS_GRACE_S)
-        await self.checkpoints.save_all_within(_LAST_SAVE_S)
+        await self.client.close()
         await self.runtime.stop()
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
             self._metrics = None
         await self.swarm.stop()
 
+    def hurry(self) -> None:
+        """Makes a node that stops wait for nobody to take its experts over."""
+        self.hosting.hurry()
+
     async def _say_goodbye(self) -> None:
-        """Withdraws what was announced. A DHT that does not answer must not keep us."""
+        """Withdraws its record. A DHT that does not answer must not keep us."""
         with contextlib.suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
-                await self.hosting.withdraw()
                 await self.swarm.registry.leave(self._settings.lifetime_s)
 
     def status(self) -> NodeStatus:
@@ -177,6 +211,8 @@ class Node:
             stats.rows,
             stats.queued_rows,
             len(self.swarm.host.dht.protocol.routing_table.uid_to_peer_id),
+            self.hosting.replicated,
+            self.hosting.handed_over,
         )
 
     async def _serve(self, host: str) -> None:
@@ -186,6 +222,16 @@ class Node:
         servicer = ExpertServicer(self.runtime, self.swarm.manifest, self.swarm.keys.swarm_id, limits)
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=settings.max_calls)
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, self._server)
+        states = StateServicer(
+            self._snapshots,
+            self.swarm.manifest,
+            self.swarm.keys.swarm_id,
+            self.client.counts,
+            self.replication.follow,
+            max_transfers=settings.max_transfers,
+            max_transfer_s=settings.max_transfer_s,
+        )
+        state_pb2_grpc.add_StateServiceServicer_to_server(states, self._server)
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
         try:
             port = self._server.add_secure_port(_endpoint(host, settings.grpc_port), credentials)
@@ -222,7 +268,13 @@ class Node:
 
     def _counts(self) -> NodeCounts:
         return NodeCounts(
-            len(self.runtime.experts), self.hosting.adopted, self._dht_failures, self.checkpoints.counts
+            len(self.runtime.experts),
+            self.hosting.adopted,
+            self._dht_failures,
+            self.checkpoints.counts,
+            self.hosting.handed_over,
+            self.replication.averagings,
+            self.client.counts,
         )
 
 

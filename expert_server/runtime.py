@@ -80,6 +80,7 @@ class Runtime:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
+        self._leaving = False
         self._stats = RuntimeStats()
         self._thread = ThreadPoolExecutor(
             max_workers=1,
@@ -120,6 +121,8 @@ class Runtime:
         """
         if self._task is None or self._stopped:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is not serving")
+        if self._leaving:
+            raise ExpertError(StatusCode.UNAVAILABLE, "this node is leaving")
         if work.uid not in self._experts:
             raise ExpertError(StatusCode.NOT_FOUND, _not_hosted(work.uid))
         self._refuse(self._queue.make_room(work))
@@ -135,6 +138,15 @@ class Runtime:
         finally:
             del self._waiting[entry]
             self._queue.discard(entry)
+
+    def refuse(self, leaving: bool = True) -> None:
+        """From now on new work is refused with UNAVAILABLE; with False it is taken again."""
+        self._leaving = leaving
+
+    async def settle(self) -> None:
+        """Waits for the work that was taken to be done."""
+        while self._waiting:
+            await asyncio.wait(list(self._waiting.values()))
 
     def add(self, expert: Expert) -> None:
         """Takes an expert into service, in place of one with the same UID."""
