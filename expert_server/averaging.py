@@ -69,7 +69,7 @@ def _averaged(
     if not like.is_floating_point():
         return torch.maximum(now, other)
     if name.endswith(".step"):  # of the optimizer: a count, for the correction of its bias
-        return now + torch.maximum(then, other) - then
+        return now + (torch.maximum(then, other) - then)
     result = now.double() + share * (
         other.double() - then.double()
     )  # twice as precise: equal states stay equal

@@ -172,13 +172,14 @@ class Node:
             logger.warning("%s; trying again in %.0f s", failures[0], again_s)
         else:
             self._failing.discard(name)
-        self._state = NodeState.UNREACHABLE if self._failing else NodeState.SERVING
+        if self._state in {NodeState.SERVING, NodeState.UNREACHABLE}:
+            self._state = NodeState.UNREACHABLE if self._failing else NodeState.SERVING
 
     async def stop(self) -> None:
         """Hands its experts over, saves them, withdraws, and ends. Stopping twice is harmless."""
         if self._state not in {NodeState.DRAINING, NodeState.STOPPING}:
             self._state = NodeState.DRAINING
-            await self.hosting.release(self._settings.drain_timeout_s)
+            await self._drain()
             self._state = NodeState.STOPPING
             await self._say_goodbye()
         if self._server is not None:
@@ -189,6 +190,15 @@ class Node:
             await asyncio.to_thread(self._metrics.close)
             self._metrics = None
         await self.swarm.stop()
+
+    async def _drain(self) -> None:
+        """Gives the experts up. Meanwhile the node stays announced, else nobody finds the states to fetch."""
+        announcing = asyncio.create_task(self._stay_announced(), name="announce while leaving")
+        try:
+            await self.hosting.release(self._settings.drain_timeout_s if self.address else 0)
+        finally:
+            announcing.cancel()
+            await asyncio.gather(announcing, return_exceptions=True)
 
     def hurry(self) -> None:
         """Makes a node that stops wait for nobody to take its experts over."""
