@@ -72,6 +72,7 @@ class Hosting:
         self._was_vacant: set[UID] = set()
         self._had_host: set[UID] = set()
         self._leaving = False
+        self._hurried = False
         self._changing = asyncio.Lock()
         """Held while experts are taken or given up."""
         self._claiming: asyncio.Task[list[UID]] | None = None
@@ -89,7 +90,7 @@ class Hosting:
 
     async def take_first(self) -> None:
         """Fills the room with experts that nobody hosts."""
-        self._leaving = False
+        self._leaving = self._hurried = False
         self._runtime.refuse(False)
         for _ in range(_CLAIM_ROUNDS):  # what was lost to other claims is tried elsewhere
             async with self._changing:
@@ -168,7 +169,7 @@ class Hosting:
                 async with asyncio.timeout(_QUEUE_S):
                     await self._runtime.settle()
             departure = Departure(self._swarm, self._client, [expert.uid for expert in experts])
-            if experts and timeout_s:
+            if experts and timeout_s and not self._hurried:
                 await self._hand_over(departure, timeout_s)
             with contextlib.suppress(UnreachableError, TimeoutError):
                 async with asyncio.timeout(_WITHDRAW_S):
@@ -185,6 +186,7 @@ class Hosting:
 
     def hurry(self) -> None:
         """Waits no longer for others to adopt what this node gives up."""
+        self._hurried = True
         if self._departing is not None:
             self._departing.cancel()
 

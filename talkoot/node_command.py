@@ -119,11 +119,12 @@ class _NodeCommand:
         self._state = state
         self._invite_file = invite_file
         self._served = False
+        self._node: Node | None = None
 
     async def run(self) -> None:
         """Serves until a signal comes. A node that served and was stopped has done its work: no error."""
         try:
-            await run_until_stopped(self._serve())
+            await run_until_stopped(self._serve(), self._hurry)
         except Stopped:
             if not self._served:
                 raise
@@ -137,12 +138,21 @@ class _NodeCommand:
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
             self._served = True
+            self._node = node
             self._show_invite(node, str(await swarm.invite()))
             async with asyncio.TaskGroup() as group:
                 group.create_task(node.run())
                 group.create_task(self._show_state(node))
         finally:
+            if experts := node.status().experts:
+                logger.info(
+                    "leaving: %d experts go to others with room; Ctrl-C again leaves at once", experts
+                )
             await node.stop()
+
+    def _hurry(self) -> None:
+        if self._node is not None:
+            self._node.hurry()
 
     def _show_invite(self, node: Node, invite: str) -> None:
         if self._invite_file is not None:
@@ -192,6 +202,7 @@ async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, float],
 def _words(status: NodeStatus, rows_per_s: float) -> str:
     return (
         f"{status.state.value}: {status.experts} of at most {status.capacity} experts, {status.adopted} adopted, "
+        f"{status.replicated} hosted by others too, "
         f"{status.updates} updates, {rows_per_s:.0f} rows/s, {status.queued_rows} rows queued, "
         f"{status.peers} DHT peers"
     )
