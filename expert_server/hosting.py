@@ -102,28 +102,20 @@ class Hosting:
         await self._announce(self._runtime.experts)
         await self._swarm.keep_manifest()
 
-    async def adopt(self) -> None:
-        """Takes experts that had no host at the last look either; before that they may be just changing hands.
-
-        The spare room is for those that had a host once: a founder alone leaves the others to those who join.
-        """
+    async def look(self) -> None:
+        """Adopts experts that nobody hosts, and takes further replicas into the room that is left."""
         async with self._changing:
             replicas = await self._swarm.registry.replicas(self._swarm.manifest.uids())
             me, mine = self._swarm.host.peer_id, self._runtime.experts
             if not self._leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
                 raise UnreachableError("the DHT does not give back this node's own announcements")
-            now_vacant = set(self._vacant(replicas))
-            self._had_host |= set(replicas) - now_vacant
-            lasting = now_vacant & self._was_vacant
-            self._was_vacant = now_vacant
-            saved = await self._checkpoints.newest()
-            orphans = lasting & (self._had_host | saved.keys())
-            room = self._room - len(mine)
-            wanted = choose(orphans, room + self._spare, me, saved)
-            wanted += choose(lasting - orphans, room - len(wanted), me, saved)
-            if taken := await self._claim(wanted):
-                self.adopted += len(taken)
-                logger.info("adopted %d experts that nobody hosted", len(taken))
+            await self._adopt(replicas)
+            await self._replicate(replicas)
+
+    async def replicate(self) -> None:
+        """Takes further replicas of the experts with the fewest, as far as there is room."""
+        async with self._changing:
+            await self._replicate(await self._swarm.registry.replicas(self._swarm.manifest.uids()))
 
     async def adopt_from(self, leaving: PeerID, uids: Collection[UID]) -> None:
         """Takes those of the experts that have, by the DHT, no host but this peer, who leaves."""
@@ -140,18 +132,6 @@ class Hosting:
             if taken := await self._claim(wanted[: max(0, self.capacity - len(mine))]):
                 self.adopted += len(taken)
                 logger.info("adopted %d experts of %s, which leaves", len(taken), leaving)
-
-    async def replicate(self) -> None:
-        """Takes further replicas of the experts with the fewest, as far as there is room."""
-        async with self._changing:
-            replicas = await self._swarm.registry.replicas(self._swarm.manifest.uids())
-            me, mine = self._swarm.host.peer_id, self._runtime.experts
-            self.replicated = sum(bool(serving_elsewhere(replicas[uid], me)) for uid in mine)
-            others = {uid: hosts for uid, hosts in replicas.items() if uid not in mine}
-            enough = self._settings.replicas
-            if taken := await self._claim(thin(others, self._room - len(mine), me, enough), enough):
-                self.replicated += len(taken)
-                logger.info("took further replicas of %d experts", len(taken))
 
     async def release(self, timeout_s: float) -> int:
         """Gives up all experts; for at most `timeout_s` others adopt those that nobody else serves.
@@ -232,6 +212,33 @@ class Hosting:
         for uid in uids:
             self._claimed_at.pop(uid, None)
         await self._swarm.registry.withdraw(uids, self._settings.lifetime_s)
+
+    async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+        """Takes experts that had no host at the last look either; before that they may be just changing hands.
+
+        The spare room is for those that had a host once: a founder alone leaves the others to those who join.
+        """
+        now_vacant = set(self._vacant(replicas))
+        self._had_host |= set(replicas) - now_vacant
+        lasting = now_vacant & self._was_vacant
+        self._was_vacant = now_vacant
+        me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
+        orphans = lasting & (self._had_host | saved.keys())
+        room = self._room - len(self._runtime.experts)
+        wanted = choose(orphans, room + self._spare, me, saved)
+        wanted += choose(lasting - orphans, room - len(wanted), me, saved)
+        if taken := await self._claim(wanted):
+            self.adopted += len(taken)
+            logger.info("adopted %d experts that nobody hosted", len(taken))
+
+    async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+        me, mine = self._swarm.host.peer_id, self._runtime.experts
+        self.replicated = sum(bool(serving_elsewhere(replicas[uid], me)) for uid in mine)
+        others = {uid: hosts for uid, hosts in replicas.items() if uid not in mine}
+        enough = self._settings.replicas
+        if taken := await self._claim(thin(others, self._room - len(mine), me, enough), enough):
+            self.replicated += len(taken)
+            logger.info("took further replicas of %d experts", len(taken))
 
     async def _take_vacant(self, room: int) -> list[UID]:
         replicas = await self._swarm.registry.replicas(self._swarm.manifest.uids())

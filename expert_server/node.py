@@ -161,7 +161,7 @@ class Node:
         await self._round("look", self.hosting.replicate)
         while True:
             await asyncio.sleep(self._settings.announce_every_s)
-            await self._round("look", self.hosting.adopt, self.hosting.replicate)
+            await self._round("look", self.hosting.look)
 
     async def _round(self, name: str, *steps: Callable[[], Awaitable[None]]) -> None:
         failures = [error for step in steps if (error := await _tried(step))]

@@ -73,7 +73,8 @@ class Restorer:
                 )
             except TransferError as error:
                 logger.warning("%s", error)
-                unreachable.add(replica.peer_id)
+                if not error.answered:
+                    unreachable.add(replica.peer_id)
                 continue
             except StateError as error:
                 logger.warning("refused the state of %s by %s: %s", expert.uid, replica.peer_id, error)

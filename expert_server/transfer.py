@@ -32,8 +32,12 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
 """How often a fetch is begun or resumed."""
+_BUSY_ATTEMPTS = 20
+"""How often it is tried at a node that others keep busy."""
 _BACKOFF_S = 0.2
-"""Before the second attempt; it doubles with each."""
+"""Before the second attempt; it doubles with each, up to eight times."""
+_STALL_S = 30.0
+"""Longest that the next chunk may take."""
 _ASK_S = 5.0
 """Longest that a peer may take to answer an Ask."""
 _MAX_UPDATE_COUNT = 10**15
@@ -246,21 +250,29 @@ class StateClient:
 
     async def _download(self, node: NodeInfo, uid: UID, sha256: bytes) -> tuple[state_pb2.StateHeader, bytes]:
         """Begins, and goes on where it was cut off, while the other keeps the snapshot."""
-        stub, download, reason = await self._stub(node), _Download(), "the stream ended early"
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
+        stub, download = await self._stub(node), _Download()
+        attempts = busy = 0
+        while True:
             try:
                 await self._receive(stub, uid, sha256, download)
+                reason = "the stream ended early"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+                busy += error.code() is StatusCode.RESOURCE_EXHAUSTED
                 if error.code() is StatusCode.FAILED_PRECONDITION and download.header and not sha256:
                     download = _Download()  # the snapshot is gone, as after a restart: begin anew
                 elif error.code() not in _PASSING:
-                    break
+                    raise TransferError(
+                        f"{node.peer_id} did not give expert {uid}: {reason}", True
+                    ) from error
             if download.header is not None and download.is_whole:
                 return download.header, bytes(download.data)
-        raise TransferError(f"expert {uid} did not come from {node.peer_id}: {reason}")
+            attempts += 1
+            if attempts - busy >= _ATTEMPTS or busy >= _BUSY_ATTEMPTS:
+                raise TransferError(
+                    f"expert {uid} did not come from {node.peer_id}: {reason}", answered=busy > 0
+                )
+            await asyncio.sleep(_BACKOFF_S * 2 ** min(attempts - 1, 3))
 
     async def _receive(self, stub: Any, uid: UID, sha256: bytes, download: _Download) -> None:
         begun = download.header
@@ -274,20 +286,20 @@ class StateClient:
         )
         call = stub.Fetch(request, timeout=self._max_transfer_s)
         try:
-            is_first = True
-            async for reply in call:
-                if is_first:
-                    download.header = self._checked(reply, begun, sha256)
-                    is_first = False
-                else:
-                    self._take_chunk(reply, download)
+            download.header = self._checked(await _next(call), begun, sha256)
+            while (reply := await _next(call)) is not grpc.aio.EOF:
+                self._take_chunk(reply, download)
+        except TimeoutError:
+            raise TransferError(f"expert {uid} stalled on its way for {_STALL_S:.0f} s") from None
         finally:
             call.cancel()
 
     def _checked(
-        self, reply: state_pb2.FetchReply, begun: state_pb2.StateHeader | None, sha256: bytes
+        self, reply: Any, begun: state_pb2.StateHeader | None, sha256: bytes
     ) -> state_pb2.StateHeader:
-        header = reply.header
+        if reply is grpc.aio.EOF:
+            raise StateError("a state must begin with its header")
+        header: state_pb2.StateHeader = reply.header
         if reply.WhichOneof("part") != "header" or len(header.sha256) != 32:
             raise StateError("a state must begin with its header")
         if header.total_bytes > self._max_bytes:
@@ -315,6 +327,12 @@ class StateClient:
             raise StateError("its checksum does not match: it was changed on its way")
         checkpoint = from_bytes(data, self._swarm_id, uid, header.update_count)
         return Fetched(checkpoint, header.sha256, header.met_update_count)
+
+
+async def _next(call: Any) -> Any:
+    """The next message, or EOF. Raises AioRpcError, and TimeoutError."""
+    async with asyncio.timeout(_STALL_S):
+        return await call.read()
 
 
 _PASSING = {

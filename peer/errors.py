@@ -68,7 +68,14 @@ class StateError(TalkootError):
 
 
 class TransferError(TalkootError):
-    """An expert's state that did not come from another node."""
+    """An expert's state that did not come from another node.
+
+    `answered` tells a node that said no from one that is not there.
+    """
+
+    def __init__(self, message: str, answered: bool = False) -> None:
+        super().__init__(message)
+        self.answered = answered
 
 
 class ExpertError(TalkootError):

@@ -180,7 +180,7 @@ def test_experts_that_were_given_up_are_taken_again(play: Play) -> None:
         assert await node.hosting.release(5) == 5
         assert not node.runtime.experts
         assert await announced(node, UIDS) == {}
-        await node.hosting.adopt()
+        await node.hosting.look()
         assert not node.runtime.experts
         await node.hosting.take_first()
         assert set(node.runtime.experts) == set(updates)

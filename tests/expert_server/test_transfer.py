@@ -287,7 +287,9 @@ def test_a_stream_that_always_ends_early_is_given_up(play: Callable[[Scenario], 
     play(scenario)
 
 
-def test_a_fetch_that_stalls_ends_in_time(play: Callable[[Scenario], None]) -> None:
+def test_a_fetch_that_stalls_ends_in_time(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(street: Street) -> None:
         async def stall(_: state_pb2.FetchRequest) -> Replies:
             yield header_of(DATA)
@@ -295,7 +297,11 @@ def test_a_fetch_that_stalls_ends_in_time(play: Callable[[Scenario], None]) -> N
 
         await street.serve(Liar(stall))
         street.client._max_transfer_s = 0.5
-        with pytest.raises(TransferError):
+        with pytest.raises(TransferError, match="within"):
+            await street.client.fetch(street.node, AN_UID)
+        monkeypatch.setattr("expert_server.transfer._STALL_S", 0.3)
+        street.client._max_transfer_s = 20
+        with pytest.raises(TransferError, match="stalled"):
             await street.client.fetch(street.node, AN_UID)
 
     play(scenario)
