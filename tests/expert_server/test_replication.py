@@ -204,6 +204,8 @@ def test_a_hint_that_the_dht_does_not_confirm_moves_nothing(play: Play) -> None:
         hosted = list(first.runtime.experts)
         states = {uid: await state_of(first, uid) for uid in hosted}
         assert await first.client.ask(info, state_pb2.ASK_REASON_ADOPT, hosted) == 3
+        vacant = sorted(set(UIDS) - set(hosted))
+        assert await first.client.ask(info, state_pb2.ASK_REASON_ADOPT, vacant) == 5
         (info,) = (await second.swarm.registry.nodes([first.swarm.host.peer_id])).values()
         accepted = await second.client.ask(
             info, state_pb2.ASK_REASON_AVERAGE, hosted[:1], b"a" * 32, b"b" * 32
