@@ -70,9 +70,8 @@ def _averaged(
         return torch.maximum(now, other)
     if name.endswith(".step"):  # of the optimizer: a count, for the correction of its bias
         return now + (torch.maximum(then, other) - then)
-    result = now.double() + share * (
-        other.double() - then.double()
-    )  # twice as precise: equal states stay equal
+    # twice as precise, so that equal states stay equal
+    result = now.double() + share * (other.double() - then.double())
     if name.endswith(".exp_avg_sq"):
         result.clamp_(min=0)
     return result.to(like.dtype)
