@@ -16,7 +16,7 @@ from expert_server.transfer import StateClient
 from peer.wire import state_pb2
 
 _LOOK_EVERY_S = 0.2
-_CLAIM_WITHIN_S = 5.0
+_CLAIM_WITHIN_S = 10.0
 """After that an heir that has not claimed what it was given is passed over: it may be leaving too."""
 
 
