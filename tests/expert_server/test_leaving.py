@@ -192,12 +192,12 @@ def test_experts_that_were_given_up_are_taken_again(play: Play) -> None:
 
 def test_after_a_node_was_killed_the_others_still_have_what_it_replicated(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        first = await village.found(experts=8, replicas=2, announce_every_s=0.5)
+        first = await village.found(experts=8, replicas=2, announce_every_s=4.0)
         running = await village.run(first)
         states = await train(first, dict.fromkeys(UIDS, 2))
         await first.hosting.announce()
         second = await village.join(
-            1, await first.swarm.invite(), experts=8, replicas=2, announce_every_s=0.5
+            1, await first.swarm.invite(), experts=8, replicas=2, announce_every_s=4.0
         )
         assert not second.runtime.experts
         await village.run(second)
