@@ -36,6 +36,7 @@ class ReplicaState(Enum):
     CLAIMED = records_pb2.REPLICA_STATE_CLAIMED
     SERVING = records_pb2.REPLICA_STATE_SERVING
     WITHDRAWN = records_pb2.REPLICA_STATE_WITHDRAWN
+    LEAVING = records_pb2.REPLICA_STATE_LEAVING
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which experts need a host most, and who of several volunteers takes one. Pure functions."""
+"""Which experts need a host or a replica most, and who of several volunteers takes one. Pure functions."""
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
@@ -39,27 +39,83 @@ def choose(
     return sorted(vacancies, key=rank, reverse=True)[: max(room, 0)]
 
 
+def thin(
+    replicas: Mapping[UID, Collection[Replica]],
+    room: int,
+    peer_id: PeerID,
+    enough: int,
+) -> list[UID]:
+    """At most `room` of the experts with fewer than `enough` replicas, those with the fewest first.
+
+    Left out are those that this peer hosts, and those that nobody could give it. A replica whose peer leaves is one
+    to fetch from, but does not count.
+    """
+
+    def rank(uid: UID) -> tuple[int, bytes]:
+        return -staying(replicas[uid]), preference(uid, peer_id)
+
+    wanting = [
+        uid
+        for uid, hosts in replicas.items()
+        if staying(hosts) < enough
+        and peer_id not in {replica.peer_id for replica in hosts}
+        and any(replica.state is not ReplicaState.CLAIMED for replica in hosts)
+    ]
+    return sorted(wanting, key=rank, reverse=True)[: max(room, 0)]
+
+
+def staying(hosts: Collection[Replica]) -> int:
+    """Of these replicas, those whose peers do not leave."""
+    return sum(replica.state is not ReplicaState.LEAVING for replica in hosts)
+
+
+def sources(hosts: Collection[Replica], besides: PeerID) -> list[Replica]:
+    """The replicas of others whose state can be fetched, the freshest first."""
+    able = [r for r in hosts if r.state is not ReplicaState.CLAIMED and r.peer_id != besides]
+    return sorted(able, key=lambda r: (r.update_count, r.peer_id.to_bytes()), reverse=True)
+
+
+def heirs(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[UID, PeerID]:
+    """Who shall adopt which expert: always the peer with most room left, of several the one that prefers it most.
+
+    Experts for which no peer has room are left out.
+    """
+    left = dict(rooms)
+    found = {}
+    for uid in uids:
+        heir = max(left, key=lambda p: (left[p], preference(uid, p)), default=None)  # called at once
+        if heir is None or left[heir] <= 0:
+            break
+        left[heir] -= 1
+        found[uid] = heir
+    return found
+
+
 def lost_claims(
     claims: Collection[UID],
     replicas: Mapping[UID, Sequence[Replica]],
     peer_id: PeerID,
     checkpoints: Mapping[UID, int] = _NO_CHECKPOINTS,
+    enough: int = 1,
 ) -> list[UID]:
     """Those of this peer's claims that it must give up.
 
-    Another serves the expert already, or claims it with a checkpoint of more updates, or prefers it more.
+    `enough` others serve the expert already, or claim it with a checkpoint of more updates, or prefer it more.
     """
     return [
         uid
         for uid in claims
-        if any(
+        if sum(
             _outranks(replica, checkpoints.get(uid, 0), peer_id)
             for replica in replicas.get(uid, ())
             if replica.peer_id != peer_id
         )
+        >= enough
     ]
 
 
 def _outranks(other: Replica, update_count: int, peer_id: PeerID) -> bool:
+    if other.state is not ReplicaState.CLAIMED:
+        return other.state is ReplicaState.SERVING
     theirs = other.update_count, preference(other.uid, other.peer_id)
-    return other.state is ReplicaState.SERVING or theirs > (update_count, preference(other.uid, peer_id))
+    return theirs > (update_count, preference(other.uid, peer_id))

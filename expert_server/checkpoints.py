@@ -5,61 +5,27 @@ it saves and restores the experts of one runtime without holding up what they co
 """
 
 import asyncio
-import hashlib
-import json
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
-
 from dht.uid import UID
-from expert_server.expert import Expert, State
+from expert_server.expert import Expert
 from expert_server.runtime import Runtime
+from expert_server.state_format import Checkpoint, from_bytes, to_bytes
 from peer.errors import ExpertError, StateError, WireError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-
-_HEADER_KEY = "talkoot"
-"""Of the safetensors metadata, under which the header stands as JSON."""
 _FILE_NAME = re.compile(r"(0|[1-9][0-9]{0,17})\.safetensors")
 _TEMPORARY = ".*.new"
-
-
-class Header(BaseModel):
-    """What a checkpoint says of itself."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    format_version: int = FORMAT_VERSION
-    swarm_id: str
-    uid: str
-    update_count: int = Field(ge=0)
-    saved_at: float = Field(ge=0, allow_inf_nan=False)
-    """Unix time, in seconds."""
-    sha256: str = ""
-    """Over the rest of the header and all tensors."""
-
-
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """One expert's state, as it was after `update_count` updates."""
-
-    state: State
-    update_count: int
 
 
 class CheckpointStore:
@@ -113,14 +79,7 @@ class CheckpointStore:
 
     def save(self, uid: UID, checkpoint: Checkpoint) -> None:
         """Returns when the checkpoint is safely on disk. Raises OSError; the checkpoints before it stay then."""
-        header = Header(
-            swarm_id=self._swarm_id,
-            uid=str(uid),
-            update_count=checkpoint.update_count,
-            saved_at=self._now(),
-        )
-        header = header.model_copy(update={"sha256": _digest(header, checkpoint.state)})
-        data = to_safetensors(checkpoint.state, {_HEADER_KEY: header.model_dump_json()})
+        data = to_bytes(checkpoint, self._swarm_id, uid, self._now())
         path = self.path(uid, checkpoint.update_count)
         with self._writing:
             if not path.parent.is_dir():
@@ -138,7 +97,7 @@ class CheckpointStore:
         for update_count in self.update_counts(uid):
             if below is None or update_count < below:
                 try:
-                    return Checkpoint(self._load(uid, update_count), update_count)
+                    return self._load(uid, update_count)
                 except StateError as error:
                     self.pass_over(uid, update_count, error)
         return None
@@ -147,24 +106,13 @@ class CheckpointStore:
         """Says so. The file stays, for people to look at, until newer ones take its place."""
         logger.warning("passing over the checkpoint %s: %s", self.path(uid, update_count), reason)
 
-    def _load(self, uid: UID, update_count: int) -> State:
+    def _load(self, uid: UID, update_count: int) -> Checkpoint:
         """Raises StateError when the file is not what its place says, or not as it was written."""
         try:
-            with safe_open(self.path(uid, update_count), framework="pt") as file:
-                header = _read_header(file.metadata())
-                for name, found, expected in (
-                    ("swarm", header.swarm_id, self._swarm_id),
-                    ("expert", header.uid, str(uid)),
-                    ("update count", header.update_count, update_count),
-                ):
-                    if found != expected:
-                        raise StateError(f"it is of {name} {found}, not {expected}")
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        except (SafetensorError, OSError) as error:
+            data = self.path(uid, update_count).read_bytes()
+        except OSError as error:
             raise StateError(f"it can't be read: {error}") from error
-        if _digest(header, state) != header.sha256:
-            raise StateError("its checksum does not match: the disk or another program changed it")
-        return state
+        return from_bytes(data, self._swarm_id, uid, update_count)
 
     def _prune(self, uid: UID, update_count: int) -> None:
         """Keeps the newest of those up to the one just saved.
@@ -175,29 +123,6 @@ class CheckpointStore:
         for count in counts[self._keep :]:
             with suppress(OSError):  # one file too many does no harm
                 self.path(uid, count).unlink()
-
-
-def _read_header(metadata: Mapping[str, str] | None) -> Header:
-    """Raises StateError."""
-    try:
-        values = json.loads((metadata or {})[_HEADER_KEY])
-        version = values["format_version"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise StateError("it has no header of a checkpoint") from error
-    if version != FORMAT_VERSION:
-        raise StateError(f"it has format version {version!r}, this software reads {FORMAT_VERSION}")
-    try:
-        return Header.model_validate(values)
-    except ValidationError as error:
-        raise StateError(f"its header is not valid: {error.error_count()} errors") from error
-
-
-def _digest(header: Header, state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.model_dump_json(exclude={"sha256"}).encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -312,6 +237,10 @@ class Checkpoints:
         except TimeoutError:
             left = sum(map(self._is_changed, experts))
             logger.warning("no time to save %d experts; their checkpoints before this stay", left)
+
+    def note_replaced(self, uid: UID) -> None:
+        """The expert's state is another one, though it may have as many updates: it needs saving."""
+        self._on_disk.pop(uid, None)
 
     def _is_changed(self, expert: Expert) -> bool:
         return expert.update_count != self._on_disk.get(expert.uid, 0)

@@ -42,7 +42,7 @@ class Graph:
     update_count: int
     bytes: int
     """Memory it holds, about; parameters not counted."""
-    rollbacks: int = 0
+    generation: object = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +69,7 @@ class Expert:
         self.device = device or ComputeDevice()
         self.update_count = 0
         self.skipped_updates = 0
+        self._imported = object()
         self._graph_bytes_per_row: float | None = None
         self.block = build_block(manifest, uid).to(self.device.torch_device)
         self._settings = manifest.optimizer
@@ -93,7 +94,7 @@ class Expert:
         else:
             y_RD = self._outputs(x_RD, lengths_S, positions_R)
         size = self._cast_bytes() + int(len(x_RD) * (self._graph_bytes_per_row or 0))
-        graph = Graph(x_RD, y_RD, self.update_count, size, self.guard.rollbacks)
+        graph = Graph(x_RD, y_RD, self.update_count, size, self.generation)
         outputs_RD = self._fetched(y_RD.detach(), "outputs")
         self.device.wait()
         return outputs_RD, graph
@@ -123,7 +124,12 @@ class Expert:
         """Whether the parameters are still those that the graph was computed with."""
         if graph is None:
             return False
-        return (graph.update_count, graph.rollbacks) == (self.update_count, self.guard.rollbacks)
+        return (graph.update_count, graph.generation) == (self.update_count, self.generation)
+
+    @property
+    def generation(self) -> object:
+        """Another one whenever the state was replaced by anything but an optimizer step."""
+        return self._imported, self.guard.rollbacks
 
     def backward(self, parts: Sequence["BackwardPart"]) -> list[Tensor]:
         """Gives each part's gradient of the inputs [R, D], before the one optimizer step for all parts together.
@@ -173,11 +179,10 @@ class Expert:
         self._check_numbers(copies)
         return copies
 
-    def import_state(self, state: Mapping[str, Tensor], update_count: int) -> None:
-        """Goes on from an exported state as if it had never stopped.
+    def check_state(self, state: Mapping[str, Tensor], update_count: int) -> list[str]:
+        """Gives the names of the parameters that have moments.
 
-        Raises StateError, and changes nothing, when a name, shape or dtype is not this expert's or a number is not
-        finite.
+        Raises StateError when a name, shape or dtype is not this expert's or a number is not finite.
         """
         block = self._block_tensors()
         parameters = dict(self.block.named_parameters())
@@ -191,9 +196,18 @@ class Expert:
         self._check_numbers(state)
         if update_count < 0 or (moments and bool(update_count) != bool(stepped)):
             raise StateError(f"{update_count} updates, and moments of {len(stepped)} parameters")
+        return stepped
 
+    def import_state(self, state: Mapping[str, Tensor], update_count: int) -> None:
+        """Goes on from an exported state as if it had never stopped.
+
+        Raises StateError as `check_state` does, and changes nothing then.
+        """
+        stepped = self.check_state(state, update_count)
+        parameters = dict(self.block.named_parameters())
+        moments = _MOMENTS[self._settings.name]
         with torch.no_grad():
-            for name, tensor in block.items():
+            for name, tensor in self._block_tensors().items():
                 tensor.copy_(state[_BLOCK + name])
         self.optimizer.state.clear()
         for name in stepped:
@@ -201,6 +215,7 @@ class Expert:
                 m: state[_moment_name(name, m)].to(self.device.torch_device, copy=True) for m in moments
             }
         self.update_count = update_count
+        self._imported = object()
         self.guard.keep()
 
     def _remembers(self) -> bool:

@@ -1,4 +1,4 @@
-"""The experts that a node hosts: it claims those that need a host, announces them, and adopts orphans."""
+"""The experts that a node hosts: it claims, takes, announces and adopts them, and gives them up when it leaves."""
 
 import asyncio
 import contextlib
@@ -8,26 +8,36 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
+from hivemind.p2p import PeerID
+
 from dht.manifest import Manifest
 from dht.registry import Announced, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
-from dht.vacancies import choose, lost_claims, vacant
+from dht.vacancies import choose, lost_claims, thin, vacant
+from expert_server.averaging import Meetings
 from expert_server.checkpoints import Checkpoints
 from expert_server.devices import ComputeDevice, roomiest
 from expert_server.expert import Expert, expert_bytes
+from expert_server.leaving import Departure, serving_elsewhere
+from expert_server.restoring import Restorer
 from expert_server.runtime import Runtime
 from expert_server.settings import NodeSettings
+from expert_server.transfer import StateClient
 from peer.errors import UnreachableError
 
 logger = logging.getLogger(__name__)
 
 _FREE_MEMORY_SHARE = 0.25
 _CLAIM_ROUNDS = 5
+_RENEW_EVERY_S = 2.0
+"""While experts are taken: how often it is announced which of them are ready."""
 _WITHDRAW_S = 2.0
 """Longest that a node which gives its experts up tries to withdraw its announcements."""
 _QUEUE_S = 2.0
 """Longest that it lets work that waits be computed."""
+_SAVE_S = 10.0
+"""Longest that it saves them."""
 
 
 class Hosting:
@@ -40,90 +50,198 @@ class Hosting:
         runtime: Runtime,
         checkpoints: Checkpoints,
         devices: Sequence[ComputeDevice],
+        client: StateClient,
+        meetings: Meetings,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.adopted = 0
-        """Experts taken over because nobody hosted them."""
+        """Experts taken over because nobody hosted them, or their only host left."""
+        self.handed_over = 0
+        """Experts that others took over because this node left."""
+        self.replicated = 0
+        """Of the experts hosted, those that others served too at the last look."""
         self._settings = settings
         self._swarm = swarm
         self._runtime = runtime
         self._checkpoints = checkpoints
         self._devices = devices
+        self._client = client
+        self._meetings = meetings
+        self._restorer = Restorer(swarm, runtime, checkpoints, client, meetings)
         self._now = now
         self._room = _room(settings, swarm.manifest, devices)
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._claimed_at: dict[UID, float] = {}
         self._was_vacant: set[UID] = set()
         self._had_host: set[UID] = set()
+        self._leaving = False
+        self._hurried = False
+        self._changing = asyncio.Lock()
+        """Held while experts are taken or given up."""
+        self._claiming: asyncio.Task[list[UID]] | None = None
+        self._departing: asyncio.Task[None] | None = None
 
     @property
     def capacity(self) -> int:
         """Experts it would host at most, those it would adopt included."""
         return self._room + self._spare
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it gives, or gave, its experts up."""
+        return self._leaving
+
     async def take_first(self) -> None:
         """Fills the room with experts that nobody hosts."""
+        self._leaving = self._hurried = False
+        self._runtime.refuse(False)
         for _ in range(_CLAIM_ROUNDS):  # what was lost to other claims is tried elsewhere
-            if not await self._take_vacant(self._room - len(self._runtime.experts)):
-                break
+            async with self._changing:
+                if not await self._take_vacant(self._room - len(self._runtime.experts)):
+                    break
 
     async def announce(self) -> None:
         """Renews what this node says of its replicas, and the manifest."""
+        await self._announce(self._runtime.experts)
+        await self._swarm.keep_manifest()
+
+    async def look(self) -> None:
+        """Adopts experts that nobody hosts, and takes further replicas into the room that is left."""
+        async with self._changing:
+            replicas = await self._swarm.registry.replicas(self._swarm.manifest.uids())
+            me, mine = self._swarm.host.peer_id, self._runtime.experts
+            if not self._leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
+                raise UnreachableError("the DHT does not give back this node's own announcements")
+            await self._adopt(replicas)
+            await self._replicate(replicas)
+
+    async def replicate(self) -> None:
+        """Takes further replicas of the experts with the fewest, as far as there is room."""
+        async with self._changing:
+            await self._replicate(await self._swarm.registry.replicas(self._swarm.manifest.uids()))
+
+    async def adopt_from(self, leaving: PeerID, uids: Collection[UID]) -> None:
+        """Takes those of the experts that have, by the DHT, no host but this peer, who leaves."""
+        async with self._changing:
+            replicas = await self._swarm.registry.replicas(uids)
+            me, mine = self._swarm.host.peer_id, self._runtime.experts
+            wanted = [
+                uid
+                for uid in uids
+                if uid not in mine
+                and not serving_elsewhere(replicas[uid], me)
+                and any(r.peer_id == leaving and r.state is ReplicaState.LEAVING for r in replicas[uid])
+            ]
+            if taken := await self._claim(wanted[: max(0, self.capacity - len(mine))]):
+                self.adopted += len(taken)
+                logger.info("adopted %d experts of %s, which leaves", len(taken), leaving)
+
+    async def release(self, timeout_s: float) -> int:
+        """Gives up all experts; for at most `timeout_s` others adopt those that nobody else serves.
+
+        Says how many experts nobody else hosts now: they are in this node's checkpoints, as far as those could be
+        written. `take_first` begins again.
+        """
+        self._leaving = True
+        self._runtime.refuse()
+        if self._claiming is not None:
+            self._claiming.cancel()
+        async with self._changing:
+            experts = list(self._runtime.experts.values())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_QUEUE_S):
+                    await self._runtime.settle()
+            departure = Departure(self._swarm, self._client, [expert.uid for expert in experts])
+            if experts and timeout_s and not self._hurried:
+                await self._hand_over(departure, timeout_s)
+            with contextlib.suppress(UnreachableError, TimeoutError):
+                async with asyncio.timeout(_WITHDRAW_S):
+                    await self._withdraw(list(self._claimed_at))
+            self._forget(experts)
+            await self._checkpoints.save_all_within(_SAVE_S, experts)
+        alone = len(departure.alone)
+        if experts:
+            logger.info(
+                "gave up %d experts: others host %d, %d are in this node's checkpoints alone",
+                *(len(experts), len(experts) - alone, alone),
+            )
+        return alone
+
+    def hurry(self) -> None:
+        """Waits no longer for others to adopt what this node gives up."""
+        self._hurried = True
+        if self._departing is not None:
+            self._departing.cancel()
+
+    async def _hand_over(self, departure: Departure, timeout_s: float) -> None:
+        async def announce_and_hand_over() -> None:
+            await self._announce(self._runtime.experts)
+            await departure.hand_over(self._withdraw)
+
+        self._departing = asyncio.create_task(announce_and_hand_over(), name="hand over")
+        try:
+            await asyncio.wait({self._departing}, timeout=timeout_s)
+        finally:
+            self._departing.cancel()
+            (outcome,) = await asyncio.gather(self._departing, return_exceptions=True)
+            self._departing = None
+            self.handed_over += departure.handed_over
+        if isinstance(outcome, UnreachableError):
+            logger.warning("could not hand experts over: %s", outcome)
+        elif isinstance(outcome, Exception):
+            raise outcome
+
+    def _forget(self, experts: Collection[Expert]) -> None:
+        """Before they are saved: nothing steps them afterwards."""
+        for expert in experts:
+            self._runtime.remove(expert.uid)
+            self._meetings.forget(expert.uid)
+        self._claimed_at.clear()
+        self._was_vacant.clear()
+        self.replicated = 0
+
+    async def _announce(self, uids: Collection[UID]) -> None:
+        state = ReplicaState.LEAVING if self._leaving else ReplicaState.SERVING
+        experts = self._runtime.experts
         announced = [
-            Announced(uid, ReplicaState.SERVING, expert.update_count, self._claimed_at[uid])
-            for uid, expert in self._runtime.experts.items()
+            Announced(uid, state, experts[uid].update_count, self._claimed_at[uid])
+            for uid in uids
+            if uid in self._claimed_at  # else it was withdrawn already
         ]
         queued_rows = self._runtime.stats.queued_rows
         await self._swarm.registry.announce(announced, self._settings.lifetime_s, queued_rows)
-        await self._swarm.keep_manifest()
 
-    async def withdraw(self) -> None:
-        """Says that this node hosts nothing more."""
-        await self._swarm.registry.withdraw(self._claimed_at, self._settings.lifetime_s)
-        self._claimed_at.clear()
+    async def _withdraw(self, uids: Collection[UID]) -> None:
+        for uid in uids:
+            self._claimed_at.pop(uid, None)
+        await self._swarm.registry.withdraw(uids, self._settings.lifetime_s)
 
-    async def release(self, timeout_s: float) -> int:
-        """Gives up all experts: withdraws, lets work end for a moment, and saves them for at most `timeout_s`.
-
-        A DHT that does not answer does not keep it. Says how many experts other nodes took over.
-        """
-        with contextlib.suppress(UnreachableError, TimeoutError):
-            async with asyncio.timeout(_WITHDRAW_S):
-                await self.withdraw()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_QUEUE_S):
-                while self._runtime.stats.queued_rows:  # noqa: ASYNC110  # the queue tells nobody that it is empty
-                    await asyncio.sleep(0.02)
-        experts = list(self._runtime.experts.values())
-        for expert in experts:  # before they are saved: nothing steps them afterwards
-            self._runtime.remove(expert.uid)
-        self._claimed_at.clear()
-        self._was_vacant.clear()
-        await self._checkpoints.save_all_within(timeout_s, experts)
-        return 0
-
-    async def adopt(self) -> None:
+    async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         """Takes experts that had no host at the last look either; before that they may be just changing hands.
 
         The spare room is for those that had a host once: a founder alone leaves the others to those who join.
         """
-        replicas = await self._swarm.registry.replicas(self._swarm.manifest.uids())
-        me, mine = self._swarm.host.peer_id, self._runtime.experts
-        if any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
-            raise UnreachableError("the DHT does not give back this node's own announcements")
         now_vacant = set(self._vacant(replicas))
         self._had_host |= set(replicas) - now_vacant
         lasting = now_vacant & self._was_vacant
         self._was_vacant = now_vacant
-        saved = await self._checkpoints.newest()
+        me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
         orphans = lasting & (self._had_host | saved.keys())
-        room = self._room - len(mine)
+        room = self._room - len(self._runtime.experts)
         wanted = choose(orphans, room + self._spare, me, saved)
         wanted += choose(lasting - orphans, room - len(wanted), me, saved)
-        taken = await self._claim(wanted)
-        self.adopted += len(taken)
-        if taken:
+        if taken := await self._claim(wanted):
+            self.adopted += len(taken)
             logger.info("adopted %d experts that nobody hosted", len(taken))
+
+    async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+        me, mine = self._swarm.host.peer_id, self._runtime.experts
+        self.replicated = sum(bool(serving_elsewhere(replicas[uid], me)) for uid in mine)
+        others = {uid: hosts for uid, hosts in replicas.items() if uid not in mine}
+        enough = self._settings.replicas
+        if taken := await self._claim(thin(others, self._room - len(mine), me, enough), enough):
+            self.replicated += len(taken)
+            logger.info("took further replicas of %d experts", len(taken))
 
     async def _take_vacant(self, room: int) -> list[UID]:
         replicas = await self._swarm.registry.replicas(self._swarm.manifest.uids())
@@ -135,44 +253,80 @@ class Hosting:
         me, mine = self._swarm.host.peer_id, self._runtime.experts
         return [uid for uid in vacant(replicas, besides=me) if uid not in mine]
 
-    async def _claim(self, wanted: list[UID]) -> list[UID]:
-        """Claims experts, waits for the claims of others, and serves those that it keeps."""
-        if not wanted:
+    async def _claim(self, wanted: list[UID], enough: int = 1) -> list[UID]:
+        """Gives the experts that were taken, of which `enough` others have none. Ends early when the node leaves."""
+        if not wanted or self._leaving:
             return []
+        self._claiming = asyncio.create_task(self._claim_and_take(wanted, enough), name="claim")
+        try:
+            await asyncio.wait({self._claiming})
+            return [] if self._claiming.cancelled() else self._claiming.result()
+        finally:
+            self._claiming.cancel()
+            await asyncio.gather(self._claiming, return_exceptions=True)
+            self._claiming = None
+
+    async def _claim_and_take(self, wanted: list[UID], enough: int) -> list[UID]:
+        """Claims experts, waits for the claims of others, and serves those that it keeps."""
         registry, me = self._swarm.registry, self._swarm.host.peer_id
         lifetime_s, claimed_at = self._settings.lifetime_s, self._now()
         self._claimed_at |= dict.fromkeys(wanted, claimed_at)
         saved = await self._checkpoints.newest()
-        claims = [Announced(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at) for uid in wanted]
-        await registry.announce(claims, lifetime_s)
+        claims = {uid: Announced(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at) for uid in wanted}
+        await registry.announce(claims.values(), lifetime_s)
         await asyncio.sleep(self._settings.claim_wait_s)
-        lost = lost_claims(wanted, await registry.replicas(wanted), me, saved)
+        replicas = await registry.replicas(wanted)
+        lost = lost_claims(wanted, replicas, me, saved, enough)
+        await self._withdraw(lost)
         for uid in lost:
-            del self._claimed_at[uid]
-        await registry.withdraw(lost, lifetime_s)
-        kept = [uid for uid in wanted if uid not in lost]
+            del claims[uid]
         restored_before = self._checkpoints.counts.restored
-        experts = []
-        for uid in kept:
-            experts.append(await self._take(uid))
-            if self._now() > claimed_at + lifetime_s / 3:  # building takes long: the claims must not expire
-                claimed_at = self._now()
-                await registry.announce([claim for claim in claims if claim.uid in kept], lifetime_s)
+        taken = await self._take_all(claims, replicas, saved)
         if restored := self._checkpoints.counts.restored - restored_before:
-            logger.info("%d of %d experts go on from this node's checkpoints", restored, len(experts))
-        await registry.announce(
-            [Announced(e.uid, ReplicaState.SERVING, e.update_count, claimed_at) for e in experts], lifetime_s
-        )
-        return kept
+            logger.info("%d of %d experts go on from this node's checkpoints", restored, len(taken))
+        return taken
 
-    async def _take(self, uid: UID) -> Expert:
-        """Serves an expert from its newest checkpoint here, else from its first parameters."""
-        hosted = Counter(expert.device for expert in self._runtime.experts.values())
-        device = roomiest(self._devices, hosted)
-        expert = await self._runtime.run(partial(Expert, uid, self._swarm.manifest, device))
-        await self._checkpoints.restore(expert)
-        self._runtime.add(expert)
-        return expert
+    async def _take_all(
+        self,
+        claims: Mapping[UID, Announced],
+        replicas: Mapping[UID, tuple[Replica, ...]],
+        saved: Mapping[UID, int],
+    ) -> list[UID]:
+        """Serves the experts one by one. Building and fetching take long: meanwhile the claims must not expire."""
+        taken: list[UID] = []
+        failed: list[UID] = []
+        unreachable: set[PeerID] = set()
+        renewing = asyncio.create_task(self._keep_claimed(claims, taken, failed), name="keep claimed")
+        try:
+            for uid in claims:
+                hosted = Counter(expert.device for expert in self._runtime.experts.values())
+                device = roomiest(self._devices, hosted)
+                expert = await self._runtime.run(partial(Expert, uid, self._swarm.manifest, device))
+                if await self._restorer.restore(expert, replicas[uid], saved.get(uid), unreachable):
+                    self._runtime.add(expert)
+                    taken.append(uid)
+                else:
+                    failed.append(uid)
+        finally:
+            renewing.cancel()
+            await asyncio.gather(renewing, return_exceptions=True)
+        await self._withdraw(failed)
+        await self._announce(taken)
+        if failed:
+            logger.warning("could not take %d experts that others host: they did not give them", len(failed))
+        return taken
+
+    async def _keep_claimed(
+        self, claims: Mapping[UID, Announced], taken: list[UID], failed: list[UID]
+    ) -> None:
+        announced = 0
+        while True:
+            await asyncio.sleep(min(_RENEW_EVERY_S, self._settings.lifetime_s / 3))
+            waiting = [claim for uid, claim in claims.items() if uid not in taken and uid not in failed]
+            with contextlib.suppress(UnreachableError):  # the next time comes soon
+                await self._swarm.registry.announce(waiting, self._settings.lifetime_s)
+                await self._announce(taken[announced:])
+                announced = len(taken)
 
 
 def _room(settings: NodeSettings, manifest: Manifest, devices: Sequence[ComputeDevice]) -> int:

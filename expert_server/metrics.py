@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from expert_server.checkpoints import CheckpointCounts
 from expert_server.runtime import RuntimeStats
+from expert_server.transfer import TransferCounts
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class NodeCounts:
     memory_bytes: int
     tasks: int
     """Of the event loop."""
+    handed_over: int
+    averagings: int
+    transfers: TransferCounts
 
 
 class NodeCollector(Collector):
@@ -45,6 +49,15 @@ class NodeCollector(Collector):
             "talkoot_dht_failures", "DHT rounds that failed or timed out.", node.dht_failures
         )
         yield GaugeMetricFamily("talkoot_tasks", "Tasks on the event loop.", node.tasks)
+        yield CounterMetricFamily(
+            "talkoot_experts_handed_over",
+            "Experts that others took over when this node left.",
+            node.handed_over,
+        )
+        yield CounterMetricFamily(
+            "talkoot_averagings", "Replicas averaged with another node's.", node.averagings
+        )
+        yield from _transfers(node.transfers)
         saves = node.checkpoints
         yield CounterMetricFamily("talkoot_checkpoints_saved", "Checkpoints written.", saves.saved)
         yield CounterMetricFamily(
@@ -80,7 +93,7 @@ class NodeCollector(Collector):
         )
         yield CounterMetricFamily(
             "talkoot_compute_seconds",
-            "Time that batches took, those at the same time added up.",
+            "Time the compute threads were busy, all together counted as one.",
             stats.busy_s,
         )
         works = CounterMetricFamily(
@@ -90,3 +103,19 @@ class NodeCollector(Collector):
         works.add_metric(["refused"], stats.refused)
         works.add_metric(["failed"], stats.failed)
         yield works
+
+
+def _transfers(counts: TransferCounts) -> Iterator[Metric]:
+    fetches = CounterMetricFamily(
+        "talkoot_state_fetches", "Experts' states fetched from other nodes, by outcome.", labels=["outcome"]
+    )
+    fetches.add_metric(["fetched"], counts.fetched)
+    fetches.add_metric(["failed"], counts.failed)
+    fetches.add_metric(["broken"], counts.broken)
+    yield fetches
+    size = CounterMetricFamily(
+        "talkoot_state_bytes", "Bytes of experts' states, to and from other nodes.", labels=["direction"]
+    )
+    size.add_metric(["sent"], counts.bytes_sent)
+    size.add_metric(["received"], counts.bytes_received)
+    yield size

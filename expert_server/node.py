@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import grpc
 from prometheus_client import CollectorRegistry
 
 from dht.swarm import Stage, Swarm
+from expert_server.averaging import Meetings
 from expert_server.blocks import builder_of
 from expert_server.checkpoints import Checkpoints, CheckpointStore
 from expert_server.contribution import Account, Contribution
@@ -24,25 +26,26 @@ from expert_server.memory import most_bytes, row_bytes, within_memory
 from expert_server.metrics import NodeCollector, NodeCounts
 from expert_server.pauses import Pauses, paused_in_words
 from expert_server.probe import ProbeServicer
+from expert_server.replication import Replication
 from expert_server.runtime import Runtime, RuntimeStats
 from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.settings import NodeSettings
+from expert_server.state_servicer import StateServicer
+from expert_server.transfer import Snapshots, SnapshotTaker, StateClient
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.channels import SERVER_OPTIONS, server_credentials
 from peer.errors import StartError, UnreachableError, UserError
 from peer.host import require_free_port
 from peer.metrics import MetricsServer
 from peer.rates import Traffic
-from peer.wire import expert_pb2_grpc, probe_pb2_grpc, records_pb2
+from peer.wire import expert_pb2_grpc, probe_pb2_grpc, records_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 2.0
-"""Longest that a stopping node tries to withdraw its announcements."""
+"""Longest that a stopping node tries to withdraw its record."""
 _CALLS_GRACE_S = 1.0
 """Longest that a stopping node lets calls finish."""
-_LAST_SAVE_S = 10.0
-"""Longest that a node which pauses or stops saves its experts."""
 _ACCOUNT_EVERY_S = 60.0
 
 
@@ -53,6 +56,7 @@ class NodeState(Enum):
     SERVING = "serving"
     PAUSED = "paused"
     UNREACHABLE = "can't reach the DHT"
+    DRAINING = "draining"
     STOPPING = "stopping"
 
 
@@ -90,6 +94,10 @@ class NodeStatus:
     """Over all runs, as are the following."""
     contributed_updates: int
     contributed_hours: float
+    replicated: int
+    """Of the experts, those that other nodes serve too."""
+    handed_over: int
+    """Experts that others took over when this node left."""
 
 
 class Node:
@@ -112,17 +120,29 @@ class Node:
         self._now = now
         store = CheckpointStore(state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept)
         self.checkpoints = Checkpoints(store, runtime)
-        self.hosting = Hosting(settings, swarm, runtime, self.checkpoints, devices, now)
+        meetings, swarm_id = Meetings(), swarm.keys.swarm_id
+        self.client = StateClient(swarm_id, swarm.manifest, swarm.host.peer_id, settings.max_transfer_s)
+        self.hosting = Hosting(
+            settings, swarm, runtime, self.checkpoints, devices, self.client, meetings, now
+        )  # fmt: skip
+        snapshots = Snapshots(settings.max_snapshots, settings.snapshot_s)
+        self._snapshots = SnapshotTaker(runtime, snapshots, swarm_id, meetings.of)
+        self.replication = Replication(
+            settings, swarm, runtime, self.checkpoints, self.hosting, self.client, self._snapshots, meetings,
+            random.Random(swarm.host.peer_id.to_bytes()),  # noqa: S311  # whom to average with is no secret
+        )  # fmt: skip
         self.traffic = Traffic(settings.upload_mbit, settings.download_mbit)
         self._pauses = Pauses(settings, self._take_experts, self._give_up_experts, now)
         self._account = Account(state / "contribution.json")
         self._expert_bytes = expert_bytes(swarm.manifest)
         self._most_bytes = settings.memory or most_bytes(settings, swarm.manifest, self.hosting.capacity)
-        self._unreachable = self._stopping = False
+        self._stopping = self._drained = False
         limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes)
-        self._servicer = ExpertServicer(runtime, swarm.manifest, swarm.keys.swarm_id, limits, self.traffic)
+        self._servicer = ExpertServicer(runtime, swarm.manifest, swarm_id, limits, self.traffic)
         self._started_at = now()
         self._dht_failures = 0
+        self._failing: set[str] = set()
+        """Of the rounds that a running node makes, those that failed the last time."""
         self._certificate = swarm.host.identity.make_certificate()
         self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
@@ -168,17 +188,19 @@ class Node:
     @property
     def state(self) -> NodeState:
         if self._stopping:
-            return NodeState.STOPPING
+            return NodeState.STOPPING if self._drained else NodeState.DRAINING
         if self._pauses.why:
-            return NodeState.PAUSED
+            return NodeState.DRAINING if self.runtime.experts else NodeState.PAUSED
         if self._pauses.taking or not self._pauses.hosts:
             return NodeState.JOINING
-        return NodeState.UNREACHABLE if self._unreachable else NodeState.SERVING
+        return NodeState.UNREACHABLE if self._failing else NodeState.SERVING
 
     async def run(self) -> None:
-        """Announces, adopts experts that nobody hosts, saves its own, and minds its manners, for ever."""
+        """Announces, adopts, replicates and averages experts, saves its own, and minds its manners, for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._stay_announced())
+            group.create_task(self._look_around())
+            group.create_task(self.replication.run())
             group.create_task(self._mind_manners())
             group.create_task(self._keep_account())
             if self._settings.checkpoint_every_s:
@@ -196,7 +218,7 @@ class Node:
 
         Wins over the schedule, the battery and other programs as they are now, until they allow it by themselves.
         """
-        self._note_dht(await _tried(self._pauses.resume))
+        await self._round("manners", self._pauses.resume)
 
     async def _take_experts(self) -> None:
         await self.hosting.take_first()
@@ -204,33 +226,38 @@ class Node:
         await self._describe()
 
     async def _give_up_experts(self) -> None:
-        await self.hosting.release(_LAST_SAVE_S)
+        await self.hosting.release(self._settings.drain_timeout_s)
         self._servicer.kept.clear()
         await _tried(self._describe)
 
     async def _stay_announced(self) -> None:
         while True:
             await asyncio.sleep(self._settings.announce_every_s)
-            if not await self._pauses.while_hosting(self._renew):
-                self._note_dht(await _tried(self._describe))
+            await self._round("announce", self.hosting.announce, self._describe)
 
-    async def _renew(self) -> None:
-        steps = (self.hosting.announce, self._describe, self.hosting.adopt)
-        errors = [error for step in steps if (error := await _tried(step))]
-        self._note_dht(errors[0] if errors else None)
+    async def _look_around(self) -> None:
+        """Beside the announcements, which must not wait while states are fetched."""
+        look = self.hosting.replicate
+        while True:
+            if self._pauses.hosts and not self._pauses.why:
+                await self._round("look", look)
+            look = self.hosting.look
+            await asyncio.sleep(self._settings.announce_every_s)
 
-    def _note_dht(self, error: UnreachableError | None) -> None:
-        """What the DHT did not do in the last round, if anything."""
-        if error is not None:
+    async def _round(self, name: str, *steps: Callable[[], Awaitable[None]]) -> None:
+        """Runs steps, and notes what the DHT did not do."""
+        failures = [error for step in steps if (error := await _tried(step))]
+        if failures:
             self._dht_failures += 1
-            logger.warning("%s; trying again in %.0f s", error, self._settings.announce_every_s)
-        self._unreachable = error is not None
+            self._failing.add(name)
+            logger.warning("%s; trying again in %.0f s", failures[0], self._settings.announce_every_s)
+        else:
+            self._failing.discard(name)
 
     async def _mind_manners(self) -> None:
         while True:
             await asyncio.sleep(self._settings.look_every_s)
-            if error := await _tried(self._pauses.look):
-                self._note_dht(error)
+            await self._round("manners", self._pauses.look)
             self._note_work()
 
     async def _keep_account(self) -> None:
@@ -239,14 +266,16 @@ class Node:
             await self._account.save(self._contribution())
 
     async def stop(self) -> None:
-        """Withdraws, lets calls finish for a moment, saves the experts, and ends. Stopping twice is harmless."""
+        """Hands its experts over, saves them, withdraws, and ends. Stopping twice is harmless."""
         if not self._stopping:
             self._stopping = True
             await self._pauses.end()
+            await self._drain()
+            self._drained = True
             await self._say_goodbye()
         if self._server is not None:
             await self._server.stop(_CALLS_GRACE_S)
-        await self.checkpoints.save_all_within(_LAST_SAVE_S)
+        await self.client.close()
         await self.runtime.stop()
         if self._metrics is not None:
             self._note_work()
@@ -255,11 +284,23 @@ class Node:
             self._metrics = None
         await self.swarm.stop()
 
+    async def _drain(self) -> None:
+        """Gives the experts up. Meanwhile the node stays announced, else nobody finds the states to fetch."""
+        announcing = asyncio.create_task(self._stay_announced(), name="announce while leaving")
+        try:
+            await self.hosting.release(self._settings.drain_timeout_s if self.address else 0)
+        finally:
+            announcing.cancel()
+            await asyncio.gather(announcing, return_exceptions=True)
+
+    def hurry(self) -> None:
+        """Makes a node that stops wait for nobody to take its experts over."""
+        self.hosting.hurry()
+
     async def _say_goodbye(self) -> None:
-        """Withdraws what was announced. A DHT that does not answer must not keep us."""
+        """Withdraws its record. A DHT that does not answer must not keep us."""
         with contextlib.suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
-                await self.hosting.withdraw()
                 await self.swarm.registry.leave(self._settings.lifetime_s)
 
     def status(self) -> NodeStatus:
@@ -287,6 +328,8 @@ class Node:
             contributed_rows=contribution.rows,
             contributed_updates=contribution.updates,
             contributed_hours=round(contribution.served_s / 3600, 1),
+            replicated=self.hosting.replicated,
+            handed_over=self.hosting.handed_over,
         )
 
     def _why(self) -> str:
@@ -315,6 +358,16 @@ class Node:
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
         probe = ProbeServicer(self.swarm.keys.swarm_id, self.traffic)
         probe_pb2_grpc.add_ProbeServiceServicer_to_server(probe, self._server)
+        states = StateServicer(
+            self._snapshots,
+            self.swarm.manifest,
+            self.swarm.keys.swarm_id,
+            self.client.counts,
+            self.replication.follow,
+            max_transfers=settings.max_transfers,
+            max_transfer_s=settings.max_transfer_s,
+        )
+        state_pb2_grpc.add_StateServiceServicer_to_server(states, self._server)
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
         try:
             port = self._server.add_secure_port(_endpoint(host, settings.grpc_port), credentials)
@@ -361,6 +414,9 @@ class Node:
             downloaded_bytes=self.traffic.down.bytes,
             memory_bytes=self._memory_bytes(),
             tasks=len(asyncio.all_tasks(self._loop)),
+            handed_over=self.hosting.handed_over,
+            averagings=self.replication.averagings,
+            transfers=self.client.counts,
         )
 
 

@@ -70,14 +70,6 @@ class Pauses:
         self._word.go_on(self._reasons)
         await self._settle()
 
-    async def while_hosting(self, step: Step) -> bool:
-        """Runs it, unless the node is paused: then it says so, or breaks it off."""
-        async with self._changing:
-            if not self.hosts or self.why or self._ended:
-                return False
-            await self._run(step)
-            return True
-
     async def end(self) -> None:
         """Breaks off what takes experts, and changes nothing any more."""
         self._ended = True

@@ -81,6 +81,7 @@ class RuntimeStats:
     failed: int = 0
     queued_rows: int = 0
     busy_s: float = 0.0
+    """That all threads together were busy, as if they were one."""
 
 
 class Runtime:
@@ -111,6 +112,7 @@ class Runtime:
         """Of `run`: each waits until nothing is under way."""
         self._exclusive = self._stopped = False
         self._waiting: dict[Entry, asyncio.Future[Result]] = {}
+        self._leaving = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stats = RuntimeStats()
         self._threads = threads
@@ -151,6 +153,8 @@ class Runtime:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is not serving")
         if work.uid not in self._experts:
             raise ExpertError(StatusCode.NOT_FOUND, _not_hosted(work.uid))
+        if self._leaving:
+            raise ExpertError(StatusCode.UNAVAILABLE, "this node is leaving")
         entry = self._push(work)
         self._waiting[entry] = self._loop.create_future()
         self._loop.call_soon(self._start)  # not now: what else this turn of the loop brings may join
@@ -160,6 +164,15 @@ class Runtime:
             del self._waiting[entry]
             with self._lock:
                 self._queue.discard(entry)
+
+    def refuse(self, leaving: bool = True) -> None:
+        """From now on new work is refused with UNAVAILABLE; with False it is taken again."""
+        self._leaving = leaving
+
+    async def settle(self) -> None:
+        """Waits for the work that was taken to be done."""
+        while self._waiting:
+            await asyncio.wait(list(self._waiting.values()))
 
     def add(self, expert: Expert) -> None:
         """Takes an expert into service, in place of one with the same UID."""
@@ -240,7 +253,8 @@ class Runtime:
             self._queue.measure(rows, computed.seconds / len(self._busy))
             self._busy.remove(expert.uid)
         self._start()
-        self._loop.call_soon_threadsafe(self._finish, batch, computed)
+        busy_s = computed.seconds * threads / self._threads
+        self._loop.call_soon_threadsafe(self._finish, batch, computed, busy_s)
 
     def _compute(self, expert: Expert, batch: Sequence[Entry]) -> "_Computed":
         updates, skipped, rollbacks = expert.update_count, expert.skipped_updates, expert.guard.rollbacks
@@ -265,12 +279,12 @@ class Runtime:
         self._stats.expired += len(entries)
         self._fail(entries, StatusCode.DEADLINE_EXCEEDED, "the deadline passed while this work waited")
 
-    def _finish(self, batch: Sequence[Entry], computed: "_Computed") -> None:
+    def _finish(self, batch: Sequence[Entry], computed: "_Computed", busy_s: float) -> None:
         stats = self._stats
         stats.batches += 1
         stats.rows += sum(entry.work.rows for entry in batch)
         stats.failed += sum(isinstance(result, ExpertError) for result in computed.results)
-        stats.busy_s += computed.seconds
+        stats.busy_s += busy_s
         stats.updates += computed.updates
         stats.skipped_updates += computed.skipped_updates
         stats.rollbacks += computed.rollbacks

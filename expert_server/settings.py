@@ -66,6 +66,39 @@ class NodeSettings(RoleSettings):
         default=0, ge=0, le=65535, description="TCP port of /metrics, on loopback; 0: any free one"
     )
     state: Path | None = Field(default=None, description="folder of the node's identity and state")
+    replicas: int = Field(
+        default=2,
+        ge=1,
+        le=100,
+        description="replicas of an expert that are enough: of one with fewer this node takes another into its room",
+    )
+    average_every_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds between averages of a replica with another of the same expert; 0: never",
+    )
+    drain_timeout_s: float = Field(
+        default=30.0,
+        ge=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="longest that a node which leaves waits for others to take its experts over, in seconds",
+    )
+    max_transfers: int = Field(
+        default=4, ge=1, le=1000, description="experts' states that others fetch from here at the same time"
+    )
+    max_transfer_s: float = Field(
+        default=600.0, gt=0, le=86400, description="longest that fetching a state may take, in seconds"
+    )
+    max_snapshots: int = Field(
+        default=8, ge=1, le=1000, description="experts' states kept in memory for those who fetch them"
+    )
+    snapshot_s: float = Field(default=300.0, gt=0, le=3600, description="how long they are kept, in seconds")
+    max_hints: int = Field(
+        default=256, ge=1, le=10**5, description="experts that others may ask this node to fetch, at one time"
+    )
     checkpoint_every_s: float = Field(
         default=60.0,
         ge=0,

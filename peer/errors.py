@@ -11,6 +11,7 @@ TalkootError
 ├── RecordError                 a DHT record that is malformed, unsigned, expired or not its writer's
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
 ├── StateError                  an expert's state that is broken, or not that expert's
+├── TransferError               an expert's state that did not come from another node
 └── ExpertError                 an expert did not do what was asked; has a gRPC status
 """
 
@@ -64,6 +65,17 @@ class WireError(TalkootError):
 
 class StateError(TalkootError):
     """An expert's state that is broken, or not that expert's."""
+
+
+class TransferError(TalkootError):
+    """An expert's state that did not come from another node.
+
+    `answered` tells a node that said no from one that is not there.
+    """
+
+    def __init__(self, message: str, answered: bool = False) -> None:
+        super().__init__(message)
+        self.answered = answered
 
 
 class ExpertError(TalkootError):

@@ -136,6 +136,14 @@ def node(
     announce_every_s: Annotated[
         float | None, typer.Option(help="Seconds between announcements.  [default: 10]")
     ] = None,
+    drain_timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            "--drain-timeout",
+            help="Longest that it waits, when it leaves, for others to take its experts over, in seconds.  "
+            "[default: 30]",
+        ),
+    ] = None,
     bootstrap: Annotated[
         list[str] | None,
         typer.Option(
@@ -175,6 +183,7 @@ def node(
         "not_on_battery": not_on_battery,
         "niceness": niceness,
         "announce_every_s": announce_every_s,
+        "drain_timeout_s": drain_timeout_s,
     }
     with command(LogFormat.JSON if as_json else log_format) as (terminal, _):
         from talkoot.node_command import Origin, run_node

@@ -36,8 +36,8 @@ MAX_PAUSE_S = 30 * 86400.0
 
 _READ_DEADLINE_S = 2.0
 """Longest that a client may take to say what it wants, or to take the reply."""
-_ACT_DEADLINE_S = 20.0
-_CLIENT_DEADLINE_S = 25.0
+_ACT_DEADLINE_S = 60.0
+_CLIENT_DEADLINE_S = 65.0
 """Longest that a client waits: a bit longer than a node may take."""
 _SOCKET = "control.sock"
 _UCRED = struct.Struct("3i")

@@ -211,6 +211,7 @@ class _Demo:
             *("--state", str(self._folder / name.replace(" ", "-"))),
             *("--experts", experts, "--spare", experts),  # room for all that the killed node hosts
             *("--announce-every-s", str(announce_every_s), "--niceness", "0"),  # their owner watches
+            *("--drain-timeout", "0"),  # all leave together: nobody stays to take over
         )
         self._nodes.append(child)
         self._display.show_node_state(name, child.pid, "starting")

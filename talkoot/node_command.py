@@ -138,11 +138,12 @@ class _NodeCommand:
         self._invite_file = invite_file
         self._served = False
         self._control = ControlServer(state)
+        self._node: Node | None = None
 
     async def run(self) -> None:
         """Serves until a signal comes. A node that served and was stopped has done its work: no error."""
         try:
-            await run_until_stopped(self._serve_steered())
+            await run_until_stopped(self._serve_steered(), self._hurry)
         except Stopped:
             if not self._served:
                 raise
@@ -161,12 +162,21 @@ class _NodeCommand:
         try:
             self._control.steer(node)
             self._served = True
+            self._node = node
             self._show_invite(node, str(await swarm.invite()))
             async with asyncio.TaskGroup() as group:
                 group.create_task(node.run())
                 group.create_task(self._show_state(node))
         finally:
+            if experts := node.status().experts:
+                logger.info(
+                    "leaving: %d experts go to others with room; Ctrl-C again leaves at once", experts
+                )
             await node.stop()
+
+    def _hurry(self) -> None:
+        if self._node is not None:
+            self._node.hurry()
 
     def _show_invite(self, node: Node, invite: str) -> None:
         if self._invite_file is not None:

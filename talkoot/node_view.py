@@ -13,7 +13,12 @@ from expert_server.settings import bytes_in_words
 
 WIDTH = 80
 _BAR = 20
-_STYLES = {NodeState.SERVING: "green", NodeState.PAUSED: "yellow", NodeState.UNREACHABLE: "red"}
+_STYLES = {
+    NodeState.SERVING: "green",
+    NodeState.PAUSED: "yellow",
+    NodeState.DRAINING: "yellow",
+    NodeState.UNREACHABLE: "red",
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,10 @@ def _parts(status: NodeStatus, pace: Pace) -> Iterator[str]:
 
 
 def _experts(status: NodeStatus) -> str:
-    return f"{status.experts} of at most {status.capacity} experts, {status.adopted} adopted"
+    words = f"{status.experts} of at most {status.capacity} experts, {status.adopted} adopted"
+    if status.handed_over:
+        return f"{words}, {status.handed_over} handed over"
+    return f"{words}, {status.replicated} shared"
 
 
 def _network(status: NodeStatus, pace: Pace) -> str:

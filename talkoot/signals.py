@@ -1,9 +1,9 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the first one stops the command, the following ones change nothing."""
+"""Ctrl-C, SIGTERM and a closed terminal: the first one stops the command, the following ones at most hurry it."""
 
 import asyncio
 import signal
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -73,8 +73,8 @@ class StopSignals:
             raise self.received
 
 
-async def run_until_stopped(work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work`; the first signal cancels it. Raises Stopped when its clean-up is done.
+async def run_until_stopped(work: Coroutine[Any, Any, T], hurry: Callable[[], None] = lambda: None) -> T:
+    """Runs `work`; the first signal cancels it, and any other calls `hurry`. Raises Stopped when its clean-up is done.
 
     For commands whose main thread runs the loop. Afterwards the signals are ignored: the process is ending.
     """
@@ -86,6 +86,8 @@ async def run_until_stopped(work: Coroutine[Any, Any, T]) -> T:
         received.append(number)
         if len(received) == 1:
             task.cancel()
+        else:
+            hurry()
 
     handled = stop_signals()
     for number in handled:

@@ -13,10 +13,12 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_CLAIMED: _ClassVar[ReplicaState]
     REPLICA_STATE_SERVING: _ClassVar[ReplicaState]
     REPLICA_STATE_WITHDRAWN: _ClassVar[ReplicaState]
+    REPLICA_STATE_LEAVING: _ClassVar[ReplicaState]
 REPLICA_STATE_UNSPECIFIED: ReplicaState
 REPLICA_STATE_CLAIMED: ReplicaState
 REPLICA_STATE_SERVING: ReplicaState
 REPLICA_STATE_WITHDRAWN: ReplicaState
+REPLICA_STATE_LEAVING: ReplicaState
 
 class SignedRecord(_message.Message):
     __slots__ = ("payload", "public_key", "signature")

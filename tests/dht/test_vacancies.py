@@ -1,6 +1,7 @@
 """Who takes which expert: all peers must come to the same answer, each by itself."""
 
 import random
+from collections import Counter
 
 from hivemind.p2p import PeerID
 from hypothesis import given
@@ -8,9 +9,9 @@ from hypothesis import strategies as st
 
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
-from dht.vacancies import choose, lost_claims, preference, vacant
+from dht.vacancies import choose, heirs, lost_claims, preference, sources, thin, vacant
 
-CLAIMED, SERVING = ReplicaState.CLAIMED, ReplicaState.SERVING
+CLAIMED, SERVING, LEAVING = ReplicaState.CLAIMED, ReplicaState.SERVING, ReplicaState.LEAVING
 
 peer_ids = st.binary(min_size=32, max_size=32).map(lambda digest: PeerID(b"\x12\x20" + digest))
 uids = st.builds(UID, st.integers(0, 3), st.tuples(st.integers(0, 15), st.integers(0, 15)))
@@ -131,3 +132,95 @@ def test_of_simultaneous_claimants_the_one_with_most_updates_keeps_the_expert(
     seen = {uid: [replica(uid, peer_id, CLAIMED, count) for peer_id, count in update_counts.items()]}
     keeping = [p for p, count in update_counts.items() if not lost_claims([uid], seen, p, {uid: count})]
     assert keeping == [max(update_counts, key=lambda p: (update_counts[p], preference(uid, p)))]
+
+
+# Replicas
+
+states = st.sampled_from([CLAIMED, SERVING, LEAVING])
+hosts = st.dictionaries(peer_ids, states, max_size=5)
+
+
+def swarm_of(hosted: dict[UID, dict[PeerID, ReplicaState]]) -> dict[UID, list[Replica]]:
+    return {uid: [replica(uid, p, state) for p, state in peers.items()] for uid, peers in hosted.items()}
+
+
+def count_staying(found: list[Replica]) -> int:
+    return len([r for r in found if r.state in {CLAIMED, SERVING}])
+
+
+def test_an_expert_whose_only_host_leaves_is_not_vacant() -> None:
+    (peer_id,) = seeded_peers(1)
+    assert vacant({GRID[0]: (replica(GRID[0], peer_id, LEAVING),)}) == []
+
+
+@given(st.dictionaries(uids, hosts, max_size=12), st.integers(-1, 15), peer_ids, st.integers(1, 4))
+def test_replicas_are_taken_of_the_experts_with_the_fewest(
+    hosted: dict[UID, dict[PeerID, ReplicaState]], room: int, peer_id: PeerID, enough: int
+) -> None:
+    seen = swarm_of(hosted)
+    chosen = thin(seen, room, peer_id, enough)
+    counts = [count_staying(seen[uid]) for uid in chosen]
+    assert len(set(chosen)) == len(chosen) <= max(room, 0)
+    assert counts == sorted(counts)
+    assert all(count < enough for count in counts)
+    for uid in chosen:
+        assert peer_id not in hosted[uid]
+        assert {SERVING, LEAVING} & set(hosted[uid].values()), "nobody could give it"
+    everything = thin(seen, len(seen), peer_id, enough)
+    assert everything[: max(room, 0)] == chosen
+
+
+def test_of_experts_with_as_many_replicas_a_peer_takes_those_it_prefers() -> None:
+    me, other = seeded_peers(2)
+    seen = {uid: [replica(uid, other, SERVING)] for uid in GRID[:50]}
+    assert thin(seen, 10, me, 2) == choose(GRID[:50], 10, me)
+
+
+def test_with_enough_replicas_of_all_nothing_is_taken() -> None:
+    me, *others = seeded_peers(3)
+    seen = {uid: [replica(uid, p, SERVING) for p in others] for uid in GRID[:5]}
+    assert thin(seen, 5, me, 2) == []
+    assert len(thin(seen, 5, me, 3)) == 5
+
+
+@given(uids, st.sets(peer_ids, min_size=1, max_size=8), st.integers(0, 4), st.integers(1, 4))
+def test_claims_never_lead_to_more_replicas_than_enough(
+    uid: UID, peers: set[PeerID], serving: int, enough: int
+) -> None:
+    ordered = sorted(peers)
+    seen = {uid: [replica(uid, p, SERVING if n < serving else CLAIMED) for n, p in enumerate(ordered)]}
+    claimants = ordered[serving:]
+    kept = [p for p in claimants if not lost_claims([uid], seen, p, enough=enough)]
+    assert len(kept) == min(len(claimants), max(0, enough - min(serving, len(ordered))))
+
+
+@given(uids, peer_ids, st.sets(peer_ids, max_size=4))
+def test_who_leaves_takes_no_claim_away(uid: UID, peer_id: PeerID, leaving: set[PeerID]) -> None:
+    seen = {uid: [replica(uid, p, LEAVING, 9) for p in leaving - {peer_id}]}
+    assert lost_claims([uid], seen, peer_id) == []
+
+
+@given(uids, st.dictionaries(peer_ids, st.tuples(states, st.integers(0, 9)), max_size=6), peer_ids)
+def test_the_freshest_replica_is_fetched_first(
+    uid: UID, hosted: dict[PeerID, tuple[ReplicaState, int]], me: PeerID
+) -> None:
+    found = sources([replica(uid, p, *what) for p, what in hosted.items()], besides=me)
+    counts = [r.update_count for r in found]
+    assert counts == sorted(counts, reverse=True)
+    able = {p for p, (state, _) in hosted.items() if state is not CLAIMED and p != me}
+    assert {r.peer_id for r in found} == able
+
+
+@given(st.lists(uids, unique=True, max_size=20), st.dictionaries(peer_ids, st.integers(-1, 6), max_size=5))
+def test_heirs_get_no_more_than_they_have_room_for_and_share_evenly(
+    wanted: list[UID], rooms: dict[PeerID, int]
+) -> None:
+    found = heirs(wanted, rooms)
+    given_to = Counter(found.values())
+    total = sum(max(room, 0) for room in rooms.values())
+    assert set(found) <= set(wanted)
+    assert len(found) == min(len(wanted), total)
+    left = {p: room - given_to[p] for p, room in rooms.items()}
+    assert all(given_to[p] <= max(room, 0) for p, room in rooms.items())
+    for p in given_to:  # nobody else had more room left when this one got its last
+        assert left[p] + 1 >= max(left.values())

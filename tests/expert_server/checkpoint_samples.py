@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.checkpoints import Checkpoint, CheckpointStore
+from expert_server.checkpoints import CheckpointStore
 from expert_server.expert import BackwardPart, Expert, State
+from expert_server.state_format import Checkpoint
 
 MANIFEST = Manifest.model_validate(
     {

@@ -101,7 +101,7 @@ async def forward(stub: Any, swarm: Swarm, uid: UID, segments: int) -> float:
     begin = time.monotonic()
     replies = [reply async for reply in stub.Forward(iter(requests), timeout=30)]
     assert sum(len(reply.chunk) for reply in replies) == len(payload)
-    assert replies[0].expert.status == 0
+    assert replies[0].experts[0].status == 0
     return time.monotonic() - begin
 
 

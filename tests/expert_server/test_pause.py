@@ -88,7 +88,7 @@ async def call(swarm: Swarm, node: Node, uid: UID, pool: ChannelPool, *, keep: b
     payload = torch.randn(5, 8).numpy().tobytes()
     requests = [expert_pb2.CallRequest(header=header), expert_pb2.CallRequest(chunk=payload)]
     replies = [reply async for reply in stub.Forward(iter(requests), timeout=10)]
-    return replies[0].expert
+    return replies[0].experts[0]
 
 
 def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play) -> None:

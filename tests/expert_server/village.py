@@ -73,7 +73,9 @@ async def end(task: "asyncio.Task[None]") -> None:
 
 
 def node_settings(**changes: Any) -> NodeSettings:
-    return NodeSettings.load(**{"threads": 1, "claim_wait_s": 0.1, **changes})
+    """One replica of each expert and no handing over, unless asked for."""
+    alone = {"replicas": 1, "average_every_s": 0, "drain_timeout_s": 0}
+    return NodeSettings.load(**{"threads": 1, "claim_wait_s": 0.1, **alone, **changes})
 
 
 async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float) -> None:

@@ -43,6 +43,8 @@ STATUS = NodeStatus(
     contributed_rows=7_000_000,
     contributed_updates=34_567,
     contributed_hours=12.3,
+    replicated=3,
+    handed_over=0,
 )
 LATER = replace(
     STATUS, calls=131, rows=54_120, uploaded_bytes=11_500_000, downloaded_bytes=21_000_000, busy_s=15.4
@@ -151,7 +153,8 @@ def test_a_line_for_the_log_says_the_same() -> None:
     meter = PaceMeter()
     meter.note(STATUS, 100.0)
     assert line(LATER, meter.note(LATER, 110.0)) == (
-        "serving: 12 of at most 18 experts, 2 adopted, 1234 updates, 3.1 requests/s, 412 rows/s, 512 rows queued, "
+        "serving: 12 of at most 18 experts, 2 adopted, 3 shared, 1234 updates, 3.1 requests/s, 412 rows/s, "
+        "512 rows queued, "
         "up 1.2 and down 0.8 Mbit/s, 34% busy, memory 600 MB of 2 GB, 9 DHT peers, "
         "in all runs 7,000,000 rows, 34,567 updates, 12.3 hours served"
     )

@@ -1,0 +1,153 @@
+"""The gRPC edge for experts' states: others fetch them here, and ask this node to fetch."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import grpc
+from grpc import StatusCode
+from hivemind.p2p import PeerID
+
+from dht.manifest import Manifest
+from dht.records import parse_peer_id
+from dht.uid import UID
+from expert_server.hints import Hint
+from expert_server.transfer import Snapshot, SnapshotTaker, TransferCounts
+from peer import PROTOCOL_VERSION
+from peer.codec import CHUNK_BYTES
+from peer.errors import ExpertError, StateError, WireError
+from peer.wire import state_pb2, state_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+FetchContext = grpc.aio.ServicerContext[state_pb2.FetchRequest, state_pb2.FetchReply]
+AskContext = grpc.aio.ServicerContext[state_pb2.AskRequest, state_pb2.AskReply]
+
+MAX_UIDS_IN_ASK = 256
+_CHUNK_S = 20.0
+"""Longest that a caller may take to read one chunk."""
+
+
+class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+    """Gives the states of one node's experts to its swarm, and passes hints on."""
+
+    def __init__(
+        self,
+        snapshots: SnapshotTaker,
+        manifest: Manifest,
+        swarm_id: str,
+        counts: TransferCounts,
+        follow: Callable[[Hint], int],
+        *,
+        max_transfers: int,
+        max_transfer_s: float,
+    ) -> None:
+        """`follow`: takes a hint, and says how many of its experts will be looked at, from the first on."""
+        self._snapshots = snapshots
+        self._manifest = manifest
+        self._swarm_id = swarm_id
+        self._counts = counts
+        self._follow = follow
+        self._max_transfers = max_transfers
+        self._max_transfer_s = max_transfer_s
+        self._transfers = 0
+
+    async def Fetch(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
+        try:
+            async with asyncio.timeout(self._max_transfer_s):
+                await self._give(request, context)
+        except WireError as error:
+            await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
+        except ExpertError as error:
+            await context.abort(error.status, str(error))
+        except StateError as error:
+            await context.abort(StatusCode.FAILED_PRECONDITION, str(error))
+        except TimeoutError:
+            await context.abort(StatusCode.DEADLINE_EXCEEDED, "the state was not read in time")
+
+    async def Ask(self, request: state_pb2.AskRequest, context: AskContext) -> state_pb2.AskReply:
+        try:
+            self._check_swarm(request.protocol_version, request.swarm_id)
+            hint = self._hint(request)
+        except WireError as error:
+            await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
+        except ExpertError as error:
+            await context.abort(error.status, str(error))
+        return state_pb2.AskReply(accepted=self._follow(hint))
+
+    async def _give(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
+        self._check_swarm(request.protocol_version, request.swarm_id)
+        (uid,) = self._uids([request.uid])
+        caller = parse_peer_id(request.peer_id)
+        if request.offset and not request.sha256:
+            raise WireError("an offset belongs to a snapshot: give its checksum")
+        if self._transfers >= self._max_transfers:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._transfers} states are being fetched here; try again soon",
+            )
+        self._transfers += 1
+        try:
+            snapshot = await self._find(uid, request.sha256)
+            if request.offset > len(snapshot.data):
+                raise WireError(f"offset {request.offset} of {len(snapshot.data)} bytes")
+            await self._stream(snapshot, caller, request.offset, context)
+        finally:
+            self._transfers -= 1
+
+    async def _find(self, uid: UID, sha256: bytes) -> Snapshot:
+        if not sha256:
+            return await self._snapshots.take(uid)
+        snapshot = self._snapshots.find(uid, sha256)
+        if snapshot is None:
+            raise ExpertError(
+                StatusCode.FAILED_PRECONDITION, "that snapshot is kept no more: begin anew without one"
+            )
+        return snapshot
+
+    async def _stream(self, snapshot: Snapshot, caller: PeerID, offset: int, context: FetchContext) -> None:
+        header = state_pb2.StateHeader(
+            update_count=snapshot.update_count,
+            total_bytes=len(snapshot.data),
+            sha256=snapshot.sha256,
+            met_update_count=snapshot.met.get(caller, 0),
+        )
+        await context.write(state_pb2.FetchReply(header=header))
+        for start in range(offset, len(snapshot.data), CHUNK_BYTES):
+            chunk = snapshot.data[start : start + CHUNK_BYTES]
+            async with asyncio.timeout(_CHUNK_S):
+                await context.write(state_pb2.FetchReply(chunk=chunk))
+            self._counts.bytes_sent += len(chunk)
+
+    def _hint(self, request: state_pb2.AskRequest) -> Hint:
+        if not 1 <= len(request.uids) <= MAX_UIDS_IN_ASK:
+            raise WireError(f"{len(request.uids)} experts; expected 1 to {MAX_UIDS_IN_ASK}")
+        peer_id, uids = parse_peer_id(request.peer_id), tuple(self._uids(request.uids))
+        match request.reason:
+            case state_pb2.ASK_REASON_ADOPT:
+                return Hint(peer_id, uids)
+            case state_pb2.ASK_REASON_AVERAGE:
+                if len(uids) != 1 or len(request.sha256) != 32 or len(request.base_sha256) != 32:
+                    raise WireError("an average is of one expert and two snapshots")
+                return Hint(peer_id, uids, request.sha256, request.base_sha256)
+            case _:
+                raise WireError(f"reason {request.reason} is not known here")
+
+    def _uids(self, texts: Sequence[str]) -> list[UID]:
+        uids = [UID.parse(text) for text in texts]
+        for uid in uids:
+            if not self._manifest.holds(uid):
+                raise WireError(f"{uid} is not on this swarm's grid")
+        return uids
+
+    def _check_swarm(self, protocol_version: int, swarm_id: str) -> None:
+        if protocol_version != PROTOCOL_VERSION:
+            raise ExpertError(
+                StatusCode.FAILED_PRECONDITION,
+                f"this node speaks protocol version {PROTOCOL_VERSION}, the caller {protocol_version}",
+            )
+        if swarm_id != self._swarm_id:
+            raise ExpertError(
+                StatusCode.FAILED_PRECONDITION,
+                f"this node belongs to swarm {self._swarm_id}, the call is for {swarm_id[:64]!r}",
+            )
