@@ -64,8 +64,9 @@ weight_decay = 0.0
 
 
 def measure(step: Callable[[], None], samples: int, seconds: float) -> dict[str, float]:
-    """Runs steps for a while, the first unmeasured. Samples per second from the median step."""
-    step()
+    """Runs steps for a while, the first three unmeasured. Samples per second from the median step."""
+    for _ in range(3):
+        step()
     intervals: list[float] = []
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(intervals) < 3:
@@ -210,7 +211,8 @@ def run_apart(contender: str, case: str, seconds: float) -> dict[str, float]:
             said = output.read()
         if status:
             raise SystemExit(f"{contender} failed on {case}:\n{said}")
-        result: dict[str, float] = json.loads(said.splitlines()[-1])
+        (last,) = [line for line in said.splitlines() if line.startswith("{")][-1:]
+        result: dict[str, float] = json.loads(last)
         return result
     raise SystemExit(f"{contender} hung on {case}, {_TRIES} times")
 
