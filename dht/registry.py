@@ -84,14 +84,17 @@ class Registry:
 
     def __init__(
         self,
-        dht: DHTNode,
+        dht: Callable[[], DHTNode],
         keys: SwarmKeys,
         identity: Identity,
         *,
         deadline_s: float = 15.0,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`deadline_s`: longest that one look-up or store may take, all its keys together."""
+        """`dht` gives the DHT node of now, which is another one once p2pd was started again.
+
+        `deadline_s`: longest that one look-up or store may take, all its keys together.
+        """
         self.keys = keys
         self._dht = dht
         self._identity = identity
@@ -113,7 +116,7 @@ class Registry:
         Peers that have it already refuse it, which is no failure.
         """
         subkey = self.keys.author.to_bytes()
-        await self._in_time(self._dht.store(self.keys.manifest, record, expires_at, subkey=subkey))
+        await self._in_time(self._dht().store(self.keys.manifest, record, expires_at, subkey=subkey))
 
     async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
         """Author → (signed manifest record, its expiry), for every author who used this swarm's name."""
@@ -275,7 +278,7 @@ class Registry:
         if not items:
             return
         keys, subkeys, values, expiries = map(list, zip(*items, strict=True))
-        stored = await self._in_time(self._dht.store_many(keys, values, expiries, subkeys=subkeys))
+        stored = await self._in_time(self._dht().store_many(keys, values, expiries, subkeys=subkeys))
         if not any(stored.values()):
             raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
 
@@ -283,7 +286,7 @@ class Registry:
         """For each key, its dictionary: subkey → (value, expiry). All replicas of a key are asked and merged."""
         if not keys:
             return {}
-        found = await self._in_time(self._dht.get_many(keys, sufficient_expiration_time=float("inf")))
+        found = await self._in_time(self._dht().get_many(keys, sufficient_expiration_time=float("inf")))
         result: dict[str, dict[object, tuple[Any, float]]] = {}
         for key in keys:
             item = found[key]

@@ -65,7 +65,7 @@ async def found_swarm(
         identity, listen=listen, port=port, bootstrap=bootstrap, validator=RecordValidator()
     )
     try:
-        registry = Registry(host.dht, SwarmKeys(manifest.name, identity.peer_id), identity)
+        registry = Registry(lambda: host.dht, SwarmKeys(manifest.name, identity.peer_id), identity)
         stage("publishing the manifest")
         others = set(await registry.find_manifests()) - {identity.peer_id}
         if others:
@@ -104,7 +104,7 @@ async def join_swarm(
         serves_dht=serves_dht,
     )
     try:
-        registry = Registry(host.dht, invite.keys, identity)
+        registry = Registry(lambda: host.dht, invite.keys, identity)
         stage("reading the manifest")
         record, expires_at = await _find_manifest(registry, invite)
         manifest = Manifest.from_json(registry.manifest_json(record))

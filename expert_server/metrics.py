@@ -18,6 +18,7 @@ class NodeCounts:
     experts: int
     adopted: int
     dht_failures: int
+    p2pd_restarts: int
     checkpoints: CheckpointCounts
 
 
@@ -36,6 +37,11 @@ class NodeCollector(Collector):
         )
         yield CounterMetricFamily(
             "talkoot_dht_failures", "DHT rounds that failed or timed out.", node.dht_failures
+        )
+        yield CounterMetricFamily(
+            "talkoot_p2pd_restarts",
+            "Times that the libp2p daemon died and was started again.",
+            node.p2pd_restarts,
         )
         saves = node.checkpoints
         yield CounterMetricFamily("talkoot_checkpoints_saved", "Checkpoints written.", saves.saved)

@@ -137,7 +137,7 @@ class Node:
 
     async def _stay_announced(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.announce_every_s)
+            await self.swarm.host.pause(self._settings.announce_every_s)
             failures = [
                 error
                 for step in (self.hosting.announce, self._describe, self.hosting.adopt)
@@ -173,15 +173,19 @@ class Node:
     def status(self) -> NodeStatus:
         stats = self.runtime.stats
         return NodeStatus(
-            self._state,
+            self._state_now(),
             len(self.runtime.experts),
             self.hosting.capacity,
             self.hosting.adopted,
             stats.updates,
             stats.rows,
             stats.queued_rows,
-            len(self.swarm.host.dht.protocol.routing_table.uid_to_peer_id),
+            len(self.swarm.host.peers()),
         )
+
+    def _state_now(self) -> NodeState:
+        is_cut_off = self._state is NodeState.SERVING and not self.swarm.host.alive
+        return NodeState.UNREACHABLE if is_cut_off else self._state
 
     async def _serve(self, host: str) -> None:
         settings = self._settings
@@ -226,7 +230,11 @@ class Node:
 
     def _counts(self) -> NodeCounts:
         return NodeCounts(
-            len(self.runtime.experts), self.hosting.adopted, self._dht_failures, self.checkpoints.counts
+            len(self.runtime.experts),
+            self.hosting.adopted,
+            self._dht_failures,
+            self.swarm.host.restarts,
+            self.checkpoints.counts,
         )
 
 

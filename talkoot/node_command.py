@@ -21,7 +21,7 @@ from expert_server.blocks import builder_of
 from expert_server.devices import check_devices
 from expert_server.node import Node, NodeStatus
 from expert_server.settings import NodeSettings
-from peer.errors import SettingsError, StartError
+from peer.errors import SettingsError, StartError, UserError
 from peer.host import default_listen_address, is_multiaddress
 from peer.identity import Identity
 from peer.processes import StateFolder
@@ -130,6 +130,11 @@ class _NodeCommand:
             if not self._served:
                 raise
             logger.info("left the swarm")
+        except ExceptionGroup as group:
+            mendable = group.subgroup(UserError)
+            if mendable is None:
+                raise
+            raise _first(mendable) from group
 
     async def _serve(self) -> None:
         with self._terminal.stages("making ready") as stage:
@@ -197,6 +202,11 @@ def _words(status: NodeStatus, rows_per_s: float) -> str:
         f"{status.updates} updates, {rows_per_s:.0f} rows/s, {status.queued_rows} rows queued, "
         f"{status.peers} DHT peers"
     )
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error itself, or the first in the group."""
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _listen_address(settings: NodeSettings) -> str:

@@ -61,7 +61,7 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Path]]:
         used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
         return die_with_parent(arguments)
 
-    monkeypatch.setattr("peer.host.die_with_parent", note_socket)
+    monkeypatch.setattr("peer.daemon.die_with_parent", note_socket)
 
     def left() -> list[Path]:
         assert used, "no host was started"
