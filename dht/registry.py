@@ -10,6 +10,8 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 
 from dht.records import SwarmKeys, parse_peer_id, seal, shard_of, unseal
@@ -201,6 +203,11 @@ class Registry:
                     nodes[peer_id] = node
         return nodes
 
+    async def is_seen_by_others(self) -> bool:
+        """Whether another peer gives back this one's node record, as some should once it was published."""
+        peer_id = self._identity.peer_id
+        return await self._in_time(self._is_held_by_others(self.keys.node(peer_id), peer_id.to_bytes()))
+
     async def node_ids(self) -> frozenset[PeerID]:
         """All peers listed in the 256 shards."""
         shards = [self.keys.node_shard(shard) for shard in range(256)]
@@ -271,6 +278,19 @@ class Registry:
             node.started_at,
             tuple(node.bootstrap_addresses[:_MAX_ADDRESSES]),
             payload.expires_at,
+        )
+
+    async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
+        """A look-up would not tell: this peer's own store answers it too."""
+        dht, key_id = self._dht(), DHTID.generate(source=key)
+        nearest = await dht.find_nearest_nodes([key_id], k_nearest=dht.num_replicas, exclude_self=True)
+        answers = await asyncio.gather(
+            *(dht.protocol.call_find(peer, [key_id]) for peer in nearest[key_id].values())
+        )
+        items = [answer[key_id][0] for answer in answers if answer]
+        return any(
+            item is not None and isinstance(item.value, DictionaryDHTValue) and subkey in item.value
+            for item in items
         )
 
     async def _store(self, items: Sequence[tuple[str, int | bytes, str | bytes, float]]) -> None:

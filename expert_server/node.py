@@ -140,7 +140,7 @@ class Node:
             await self.swarm.host.pause(self._settings.announce_every_s)
             failures = [
                 error
-                for step in (self.hosting.announce, self._describe, self.hosting.adopt)
+                for step in (self.hosting.announce, self._describe, self._stay_member, self.hosting.adopt)
                 if (error := await _tried(step))
             ]
             if failures:
@@ -148,6 +148,9 @@ class Node:
                 again_s = self._settings.announce_every_s
                 logger.warning("%s; trying again in %.0f s", failures[0], again_s)
             self._state = NodeState.UNREACHABLE if failures else NodeState.SERVING
+
+    async def _stay_member(self) -> None:
+        await self.swarm.membership.check(announced=True)
 
     async def stop(self) -> None:
         """Withdraws, lets calls finish for a moment, saves the experts, and ends. Stopping twice is harmless."""

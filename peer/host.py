@@ -5,7 +5,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
 import psutil
@@ -43,7 +43,9 @@ class Host:
     ) -> None:
         self.identity = identity
         self.known: tuple[str, ...] = ()
-        """Multiaddresses of peers by which to join again."""
+        """Multiaddresses of peers by which to join when p2pd was started again."""
+        self.joined_by: tuple[str, ...] = ()
+        """Those that answered at the start."""
         self.restarts = 0
         """How often p2pd was started again."""
         self._listen = listen
@@ -94,6 +96,7 @@ class Host:
             await host.stop()
             raise
         host.known = (*bootstrap, *remembered)
+        host.joined_by = _addresses(greetings)
         host._supervisor = asyncio.create_task(host._supervise())
         return host
 
@@ -135,8 +138,7 @@ class Host:
 
     async def join(self, addresses: Sequence[str]) -> list[str]:
         """Dials peers, and enters their DHT with this peer's own; gives the addresses of those that answered."""
-        greetings = await self._greet(await _answering(addresses))
-        return [address for greeting in greetings for address in greeting.addresses]
+        return list(_addresses(await self._greet(await _answering(addresses))))
 
     async def pause(self, longest_s: float) -> None:
         """Sleeps, but not beyond a restart of p2pd: then all has to be announced again.
@@ -244,6 +246,10 @@ def require_free_port(host: str, port: int) -> None:
             raise StartError(
                 f"can't listen on {host} port {port}: {error.strerror}; pass another port"
             ) from error
+
+
+def _addresses(greetings: Iterable[Greeting]) -> tuple[str, ...]:
+    return tuple(address for greeting in greetings for address in greeting.addresses)
 
 
 def _no_peer_answered(bootstrap: Sequence[str]) -> UnreachableError:

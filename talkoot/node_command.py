@@ -71,13 +71,19 @@ class SwarmStarter:
     invite: Invite | None
     bootstrap: tuple[str, ...]
 
-    async def start(self, identity: Identity, host: str, port: int, stage: Stage) -> Swarm:
+    async def start(self, identity: Identity, host: str, port: int, state: Path, stage: Stage) -> Swarm:
         if self.manifest is not None:
             return await found_swarm(
-                identity, self.manifest, listen=host, port=port, bootstrap=self.bootstrap, stage=stage
+                identity,
+                self.manifest,
+                listen=host,
+                port=port,
+                bootstrap=self.bootstrap,
+                state=state,
+                stage=stage,
             )
         assert self.invite is not None
-        return await join_swarm(identity, self.invite, listen=host, port=port, stage=stage)
+        return await join_swarm(identity, self.invite, listen=host, port=port, state=state, stage=stage)
 
 
 def run_node(
@@ -139,7 +145,9 @@ class _NodeCommand:
     async def _serve(self) -> None:
         with self._terminal.stages("making ready") as stage:
             identity = Identity.load_or_create(self._state / "identity.key")
-            swarm = await self._starter.start(identity, self._host, self._settings.dht_port, stage)
+            swarm = await self._starter.start(
+                identity, self._host, self._settings.dht_port, self._state, stage
+            )
             # from here on the node stops the swarm
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
