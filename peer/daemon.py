@@ -22,6 +22,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import (
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
+from peer.answers import filter_answers
 from peer.errors import StartError
 from peer.identity import Identity
 from peer.processes import die_with_parent
@@ -151,7 +152,7 @@ async def start_daemon(identity: Identity, listen: str, port: int, serves_dht: b
 
 async def start_dht(daemon: Daemon, validator: RecordValidatorBase | None, serves_dht: bool) -> DHTNode:
     """A DHT node that knows no peers yet."""
-    return await DHTNode.create(
+    dht = await DHTNode.create(
         p2p=daemon,
         # from the PeerID, else a peer that restarts stands twice in the routing tables of the others
         node_id=DHTID.generate(source=daemon.peer_id.to_bytes()),
@@ -162,3 +163,6 @@ async def start_dht(daemon: Daemon, validator: RecordValidatorBase | None, serve
         cache_on_store=False,
         cache_refresh_before_expiry=0,
     )
+    if validator is not None:
+        filter_answers(dht.protocol)
+    return dht
