@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 
+from dht.claims import ClaimAges
 from dht.records import SwarmKeys, parse_peer_id, seal, shard_of, unseal
 from dht.uid import UID
 from peer.errors import RecordError, UnreachableError, WireError
@@ -28,8 +30,16 @@ Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
 _MAX_ADDRESSES = 8
+_MAX_REPLICAS = 256
+"""Most announcements of one expert that are looked at."""
 _ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}")
 """host:port. gRPC would also take other schemes, such as unix sockets of the caller's own machine."""
+
+
+def _some(found: Collection[T], most: int) -> Sequence[T]:
+    """All of them; of more than `most` some, so drawn that no writer can choose which are left out."""
+    listed = list(found)
+    return listed if len(listed) <= most else random.SystemRandom().sample(listed, most)
 
 
 class ReplicaState(Enum):
@@ -102,6 +112,7 @@ class Registry:
         self._identity = identity
         self._deadline_s = deadline_s
         self._now = now
+        self._claim_ages = ClaimAges()
 
     async def publish_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
         """Signs and stores the manifest; returns what was stored, so that others can store it again."""
@@ -208,8 +219,11 @@ class Registry:
         peer_id = self._identity.peer_id
         return await self._in_time(self._is_held_by_others(self.keys.node(peer_id), peer_id.to_bytes()))
 
-    async def node_ids(self) -> frozenset[PeerID]:
-        """All peers listed in the 256 shards."""
+    async def node_ids(self, most: int = 65536) -> frozenset[PeerID]:
+        """The peers listed in the 256 shards; of more than `most`, some are drawn.
+
+        Anybody can list a peer that is not there: only its node record shows that it is.
+        """
         shards = [self.keys.node_shard(shard) for shard in range(256)]
         found = await self._get(shards)
         listed = set()
@@ -221,7 +235,7 @@ class Registry:
                     continue
                 if value == shard and self.keys.node_shard(shard_of(peer_id)) == shard:
                     listed.add(peer_id)
-        return frozenset(listed)
+        return frozenset(_some(listed, most))
 
     def _seal_announcement(self, key: str, replica: Announced, expires_at: float, queued_rows: int) -> bytes:
         payload = records_pb2.RecordPayload(
@@ -239,7 +253,7 @@ class Registry:
     def _replicas_of(
         self, uid: UID, key: str, found: Mapping[object, tuple[Any, float]]
     ) -> Iterable[Replica]:
-        for subkey, (value, _) in found.items():
+        for subkey, (value, _) in _some(found.items(), _MAX_REPLICAS):
             try:
                 peer_id = parse_peer_id(subkey)
                 payload = unseal(value, key, peer_id, self._now())
@@ -248,6 +262,11 @@ class Registry:
             except (RecordError, WireError, ValueError) as error:
                 logger.debug("left out a replica of %s: %s", uid, error)
                 continue
+            if state is ReplicaState.CLAIMED:
+                if self._claim_ages.is_stale(uid, peer_id, announcement.claimed_at, self._now()):
+                    continue
+            else:
+                self._claim_ages.forget(uid, peer_id)
             if state is not ReplicaState.WITHDRAWN:
                 yield Replica(
                     uid,
