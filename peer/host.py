@@ -287,7 +287,11 @@ def _tcp_endpoint(address: str) -> tuple[str, int] | None:
 
 def is_multiaddress(text: str) -> bool:
     """Whether the text is a multiaddress that says who and where a peer is, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"""
+    where, _, who = text.rpartition("/p2p/")
     try:
-        return bool(Multiaddr(text)["p2p"]) and not text.startswith("/p2p/")
-    except Exception:  # noqa: BLE001  # hivemind raises many types for text that is no multiaddress
+        return bool(where and "/" not in who and Multiaddr(text) and Multiaddr(f"/p2p/{who}")["p2p"])
+    except (
+        ValueError,
+        LookupError,
+    ):  # of the former are its parse errors; the latter for a protocol it lacks
         return False
