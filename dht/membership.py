@@ -17,7 +17,10 @@ _MEETINGS = 8
 """Most peers whose records are read in one round, to remember where they are."""
 _MEET_AGAIN_S = 600.0
 _DIAL_EVERY_S = 120.0
-"""Time between two dials of a remembered peer that the DHT does not know now: so two halves find each other."""
+"""Seconds between two dials of a remembered peer that the DHT does not know now: so two halves find each other."""
+
+_LONELY_ROUNDS = 3
+"""After so many rounds without an answer this peer is alone in its swarm, as far as it can tell."""
 
 
 class Membership:
@@ -42,23 +45,22 @@ class Membership:
         self._now = now
         self._rng = rng or random.SystemRandom()
         self._dialled_at = now()
+        self._lonely = 0
+        """Rounds in a row in which nobody answered."""
 
     async def check(self, announced: bool) -> None:
         """Looks whether others see this peer, and joins again by the remembered peers when they don't.
 
         `announced`: whether its node record should be there now; a trainer has none, and only needs somebody to ask.
-        Raises UnreachableError when it had to join again: what was announced has to be announced anew.
+        Raises UnreachableError when it had to join again, so that what was announced has to be announced anew, and when
+        nobody answers.
         """
         if await self._is_cut_off(announced):
-            joined = await self._host.join(self._acquaintances.addresses())
-            self.rejoined += bool(joined)
-            raise UnreachableError(
-                "no other peer gives back what this one announced: "
-                + (f"joined again by {len(joined)} addresses" if joined else "no remembered peer answers")
-            )
+            await self._join_again()
+            return
+        self._lonely = 0
         await self._meet()
-        if self._now() >= self._dialled_at + self._dial_every_s:
-            self._dialled_at = self._now()
+        if self._is_time_to_dial():
             await self._dial_one()
 
     async def keep(self, every_s: float) -> None:
@@ -78,6 +80,32 @@ class Membership:
         if not self._host.peers():
             return bool(self._acquaintances.addresses())
         return announced and await self._registry.is_seen_by_others() is False
+
+    async def _join_again(self) -> None:
+        """Raises UnreachableError, but not for ever: the last peer of a swarm goes on, and looks now and then."""
+        if self._lonely >= _LONELY_ROUNDS and not self._is_time_to_dial():
+            return
+        joined = await self._host.join(self._acquaintances.addresses())
+        if joined:
+            self._lonely = 0
+            self.rejoined += 1
+            raise UnreachableError(
+                f"no other peer gave back what this one announced: joined again by {len(joined)} addresses"
+            )
+        self._lonely += 1
+        if self._lonely < _LONELY_ROUNDS:
+            raise UnreachableError("no other peer answers; is this machine's network connection up?")
+        if self._lonely == _LONELY_ROUNDS:
+            logger.warning(
+                "no other peer answers: this one goes on alone, and looks for them every %.0f s",
+                self._dial_every_s,
+            )
+
+    def _is_time_to_dial(self) -> bool:
+        if self._now() < self._dialled_at + self._dial_every_s:
+            return False
+        self._dialled_at = self._now()
+        return True
 
     async def _meet(self) -> None:
         """Remembers where some of the DHT peers are, by their own records: those first that were not seen for long."""

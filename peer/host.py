@@ -54,6 +54,7 @@ class Host:
         self._serves_dht = serves_dht
         self._daemon: Daemon | None = None
         self._dht: DHTNode | None = None
+        self._ready = False
         self._supervisor: asyncio.Task[None] | None = None
         self._restarted = asyncio.Event()
 
@@ -97,6 +98,7 @@ class Host:
             raise
         host.known = (*bootstrap, *remembered)
         host.joined_by = _addresses(greetings)
+        host._ready = True
         host._supervisor = asyncio.create_task(host._supervise())
         return host
 
@@ -113,8 +115,8 @@ class Host:
 
     @property
     def alive(self) -> bool:
-        """Whether p2pd runs. False while it is being started again."""
-        return self._dht is not None
+        """Whether p2pd runs. False while it is being started again and joins."""
+        return self._ready
 
     @property
     def p2p(self) -> P2P:
@@ -126,13 +128,13 @@ class Host:
     @property
     def dht(self) -> DHTNode:
         """The DHT node of now; don't keep it. Raises UnreachableError while p2pd is being started again."""
-        if self._dht is None:
+        if self._dht is None or not self._ready:
             raise UnreachableError(_DOWN)
         return self._dht
 
     def peers(self) -> frozenset[PeerID]:
         """The DHT peers that are known now."""
-        if self._dht is None:
+        if self._dht is None or not self._ready:
             return frozenset()
         return frozenset(self._dht.protocol.routing_table.peer_id_to_uid)
 
@@ -183,6 +185,7 @@ class Host:
             self._port = next(endpoint[1] for endpoint in endpoints if endpoint is not None)
 
     async def _end(self) -> None:
+        self._ready = False
         dht, self._dht = self._dht, None
         if dht is not None:
             dht.is_alive = False
@@ -193,9 +196,9 @@ class Host:
             self._daemon = None
 
     async def _greet(self, addresses: Sequence[str]) -> list[Greeting]:
-        if self._daemon is None:
+        if self._daemon is None or self._dht is None:
             raise UnreachableError(_DOWN)
-        return await greet(self._daemon, self.dht, addresses, DIAL_DEADLINE_S)
+        return await greet(self._daemon, self._dht, addresses, DIAL_DEADLINE_S)
 
     async def _supervise(self) -> None:
         """Starts p2pd again whenever it ends, until that has failed too often."""
@@ -220,6 +223,7 @@ class Host:
             logger.warning("the libp2p daemon can't be started again: %s", error)
             await self._end()
             return False
+        self._ready = True
         self.restarts += 1
         self._restarted.set()
         logger.warning("the libp2p daemon runs again and has joined by %d known addresses", len(joined))

@@ -164,11 +164,33 @@ def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_agai
         first.swarm.host.dht.protocol.storage.clear()
         assert await swarm.registry.nodes([swarm.host.peer_id]), "its own store answers"
         assert not await swarm.registry.is_seen_by_others()
-        with pytest.raises(UnreachableError, match=r"no other peer gives back .* joined again by"):
+        with pytest.raises(UnreachableError, match=r"no other peer gave back .* joined again by"):
             await swarm.membership.check(announced=True)
         assert swarm.membership.rejoined == 1
         await second._describe()
         await swarm.membership.check(announced=True)
+
+    play(scenario)
+
+
+def test_the_last_peer_says_that_nobody_answers_and_goes_on_alone(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=2, spare=0)
+        second = await village.join(1, await first.swarm.invite(), experts=2, spare=0)
+        check = first.swarm.membership.check
+        await check(announced=True)
+        await second.swarm.host.stop()  # no farewell
+        for _ in range(2):
+            with pytest.raises(UnreachableError, match="no other peer answers"):
+                await check(announced=True)
+        for _ in range(3):
+            await check(announced=True)
+        assert caplog.text.count("this one goes on alone") == 1
+        await village.join(1, await first.swarm.invite(), experts=2, spare=0)
+        await first._describe()
+        await check(announced=True)
 
     play(scenario)
 

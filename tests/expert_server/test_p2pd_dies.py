@@ -17,6 +17,7 @@ import psutil
 import pytest
 from village import LOCAL, ONCE_EACH, UIDS, Village, eventually, serving
 
+from dht.invite import Invite
 from dht.swarm import Swarm
 from expert_server.node import Node, NodeState
 from peer.daemon import Daemon
@@ -24,6 +25,8 @@ from peer.errors import StartError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
 from peer.loop import LoopThread
+from trainer_client.client import SwarmClient
+from trainer_client.settings import TrainerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -65,7 +68,10 @@ def test_killed_p2pds_are_started_again_and_everything_is_found_again(
     tmp_path: Path,
     complaints: list[dict[str, Any]],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("peer.host._RESTART_DELAYS_S", (0.5, 0.5, 0.5))  # long enough to be seen
+
     async def scenario(village: Village) -> None:
         first = await village.found(experts=4, announce_every_s=0.5)
         invite = await first.swarm.invite()
@@ -77,6 +83,7 @@ def test_killed_p2pds_are_started_again_and_everything_is_found_again(
         held_before = held()
 
         for restarts, node in enumerate((second, first), start=1):
+            await eventually(partial(is_state, node, NodeState.SERVING), 10)  # it has missed the other
             moment = time.time()
             address = await node.swarm.host.bootstrap_addresses()
             await kill_p2pd(node.swarm)
@@ -84,7 +91,7 @@ def test_killed_p2pds_are_started_again_and_everything_is_found_again(
             assert node.status().peers == 0
             await eventually(partial(is_state, node, NodeState.SERVING), 10)
             await eventually(partial(renewed_since, observer, node, moment), 10)
-            assert node.swarm.host.restarts == 1
+            assert node._counts().p2pd_restarts == node.swarm.host.restarts == 1
             assert await node.swarm.host.bootstrap_addresses() == address, "old addresses stay good"
             assert caplog.text.count("the libp2p daemon ended with status -9; starting it again") == restarts
 
@@ -142,8 +149,10 @@ def play(loop: LoopThread, village: Village, scenario: Any) -> None:
 
 
 def test_a_lone_founder_goes_on_with_its_experts_and_manifest(
-    loop: LoopThread, identities: list[Identity], tmp_path: Path
+    loop: LoopThread, identities: list[Identity], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("peer.host._RESTART_DELAYS_S", (0.5, 0.5, 0.5))  # long enough to be seen
+
     async def scenario(village: Village) -> None:
         node = await village.found(experts=8, announce_every_s=0.5)
         await village.run(node)
@@ -156,6 +165,35 @@ def test_a_lone_founder_goes_on_with_its_experts_and_manifest(
         assert len(node.runtime.experts) == len(UIDS)
 
     play(loop, Village(identities, contextlib.AsyncExitStack(), tmp_path), scenario)
+
+
+def test_a_trainer_goes_on_and_leaves_at_once_while_its_p2pd_is_dead(
+    loop: LoopThread, identities: list[Identity], tmp_path: Path
+) -> None:
+    async def found(village: Village) -> tuple[Node, Invite]:
+        node = await village.found(experts=8)
+        return node, await node.swarm.invite()
+
+    village = Village(identities, contextlib.AsyncExitStack(), tmp_path)
+    node, invite = loop.run(found(village), 30)
+    try:
+        settings = TrainerSettings.load(refresh_every_s=0.2)
+        with SwarmClient(invite, settings, tmp_path / "trainer") as client:
+            host = client._swarm.host  # type: ignore[union-attr]  # joined
+            for restarts in (1, 2):
+                os.kill(host.p2p._child.pid, signal.SIGKILL)
+                deadline = time.monotonic() + 10
+                while host.restarts < restarts:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                client.wait_for_experts(10, lambda text: None)
+                assert client.dispatcher.live_experts() == len(UIDS)
+            assert node.swarm.host.peer_id in host.peers()
+            os.kill(host.p2p._child.pid, signal.SIGKILL)
+            begin = time.monotonic()
+        assert time.monotonic() - begin < 3
+    finally:
+        loop.run(village.stack.aclose(), 30)
 
 
 def test_a_p2pd_that_never_starts_again_is_given_up_after_bounded_tries(
