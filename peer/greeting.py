@@ -1,6 +1,7 @@
 """How a peer enters the DHT of others: it dials them, they dial back, and both compare their clocks."""
 
 import asyncio
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -74,9 +75,10 @@ async def _greet_one(
 
 def check_greetings(greetings: Collection[Greeting], serves_dht: bool) -> None:
     """Raises StartError when this machine's clock is wrong by most others', or nobody reaches this peer."""
-    by_size = sorted((greeting.clock_offset_s for greeting in greetings), key=abs)
+    offsets = (greeting.clock_offset_s for greeting in greetings)
+    by_size = sorted((math.inf if math.isnan(offset) else offset for offset in offsets), key=abs)
     offset_s = by_size[(len(by_size) - 1) // 2]
-    if not abs(offset_s) <= CLOCK_TOLERANCE_S:  # also refuses NaN
+    if abs(offset_s) > CLOCK_TOLERANCE_S:
         side = "behind" if offset_s > 0 else "ahead of"
         raise StartError(
             f"this machine's clock is {abs(offset_s):.0f} s {side} those of most of the {len(by_size)} peers asked: "
