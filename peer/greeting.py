@@ -68,6 +68,7 @@ async def _greet_one(
     if len(answer.peer.node_id) != DHTID.HASH_NBYTES:
         return None  # it serves no DHT keys
     node_id = DHTID.from_bytes(answer.peer.node_id)
+    dht.blacklist.register_success(peer_id)  # it may stand there since before it was started again
     await protocol.update_routing_table(node_id, peer_id)
     offset_s = answer.dht_time - asked_at - took_s / 2
     return Greeting(tuple(addresses), node_id, offset_s, answer.available)

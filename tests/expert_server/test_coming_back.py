@@ -162,11 +162,13 @@ def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_agai
         swarm = second.swarm
         assert await swarm.registry.is_seen_by_others()
         first.swarm.host.dht.protocol.storage.clear()
+        swarm.host.dht.blacklist.register_failure(first.swarm.host.peer_id)  # as after a call that failed
         assert await swarm.registry.nodes([swarm.host.peer_id]), "its own store answers"
         assert not await swarm.registry.is_seen_by_others()
         with pytest.raises(UnreachableError, match=r"no other peer gave back .* joined again by"):
             await swarm.membership.check(announced=True)
         assert swarm.membership.rejoined == 1
+        assert first.swarm.host.peer_id not in swarm.host.dht.blacklist
         await second._describe()
         await swarm.membership.check(announced=True)
 

@@ -78,32 +78,32 @@ def test_killed_p2pds_are_started_again_and_everything_is_found_again(
         second = await village.join(1, invite, experts=4, announce_every_s=0.5)
         observer = await village.observe(2, invite)
         tasks = [await village.run(node) for node in (first, second)]
-        await eventually(lambda: sees_all(observer), 10)
-        await eventually(lambda: knows(first, second), 10)
+        await eventually(lambda: sees_all(observer), 20)
+        await eventually(lambda: knows(first, second), 20)
         held_before = held()
 
         for restarts, node in enumerate((second, first), start=1):
-            await eventually(partial(is_state, node, NodeState.SERVING), 10)  # it has missed the other
+            await eventually(partial(is_state, node, NodeState.SERVING), 20)  # it has missed the other
             moment = time.time()
             address = await node.swarm.host.bootstrap_addresses()
             await kill_p2pd(node.swarm)
             await eventually(partial(is_state, node, NodeState.UNREACHABLE), 2)
             assert node.status().peers == 0
-            await eventually(partial(is_state, node, NodeState.SERVING), 10)
-            await eventually(partial(renewed_since, observer, node, moment), 10)
+            await eventually(partial(is_state, node, NodeState.SERVING), 20)
+            await eventually(partial(renewed_since, observer, node, moment), 20)
             assert node._counts().p2pd_restarts == node.swarm.host.restarts == 1
             assert await node.swarm.host.bootstrap_addresses() == address, "old addresses stay good"
             assert caplog.text.count("the libp2p daemon ended with status -9; starting it again") == restarts
 
         await kill_p2pd(observer)
-        await eventually(lambda: sees_all(observer), 10)
+        await eventually(lambda: sees_all(observer), 20)
         assert observer.host.restarts == 1
 
         late = await village.observe(3, invite)
-        await eventually(lambda: sees_all(late), 10)
+        await eventually(lambda: sees_all(late), 20)
         await late.stop()
         assert not any(task.done() for task in tasks)
-        await eventually(lambda: holds_no_more_than(held_before), 10)
+        await eventually(lambda: holds_no_more_than(held_before), 20)
 
     play(loop, Village(identities, contextlib.AsyncExitStack(), tmp_path), scenario)
     gc.collect()
@@ -159,9 +159,9 @@ def test_a_lone_founder_goes_on_with_its_experts_and_manifest(
         invite = await node.swarm.invite()
         await kill_p2pd(node.swarm)
         await eventually(partial(is_state, node, NodeState.UNREACHABLE), 2)
-        await eventually(partial(is_state, node, NodeState.SERVING), 10)
+        await eventually(partial(is_state, node, NodeState.SERVING), 20)
         observer = await village.observe(1, invite)
-        await eventually(lambda: sees_all(observer), 10)
+        await eventually(lambda: sees_all(observer), 20)
         assert len(node.runtime.experts) == len(UIDS)
 
     play(loop, Village(identities, contextlib.AsyncExitStack(), tmp_path), scenario)
@@ -211,7 +211,7 @@ def test_a_p2pd_that_never_starts_again_is_given_up_after_bounded_tries(
             monkeypatch.setattr("peer.host.start_daemon", fails)
             os.kill(host.p2p._child.pid, signal.SIGKILL)
             with pytest.raises(StartError, match="did not start again in 4 tries"):
-                await asyncio.wait_for(pause_for_ever(host), 10)
+                await asyncio.wait_for(pause_for_ever(host), 20)
         finally:
             await host.stop()
 
