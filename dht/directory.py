@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 PrefixTables = tuple[np.ndarray, ...]
 """One bool array per grid dimension, of shape grid[:d+1]: True where a prefix leads to a live expert."""
 
+_MAX_READ = 4096
+"""Most prefixes, and most experts, that one refresh reads."""
+
 NOBODY: frozenset[PeerID] = frozenset()
 
 
@@ -82,6 +85,7 @@ class Directory:
         *,
         refresh_every_s: float,
         now: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
     ) -> None:
         self.view = View(manifest, {}, {}, 0.0)
         self.failures = 0
@@ -90,6 +94,7 @@ class Directory:
         self._manifest = manifest
         self._refresh_every_s = refresh_every_s
         self._now = now
+        self._rng = rng or random.SystemRandom()
 
     async def refresh(self) -> View:
         """Reads the swarm anew: prefixes level by level, then replicas, then the nodes that host them."""
@@ -111,6 +116,18 @@ class Directory:
                 self.failures += 1
                 logger.warning("can't refresh the view of the swarm: %s", error)
 
+    def _bounded(self, frontier: list[Prefix]) -> list[Prefix]:
+        """The way to the experts that are known to live, then others as they are drawn.
+
+        Anybody can say that a coordinate is active; that must not cost more than this peer can read.
+        """
+        if len(frontier) <= _MAX_READ:
+            return frontier
+        depth = len(frontier[0][1])
+        alive = {(uid.layer, uid.coordinate[:depth]) for uid, hosts in self.view.replicas.items() if hosts}
+        self._rng.shuffle(frontier)
+        return sorted(frontier, key=lambda prefix: prefix not in alive)[:_MAX_READ]
+
     async def _active_uids(self) -> list[UID]:
         frontier: list[Prefix] = [(layer, ()) for layer in range(self._manifest.model.layers)]
         for size in self._manifest.experts.grid:
@@ -121,4 +138,5 @@ class Directory:
                 for following in sorted(active)
                 if following < size
             ]
+            frontier = self._bounded(frontier)
         return [UID(layer, coordinate) for layer, coordinate in frontier]

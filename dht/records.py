@@ -116,7 +116,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
 
     hivemind gives a validator the hash of the key, not the key: so every value names its key, and the hash is compared.
     Not hivemind's RSASignatureValidator, because that protects only the subkeys that ask for it. Expired records pass:
-    hivemind forgets them by itself, and drops a whole dictionary for one entry that is refused.
+    hivemind forgets them by itself.
     """
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
@@ -131,12 +131,14 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
 
     def check(self, record: DHTRecord) -> None:
         """Raises RecordError, saying why the record is refused."""
+        if not isinstance(record.value, bytes) or not isinstance(record.expiration_time, int | float):
+            raise RecordError("a stored value is bytes, and expires at a time")
         if len(record.value) > MAX_RECORD_BYTES + 16 or len(record.subkey) > 64:
             raise RecordError("the record is too large")
         try:
             value = MSGPackSerializer.loads(record.value)
             subkey = MSGPackSerializer.loads(record.subkey)
-        except Exception as error:  # msgpack raises many types for bytes that are no msgpack
+        except (ValueError, TypeError, RecursionError) as error:  # ValueError: all of msgpack's own
             raise RecordError("the record can't be parsed") from error
         if isinstance(value, str):
             self._check_index_entry(record, value, subkey)
@@ -151,6 +153,8 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             raise RecordError("a value is a record (bytes) or an index entry (text)")
 
     def _check_index_entry(self, record: DHTRecord, value: str, subkey: object) -> None:
+        if not isinstance(record.value, bytes) or not isinstance(record.expiration_time, int | float):
+            raise RecordError("a stored value is bytes, and expires at a time")
         if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
             raise RecordError("an index entry's value is the name of its key")
         if _SHARD_PATTERN.search(value):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -10,8 +11,11 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 
+from dht.claims import ClaimAges
 from dht.records import SwarmKeys, parse_peer_id, seal, shard_of, unseal
 from dht.uid import UID
 from peer.errors import RecordError, UnreachableError, WireError
@@ -26,8 +30,16 @@ Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
 _MAX_ADDRESSES = 8
+_MAX_REPLICAS = 256
+"""Most announcements of one expert that are looked at."""
 _ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}")
 """host:port. gRPC would also take other schemes, such as unix sockets of the caller's own machine."""
+
+
+def _some(found: Collection[T], most: int) -> Sequence[T]:
+    """All of them; of more than `most` some, so drawn that no writer can choose which are left out."""
+    listed = list(found)
+    return listed if len(listed) <= most else random.SystemRandom().sample(listed, most)
 
 
 class ReplicaState(Enum):
@@ -85,19 +97,23 @@ class Registry:
 
     def __init__(
         self,
-        dht: DHTNode,
+        dht: Callable[[], DHTNode],
         keys: SwarmKeys,
         identity: Identity,
         *,
         deadline_s: float = 15.0,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`deadline_s`: longest that one look-up or store may take, all its keys together."""
+        """`dht` gives the DHT node of now, which is another one once p2pd was started again.
+
+        `deadline_s`: longest that one look-up or store may take, all its keys together.
+        """
         self.keys = keys
         self._dht = dht
         self._identity = identity
         self._deadline_s = deadline_s
         self._now = now
+        self._claim_ages = ClaimAges()
 
     async def publish_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
         """Signs and stores the manifest; returns what was stored, so that others can store it again."""
@@ -114,7 +130,7 @@ class Registry:
         Peers that have it already refuse it, which is no failure.
         """
         subkey = self.keys.author.to_bytes()
-        await self._in_time(self._dht.store(self.keys.manifest, record, expires_at, subkey=subkey))
+        await self._in_time(self._dht().store(self.keys.manifest, record, expires_at, subkey=subkey))
 
     async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
         """Author → (signed manifest record, its expiry), for every author who used this swarm's name."""
@@ -199,8 +215,16 @@ class Registry:
                     nodes[peer_id] = node
         return nodes
 
-    async def node_ids(self) -> frozenset[PeerID]:
-        """All peers listed in the 256 shards."""
+    async def is_seen_by_others(self) -> bool:
+        """Whether another peer gives back this one's node record, as some should once it was published."""
+        peer_id = self._identity.peer_id
+        return await self._in_time(self._is_held_by_others(self.keys.node(peer_id), peer_id.to_bytes()))
+
+    async def node_ids(self, most: int = 65536) -> frozenset[PeerID]:
+        """The peers listed in the 256 shards; of more than `most`, some are drawn.
+
+        Anybody can list a peer that is not there: only its node record shows that it is.
+        """
         shards = [self.keys.node_shard(shard) for shard in range(256)]
         found = await self._get(shards)
         listed = set()
@@ -212,7 +236,7 @@ class Registry:
                     continue
                 if value == shard and self.keys.node_shard(shard_of(peer_id)) == shard:
                     listed.add(peer_id)
-        return frozenset(listed)
+        return frozenset(_some(listed, most))
 
     def _seal_announcement(self, key: str, replica: Announced, expires_at: float, queued_rows: int) -> bytes:
         payload = records_pb2.RecordPayload(
@@ -230,7 +254,7 @@ class Registry:
     def _replicas_of(
         self, uid: UID, key: str, found: Mapping[object, tuple[Any, float]]
     ) -> Iterable[Replica]:
-        for subkey, (value, _) in found.items():
+        for subkey, (value, _) in _some(found.items(), _MAX_REPLICAS):
             try:
                 peer_id = parse_peer_id(subkey)
                 payload = unseal(value, key, peer_id, self._now())
@@ -239,6 +263,11 @@ class Registry:
             except (RecordError, WireError, ValueError) as error:
                 logger.debug("left out a replica of %s: %s", uid, error)
                 continue
+            if state is ReplicaState.CLAIMED:
+                if self._claim_ages.is_stale(uid, peer_id, announcement.claimed_at, self._now()):
+                    continue
+            else:
+                self._claim_ages.forget(uid, peer_id)
             if state is not ReplicaState.WITHDRAWN:
                 yield Replica(
                     uid,
@@ -271,12 +300,25 @@ class Registry:
             payload.expires_at,
         )
 
+    async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
+        """A look-up would not tell: this peer's own store answers it too."""
+        dht, key_id = self._dht(), DHTID.generate(source=key)
+        nearest = await dht.find_nearest_nodes([key_id], k_nearest=dht.num_replicas, exclude_self=True)
+        answers = await asyncio.gather(
+            *(dht.protocol.call_find(peer, [key_id]) for peer in nearest[key_id].values())
+        )
+        items = [answer[key_id][0] for answer in answers if answer]
+        return any(
+            item is not None and isinstance(item.value, DictionaryDHTValue) and subkey in item.value
+            for item in items
+        )
+
     async def _store(self, items: Sequence[tuple[str, int | bytes, str | bytes, float]]) -> None:
         """Stores (key, subkey, value, expiry) items. Raises UnreachableError when no peer took any of them."""
         if not items:
             return
         keys, subkeys, values, expiries = map(list, zip(*items, strict=True))
-        stored = await self._in_time(self._dht.store_many(keys, values, expiries, subkeys=subkeys))
+        stored = await self._in_time(self._dht().store_many(keys, values, expiries, subkeys=subkeys))
         if not any(stored.values()):
             raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
 
@@ -284,7 +326,7 @@ class Registry:
         """For each key, its dictionary: subkey → (value, expiry). All replicas of a key are asked and merged."""
         if not keys:
             return {}
-        found = await self._in_time(self._dht.get_many(keys, sufficient_expiration_time=float("inf")))
+        found = await self._in_time(self._dht().get_many(keys, sufficient_expiration_time=float("inf")))
         result: dict[str, dict[object, tuple[Any, float]]] = {}
         for key in keys:
             item = found[key]

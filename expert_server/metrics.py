@@ -19,6 +19,7 @@ class NodeCounts:
     experts: int
     adopted: int
     dht_failures: int
+    p2pd_restarts: int
     checkpoints: CheckpointCounts
     paused: bool
     calls: int
@@ -58,6 +59,11 @@ class NodeCollector(Collector):
             "talkoot_averagings", "Replicas averaged with another node's.", node.averagings
         )
         yield from _transfers(node.transfers)
+        yield CounterMetricFamily(
+            "talkoot_p2pd_restarts",
+            "Times that the libp2p daemon died and was started again.",
+            node.p2pd_restarts,
+        )
         saves = node.checkpoints
         yield CounterMetricFamily("talkoot_checkpoints_saved", "Checkpoints written.", saves.saved)
         yield CounterMetricFamily(

@@ -193,7 +193,8 @@ class Node:
             return NodeState.DRAINING if self.runtime.experts else NodeState.PAUSED
         if self._pauses.taking or not self._pauses.hosts:
             return NodeState.JOINING
-        return NodeState.UNREACHABLE if self._failing else NodeState.SERVING
+        cut_off = self._failing or not self.swarm.host.alive
+        return NodeState.UNREACHABLE if cut_off else NodeState.SERVING
 
     async def run(self) -> None:
         """Announces, adopts, replicates and averages experts, saves its own, and minds its manners, for ever."""
@@ -232,8 +233,8 @@ class Node:
 
     async def _stay_announced(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.announce_every_s)
-            await self._round("announce", self.hosting.announce, self._describe)
+            await self.swarm.host.pause(self._settings.announce_every_s)
+            await self._round("announce", self.hosting.announce, self._describe, self._stay_member)
 
     async def _look_around(self) -> None:
         """Beside the announcements, which must not wait while states are fetched."""
@@ -264,6 +265,9 @@ class Node:
         while True:
             await asyncio.sleep(_ACCOUNT_EVERY_S)
             await self._account.save(self._contribution())
+
+    async def _stay_member(self) -> None:
+        await self.swarm.membership.check(announced=True)
 
     async def stop(self) -> None:
         """Hands its experts over, saves them, withdraws, and ends. Stopping twice is harmless."""
@@ -314,7 +318,7 @@ class Node:
             updates=stats.updates,
             rows=stats.rows,
             queued_rows=stats.queued_rows,
-            peers=len(self.swarm.host.dht.protocol.routing_table.uid_to_peer_id),
+            peers=len(self.swarm.host.peers()),
             why=self._why(),
             calls=self._servicer.calls,
             uploaded_bytes=self.traffic.up.bytes,
@@ -407,6 +411,7 @@ class Node:
             experts=len(self.runtime.experts),
             adopted=self.hosting.adopted,
             dht_failures=self._dht_failures,
+            p2pd_restarts=self.swarm.host.restarts,
             checkpoints=self.checkpoints.counts,
             paused=self.state is NodeState.PAUSED,
             calls=self._servicer.calls,

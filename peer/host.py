@@ -3,51 +3,60 @@
 import asyncio
 import contextlib
 import logging
-import os
 import socket
-from collections.abc import Sequence
-from typing import Any, Self
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Self
 
 import psutil
 from hivemind.dht.node import DHTNode
-from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils.multiaddr import Multiaddr
 
-from peer.errors import StartError, UnreachableError
+from peer.daemon import P2PD_ERRORS, START_DEADLINE_S, Daemon, start_daemon, start_dht
+from peer.errors import StartError, UnreachableError, UserError
+from peer.greeting import Greeting, check_greetings, greet
 from peer.identity import Identity
-from peer.processes import die_with_parent, sweep_dead_sockets
+from peer.processes import sweep_dead_sockets
 
 logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
-START_DEADLINE_S = 30.0
-
-
-class _Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
-    """hivemind's P2P, whose p2pd dies with us even when we are killed with SIGKILL."""
-
-    @staticmethod
-    def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
-        return die_with_parent(P2P._make_process_args(*arguments, **options))
-
-    async def _read_outputs(self, ready: "asyncio.Future[None]") -> None:
-        """Ends when p2pd ended by itself; hivemind would leave its socket file behind."""
-        await super()._read_outputs(ready)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self._daemon_listen_maddr["unix"])
+_RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0)
+"""Waits before p2pd is started again; after the last one it is given up."""
+_STEADY_S = 60.0
+"""A p2pd that ran so long died of something new: the waits begin anew."""
+_DOWN = "the libp2p daemon has ended; it is being started again"
 
 
 class Host:
-    """A running p2pd and DHT node. Made by `start`; `stop` it when done."""
+    """A running p2pd and DHT node, started anew when p2pd dies. Made by `start`; `stop` it when done."""
 
-    def __init__(self, p2p: P2P, dht: DHTNode, identity: Identity) -> None:
-        self.p2p = p2p
-        self.dht = dht
+    def __init__(
+        self,
+        identity: Identity,
+        listen: str,
+        port: int,
+        validator: RecordValidatorBase | None,
+        serves_dht: bool,
+    ) -> None:
         self.identity = identity
+        self.known: tuple[str, ...] = ()
+        """Multiaddresses of peers by which to join when p2pd was started again."""
+        self.joined_by: tuple[str, ...] = ()
+        """Those that answered at the start."""
+        self.restarts = 0
+        """How often p2pd was started again."""
+        self._listen = listen
+        self._port = port
+        self._validator = validator
+        self._serves_dht = serves_dht
+        self._daemon: Daemon | None = None
+        self._dht: DHTNode | None = None
+        self._ready = False
+        self._supervisor: asyncio.Task[None] | None = None
+        self._restarted = asyncio.Event()
 
     @classmethod
     async def start(
@@ -57,47 +66,95 @@ class Host:
         listen: str,
         port: int = 0,
         bootstrap: Sequence[str] = (),
+        remembered: Sequence[str] = (),
         validator: RecordValidatorBase | None = None,
         serves_dht: bool = True,
     ) -> Self:
-        """Joins the DHT by the addresses in `bootstrap`, or starts a new one when there are none.
+        """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
-        `serves_dht=False` makes a client that hosts no keys. Raises StartError when this machine can't start it, and
-        UnreachableError when no bootstrap address answers.
+        Without `bootstrap` it may be that none of the remembered ones answers. `serves_dht=False` makes a client that
+        hosts no keys. Raises StartError when this machine can't start it or its clock is wrong, and UnreachableError
+        when no bootstrap address answers.
         """
         sweep_dead_sockets()
         if serves_dht:
             require_free_port(listen, port)
-        reachable = await _answering(bootstrap)
+        reachable = await _answering((*bootstrap, *remembered))
         if bootstrap and not reachable:
             raise UnreachableError(
                 f"none of the {len(bootstrap)} bootstrap addresses answers: {', '.join(bootstrap)}; "
                 "is that peer running, and does this machine have a network connection?"
             )
-        p2p = await _start_daemon(identity, listen, port, reachable, serves_dht)
+        host = cls(identity, listen, port, validator, serves_dht)
         try:
-            dht = await _start_dht(p2p, reachable, validator, serves_dht)
+            await host._start()
+            greetings = await host._greet(reachable)
+            if bootstrap and not greetings:
+                raise _no_peer_answered(bootstrap)
+            if greetings:
+                check_greetings(greetings, serves_dht)
         except BaseException:
-            await p2p.shutdown()
+            await host.stop()
             raise
-        return cls(p2p, dht, identity)
+        host.known = (*bootstrap, *remembered)
+        host.joined_by = _addresses(greetings)
+        host._ready = True
+        host._supervisor = asyncio.create_task(host._supervise())
+        return host
 
     async def stop(self) -> None:
         """Leaves the DHT and ends p2pd. Stopping twice is harmless."""
-        if self.dht.is_alive:
-            # p2pd may be gone already, then there is nothing to unregister from
-            with contextlib.suppress(
-                ControlFailure, OSError, asyncio.IncompleteReadError, asyncio.TimeoutError
-            ):
-                await asyncio.wait_for(self.dht.shutdown(), DIAL_DEADLINE_S)
-        refresh = self.dht.cache_refresh_task
-        if refresh is not None:
-            refresh.cancel()
-        await self.p2p.shutdown()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+        await self._end()
 
     @property
     def peer_id(self) -> PeerID:
         return self.identity.peer_id
+
+    @property
+    def alive(self) -> bool:
+        """Whether p2pd runs. False while it is being started again and joins."""
+        return self._ready
+
+    @property
+    def p2p(self) -> P2P:
+        """The p2pd of now. Raises UnreachableError while there is none."""
+        if self._daemon is None:
+            raise UnreachableError(_DOWN)
+        return self._daemon
+
+    @property
+    def dht(self) -> DHTNode:
+        """The DHT node of now; don't keep it. Raises UnreachableError while p2pd is being started again."""
+        if self._dht is None or not self._ready:
+            raise UnreachableError(_DOWN)
+        return self._dht
+
+    def peers(self) -> frozenset[PeerID]:
+        """The DHT peers that are known now."""
+        if self._dht is None or not self._ready:
+            return frozenset()
+        return frozenset(self._dht.protocol.routing_table.peer_id_to_uid)
+
+    async def join(self, addresses: Sequence[str]) -> list[str]:
+        """Dials peers, and enters their DHT with this peer's own; gives the addresses of those that answered."""
+        return list(_addresses(await self._greet(await _answering(addresses))))
+
+    async def pause(self, longest_s: float) -> None:
+        """Sleeps, but not beyond a restart of p2pd: then all has to be announced again.
+
+        Raises StartError when p2pd could not be started again.
+        """
+        if self._supervisor is not None and self._supervisor.done():
+            raise StartError(
+                f"the libp2p daemon died, and did not start again in {len(_RESTART_DELAYS_S)} tries"
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(longest_s):
+                await self._restarted.wait()
+        self._restarted.clear()
 
     async def bootstrap_addresses(self) -> list[str]:
         """Multiaddresses by which others can join, loopback ones last and only if there is nothing else.
@@ -105,13 +162,72 @@ class Host:
         Raises UnreachableError when p2pd does not answer.
         """
         try:
-            visible = await self.p2p.get_visible_maddrs(latest=True)
-        except (ControlFailure, OSError, asyncio.IncompleteReadError) as error:
+            async with asyncio.timeout(DIAL_DEADLINE_S):
+                visible = await self.p2p.get_visible_maddrs(latest=True)
+        except P2PD_ERRORS as error:
             raise UnreachableError("the libp2p daemon does not answer") from error
         addresses = [str(address) for address in visible]
         direct = [a for a in addresses if a.startswith(("/ip4/", "/ip6/", "/dns")) and "/tcp/" in a]
         public = [a for a in direct if not a.startswith(("/ip4/127.", "/ip6/::1/"))]
         return (public or direct or addresses)[:8]
+
+    async def _start(self) -> None:
+        """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises StartError."""
+        daemon = self._daemon = await start_daemon(self.identity, self._listen, self._port, self._serves_dht)
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                self._dht = await start_dht(daemon, self._validator, self._serves_dht)
+                addresses = await daemon.get_visible_maddrs() if self._serves_dht else []
+        except P2PD_ERRORS as error:
+            raise StartError("the libp2p daemon does not answer") from error
+        if self._serves_dht:
+            endpoints = map(_tcp_endpoint, map(str, addresses))
+            self._port = next(endpoint[1] for endpoint in endpoints if endpoint is not None)
+
+    async def _end(self) -> None:
+        self._ready = False
+        dht, self._dht = self._dht, None
+        if dht is not None:
+            dht.is_alive = False
+            if dht.cache_refresh_task is not None:
+                dht.cache_refresh_task.cancel()
+        if self._daemon is not None:
+            await self._daemon.shutdown()
+            self._daemon = None
+
+    async def _greet(self, addresses: Sequence[str]) -> list[Greeting]:
+        if self._daemon is None or self._dht is None:
+            raise UnreachableError(_DOWN)
+        return await greet(self._daemon, self._dht, addresses, DIAL_DEADLINE_S)
+
+    async def _supervise(self) -> None:
+        """Starts p2pd again whenever it ends, until that has failed too often."""
+        delays: Iterator[float] = iter(_RESTART_DELAYS_S)
+        while self._daemon is not None:
+            started_at = time.monotonic()
+            status = await self._daemon.ended()
+            if time.monotonic() - started_at > _STEADY_S:
+                delays = iter(_RESTART_DELAYS_S)
+            logger.warning("the libp2p daemon ended with status %d; starting it again", status)
+            await self._end()
+            for delay_s in delays:
+                await asyncio.sleep(delay_s)
+                if await self._is_started_again():
+                    break
+
+    async def _is_started_again(self) -> bool:
+        try:
+            await self._start()
+            joined = await self.join(self.known)
+        except (*P2PD_ERRORS, UserError) as error:
+            logger.warning("the libp2p daemon can't be started again: %s", error)
+            await self._end()
+            return False
+        self._ready = True
+        self.restarts += 1
+        self._restarted.set()
+        logger.warning("the libp2p daemon runs again and has joined by %d known addresses", len(joined))
+        return True
 
 
 def default_listen_address() -> str:
@@ -136,66 +252,8 @@ def require_free_port(host: str, port: int) -> None:
             ) from error
 
 
-async def _start_daemon(
-    identity: Identity, listen: str, port: int, bootstrap: Sequence[str], serves_dht: bool
-) -> P2P:
-    family = "ip6" if ":" in listen else "ip4"
-    started: list[_Daemon] = []
-
-    class Daemon(_Daemon):
-        """Can be ended when `create` is cancelled: hivemind would leave p2pd and its sockets behind."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            started.append(self)
-
-    try:
-        return await Daemon.create(
-            initial_peers=list(bootstrap) or None,
-            identity_path=str(identity.path),
-            check_if_identity_free=False,  # the state folder's lock and the signed records stand for it
-            host_maddrs=[f"/{family}/{listen}/tcp/{port}"],
-            dht_mode="server" if serves_dht else "client",
-            no_listen=not serves_dht,
-            nat_port_map=False,
-            auto_nat=False,
-            use_relay=False,
-            startup_timeout=START_DEADLINE_S,
-        )
-    except P2PDaemonError as error:
-        if "failed to connect to bootstrap peers" in str(error):
-            raise _no_peer_answered(bootstrap) from error
-        raise StartError(f"the libp2p daemon did not start: {error}") from error
-    except OSError as error:
-        raise StartError(f"can't run the libp2p daemon: {error}") from error
-    except asyncio.CancelledError:
-        for daemon in started:
-            await daemon.shutdown()
-        raise
-
-
-async def _start_dht(
-    p2p: P2P, bootstrap: Sequence[str], validator: RecordValidatorBase | None, serves_dht: bool
-) -> DHTNode:
-    try:
-        return await DHTNode.create(
-            p2p=p2p,
-            # from the PeerID, else a peer that restarts stands twice in the routing tables of the others
-            node_id=DHTID.generate(source=p2p.peer_id.to_bytes()),
-            initial_peers=list(bootstrap) or None,
-            record_validator=validator,
-            client_mode=not serves_dht,
-            cache_locally=False,  # `directory` is the cache, with rules of its own
-            cache_nearest=0,
-            cache_on_store=False,
-            cache_refresh_before_expiry=0,
-        )
-    except RuntimeError as error:
-        raise _no_peer_answered(bootstrap) from error
-    except Exception as error:
-        if type(error).__name__ != "ValidationError":
-            raise
-        raise StartError(f"the bootstrap peer refused us: {error}") from error
+def _addresses(greetings: Iterable[Greeting]) -> tuple[str, ...]:
+    return tuple(address for greeting in greetings for address in greeting.addresses)
 
 
 def _no_peer_answered(bootstrap: Sequence[str]) -> UnreachableError:
@@ -233,7 +291,11 @@ def _tcp_endpoint(address: str) -> tuple[str, int] | None:
 
 def is_multiaddress(text: str) -> bool:
     """Whether the text is a multiaddress that says who and where a peer is, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"""
+    where, _, who = text.rpartition("/p2p/")
     try:
-        return bool(Multiaddr(text)["p2p"]) and not text.startswith("/p2p/")
-    except Exception:  # noqa: BLE001  # hivemind raises many types for text that is no multiaddress
+        return bool(where and "/" not in who and Multiaddr(text) and Multiaddr(f"/p2p/{who}")["p2p"])
+    except (
+        ValueError,
+        LookupError,
+    ):  # of the former are its parse errors; the latter for a protocol it lacks
         return False

@@ -10,10 +10,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
+from google.protobuf.message import DecodeError
 from hivemind.p2p import PeerID
 from hivemind.proto import crypto_pb2
 
@@ -22,6 +23,8 @@ from peer.errors import RecordError, StartError
 TLS_NAME = "talkoot.peer"
 """Name in every certificate. Certificates are pinned whole, so the name says nothing about who it is."""
 
+_NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
+"""What cryptography raises for bytes that are no key, or one of another kind; TypeError when it needs a password."""
 _KEY_BITS = 2048
 _CERTIFICATE_YEARS = 10
 _SIGNATURE_PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
@@ -48,7 +51,7 @@ class Identity:
             key = serialization.load_der_private_key(message.data, password=None)
         except OSError as error:
             raise StartError(f"can't use the identity file {path}: {error.strerror}") from error
-        except Exception as error:  # protobuf and cryptography raise many types for bytes that are no key
+        except (DecodeError, *_NO_KEY) as error:
             raise StartError(f"{path} holds no libp2p RSA key: move it away to get a new identity") from error
         if not isinstance(key, rsa.RSAPrivateKey):
             raise StartError(f"{path} holds no RSA key: move it away to get a new identity")
@@ -94,7 +97,7 @@ def verify(public_key: bytes, data: bytes, signature: bytes) -> None:
     """Raises RecordError unless `signature` is the key's over `data`."""
     try:
         key = serialization.load_der_public_key(public_key)
-    except Exception as error:  # cryptography raises many types for bytes that are no key
+    except _NO_KEY as error:
         raise RecordError("the record carries no public key") from error
     if not isinstance(key, rsa.RSAPublicKey) or not 2048 <= key.key_size <= 4096:
         raise RecordError("the record's key is no RSA key of 2048 to 4096 bits")
@@ -109,7 +112,7 @@ def certificate_pem(certificate: bytes, peer_id: PeerID) -> bytes:
     try:
         parsed = x509.load_der_x509_certificate(certificate)
         public_key = parsed.public_key()
-    except Exception as error:  # cryptography raises many types for bytes that are no certificate
+    except (*_NO_KEY, x509.InvalidVersion) as error:
         raise RecordError("the record carries no certificate") from error
     if not isinstance(public_key, rsa.RSAPublicKey):
         raise RecordError("the certificate's key is no RSA key")

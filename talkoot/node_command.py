@@ -20,7 +20,7 @@ from expert_server.blocks import builder_of
 from expert_server.devices import check_devices
 from expert_server.node import Node, NodeStatus
 from expert_server.settings import NodeSettings
-from peer.errors import InviteError, SettingsError, StartError
+from peer.errors import InviteError, SettingsError, StartError, UserError
 from peer.host import default_listen_address, is_multiaddress
 from peer.identity import Identity
 from peer.processes import StateFolder
@@ -85,13 +85,19 @@ class SwarmStarter:
     invite: Invite | None
     bootstrap: tuple[str, ...]
 
-    async def start(self, identity: Identity, host: str, port: int, stage: Stage) -> Swarm:
+    async def start(self, identity: Identity, host: str, port: int, state: Path, stage: Stage) -> Swarm:
         if self.manifest is not None:
             return await found_swarm(
-                identity, self.manifest, listen=host, port=port, bootstrap=self.bootstrap, stage=stage
+                identity,
+                self.manifest,
+                listen=host,
+                port=port,
+                bootstrap=self.bootstrap,
+                state=state,
+                stage=stage,
             )
         assert self.invite is not None
-        return await join_swarm(identity, self.invite, listen=host, port=port, stage=stage)
+        return await join_swarm(identity, self.invite, listen=host, port=port, state=state, stage=stage)
 
 
 def run_node(
@@ -148,6 +154,11 @@ class _NodeCommand:
             if not self._served:
                 raise
             logger.info("left the swarm")
+        except ExceptionGroup as group:
+            mendable = group.subgroup(UserError)
+            if mendable is None:
+                raise
+            raise _first(mendable) from group
 
     async def _serve_steered(self) -> None:
         async with self._control:
@@ -156,7 +167,9 @@ class _NodeCommand:
     async def _serve(self) -> None:
         with self._terminal.stages("making ready") as stage:
             identity = Identity.load_or_create(self._state / "identity.key")
-            swarm = await self._starter.start(identity, self._host, self._settings.dht_port, stage)
+            swarm = await self._starter.start(
+                identity, self._host, self._settings.dht_port, self._state, stage
+            )
             # from here on the node stops the swarm
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
@@ -228,6 +241,11 @@ async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, Pace], 
 def _be_nice(niceness: int) -> None:
     """Lets other programs go first. Before threads begin: each has a priority of its own, from who starts it."""
     os.nice(max(0, niceness - os.nice(0)))
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error itself, or the first in the group."""
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def listen_address(settings: NodeSettings) -> str:

@@ -1,6 +1,7 @@
 """A trainer's membership in a swarm: loop, host, directory and dispatcher, started and stopped as one."""
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from peer.channels import ChannelPool
-from peer.errors import SwarmError
+from peer.errors import SwarmError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
@@ -27,6 +28,8 @@ from trainer_client.routers import Routing, experts_for_each_row
 from trainer_client.settings import TrainerSettings
 
 _LOOK_AGAIN_S = 0.5
+_CHECK_EVERY_S = 10.0
+"""Time between two looks whether this trainer still knows anybody in its swarm."""
 
 
 class SwarmClient:
@@ -41,7 +44,7 @@ class SwarmClient:
         self._loop = LoopThread()
         self._swarm: Swarm | None = None
         self._channels = ChannelPool()
-        self._refreshing: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         try:
             self._loop.run(self._start(invite, settings, stage))
             self._k = experts_for_each_row(settings.router, settings.top_k, self.manifest)
@@ -121,13 +124,18 @@ class SwarmClient:
 
     async def _start(self, invite: Invite, settings: TrainerSettings, stage: Stage) -> None:
         identity = Identity.load_or_create(self._folder.path / "identity.key")
-        self._swarm = await join_swarm(identity, invite, listen="127.0.0.1", serves_dht=False, stage=stage)
+        self._swarm = await join_swarm(
+            identity, invite, listen="127.0.0.1", serves_dht=False, state=self._folder.path, stage=stage
+        )
         stage("looking for experts")
         self._directory = Directory(
             self._swarm.registry, self._swarm.manifest, refresh_every_s=settings.refresh_every_s
         )
         await self._directory.refresh()
-        self._refreshing = asyncio.create_task(self._directory.keep_fresh())
+        self._tasks = [
+            asyncio.create_task(self._directory.keep_fresh()),
+            asyncio.create_task(self._swarm.membership.keep(_CHECK_EVERY_S)),
+        ]
         caller = GrpcCaller(self._channels, invite.keys.swarm_id, self._swarm.manifest.model.hidden)
         policy = WaitPolicy(settings.call_deadline_s, settings.grace_s, settings.k_min)
         seed = random.SystemRandom().getrandbits(32)
@@ -135,11 +143,14 @@ class SwarmClient:
 
     async def _look_again(self) -> None:
         await asyncio.sleep(_LOOK_AGAIN_S)
-        await self._directory.refresh()
+        with contextlib.suppress(UnreachableError):  # the directory's own task says so
+            await self._directory.refresh()
 
     async def _stop(self) -> None:
-        if self._refreshing is not None:
-            self._refreshing.cancel()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
             await self.dispatcher.close()
         await self._channels.close()
         if self._swarm is not None:

@@ -66,7 +66,7 @@ class Swarm:
     run: Callable[[Coroutine[Any, Any, None]], None]
 
     def registry(self, n: int, now: Callable[[], float] = time.time) -> Registry:
-        return Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now)
+        return Registry(lambda: self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now)
 
     async def store(self, n: int, key: str, subkey: object, value: object, expires_at: float) -> bool:
         """Past the registry."""
@@ -314,7 +314,7 @@ def test_nothing_to_say_and_nothing_to_ask_costs_no_call(swarm: Swarm) -> None:
 def test_a_dht_that_does_not_answer_is_unreachable_in_bounded_time(swarm: Swarm) -> None:
     async def scenario() -> None:
         host = swarm.hosts[1]
-        hurried = Registry(host.dht, swarm.keys, host.identity, deadline_s=0.0)
+        hurried = Registry(lambda: host.dht, swarm.keys, host.identity, deadline_s=0.0)
         for call in (hurried.replicas([FIRST]), hurried.announce([Announced(FIRST, SERVING)], LIFETIME_S)):
             with pytest.raises(UnreachableError, match="did not answer within 0 s"):
                 await call
@@ -387,7 +387,9 @@ def test_two_authors_of_one_name_are_both_listed(swarm: Swarm) -> None:
     async def scenario() -> None:
         until = time.time() + 3600
         rival = Registry(
-            swarm.hosts[1].dht, SwarmKeys(swarm.keys.name, swarm.hosts[1].peer_id), swarm.hosts[1].identity
+            lambda: swarm.hosts[1].dht,
+            SwarmKeys(swarm.keys.name, swarm.hosts[1].peer_id),
+            swarm.hosts[1].identity,
         )
         records: dict[PeerID, tuple[bytes, float]] = {}
         for author, text in ((swarm.registry(0), b"first"), (rival, b"second")):

@@ -36,6 +36,7 @@ from dht.uid import UID
 from expert_server.node import Node, NodeState
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
+from peer.daemon import Daemon
 from peer.errors import StartError, SwarmError
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -307,6 +308,7 @@ def test_metrics_are_served_on_loopback_as_prometheus_text(play: Play) -> None:
             "dht_failures",
             "experts_handed_over",
             "averagings",
+            "p2pd_restarts",
         ):
             assert float(values[f"talkoot_{name}_total"]) == 0
             assert f"# TYPE talkoot_{name}_total counter" in text
@@ -398,10 +400,16 @@ def test_a_node_comes_back_with_its_identity(play: Play) -> None:
     play(scenario)
 
 
-def test_a_node_whose_p2pd_died_says_so_and_still_stops(play: Play) -> None:
+def test_a_node_whose_p2pd_can_not_be_started_again_says_so_and_still_stops(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(*arguments: Any) -> Daemon:
+        raise StartError("no p2pd for this test")
+
     async def scenario(village: Village) -> None:
         node = await village.found(experts=2, announce_every_s=0.5)
         task = await village.run(node)
+        monkeypatch.setattr("peer.host.start_daemon", fails)
         for pid in children():
             psutil.Process(pid).kill()
 
@@ -409,12 +417,12 @@ def test_a_node_whose_p2pd_died_says_so_and_still_stops(play: Play) -> None:
             assert not task.done(), task
             return node.status().state is NodeState.UNREACHABLE
 
-        await eventually(noticed, 30)
+        await eventually(noticed, 5)
         await end(task)
         begin = time.monotonic()
         await node.stop()
         await node.stop()
-        assert time.monotonic() - begin < 15
+        assert time.monotonic() - begin < 5
 
     play(scenario)
 
@@ -436,7 +444,7 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Path]
         used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
         return die_with_parent(arguments)
 
-    monkeypatch.setattr("peer.host.die_with_parent", note_socket)
+    monkeypatch.setattr("peer.daemon.die_with_parent", note_socket)
     yield lambda: [path for name in used for path in Path("/tmp").glob(f"hivemind-*-{name}")]
     assert used, "no host was started"
 

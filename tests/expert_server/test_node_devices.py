@@ -79,6 +79,6 @@ def test_a_node_without_its_device_does_not_start_and_leaves_the_swarm(
         swarm = await found_swarm(village.identities[0], MANIFEST, listen=LOCAL, port=0)
         with pytest.raises(SettingsError, match="device cuda:99: torch finds"):
             await Node.start(node_settings(device="cuda:99"), swarm, host=LOCAL, state=village.state(swarm))
-        assert not swarm.host.dht.is_alive
+        assert not swarm.host.alive
 
     play(scenario)

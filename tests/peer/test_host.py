@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peer.errors import StartError, UnreachableError, UserError
 from peer.host import Host, default_listen_address, is_multiaddress, require_free_port
@@ -61,7 +63,7 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Path]]:
         used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
         return die_with_parent(arguments)
 
-    monkeypatch.setattr("peer.host.die_with_parent", note_socket)
+    monkeypatch.setattr("peer.daemon.die_with_parent", note_socket)
 
     def left() -> list[Path]:
         assert used, "no host was started"
@@ -325,8 +327,20 @@ def test_the_default_address_is_of_this_machine() -> None:
         "/ip4/127.0.0.1/tcp/80,/p2p/{}",
         "/ip4/127.0.0.1/tcp/99999/p2p/{}",
         "/ip4/1.2.3/tcp/80/p2p/{}",
+        "/ip4/127.0.0.1/tcp/80/p2p/{}/",
+        "/ip4/127.0.0.1/tcp/80/ipfs/{}",
+        "/p2p/{}/ip4/127.0.0.1/tcp/80",
     ],
 )
 def test_what_is_no_address_of_a_peer(identities: list[Identity], text: str) -> None:
     assert is_multiaddress(tcp_address(80, identities[0]))
     assert not is_multiaddress(text.format(identities[0].peer_id.to_base58()))
+
+
+@given(
+    st.lists(
+        st.sampled_from(["", "ip4", "ip6", "dns", "tcp", "p2p", "onion", "1.2.3.4", "80", "-1", "é", "Qm"])
+    )
+)
+def test_any_text_is_an_address_or_none(parts: list[str]) -> None:
+    assert is_multiaddress("/".join(parts)) is False  # none of them names a peer

@@ -186,3 +186,13 @@ def test_a_changed_certificate_raises_nothing_but_record_error(
         return
     # a change elsewhere than in the key: the pinned certificate still has this peer's key
     assert x509.load_pem_x509_certificate(pem).public_key() == identity.key.public_key()
+
+
+@given(position=st.integers(0, 60), change=st.integers(1, 255))
+def test_a_changed_key_raises_nothing_but_record_error(
+    identity: Identity, position: int, change: int
+) -> None:
+    key = bytearray(identity.public_key)
+    key[position] ^= change
+    with pytest.raises(RecordError):
+        verify(bytes(key), b"data", identity.sign(b"data"))

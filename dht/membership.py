@@ -1,0 +1,129 @@
+"""The watchdog: it sees whether this peer is still in its swarm, and brings it back when it is not."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+
+from dht.acquaintances import Acquaintances
+from dht.registry import Registry
+from peer.errors import StartError, UnreachableError
+from peer.host import Host
+
+logger = logging.getLogger(__name__)
+
+_MEETINGS = 8
+"""Most peers whose records are read in one round, to remember where they are."""
+_MEET_AGAIN_S = 600.0
+_DIAL_EVERY_S = 120.0
+"""Seconds between two dials of a remembered peer that the DHT does not know now: so two halves find each other."""
+
+_LONELY_ROUNDS = 3
+"""After so many rounds without an answer this peer is alone in its swarm, as far as it can tell."""
+
+
+class Membership:
+    """One peer's place in its swarm. `check` it once in every announcement period, or `keep` it as a task."""
+
+    def __init__(
+        self,
+        host: Host,
+        registry: Registry,
+        acquaintances: Acquaintances,
+        *,
+        dial_every_s: float = _DIAL_EVERY_S,
+        now: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.rejoined = 0
+        """How often this peer had to join again."""
+        self._host = host
+        self._registry = registry
+        self._acquaintances = acquaintances
+        self._dial_every_s = dial_every_s
+        self._now = now
+        self._rng = rng or random.SystemRandom()
+        self._dialled_at = now()
+        self._lonely = 0
+        """Rounds in a row in which nobody answered."""
+
+    async def check(self, announced: bool) -> None:
+        """Looks whether others see this peer, and joins again by the remembered peers when they don't.
+
+        `announced`: whether its node record should be there now; a trainer has none, and only needs somebody to ask.
+        Raises UnreachableError when it had to join again, so that what was announced has to be announced anew, and when
+        nobody answers.
+        """
+        if await self._is_cut_off(announced):
+            await self._join_again()
+            return
+        self._lonely = 0
+        await self._meet()
+        if self._is_time_to_dial():
+            await self._dial_one()
+
+    async def keep(self, every_s: float) -> None:
+        """Checks until p2pd is given up. For a peer that announces nothing."""
+        while True:
+            try:
+                await self._host.pause(every_s)
+                await self.check(announced=False)
+            except UnreachableError as error:
+                logger.warning("%s", error)
+            except StartError as error:
+                logger.error("%s: who is alive is not known any more", error)
+                return
+
+    async def _is_cut_off(self, announced: bool) -> bool:
+        """A peer that knows nobody, and never knew anybody, is no less in its swarm for that."""
+        if not self._host.peers():
+            return bool(self._acquaintances.addresses())
+        return announced and await self._registry.is_seen_by_others() is False
+
+    async def _join_again(self) -> None:
+        """Raises UnreachableError, but not for ever: the last peer of a swarm goes on, and looks now and then."""
+        if self._lonely >= _LONELY_ROUNDS and not self._is_time_to_dial():
+            return
+        joined = await self._host.join(self._acquaintances.addresses())
+        if joined:
+            self._lonely = 0
+            self.rejoined += 1
+            raise UnreachableError(
+                f"no other peer gave back what this one announced: joined again by {len(joined)} addresses"
+            )
+        self._lonely += 1
+        if self._lonely < _LONELY_ROUNDS:
+            raise UnreachableError("no other peer answers; is this machine's network connection up?")
+        if self._lonely == _LONELY_ROUNDS:
+            logger.warning(
+                "no other peer answers: this one goes on alone, and looks for them every %.0f s",
+                self._dial_every_s,
+            )
+
+    def _is_time_to_dial(self) -> bool:
+        if self._now() < self._dialled_at + self._dial_every_s:
+            return False
+        self._dialled_at = self._now()
+        return True
+
+    async def _meet(self) -> None:
+        """Remembers where some of the DHT peers are, by their own records: those first that were not seen for long."""
+        due = [
+            peer
+            for peer in self._host.peers()
+            if self._acquaintances.met_at(peer.to_base58()) < self._now() - _MEET_AGAIN_S
+        ]
+        met = await self._registry.nodes(self._rng.sample(due, min(_MEETINGS, len(due))))
+        for node in met.values():
+            own = f"/p2p/{node.peer_id.to_base58()}"
+            self._acquaintances.meet([a for a in node.bootstrap_addresses if a.endswith(own)], self._now())
+        self._host.known = tuple(self._acquaintances.addresses())
+        await asyncio.to_thread(self._acquaintances.save)
+
+    async def _dial_one(self) -> None:
+        """Dials a remembered peer that the DHT does not know: it may live in another half of the swarm."""
+        known = {peer.to_base58() for peer in self._host.peers()} | {self._host.peer_id.to_base58()}
+        strangers = self._acquaintances.strangers(known)
+        if strangers and (joined := await self._host.join(self._rng.choice(strangers))):
+            logger.info("found a remembered peer again: %s", joined[0])

@@ -1,0 +1,168 @@
+"""p2pd, the libp2p daemon: the one child process of a peer, and the tasks that hivemind runs for it."""
+
+import asyncio
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import RecordValidatorBase
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import (
+    P2PDaemonError,
+    P2PHandlerError,
+    raise_if_failed,
+    read_pbmsg_safe,
+    write_pbmsg,
+)
+from hivemind.proto import p2pd_pb2
+from hivemind.utils.multiaddr import Multiaddr
+
+from peer.answers import filter_answers
+from peer.errors import StartError
+from peer.identity import Identity
+from peer.processes import die_with_parent
+
+START_DEADLINE_S = 30.0
+_ENDS_WITHIN_S = 3.0
+"""Longest that p2pd may take to end when asked; then it is killed."""
+
+# what hivemind's calls raise when p2pd or the other peer does not do what was asked
+P2PD_ERRORS = (
+    P2PDaemonError,
+    P2PHandlerError,
+    OSError,  # of it is TimeoutError
+    EOFError,  # of it is asyncio.IncompleteReadError
+    DecodeError,
+)
+
+
+class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
+    """hivemind's P2P, which notices that p2pd has ended, and leaves no task behind.
+
+    p2pd dies with us even when we are killed with SIGKILL.
+    """
+
+    @staticmethod
+    def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
+        return die_with_parent(P2P._make_process_args(*arguments, **options))
+
+    async def ended(self) -> int:
+        """Waits until p2pd has ended; gives its exit status, negative after a signal."""
+        status: int = await self._child.wait()
+        self._has_ended()
+        return status
+
+    async def connect(self, peer_id: PeerID, transports: Sequence[Multiaddr], deadline_s: float) -> None:
+        """Dials a peer at these addresses, which don't name it.
+
+        hivemind's own leaves its connection to p2pd open when it is broken off.
+        """
+        reader, writer = await self._client.control.daemon_connector.open_connection()
+        with contextlib.closing(writer):
+            addresses = [transport.to_bytes() for transport in transports]
+            connect = p2pd_pb2.ConnectRequest(
+                peer=peer_id.to_bytes(), addrs=addresses, timeout=math.ceil(deadline_s)
+            )
+            async with asyncio.timeout(deadline_s):
+                await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect))
+                answer = p2pd_pb2.Response()
+                await read_pbmsg_safe(reader, answer)
+            raise_if_failed(answer)
+
+    async def call_protobuf_handler(self, *arguments: Any, **options: Any) -> Any:
+        if not self.is_alive:
+            raise P2PDaemonError("p2pd has ended")  # hivemind would wait until its own deadline
+        return await super().call_protobuf_handler(*arguments, **options)
+
+    async def shutdown(self) -> None:
+        tasks = self._tasks()
+        self._has_ended()
+        self._terminate()
+        for task in tasks:
+            task.cancel()
+        # also those that failed when p2pd died: nobody else looks at their errors
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._child is None:
+            return
+        try:
+            await asyncio.wait_for(self._child.wait(), _ENDS_WITHIN_S)
+        except TimeoutError:
+            self._child.kill()
+            await self._child.wait()
+        with contextlib.suppress(FileNotFoundError):  # hivemind leaves it behind when p2pd ended by itself
+            os.remove(self._daemon_listen_maddr["unix"])
+
+    def _has_ended(self) -> None:
+        """Fails the calls that wait for an answer which can't come any more."""
+        self._alive = False
+        if self._client is not None:
+            for call in self._client.control._pending_calls.values():
+                if not call.done():
+                    call.set_exception(P2PDaemonError("p2pd has ended"))
+                    call.exception()  # its caller may have given up already
+
+    def _tasks(self) -> list["asyncio.Task[Any]"]:
+        tasks = [self._reader_task, self._listen_task]
+        if self._client is not None:
+            control = self._client.control
+            tasks += [control._read_task, control._write_task, *control._handler_tasks.values()]
+        return [task for task in tasks if task is not None]
+
+
+async def start_daemon(identity: Identity, listen: str, port: int, serves_dht: bool) -> Daemon:
+    """Starts p2pd. Raises StartError when this machine can't."""
+    family = "ip6" if ":" in listen else "ip4"
+    started: list[Daemon] = []
+
+    class Noted(Daemon):
+        """Can be ended when `create` is broken off: hivemind would leave p2pd and its sockets behind."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            started.append(self)
+
+    daemon: Daemon | None = None
+    try:
+        daemon = await Noted.create(
+            identity_path=str(identity.path),
+            check_if_identity_free=False,  # the state folder's lock and the signed records stand for it
+            host_maddrs=[f"/{family}/{listen}/tcp/{port}"],
+            dht_mode="server" if serves_dht else "client",
+            no_listen=not serves_dht,
+            nat_port_map=False,
+            auto_nat=False,
+            use_relay=False,
+            startup_timeout=START_DEADLINE_S,
+        )
+    except P2PDaemonError as error:
+        raise StartError(f"the libp2p daemon did not start: {error}") from error
+    except (OSError, EOFError) as error:
+        raise StartError(f"can't run the libp2p daemon: {error}") from error
+    finally:
+        if daemon is None:
+            for half_started in started:
+                await half_started.shutdown()
+    return daemon
+
+
+async def start_dht(daemon: Daemon, validator: RecordValidatorBase | None, serves_dht: bool) -> DHTNode:
+    """A DHT node that knows no peers yet."""
+    dht = await DHTNode.create(
+        p2p=daemon,
+        # from the PeerID, else a peer that restarts stands twice in the routing tables of the others
+        node_id=DHTID.generate(source=daemon.peer_id.to_bytes()),
+        record_validator=validator,
+        client_mode=not serves_dht,
+        cache_locally=False,  # `directory` is the cache, with rules of its own
+        cache_nearest=0,
+        cache_on_store=False,
+        cache_refresh_before_expiry=0,
+    )
+    if validator is not None:
+        filter_answers(dht.protocol)
+    return dht

@@ -1,0 +1,273 @@
+"""A forger in the swarm: a peer that checks nothing, stores what it likes and answers with it.
+
+No honest expert disappears, and nobody is taken for another.
+"""
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Collection, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import PeerID
+from hivemind.utils import MSGPackSerializer
+
+from dht.directory import Directory
+from dht.manifest import Manifest
+from dht.records import RecordValidator, SwarmKeys, seal, shard_of
+from dht.registry import Announced, NodeInfo, Prefix, Registry, Replica, ReplicaState
+from dht.uid import UID
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.host import Host
+from peer.identity import Identity, peer_id_of
+from peer.loop import LoopThread
+from peer.wire import records_pb2
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+MANIFEST = Manifest.model_validate(
+    {"name": "swarm", "model": {"layers": 2}, "experts": {"grid": (3, 4)}, "routing": {"top_k": 2}}
+)
+UIDS = MANIFEST.uids()
+LIFETIME_S = 60.0
+
+
+@dataclass
+class Swarm:
+    """Two honest peers, of which the first hosts all experts, and a forger."""
+
+    hosts: list[Host]
+    keys: SwarmKeys
+
+    def registry(self, n: int) -> Registry:
+        return Registry(lambda: self.hosts[n].dht, self.keys, self.hosts[n].identity)
+
+    async def forge(self, key: str, subkey: object, value: object, expires_at: float) -> None:
+        """Offers it to all, and keeps it in the forger's own store, from where it is given to whoever asks."""
+        forger = self.hosts[2].dht
+        await forger.store(key, value, expires_at, subkey=subkey)
+        data = MSGPackSerializer.dumps(value)
+        forger.protocol.storage.store(DHTID.generate(source=key), data, expires_at, subkey=subkey)
+
+
+@pytest.fixture(scope="module")
+def swarm(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    folder = tmp_path_factory.mktemp("identities")
+    hosts: list[Host] = []
+
+    async def start() -> Swarm:
+        bootstrap: list[str] = []
+        for n, validator in enumerate((RecordValidator(), RecordValidator(), None)):
+            identity = Identity.load_or_create(folder / f"{n}.key")
+            hosts.append(
+                await Host.start(identity, listen="127.0.0.1", bootstrap=bootstrap, validator=validator)
+            )
+            bootstrap = bootstrap or await hosts[0].bootstrap_addresses()
+        return Swarm(hosts, SwarmKeys("swarm", hosts[0].peer_id))
+
+    try:
+        yield loop.run(start(), 60)
+    finally:
+        for host in reversed(hosts):
+            loop.run(host.stop(), 30)
+
+
+@pytest.fixture
+def run(loop: LoopThread, swarm: Swarm) -> Any:
+    def run(scenario: Coroutine[Any, Any, None]) -> None:
+        loop.run(scenario, 60)
+
+    async def announce() -> None:
+        honest = swarm.registry(0)
+        await honest.announce([Announced(uid, ReplicaState.SERVING, 7) for uid in UIDS], LIFETIME_S)
+        await honest.publish_node(node_record(swarm.hosts[0].identity), LIFETIME_S)
+
+    run(announce())
+    return run
+
+
+def node_record(identity: Identity, **changes: Any) -> records_pb2.NodeRecord:
+    fields: dict[str, Any] = {
+        "addresses": ["127.0.0.1:50051"],
+        "certificate": identity.make_certificate(),
+        "protocol_version": PROTOCOL_VERSION,
+        "software_version": SOFTWARE_VERSION,
+        **changes,
+    }
+    return records_pb2.NodeRecord(**fields)
+
+
+def announcement(key: str, expires_at: float, state: int) -> records_pb2.RecordPayload:
+    body = records_pb2.Announcement(state=state)  # type: ignore[arg-type]  # any number fits
+    return records_pb2.RecordPayload(key=key, expires_at=expires_at, announcement=body)
+
+
+async def see_only_honest(swarm: Swarm) -> None:
+    """What another honest peer sees: each expert at the one who announced it, and each node with its own key."""
+    view = await Directory(swarm.registry(1), MANIFEST, refresh_every_s=60).refresh()
+    honest = swarm.hosts[0].peer_id
+    assert {uid for uid in UIDS if honest in {r.peer_id for r in view.hosts(uid)}} == set(UIDS)
+    assert view.nodes.keys() <= {honest, swarm.hosts[2].peer_id}
+    for peer_id, node in view.nodes.items():
+        key = x509.load_pem_x509_certificate(node.certificate_pem).public_key()
+        data = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        assert peer_id_of(data) == peer_id
+    assert (await swarm.registry(1).nodes([honest]))[honest].addresses == ("127.0.0.1:50051",)
+
+
+@pytest.mark.parametrize("expires_in_s", [50.0, 500.0, 10**6, math.inf])
+def test_bad_entries_hide_no_good_ones(swarm: Swarm, run: Any, expires_in_s: float) -> None:
+    async def scenario() -> None:
+        until = time.time() + expires_in_s
+        me = swarm.hosts[0].peer_id
+        keys = [swarm.keys.expert(uid) for uid in UIDS[:6]]
+        keys += [swarm.keys.prefix(0), swarm.keys.prefix(0, (1,)), swarm.keys.node(me)]
+        for turn, key in enumerate(keys):
+            bad: list[tuple[object, object]] = [
+                (me.to_bytes(), b"junk"),
+                (b"nobody", b"x" * 60_000),
+                ("text", "text"),
+                (1, key + "x"),
+            ]
+            if math.isinf(
+                until
+            ):  # hivemind's own store takes no subkeys of two types that expire at one time
+                bad = [bad[turn % len(bad)]]
+            for n, (subkey, value) in enumerate(bad):
+                await swarm.forge(key, subkey, value, until + n / 1000)
+        await see_only_honest(swarm)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("expires_in_s", [500.0, 10**6, math.inf])
+def test_a_forged_or_exchanged_announcement_is_believed_by_nobody(
+    swarm: Swarm, run: Any, expires_in_s: float
+) -> None:
+    async def scenario() -> None:
+        victim, forger = swarm.hosts[0], swarm.hosts[2]
+        until = time.time() + expires_in_s
+        key, other = swarm.keys.expert(UIDS[0]), swarm.keys.expert(UIDS[1])
+        own = await swarm.hosts[1].dht.get(other, latest=True)
+        genuine = own.value[victim.peer_id.to_bytes()].value
+        withdrawn = announcement(key, until, records_pb2.REPLICA_STATE_WITHDRAWN)
+        for value in (seal(forger.identity, withdrawn), genuine, genuine[:-1] + b"\0"):
+            await swarm.forge(key, victim.peer_id.to_bytes(), value, until)
+        left = records_pb2.RecordPayload(
+            key=swarm.keys.node(victim.peer_id), expires_at=until, node=records_pb2.NodeRecord(left=True)
+        )
+        await swarm.forge(left.key, victim.peer_id.to_bytes(), seal(forger.identity, left), until)
+        await see_only_honest(swarm)
+
+    run(scenario())
+
+
+def test_a_forger_with_the_victims_address_or_certificate_is_not_taken_for_it(swarm: Swarm, run: Any) -> None:
+    async def scenario() -> None:
+        victim, forger = swarm.hosts[0], swarm.hosts[2]
+        registry = swarm.registry(2)
+        await registry.announce([Announced(uid, ReplicaState.SERVING, 10**6) for uid in UIDS[:2]], LIFETIME_S)
+        for certificate in (victim.identity.make_certificate(), forger.identity.make_certificate()):
+            await registry.publish_node(node_record(forger.identity, certificate=certificate), LIFETIME_S)
+            await see_only_honest(swarm)
+        await registry.withdraw(UIDS[:2], LIFETIME_S)
+
+    run(scenario())
+
+
+def test_all_coordinates_said_to_be_active_cost_a_bounded_number_of_reads(swarm: Swarm, run: Any) -> None:
+    async def scenario() -> None:
+        until = time.time() + 500
+        for prefix in ((), (0,), (77,)):
+            key = swarm.keys.prefix(0, prefix)
+            await asyncio.gather(*(swarm.forge(key, c, key, until) for c in range(0, 4096, 128)))
+        assert all(c < 4096 for c in (await swarm.registry(1).prefixes([(0, ())]))[0, ()])
+        await see_only_honest(swarm)
+
+    run(scenario())
+
+
+def test_peers_that_are_not_there_fill_no_list(swarm: Swarm, run: Any) -> None:
+    async def scenario() -> None:
+        until, shard = time.time() + 500, shard_of(swarm.hosts[0].peer_id)
+        key = swarm.keys.node_shard(shard)
+        rng = random.Random(1)
+        made_up = [b"\x12\x20" + rng.randbytes(31) + bytes([shard]) for _ in range(50)]
+        await asyncio.gather(*(swarm.forge(key, peer, key, until) for peer in made_up))
+        listed = await swarm.registry(1).node_ids()
+        assert len(listed) >= 50
+        found = await swarm.registry(1).nodes(listed)
+        assert swarm.hosts[0].peer_id in found
+        assert len(found) <= 2
+        assert len(await swarm.registry(1).node_ids(most=20)) == 20
+
+    run(scenario())
+
+
+class CountingRegistry:
+    """A swarm in which a forger says that everything is active, and four experts are."""
+
+    alive = frozenset(UID(0, (n, n)) for n in range(4))
+
+    def __init__(self) -> None:
+        self.largest = 0
+
+    async def prefixes(self, prefixes: Collection[Prefix]) -> dict[Prefix, frozenset[int]]:
+        self.largest = max(self.largest, len(prefixes))
+        return dict.fromkeys(prefixes, frozenset(range(4096)))
+
+    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+        self.largest = max(self.largest, len(uids))
+        host = PeerID(b"\x12\x20" + bytes(32))
+        return {
+            uid: (Replica(uid, host, ReplicaState.SERVING, 0, 0, 0.0, 1e12),) if uid in self.alive else ()
+            for uid in uids
+        }
+
+    async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+        return {}
+
+
+def test_a_flooded_directory_reads_a_bounded_number_and_keeps_what_lives(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dht.directory._MAX_READ", 100)
+    manifest = MANIFEST.model_copy(update={"experts": MANIFEST.experts.model_copy(update={"grid": (16, 16)})})
+
+    async def scenario() -> None:
+        registry: Any = CountingRegistry()
+        directory = Directory(registry, manifest, refresh_every_s=60, rng=random.Random(3))
+        seen: set[UID] = set()
+        for _ in range(30):
+            view = await directory.refresh()
+            alive = {uid for uid, hosts in view.replicas.items() if hosts}
+            assert alive >= seen, "an expert that is known to live is always read again"
+            seen = alive
+        assert seen == set(CountingRegistry.alive), "the others are found in time"
+        assert registry.largest == 100
+
+    loop.run(scenario(), 30)
+
+
+def test_a_claim_renewed_for_ever_leaves_the_expert_vacant(swarm: Swarm, run: Any) -> None:
+    async def scenario() -> None:
+        reader, claimant = swarm.registry(1), swarm.registry(2)
+        uid = UID(5, (0, 0))  # nobody's
+        seen = []
+        for _ in range(3):
+            await claimant.announce(
+                [Announced(uid, ReplicaState.CLAIMED, claimed_at=time.time())], LIFETIME_S
+            )
+            seen.append(len((await reader.replicas([uid]))[uid]))
+            reader._claim_ages._seen = {  # as if seen for the first time long ago
+                claim: (first - 1000.0, last) for claim, (first, last) in reader._claim_ages._seen.items()
+            }
+        assert seen == [1, 1, 0]
+
+    run(scenario())

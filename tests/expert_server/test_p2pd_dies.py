@@ -1,0 +1,252 @@
+"""p2pd is killed under a node, a lone founder and a trainer: it is started again, and all is announced anew."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from village import LOCAL, ONCE_EACH, UIDS, Village, eventually, serving
+
+from dht.invite import Invite
+from dht.swarm import Swarm
+from expert_server.node import Node, NodeState
+from peer.daemon import Daemon
+from peer.errors import StartError, UnreachableError
+from peer.host import Host
+from peer.identity import Identity
+from peer.loop import LoopThread
+from trainer_client.client import SwarmClient
+from trainer_client.settings import TrainerSettings
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
+
+
+@pytest.fixture
+def complaints(loop: LoopThread) -> Iterator[list[dict[str, Any]]]:
+    """What asyncio says of tasks and futures whose errors nobody looked at."""
+    heard: list[dict[str, Any]] = []
+    loop.loop.call_soon_threadsafe(
+        loop.loop.set_exception_handler, lambda loop, context: heard.append(context)
+    )
+    yield heard
+    loop.loop.call_soon_threadsafe(loop.loop.set_exception_handler, None)
+
+
+async def kill_p2pd(swarm: Swarm) -> None:
+    os.kill(swarm.host.p2p._child.pid, signal.SIGKILL)
+
+
+async def renewed_since(observer: Swarm, node: Node, moment: float) -> bool:
+    """Whether all that the node hosts was announced after this time."""
+    lifetime_s = 3 * 0.5
+    found = await observer.registry.replicas(list(node.runtime.experts))
+    me = node.swarm.host.peer_id
+    return all(
+        any(r.peer_id == me and r.expires_at > moment + lifetime_s for r in hosts) for hosts in found.values()
+    )
+
+
+def test_killed_p2pds_are_started_again_and_everything_is_found_again(
+    loop: LoopThread,
+    identities: list[Identity],
+    tmp_path: Path,
+    complaints: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("peer.host._RESTART_DELAYS_S", (0.5, 0.5, 0.5))  # long enough to be seen
+
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=4, announce_every_s=0.5)
+        invite = await first.swarm.invite()
+        second = await village.join(1, invite, experts=4, announce_every_s=0.5)
+        observer = await village.observe(2, invite)
+        tasks = [await village.run(node) for node in (first, second)]
+        await eventually(lambda: sees_all(observer), 20)
+        await eventually(lambda: knows(first, second), 20)
+        held_before = held()
+
+        for restarts, node in enumerate((second, first), start=1):
+            await eventually(partial(is_state, node, NodeState.SERVING), 20)  # it has missed the other
+            moment = time.time()
+            address = await node.swarm.host.bootstrap_addresses()
+            await kill_p2pd(node.swarm)
+            await eventually(partial(is_state, node, NodeState.UNREACHABLE), 2)
+            assert node.status().peers == 0
+            await eventually(partial(is_state, node, NodeState.SERVING), 20)
+            await eventually(partial(renewed_since, observer, node, moment), 20)
+            assert node._counts().p2pd_restarts == node.swarm.host.restarts == 1
+            assert await node.swarm.host.bootstrap_addresses() == address, "old addresses stay good"
+            assert caplog.text.count("the libp2p daemon ended with status -9; starting it again") == restarts
+
+        await kill_p2pd(observer)
+        await eventually(lambda: sees_all(observer), 20)
+        assert observer.host.restarts == 1
+
+        late = await village.observe(3, invite)
+        await eventually(lambda: sees_all(late), 20)
+        await late.stop()
+        assert not any(task.done() for task in tasks)
+        await eventually(lambda: holds_no_more_than(held_before), 20)
+
+    play(loop, Village(identities, contextlib.AsyncExitStack(), tmp_path), scenario)
+    gc.collect()
+    assert complaints == []
+
+
+async def knows(node: Node, other: Node) -> bool:
+    """Whether it remembers where the other is."""
+    return any(other.swarm.host.peer_id.to_base58() in address for address in node.swarm.host.known)
+
+
+async def has_children(expected: list[psutil.Process]) -> bool:
+    return psutil.Process().children(recursive=True) == expected
+
+
+async def is_state(node: Node, state: NodeState) -> bool:
+    return node.status().state is state
+
+
+async def sees_all(swarm: Swarm) -> bool:
+    try:
+        return await serving(swarm) == ONCE_EACH
+    except UnreachableError:
+        return False
+
+
+def held() -> tuple[int, int, int]:
+    """Processes, descriptors, tasks."""
+    process = psutil.Process()
+    return len(process.children(recursive=True)), process.num_fds(), len(asyncio.all_tasks())
+
+
+async def holds_no_more_than(before: tuple[int, int, int]) -> bool:
+    return all(now <= then for now, then in zip(held(), before, strict=True))
+
+
+def play(loop: LoopThread, village: Village, scenario: Any) -> None:
+    async def run() -> None:
+        async with village.stack:
+            await scenario(village)
+
+    loop.run(run(), 90)
+
+
+def test_a_lone_founder_goes_on_with_its_experts_and_manifest(
+    loop: LoopThread, identities: list[Identity], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.host._RESTART_DELAYS_S", (0.5, 0.5, 0.5))  # long enough to be seen
+
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=8, announce_every_s=0.5)
+        await village.run(node)
+        invite = await node.swarm.invite()
+        await kill_p2pd(node.swarm)
+        await eventually(partial(is_state, node, NodeState.UNREACHABLE), 2)
+        await eventually(partial(is_state, node, NodeState.SERVING), 20)
+        observer = await village.observe(1, invite)
+        await eventually(lambda: sees_all(observer), 20)
+        assert len(node.runtime.experts) == len(UIDS)
+
+    play(loop, Village(identities, contextlib.AsyncExitStack(), tmp_path), scenario)
+
+
+def test_a_trainer_goes_on_and_leaves_at_once_while_its_p2pd_is_dead(
+    loop: LoopThread, identities: list[Identity], tmp_path: Path
+) -> None:
+    async def found(village: Village) -> tuple[Node, Invite]:
+        node = await village.found(experts=8)
+        return node, await node.swarm.invite()
+
+    village = Village(identities, contextlib.AsyncExitStack(), tmp_path)
+    node, invite = loop.run(found(village), 30)
+    try:
+        settings = TrainerSettings.load(refresh_every_s=0.2)
+        with SwarmClient(invite, settings, tmp_path / "trainer") as client:
+            host = client._swarm.host  # type: ignore[union-attr]  # joined
+            for restarts in (1, 2):
+                os.kill(host.p2p._child.pid, signal.SIGKILL)
+                deadline = time.monotonic() + 10
+                while host.restarts < restarts:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                client.wait_for_experts(10, lambda text: None)
+                assert client.dispatcher.live_experts() == len(UIDS)
+            assert node.swarm.host.peer_id in host.peers()
+            os.kill(host.p2p._child.pid, signal.SIGKILL)
+            begin = time.monotonic()
+        assert time.monotonic() - begin < 3
+    finally:
+        loop.run(village.stack.aclose(), 30)
+
+
+def test_a_p2pd_that_never_starts_again_is_given_up_after_bounded_tries(
+    loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[float] = []
+
+    async def fails(*arguments: Any) -> Daemon:
+        tries.append(time.monotonic())
+        raise StartError("no p2pd for this test")
+
+    async def scenario() -> None:
+        host = await Host.start(identities[0], listen=LOCAL)
+        try:
+            monkeypatch.setattr("peer.host.start_daemon", fails)
+            os.kill(host.p2p._child.pid, signal.SIGKILL)
+            with pytest.raises(StartError, match="did not start again in 4 tries"):
+                await asyncio.wait_for(pause_for_ever(host), 20)
+        finally:
+            await host.stop()
+
+    monkeypatch.setattr("peer.host._RESTART_DELAYS_S", (0.0, 0.05, 0.1, 0.2))
+    loop.run(scenario(), 30)
+    waits = [after - before for before, after in pairwise(tries)]
+    assert len(tries) == 4
+    assert all(wait >= 0.9 * delay for wait, delay in zip(waits, (0.05, 0.1, 0.2), strict=True))
+
+
+async def pause_for_ever(host: Host) -> None:
+    while True:
+        await host.pause(0.05)
+
+
+def test_stopping_while_p2pd_is_being_started_leaves_nothing(
+    loop: LoopThread, identities: list[Identity], complaints: list[dict[str, Any]]
+) -> None:
+    async def scenario() -> None:
+        children_before = psutil.Process().children(recursive=True)
+        for delay_s in (0.0, 0.05, 0.15):
+            host = await Host.start(identities[0], listen=LOCAL)
+            child = psutil.Process(host.p2p._child.pid)
+            child.kill()
+            await asyncio.sleep(delay_s)  # somewhere within the start
+            begin = time.monotonic()
+            await host.stop()
+            assert time.monotonic() - begin < 3
+            await eventually(lambda: has_children(children_before), 2)
+
+    loop.run(scenario(), 60)
+    gc.collect()
+    assert complaints == []
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
