@@ -44,6 +44,7 @@ TARGETS = {
     "ffn_vs_bound": 0.80,
     "transformer_vs_bound": 0.95,
 }
+_BRIEF_S = 5.0
 _TRIES = 3
 _START_AND_STOP_S = 60.0
 
@@ -64,12 +65,13 @@ weight_decay = 0.0
 
 
 def measure(step: Callable[[], None], samples: int, seconds: float) -> dict[str, float]:
-    """Runs steps for a while, the first three unmeasured. Samples per second from the median step."""
-    for _ in range(3):
+    """Runs steps for a while, the first ones unmeasured. Samples per second from the median step."""
+    least = 2 if seconds < _BRIEF_S else 3
+    for _ in range(least):
         step()
     intervals: list[float] = []
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(intervals) < 3:
+    while time.perf_counter() - began < seconds or len(intervals) < least:
         before = time.perf_counter()
         step()
         intervals.append(time.perf_counter() - before)

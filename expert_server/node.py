@@ -6,8 +6,6 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import grpc
@@ -31,6 +29,7 @@ from expert_server.runtime import Runtime, RuntimeStats
 from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.settings import NodeSettings
 from expert_server.state_servicer import StateServicer
+from expert_server.status import NodeState, NodeStatus
 from expert_server.transfer import Snapshots, SnapshotTaker, StateClient
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.channels import SERVER_OPTIONS, server_credentials
@@ -47,57 +46,6 @@ _FAREWELL_S = 2.0
 _CALLS_GRACE_S = 1.0
 """Longest that a stopping node lets calls finish."""
 _ACCOUNT_EVERY_S = 60.0
-
-
-class NodeState(Enum):
-    """What a node does now."""
-
-    JOINING = "joining"
-    SERVING = "serving"
-    PAUSED = "paused"
-    UNREACHABLE = "can't reach the DHT"
-    DRAINING = "draining"
-    STOPPING = "stopping"
-
-
-@dataclass(frozen=True)
-class NodeStatus:
-    """What a node shows at a glance."""
-
-    state: NodeState
-    experts: int
-    capacity: int
-    """Experts it would host at most, those it would adopt included."""
-    adopted: int
-    updates: int
-    rows: int
-    queued_rows: int
-    peers: int
-    """DHT peers known."""
-    why: str
-    """Why it is paused, such as `paused until 22:00`; or, though it serves, what else it would be; else empty."""
-    calls: int
-    uploaded_bytes: int
-    """Payload of answers; `downloaded_bytes`: of calls."""
-    downloaded_bytes: int
-    upload_mbit: float | None
-    """The limit, if there is one."""
-    download_mbit: float | None
-    memory_bytes: int
-    """Of experts, kept forward passes and waiting rows, about."""
-    memory_limit_bytes: int
-    """What they may take at most."""
-    busy_s: float
-    """Computed for so long, since the start."""
-    threads: int
-    contributed_rows: int
-    """Over all runs, as are the following."""
-    contributed_updates: int
-    contributed_hours: float
-    replicated: int
-    """Of the experts, those that other nodes serve too."""
-    handed_over: int
-    """Experts that others took over when this node left."""
 
 
 class Node:
@@ -290,12 +238,16 @@ class Node:
 
     async def _drain(self) -> None:
         """Gives the experts up. Meanwhile the node stays announced, else nobody finds the states to fetch."""
-        announcing = asyncio.create_task(self._stay_announced(), name="announce while leaving")
+        announcing = asyncio.create_task(self._stay_announced_as_leaving(), name="announce while leaving")
         try:
             await self.hosting.release(self._settings.drain_timeout_s if self.address else 0)
         finally:
             announcing.cancel()
             await asyncio.gather(announcing, return_exceptions=True)
+
+    async def _stay_announced_as_leaving(self) -> None:
+        await _tried(self._describe)  # at once: others that leave must not ask this node to take theirs
+        await self._stay_announced()
 
     def hurry(self) -> None:
         """Makes a node that stops wait for nobody to take its experts over."""
@@ -395,7 +347,7 @@ class Node:
             protocol_version=PROTOCOL_VERSION,
             software_version=SOFTWARE_VERSION,
             expert_count=len(self.runtime.experts),
-            expert_capacity=0 if self._pauses.why else self.hosting.capacity,
+            expert_capacity=0 if self._pauses.why or self._stopping else self.hosting.capacity,
             rows_processed=stats.rows,
             updates=stats.updates,
             started_at=self._started_at,

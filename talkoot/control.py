@@ -24,7 +24,7 @@ from peer.errors import StartError, TalkootError, UnreachableError, UserError
 from peer.settings import describe_validation_error
 
 if TYPE_CHECKING:
-    from expert_server.node import NodeStatus
+    from expert_server.status import NodeStatus
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm
 from expert_server.blocks import builder_of
 from expert_server.devices import check_devices
-from expert_server.node import Node, NodeStatus
+from expert_server.node import Node
 from expert_server.settings import NodeSettings
+from expert_server.status import NodeStatus
 from peer.errors import InviteError, SettingsError, StartError, UserError
 from peer.host import default_listen_address, is_multiaddress
 from peer.identity import Identity

@@ -8,8 +8,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from expert_server.node import NodeState, NodeStatus
 from expert_server.settings import bytes_in_words
+from expert_server.status import NodeState, NodeStatus
 
 WIDTH = 80
 _BAR = 20

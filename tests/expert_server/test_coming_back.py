@@ -17,7 +17,8 @@ from dht.membership import Membership
 from dht.records import RecordValidator
 from dht.registry import Registry
 from dht.swarm import Swarm, found_swarm, join_swarm
-from expert_server.node import Node, NodeState
+from expert_server.node import Node
+from expert_server.status import NodeState
 from peer.errors import SwarmError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity

@@ -18,7 +18,8 @@ from dht.registry import ReplicaState
 from dht.uid import UID
 from expert_server.batching import Work
 from expert_server.expert import State
-from expert_server.node import Node, NodeState
+from expert_server.node import Node
+from expert_server.status import NodeState
 from peer.errors import ExpertError
 from peer.identity import Identity
 from peer.loop import LoopThread

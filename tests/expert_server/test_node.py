@@ -33,7 +33,8 @@ from dht.records import SwarmKeys
 from dht.registry import Replica
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
-from expert_server.node import Node, NodeState
+from expert_server.node import Node
+from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
 from peer.daemon import Daemon

@@ -19,7 +19,8 @@ from village import LOCAL, ONCE_EACH, UIDS, Village, eventually, serving
 
 from dht.invite import Invite
 from dht.swarm import Swarm
-from expert_server.node import Node, NodeState
+from expert_server.node import Node
+from expert_server.status import NodeState
 from peer.daemon import Daemon
 from peer.errors import StartError, UnreachableError
 from peer.host import Host

@@ -20,7 +20,8 @@ from village import LOCAL, MANIFEST, Village, eventually, hosts_of, serving
 from dht.swarm import Swarm, found_swarm
 from dht.uid import UID
 from expert_server.expert import BackwardPart, Expert
-from expert_server.node import Node, NodeState
+from expert_server.node import Node
+from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
 from peer.identity import Identity

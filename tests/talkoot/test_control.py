@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from expert_server.node import NodeState, NodeStatus
+from expert_server.status import NodeState, NodeStatus
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.loop import LoopThread
 from talkoot import control

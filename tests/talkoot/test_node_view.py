@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.live import Live
 
-from expert_server.node import NodeState, NodeStatus
 from expert_server.settings import NodeSettings
+from expert_server.status import NodeState, NodeStatus
 from talkoot.console import to_json
 from talkoot.node_view import WIDTH, Pace, PaceMeter, line, panel, state_in_words
 
