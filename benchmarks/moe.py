@@ -156,14 +156,16 @@ def run_hivemind(case: str, seconds: float) -> dict[str, float]:
 
     uids = [f"expert.{i}.{j}" for i in range(GRID[0]) for j in range(GRID[1])]
     began = time.monotonic()
-    with background_server(
-        expert_uids=uids,
-        expert_cls=case,
-        hidden_dim=HIDDEN,
-        device="cpu",
-        optim_cls=partial(torch.optim.Adam, lr=1e-3),
-        num_handlers=os.cpu_count(),  # its default of eight for each expert is several times slower on few cores
-    ) as server:
+    with (
+        background_server(
+            expert_uids=uids,
+            expert_cls=case,
+            hidden_dim=HIDDEN,
+            device="cpu",
+            optim_cls=partial(torch.optim.Adam, lr=1e-3),
+            num_handlers=os.cpu_count(),  # its default of eight for each expert is several times slower on few cores
+        ) as server
+    ):
         start_s = time.monotonic() - began
         processes = len(psutil.Process().children(recursive=True))
         dht = DHT(initial_peers=server.addrs, start=True, client_mode=True)
