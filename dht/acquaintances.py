@@ -3,10 +3,10 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from peer.files import write_whole
 from peer.host import is_multiaddress
 
 logger = logging.getLogger(__name__)
@@ -62,14 +62,9 @@ class Acquaintances:
         peers = [
             {"addresses": list(listed), "met_at": met_at} for listed, met_at in reversed(self._met.values())
         ]
-        temporary = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump({"peers": peers}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
+            write_whole(self._path, json.dumps({"peers": peers}, indent=1).encode())
         except OSError as error:
             logger.warning("can't keep the peers that were met in %s: %s", self._path, error.strerror)
             return

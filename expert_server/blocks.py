@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 from dht.manifest import Manifest, ModelSpec
@@ -67,6 +68,12 @@ def build_block(manifest: Manifest, uid: UID) -> nn.Module:
     """The block with its first parameters, which follow from the manifest's seed and the UID alone."""
     build = builder_of(manifest.experts.kind)
     return seeded(first_seed(manifest, uid), lambda: build(manifest.model))
+
+
+def weightless_block(manifest: Manifest) -> nn.Module:
+    """A block of the manifest's kind with no memory behind its tensors: to look at shapes and sizes."""
+    with torch.device("meta"):
+        return builder_of(manifest.experts.kind)(manifest.model)
 
 
 def first_seed(manifest: Manifest, uid: UID) -> int:

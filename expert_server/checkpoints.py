@@ -21,6 +21,7 @@ from expert_server.expert import Expert
 from expert_server.runtime import Runtime
 from expert_server.state_format import Checkpoint, from_bytes, to_bytes
 from peer.errors import ExpertError, StateError, WireError
+from peer.files import sync_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class CheckpointStore:
             if not path.parent.is_dir():
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 for folder in path.parents[1:4]:  # swarm, store and state: where the new folders are entered
-                    _sync_folder(folder)
+                    sync_folder(folder)
             write_whole(path, data)
             self._prune(uid, checkpoint.update_count)
 
@@ -123,30 +124,6 @@ class CheckpointStore:
         for count in counts[self._keep :]:
             with suppress(OSError):  # one file too many does no harm
                 self.path(uid, count).unlink()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes what was renamed or made in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass

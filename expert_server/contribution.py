@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from expert_server.checkpoints import write_whole
+from peer.files import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dht.manifest import Manifest, OptimizerSpec
 from dht.uid import UID
-from expert_server.blocks import build_block, builder_of
+from expert_server.blocks import build_block, weightless_block
 from expert_server.devices import ComputeDevice
 from expert_server.guard import Guard
 from peer.errors import ExpertError, StateError
@@ -308,8 +308,7 @@ def expert_bytes(manifest: Manifest) -> int:
 
     Good for each precision: the parameters are float32 in all, and matrices in bfloat16 live for one batch.
     """
-    with torch.device("meta"):
-        block = builder_of(manifest.experts.kind)(manifest.model)
+    block = weightless_block(manifest)
     weights = sum(parameter.nbytes for parameter in block.parameters())
     state = (1 + manifest.optimizer.moments) * weights
     return state + weights + state // 2 + sum(buffer.nbytes for buffer in block.buffers())

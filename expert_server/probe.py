@@ -19,7 +19,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
-from expert_server.servicer import require_same_swarm
+from expert_server.edge import require_same_swarm
 from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import ExpertError, WireError
 from peer.rates import Traffic

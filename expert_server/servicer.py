@@ -17,6 +17,7 @@ from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.batching import Direction, Work
 from expert_server.computing import Result
+from expert_server.edge import parse_uid, require_same_swarm
 from expert_server.kept import Kept, KeptForwards
 from expert_server.reading import Payload, Reader, Requests, note_failure
 from expert_server.runtime import Runtime
@@ -89,20 +90,6 @@ class SeenRequests:
         if len(self._ids) > self._limit:
             self._ids.popitem(last=False)
         return True
-
-
-def require_same_swarm(own_swarm_id: str, protocol_version: int, swarm_id: str) -> None:
-    """Raises ExpertError (FAILED_PRECONDITION) when the caller speaks another version or means another swarm."""
-    if protocol_version != PROTOCOL_VERSION:
-        raise ExpertError(
-            StatusCode.FAILED_PRECONDITION,
-            f"this node speaks protocol version {PROTOCOL_VERSION}, the caller {protocol_version}",
-        )
-    if swarm_id != own_swarm_id:
-        raise ExpertError(
-            StatusCode.FAILED_PRECONDITION,
-            f"this node belongs to swarm {own_swarm_id}, the call is for {swarm_id[:64]!r}",
-        )
 
 
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
@@ -258,7 +245,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
             return make_part(expert, self._manifest)
         if direction == "forward" or expert.segment_lengths or expert.positions:
             raise WireError("a kept forward pass is named in backward calls, without segments and positions")
-        uid = _parse_uid(expert.uid, self._manifest)
+        uid = parse_uid(expert.uid, self._manifest)
         kept = self.kept.take((expert.kept_request_id, expert.kept_index))
         if kept is None:
             return LostPart(uid, expert.kept_rows)
@@ -269,11 +256,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
 
 def make_part(expert: expert_pb2.ExpertRows, manifest: Manifest) -> Part:
     """Checks one expert's segments and positions. Raises WireError."""
-    uid = UID.parse(expert.uid)
-    if not manifest.holds(uid):
-        raise WireError(
-            f"{uid} is not on this swarm's grid of {manifest.model.layers} × {manifest.experts.grid}"
-        )
+    uid = parse_uid(expert.uid, manifest)
     lengths = np.array(expert.segment_lengths, dtype=np.int64)
     positions = np.array(expert.positions, dtype=np.int64)
     if not len(positions):
@@ -290,15 +273,6 @@ def make_part(expert: expert_pb2.ExpertRows, manifest: Manifest) -> Part:
     if not rising.all():
         raise WireError(f"positions of expert {uid} do not rise within a segment")
     return Part(uid, torch.from_numpy(lengths), torch.from_numpy(positions))
-
-
-def _parse_uid(text: str, manifest: Manifest) -> UID:
-    uid = UID.parse(text)
-    if not manifest.holds(uid):
-        raise WireError(
-            f"{uid} is not on this swarm's grid of {manifest.model.layers} × {manifest.experts.grid}"
-        )
-    return uid
 
 
 def _tensor_rows(expert: expert_pb2.ExpertRows, direction: Direction) -> int:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import grpc
 from grpc import StatusCode
@@ -11,9 +11,9 @@ from hivemind.p2p import PeerID
 from dht.manifest import Manifest
 from dht.records import parse_peer_id
 from dht.uid import UID
+from expert_server.edge import parse_uid, require_same_swarm
 from expert_server.hints import Hint
 from expert_server.transfer import Snapshot, SnapshotTaker, TransferCounts
-from peer import PROTOCOL_VERSION
 from peer.codec import CHUNK_BYTES
 from peer.errors import ExpertError, StateError, WireError
 from peer.wire import state_pb2, state_pb2_grpc
@@ -67,7 +67,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
 
     async def Ask(self, request: state_pb2.AskRequest, context: AskContext) -> state_pb2.AskReply:
         try:
-            self._check_swarm(request.protocol_version, request.swarm_id)
+            require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
             hint = self._hint(request)
         except WireError as error:
             await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
@@ -76,8 +76,8 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         return state_pb2.AskReply(accepted=self._follow(hint))
 
     async def _give(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
-        self._check_swarm(request.protocol_version, request.swarm_id)
-        (uid,) = self._uids([request.uid])
+        require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
+        uid = parse_uid(request.uid, self._manifest)
         caller = parse_peer_id(request.peer_id)
         if request.offset and not request.sha256:
             raise WireError("an offset belongs to a snapshot: give its checksum")
@@ -122,7 +122,8 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
     def _hint(self, request: state_pb2.AskRequest) -> Hint:
         if not 1 <= len(request.uids) <= MAX_UIDS_IN_ASK:
             raise WireError(f"{len(request.uids)} experts; expected 1 to {MAX_UIDS_IN_ASK}")
-        peer_id, uids = parse_peer_id(request.peer_id), tuple(self._uids(request.uids))
+        peer_id = parse_peer_id(request.peer_id)
+        uids = tuple(parse_uid(uid, self._manifest) for uid in request.uids)
         match request.reason:
             case state_pb2.ASK_REASON_ADOPT:
                 return Hint(peer_id, uids)
@@ -132,22 +133,3 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
                 return Hint(peer_id, uids, request.sha256, request.base_sha256)
             case _:
                 raise WireError(f"reason {request.reason} is not known here")
-
-    def _uids(self, texts: Sequence[str]) -> list[UID]:
-        uids = [UID.parse(text) for text in texts]
-        for uid in uids:
-            if not self._manifest.holds(uid):
-                raise WireError(f"{uid} is not on this swarm's grid")
-        return uids
-
-    def _check_swarm(self, protocol_version: int, swarm_id: str) -> None:
-        if protocol_version != PROTOCOL_VERSION:
-            raise ExpertError(
-                StatusCode.FAILED_PRECONDITION,
-                f"this node speaks protocol version {PROTOCOL_VERSION}, the caller {protocol_version}",
-            )
-        if swarm_id != self._swarm_id:
-            raise ExpertError(
-                StatusCode.FAILED_PRECONDITION,
-                f"this node belongs to swarm {self._swarm_id}, the call is for {swarm_id[:64]!r}",
-            )

@@ -18,7 +18,7 @@ from hivemind.p2p import PeerID
 from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from dht.uid import UID
-from expert_server.blocks import builder_of
+from expert_server.blocks import weightless_block
 from expert_server.expert import Expert
 from expert_server.runtime import Runtime
 from expert_server.state_format import Checkpoint, from_bytes, to_bytes
@@ -348,8 +348,7 @@ _PASSING = {
 
 def largest_state_bytes(manifest: Manifest) -> int:
     """What the state of one expert may have on the wire, names and header included. Allocates nothing."""
-    with torch.device("meta"):
-        block = builder_of(manifest.experts.kind)(manifest.model)
+    block = weightless_block(manifest)
     tensors = [tensor for tensor in block.state_dict().values() if torch.is_tensor(tensor)]
     numbers = sum(tensor.nbytes for tensor in tensors) * (1 + manifest.optimizer.moments)
     return numbers + 1024 * (len(tensors) * (2 + manifest.optimizer.moments) + 4)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from peer.errors import DataError, StartError
+from peer.files import write_whole
 from talkoot.console import Terminal
 
 REPORT_FILE = "check.json"
@@ -61,10 +62,8 @@ class Report(BaseModel):
     def save(self, state: Path) -> None:
         """Raises StartError."""
         path = state / REPORT_FILE
-        temporary = path.with_suffix(".new")
         try:
-            temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_whole(path, (self.model_dump_json(indent=1) + "\n").encode())
         except OSError as error:
             raise StartError(f"can't write {path}: {error.strerror}; pass another --state") from error
 

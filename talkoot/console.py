@@ -170,3 +170,11 @@ def _record(message: str, error: Exception | None = None) -> logging.LogRecord:
 def _level(record: logging.LogRecord) -> str:
     """hivemind renames WARNING, so the number decides."""
     return {logging.WARNING: "warning", logging.ERROR: "error"}.get(record.levelno, record.levelname.lower())
+
+
+def write_json(path: Path, text: str) -> None:
+    """What `--json FILE` asks for. Raises StartError."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise StartError(f"can't write {path}: {error.strerror}; pass another --json FILE") from error

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dht.manifest import Manifest
-from peer.errors import DataError, SettingsError, StartError, SwarmError
+from peer.errors import DataError, SettingsError, SwarmError
 from peer.processes import sweep_dead_sockets
 from talkoot.children import Child, Children
-from talkoot.console import Terminal, to_json
+from talkoot.console import Terminal, to_json, write_json
 from talkoot.demo_display import DemoDisplay, print_summary
 from talkoot.signals import run_until_stopped
 
@@ -80,13 +80,13 @@ def run_demo(terminal: Terminal, plan: DemoPlan, json_file: Path | None) -> None
     if plan.data is not None and not plan.data.exists():
         raise DataError(f"no file or folder {plan.data}: give one with text in it")
     if json_file is not None:
-        _write(json_file, "")  # better known now than after the demo
+        write_json(json_file, "")  # better known now than after the demo
     with tempfile.TemporaryDirectory(prefix="talkoot-demo-") as folder, asyncio.Runner() as runner:
         demo = _Demo(terminal, plan, Path(folder))
         result = runner.run(run_until_stopped(demo.run()))
     print_summary(terminal, asdict(result))
     if json_file is not None:
-        _write(json_file, to_json(asdict(result)) + "\n")
+        write_json(json_file, to_json(asdict(result)) + "\n")
     _judge(result)
 
 
@@ -261,10 +261,3 @@ class _Demo:
             self._display.tell(f"{node.name} adopts {state['adopted'] - before['adopted']} experts")
         self._states[node] = state
         self._display.show_node(node.name, node.pid, state)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise StartError(f"can't write {path}: {error.strerror}; pass another --json FILE") from error

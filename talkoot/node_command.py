@@ -22,6 +22,7 @@ from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
 from peer.errors import InviteError, SettingsError, StartError, UserError
+from peer.files import write_whole
 from peer.host import default_listen_address, is_multiaddress
 from peer.identity import Identity
 from peer.processes import StateFolder
@@ -264,10 +265,7 @@ def listen_address(settings: NodeSettings) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all: who waits for the file never reads half of it."""
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise StartError(f"can't write {path}: {error.strerror}; pass another --invite-file") from error

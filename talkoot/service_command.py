@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peer.errors import SettingsError, StartError
+from peer.files import write_whole
 from talkoot.console import Terminal
 from talkoot.control import Control, is_running, node_folder
 from talkoot.steer_command import words
@@ -287,12 +288,7 @@ def _without_specifiers(text: str) -> str:
 
 def _write(path: Path, text: str, mode: int) -> None:
     """Whole or not at all, and never readable for more than `mode` says. Raises StartError."""
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.replace(path)
+        write_whole(path, text.encode(), mode)
     except OSError as error:
         raise StartError(f"can't write {path}: {error.strerror}") from error

@@ -14,8 +14,8 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from dht.invite import Invite
-from peer.errors import SettingsError, StartError
-from talkoot.console import Terminal, quiet_hivemind, to_json
+from peer.errors import SettingsError
+from talkoot.console import Terminal, quiet_hivemind, to_json, write_json
 from talkoot.signals import StopSignals
 from trainer_client.client import SwarmClient
 from trainer_client.data import ByteDataset, load_text
@@ -46,9 +46,8 @@ def run_train(
     invite = Invite.parse(join)
     text = load_text(data)
     if json_file is not None:
-        _write(
-            json_file, ""
-        )  # a path that can't be written is better known before the training than after it
+        # better known now than after the training
+        write_json(json_file, "")
     state = settings.state or platformdirs.user_state_path("talkoot") / "trainer"
     with terminal.stages("making ready") as stage:
         client = SwarmClient(invite, settings, state, stage=stage)
@@ -59,7 +58,7 @@ def run_train(
         signals.ignore()
         client.close()
     if json_file is not None:
-        _write(json_file, to_json(values) + "\n")
+        write_json(json_file, to_json(values) + "\n")
     if terminal.json:
         terminal.event("summary", values)
     else:
@@ -170,10 +169,3 @@ def _summary_table(values: Mapping[str, Any]) -> Table:
                 shown = ", ".join(f"{count} {cause}" for cause, count in value.items()) or "none"
             table.add_row(name.replace("_", " "), str(shown))
     return table
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise StartError(f"can't write {path}: {error.strerror}; pass another --json FILE") from error
