@@ -95,10 +95,12 @@ class Hosting:
         """Fills the room with experts that nobody hosts."""
         self._leaving = self._hurried = False
         self._runtime.refuse(False)
-        for _ in range(_CLAIM_ROUNDS):  # what was lost to other claims is tried elsewhere
+        for _ in range(_CLAIM_ROUNDS):
             async with self._changing:
-                if not await self._take_vacant(self._room - len(self._runtime.experts)):
-                    break
+                unserved = await self._take_vacant()
+            if self._leaving or self._room <= len(self._runtime.experts) or not unserved:
+                break
+            await asyncio.sleep(self._settings.claim_wait_s)  # others give up claims that they lost
 
     async def announce(self) -> None:
         """Renews what this node says of its replicas, and the manifest."""
@@ -243,10 +245,14 @@ class Hosting:
             self.replicated += len(taken)
             logger.info("took further replicas of %d experts", len(taken))
 
-    async def _take_vacant(self, room: int) -> list[UID]:
+    async def _take_vacant(self) -> set[UID]:
+        """Gives the experts that nobody serves even so: others may have claimed them, and may lose their claims."""
         replicas = await self._swarm.registry.replicas(self._swarm.manifest.uids())
         me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
-        return await self._claim(choose(self._vacant(replicas), room, me, saved))
+        room = self._room - len(self._runtime.experts)
+        await self._claim(choose(self._vacant(replicas), room, me, saved))
+        unserved = {uid for uid, hosts in replicas.items() if not serving_elsewhere(hosts, me)}
+        return unserved - self._runtime.experts.keys()
 
     def _vacant(self, replicas: Mapping[UID, Collection[Replica]]) -> list[UID]:
         """What nobody else hosts: what this node hosted before it was killed may still be announced."""
