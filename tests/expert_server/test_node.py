@@ -469,8 +469,9 @@ def held(loop: LoopThread) -> Held:
     )
 
 
-def test_fifty_boots_and_stops_leave_nothing(
-    loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]], tmp_path: Path
+@pytest.mark.parametrize("boots", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_boots_and_stops_leave_nothing(
+    loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]], tmp_path: Path, boots: int
 ) -> None:
     manifest = MANIFEST.model_copy(update={"model": MANIFEST.model.model_copy(update={"layers": 1})})
 
@@ -483,7 +484,7 @@ def test_fifty_boots_and_stops_leave_nothing(
         finally:
             await node.stop()
 
-    for boot in range(50):
+    for boot in range(boots):
         loop.run(boot_and_stop(), 60)
         assert sockets() == []
         if boot == 4:

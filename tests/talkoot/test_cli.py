@@ -5,49 +5,19 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from commands import HOST, assert_one_clear_line, command, run, run_here, wait_until
 
 from dht.invite import Invite
 from dht.manifest import Manifest
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-
-HOST = "127.0.0.1"
-DEADLINE_S = 60.0
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "talkoot.cli", *arguments]
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S, env=os.environ | environment
-    )
-
-
-def wait_until(condition: Callable[[], bool], what: str, limit_s: float = DEADLINE_S) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {limit_s} s in vain for {what}"
-        time.sleep(0.05)
-
-
-def assert_one_clear_line(ended: subprocess.CompletedProcess[str], *said: str) -> None:
-    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert ended.returncode == 2, ended.stderr
-    assert len(errors) == 1, ended.stderr
-    assert ended.stderr.endswith(errors[0] + "\n"), ended.stderr
-    assert "Traceback" not in ended.stderr
-    for part in said:
-        assert part in errors[0]
 
 
 @dataclass(frozen=True)
@@ -120,7 +90,7 @@ def test_help_is_instant() -> None:
 
 @pytest.mark.parametrize("name", ["node", "train", "status", "demo"])
 def test_every_command_has_help(name: str) -> None:
-    ended = run(name, "--help")
+    ended = run_here(name, "--help")
     assert ended.returncode == 0
     assert "Usage:" in ended.stdout
 
@@ -143,16 +113,16 @@ def test_wrong_invite_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["train", "status"])
 def test_truncated_invite_is_refused(founder: Founder, name: str) -> None:
-    assert_one_clear_line(run(name, "--join", founder.invite[:-5]), "copy the whole line again")
+    assert_one_clear_line(run_here(name, "--join", founder.invite[:-5]), "copy the whole line again")
 
 
 def test_missing_invite_is_asked_for() -> None:
-    assert_one_clear_line(run("train"), "--join")
+    assert_one_clear_line(run_here("train"), "--join")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--new", "swarm.toml", "--join", "talkoot1"]])
 def test_node_is_told_to_found_or_to_join(arguments: list[str]) -> None:
-    assert_one_clear_line(run("node", *arguments), "either --new swarm.toml", "or --join INVITE")
+    assert_one_clear_line(run_here("node", *arguments), "either --new swarm.toml", "or --join INVITE")
 
 
 @pytest.mark.parametrize("name", ["node", "train"])
@@ -186,44 +156,44 @@ def test_busy_port_is_named(tmp_path: Path, option: str) -> None:
 def test_a_device_that_is_not_there_is_named(tmp_path: Path, options: list[str], said: str) -> None:
     manifest = tmp_path / "swarm.toml"
     manifest.write_text('name = "fast"\n')
-    assert_one_clear_line(run("node", "--new", str(manifest), "--host", HOST, *options), said)
+    assert_one_clear_line(run_here("node", "--new", str(manifest), "--host", HOST, *options), said)
 
 
 def test_address_that_nobody_can_reach_is_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "swarm.toml"
     manifest.write_text('name = "everywhere"\n')
-    assert_one_clear_line(run("node", "--new", str(manifest), "--host", "0.0.0.0"), "--host")
-    assert_one_clear_line(run("node", "--new", str(manifest), "--host", "my-machine"), "no IP address")
+    assert_one_clear_line(run_here("node", "--new", str(manifest), "--host", "0.0.0.0"), "--host")
+    assert_one_clear_line(run_here("node", "--new", str(manifest), "--host", "my-machine"), "no IP address")
 
 
 def test_missing_and_empty_data_are_named(founder: Founder, tmp_path: Path) -> None:
     missing, empty = tmp_path / "missing.txt", tmp_path / "empty.txt"
     empty.touch()
     train = ["train", "--join", founder.invite, "--state", str(tmp_path / "state"), "--data"]
-    assert_one_clear_line(run(*train, str(missing)), f"no file or folder {missing}")
-    assert_one_clear_line(run(*train, str(empty)), f"{empty} is empty")
-    assert_one_clear_line(run("demo", "--data", str(missing)), f"no file or folder {missing}")
+    assert_one_clear_line(run_here(*train, str(missing)), f"no file or folder {missing}")
+    assert_one_clear_line(run_here(*train, str(empty)), f"{empty} is empty")
+    assert_one_clear_line(run_here("demo", "--data", str(missing)), f"no file or folder {missing}")
 
 
 def test_unknown_setting_is_named(founder: Founder, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text("colour = 3\n")
-    assert_one_clear_line(run("node", "--join", founder.invite, "--config", str(config)), "colour")
-    ended = run("train", "--join", founder.invite, TALKOOT_TRAIN_COLOUR="3")
+    assert_one_clear_line(run_here("node", "--join", founder.invite, "--config", str(config)), "colour")
+    ended = run_here("train", "--join", founder.invite, TALKOOT_TRAIN_COLOUR="3")
     assert_one_clear_line(ended, "TALKOOT_TRAIN_COLOUR")
 
 
 def test_missing_settings_file_is_named(founder: Founder, tmp_path: Path) -> None:
     join = ["node", "--join", founder.invite, "--config", str(tmp_path / "none.toml")]
-    assert_one_clear_line(run(*join), "none.toml")
+    assert_one_clear_line(run_here(*join), "none.toml")
 
 
 def test_setting_out_of_bounds_is_named(founder: Founder) -> None:
-    assert_one_clear_line(run("train", "--join", founder.invite, "--steps", "0"), "steps")
+    assert_one_clear_line(run_here("train", "--join", founder.invite, "--steps", "0"), "steps")
 
 
 def test_router_that_does_not_exist_is_named_with_those_that_do(founder: Founder) -> None:
-    ended = run("train", "--join", founder.invite, "--router", "best")
+    ended = run_here("train", "--join", founder.invite, "--router", "best")
     assert_one_clear_line(ended, "router", "'product-key', 'noisy-top-k', 'switch', 'base' or 'glam'")
 
 
@@ -234,7 +204,7 @@ def test_number_of_experts_that_a_router_can_not_have_is_named(founder: Founder,
 
 
 def test_option_that_does_not_exist_is_named() -> None:
-    ended = run("train", "--colour", "3")
+    ended = run_here("train", "--colour", "3")
     assert ended.returncode == 2
     assert "--colour" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -252,11 +222,11 @@ def test_option_that_does_not_exist_is_named() -> None:
 def test_manifest_that_is_not_valid_is_refused(tmp_path: Path, text: str, said: str) -> None:
     manifest = tmp_path / "swarm.toml"
     manifest.write_text(text)
-    assert_one_clear_line(run("node", "--new", str(manifest), "--host", HOST), said)
+    assert_one_clear_line(run_here("node", "--new", str(manifest), "--host", HOST), said)
 
 
 def test_missing_manifest_is_named(tmp_path: Path) -> None:
-    assert_one_clear_line(run("node", "--new", str(tmp_path / "none.toml")), "none.toml")
+    assert_one_clear_line(run_here("node", "--new", str(tmp_path / "none.toml")), "none.toml")
 
 
 @pytest.mark.parametrize("name", ["node", "train"])
@@ -285,13 +255,13 @@ def test_second_founder_of_a_name_is_refused(founder: Founder, tmp_path: Path) -
 
 
 def test_demo_of_one_node_has_none_to_lose() -> None:
-    assert_one_clear_line(run("demo", "--nodes", "1"), "--no-kill")
+    assert_one_clear_line(run_here("demo", "--nodes", "1"), "--no-kill")
 
 
 def test_result_that_can_not_be_written_is_known_before_the_work(founder: Founder, tmp_path: Path) -> None:
     nowhere = tmp_path / "no" / "such.json"
     state = str(tmp_path / "state")
-    assert_one_clear_line(run("demo", "--json", str(nowhere)), str(nowhere))
+    assert_one_clear_line(run_here("demo", "--json", str(nowhere)), str(nowhere))
     train = run("train", "--join", founder.invite, "--state", state, "--json", str(nowhere))
     assert_one_clear_line(train, str(nowhere))
 

@@ -4,13 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from commands import DEADLINE_S, HOST, command, run, run_here, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,24 +20,6 @@ from talkoot.console import LogFormat, Terminal, log_file
 from talkoot.control import Control
 from talkoot.logs_command import Follower
 from talkoot.steer_command import parse_duration_s
-
-HOST = "127.0.0.1"
-DEADLINE_S = 60.0
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "talkoot.cli", *arguments]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S)
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.05)
 
 
 @dataclass(frozen=True)
@@ -103,10 +84,10 @@ def test_machine_is_checked_against_a_running_swarm(node: RunningNode, tmp_path:
 def test_machine_that_can_not_serve_is_an_exit_status(tmp_path: Path) -> None:
     finding = Finding(name="disk", verdict=Verdict.PROBLEM, says="full", fix="make room")
     Report(checked_at=0.0, swarm=None, findings=(finding,)).save(tmp_path)
-    checked = run("node", "--check", "--cached", "--state", str(tmp_path))
+    checked = run_here("node", "--check", "--cached", "--state", str(tmp_path))
     assert checked.returncode == 1, checked.stderr
     assert "make room" in checked.stdout
-    wrong = run("node", "--cached", "--state", str(tmp_path))
+    wrong = run_here("node", "--cached", "--state", str(tmp_path))
     assert (wrong.returncode, "are for --check" in wrong.stderr) == (2, True)
 
 
@@ -140,7 +121,7 @@ def test_log_stays_when_the_node_is_gone(node: RunningNode) -> None:
 
 @pytest.mark.parametrize("name", ["pause", "resume", "stop", "logs"])
 def test_without_a_node_it_says_what_to_do(tmp_path: Path, name: str) -> None:
-    ended = run(name, "--state", str(tmp_path / "none"))
+    ended = run_here(name, "--state", str(tmp_path / "none"))
     assert (ended.returncode, ended.stdout) == (2, "")
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: no ")

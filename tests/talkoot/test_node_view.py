@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import command, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -173,19 +174,8 @@ def test_a_program_reads_every_field() -> None:
 # The flags
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "talkoot.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-    )
-
-
 def test_every_flag_is_shown_with_its_unit_and_default() -> None:
-    said = " ".join(run("node", "--help").stdout.split())
+    said = " ".join(run_here("node", "--help", COLUMNS="200").stdout.split())
     for flag, words in {
         "--threads": "[default: one for each core]",
         "--memory": "2GB or 512MiB. [default: no bound]",
@@ -201,7 +191,7 @@ def test_every_flag_is_shown_with_its_unit_and_default() -> None:
 
 
 def test_a_wrong_flag_is_one_clear_line() -> None:
-    ended = run("node", "--join", "talkoot1", "--memory", "much", "--schedule", "mon-fry 1:00-2:00")
+    ended = run_here("node", "--join", "talkoot1", "--memory", "much", "--schedule", "mon-fry 1:00-2:00")
     assert ended.returncode == 2
     (error,) = [row for row in ended.stderr.splitlines() if row]
     assert error.startswith("error: ")
@@ -213,10 +203,10 @@ def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(tmp_path: Pa
     manifest, begins = tmp_path / "swarm.toml", datetime.now() + timedelta(hours=10)
     manifest.write_text('name = "sauna"\n')
     hours = f"{begins:%H}:00-{begins + timedelta(hours=1):%H}:00"
-    command = ["node", "--new", str(manifest), "--host", "127.0.0.1", "--state", str(tmp_path / "state")]
+    found = ["node", "--new", str(manifest), "--host", "127.0.0.1", "--state", str(tmp_path / "state")]
     options = ["--schedule", hours, "--log-format", "json"]
     with subprocess.Popen(
-        [sys.executable, "-m", "talkoot.cli", *command, *options],
+        command(*found, *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

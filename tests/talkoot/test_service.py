@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from commands import run_here
 
 from dht.invite import Invite
 from dht.records import SwarmKeys
@@ -248,11 +249,11 @@ def test_options_that_need_somebody_there_are_refused(machine: Machine) -> None:
 
 
 def test_node_options_are_checked_before_anything_is_installed(machine: Machine) -> None:
-    command = [sys.executable, "-m", "talkoot.cli", "service", "install", "--join", machine.invite]
-    wrong = subprocess.run([*command, "--colour", "3"], capture_output=True, text=True)
+    install = ["service", "install", "--join", machine.invite]
+    wrong = run_here(*install, "--colour", "3")
     assert wrong.returncode == 2
     assert "--colour" in wrong.stderr
-    printed = subprocess.run([*command, "--print", "--experts", "3"], capture_output=True, text=True)
+    printed = run_here(*install, "--print", "--experts", "3")
     assert words_of(parsed(printed.stdout))[-2:] == ["--experts", "3"], printed.stderr
     assert machine.calls() == []
 
