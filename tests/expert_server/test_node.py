@@ -471,7 +471,11 @@ def held(loop: LoopThread) -> Held:
 
 @pytest.mark.parametrize("boots", [12, pytest.param(50, marks=pytest.mark.slow)])
 def test_boots_and_stops_leave_nothing(
-    loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]], tmp_path: Path, boots: int
+    loop: LoopThread,
+    identities: list[Identity],
+    sockets: Callable[[], list[Path]],
+    tmp_path: Path,
+    boots: int,
 ) -> None:
     manifest = MANIFEST.model_copy(update={"model": MANIFEST.model.model_copy(update={"layers": 1})})
 
