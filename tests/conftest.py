@@ -12,6 +12,13 @@ settings.register_profile("talkoot", deadline=None, derandomize=True, print_blob
 settings.load_profile("talkoot")
 torch.set_num_threads(1)  # on a busy machine several pools wait for each other
 
+LONGEST = ("test_demo.py", "test_cli.py", "test_control_commands.py", "test_node.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left alone with one of them."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def loop() -> Iterator[LoopThread]:

@@ -7,16 +7,19 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from unittest import mock
 
+import psutil
 from typer.testing import CliRunner
 
 from talkoot.cli import app
 
 HOST = "127.0.0.1"
 DEADLINE_S = 60.0
+_LISTEN = "-listen=/unix/tmp/hivemind-p2pd-"
 
 
 def command(*arguments: str) -> list[str]:
@@ -70,3 +73,13 @@ def assert_one_clear_line(ended: subprocess.CompletedProcess[str], *said: str) -
     assert "Traceback" not in ended.stderr
     for part in said:
         assert part in errors[0]
+
+
+def sockets_of(processes: Iterable[psutil.Process]) -> set[Path]:
+    """The sockets in /tmp of those that are p2pd, the one for each client too."""
+    names = set()
+    for process in processes:
+        with suppress(psutil.Error):
+            listens = [word for word in process.cmdline() if word.startswith(_LISTEN)]
+            names |= {word.removeprefix(_LISTEN) for word in listens}
+    return {path for name in names for path in Path("/tmp").glob(f"hivemind-*-{name}")}

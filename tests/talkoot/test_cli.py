@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import HOST, assert_one_clear_line, command, run, run_here, wait_until
+from commands import HOST, assert_one_clear_line, command, run, run_here, sockets_of, wait_until
 
 from dht.invite import Invite
 from dht.manifest import Manifest
@@ -79,10 +79,12 @@ def silent_invite(founder: Founder, port: int) -> str:
 
 
 def test_help_is_instant() -> None:
-    run("--help")  # the first start compiles
-    began = time.monotonic()
-    ended = run("--help")
-    assert time.monotonic() - began < 0.5
+    took_s = []
+    for _ in range(4):  # the first start compiles, and others may use the machine
+        began = time.monotonic()
+        ended = run("--help")
+        took_s.append(time.monotonic() - began)
+    assert min(took_s) < 0.5
     assert ended.returncode == 0
     for name in ("node", "train", "status", "demo"):
         assert name in ended.stdout
@@ -295,27 +297,12 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
-def dead_sockets() -> set[Path]:
-    return {path for path in Path("/tmp").glob("hivemind-*.sock") if not listened_at(path)}
-
-
-def listened_at(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return False
-        except FileNotFoundError:
-            return True
-        return True
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serving_node_leaves_at_once_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    before = dead_sockets()
     with founding(tmp_path, "--experts", "1") as node:
         processes = kin(node.process)
         assert "p2pd" in {p.name() for p in processes}
+        assert (sockets := sockets_of(processes))
         os.killpg(node.process.pid, number)  # as a terminal does it
         wait_until(lambda: gone(processes[1:]), "p2pd's end", 8.0)
         node.process.send_signal(number)  # impatience changes nothing
@@ -327,7 +314,7 @@ def test_serving_node_leaves_at_once_and_leaves_nothing(tmp_path: Path, number: 
     assert "left the swarm" in said
     assert "error" not in said
     assert "Traceback" not in said
-    assert not dead_sockets() - before
+    assert not any(path.exists() for path in sockets)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +323,6 @@ def test_serving_node_leaves_at_once_and_leaves_nothing(tmp_path: Path, number: 
 def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, number: signal.Signals) -> None:
     host = ["--host", HOST] if name == "node" else []
     state = ["--state", str(tmp_path / "state")] if name != "status" else []
-    before = dead_sockets()
     with listening() as port, (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen(
             command(name, "--join", silent_invite(founder, port), *host, *state),
@@ -345,12 +331,14 @@ def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, num
             env=os.environ | {"TMPDIR": str(tmp_path)},
         )
         wait_until(lambda: "p2pd" in {p.name() for p in kin(process)}, "p2pd", 20.0)
+        wait_until(lambda: bool(sockets_of(kin(process))), "p2pd's socket", 20.0)
         processes = kin(process)
+        sockets = sockets_of(processes)
         process.send_signal(number)
         process.wait(8.0)
     said = (tmp_path / "log").read_text()
     assert process.returncode == 128 + number, said
     assert "Traceback" not in said
     assert gone(processes)
-    assert not dead_sockets() - before
+    assert not any(path.exists() for path in sockets)
     assert not list(tmp_path.glob("talkoot-*"))

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from commands import sockets_of
 
 MARK = "TEST_OF_THE_DEMO"
 
@@ -28,15 +28,20 @@ class Running:
     log: Path
 
     def processes(self) -> list[str]:
-        return [name for process in psutil.process_iter() if (name := marked_name(process, self.mark))]
+        return [process.info["name"] for process in self._marked()]
+
+    def sockets(self) -> set[Path]:
+        return sockets_of(self._marked())
+
+    def _marked(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter(["name"]) if is_marked(process, self.mark)]
 
 
-def marked_name(process: psutil.Process, mark: str) -> str | None:
+def is_marked(process: psutil.Process, mark: str) -> bool:
     try:
-        alive = process.status() != psutil.STATUS_ZOMBIE
-        return process.name() if alive and process.environ().get(MARK) == mark else None
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
     except psutil.Error:
-        return None
+        return False
 
 
 @contextmanager
@@ -64,25 +69,16 @@ def wait_until(condition: Callable[[], bool], limit_s: float, log: Path) -> None
         time.sleep(0.05)
 
 
-def dead_sockets() -> set[Path]:
-    return {path for path in Path("/tmp").glob("hivemind-*.sock") if is_dead(path)}
-
-
-def is_dead(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-        return False
-
-
 def test_demo_learns_loses_a_node_and_serves_its_experts_again(tmp_path: Path) -> None:
-    result, before = tmp_path / "result.json", dead_sockets()
+    result = tmp_path / "result.json"
+    sockets: set[Path] = set()
+
+    def has_ended() -> bool:
+        sockets.update(demo.sockets())
+        return demo.process.poll() is not None
+
     with running_demo(tmp_path, "--steps", "30", "--json", str(result)) as demo:
-        demo.process.wait(110)
+        wait_until(has_ended, 110, demo.log)
         assert demo.process.returncode == 0, demo.log.read_text()
         assert not demo.processes()
     values = json.loads(result.read_text())
@@ -107,20 +103,21 @@ def test_demo_learns_loses_a_node_and_serves_its_experts_again(tmp_path: Path) -
     assert values["longest_stall_s"] < 10
     assert "is killed with SIGKILL" in demo.log.read_text()
     assert not list(demo.temporary.iterdir())
-    assert not dead_sockets() - before
+    assert len(sockets) >= 4  # of three nodes and a trainer
+    assert not any(path.exists() for path in sockets)
 
 
 def test_interrupted_demo_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
-    before = dead_sockets()
     with running_demo(tmp_path, "--nodes", "2") as demo:
         wait_until(lambda: demo.processes().count("p2pd") >= 2, 60, demo.log)
+        sockets = demo.sockets()
         demo.process.send_signal(signal.SIGINT)
         demo.process.wait(15)
         assert demo.process.returncode == 128 + signal.SIGINT, demo.log.read_text()
         assert not demo.processes()
     assert "Traceback" not in demo.log.read_text()
     assert not list(demo.temporary.iterdir())
-    assert not dead_sockets() - before
+    assert not any(path.exists() for path in sockets)
 
 
 def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
