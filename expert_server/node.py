@@ -69,7 +69,10 @@ class Node:
         store = CheckpointStore(state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept)
         self.checkpoints = Checkpoints(store, runtime)
         meetings, swarm_id = Meetings(), swarm.keys.swarm_id
-        self.client = StateClient(swarm_id, swarm.manifest, swarm.host.peer_id, settings.max_transfer_s)
+        self.traffic = Traffic(settings.upload_mbit, settings.download_mbit)
+        self.client = StateClient(
+            swarm_id, swarm.manifest, swarm.host.peer_id, self.traffic.down, settings.max_transfer_s
+        )
         self.hosting = Hosting(
             settings, swarm, runtime, self.checkpoints, devices, self.client, meetings, now
         )  # fmt: skip
@@ -79,7 +82,6 @@ class Node:
             settings, swarm, runtime, self.checkpoints, self.hosting, self.client, self._snapshots, meetings,
             random.Random(swarm.host.peer_id.to_bytes()),  # noqa: S311  # whom to average with is no secret
         )  # fmt: skip
-        self.traffic = Traffic(settings.upload_mbit, settings.download_mbit)
         self._pauses = Pauses(settings, self._take_experts, self._give_up_experts, now)
         self._account = Account(state / "contribution.json")
         self._expert_bytes = expert_bytes(swarm.manifest)
@@ -320,6 +322,7 @@ class Node:
             self.swarm.keys.swarm_id,
             self.client.counts,
             self.replication.follow,
+            self.traffic.up,
             max_transfers=settings.max_transfers,
             max_transfer_s=settings.max_transfer_s,
         )

@@ -16,6 +16,7 @@ from expert_server.hints import Hint
 from expert_server.transfer import Snapshot, SnapshotTaker, TransferCounts
 from peer.codec import CHUNK_BYTES
 from peer.errors import ExpertError, StateError, WireError
+from peer.rates import Rate
 from peer.wire import state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -38,16 +39,20 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         swarm_id: str,
         counts: TransferCounts,
         follow: Callable[[Hint], int],
+        up: Rate,
         *,
         max_transfers: int,
         max_transfer_s: float,
     ) -> None:
-        """`follow`: takes a hint, and says how many of its experts will be looked at, from the first on."""
+        """`follow`: takes a hint, and says how many of its experts will be looked at, from the first on. `up`: how fast
+        states may go.
+        """
         self._snapshots = snapshots
         self._manifest = manifest
         self._swarm_id = swarm_id
         self._counts = counts
         self._follow = follow
+        self._up = up
         self._max_transfers = max_transfers
         self._max_transfer_s = max_transfer_s
         self._transfers = 0
@@ -115,6 +120,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         await context.write(state_pb2.FetchReply(header=header))
         for start in range(offset, len(snapshot.data), CHUNK_BYTES):
             chunk = snapshot.data[start : start + CHUNK_BYTES]
+            await self._up.take(len(chunk))
             async with asyncio.timeout(_CHUNK_S):
                 await context.write(state_pb2.FetchReply(chunk=chunk))
             self._counts.bytes_sent += len(chunk)

@@ -26,6 +26,7 @@ from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
 from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import ExpertError, StateError, TransferError
+from peer.rates import Rate
 from peer.wire import state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -180,9 +181,12 @@ class _Download:
 class StateClient:
     """Fetches states from the nodes of one swarm, whose certificates it pins. Close it when done."""
 
-    def __init__(self, swarm_id: str, manifest: Manifest, peer_id: PeerID, max_transfer_s: float) -> None:
-        """`max_transfer_s`: longest that one fetch may take, all attempts together."""
+    def __init__(
+        self, swarm_id: str, manifest: Manifest, peer_id: PeerID, down: Rate, max_transfer_s: float
+    ) -> None:
+        """`down`: how fast states may come. `max_transfer_s`: longest that one may take, all attempts together."""
         self.counts = TransferCounts()
+        self._down = down
         self._swarm_id = swarm_id
         self._peer_id = peer_id
         self._max_transfer_s = max_transfer_s
@@ -289,6 +293,7 @@ class StateClient:
             download.header = self._checked(await _next(call), begun, sha256)
             while (reply := await _next(call)) is not grpc.aio.EOF:
                 self._take_chunk(reply, download)
+                await self._down.take(len(reply.chunk))
         except TimeoutError:
             raise TransferError(f"expert {uid} stalled on its way for {_STALL_S:.0f} s") from None
         finally:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from peer.channels import SERVER_OPTIONS, server_credentials
 from peer.errors import StateError, TransferError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
+from peer.rates import BURST_S, Rate
 from peer.wire import state_pb2, state_pb2_grpc
 
 SWARM = "sauna-QmFounder"
@@ -47,6 +49,7 @@ class Street:
     stack: contextlib.AsyncExitStack
     certificate: bytes
     client: StateClient
+    down: Rate
     port: int = 0
     hints: list[Hint] = field(default_factory=list)
 
@@ -59,7 +62,9 @@ class Street:
         self.stack.push_async_callback(server.stop, None)
         return server
 
-    async def host(self, *experts: Expert, max_transfers: int = 4, limit: int = 4, **met: int) -> Runtime:
+    async def host(
+        self, *experts: Expert, max_transfers: int = 4, limit: int = 4, up: Rate | None = None, **met: int
+    ) -> Runtime:
         """A server of these experts as a node has it."""
         runtime = Runtime(
             {expert.uid: expert for expert in experts}, max_queued_rows=9, max_batch_rows=9, threads=1
@@ -71,7 +76,7 @@ class Street:
             meetings.note(AN_UID, self.identity.peer_id, update_count)
         taker = SnapshotTaker(runtime, Snapshots(limit, 60), SWARM, meetings.of)
         servicer = StateServicer(
-            taker, MANIFEST, SWARM, self.client.counts, self.follow,
+            taker, MANIFEST, SWARM, self.client.counts, self.follow, up or Rate(None),
             max_transfers=max_transfers, max_transfer_s=30,
         )  # fmt: skip
         await self.serve(servicer)
@@ -101,9 +106,10 @@ def play(loop: LoopThread, identity: Identity, monkeypatch: pytest.MonkeyPatch) 
     def run(scenario: Scenario) -> None:
         async def with_street() -> None:
             async with contextlib.AsyncExitStack() as stack:
-                client = StateClient(SWARM, MANIFEST, identity.peer_id, max_transfer_s=20)
+                down = Rate(None)
+                client = StateClient(SWARM, MANIFEST, identity.peer_id, down, max_transfer_s=20)
                 stack.push_async_callback(client.close)
-                await scenario(Street(identity, stack, identity.make_certificate(), client))
+                await scenario(Street(identity, stack, identity.make_certificate(), client, down))
 
         loop.run(with_street(), 60)
 
@@ -156,6 +162,21 @@ def sends(
 async def says(*replies: state_pb2.FetchReply) -> Replies:
     for reply in replies:
         yield reply
+
+
+def test_a_state_goes_no_faster_than_its_node_may_send(play: Callable[[Scenario], None]) -> None:
+    async def scenario(street: Street) -> None:
+        expert = make_expert(1)
+        size = len(packed(expert))
+        up = Rate(size / 0.5)
+        await street.host(expert, up=up)
+        began = time.monotonic()
+        await street.client.fetch(street.node, expert.uid)
+        assert time.monotonic() - began >= (0.5 - BURST_S) * 0.9
+        assert size == pytest.approx(up.bytes, rel=0.05)  # the time in it has more digits or fewer
+        assert up.bytes == street.down.bytes
+
+    play(scenario)
 
 
 @pytest.mark.parametrize("steps", [0, 3])
