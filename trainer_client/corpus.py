@@ -5,14 +5,13 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from peer.errors import DataError, StartError
-from peer.processes import StateFolder
 from trainer_client.sources import read_text
 from trainer_client.tokenizer import BYTES, Tokenizer, Tokens, digest
 
@@ -29,26 +28,25 @@ class Corpus:
 
 def prepare(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path) -> Corpus:
     """Encodes the text of the files into `folder`, where the last text stays, and is taken when nothing has changed.
+    One process at a time may do so.
 
     Raises DataError when it is no text, and StartError when the folder can't be written.
     """
     name = _fingerprint(files, field, tokenizer)
     kind = np.uint8 if len(tokenizer.token_bytes) <= BYTES else np.uint16
-    with closing(StateFolder(folder)):
-        path = next(folder.glob(f"{name}-*.tokens"), None)
-        if path is None:
-            try:
-                path = _write(files, field, tokenizer, folder, name)
-            except OSError as error:
-                raise StartError(
-                    f"can't write in {folder}: {error.strerror}; pass another --state"
-                ) from error
-        if not path.stat().st_size:
-            path.unlink()
-            named = ", ".join(map(str, files[:3]))
-            raise DataError(f"{named} is empty: give a file or folder with text in it")
-        tokens: Tokens = np.memmap(path, dtype=kind, mode="r")
-        return Corpus(tokens, path.stem.removeprefix(f"{name}-"))
+    path = next(folder.glob(f"{name}-*.tokens"), None)
+    if path is None:
+        try:
+            folder.mkdir(exist_ok=True)
+            path = _write(files, field, tokenizer, folder, name)
+        except OSError as error:
+            raise StartError(f"can't write in {folder}: {error.strerror}; pass another --state") from error
+    if not path.stat().st_size:
+        path.unlink()
+        named = ", ".join(map(str, files[:3]))
+        raise DataError(f"{named} is empty: give a file or folder with text in it")
+    tokens: Tokens = np.memmap(path, dtype=kind, mode="r")
+    return Corpus(tokens, path.stem.removeprefix(f"{name}-"))
 
 
 def _write(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path, name: str) -> Path:

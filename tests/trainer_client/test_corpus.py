@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import DataError, SettingsError, StartError
-from peer.processes import StateFolder
 from trainer_client import optional
 from trainer_client.corpus import Corpus, prepare
 from trainer_client.tokenizer import (
@@ -40,7 +39,7 @@ def prepared(folder: Path, text: str = TEXT, tokenizer: Tokenizer = PAIRS) -> Co
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder / "text") if name != "lock")
+    return sorted(os.listdir(folder / "text"))
 
 
 @tokenizers
@@ -134,14 +133,7 @@ def test_text_that_is_none_leaves_nothing(tmp_path: Path, text: str, said: str) 
     assert files_in(tmp_path) == []
 
 
-def test_a_folder_in_use_or_not_to_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = StateFolder(tmp_path / "text")
-    with pytest.raises(StartError, match="another process uses"):
-        prepared(tmp_path)
-    other.close()
-
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")
 
