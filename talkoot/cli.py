@@ -7,7 +7,7 @@ import typer
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import SettingsError
-from talkoot import steer
+from talkoot import steer, use
 from talkoot.console import LogFormat
 from talkoot.options import Config, Format, Join, State, TextField, Threads, WaitForExperts, command
 
@@ -367,6 +367,7 @@ def demo(
         run_demo(terminal, DemoPlan(nodes, steps, kill, data), json_file)
 
 
+use.add_to(app)
 steer.add_to(app)
 
 

@@ -57,7 +57,7 @@ def plot_losses(history: History, path: Path) -> None:
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps[::every], losses[::every], color="0.8", linewidth=0.8, label="training, each step")
     width = max(1, len(losses) // 50)
-    if np.isfinite(losses).any():
+    if width > 1 and np.isfinite(losses).any():
         axes.plot(
             steps[::every], _means_about(losses, width)[::every], label=f"training, mean of {width} steps"
         )
