@@ -7,7 +7,6 @@ it saves and restores the experts of one runtime without holding up what they co
 import asyncio
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -21,12 +20,9 @@ from expert_server.expert import Expert
 from expert_server.runtime import Runtime
 from expert_server.state_format import Checkpoint, from_bytes, to_bytes
 from peer.errors import ExpertError, StateError, WireError
-from peer.files import sync_folder, write_whole
+from peer.numbered import NumberedFiles
 
 logger = logging.getLogger(__name__)
-
-_FILE_NAME = re.compile(r"(0|[1-9][0-9]{0,17})\.safetensors")
-_TEMPORARY = ".*.new"
 
 
 class CheckpointStore:
@@ -38,7 +34,6 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, swarm_id: str, keep: int, now: Callable[[], float] = time.time) -> None:
         """`keep`: how many checkpoints of each expert stay."""
-        assert keep >= 1, "a store that keeps nothing is none"
         self._folder = folder / swarm_id
         self._swarm_id = swarm_id
         self._keep = keep
@@ -47,9 +42,8 @@ class CheckpointStore:
 
     def sweep(self) -> None:
         """Removes what writers that were killed have left."""
-        for path in self._folder.glob(f"*/{_TEMPORARY}"):
-            with suppress(OSError):
-                path.unlink()
+        for path in self._folder.glob("*/"):
+            NumberedFiles(path, self._keep).sweep()
 
     def newest(self) -> dict[UID, int]:
         """The update count of each expert's newest checkpoint, by the file names alone."""
@@ -67,28 +61,16 @@ class CheckpointStore:
 
     def update_counts(self, uid: UID) -> list[int]:
         """Of an expert's checkpoints, newest first, by the file names alone."""
-        try:
-            names = os.listdir(self._folder / str(uid))
-        except OSError:
-            return []
-        return sorted(
-            (int(match[1]) for name in names if (match := _FILE_NAME.fullmatch(name))), reverse=True
-        )
+        return self._files(uid).numbers()
 
     def path(self, uid: UID, update_count: int) -> Path:
-        return self._folder / str(uid) / f"{update_count}.safetensors"
+        return self._files(uid).path(update_count)
 
     def save(self, uid: UID, checkpoint: Checkpoint) -> None:
         """Returns when the checkpoint is safely on disk. Raises OSError; the checkpoints before it stay then."""
         data = to_bytes(checkpoint, self._swarm_id, uid, self._now())
-        path = self.path(uid, checkpoint.update_count)
         with self._writing:
-            if not path.parent.is_dir():
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                for folder in path.parents[1:4]:  # swarm, store and state: where the new folders are entered
-                    sync_folder(folder)
-            write_whole(path, data)
-            self._prune(uid, checkpoint.update_count)
+            self._files(uid).write(checkpoint.update_count, data)
 
     def load_newest(self, uid: UID, below: int | None = None) -> Checkpoint | None:
         """The newest checkpoint that is whole and this expert's, of those with fewer than `below` updates if given.
@@ -115,15 +97,8 @@ class CheckpointStore:
             raise StateError(f"it can't be read: {error}") from error
         return from_bytes(data, self._swarm_id, uid, update_count)
 
-    def _prune(self, uid: UID, update_count: int) -> None:
-        """Keeps the newest of those up to the one just saved.
-
-        What claims to be newer was passed over when the expert was restored, and must not push out what is good.
-        """
-        counts = [count for count in self.update_counts(uid) if count <= update_count]
-        for count in counts[self._keep :]:
-            with suppress(OSError):  # one file too many does no harm
-                self.path(uid, count).unlink()
+    def _files(self, uid: UID) -> NumberedFiles:
+        return NumberedFiles(self._folder / str(uid), self._keep)
 
 
 @dataclass

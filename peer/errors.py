@@ -7,10 +7,11 @@ TalkootError
 │   ├── StartError              a peer could not start: port taken, state folder in use, p2pd missing
 │   ├── UnreachableError        nobody answers at the addresses given
 │   ├── SwarmError              the swarm is not what was expected: no manifest, other version, name taken
-│   └── DataError               text that is missing, empty or unreadable
+│   ├── DataError               text that is missing, empty or unreadable
+│   └── CheckpointError         a trainer's checkpoint that is missing, broken or of another swarm
 ├── RecordError                 a DHT record that is malformed, unsigned, expired or not its writer's
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
-├── StateError                  an expert's state that is broken, or not that expert's
+├── StateError                  saved tensors that are broken, or not those of this expert or model
 ├── TransferError               an expert's state that did not come from another node
 └── ExpertError                 an expert did not do what was asked; has a gRPC status
 """
@@ -55,6 +56,10 @@ class DataError(UserError):
     """Text that is missing, empty or unreadable."""
 
 
+class CheckpointError(UserError):
+    """A trainer's checkpoint that is missing, broken or of another swarm."""
+
+
 class RecordError(TalkootError):
     """A DHT record that is malformed, unsigned, expired or not its writer's."""
 
@@ -64,7 +69,7 @@ class WireError(TalkootError):
 
 
 class StateError(TalkootError):
-    """An expert's state that is broken, or not that expert's."""
+    """Saved tensors that are broken, or not those of this expert or model."""
 
 
 class TransferError(TalkootError):

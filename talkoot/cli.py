@@ -7,9 +7,9 @@ import typer
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import SettingsError
-from talkoot import steer
+from talkoot import steer, use
 from talkoot.console import LogFormat
-from talkoot.options import Config, Format, Join, State, Threads, command
+from talkoot.options import Config, Format, Join, State, TextField, Threads, WaitForExperts, command
 
 NOT_FIT_STATUS = 1
 
@@ -205,15 +205,36 @@ def train(
     *,
     join: Join = None,
     data: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
-            metavar="PATH", help="A text file, or a folder of .txt files.  [default: Python's own help]"
+            metavar="PATH",
+            help="A text, .jsonl or .parquet file, a folder of them, or a glob in quotes. May be given several times.  "
+            "[default: Python's own help]",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.  [default: 200]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences in a step.  [default: 8]")] = None,
+    field: TextField = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="bytes; bpe, byte pairs learned from the text; or a tokenizer.json.  [default: bytes]",
+        ),
+    ] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="Tokens that bpe learns.  [default: 4096]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps, those before a resume too.  [default: 200]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch.  [default: 8]")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches in a step.  [default: 1]")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Highest step size of the dense part.  [default: 0.002]")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Of the dense part's matrices.  [default: 0.01]")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="P", help="Of the dense part's activations: fp32 or bf16.  [default: fp32]"),
     ] = None,
     seed: Annotated[
         int | None,
@@ -242,6 +263,32 @@ def train(
     k_min: Annotated[
         int | None, typer.Option(help="Answers that a token needs before others may be late.  [default: 2]")
     ] = None,
+    wait_for_experts_s: WaitForExperts = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of checkpoints.  [default: one for each run, in the state folder]"
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; 0: only at the end.  [default: 100]")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest checkpoint, with its settings and data where no others are given.",
+        ),
+    ] = False,
+    log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append a JSON line for each step.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write there what TensorBoard shows.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the loss there at the end, as PNG.")
+    ] = None,
     threads: Threads = None,
     state: State = None,
     config: Config = None,
@@ -252,9 +299,16 @@ def train(
 ) -> None:
     """Train a language model on the experts of a swarm."""
     flags = {
+        "data": data or None,
+        "field": field,
+        "tokenizer": tokenizer,
+        "vocabulary": vocabulary,
         "steps": steps,
         "batch_size": batch_size,
+        "accumulate": accumulate,
         "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "precision": precision,
         "seed": seed,
         "router": router,
         "top_k": top_k,
@@ -262,13 +316,19 @@ def train(
         "call_deadline_s": call_deadline_s,
         "grace_s": grace_s,
         "k_min": k_min,
+        "wait_for_experts_s": wait_for_experts_s,
+        "checkpoint": checkpoint,
+        "checkpoint_every": checkpoint_every,
+        "log": log,
+        "tensorboard": tensorboard,
+        "plot": plot,
         "threads": threads,
         "state": state,
     }
     with command(log_format) as (terminal, signals):
         from talkoot.train_command import run_train
 
-        run_train(terminal, signals, join, data, config, flags, json_file)
+        run_train(terminal, signals, join, config, flags, resume=resume, json_file=json_file)
 
 
 @app.command()
@@ -307,6 +367,7 @@ def demo(
         run_demo(terminal, DemoPlan(nodes, steps, kill, data), json_file)
 
 
+use.add_to(app)
 steer.add_to(app)
 
 

@@ -26,6 +26,18 @@ State = Annotated[
 ]
 NodeState = Annotated[Path | None, typer.Option(metavar="DIR", help="The node's state folder.")]
 Threads = Annotated[int | None, typer.Option(help="Torch threads.  [default: one for each core]")]
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Which field of .jsonl and .parquet files is the text.  [default: text]"
+    ),
+]
+WaitForExperts = Annotated[
+    float | None,
+    typer.Option(
+        "--wait-for-experts", help="Longest wait, in seconds, while no expert is live.  [default: 60]"
+    ),
+]
 Format = Annotated[LogFormat, typer.Option(help="Lines for people, or JSON lines for programs.")]
 
 

@@ -1,11 +1,11 @@
-"""The trainer's language model: bytes in, logits of the next byte out, a mixture of experts in each layer.
+"""The trainer's language model: tokens in, logits of the next token out, a mixture of experts in each layer.
 
 Shapes: B sequences, T positions, R = B * T rows, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,29 +26,32 @@ class LanguageModel(nn.Module):
 
     `make_mixture(layer)` gives a module from [B, T, D] to [B, T, D] that carries its own residual connection:
     where no expert answers it gives its input back. All parameters, the mixtures' too, follow from
-    `manifest.model.seed`, so that every trainer of a swarm starts equal.
+    `manifest.model.seed`, so that every trainer of a swarm with an equal vocabulary starts equal.
     """
 
-    def __init__(self, manifest: Manifest, make_mixture: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, manifest: Manifest, make_mixture: Callable[[int], nn.Module], vocabulary: int = VOCABULARY
+    ) -> None:
+        """`vocabulary`: how many tokens there are."""
         super().__init__()
         spec = manifest.model
         self.context = spec.context
-        seeded(spec.seed, partial(self._add_dense_part, spec))
+        seeded(spec.seed, partial(self._add_dense_part, spec, vocabulary))
         # a seed for each mixture: its gate doesn't depend on what else a mixture holds
         self.mixtures = nn.ModuleList(
             seeded(spec.seed + 1 + layer, partial(make_mixture, layer)) for layer in range(spec.layers)
         )
 
-    def _add_dense_part(self, spec: ModelSpec) -> Self:
-        self.embedding = nn.Embedding(VOCABULARY, spec.hidden)
+    def _add_dense_part(self, spec: ModelSpec, vocabulary: int) -> Self:
+        self.embedding = nn.Embedding(vocabulary, spec.hidden)
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_SCALE)
         self.local = nn.ModuleList(LocalLayers(spec) for _ in range(spec.layers))
         self.norm = make_norm(spec.norm, spec.hidden)
-        self.head = nn.Linear(spec.hidden, VOCABULARY, bias=False)
+        self.head = nn.Linear(spec.hidden, vocabulary, bias=False)
         return self
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits of the byte after each position. int64 [B, T] -> [B, T, V]"""
+        """Logits of the token after each position. int64 [B, T] -> [B, T, V]"""
         assert tokens_BT.shape[1] <= self.context, f"at most {self.context} tokens in a sequence"
         x_BTD = self.embedding(tokens_BT)
         for local, mixture in zip(self.local, self.mixtures, strict=True):
@@ -57,8 +60,8 @@ class LanguageModel(nn.Module):
         return logits_BTV
 
     def loss(self, tokens_BT: Tensor) -> Tensor:
-        """Cross-entropy of every byte but the first, in nats per byte. int64 [B, T + 1] -> []"""
-        logits_BTV = self(tokens_BT[:, :-1])
+        """Cross-entropy of every token but the first, in nats per token. int64 [B, T + 1] -> []"""
+        logits_BTV = self(tokens_BT[:, :-1]).float()
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
 
     def balancing_loss(self) -> Tensor | None:
@@ -70,9 +73,21 @@ class LanguageModel(nn.Module):
         """The mean over the mixtures, in this thread's last forward pass in training; None where no expert was live."""
         return LoadSpread.mean([routed.spread for routed in self._routed() if routed.spread is not None])
 
+    @property
+    def random_states(self) -> list[dict[str, Any]]:
+        """What the mixtures draw noise, chance and dropout from, in the form that JSON can hold."""
+        return [mixture.random_state for mixture in self._remote()]
+
+    @random_states.setter
+    def random_states(self, states: Sequence[dict[str, Any]]) -> None:
+        for mixture, state in zip(self._remote(), states, strict=True):
+            mixture.random_state = state
+
     def _routed(self) -> list[Routed]:
-        remote = (mixture for mixture in self.mixtures if isinstance(mixture, RemoteMixtureOfExperts))
-        return [mixture.routed for mixture in remote if mixture.routed is not None]
+        return [mixture.routed for mixture in self._remote() if mixture.routed is not None]
+
+    def _remote(self) -> list[RemoteMixtureOfExperts]:
+        return [mixture for mixture in self.mixtures if isinstance(mixture, RemoteMixtureOfExperts)]
 
 
 class LocalLayers(nn.Module):

@@ -99,6 +99,15 @@ class RemoteMixtureOfExperts(nn.Module):
         routed: Routed | None = getattr(self._last, "routed", None)
         return routed
 
+    @property
+    def random_state(self) -> dict[str, Any]:
+        """What noise, chance and dropout are drawn from, in the form that JSON can hold."""
+        return dict(self._rng.bit_generator.state)
+
+    @random_state.setter
+    def random_state(self, state: dict[str, Any]) -> None:
+        self._rng.bit_generator.state = state
+
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; each of the B sequences is causal by itself."""
         x_RD = x_BTD.flatten(0, 1)

@@ -1,13 +1,26 @@
 """The trainer's settings, from a TOML file, the environment (`TALKOOT_TRAIN_…`) and flags."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationError
 
-from peer.settings import RoleSettings
+from peer.errors import SettingsError
+from peer.settings import RoleSettings, describe_validation_error
 
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
+Precision = Literal["fp32", "bf16"]
+
+_OF_THIS_MACHINE = {
+    *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
+    *("log", "tensorboard", "plot", "wait_for_experts_s"),
+}
+"""Settings that say nothing of what is learned: no checkpoint holds them."""
+
+
+def _one_or_several(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
 
 
 class TrainerSettings(RoleSettings):
@@ -15,8 +28,25 @@ class TrainerSettings(RoleSettings):
 
     env_prefix: ClassVar[str] = "TALKOOT_TRAIN_"
 
-    steps: int = Field(default=200, ge=1, le=10**7, description="training steps of this run")
-    batch_size: int = Field(default=8, ge=1, le=65536, description="sequences in a step")
+    data: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
+        default=(), description="text files, folders and globs; none: the help in Python itself"
+    )
+    field: str = Field(default="text", description="which field of .jsonl and .parquet files is the text")
+    validation_share: float = Field(
+        default=0.1, gt=0, lt=1, description="part of the text, its last, that is kept to validate on"
+    )
+    tokenizer: str = Field(
+        default="bytes", min_length=1, description="bytes; bpe, byte pairs learned from the data; or a file"
+    )
+    vocabulary: int = Field(
+        default=4096, ge=257, le=65536, description="tokens that bpe learns, 256 of them bytes"
+    )
+    steps: int = Field(default=200, ge=1, le=10**7, description="training steps, those before a resume too")
+    batch_size: int = Field(default=8, ge=1, le=65536, description="sequences in a batch")
+    accumulate: int = Field(default=1, ge=1, le=65536, description="batches in a step")
+    precision: Precision = Field(
+        default="fp32", description="of the dense part's activations; its parameters are float32 always"
+    )
     learning_rate: float = Field(
         default=2e-3, gt=0, le=1, allow_inf_nan=False, description="highest step size of the dense part"
     )
@@ -25,6 +55,13 @@ class TrainerSettings(RoleSettings):
     )
     clip_norm: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of the dense part"
+    )
+    weight_decay: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="decoupled, of the dense part's matrices, not of its biases and norms",
     )
     validate_every: int = Field(
         default=0, ge=0, le=10**7, description="steps between validations; 0 validates only before and after"
@@ -84,7 +121,37 @@ class TrainerSettings(RoleSettings):
         allow_inf_nan=False,
         description="seconds between two looks at who is alive",
     )
+    wait_for_experts_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=7 * 86400,
+        allow_inf_nan=False,
+        description="seconds: the longest that training waits while no expert is live, before it ends",
+    )
+    checkpoint: Path | None = Field(
+        default=None, description="folder of checkpoints; unset: one for each run, in the state folder"
+    )
+    checkpoint_every: int = Field(
+        default=100, ge=0, le=10**7, description="steps between checkpoints; 0 saves only at the end"
+    )
+    checkpoints_kept: int = Field(default=3, ge=1, le=10_000, description="checkpoints that stay")
+    log: Path | None = Field(default=None, description="file that gets a JSON line for each step")
+    tensorboard: Path | None = Field(default=None, description="folder for TensorBoard")
+    plot: Path | None = Field(default=None, description="PNG file that shows the loss, written at the end")
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
     )
     state: Path | None = Field(default=None, description="folder of the trainer's identity and state")
+
+    def saved(self, seed: int) -> dict[str, Any]:
+        """What of them a checkpoint holds, for JSON. `seed`: the one that is used."""
+        values = self.model_dump(mode="json", exclude=_OF_THIS_MACHINE)
+        return values | {"seed": seed, "data": [str(Path(path).absolute()) for path in self.data]}
+
+    def resumed(self, saved: Mapping[str, Any]) -> Self:
+        """What a checkpoint holds, and stronger than it what was given now. Raises SettingsError."""
+        given = self.model_dump(include=self.model_fields_set)
+        try:
+            return type(self).model_validate({**saved, **given})
+        except ValidationError as error:
+            raise SettingsError(describe_validation_error(error)) from error

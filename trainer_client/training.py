@@ -5,92 +5,159 @@ import statistics
 import threading
 import time
 from array import array
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peer.errors import UserError
-from trainer_client.balancing import LoadSpread
-from trainer_client.data import ByteDataset
+from peer.errors import StateError
+from trainer_client.data import Dataset
 from trainer_client.model import LanguageModel
+from trainer_client.record import History, Progress, Record, Summary
 from trainer_client.settings import TrainerSettings
 
-SKIPPED_IN_A_ROW = 10
-_ROLLING_STEPS = 20
 _LOWEST_RATE = 0.1  # of the highest, where the cosine ends
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training is after a step (from 1). A skipped step has a loss that is not finite."""
-
-    step: int
-    steps: int
-    loss: float  # nats per byte
-    validation_loss: float | None  # nats per byte; None unless it was measured after this step
-    tokens_per_s: float  # over the last 20 steps
-    step_s: float  # since the end of the step before, validation left out
-    load_cv: float | None  # of the rows of each live expert; None where there was none: see LoadSpread
-    load_max_over_mean: float | None
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run did. `steps` may be fewer than asked for: it was stopped. Losses are in nats per byte."""
-
-    steps: int
-    loss_first: float | None  # None: stopped before a step had a finite loss
-    loss_last: float | None
-    validation_loss_first: float
-    validation_loss_last: float | None  # the last measured after a step; None: stopped before that
-    tokens_per_s: float  # over all steps, validation left out
-    longest_stall_s: float  # see `longest_stall`
-    seconds: float  # validation included
-    skipped_steps: int
-    load_cv: float | None  # means over steps and layers; None where no expert was live
-    load_max_over_mean: float | None
 
 
 def train(
     model: LanguageModel,
-    dataset: ByteDataset,
+    dataset: Dataset,
     settings: TrainerSettings,
     *,
     observe: Callable[[Progress], None],
     stop: threading.Event,
     clock: Callable[[], float] = time.monotonic,
 ) -> Summary:
-    """Trains until `settings.steps` are done or `stop` is set, which is looked at between steps.
+    """Trains from the first step: see `Training.run`."""
+    return Training(model, dataset, settings).run(observe, stop, clock)
 
-    Validates on fixed batches before the first step, after the last and every `validate_every` steps. A step
-    whose loss or gradient is not finite is skipped; raises UserError after 10 of them in a row.
-    """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    began = clock()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, fused=True)
-    validation = dataset.validation_batches(settings.batch_size, settings.validation_batches)
-    record = _Record(settings.batch_size * dataset.context, validation_loss(model, validation))
-    last_end = clock()
-    while record.steps < settings.steps and not stop.is_set():
-        rate = learning_rate(record.steps, settings)
-        loss = _step(
-            model, dataset.batch(record.steps, settings.batch_size), optimizer, rate, settings.clip_norm
-        )
-        ended = clock()
-        record.add_step(loss, ended - last_end, model.load_spread())
-        last_end = ended
-        fresh = None
-        if record.steps == settings.steps or (
-            settings.validate_every and record.steps % settings.validate_every == 0
-        ):
-            fresh = record.validation_loss_last = validation_loss(model, validation)
-            last_end = clock()
-        observe(record.progress(settings.steps, loss, fresh))
-    return record.summary(clock() - began)
+
+class Training:
+    """A model, its optimizer and how far they are. Goes on exactly where its state was taken."""
+
+    def __init__(self, model: LanguageModel, dataset: Dataset, settings: TrainerSettings) -> None:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.history = History()
+        self._model = model
+        self._dataset = dataset
+        self._settings = settings
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = _make_optimizer(model, settings)
+        self._random_states = model.random_states
+        self._is_whole = True
+
+    @property
+    def step(self) -> int:
+        """How many are done."""
+        return len(self.history.losses)
+
+    def run(
+        self,
+        observe: Callable[[Progress], None],
+        stop: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Summary:
+        """Trains until `settings.steps` are done or `stop` is set, which is looked at between steps.
+
+        Validates on fixed batches before the first step, after the last and every `validate_every` steps. A step
+        whose loss or gradient is not finite is skipped; raises UserError after 10 of them in a row.
+        """
+        settings, began = self._settings, clock()
+        validation = self._dataset.validation_batches(settings.batch_size, settings.validation_batches)
+        tokens = settings.batch_size * settings.accumulate * self._dataset.context
+        record = Record(tokens, self._dataset.bytes_per_token(validation), self.history)
+        if not self.history.validated:
+            record.add_validation(validation_loss(self._model, validation))
+        last_end = clock()
+        while self.step < settings.steps and not stop.is_set():
+            loss = self._take_step()
+            ended = clock()
+            self._random_states = self._model.random_states
+            record.add_step(loss, ended - last_end, self._model.load_spread())
+            last_end = ended
+            if self.step == settings.steps or (
+                settings.validate_every and self.step % settings.validate_every == 0
+            ):
+                record.add_validation(validation_loss(self._model, validation))
+                last_end = clock()
+            seen = self.step * settings.batch_size * settings.accumulate
+            observe(record.progress(settings.steps, loss, seen / self._dataset.sequences))
+        return record.summary(clock() - began)
+
+    def export_state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
+        """Tensors, and the mixtures' random states, after the last whole step; None when they were broken off within
+        the optimizer's part of it.
+        """
+        if not self._is_whole:
+            return None
+        tensors = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
+        for name, parameter in self._parameters.items():
+            moments = self._optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{name}.{key}": moment for key, moment in moments.items()}
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        return tensors | _history_tensors(self.history), self._random_states
+
+    def import_state(self, tensors: Mapping[str, Tensor], random_states: Sequence[dict[str, Any]]) -> None:
+        """Raises StateError when they are of another model; then nothing has changed."""
+        tensors = dict(tensors)
+        history = _take_history(tensors)
+        model, moments = _split(tensors, self._parameters)
+        _check(model, self._model.state_dict())
+        for name, state in moments.items():
+            parameter = self._parameters[name]
+            _check(state, {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter})
+        if len(random_states) != len(self._model.random_states):
+            raise StateError(f"it has the random states of {len(random_states)} mixtures")
+        self._model.load_state_dict(model)
+        self._model.random_states = self._random_states = list(random_states)
+        for name, state in moments.items():
+            self._optimizer.state[self._parameters[name]] = {
+                key: moment.clone() for key, moment in state.items()
+            }
+        self.history = history
+
+    def _take_step(self) -> float:
+        """Gives the loss, or NaN when the step was skipped for its loss or its gradient."""
+        settings = self._settings
+        rate = learning_rate(self.step, settings)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad()
+        losses = []
+        for part in range(settings.accumulate):
+            tokens = self._dataset.batch(self.step * settings.accumulate + part, settings.batch_size)
+            losses.append(self._add_gradients(tokens))
+            if not math.isfinite(losses[-1]):
+                return losses[-1]
+        norm: float = nn.utils.clip_grad_norm_(self._model.parameters(), settings.clip_norm).item()
+        if not math.isfinite(norm):
+            return math.nan
+        with self._changing():
+            self._optimizer.step()
+        return statistics.fmean(losses)
+
+    def _add_gradients(self, tokens: Tensor) -> float:
+        """Gives the loss of a batch. No backward where it isn't finite: experts would be sent what they must refuse."""
+        model, settings = self._model, self._settings
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            loss = model.loss(tokens)
+        value: float = loss.item()
+        if math.isfinite(value):
+            balancing = model.balancing_loss()
+            total = loss if balancing is None else loss + balancing
+            torch.autograd.backward(total / settings.accumulate)
+        return value
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Whoever is stopped inside has half of a step."""
+        self._is_whole = False
+        yield
+        self._is_whole = True
 
 
 def learning_rate(step: int, settings: TrainerSettings) -> float:
@@ -104,112 +171,69 @@ def learning_rate(step: int, settings: TrainerSettings) -> float:
 
 @torch.no_grad()
 def validation_loss(model: LanguageModel, batches: Sequence[Tensor]) -> float:
-    """Mean over the batches, in nats per byte."""
+    """Mean over the batches, in nats per token."""
     model.eval()
     losses = [model.loss(tokens).item() for tokens in batches]
     model.train()
     return statistics.fmean(losses)
 
 
-def longest_stall(intervals_s: Sequence[float]) -> float:
-    """How much longer than usual training stood still at worst: the longest interval less the median one.
-
-    An interval is the time between the ends of two consecutive steps. Where losing an expert costs nothing,
-    the stall is near 0; where training waited for a lost one, it is that wait. 0 for no intervals.
-    """
-    return max(intervals_s) - statistics.median(intervals_s) if intervals_s else 0.0
-
-
-def _step(
-    model: LanguageModel, tokens: Tensor, optimizer: torch.optim.Optimizer, rate: float, clip_norm: float
-) -> float:
-    """One step of the dense part; gives its loss, or NaN when the step was skipped for its gradient."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad()
-    loss = model.loss(tokens)
-    value: float = loss.item()
-    if not math.isfinite(value):
-        return value  # no backward: experts would be sent gradients that they must refuse
-    balancing = model.balancing_loss()
-    torch.autograd.backward(loss if balancing is None else loss + balancing)
-    norm: float = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
-    if not math.isfinite(norm):
-        return math.nan
-    optimizer.step()
-    return value
+def _make_optimizer(model: nn.Module, settings: TrainerSettings) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
 
-class _Record:
-    """What has been measured so far."""
+def _history_tensors(history: History) -> dict[str, Tensor]:
+    return {
+        "history.losses": torch.from_numpy(np.array(history.losses, np.float64)),
+        "history.validated": torch.from_numpy(np.array(history.validated, np.int64)),
+        "history.validation_losses": torch.from_numpy(np.array(history.validation_losses, np.float64)),
+    }
 
-    def __init__(self, tokens_in_a_step: int, first_validation_loss: float) -> None:
-        self.steps = 0
-        self.validation_loss_first = first_validation_loss
-        self.validation_loss_last: float | None = None
-        self._tokens = tokens_in_a_step
-        self._intervals_s = array("d")
-        self._rolling_s: deque[float] = deque(maxlen=_ROLLING_STEPS)
-        self._spread: LoadSpread | None = None
-        self._load_cv = array("d")
-        self._load_max_over_mean = array("d")
-        self._loss_first: float | None = None
-        self._loss_last: float | None = None
-        self._skipped = self._skipped_in_a_row = 0
 
-    def add_step(self, loss: float, interval_s: float, spread: LoadSpread | None) -> None:
-        self.steps += 1
-        self._spread = spread
-        if spread is not None:
-            self._load_cv.append(spread.cv)
-            self._load_max_over_mean.append(spread.max_over_mean)
-        self._intervals_s.append(interval_s)
-        self._rolling_s.append(interval_s)
-        if math.isfinite(loss):
-            self._skipped_in_a_row = 0
-            self._loss_last = loss
-            self._loss_first = loss if self._loss_first is None else self._loss_first
-            return
-        self._skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"the loss or its gradient was not finite in {SKIPPED_IN_A_ROW} steps in a row, up to step "
-                f"{self.steps}: train with a smaller learning_rate or more warmup_steps"
+def _take_history(tensors: dict[str, Tensor]) -> History:
+    """Takes them out. Raises StateError."""
+    losses, validated, validation_losses = (
+        tensors.pop(f"history.{name}", torch.empty(0))
+        for name in ("losses", "validated", "validation_losses")
+    )
+    if len(validated) != len(validation_losses) or not len(validated):
+        raise StateError("its history is not whole")
+    return History(
+        array("d", losses.tolist()), array("q", validated.tolist()), array("d", validation_losses.tolist())
+    )
+
+
+def _split(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The model's tensors, and the optimizer's for each parameter. Raises StateError."""
+    model: dict[str, Tensor] = {}
+    moments: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        kind, _, name = full_name.partition(".")
+        if kind == "model":
+            model[name] = tensor
+            continue
+        name, _, key = name.rpartition(".")
+        if kind != "optimizer" or name not in parameters:
+            raise StateError(f"it has {full_name!r:.80}, which this model has not")
+        moments.setdefault(name, {})[key] = tensor
+    return model, moments
+
+
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises StateError."""
+    if other := tensors.keys() ^ expected.keys():
+        raise StateError(f"it and this model differ in {min(other)!r:.80}")
+    for name, tensor in tensors.items():
+        found, wanted = (tensor.shape, tensor.dtype), (expected[name].shape, expected[name].dtype)
+        if found != wanted:
+            raise StateError(
+                f"its {name} is {tuple(found[0])} of {found[1]}, this model's {tuple(wanted[0])}"
             )
-
-    def progress(self, steps: int, loss: float, validation_loss: float | None) -> Progress:
-        return Progress(
-            step=self.steps,
-            steps=steps,
-            loss=loss,
-            validation_loss=validation_loss,
-            tokens_per_s=self._rate(self._rolling_s),
-            step_s=self._intervals_s[-1],
-            load_cv=None if self._spread is None else self._spread.cv,
-            load_max_over_mean=None if self._spread is None else self._spread.max_over_mean,
-        )
-
-    def summary(self, seconds: float) -> Summary:
-        return Summary(
-            steps=self.steps,
-            loss_first=self._loss_first,
-            loss_last=self._loss_last,
-            validation_loss_first=self.validation_loss_first,
-            validation_loss_last=self.validation_loss_last,
-            tokens_per_s=self._rate(self._intervals_s),
-            longest_stall_s=longest_stall(self._intervals_s[1:]),  # the first step has no step before it
-            seconds=seconds,
-            skipped_steps=self._skipped,
-            load_cv=_mean(self._load_cv),
-            load_max_over_mean=_mean(self._load_max_over_mean),
-        )
-
-    def _rate(self, intervals_s: Sequence[float]) -> float:
-        """Tokens per second; 0 when no time has passed."""
-        passed = sum(intervals_s)
-        return self._tokens * len(intervals_s) / passed if passed > 0 else 0.0
-
-
-def _mean(numbers: Sequence[float]) -> float | None:
-    return statistics.fmean(numbers) if numbers else None

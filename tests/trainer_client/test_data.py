@@ -1,58 +1,15 @@
-"""Text and batches."""
+"""Which sequences a step learns from."""
 
-import sys
-from pathlib import Path
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer.errors import DataError
-from trainer_client.data import VOCABULARY, ByteDataset, load_text
+from trainer_client.data import VOCABULARY, ByteDataset, Dataset, shuffled
 
 TEXT = bytes(range(256)) * 8
-
-
-def test_the_default_text_comes_with_python() -> None:
-    text = load_text(None)
-    assert len(text) > 200_000
-    assert b"import" in text
-
-
-def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "any.bin"
-    path.write_bytes(b"\xff\x00 sauna\r\n")
-    assert load_text(path) == b"\xff\x00 sauna\r\n"
-
-
-def test_a_folder_gives_all_text_below_it_in_order(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.txt").write_text("two")
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "sub" / "c.txt").write_text("three")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "notes.md").write_text("not read")
-    assert load_text(tmp_path) == b"one\ntwo\nthree"
-
-
-def test_what_is_missing_or_empty_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no file or folder .*absent"):
-        load_text(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"no \.txt file in"):
-        load_text(tmp_path)
-    (tmp_path / "a.txt").touch()
-    with pytest.raises(DataError, match=r"a\.txt is empty"):
-        load_text(tmp_path / "a.txt")
-    with pytest.raises(DataError, match="is empty"):
-        load_text(tmp_path)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux")
-def test_what_cannot_be_read_is_named() -> None:
-    # unreadable even to root
-    with pytest.raises(DataError, match=r"can't read /proc/self/mem: "):
-        load_text(Path("/proc/self/mem"))
 
 
 def test_a_text_too_short_for_two_sequences_is_refused() -> None:
@@ -100,3 +57,49 @@ def test_validation_spans_the_whole_held_out_text() -> None:
     batches = dataset.validation_batches(4, 2)
     assert batches[0][0].tolist() == dataset.validation[:17].tolist()
     assert batches[-1][-1].tolist() == dataset.validation[-17:].tolist()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.integers(0, 2**32 - 1))
+def test_shuffling_gives_each_thing_once(count: int, seed: int) -> None:
+    keys = list(np.random.SeedSequence(seed).generate_state(4, np.uint64))
+    places = shuffled(np.arange(count), count, keys)
+    assert sorted(places.tolist()) == list(range(count))
+
+
+def test_shuffled_things_lie_as_by_chance() -> None:
+    keys = list(np.random.SeedSequence(1).generate_state(4, np.uint64))
+    places = shuffled(np.arange(10_000), 10_000, keys)
+    steps = np.diff(places)
+    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.05
+    assert len(np.unique(steps)) > 5_000
+
+
+def test_an_epoch_shows_all_of_the_training_text_and_the_next_cuts_it_elsewhere() -> None:
+    tokens = np.arange(1000, dtype=np.uint16)
+    dataset = Dataset(tokens, context=16, token_bytes=[b"x"] * 1000)
+    epochs = [dataset.batch(epoch, dataset.sequences) for epoch in range(3)]
+    for batch in epochs:
+        firsts = sorted(batch[:, 0].tolist())
+        assert np.diff(firsts).tolist() == [16] * (dataset.sequences - 1), "each sequence once"
+        assert set(batch.flatten().tolist()) <= set(dataset.train.tolist())
+        assert len(set(batch.flatten().tolist())) >= len(dataset.train) - 2 * 16
+    assert len({min(batch[:, 0].tolist()) for batch in epochs}) > 1
+    assert epochs[0][:, 0].tolist() != sorted(epochs[0][:, 0].tolist())
+
+
+def test_a_batch_may_span_several_epochs() -> None:
+    dataset = ByteDataset(bytes(range(60)), context=16)
+    assert dataset.sequences < 8
+    assert dataset.batch(0, 8).shape == (8, 17)
+
+
+def test_the_order_is_the_same_everywhere() -> None:
+    """A checkpoint is resumed on another machine, with other versions of the libraries."""
+    dataset = Dataset(np.arange(1000, dtype=np.uint16), context=16, seed=3, token_bytes=[b"x"] * 1000)
+    assert dataset.batch(2, 4)[:, 0].tolist() == [277, 741, 517, 453]
+
+
+def test_bytes_per_token_are_those_of_the_predicted_tokens() -> None:
+    dataset = Dataset(np.zeros(40, np.uint16), context=2, token_bytes=[b"a", b"bcd", b"long one"])
+    assert dataset.bytes_per_token([torch.tensor([[2, 0, 1], [2, 1, 1]])]) == 10 / 4

@@ -87,6 +87,12 @@ def test_equal_manifests_give_equal_parameters_and_other_seeds_other_ones() -> N
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
 
 
+def test_equal_vocabularies_give_equal_parameters_too() -> None:
+    first, second = (LanguageModel(make_manifest(), lambda layer: DenseMixture(32), 500) for _ in range(2))
+    assert first(torch.tensor([[499]])).shape == (1, 1, 500)
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
 def test_the_manifest_chooses_norm_and_activation_of_the_dense_part() -> None:
     manifest = make_manifest(norm="rms", activation="swiglu")
     modules = [type(m) for m in LanguageModel(manifest, lambda layer: nn.Identity()).modules()]

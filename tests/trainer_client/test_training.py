@@ -16,8 +16,9 @@ from dht.manifest import Manifest
 from peer.errors import UserError
 from trainer_client.data import ByteDataset
 from trainer_client.model import LanguageModel
+from trainer_client.record import Progress, Summary, longest_stall
 from trainer_client.settings import TrainerSettings
-from trainer_client.training import Progress, Summary, learning_rate, longest_stall, train, validation_loss
+from trainer_client.training import learning_rate, train, validation_loss
 
 TEXT = b"In the sauna one must behave as in church. " * 60
 
@@ -204,6 +205,71 @@ def test_the_rate_rises_linearly_then_falls_as_a_cosine() -> None:
 def test_the_rate_is_always_positive_and_never_above_the_highest(steps: int, warmup: int, step: int) -> None:
     settings = make_settings(steps=steps, warmup_steps=warmup, learning_rate=1e-3)
     assert 0 < learning_rate(step, settings) <= 1e-3 * (1 + 1e-9)
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
+    models = [LanguageModel(make_manifest(), lambda layer: nn.Identity()) for _ in range(2)]
+    parts = run(make_settings(steps=3, batch_size=4, accumulate=3), models[0])
+    whole = run(make_settings(steps=3, batch_size=12), models[1])
+    assert [p.loss for p in parts[1]] == pytest.approx([p.loss for p in whole[1]], rel=1e-4)
+    assert [p.epoch for p in parts[1]] == [p.epoch for p in whole[1]]
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_one_bad_batch_of_several_skips_the_step() -> None:
+    model = FailingModel({2}, math.nan)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    summary, _ = run(make_settings(steps=1, accumulate=3), model)
+    assert summary.skipped_steps == 1
+    assert model.step == 2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bfloat16_learns_and_leaves_parameters_in_float32() -> None:
+    seen: set[torch.dtype] = set()
+
+    class Watching(nn.Module):
+        def forward(self, x_BTD: Tensor) -> Tensor:
+            seen.add((x_BTD @ x_BTD.mT).dtype)
+            return x_BTD
+
+    model = LanguageModel(make_manifest(), lambda layer: Watching())
+    summary, _ = run(make_settings(steps=60, precision="bf16"), model)
+    assert torch.bfloat16 in seen
+    assert summary.validation_loss_last is not None
+    assert summary.validation_loss_last < summary.validation_loss_first - 1
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {
+        torch.float32
+    }
+
+
+def test_weight_decay_shrinks_matrices_and_no_biases_and_norms() -> None:
+    models = [LanguageModel(make_manifest(), lambda layer: nn.Identity()) for _ in range(2)]
+    for model, decay in zip(models, (0.0, 1.0), strict=True):
+        run(make_settings(steps=1, warmup_steps=0, weight_decay=decay), model)
+    plain, decayed = (dict(model.named_parameters()) for model in models)
+    assert decayed["head.weight"].norm() < 0.995 * plain["head.weight"].norm()
+    assert torch.equal(decayed["norm.weight"], plain["norm.weight"])
+
+
+def test_perplexity_and_bits_per_byte_are_of_the_held_out_text() -> None:
+    summary, seen = run(make_settings(validate_every=6))
+    assert [(p.perplexity is None, p.bits_per_byte is None) for p in seen] == [
+        (p.validation_loss is None,) * 2 for p in seen
+    ]
+    assert summary.validation_loss_last is not None
+    assert summary.perplexity == pytest.approx(math.exp(summary.validation_loss_last))
+    assert summary.bits_per_byte == pytest.approx(summary.validation_loss_last / math.log(2))
+    assert seen[-1].perplexity == summary.perplexity
+
+
+def test_progress_tells_how_long_it_takes_and_how_often_the_text_was_seen() -> None:
+    times = iter([0.0, 10.0, 20.0, 30.0, 36.0, 44.0, 150.0, 151.0])
+    _, seen = run(make_settings(steps=4), clock=times)
+    assert [progress.left_s for progress in seen] == [30, 20, pytest.approx(26 / 3), 0]
+    sequences = ByteDataset(TEXT, 16).sequences
+    assert [progress.epoch for progress in seen] == [4 * step / sequences for step in range(1, 5)]
 
 
 @pytest.mark.parametrize(

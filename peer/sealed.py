@@ -1,0 +1,91 @@
+"""Tensors on disk and on the wire: a safetensors file with a header and a checksum over both. Pure."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from peer.errors import StateError
+
+FORMAT_VERSION = 1
+
+_HEADER_KEY = "talkoot"
+"""Of the safetensors metadata, under which the header stands as JSON."""
+_KNOWN_TYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+
+
+class SealedHeader(BaseModel):
+    """What a file of tensors says of itself. A subclass adds what it is of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format_version: int = FORMAT_VERSION
+    sha256: str = ""
+    """Over the rest of the header and all tensors."""
+
+
+H = TypeVar("H", bound=SealedHeader)
+
+
+def seal(header: H, tensors: dict[str, Tensor]) -> bytes:
+    """Tensors on the CPU, contiguous, and the header with their checksum."""
+    header = header.model_copy(update={"sha256": _digest(header, tensors)})
+    return to_safetensors(tensors, {_HEADER_KEY: header.model_dump_json()})
+
+
+def unseal(data: bytes, kind: type[H], check: Callable[[H], None]) -> tuple[H, dict[str, Tensor]]:
+    """`check` looks at the header before the checksum is computed, and raises StateError where it is another one.
+
+    Raises StateError when the bytes are not such a file, or not as they were written.
+    """
+    try:
+        tensors: dict[str, Tensor] = from_safetensors(data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
+        raise StateError(f"it can't be read: {error}") from error
+    if unknown := {tensor.dtype for tensor in tensors.values()} - _KNOWN_TYPES:
+        raise StateError(f"it has tensors of type {unknown.pop()}")
+    header = _read_header(_metadata(data), kind)
+    check(header)
+    if _digest(header, tensors) != header.sha256:
+        raise StateError("its checksum does not match: something changed it after it was written")
+    return header, tensors
+
+
+def _metadata(data: bytes) -> Mapping[str, str]:
+    """Of bytes that safetensors has read: 8 bytes of length, then JSON."""
+    outline = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata: Mapping[str, str] = outline.get("__metadata__") or {}
+    return metadata
+
+
+def _read_header(metadata: Mapping[str, str], kind: type[H]) -> H:
+    """Raises StateError."""
+    try:
+        values = json.loads(metadata[_HEADER_KEY])
+        version = values["format_version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StateError("it has no header of a checkpoint") from error
+    if version != FORMAT_VERSION:
+        raise StateError(f"it has format version {version!r:.40}, this software reads {FORMAT_VERSION}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise StateError(f"its header is not valid: {error.error_count()} errors") from error
+
+
+def _digest(header: SealedHeader, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.model_dump_json(exclude={"sha256"}).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

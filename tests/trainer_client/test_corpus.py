@@ -1,0 +1,147 @@
+"""Text as tokens: bytes and byte pairs, on disk."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peer.errors import DataError, SettingsError, StartError
+from trainer_client import optional
+from trainer_client.corpus import Corpus, prepare
+from trainer_client.tokenizer import (
+    BytePairTokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+)
+
+TEXT = "In the sauna one must behave as in church. Saunassa on lämmin. " * 20
+
+
+def learn(vocabulary: int = 300) -> BytePairTokenizer:
+    return BytePairTokenizer.learn([TEXT], len(TEXT), vocabulary)
+
+
+PAIRS = learn()
+tokenizers = pytest.mark.parametrize("tokenizer", [ByteTokenizer(), PAIRS], ids=["bytes", "pairs"])
+
+
+def prepared(folder: Path, text: str = TEXT, tokenizer: Tokenizer = PAIRS) -> Corpus:
+    path = folder / "text.txt"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return prepare([path], "text", tokenizer, folder / "text")
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder / "text"))
+
+
+@tokenizers
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_every_text_can_be_encoded_and_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    tokens = tokenizer.encode(text)
+    assert b"".join(tokenizer.token_bytes[token] for token in tokens) == text.encode()
+
+
+def test_byte_pairs_make_text_shorter() -> None:
+    assert 256 < len(PAIRS.token_bytes) <= 300
+    assert len(PAIRS.encode(TEXT)) < len(TEXT) / 2
+    assert b"sauna" in [token.lower().strip() for token in PAIRS.token_bytes]
+
+
+def test_equal_texts_teach_equal_byte_pairs() -> None:
+    assert learn().to_json() == PAIRS.to_json()
+
+
+@tokenizers
+def test_a_tokenizer_is_saved_whole(tokenizer: Tokenizer) -> None:
+    again = load_tokenizer(tokenizer.to_json())
+    assert again.token_bytes == tokenizer.token_bytes
+    assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "{}", json.dumps({"model": {"type": "BPE"}})])
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"{path}.*this is no tokenizer"):
+        read_tokenizer(path)
+    with pytest.raises(DataError, match="can't read"):
+        read_tokenizer(tmp_path / "absent")
+
+
+def test_a_tokenizer_of_words_is_refused() -> None:
+    of_words = json.loads(PAIRS.to_json())
+    vocabulary = of_words["model"]["vocab"]
+    (some,) = [
+        token for token, number in vocabulary.items() if number == 299 or number == len(vocabulary) - 1
+    ]
+    vocabulary["日"] = vocabulary.pop(some)
+    of_words["model"]["merges"] = []
+    with pytest.raises(DataError, match="no tokenizer of byte pairs"):
+        BytePairTokenizer(json.dumps(of_words))
+
+
+def test_byte_pairs_without_their_package_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"tokenizers: pip install 'talkoot\[bpe\]'"):
+        load_tokenizer("{}")
+
+
+@tokenizers
+def test_tokens_lie_on_disk(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokens = prepared(tmp_path, tokenizer=tokenizer).tokens
+    assert isinstance(tokens, np.memmap)
+    assert tokens.tolist() == tokenizer.encode(TEXT).tolist()
+    assert tokens.itemsize == (1 if isinstance(tokenizer, ByteTokenizer) else 2)
+
+
+def test_the_same_text_is_encoded_once(tmp_path: Path) -> None:
+    first = prepared(tmp_path)
+    (name,) = files_in(tmp_path)
+    before = (tmp_path / "text" / name).stat()
+    again = prepared(tmp_path)
+    after = (tmp_path / "text" / name).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert again.sha256 == first.sha256
+
+
+def test_what_changed_is_encoded_again_and_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    first = prepared(tmp_path)
+    second = prepared(tmp_path, TEXT + "more")
+    assert len(files_in(tmp_path)) == 1
+    assert second.sha256 != first.sha256
+    assert len(second.tokens) > len(first.tokens)
+    assert first.tokens.tolist() == PAIRS.encode(TEXT).tolist(), "who uses the old one keeps it"
+    as_bytes = prepared(tmp_path, TEXT + "more", ByteTokenizer())
+    assert len(as_bytes.tokens) == len((TEXT + "more").encode())
+    assert len(files_in(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "text.txt is empty"), ("a\0b", "byte 1 is 0")])
+def test_text_that_is_none_leaves_nothing(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "left-by-a-killed-one.new").touch()
+    with pytest.raises(DataError, match=said):
+        prepared(tmp_path, text)
+    assert files_in(tmp_path) == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StartError, match=r"can't write in .*: No space left on device; pass another --state"):
+        prepared(tmp_path)
+    assert files_in(tmp_path) == []
+
+
+def test_the_help_in_python_is_a_corpus_too(tmp_path: Path) -> None:
+    assert len(prepare([], "text", ByteTokenizer(), tmp_path).tokens) > 200_000

@@ -1,0 +1,175 @@
+"""Checkpoints of the dense part on disk: whole, this swarm's, or passed over."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from run_samples import MANIFEST, SWARM
+
+from peer.errors import CheckpointError
+from peer.sealed import SealedHeader, seal
+from trainer_client.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    Header,
+    load_checkpoint,
+    manifest_sha256,
+)
+
+TENSORS = {"model.a": torch.arange(6.0).view(2, 3), "optimizer.a.step": torch.tensor(3.0)}
+# a generator's state has numbers of 128 bits
+RANDOM: dict[str, Any] = {"bit_generator": "PCG64", "state": {"state": 2**127 + 1, "inc": 3}, "uinteger": 0}
+
+
+def header(step: int, swarm_id: str = SWARM) -> Header:
+    return Header(
+        swarm_id=swarm_id,
+        manifest_sha256=manifest_sha256(MANIFEST),
+        step=step,
+        saved_at=1000.5,
+        tokenizer="",
+        data_sha256="d" * 32,
+        settings={"steps": 10, "learning_rate": 1e-3, "data": ["/ä.txt"], "top_k": None},
+        random_states=[RANDOM],
+    )
+
+
+def write(folder: Path, *steps: int, keep: int = 3, swarm_id: str = SWARM) -> CheckpointWriter:
+    writer = CheckpointWriter(folder, keep)
+    for step in steps:
+        assert writer.save(header(step, swarm_id), TENSORS | {"model.step": torch.tensor(step)})
+    return writer
+
+
+def assert_is(checkpoint: Checkpoint, step: int) -> None:
+    assert checkpoint.header.step == step
+    assert checkpoint.tensors["model.step"].item() == step
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "folder", 3)
+    checkpoint = load_checkpoint(tmp_path / "new" / "folder", SWARM)
+    assert checkpoint.header.model_copy(update={"sha256": ""}) == header(3)
+    assert checkpoint.header.random_states == [RANDOM]
+    model = checkpoint.model_tensors()
+    assert model.keys() == {"a", "step"}
+    assert torch.equal(model["a"], TENSORS["model.a"])
+    assert checkpoint.tensors["optimizer.a.step"].shape == ()
+
+
+def test_any_tool_can_read_it(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    with safetensors.safe_open(tmp_path / "3.safetensors", framework="pt") as file:
+        values = json.loads(file.metadata()["talkoot"])
+    assert (values["format_version"], values["step"], values["swarm_id"]) == (1, 3, SWARM)
+
+
+def test_the_newest_are_kept_and_loaded(tmp_path: Path) -> None:
+    write(tmp_path, 8, 9, 10, 11, keep=2)
+    (tmp_path / "notes.txt").touch()
+    assert sorted(os.listdir(tmp_path)) == ["10.safetensors", "11.safetensors", "notes.txt"]
+    assert_is(load_checkpoint(tmp_path, SWARM), 11)
+    assert_is(load_checkpoint(tmp_path / "10.safetensors", SWARM), 10)
+
+
+BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-5]), "can't be read"),
+    "truncated in the header": (lambda path: path.write_bytes(path.read_bytes()[:60]), "can't be read"),
+    "empty": (lambda path: path.write_bytes(b""), "can't be read"),
+    "a changed weight": (
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"),
+        "checksum does not match",
+    ),
+    "of another step": (
+        lambda path: write(path.parent, 5) and (path.parent / "5.safetensors").rename(path),
+        "step 5",
+    ),
+    "an expert's": (
+        lambda path: path.write_bytes(seal(SealedHeader(), TENSORS)),
+        "header is not valid",
+    ),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "can't be read"),
+    "a pickle": (lambda path: torch.save({"a": 1}, path), "can't be read"),
+}
+
+
+@pytest.mark.parametrize("name", BREAK)
+def test_what_is_not_whole_is_passed_over_for_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    change, reason = BREAK[name]
+    write(tmp_path, 3, 4)
+    change(tmp_path / "4.safetensors")
+    assert_is(load_checkpoint(tmp_path, SWARM), 3)
+    (warning,) = warnings_in(caplog)
+    assert warning.startswith(f"passing over the checkpoint {tmp_path / '4.safetensors'}: ")
+    assert reason in warning
+
+
+def test_when_none_is_whole_that_is_said(tmp_path: Path) -> None:
+    write(tmp_path, 3, 4)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: train a new one"):
+        load_checkpoint(tmp_path, SWARM)
+    with pytest.raises(CheckpointError, match=r"3\.safetensors is no whole checkpoint: it can't be read"):
+        load_checkpoint(tmp_path / "3.safetensors", SWARM)
+
+
+def test_where_there_is_none_that_is_said(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .*: give the folder"):
+            load_checkpoint(folder, SWARM)
+
+
+def test_one_of_another_swarm_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    write(tmp_path, 4, swarm_id="sauna-QmOther")
+    with pytest.raises(
+        CheckpointError, match=r"4\.safetensors is of the swarm sauna-QmOther, and you join sauna-"
+    ):
+        load_checkpoint(tmp_path, SWARM)
+
+
+def test_one_of_another_manifest_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    checkpoint = load_checkpoint(tmp_path, SWARM)
+    checkpoint.check_manifest(MANIFEST)
+    model = MANIFEST.model.model_copy(update={"hidden": 32})
+    with pytest.raises(CheckpointError, match="step 3 is of another manifest"):
+        checkpoint.check_manifest(MANIFEST.model_copy(update={"model": model}))
+
+
+def test_a_full_disk_costs_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = write(tmp_path, 3, keep=1)
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert not writer.save(header(4), TENSORS)
+    (warning,) = warnings_in(caplog)
+    assert "could not save step 4" in warning
+    assert "No space left" in warning
+    assert os.listdir(tmp_path) == ["3.safetensors"]
+    assert_is(load_checkpoint(tmp_path, SWARM), 3)
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    writer = write(tmp_path, 3)
+    (tmp_path / ".4.safetensors.new").write_bytes(b"half")
+    writer.open(resumes=True)
+    assert os.listdir(tmp_path) == ["3.safetensors"]

@@ -1,0 +1,75 @@
+"""How well a model knows a text."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from run_samples import MANIFEST, TEXT
+from torch import nn
+
+from peer.errors import DataError
+from trainer_client.evaluate import evaluate, pieces
+from trainer_client.model import LanguageModel
+
+BYTES = [bytes([value]) for value in range(256)]
+TOKENS = np.frombuffer(TEXT.encode(), np.uint8)
+
+
+def make_model(vocabulary: int = 256) -> LanguageModel:
+    return LanguageModel(MANIFEST, lambda layer: nn.Identity(), vocabulary)
+
+
+@given(st.integers(2, 200), st.integers(1, 20), st.integers(1, 7))
+def test_every_token_but_the_first_is_predicted_once(length: int, context: int, batch_size: int) -> None:
+    batches = list(pieces(np.arange(length, dtype=np.uint16), context, batch_size))
+    predicted = [token for batch in batches for token in batch[:, 1:].flatten().tolist()]
+    assert predicted == list(range(1, length))
+    assert all(batch.shape[0] <= batch_size and batch.shape[1] <= context + 1 for batch in batches)
+    assert all(torch.equal(batch[:, 1:], batch[:, :-1] + 1) for batch in batches)
+
+
+def test_the_loss_is_the_mean_over_all_tokens() -> None:
+    model = make_model()
+    tokens = TOKENS[:70]  # four pieces of 16 and one of 5
+    sums = [model.loss(batch).item() * batch[:, 1:].numel() for batch in pieces(tokens, 16, 1)]
+    found = evaluate(model, tokens, BYTES, batch_size=3)
+    assert found.tokens == found.bytes == 69
+    assert found.loss == pytest.approx(sum(sums) / 69, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
+
+
+def test_bits_per_byte_count_the_bytes_of_tokens() -> None:
+    tokens = np.array([2, 0, 1, 1], np.uint16)
+    found = evaluate(make_model(3), tokens, [b"a", b"bcd", b"not predicted"], batch_size=1)
+    assert (found.tokens, found.bytes) == (3, 7)
+    assert found.bits_per_byte == pytest.approx(found.loss * 3 / 7 / math.log(2))
+
+
+def test_a_batch_that_does_not_count_is_computed_again() -> None:
+    asked: list[int] = []
+
+    def observe(done: int) -> bool:
+        asked.append(done)
+        return len(asked) != 2
+
+    found = evaluate(make_model(), TOKENS[:49], BYTES, 1, observe)
+    assert asked == [16, 32, 32, 48]
+    assert found == evaluate(make_model(), TOKENS[:49], BYTES, 1)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_text_with_nothing_to_predict_is_refused(length: int) -> None:
+    with pytest.raises(DataError, match="fewer than two tokens"):
+        evaluate(make_model(), TOKENS[:length], BYTES, 1)
+
+
+def test_evaluating_changes_no_parameter_and_draws_nothing() -> None:
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluate(model, TOKENS[:100], BYTES, 4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

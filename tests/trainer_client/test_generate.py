@@ -1,0 +1,138 @@
+"""Drawing tokens, and text from them."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from run_samples import MANIFEST
+from torch import Tensor, nn
+
+from peer.errors import SettingsError, UserError
+from trainer_client.generate import Sampling, decoded, generate, next_token
+from trainer_client.model import LanguageModel
+
+LOGITS = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
+BYTES = [bytes([value]) for value in range(256)]
+
+
+def sampling(**given: Any) -> Sampling:
+    return Sampling.load(None, **({"seed": 1, "temperature": 1.0} | given))
+
+
+def drawn(draws: int = 2000, **given: Any) -> Counter[int]:
+    how = sampling(**given)
+    generator = how.generator()
+    return Counter(next_token(LOGITS, how, generator) for _ in range(draws))
+
+
+def make_model() -> LanguageModel:
+    return LanguageModel(MANIFEST, lambda layer: nn.Identity())
+
+
+def test_tokens_are_drawn_as_likely_as_the_model_says() -> None:
+    counts = drawn()
+    assert [counts[token] / 2000 for token in range(4)] == pytest.approx([0.1, 0.5, 0.15, 0.25], abs=0.04)
+
+
+def test_temperature_zero_takes_the_likeliest_and_a_low_one_nearly() -> None:
+    assert drawn(20, temperature=0) == {1: 20}
+    assert drawn(20, temperature=1e-30) == {1: 20}
+    assert drawn(temperature=0.5)[1] / 2000 == pytest.approx(0.25 / 0.345, abs=0.04)
+
+
+def test_a_high_temperature_makes_all_alike() -> None:
+    assert min(drawn(temperature=100).values()) > 400
+
+
+def test_top_k_draws_of_the_k_likeliest() -> None:
+    counts = drawn(top_k=2)
+    assert counts.keys() == {1, 3}
+    assert counts[1] / 2000 == pytest.approx(2 / 3, abs=0.04)
+    assert drawn(top_k=1000).keys() == {0, 1, 2, 3}
+
+
+def test_top_p_draws_of_the_fewest_that_make_it_up() -> None:
+    assert drawn(top_p=0.5).keys() == {1}
+    assert drawn(top_p=0.51).keys() == {1, 3}
+    assert drawn(top_p=0.8).keys() == {1, 2, 3}
+    assert drawn(top_p=1e-9).keys() == {1}
+
+
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=20),
+    st.floats(0, 100),
+    st.integers(1, 30),
+    st.floats(0.001, 1),
+)
+def test_what_is_drawn_is_among_the_top_k(logits: list[float], temperature: float, k: int, p: float) -> None:
+    how = sampling(temperature=temperature, top_k=k, top_p=p)
+    token = next_token(torch.tensor(logits), how, how.generator())
+    assert sum(logit > logits[token] for logit in logits) < k
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
+    with pytest.raises(UserError, match="not finite"):
+        next_token(torch.tensor([0.0, value]), sampling(), sampling().generator())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", math.nan),
+        ("top_k", 0),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("max_tokens", 0),
+    ],
+)
+def test_sampling_out_of_bounds_is_named(key: str, value: float) -> None:
+    with pytest.raises(SettingsError, match=key):
+        sampling(**{key: value})
+
+
+def test_equal_seeds_give_equal_text_and_others_other() -> None:
+    model = make_model()
+    first, same, other = (
+        list(generate(model, [65], sampling(seed=seed, max_tokens=30))) for seed in (1, 1, 2)
+    )
+    assert first == same != other
+    assert len(first) == 30
+
+
+def test_without_a_seed_each_text_is_another() -> None:
+    how = sampling(seed=None).model_copy(update={"seed": None, "max_tokens": 30})
+    assert list(generate(make_model(), [65], how)) != list(generate(make_model(), [65], how))
+
+
+def test_each_token_follows_from_as_many_before_it_as_the_context_holds() -> None:
+    seen: list[list[int]] = []
+
+    class Watched(LanguageModel):
+        def forward(self, tokens_BT: Tensor) -> Tensor:
+            seen.append(tokens_BT[0].tolist())
+            return super().forward(tokens_BT)
+
+    model = Watched(MANIFEST, lambda layer: nn.Identity())
+    prompt = list(range(40))
+    out = list(generate(model, prompt, sampling(max_tokens=3)))
+    assert seen == [(prompt + out)[24 + i : 40 + i] for i in range(3)]
+    assert not model.training
+
+
+def test_a_token_that_does_not_count_is_computed_again() -> None:
+    answers = iter([False, False, True, True])
+    out = list(generate(make_model(), [1], sampling(max_tokens=2), lambda: next(answers)))
+    assert out == list(generate(make_model(), [1], sampling(max_tokens=2)))
+    assert next(answers, None) is None
+
+
+def test_text_comes_as_soon_as_its_characters_are_whole() -> None:
+    assert list(decoded("aä日".encode(), BYTES)) == ["a", "ä", "日"]
+    assert list(decoded([0, 1], ["ä日".encode()[:3], "ä日".encode()[3:]])) == ["ä", "日"]
+    assert list(decoded(b"a\xffb\xc3", BYTES)) == ["a", "\ufffd", "b", "\ufffd"]

@@ -1,0 +1,226 @@
+"""A run that was stopped goes on exactly as it would have done."""
+
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from router_fakes import LearningSwarm
+from run_samples import (
+    MANIFEST,
+    SWARM,
+    TEXT,
+    assert_same,
+    make_settings,
+    start,
+    train_dense,
+    train_on,
+    write_text,
+)
+from torch import nn
+
+from peer.errors import CheckpointError, StartError, UserError
+from peer.processes import StateFolder
+from trainer_client.data import Dataset
+from trainer_client.model import LanguageModel
+from trainer_client.run import checkpoint_folder
+from trainer_client.settings import RouterName
+from trainer_client.training import Training
+
+
+def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records if record.levelno >= level)
+
+
+# one draws noise and chance, the other dropout
+@pytest.mark.parametrize(("name", "accumulate"), [("noisy-top-k", 2), ("switch", 1)])
+def test_five_steps_and_five_resumed_are_ten_straight(
+    tmp_path: Path, name: RouterName, accumulate: int
+) -> None:
+    """Losses, parameters and experts are equal bit for bit."""
+    text = str(write_text(tmp_path))
+    settings = make_settings(
+        data=text,
+        router=name,
+        batch_size=2,
+        accumulate=accumulate,
+        validate_every=4,
+        tokenizer="bpe",
+        vocabulary=280,
+    )
+    straight, broken = LearningSwarm(MANIFEST), LearningSwarm(MANIFEST)
+    whole = train_on(straight, name, start(tmp_path / "a", settings))
+    first = train_on(broken, name, start(tmp_path / "b", settings), stop_after=5)
+    assert first.summary.steps == 5
+    second = train_on(broken, name, start(tmp_path / "b", make_settings(batch_size=2), resume=True))
+    assert len(whole.losses) == 10
+    assert first.losses + second.losses == whole.losses
+    assert_same(second.parameters, whole.parameters)
+    for uid, expert in straight.experts.items():
+        assert_same(broken.experts[uid].export_state(), expert.export_state())
+    for figure in ("steps", "loss_first", "loss_last", "validation_loss_first", "validation_loss_last"):
+        assert getattr(second.summary, figure) == getattr(whole.summary, figure)
+    assert second.summary.resumed_at == 5
+
+
+def test_a_resume_needs_nothing_said_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    first = train_dense(start(tmp_path / "state", make_settings(data="sauna.txt", seed=7, batch_size=3)), 4)
+    monkeypatch.chdir("/")
+    again = start(tmp_path / "state", make_settings(), resume=True)
+    # make_settings names its own figures: those are stronger
+    assert (again.settings.seed, again.settings.batch_size) == (7, 4)
+    assert again.settings.data == (str(tmp_path / "sauna.txt"),)
+    assert again.writer.folder == first.folder
+
+
+def test_what_is_changed_at_a_resume_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = write_text(tmp_path)
+    train_dense(start(tmp_path / "state", make_settings(data=str(text))), 4)
+    write_text(tmp_path, TEXT + "more")
+    start(tmp_path / "state", make_settings(steps=20, clip_norm=0.5), resume=True)
+    assert "otherwise than it would have done: steps 20, not 10; clip_norm 0.5, not 1.0" in said(caplog)
+    assert "the text is not the one that the checkpoint was trained on" in said(caplog)
+    caplog.clear()
+    write_text(tmp_path)
+    start(tmp_path / "state", make_settings(), resume=True)
+    assert said(caplog) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"tokenizer": "bpe"}, "tokenizer: the checkpoint's model has bytes, and can't change to bpe"),
+        ({"steps": 4}, "has done all of the 4 steps: pass more, such as --steps 8"),
+        ({"data": "nowhere.txt"}, "no file or folder nowhere.txt"),
+    ],
+)
+def test_what_can_not_be_changed_is_refused(tmp_path: Path, changes: dict[str, Any], error: str) -> None:
+    train_dense(start(tmp_path, make_settings(data=str(write_text(tmp_path)))), 4)
+    with pytest.raises(UserError, match=error):
+        start(tmp_path, make_settings(**changes), resume=True)
+
+
+def test_a_router_of_other_parameters_does_not_fit(tmp_path: Path) -> None:
+    text = str(write_text(tmp_path))
+    swarm = LearningSwarm(MANIFEST)
+    train_on(swarm, "product-key", start(tmp_path, make_settings(data=text)), 2)
+    again = start(tmp_path, make_settings(router="noisy-top-k"), resume=True)
+    with pytest.raises(
+        CheckpointError, match=r"step 2 does not fit: it and this model differ in 'mixtures\.0"
+    ):
+        train_on(swarm, "noisy-top-k", again)
+
+
+# Folders
+
+
+def test_nothing_is_lost_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = str(write_text(tmp_path))
+    times = iter(["20260101-120000", "20260101-120100"])
+    monkeypatch.setattr("trainer_client.checkpoints.time.strftime", lambda form: next(times))
+    first = train_dense(start(tmp_path, make_settings(data=text)), 2)
+    second = train_dense(start(tmp_path, make_settings(data=text, seed=1)), 2)
+    assert first.folder == tmp_path / "runs" / SWARM / "20260101-120000"
+    assert os.listdir(first.folder) == os.listdir(second.folder) == ["2.safetensors"]
+    assert checkpoint_folder(None, tmp_path, SWARM, newest=True) == second.folder
+    os.utime(first.folder / "2.safetensors", (2**32, 2**32))
+    assert checkpoint_folder(None, tmp_path, SWARM, newest=True) == first.folder
+
+
+def test_a_new_run_leaves_the_checkpoints_of_another_alone(tmp_path: Path) -> None:
+    settings = make_settings(data=str(write_text(tmp_path)), checkpoint=tmp_path / "mine")
+    train_dense(start(tmp_path / "state", settings), 4)
+    with pytest.raises(CheckpointError, match="mine has a checkpoint of step 4: pass --resume"):
+        start(tmp_path / "state", settings)
+    assert train_dense(start(tmp_path / "state", settings, resume=True)).summary.steps == 10
+
+
+@pytest.mark.parametrize("checkpoint", [None, "absent"])
+def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path: Path, checkpoint: str | None) -> None:
+    given = {} if checkpoint is None else {"checkpoint": tmp_path / checkpoint}
+    with pytest.raises(CheckpointError, match="no checkpoint "):
+        start(tmp_path, make_settings(**given), resume=True)
+
+
+def test_a_folder_that_can_not_be_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is a file"):
+        start(tmp_path, make_settings(checkpoint=tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"can't make the folder .*: Not a directory; pass another"):
+        start(tmp_path, make_settings(checkpoint=tmp_path / "file" / "below"))
+    holder = StateFolder(tmp_path)
+    with pytest.raises(StartError, match="another process uses the state folder"):
+        start(tmp_path, make_settings())
+    holder.close()
+
+
+# When
+
+
+def test_checkpoints_come_every_so_many_steps_and_the_newest_stay(tmp_path: Path) -> None:
+    settings = make_settings(data=str(write_text(tmp_path)), checkpoint_every=3, checkpoints_kept=2)
+    ran = train_dense(start(tmp_path, settings))
+    assert sorted(os.listdir(ran.folder)) == ["10.safetensors", "9.safetensors"]
+
+
+def test_a_run_without_a_step_saves_nothing(tmp_path: Path) -> None:
+    settings = make_settings(data=str(write_text(tmp_path)))
+    began = start(tmp_path, settings)
+    model = LanguageModel(MANIFEST, lambda layer: nn.Identity())
+    stop = threading.Event()
+    stop.set()
+    Training(model, Dataset(began.corpus.tokens, 16), settings).run(lambda progress: None, stop)
+    assert not began.writer.folder.exists()
+
+
+def test_a_step_broken_off_before_its_end_leaves_the_one_before(tmp_path: Path) -> None:
+    class Stopped(BaseException):
+        pass
+
+    class Interrupted(LanguageModel):
+        broken = False
+
+        def loss(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+            if self.broken:
+                raise Stopped
+            return super().loss(tokens_BT)
+
+    model = Interrupted(MANIFEST, lambda layer: nn.Identity())
+    settings = make_settings(data=str(write_text(tmp_path)))
+    training = Training(model, Dataset(start(tmp_path, settings).corpus.tokens, 16), settings)
+
+    def observe(progress: Any) -> None:
+        model.broken = progress.step == 3
+
+    with pytest.raises(Stopped):
+        training.run(observe, threading.Event())
+    state = training.export_state()
+    assert state is not None
+    assert training.step == 3
+    assert state[0]["optimizer.head.weight.step"].item() == 3
+
+
+def test_a_step_broken_off_within_the_optimizer_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(BaseException):
+        pass
+
+    settings = make_settings(data=str(write_text(tmp_path)))
+    began = start(tmp_path, settings)
+    training = Training(
+        LanguageModel(MANIFEST, lambda layer: nn.Identity()), Dataset(began.corpus.tokens, 16), settings
+    )
+
+    def broken(*_: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(Stopped):
+        training.run(lambda progress: None, threading.Event())
+    assert training.export_state() is None

@@ -1,0 +1,188 @@
+"""Text of files, folders and globs: plain, JSON lines and Parquet."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peer.errors import DataError, SettingsError
+from trainer_client import optional, sources
+from trainer_client.data import load_text
+from trainer_client.sources import find_files, read_text
+
+
+def text_of(*paths: Path, field: str = "text") -> str:
+    return "".join(read_text(find_files([str(path) for path in paths]), field))
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_parquet(path: Path, **columns: Sequence[object]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def test_the_default_text_comes_with_python() -> None:
+    text = load_text(None)
+    assert len(text) > 200_000
+    assert b"import" in text
+
+
+def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+    assert text_of(write_bytes(tmp_path / "any.md", b"\t sauna\r\n\xc3\xa4\n\n")) == "\t sauna\r\nä\n\n"
+
+
+def test_a_file_of_one_line_without_an_end_is_text(tmp_path: Path) -> None:
+    assert text_of(write_bytes(tmp_path / "one.txt", b"one line")) == "one line"
+
+
+def test_a_folder_gives_all_text_below_it_in_order(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "sub" / "c.txt").write_text("five")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "notes.md").write_text("not read")
+    write_lines(tmp_path / "c.jsonl", {"text": "three"}, {"text": ""}, {"text": "four", "id": 4})
+    assert load_text(tmp_path) == b"one\ntwo\nthree\nfour\nfive"
+
+
+def test_several_paths_come_in_their_order_and_each_file_once(tmp_path: Path) -> None:
+    first, second = tmp_path / "b.txt", tmp_path / "a.txt"
+    first.write_text("first")
+    second.write_text("second")
+    assert text_of(first, tmp_path, first) == "first\nsecond"
+    assert text_of(first, tmp_path / "?.txt") == "first\nsecond"
+
+
+def test_a_glob_reaches_into_folders(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "b.md").write_text("found")
+    (tmp_path / "a.md").write_text("also")
+    assert text_of(tmp_path / "**" / "*.md") == "also\nfound"
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> None:
+    path = tmp_path / "what[1].txt"
+    path.write_text("mine")
+    assert text_of(path) == "mine"
+
+
+def test_json_lines_and_parquet_give_the_field_asked_for(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", {"body": "one", "text": 1}, {"body": "two\nlines"})
+    rows = write_parquet(tmp_path / "b.parquet", id=[1, 2, 3], body=["three", None, "four"])
+    assert text_of(lines, rows, field="body") == "one\ntwo\nlines\nthree\nfour"
+
+
+def test_half_of_a_surrogate_pair_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a \\ud800 b"}\n\n')
+    assert text_of(path) == "a ? b"
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), st.integers(1, 9))
+def test_pieces_add_up_to_the_text(text: str, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch, tempfile.NamedTemporaryFile() as file:
+        patch.setattr(sources, "PIECE_BYTES", size)
+        file.write(text.encode())
+        file.flush()
+        assert "".join(read_text([Path(file.name)])) == text
+
+
+def test_pieces_end_between_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", 8)
+    path = write_bytes(tmp_path / "a.txt", b"four score and seven yearslongword ago")
+    assert list(read_text([path])) == ["four ", "score and ", "seven ", "yearslongwo", "rd ", "ago"]
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "absent": (lambda folder: None, r"no file or folder .*/x.*: give one"),
+    "a folder without text": (
+        lambda folder: (folder / "x").mkdir(),
+        r"no \.txt, \.jsonl or \.parquet file in",
+    ),
+    "empty": (lambda folder: (folder / "x.txt").touch(), r"x\.txt is empty"),
+    "zeros": (lambda folder: write_bytes(folder / "x.bin", b"ab\0c"), "is not text: byte 2 is 0"),
+    "latin 1": (
+        lambda folder: write_bytes(folder / "x.txt", b"12345\xe4 "),
+        "not text in UTF-8: byte 5 can't be read",
+    ),
+    "cut in a character": (
+        lambda folder: write_bytes(folder / "x.txt", b"123\xc3"),
+        "not text in UTF-8: byte 3",
+    ),
+    "no JSON": (
+        lambda folder: write_bytes(folder / "x.jsonl", b'{"text": "a"}\n\nplain'),
+        r"line 3 of .*x\.jsonl is not JSON",
+    ),
+    "no object": (lambda folder: write_lines(folder / "x.jsonl", ["a"]), "line 1 of .* is not a JSON object"),
+    "binary lines": (lambda folder: write_bytes(folder / "x.jsonl", b"\xff\xfe\n"), "line 1 of .* not JSON"),
+    "nested": (lambda folder: write_bytes(folder / "x.jsonl", b"[" * 10**5), "line 1 of .* is not JSON"),
+    "another field": (
+        lambda folder: write_lines(folder / "x.jsonl", {"text": "a"}, {"body": "b", "id": 2}),
+        "line 2 of .* has no field 'text', its fields are 'body', 'id': pass --field",
+    ),
+    "a number": (lambda folder: write_lines(folder / "x.jsonl", {"text": 3}), "the field 'text' is no text"),
+    "another column": (
+        lambda folder: write_parquet(folder / "x.parquet", body=["a"]),
+        "has no field 'text', its fields are 'body': pass --field",
+    ),
+    "a column of numbers": (
+        lambda folder: write_parquet(folder / "x.parquet", text=[1]),
+        "the field 'text' is no text",
+    ),
+    "no Parquet": (
+        lambda folder: write_bytes(folder / "x.parquet", b"PAR1 or not"),
+        r"can't read .*x\.parquet",
+    ),
+    "empty Parquet": (lambda folder: (folder / "x.parquet").touch(), r"can't read .*x\.parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_no_text_is_named(tmp_path: Path, name: str) -> None:
+    make, said = BROKEN[name]
+    make(tmp_path)
+    path = next(tmp_path.iterdir(), tmp_path / "x")
+    with pytest.raises(DataError, match=said):
+        load_text(path)
+
+
+def test_a_line_without_an_end_is_refused_before_memory_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_LONGEST_LINE", 2**20)
+    path = write_bytes(tmp_path / "x.jsonl", b'"' + b"a" * 2**20)
+    with pytest.raises(DataError, match=r"line 1 of .* is longer than 1 MiB"):
+        text_of(path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux")
+def test_what_cannot_be_read_is_named() -> None:
+    # unreadable even to root
+    with pytest.raises(DataError, match=r"can't read /proc/self/mem: "):
+        load_text(Path("/proc/self/mem"))
+
+
+def test_parquet_without_its_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(SettingsError, match=r"pyarrow: pip install 'talkoot\[parquet\]'"):
+        find_files([str(tmp_path)])

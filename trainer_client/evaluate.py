@@ -1,0 +1,69 @@
+"""How well a model knows a text: loss, perplexity, bits per byte.
+
+Shapes: B sequences, T the model's context.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peer.errors import DataError
+from trainer_client.model import LanguageModel
+from trainer_client.record import bits_per_byte, perplexity
+from trainer_client.tokenizer import Tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of a whole text."""
+
+    loss: float  # nats per token
+    perplexity: float  # per token
+    bits_per_byte: float
+    tokens: int  # that were predicted: all but the first
+    bytes: int  # that they stand for
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel,
+    tokens: Tokens,
+    token_bytes: Sequence[bytes],
+    batch_size: int,
+    observe: Callable[[int], bool] = lambda done: True,
+) -> Evaluation:
+    """Predicts each token once, from those before it in its piece of the text, which is as long as the context.
+
+    `observe` is told how many tokens are done after each batch, and says whether the batch counts: else it is
+    computed again. Raises DataError for a text of fewer than two tokens.
+    """
+    if len(tokens) < 2:
+        raise DataError("the text has fewer than two tokens: there is nothing to predict")
+    model.eval()
+    bytes_of = np.array([len(token) for token in token_bytes])
+    nats, done, size = 0.0, 0, 0
+    for sequences_BT in pieces(tokens, model.context, batch_size):
+        targets = sequences_BT[:, 1:].numpy()
+        loss = model.loss(sequences_BT).item()
+        while not observe(done + targets.size):
+            loss = model.loss(sequences_BT).item()
+        nats += loss * targets.size
+        done += targets.size
+        size += int(bytes_of[targets].sum())
+    loss = nats / done
+    return Evaluation(loss, perplexity(loss), bits_per_byte(loss, size / done), done, size)
+
+
+def pieces(tokens: Tokens, context: int, batch_size: int) -> Iterator[Tensor]:
+    """int64 [B, T + 1], each sequence beginning with the last token of the one before; at the end a shorter one."""
+    whole = (len(tokens) - 1) // context
+    places_T = np.arange(context + 1)
+    for first in range(0, whole, batch_size):
+        starts_B = np.arange(first, min(first + batch_size, whole)) * context
+        yield torch.from_numpy(tokens[starts_B[:, None] + places_T].astype(np.int64))
+    rest = tokens[whole * context :]
+    if len(rest) > 1:
+        yield torch.from_numpy(rest[None].astype(np.int64))

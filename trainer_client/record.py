@@ -1,0 +1,177 @@
+"""What a training run has measured: figures of each step, and a summary."""
+
+import math
+import statistics
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from peer.errors import UserError
+from trainer_client.balancing import LoadSpread
+
+SKIPPED_IN_A_ROW = 10
+_ROLLING_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is after a step (from 1). A skipped step has a loss that is not finite."""
+
+    step: int
+    steps: int
+    epoch: float  # how often the training text was seen
+    loss: float  # nats per token
+    validation_loss: (
+        float | None
+    )  # nats per token; None unless it was measured after this step, as the next two
+    perplexity: float | None  # on the held-out text, per token
+    bits_per_byte: float | None  # on the held-out text
+    tokens_per_s: float  # over the last 20 steps
+    step_s: float  # since the end of the step before, validation left out
+    left_s: float  # to the last step, as fast as the last 20
+    load_cv: float | None  # of the rows of each live expert; None where there was none: see LoadSpread
+    load_max_over_mean: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did. `steps` may be fewer than asked for: it was stopped. Losses are in nats per token."""
+
+    steps: int  # those before a resume too, as the losses are
+    resumed_at: int  # steps before this run
+    loss_first: float | None  # None: stopped before a step had a finite loss
+    loss_last: float | None
+    validation_loss_first: float
+    validation_loss_last: float | None  # the last measured after a step; None: stopped before that
+    perplexity: float  # of the last validation, as the next
+    bits_per_byte: float
+    tokens_per_s: float  # over all steps of this run, validation left out
+    longest_stall_s: float  # see `longest_stall`
+    seconds: float  # validation included
+    skipped_steps: int
+    load_cv: float | None  # means over steps and layers; None where no expert was live
+    load_max_over_mean: float | None
+
+
+@dataclass
+class History:
+    """The losses of all steps, those before a resume too. NaN where a step was skipped."""
+
+    losses: "array[float]" = field(default_factory=lambda: array("d"))
+    validated: "array[int]" = field(default_factory=lambda: array("q"))
+    """After how many steps each validation was."""
+    validation_losses: "array[float]" = field(default_factory=lambda: array("d"))
+
+    def validation_loss_of(self, step: int) -> float | None:
+        measured = bool(self.validated) and self.validated[-1] == step
+        return self.validation_losses[-1] if measured else None
+
+
+class Record:
+    """What has been measured so far."""
+
+    def __init__(self, tokens_in_a_step: int, bytes_per_token: float, history: History) -> None:
+        self.history = history
+        self._resumed_at = len(history.losses)
+        self._tokens = tokens_in_a_step
+        self._bytes_per_token = bytes_per_token
+        self._intervals_s = array("d")
+        self._rolling_s: deque[float] = deque(maxlen=_ROLLING_STEPS)
+        self._spread: LoadSpread | None = None
+        self._load_cv = array("d")
+        self._load_max_over_mean = array("d")
+        self._skipped_in_a_row = 0
+
+    @property
+    def steps(self) -> int:
+        return len(self.history.losses)
+
+    def add_step(self, loss: float, interval_s: float, spread: LoadSpread | None) -> None:
+        """Raises UserError when too many steps in a row were skipped."""
+        self.history.losses.append(loss if math.isfinite(loss) else math.nan)
+        self._spread = spread
+        if spread is not None:
+            self._load_cv.append(spread.cv)
+            self._load_max_over_mean.append(spread.max_over_mean)
+        self._intervals_s.append(interval_s)
+        self._rolling_s.append(interval_s)
+        self._skipped_in_a_row = 0 if math.isfinite(loss) else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"the loss or its gradient was not finite in {SKIPPED_IN_A_ROW} steps in a row, up to step "
+                f"{self.steps}: train with a smaller learning_rate or more warmup_steps"
+            )
+
+    def add_validation(self, loss: float) -> None:
+        """After the steps so far."""
+        self.history.validated.append(self.steps)
+        self.history.validation_losses.append(loss)
+
+    def progress(self, steps: int, loss: float, epoch: float) -> Progress:
+        validation_loss = self.history.validation_loss_of(self.steps)
+        return Progress(
+            step=self.steps,
+            steps=steps,
+            epoch=epoch,
+            loss=loss,
+            validation_loss=validation_loss,
+            perplexity=None if validation_loss is None else perplexity(validation_loss),
+            bits_per_byte=None if validation_loss is None else self._bits_per_byte(validation_loss),
+            tokens_per_s=self._rate(self._rolling_s),
+            step_s=self._intervals_s[-1],
+            left_s=statistics.fmean(self._rolling_s) * (steps - self.steps),
+            load_cv=None if self._spread is None else self._spread.cv,
+            load_max_over_mean=None if self._spread is None else self._spread.max_over_mean,
+        )
+
+    def summary(self, seconds: float) -> Summary:
+        finite = [loss for loss in self.history.losses if math.isfinite(loss)]
+        validation_losses = self.history.validation_losses
+        return Summary(
+            steps=self.steps,
+            resumed_at=self._resumed_at,
+            loss_first=finite[0] if finite else None,
+            loss_last=finite[-1] if finite else None,
+            validation_loss_first=validation_losses[0],
+            validation_loss_last=validation_losses[-1] if self.history.validated[-1] else None,
+            perplexity=perplexity(validation_losses[-1]),
+            bits_per_byte=self._bits_per_byte(validation_losses[-1]),
+            tokens_per_s=self._rate(self._intervals_s),
+            longest_stall_s=longest_stall(self._intervals_s[1:]),  # the first step has no step before it
+            seconds=seconds,
+            skipped_steps=self.steps - len(finite),
+            load_cv=_mean(self._load_cv),
+            load_max_over_mean=_mean(self._load_max_over_mean),
+        )
+
+    def _bits_per_byte(self, loss: float) -> float:
+        return bits_per_byte(loss, self._bytes_per_token)
+
+    def _rate(self, intervals_s: Sequence[float]) -> float:
+        """Tokens per second; 0 when no time has passed."""
+        passed = sum(intervals_s)
+        return self._tokens * len(intervals_s) / passed if passed > 0 else 0.0
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats: between how many equally likely tokens the model wavers."""
+    return math.exp(min(loss, 700.0))
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Of a loss in nats per token: the size that the model would compress a byte of text to."""
+    return loss / math.log(2) / bytes_per_token
+
+
+def longest_stall(intervals_s: Sequence[float]) -> float:
+    """How much longer than usual training stood still at worst: the longest interval less the median one.
+
+    An interval is the time between the ends of two consecutive steps. Where losing an expert costs nothing,
+    the stall is near 0; where training waited for a lost one, it is that wait. 0 for no intervals.
+    """
+    return max(intervals_s) - statistics.median(intervals_s) if intervals_s else 0.0
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return statistics.fmean(numbers) if numbers else None

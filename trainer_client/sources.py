@@ -1,0 +1,169 @@
+"""Where text comes from: files, folders and globs of plain text, JSON lines and Parquet, read piece by piece."""
+
+import codecs
+import glob
+import json
+import pydoc_data.topics
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from peer.errors import DataError
+from trainer_client.optional import require
+
+PIECE_BYTES = 2**20
+"""Of plain text, read at once."""
+_LONGEST_LINE = 2**26
+"""Of JSON lines, in bytes: a line is one document, and is read at once."""
+_ROWS = 256
+"""Of Parquet, read at once."""
+_SUFFIXES = {".txt", ".jsonl", ".parquet"}
+"""What is read of a folder. A file that is named itself is plain text where it has another suffix."""
+
+
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """All files that the paths name, in their order, and by name within a folder or glob; each file once.
+
+    Raises DataError for a path that names none.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        found.update(dict.fromkeys(_find(path)))
+    if any(file.suffix == ".parquet" for file in found):
+        require("pyarrow", "parquet", "reading .parquet files")
+    return list(found)
+
+
+def read_text(files: Sequence[Path], field: str = "text") -> Iterator[str]:
+    """All text of the files in pieces of about a megabyte at most, with a newline between two documents.
+
+    A plain file is one document, and so is the `field` of a line or row. Without files, 465 KB of help in Python
+    itself. Raises DataError for what is not text, and names the place.
+    """
+    if not files:
+        yield "\n".join(pydoc_data.topics.topics.values())
+        return
+    separator = ""
+    for file in files:
+        try:
+            for document in _documents(file, field):
+                empty = True
+                for piece in document:
+                    if piece:
+                        yield separator + piece
+                        separator, empty = "", False
+                if not empty:
+                    separator = "\n"
+        except OSError as error:
+            raise DataError(f"can't read {file}: {error.strerror or error}; check who may read it") from error
+
+
+def _find(path: str) -> list[Path]:
+    at = Path(path)
+    if at.is_dir():
+        files = sorted(file for file in at.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        if not files:
+            raise DataError(
+                f"no .txt, .jsonl or .parquet file in {path}: put some there, or give another folder"
+            )
+        return files
+    if at.exists():
+        return [at]
+    matched = sorted(Path(name) for name in glob.glob(path, recursive=True))
+    files = [file for file in matched if file.is_file()]
+    if not files:
+        raise DataError(f"no file or folder {path}: give one with text in it")
+    return files
+
+
+def _documents(file: Path, field: str) -> Iterator[Iterable[str]]:
+    """Each document in pieces."""
+    match file.suffix:
+        case ".jsonl":
+            yield from ([text] for text in _read_json_lines(file, field))
+        case ".parquet":
+            yield from ([text] for text in _read_parquet(file, field))
+        case _:
+            yield _read_plain(file)
+
+
+def _read_plain(path: Path) -> Iterator[str]:
+    """Pieces that end with white space where there is any: tokens are not cut."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    kept, position = "", 0
+    with path.open("rb") as file:
+        while data := file.read(PIECE_BYTES):
+            if (at := data.find(0)) >= 0:
+                raise DataError(f"{path} is not text: byte {position + at} is 0; give a text file")
+            pending = len(decoder.getstate()[0])
+            text = kept + _decode(decoder, data, path, position - pending)
+            position += len(data)
+            cut = max(text.rfind("\n"), text.rfind(" ")) + 1 or len(text)
+            yield text[:cut]
+            kept = text[cut:]
+    pending = len(decoder.getstate()[0])
+    yield kept + _decode(decoder, b"", path, position - pending, final=True)
+
+
+def _decode(
+    decoder: codecs.IncrementalDecoder, data: bytes, path: Path, position: int, *, final: bool = False
+) -> str:
+    try:
+        return decoder.decode(data, final)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not text in UTF-8: byte {position + error.start} can't be read; give a text file, or turn "
+            "it into UTF-8 with iconv"
+        ) from error
+
+
+def _read_json_lines(path: Path, field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(_LONGEST_LINE + 1):
+            number += 1
+            if len(line) > _LONGEST_LINE:
+                raise DataError(
+                    f"line {number} of {path} is longer than {_LONGEST_LINE >> 20} MiB: is it JSON lines?"
+                )
+            if line.strip():
+                yield _of_line(line, field, f"line {number} of {path}")
+
+
+def _of_line(line: bytes, field: str, where: str) -> str:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{where} is not a JSON object with a field {field!r}")
+    if field not in values:
+        raise DataError(_no_field(field, where, values))
+    if not isinstance(values[field], str):
+        raise DataError(f"{where}: the field {field!r} is no text")
+    text: str = values[field]
+    return text.encode(errors="replace").decode()  # half of a surrogate pair is valid JSON, and no text
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                raise DataError(_no_field(field, str(path), names))
+            for batch in file.iter_batches(batch_size=_ROWS, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    if value is None:
+                        continue
+                    if not isinstance(value, str):
+                        raise DataError(f"{path}: the field {field!r} is no text")
+                    yield value
+    except ArrowException as error:
+        raise DataError(f"can't read {path}: {error}") from error
+
+
+def _no_field(field: str, where: str, names: Iterable[str]) -> str:
+    known = ", ".join(repr(name)[:40] for name in list(names)[:10]) or "none"
+    return f"{where} has no field {field!r}, its fields are {known}: pass --field"

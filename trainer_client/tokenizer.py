@@ -1,0 +1,135 @@
+"""Text to token ids and back: the 256 byte values, or byte pairs (BPE) learned from the data."""
+
+import hashlib
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peer.errors import DataError
+from trainer_client.optional import require
+
+BYTES = 256
+"""The vocabulary of bytes."""
+MOST_TOKENS = 2**16
+"""A token takes two bytes on disk."""
+_LEARNED_FROM = 2**26
+"""Byte pairs are learned from about as many characters, spread over all text."""
+
+Tokens = NDArray[np.uint8] | NDArray[np.uint16]
+
+
+class Tokenizer(Protocol):
+    """How a model reads text. Every text can be encoded."""
+
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """What each token stands for, by its id."""
+        ...
+
+    def encode(self, text: str) -> Tokens: ...
+
+    def to_json(self) -> str:
+        """What `load_tokenizer` makes the same one of."""
+        ...
+
+
+class ByteTokenizer:
+    """Each byte of the text's UTF-8 is a token."""
+
+    def __init__(self) -> None:
+        self.token_bytes = [bytes([value]) for value in range(BYTES)]
+
+    def encode(self, text: str) -> Tokens:
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def to_json(self) -> str:
+        return ""
+
+
+class BytePairTokenizer:
+    """Byte-level BPE (Radford et al. 2019, section 2.2), in the form of the library `tokenizers`."""
+
+    def __init__(self, json: str) -> None:
+        """Raises DataError when it is no such tokenizer."""
+        require("tokenizers", "bpe", "a tokenizer of byte pairs")
+        from tokenizers import Tokenizer as Library
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        try:
+            self._library = Library.from_str(json)
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"this is no tokenizer: {error}") from error
+        stands_for = _stands_for()
+        vocabulary = self._library.get_vocab()
+        if (
+            sorted(vocabulary.values()) != list(range(len(vocabulary)))
+            or len(vocabulary) > MOST_TOKENS
+            or not set(ByteLevel.alphabet()) <= vocabulary.keys() <= _words(vocabulary, stands_for)
+        ):
+            raise DataError(f"this is no tokenizer of byte pairs with at most {MOST_TOKENS} tokens")
+        by_id = sorted(vocabulary, key=vocabulary.__getitem__)
+        self.token_bytes = [bytes(stands_for[letter] for letter in token) for token in by_id]
+        self._json = json
+
+    @classmethod
+    def learn(cls, text: Iterable[str], characters: int, vocabulary: int) -> "BytePairTokenizer":
+        """`text` of about so many characters in all. Learns fewer than `vocabulary` tokens from a short one."""
+        require("tokenizers", "bpe", "a tokenizer of byte pairs")
+        from tokenizers import Tokenizer as Library
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        library = Library(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            special_tokens=[],
+            show_progress=False,
+        )
+        every = max(1, characters // _LEARNED_FROM)
+        library.train_from_iterator(islice(text, 0, None, every), trainer)
+        return cls(library.to_str())
+
+    def encode(self, text: str) -> Tokens:
+        return np.array(self._library.encode(text).ids, dtype=np.uint16)
+
+    def to_json(self) -> str:
+        return self._json
+
+
+def load_tokenizer(json: str) -> Tokenizer:
+    """What `to_json` gave. Raises DataError."""
+    return BytePairTokenizer(json) if json else ByteTokenizer()
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """From a `tokenizer.json`, the form of the library `tokenizers`. Raises DataError."""
+    try:
+        return BytePairTokenizer(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"can't read {path}: {error}") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+
+
+def _stands_for() -> dict[str, int]:
+    """The byte that each letter of the library's byte-level alphabet stands for: printable ones for themselves."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [value for value in range(BYTES) if value not in plain]
+    letters = {chr(value): value for value in plain}
+    return letters | {chr(BYTES + index): value for index, value in enumerate(others)}
+
+
+def _words(vocabulary: Iterable[str], letters: Iterable[str]) -> set[str]:
+    """Those of the vocabulary that are of these letters alone."""
+    known = set(letters)
+    return {word for word in vocabulary if known.issuperset(word)}
