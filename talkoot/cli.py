@@ -226,6 +226,13 @@ def train(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in a batch.  [default: 8]")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches in a step.  [default: 1]")] = None,
+    in_flight: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Steps under way at once, or as many as hide the latency of experts.  [default: 1]",
+        ),
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Highest step size of the dense part.  [default: 0.002]")
     ] = None,
@@ -306,6 +313,7 @@ def train(
         "steps": steps,
         "batch_size": batch_size,
         "accumulate": accumulate,
+        "in_flight": in_flight,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "precision": precision,

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ class _Run:
             say = _once(stage)
             client.wait_for_experts(settings.wait_for_experts_s, say, share=1 / manifest.experts_total)
             client.wait_for_experts(min(_ALL_EXPERTS_WITHIN_S, settings.wait_for_experts_s), say)
-        model = LanguageModel(manifest, client.make_mixture, len(token_bytes))
-        self._training = Training(model, dataset, settings)
+        make_model = partial(LanguageModel, manifest, client.make_mixture, len(token_bytes))
+        self._training = Training(make_model(), dataset, settings, make_model)
         start.restore(self._training)
         self.saver = Saver(start, self._training, manifest, seed)
 

@@ -48,8 +48,11 @@ def describe(values: Values) -> str:
             f", validation loss {values['validation_loss']:.3f} ({values['bits_per_byte']:.3f} bits per byte, "
             f"perplexity {values['perplexity']:.4g})"
         )
+    in_flight = ""
+    if values["in_flight"] > 1:
+        in_flight = f"{values['in_flight']} steps in flight, "
     return (
-        f"loss {values['loss']:.3f}{validation}, {values['tokens_per_s']:.0f} tokens/s, "
+        f"loss {values['loss']:.3f}{validation}, {values['tokens_per_s']:.0f} tokens/s, {in_flight}"
         f"{values['experts_live']} of {values['experts_total']} experts live, {failures or 'no failures'}"
     )
 

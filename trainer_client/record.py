@@ -30,6 +30,8 @@ class Progress:
     tokens_per_s: float  # over the last 20 steps
     step_s: float  # since the end of the step before, validation left out
     left_s: float  # to the last step, as fast as the last 20
+    in_flight: int  # steps under way when this one ended
+    staleness: int  # of its gradient: updates since its parameters were taken
     load_cv: float | None  # of the rows of each live expert; None where there was none: see LoadSpread
     load_max_over_mean: float | None
 
@@ -50,6 +52,8 @@ class Summary:
     longest_stall_s: float  # see `longest_stall`
     seconds: float  # validation included
     skipped_steps: int
+    in_flight: float | None  # means over steps, as the next; None: no step
+    staleness: float | None
     load_cv: float | None  # means over steps and layers; None where no expert was live
     load_max_over_mean: float | None
 
@@ -78,6 +82,8 @@ class Record:
         self._bytes_per_token = bytes_per_token
         self._intervals_s = array("d")
         self._rolling_s: deque[float] = deque(maxlen=_ROLLING_STEPS)
+        self._in_flight = array("q")
+        self._staleness = array("q")
         self._spread: LoadSpread | None = None
         self._load_cv = array("d")
         self._load_max_over_mean = array("d")
@@ -87,9 +93,18 @@ class Record:
     def steps(self) -> int:
         return len(self.history.losses)
 
-    def add_step(self, loss: float, interval_s: float, spread: LoadSpread | None) -> None:
+    def add_step(
+        self,
+        loss: float,
+        interval_s: float,
+        spread: LoadSpread | None,
+        staleness: int = 0,
+        in_flight: int = 1,
+    ) -> None:
         """Raises UserError when too many steps in a row were skipped."""
         self.history.losses.append(loss if math.isfinite(loss) else math.nan)
+        self._staleness.append(staleness)
+        self._in_flight.append(in_flight)
         self._spread = spread
         if spread is not None:
             self._load_cv.append(spread.cv)
@@ -121,6 +136,8 @@ class Record:
             tokens_per_s=self._rate(self._rolling_s),
             step_s=self._intervals_s[-1],
             left_s=statistics.fmean(self._rolling_s) * (steps - self.steps),
+            in_flight=self._in_flight[-1],
+            staleness=self._staleness[-1],
             load_cv=None if self._spread is None else self._spread.cv,
             load_max_over_mean=None if self._spread is None else self._spread.max_over_mean,
         )
@@ -141,6 +158,8 @@ class Record:
             longest_stall_s=longest_stall(self._intervals_s[1:]),  # the first step has no step before it
             seconds=seconds,
             skipped_steps=self.steps - len(finite),
+            in_flight=_mean(self._in_flight),
+            staleness=_mean(self._staleness),
             load_cv=_mean(self._load_cv),
             load_max_over_mean=_mean(self._load_max_over_mean),
         )
@@ -173,5 +192,5 @@ def longest_stall(intervals_s: Sequence[float]) -> float:
     return max(intervals_s) - statistics.median(intervals_s) if intervals_s else 0.0
 
 
-def _mean(numbers: Sequence[float]) -> float | None:
+def _mean(numbers: Sequence[float] | Sequence[int]) -> float | None:
     return statistics.fmean(numbers) if numbers else None

@@ -44,6 +44,13 @@ class TrainerSettings(RoleSettings):
     steps: int = Field(default=200, ge=1, le=10**7, description="training steps, those before a resume too")
     batch_size: int = Field(default=8, ge=1, le=65536, description="sequences in a batch")
     accumulate: int = Field(default=1, ge=1, le=65536, description="batches in a step")
+    in_flight: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+        default=1,
+        description="steps under way at once; auto: as many as cover the latency of the experts",
+    )
+    in_flight_limit: int = Field(
+        default=32, ge=1, le=1024, description="steps that in_flight auto begins at most at once"
+    )
     precision: Precision = Field(
         default="fp32", description="of the dense part's activations; its parameters are float32 always"
     )

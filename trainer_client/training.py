@@ -5,8 +5,10 @@ import statistics
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from peer.errors import StateError
+from trainer_client.balancing import LoadSpread
 from trainer_client.data import Dataset
+from trainer_client.in_flight import EnoughInFlight, InFlight
 from trainer_client.model import LanguageModel
 from trainer_client.record import History, Progress, Record, Summary
 from trainer_client.settings import TrainerSettings
 
 _LOWEST_RATE = 0.1  # of the highest, where the cosine ends
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step whose gradients were applied, or which was skipped: then its loss is not finite."""
+
+    loss: float
+    spread: LoadSpread | None
+    staleness: int = 0
+    in_flight: int = 1
 
 
 def train(
@@ -38,13 +52,21 @@ def train(
 class Training:
     """A model, its optimizer and how far they are. Goes on exactly where its state was taken."""
 
-    def __init__(self, model: LanguageModel, dataset: Dataset, settings: TrainerSettings) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        dataset: Dataset,
+        settings: TrainerSettings,
+        make_copy: Callable[[], LanguageModel] | None = None,
+    ) -> None:
+        """`make_copy` gives another model of the same form, for steps in flight; None: one step at a time."""
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.history = History()
         self._model = model
         self._dataset = dataset
         self._settings = settings
+        self._make_copy = make_copy if settings.in_flight != 1 else None
         self._parameters = dict(model.named_parameters())
         self._optimizer = _make_optimizer(model, settings)
         self._random_states = model.random_states
@@ -73,19 +95,20 @@ class Training:
         if not self.history.validated:
             record.add_validation(validation_loss(self._model, validation))
         last_end = clock()
-        while self.step < settings.steps and not stop.is_set():
-            loss = self._take_step()
-            ended = clock()
-            self._random_states = self._model.random_states
-            record.add_step(loss, ended - last_end, self._model.load_spread())
-            last_end = ended
-            if self.step == settings.steps or (
-                settings.validate_every and self.step % settings.validate_every == 0
-            ):
-                record.add_validation(validation_loss(self._model, validation))
-                last_end = clock()
-            seen = self.step * settings.batch_size * settings.accumulate
-            observe(record.progress(settings.steps, loss, seen / self._dataset.sequences))
+        with closing(self._one_by_one() if self._make_copy is None else self._in_flight()) as steps:
+            while self.step < settings.steps and not stop.is_set():
+                step = next(steps)
+                ended = clock()
+                self._random_states = self._model.random_states
+                record.add_step(step.loss, ended - last_end, step.spread, step.staleness, step.in_flight)
+                last_end = ended
+                if self.step == settings.steps or (
+                    settings.validate_every and self.step % settings.validate_every == 0
+                ):
+                    record.add_validation(validation_loss(self._model, validation))
+                    last_end = clock()
+                seen = self.step * settings.batch_size * settings.accumulate
+                observe(record.progress(settings.steps, step.loss, seen / self._dataset.sequences))
         return record.summary(clock() - began)
 
     def export_state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
@@ -120,29 +143,66 @@ class Training:
             }
         self.history = history
 
-    def _take_step(self) -> float:
-        """Gives the loss, or NaN when the step was skipped for its loss or its gradient."""
-        settings = self._settings
-        rate = learning_rate(self.step, settings)
+    def _one_by_one(self) -> Generator[_Step, None, None]:
+        while True:
+            computed = self._compute(self.step, self._model)
+            yield _Step(self._apply(self._model, computed.loss), computed.spread)
+
+    def _in_flight(self) -> Generator[_Step, None, None]:
+        """Steps in the order in which they end. Those still under way when it is closed are lost."""
+        settings, make_copy = self._settings, self._make_copy
+        assert make_copy is not None
+        limit = settings.in_flight_limit if settings.in_flight == "auto" else settings.in_flight
+        enough = EnoughInFlight(limit) if settings.in_flight == "auto" else None
+        steps: InFlight[LanguageModel, _Step] = InFlight(self._model, make_copy, limit)
+        begun = self.step
+        try:
+            while True:
+                wanted = limit if enough is None else enough.count
+                while len(steps) < wanted and begun < settings.steps:
+                    steps.begin(partial(self._compute, begun))
+                    begun += 1
+                in_flight, finished = len(steps), steps.next()
+                loss = self._apply(finished.copy, finished.result.loss)
+                steps.release(finished, updated=math.isfinite(loss))
+                if enough is not None:
+                    enough.note(finished.seconds, finished.ended_at, finished.alone)
+                yield _Step(loss, finished.result.spread, finished.staleness, in_flight)
+        finally:
+            steps.close()
+
+    def _compute(self, number: int, model: LanguageModel) -> _Step:
+        """The gradients of step `number` (from 0) with this model's parameters: they are in its parameters then."""
+        settings, losses = self._settings, []
+        model.zero_grad()
+        for part in range(settings.accumulate):
+            tokens = self._dataset.batch(number * settings.accumulate + part, settings.batch_size)
+            losses.append(self._add_gradients(model, tokens))
+            if not math.isfinite(losses[-1]):
+                return _Step(losses[-1], model.load_spread())
+        return _Step(statistics.fmean(losses), model.load_spread())
+
+    def _apply(self, computed: LanguageModel, loss: float) -> float:
+        """Takes the optimizer's step with the gradients of `computed`, and gives the loss: NaN where the gradient is
+        not finite. Then, and where the loss is not, nothing changes.
+        """
+        rate = learning_rate(self.step, self._settings)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.zero_grad()
-        losses = []
-        for part in range(settings.accumulate):
-            tokens = self._dataset.batch(self.step * settings.accumulate + part, settings.batch_size)
-            losses.append(self._add_gradients(tokens))
-            if not math.isfinite(losses[-1]):
-                return losses[-1]
-        norm: float = nn.utils.clip_grad_norm_(self._model.parameters(), settings.clip_norm).item()
+        if not math.isfinite(loss):
+            return loss
+        norm: float = nn.utils.clip_grad_norm_(computed.parameters(), self._settings.clip_norm).item()
         if not math.isfinite(norm):
             return math.nan
+        for own, other in zip(self._model.parameters(), computed.parameters(), strict=True):
+            own.grad = other.grad
         with self._changing():
             self._optimizer.step()
-        return statistics.fmean(losses)
+        return loss
 
-    def _add_gradients(self, tokens: Tensor) -> float:
+    def _add_gradients(self, model: LanguageModel, tokens: Tensor) -> float:
         """Gives the loss of a batch. No backward where it isn't finite: experts would be sent what they must refuse."""
-        model, settings = self._model, self._settings
+        settings = self._settings
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             loss = model.loss(tokens)
         value: float = loss.item()

@@ -3,7 +3,7 @@
 import math
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from trainer_client.data import ByteDataset
 from trainer_client.model import LanguageModel
 from trainer_client.record import Progress, Summary, longest_stall
 from trainer_client.settings import TrainerSettings
-from trainer_client.training import learning_rate, train, validation_loss
+from trainer_client.training import Training, learning_rate, train, validation_loss
 
 TEXT = b"In the sauna one must behave as in church. " * 60
 
@@ -45,6 +45,19 @@ class SteepModel(LanguageModel):
 
     def loss(self, tokens_BT: Tensor) -> Tensor:
         return super().loss(tokens_BT) + (0 * self.head.weight.sum()).square().sqrt()
+
+
+class Meeting(nn.Module):
+    """In training it lets nobody on before so many threads have come: as experts far away do, all wait at once."""
+
+    def __init__(self, gate: threading.Barrier) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.training:
+            self.gate.wait(60)
+        return x_BTD
 
 
 def make_manifest() -> Manifest:
@@ -79,6 +92,24 @@ def run(
     return summary, seen
 
 
+def run_in_flight(
+    make_mixture: Callable[[int], nn.Module], stop_after: int | None = None, **given: Any
+) -> tuple[Summary, list[Progress]]:
+    def make_model() -> LanguageModel:
+        return LanguageModel(make_manifest(), make_mixture)
+
+    seen: list[Progress] = []
+    stop = threading.Event()
+
+    def observe(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.step == stop_after:
+            stop.set()
+
+    training = Training(make_model(), ByteDataset(TEXT, 16), make_settings(**given), make_model)
+    return training.run(observe, stop), seen
+
+
 def test_training_lowers_the_loss_on_held_out_text() -> None:
     summary, seen = run(make_settings(steps=60))
     assert summary.steps == len(seen) == 60
@@ -88,6 +119,30 @@ def test_training_lowers_the_loss_on_held_out_text() -> None:
     assert summary.loss_last == seen[-1].loss
     assert summary.skipped_steps == 0
     assert summary.tokens_per_s > 0
+
+
+@pytest.mark.parametrize("in_flight", [3, "auto"])
+def test_steps_in_flight_learn_too(in_flight: int | str) -> None:
+    summary, seen = run_in_flight(lambda layer: nn.Identity(), steps=60, in_flight=in_flight)
+    assert summary.steps == len(seen) == 60
+    assert summary.validation_loss_last is not None
+    assert summary.validation_loss_last < summary.validation_loss_first - 1
+    assert [progress.step for progress in seen] == list(range(1, 61))
+
+
+def test_steps_in_flight_wait_for_experts_at_the_same_time() -> None:
+    gate = threading.Barrier(3)
+    summary, seen = run_in_flight(lambda layer: Meeting(gate), steps=12, in_flight=3)
+    assert summary.steps == 12
+    assert max(progress.in_flight for progress in seen) == 3
+    assert max(progress.staleness for progress in seen) >= 2
+    assert summary.staleness is not None
+    assert 0 < summary.staleness < 3
+
+
+def test_training_with_steps_in_flight_stops_with_what_it_has() -> None:
+    summary, seen = run_in_flight(lambda layer: nn.Identity(), stop_after=5, in_flight=4)
+    assert summary.steps == len(seen) == 5
 
 
 def test_equal_runs_give_equal_losses() -> None:

@@ -1,0 +1,132 @@
+"""Steps in flight: how many are enough, and that they compute on copies."""
+
+import heapq
+import math
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from trainer_client.in_flight import EnoughInFlight, InFlight
+
+
+def simulate(
+    limit: int, link_s: Callable[[float], float], busy_s: float, steps: int
+) -> tuple[list[float], list[int]]:
+    """Steps that take a link's time, in which others may be under way too, and one device's, where they queue.
+
+    `link_s` of the time. Gives when each step ended, and how many were to be in flight then.
+    """
+    enough = EnoughInFlight(limit)
+    now, device_free_at = 0.0, 0.0
+    under_way: list[tuple[float, float, list[bool]]] = []
+    ends: list[float] = []
+    counts: list[int] = []
+    while len(ends) < steps:
+        while len(under_way) < enough.count:
+            for _, _, alone in under_way:
+                alone[0] = False
+            device_free_at = max(device_free_at, now + link_s(now)) + busy_s
+            heapq.heappush(under_way, (device_free_at, now, [not under_way]))
+        now, began, alone = heapq.heappop(under_way)
+        enough.note(now - began, now, alone[0])
+        ends.append(now)
+        counts.append(enough.count)
+    return ends, counts
+
+
+def rate(ends: list[float]) -> float:
+    return (len(ends) - 1) / (ends[-1] - ends[0])
+
+
+@given(st.floats(0.0, 2.0), st.floats(0.001, 0.5), st.integers(0, 200))
+def test_enough_in_flight_keep_the_device_busy_and_not_many_more_wait(
+    link_s: float, busy_s: float, more: int
+) -> None:
+    needed = (link_s + busy_s) / busy_s
+    limit = 64
+    ends, counts = simulate(limit, lambda now: link_s, busy_s, 600 + more)
+    best = min(1.0, limit / needed) / busy_s
+    assert rate(ends[300:]) >= 0.85 * best
+    assert max(counts[300:]) <= min(limit, math.ceil(1.5 * needed) + 2)
+
+
+def test_a_link_that_becomes_slow_gets_more_and_one_that_becomes_fast_gets_fewer() -> None:
+    _, counts = simulate(64, lambda now: 0.0 if now < 30 else 1.0 if now < 90 else 0.1, 0.1, 2500)
+    assert counts[200] <= 4
+    assert 11 <= max(counts[600:700]) <= 19
+    assert max(counts[-200:]) <= 6
+
+
+@given(st.integers(1, 8))
+def test_the_limit_holds(limit: int) -> None:
+    _, counts = simulate(limit, lambda now: 1.0, 0.01, 200)
+    assert max(counts) <= limit
+
+
+def make_model() -> nn.Linear:
+    return nn.Linear(3, 2)
+
+
+def gated(gate: threading.Barrier) -> Callable[[nn.Linear], float]:
+    def work(copy: nn.Linear) -> float:
+        gate.wait(20)
+        loss = copy(torch.ones(3)).sum()
+        torch.autograd.backward(loss)
+        return float(loss.detach())
+
+    return work
+
+
+def test_steps_are_under_way_at_the_same_time_on_what_the_parameters_were() -> None:
+    shared, gate = make_model(), threading.Barrier(4)  # opens when all four have come
+    expected = float(shared(torch.ones(3)).sum().detach())
+    steps: InFlight[nn.Linear, float] = InFlight(shared, make_model, 4)
+    try:
+        for _ in range(4):
+            steps.begin(gated(gate))
+        staleness = []
+        while len(steps):
+            finished = steps.next()
+            assert finished.result == pytest.approx(expected)
+            assert not finished.alone
+            staleness.append(finished.staleness)
+            with torch.no_grad():
+                shared.weight.add_(1.0)  # what others are computing does not see it
+            steps.release(finished, updated=True)
+    finally:
+        steps.close()
+    assert staleness == [0, 1, 2, 3]
+
+
+def test_a_step_that_fails_says_so_and_others_can_end() -> None:
+    shared = make_model()
+    steps: InFlight[nn.Linear, float] = InFlight(shared, make_model, 2)
+
+    def fail(copy: nn.Linear) -> float:
+        raise ZeroDivisionError
+
+    try:
+        steps.begin(fail)
+        with pytest.raises(ZeroDivisionError):
+            steps.next()
+        assert not len(steps)
+    finally:
+        steps.close()
+
+
+def test_a_step_alone_is_known_as_such() -> None:
+    steps: InFlight[nn.Linear, float] = InFlight(make_model(), make_model, 2)
+    try:
+        for _ in range(2):
+            steps.begin(gated(threading.Barrier(1)))
+            finished = steps.next()
+            assert finished.alone
+            assert finished.staleness == 0
+            steps.release(finished, updated=False)
+    finally:
+        steps.close()

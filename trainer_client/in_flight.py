@@ -1,0 +1,164 @@
+"""Several training steps at once over shared parameters, so that a slow link costs staleness and not time.
+
+Ryabinin & Gusev 2020, section 3.3, asynchronous training: every step computes on a copy of the parameters, taken when
+it began, and its gradients are applied to what the parameters are when it ends.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+R = TypeVar("R")
+
+_GAIN = 1.25
+_FIRST_GAIN = 2.0
+_SMALLEST_WINDOW = 4
+_WINDOWS_REMEMBERED = 3
+_PROBE_AFTER = 50.0
+
+
+class EnoughInFlight:
+    """How many steps at once keep the slowest part of the way busy: its rate times the time of a step alone.
+
+    After BBR (Cardwell et al. 2016, ACM Queue 14(5)), with steps for packets: always a few more are tried than the rate
+    so far asks for. How long a step takes when it is alone is measured at first and now and then, since beside others
+    it waits for them, and more of them would seem to be needed, and more.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.count = 1
+        """Steps that should be in flight now."""
+        self._limit = limit
+        self._alone_s: float | None = None
+        self._alone_at = 0.0
+        self._lone_steps = 0
+        self._gain = _FIRST_GAIN
+        self._rates: deque[float] = deque(maxlen=_WINDOWS_REMEMBERED)
+        self._window_began: float | None = None
+        self._done_in_window = 0
+
+    def note(self, seconds: float, ended_at: float, alone: bool) -> None:
+        """A step ended that took so many seconds; `alone`: no other step was in flight meanwhile."""
+        if self.count == 1:
+            if alone:
+                self._note_alone(seconds, ended_at)
+            return
+        if self._window_began is None:
+            self._window_began = ended_at  # the first end after a change is of steps that began before it
+            return
+        self._done_in_window += 1
+        if self._done_in_window >= max(_SMALLEST_WINDOW, self.count):
+            self._end_window(ended_at)
+
+    def _note_alone(self, seconds: float, ended_at: float) -> None:
+        self._lone_steps += 1
+        if self._lone_steps == 1:
+            return  # it opened the connections
+        self._alone_s, self._alone_at = seconds, ended_at
+        if not self._rates:
+            self._rates.append(1 / max(seconds, 1e-9))
+        self._open_window(self._needed())
+
+    def _end_window(self, now: float) -> None:
+        assert self._window_began is not None
+        assert self._alone_s is not None
+        rate = self._done_in_window / max(now - self._window_began, 1e-9)
+        if rate < _GAIN * max(self._rates):
+            self._gain = _GAIN  # doubling has stopped to help
+        self._rates.append(rate)
+        is_probe = now - self._alone_at > _PROBE_AFTER * self._alone_s
+        self._open_window(1 if is_probe else self._needed())
+
+    def _needed(self) -> int:
+        assert self._alone_s is not None
+        return min(self._limit, max(2, math.ceil(self._gain * max(self._rates) * self._alone_s)))
+
+    def _open_window(self, count: int) -> None:
+        self.count = min(count, self._limit)
+        self._window_began, self._done_in_window = None, 0
+
+
+@dataclass(frozen=True)
+class Finished(Generic[M, R]):
+    """A step that is done, and the copy that has its gradients: give it back with `InFlight.release`."""
+
+    copy: M
+    result: R
+    staleness: int
+    """Updates of the shared parameters between the beginning of the step and its end."""
+    seconds: float
+    ended_at: float
+    alone: bool
+
+
+@dataclass(eq=False)
+class _Begun(Generic[M]):
+    copy: M
+    version: int
+    at: float
+    alone: bool
+
+
+class InFlight(Generic[M, R]):
+    """Steps under way, each on a thread of its own. One thread, which alone changes the shared model, uses this."""
+
+    def __init__(
+        self,
+        shared: M,
+        make_copy: Callable[[], M],
+        limit: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`make_copy` gives a model of the form of the shared one; at most `limit` are made."""
+        self._shared = shared
+        self._make_copy = make_copy
+        self._clock = clock
+        self._threads = ThreadPoolExecutor(limit, thread_name_prefix="talkoot-step")
+        self._free: list[M] = []
+        self._begun: dict[Future[R], _Begun[M]] = {}
+        self._version = 0
+
+    def __len__(self) -> int:
+        return len(self._begun)
+
+    def begin(self, work: Callable[[M], R]) -> None:
+        """Starts `work` on a copy of the shared model as it is now."""
+        copy = self._free.pop() if self._free else self._make_copy()
+        _copy_parameters(self._shared, copy)
+        alone = not self._begun
+        for other in self._begun.values():
+            other.alone = False
+        begun = _Begun(copy, self._version, self._clock(), alone)
+        self._begun[self._threads.submit(work, copy)] = begun
+
+    def next(self) -> Finished[M, R]:
+        """Waits for the next step to end, in whatever order. Raises what it raised."""
+        done, _ = wait(self._begun, return_when=FIRST_COMPLETED)
+        future = min(done, key=lambda one: self._begun[one].at)
+        begun = self._begun.pop(future)
+        now = self._clock()
+        return Finished(
+            begun.copy, future.result(), self._version - begun.version, now - begun.at, now, begun.alone
+        )
+
+    def release(self, finished: Finished[M, R], *, updated: bool) -> None:
+        """Takes the copy back; `updated`: the shared parameters were changed by its gradients."""
+        self._version += updated
+        self._free.append(finished.copy)
+
+    def close(self) -> None:
+        """Forgets what is under way: it ends when the calls that it waits for do."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+@torch.no_grad()
+def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    torch._foreach_copy_(list(target.parameters()), list(source.parameters()))
