@@ -74,7 +74,7 @@ def _train(
     dataset = ByteDataset(text, client.manifest.model.context, seed=seed)
     with terminal.stages("looking for experts") as stage:
         client.wait_for_experts(_WAIT_FOR_EXPERTS_S, _once(stage))
-    model = LanguageModel(client.manifest, client.make_mixture)
+    model = LanguageModel(client.manifest, client.mixture)
     stop = threading.Event()
     with _observer(terminal, client, settings.steps) as show, signals.gently(stop):
 

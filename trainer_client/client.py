@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from torch import nn
+import platformdirs
 
 from dht.directory import Directory
 from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from peer.channels import ChannelPool
-from peer.errors import SwarmError, UnreachableError
+from peer.errors import SettingsError, SwarmError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
@@ -52,6 +52,23 @@ class SwarmClient:
             self.close()
             raise
 
+    @classmethod
+    def join(cls, invite: str, *, wait_s: float = 60.0, **settings: Any) -> Self:
+        """Joins and waits until an expert is live, at most `wait_s` seconds.
+
+        Settings are those of `talkoot train`, such as `router`, `top_k`, `grace_s`, and `state`: a folder that one
+        process at a time uses, by default `talkoot/trainer` where programs keep their state. Raises UserError.
+        """
+        values = TrainerSettings.load(**settings)
+        state = values.state or platformdirs.user_state_path("talkoot") / "trainer"
+        client = cls(Invite.parse(invite), values, state)
+        try:
+            client.wait_for_experts(wait_s, lambda text: None, share=1 / client.manifest.experts_total)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
     def __enter__(self) -> Self:
         return self
 
@@ -74,17 +91,26 @@ class SwarmClient:
         assert self._swarm is not None
         return int.from_bytes(self._swarm.host.peer_id.to_bytes()[-8:], "big") >> 1
 
-    def make_mixture(self, layer: int, choose_by: Literal["token", "sequence"] = "token") -> nn.Module:
-        """The mixture of the swarm's experts in one layer of the model."""
+    def mixture(
+        self,
+        layer: int,
+        choose_by: Literal["token", "sequence"] = "token",
+        gradient_scale: Callable[[], float] | None = None,
+    ) -> RemoteMixtureOfExperts:
+        """The mixture of the swarm's experts in one layer of the model, from 0. Raises SettingsError."""
+        model = self.manifest.model
+        if not 0 <= layer < model.layers:
+            raise SettingsError(f"layer {layer}: this swarm has layers 0 to {model.layers - 1}")
         return RemoteMixtureOfExperts(
             layer,
-            self.manifest.model.hidden,
+            model.hidden,
             self.manifest.experts.grid,
             self._k,
             self.dispatcher,
             self._loop.run,
             choose_by,
             self._routing(),
+            gradient_scale,
         )
 
     def _routing(self) -> Routing:

@@ -83,6 +83,10 @@ class Dispatcher:
         Row r is position `r % sequence_length` of sequence `r // sequence_length`. `keep`: a
         backward call is meant to follow. Never raises for experts that fail.
         """
+        context = self._reach.directory.view.manifest.model.context
+        assert sequence_length <= context, (
+            f"{sequence_length} rows in a sequence; this swarm's context is {context}"
+        )
         rows = RoutedRows(layer, inputs, scores, k, sequence_length, keep, first)
         run = ForwardFanOut(self._reach, rows)
         await run.until_enough()

@@ -52,6 +52,7 @@ def mixtures(
     swarm: FakeSwarm,
     name: RouterName,
     choose_by: Literal["token", "sequence"] = "token",
+    gradient_scale: Callable[[], float] | None = None,
     **routing: Any,
 ) -> Iterator[Callable[[int], RemoteMixtureOfExperts]]:
     """Makes the layers of a trainer that calls this swarm in virtual time."""
@@ -69,5 +70,6 @@ def mixtures(
             runner.run,
             choose_by,
             Routing(name, **routing),
+            gradient_scale,
         )
         runner.run(dispatcher.close())
