@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dht.beam import Selection
-from dht.directory import PrefixTables
 from dht.uid import UID
 from trainer_client.gate import Gate
 from trainer_client.moe import RemoteMixtureOfExperts
@@ -74,7 +73,7 @@ def outputs_of(
     swarm: FakeSwarm, x_RD: Tensor, length: int, answering: list[list[UID]], first: list[list[UID]]
 ) -> dict[tuple[int, UID], Tensor]:
     """Rows that come to an expert later, because another failed, are a segment of their own."""
-    outputs = {}
+    outputs: dict[tuple[int, UID], Tensor] = {}
     for uid in swarm.manifest.uids():
         for rows in (
             [row for row, uids in enumerate(answering) if uid in uids and uid in first[row]],
