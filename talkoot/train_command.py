@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import platformdirs
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -14,8 +14,10 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from dht.invite import Invite
+from dht.manifest import Manifest
 from peer.errors import SettingsError
 from talkoot.console import Terminal, quiet_hivemind, to_json, write_json
+from talkoot.local import LocalSwarm
 from talkoot.signals import StopSignals
 from trainer_client.client import SwarmClient
 from trainer_client.data import ByteDataset, load_text
@@ -25,6 +27,8 @@ from trainer_client.training import Progress, Summary, train
 
 logger = logging.getLogger(__name__)
 
+Client: TypeAlias = SwarmClient | LocalSwarm
+
 _WAIT_FOR_EXPERTS_S = 60.0
 _LINE_EVERY_STEPS = 10
 
@@ -33,6 +37,7 @@ def run_train(
     terminal: Terminal,
     signals: StopSignals,
     join: str | None,
+    local: Path | None,
     data: Path | None,
     config: Path | None,
     flags: Mapping[str, Any],
@@ -41,16 +46,23 @@ def run_train(
     """Raises UserError when it can't train, and Stopped after a signal; a run that was stopped has its summary too."""
     quiet_hivemind()
     settings = TrainerSettings.load(config, **flags)
-    if join is None:
-        raise SettingsError("pass --join INVITE: the line that the founder's node printed")
-    invite = Invite.parse(join)
+    if (join is None) == (local is None):
+        raise SettingsError(
+            "pass --join INVITE, the line that the founder's node printed, or --local SWARM.TOML, not both"
+        )
+    invite = None if join is None else Invite.parse(join)
     text = load_text(data)
     if json_file is not None:
         # better known now than after the training
         write_json(json_file, "")
-    state = settings.state or platformdirs.user_state_path("talkoot") / "trainer"
-    with terminal.stages("making ready") as stage:
-        client = SwarmClient(invite, settings, state, stage=stage)
+    client: Client
+    if invite is None:
+        assert local is not None
+        client = LocalSwarm(Manifest.from_toml(local), settings)
+    else:
+        state = settings.state or platformdirs.user_state_path("talkoot") / "trainer"
+        with terminal.stages("making ready") as stage:
+            client = SwarmClient(invite, settings, state, stage=stage)
     try:
         summary = _train(terminal, signals, client, text, settings)
         values = asdict(summary) | _dispatched(client) | {"stopped": signals.received is not None}
@@ -68,7 +80,7 @@ def run_train(
 
 
 def _train(
-    terminal: Terminal, signals: StopSignals, client: SwarmClient, text: bytes, settings: TrainerSettings
+    terminal: Terminal, signals: StopSignals, client: Client, text: bytes, settings: TrainerSettings
 ) -> Summary:
     seed = client.own_seed if settings.seed is None else settings.seed
     dataset = ByteDataset(text, client.manifest.model.context, seed=seed)
@@ -85,7 +97,7 @@ def _train(
         return train(model, dataset, settings, observe=observe, stop=stop)
 
 
-def _pause_without_experts(client: SwarmClient, stop: threading.Event) -> None:
+def _pause_without_experts(client: Client, stop: threading.Event) -> None:
     """Without experts only the dense part would learn. Raises SwarmError when none comes back in time."""
     if client.dispatcher.live_experts() or stop.is_set():
         return
@@ -107,7 +119,7 @@ def _once(stage: Callable[[str], None]) -> Callable[[str], None]:
 
 
 @contextmanager
-def _observer(terminal: Terminal, client: SwarmClient, steps: int) -> Iterator[Callable[[Progress], None]]:
+def _observer(terminal: Terminal, client: Client, steps: int) -> Iterator[Callable[[Progress], None]]:
     """Gives the function that shows each step: a bar when somebody watches, else JSON or log lines."""
     if terminal.json:
         yield lambda progress: terminal.event("step", asdict(progress) | _swarm_now(client))
@@ -121,12 +133,12 @@ def _observer(terminal: Terminal, client: SwarmClient, steps: int) -> Iterator[C
         yield lambda progress: bar.update(task, completed=progress.step, description=_words(progress, client))
 
 
-def _log_step(progress: Progress, client: SwarmClient) -> None:
+def _log_step(progress: Progress, client: Client) -> None:
     if progress.step % _LINE_EVERY_STEPS == 0 or progress.step in {1, progress.steps}:
         logger.info("step %d of %d: %s", progress.step, progress.steps, _words(progress, client))
 
 
-def _words(progress: Progress, client: SwarmClient) -> str:
+def _words(progress: Progress, client: Client) -> str:
     now = _swarm_now(client)
     failures = (
         ", ".join(f"{count} {cause}" for cause, count in sorted(now["failures"].items())) or "no failures"
@@ -140,7 +152,7 @@ def _words(progress: Progress, client: SwarmClient) -> str:
     )
 
 
-def _swarm_now(client: SwarmClient) -> dict[str, Any]:
+def _swarm_now(client: Client) -> dict[str, Any]:
     return {
         "experts_live": client.dispatcher.live_experts(),
         "experts_total": client.manifest.experts_total,
@@ -148,7 +160,7 @@ def _swarm_now(client: SwarmClient) -> dict[str, Any]:
     }
 
 
-def _dispatched(client: SwarmClient) -> dict[str, Any]:
+def _dispatched(client: Client) -> dict[str, Any]:
     stats = client.dispatcher.stats
     return _swarm_now(client) | {
         "calls": stats.calls,

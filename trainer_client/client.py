@@ -16,15 +16,15 @@ from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from peer.channels import ChannelPool
-from peer.errors import SettingsError, SwarmError, UnreachableError
+from peer.errors import SwarmError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
 from trainer_client.calls import GrpcCaller
 from trainer_client.dispatch import Dispatcher
 from trainer_client.forward_pass import WaitPolicy
+from trainer_client.mixtures import Mixtures
 from trainer_client.moe import RemoteMixtureOfExperts
-from trainer_client.routers import Routing, experts_for_each_row
 from trainer_client.settings import TrainerSettings
 
 _LOOK_AGAIN_S = 0.5
@@ -39,7 +39,6 @@ class SwarmClient:
         self, invite: Invite, settings: TrainerSettings, state: Path, *, stage: Stage = lambda text: None
     ) -> None:
         """`stage` is told what happens while joining. Raises UserError when joining fails."""
-        self._settings = settings
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._swarm: Swarm | None = None
@@ -47,7 +46,7 @@ class SwarmClient:
         self._tasks: list[asyncio.Task[None]] = []
         try:
             self._loop.run(self._start(invite, settings, stage))
-            self._k = experts_for_each_row(settings.router, settings.top_k, self.manifest)
+            self._mixtures = Mixtures(self.manifest, settings, self.own_seed, self.dispatcher, self._loop.run)
         except BaseException:
             self.close()
             raise
@@ -98,30 +97,7 @@ class SwarmClient:
         gradient_scale: Callable[[], float] | None = None,
     ) -> RemoteMixtureOfExperts:
         """The mixture of the swarm's experts in one layer of the model, from 0. Raises SettingsError."""
-        model = self.manifest.model
-        if not 0 <= layer < model.layers:
-            raise SettingsError(f"layer {layer}: this swarm has layers 0 to {model.layers - 1}")
-        return RemoteMixtureOfExperts(
-            layer,
-            model.hidden,
-            self.manifest.experts.grid,
-            self._k,
-            self.dispatcher,
-            self._loop.run,
-            choose_by,
-            self._routing(),
-            gradient_scale,
-        )
-
-    def _routing(self) -> Routing:
-        settings = self._settings
-        return Routing(
-            settings.router,
-            settings.balance_weight,
-            settings.expert_dropout,
-            settings.gate_scale,
-            self.own_seed if settings.seed is None else settings.seed,
-        )
+        return self._mixtures.make(layer, choose_by, gradient_scale)
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
         """Waits until `share` of all experts are live, at most `limit_s` seconds; then one live expert is enough.
