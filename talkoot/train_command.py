@@ -164,9 +164,14 @@ def _dispatched(client: Client) -> dict[str, Any]:
     stats = client.dispatcher.stats
     return _swarm_now(client) | {
         "calls": stats.calls,
+        "hedged_calls": stats.hedged_calls,
+        "hedges_won": stats.hedges_won,
         "reselected_rows": stats.reselected_rows,
         "unanswered_rows": stats.unanswered_rows,
         "late_backward": stats.late_backward,
+        "spot_checks": stats.spot_checks,
+        "differing_answers": stats.differing_answers,
+        "odd_answers": stats.odd_answers,
         "skipped_updates": stats.skipped_updates,
         "rollbacks": stats.rollbacks,
     }

@@ -22,10 +22,10 @@ from peer.loop import LoopThread
 from peer.processes import StateFolder
 from trainer_client.calls import GrpcCaller
 from trainer_client.dispatch import Dispatcher
-from trainer_client.forward_pass import WaitPolicy
 from trainer_client.mixtures import Mixtures
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.settings import TrainerSettings
+from trainer_client.waiting import WaitPolicy
 
 _LOOK_AGAIN_S = 0.5
 _CHECK_EVERY_S = 10.0
@@ -139,9 +139,20 @@ class SwarmClient:
             asyncio.create_task(self._swarm.membership.keep(_CHECK_EVERY_S)),
         ]
         caller = GrpcCaller(self._channels, invite.keys.swarm_id, self._swarm.manifest.model.hidden)
-        policy = WaitPolicy(settings.call_deadline_s, settings.grace_s, settings.k_min)
-        seed = random.SystemRandom().getrandbits(32)
-        self.dispatcher = Dispatcher(self._directory, caller, policy, seed=seed)
+        policy = WaitPolicy(
+            settings.call_deadline_s,
+            settings.grace_s,
+            settings.k_min,
+            settings.least_deadline_s,
+            settings.most_hedged,
+        )
+        self.dispatcher = Dispatcher(
+            self._directory,
+            caller,
+            policy,
+            spot_checks=settings.spot_checks,
+            seed=random.SystemRandom().getrandbits(32),
+        )
 
     async def _look_again(self) -> None:
         await asyncio.sleep(_LOOK_AGAIN_S)

@@ -13,10 +13,10 @@ from expert_server.expert import BackwardPart, Expert
 from peer.codec import Floats
 from trainer_client.calls import Direction, Request
 from trainer_client.dispatch import Dispatcher
-from trainer_client.forward_pass import WaitPolicy
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS, Routing
 from trainer_client.settings import RouterName
+from trainer_client.waiting import WaitPolicy
 
 every_router = pytest.mark.parametrize("name", get_args(RouterName))
 
