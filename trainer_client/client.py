@@ -20,7 +20,7 @@ from peer.errors import SwarmError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
-from trainer_client.calls import GrpcCaller
+from trainer_client.calls import ExpertCaller, GrpcCaller
 from trainer_client.dispatch import Dispatcher
 from trainer_client.mixtures import Mixtures
 from trainer_client.moe import RemoteMixtureOfExperts
@@ -36,16 +36,24 @@ class SwarmClient:
     """Joins a swarm as trainer. A context manager: leaving it stops everything it started."""
 
     def __init__(
-        self, invite: Invite, settings: TrainerSettings, state: Path, *, stage: Stage = lambda text: None
+        self,
+        invite: Invite,
+        settings: TrainerSettings,
+        state: Path,
+        *,
+        stage: Stage = lambda text: None,
+        through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
     ) -> None:
-        """`stage` is told what happens while joining. Raises UserError when joining fails."""
+        """`stage` is told what happens while joining. `through` may put something between dispatch and the network,
+        such as faults. Raises UserError when joining fails.
+        """
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._swarm: Swarm | None = None
         self._channels = ChannelPool()
         self._tasks: list[asyncio.Task[None]] = []
         try:
-            self._loop.run(self._start(invite, settings, stage))
+            self._loop.run(self._start(invite, settings, stage, through))
             self._mixtures = Mixtures(self.manifest, settings, self.own_seed, self.dispatcher, self._loop.run)
         except BaseException:
             self.close()
@@ -124,7 +132,13 @@ class SwarmClient:
         self._loop.close()
         self._folder.close()
 
-    async def _start(self, invite: Invite, settings: TrainerSettings, stage: Stage) -> None:
+    async def _start(
+        self,
+        invite: Invite,
+        settings: TrainerSettings,
+        stage: Stage,
+        through: Callable[[ExpertCaller], ExpertCaller],
+    ) -> None:
         identity = Identity.load_or_create(self._folder.path / "identity.key")
         self._swarm = await join_swarm(
             identity, invite, listen="127.0.0.1", serves_dht=False, state=self._folder.path, stage=stage
@@ -148,7 +162,7 @@ class SwarmClient:
         )
         self.dispatcher = Dispatcher(
             self._directory,
-            caller,
+            through(caller),
             policy,
             spot_checks=settings.spot_checks,
             seed=random.SystemRandom().getrandbits(32),

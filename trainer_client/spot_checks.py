@@ -22,8 +22,10 @@ from trainer_client.shares import Share
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 0.5
-"""Of the difference between two answers, against what the larger of them adds to its input."""
+TOLERANCE = 0.75
+"""Of the difference between two answers, against what the larger of them adds to its input. Honest replicas that had
+taken 25, 100 and 200 updates apart and never averaged differed by up to 0.45, 0.58 and 0.56.
+"""
 
 _MOST_AT_ONCE = 4
 _LEAST_ADDED = 1e-6
