@@ -139,7 +139,7 @@ def run_talkoot(case: str, seconds: float) -> dict[str, float]:
         SwarmClient(node.invite, TrainerSettings(call_deadline_s=60.0), node.folder / "trainer") as client,
     ):
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
-        mixture = client.make_mixture(0, choose_by="sequence")
+        mixture = client.mixture(0, choose_by="sequence")
         result = measure(make_step(mixture, SHAPES[case]), SHAPES[case][0], seconds)
         failures = dict(client.dispatcher.stats.failures)
     if failures:

@@ -74,7 +74,7 @@ def train(invite: str, state: Path, seconds: float) -> None:
     torch.set_num_threads(1)
     with SwarmClient(Invite.parse(invite), TrainerSettings(call_deadline_s=60.0), state) as client:
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
-        mixture = client.make_mixture(0)
+        mixture = client.mixture(0)
 
         def step() -> None:
             x_BTD = torch.randn(BATCH, 1, HIDDEN, requires_grad=True)

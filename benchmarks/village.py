@@ -1,4 +1,4 @@
-"""A swarm of one node for the benchmarks: started with the command, stopped when the block ends."""
+"""A swarm for the benchmarks: nodes are started with the command, and stopped when the block ends."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,27 +33,56 @@ class RunningNode:
 @contextmanager
 def running_node(manifest: str, experts: int) -> Iterator[RunningNode]:
     """Founds a swarm with this manifest (TOML). Its experts may be of hivemind's kinds. Raises SystemExit."""
+    with running_village(manifest, 1, experts) as node:
+        yield node
+
+
+@contextmanager
+def running_village(
+    manifest: str, nodes: int, experts_each: int, options: Sequence[str] = ()
+) -> Iterator[RunningNode]:
+    """As `running_node`, with more nodes that join the first. Gives that one."""
     folder = Path(tempfile.mkdtemp(prefix="talkoot-benchmark-"))
     package = make_package()
     (folder / "swarm.toml").write_text(manifest)
-    command = [sys.executable, "-m", "talkoot.cli", "node", "--new", str(folder / "swarm.toml")]
-    command += ["--host", "127.0.0.1", "--experts", str(experts), "--state", str(folder / "node")]
-    began = time.monotonic()
-    node = subprocess.Popen(
-        die_with_parent([*command, "--invite-file", str(folder / "invite")]),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(package)])},
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "node.log").open("wb"),
-    )
+    options = [*options, "--experts", str(experts_each)]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        while not (folder / "invite").exists():
-            if node.poll() is not None or time.monotonic() - began > START_LIMIT_S:
-                raise SystemExit(f"the node did not start:\n{(folder / 'node.log').read_text()}")
-            time.sleep(0.02)
-        invite = Invite.parse((folder / "invite").read_text())
-        yield RunningNode(invite, folder, node.pid, time.monotonic() - began)
+        began = time.monotonic()
+        processes.append(_start(folder, package, 0, ["--new", str(folder / "swarm.toml"), *options]))
+        invite = _invite(folder, 0, processes[0])
+        start_s = time.monotonic() - began
+        for number in range(1, nodes):
+            processes.append(_start(folder, package, number, ["--join", str(invite), *options]))
+        for number in range(1, nodes):
+            _invite(folder, number, processes[number])
+        yield RunningNode(invite, folder, processes[0].pid, start_s)
     finally:
-        node.terminate()
-        node.wait()
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
         shutil.rmtree(folder)
         shutil.rmtree(package)
+
+
+def _start(folder: Path, package: Path, number: int, options: Sequence[str]) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "talkoot.cli", "node", "--host", "127.0.0.1", *options]
+    command += ["--state", str(folder / f"node-{number}"), "--invite-file", str(folder / f"invite-{number}")]
+    with (folder / f"node-{number}.log").open("wb") as log:
+        return subprocess.Popen(
+            die_with_parent(command),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(package)])},
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
+
+
+def _invite(folder: Path, number: int, node: "subprocess.Popen[bytes]") -> Invite:
+    """By way of this node, which writes it once it serves."""
+    file, began = folder / f"invite-{number}", time.monotonic()
+    while not file.exists():
+        if node.poll() is not None or time.monotonic() - began > START_LIMIT_S:
+            raise SystemExit(f"a node did not start:\n{(folder / f'node-{number}.log').read_text()}")
+        time.sleep(0.02)
+    return Invite.parse(file.read_text())

@@ -204,6 +204,12 @@ def node(
 def train(
     *,
     join: Join = None,
+    local: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SWARM.TOML", help="Train this manifest's model in this process alone, without a swarm."
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -336,7 +342,7 @@ def train(
     with command(log_format) as (terminal, signals):
         from talkoot.train_command import run_train
 
-        run_train(terminal, signals, join, config, flags, resume=resume, json_file=json_file)
+        run_train(terminal, signals, join, local, config, flags, resume=resume, json_file=json_file)
 
 
 @app.command()

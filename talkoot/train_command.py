@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import platformdirs
 
 from dht.invite import Invite
+from dht.manifest import Manifest
 from peer.errors import SettingsError
 from talkoot.console import Terminal, quiet_hivemind, to_json, write_json
+from talkoot.local import LocalSwarm
 from talkoot.signals import StopSignals
 from talkoot.train_display import progress_shown, summary_table
 from talkoot.train_logs import check_plot, logs_written, plot_losses
@@ -26,6 +28,8 @@ from trainer_client.training import Training
 
 logger = logging.getLogger(__name__)
 
+Client: TypeAlias = SwarmClient | LocalSwarm
+
 _ALL_EXPERTS_WITHIN_S = 60.0
 """Longest that training waits for the rest once an expert is live."""
 
@@ -34,6 +38,7 @@ def run_train(
     terminal: Terminal,
     signals: StopSignals,
     join: str | None,
+    local: Path | None,
     config: Path | None,
     flags: Mapping[str, Any],
     *,
@@ -43,22 +48,33 @@ def run_train(
     """Raises UserError when it can't train, and Stopped after a signal; a run that was stopped has its summary too."""
     quiet_hivemind()
     settings = TrainerSettings.load(config, **flags)
-    if join is None:
-        raise SettingsError("pass --join INVITE: the line that the founder's node printed")
-    invite = Invite.parse(join)
+    if (join is None) == (local is None):
+        raise SettingsError(
+            "pass --join INVITE, the line that the founder's node printed, or --local SWARM.TOML, not both"
+        )
+    if local is not None and (resume or settings.checkpoint is not None):
+        raise SettingsError("--local saves nothing: its experts are in this process alone")
     if json_file is not None:
         # better known now than after the training
         write_json(json_file, "")
     if settings.plot is not None:
         check_plot(settings.plot)
     state = trainer_state(settings)
+    client: Client
     with terminal.stages("making ready") as stage:
-        start = start_run(settings, resume, invite.keys.swarm_id, state, stage)
-        client = SwarmClient(invite, start.settings, state, stage=stage)
+        if join is not None:
+            invite = Invite.parse(join)
+            start = start_run(settings, resume, invite.keys.swarm_id, state, stage)
+            client = SwarmClient(invite, start.settings, state, stage=stage)
+        else:
+            assert local is not None
+            manifest = Manifest.from_toml(local)
+            start = start_run(settings, False, manifest.name, state, stage)
+            client = LocalSwarm(manifest, settings)
     try:
         run = _Run(terminal, signals, client, start)
         values = asdict(run.train()) | _dispatched(client)
-        values |= {"checkpoint": str(run.saver.folder), "stopped": signals.received is not None}
+        values |= {"checkpoint": run.saver and str(run.saver.folder), "stopped": signals.received is not None}
     finally:
         signals.ignore()
         client.close()
@@ -80,7 +96,7 @@ def trainer_state(settings: TrainerSettings) -> Path:
 class _Run:
     """A run in a swarm that was joined."""
 
-    def __init__(self, terminal: Terminal, signals: StopSignals, client: SwarmClient, start: Start) -> None:
+    def __init__(self, terminal: Terminal, signals: StopSignals, client: Client, start: Start) -> None:
         """Waits for experts. Raises UserError."""
         self._terminal = terminal
         self._signals = signals
@@ -98,10 +114,11 @@ class _Run:
             say = _once(stage)
             client.wait_for_experts(settings.wait_for_experts_s, say, share=1 / manifest.experts_total)
             client.wait_for_experts(min(_ALL_EXPERTS_WITHIN_S, settings.wait_for_experts_s), say)
-        make_model = partial(LanguageModel, manifest, client.make_mixture, len(token_bytes))
+        make_model = partial(LanguageModel, manifest, client.mixture, len(token_bytes))
         self._training = Training(make_model(), dataset, settings, make_model)
         start.restore(self._training)
-        self.saver = Saver(start, self._training, manifest, seed)
+        self.saver = None if isinstance(client, LocalSwarm) else Saver(start, self._training, manifest, seed)
+        """None in local mode: without its experts a dense part is of no use."""
 
     def train(self) -> Summary:
         """However it ends, its last whole step is saved."""
@@ -117,14 +134,16 @@ class _Run:
                     values = asdict(progress) | _swarm_now(self._client)
                     for write in (show, *writers):
                         write(values)
-                    self.saver.save_if_due()
+                    if self.saver is not None:
+                        self.saver.save_if_due()
                     self._pause_without_experts()
 
                 return self._training.run(observe, self._stop)
         finally:
             self._signals.ignore()
-            self.saver.save()
-            if self.saver.saved_step:
+            if self.saver is not None:
+                self.saver.save()
+            if self.saver is not None and self.saver.saved_step:
                 logger.info("checkpoint of step %d in %s", self.saver.saved_step, self.saver.folder)
             if settings.plot is not None:
                 plot_losses(self._training.history, settings.plot)
@@ -151,7 +170,7 @@ def _once(stage: Callable[[str], None]) -> Callable[[str], None]:
     return say
 
 
-def _swarm_now(client: SwarmClient) -> dict[str, Any]:
+def _swarm_now(client: Client) -> dict[str, Any]:
     return {
         "experts_live": client.dispatcher.live_experts(),
         "experts_total": client.manifest.experts_total,
@@ -159,13 +178,18 @@ def _swarm_now(client: SwarmClient) -> dict[str, Any]:
     }
 
 
-def _dispatched(client: SwarmClient) -> dict[str, Any]:
+def _dispatched(client: Client) -> dict[str, Any]:
     stats = client.dispatcher.stats
     return _swarm_now(client) | {
         "calls": stats.calls,
+        "hedged_calls": stats.hedged_calls,
+        "hedges_won": stats.hedges_won,
         "reselected_rows": stats.reselected_rows,
         "unanswered_rows": stats.unanswered_rows,
         "late_backward": stats.late_backward,
+        "spot_checks": stats.spot_checks,
+        "differing_answers": stats.differing_answers,
+        "odd_answers": stats.odd_answers,
         "skipped_updates": stats.skipped_updates,
         "rollbacks": stats.rollbacks,
     }

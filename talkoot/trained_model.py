@@ -81,7 +81,7 @@ def trained_model(
             with terminal.stages("looking for experts") as stage:
                 share = 1 / client.manifest.experts_total
                 client.wait_for_experts(settings.wait_for_experts_s, stage, share=share)
-            model = LanguageModel(client.manifest, client.make_mixture, len(tokenizer.token_bytes))
+            model = LanguageModel(client.manifest, client.mixture, len(tokenizer.token_bytes))
             try:
                 model.load_state_dict(checkpoint.model_tensors())
             except RuntimeError as error:

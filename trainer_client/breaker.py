@@ -12,6 +12,7 @@ class _Breaker:
     """In a row."""
     failed_until: float = 0.0
     busy_until: float = 0.0
+    distrusted_until: float = 0.0
 
 
 class CircuitBreakers:
@@ -42,13 +43,21 @@ class CircuitBreakers:
         breaker = self._breaker(peer_id)
         breaker.busy_until = max(breaker.busy_until, now + min(retry_after_s, self._longest_s))
 
+    def distrust(self, peer_id: PeerID, now: float) -> None:
+        """The peer answered wrongly: it is avoided for the longest time, whatever else it does well."""
+        self._breaker(peer_id).distrusted_until = now + self._longest_s
+
     def succeeded(self, peer_id: PeerID) -> None:
-        self._breakers.pop(peer_id, None)
+        breaker = self._breakers.pop(peer_id, None)
+        if breaker is not None and breaker.distrusted_until:
+            self._breakers[peer_id] = _Breaker(distrusted_until=breaker.distrusted_until)
 
     def open_at(self, now: float) -> frozenset[PeerID]:
         """The peers to avoid now."""
         return frozenset(
-            peer_id for peer_id, b in self._breakers.items() if now < max(b.failed_until, b.busy_until)
+            peer_id
+            for peer_id, b in self._breakers.items()
+            if now < max(b.failed_until, b.busy_until, b.distrusted_until)
         )
 
     def _breaker(self, peer_id: PeerID) -> _Breaker:

@@ -68,6 +68,8 @@ class Answer:
     """Which of the requests this answers."""
     tensor: Floats | None
     error: ExpertError | None = None
+    update_count: int = 0
+    """Optimizer steps the replica has taken."""
     kept: KeptAt | None = None
     """In forward: set when the node has kept what it was sent."""
     skipped_update: bool = False
@@ -251,6 +253,7 @@ class _Replies:
         return Answer(
             expert.index,
             decode(data, self._width, expert_pb2.CODEC_FP32),
+            update_count=expert.update_count,
             kept=kept,
             skipped_update=expert.skipped_update,
             rolled_back=expert.rolled_back,

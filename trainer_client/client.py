@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from torch import nn
+import platformdirs
 
 from dht.directory import Directory
 from dht.invite import Invite
@@ -20,12 +20,12 @@ from peer.errors import SwarmError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
-from trainer_client.calls import GrpcCaller
+from trainer_client.calls import ExpertCaller, GrpcCaller
 from trainer_client.dispatch import Dispatcher
-from trainer_client.forward_pass import WaitPolicy
+from trainer_client.mixtures import Mixtures
 from trainer_client.moe import RemoteMixtureOfExperts
-from trainer_client.routers import Routing, experts_for_each_row
 from trainer_client.settings import TrainerSettings
+from trainer_client.waiting import WaitPolicy
 
 _LOOK_AGAIN_S = 0.5
 _CHECK_EVERY_S = 10.0
@@ -36,21 +36,45 @@ class SwarmClient:
     """Joins a swarm as trainer. A context manager: leaving it stops everything it started."""
 
     def __init__(
-        self, invite: Invite, settings: TrainerSettings, state: Path, *, stage: Stage = lambda text: None
+        self,
+        invite: Invite,
+        settings: TrainerSettings,
+        state: Path,
+        *,
+        stage: Stage = lambda text: None,
+        through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
     ) -> None:
-        """`stage` is told what happens while joining. Raises UserError when joining fails."""
-        self._settings = settings
+        """`stage` is told what happens while joining. `through` may put something between dispatch and the network,
+        such as faults. Raises UserError when joining fails.
+        """
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._swarm: Swarm | None = None
         self._channels = ChannelPool()
         self._tasks: list[asyncio.Task[None]] = []
         try:
-            self._loop.run(self._start(invite, settings, stage))
-            self._k = experts_for_each_row(settings.router, settings.top_k, self.manifest)
+            self._loop.run(self._start(invite, settings, stage, through))
+            self._mixtures = Mixtures(self.manifest, settings, self.own_seed, self.dispatcher, self._loop.run)
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def join(cls, invite: str, *, wait_s: float = 60.0, **settings: Any) -> Self:
+        """Joins and waits until an expert is live, at most `wait_s` seconds.
+
+        Settings are those of `talkoot train`, such as `router`, `top_k`, `grace_s`, and `state`: a folder that one
+        process at a time uses, by default `talkoot/trainer` where programs keep their state. Raises UserError.
+        """
+        values = TrainerSettings.load(**settings)
+        state = values.state or platformdirs.user_state_path("talkoot") / "trainer"
+        client = cls(Invite.parse(invite), values, state)
+        try:
+            client.wait_for_experts(wait_s, lambda text: None, share=1 / client.manifest.experts_total)
+        except BaseException:
+            client.close()
+            raise
+        return client
 
     def __enter__(self) -> Self:
         return self
@@ -74,28 +98,14 @@ class SwarmClient:
         assert self._swarm is not None
         return int.from_bytes(self._swarm.host.peer_id.to_bytes()[-8:], "big") >> 1
 
-    def make_mixture(self, layer: int, choose_by: Literal["token", "sequence"] = "token") -> nn.Module:
-        """The mixture of the swarm's experts in one layer of the model."""
-        return RemoteMixtureOfExperts(
-            layer,
-            self.manifest.model.hidden,
-            self.manifest.experts.grid,
-            self._k,
-            self.dispatcher,
-            self._loop.run,
-            choose_by,
-            self._routing(),
-        )
-
-    def _routing(self) -> Routing:
-        settings = self._settings
-        return Routing(
-            settings.router,
-            settings.balance_weight,
-            settings.expert_dropout,
-            settings.gate_scale,
-            self.own_seed if settings.seed is None else settings.seed,
-        )
+    def mixture(
+        self,
+        layer: int,
+        choose_by: Literal["token", "sequence"] = "token",
+        gradient_scale: Callable[[], float] | None = None,
+    ) -> RemoteMixtureOfExperts:
+        """The mixture of the swarm's experts in one layer of the model, from 0. Raises SettingsError."""
+        return self._mixtures.make(layer, choose_by, gradient_scale)
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
         """Waits until `share` of all experts are live, at most `limit_s` seconds; then one live expert is enough.
@@ -122,7 +132,13 @@ class SwarmClient:
         self._loop.close()
         self._folder.close()
 
-    async def _start(self, invite: Invite, settings: TrainerSettings, stage: Stage) -> None:
+    async def _start(
+        self,
+        invite: Invite,
+        settings: TrainerSettings,
+        stage: Stage,
+        through: Callable[[ExpertCaller], ExpertCaller],
+    ) -> None:
         identity = Identity.load_or_create(self._folder.path / "identity.key")
         self._swarm = await join_swarm(
             identity, invite, listen="127.0.0.1", serves_dht=False, state=self._folder.path, stage=stage
@@ -137,9 +153,20 @@ class SwarmClient:
             asyncio.create_task(self._swarm.membership.keep(_CHECK_EVERY_S)),
         ]
         caller = GrpcCaller(self._channels, invite.keys.swarm_id, self._swarm.manifest.model.hidden)
-        policy = WaitPolicy(settings.call_deadline_s, settings.grace_s, settings.k_min)
-        seed = random.SystemRandom().getrandbits(32)
-        self.dispatcher = Dispatcher(self._directory, caller, policy, seed=seed)
+        policy = WaitPolicy(
+            settings.call_deadline_s,
+            settings.grace_s,
+            settings.k_min,
+            settings.least_deadline_s,
+            settings.most_hedged,
+        )
+        self.dispatcher = Dispatcher(
+            self._directory,
+            through(caller),
+            policy,
+            spot_checks=settings.spot_checks,
+            seed=random.SystemRandom().getrandbits(32),
+        )
 
     async def _look_again(self) -> None:
         await asyncio.sleep(_LOOK_AGAIN_S)

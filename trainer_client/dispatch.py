@@ -23,7 +23,6 @@ from trainer_client.forward_pass import (
     ForwardPass,
     Reach,
     RoutedRows,
-    WaitPolicy,
 )
 from trainer_client.outgoing import (
     DispatchStats,
@@ -32,6 +31,8 @@ from trainer_client.outgoing import (
     Outgoing,
     next_outcomes,
 )
+from trainer_client.spot_checks import SpotChecks
+from trainer_client.waiting import WaitPolicy
 
 
 class Dispatcher:
@@ -44,12 +45,17 @@ class Dispatcher:
         policy: WaitPolicy,
         *,
         breakers: CircuitBreakers | None = None,
+        spot_checks: float = 0.0,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`spot_checks`: part of the answers that are compared with another replica's. All that is left to chance
+        follows from `seed`.
+        """
         self._outgoing = Outgoing(caller, breakers or CircuitBreakers(), clock)
         rng = random.Random(seed)  # noqa: S311  # spreads load, keeps no secret
-        self._reach = Reach(directory, self._outgoing, policy, rng)
+        self._checks = SpotChecks(self._outgoing, spot_checks, random.Random(seed))  # noqa: S311
+        self._reach = Reach(directory, self._outgoing, policy, rng, self._checks)
 
     @property
     def stats(self) -> DispatchStats:
@@ -65,6 +71,7 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Ends the calls that are still under way; whoever waits for one goes on as if it had failed."""
+        await self._checks.close()
         await self._outgoing.close()
 
     async def forward(
@@ -83,6 +90,10 @@ class Dispatcher:
         Row r is position `r % sequence_length` of sequence `r // sequence_length`. `keep`: a
         backward call is meant to follow. Never raises for experts that fail.
         """
+        context = self._reach.directory.view.manifest.model.context
+        assert sequence_length <= context, (
+            f"{sequence_length} rows in a sequence; this swarm's context is {context}"
+        )
         rows = RoutedRows(layer, inputs, scores, k, sequence_length, keep, first)
         run = ForwardFanOut(self._reach, rows)
         await run.until_enough()
@@ -95,10 +106,11 @@ class Dispatcher:
 
         An expert that does not answer within the deadline contributes nothing.
         """
-        ends = self._outgoing.now() + self._reach.policy.call_deadline_s
+        deadline_s = self._reach.deadline_s("backward")
+        ends = self._outgoing.now() + deadline_s
         total = np.zeros_like(forward.inputs)
         outcomes: Outcomes = asyncio.Queue()
-        waiting = self._start_backward(forward, gradients, outcomes)
+        waiting = self._start_backward(forward, gradients, deadline_s, outcomes)
         answered = 0
         while any(waiting.values()) and (left := ends - self._outgoing.now()) > 0:
             for outcome in await next_outcomes(outcomes, left):
@@ -113,7 +125,7 @@ class Dispatcher:
         return total
 
     def _start_backward(
-        self, forward: ForwardPass, gradients: Floats, outcomes: Outcomes
+        self, forward: ForwardPass, gradients: Floats, deadline_s: float, outcomes: Outcomes
     ) -> dict[PeerID, int]:
         """One call to each peer that answered; gives how many shares each has still to answer."""
         avoided = self._outgoing.avoided()
@@ -121,7 +133,7 @@ class Dispatcher:
         for answer in forward.answers:
             if answer.peer_id not in avoided:
                 by_peer[answer.peer_id].append(answer)
-        nodes, deadline_s = self._reach.directory.view.nodes, self._reach.policy.call_deadline_s
+        nodes = self._reach.directory.view.nodes
         waiting: dict[PeerID, int] = {}
         for peer_id, answers in by_peer.items():
             node = nodes.get(peer_id)

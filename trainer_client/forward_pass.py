@@ -5,8 +5,8 @@ Shapes: R rows, K experts for each row, D hidden size.
 
 import asyncio
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,34 +16,14 @@ from dht.beam import Selection, default_beam_size, select_experts
 from dht.directory import Directory, PrefixTables, View
 from dht.uid import UID
 from peer.codec import Floats
-from trainer_client.calls import KeptAt, Request
+from trainer_client.calls import Direction, KeptAt, Request
 from trainer_client.outgoing import NodeCall, Outcome, Outcomes, Outgoing, next_outcomes
 from trainer_client.shares import Booleans, Integers, Share, make_shares, refill
+from trainer_client.spot_checks import SpotChecks
+from trainer_client.waiting import WaitPolicy
 
 _MAX_ROUNDS = 3
 """Times that a row's experts are chosen in one call."""
-
-
-@dataclass(frozen=True)
-class WaitPolicy:
-    """How long to wait for experts. Times in seconds."""
-
-    call_deadline_s: float
-    """No call lasts longer."""
-    grace_s: float
-    """How long to wait for the rest once every row has `k_min` answers."""
-    k_min: int
-    """A row with fewer answers has its experts chosen again."""
-
-    def next_look(self, began: float, enough_at: float | None, hedged: bool) -> float:
-        """When the next decision is due, if nothing comes before.
-
-        At half of the deadline rows that lack answers are sent to other experts too, which leaves those the other half.
-        """
-        ends = began + self.call_deadline_s
-        if enough_at is not None:
-            return min(ends, enough_at + self.grace_s)
-        return ends if hedged else began + self.call_deadline_s / 2
 
 
 @dataclass(frozen=True)
@@ -84,6 +64,11 @@ class Reach:
     outgoing: Outgoing
     policy: WaitPolicy
     rng: random.Random
+    checks: SpotChecks
+
+    def deadline_s(self, direction: Direction) -> float:
+        """Of the next calls."""
+        return self.policy.deadline_s(self.outgoing.latencies[direction])
 
 
 @dataclass(frozen=True)
@@ -104,6 +89,17 @@ class RoutedRows:
         return tuple(table.shape[1] for table in self.scores)
 
 
+@dataclass
+class _Asked:
+    """A share that was sent, and who has still to answer it: one peer, or two when the first was slow."""
+
+    share: Share
+    peers: list[PeerID]
+    hedge: PeerID | None = None
+    done: bool = False
+    """Answered, or failed by all."""
+
+
 class ForwardFanOut:
     """One forward pass of one layer, while it lasts. Belongs to the loop's thread."""
 
@@ -113,12 +109,13 @@ class ForwardFanOut:
         self._reach = reach
         self._rows = rows
         self._clock = reach.outgoing.now
-        self._began = self._clock()
+        self._deadline_s = reach.deadline_s("forward")
+        self._ends = self._clock() + self._deadline_s
         self._rounds = np.zeros(count, dtype=np.int64)  # times that each row's experts were chosen
         self._outcomes: Outcomes = asyncio.Queue()
         self._pending = np.zeros((count, k), dtype=bool)
         self._failed: set[UID] = set()  # or late: not asked again for any row
-        self._asked: dict[UID, PeerID] = {}  # who was asked last for each expert
+        self._asked: dict[int, _Asked] = {}  # by the share's identity
         self._goal = np.full(count, min(reach.policy.k_min, k))  # answers that each row needs
         self.result = ForwardPass(
             rows.layer,
@@ -131,54 +128,92 @@ class ForwardFanOut:
 
     async def until_enough(self) -> None:
         """Returns when all have answered, or enough and the grace time is over, or at the deadline."""
+        began, policy = self._clock(), self._reach.policy
         self._choose(np.arange(len(self._goal)))
+        looks: deque[tuple[float, Callable[[], None]]] = deque(
+            [
+                (began + policy.hedge_after_s(self._reach.outgoing.latencies["forward"]), self._hedge),
+                # that leaves other experts the other half
+                (began + self._deadline_s / 2, self._give_up_late),
+            ]
+        )
         enough_at: float | None = None
-        hedged = False
         while self._pending.any():
             if enough_at is None and self._has_enough():
                 enough_at = self._clock()
-            look_at = self._reach.policy.next_look(self._began, enough_at, hedged)
+            if enough_at is not None:
+                look_at = min(self._ends, enough_at + policy.grace_s)
+            else:
+                look_at = looks[0][0] if looks else self._ends
             outcomes = await next_outcomes(self._outcomes, look_at - self._clock())
             for outcome in outcomes:
                 self._settle(outcome)
-            if not outcomes and (hedged or enough_at is not None):
+            if outcomes:
+                if enough_at is None:
+                    self._choose_again()
+            elif enough_at is not None or not looks:
                 return
-            if enough_at is None:
-                hedged |= not outcomes
-                self._choose_again(timed_out=not outcomes)
+            else:
+                looks.popleft()[1]()
 
     def _has_enough(self) -> bool:
         return bool((self.result.answered.sum(axis=1) >= self._goal).all())
 
-    def _choose_again(self, timed_out: bool) -> None:
-        """Sends to other experts the rows that can't reach their goal, or did not in half of the time."""
-        answered = self.result.answered.sum(axis=1)
-        hoped = answered if timed_out else answered + self._pending.sum(axis=1)
-        lacking = np.flatnonzero((hoped < self._goal) & (self._rounds < _MAX_ROUNDS))
+    def _choose_again(self) -> None:
+        """Sends to other experts the rows that can't reach their goal any more."""
+        hoped = (self.result.answered | self._pending).sum(axis=1)
+        lacking = self._lacking(hoped)
+        if len(lacking):
+            self._choose(lacking)
+
+    def _give_up_late(self) -> None:
+        """Sends to other experts the rows that have not reached their goal by now."""
+        lacking = self._lacking(self.result.answered.sum(axis=1))
         if not len(lacking):
             return
-        self._reach.outgoing.stats.reselected_rows += len(lacking)
+        self._note_late()
         late = np.zeros_like(self._pending)
-        if timed_out:
-            self._note_late()
-            late[lacking] = self._pending[lacking]
+        late[lacking] = self._pending[lacking]
         self._pending &= ~late  # others may have these slots
         self._choose(lacking)
         self._pending |= late  # where nobody else was found, the late expert keeps its slot
 
+    def _lacking(self, answers: Integers) -> Integers:
+        """The rows with fewer answers than they need, but those that were sent often enough."""
+        return np.flatnonzero((answers < self._goal) & (self._rounds < _MAX_ROUNDS))
+
     def _note_late(self) -> None:
         """Experts that still have not answered are not asked again, nor are their peers before this call is over."""
         now = self._clock()
-        left = self._began + self._reach.policy.call_deadline_s - now
-        for coordinate in np.unique(self.result.coordinates[self._pending], axis=0).tolist():
-            uid = UID(self.result.layer, tuple(coordinate))
-            self._failed.add(uid)
-            self._reach.outgoing.breakers.busy(self._asked[uid], now, left)
+        for asked in self._asked.values():
+            if not asked.done:
+                self._failed.add(asked.share.uid)
+                for peer_id in asked.peers:
+                    self._reach.outgoing.breakers.busy(peer_id, now, self._ends - now)
+
+    def _hedge(self) -> None:
+        """Asks another replica of each expert that is slow, where there is one. The first answer counts."""
+        outgoing, view = self._reach.outgoing, self._reach.directory.view
+        by_peer: dict[PeerID, list[Share]] = defaultdict(list)
+        for asked in self._asked.values():
+            if not asked.done:
+                avoided = outgoing.avoided() | set(asked.peers)
+                other = view.replica(asked.share.uid, self._reach.rng, avoided)
+                if other is not None:
+                    by_peer[other.peer_id].append(asked.share)
+        for peer_id, shares in by_peer.items():
+            if self._reach.policy.may_hedge(outgoing.stats.hedged_calls, outgoing.stats.calls):
+                outgoing.stats.hedged_calls += 1
+                for share in shares:
+                    self._asked[id(share)].hedge = peer_id
+                self._call(view, peer_id, shares)
 
     def _choose(self, rows: Integers) -> None:
         """Fills the free slots of these rows with the best live experts that they don't have, and calls those."""
         is_first = not self._rounds.any()
         self._rounds[rows] += 1
+        if not is_first:
+            self._reach.outgoing.stats.reselected_rows += len(rows)
         view = self._reach.directory.view
         avoided = self._reach.outgoing.avoided()
         taken = (self.result.answered | self._pending)[rows]
@@ -216,23 +251,32 @@ class ForwardFanOut:
             replica = view.replica(share.uid, reach.rng, avoided)
             if replica is not None:
                 by_peer[replica.peer_id].append(share)
-                self._asked[share.uid] = replica.peer_id
                 self._pending[share.rows, share.slots] = True
-        left = self._began + self._reach.policy.call_deadline_s - self._clock()
         for peer_id, shares in by_peer.items():
-            requests = [_request(share, result.inputs, None, keep=self._rows.keep) for share in shares]
-            reach.outgoing.start(
-                NodeCall(view.nodes[peer_id], "forward", shares, requests, left, self._outcomes)
-            )
+            self._call(view, peer_id, shares)
+
+    def _call(self, view: View, peer_id: PeerID, shares: Sequence[Share]) -> None:
+        for share in shares:
+            self._asked.setdefault(id(share), _Asked(share, [])).peers.append(peer_id)
+        requests = [_request(share, self.result.inputs, None, keep=self._rows.keep) for share in shares]
+        left = self._ends - self._clock()
+        self._reach.outgoing.start(
+            NodeCall(view.nodes[peer_id], "forward", shares, requests, left, self._outcomes)
+        )
 
     def _settle(self, outcome: Outcome) -> None:
         """Takes an answer into those of its slots that have none yet, also where another expert was asked since."""
         share, result = outcome.share, self.result
-        if outcome.answer is None or outcome.answer.tensor is None:
-            own = (result.coordinates[share.rows, share.slots] == share.uid.coordinate).all(axis=-1)
-            self._pending[share.rows[own], share.slots[own]] = False
-            self._failed.add(share.uid)
+        asked = self._asked[id(share)]
+        asked.peers.remove(outcome.peer_id)
+        if asked.done:
             return
+        if outcome.answer is None or outcome.answer.tensor is None:
+            if not asked.peers:
+                self._fail(asked)
+            return
+        asked.done = True
+        self._reach.outgoing.stats.hedges_won += outcome.peer_id == asked.hedge
         first = ~result.answered[share.rows, share.slots]
         if not first.any():
             return
@@ -242,6 +286,15 @@ class ForwardFanOut:
         result.answered[rows, slots] = True
         self._pending[rows, slots] = False
         result.answers.append(AnsweredShare(share, outcome.peer_id, first, outcome.answer.kept))
+        request = _request(share, result.inputs, None)
+        self._reach.checks.consider(self._reach.directory.view, outcome, request, self._deadline_s)
+
+    def _fail(self, asked: _Asked) -> None:
+        asked.done = True
+        share = asked.share
+        own = (self.result.coordinates[share.rows, share.slots] == share.uid.coordinate).all(axis=-1)
+        self._pending[share.rows[own], share.slots[own]] = False
+        self._failed.add(share.uid)
 
 
 def _all_live(selection: Selection, tables: PrefixTables) -> bool:

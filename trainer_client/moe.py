@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dht.beam import Selection
 from dht.directory import PrefixTables
@@ -76,12 +77,16 @@ class RemoteMixtureOfExperts(nn.Module):
         run: "Run[Any]",
         choose_by: Literal["token", "sequence"] = "token",
         routing: Routing | None = None,
+        gradient_scale: Callable[[], float] | None = None,
     ) -> None:
         """`choose_by="sequence"` sends all tokens of a sequence where their mean says: not for causal models, in which
         a token may not know of later ones.
+
+        `gradient_scale` is a GradScaler's `get_scale`, where one is used: experts are sent gradients without it.
         """
         super().__init__()
         self.layer = layer
+        self.hidden = hidden
         self.k = k
         self.choose_by = choose_by
         self._routing = routing = routing or Routing()
@@ -90,6 +95,7 @@ class RemoteMixtureOfExperts(nn.Module):
         self.gate = Gate(hidden, grid, scale=scale, has_noise=self._router.has_noise)
         self._experts = experts
         self._run = run
+        self._gradient_scale = gradient_scale
         self._rng = np.random.default_rng((routing.seed, layer))
         self._last = threading.local()  # several threads may train the same layer
 
@@ -108,9 +114,25 @@ class RemoteMixtureOfExperts(nn.Module):
     def random_state(self, state: dict[str, Any]) -> None:
         self._rng.bit_generator.state = state
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]; each of the B sequences is causal by itself."""
-        x_RD = x_BTD.flatten(0, 1)
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D], of the same dtype and on the same device.
+
+        [T, D] is one sequence, [B, T, D] are B sequences, and any dimensions before them make more. Each is causal by
+        itself. Mixes in float32, under autocast too.
+        """
+        assert x.shape[-1] == self.hidden, (
+            f"{x.shape[-1]} columns, and this swarm's experts have {self.hidden}"
+        )
+        if not x.numel():
+            return x
+        x_BTD = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, self.hidden)
+        with torch.autocast(x.device.type, enabled=False):
+            y_RD = self._mix(x_BTD)
+        return y_RD.to(x.dtype).view(x.shape)
+
+    def _mix(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [R, D], float32."""
+        x_RD = x_BTD.flatten(0, 1).float()
         alive: PrefixTables = self._run(self._experts.alive(self.layer))
         scores, selection = self._route(x_BTD, alive)
         call = _Call(_arrays(scores), selection, x_BTD.shape[1], torch.is_grad_enabled())
@@ -120,16 +142,15 @@ class RemoteMixtureOfExperts(nn.Module):
         if self.training and self._router.drops_outputs:
             outputs_RKD = self._drop(outputs_RKD, x_RD)
         logits_RK = self.gate.logits(scores, coordinates)
-        weights_RK = self._router.weigh(scores, alive, logits_RK, answered_RK).to(outputs_RKD.dtype)
+        weights_RK = self._router.weigh(scores, alive, logits_RK, answered_RK).float()
         mixed_RD = (weights_RK.unsqueeze(1) @ outputs_RKD).squeeze(1)
         if self._router.keeps_rest:
             mixed_RD = mixed_RD + (1 - weights_RK.sum(dim=1, keepdim=True)) * x_RD
-        y_RD = torch.where(answered_RK.any(dim=1, keepdim=True), mixed_RD, x_RD)
-        return y_RD.view_as(x_BTD)
+        return torch.where(answered_RK.any(dim=1, keepdim=True), mixed_RD, x_RD)
 
     def _route(self, x_BTD: Tensor, alive: PrefixTables) -> tuple[tuple[Tensor, ...], Selection]:
         """The scores, one [R, G_d] table per grid dimension, and the experts of each row."""
-        x_UD = x_BTD.flatten(0, 1) if self.choose_by == "token" else x_BTD.mean(dim=1)
+        x_UD = x_BTD.flatten(0, 1) if self.choose_by == "token" else x_BTD.float().mean(dim=1)
         rng = self._rng if self.training else None
         scores: tuple[Tensor, ...] = self.gate(x_UD)
         if rng is not None and self._router.has_noise:
@@ -167,8 +188,15 @@ class RemoteMixtureOfExperts(nn.Module):
         return result
 
     def call_backward(self, forward: ForwardPass, gradients: Floats) -> Floats:
-        result: Floats = self._run(self._experts.backward(forward, gradients))
-        return result
+        """Calls nobody where a gradient is not finite: experts would refuse it. Then all it gives are NaN."""
+        if not np.isfinite(gradients).all():
+            return np.full_like(forward.inputs, np.nan)
+        if self._gradient_scale is None:
+            unscaled: Floats = self._run(self._experts.backward(forward, gradients))
+            return unscaled
+        scale = np.float32(self._gradient_scale())
+        unscaled = self._run(self._experts.backward(forward, gradients / scale))
+        return unscaled * scale
 
 
 @dataclass(frozen=True)
@@ -200,18 +228,18 @@ class _CallExperts(torch.autograd.Function):
 
         `anchor` is any parameter: experts are sent gradients also where x needs none, as in a model's first layer.
         """
-        inputs = x_RD.detach().cpu().float().numpy()
         ctx.mixture = mixture
-        ctx.forward_pass = result = mixture.call_forward(inputs, call)
-        outputs_RKD = torch.from_numpy(result.outputs).to(x_RD)
+        ctx.forward_pass = result = mixture.call_forward(x_RD.detach().cpu().numpy(), call)
+        outputs_RKD = torch.from_numpy(result.outputs).to(x_RD.device)
         answered_RK = torch.from_numpy(result.answered).to(x_RD.device)
         coordinates = torch.from_numpy(result.coordinates).to(x_RD.device)
         ctx.mark_non_differentiable(answered_RK, coordinates)
         return outputs_RKD, answered_RK, coordinates
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradients_RKD = gradients[0]
-        numbers = np.ascontiguousarray(gradients_RKD.detach().cpu().float().numpy())
+        numbers = np.ascontiguousarray(gradients_RKD.detach().cpu().numpy())
         total_RD = ctx.mixture.call_backward(ctx.forward_pass, numbers)
-        return torch.from_numpy(total_RD).to(gradients_RKD), None, None, None
+        return torch.from_numpy(total_RD).to(gradients_RKD.device), None, None, None

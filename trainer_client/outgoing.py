@@ -15,6 +15,7 @@ from peer.errors import ExpertError
 from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import Answer, Direction, ExpertCaller, Request
 from trainer_client.shares import Share
+from trainer_client.waiting import Latencies
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,18 @@ class DispatchStats:
     reselected_rows: int = 0
     unanswered_rows: int = 0
     """Rows that went on with no expert at all."""
+    hedged_calls: int = 0
+    """Forward calls that were sent to a second replica too, because the first was slow."""
+    hedges_won: int = 0
+    """Shares that the second replica answered first."""
     late_backward: int = 0
     """Shares whose gradient did not come in time."""
+    spot_checks: int = 0
+    """Answers compared with those of another replica."""
+    differing_answers: int = 0
+    """Spot checks in which the two differed grossly."""
+    odd_answers: int = 0
+    """Those of them in which a third replica showed which was wrong."""
     skipped_updates: int = 0
     """Optimizer steps that experts' guards refused."""
     rollbacks: int = 0
@@ -80,6 +91,7 @@ class Outgoing:
         self.stats = DispatchStats()
         self.breakers = breakers
         self.now = clock
+        self.latencies: dict[Direction, Latencies] = {"forward": Latencies(), "backward": Latencies()}
         self._caller = caller
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -106,7 +118,8 @@ class Outgoing:
 
     async def _call(self, call: NodeCall) -> None:
         self.stats.calls += 1
-        peer_id = call.node.peer_id
+        peer_id, began = call.node.peer_id, self.now()
+        latencies = self.latencies[call.direction]
         waiting = dict(enumerate(call.shares))
         did_well = True
         try:
@@ -119,8 +132,11 @@ class Outgoing:
                 call.outcomes.put_nowait([Outcome(share, peer_id, answer if answer.error is None else None)])
             if did_well:
                 self.breakers.succeeded(peer_id)
+                latencies.add(self.now() - began)
         except ExpertError as error:
             self._note_failure(peer_id, error)
+            if error.status is StatusCode.DEADLINE_EXCEEDED:
+                latencies.add_unfinished(self.now() - began)
         finally:
             if waiting:  # no empty list: that would look like a time-out
                 call.fail(list(waiting.values()))

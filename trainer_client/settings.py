@@ -121,6 +121,25 @@ class TrainerSettings(RoleSettings):
     k_min: int = Field(
         default=2, ge=1, le=64, description="answers that a row needs before the others may be late"
     )
+    least_deadline_s: float = Field(
+        default=2.0,
+        gt=0,
+        le=600,
+        allow_inf_nan=False,
+        description="seconds: the shortest deadline, when calls have answered quickly",
+    )
+    most_hedged: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="part of the calls that may go to a second replica too, when the first is slow; 0: none",
+    )
+    spot_checks: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="part of the answers that are compared with another replica's; 0: none",
+    )
     refresh_every_s: float = Field(
         default=3.0,
         ge=0.1,

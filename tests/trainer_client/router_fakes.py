@@ -13,10 +13,10 @@ from expert_server.expert import BackwardPart, Expert
 from peer.codec import Floats
 from trainer_client.calls import Direction, Request
 from trainer_client.dispatch import Dispatcher
-from trainer_client.forward_pass import WaitPolicy
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS, Routing
 from trainer_client.settings import RouterName
+from trainer_client.waiting import WaitPolicy
 
 every_router = pytest.mark.parametrize("name", get_args(RouterName))
 
@@ -52,6 +52,7 @@ def mixtures(
     swarm: FakeSwarm,
     name: RouterName,
     choose_by: Literal["token", "sequence"] = "token",
+    gradient_scale: Callable[[], float] | None = None,
     **routing: Any,
 ) -> Iterator[Callable[[int], RemoteMixtureOfExperts]]:
     """Makes the layers of a trainer that calls this swarm in virtual time."""
@@ -69,5 +70,6 @@ def mixtures(
             runner.run,
             choose_by,
             Routing(name, **routing),
+            gradient_scale,
         )
         runner.run(dispatcher.close())

@@ -31,7 +31,8 @@ from peer.codec import Floats
 from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import Request
 from trainer_client.dispatch import Dispatcher
-from trainer_client.forward_pass import ForwardPass, WaitPolicy
+from trainer_client.forward_pass import ForwardPass
+from trainer_client.waiting import WaitPolicy
 
 DEADLINE, GRACE = 10.0, 1.0
 LENGTH = 4
@@ -49,12 +50,13 @@ def make_dispatcher(
     grace_s: float = GRACE,
     directory: FakeDirectory | None = None,
     breakers: CircuitBreakers | None = None,
+    most_hedged: float = 0.1,
 ) -> Dispatcher:
     """Inside the loop: its clock is the dispatcher's."""
     return Dispatcher(
         directory or swarm.directory(),
         swarm,
-        WaitPolicy(DEADLINE, grace_s, k_min),
+        WaitPolicy(DEADLINE, grace_s, k_min, most_hedged=most_hedged),
         breakers=breakers,
         clock=asyncio.get_running_loop().time,
     )
@@ -343,7 +345,7 @@ def test_late_expert_is_not_asked_again_at_another_of_its_hosts() -> None:
         swarm.behaviours[uid(0)] = Behaviour(after_s=0.7 * DEADLINE)
         swarm.behaviours[uid(5)] = Behaviour(after_s=0.9 * DEADLINE)
         directory = swarm.directory(more_hosts=[make_peer_id(9)])
-        result = await make_dispatcher(swarm, directory=directory).forward(
+        result = await make_dispatcher(swarm, directory=directory, most_hedged=0).forward(
             0, random_rows(8), ranked(8, 6, 0, 5), 2, LENGTH
         )
         assert swarm.rows_sent("forward", uid(0)) == swarm.rows_sent("forward", uid(5)) == 8

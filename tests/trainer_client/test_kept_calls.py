@@ -132,6 +132,8 @@ def test_what_is_kept_is_handed_over_once(loop: LoopThread, tmp_path: Path) -> N
                 before = caller.bytes_sent
                 await ask(caller, node, "backward", request(UIDS[0], rows(2), answer=answers[0]))
                 sent.append(caller.bytes_sent - before)
+            (again,) = (await ask(caller, node, "forward", request(UIDS[0]))).values()
+            assert (answers[0].update_count, again.update_count) == (0, 2)
             await channels.close()
             assert runtime.stats.updates == 2
         return sent[0], sent[1]

@@ -20,10 +20,10 @@ from dht.registry import NodeInfo
 from dht.uid import UID
 from trainer_client.calls import Answer, Direction, Request
 from trainer_client.dispatch import Dispatcher
-from trainer_client.forward_pass import WaitPolicy
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.settings import RouterName
+from trainer_client.waiting import WaitPolicy
 
 HIDDEN = 8
 

@@ -1,0 +1,47 @@
+"""Faults between a trainer and the network: calls that take longer and calls that fail, by a seed."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+
+from grpc import StatusCode
+
+from dht.registry import NodeInfo
+from peer.errors import ExpertError
+from trainer_client.calls import Answer, Direction, ExpertCaller, Request
+
+
+class FaultyCaller:
+    """Makes real calls, each `delay_s` slower, half on the way there and half on the way back. Some fail.
+
+    Of those that fail, half never reach the node, and half have been computed there, a backward call's optimizer step
+    included, when the answer is lost. Either way the trainer learns it after the delay.
+    """
+
+    def __init__(self, caller: ExpertCaller, delay_s: float, failing: float, seed: int) -> None:
+        """`failing`: part of the calls."""
+        self.on = True
+        self.failed = 0
+        self._caller = caller
+        self._delay_s = delay_s
+        self._failing = failing
+        self._rng = random.Random(seed)
+
+    async def call(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncIterator[Answer]:
+        if not self.on:
+            async for answer in self._caller.call(node, direction, requests, deadline_s):
+                yield answer
+            return
+        fails, arrives = self._rng.random() < self._failing, self._rng.random() < 0.5
+        self.failed += fails
+        await asyncio.sleep(self._delay_s / 2)
+        answers = []
+        if arrives or not fails:
+            answers = [a async for a in self._caller.call(node, direction, requests, deadline_s)]
+        await asyncio.sleep(self._delay_s / 2)
+        if fails:
+            raise ExpertError(StatusCode.UNAVAILABLE, "lost on the way, as told")
+        for answer in answers:
+            yield answer

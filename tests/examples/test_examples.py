@@ -1,0 +1,73 @@
+"""What the README and `examples/` show, run against a real node as a stranger would."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.village import RunningNode, running_village
+
+SWARM = """
+name = "sauna"
+[model]
+layers = 2
+hidden = 32
+heads = 4
+context = 32
+feed_forward = 64
+[experts]
+grid = [2, 2]
+kind = "ffn"
+[routing]
+top_k = 2
+"""
+
+TEN_LINES = """
+import sys, torch
+from trainer_client import RemoteMixtureOfExperts, SwarmClient
+
+with SwarmClient.join(sys.argv[1], state=sys.argv[2], router="switch") as swarm:
+    layer = swarm.mixture(layer=0)
+    assert isinstance(layer, RemoteMixtureOfExperts)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), layer, torch.nn.Linear(32, 1))
+    model(torch.randn(4, 16, 8)).square().mean().backward()
+    print([name for name, p in model.named_parameters() if p.grad is None])
+    swarm.mixture(layer=2)
+"""
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[RunningNode]:
+    with running_village(SWARM, 1, 8, ["--threads", "1", "--niceness", "0"]) as running:
+        yield running
+
+
+def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # the node needs the other cores
+    )
+
+
+def test_a_model_of_ones_own_learns_with_experts_for_its_feed_forward_blocks(
+    node: RunningNode, tmp_path: Path
+) -> None:
+    ended = run("examples/replace_ffn.py", node.invite, "--steps", 20, "--state", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", ended.stdout)]
+    assert losses[-1] < 0.95 * losses[0], ended.stdout
+
+
+def test_ten_lines_are_enough_and_a_layer_that_is_not_there_is_named(
+    node: RunningNode, tmp_path: Path
+) -> None:
+    ended = run("-c", TEN_LINES, node.invite, tmp_path)
+    assert ended.stdout == "[]\n", ended.stderr
+    assert "SettingsError: layer 2: this swarm has layers 0 to 1" in ended.stderr

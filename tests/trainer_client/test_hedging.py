@@ -1,0 +1,228 @@
+"""A second replica is asked where the first is slow, and deadlines follow what calls took. Time is virtual."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+
+import numpy as np
+import pytest
+from expert_fakes import (
+    SILENT,
+    Behaviour,
+    FakeSwarm,
+    fails,
+    make_manifest,
+    make_peer_id,
+    random_rows,
+    virtual_time,
+)
+from grpc import StatusCode
+
+from dht.registry import NodeInfo
+from dht.uid import UID
+from peer.codec import Floats
+from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch import Dispatcher
+from trainer_client.waiting import LEAST_KNOWN, WaitPolicy
+
+LENGTH, ROWS = 4, 8
+SCORES = [np.zeros((ROWS, 3), np.float32)]
+OTHER = make_peer_id(9)
+
+
+def make_swarm() -> FakeSwarm:
+    """Three experts on three peers; peer 9 has a replica of each."""
+    return FakeSwarm(make_manifest((3,)))
+
+
+def make_dispatcher(
+    swarm: FakeSwarm, hosts: Sequence[int] = (9,), seed: int = 0, **policy: float
+) -> Dispatcher:
+    return Dispatcher(
+        swarm.directory(more_hosts=[make_peer_id(number) for number in hosts]),
+        swarm,
+        WaitPolicy(9.0, 1.0, 3, **policy),
+        seed=seed,
+        clock=asyncio.get_running_loop().time,
+    )
+
+
+async def forward(dispatcher: Dispatcher, k: int = 3) -> Floats:
+    result = await dispatcher.forward(0, random_rows(ROWS), SCORES, k, LENGTH)
+    assert result.answered.all()
+    return result.outputs
+
+
+def test_another_replica_answers_for_one_that_is_silent() -> None:
+    """At a third of the deadline; no row is sent to another expert, and nobody is late."""
+    swarm = make_swarm()
+
+    async def scenario() -> None:
+        expected = await forward(make_dispatcher(swarm, hosts=()))
+        swarm.calls.clear()
+        slow = make_dispatcher(swarm, most_hedged=1.0)
+        swarm.behaviours |= {make_peer_id(number): SILENT for number in range(3)}
+        np.testing.assert_allclose(await forward(slow), expected, atol=1e-6)
+        hedges = [call for call in swarm.calls if call.began == pytest.approx(3.0)]
+        assert {call.peer_id for call in hedges} == {OTHER}
+        assert slow.stats.hedged_calls == len(hedges) == 1
+        assert slow.stats.hedges_won == len(hedges[0].uids) > 0
+        assert slow.stats.reselected_rows == 0
+        await slow.close()
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_the_first_answer_counts_and_gradients_go_only_to_its_giver() -> None:
+    """The slow one answers first after all; the hedge's answer comes when nobody waits for it."""
+    swarm = make_swarm()
+
+    async def scenario() -> None:
+        dispatcher = make_dispatcher(swarm, most_hedged=1.0)
+        swarm.behaviours |= {make_peer_id(number): Behaviour(after_s=3.5) for number in range(3)}
+        swarm.behaviours[OTHER] = Behaviour(after_s=1.0)
+        result = await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH, keep=True)
+        assert dispatcher.stats.hedged_calls == 1
+        assert dispatcher.stats.hedges_won == 0
+        await dispatcher.backward(result, np.ones_like(result.outputs))
+        rows = [swarm.rows_sent("backward", uid) for uid in swarm.manifest.uids()]
+        assert rows == [ROWS] * 3
+        await dispatcher.close()
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_an_expert_fails_only_when_both_replicas_have_failed() -> None:
+    swarm = make_swarm()
+    slow, broken = UID(0, (0,)), UID(0, (1,))
+
+    async def scenario() -> None:
+        dispatcher = make_dispatcher(swarm, most_hedged=1.0)
+        swarm.behaviours |= {slow: Behaviour(after_s=5.0), broken: fails(StatusCode.INTERNAL, after_s=4.0)}
+        await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
+        assert dispatcher.stats.hedged_calls >= 1
+        assert swarm.rows_sent("forward", broken) == 2 * ROWS
+        await dispatcher.close()
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_no_more_is_hedged_than_the_policy_allows() -> None:
+    swarm = make_swarm()
+    swarm.behaviours |= {uid: Behaviour(after_s=4.0) for uid in swarm.manifest.uids()}
+
+    async def scenario() -> None:
+        dispatcher = make_dispatcher(swarm, most_hedged=0.1)
+        for _ in range(20):
+            await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
+        assert 0 < dispatcher.stats.hedged_calls <= 0.1 * dispatcher.stats.calls + 1
+        await dispatcher.close()
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_backward_calls_are_never_sent_twice() -> None:
+    swarm = make_swarm()
+
+    async def scenario() -> None:
+        dispatcher = make_dispatcher(swarm, most_hedged=1.0)
+        result = await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
+        swarm.behaviours |= {make_peer_id(number): SILENT for number in (0, 1, 2, 9)}
+        await dispatcher.backward(result, np.ones_like(result.outputs))
+        assert [swarm.rows_sent("backward", uid) for uid in swarm.manifest.uids()] == [ROWS] * 3
+        await dispatcher.close()
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_after_quick_calls_a_silent_peer_costs_the_shortest_deadline(direction: Direction) -> None:
+    swarm = make_swarm()
+
+    async def scenario() -> None:
+        time = asyncio.get_running_loop().time
+        dispatcher = make_dispatcher(swarm, hosts=(), least_deadline_s=1.5)
+        while swarm.ended < 4 * LEAST_KNOWN:
+            result = await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
+            await dispatcher.backward(result, np.ones_like(result.outputs))
+        if direction == "forward":
+            swarm.behaviours |= dict.fromkeys(swarm.manifest.uids(), SILENT)
+            began = time()
+            await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
+        else:
+            swarm.behaviours |= dict.fromkeys(swarm.manifest.uids(), SILENT)
+            began = time()
+            await dispatcher.backward(result, np.ones_like(result.outputs))
+        assert time() - began == pytest.approx(1.5, abs=0.1)
+        await dispatcher.close()
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+class UnsteadySwarm(FakeSwarm):
+    """Each call is quick, slow, silent or fails, by a schedule that follows from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(make_manifest((4,)))
+        self._schedule = random.Random(seed)
+
+    async def call(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncIterator[Answer]:
+        chance = self._schedule.random()
+        after_s = self._schedule.expovariate(2)
+        if chance < 0.1:
+            self.behaviours[node.peer_id] = fails(after_s=after_s)
+        else:
+            self.behaviours[node.peer_id] = SILENT if chance < 0.15 else Behaviour(after_s=after_s)
+        async for answer in super().call(node, direction, requests, deadline_s):
+            yield answer
+
+
+def history(seed: int, schedule: int) -> tuple[list[object], object]:
+    """Every call of 25 passes, forward and backward, with what came of them and what was counted."""
+    swarm = UnsteadySwarm(schedule)
+    seen: list[object] = []
+    scores = np.random.default_rng(0).standard_normal((ROWS, 4), dtype=np.float32)
+
+    async def scenario() -> Dispatcher:
+        dispatcher = Dispatcher(
+            swarm.directory(more_hosts=[make_peer_id(9), make_peer_id(8)]),
+            swarm,
+            WaitPolicy(9.0, 0.1, 2, least_deadline_s=1.0, most_hedged=0.5),
+            spot_checks=0.3,
+            seed=seed,
+            clock=asyncio.get_running_loop().time,
+        )
+        for _ in range(25):
+            result = await dispatcher.forward(0, random_rows(ROWS), [scores], 2, LENGTH)
+            gradients = await dispatcher.backward(result, np.ones_like(result.outputs))
+            seen.append((result.outputs.tobytes(), result.coordinates.tobytes(), gradients.tobytes()))
+            await asyncio.sleep(3.0)  # virtual: breakers close again
+        await dispatcher.close()
+        return dispatcher
+
+    with virtual_time() as runner:
+        stats = runner.run(scenario()).stats
+    seen += [(c.peer_id, c.direction, c.uids, c.deadline_s, c.began) for c in swarm.calls]
+    return seen, stats
+
+
+def test_all_that_happens_follows_from_the_seed_and_the_faults() -> None:
+    first, stats = history(seed=1, schedule=2)
+    assert history(seed=1, schedule=2) == (first, stats)
+    assert history(seed=2, schedule=2)[0] != first
+    assert history(seed=1, schedule=3)[0] != first
+
+
+def test_with_faults_all_kinds_of_counters_move() -> None:
+    _, stats = history(seed=1, schedule=2)
+    for name in ("calls", "hedged_calls", "hedges_won", "spot_checks", "reselected_rows", "late_backward"):
+        assert getattr(stats, name) > 0, name
+    assert stats.failures.keys() >= {"unavailable", "deadline_exceeded"}  # type: ignore[attr-defined]

@@ -1,0 +1,180 @@
+"""Outputs and gradients of the layer against plain torch: every router, both kinds, any subset answering.
+
+The reference computes every expert on its rows by loops, under autograd, and weighs by each router's own formula.
+"""
+
+from collections.abc import Set
+
+import numpy as np
+import pytest
+import torch
+from expert_fakes import FakeSwarm, fails, make_manifest
+from grpc import StatusCode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from router_fakes import every_router, k_of, mixtures
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dht.beam import Selection
+from dht.uid import UID
+from trainer_client.gate import Gate
+from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.routers import ROUTERS
+from trainer_client.settings import RouterName
+
+HIDDEN = 8
+
+every_kind = pytest.mark.parametrize("kind", ["transformer", "ffn"])
+grids = st.sampled_from([(5,), (2, 3), (2, 2, 2)])
+seeds = st.integers(0, 2**31 - 1)
+
+
+def scores_of(gate: Gate, x_RD: Tensor, noise: np.random.Generator | None) -> list[Tensor]:
+    """As Shazeer et al. 2017, equation 4, where there is noise."""
+    tables = [x_RD @ w_GD.T + b_G for w_GD, b_G in _parts(gate)]
+    if noise is None or gate.noise is None:
+        return tables
+    spreads = torch.split(x_RD @ gate.noise.weight.T, list(gate.grid), dim=1)
+    return [
+        table + torch.from_numpy(noise.standard_normal(table.shape, dtype=np.float32)) * F.softplus(spread)
+        for table, spread in zip(tables, spreads, strict=True)
+    ]
+
+
+def _parts(gate: Gate) -> list[tuple[Tensor, Tensor]]:
+    sizes = list(gate.grid)
+    return list(
+        zip(torch.split(gate.linear.weight, sizes), torch.split(gate.linear.bias, sizes), strict=True)
+    )
+
+
+def logit(scores: list[Tensor], row: int, uid: UID) -> Tensor:
+    return torch.stack([scores[d][row, x] for d, x in enumerate(uid.coordinate)]).sum()
+
+
+def experts_of(
+    name: RouterName, selection: Selection, missing: Set[UID], again: Selection
+) -> list[list[UID]]:
+    """Who answers each row: those chosen that are there, or if none is, those chosen among the others."""
+    answering = []
+    for row in range(len(selection.valid)):
+        chosen = _uids(selection, row)
+        there = [uid for uid in chosen if uid not in missing]
+        answering.append(there or _uids(again, row))
+    return answering
+
+
+def _uids(selection: Selection, row: int) -> list[UID]:
+    return [UID(0, tuple(c)) for c in selection.coordinates[row, selection.valid[row]].tolist()]
+
+
+def outputs_of(
+    swarm: FakeSwarm, x_RD: Tensor, length: int, answering: list[list[UID]], first: list[list[UID]]
+) -> dict[tuple[int, UID], Tensor]:
+    """Rows that come to an expert later, because another failed, are a segment of their own."""
+    outputs: dict[tuple[int, UID], Tensor] = {}
+    for uid in swarm.manifest.uids():
+        for rows in (
+            [row for row, uids in enumerate(answering) if uid in uids and uid in first[row]],
+            [row for row, uids in enumerate(answering) if uid in uids and uid not in first[row]],
+        ):
+            if rows:
+                sequences = [row // length for row in rows]
+                lengths = torch.tensor([sequences.count(b) for b in sorted(set(sequences))])
+                positions = torch.tensor([row % length for row in rows])
+                found = swarm.block(uid)(x_RD[rows], lengths, positions)
+                outputs |= {(row, uid): output for row, output in zip(rows, found, strict=True)}
+    return outputs
+
+
+def mixed(
+    name: RouterName,
+    swarm: FakeSwarm,
+    scores: list[Tensor],
+    row: int,
+    x_D: Tensor,
+    outputs: dict[UID, Tensor],
+) -> Tensor:
+    """One row by its router's formula."""
+    if not outputs:
+        return x_D
+    logits = torch.stack([logit(scores, row, uid) for uid in outputs])
+    stacked = torch.stack(list(outputs.values()))
+    if name == "switch":
+        everyone = torch.stack([logit(scores, row, uid) for uid in swarm.manifest.uids()])
+        weights = logits.exp() / everyone.exp().sum()
+    elif name == "base":
+        weights = logits.sigmoid()
+    else:
+        return (logits.softmax(dim=0)[:, None] * stacked).sum(dim=0)
+    return x_D + (weights[:, None] * (stacked - x_D)).sum(dim=0)
+
+
+def reference(
+    name: RouterName, swarm: FakeSwarm, mixture: RemoteMixtureOfExperts, x_BTD: Tensor, missing: Set[UID]
+) -> Tensor:
+    gate, length = mixture.gate, x_BTD.shape[1]
+    x_RD = x_BTD.reshape(-1, HIDDEN)
+    rng = np.random.default_rng((0, 0)) if mixture.training else None
+    scores = scores_of(gate, x_RD, rng)
+    arrays = [table.detach().numpy() for table in scores]
+    choose = ROUTERS[name].choose
+    selection = choose(arrays, swarm.directory().view.tables(0), mixture.k, rng)
+    others = swarm.directory(uid for uid in swarm.manifest.uids() if uid not in missing)
+    again = choose(arrays, others.view.tables(0), mixture.k, None)
+    first = [_uids(selection, row) for row in range(len(x_RD))]
+    answering = experts_of(name, selection, missing, again)
+    outputs = outputs_of(swarm, x_RD, length, answering, first)
+    rows = [
+        mixed(name, swarm, scores, row, x_D, {uid: outputs[row, uid] for uid in answering[row]})
+        for row, x_D in enumerate(x_RD)
+    ]
+    return torch.stack(rows).view_as(x_BTD)
+
+
+def check(name: RouterName, swarm: FakeSwarm, seed: int, missing: Set[UID], training: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x_BTD, gradient_BTD = torch.randn(2, 2, 4, HIDDEN, generator=generator).unbind()
+    x_BTD.requires_grad_()
+    with mixtures(swarm, name, expert_dropout=0.0) as make_mixture:
+        torch.manual_seed(seed)
+        mixture = make_mixture(0).train(training)
+        for parameter in mixture.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        inputs = [x_BTD, *mixture.parameters()]
+        y_BTD = mixture(x_BTD)
+        found = torch.autograd.grad(y_BTD, inputs, gradient_BTD, materialize_grads=True)
+        expected_BTD = reference(name, swarm, mixture, x_BTD, missing)
+        expected = torch.autograd.grad(expected_BTD, inputs, gradient_BTD, materialize_grads=True)
+    torch.testing.assert_close(y_BTD, expected_BTD, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@every_router
+@every_kind
+@settings(max_examples=6)
+@given(grid=grids, seed=seeds, training=st.booleans())
+def test_with_all_experts_answering_gradients_are_those_of_local_ones(
+    name: RouterName, kind: str, grid: tuple[int, ...], seed: int, training: bool
+) -> None:
+    check(name, FakeSwarm(make_manifest(grid, kind=kind), peers=3), seed, frozenset(), training)
+
+
+@every_router
+@every_kind
+@settings(max_examples=8)
+@given(data=st.data(), grid=grids, seed=seeds)
+def test_with_any_subset_answering_gradients_are_those_of_the_rest(
+    name: RouterName, kind: str, data: st.DataObject, grid: tuple[int, ...], seed: int
+) -> None:
+    """Fewer than k fail, so that no row is sent elsewhere; or one where each row has one expert, and those rows go to
+    their next best, in one further call.
+    """
+    swarm = FakeSwarm(make_manifest(grid, kind=kind))
+    uids = swarm.manifest.uids()
+    most = max(1, k_of(name) - 1)
+    missing = data.draw(st.sets(st.sampled_from(uids), min_size=1, max_size=most))
+    swarm.behaviours |= dict.fromkeys(missing, fails(StatusCode.NOT_FOUND))
+    check(name, swarm, seed, missing, training=False)

@@ -1,0 +1,95 @@
+"""The parts of `benchmarks.learning`: the faults are real and seeded, and three trainers share the same data."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+import torch
+from expert_fakes import FakeSwarm, make_manifest, make_node, random_rows, virtual_time
+from rich.console import Console
+
+from benchmarks.faults import FaultyCaller
+from benchmarks.learning import QUICK, Plan, batch, load_text, show, train, validation, validation_loss
+from dht.manifest import Manifest
+from peer.errors import ExpertError
+from talkoot.local import LocalSwarm
+from trainer_client.calls import Request
+from trainer_client.model import LanguageModel
+from trainer_client.settings import TrainerSettings
+
+CALLS = 200
+
+
+def fates(seed: int) -> tuple[list[str], int]:
+    """What became of each of many calls, and how many reached the node."""
+    swarm = FakeSwarm(make_manifest((1,)))
+    (uid,) = swarm.manifest.uids()
+    request = Request(uid, [2], [0, 1], random_rows(2), None)
+
+    async def scenario() -> list[str]:
+        time = asyncio.get_running_loop().time
+        caller, seen = FaultyCaller(swarm, 1.0, 0.1, seed), []
+        for _ in range(CALLS):
+            began = time()
+            try:
+                answers = [
+                    a async for a in caller.call(make_node(swarm.peer_of[uid]), "forward", [request], 9.0)
+                ]
+                seen.append(f"{len(answers)} answer")
+            except ExpertError as error:
+                seen.append(error.status.name)
+            assert time() - began == pytest.approx(1.0)
+        assert caller.failed == seen.count("UNAVAILABLE")
+        return seen
+
+    with virtual_time() as runner:
+        return runner.run(scenario()), len(swarm.calls)
+
+
+def test_calls_come_late_and_one_in_ten_fails_half_of_them_after_the_node_has_answered() -> None:
+    seen, reached = fates(seed=0)
+    counts = Counter(seen)
+    assert counts.keys() == {"1 answer", "UNAVAILABLE"}
+    assert 0.05 * CALLS < counts["UNAVAILABLE"] < 0.15 * CALLS
+    lost_on_the_way_back = reached - counts["1 answer"]
+    assert 0.2 < lost_on_the_way_back / counts["UNAVAILABLE"] < 0.8
+
+
+def test_faults_follow_from_their_seed() -> None:
+    assert fates(seed=1) == fates(seed=1)
+    assert fates(seed=1) != fates(seed=2)
+
+
+def test_three_trainers_see_each_sequence_of_a_batch_once() -> None:
+    text, plan = load_text(), Plan()
+    whole = batch(text, plan, step=3)
+    parts = [whole[trainer::3] for trainer in range(3)]
+    assert {len(part) for part in parts} == {plan.batch // 3}
+    assert sorted(map(tuple, torch.cat(parts).tolist())) == sorted(map(tuple, whole.tolist()))
+
+
+def test_no_sequence_is_both_learned_and_validated() -> None:
+    text = torch.arange(5000)
+    held_out = min(int(tokens.min()) for tokens in validation(text, QUICK))
+    assert max(int(batch(text, QUICK, step).max()) for step in range(200)) < held_out
+
+
+def test_a_trainer_learns() -> None:
+    plan = Plan(steps=30, batch=2, hidden=16, context=16)
+    model = {"layers": 1, "hidden": 16, "heads": 2, "context": 16, "feed_forward": 16}
+    experts = {"experts": {"grid": [2]}, "routing": {"top_k": 1}}
+    manifest = Manifest.model_validate({"name": "learning", "model": model} | experts)
+    learner = LanguageModel(manifest, LocalSwarm(manifest, TrainerSettings(seed=0)).mixture)
+    before = validation_loss(learner, plan)
+    train(learner, plan, trainer=0, trainers=1)
+    assert validation_loss(learner, plan) < before - 0.3
+
+
+def test_the_table_says_what_was_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    results = {"plan": {"delay_s": 1.0}, "tokens": 1000} | {
+        way: {"validation_loss": loss, "seconds": 1.0} for way, loss in {"local": 2.0, "swarm": 2.1}.items()
+    }
+    show(results | {"swarm_vs_local": 1.05}, Console(width=110))
+    shown = capsys.readouterr().out
+    assert "1.0500" in shown
+    assert "at most 1.01: missed" in shown

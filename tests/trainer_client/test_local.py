@@ -1,0 +1,123 @@
+"""Local mode against a swarm of the same experts, and what it does on its own."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from expert_fakes import make_manifest
+from router_fakes import LearningSwarm, every_router, k_of, mixtures
+from torch import Tensor, nn
+
+from dht.uid import UID
+from peer.errors import SettingsError
+from talkoot.local import LocalSwarm
+from trainer_client.data import ByteDataset
+from trainer_client.model import LanguageModel
+from trainer_client.settings import RouterName, TrainerSettings
+
+TEXT = b"In the sauna one must behave as in church. " * 60
+MANIFEST = make_manifest((2, 3), k=3, layers=2, hidden=16, feed_forward=32)
+
+
+def losses(make_mixture: Callable[[int], nn.Module]) -> list[float]:
+    model = LanguageModel(MANIFEST, make_mixture)
+    data = ByteDataset(TEXT, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    found = []
+    for step in range(8):
+        loss = model.loss(data.batch(step, 4))
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def local(name: RouterName = "product-key", seed: int = 0) -> LocalSwarm:
+    return LocalSwarm(MANIFEST, TrainerSettings(router=name, top_k=k_of(name), seed=seed))
+
+
+@every_router
+def test_a_model_learns_the_same_locally_and_in_a_swarm(name: RouterName) -> None:
+    swarm, here = LearningSwarm(MANIFEST), local(name)
+    with mixtures(swarm, name) as make_mixture:
+        expected = losses(make_mixture)
+    found = losses(here.mixture)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found[-1] < found[0] - 0.5
+    updates = {uid: expert.update_count for uid, expert in here.dispatcher.experts.items()}
+    assert updates == {uid: expert.update_count for uid, expert in swarm.experts.items()}
+    assert sum(updates.values()) >= 8
+    for uid, expert in here.dispatcher.experts.items():
+        for one, other in zip(expert.block.parameters(), swarm.experts[uid].block.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_it_is_a_function_of_its_seed() -> None:
+    first = losses(local("noisy-top-k", seed=1).mixture)
+    assert losses(local("noisy-top-k", seed=1).mixture) == first
+    assert losses(local("noisy-top-k", seed=2).mixture) != first
+
+
+def test_autocast_at_the_trainer_leaves_experts_in_float32() -> None:
+    x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    mixture = local().mixture(0)
+    with torch.no_grad():
+        expected = mixture(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = mixture(x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_without_gradients_no_expert_steps() -> None:
+    here = local()
+    with torch.no_grad():
+        here.mixture(0)(torch.ones(2, 4, 16))
+    assert not any(expert.update_count for expert in here.dispatcher.experts.values())
+
+
+def test_an_expert_that_is_not_finite_leaves_its_rows_to_the_others_and_is_counted() -> None:
+    here = local("switch")
+    for expert in here.dispatcher.experts.values():
+        expert.guard.check = lambda: True  # type: ignore[method-assign]  # which would heal it
+    with torch.no_grad():
+        next(here.dispatcher.experts[UID(0, (0, 0))].block.parameters()).fill_(torch.nan)
+    x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mixture = here.mixture(0)
+    nn.init.normal_(mixture.gate.linear.weight, std=1.0)
+    y = mixture(x)
+    torch.autograd.backward(y.square().sum())
+    unchanged = (y == x).all(dim=-1)
+    assert 0 < unchanged.sum() < unchanged.numel()
+    assert here.dispatcher.stats.failures == {"internal": 1}
+    assert here.dispatcher.stats.unanswered_rows == unchanged.sum()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_several_threads_may_train_at_once() -> None:
+    here = local()
+    mixture = here.mixture(0)
+    together = threading.Barrier(3)
+
+    def step(seed: int) -> Tensor:
+        x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        together.wait(60)
+        for _ in range(4):
+            torch.autograd.backward(mixture(x).square().sum())
+        assert x.grad is not None
+        return x.grad
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(gradient.isfinite().all() for gradient in pool.map(step, range(3)))
+    updates = np.array([e.update_count for uid, e in here.dispatcher.experts.items() if uid.layer == 0])
+    assert (updates <= 12).all()
+    assert updates.max() >= 4
+
+
+def test_a_layer_that_is_not_there_is_named() -> None:
+    with pytest.raises(SettingsError, match="layer 2: this swarm has layers 0 to 1"):
+        local().mixture(2)

@@ -1,0 +1,93 @@
+"""Deadlines and hedging times, as functions of how long calls took."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer_client.waiting import LEAST_KNOWN, Latencies, WaitPolicy
+
+seconds = st.floats(0.001, 100)
+many = st.lists(seconds, min_size=LEAST_KNOWN, max_size=300)
+policies = st.builds(
+    WaitPolicy,
+    call_deadline_s=st.floats(0.1, 600),
+    grace_s=st.just(0.5),
+    k_min=st.just(1),
+    least_deadline_s=st.floats(0.1, 600),
+)
+
+
+def known(taken: list[float]) -> Latencies:
+    latencies = Latencies()
+    for one in taken:
+        latencies.add(one)
+    return latencies
+
+
+@given(policies, st.lists(seconds, max_size=LEAST_KNOWN - 1))
+def test_while_little_is_known_the_deadline_is_the_longest(policy: WaitPolicy, taken: list[float]) -> None:
+    assert policy.deadline_s(known(taken)) == policy.call_deadline_s
+    assert policy.hedge_after_s(known(taken)) == policy.call_deadline_s / 3
+
+
+@given(policies, many)
+def test_a_deadline_keeps_its_bounds_and_leaves_time_for_nine_calls_in_ten(
+    policy: WaitPolicy, taken: list[float]
+) -> None:
+    deadline = policy.deadline_s(known(taken))
+    assert min(policy.least_deadline_s, policy.call_deadline_s) <= deadline <= policy.call_deadline_s
+    last = taken[-256:]
+    if deadline < policy.call_deadline_s:
+        assert sum(one <= deadline / 4 for one in last) >= 0.9 * len(last)
+
+
+@given(policies, many, st.floats(1, 10))
+def test_slower_calls_never_shorten_a_deadline(policy: WaitPolicy, taken: list[float], factor: float) -> None:
+    slower = known([factor * one for one in taken])
+    assert policy.deadline_s(slower) >= policy.deadline_s(known(taken))
+
+
+@given(policies, many)
+def test_another_replica_is_asked_before_rows_are_sent_elsewhere(
+    policy: WaitPolicy, taken: list[float]
+) -> None:
+    latencies = known(taken)
+    assert policy.hedge_after_s(latencies) < policy.deadline_s(latencies) / 2
+    assert sum(one <= policy.hedge_after_s(latencies) for one in taken) or policy.least_deadline_s < max(
+        taken
+    )
+
+
+@given(st.floats(0.01, 2), st.floats(2, 50))
+def test_a_deadline_follows_a_network_that_became_slower(quick: float, slow: float) -> None:
+    """No call is quick enough for the old deadline, so all that is known is that each took longer."""
+    policy = WaitPolicy(60.0, 0.5, 1)
+    latencies = known([quick] * 256)
+    for _ in range(2000):
+        deadline = policy.deadline_s(latencies)
+        if deadline >= slow:
+            break
+        latencies.add_unfinished(deadline)
+    else:
+        pytest.fail(f"2000 calls of {slow} s did not lengthen a deadline of {deadline} s")
+
+
+def test_a_short_last_try_that_times_out_shortens_no_deadline() -> None:
+    policy = WaitPolicy(60.0, 0.5, 1)
+    latencies = known([2.0] * 100)
+    for _ in range(300):
+        latencies.add_unfinished(0.01)
+    assert policy.deadline_s(latencies) == 8.0
+
+
+def test_old_calls_are_forgotten() -> None:
+    policy = WaitPolicy(60.0, 0.5, 1)
+    assert policy.deadline_s(known([10.0] * 1000 + [1.0] * 256)) == 4.0
+
+
+def test_hedges_stay_a_small_part_of_all_calls() -> None:
+    policy = WaitPolicy(60.0, 0.5, 1, most_hedged=0.1)
+    assert policy.may_hedge(0, 1)
+    assert not policy.may_hedge(1, 10)
+    assert policy.may_hedge(1, 11)
+    assert not WaitPolicy(60.0, 0.5, 1, most_hedged=0).may_hedge(0, 1000)
