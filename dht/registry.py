@@ -242,6 +242,10 @@ class Registry:
         peer_id = self._identity.peer_id
         return await self._in_time(self._is_held_by_others(self.keys.node(peer_id), peer_id.to_bytes()))
 
+    async def is_manifest_held(self) -> bool:
+        """Whether another peer gives back the manifest, as some do in every swarm that can be reached."""
+        return await self._in_time(self._is_held_by_others(self.keys.manifest, self.keys.author.to_bytes()))
+
     async def node_ids(self, most: int = 65536) -> frozenset[PeerID]:
         """The peers listed in the 256 shards; of more than `most`, some are drawn.
 
