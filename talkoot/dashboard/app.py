@@ -130,7 +130,9 @@ class _Endpoints:
         series = []
         for name in ("updates", "replicas"):
             metric = f"expert_{name}"
-            found = await self._keeper.read(metric, sight.now - _EXPERT_S, sight.now, _EXPERT_POINTS, 1, only=uid)
+            found = await self._keeper.read(
+                metric, sight.now - _EXPERT_S, sight.now, _EXPERT_POINTS, 1, only=uid
+            )
             series += api.series([(name, points) for _, points in found])
         return JSONResponse(shown | {"series": series})
 
