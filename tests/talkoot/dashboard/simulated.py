@@ -140,9 +140,12 @@ class Asked:
             "scheme": "http", "server": ("127.0.0.1", 8080), "client": ("127.0.0.1", 1),
         }  # fmt: skip
         messages: list[dict[str, Any]] = []
+        requests = [{"type": "http.request", "body": b"", "more_body": False}]
 
         async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": b"", "more_body": False}
+            if not requests:
+                await asyncio.Event().wait()  # a client that stays
+            return requests.pop()
 
         async def send(message: Any) -> None:
             messages.append(message)
