@@ -9,7 +9,18 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import SettingsError
 from talkoot import steer, use
 from talkoot.console import LogFormat
-from talkoot.options import Config, Format, Join, State, TextField, Threads, WaitForExperts, command
+from talkoot.options import (
+    Config,
+    Format,
+    Join,
+    MetricsHost,
+    Name,
+    State,
+    TextField,
+    Threads,
+    WaitForExperts,
+    command,
+)
 
 NOT_FIT_STATUS = 1
 
@@ -72,8 +83,10 @@ def node(
         int | None, typer.Option(help="TCP port of the expert service.  [default: any free one]")
     ] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="TCP port of /metrics, on loopback.  [default: any free one]")
+        int | None, typer.Option(help="TCP port of /metrics.  [default: any free one]")
     ] = None,
+    metrics_host: MetricsHost = None,
+    name: Name = None,
     state: State = None,
     device: Annotated[
         str | None,
@@ -171,6 +184,8 @@ def node(
         "dht_port": dht_port,
         "grpc_port": grpc_port,
         "metrics_port": metrics_port,
+        "metrics_host": metrics_host,
+        "name": name,
         "state": state,
         "device": device,
         "precision": precision,
@@ -303,6 +318,11 @@ def train(
         Path | None, typer.Option(metavar="FILE", help="Draw the loss there at the end, as PNG.")
     ] = None,
     threads: Threads = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="TCP port of /metrics.  [default: any free one]")
+    ] = None,
+    metrics_host: MetricsHost = None,
+    name: Name = None,
     state: State = None,
     config: Config = None,
     json_file: Annotated[
@@ -337,6 +357,9 @@ def train(
         "tensorboard": tensorboard,
         "plot": plot,
         "threads": threads,
+        "metrics_port": metrics_port,
+        "metrics_host": metrics_host,
+        "name": name,
         "state": state,
     }
     with command(log_format) as (terminal, signals):
@@ -350,12 +373,35 @@ def status(
     *,
     join: Join = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
 ) -> None:
-    """List the nodes and experts of a swarm."""
+    """List the nodes, trainers and experts of a swarm."""
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, _):
         from talkoot.status import run_status
 
-        run_status(terminal, join)
+        run_status(terminal, join, watch)
+
+
+@app.command()
+def dashboard(
+    *,
+    join: Join = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="A", help="Address to listen on.  [default: 127.0.0.1]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="TCP port of the page; 0: any free one.  [default: 8080]")
+    ] = None,
+    state: State = None,
+    config: Config = None,
+    log_format: Format = LogFormat.TEXT,
+) -> None:
+    """Show a swarm on a web page, and to Prometheus and other programs."""
+    flags = {"host": host, "port": port, "state": state}
+    with command(log_format) as (terminal, _):
+        from talkoot.dashboard_command import run_dashboard
+
+        run_dashboard(terminal, join, config, flags)
 
 
 @app.command()

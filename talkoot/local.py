@@ -23,6 +23,7 @@ from trainer_client.forward_pass import ForwardPass
 from trainer_client.mixtures import Mixtures
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.outgoing import DispatchStats
+from trainer_client.record import Progress
 from trainer_client.settings import TrainerSettings
 from trainer_client.shares import Share, make_shares
 
@@ -50,6 +51,9 @@ class LocalSwarm:
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
         """They are all here."""
+
+    def note(self, progress: Progress) -> None:
+        """Nobody else wants to know."""
 
     def close(self) -> None:
         """There is nothing to leave."""

@@ -38,6 +38,14 @@ WaitForExperts = Annotated[
         "--wait-for-experts", help="Longest wait, in seconds, while no expert is live.  [default: 60]"
     ),
 ]
+Name = Annotated[str | None, typer.Option(help="What the swarm's dashboards call you.  [default: no name]")]
+MetricsHost = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A",
+        help="IP address of /metrics; any but loopback is announced to the swarm.  [default: 127.0.0.1]",
+    ),
+]
 Format = Annotated[LogFormat, typer.Option(help="Lines for people, or JSON lines for programs.")]
 
 

@@ -131,6 +131,7 @@ class _Run:
             ):
 
                 def observe(progress: Progress) -> None:
+                    self._client.note(progress)
                     values = asdict(progress) | _swarm_now(self._client)
                     for write in (show, *writers):
                         write(values)

@@ -20,10 +20,12 @@ from peer.errors import SwarmError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
+from trainer_client.announcing import Presence
 from trainer_client.calls import ExpertCaller, GrpcCaller
 from trainer_client.dispatch import Dispatcher
 from trainer_client.mixtures import Mixtures
 from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.record import Progress
 from trainer_client.settings import TrainerSettings
 from trainer_client.waiting import WaitPolicy
 
@@ -52,6 +54,7 @@ class SwarmClient:
         self._swarm: Swarm | None = None
         self._channels = ChannelPool()
         self._tasks: list[asyncio.Task[None]] = []
+        self._presence: Presence | None = None
         try:
             self._loop.run(self._start(invite, settings, stage, through))
             self._mixtures = Mixtures(self.manifest, settings, self.own_seed, self.dispatcher, self._loop.run)
@@ -91,6 +94,11 @@ class SwarmClient:
     def manifest(self) -> Manifest:
         assert self._swarm is not None
         return self._swarm.manifest
+
+    def note(self, progress: Progress) -> None:
+        """How training goes, for the swarm to see. May be called on any thread."""
+        assert self._presence is not None
+        self._presence.note(progress)
 
     @property
     def own_seed(self) -> int:
@@ -167,6 +175,8 @@ class SwarmClient:
             spot_checks=settings.spot_checks,
             seed=random.SystemRandom().getrandbits(32),
         )
+        self._presence = Presence(self._swarm, invite, settings, self.dispatcher, caller, self._loop)
+        self._tasks.append(asyncio.create_task(self._presence.run()))
 
     async def _look_again(self) -> None:
         await asyncio.sleep(_LOOK_AGAIN_S)
@@ -179,6 +189,8 @@ class SwarmClient:
         if self._tasks:
             await asyncio.wait(self._tasks)
             await self.dispatcher.close()
+        if self._presence is not None:
+            await self._presence.close()
         await self._channels.close()
         if self._swarm is not None:
             await self._swarm.stop()

@@ -24,6 +24,7 @@ from trainer_client.forward_pass import (
     Reach,
     RoutedRows,
 )
+from trainer_client.latencies import Latencies
 from trainer_client.outgoing import (
     DispatchStats,
     NodeCall,
@@ -60,6 +61,14 @@ class Dispatcher:
     @property
     def stats(self) -> DispatchStats:
         return self._outgoing.stats
+
+    @property
+    def latencies(self) -> Latencies:
+        return self._outgoing.latencies
+
+    def open_breakers(self) -> int:
+        """Peers that are left alone now."""
+        return len(self._outgoing.avoided())
 
     def live_experts(self) -> int:
         """Experts that can be called now."""

@@ -68,7 +68,7 @@ class Reach:
 
     def deadline_s(self, direction: Direction) -> float:
         """Of the next calls."""
-        return self.policy.deadline_s(self.outgoing.latencies[direction])
+        return self.policy.deadline_s(self.outgoing.call_times[direction])
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class ForwardFanOut:
         self._choose(np.arange(len(self._goal)))
         looks: deque[tuple[float, Callable[[], None]]] = deque(
             [
-                (began + policy.hedge_after_s(self._reach.outgoing.latencies["forward"]), self._hedge),
+                (began + policy.hedge_after_s(self._reach.outgoing.call_times["forward"]), self._hedge),
                 # that leaves other experts the other half
                 (began + self._deadline_s / 2, self._give_up_late),
             ]

@@ -14,8 +14,9 @@ from dht.registry import NodeInfo
 from peer.errors import ExpertError
 from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import Answer, Direction, ExpertCaller, Request
+from trainer_client.latencies import Latencies
 from trainer_client.shares import Share
-from trainer_client.waiting import Latencies
+from trainer_client.waiting import CallTimes
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +90,10 @@ class Outgoing:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stats = DispatchStats()
+        self.latencies = Latencies()
         self.breakers = breakers
         self.now = clock
-        self.latencies: dict[Direction, Latencies] = {"forward": Latencies(), "backward": Latencies()}
+        self.call_times: dict[Direction, CallTimes] = {"forward": CallTimes(), "backward": CallTimes()}
         self._caller = caller
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -118,10 +120,10 @@ class Outgoing:
 
     async def _call(self, call: NodeCall) -> None:
         self.stats.calls += 1
-        peer_id, began = call.node.peer_id, self.now()
-        latencies = self.latencies[call.direction]
+        peer_id = call.node.peer_id
+        call_times = self.call_times[call.direction]
         waiting = dict(enumerate(call.shares))
-        did_well = True
+        did_well, began = True, self.now()
         try:
             async for answer in self._caller.call(call.node, call.direction, call.requests, call.deadline_s):
                 share = waiting.pop(answer.index)
@@ -132,11 +134,12 @@ class Outgoing:
                 call.outcomes.put_nowait([Outcome(share, peer_id, answer if answer.error is None else None)])
             if did_well:
                 self.breakers.succeeded(peer_id)
-                latencies.add(self.now() - began)
+                call_times.add(self.now() - began)
+                self.latencies.note(call.direction, peer_id, self.now() - began)
         except ExpertError as error:
             self._note_failure(peer_id, error)
             if error.status is StatusCode.DEADLINE_EXCEEDED:
-                latencies.add_unfinished(self.now() - began)
+                call_times.add_unfinished(self.now() - began)
         finally:
             if waiting:  # no empty list: that would look like a time-out
                 call.fail(list(waiting.values()))

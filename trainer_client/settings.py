@@ -15,6 +15,7 @@ Precision = Literal["fp32", "bf16"]
 _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
     *("log", "tensorboard", "plot", "wait_for_experts_s"),
+    *("name", "announce_every_s", "metrics_host", "metrics_port"),
 }
 """Settings that say nothing of what is learned: no checkpoint holds them."""
 
@@ -164,6 +165,25 @@ class TrainerSettings(RoleSettings):
     log: Path | None = Field(default=None, description="file that gets a JSON line for each step")
     tensorboard: Path | None = Field(default=None, description="folder for TensorBoard")
     plot: Path | None = Field(default=None, description="PNG file that shows the loss, written at the end")
+    name: str | None = Field(
+        default=None,
+        max_length=32,
+        description="what the swarm's dashboards call this trainer; unset: no name",
+    )
+    announce_every_s: float = Field(
+        default=10.0,
+        ge=0.5,
+        le=120,
+        allow_inf_nan=False,
+        description="seconds between announcements of how it goes; they live three times as long",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        max_length=253,
+        description="IP address that /metrics listens on; any but loopback is announced to the swarm",
+    )
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="TCP port of /metrics; 0: any free one")
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
     )
@@ -181,3 +201,8 @@ class TrainerSettings(RoleSettings):
             return type(self).model_validate({**saved, **given})
         except ValidationError as error:
             raise SettingsError(describe_validation_error(error)) from error
+
+    @property
+    def lifetime_s(self) -> float:
+        """How long announcements live."""
+        return 3 * self.announce_every_s

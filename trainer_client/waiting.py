@@ -13,7 +13,7 @@ _LEAST_HEDGE_S = 0.05
 """Quicker answers are not worth a second call."""
 
 
-class Latencies:
+class CallTimes:
     """How long the last 256 calls in one direction took, in seconds."""
 
     def __init__(self) -> None:
@@ -50,21 +50,21 @@ class WaitPolicy:
     most_hedged: float = 0.1
     """Calls sent to a second replica, as a part of all calls, at most."""
 
-    def deadline_s(self, latencies: Latencies) -> float:
+    def deadline_s(self, call_times: CallTimes) -> float:
         """Of the next call: four times what nine in ten took lately, between the bounds."""
-        usual = latencies.quantile(_USUAL)
+        usual = call_times.quantile(_USUAL)
         if usual is None:
             return self.call_deadline_s
         return min(self.call_deadline_s, max(self.least_deadline_s, _DEADLINE_FACTOR * usual))
 
-    def hedge_after_s(self, latencies: Latencies) -> float:
+    def hedge_after_s(self, call_times: CallTimes) -> float:
         """When a forward call is slow enough to ask another replica too: when 19 in 20 would have answered, and at
         the latest after a third of the deadline.
 
         "The Tail at Scale" (Dean and Barroso, 2013) asks after the 95th percentile.
         """
-        latest = self.deadline_s(latencies) / 3
-        slow = latencies.quantile(_SLOW)
+        latest = self.deadline_s(call_times) / 3
+        slow = call_times.quantile(_SLOW)
         return latest if slow is None else min(max(slow, _LEAST_HEDGE_S), latest)
 
     def may_hedge(self, hedged: int, calls: int) -> bool:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer_client.waiting import LEAST_KNOWN, Latencies, WaitPolicy
+from trainer_client.waiting import LEAST_KNOWN, CallTimes, WaitPolicy
 
 seconds = st.floats(0.001, 100)
 many = st.lists(seconds, min_size=LEAST_KNOWN, max_size=300)
@@ -17,11 +17,11 @@ policies = st.builds(
 )
 
 
-def known(taken: list[float]) -> Latencies:
-    latencies = Latencies()
+def known(taken: list[float]) -> CallTimes:
+    call_times = CallTimes()
     for one in taken:
-        latencies.add(one)
-    return latencies
+        call_times.add(one)
+    return call_times
 
 
 @given(policies, st.lists(seconds, max_size=LEAST_KNOWN - 1))
@@ -51,9 +51,9 @@ def test_slower_calls_never_shorten_a_deadline(policy: WaitPolicy, taken: list[f
 def test_another_replica_is_asked_before_rows_are_sent_elsewhere(
     policy: WaitPolicy, taken: list[float]
 ) -> None:
-    latencies = known(taken)
-    assert policy.hedge_after_s(latencies) < policy.deadline_s(latencies) / 2
-    assert sum(one <= policy.hedge_after_s(latencies) for one in taken) or policy.least_deadline_s < max(
+    call_times = known(taken)
+    assert policy.hedge_after_s(call_times) < policy.deadline_s(call_times) / 2
+    assert sum(one <= policy.hedge_after_s(call_times) for one in taken) or policy.least_deadline_s < max(
         taken
     )
 
@@ -62,22 +62,22 @@ def test_another_replica_is_asked_before_rows_are_sent_elsewhere(
 def test_a_deadline_follows_a_network_that_became_slower(quick: float, slow: float) -> None:
     """No call is quick enough for the old deadline, so all that is known is that each took longer."""
     policy = WaitPolicy(60.0, 0.5, 1)
-    latencies = known([quick] * 256)
+    call_times = known([quick] * 256)
     for _ in range(2000):
-        deadline = policy.deadline_s(latencies)
+        deadline = policy.deadline_s(call_times)
         if deadline >= slow:
             break
-        latencies.add_unfinished(deadline)
+        call_times.add_unfinished(deadline)
     else:
         pytest.fail(f"2000 calls of {slow} s did not lengthen a deadline of {deadline} s")
 
 
 def test_a_short_last_try_that_times_out_shortens_no_deadline() -> None:
     policy = WaitPolicy(60.0, 0.5, 1)
-    latencies = known([2.0] * 100)
+    call_times = known([2.0] * 100)
     for _ in range(300):
-        latencies.add_unfinished(0.01)
-    assert policy.deadline_s(latencies) == 8.0
+        call_times.add_unfinished(0.01)
+    assert policy.deadline_s(call_times) == 8.0
 
 
 def test_old_calls_are_forgotten() -> None:
