@@ -18,13 +18,13 @@ const RANGES = [
 const perSecond = (value) => (Number.isFinite(value) ? `${format.bytes(value)}/s` : format.UNKNOWN);
 
 const CHARTS = [
-  { metric: "loss", title: "Loss", write: format.loss },
+  { metric: "loss", title: "Loss", unit: true, write: format.loss },
   { metric: "bits_per_byte", title: "Bits per byte", write: format.loss },
   { metric: "tokens_per_s", title: "Tokens per second", write: format.compact, fromZero: true },
   { metric: "live_experts", title: "Live experts", write: format.compact, fromZero: true },
   { metric: "live_nodes", title: "Live nodes", write: format.compact, fromZero: true },
   { metric: "latency_ms", title: "Latency", write: format.milliseconds, fromZero: true },
-  { metric: "failures", title: "Failures by cause", write: format.compact, fromZero: true },
+  { metric: "failures", title: "Failures by cause", unit: true, write: format.compact, fromZero: true },
   { metric: "bytes_per_s", title: "Bandwidth", write: perSecond, fromZero: true },
 ];
 
@@ -49,9 +49,9 @@ function rest() {
   return range ? Math.min((1000 * range) / POINTS, LONGEST_REST_MS) : LONGEST_REST_MS;
 }
 
-async function load({ metric, plot }) {
+async function load({ metric, plot, unit: hasUnit }) {
   const until = serverNow();
   const since = range ? until - range : 0;
   const { series, unit } = await get("history", { metric, since, points: POINTS });
-  plot.show(series, unit, since, until);
+  plot.show(series, hasUnit ? unit : "", since, until);
 }

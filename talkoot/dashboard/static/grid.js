@@ -12,6 +12,7 @@ const HEAT = [1, 2, 3, 4, 5, 6].map((step) => `--heat-${step}`);
 const WIDEST = 256; // columns; a longer row of the grid goes on in the next line
 const NAMED = 12;
 const EDGE = 8;
+const REST_MS_PER_EXPERT = 0.1; // 65,536 experts are half a megabyte of JSON
 const LISTED = 12; // layers as buttons; more become a list to choose from
 
 const MEASURES = {
@@ -36,7 +37,7 @@ export function makeGrid() {
   table = makeTable();
   byId("grid-as-table").addEventListener("click", toggleTable);
   addEventListener("theme", () => view.data && draw());
-  section = new Section(byId("grid"), load);
+  section = new Section(byId("grid"), load, () => (view.data?.replicas.length ?? 0) * REST_MS_PER_EXPERT);
   return section;
 }
 
@@ -127,7 +128,7 @@ function spread(i, steps) {
 function label(low, width, step) {
   if (width === 1) return format.compact(low + step);
   const [from, to] = [Math.max(low, low + (step - 0.5) * width), low + (step + 0.5) * width];
-  return `${format.compact(Math.ceil(from))} – ${format.compact(Math.floor(to))}`;
+  return `${format.compact(Math.ceil(from))} – ${format.compact(Math.ceil(to) - 1)}`;
 }
 
 function sideOf(levels, scale, replicas) {

@@ -74,16 +74,18 @@ const TILES = [
 ];
 
 function goneNodes({ nodes }) {
-  if (!nodes.gone) return ["none gone in a day"];
+  if (!nodes.gone) return [nodes.gone === 0 ? "none gone in a day" : shown(null)];
   return [el("a", { href: "#nodes", class: "gone-link" }, `${format.count(nodes.gone)} gone`), " in a day"];
 }
 
 function share({ experts }) {
+  if (experts.total === null) return [shown(null)];
   const percent = experts.total ? Math.floor((1000 * experts.live) / experts.total) / 10 : 0; // 99.99 % is not all
   return [`of ${format.count(experts.total)}, ${percent} %`];
 }
 
 function perExpert({ replicas, experts }) {
+  if (replicas === null) return [shown(null)];
   return [experts.live ? `${(replicas / experts.live).toFixed(1)} per live expert` : "no live expert"];
 }
 

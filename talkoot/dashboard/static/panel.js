@@ -65,6 +65,7 @@ function decode(text) {
 function clear() {
   plots.forEach((plot) => plot.destroy());
   plots = [];
+  section.forget();
   byId("panel-body").replaceChildren();
 }
 

@@ -6,6 +6,7 @@ export class Section {
   #stale = true;
   #visible = false;
   #loading = false;
+  #hasLoaded = false;
   #loadedAt = -Infinity;
   #load;
   #problem;
@@ -34,6 +35,12 @@ export class Section {
     this.invalidate();
   }
 
+  /** What it showed is gone. */
+  forget() {
+    this.#hasLoaded = false;
+    this.#say("");
+  }
+
   #see(visible) {
     this.#visible = visible;
     this.#proceed();
@@ -41,16 +48,18 @@ export class Section {
 
   async #proceed() {
     const rested = performance.now() - this.#loadedAt >= this.#restMs();
-    if (!this.#stale || !this.#visible || this.#loading || !rested || document.hidden) return;
+    const wanted = this.#visible || !this.#hasLoaded; // once for all, so that nothing jumps when it is scrolled to
+    if (!this.#stale || !wanted || this.#loading || !rested || document.hidden) return;
     this.#loading = true;
     this.#stale = false;
     this.#loadedAt = performance.now();
     try {
       await this.#load();
+      this.#hasLoaded = true;
       this.#say("");
     } catch (error) {
       if (!(error instanceof Unanswered)) throw error;
-      this.#say(`These figures may be old: ${error.message}`);
+      this.#say(this.#hasLoaded ? `These figures may be old: ${error.message}` : error.message);
     } finally {
       this.#loading = false;
     }
