@@ -58,10 +58,21 @@ class SwarmKeys:
     def node_shard(self, shard: int) -> str:
         return f"{self.swarm_id}.nodes.{shard:02x}"
 
+    def trainer(self, peer_id: PeerID) -> str:
+        return f"{self.swarm_id}.trainer.{peer_id.to_base58()}"
+
+    def trainer_shard(self, shard: int) -> str:
+        return f"{self.swarm_id}.trainers.{shard:x}"
+
 
 def shard_of(peer_id: PeerID) -> int:
-    """Which of the 256 node shards a peer is listed in."""
+    """Which of the 256 node shards a node is listed in."""
     return int(peer_id.to_bytes()[-1])
+
+
+def trainer_shard_of(peer_id: PeerID) -> int:
+    """Which of the 16 trainer shards a trainer is listed in: a swarm has fewer of them."""
+    return shard_of(peer_id) >> 4
 
 
 def seal(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
@@ -157,15 +168,20 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             raise RecordError("a stored value is bytes, and expires at a time")
         if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
             raise RecordError("an index entry's value is the name of its key")
-        if _SHARD_PATTERN.search(value):
-            if not isinstance(subkey, bytes) or len(subkey) != 34 or value[-2:] != f"{subkey[-1]:02x}":
+        if shard := _SHARD_PATTERN.search(value):
+            digits = shard[1] or shard[2]
+            if (
+                not isinstance(subkey, bytes)
+                or len(subkey) != 34
+                or not f"{subkey[-1]:02x}".startswith(digits)
+            ):
                 raise RecordError("a shard's subkeys are the PeerIDs that fall into it")
         elif type(subkey) is not int or not 0 <= subkey < _COORDINATE_LIMIT:  # True is no coordinate
             raise RecordError("a prefix's subkeys are coordinates")
         _check_lifetime(record.expiration_time, self._now(), None)
 
 
-_SHARD_PATTERN = re.compile(r"\.nodes\.[0-9a-f]{2}$")
+_SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2})$|\.trainers\.([0-9a-f])$")
 
 
 def _is_digest_of(digest: bytes, key: str) -> bool:

@@ -16,7 +16,19 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 
 from dht.claims import ClaimAges
-from dht.records import SwarmKeys, parse_peer_id, seal, shard_of, unseal
+from dht.participants import (
+    DEFAULT_RENEW_S,
+    MAX_NAME_CHARACTERS,
+    Activity,
+    TrainerInfo,
+    count,
+    metrics_endpoint,
+    number,
+    read_trainer,
+    renewal,
+    short_text,
+)
+from dht.records import SwarmKeys, parse_peer_id, seal, shard_of, trainer_shard_of, unseal
 from dht.uid import UID
 from peer.errors import RecordError, UnreachableError, WireError
 from peer.identity import Identity, certificate_pem
@@ -80,6 +92,18 @@ class NodeInfo:
     started_at: float
     bootstrap_addresses: tuple[str, ...]
     expires_at: float
+    name: str = ""
+    """What its owner calls it; empty: no name."""
+    activity: Activity = Activity.UNKNOWN
+    metrics_address: str = ""
+    """Where it serves metrics to others, if it does."""
+    rows_per_s: float | None = None
+    renew_every_s: float = DEFAULT_RENEW_S
+    """Its record is renewed within so many seconds, as far as it can tell."""
+    contributed_rows: int = 0
+    """In all its runs, as are the following."""
+    contributed_updates: int = 0
+    contributed_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -176,12 +200,15 @@ class Registry:
 
     async def publish_node(self, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
         """Writes this peer's node record, and lists the peer in its shard."""
-        peer_id, expires_at = self._identity.peer_id, self._now() + lifetime_s
-        key, shard = self.keys.node(peer_id), self.keys.node_shard(shard_of(peer_id))
-        payload = records_pb2.RecordPayload(key=key, expires_at=expires_at, node=node)
-        record = seal(self._identity, payload)
-        subkey = peer_id.to_bytes()
-        await self._store([(key, subkey, record, expires_at), (shard, subkey, shard, expires_at)])
+        peer_id = self._identity.peer_id
+        payload = records_pb2.RecordPayload(key=self.keys.node(peer_id), node=node)
+        await self._publish_self(payload, self.keys.node_shard(shard_of(peer_id)), lifetime_s)
+
+    async def publish_trainer(self, trainer: records_pb2.TrainerRecord, lifetime_s: float) -> None:
+        """Writes this peer's trainer record, and lists the peer in its shard."""
+        peer_id = self._identity.peer_id
+        payload = records_pb2.RecordPayload(key=self.keys.trainer(peer_id), trainer=trainer)
+        await self._publish_self(payload, self.keys.trainer_shard(trainer_shard_of(peer_id)), lifetime_s)
 
     async def prefixes(self, prefixes: Collection[Prefix]) -> dict[Prefix, frozenset[int]]:
         """The active next coordinates after each prefix."""
@@ -200,43 +227,73 @@ class Registry:
 
     async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
         """The node records of those peers that have a valid one."""
-        keys = {self.keys.node(peer_id): peer_id for peer_id in peer_ids}
-        found = await self._get(list(keys))
-        nodes = {}
-        for key, peer_id in keys.items():
-            value, _ = found[key].get(peer_id.to_bytes(), (None, 0.0))
-            if value is not None:
-                try:
-                    node = self._node_info(value, key, peer_id)
-                except RecordError as error:
-                    logger.debug("left out node %s: %s", peer_id, error)
-                    continue
-                if node is not None:
-                    nodes[peer_id] = node
-        return nodes
+        return await self._own_records(
+            {self.keys.node(peer_id): peer_id for peer_id in peer_ids}, self._node_info
+        )
+
+    async def trainers(self, peer_ids: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
+        """The trainer records of those peers that have a valid one."""
+        return await self._own_records(
+            {self.keys.trainer(peer_id): peer_id for peer_id in peer_ids}, self._trainer_info
+        )
 
     async def is_seen_by_others(self) -> bool:
         """Whether another peer gives back this one's node record, as some should once it was published."""
         peer_id = self._identity.peer_id
         return await self._in_time(self._is_held_by_others(self.keys.node(peer_id), peer_id.to_bytes()))
 
+    async def is_manifest_held(self) -> bool:
+        """Whether another peer gives back the manifest, as some do in every swarm that can be reached."""
+        return await self._in_time(self._is_held_by_others(self.keys.manifest, self.keys.author.to_bytes()))
+
     async def node_ids(self, most: int = 65536) -> frozenset[PeerID]:
         """The peers listed in the 256 shards; of more than `most`, some are drawn.
 
         Anybody can list a peer that is not there: only its node record shows that it is.
         """
-        shards = [self.keys.node_shard(shard) for shard in range(256)]
-        found = await self._get(shards)
+        shards = {self.keys.node_shard(shard): shard for shard in range(256)}
+        return frozenset(_some(await self._listed(shards, shard_of), most))
+
+    async def trainer_ids(self, most: int = 4096) -> frozenset[PeerID]:
+        """The peers listed in the 16 trainer shards; of more than `most`, some are drawn."""
+        shards = {self.keys.trainer_shard(shard): shard for shard in range(16)}
+        return frozenset(_some(await self._listed(shards, trainer_shard_of), most))
+
+    async def _listed(self, shards: Mapping[str, int], shard_for: Callable[[PeerID], int]) -> set[PeerID]:
+        found = await self._get(list(shards))
         listed = set()
-        for shard in shards:
-            for subkey, (value, _) in found[shard].items():
+        for key, shard in shards.items():
+            for subkey, (value, _) in found[key].items():
                 try:
                     peer_id = parse_peer_id(subkey)
                 except WireError:
                     continue
-                if value == shard and self.keys.node_shard(shard_of(peer_id)) == shard:
+                if value == key and shard_for(peer_id) == shard:
                     listed.add(peer_id)
-        return frozenset(_some(listed, most))
+        return listed
+
+    async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
+        expires_at = payload.expires_at = self._now() + lifetime_s
+        record = seal(self._identity, payload)
+        subkey = self._identity.peer_id.to_bytes()
+        await self._store([(payload.key, subkey, record, expires_at), (shard, subkey, shard, expires_at)])
+
+    async def _own_records(
+        self, keys: Mapping[str, PeerID], read: Callable[[object, str, PeerID], T | None]
+    ) -> dict[PeerID, T]:
+        """Of each key the record that its peer wrote, as far as it is valid and the peer has not left."""
+        found = await self._get(list(keys))
+        records = {}
+        for key, peer_id in keys.items():
+            value, _ = found[key].get(peer_id.to_bytes(), (None, 0.0))
+            try:
+                record = None if value is None else read(value, key, peer_id)
+            except RecordError as error:
+                logger.debug("left out the record of %s: %s", peer_id, error)
+                continue
+            if record is not None:
+                records[peer_id] = record
+        return records
 
     def _seal_announcement(self, key: str, replica: Announced, expires_at: float, queued_rows: int) -> bytes:
         payload = records_pb2.RecordPayload(
@@ -290,15 +347,26 @@ class Registry:
             tuple(filter(_ADDRESS.fullmatch, node.addresses[:_MAX_ADDRESSES])),
             certificate_pem(node.certificate, peer_id),
             node.protocol_version,
-            "".join(c for c in node.software_version[:32] if c.isprintable()),
+            short_text(node.software_version, 32),
             node.expert_count,
             node.expert_capacity,
-            node.rows_processed,
-            node.updates,
-            node.started_at,
+            count(node.rows_processed),
+            count(node.updates),
+            number(node.started_at) or 0.0,
             tuple(node.bootstrap_addresses[:_MAX_ADDRESSES]),
             payload.expires_at,
+            short_text(node.name, MAX_NAME_CHARACTERS),
+            Activity.of(node.activity),
+            metrics_endpoint(node.metrics_address),
+            number(node.rows_per_s),
+            renewal(node.renew_every_s),
+            count(node.contributed_rows),
+            count(node.contributed_updates),
+            number(node.contributed_s) or 0.0,
         )
+
+    def _trainer_info(self, value: object, key: str, peer_id: PeerID) -> TrainerInfo | None:
+        return read_trainer(unseal(value, key, peer_id, self._now()), peer_id)
 
     async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
         """A look-up would not tell: this peer's own store answers it too."""

@@ -9,15 +9,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import grpc
+from grpc_health.v1 import health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from dht.participants import Activity
 from dht.swarm import Stage, Swarm
 from expert_server.averaging import Meetings
 from expert_server.blocks import builder_of
 from expert_server.checkpoints import Checkpoints, CheckpointStore
 from expert_server.contribution import Account, Contribution
+from expert_server.describing import Description
 from expert_server.devices import ComputeDevice, open_devices
 from expert_server.expert import expert_bytes
+from expert_server.health import HealthServicer
 from expert_server.hosting import Hosting
 from expert_server.machine import usable_cores
 from expert_server.memory import most_bytes, row_bytes, within_memory
@@ -31,13 +35,12 @@ from expert_server.settings import NodeSettings
 from expert_server.state_servicer import StateServicer
 from expert_server.status import NodeState, NodeStatus
 from expert_server.transfer import Snapshots, SnapshotTaker, StateClient
-from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.channels import SERVER_OPTIONS, server_credentials
 from peer.errors import StartError, UnreachableError, UserError
 from peer.host import require_free_port
 from peer.metrics import MetricsServer
 from peer.rates import Traffic
-from peer.wire import expert_pb2_grpc, probe_pb2_grpc, records_pb2, state_pb2_grpc
+from peer.wire import expert_pb2_grpc, probe_pb2_grpc, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +90,12 @@ class Node:
         self._stopping = self._drained = False
         limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes)
         self._servicer = ExpertServicer(runtime, swarm.manifest, swarm_id, limits, self.traffic)
-        self._started_at = now()
         self._dht_failures = 0
         self._failing: set[str] = set()
         """Of the rounds that a running node makes, those that failed the last time."""
         self._certificate = swarm.host.identity.make_certificate()
+        self._description = Description(settings, self._certificate, now())
+        self._host = ""
         self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
         self._loop = asyncio.get_running_loop()  # metrics are read on another thread
@@ -309,6 +313,7 @@ class Node:
 
     async def _serve(self, host: str) -> None:
         settings = self._settings
+        self._host = host
         require_free_port(host, settings.grpc_port)
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=settings.max_calls)
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
@@ -324,6 +329,8 @@ class Node:
             max_transfer_s=settings.max_transfer_s,
         )
         state_pb2_grpc.add_StateServiceServicer_to_server(states, self._server)
+        health = HealthServicer(lambda: self.state is NodeState.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
         try:
             port = self._server.add_secure_port(_endpoint(host, settings.grpc_port), credentials)
@@ -335,23 +342,20 @@ class Node:
         self.address = _endpoint(host, port)
         registry = CollectorRegistry()
         registry.register(NodeCollector(self._stats, self._counts))
-        self._metrics = MetricsServer(registry, "127.0.0.1", settings.metrics_port)
+        self._metrics = MetricsServer(registry, settings.metrics_host, settings.metrics_port)
         self.metrics_address = self._metrics.address
 
     async def _describe(self) -> None:
         """Renews what this node says of itself."""
-        stats = self.runtime.stats
-        record = records_pb2.NodeRecord(
-            addresses=[self.address],
-            certificate=self._certificate,
-            protocol_version=PROTOCOL_VERSION,
-            software_version=SOFTWARE_VERSION,
-            expert_count=len(self.runtime.experts),
-            expert_capacity=0 if self._pauses.why or self._stopping else self.hosting.capacity,
-            rows_processed=stats.rows,
-            updates=stats.updates,
-            started_at=self._started_at,
+        leaves = Activity.LEAVING if self._stopping else None
+        activity = leaves or (Activity.PAUSED if self._pauses.why else Activity.SERVING)
+        record = self._description.record(
+            self.status(),
+            activity,
+            self._now(),
+            address=self.address,
             bootstrap_addresses=await self.swarm.host.bootstrap_addresses(),
+            metrics_address="" if self._metrics is None else self._metrics.offered(self._host),
         )
         await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
 

@@ -58,13 +58,20 @@ class NodeSettings(RoleSettings):
         max_length=253,
         description="address to listen on and to announce; unset: this machine's first",
     )
+    name: str | None = Field(
+        default=None, max_length=32, description="what the swarm's dashboards call this node; unset: no name"
+    )
     dht_port: int = Field(default=0, ge=0, le=65535, description="TCP port of the DHT; 0: any free one")
     grpc_port: int = Field(
         default=0, ge=0, le=65535, description="TCP port of the expert service; 0: any free one"
     )
-    metrics_port: int = Field(
-        default=0, ge=0, le=65535, description="TCP port of /metrics, on loopback; 0: any free one"
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        max_length=253,
+        description="IP address that /metrics listens on; any but loopback is announced to the swarm",
     )
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="TCP port of /metrics; 0: any free one")
     state: Path | None = Field(default=None, description="folder of the node's identity and state")
     replicas: int = Field(
         default=2,

@@ -1,5 +1,7 @@
 """Serves Prometheus metrics over HTTP, on loopback unless told otherwise."""
 
+import ipaddress
+
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
 from peer.errors import StartError
@@ -17,9 +19,34 @@ class MetricsServer:
             raise StartError(
                 f"can't serve metrics on {host} port {port}: {error.strerror}; pass another --metrics-port"
             ) from error
-        self.address = f"http://{host}:{self._server.server_port}/metrics"
+        self._host, self._port = host, int(self._server.server_port)
+        self.address = f"http://{_endpoint(host, self._port)}/metrics"
+
+    def offered(self, reached_at: str | None) -> str:
+        """Where others can scrape, `IP address:port`; empty when nobody else can.
+
+        `reached_at`: the IP address by which others reach this peer, if it is known. Loopback is offered in a swarm
+        that is all on loopback.
+        """
+        address, reached = _address(self._host), _address(reached_at)
+        if address is not None and address.is_unspecified:
+            address = reached
+        if address is None or (address.is_loopback and (reached is None or not reached.is_loopback)):
+            return ""
+        return _endpoint(str(address), self._port)
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return None if host is None else ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _endpoint(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

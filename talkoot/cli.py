@@ -285,6 +285,28 @@ def status(
 
 
 @app.command()
+def dashboard(
+    *,
+    join: Join = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="A", help="Address to listen on.  [default: 127.0.0.1]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="TCP port of the page; 0: any free one.  [default: 8080]")
+    ] = None,
+    state: State = None,
+    config: Config = None,
+    log_format: Format = LogFormat.TEXT,
+) -> None:
+    """Show a swarm on a web page, and to Prometheus and other programs."""
+    flags = {"host": host, "port": port, "state": state}
+    with command(log_format) as (terminal, _):
+        from talkoot.dashboard_command import run_dashboard
+
+        run_dashboard(terminal, join, config, flags)
+
+
+@app.command()
 def demo(
     *,
     nodes: Annotated[int, typer.Option(min=1, max=16, help="Nodes to start.")] = 3,

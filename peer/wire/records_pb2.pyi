@@ -14,11 +14,22 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_SERVING: _ClassVar[ReplicaState]
     REPLICA_STATE_WITHDRAWN: _ClassVar[ReplicaState]
     REPLICA_STATE_LEAVING: _ClassVar[ReplicaState]
+
+class NodeActivity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NODE_ACTIVITY_UNSPECIFIED: _ClassVar[NodeActivity]
+    NODE_ACTIVITY_SERVING: _ClassVar[NodeActivity]
+    NODE_ACTIVITY_PAUSED: _ClassVar[NodeActivity]
+    NODE_ACTIVITY_LEAVING: _ClassVar[NodeActivity]
 REPLICA_STATE_UNSPECIFIED: ReplicaState
 REPLICA_STATE_CLAIMED: ReplicaState
 REPLICA_STATE_SERVING: ReplicaState
 REPLICA_STATE_WITHDRAWN: ReplicaState
 REPLICA_STATE_LEAVING: ReplicaState
+NODE_ACTIVITY_UNSPECIFIED: NodeActivity
+NODE_ACTIVITY_SERVING: NodeActivity
+NODE_ACTIVITY_PAUSED: NodeActivity
+NODE_ACTIVITY_LEAVING: NodeActivity
 
 class SignedRecord(_message.Message):
     __slots__ = ("payload", "public_key", "signature")
@@ -31,20 +42,22 @@ class SignedRecord(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class RecordPayload(_message.Message):
-    __slots__ = ("key", "peer_id", "expires_at", "announcement", "node", "manifest_json")
+    __slots__ = ("key", "peer_id", "expires_at", "announcement", "node", "manifest_json", "trainer")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCEMENT_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    TRAINER_FIELD_NUMBER: _ClassVar[int]
     key: str
     peer_id: bytes
     expires_at: float
     announcement: Announcement
     node: NodeRecord
     manifest_json: bytes
-    def __init__(self, key: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ...) -> None: ...
+    trainer: TrainerRecord
+    def __init__(self, key: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ...) -> None: ...
 
 class Announcement(_message.Message):
     __slots__ = ("state", "update_count", "queued_rows", "claimed_at")
@@ -59,7 +72,7 @@ class Announcement(_message.Message):
     def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., update_count: _Optional[int] = ..., queued_rows: _Optional[int] = ..., claimed_at: _Optional[float] = ...) -> None: ...
 
 class NodeRecord(_message.Message):
-    __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "bootstrap_addresses", "left")
+    __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "bootstrap_addresses", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s")
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +84,14 @@ class NodeRecord(_message.Message):
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
     BOOTSTRAP_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     LEFT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    RENEW_EVERY_S_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTED_UPDATES_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTED_S_FIELD_NUMBER: _ClassVar[int]
     addresses: _containers.RepeatedScalarFieldContainer[str]
     certificate: bytes
     protocol_version: int
@@ -82,7 +103,83 @@ class NodeRecord(_message.Message):
     started_at: float
     bootstrap_addresses: _containers.RepeatedScalarFieldContainer[str]
     left: bool
-    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., bootstrap_addresses: _Optional[_Iterable[str]] = ..., left: _Optional[bool] = ...) -> None: ...
+    name: str
+    activity: NodeActivity
+    metrics_address: str
+    rows_per_s: float
+    renew_every_s: float
+    contributed_rows: int
+    contributed_updates: int
+    contributed_s: float
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., bootstrap_addresses: _Optional[_Iterable[str]] = ..., left: _Optional[bool] = ..., name: _Optional[str] = ..., activity: _Optional[_Union[NodeActivity, str]] = ..., metrics_address: _Optional[str] = ..., rows_per_s: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., contributed_rows: _Optional[int] = ..., contributed_updates: _Optional[int] = ..., contributed_s: _Optional[float] = ...) -> None: ...
+
+class TrainerRecord(_message.Message):
+    __slots__ = ("name", "protocol_version", "software_version", "started_at", "renew_every_s", "metrics_address", "step", "steps", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "forward", "backward", "calls", "failures", "bytes_sent", "bytes_received", "nodes", "left")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    RENEW_EVERY_S_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
+    BITS_PER_BYTE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    protocol_version: int
+    software_version: str
+    started_at: float
+    renew_every_s: float
+    metrics_address: str
+    step: int
+    steps: int
+    loss: float
+    validation_loss: float
+    bits_per_byte: float
+    tokens_per_s: float
+    forward: Latency
+    backward: Latency
+    calls: int
+    failures: _containers.RepeatedCompositeFieldContainer[Failures]
+    bytes_sent: int
+    bytes_received: int
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeLatency]
+    left: bool
+    def __init__(self, name: _Optional[str] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., started_at: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., forward: _Optional[_Union[Latency, _Mapping]] = ..., backward: _Optional[_Union[Latency, _Mapping]] = ..., calls: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failures, _Mapping]]] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeLatency, _Mapping]]] = ..., left: _Optional[bool] = ...) -> None: ...
+
+class Failures(_message.Message):
+    __slots__ = ("cause", "count")
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    cause: str
+    count: int
+    def __init__(self, cause: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class Latency(_message.Message):
+    __slots__ = ("p50_s", "p99_s")
+    P50_S_FIELD_NUMBER: _ClassVar[int]
+    P99_S_FIELD_NUMBER: _ClassVar[int]
+    p50_s: float
+    p99_s: float
+    def __init__(self, p50_s: _Optional[float] = ..., p99_s: _Optional[float] = ...) -> None: ...
+
+class NodeLatency(_message.Message):
+    __slots__ = ("peer_id", "mean_s")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    MEAN_S_FIELD_NUMBER: _ClassVar[int]
+    peer_id: bytes
+    mean_s: float
+    def __init__(self, peer_id: _Optional[bytes] = ..., mean_s: _Optional[float] = ...) -> None: ...
 
 class InviteMessage(_message.Message):
     __slots__ = ("name", "author", "bootstrap_addresses")

@@ -1,0 +1,162 @@
+"""What peers say of themselves, once it is known to be of a form and size that does no harm.
+
+A signed record proves who wrote it, not that it is true. So texts are short and printable, numbers finite and in their
+range, and whatever is not so counts as not said.
+"""
+
+import ipaddress
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from grpc import StatusCode
+from hivemind.p2p import PeerID
+
+from peer.wire import records_pb2
+
+MAX_NAME_CHARACTERS = 32
+MAX_LATENCIES = 64
+"""Most nodes of which one trainer's record tells how fast they answered."""
+DEFAULT_RENEW_S = 10.0
+_LONGEST_RENEW_S = 600.0
+_LONGEST_CALL_S = 3600.0
+_LATEST = 2.0**40
+"""Of times in seconds, and of numbers that are no count."""
+_MAX_COUNT = 2**53
+"""Beyond it a double, as JSON has it, is not exact."""
+_MAX_VERSION_CHARACTERS = 32
+
+FAILURE_CAUSES = frozenset(status.name.lower() for status in StatusCode if status is not StatusCode.OK)
+
+
+class Activity(Enum):
+    """What a node says it does now."""
+
+    UNKNOWN = records_pb2.NODE_ACTIVITY_UNSPECIFIED
+    SERVING = records_pb2.NODE_ACTIVITY_SERVING
+    PAUSED = records_pb2.NODE_ACTIVITY_PAUSED
+    LEAVING = records_pb2.NODE_ACTIVITY_LEAVING
+
+    @classmethod
+    def of(cls, value: int) -> "Activity":
+        """UNKNOWN for what a newer version may say."""
+        try:
+            return cls(value)
+        except ValueError:
+            return cls.UNKNOWN
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Quantiles of how long calls took, in seconds."""
+
+    p50_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True)
+class TrainerInfo:
+    """What a trainer says of itself. Losses in nats per token; None: not measured."""
+
+    peer_id: PeerID
+    name: str
+    protocol_version: int
+    software_version: str
+    started_at: float
+    renew_every_s: float
+    metrics_address: str
+    step: int
+    steps: int
+    loss: float | None
+    validation_loss: float | None
+    bits_per_byte: float | None
+    tokens_per_s: float | None
+    forward: Latency | None
+    backward: Latency | None
+    calls: int
+    bytes_sent: int
+    bytes_received: int
+    expires_at: float
+    failures: Mapping[str, int] = field(default_factory=dict)
+    node_latency_s: Mapping[PeerID, float] = field(default_factory=dict)
+
+
+def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> TrainerInfo | None:
+    """What a trainer's checked record says; None when the trainer has left."""
+    trainer = payload.trainer
+    if payload.WhichOneof("body") != "trainer" or trainer.left:
+        return None
+    return TrainerInfo(
+        peer_id,
+        short_text(trainer.name, MAX_NAME_CHARACTERS),
+        trainer.protocol_version,
+        short_text(trainer.software_version, _MAX_VERSION_CHARACTERS),
+        number(trainer.started_at) or 0.0,
+        renewal(trainer.renew_every_s),
+        metrics_endpoint(trainer.metrics_address),
+        count(trainer.step),
+        count(trainer.steps),
+        number(trainer.loss) if trainer.HasField("loss") else None,
+        number(trainer.validation_loss) if trainer.HasField("validation_loss") else None,
+        number(trainer.bits_per_byte) if trainer.HasField("bits_per_byte") else None,
+        number(trainer.tokens_per_s) if trainer.HasField("tokens_per_s") else None,
+        _latency(trainer.forward) if trainer.HasField("forward") else None,
+        _latency(trainer.backward) if trainer.HasField("backward") else None,
+        count(trainer.calls),
+        count(trainer.bytes_sent),
+        count(trainer.bytes_received),
+        payload.expires_at,
+        {f.cause: count(f.count) for f in trainer.failures[:32] if f.cause in FAILURE_CAUSES},
+        _node_latencies(trainer.nodes[:MAX_LATENCIES]),
+    )
+
+
+def short_text(text: str, most: int) -> str:
+    """At most so many characters, the printable ones; no two blanks in a row."""
+    printable = "".join(c for c in text[: 4 * most] if c.isprintable())
+    return " ".join(printable.split())[:most]
+
+
+def number(value: float, most: float = _LATEST) -> float | None:
+    """None when it is not finite, negative or absurd."""
+    return value if math.isfinite(value) and 0 <= value <= most else None
+
+
+def count(value: int) -> int:
+    """At most as large as others can show exactly."""
+    return min(value, _MAX_COUNT)
+
+
+def renewal(value: float) -> float:
+    """Seconds until a record is renewed; the usual ones when it says nothing sensible."""
+    return value if math.isfinite(value) and 0 < value <= _LONGEST_RENEW_S else DEFAULT_RENEW_S
+
+
+_ENDPOINT = re.compile(r"(?:\[([0-9a-f:.]{2,45})\]|([0-9.]{7,15})):([0-9]{1,5})")
+
+
+def metrics_endpoint(text: str) -> str:
+    """`IP address:port` as it stands, or empty: names would be looked up by whoever scrapes."""
+    match = _ENDPOINT.fullmatch(text)
+    if match is None or not 0 < int(match[3]) < 65536:
+        return ""
+    try:
+        address = ipaddress.ip_address(match[1] or match[2])
+    except ValueError:
+        return ""
+    return "" if address.is_unspecified or address.is_multicast or address.is_link_local else text
+
+
+def _latency(latency: records_pb2.Latency) -> Latency | None:
+    p50_s, p99_s = number(latency.p50_s, _LONGEST_CALL_S), number(latency.p99_s, _LONGEST_CALL_S)
+    return None if p50_s is None or p99_s is None else Latency(p50_s, p99_s)
+
+
+def _node_latencies(nodes: "list[records_pb2.NodeLatency]") -> dict[PeerID, float]:
+    return {
+        PeerID(node.peer_id): mean_s
+        for node in nodes
+        if len(node.peer_id) == 34 and (mean_s := number(node.mean_s, _LONGEST_CALL_S)) is not None
+    }

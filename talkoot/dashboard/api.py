@@ -1,0 +1,259 @@
+"""The answers of the interface for programs: functions of a picture, and of what was asked. No sockets, no clock."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from talkoot.dashboard.picture import Json, Picture
+
+MAX_PER_PAGE = 200
+MAX_UIDS = 1000
+MAX_SERIES = 8
+MAX_POINTS = 2000
+_MAX_FILTER_CHARACTERS = 200
+
+NODE_KEYS = (
+    "peer_id", "short", "name", "state", "experts", "capacity", "rows_per_s", "latency_ms", "software_version",
+    "protocol_version", "reach", "up_s", "started_at", "seen_at", "updates", "rows", "hours",
+)  # fmt: skip
+"""By which nodes can be sorted."""
+_FILTERED_KEYS = ("peer_id", "name", "state", "software_version", "reach")
+
+UNITS = {
+    "loss": "nats per token",
+    "bits_per_byte": "bits per byte",
+    "tokens_per_s": "tokens/s",
+    "live_experts": "experts",
+    "live_nodes": "nodes",
+    "latency_ms": "ms",
+    "failures": "failures/min",
+    "bytes_per_s": "bytes/s",
+}
+"""The metrics that have a history."""
+
+
+class ApiError(Exception):
+    """What was asked can't be answered: an HTTP status, and what was expected."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How well the swarm is seen now, beside the last picture of it."""
+
+    picture: Picture | None
+    swarm_id: str
+    name: str
+    invite: str
+    unreachable_since: float | None
+    refresh_s: float
+    now: float
+
+
+def swarm(sight: Sight) -> Json:
+    """What stands at the head of the page."""
+    figures = {} if sight.picture is None else sight.picture.figures
+    read_at = None if sight.picture is None else sight.picture.read_at
+    layers = [] if sight.picture is None else sight.picture.layers
+    return {
+        "name": figures.get("name", sight.name),
+        "swarm_id": sight.swarm_id,
+        "read_at": read_at,
+        "age_s": None if read_at is None else max(0.0, sight.now - read_at),
+        "unreachable_since": sight.unreachable_since,
+        "state": state(sight),
+        "nodes": figures.get("nodes", {"live": None, "gone": None}),
+        "experts": figures.get("experts", {"live": None, "total": None}),
+        "replicas": figures.get("replicas"),
+        "trainers": figures.get("trainers"),
+        **{
+            key: figures.get(key)
+            for key in (
+                "tokens_per_s", "validation_loss", "bits_per_byte", "requests_per_s", "bytes_per_s"
+            )
+        },
+        "layers": [{"layer": layer["layer"], "grid": layer["grid"]} for layer in layers],
+        "join": {
+            "node": f"talkoot node --join {sight.invite}",
+            "train": f"talkoot train --join {sight.invite}",
+        },
+        "refresh_s": sight.refresh_s,
+        "announce_s": figures.get("announce_s") or 10.0,
+        "software_version": SOFTWARE_VERSION,
+        "protocol_version": PROTOCOL_VERSION,
+    }  # fmt: skip
+
+
+def state(sight: Sight) -> Json:
+    """How the swarm does, in one word for programs and in some for people."""
+    if sight.unreachable_since is not None:
+        return {"level": "unknown", "words": "cannot reach the swarm"}
+    if sight.picture is None:
+        return {"level": "unknown", "words": "looking for the swarm"}
+    figures = sight.picture.figures
+    live, total = figures["experts"]["live"], figures["experts"]["total"]
+    if not figures["nodes"]["live"]:
+        return {"level": "bad", "words": "no node is there"}
+    if not live:
+        return {"level": "bad", "words": "no expert has a host"}
+    if missing := total - live:
+        words = f"{missing} expert{' has' if missing == 1 else 's have'} no host"
+        return {"level": "warn" if 2 * live >= total else "bad", "words": words}
+    return {"level": "ok", "words": "healthy"}
+
+
+def nodes(picture: Picture | None, query: Mapping[str, str]) -> Json:
+    """A page of nodes, sorted and filtered."""
+    found = [] if picture is None else picture.nodes
+    text = query.get("filter", "")
+    if len(text) > _MAX_FILTER_CHARACTERS:
+        raise ApiError(400, f"filter: at most {_MAX_FILTER_CHARACTERS} characters")
+    for word in text.casefold().split():
+        found = [row for row in found if any(word in str(row[k] or "").casefold() for k in _FILTERED_KEYS)]
+    key = query.get("sort", "seen_at")
+    if key not in NODE_KEYS:
+        raise ApiError(400, f"sort: {key[:40]!r} is none of {', '.join(NODE_KEYS)}")
+    order = query.get("order", "asc")
+    if order not in {"asc", "desc"}:
+        raise ApiError(400, f"order: {order[:40]!r} is neither asc nor desc")
+    return _page(_sorted(found, key, order == "desc"), query, "nodes", _node)
+
+
+def node(picture: Picture | None, peer_id: str) -> Json:
+    row = _find(picture, peer_id)
+    hosted = [] if picture is None else picture.hosted.get(peer_id, [])
+    return _node(row) | {"uids": hosted[:MAX_UIDS], "uids_total": len(hosted)}
+
+
+def leaderboard(picture: Picture | None, query: Mapping[str, str]) -> Json:
+    """Nodes by what they say they contributed, most updates first."""
+    found = [] if picture is None else picture.nodes
+    ranked = sorted(found, key=lambda row: (-row["updates"], -row["rows"], row["peer_id"]))
+    keys = ("short", "peer_id", "name", "updates", "rows", "hours")
+    rows = [(rank, row) for rank, row in enumerate(ranked, 1)]
+    return _page(rows, query, "nodes", lambda pair: {"rank": pair[0]} | {k: pair[1][k] for k in keys})
+
+
+def trainers(picture: Picture | None, query: Mapping[str, str]) -> Json:
+    found = [] if picture is None else picture.trainers
+    ordered = sorted(
+        found,
+        key=lambda row: (
+            row["state"] == "gone",
+            -row["seen_at"] if row["state"] == "gone" else 0,
+            row["peer_id"],
+        ),
+    )
+    return _page(ordered, query, "trainers", _public)
+
+
+def experts(picture: Picture | None, query: Mapping[str, str]) -> Json:
+    """One layer, as flat arrays in row-major order of its grid."""
+    layer = integer(query, "layer", 0, 0, 10**6)
+    if picture is None:
+        raise ApiError(503, "the swarm was not read yet")
+    if layer >= len(picture.layers):
+        raise ApiError(404, f"layer: this swarm has layers 0 to {len(picture.layers) - 1}")
+    shown = picture.layers[layer]
+    if "replicas" not in shown:
+        raise ApiError(413, "this layer has more experts than are shown; see the setting most_cells")
+    return shown | {"read_at": picture.read_at}
+
+
+def expert(picture: Picture | None, uid: str, now: float) -> Json:
+    """Who hosts an expert; its series are added by who reads the history."""
+    if picture is None:
+        raise ApiError(503, "the swarm was not read yet")
+    if not _is_uid(picture, uid):
+        raise ApiError(404, f"{uid[:40]!r} is no expert of this swarm: write layer.i.j, such as 0.1.3")
+    replicas = []
+    for row in picture.replicas.get(uid, []):
+        shown = {key: value for key, value in row.items() if key != "expires_at"}
+        replicas.append(shown | {"expires_in_s": max(0.0, row["expires_at"] - now)})
+    return {"uid": uid, "replicas": replicas}
+
+
+@dataclass(frozen=True)
+class HistoryQuery:
+    """What was asked of the history."""
+
+    metric: str
+    since: float
+    points: int
+
+
+def history_query(query: Mapping[str, str], now: float) -> HistoryQuery:
+    metric = query.get("metric", "")
+    if metric not in UNITS:
+        raise ApiError(400, f"metric: {metric[:40]!r} is none of {', '.join(UNITS)}")
+    points = integer(query, "points", 300, 2, MAX_POINTS)
+    text = query.get("since", str(now - 3600))
+    try:
+        since = float(text)
+    except ValueError:
+        since = math.nan
+    if not math.isfinite(since):
+        raise ApiError(400, f"since: {text[:40]!r} is no Unix time in seconds")
+    return HistoryQuery(metric, since, points)
+
+
+def series(found: Sequence[tuple[str, Sequence[tuple[float, float | None]]]]) -> list[Json]:
+    return [{"name": name, "points": [list(point) for point in points]} for name, points in found]
+
+
+def integer(query: Mapping[str, str], key: str, default: int, least: int, most: int) -> int:
+    """Raises ApiError."""
+    text = query.get(key, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):
+        raise ApiError(400, f"{key}: {text[:40]!r} is no whole number from {least} to {most}")
+    return int(text)
+
+
+def _page(rows: Sequence[Any], query: Mapping[str, str], name: str, show: Any) -> Json:
+    per_page = integer(query, "per_page", 50, 1, MAX_PER_PAGE)
+    page = integer(query, "page", 1, 1, 10**9)
+    shown = rows[(page - 1) * per_page : page * per_page]
+    return {"total": len(rows), "page": page, "per_page": per_page, name: [show(row) for row in shown]}
+
+
+def _sorted(rows: Sequence[Json], key: str, descending: bool) -> list[Json]:
+    """What is not measured comes last, whatever the order; equals stand by PeerID, so that pages fit together."""
+    known = [row for row in rows if row[key] is not None]
+    unknown = [row for row in rows if row[key] is None]
+    by_text = known and isinstance(known[0][key], str)
+    known.sort(key=lambda row: row["peer_id"])
+    known.sort(
+        key=(lambda row: row[key].casefold()) if by_text else (lambda row: row[key]), reverse=descending
+    )
+    return known + sorted(unknown, key=lambda row: row["peer_id"])
+
+
+def _find(picture: Picture | None, peer_id: str) -> Json:
+    for row in [] if picture is None else picture.nodes:
+        if row["peer_id"] == peer_id:
+            return row
+    raise ApiError(404, f"no node {peer_id[:60]!r} was seen in the last day")
+
+
+def _node(row: Json) -> Json:
+    return _public(row)
+
+
+def _public(row: Json) -> Json:
+    return {key: value for key, value in row.items() if key != "metrics_address"}
+
+
+def _is_uid(picture: Picture, uid: str) -> bool:
+    parts = uid.split(".")
+    if not all(part.isascii() and part.isdigit() and len(part) < 8 for part in parts):
+        return False
+    layer, *coordinate = map(int, parts)
+    if uid != ".".join(map(str, (layer, *coordinate))) or layer >= len(picture.layers):
+        return False
+    grid = picture.layers[layer]["grid"]
+    return len(coordinate) == len(grid) and all(i < size for i, size in zip(coordinate, grid, strict=True))

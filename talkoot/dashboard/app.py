@@ -1,0 +1,237 @@
+"""The dashboard's web application: routes, streams of news, and what keeps a browser safe."""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from talkoot.dashboard import api
+from talkoot.dashboard.discovery import targets
+from talkoot.dashboard.keeper import Keeper
+from talkoot.dashboard.settings import DashboardSettings
+from talkoot.dashboard.watch import Watcher
+
+FOLDER = Path(__file__).parent
+STATIC = FOLDER / "static"
+OPENAPI = FOLDER / "openapi.json"
+
+_NEWS_AT_LEAST_EVERY_S = 5.0
+_SEND_DEADLINE_S = 15.0
+"""A page that takes nothing for so long is let go."""
+
+_HEADERS = [
+    (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; "
+     b"frame-ancestors 'none'; object-src 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-cache"),
+]  # fmt: skip
+
+
+class Streams:
+    """Counts the pages that are kept up to date."""
+
+    def __init__(self, most: int) -> None:
+        self.open = 0
+        self.most = most
+
+
+def make_app(
+    watcher: Watcher,
+    keeper: Keeper,
+    settings: DashboardSettings,
+    registry: CollectorRegistry,
+    streams: Streams,
+) -> Starlette:
+    """`registry`: of the dashboard's own metrics."""
+    endpoints = _Endpoints(watcher, keeper, registry)
+    routes = [
+        Route("/", endpoints.page),
+        Mount("/static", StaticFiles(directory=STATIC, check_dir=False)),
+        Route("/healthz", endpoints.healthz),
+        Route("/metrics", endpoints.metrics),
+        Route("/sd", endpoints.discovery),
+        Route("/events", News(watcher, streams)),
+        Route("/api/v1/openapi.json", endpoints.openapi),
+        Route("/api/v1/swarm", endpoints.swarm),
+        Route("/api/v1/nodes", endpoints.nodes),
+        Route("/api/v1/nodes/{peer_id}", endpoints.node),
+        Route("/api/v1/leaderboard", endpoints.leaderboard),
+        Route("/api/v1/experts", endpoints.experts),
+        Route("/api/v1/experts/{uid}", endpoints.expert),
+        Route("/api/v1/trainers", endpoints.trainers),
+        Route("/api/v1/history", endpoints.history),
+    ]
+    handlers: Mapping[Any, Any] = {api.ApiError: _api_error, HTTPException: _http_error}
+    return Starlette(
+        routes=routes, middleware=[Middleware(Guard, host=settings.host)], exception_handlers=handlers
+    )
+
+
+class _Endpoints:
+    def __init__(self, watcher: Watcher, keeper: Keeper, registry: CollectorRegistry) -> None:
+        self._watcher = watcher
+        self._keeper = keeper
+        self._registry = registry
+
+    async def page(self, request: Request) -> Response:
+        return FileResponse(STATIC / "index.html")
+
+    async def openapi(self, request: Request) -> Response:
+        return FileResponse(OPENAPI, media_type="application/json")
+
+    async def healthz(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def discovery(self, request: Request) -> Response:
+        return JSONResponse(targets(self._watcher.picture, self._watcher.bootstrap))
+
+    async def swarm(self, request: Request) -> Response:
+        return JSONResponse(api.swarm(self._watcher.sight()))
+
+    async def nodes(self, request: Request) -> Response:
+        return JSONResponse(api.nodes(self._watcher.picture, request.query_params))
+
+    async def node(self, request: Request) -> Response:
+        return JSONResponse(api.node(self._watcher.picture, request.path_params["peer_id"]))
+
+    async def leaderboard(self, request: Request) -> Response:
+        return JSONResponse(api.leaderboard(self._watcher.picture, request.query_params))
+
+    async def trainers(self, request: Request) -> Response:
+        return JSONResponse(api.trainers(self._watcher.picture, request.query_params))
+
+    async def experts(self, request: Request) -> Response:
+        return JSONResponse(api.experts(self._watcher.picture, request.query_params))
+
+    async def expert(self, request: Request) -> Response:
+        sight, uid = self._watcher.sight(), request.path_params["uid"]
+        shown = api.expert(sight.picture, uid, sight.now)
+        series = []
+        for name in ("updates", "replicas"):
+            metric = f"expert_{name}"
+            found = await self._keeper.read(metric, sight.now - 3600, sight.now, 300, 1, only=uid)
+            series += api.series([(name, points) for _, points in found])
+        return JSONResponse(shown | {"series": series})
+
+    async def history(self, request: Request) -> Response:
+        now = self._watcher.sight().now
+        query = api.history_query(request.query_params, now)
+        found = await self._keeper.read(query.metric, query.since, now, query.points, api.MAX_SERIES)
+        return JSONResponse(
+            {"metric": query.metric, "unit": api.UNITS[query.metric], "series": api.series(found)}
+        )
+
+
+class News:
+    """Tells a page how the swarm does, after each reading and every few seconds (server-sent events).
+
+    A page that is slow misses what was in between, and one that takes nothing is let go: nothing piles up here.
+    """
+
+    def __init__(self, watcher: Watcher, streams: Streams) -> None:
+        self._watcher = watcher
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._streams.open >= self._streams.most:
+            refusal = JSONResponse({"error": "too many pages are open; try again later"}, 503)
+            await refusal(scope, receive, send)
+            return
+        self._streams.open += 1
+        telling = asyncio.create_task(self._tell(send), name="tell news")
+        leaving = asyncio.create_task(_disconnected(receive), name="wait for the page to close")
+        try:
+            await asyncio.wait({telling, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._streams.open -= 1
+            telling.cancel()
+            leaving.cancel()
+            await asyncio.gather(telling, leaving, return_exceptions=True)
+
+    async def _tell(self, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while True:
+            values = json.dumps(api.swarm(self._watcher.sight()), allow_nan=False)
+            event = f"event: swarm\ndata: {values}\n\n".encode()
+            try:
+                async with asyncio.timeout(_SEND_DEADLINE_S):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            except TimeoutError:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_NEWS_AT_LEAST_EVERY_S):
+                    await self._watcher.news()
+
+
+class Guard:
+    """Sets the headers that keep a browser safe, and answers on loopback only to those who ask for loopback.
+
+    Else a page anywhere could read the dashboard of whoever looks at it, under a name that it points to 127.0.0.1.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self._app = app
+        self._local = is_loopback(host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
+            await send(message)
+
+        if self._local and not is_loopback(_host_of(scope)):
+            refusal = JSONResponse({"error": "this dashboard answers at 127.0.0.1 and localhost alone"}, 421)
+            await refusal(scope, receive, send_safely)
+            return
+        await self._app(scope, receive, send_safely)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_of(scope: Scope) -> str:
+    """The host that was asked for, without its port."""
+    host: str = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"host"), "")
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _api_error(request: Request, error: api.ApiError) -> Response:
+    return JSONResponse({"error": str(error)}, error.status)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    return JSONResponse({"error": f"{request.url.path[:200]}: {error.detail}"}, error.status_code)

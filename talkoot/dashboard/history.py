@@ -1,0 +1,264 @@
+"""What the dashboard has seen, in a SQLite file: means over steps of time, finer ones for a shorter while.
+
+Every figure is added to one step of each tier when it comes, so nothing has to be condensed later, and a file holds at
+most series × steps rows.
+"""
+
+import json
+import logging
+import math
+import os
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peer.errors import StartError
+
+logger = logging.getLogger(__name__)
+
+Point = tuple[float, float | None]
+
+_FORM = 1
+_MAX_PICTURE_BYTES = 64 * 2**20
+_BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_GAP_STEPS = 3
+"""After so many steps without a figure a line is broken."""
+
+_TABLES = """
+create table if not exists series (id integer primary key, metric text not null, name text not null,
+    seen_at real not null, unique (metric, name));
+create table if not exists samples (series integer not null, step integer not null, at integer not null,
+    total real not null, count integer not null, primary key (series, step, at)) without rowid;
+create index if not exists samples_by_age on samples (step, at);
+create table if not exists kept (name text primary key, value text not null);
+"""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Means over `step_s` seconds are kept for `kept_s`."""
+
+    step_s: int
+    kept_s: int
+
+
+TIERS = (Tier(5, 3600), Tier(60, 86400), Tier(900, 30 * 86400))
+EXPERT_TIERS = (Tier(15, 1800), Tier(900, 2 * 86400))
+"""An expert's figures are many."""
+_EXPERT = "expert_"
+"""With which the names of their metrics begin."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One figure, as it is now."""
+
+    metric: str
+    name: str
+    value: float
+
+
+class History:
+    """The file. One thread at a time uses it."""
+
+    def __init__(self, path: Path, most_series: int, most_expert_series: int) -> None:
+        """Opens the file, or sets it aside when it is broken. Raises StartError when it can't be written."""
+        self.set_aside: Path | None = None
+        """Where a broken file was moved to."""
+        self._path = path
+        self._most = {False: most_series, True: most_expert_series}
+        self._ids: dict[tuple[str, str], int] = {}
+        self._pruned_at = -math.inf
+        self._connection = self._opened()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def add(self, samples: Iterable[Sample], now: float) -> None:
+        """Adds figures to their steps. A full disk costs figures, not the dashboard."""
+        rows = [
+            (self._series(sample), tier.step_s, int(now // tier.step_s) * tier.step_s, sample.value)
+            for sample in samples
+            if math.isfinite(sample.value)
+            for tier in _tiers(sample.metric)
+        ]
+        with self._transaction() as connection:
+            connection.executemany(
+                "insert into samples values (?, ?, ?, ?, 1) on conflict do update "
+                "set total = total + excluded.total, count = count + 1",
+                rows,
+            )
+            connection.executemany(
+                "update series set seen_at = ? where id = ?",
+                [(now, series) for series in {r[0] for r in rows}],
+            )
+        if now >= self._pruned_at + 60:
+            self._prune(now)
+
+    def read(
+        self,
+        metric: str,
+        since: float,
+        now: float,
+        most_points: int,
+        most_series: int,
+        only: str | None = None,
+    ) -> list[tuple[str, list[Point]]]:
+        """The newest series of a metric, or the one named; each with at most so many points, oldest first."""
+        tier = next((t for t in _tiers(metric) if now - t.kept_s <= since), _tiers(metric)[-1])
+        with self._transaction() as connection:
+            found = connection.execute(
+                "select id, name from series where metric = ? and (?3 is null or name = ?3) "
+                "order by seen_at desc, name limit ?2",
+                (metric, most_series, only),
+            ).fetchall()
+            return [(name, self._points(series, tier, since, now, most_points)) for series, name in found]
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keeps one thing under a name, as JSON, in place of what was kept there."""
+        text = json.dumps(value, allow_nan=False)
+        if len(text) <= _MAX_PICTURE_BYTES:
+            with self._transaction() as connection:
+                connection.execute("insert or replace into kept values (?, ?)", (name, text))
+
+    def kept(self, name: str) -> Any:
+        """None when nothing is kept there."""
+        with self._transaction() as connection:
+            row = connection.execute("select value from kept where name = ?", (name,)).fetchone()
+        try:
+            return None if row is None else json.loads(row[0])
+        except ValueError:
+            return None
+
+    def _points(self, series: int, tier: Tier, since: float, now: float, most: int) -> list[Point]:
+        step = tier.step_s * max(1, math.ceil((now - max(since, now - tier.kept_s)) / tier.step_s / most))
+        rows = self._connection.execute(
+            "select at / ?1 * ?1 as t, sum(total) / sum(count) from samples "
+            "where series = ? and step = ? and at >= ? group by t order by t desc limit ?",
+            (step, series, tier.step_s, since - step, most),
+        ).fetchall()
+        return list(_with_gaps([(float(t), value) for t, value in reversed(rows)], step))
+
+    def _series(self, sample: Sample) -> int:
+        key = sample.metric, sample.name
+        if key not in self._ids:
+            with self._transaction() as connection:
+                connection.execute(
+                    "insert or ignore into series (metric, name, seen_at) values (?, ?, 0)", key
+                )
+                row = connection.execute(
+                    "select id from series where metric = ? and name = ?", key
+                ).fetchone()
+            self._ids[key] = row[0]
+        return self._ids[key]
+
+    def _prune(self, now: float) -> None:
+        """Forgets what is too old, and the oldest of too many series. Also what a wrong clock put far ahead."""
+        self._pruned_at = now
+        self._ids.clear()
+        with self._transaction() as connection:
+            for tier in {tier.step_s: tier for tier in (*EXPERT_TIERS, *TIERS)}.values():
+                connection.execute(
+                    "delete from samples where step = ? and (at < ? or at > ?)",
+                    (tier.step_s, now - tier.kept_s, now + 86400),
+                )
+            for experts, most in self._most.items():
+                connection.execute(
+                    "delete from series where id in (select id from series where "
+                    "(substr(metric, 1, 7) = 'expert_') = ? order by seen_at desc limit -1 offset ?)",
+                    (experts, most),
+                )
+            connection.execute("delete from samples where series not in (select id from series)")
+            connection.execute(
+                "delete from series where id not in (select series from samples) and seen_at < ?",
+                (now - 3600,),
+            )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """A file that breaks is set aside, and a new one begun; what was to be written then is lost."""
+        try:
+            with self._connection:
+                yield self._connection
+        except sqlite3.DatabaseError as error:
+            if not _is_broken(error):
+                raise
+            self._connection.close()
+            self._set_aside(error)
+            self._connection = self._opened()
+            raise HistoryLostError from error
+
+    def _opened(self) -> sqlite3.Connection:
+        try:
+            return _open(self._path)
+        except sqlite3.DatabaseError as error:
+            if not _is_broken(error):
+                raise StartError(f"can't write {self._path}: {error}; pass another --state") from error
+            self._set_aside(error)
+        except OSError as error:
+            raise StartError(f"can't write {self._path}: {error.strerror}; pass another --state") from error
+        try:
+            return _open(self._path)
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise StartError(f"can't write {self._path}: {error}; pass another --state") from error
+
+    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        aside = self._path.with_suffix(".broken")
+        os.replace(self._path, aside)
+        for companion in ("-wal", "-shm"):
+            Path(f"{self._path}{companion}").unlink(missing_ok=True)
+        self._ids.clear()
+        self.set_aside = aside
+        logger.warning(
+            "the history %s is broken (%s): moved to %s, a new one begins", self._path, error, aside
+        )
+
+
+class HistoryLostError(Exception):
+    """The file was found broken and was replaced."""
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    connection = sqlite3.connect(path, timeout=5.0, check_same_thread=False)
+    try:
+        connection.execute("pragma journal_mode = wal")
+        connection.execute("pragma synchronous = normal")
+        connection.execute("pragma journal_size_limit = 16777216")
+        (verdict,) = connection.execute("pragma quick_check(1)").fetchone()
+        (form,) = connection.execute("pragma user_version").fetchone()
+        if verdict != "ok" or form not in {0, _FORM}:
+            raise _broken(verdict if verdict != "ok" else f"form {form}, expected {_FORM}")
+        connection.executescript(_TABLES)
+        connection.execute(f"pragma user_version = {_FORM}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _broken(why: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(why)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
+
+
+def _is_broken(error: sqlite3.DatabaseError) -> bool:
+    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _BROKEN
+
+
+def _tiers(metric: str) -> Sequence[Tier]:
+    return EXPERT_TIERS if metric.startswith(_EXPERT) else TIERS
+
+
+def _with_gaps(points: Collection[Point], step: float) -> Iterator[Point]:
+    """A point without a value where nothing was seen for long, so that no line is drawn across."""
+    last: float | None = None
+    for at, value in points:
+        if last is not None and at - last > _GAP_STEPS * step:
+            yield last + step, None
+        yield at, value
+        last = at

@@ -1,0 +1,276 @@
+"""What the dashboard shows, made from a reading once and looked at many times. All of it is plain JSON."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from hivemind.p2p import PeerID
+
+from dht.directory import View
+from dht.manifest import Manifest
+from dht.participants import Activity, Latency, TrainerInfo
+from dht.registry import NodeInfo, Replica, ReplicaState
+from talkoot.dashboard.census import Census, Pace, Seen
+
+FORM = 1
+"""Of a picture that was kept in a file; another form is not read."""
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A swarm at one moment. Times are Unix times in seconds; None: cannot be told."""
+
+    read_at: float
+    figures: Json
+    """What stands at the head of the page."""
+    layers: list[Json]
+    """For each layer its grid and, in row-major order, replicas, queued rows and updates of each coordinate."""
+    nodes: list[Json]
+    trainers: list[Json]
+    replicas: dict[str, list[Json]]
+    """By UID."""
+    form: int = FORM
+    hosted: dict[str, list[str]] = field(init=False, repr=False, compare=False)
+    """PeerID → UIDs of its replicas."""
+
+    def __post_init__(self) -> None:
+        hosted: dict[str, list[str]] = {}
+        for uid, replicas in self.replicas.items():
+            for replica in replicas:
+                hosted.setdefault(replica["peer_id"], []).append(uid)
+        object.__setattr__(self, "hosted", hosted)
+
+    def to_json(self) -> Json:
+        values = asdict(self)
+        del values["hosted"]
+        return values
+
+    def with_earlier(self, rows: Sequence[Json], most_gone: int, gone_kept_s: float) -> "Picture":
+        """Adds nodes that an earlier run of the dashboard saw, and this one did not."""
+        here = {row["peer_id"] for row in self.nodes}
+        room = max(0, most_gone - self.figures["nodes"]["gone"])
+        gone = [
+            row | {"state": "gone", "rows_per_s": None, "latency_ms": None}
+            for row in rows
+            if row["peer_id"] not in here and self.read_at - row["seen_at"] < gone_kept_s
+        ][:room]
+        if not gone:
+            return self
+        nodes = self.figures["nodes"]
+        figures = self.figures | {"nodes": nodes | {"gone": nodes["gone"] + len(gone)}}
+        return replace(self, figures=figures, nodes=[*self.nodes, *gone])
+
+    @classmethod
+    def from_json(cls, values: Json) -> "Picture":
+        """Raises ValueError when it is of another form."""
+        if not isinstance(values, dict) or values.get("form") != FORM:
+            raise ValueError("a picture of another form")
+        try:
+            return cls(**values)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError("no picture") from error
+
+
+def paint(
+    view: View,
+    nodes: Census[NodeInfo],
+    trainers: Census[TrainerInfo],
+    pace: Pace,
+    most_cells: int,
+) -> Picture:
+    """The picture of what was noted last."""
+    live_nodes, live_trainers = nodes.live(), trainers.live()
+    replicas = {
+        str(uid): [_replica_row(r, nodes.seen[r.peer_id]) for r in found if r.peer_id in live_nodes]
+        for uid, found in view.replicas.items()
+    }
+    latencies = _node_latencies(live_trainers.values())
+    layers = [
+        _layer(view, live_nodes.keys(), layer, most_cells) for layer in range(view.manifest.model.layers)
+    ]
+    figures = _figures(view.manifest, nodes, trainers, pace)
+    figures["experts"] = {
+        "live": sum(any(r["state"] == "serving" for r in rows) for rows in replicas.values()),
+        "total": view.manifest.experts_total,
+    }
+    figures["replicas"] = sum(r["state"] == "serving" for rows in replicas.values() for r in rows)
+    return Picture(
+        view.read_at,
+        figures,
+        layers,
+        [_node_row(seen, view.read_at, latencies.get(peer_id)) for peer_id, seen in nodes.seen.items()],
+        [_trainer_row(seen, view.read_at) for seen in trainers.seen.values()],
+        {uid: rows for uid, rows in replicas.items() if rows},
+    )
+
+
+def _figures(manifest: Manifest, nodes: Census[NodeInfo], trainers: Census[TrainerInfo], pace: Pace) -> Json:
+    live = list(trainers.live().values())
+    speeds = [t.tokens_per_s for t in live if t.tokens_per_s is not None]
+    losses = [(t.validation_loss, t.bits_per_byte) for t in live if t.validation_loss is not None]
+    best = min(losses, key=lambda pair: pair[0]) if losses else (None, None)
+    live_nodes = nodes.live()
+    periods = [node.renew_every_s for node in live_nodes.values()]
+    return {
+        "name": manifest.name,
+        "nodes": {"live": len(live_nodes), "gone": len(nodes.seen) - len(live_nodes)},
+        "trainers": len(live),
+        "tokens_per_s": sum(speeds) if speeds else None,
+        "validation_loss": best[0],
+        "bits_per_byte": best[1],
+        "requests_per_s": pace.calls_per_s,
+        "bytes_per_s": pace.bytes_per_s,
+        "failures_per_min": dict(pace.failures_per_min),
+        "latency_ms": _latency_figures(live),
+        "announce_s": statistics.median(periods) if periods else None,
+    }
+
+
+def _latency_figures(trainers: Iterable[TrainerInfo]) -> Json:
+    """Over trainers: the median of their medians, and the worst of their p99."""
+    found: dict[str, list[Latency]] = {"forward": [], "backward": []}
+    for trainer in trainers:
+        for direction, latency in (("forward", trainer.forward), ("backward", trainer.backward)):
+            if latency is not None:
+                found[direction].append(latency)
+    figures: Json = {}
+    for direction, latencies in found.items():
+        figures[f"{direction} p50"] = (
+            _ms(statistics.median(x.p50_s for x in latencies)) if latencies else None
+        )
+        figures[f"{direction} p99"] = _ms(max(x.p99_s for x in latencies)) if latencies else None
+    return figures
+
+
+def _node_latencies(trainers: Iterable[TrainerInfo]) -> dict[PeerID, float]:
+    """Milliseconds: the mean of what the trainers measured."""
+    found: dict[PeerID, list[float]] = {}
+    for trainer in trainers:
+        for peer_id, seconds in trainer.node_latency_s.items():
+            found.setdefault(peer_id, []).append(seconds)
+    return {peer_id: 1000 * statistics.fmean(measured) for peer_id, measured in found.items()}
+
+
+def _layer(view: View, live: Iterable[PeerID], layer: int, most_cells: int) -> Json:
+    grid = list(view.manifest.experts.grid)
+    cells = 1
+    for size in grid:
+        cells *= size
+    shown: Json = {"layer": layer, "grid": grid}
+    if cells > most_cells:
+        return shown
+    counts, queued, updates = [0] * cells, [0] * cells, [0] * cells
+    present = set(live)
+    for uid, replicas in view.replicas.items():
+        if uid.layer != layer:
+            continue
+        place = _place(uid.coordinate, grid)
+        for replica in replicas:
+            if replica.state is ReplicaState.SERVING and replica.peer_id in present:
+                counts[place] += 1
+                queued[place] += replica.queued_rows
+                updates[place] = max(updates[place], replica.update_count)
+    return shown | {"replicas": counts, "queued_rows": queued, "updates": updates}
+
+
+def _place(coordinate: Sequence[int], grid: Sequence[int]) -> int:
+    """In row-major order."""
+    place = 0
+    for index, size in zip(coordinate, grid, strict=True):
+        place = place * size + index
+    return place
+
+
+def _replica_row(replica: Replica, host: Seen[NodeInfo]) -> Json:
+    return {
+        "peer_id": host.name,
+        "short": host.name[-8:],
+        "name": host.info.name or None,
+        "state": replica.state.name.lower(),
+        "updates": replica.update_count,
+        "queued_rows": replica.queued_rows,
+        "expires_at": replica.expires_at,
+    }
+
+
+def _node_row(seen: Seen[NodeInfo], read_at: float, latency_ms: float | None) -> Json:
+    node = seen.info
+    return {
+        "peer_id": seen.name,
+        "short": seen.name[-8:],
+        "name": node.name or None,
+        "state": "gone" if seen.gone else _STATES[node.activity],
+        "experts": node.expert_count,
+        "capacity": node.expert_capacity,
+        "rows_per_s": None if seen.gone else node.rows_per_s,
+        "latency_ms": None if seen.gone else latency_ms,
+        "software_version": node.software_version,
+        "protocol_version": node.protocol_version,
+        "reach": _reach(node),
+        "up_s": _up_s(seen, read_at, node.started_at),
+        "started_at": node.started_at,
+        "seen_at": seen.seen_at,
+        "updates": max(node.contributed_updates, node.updates),
+        "rows": max(node.contributed_rows, node.rows_processed),
+        "hours": round(node.contributed_s / 3600, 2),
+        "addresses": list(node.addresses),
+        "metrics_address": node.metrics_address,
+    }
+
+
+_STATES = {
+    Activity.UNKNOWN: "serving",
+    Activity.SERVING: "serving",
+    Activity.PAUSED: "paused",
+    Activity.LEAVING: "leaving",
+}
+
+
+def _reach(node: NodeInfo) -> str:
+    """How others reach it, as far as its addresses tell."""
+    if node.bootstrap_addresses and all("/p2p-circuit" in address for address in node.bootstrap_addresses):
+        return "relayed"
+    return "direct" if node.addresses else "unknown"
+
+
+def _trainer_row(seen: Seen[TrainerInfo], read_at: float) -> Json:
+    trainer = seen.info
+    return {
+        "peer_id": seen.name,
+        "short": seen.name[-8:],
+        "name": trainer.name or None,
+        "step": trainer.step,
+        "steps": trainer.steps,
+        "loss": trainer.loss,
+        "validation_loss": trainer.validation_loss,
+        "bits_per_byte": trainer.bits_per_byte,
+        "tokens_per_s": None if seen.gone else trainer.tokens_per_s,
+        **_quantiles("forward", trainer.forward),
+        **_quantiles("backward", trainer.backward),
+        "failures": dict(trainer.failures),
+        "up_s": _up_s(seen, read_at, trainer.started_at),
+        "seen_at": seen.seen_at,
+        "software_version": trainer.software_version,
+        "protocol_version": trainer.protocol_version,
+        "state": "gone" if seen.gone else "training",
+        "metrics_address": trainer.metrics_address,
+    }
+
+
+def _quantiles(direction: str, latency: Latency | None) -> Mapping[str, float | None]:
+    return {
+        f"{direction}_p50_ms": None if latency is None else _ms(latency.p50_s),
+        f"{direction}_p99_ms": None if latency is None else _ms(latency.p99_s),
+    }
+
+
+def _up_s(seen: Seen[Any], read_at: float, started_at: float) -> float:
+    """0 when it does not say, or its clock is ahead."""
+    return max(0.0, (seen.seen_at if seen.gone else read_at) - started_at) if started_at else 0.0
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
