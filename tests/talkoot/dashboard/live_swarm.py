@@ -32,7 +32,8 @@ grid = [4, 4]
 top_k = 2
 """
 EXPERTS = 32
-_START_LIMIT_S = 60.0
+_START_LIMIT_S = 120.0
+_STOP_LIMIT_S = 10.0
 
 
 @dataclass
@@ -54,7 +55,8 @@ class _Processes:
         self._folder = folder
         self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
 
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *arguments: str, **settings: object) -> subprocess.Popen[bytes]:
+        """`settings`: those that have no flag."""
         log = (self._folder / f"{name}.log").open("wb")
         state = ("--state", str(self._folder / name))
         with log:
@@ -63,7 +65,7 @@ class _Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in settings.items()},
             )
         self._running.append((name, process))
         return process
@@ -82,12 +84,12 @@ class _Processes:
     def stop(self) -> None:
         for _, process in self._running:
             process.terminate()
+        deadline = time.monotonic() + _STOP_LIMIT_S
         for _, process in self._running:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.wait()
         sweep_dead_sockets()
 
     def _logs(self) -> str:
@@ -115,8 +117,9 @@ def _start(processes: _Processes, folder: Path) -> LiveSwarm:
     for number, name in enumerate(names[1:], 1):
         nodes[name] = _start_node(processes, number, name, *joining)
     processes.start("trainer", "train", *joining, "--steps", "1000000", "--threads", "1", "--seed", "0")
-    looking = ("--host", HOST, "--port", "0", "--refresh-s", "0.5", "--list-every-s", "1")
-    dashboard = processes.start("dashboard", "dashboard", *joining, *looking)
+    listening = ("--host", HOST, "--port", "0")
+    often = {"TALKOOT_DASHBOARD_REFRESH_S": 0.5, "TALKOOT_DASHBOARD_LIST_EVERY_S": 1}
+    dashboard = processes.start("dashboard", "dashboard", *joining, *listening, **often)
     processes.until(lambda: _address(processes) is not None, "the dashboard's address")
     address = _address(processes)
     assert address is not None
@@ -130,9 +133,10 @@ def _start_node(
 ) -> "subprocess.Popen[bytes]":
     return processes.start(
         f"node-{number}",
-        *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1", "--name", name),
+        *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1"),
         *("--experts", "12", "--spare", "12", "--announce-every-s", str(ANNOUNCE_EVERY_S)),
         *("--niceness", "0", "--drain-timeout", "0"),
+        TALKOOT_NODE_NAME=name,
     )
 
 

@@ -10,7 +10,7 @@ from browser import Visit, chromium, needs_chromium, visit
 from live_swarm import ANNOUNCE_EVERY_S, EXPERTS, HOSTILE_NAME, LiveSwarm, live_swarm
 from playwright.sync_api import Browser
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.timeout(300)]  # the first test starts the swarm
 
 
 @pytest.fixture(scope="module")
