@@ -9,7 +9,7 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import SettingsError
 from talkoot import steer
 from talkoot.console import LogFormat
-from talkoot.options import Config, Format, Join, State, Threads, command
+from talkoot.options import Config, Format, Join, MetricsHost, Name, State, Threads, command
 
 NOT_FIT_STATUS = 1
 
@@ -72,8 +72,10 @@ def node(
         int | None, typer.Option(help="TCP port of the expert service.  [default: any free one]")
     ] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="TCP port of /metrics, on loopback.  [default: any free one]")
+        int | None, typer.Option(help="TCP port of /metrics.  [default: any free one]")
     ] = None,
+    metrics_host: MetricsHost = None,
+    name: Name = None,
     state: State = None,
     device: Annotated[
         str | None,
@@ -171,6 +173,8 @@ def node(
         "dht_port": dht_port,
         "grpc_port": grpc_port,
         "metrics_port": metrics_port,
+        "metrics_host": metrics_host,
+        "name": name,
         "state": state,
         "device": device,
         "precision": precision,
@@ -243,6 +247,11 @@ def train(
         int | None, typer.Option(help="Answers that a token needs before others may be late.  [default: 2]")
     ] = None,
     threads: Threads = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="TCP port of /metrics.  [default: any free one]")
+    ] = None,
+    metrics_host: MetricsHost = None,
+    name: Name = None,
     state: State = None,
     config: Config = None,
     json_file: Annotated[
@@ -263,6 +272,9 @@ def train(
         "grace_s": grace_s,
         "k_min": k_min,
         "threads": threads,
+        "metrics_port": metrics_port,
+        "metrics_host": metrics_host,
+        "name": name,
         "state": state,
     }
     with command(log_format) as (terminal, signals):

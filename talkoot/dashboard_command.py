@@ -38,6 +38,7 @@ def run_dashboard(
 ) -> None:
     """Watches until a signal comes. Raises UserError when it can't start."""
     quiet_hivemind()
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     settings = DashboardSettings.load(config, **flags)
     if join is None:
         raise SettingsError("pass --join INVITE: the line that the founder's node printed")

@@ -26,6 +26,14 @@ State = Annotated[
 ]
 NodeState = Annotated[Path | None, typer.Option(metavar="DIR", help="The node's state folder.")]
 Threads = Annotated[int | None, typer.Option(help="Torch threads.  [default: one for each core]")]
+Name = Annotated[str | None, typer.Option(help="What the swarm's dashboards call you.  [default: no name]")]
+MetricsHost = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A",
+        help="IP address of /metrics; any but loopback is announced to the swarm.  [default: 127.0.0.1]",
+    ),
+]
 Format = Annotated[LogFormat, typer.Option(help="Lines for people, or JSON lines for programs.")]
 
 

@@ -79,6 +79,7 @@ def _train(
     with _observer(terminal, client, settings.steps) as show, signals.gently(stop):
 
         def observe(progress: Progress) -> None:
+            client.presence.note(progress)
             show(progress)
             _pause_without_experts(client, stop)
 

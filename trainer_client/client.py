@@ -20,6 +20,7 @@ from peer.errors import SwarmError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
+from trainer_client.announcing import Presence
 from trainer_client.calls import GrpcCaller
 from trainer_client.dispatch import Dispatcher
 from trainer_client.forward_pass import WaitPolicy
@@ -45,6 +46,7 @@ class SwarmClient:
         self._swarm: Swarm | None = None
         self._channels = ChannelPool()
         self._tasks: list[asyncio.Task[None]] = []
+        self._presence: Presence | None = None
         try:
             self._loop.run(self._start(invite, settings, stage))
             self._k = experts_for_each_row(settings.router, settings.top_k, self.manifest)
@@ -67,6 +69,12 @@ class SwarmClient:
     def manifest(self) -> Manifest:
         assert self._swarm is not None
         return self._swarm.manifest
+
+    @property
+    def presence(self) -> Presence:
+        """What this trainer shows of itself; it wants to know how training goes."""
+        assert self._presence is not None
+        return self._presence
 
     @property
     def own_seed(self) -> int:
@@ -140,6 +148,8 @@ class SwarmClient:
         policy = WaitPolicy(settings.call_deadline_s, settings.grace_s, settings.k_min)
         seed = random.SystemRandom().getrandbits(32)
         self.dispatcher = Dispatcher(self._directory, caller, policy, seed=seed)
+        self._presence = Presence(self._swarm, invite, settings, self.dispatcher, caller, self._loop)
+        self._tasks.append(asyncio.create_task(self._presence.run()))
 
     async def _look_again(self) -> None:
         await asyncio.sleep(_LOOK_AGAIN_S)
@@ -152,6 +162,8 @@ class SwarmClient:
         if self._tasks:
             await asyncio.wait(self._tasks)
             await self.dispatcher.close()
+        if self._presence is not None:
+            await self._presence.close()
         await self._channels.close()
         if self._swarm is not None:
             await self._swarm.stop()

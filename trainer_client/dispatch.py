@@ -25,6 +25,7 @@ from trainer_client.forward_pass import (
     RoutedRows,
     WaitPolicy,
 )
+from trainer_client.latencies import Latencies
 from trainer_client.outgoing import (
     DispatchStats,
     NodeCall,
@@ -54,6 +55,14 @@ class Dispatcher:
     @property
     def stats(self) -> DispatchStats:
         return self._outgoing.stats
+
+    @property
+    def latencies(self) -> Latencies:
+        return self._outgoing.latencies
+
+    def open_breakers(self) -> int:
+        """Peers that are left alone now."""
+        return len(self._outgoing.avoided())
 
     def live_experts(self) -> int:
         """Experts that can be called now."""

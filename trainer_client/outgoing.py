@@ -14,6 +14,7 @@ from dht.registry import NodeInfo
 from peer.errors import ExpertError
 from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import Answer, Direction, ExpertCaller, Request
+from trainer_client.latencies import Latencies
 from trainer_client.shares import Share
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Outgoing:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stats = DispatchStats()
+        self.latencies = Latencies()
         self.breakers = breakers
         self.now = clock
         self._caller = caller
@@ -108,7 +110,7 @@ class Outgoing:
         self.stats.calls += 1
         peer_id = call.node.peer_id
         waiting = dict(enumerate(call.shares))
-        did_well = True
+        did_well, began = True, self.now()
         try:
             async for answer in self._caller.call(call.node, call.direction, call.requests, call.deadline_s):
                 share = waiting.pop(answer.index)
@@ -119,6 +121,7 @@ class Outgoing:
                 call.outcomes.put_nowait([Outcome(share, peer_id, answer if answer.error is None else None)])
             if did_well:
                 self.breakers.succeeded(peer_id)
+                self.latencies.note(call.direction, peer_id, self.now() - began)
         except ExpertError as error:
             self._note_failure(peer_id, error)
         finally:

@@ -84,7 +84,31 @@ class TrainerSettings(RoleSettings):
         allow_inf_nan=False,
         description="seconds between two looks at who is alive",
     )
+    name: str | None = Field(
+        default=None,
+        max_length=32,
+        description="what the swarm's dashboards call this trainer; unset: no name",
+    )
+    announce_every_s: float = Field(
+        default=10.0,
+        ge=0.5,
+        le=120,
+        allow_inf_nan=False,
+        description="seconds between announcements of how it goes; they live three times as long",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        max_length=253,
+        description="IP address that /metrics listens on; any but loopback is announced to the swarm",
+    )
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="TCP port of /metrics; 0: any free one")
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
     )
     state: Path | None = Field(default=None, description="folder of the trainer's identity and state")
+
+    @property
+    def lifetime_s(self) -> float:
+        """How long announcements live."""
+        return 3 * self.announce_every_s

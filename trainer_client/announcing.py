@@ -1,0 +1,155 @@
+"""What a trainer shows of itself: metrics to Prometheus, and a record in the DHT by which dashboards see it."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry
+
+from dht.invite import Invite
+from dht.swarm import Swarm
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.errors import UnreachableError
+from peer.host import default_listen_address
+from peer.loop import LoopThread
+from peer.metrics import MetricsServer
+from peer.wire import records_pb2
+from trainer_client.calls import GrpcCaller
+from trainer_client.dispatch import Dispatcher
+from trainer_client.latencies import Quantiles
+from trainer_client.metrics import TrainerCollector, TrainerCounts
+from trainer_client.settings import TrainerSettings
+from trainer_client.training import Progress
+
+logger = logging.getLogger(__name__)
+
+_FAREWELL_S = 2.0
+"""Longest that a trainer which leaves tries to withdraw its record."""
+_SCRAPE_DEADLINE_S = 5.0
+
+
+class Presence:
+    """One trainer's metrics and announcements. `run` it as a task of the loop, and `close` it at the end."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        invite: Invite,
+        settings: TrainerSettings,
+        dispatcher: Dispatcher,
+        caller: GrpcCaller,
+        loop: LoopThread,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """Raises StartError when the port of the metrics is taken."""
+        self._registry = swarm.registry
+        self._settings = settings
+        self._dispatcher = dispatcher
+        self._caller = caller
+        self._progress: Progress | None = None
+        self._validation_loss: float | None = None
+        self._started_at = now()
+        collected = CollectorRegistry()
+        # scrapes come on threads of their own, and the counters belong to the loop's
+        collected.register(TrainerCollector(lambda: loop.run(self._count(), _SCRAPE_DEADLINE_S)))
+        self._metrics = MetricsServer(collected, settings.metrics_host, settings.metrics_port)
+        self._offered = self._metrics.offered(_reached_at(invite))
+
+    @property
+    def metrics_address(self) -> str:
+        return self._metrics.address
+
+    def note(self, progress: Progress) -> None:
+        """How it goes, after a step. May be called on any thread."""
+        self._progress = progress
+        if progress.validation_loss is not None:
+            self._validation_loss = progress.validation_loss
+
+    async def run(self) -> None:
+        """For ever. When the DHT does not answer, it is tried again the next time."""
+        while True:
+            record = trainer_record(await self._count(), self._settings, self._started_at, self._offered)
+            try:
+                await self._registry.publish_trainer(record, self._settings.lifetime_s)
+            except UnreachableError as error:
+                logger.debug("could not announce this trainer: %s", error)
+            await asyncio.sleep(self._settings.announce_every_s)
+
+    async def close(self) -> None:
+        """Withdraws the record; a DHT that does not answer must not keep us."""
+        closing = asyncio.create_task(asyncio.to_thread(self._metrics.close))
+        left = records_pb2.TrainerRecord(left=True)
+        with contextlib.suppress(UnreachableError, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_S):
+                await self._registry.publish_trainer(left, self._settings.lifetime_s)
+        await closing
+
+    async def _count(self) -> TrainerCounts:
+        dispatcher = self._dispatcher
+        return TrainerCounts(
+            self._progress,
+            self._validation_loss,
+            dispatcher.stats,
+            dispatcher.latencies,
+            self._caller.bytes_sent,
+            self._caller.bytes_received,
+            dispatcher.live_experts(),
+            dispatcher.open_breakers(),
+            len(asyncio.all_tasks()),
+        )
+
+
+def trainer_record(
+    counts: TrainerCounts, settings: TrainerSettings, started_at: float, metrics_address: str
+) -> records_pb2.TrainerRecord:
+    """What a trainer says of itself. Figures that it has not, or that are not finite, are not set."""
+    record = records_pb2.TrainerRecord(
+        name=settings.name or "",
+        protocol_version=PROTOCOL_VERSION,
+        software_version=SOFTWARE_VERSION,
+        started_at=started_at,
+        renew_every_s=settings.announce_every_s,
+        metrics_address=metrics_address,
+        steps=settings.steps,
+        forward=_latency(counts.latencies.forward.quantiles()),
+        backward=_latency(counts.latencies.backward.quantiles()),
+        calls=counts.dispatch.calls,
+        failures=[
+            records_pb2.Failures(cause=cause, count=count)
+            for cause, count in counts.dispatch.failures.items()
+        ],
+        bytes_sent=counts.bytes_sent,
+        bytes_received=counts.bytes_received,
+        nodes=[
+            records_pb2.NodeLatency(peer_id=peer_id.to_bytes(), mean_s=mean_s)
+            for peer_id, mean_s in counts.latencies.nodes().items()
+        ],
+    )
+    if counts.progress is not None:
+        _set_progress(record, counts.progress, counts.validation_loss)
+    return record
+
+
+def _set_progress(
+    record: records_pb2.TrainerRecord, progress: Progress, validation_loss: float | None
+) -> None:
+    record.step, record.steps = progress.step, progress.steps
+    record.tokens_per_s = progress.tokens_per_s
+    if math.isfinite(progress.loss):
+        record.loss = progress.loss
+    if validation_loss is not None and math.isfinite(validation_loss):
+        record.validation_loss = validation_loss
+        record.bits_per_byte = validation_loss / math.log(2)  # a token is a byte
+
+
+def _latency(quantiles: Quantiles | None) -> records_pb2.Latency | None:
+    return None if quantiles is None else records_pb2.Latency(p50_s=quantiles.p50_s, p99_s=quantiles.p99_s)
+
+
+def _reached_at(invite: Invite) -> str:
+    """The address that others in the swarm would use: loopback when the whole swarm is there."""
+    local = all(address.startswith(("/ip4/127.", "/ip6/::1/")) for address in invite.bootstrap)
+    return "127.0.0.1" if local else default_listen_address()

@@ -1,0 +1,104 @@
+"""A trainer's Prometheus metrics, read from its counters when they are scraped."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from trainer_client.latencies import Latencies
+from trainer_client.outgoing import DispatchStats
+from trainer_client.training import Progress
+
+
+@dataclass(frozen=True)
+class TrainerCounts:
+    """What a trainer knows of itself."""
+
+    progress: Progress | None
+    """After the last step; None before the first."""
+    validation_loss: float | None
+    """The last one measured."""
+    dispatch: DispatchStats
+    latencies: Latencies
+    bytes_sent: int
+    bytes_received: int
+    experts_live: int
+    open_breakers: int
+    tasks: int
+    """Of the event loop."""
+
+
+class TrainerCollector(Collector):
+    """No label here has a value that peers choose."""
+
+    def __init__(self, counts: Callable[[], TrainerCounts]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._counts()
+        yield from _training(counts)
+        yield from _calls(counts)
+        yield GaugeMetricFamily(
+            "talkoot_trainer_live_experts", "Experts that can be called now.", counts.experts_live
+        )
+        yield GaugeMetricFamily(
+            "talkoot_trainer_open_breakers",
+            "Nodes that are left alone for a while, as they failed or were busy.",
+            counts.open_breakers,
+        )
+        yield GaugeMetricFamily("talkoot_trainer_tasks", "Tasks on the event loop.", counts.tasks)
+
+
+def _training(counts: TrainerCounts) -> Iterator[Metric]:
+    progress = counts.progress
+    yield CounterMetricFamily(
+        "talkoot_trainer_steps", "Training steps done.", 0 if progress is None else progress.step
+    )
+    if progress is not None:
+        yield GaugeMetricFamily(
+            "talkoot_trainer_loss_nats", "Of the last step, for each token.", progress.loss
+        )
+        yield GaugeMetricFamily(
+            "talkoot_trainer_tokens_per_second", "Tokens trained on lately.", progress.tokens_per_s
+        )
+    if counts.validation_loss is not None:
+        yield GaugeMetricFamily(
+            "talkoot_trainer_validation_loss_nats", "The last one measured.", counts.validation_loss
+        )
+
+
+def _calls(counts: TrainerCounts) -> Iterator[Metric]:
+    stats = counts.dispatch
+    yield CounterMetricFamily("talkoot_trainer_calls", "Calls to nodes.", stats.calls)
+    failures = CounterMetricFamily(
+        "talkoot_trainer_failures", "Calls, and parts of them, that failed, by gRPC status.", labels=["cause"]
+    )
+    for cause, count in stats.failures.copy().items():
+        failures.add_metric([cause], count)
+    yield failures
+    durations = HistogramMetricFamily(
+        "talkoot_trainer_call_seconds", "Duration of calls that went well.", labels=["direction"]
+    )
+    for direction, seen in (("forward", counts.latencies.forward), ("backward", counts.latencies.backward)):
+        durations.add_metric([direction], seen.buckets(), seen.total_s)
+    yield durations
+    moved = CounterMetricFamily(
+        "talkoot_trainer_bytes", "Payload to and from nodes, in bytes.", labels=["direction"]
+    )
+    moved.add_metric(["sent"], counts.bytes_sent)
+    moved.add_metric(["received"], counts.bytes_received)
+    yield moved
+    for name, words, value in (
+        (
+            "reselected_rows",
+            "Rows sent to other experts, as the first did not answer.",
+            stats.reselected_rows,
+        ),
+        ("unanswered_rows", "Rows that went on with no expert.", stats.unanswered_rows),
+        ("late_backward", "Gradients that did not come in time.", stats.late_backward),
+        ("skipped_updates", "Optimizer steps that experts refused.", stats.skipped_updates),
+        ("rollbacks", "Times that experts went back to a good state.", stats.rollbacks),
+    ):
+        yield CounterMetricFamily(f"talkoot_trainer_{name}", words, value)
