@@ -9,6 +9,7 @@ import { Section } from "./section.js";
 
 const POINTS = 300;
 const LONGEST_REST_MS = 30000;
+const SHORTEST_S = 60;
 const RANGES = [
   [900, "15 min"],
   [3600, "1 h"],
@@ -33,7 +34,7 @@ let range = 3600;
 export function makeCharts() {
   const plots = CHARTS.map((chart) => ({ ...chart, plot: new Plot({ ...chart, sync: "time" }) }));
   byId("chart-cards").append(...plots.map(({ plot }) => plot.element));
-  const section = new Section(byId("charts"), () => Promise.all(plots.map(load)), rest);
+  const section = new Section(byId("charts"), () => load(plots), rest);
   byId("ranges").append(
     choice("Time shown", RANGES, range, (chosen) => {
       range = chosen;
@@ -49,9 +50,12 @@ function rest() {
   return range ? Math.min((1000 * range) / POINTS, LONGEST_REST_MS) : LONGEST_REST_MS;
 }
 
-async function load({ metric, plot, unit: hasUnit }) {
+/** All charts begin together: with the range, or with the first point of any where the history is younger. */
+async function load(plots) {
   const until = serverNow();
   const since = range ? until - range : 0;
-  const { series, unit } = await get("history", { metric, since, points: POINTS });
-  plot.show(series, hasUnit ? unit : "", since, until);
+  const answers = await Promise.all(plots.map(({ metric }) => get("history", { metric, since, points: POINTS })));
+  const firsts = answers.flatMap(({ series }) => series.map(({ points }) => points[0]?.[0] ?? until));
+  const start = Math.min(Math.max(since, Math.min(...firsts)), until - SHORTEST_S);
+  plots.forEach(({ plot, unit }, i) => plot.show(answers[i].series, unit ? answers[i].unit : "", start, until));
 }

@@ -3,7 +3,7 @@
 import { get } from "./api.js";
 import { byId, choice, el, setText } from "./dom.js";
 import * as format from "./format.js";
-import { Heatmap } from "./heatmap.js";
+import { Heatmap, LARGEST_CELL, TALLEST } from "./heatmap.js";
 import { openExpert } from "./panel.js";
 import { Section } from "./section.js";
 import { PagedTable } from "./table.js";
@@ -95,11 +95,18 @@ function draw() {
   const values = MEASURES[view.measure].values(view.data);
   const scale = scaleOf(values, replicas);
   const levels = Uint8Array.from(values, (value, i) => (replicas[i] ? 1 + scale.step(value) : 0));
-  byId("grid-map").classList.toggle("wide", columns() ** 2 > 1.4 * levels.length);
+  layOut(columns(), levels.length);
   heatmap.show(levels, columns(), scale.palette, "--missing");
   byId("heatmap").setAttribute("aria-label", `Experts of layer ${view.data.layer}: ${MEASURES[view.measure].words}`);
   byId("grid-side").replaceChildren(...sideOf(levels, scale, replicas));
   if (!byId("grid-table").hidden) table.refresh();
+}
+
+/** A map that is wider than it is tall gets the room; one of few cells takes no more than they need. */
+function layOut(across, cells) {
+  const map = byId("grid-map");
+  map.classList.toggle("wide", across ** 2 > 1.4 * cells);
+  map.style.setProperty("--map-width", `${Math.min(TALLEST, across * LARGEST_CELL)}px`);
 }
 
 /** Six steps. Few different values get a step each; else the steps are equally wide. */
@@ -170,10 +177,11 @@ function edgeOf(replicas) {
   const hosted = [];
   for (let i = 0; i < all.length; i += 1) if (replicas[i]) hosted.push(i);
   hosted.sort((a, b) => sign * (all[a] - all[b]) || a - b);
+  if (!hosted.length || all[hosted[0]] === all[hosted.at(-1)]) return []; // all alike
   const items = hosted.slice(0, EDGE).map((i) => {
     return el("li", {}, el("a", { href: `#/expert/${uid(i)}` }, uid(i)), el("span", { class: "note" }, format.counted(all[i], unit)));
   });
-  return items.length ? [el("h3", {}, edge), el("ol", { class: "edge" }, ...items)] : [];
+  return [el("h3", {}, edge), el("ol", { class: "edge" }, ...items)];
 }
 
 function wordsOf(index) {

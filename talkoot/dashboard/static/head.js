@@ -30,7 +30,7 @@ export function showSwarm(swarm) {
   for (const box of document.querySelectorAll("[data-command]")) showCommand(box, swarm.join[box.dataset.command]);
   setText(
     byId("versions"),
-    `Talkoot ${swarm.software_version}, protocol ${swarm.protocol_version}, swarm ${swarm.swarm_id.slice(0, 16)}`,
+    `Talkoot ${swarm.software_version}, protocol ${swarm.protocol_version}, swarm ${swarm.swarm_id}`,
   );
   showAge();
 }

@@ -2,9 +2,9 @@
 
 import { colour } from "./dom.js";
 
-const LARGEST_CELL = 30; // CSS pixels
+export const LARGEST_CELL = 56; // CSS pixels
 const ROUNDED_FROM = 8; // device pixels; smaller cells are drawn as an image
-const TALLEST = 540; // CSS pixels
+export const TALLEST = 540; // CSS pixels
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 export class Heatmap {
@@ -61,7 +61,7 @@ export class Heatmap {
   #drawCells(colours) {
     const context = this.#canvas.getContext("2d");
     const size = this.#cell;
-    const gap = Math.max(1, Math.round(size / 12));
+    const gap = Math.max(1, Math.round(size / 14));
     const crosses = new Path2D();
     colours.forEach((fill, level) => {
       const cells = new Path2D();

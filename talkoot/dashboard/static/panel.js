@@ -114,7 +114,9 @@ function showExpert(expert) {
   if (!plots.length) makeExpertBody(expert);
   byId("panel-body").firstElementChild.replaceChildren(...replicas(expert));
   const until = serverNow();
-  plots.forEach((plot, i) => plot.show(expert.series.filter(({ name }) => name === HISTORIES[i].series), "", 0, until));
+  const firsts = expert.series.map(({ points }) => points[0]?.[0] ?? until);
+  const start = Math.min(...firsts, until - 60);
+  plots.forEach((plot, i) => plot.show(expert.series.filter(({ name }) => name === HISTORIES[i].series), "", start, until));
 }
 
 const HISTORIES = [

@@ -40,7 +40,7 @@ export class Plot {
     this.#series = series.map(({ name, points }) => ({ name, points: points.slice(-MOST_POINTS) }));
     const tables = this.#series.map(({ points }) => [points.map(([t]) => t), points.map(([, value]) => value)]);
     this.#data = tables.length > 1 ? uPlot.join(tables) : (tables[0] ?? [[]]);
-    this.#range = [since || (this.#data[0][0] ?? until - 60), until];
+    this.#range = [since, until];
     setText(this.#unit, unit);
     const some = this.#series.some(({ points }) => points.some(([, value]) => value !== null));
     this.#empty.hidden = some || !this.#table.hidden;

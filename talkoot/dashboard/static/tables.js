@@ -81,7 +81,7 @@ const LEADER_COLUMNS = [
 function steps({ step, steps: all }) {
   if (all === null || all === undefined) return shown(step, format.count);
   const meter = el("progress", { max: all || 1, value: step ?? 0, "aria-label": "steps done" });
-  return el("span", { class: "steps" }, shown(step, format.count), el("small", {}, ` / ${format.count(all)}`), meter);
+  return el("span", { class: "steps" }, shown(step, format.count), el("small", {}, `/ ${format.count(all)}`), meter);
 }
 
 function pair(middle, worst) {

@@ -1,5 +1,6 @@
 """Debian's Chromium, driven by Playwright, for tests of the page."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,8 +38,11 @@ class Visit:
         return self.page.locator(selector).inner_text()
 
     def until(self, condition: str, limit_s: float = WAIT_MS / 1000) -> None:
-        """Waits until an expression in JavaScript is true."""
-        self.page.wait_for_function(condition, timeout=1000 * limit_s)
+        """Waits until an expression in JavaScript is true. Playwright's own wait needs eval, which the page forbids."""
+        deadline = time.monotonic() + limit_s
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < deadline, f"waited in vain for {condition}"
+            self.page.wait_for_timeout(50)
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than its window."""

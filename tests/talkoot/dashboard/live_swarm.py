@@ -33,7 +33,6 @@ top_k = 2
 """
 EXPERTS = 32
 _START_LIMIT_S = 120.0
-_STOP_LIMIT_S = 10.0
 
 
 @dataclass
@@ -83,12 +82,7 @@ class _Processes:
 
     def stop(self) -> None:
         for _, process in self._running:
-            process.terminate()
-        deadline = time.monotonic() + _STOP_LIMIT_S
-        for _, process in self._running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            process.kill()
+            process.kill()  # and with it its p2pd
             process.wait()
         sweep_dead_sockets()
 
