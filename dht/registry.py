@@ -16,6 +16,7 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 
 from dht.claims import ClaimAges
+from dht.counts import DhtCounts
 from dht.participants import (
     DEFAULT_RENEW_S,
     MAX_NAME_CHARACTERS,
@@ -30,6 +31,7 @@ from dht.participants import (
 )
 from dht.records import SwarmKeys, parse_peer_id, seal, shard_of, trainer_shard_of, unseal
 from dht.uid import UID
+from peer.distribution import Distribution
 from peer.errors import RecordError, UnreachableError, WireError
 from peer.identity import Identity, certificate_pem
 from peer.wire import records_pb2
@@ -133,6 +135,7 @@ class Registry:
         `deadline_s`: longest that one look-up or store may take, all its keys together.
         """
         self.keys = keys
+        self.counts = DhtCounts()
         self._dht = dht
         self._identity = identity
         self._deadline_s = deadline_s
@@ -386,7 +389,9 @@ class Registry:
         if not items:
             return
         keys, subkeys, values, expiries = map(list, zip(*items, strict=True))
-        stored = await self._in_time(self._dht().store_many(keys, values, expiries, subkeys=subkeys))
+        self.counts.records_stored += len(keys)
+        storing = self._dht().store_many(keys, values, expiries, subkeys=subkeys)
+        stored = await self._in_time(storing, self.counts.stores)
         if not any(stored.values()):
             raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
 
@@ -394,7 +399,9 @@ class Registry:
         """For each key, its dictionary: subkey → (value, expiry). All replicas of a key are asked and merged."""
         if not keys:
             return {}
-        found = await self._in_time(self._dht().get_many(keys, sufficient_expiration_time=float("inf")))
+        self.counts.keys_read += len(keys)
+        getting = self._dht().get_many(keys, sufficient_expiration_time=float("inf"))
+        found = await self._in_time(getting, self.counts.gets)
         result: dict[str, dict[object, tuple[Any, float]]] = {}
         for key in keys:
             item = found[key]
@@ -404,9 +411,13 @@ class Registry:
             )
         return result
 
-    async def _in_time(self, call: Awaitable[T]) -> T:
+    async def _in_time(self, call: Awaitable[T], took: Distribution | None = None) -> T:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await call
         except TimeoutError:
             raise UnreachableError(f"the DHT did not answer within {self._deadline_s:.0f} s") from None
+        finally:
+            if took is not None:
+                took.note(time.monotonic() - began)

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from dht.counts import DhtCounts
 from expert_server.checkpoints import CheckpointCounts
 from expert_server.runtime import RuntimeStats
 from expert_server.transfer import TransferCounts
@@ -31,6 +32,7 @@ class NodeCounts:
     handed_over: int
     averagings: int
     transfers: TransferCounts
+    dht: DhtCounts
 
 
 class NodeCollector(Collector):
@@ -102,6 +104,19 @@ class NodeCollector(Collector):
             "Time the compute threads were busy, all together counted as one.",
             stats.busy_s,
         )
+        yield HistogramMetricFamily(
+            "talkoot_batch_rows",
+            "Rows in a batch.",
+            buckets=stats.batch_rows.buckets(),
+            sum_value=stats.batch_rows.total,
+        )
+        yield HistogramMetricFamily(
+            "talkoot_batch_seconds",
+            "Time to compute a batch.",
+            buckets=stats.batch_s.buckets(),
+            sum_value=stats.batch_s.total,
+        )
+        yield from _dht(node.dht)
         works = CounterMetricFamily(
             "talkoot_unfinished_works", "Works that brought no result, by cause.", labels=["cause"]
         )
@@ -125,3 +140,14 @@ def _transfers(counts: TransferCounts) -> Iterator[Metric]:
     size.add_metric(["sent"], counts.bytes_sent)
     size.add_metric(["received"], counts.bytes_received)
     yield size
+
+
+def _dht(counts: DhtCounts) -> Iterator[Metric]:
+    yield CounterMetricFamily("talkoot_dht_keys_read", "Keys looked up in the DHT.", counts.keys_read)
+    yield CounterMetricFamily("talkoot_dht_records_stored", "Records written to it.", counts.records_stored)
+    took = HistogramMetricFamily(
+        "talkoot_dht_seconds", "Time of a DHT operation, which may be for many keys.", labels=["operation"]
+    )
+    for operation, seen in (("get", counts.gets), ("store", counts.stores)):
+        took.add_metric([operation], seen.buckets(), seen.total)
+    yield took

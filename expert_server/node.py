@@ -378,6 +378,7 @@ class Node:
             handed_over=self.hosting.handed_over,
             averagings=self.replication.averagings,
             transfers=self.client.counts,
+            dht=self.swarm.registry.counts,
         )
 
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from dht.uid import UID
 from expert_server.batching import BatchQueue, Entry, Work
 from expert_server.computing import Result, compute
 from expert_server.expert import Expert
+from peer.distribution import SECONDS, Distribution
 from peer.errors import ExpertError
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_AT_ONCE = 4
 """Batches: more would keep more tensors in memory and gain little."""
+_BATCH_ROWS = tuple(4.0**power for power in range(8))
 _STOPPING = "this node is stopping"
 
 
@@ -82,6 +84,8 @@ class RuntimeStats:
     queued_rows: int = 0
     busy_s: float = 0.0
     """That all threads together were busy, as if they were one."""
+    batch_rows: Distribution = field(default_factory=lambda: Distribution(_BATCH_ROWS), compare=False)
+    batch_s: Distribution = field(default_factory=lambda: Distribution(SECONDS), compare=False)
 
 
 class Runtime:
@@ -282,7 +286,10 @@ class Runtime:
     def _finish(self, batch: Sequence[Entry], computed: "_Computed", busy_s: float) -> None:
         stats = self._stats
         stats.batches += 1
-        stats.rows += sum(entry.work.rows for entry in batch)
+        rows = sum(entry.work.rows for entry in batch)
+        stats.rows += rows
+        stats.batch_rows.note(rows)
+        stats.batch_s.note(computed.seconds)
         stats.failed += sum(isinstance(result, ExpertError) for result in computed.results)
         stats.busy_s += busy_s
         stats.updates += computed.updates

@@ -1,136 +1,180 @@
-"""`talkoot status`: looks at a swarm from outside and lists its nodes and experts."""
+"""`talkoot status`: looks at a swarm from outside and lists its nodes, trainers and experts."""
 
 import asyncio
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvloop
-from hivemind.p2p import PeerID
+from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from dht.directory import Directory, View
+from dht.directory import View
 from dht.invite import Invite
-from dht.registry import NodeInfo, Replica
-from dht.swarm import Stage, join_swarm
+from dht.swarm import Stage, Swarm, join_swarm
 from dht.uid import UID
-from peer.errors import SettingsError
+from peer.errors import SettingsError, UnreachableError
 from peer.identity import Identity
 from talkoot.console import Terminal, quiet_hivemind
+from talkoot.node_command import invite_text
+from talkoot.reading import Reading, SwarmReader
 from talkoot.signals import run_until_stopped
 
-
-@dataclass(frozen=True)
-class Reading:
-    """A swarm at one moment, as the DHT knows it."""
-
-    swarm: str
-    view: View
-    nodes: dict[PeerID, NodeInfo]
-    """Nodes that host nothing included."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The form of `talkoot status --json`. Ages and times in seconds."""
-        uids = self.view.manifest.uids()
-        return {
-            "swarm": self.swarm,
-            "read_at": self.view.read_at,
-            "nodes": [_node_dict(node, self.view.read_at) for node in self.nodes.values()],
-            "experts": {
-                "total": len(uids),
-                "alive": self.view.live_experts(),
-                "list": [
-                    {"uid": str(uid), "replicas": [_replica_dict(r) for r in self.view.replicas.get(uid, ())]}
-                    for uid in uids
-                ],
-            },
-        }
+_WATCH_EVERY_S = 2.0
+_LIST_EVERY_S = 20.0
 
 
-def run_status(terminal: Terminal, join: str | None) -> None:
-    """Prints one reading of the swarm. Raises UserError when it can't be reached."""
+def run_status(terminal: Terminal, join: str | None, watch: bool = False) -> None:
+    """Prints one reading of the swarm, with `watch` one after the other. Raises UserError when it can't be reached."""
     quiet_hivemind()
     if join is None:
         raise SettingsError("pass --join INVITE: the line that the founder's node printed")
-    invite = Invite.parse(join)
+    invite = Invite.parse(invite_text(join))
     with (
         tempfile.TemporaryDirectory(prefix="talkoot-status-") as folder,
-        terminal.stages("making ready") as stage,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        reading = runner.run(run_until_stopped(_read(invite, Path(folder), stage)))
-    if terminal.json:
-        terminal.event("status", reading.to_dict())
-    else:
-        _print_tables(terminal, reading)
+        runner.run(run_until_stopped(_look(terminal, invite, Path(folder), watch)))
 
 
-async def _read(invite: Invite, folder: Path, stage: Stage) -> Reading:
-    identity = Identity.load_or_create(folder / "identity.key")
-    swarm = await join_swarm(identity, invite, listen="127.0.0.1", serves_dht=False, stage=stage)
+async def _look(terminal: Terminal, invite: Invite, folder: Path, watch: bool) -> None:
+    with terminal.stages("making ready") as stage:
+        swarm = await _join(invite, folder, stage)
     try:
-        stage("reading who is there")
-        directory = Directory(swarm.registry, swarm.manifest, refresh_every_s=1.0)
-        view = await directory.refresh()
-        listed = await swarm.registry.node_ids()
-        others = await swarm.registry.nodes(listed - set(view.nodes))
-        return Reading(swarm.keys.swarm_id, view, {**view.nodes, **others})
+        reader = SwarmReader(swarm, list_every_s=_LIST_EVERY_S)
+        if not watch:
+            _show(terminal, await reader.read())
+        elif terminal.json or not terminal.out.is_terminal:
+            await _show_again_and_again(terminal, reader)
+        else:
+            await _show_live(terminal, reader)
     finally:
         await swarm.stop()
 
 
-def _node_dict(node: NodeInfo, read_at: float) -> dict[str, Any]:
-    return {
-        "peer_id": node.peer_id.to_base58(),
-        "addresses": list(node.addresses),
-        "experts": node.expert_count,
-        "capacity": node.expert_capacity,
-        "updates": node.updates,
-        "rows": node.rows_processed,
-        "protocol_version": node.protocol_version,
-        "software_version": node.software_version,
-        "up_s": read_at - node.started_at,
-        "expires_in_s": node.expires_at - read_at,
-    }
+async def _join(invite: Invite, folder: Path, stage: Stage) -> Swarm:
+    identity = Identity.load_or_create(folder / "identity.key")
+    return await join_swarm(identity, invite, listen="127.0.0.1", serves_dht=False, stage=stage)
 
 
-def _replica_dict(replica: Replica) -> dict[str, Any]:
-    return {
-        "peer_id": replica.peer_id.to_base58(),
-        "state": replica.state.name.lower(),
-        "update_count": replica.update_count,
-    }
+async def _show_again_and_again(terminal: Terminal, reader: SwarmReader) -> None:
+    while True:
+        _show(terminal, await reader.read())
+        await asyncio.sleep(_WATCH_EVERY_S)
 
 
-def _print_tables(terminal: Terminal, reading: Reading) -> None:
+async def _show_live(terminal: Terminal, reader: SwarmReader) -> None:
+    """In place, until a signal comes. When the swarm does not answer, the last reading stays, with its age."""
+    reading, trouble = await reader.read(), ""
+    with Live(console=terminal.out, auto_refresh=False, screen=True, vertical_overflow="crop") as live:
+        while True:
+            live.update(Group(*_renderables(reading), Text(trouble, style="red")), refresh=True)
+            await asyncio.sleep(_WATCH_EVERY_S)
+            try:
+                reading, trouble = await reader.read(), ""
+            except UnreachableError as error:
+                trouble = f"cannot reach the swarm: {error}"
+
+
+def _show(terminal: Terminal, reading: Reading) -> None:
+    if terminal.json:
+        terminal.event("status", reading.to_dict())
+        return
+    for part in _renderables(reading):
+        terminal.out.print(part)
+    terminal.out.file.flush()
+
+
+def _renderables(reading: Reading) -> list[RenderableType]:
     view = reading.view
-    terminal.line(
-        f"swarm {reading.swarm}: {len(reading.nodes)} nodes, {view.live_experts()} of "
-        f"{view.manifest.experts_total} experts alive, read {time.time() - view.read_at:.1f} s ago"
+    head = (
+        f"swarm {reading.swarm}: {len(reading.nodes)} nodes, {len(reading.trainers)} trainers, "
+        f"{view.live_experts()} of {view.manifest.experts_total} experts alive, "
+        f"read {time.time() - view.read_at:.1f} s ago"
     )
-    terminal.out.print(_nodes_table(reading))
-    for layer in range(view.manifest.model.layers):
-        terminal.out.print(_layer_table(view, layer))
+    layers = [_layer_table(view, layer) for layer in range(view.manifest.model.layers)]
+    return [
+        Text(head),
+        _nodes_table(reading),
+        *([_trainers_table(reading)] if reading.trainers else []),
+        *layers,
+    ]
 
 
 def _nodes_table(reading: Reading) -> Table:
-    table = Table(title="nodes")
-    for column in ("peer", "address", "experts", "updates", "rows", "version", "up", "expires"):
-        table.add_column(column, overflow="fold")
+    columns = (
+        "peer",
+        "name",
+        "state",
+        "address",
+        "experts",
+        "updates",
+        "rows",
+        "rows/s",
+        "version",
+        "up",
+        "expires",
+    )
+    table = _table("nodes", columns)
     for node in reading.nodes.values():
         table.add_row(
             node.peer_id.to_base58()[-8:],
+            node.name or "-",
+            node.activity.name.lower(),
             ", ".join(node.addresses),
             f"{node.expert_count}/{node.expert_capacity}",
             str(node.updates),
             str(node.rows_processed),
+            _shown(node.rows_per_s, ".0f"),
             f"{node.software_version}/{node.protocol_version}",
             f"{reading.view.read_at - node.started_at:.0f} s",
             f"{node.expires_at - reading.view.read_at:.0f} s",
         )
     return table
+
+
+def _trainers_table(reading: Reading) -> Table:
+    columns = (
+        "peer",
+        "name",
+        "step",
+        "loss",
+        "validation loss",
+        "bits/byte",
+        "tokens/s",
+        "failures",
+        "version",
+        "up",
+    )
+    table = _table("trainers", columns)
+    for trainer in reading.trainers.values():
+        table.add_row(
+            trainer.peer_id.to_base58()[-8:],
+            trainer.name or "-",
+            f"{trainer.step}/{trainer.steps}",
+            _shown(trainer.loss, ".3f"),
+            _shown(trainer.validation_loss, ".3f"),
+            _shown(trainer.bits_per_byte, ".3f"),
+            _shown(trainer.tokens_per_s, ".0f"),
+            ", ".join(f"{count} {cause}" for cause, count in sorted(trainer.failures.items())) or "none",
+            f"{trainer.software_version}/{trainer.protocol_version}",
+            f"{reading.view.read_at - trainer.started_at:.0f} s",
+        )
+    return table
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    """`?` for what is not known, which is not 0."""
+    return "?" if value is None else format(value, form)
 
 
 def _layer_table(view: View, layer: int) -> Table:

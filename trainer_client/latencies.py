@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from hivemind.p2p import PeerID
 
-BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""Upper bounds of the histogram, beside infinity."""
+from peer.distribution import SECONDS, Distribution
+
 _RECENT = 512
 """Calls of each direction that quantiles are taken from."""
 _NODES = 64
@@ -29,26 +29,17 @@ class Durations:
     """Of one direction."""
 
     def __init__(self) -> None:
-        self.total_s = 0.0
-        self.count = 0
+        self.all = Distribution(SECONDS)
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._buckets = [0] * (len(BUCKETS_S) + 1)
 
     def note(self, seconds: float) -> None:
-        self.total_s += seconds
-        self.count += 1
+        self.all.note(seconds)
         self._recent.append(seconds)
-        self._buckets[sum(seconds > bound for bound in BUCKETS_S)] += 1
 
     def quantiles(self) -> Quantiles | None:
         """Of the last calls; None before the first."""
         ordered = sorted(self._recent)
         return Quantiles(_nearest(ordered, 0.5), _nearest(ordered, 0.99)) if ordered else None
-
-    def buckets(self) -> list[tuple[str, int]]:
-        """As Prometheus has them: upper bound → calls that took no longer."""
-        bounds = [*map(str, BUCKETS_S), "+Inf"]
-        return [(bound, sum(self._buckets[: i + 1])) for i, bound in enumerate(bounds)]
 
 
 class Latencies:

@@ -82,7 +82,7 @@ def _calls(counts: TrainerCounts) -> Iterator[Metric]:
         "talkoot_trainer_call_seconds", "Duration of calls that went well.", labels=["direction"]
     )
     for direction, seen in (("forward", counts.latencies.forward), ("backward", counts.latencies.backward)):
-        durations.add_metric([direction], seen.buckets(), seen.total_s)
+        durations.add_metric([direction], seen.all.buckets(), seen.all.total)
     yield durations
     moved = CounterMetricFamily(
         "talkoot_trainer_bytes", "Payload to and from nodes, in bytes.", labels=["direction"]

@@ -29,6 +29,9 @@ STATIC = FOLDER / "static"
 OPENAPI = FOLDER / "openapi.json"
 
 _NEWS_AT_LEAST_EVERY_S = 5.0
+_EXPERT_S = 2 * 86400.0
+"""How far back the history of an expert goes."""
+_EXPERT_POINTS = 12_000  # so that each tier shows as fine as it is
 _SEND_DEADLINE_S = 15.0
 """A page that takes nothing for so long is let go."""
 
@@ -127,7 +130,9 @@ class _Endpoints:
         series = []
         for name in ("updates", "replicas"):
             metric = f"expert_{name}"
-            found = await self._keeper.read(metric, sight.now - 3600, sight.now, 300, 1, only=uid)
+            found = await self._keeper.read(
+                metric, sight.now - _EXPERT_S, sight.now, _EXPERT_POINTS, 1, only=uid
+            )
             series += api.series([(name, points) for _, points in found])
         return JSONResponse(shown | {"series": series})
 

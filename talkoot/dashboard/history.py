@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,15 +107,15 @@ class History:
         most_series: int,
         only: str | None = None,
     ) -> list[tuple[str, list[Point]]]:
-        """The newest series of a metric, or the one named; each with at most so many points, oldest first."""
-        tier = next((t for t in _tiers(metric) if now - t.kept_s <= since), _tiers(metric)[-1])
+        """The newest series of a metric, or the one named; each with at most about so many points, oldest first."""
+        spans = _spans(_tiers(metric), since, now, most_points)
         with self._transaction() as connection:
             found = connection.execute(
-                "select id, name from series where metric = ? and (?3 is null or name = ?3) "
+                "select id, name from series where metric = ?1 and (?3 is null or name = ?3) "
                 "order by seen_at desc, name limit ?2",
                 (metric, most_series, only),
             ).fetchall()
-            return [(name, self._points(series, tier, since, now, most_points)) for series, name in found]
+            return [(name, list(_with_gaps(self._points(series, spans)))) for series, name in found]
 
     def keep(self, name: str, value: Any) -> None:
         """Keeps one thing under a name, as JSON, in place of what was kept there."""
@@ -133,14 +133,14 @@ class History:
         except ValueError:
             return None
 
-    def _points(self, series: int, tier: Tier, since: float, now: float, most: int) -> list[Point]:
-        step = tier.step_s * max(1, math.ceil((now - max(since, now - tier.kept_s)) / tier.step_s / most))
-        rows = self._connection.execute(
-            "select at / ?1 * ?1 as t, sum(total) / sum(count) from samples "
-            "where series = ? and step = ? and at >= ? group by t order by t desc limit ?",
-            (step, series, tier.step_s, since - step, most),
-        ).fetchall()
-        return list(_with_gaps([(float(t), value) for t, value in reversed(rows)], step))
+    def _points(self, series: int, spans: "Sequence[_Span]") -> Iterator[tuple[float, float, int]]:
+        """(time, mean, step) of each step, oldest first."""
+        for span in spans:
+            yield from self._connection.execute(
+                "select at / ?1 * ?1 as t, sum(total) / sum(count), ?1 from samples "
+                "where series = ?2 and step = ?3 and at >= ?4 and at < ?5 group by t order by t",
+                (span.shown_s, series, span.step_s, span.begin, span.end),
+            )
 
     def _series(self, sample: Sample) -> int:
         key = sample.metric, sample.name
@@ -254,11 +254,37 @@ def _tiers(metric: str) -> Sequence[Tier]:
     return EXPERT_TIERS if metric.startswith(_EXPERT) else TIERS
 
 
-def _with_gaps(points: Collection[Point], step: float) -> Iterator[Point]:
+@dataclass(frozen=True)
+class _Span:
+    """A piece of time, and from which tier it is read."""
+
+    begin: int
+    end: int
+    step_s: int
+    shown_s: int
+    """Means over so many seconds, a multiple of the tier's own."""
+
+
+def _spans(tiers: Sequence[Tier], since: float, now: float, most_points: int) -> list[_Span]:
+    """Oldest first: each piece from the finest tier that still has it."""
+    since = max(since, now - tiers[-1].kept_s)
+    wanted_s = (now - since) / most_points
+    spans, end = [], int(now) + tiers[0].step_s
+    for tier in tiers:
+        shown_s = tier.step_s * max(1, math.ceil(wanted_s / tier.step_s))
+        oldest = int(max(since, now - tier.kept_s))
+        begin = oldest - oldest % shown_s
+        if begin < end:
+            spans.append(_Span(begin, end, tier.step_s, shown_s))
+            end = begin
+    return spans[::-1]
+
+
+def _with_gaps(points: Iterable[tuple[float, float, int]]) -> Iterator[Point]:
     """A point without a value where nothing was seen for long, so that no line is drawn across."""
-    last: float | None = None
-    for at, value in points:
-        if last is not None and at - last > _GAP_STEPS * step:
-            yield last + step, None
-        yield at, value
-        last = at
+    last: tuple[float, int] | None = None
+    for at, value, step in points:
+        if last is not None and at - last[0] > _GAP_STEPS * max(step, last[1]):
+            yield last[0] + last[1], None
+        yield float(at), value
+        last = at, step
