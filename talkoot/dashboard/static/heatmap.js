@@ -16,6 +16,7 @@ export class Heatmap {
   #missing = "";
   #cell = 1; // device pixels
   #current = -1;
+  #latest = 0; // where the keyboard goes on after the pointer or the focus was elsewhere
   #open;
   #point;
 
@@ -131,8 +132,9 @@ export class Heatmap {
 
   #target(key) {
     const last = this.#levels.length - 1;
-    if (key === "Home" || this.#current < 0) return 0;
+    if (key === "Home") return 0;
     if (key === "End") return last;
+    if (this.#current < 0) return Math.min(last, this.#latest);
     const [right, down] = STEPS[key];
     return Math.min(last, Math.max(0, this.#current + right + down * this.#columns));
   }
@@ -140,6 +142,7 @@ export class Heatmap {
   #goTo(index) {
     if (index === this.#current) return;
     this.#current = index;
+    if (index >= 0) this.#latest = index;
     this.draw();
     const scale = devicePixelRatio || 1;
     const [x, y] = index < 0 ? [0, 0] : this.#corner(index);

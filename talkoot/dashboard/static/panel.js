@@ -87,7 +87,7 @@ function showNode(node) {
       ["Key", el("span", { class: "key" }, el("code", {}, node.peer_id), copyButton(() => node.peer_id))],
       ["Seen", shown(node.seen_at, (t) => `${format.duration(serverNow() - t)} ago`)],
       ["Up", shown(node.up_s, format.duration)],
-      ["Since", shown(node.started_at, format.moment)],
+      ["Since", shown(node.started_at || null, format.moment)],
       ["Experts", `${format.count(node.experts)} of at most ${format.count(node.capacity)}`],
       ["Speed", shown(node.rows_per_s, (rate) => `${format.rate(rate)} rows/s`)],
       ["Latency", shown(node.latency_ms, format.milliseconds, "no trainer has measured it")],

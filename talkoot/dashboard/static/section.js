@@ -3,7 +3,7 @@
 import { Unanswered } from "./api.js";
 
 export class Section {
-  #stale = true;
+  #stale = false; // nothing to read before the first reading of the swarm
   #visible = false;
   #loading = false;
   #hasLoaded = false;

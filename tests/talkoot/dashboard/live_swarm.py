@@ -127,10 +127,9 @@ def _start_node(
 ) -> "subprocess.Popen[bytes]":
     return processes.start(
         f"node-{number}",
-        *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1"),
+        *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1", "--name", name),
         *("--experts", "12", "--spare", "12", "--announce-every-s", str(ANNOUNCE_EVERY_S)),
         *("--niceness", "0", "--drain-timeout", "0"),
-        TALKOOT_NODE_NAME=name,
     )
 
 
