@@ -5,7 +5,7 @@ import { makeCharts } from "./charts.js";
 import { byId } from "./dom.js";
 import * as format from "./format.js";
 import { makeGrid, showLayers } from "./grid.js";
-import { ageNow, reading, serverNow, showAge, showBanner, showSparks, showSwarm } from "./head.js";
+import { ageNow, reading, showAge, showBanner, showSparks, showSwarm } from "./head.js";
 import { makePanel } from "./panel.js";
 import { Section } from "./section.js";
 import { makeTables } from "./tables.js";
@@ -40,14 +40,15 @@ function tick() {
 
 function trouble() {
   const age = ageNow();
-  const shownNow = age === null ? "" : ` What you see is ${format.duration(age)} old.`;
+  const old = age === null ? "" : `What you see is ${format.duration(age)} old.`;
   if (connection.lostAt) {
-    const wait = Math.max(0, connection.retryAt - Date.now()) / 1000;
-    return `The dashboard's server does not answer since ${format.clock(connection.lostAt / 1000)}.${shownNow} Next try in ${format.duration(wait)}.`;
+    const wait = (connection.retryAt - Date.now()) / 1000;
+    const next = wait > 0 ? `Next try in ${format.duration(wait)}.` : "Trying again.";
+    return { words: `The dashboard's server does not answer since ${format.clock(connection.lostAt / 1000)}.`, ages: `${old} ${next}` };
   }
   const since = reading.swarm?.unreachable_since ?? null;
-  if (since === null) return "";
-  return `The swarm can't be reached since ${format.clock(since)}, for ${format.duration(serverNow() - since)}.${shownNow}`;
+  if (since === null) return { words: "", ages: "" };
+  return { words: `The swarm can't be reached since ${format.clock(since)}.`, ages: old };
 }
 
 byId("banner-retry").addEventListener("click", () => readings.connect());

@@ -148,9 +148,10 @@ function drawSpark(box, points) {
   );
 }
 
-/** Says that the figures are no longer fresh, and why; an empty text takes the banner away. */
-export function showBanner(text, canRetry) {
-  setText(byId("banner-words"), text);
+/** Says what is wrong, and beside it what changes each second, which is not read aloud; no words, no banner. */
+export function showBanner({ words, ages }, canRetry) {
+  byId("banner").hidden = !words;
+  setText(byId("banner-words"), words);
+  setText(byId("banner-ages"), ages);
   byId("banner-retry").hidden = !canRetry;
-  byId("banner").hidden = !text;
 }

@@ -122,9 +122,7 @@ def _start(processes: _Processes, folder: Path) -> LiveSwarm:
     return swarm
 
 
-def _start_node(
-    processes: _Processes, number: int, name: str, *origin: str
-) -> "subprocess.Popen[bytes]":
+def _start_node(processes: _Processes, number: int, name: str, *origin: str) -> "subprocess.Popen[bytes]":
     return processes.start(
         f"node-{number}",
         *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1", "--name", name),
