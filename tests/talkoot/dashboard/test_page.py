@@ -162,7 +162,7 @@ def test_lost_server_is_told_and_the_last_state_stays(swarm: LiveSwarm, browser:
     with visit(browser, swarm.address) as seen:
         swarm.dashboard.kill()
         seen.page.locator("#banner").wait_for()
-        assert "The dashboard's server does not answer since" in seen.text("#banner")
+        assert "The dashboard's server has not answered since" in seen.text("#banner")
         assert "What you see is" in seen.text("#banner")
         assert figure(seen, "nodes") == "2"
         assert seen.text("#age").startswith("read ")
