@@ -31,7 +31,9 @@ def targets(picture: Picture | None, bootstrap: Iterable[str]) -> list[Json]:
             {
                 row["metrics_address"]
                 for row in rows
-                if row["state"] != "gone" and _reach_of(row["metrics_address"].rpartition(":")[0]) >= nearest
+                if row["metrics_address"]
+                and row["state"] != "gone"
+                and _reach_of(row["metrics_address"].rpartition(":")[0]) >= nearest
             }
         )
         if found:

@@ -173,8 +173,9 @@ class History:
                 )
             connection.execute("delete from samples where series not in (select id from series)")
             connection.execute(
-                "delete from series where id not in (select series from samples) and seen_at < ?",
-                (now - 3600,),
+                "delete from series where id not in (select series from samples) "
+                "and (seen_at < ? or seen_at > ?)",
+                (now - 3600, now + 86400),
             )
 
     @contextmanager
@@ -272,11 +273,13 @@ def _spans(tiers: Sequence[Tier], since: float, now: float, most_points: int) ->
     spans, end = [], int(now) + tiers[0].step_s
     for tier in tiers:
         shown_s = tier.step_s * max(1, math.ceil(wanted_s / tier.step_s))
-        oldest = int(max(since, now - tier.kept_s))
+        oldest = max(int(since), int(now) - tier.kept_s)
         begin = oldest - oldest % shown_s
         if begin < end:
             spans.append(_Span(begin, end, tier.step_s, shown_s))
             end = begin
+        if oldest <= since:
+            break
     return spans[::-1]
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hivemind.p2p import PeerID
@@ -44,9 +44,8 @@ class Picture:
         object.__setattr__(self, "hosted", hosted)
 
     def to_json(self) -> Json:
-        values = asdict(self)
-        del values["hosted"]
-        return values
+        """Its own parts, not copies."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
 
     def with_earlier(self, rows: Sequence[Json], most_gone: int, gone_kept_s: float) -> "Picture":
         """Adds nodes that an earlier run of the dashboard saw, and this one did not."""
@@ -91,7 +90,8 @@ def paint(
     layers = [
         _layer(view, live_nodes.keys(), layer, most_cells) for layer in range(view.manifest.model.layers)
     ]
-    figures = _figures(view.manifest, nodes, trainers, pace)
+    figures = _figures(view.manifest, list(live_nodes.values()), list(live_trainers.values()), pace)
+    figures["nodes"]["gone"] = len(nodes.seen) - len(live_nodes)
     figures["experts"] = {
         "live": sum(any(r["state"] == "serving" for r in rows) for rows in replicas.values()),
         "total": view.manifest.experts_total,
@@ -107,16 +107,15 @@ def paint(
     )
 
 
-def _figures(manifest: Manifest, nodes: Census[NodeInfo], trainers: Census[TrainerInfo], pace: Pace) -> Json:
-    live = list(trainers.live().values())
+def _figures(manifest: Manifest, nodes: Sequence[NodeInfo], live: Sequence[TrainerInfo], pace: Pace) -> Json:
+    """`nodes` and trainers that are `live`."""
     speeds = [t.tokens_per_s for t in live if t.tokens_per_s is not None]
     losses = [(t.validation_loss, t.bits_per_byte) for t in live if t.validation_loss is not None]
     best = min(losses, key=lambda pair: pair[0]) if losses else (None, None)
-    live_nodes = nodes.live()
-    periods = [node.renew_every_s for node in live_nodes.values()]
+    periods = [node.renew_every_s for node in nodes]
     return {
         "name": manifest.name,
-        "nodes": {"live": len(live_nodes), "gone": len(nodes.seen) - len(live_nodes)},
+        "nodes": {"live": len(nodes)},
         "trainers": len(live),
         "tokens_per_s": sum(speeds) if speeds else None,
         "validation_loss": best[0],

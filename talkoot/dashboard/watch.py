@@ -143,7 +143,7 @@ class Watcher:
             self._earlier, self._settings.most_gone, self._settings.gone_kept_s
         )
         await self._remember(self.picture, now)
-        self._tell()
+        self.tell()
 
     async def _remember(self, picture: Picture, now: float) -> None:
         samples = list(samples_of(picture))
@@ -163,9 +163,10 @@ class Watcher:
         ):
             self.unreachable_since = self._now()
             logger.warning("cannot reach the swarm: %s; the page shows what was seen last", error)
-        self._tell()
+        self.tell()
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Wakes all who wait for news."""
         self._news.set()
         self._news = asyncio.Event()
 

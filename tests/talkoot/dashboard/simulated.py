@@ -1,0 +1,155 @@
+"""A swarm of any size that is not there, as a reading would look; and how to ask the dashboard without a socket."""
+
+import asyncio
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hivemind.p2p import PeerID
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+
+from dht.directory import View
+from dht.invite import Invite
+from dht.manifest import Manifest
+from dht.participants import Activity, Latency, TrainerInfo
+from dht.records import SwarmKeys
+from dht.registry import NodeInfo, Replica, ReplicaState
+from talkoot.dashboard.app import Streams, make_app
+from talkoot.dashboard.census import Census, Paces
+from talkoot.dashboard.history import History
+from talkoot.dashboard.keeper import Keeper
+from talkoot.dashboard.picture import Picture, paint
+from talkoot.dashboard.settings import DashboardSettings
+from talkoot.dashboard.watch import Watcher
+
+NOW = 1_700_000_000.0
+
+
+def peer(number: int) -> PeerID:
+    return PeerID(b"\x12\x20" + hashlib.sha256(str(number).encode()).digest())
+
+
+INVITE = Invite(SwarmKeys("sauna", peer(-1)), (f"/ip4/127.0.0.1/tcp/1/p2p/{peer(-1).to_base58()}",))
+
+
+def manifest(grid: Sequence[int] = (4, 4), layers: int = 2) -> Manifest:
+    model = {"layers": layers, "hidden": 8, "heads": 2, "context": 8, "feed_forward": 8}
+    return Manifest.model_validate({"name": "sauna", "model": model, "experts": {"grid": list(grid)}})
+
+
+def node(number: int, **changes: Any) -> NodeInfo:
+    values: dict[str, Any] = {
+        "peer_id": peer(number), "addresses": (f"127.0.0.1:{1 + number % 60000}",), "certificate_pem": b"",
+        "protocol_version": 1, "software_version": "0.1.0", "expert_count": number % 5, "expert_capacity": 8,
+        "rows_processed": number, "updates": number, "started_at": NOW - 1000.0, "bootstrap_addresses": (),
+        "expires_at": NOW + 30, "name": f"volunteer {number}", "activity": Activity.SERVING,
+        "rows_per_s": float(number), "contributed_rows": 2 * number, "contributed_updates": 2 * number,
+        "contributed_s": 3600.0 * number,
+    }  # fmt: skip
+    return NodeInfo(**values | changes)
+
+
+def trainer(number: int, **changes: Any) -> TrainerInfo:
+    values: dict[str, Any] = {
+        "peer_id": peer(1_000_000 + number), "name": f"trainer {number}", "protocol_version": 1,
+        "software_version": "0.1.0", "started_at": NOW - 500.0, "renew_every_s": 10.0, "metrics_address": "",
+        "step": 7, "steps": 100, "loss": 2.5, "validation_loss": 2.25, "bits_per_byte": 3.25, "tokens_per_s": 100.0,
+        "forward": Latency(0.1, 0.5), "backward": Latency(0.2, 0.6), "calls": 10, "bytes_sent": 1000,
+        "bytes_received": 2000, "expires_at": NOW + 30, "failures": {"unavailable": 1},
+    }  # fmt: skip
+    return TrainerInfo(**values | changes)
+
+
+def replica(uid: Any, number: int, **changes: Any) -> Replica:
+    values: dict[str, Any] = {
+        "uid": uid, "peer_id": peer(number), "state": ReplicaState.SERVING, "update_count": number,
+        "queued_rows": 3, "claimed_at": NOW - 100, "expires_at": NOW + 30,
+    }  # fmt: skip
+    return Replica(**values | changes)
+
+
+def picture_of(
+    nodes: Sequence[NodeInfo],
+    trainers: Sequence[TrainerInfo] = (),
+    *,
+    swarm: Manifest | None = None,
+    replicas: Sequence[Replica] = (),
+    now: float = NOW,
+) -> Picture:
+    """What the dashboard shows after one reading."""
+    seen: Census[NodeInfo] = Census(1.5, 20_000, 1000, 86400.0)
+    training: Census[TrainerInfo] = Census(1.5, 1000, 1000, 86400.0)
+    seen.note({info.peer_id: info for info in nodes}, now)
+    training.note({info.peer_id: info for info in trainers}, now)
+    by_uid: dict[Any, tuple[Replica, ...]] = {}
+    for one in replicas:
+        by_uid[one.uid] = (*by_uid.get(one.uid, ()), one)
+    view = View(swarm or manifest(), by_uid, {info.peer_id: info for info in nodes}, now)
+    return paint(view, seen, training, Paces().note(training), 65536)
+
+
+def large_swarm(nodes: int, trainers: int = 20, grid: Sequence[int] = (64, 64)) -> Picture:
+    """Every expert has two replicas, at hosts drawn."""
+    rng = random.Random(0)
+    model = manifest(grid, layers=1)
+    replicas = [replica(uid, rng.randrange(nodes)) for uid in model.uids() for _ in range(2)]
+    return picture_of(
+        [node(number) for number in range(nodes)],
+        [trainer(number) for number in range(trainers)],
+        swarm=model,
+        replicas=replicas,
+    )
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Asked:
+    """A dashboard's application with a picture, asked directly."""
+
+    def __init__(self, folder: Path, picture: Picture | None, **settings: Any) -> None:
+        self.settings = DashboardSettings.load(**settings)
+        self.history = History(folder / "history.sqlite", 64, 64)
+        self.keeper = Keeper(self.history)
+        self.watcher = Watcher(INVITE, self.settings, folder, self.keeper, picture, lambda: NOW + 1)
+        self.streams = Streams(self.settings.max_streams)
+        self.app: Starlette = make_app(
+            self.watcher, self.keeper, self.settings, CollectorRegistry(), self.streams
+        )
+
+    def get(self, path: str, host: str = "127.0.0.1:8080", method: str = "GET") -> Answer:
+        return asyncio.run(self.ask(path, host, method))
+
+    async def ask(self, path: str, host: str = "127.0.0.1:8080", method: str = "GET") -> Answer:
+        where, _, query = path.partition("?")
+        scope = {
+            "type": "http", "method": method, "path": where, "raw_path": where.encode(), "root_path": "",
+            "query_string": query.encode(), "headers": [(b"host", host.encode())], "http_version": "1.1",
+            "scheme": "http", "server": ("127.0.0.1", 8080), "client": ("127.0.0.1", 1),
+        }  # fmt: skip
+        messages: list[dict[str, Any]] = []
+        requests = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if not requests:
+                await asyncio.Event().wait()  # a client that stays
+            return requests.pop()
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        await self.app(scope, receive, send)
+        headers = {k.decode().lower(): v.decode() for k, v in messages[0]["headers"]}
+        return Answer(messages[0]["status"], headers, b"".join(m.get("body", b"") for m in messages[1:]))

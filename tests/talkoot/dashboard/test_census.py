@@ -1,0 +1,122 @@
+"""Who is live, who has gone, and how fast things happen; by this machine's clock alone."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulated import NOW, node, peer, trainer
+
+from dht.participants import TrainerInfo
+from dht.registry import NodeInfo
+from talkoot.dashboard.census import Census, Pace, Paces
+
+
+def census(most: int = 100, most_gone: int = 10, kept_s: float = 86400.0) -> Census[NodeInfo]:
+    return Census(1.5, most, most_gone, kept_s)
+
+
+def test_a_node_is_live_while_it_renews_its_record() -> None:
+    seen = census()
+    for round_number in range(20):
+        now = NOW + 10.0 * round_number
+        seen.note({peer(1): node(1, expires_at=now + 30)}, now)
+        assert seen.live().keys() == {peer(1)}
+
+
+def test_a_killed_node_has_gone_within_two_periods() -> None:
+    """Its record is in the DHT for three."""
+    seen, record = census(), node(1, expires_at=NOW + 30, renew_every_s=10.0)
+    gone_at = math.nan
+    for tick in range(15):
+        now = NOW + 2.0 * tick
+        seen.note({peer(1): record}, now)
+        if not seen.live():
+            gone_at = now
+            break
+    assert 15 < gone_at - NOW <= 20
+    assert seen.seen[peer(1)].seen_at == NOW
+
+
+def test_a_node_that_comes_back_is_live_again() -> None:
+    seen = census()
+    seen.note({peer(1): node(1, expires_at=NOW)}, NOW)
+    seen.note({}, NOW + 100)
+    assert not seen.live()
+    seen.note({peer(1): node(1, expires_at=NOW + 200)}, NOW + 101)
+    assert seen.live()
+
+
+def test_one_reading_that_misses_a_record_takes_nobody_away() -> None:
+    seen = census()
+    seen.note({peer(1): node(1)}, NOW)
+    seen.note({}, NOW + 2)
+    assert seen.live()
+
+
+@given(st.floats(-1e6, 1e6))
+def test_clocks_of_others_do_not_matter(skew_s: float) -> None:
+    seen = census()
+    seen.note({peer(1): node(1, expires_at=NOW + skew_s)}, NOW)
+    assert seen.live()
+    seen.note({peer(1): node(1, expires_at=NOW + skew_s)}, NOW + 16)
+    assert not seen.live()
+
+
+def test_the_longest_gone_are_forgotten_and_all_after_a_while() -> None:
+    seen = census(most_gone=3, kept_s=1000)
+    for number in range(8):
+        seen.note({peer(number): node(number)}, NOW + number)
+    seen.note({}, NOW + 100)
+    assert seen.seen.keys() == {peer(5), peer(6), peer(7)}
+    seen.note({}, NOW + 1006)
+    assert seen.seen.keys() == {peer(6), peer(7)}
+
+
+def test_a_crowd_takes_no_more_room_than_it_may() -> None:
+    seen = census(most=5, most_gone=2)
+    for start in (0, 1000, 2000):
+        seen.note({peer(n): node(n) for n in range(start, start + 500)}, NOW + start)
+    assert len(seen.seen) <= 7
+
+
+def pace_of(*moments: tuple[float, list[TrainerInfo]]) -> Pace:
+    training: Census[TrainerInfo] = Census(1.5, 100, 10, 86400.0)
+    paces, pace = Paces(), Pace()
+    for now, trainers in moments:
+        training.note({info.peer_id: info for info in trainers}, now)
+        pace = paces.note(training)
+    return pace
+
+
+def test_pace_is_of_counters_between_two_records() -> None:
+    first = trainer(1, calls=10, bytes_sent=100, bytes_received=100, failures={"unavailable": 1})
+    later = replace(
+        first, calls=30, bytes_sent=300, bytes_received=400, failures={"unavailable": 3}, expires_at=NOW + 40
+    )
+    assert pace_of((NOW, [first])) == Pace()
+    pace = pace_of((NOW, [first]), (NOW + 10, [later]))
+    assert (pace.calls_per_s, pace.bytes_per_s) == (2.0, 50.0)
+    assert pace.failures_per_min == {"unavailable": pytest.approx(12.0)}
+
+
+def test_pace_stays_until_the_next_record_and_ends_with_the_trainer() -> None:
+    first = trainer(1, calls=10)
+    later = replace(first, calls=30, expires_at=NOW + 40)
+    assert pace_of((NOW, [first]), (NOW + 10, [later]), (NOW + 12, [later])).calls_per_s == 2.0
+    assert pace_of((NOW, [first]), (NOW + 10, [later]), (NOW + 60, [])) == Pace()
+
+
+def test_a_trainer_that_started_again_is_counted_anew() -> None:
+    first = trainer(1, calls=1000)
+    again = replace(first, calls=5, started_at=NOW, expires_at=NOW + 40)
+    assert pace_of((NOW, [first]), (NOW + 10, [again])) == Pace()
+
+
+def test_all_trainers_count_together() -> None:
+    first = [trainer(n, calls=0, failures={}) for n in range(3)]
+    later = [replace(info, calls=10, failures={"internal": 1}, expires_at=NOW + 40) for info in first]
+    pace = pace_of((NOW, first), (NOW + 10, later))
+    assert pace.calls_per_s == pytest.approx(3.0)
+    assert pace.failures_per_min == {"internal": pytest.approx(18.0)}

@@ -1,0 +1,294 @@
+"""What the interface for programs answers, at any size of the swarm and to any question."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulated import INVITE, NOW, Asked, large_swarm, manifest, node, peer, picture_of, replica, trainer
+
+from dht.participants import Activity
+from dht.registry import ReplicaState
+from talkoot.dashboard import api
+from talkoot.dashboard.api import ApiError, Sight
+from talkoot.dashboard.picture import Picture
+
+API_S = 0.1
+PICTURE_S = 0.2
+"""What the interface has for one page, and for a new picture, in a swarm of 10,000 nodes."""
+_SLOW = 10
+"""A machine that does much else may be so many times slower."""
+
+
+@pytest.fixture(scope="module")
+def large() -> Picture:
+    return large_swarm(10_000)
+
+
+def sight(picture: Picture | None, unreachable_since: float | None = None, now: float = NOW + 1) -> Sight:
+    return Sight(picture, "sauna-x", "sauna", str(INVITE), unreachable_since, 2.0, now)
+
+
+def healthy(**changes: Any) -> Picture:
+    """Two nodes that serve all experts, and a trainer."""
+    model = manifest((2, 2))
+    replicas = [replica(uid, number % 2) for number, uid in enumerate(model.uids())]
+    values: dict[str, Any] = {"swarm": model, "replicas": replicas} | changes
+    return picture_of([node(0), node(1)], [trainer(0)], **values)
+
+
+# The state in words
+
+
+def test_a_swarm_in_which_all_experts_have_a_host_is_healthy() -> None:
+    shown = api.swarm(sight(healthy()))
+    assert shown["state"] == {"level": "ok", "words": "healthy"}
+    assert shown["nodes"] == {"live": 2, "gone": 0}
+    assert (shown["experts"], shown["replicas"], shown["trainers"]) == ({"live": 8, "total": 8}, 8, 1)
+    assert (shown["tokens_per_s"], shown["validation_loss"], shown["bits_per_byte"]) == (100.0, 2.25, 3.25)
+    assert shown["join"]["node"] == f"talkoot node --join {INVITE}"
+
+
+@pytest.mark.parametrize(
+    ("hosted", "level", "words"),
+    [
+        (7, "warn", "1 expert has no host"),
+        (5, "warn", "3 experts have no host"),
+        (3, "bad", "5 experts have no host"),
+        (0, "bad", "no expert has a host"),
+    ],
+)
+def test_missing_hosts_are_counted(hosted: int, level: str, words: str) -> None:
+    model = manifest((2, 2))
+    replicas = [replica(uid, 0) for uid in model.uids()[:hosted]]
+    assert api.state(sight(healthy(replicas=replicas))) == {"level": level, "words": words}
+
+
+def test_a_swarm_of_zero_nodes_is_shown_as_none_and_not_as_unseen() -> None:
+    shown = api.swarm(sight(picture_of([])))
+    assert shown["state"] == {"level": "bad", "words": "no node is there"}
+    assert shown["nodes"] == {"live": 0, "gone": 0}
+    assert (shown["tokens_per_s"], shown["validation_loss"], shown["trainers"]) == (None, None, 0)
+
+
+def test_what_was_not_seen_is_null_and_not_zero() -> None:
+    shown = api.swarm(sight(None))
+    assert shown["state"] == {"level": "unknown", "words": "looking for the swarm"}
+    assert (shown["nodes"]["live"], shown["experts"]["live"], shown["read_at"]) == (None, None, None)
+    assert (shown["name"], shown["age_s"], shown["layers"]) == ("sauna", None, [])
+
+
+def test_an_unreachable_swarm_keeps_its_last_state_and_its_age() -> None:
+    shown = api.swarm(sight(healthy(), unreachable_since=NOW + 50, now=NOW + 100))
+    assert shown["state"] == {"level": "unknown", "words": "cannot reach the swarm"}
+    assert (shown["nodes"]["live"], shown["age_s"], shown["unreachable_since"]) == (2, 100.0, NOW + 50)
+
+
+def test_a_clock_set_back_makes_no_age_negative() -> None:
+    picture = picture_of([node(0, started_at=NOW + 9999)], [trainer(0, started_at=NOW + 9999)])
+    assert api.swarm(sight(picture, now=NOW - 500))["age_s"] == 0.0
+    assert (picture.nodes[0]["up_s"], picture.trainers[0]["up_s"]) == (0.0, 0.0)
+
+
+# Nodes
+
+
+def test_nodes_are_sorted_filtered_and_paged(large: Picture) -> None:
+    first = api.nodes(large, {"sort": "updates", "order": "desc", "per_page": "3"})
+    assert [row["updates"] for row in first["nodes"]] == [19998, 19996, 19994]
+    second = api.nodes(large, {"sort": "updates", "order": "desc", "per_page": "3", "page": "2"})
+    assert second["nodes"][0]["updates"] == 19992
+    found = api.nodes(large, {"filter": "VOLUNTEER 7777"})
+    assert (found["total"], found["nodes"][0]["name"]) == (1, "volunteer 7777")
+    assert api.nodes(large, {"filter": "nobody"})["nodes"] == []
+    assert api.nodes(large, {"page": "9999"})["nodes"] == []
+
+
+def test_all_pages_together_show_each_node_once(large: Picture) -> None:
+    seen: list[str] = []
+    for page in range(1, 51):
+        shown = api.nodes(large, {"sort": "experts", "per_page": "200", "page": str(page)})
+        seen += [row["peer_id"] for row in shown["nodes"]]
+    assert len(seen) == len(set(seen)) == 10_000
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_what_was_not_measured_comes_last(order: str) -> None:
+    picture = picture_of([node(0, rows_per_s=None), node(1, name=""), node(2, name="a"), node(3, name="B")])
+    by_speed = api.nodes(picture, {"sort": "rows_per_s", "order": order})["nodes"]
+    assert by_speed[-1]["rows_per_s"] is None
+    by_name = [row["name"] for row in api.nodes(picture, {"sort": "name", "order": order})["nodes"]]
+    assert by_name[-1] is None
+    assert set(by_name[:3]) == {"a", "B", "volunteer 0"}
+
+
+@pytest.mark.parametrize(
+    ("query", "wrong"),
+    [
+        ({"sort": "certificate_pem"}, "sort"), ({"order": "up"}, "order"), ({"page": "0"}, "page"),
+        ({"per_page": "201"}, "per_page"), ({"page": "-1"}, "page"), ({"page": "1e3"}, "page"),
+        ({"page": "٣"}, "page"), ({"page": "9" * 5000}, "page"), ({"filter": "x" * 201}, "filter"),
+    ],
+)  # fmt: skip
+def test_a_bad_parameter_is_named(query: dict[str, str], wrong: str) -> None:
+    with pytest.raises(ApiError, match=wrong) as caught:
+        api.nodes(healthy(), query)
+    assert caught.value.status == 400
+    assert len(str(caught.value)) < 400
+
+
+@given(st.dictionaries(st.sampled_from(["sort", "order", "page", "per_page", "filter", "layer"]), st.text()))
+def test_no_question_is_too_strange(query: dict[str, str]) -> None:
+    for ask in (api.nodes, api.leaderboard, api.trainers, api.experts):
+        with contextlib.suppress(ApiError):
+            json.dumps(ask(_SMALL, query), allow_nan=False)
+
+
+_SMALL = healthy()
+
+
+def test_a_nodes_own_page_lists_what_it_hosts(large: Picture) -> None:
+    host = large.replicas["0.3.4"][0]["peer_id"]
+    shown = api.node(large, host)
+    assert "0.3.4" in shown["uids"]
+    assert shown["uids_total"] == len(shown["uids"])
+    with pytest.raises(ApiError, match="no node"):
+        api.node(large, peer(123456).to_base58())
+
+
+def test_nodes_say_what_they_do_and_how_they_are_reached() -> None:
+    relay = ("/ip4/1.2.3.4/tcp/1/p2p/Qm/p2p-circuit",)
+    picture = picture_of(
+        [
+            node(0, activity=Activity.PAUSED), node(1, activity=Activity.LEAVING),
+            node(2, activity=Activity.UNKNOWN, addresses=()), node(3, bootstrap_addresses=relay),
+        ]
+    )  # fmt: skip
+    shown = {row["name"]: (row["state"], row["reach"]) for row in picture.nodes}
+    assert shown == {
+        "volunteer 0": ("paused", "direct"), "volunteer 1": ("leaving", "direct"),
+        "volunteer 2": ("serving", "unknown"), "volunteer 3": ("serving", "relayed"),
+    }  # fmt: skip
+
+
+def test_latency_of_a_node_is_what_trainers_measured() -> None:
+    measured = [trainer(n, node_latency_s={peer(0): seconds}) for n, seconds in enumerate((0.1, 0.3))]
+    picture = picture_of([node(0), node(1)], measured)
+    assert [row["latency_ms"] for row in picture.nodes] == [pytest.approx(200.0), None]
+
+
+def test_the_leaderboard_ranks_by_updates(large: Picture) -> None:
+    shown = api.leaderboard(large, {"page": "2", "per_page": "10"})
+    assert [row["rank"] for row in shown["nodes"]] == list(range(11, 21))
+    assert [row["updates"] for row in shown["nodes"]] == list(range(19978, 19958, -2))
+
+
+# Experts
+
+
+def test_experts_of_a_layer_stand_in_row_major_order() -> None:
+    model = manifest((2, 3))
+    uid = model.uids()[4]
+    assert str(uid) == "0.1.1"
+    picture = healthy(swarm=model, replicas=[replica(uid, 0, update_count=9), replica(uid, 1)])
+    shown = api.experts(picture, {"layer": "0"})
+    assert shown["grid"] == [2, 3]
+    assert shown["replicas"] == [0, 0, 0, 0, 2, 0]
+    assert shown["updates"] == [0, 0, 0, 0, 9, 0]
+    assert shown["queued_rows"] == [0, 0, 0, 0, 6, 0]
+
+
+def test_replicas_that_do_not_serve_or_whose_host_is_unknown_carry_nobody() -> None:
+    model = manifest((2, 2))
+    claimed, elsewhere = (
+        replica(model.uids()[0], 0, state=ReplicaState.CLAIMED),
+        replica(model.uids()[1], 99),
+    )
+    picture = healthy(swarm=model, replicas=[claimed, elsewhere])
+    assert api.experts(picture, {})["replicas"] == [0, 0, 0, 0]
+    assert [row["state"] for row in api.expert(picture, "0.0.0", NOW)["replicas"]] == ["claimed"]
+    assert api.expert(picture, "0.0.1", NOW)["replicas"] == []
+
+
+@pytest.mark.parametrize(
+    "uid", ["", "0", "0.0", "0.0.0.0", "0.2.0", "2.0.0", "0.-1.0", "0.00.0", "0.x.0", "0.٣.0", "9" * 99]
+)
+def test_what_is_no_expert_is_not_found(uid: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        api.expert(_SMALL, uid, NOW)
+    assert caught.value.status == 404
+
+
+def test_a_layer_that_is_too_large_is_refused() -> None:
+    layers = [{"layer": 0, "grid": [4096, 4096]}]
+    picture = Picture(NOW, _SMALL.figures, layers, [], [], {})
+    with pytest.raises(ApiError) as caught:
+        api.experts(picture, {})
+    assert caught.value.status == 413
+
+
+# Trainers and history
+
+
+def test_trainers_that_are_live_come_first() -> None:
+    rows = [{"state": "gone", "seen_at": 1.0, "peer_id": "a"}, {"state": "training", "seen_at": 1.0, "peer_id": "b"},
+            {"state": "gone", "seen_at": 2.0, "peer_id": "c"}]  # fmt: skip
+    picture = Picture(NOW, _SMALL.figures, [], [], rows, {})
+    assert [row["peer_id"] for row in api.trainers(picture, {})["trainers"]] == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {}, {"metric": "x"}, {"metric": "loss", "since": "soon"}, {"metric": "loss", "since": "nan"},
+        {"metric": "loss", "points": "1"}, {"metric": "loss", "points": "9999"},
+    ],
+)  # fmt: skip
+def test_a_bad_question_to_the_history_is_refused(query: dict[str, str]) -> None:
+    with pytest.raises(ApiError) as caught:
+        api.history_query(query, NOW)
+    assert caught.value.status == 400
+
+
+def test_nodes_of_an_earlier_run_are_listed_as_gone() -> None:
+    now_there = picture_of([node(1)], now=NOW + 100).with_earlier(_SMALL.nodes, 10, 86400.0)
+    assert {row["name"]: row["state"] for row in now_there.nodes} == {
+        "volunteer 1": "serving", "volunteer 0": "gone",
+    }  # fmt: skip
+    assert now_there.figures["nodes"] == {"live": 1, "gone": 1}
+    assert len(picture_of([node(1)], now=NOW + 90_000).with_earlier(_SMALL.nodes, 10, 86400.0).nodes) == 1
+
+
+# Size
+
+
+def test_pages_of_ten_thousand_nodes_are_answered_in_time(large: Picture, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, large)
+    host = peer(9999).to_base58()
+    paths = (
+        "/api/v1/swarm", "/api/v1/nodes?sort=name&per_page=200", "/api/v1/nodes?sort=hours&filter=volunteer%209",
+        f"/api/v1/nodes/{host}", "/api/v1/leaderboard?page=50", "/api/v1/experts?layer=0", "/api/v1/experts/0.9.9",
+        "/api/v1/trainers", "/api/v1/history?metric=loss", "/sd",
+    )  # fmt: skip
+    for path in paths:
+        assert asked.get(path).status == 200
+        took = min(_seconds_to_get(asked, path) for _ in range(3))
+        assert took < _SLOW * API_S, path
+    asked.history.close()
+
+
+def test_a_picture_of_ten_thousand_nodes_is_made_in_time() -> None:
+    nodes = [node(number) for number in range(10_000)]
+    began = time.process_time()
+    picture_of(nodes)
+    assert time.process_time() - began < _SLOW * PICTURE_S
+
+
+def _seconds_to_get(asked: Asked, path: str) -> float:
+    began = time.process_time()
+    asked.get(path)
+    return time.process_time() - began

@@ -1,0 +1,273 @@
+"""The web application: what it answers is what its OpenAPI file says, and a browser is safe with it."""
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from simulated import NOW, Answer, Asked, manifest, node, peer, picture_of, replica, trainer
+
+from talkoot.dashboard.app import OPENAPI, is_loopback
+from talkoot.dashboard.discovery import targets
+from talkoot.dashboard.history import Sample
+from talkoot.dashboard.picture import Picture
+from talkoot.dashboard.watch import expert_samples_of, samples_of
+
+HOSTILE = '<img src=x onerror="alert(1)">'
+
+
+def small() -> Picture:
+    model = manifest((2, 2))
+    replicas = [replica(uid, number % 3) for number, uid in enumerate(model.uids())]
+    nodes = [
+        node(0, name=HOSTILE),
+        node(1, metrics_address="127.0.0.1:9001"),
+        node(2, rows_per_s=None, name=""),
+    ]
+    trainers = [
+        trainer(0, metrics_address="127.0.0.1:9002"),
+        trainer(1, loss=None, forward=None, failures={}),
+    ]
+    return picture_of(nodes, trainers, swarm=model, replicas=replicas)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Any:
+    made = Asked(tmp_path, small())
+    picture = made.watcher.picture
+    assert picture is not None
+    for second in range(3):
+        made.history.add([*samples_of(picture), *expert_samples_of(picture)], NOW + 10 * second)
+    made.history.add([Sample("loss", "old", 1.0)], NOW - 3000)
+    yield made
+    made.history.close()
+
+
+# The OpenAPI file
+
+DESCRIBED = json.loads(OPENAPI.read_text())
+HOST = peer(0).to_base58()
+ASKED = [
+    ("/api/v1/swarm", "/api/v1/swarm"),
+    ("/api/v1/nodes", "/api/v1/nodes?sort=name&order=desc&filter=0.1"),
+    ("/api/v1/nodes/{peer_id}", f"/api/v1/nodes/{HOST}"),
+    ("/api/v1/nodes/{peer_id}", "/api/v1/nodes/nobody"),
+    ("/api/v1/nodes", "/api/v1/nodes?page=x"),
+    ("/api/v1/leaderboard", "/api/v1/leaderboard"),
+    ("/api/v1/experts", "/api/v1/experts?layer=1"),
+    ("/api/v1/experts", "/api/v1/experts?layer=7"),
+    ("/api/v1/experts/{uid}", "/api/v1/experts/0.1.0"),
+    ("/api/v1/experts/{uid}", "/api/v1/experts/0.1"),
+    ("/api/v1/trainers", "/api/v1/trainers"),
+    ("/api/v1/history", "/api/v1/history?metric=loss&since=1"),
+    ("/api/v1/history", "/api/v1/history?metric=latency_ms"),
+    ("/api/v1/history", "/api/v1/history"),
+    ("/sd", "/sd"),
+    ("/healthz", "/healthz"),
+]
+
+
+def check_described(described: str, answer: Answer) -> None:
+    """Raises when the answer is not as the file says."""
+    schema = DESCRIBED["paths"][described]["get"]["responses"][str(answer.status)]["content"][
+        "application/json"
+    ]["schema"]
+    Draft202012Validator(schema | {"components": DESCRIBED["components"]}).validate(answer.json())
+
+
+@pytest.mark.parametrize(("described", "path"), ASKED)
+def test_answers_are_as_the_openapi_file_says(asked: Asked, described: str, path: str) -> None:
+    answer = asked.get(path)
+    check_described(described, answer)
+    assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/v1/swarm", "/api/v1/nodes", "/api/v1/trainers", "/api/v1/leaderboard", "/sd"]
+)
+@pytest.mark.parametrize("picture", [None, picture_of([])], ids=["unseen", "empty"])
+def test_answers_about_no_swarm_are_so_too(tmp_path: Path, path: str, picture: Picture | None) -> None:
+    asked = Asked(tmp_path, picture)
+    check_described(path, asked.get(path))
+    asked.history.close()
+
+
+@pytest.mark.parametrize(
+    ("described", "path"),
+    [("/api/v1/experts", "/api/v1/experts"), ("/api/v1/experts/{uid}", "/api/v1/experts/0.0.0")],
+)
+def test_experts_that_were_not_seen_are_unavailable(tmp_path: Path, described: str, path: str) -> None:
+    asked = Asked(tmp_path, None)
+    answer = asked.get(path)
+    assert answer.status == 503
+    check_described(described, answer)
+    asked.history.close()
+
+
+def test_every_path_that_is_served_is_described(asked: Asked) -> None:
+    served = {route.path for route in asked.app.routes}  # type: ignore[attr-defined]  # all routes here have one
+    assert served - {"/", "/static", "/api/v1/openapi.json"} == DESCRIBED["paths"].keys()
+    assert {path for path, _ in ASKED} == DESCRIBED["paths"].keys() - {"/events", "/metrics"}
+
+
+def test_the_openapi_file_is_served(asked: Asked) -> None:
+    assert asked.get("/api/v1/openapi.json").json() == DESCRIBED
+
+
+# A browser is safe
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/v1/swarm", "/api/v1/nodes", "/nothing", "/healthz", "/api/v1/nodes?page=x"]
+)
+def test_every_answer_keeps_a_browser_safe(asked: Asked, path: str) -> None:
+    headers = asked.get(path).headers
+    policy = headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert (headers["x-content-type-options"], headers["referrer-policy"]) == ("nosniff", "no-referrer")
+    assert "access-control-allow-origin" not in headers
+
+
+def test_hostile_names_stay_json(asked: Asked) -> None:
+    answer = asked.get("/api/v1/nodes")
+    assert HOSTILE in {row["name"] for row in answer.json()["nodes"]}
+    assert answer.headers["content-type"] == "application/json"
+    refused = asked.get("/api/v1/nodes?sort=%3Cscript%3E")
+    assert (refused.status, refused.headers["content-type"]) == (400, "application/json")
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8080", "", "127.0.0.1.evil.example", "localhost.evil"]
+)
+def test_on_loopback_other_names_are_refused(asked: Asked, host: str) -> None:
+    assert asked.get("/api/v1/swarm", host).status == 421
+
+
+@pytest.mark.parametrize("host", ["localhost:8080", "127.0.0.1", "[::1]:8080", "127.9.9.9:1"])
+def test_on_loopback_its_own_names_are_answered(asked: Asked, host: str) -> None:
+    assert asked.get("/api/v1/swarm", host).status == 200
+
+
+def test_elsewhere_any_name_is_answered(tmp_path: Path) -> None:
+    asked = Asked(tmp_path, None, host="192.0.2.7")
+    assert asked.get("/api/v1/swarm", "dashboard.example").status == 200
+    asked.history.close()
+    assert not is_loopback("192.0.2.7")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+def test_it_only_reads(asked: Asked, method: str) -> None:
+    answer = asked.get("/api/v1/swarm", method=method)
+    assert (answer.status, list(answer.json())) == (405, ["error"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/static/../app.py", "/static/%2e%2e/app.py", "/static/..%2fapp.py", "/static//etc/passwd"]
+)
+def test_nothing_beside_the_static_files_is_served(asked: Asked, path: str) -> None:
+    assert asked.get(path).status == 404
+
+
+# News
+
+
+async def stream(asked: Asked, events: int, take: bool = True) -> list[dict[str, Any]]:
+    """The first events that a page gets; None of them is taken by a page that is stuck."""
+    got: list[dict[str, Any]] = []
+    enough = asyncio.Event()
+
+    async def send(message: Any) -> None:
+        body = message.get("body", b"")
+        if body:
+            kind, data = body.decode().split("\n")[:2]
+            assert kind == "event: swarm"
+            got.append(json.loads(data.removeprefix("data: ")))
+            if len(got) == events:
+                enough.set()
+
+    async def receive() -> dict[str, Any]:
+        await enough.wait()
+        return {"type": "http.disconnect"}
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/events",
+        "headers": [(b"host", b"localhost")],
+        "query_string": b"",
+    }
+    async with asyncio.timeout(30):
+        await asked.app(scope, receive, send)
+    return got
+
+
+def test_a_page_is_told_of_each_reading(asked: Asked) -> None:
+    async def watch() -> list[dict[str, Any]]:
+        watching = asyncio.create_task(stream(asked, 3))
+        while not watching.done():
+            asked.watcher.tell()
+            await asyncio.sleep(0.001)
+        return await watching
+
+    got = asyncio.run(watch())
+    assert [event["name"] for event in got] == ["sauna"] * 3
+    assert asked.streams.open == 0
+
+
+def test_pages_beyond_the_bound_are_refused(tmp_path: Path) -> None:
+    asked = Asked(tmp_path, small(), max_streams=2)
+
+    async def watch() -> Answer:
+        watching = [asyncio.create_task(stream(asked, 10_000)) for _ in range(2)]
+        await asyncio.sleep(0)  # both begin
+        assert asked.streams.open == 2
+        answer = await asked.ask("/events", "localhost")
+        for task in watching:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        return answer
+
+    answer = asyncio.run(watch())
+    assert answer.status == 503
+    check_described("/events", answer)
+    assert asked.streams.open == 0
+    asked.history.close()
+
+
+# Service discovery
+
+LOCAL = ["/ip4/127.0.0.1/tcp/1/p2p/Qm"]
+HOME = ["/ip4/192.168.1.5/tcp/1/p2p/Qm", "/ip4/8.8.8.8/tcp/1/p2p/Qm"]
+PUBLIC = ["/ip4/8.8.8.8/tcp/1/p2p/Qm", "/dns4/example.org/tcp/1/p2p/Qm"]
+
+
+@pytest.mark.parametrize(
+    ("address", "swarms"),
+    [
+        ("127.0.0.1:9100", [LOCAL]), ("[::1]:9100", [LOCAL]), ("192.168.1.9:9100", [LOCAL, HOME]),
+        ("1.1.1.1:9100", [LOCAL, HOME, PUBLIC]), ("169.254.169.254:80", []), ("", []),
+    ],
+)  # fmt: skip
+def test_only_what_the_swarm_itself_could_reach_is_scraped(address: str, swarms: list[list[str]]) -> None:
+    picture = picture_of([node(0, metrics_address=address)])
+    for bootstrap in (LOCAL, HOME, PUBLIC):
+        found = targets(picture, bootstrap)
+        assert bool(found) is (bootstrap in swarms)
+
+
+def test_live_nodes_and_trainers_are_found_by_role(asked: Asked) -> None:
+    assert asked.get("/sd").json() == [
+        {"targets": ["127.0.0.1:9001"], "labels": {"role": "node", "swarm": "sauna"}},
+        {"targets": ["127.0.0.1:9002"], "labels": {"role": "trainer", "swarm": "sauna"}},
+    ]
+
+
+def test_a_node_that_has_gone_is_scraped_no_more() -> None:
+    picture = picture_of([node(0, metrics_address="127.0.0.1:1")])
+    gone = picture_of([], now=NOW + 100).with_earlier(picture.nodes, 10, 86400.0)
+    assert targets(gone, LOCAL) == []

@@ -1,0 +1,203 @@
+"""The history is bounded, survives a restart, and a broken file is set aside and said aloud."""
+
+import asyncio
+import logging
+import sqlite3
+from pathlib import Path
+
+import pytest
+from simulated import NOW, large_swarm
+
+from peer.errors import StartError
+from talkoot.dashboard.history import EXPERT_TIERS, TIERS, History, Sample
+from talkoot.dashboard.keeper import Keeper
+from talkoot.dashboard.picture import Picture
+
+
+def opened(folder: Path, series: int = 64, expert_series: int = 64) -> History:
+    return History(folder / "history.sqlite", series, expert_series)
+
+
+def rows_in(folder: Path) -> int:
+    connection = sqlite3.connect(folder / "history.sqlite")
+    (count,) = connection.execute("select count(*) from samples").fetchone()
+    connection.close()
+    return int(count)
+
+
+def test_what_was_added_is_read_back_after_a_restart(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    history.add([Sample("loss", "aino", 3.0)], NOW)
+    history.add([Sample("loss", "aino", 2.0)], NOW + 60)
+    history.close()
+    history = opened(tmp_path)
+    ((name, points),) = history.read("loss", NOW - 100, NOW + 61, 300, 8)
+    history.close()
+    assert name == "aino"
+    assert [value for _, value in points if value is not None] == [3.0, 2.0]
+    assert history.set_aside is None
+
+
+def test_figures_of_one_step_are_averaged(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    for second in range(5):
+        history.add([Sample("loss", "a", float(second))], NOW + second)
+    ((_, points),) = history.read("loss", NOW - 10, NOW + 5, 1000, 8)
+    history.close()
+    assert points == [(NOW, 2.0)]
+
+
+def test_a_gap_is_a_point_without_a_value(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    history.add([Sample("loss", "a", 1.0)], NOW)
+    history.add([Sample("loss", "a", 2.0)], NOW + 300)
+    ((_, points),) = history.read("loss", NOW - 10, NOW + 301, 1000, 8)
+    history.close()
+    assert [value for _, value in points] == [1.0, None, 2.0]
+
+
+def test_old_times_are_read_from_coarser_steps(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    for hour in range(72):
+        history.add([Sample("loss", "a", float(hour))], NOW + 3600 * hour)
+    now = NOW + 3600 * 71 + 1
+    ((_, points),) = history.read("loss", NOW - 1, now, 2000, 8)
+    history.close()
+    values = [value for _, value in points if value is not None]
+    assert values == sorted(values)
+    assert values[-1] == 71.0
+    assert len(values) == 72
+    assert [at for at, _ in points] == sorted(at for at, _ in points)
+
+
+def test_no_more_points_than_asked_for(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    for minute in range(600):
+        history.add([Sample("loss", "a", 1.0)], NOW + 60 * minute)
+    ((_, points),) = history.read("loss", NOW, NOW + 36000, 50, 8)
+    history.close()
+    assert 10 < len(points) <= 54
+
+
+def test_the_file_is_bounded_however_long_it_runs(tmp_path: Path) -> None:
+    history, step = opened(tmp_path, series=4), 3600.0
+    for hour in range(24 * 40):
+        samples = [Sample("loss", f"trainer {(hour // 24 + n) % 30}", 1.0) for n in range(6)]
+        history.add(samples, NOW + step * hour)
+    history.close()
+    most = 4 * sum(tier.kept_s // tier.step_s for tier in TIERS)
+    assert 0 < rows_in(tmp_path) <= most
+
+
+def test_experts_do_not_push_out_the_swarms_figures(tmp_path: Path) -> None:
+    history = opened(tmp_path, series=4, expert_series=10)
+    history.add([Sample("loss", "a", 1.0)], NOW)
+    history.add([Sample("expert_updates", f"0.0.{n}", 1.0) for n in range(100)], NOW + 1)
+    history.add([], NOW + 100)
+    assert len(history.read("loss", NOW - 100, NOW + 100, 300, 8)) == 1
+    assert len(history.read("expert_updates", NOW - 100, NOW + 100, 300, 1000)) == 10
+    history.close()
+    assert rows_in(tmp_path) == len(TIERS) + 10 * len(EXPERT_TIERS)
+
+
+def test_the_newest_series_are_read(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    for number in range(12):
+        history.add([Sample("loss", f"t{number}", 1.0)], NOW + number)
+    found = history.read("loss", NOW - 100, NOW + 20, 300, 8)
+    history.close()
+    assert [name for name, _ in found] == [f"t{number}" for number in range(11, 3, -1)]
+
+
+def test_what_a_wrong_clock_put_far_ahead_is_forgotten(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    history.add([Sample("loss", "a", 1.0)], NOW + 10 * 365 * 86400)
+    history.close()
+    history = opened(tmp_path)
+    history.add([Sample("loss", "b", 2.0)], NOW)
+    assert [name for name, _ in history.read("loss", NOW - 100, NOW + 1, 300, 8)] == ["b"]
+    history.close()
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 100, b"SQLite format 3\x00" + b"\xff" * 4000])
+def test_a_broken_file_is_set_aside_and_said_aloud(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "history.sqlite"
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        history = opened(tmp_path)
+    history.add([Sample("loss", "a", 1.0)], NOW)
+    assert len(history.read("loss", NOW - 1, NOW + 1, 300, 8)) == 1
+    history.close()
+    assert history.set_aside == tmp_path / "history.broken"
+    assert history.set_aside.read_bytes() == content
+    assert "moved to" in caplog.text
+
+
+def test_a_file_that_breaks_while_it_is_used_is_set_aside(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    history.keep("picture", "x" * 8_000_000)  # more than SQLite keeps in memory
+    history.close()
+    history = opened(tmp_path)
+    with (tmp_path / "history.sqlite").open("r+b") as file:
+        file.seek(40_960)
+        file.write(b"\xff" * 6_000_000)
+
+    async def use() -> int:
+        keeper = Keeper(history)
+        assert await keeper.kept_picture() is None
+        await keeper.add([Sample("loss", "after", 2.0)], NOW)
+        found = await keeper.read("loss", NOW - 1, NOW + 1, 300, 8)
+        await keeper.close()
+        assert [name for name, _ in found] == ["after"]
+        return keeper.failures
+
+    assert asyncio.run(use()) == 1
+    assert history.set_aside is not None
+
+
+def test_a_history_of_another_form_is_set_aside(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "history.sqlite")
+    connection.execute("pragma user_version = 99")
+    connection.close()
+    history = opened(tmp_path)
+    history.close()
+    assert history.set_aside is not None
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartError, match="pass another --state"):
+        History(tmp_path / "file" / "history.sqlite", 1, 1)
+
+
+def test_the_last_picture_is_kept(tmp_path: Path) -> None:
+    picture = large_swarm(50, grid=(4, 4))
+
+    async def keep() -> Picture | None:
+        keeper = Keeper(opened(tmp_path))
+        assert await keeper.kept_picture() is None
+        await keeper.keep_picture(picture)
+        await keeper.close()
+        keeper = Keeper(opened(tmp_path))
+        try:
+            return await keeper.kept_picture()
+        finally:
+            await keeper.close()
+
+    assert asyncio.run(keep()) == picture
+
+
+@pytest.mark.parametrize("kept", [None, 3, [], {}, {"form": 1}, {"form": 2}, {"form": 1, "replicas": 7}])
+def test_a_picture_of_another_form_is_not_read(tmp_path: Path, kept: object) -> None:
+    async def read() -> Picture | None:
+        history = opened(tmp_path)
+        history.keep("picture", kept)
+        keeper = Keeper(history)
+        try:
+            return await keeper.kept_picture()
+        finally:
+            await keeper.close()
+
+    assert asyncio.run(read()) is None

@@ -1,0 +1,83 @@
+"""A trainer's record says what was measured, and nothing of what was not."""
+
+import math
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from test_latencies import peer
+
+from dht.participants import FAILURE_CAUSES, Latency, TrainerInfo, read_trainer
+from peer.wire import records_pb2
+from trainer_client.announcing import trainer_record
+from trainer_client.latencies import Latencies
+from trainer_client.metrics import TrainerCollector, TrainerCounts
+from trainer_client.outgoing import DispatchStats
+from trainer_client.settings import TrainerSettings
+from trainer_client.training import Progress
+
+
+def progress(**changes: Any) -> Progress:
+    values = {
+        "step": 5, "steps": 9, "loss": 2.5, "validation_loss": None, "tokens_per_s": 100.0, "step_s": 0.1,
+        "load_cv": None, "load_max_over_mean": None,
+    }  # fmt: skip
+    return Progress(**values | changes)  # type: ignore[arg-type]  # the values fit
+
+
+def counts(**changes: Any) -> TrainerCounts:
+    values: dict[str, Any] = {
+        "progress": None, "validation_loss": None, "dispatch": DispatchStats(), "latencies": Latencies(),
+        "bytes_sent": 0, "bytes_received": 0, "experts_live": 0, "open_breakers": 0, "tasks": 1,
+    }  # fmt: skip
+    return TrainerCounts(**values | changes)
+
+
+def said(counted: TrainerCounts, **settings: Any) -> TrainerInfo:
+    record = trainer_record(counted, TrainerSettings.load(**settings), 1000.0, "")
+    info = read_trainer(records_pb2.RecordPayload(trainer=record, expires_at=2000.0), peer(1))
+    assert info is not None
+    return info
+
+
+def test_before_the_first_step_nothing_is_said_of_it() -> None:
+    info = said(counts(), steps=77)
+    assert (info.step, info.steps, info.loss, info.tokens_per_s) == (0, 77, None, None)
+    assert (info.forward, info.backward, info.failures, info.started_at) == (None, None, {}, 1000.0)
+
+
+def test_what_was_measured_is_said() -> None:
+    latencies, dispatch = Latencies(), DispatchStats(calls=4)
+    latencies.note("forward", peer(2), 0.25)
+    dispatch.failures["deadline_exceeded"] += 3
+    counted = counts(
+        progress=progress(), validation_loss=2 * math.log(2), latencies=latencies, dispatch=dispatch,
+        bytes_sent=10, bytes_received=20,
+    )  # fmt: skip
+    info = said(counted, name="Aino", announce_every_s=2.0)
+    assert (info.name, info.step, info.steps, info.loss, info.renew_every_s) == ("Aino", 5, 9, 2.5, 2.0)
+    assert info.bits_per_byte == pytest.approx(2.0)
+    assert (info.forward, info.backward) == (Latency(0.25, 0.25), None)
+    assert info.node_latency_s == {peer(2): 0.25}
+    assert (info.calls, info.bytes_sent, info.bytes_received) == (4, 10, 20)
+    assert info.failures == {"deadline_exceeded": 3}
+
+
+def test_a_loss_that_is_not_finite_is_not_said() -> None:
+    assert said(counts(progress=progress(loss=math.nan), validation_loss=math.inf)).loss is None
+
+
+def test_metrics_name_no_peer_and_no_unknown_cause() -> None:
+    latencies, dispatch = Latencies(), DispatchStats(calls=1)
+    latencies.note("backward", peer(2), 0.25)
+    dispatch.failures["unavailable"] += 1
+    registry = CollectorRegistry()
+    registry.register(
+        TrainerCollector(lambda: counts(progress=progress(), dispatch=dispatch, latencies=latencies))
+    )
+    text = generate_latest(registry).decode()
+    assert 'talkoot_trainer_failures_total{cause="unavailable"} 1.0' in text
+    assert 'talkoot_trainer_call_seconds_bucket{direction="backward",le="0.25"} 1.0' in text
+    assert "talkoot_trainer_steps_total 5.0" in text
+    assert peer(2).to_base58() not in text
+    assert "unavailable" in FAILURE_CAUSES
