@@ -44,7 +44,10 @@ function trouble() {
   if (connection.lostAt) {
     const wait = (connection.retryAt - Date.now()) / 1000;
     const next = wait > 0 ? `Next try in ${format.duration(wait)}.` : "Trying again.";
-    return { words: `The dashboard's server has not answered since ${format.clock(connection.lostAt / 1000)}.`, ages: `${old} ${next}` };
+    return {
+      words: `The dashboard's server has not answered since ${format.clock(connection.lostAt / 1000)}.`,
+      ages: `${old} ${next}`,
+    };
   }
   const since = reading.swarm?.unreachable_since ?? null;
   if (since === null) return { words: "", ages: "" };

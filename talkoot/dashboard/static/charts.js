@@ -54,8 +54,12 @@ function rest() {
 async function load(plots) {
   const until = serverNow();
   const since = range ? until - range : 0;
-  const answers = await Promise.all(plots.map(({ metric }) => get("history", { metric, since, points: POINTS })));
+  const answers = await Promise.all(
+    plots.map(({ metric }) => get("history", { metric, since, points: POINTS })),
+  );
   const firsts = answers.flatMap(({ series }) => series.map(({ points }) => points[0]?.[0] ?? until));
   const start = Math.min(Math.max(since, Math.min(...firsts)), until - SHORTEST_S);
-  plots.forEach(({ plot, unit }, i) => plot.show(answers[i].series, unit ? answers[i].unit : "", start, until));
+  plots.forEach(({ plot, unit }, i) =>
+    plot.show(answers[i].series, unit ? answers[i].unit : "", start, until),
+  );
 }

@@ -36,13 +36,19 @@ export function setText(element, text) {
 
 /** A formatted value; one that cannot be seen says so to those who point at it. */
 export function shown(value, format, why = "not measured, or not to be seen from here") {
-  return value === null || value === undefined ? el("span", { class: "unseen", title: why }, UNKNOWN) : format(value);
+  return value === null || value === undefined
+    ? el("span", { class: "unseen", title: why }, UNKNOWN)
+    : format(value);
 }
 
 /** A row of buttons of which one is chosen. */
 export function choice(label, options, chosen, choose) {
   const buttons = options.map(([value, text]) =>
-    el("button", { type: "button", "aria-pressed": String(value === chosen), onclick: () => pick(value) }, text),
+    el(
+      "button",
+      { type: "button", "aria-pressed": String(value === chosen), onclick: () => pick(value) },
+      text,
+    ),
   );
   function pick(value) {
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(options[i][0] === value)));

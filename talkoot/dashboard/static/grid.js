@@ -16,9 +16,27 @@ const REST_MS_PER_EXPERT = 0.1; // 65,536 experts are half a megabyte of JSON
 const LISTED = 12; // layers as buttons; more become a list to choose from
 
 const MEASURES = {
-  replicas: { words: "Replicas", values: (layer) => layer.replicas, unit: "replica", edge: "Fewest replicas", sign: 1 },
-  load: { words: "Load", values: (layer) => layer.queued_rows, unit: "queued row", edge: "Busiest", sign: -1 },
-  updates: { words: "Updates", values: (layer) => layer.updates, unit: "update", edge: "Least trained", sign: 1 },
+  replicas: {
+    words: "Replicas",
+    values: (layer) => layer.replicas,
+    unit: "replica",
+    edge: "Fewest replicas",
+    sign: 1,
+  },
+  load: {
+    words: "Load",
+    values: (layer) => layer.queued_rows,
+    unit: "queued row",
+    edge: "Busiest",
+    sign: -1,
+  },
+  updates: {
+    words: "Updates",
+    values: (layer) => layer.updates,
+    unit: "update",
+    edge: "Least trained",
+    sign: 1,
+  },
 };
 
 const view = { layer: 0, measure: "replicas", data: null, layers: "" };
@@ -29,10 +47,15 @@ let section;
 export function makeGrid() {
   heatmap = new Heatmap(byId("heatmap"), (i) => openExpert(uid(i)), point);
   byId("measures").append(
-    choice("What the colours show", Object.entries(MEASURES).map(([id, { words }]) => [id, words]), view.measure, (id) => {
-      view.measure = id;
-      draw();
-    }),
+    choice(
+      "What the colours show",
+      Object.entries(MEASURES).map(([id, { words }]) => [id, words]),
+      view.measure,
+      (id) => {
+        view.measure = id;
+        draw();
+      },
+    ),
   );
   table = makeTable();
   byId("grid-as-table").addEventListener("click", toggleTable);
@@ -57,8 +80,14 @@ function layerButtons(layers) {
 }
 
 function layerList(layers) {
-  const options = layers.map(({ layer }) => el("option", { value: layer, selected: layer === view.layer }, `Layer ${layer}`));
-  return el("select", { "aria-label": "Layer", onchange: (event) => chooseLayer(Number(event.target.value)) }, ...options);
+  const options = layers.map(({ layer }) =>
+    el("option", { value: layer, selected: layer === view.layer }, `Layer ${layer}`),
+  );
+  return el(
+    "select",
+    { "aria-label": "Layer", onchange: (event) => chooseLayer(Number(event.target.value)) },
+    ...options,
+  );
 }
 
 function chooseLayer(layer) {
@@ -97,7 +126,10 @@ function draw() {
   const levels = Uint8Array.from(values, (value, i) => (replicas[i] ? 1 + scale.step(value) : 0));
   layOut(columns(), levels.length);
   heatmap.show(levels, columns(), scale.palette, "--missing");
-  byId("heatmap").setAttribute("aria-label", `Experts of layer ${view.data.layer}: ${MEASURES[view.measure].words}`);
+  byId("heatmap").setAttribute(
+    "aria-label",
+    `Experts of layer ${view.data.layer}: ${MEASURES[view.measure].words}`,
+  );
   byId("grid-side").replaceChildren(...sideOf(levels, scale, replicas));
   if (!byId("grid-table").hidden) table.refresh();
 }
@@ -157,7 +189,14 @@ function bar(text, number, of, property) {
   const fill = el("span", { class: "bar-fill" });
   fill.style.width = `${of ? (100 * number) / of : 0}%`;
   fill.style.background = `var(${property})`;
-  return el("li", {}, swatch, el("span", { class: "bar-label" }, text), el("span", { class: "bar" }, fill), el("span", { class: "bar-count" }, format.count(number)));
+  return el(
+    "li",
+    {},
+    swatch,
+    el("span", { class: "bar-label" }, text),
+    el("span", { class: "bar" }, fill),
+    el("span", { class: "bar-count" }, format.count(number)),
+  );
 }
 
 function hostless(replicas, number) {
@@ -166,7 +205,8 @@ function hostless(replicas, number) {
   for (let i = 0; i < replicas.length && links.length < NAMED; i += 1) {
     if (!replicas[i]) links.push(el("a", { class: "chip", href: `#/expert/${uid(i)}` }, uid(i)));
   }
-  const more = number > NAMED ? [el("span", { class: "note" }, `and ${format.count(number - NAMED)} more`)] : [];
+  const more =
+    number > NAMED ? [el("span", { class: "note" }, `and ${format.count(number - NAMED)} more`)] : [];
   return [el("h3", {}, "Without a host"), el("p", { class: "chips" }, ...links, ...more)];
 }
 
@@ -179,7 +219,12 @@ function edgeOf(replicas) {
   hosted.sort((a, b) => sign * (all[a] - all[b]) || a - b);
   if (!hosted.length || all[hosted[0]] === all[hosted.at(-1)]) return []; // all alike
   const items = hosted.slice(0, EDGE).map((i) => {
-    return el("li", {}, el("a", { href: `#/expert/${uid(i)}` }, uid(i)), el("span", { class: "note" }, format.counted(all[i], unit)));
+    return el(
+      "li",
+      {},
+      el("a", { href: `#/expert/${uid(i)}` }, uid(i)),
+      el("span", { class: "note" }, format.counted(all[i], unit)),
+    );
   });
   return [el("h3", {}, edge), el("ol", { class: "edge" }, ...items)];
 }
@@ -187,7 +232,11 @@ function edgeOf(replicas) {
 function wordsOf(index) {
   const { replicas, queued_rows: queued, updates } = view.data;
   if (!replicas[index]) return "no host";
-  return `${format.counted(replicas[index], "replica")}, ${format.counted(queued[index], "queued row")}, ${format.counted(updates[index], "update")}`;
+  return [
+    format.counted(replicas[index], "replica"),
+    format.counted(queued[index], "queued row"),
+    format.counted(updates[index], "update"),
+  ].join(", ");
 }
 
 function point(index, place) {
@@ -213,7 +262,12 @@ function toggleTable() {
 }
 
 function makeTable() {
-  const columnOf = (id, name, values) => ({ id, name, numeric: true, cell: (row) => format.count(values()[row.index]) });
+  const columnOf = (id, name, values) => ({
+    id,
+    name,
+    numeric: true,
+    cell: (row) => format.count(values()[row.index]),
+  });
   return new PagedTable(byId("grid-table"), {
     caption: "Experts of the layer",
     noun: "expert",

@@ -27,7 +27,8 @@ export function showSwarm(swarm) {
   setText(byId("swarm-name"), swarm.name);
   showState(swarm.state, swarm.name);
   showTiles(swarm);
-  for (const box of document.querySelectorAll("[data-command]")) showCommand(box, swarm.join[box.dataset.command]);
+  for (const box of document.querySelectorAll("[data-command]"))
+    showCommand(box, swarm.join[box.dataset.command]);
   setText(
     byId("versions"),
     `Talkoot ${swarm.software_version}, protocol ${swarm.protocol_version}, swarm ${swarm.swarm_id}`,
@@ -54,23 +55,53 @@ export function showAge() {
   const box = byId("age");
   box.classList.toggle("old", old);
   setText(box, age === null ? "never read so far" : `read ${format.duration(age)} ago`);
-  box.title = swarm.read_at === null ? "" : `at ${format.moment(swarm.read_at)}, every ${format.duration(swarm.refresh_s)}`;
+  box.title =
+    swarm.read_at === null
+      ? ""
+      : `at ${format.moment(swarm.read_at)}, every ${format.duration(swarm.refresh_s)}`;
   document.body.classList.toggle("stale", old || swarm.unreachable_since !== null);
 }
 
 function showCommand(box, command) {
   if (box.dataset.text === command) return;
   box.dataset.text = command;
-  box.replaceChildren(el("code", { tabindex: "0", "aria-label": "command" }, command), copyButton(() => command));
+  box.replaceChildren(
+    el("code", { tabindex: "0", "aria-label": "command" }, command),
+    copyButton(() => command),
+  );
 }
 
 const TILES = [
-  { id: "nodes", label: "Live nodes", value: (s) => format.count(s.nodes.live), sub: goneNodes, spark: "live_nodes" },
-  { id: "experts", label: "Live experts", value: (s) => format.count(s.experts.live), sub: share, spark: "live_experts" },
+  {
+    id: "nodes",
+    label: "Live nodes",
+    value: (s) => format.count(s.nodes.live),
+    sub: goneNodes,
+    spark: "live_nodes",
+  },
+  {
+    id: "experts",
+    label: "Live experts",
+    value: (s) => format.count(s.experts.live),
+    sub: share,
+    spark: "live_experts",
+  },
   { id: "replicas", label: "Replicas", value: (s) => format.compact(s.replicas), sub: perExpert },
   { id: "trainers", label: "Trainers", value: (s) => format.count(s.trainers), sub: requests },
-  { id: "speed", label: "Tokens per second", value: (s) => shown(s.tokens_per_s, format.compact), sub: traffic, spark: "tokens_per_s" },
-  { id: "loss", label: "Validation loss", value: (s) => shown(s.validation_loss, format.loss), sub: bits, spark: "loss" },
+  {
+    id: "speed",
+    label: "Tokens per second",
+    value: (s) => shown(s.tokens_per_s, format.compact),
+    sub: traffic,
+    spark: "tokens_per_s",
+  },
+  {
+    id: "loss",
+    label: "Validation loss",
+    value: (s) => shown(s.validation_loss, format.loss),
+    sub: bits,
+    spark: "loss",
+  },
 ];
 
 function goneNodes({ nodes }) {
@@ -112,7 +143,14 @@ function showTiles(swarm) {
 }
 
 function makeTile({ id, label }) {
-  return el("div", { class: "tile", id: `tile-${id}` }, el("dt", {}, label), el("dd", { class: "figure" }), el("dd", { class: "sub" }), el("dd", { class: "spark", "aria-hidden": "true" }));
+  return el(
+    "div",
+    { class: "tile", id: `tile-${id}` },
+    el("dt", {}, label),
+    el("dd", { class: "figure" }),
+    el("dd", { class: "sub" }),
+    el("dd", { class: "spark", "aria-hidden": "true" }),
+  );
 }
 
 function replaceUnlessFocused(box, children) {
@@ -141,10 +179,17 @@ function drawSpark(box, points) {
   const [first, last] = [known[0][0], known.at(-1)[0]];
   const x = (t) => ((t - first) / (last - first || 1)) * width;
   const y = (value) => (high === low ? height / 2 : 2 + (1 - (value - low) / (high - low)) * (height - 4));
-  const line = known.map(([t, value], i) => `${i ? "L" : "M"}${x(t).toFixed(1)} ${y(value).toFixed(1)}`).join("");
+  const line = known
+    .map(([t, value], i) => `${i ? "L" : "M"}${x(t).toFixed(1)} ${y(value).toFixed(1)}`)
+    .join("");
   const area = `${line}L${width} ${height}L0 ${height}Z`;
   box.replaceChildren(
-    svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none" }, svg("path", { class: "spark-area", d: area }), svg("path", { class: "spark-line", d: line })),
+    svg(
+      "svg",
+      { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none" },
+      svg("path", { class: "spark-area", d: area }),
+      svg("path", { class: "spark-line", d: line }),
+    ),
   );
 }
 

@@ -47,8 +47,10 @@ export class Heatmap {
     const scale = devicePixelRatio || 1;
     const width = this.#canvas.parentElement.clientWidth;
     if (!rows || !width) return;
-    const fitting = Math.min(width / this.#columns, Math.min(TALLEST, innerHeight * 0.75) / rows, LARGEST_CELL) * scale;
-    this.#cell = fitting >= 2 ? Math.floor(fitting) : Math.max(fitting, (width / this.#columns) * scale * 0.5);
+    const fitting =
+      Math.min(width / this.#columns, Math.min(TALLEST, innerHeight * 0.75) / rows, LARGEST_CELL) * scale;
+    this.#cell =
+      fitting >= 2 ? Math.floor(fitting) : Math.max(fitting, (width / this.#columns) * scale * 0.5);
     this.#canvas.width = Math.ceil(this.#columns * this.#cell);
     this.#canvas.height = Math.ceil(rows * this.#cell);
     this.#canvas.style.width = `${this.#canvas.width / scale}px`;
@@ -102,7 +104,12 @@ export class Heatmap {
     const size = Math.max(this.#cell, 6);
     context.lineWidth = Math.max(2, size / 9);
     context.strokeStyle = colour("--ink");
-    context.strokeRect(x + context.lineWidth / 2, y + context.lineWidth / 2, size - context.lineWidth, size - context.lineWidth);
+    context.strokeRect(
+      x + context.lineWidth / 2,
+      y + context.lineWidth / 2,
+      size - context.lineWidth,
+      size - context.lineWidth,
+    );
   }
 
   #corner(index) {
@@ -147,7 +154,11 @@ export class Heatmap {
     const scale = devicePixelRatio || 1;
     const [x, y] = index < 0 ? [0, 0] : this.#corner(index);
     const box = this.#canvas.getBoundingClientRect();
-    this.#point(index, { x: box.x + (x + this.#cell / 2) / scale, y: box.y + y / scale, height: this.#cell / scale });
+    this.#point(index, {
+      x: box.x + (x + this.#cell / 2) / scale,
+      y: box.y + y / scale,
+      height: this.#cell / scale,
+    });
   }
 }
 

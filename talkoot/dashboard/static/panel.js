@@ -84,29 +84,61 @@ function showNode(node) {
   byId("panel-body").replaceChildren(
     el("p", {}, stateBadge(node.state)),
     facts([
-      ["Key", el("span", { class: "key" }, el("code", {}, node.peer_id), copyButton(() => node.peer_id))],
+      [
+        "Key",
+        el(
+          "span",
+          { class: "key" },
+          el("code", {}, node.peer_id),
+          copyButton(() => node.peer_id),
+        ),
+      ],
       ["Seen", shown(node.seen_at, (t) => `${format.duration(serverNow() - t)} ago`)],
       ["Up", shown(node.up_s, format.duration)],
       ["Since", shown(node.started_at || null, format.moment)],
       ["Experts", `${format.count(node.experts)} of at most ${format.count(node.capacity)}`],
       ["Speed", shown(node.rows_per_s, (rate) => `${format.rate(rate)} rows/s`)],
       ["Latency", shown(node.latency_ms, format.milliseconds, "no trainer has measured it")],
-      ["Reached", node.reach === "unknown" ? shown(null) : node.reach === "relayed" ? "through a relay" : "directly"],
+      [
+        "Reached",
+        node.reach === "unknown" ? shown(null) : node.reach === "relayed" ? "through a relay" : "directly",
+      ],
       ["Version", el("bdi", {}, `${node.software_version}, protocol ${node.protocol_version}`)],
-      ["Given", `${format.count(node.updates)} updates, ${format.count(node.rows)} rows, ${format.hours(node.hours)} hours`],
-      ["Addresses", el("ul", { class: "plain" }, ...node.addresses.map((address) => el("li", {}, el("code", {}, address))))],
+      [
+        "Given",
+        `${format.count(node.updates)} updates, ${format.count(node.rows)} rows, ${format.hours(node.hours)} hours`,
+      ],
+      [
+        "Addresses",
+        el(
+          "ul",
+          { class: "plain" },
+          ...node.addresses.map((address) => el("li", {}, el("code", {}, address))),
+        ),
+      ],
     ]),
     el("h3", {}, "Hosts ", el("span", { class: "note" }, format.counted(node.uids_total, "expert"))),
-    el("p", { class: "chips" }, ...node.uids.map((uid) => el("a", { class: "chip", href: `#/expert/${encodeURIComponent(uid)}` }, uid)), ...unlisted(node)),
+    el(
+      "p",
+      { class: "chips" },
+      ...node.uids.map((uid) => el("a", { class: "chip", href: `#/expert/${encodeURIComponent(uid)}` }, uid)),
+      ...unlisted(node),
+    ),
   );
 }
 
 function unlisted({ uids, uids_total: total }) {
-  return total > uids.length ? [el("span", { class: "note" }, `and ${format.count(total - uids.length)} more`)] : [];
+  return total > uids.length
+    ? [el("span", { class: "note" }, `and ${format.count(total - uids.length)} more`)]
+    : [];
 }
 
 function facts(pairs) {
-  return el("dl", { class: "facts" }, ...pairs.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+  return el(
+    "dl",
+    { class: "facts" },
+    ...pairs.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]),
+  );
 }
 
 function showExpert(expert) {
@@ -116,7 +148,14 @@ function showExpert(expert) {
   const until = serverNow();
   const firsts = expert.series.map(({ points }) => points[0]?.[0] ?? until);
   const start = Math.min(...firsts, until - 60);
-  plots.forEach((plot, i) => plot.show(expert.series.filter(({ name }) => name === HISTORIES[i].series), "", start, until));
+  plots.forEach((plot, i) =>
+    plot.show(
+      expert.series.filter(({ name }) => name === HISTORIES[i].series),
+      "",
+      start,
+      until,
+    ),
+  );
 }
 
 const HISTORIES = [
@@ -130,7 +169,15 @@ function makeExpertBody() {
 }
 
 function replicas({ replicas: all }) {
-  if (!all.length) return [el("p", { class: "lonely" }, stateBadge("gone"), " No node hosts this expert. A node with room takes it over.")];
+  if (!all.length)
+    return [
+      el(
+        "p",
+        { class: "lonely" },
+        stateBadge("gone"),
+        " No node hosts this expert. A node with room takes it over.",
+      ),
+    ];
   return [
     el("h3", {}, format.counted(all.length, "replica")),
     el("ul", { class: "replicas" }, ...all.map(replica)),
@@ -143,6 +190,14 @@ function replica(one) {
     {},
     el("a", { class: "peer", href: `#/node/${encodeURIComponent(one.peer_id)}` }, ...peerName(one)),
     stateBadge(one.state),
-    el("p", { class: "note" }, `${format.counted(one.updates, "update")}, ${format.counted(one.queued_rows, "queued row")}, announced for ${format.duration(one.expires_in_s)} more`),
+    el(
+      "p",
+      { class: "note" },
+      [
+        format.counted(one.updates, "update"),
+        format.counted(one.queued_rows, "queued row"),
+        `announced for ${format.duration(one.expires_in_s)} more`,
+      ].join(", "),
+    ),
   );
 }

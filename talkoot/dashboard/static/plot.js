@@ -28,17 +28,38 @@ export class Plot {
   /** options: title, write(value), and if they hold: fromZero, sync (charts with the same share the cursor). */
   constructor(options) {
     this.#options = options;
-    const asTable = el("button", { class: "button small", type: "button", "aria-pressed": "false", onclick: () => this.#toggle(asTable), "aria-label": `${options.title} as a table` }, "Table");
+    const asTable = el(
+      "button",
+      {
+        class: "button small",
+        type: "button",
+        "aria-pressed": "false",
+        onclick: () => this.#toggle(asTable),
+        "aria-label": `${options.title} as a table`,
+      },
+      "Table",
+    );
     this.#table.setAttribute("aria-label", `${options.title}, figures`);
     const head = el("div", { class: "plot-head" }, el("h3", {}, options.title, " ", this.#unit), asTable);
-    this.element = el("article", { class: "card chart" }, head, this.#legend, this.#canvas, this.#empty, this.#table);
+    this.element = el(
+      "article",
+      { class: "card chart" },
+      head,
+      this.#legend,
+      this.#canvas,
+      this.#empty,
+      this.#table,
+    );
     new ResizeObserver(() => this.#resize()).observe(this.#canvas);
   }
 
   /** series: [{name, points: [[t, value or null], …]}], times in unix seconds. */
   show(series, unit, since, until) {
     this.#series = series.map(({ name, points }) => ({ name, points: points.slice(-MOST_POINTS) }));
-    const tables = this.#series.map(({ points }) => [points.map(([t]) => t), points.map(([, value]) => value)]);
+    const tables = this.#series.map(({ points }) => [
+      points.map(([t]) => t),
+      points.map(([, value]) => value),
+    ]);
     this.#data = tables.length > 1 ? uPlot.join(tables) : (tables[0] ?? [[]]);
     this.#range = [since, until];
     setText(this.#unit, unit);
@@ -83,10 +104,23 @@ export class Plot {
       width: this.#width(),
       height: HEIGHT,
       legend: { show: false },
-      cursor: { y: false, points: { size: 7 }, drag: { x: false, y: false }, ...(sync ? { sync: { key: sync } } : {}) },
-      scales: { x: { time: true, range: () => this.#range }, y: { range: (_, low, high) => limits(low, high, fromZero) } },
+      cursor: {
+        y: false,
+        points: { size: 7 },
+        drag: { x: false, y: false },
+        ...(sync ? { sync: { key: sync } } : {}),
+      },
+      scales: {
+        x: { time: true, range: () => this.#range },
+        y: { range: (_, low, high) => limits(low, high, fromZero) },
+      },
       axes: [
-        { ...axis, size: 30, space: 70, values: (_, splits, __, ___, step) => splits.map((t) => format.tick(t, step)) },
+        {
+          ...axis,
+          size: 30,
+          space: 70,
+          values: (_, splits, __, ___, step) => splits.map((t) => format.tick(t, step)),
+        },
         { ...axis, size: 58, space: 36, values: (_, splits) => splits.map((value) => write(value)) },
       ],
       series: [{}, ...this.#series.map((one, i) => this.#line(one, i))],
@@ -120,7 +154,17 @@ export class Plot {
       ...this.#series.map(({ name }, i) => {
         const swatch = el("span", { class: name.endsWith(VALIDATION) ? "dash broken" : "dash" });
         swatch.style.borderColor = `var(${this.#colourOf(i)})`;
-        const button = el("button", { type: "button", "aria-pressed": String(!this.#hidden.has(name)), onclick: () => this.#switch(i, button) }, swatch, el("bdi", {}, name), this.#values[i]);
+        const button = el(
+          "button",
+          {
+            type: "button",
+            "aria-pressed": String(!this.#hidden.has(name)),
+            onclick: () => this.#switch(i, button),
+          },
+          swatch,
+          el("bdi", {}, name),
+          this.#values[i],
+        );
         return el("li", {}, button);
       }),
     );
@@ -143,7 +187,9 @@ export class Plot {
   }
 
   #inWords() {
-    const latest = this.#series.map(({ name, points }) => `${name} ${this.#options.write(points.at(-1)?.[1] ?? null)}`);
+    const latest = this.#series.map(
+      ({ name, points }) => `${name} ${this.#options.write(points.at(-1)?.[1] ?? null)}`,
+    );
     return `${this.#options.title} over time. ${latest.length ? `Latest: ${latest.join(", ")}` : "Nothing measured"}`;
   }
 
@@ -158,8 +204,20 @@ export class Plot {
 
   #fillTable() {
     const [times, ...columns] = this.#data;
-    const head = el("tr", {}, el("th", { scope: "col" }, "Time"), ...this.#series.map(({ name }) => el("th", { scope: "col", class: "numeric" }, name)));
-    const rows = times.map((t, row) => el("tr", {}, el("th", { scope: "row" }, format.moment(t)), ...columns.map((values) => el("td", { class: "numeric" }, this.#options.write(values[row] ?? null)))));
+    const head = el(
+      "tr",
+      {},
+      el("th", { scope: "col" }, "Time"),
+      ...this.#series.map(({ name }) => el("th", { scope: "col", class: "numeric" }, name)),
+    );
+    const rows = times.map((t, row) =>
+      el(
+        "tr",
+        {},
+        el("th", { scope: "row" }, format.moment(t)),
+        ...columns.map((values) => el("td", { class: "numeric" }, this.#options.write(values[row] ?? null))),
+      ),
+    );
     this.#table.replaceChildren(el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows.reverse())));
   }
 
@@ -169,7 +227,8 @@ export class Plot {
 
   #resize() {
     const width = this.#width();
-    if (this.#chart && !this.#canvas.hidden && width !== this.#chart.width) this.#chart.setSize({ width, height: HEIGHT });
+    if (this.#chart && !this.#canvas.hidden && width !== this.#chart.width)
+      this.#chart.setSize({ width, height: HEIGHT });
   }
 }
 

@@ -52,19 +52,36 @@ export class PagedTable {
 
   #makeTable() {
     const heads = this.#options.columns.map((column) => this.#makeHead(column));
-    const table = el("table", {}, el("caption", { class: "visually-hidden" }, this.#options.caption), el("thead", {}, el("tr", {}, ...heads)), this.#body);
-    return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": this.#options.caption }, table);
+    const table = el(
+      "table",
+      {},
+      el("caption", { class: "visually-hidden" }, this.#options.caption),
+      el("thead", {}, el("tr", {}, ...heads)),
+      this.#body,
+    );
+    return el(
+      "div",
+      { class: "scroll", tabindex: "0", role: "region", "aria-label": this.#options.caption },
+      table,
+    );
   }
 
   #makeHead(column) {
-    const inside = column.fixed ? column.name : el("button", { type: "button", onclick: () => this.#press(column) }, column.name);
+    const inside = column.fixed
+      ? column.name
+      : el("button", { type: "button", onclick: () => this.#press(column) }, column.name);
     const head = el("th", { scope: "col", class: classOf(column) }, inside);
     this.#heads.set(column.id, head);
     return head;
   }
 
   #makePager() {
-    const button = (words, text, step) => el("button", { class: "button", type: "button", "aria-label": words, onclick: () => this.#go(step()) }, text);
+    const button = (words, text, step) =>
+      el(
+        "button",
+        { class: "button", type: "button", "aria-label": words, onclick: () => this.#go(step()) },
+        text,
+      );
     this.#pages = [
       button("First page", "«", () => 1),
       button("Page before", "‹ Before", () => this.#state.page - 1),
@@ -94,12 +111,20 @@ export class PagedTable {
   }
 
   #show(total, rows) {
-    const focused = this.#body.contains(document.activeElement) ? document.activeElement.closest("tr").dataset.key : null;
+    const focused = this.#body.contains(document.activeElement)
+      ? document.activeElement.closest("tr").dataset.key
+      : null;
     this.#body.replaceChildren(...(rows.length ? rows.map((row) => this.#makeRow(row)) : [this.#emptyRow()]));
-    if (focused !== null) this.#body.querySelector(`tr[data-key="${CSS.escape(focused)}"] a`)?.focus({ preventScroll: true });
+    if (focused !== null)
+      this.#body.querySelector(`tr[data-key="${CSS.escape(focused)}"] a`)?.focus({ preventScroll: true });
     const { page, perPage } = this.#state;
     const from = (page - 1) * perPage + 1;
-    setText(this.#place, total > perPage ? `${format.count(from)}–${format.count(Math.min(total, from + perPage - 1))} of ${format.counted(total, this.#options.noun)}` : format.counted(total, this.#options.noun));
+    setText(
+      this.#place,
+      total > perPage
+        ? `${format.count(from)}–${format.count(Math.min(total, from + perPage - 1))} of ${format.counted(total, this.#options.noun)}`
+        : format.counted(total, this.#options.noun),
+    );
     this.#pages.forEach((button, i) => (button.disabled = i < 2 ? page === 1 : page === this.#last));
     this.#pages[0].parentElement.hidden = this.#last === 1;
   }
@@ -112,7 +137,9 @@ export class PagedTable {
   }
 
   #emptyRow() {
-    const text = this.#state.filter ? `No ${this.#options.noun} fits the filter.` : `No ${this.#options.noun} so far.`;
+    const text = this.#state.filter
+      ? `No ${this.#options.noun} fits the filter.`
+      : `No ${this.#options.noun} so far.`;
     return el("tr", { class: "empty" }, el("td", { colspan: this.#options.columns.length }, text));
   }
 }
