@@ -90,8 +90,8 @@ def _show(terminal: Terminal, reading: Reading) -> None:
 def _renderables(reading: Reading) -> list[RenderableType]:
     view = reading.view
     head = (
-        f"swarm {reading.swarm}: {len(reading.nodes)} nodes, {len(reading.trainers)} trainers, "
-        f"{view.live_experts()} of {view.manifest.experts_total} experts alive, "
+        f"swarm {reading.swarm}: {len(reading.nodes)} nodes, {view.live_experts()} of "
+        f"{view.manifest.experts_total} experts alive, {len(reading.trainers)} trainers, "
         f"read {time.time() - view.read_at:.1f} s ago"
     )
     layers = [_layer_table(view, layer) for layer in range(view.manifest.model.layers)]

@@ -70,7 +70,11 @@ def _swarm(figures: Json) -> Iterator[Metric]:
         ("requests_per_s", "talkoot_swarm_calls_per_second", "Calls to nodes, by all trainers."),
         ("bytes_per_s", "talkoot_swarm_bytes_per_second", "Payload between trainers and nodes."),
         ("validation_loss", "talkoot_swarm_validation_loss_nats", "Lowest of all trainers, for each token."),
-        ("bits_per_byte", "talkoot_swarm_bits_per_byte", "Of the trainer with the lowest validation loss."),
+        (
+            "bits_per_byte",
+            "talkoot_swarm_bpb",
+            "Bits per byte, of the trainer with the lowest validation loss.",
+        ),
     ):
         if figures[key] is not None:
             yield GaugeMetricFamily(name, words, figures[key])

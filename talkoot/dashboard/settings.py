@@ -51,6 +51,9 @@ class DashboardSettings(RoleSettings):
         default=200, ge=1, le=10**5, description="pages that are kept up to date at one time"
     )
     max_connections: int = Field(default=1000, ge=1, le=10**5, description="connections served at one time")
+    experts_every_s: float = Field(
+        default=15.0, ge=0, le=3600, allow_inf_nan=False, description="seconds between figures of each expert"
+    )
     history_series: int = Field(
         default=256, ge=1, le=10**5, description="figures whose history is kept, the newest ones"
     )

@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 _JOIN_AGAIN_S = 5.0
 _CHECK_EVERY_S = 10.0
-_EXPERTS_EVERY_S = 15.0
 _KEEP_EVERY_S = 60.0
 _FAILURES_TO_SAY_SO = 2
 """After so many readings in a row that failed the swarm is called unreachable."""
@@ -148,7 +147,10 @@ class Watcher:
     async def _remember(self, picture: Picture, now: float) -> None:
         samples = list(samples_of(picture))
         total = picture.figures["experts"]["total"]
-        if now >= self._experts_at + _EXPERTS_EVERY_S and total <= self._settings.history_experts:
+        if (
+            now >= self._experts_at + self._settings.experts_every_s
+            and total <= self._settings.history_experts
+        ):
             self._experts_at = now
             samples += expert_samples_of(picture)
         await self._keeper.add(samples, now)

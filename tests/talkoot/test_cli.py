@@ -114,11 +114,11 @@ def test_help_is_instant() -> None:
     ended = run("--help")
     assert time.monotonic() - began < 0.5
     assert ended.returncode == 0
-    for name in ("node", "train", "status", "demo"):
+    for name in ("node", "train", "status", "dashboard", "demo"):
         assert name in ended.stdout
 
 
-@pytest.mark.parametrize("name", ["node", "train", "status", "demo"])
+@pytest.mark.parametrize("name", ["node", "train", "status", "dashboard", "demo"])
 def test_every_command_has_help(name: str) -> None:
     ended = run(name, "--help")
     assert ended.returncode == 0
@@ -141,7 +141,7 @@ def test_wrong_invite_is_refused() -> None:
     assert_one_clear_line(run("node", "--join", "hello"), "an invite starts with 'talkoot1'")
 
 
-@pytest.mark.parametrize("name", ["train", "status"])
+@pytest.mark.parametrize("name", ["train", "status", "dashboard"])
 def test_truncated_invite_is_refused(founder: Founder, name: str) -> None:
     assert_one_clear_line(run(name, "--join", founder.invite[:-5]), "copy the whole line again")
 

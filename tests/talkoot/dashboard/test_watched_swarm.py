@@ -1,0 +1,366 @@
+"""The dashboard of a real swarm: two nodes and a trainer in this process, watched over HTTP and by Prometheus."""
+
+import asyncio
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from dht.invite import Invite
+from dht.manifest import Manifest
+from dht.swarm import found_swarm, join_swarm
+from expert_server.node import Node
+from expert_server.settings import NodeSettings
+from peer.channels import ChannelPool
+from peer.identity import Identity
+from peer.loop import LoopThread
+from talkoot.dashboard.settings import DashboardSettings
+from talkoot.dashboard_command import address_of, dashboard, listen
+from trainer_client.client import SwarmClient
+from trainer_client.data import ByteDataset
+from trainer_client.model import LanguageModel
+from trainer_client.settings import TrainerSettings
+from trainer_client.training import train
+
+LOCAL = "127.0.0.1"
+LIMIT_S = 60.0
+PERIOD_S = 1.0
+DEPLOY = Path(__file__).parents[3] / "deploy"
+HOSTILE = "<script>alert(1)</script>"
+MANIFEST = Manifest.model_validate(
+    {
+        "name": "sauna",
+        "model": {"layers": 2, "hidden": 8, "heads": 2, "context": 8, "feed_forward": 8},
+        "experts": {"grid": [2, 2]},
+        "routing": {"top_k": 2},
+    }
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+
+@dataclass
+class Watched:
+    """A running swarm and its dashboard."""
+
+    loop: LoopThread
+    folder: Path
+    stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+    nodes: list[Node] = field(default_factory=list)
+    running: list["asyncio.Task[None]"] = field(default_factory=list)
+    invite: Invite | None = None
+    url: str = ""
+
+    async def start(self) -> None:
+        names = ("kuusi", HOSTILE)
+        for number, name in enumerate(names):
+            folder = self.folder / f"node{number}"
+            identity = Identity.load_or_create(folder / "identity.key")
+            if self.invite is None:
+                swarm = await found_swarm(identity, MANIFEST, listen=LOCAL, port=0)
+                self.invite = await swarm.invite()
+            else:
+                swarm = await join_swarm(identity, self.invite, listen=LOCAL)
+            settings = NodeSettings.load(
+                experts=4, spare=0, replicas=1, threads=1, claim_wait_s=0.1, average_every_s=0, drain_timeout_s=0,
+                announce_every_s=PERIOD_S, name=name,
+            )  # fmt: skip
+            node = await Node.start(settings, swarm, host=LOCAL, state=folder)
+            self.stack.push_async_callback(node.stop)
+            self.nodes.append(node)
+            self.running.append(asyncio.create_task(node.run()))
+            self.stack.push_async_callback(end, self.running[-1])
+        self.url = await self.watch(self.stack, self.folder / "dashboard")
+
+    async def watch(self, stack: contextlib.AsyncExitStack, folder: Path) -> str:
+        """Starts a dashboard; gives its address."""
+        assert self.invite is not None
+        await asyncio.to_thread(folder.mkdir, exist_ok=True)
+        settings = DashboardSettings.load(refresh_s=0.3, list_every_s=1.0, experts_every_s=1.0)
+        listener = listen(LOCAL, 0)
+        stack.callback(listener.close)
+        await stack.enter_async_context(dashboard(self.invite, settings, folder, listener))
+        return address_of(listener)
+
+    def get(self, path: str) -> Any:
+        return json.loads(fetch(self.url + path))
+
+    def until(self, condition: Callable[[Any], bool], path: str = "api/v1/swarm") -> Any:
+        """The first answer of which the condition is true."""
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            with contextlib.suppress(urllib.error.HTTPError):
+                if condition(answer := self.get(path)):
+                    return answer
+            assert time.monotonic() < deadline, f"in vain: {self.get('api/v1/swarm')}"
+            threading.Event().wait(0.1)
+
+
+async def end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def fetch(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        return str(answer.read().decode())
+
+
+@contextlib.contextmanager
+def training(invite: Invite, folder: Path) -> Iterator[None]:
+    """A trainer on a thread of its own."""
+    settings = TrainerSettings.load(
+        batch_size=2,
+        validate_every=5,
+        validation_batches=1,
+        steps=10**6,
+        announce_every_s=PERIOD_S,
+        name="Aino",
+    )
+    stop = threading.Event()
+    with SwarmClient(invite, settings, folder) as client:
+        client.wait_for_experts(LIMIT_S, lambda text: None)
+        model = LanguageModel(client.manifest, client.make_mixture)
+        data = ByteDataset(b"In the sauna one must behave as in church. " * 60, MANIFEST.model.context)
+
+        def work() -> None:
+            train(model, data, settings, observe=client.presence.note, stop=stop)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def watched(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    swarm = Watched(loop, tmp_path_factory.mktemp("swarm"))
+    try:
+        loop.run(swarm.start(), LIMIT_S)
+        assert swarm.invite is not None
+        with training(swarm.invite, swarm.folder / "trainer"):
+            yield swarm
+    finally:
+        loop.run(swarm.stack.aclose(), LIMIT_S)
+
+
+def test_the_head_has_the_right_counts(watched: Watched) -> None:
+    shown = watched.until(lambda s: s["trainers"] == 1 and s["bits_per_byte"] and s["requests_per_s"])
+    assert shown["state"] == {"level": "ok", "words": "healthy"}
+    assert shown["nodes"] == {"live": 2, "gone": 0}
+    assert (shown["experts"], shown["replicas"]) == ({"live": 8, "total": 8}, 8)
+    assert shown["layers"] == [{"layer": 0, "grid": [2, 2]}, {"layer": 1, "grid": [2, 2]}]
+    assert shown["join"]["train"] == f"talkoot train --join {watched.invite}"
+    assert shown["tokens_per_s"] > 0
+    assert shown["bytes_per_s"] > 0
+    assert watched.get("api/v1/experts?layer=1")["replicas"] == [1, 1, 1, 1]
+
+
+def test_nodes_and_trainers_say_what_they_do(watched: Watched) -> None:
+    nodes = watched.until(
+        lambda page: all(row["latency_ms"] for row in page["nodes"]), "api/v1/nodes?sort=name"
+    )
+    assert [row["name"] for row in nodes["nodes"]] == [HOSTILE, "kuusi"]
+    assert {row["state"] for row in nodes["nodes"]} == {"serving"}
+    assert all(row["updates"] > 0 and row["rows"] > 0 for row in nodes["nodes"])
+    (trainer,) = watched.until(
+        lambda page: page["trainers"] and page["trainers"][0]["backward_p99_ms"], "api/v1/trainers"
+    )["trainers"]
+    assert (trainer["name"], trainer["state"], trainer["steps"]) == ("Aino", "training", 10**6)
+    later = watched.until(lambda page: page["trainers"][0]["step"] > trainer["step"], "api/v1/trainers")
+    assert later["trainers"][0]["validation_loss"] > 0
+
+
+def test_an_expert_tells_who_hosts_it_and_its_history(watched: Watched) -> None:
+    shown = watched.until(lambda e: e["series"] and e["series"][0]["points"], "api/v1/experts/0.1.0")
+    (replica,) = shown["replicas"]
+    assert replica["state"] == "serving"
+    assert replica["peer_id"] in {row["peer_id"] for row in watched.get("api/v1/nodes")["nodes"]}
+    assert {one["name"] for one in shown["series"]} == {"updates", "replicas"}
+    history = watched.until(lambda h: len(h["series"]) == 2, "api/v1/history?metric=loss")
+    assert history["unit"] == "nats per token"
+
+
+def test_a_page_is_told_of_each_reading(watched: Watched) -> None:
+    seen: list[float] = []
+    with urllib.request.urlopen(watched.url + "events", timeout=20) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        for line in stream:
+            if line.startswith(b"data: "):
+                seen.append(json.loads(line.removeprefix(b"data: "))["read_at"])
+            if len(set(seen)) == 3:
+                break
+    assert seen == sorted(seen)
+
+
+def test_the_dashboard_hosts_no_keys(watched: Watched) -> None:
+    watcher = Identity.load_or_create(watched.folder / "dashboard" / "identity.key").peer_id
+    for node in watched.nodes:
+        assert watcher not in node.swarm.host.peers()
+        assert len(node.swarm.host.peers()) == 1
+
+
+def test_nodes_answer_health_checks(watched: Watched) -> None:
+    async def ask(service: str) -> Any:
+        pool, node = ChannelPool(), watched.nodes[0]
+        record = (await node.swarm.registry.nodes([node.swarm.host.peer_id]))[node.swarm.host.peer_id]
+        try:
+            stub = health_pb2_grpc.HealthStub(await pool.get(node.address, record.certificate_pem))
+            return await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)
+        finally:
+            await pool.close()
+
+    for service in ("", "talkoot.v1.ExpertService"):
+        assert watched.loop.run(ask(service)).status == health_pb2.HealthCheckResponse.SERVING
+
+
+# Prometheus
+
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("prometheus") is None or shutil.which("promtool") is None,
+    reason="needs prometheus and promtool, as Debian's package prometheus has them",
+)
+
+
+@needs_prometheus
+def test_metrics_of_all_roles_are_as_promtool_wants_them(watched: Watched) -> None:
+    groups = watched.until(lambda groups: sum(len(g["targets"]) for g in groups) == 3, "sd")
+    assert [group["labels"] for group in groups] == [
+        {"role": "node", "swarm": "sauna"}, {"role": "trainer", "swarm": "sauna"},
+    ]  # fmt: skip
+    urls = [f"http://{target}/metrics" for group in groups for target in group["targets"]]
+    for url in (watched.url + "metrics", *urls):
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"],
+            input=fetch(url),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+        )
+        assert (checked.returncode, checked.stdout + checked.stderr) == (0, ""), url
+
+
+@needs_prometheus
+def test_rules_are_as_promtool_wants_them() -> None:
+    for arguments in (["rules", "--lint=all"], ["config"]):
+        file = "rules.yml" if arguments[0] == "rules" else "prometheus.yml"
+        checked = subprocess.run(
+            ["promtool", "check", *arguments, "--lint-fatal", str(DEPLOY / "prometheus" / file)],
+            capture_output=True, text=True, timeout=LIMIT_S,
+        )  # fmt: skip
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@contextlib.contextmanager
+def prometheus(watched: Watched, folder: Path) -> Iterator[str]:
+    """As it is in deploy/, but faster and at this dashboard; gives its address."""
+    config = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+    config = config.replace("127.0.0.1:8080", urllib.parse.urlsplit(watched.url).netloc).replace(
+        ": 15s", ": 1s"
+    )
+    (folder / "prometheus.yml").write_text(config)
+    shutil.copy(DEPLOY / "prometheus" / "rules.yml", folder)
+    command = [
+        "prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
+        "--web.listen-address=127.0.0.1:0",
+    ]  # fmt: skip
+    with (folder / "log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while not (found := re.search(r"address=(127\.0\.0\.1:[1-9]\d*)", (folder / "log").read_text())):
+                assert process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.05)
+            yield f"http://{found[1]}/api/v1/"
+        finally:
+            process.kill()
+
+
+@needs_prometheus
+def test_prometheus_finds_all_and_its_rules_evaluate(watched: Watched, tmp_path: Path) -> None:
+    recorded = re.findall(r"record: (\S+)", (DEPLOY / "prometheus" / "rules.yml").read_text())
+    with prometheus(watched, tmp_path) as api:
+
+        def ask(path: str) -> Any:
+            return json.loads(fetch(api + path))["data"]
+
+        def value(query: str) -> list[str]:
+            return [row["value"][1] for row in ask(f"query?query={urllib.parse.quote(query)}")["result"]]
+
+        deadline, missing = time.monotonic() + LIMIT_S, recorded
+        while missing:
+            assert time.monotonic() < deadline, missing
+            threading.Event().wait(0.2)
+            # no call has failed here, so there is nothing of failures to be summed
+            missing = [name for name in recorded if not value(name) and "failures" not in name]
+        targets = ask("targets")["activeTargets"]
+        assert sorted((t["labels"].get("role", t["labels"]["job"]), t["health"]) for t in targets) == [
+            ("node", "up"), ("node", "up"), ("talkoot-dashboard", "up"), ("trainer", "up"),
+        ]  # fmt: skip
+        rules = [rule for group in ask("rules")["groups"] for rule in group["rules"]]
+        assert {rule["health"] for rule in rules} == {"ok"}, [rule.get("lastError") for rule in rules]
+        assert [float(n) for n in value("talkoot:experts_without_host")] == [0.0]
+        assert float(value("talkoot:updates:rate5m")[0]) > 0
+        assert missing_metrics(value) == []
+
+
+def missing_metrics(value: Callable[[str], list[str]]) -> list[str]:
+    """Those that the Grafana dashboard or an alert names, and nobody serves."""
+    text = (DEPLOY / "grafana" / "swarm.json").read_text() + (DEPLOY / "prometheus" / "rules.yml").read_text()
+    named = set(re.findall(r"\b(?:talkoot_\w+|process_\w+)\b", text)) - {"talkoot_trainer_failures_total"}
+    assert len(named) > 25
+    return sorted(name for name in named if not value(name))
+
+
+# What ends: these tests take the swarm apart, in this order
+
+
+def test_a_node_that_falls_silent_is_shown_as_gone(watched: Watched) -> None:
+    watched.loop.run(end(watched.running[1]))
+    shown = watched.until(lambda s: s["nodes"] == {"live": 1, "gone": 1})
+    assert shown["state"]["words"] == "4 experts have no host"
+    rows = {row["name"]: row["state"] for row in watched.get("api/v1/nodes")["nodes"]}
+    assert rows == {"kuusi": "serving", HOSTILE: "gone"}
+
+
+def test_an_unreachable_swarm_is_said_to_be_so_and_its_last_state_stays(watched: Watched) -> None:
+    for node in watched.nodes:
+        watched.loop.run(node.swarm.host.stop(), LIMIT_S)
+    shown = watched.until(lambda s: s["unreachable_since"] is not None)
+    assert shown["state"] == {"level": "unknown", "words": "cannot reach the swarm"}
+    assert shown["experts"]["total"] == 8
+    later = watched.until(lambda s: s["age_s"] > shown["age_s"])
+    assert later["read_at"] == shown["read_at"]
+
+
+def test_a_restart_loses_nothing(watched: Watched) -> None:
+    shutil.copytree(watched.folder / "dashboard", watched.folder / "again")
+
+    async def look() -> Any:
+        async with contextlib.AsyncExitStack() as stack:
+            url = await watched.watch(stack, watched.folder / "again")
+            swarm = json.loads(await asyncio.to_thread(fetch, url + "api/v1/swarm"))
+            history = json.loads(await asyncio.to_thread(fetch, url + "api/v1/history?metric=loss"))
+            return swarm, history
+
+    swarm, history = watched.loop.run(look(), LIMIT_S)
+    assert swarm["name"] == "sauna"
+    assert swarm["read_at"] is not None
+    assert swarm["experts"]["total"] == 8
+    assert len(history["series"]) == 2
