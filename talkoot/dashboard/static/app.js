@@ -1,0 +1,60 @@
+// Puts the page together: each reading of the swarm goes to its head at once, and tells the sections to read theirs.
+
+import { Readings } from "./api.js";
+import { makeCharts } from "./charts.js";
+import { byId } from "./dom.js";
+import * as format from "./format.js";
+import { makeGrid, showLayers } from "./grid.js";
+import { ageNow, reading, showAge, showBanner, showSparks, showSwarm } from "./head.js";
+import { makePanel } from "./panel.js";
+import { Section } from "./section.js";
+import { makeTables } from "./tables.js";
+
+const SPARKS_REST_MS = 15000;
+const sparks = new Section(byId("overview"), showSparks, () => SPARKS_REST_MS);
+const sections = [sparks, makeGrid(), makeCharts(), ...makeTables(), makePanel()];
+const connection = { lostAt: 0, retryAt: 0 };
+const readings = new Readings(hear, lose);
+
+function hear(swarm) {
+  const isNew = swarm.read_at !== reading.swarm?.read_at || connection.lostAt > 0;
+  reading.swarm = swarm;
+  reading.heardAt = performance.now();
+  connection.lostAt = 0;
+  showSwarm(swarm);
+  showLayers(swarm.layers);
+  if (isNew) sections.forEach((section) => section.invalidate());
+  tick();
+}
+
+function lose(waitMs) {
+  connection.lostAt ||= Date.now();
+  connection.retryAt = Date.now() + waitMs;
+  tick();
+}
+
+function tick() {
+  showAge();
+  showBanner(trouble(), connection.lostAt > 0);
+}
+
+function trouble() {
+  const age = ageNow();
+  const old = age === null ? "" : `What you see is ${format.duration(age)} old.`;
+  if (connection.lostAt) {
+    const wait = (connection.retryAt - Date.now()) / 1000;
+    const next = wait > 0 ? `Next try in ${format.duration(wait)}.` : "Trying again.";
+    return {
+      words: `The dashboard's server has not answered since ${format.clock(connection.lostAt / 1000)}.`,
+      ages: `${old} ${next}`,
+    };
+  }
+  const since = reading.swarm?.unreachable_since ?? null;
+  if (since === null) return { words: "", ages: "" };
+  return { words: `The swarm has been out of reach since ${format.clock(since)}.`, ages: old };
+}
+
+byId("banner-retry").addEventListener("click", () => readings.connect());
+setInterval(() => document.hidden || tick(), 1000);
+document.addEventListener("visibilitychange", () => document.hidden || tick());
+readings.connect();

@@ -1,0 +1,65 @@
+// The charts over time, all over the same range.
+
+import { get } from "./api.js";
+import { byId, choice } from "./dom.js";
+import * as format from "./format.js";
+import { serverNow } from "./head.js";
+import { Plot } from "./plot.js";
+import { Section } from "./section.js";
+
+const POINTS = 300;
+const LONGEST_REST_MS = 30000;
+const SHORTEST_S = 60;
+const RANGES = [
+  [900, "15 min"],
+  [3600, "1 h"],
+  [86400, "1 day"],
+  [0, "All"],
+];
+const perSecond = (value) => (Number.isFinite(value) ? `${format.bytes(value)}/s` : format.UNKNOWN);
+
+const CHARTS = [
+  { metric: "loss", title: "Loss", unit: true, write: format.loss },
+  { metric: "bits_per_byte", title: "Bits per byte", write: format.loss },
+  { metric: "tokens_per_s", title: "Tokens per second", write: format.compact, fromZero: true },
+  { metric: "live_experts", title: "Live experts", write: format.compact, fromZero: true },
+  { metric: "live_nodes", title: "Live nodes", write: format.compact, fromZero: true },
+  { metric: "latency_ms", title: "Latency", write: format.milliseconds, fromZero: true },
+  { metric: "failures", title: "Failures by cause", unit: true, write: format.compact, fromZero: true },
+  { metric: "bytes_per_s", title: "Bandwidth", write: perSecond, fromZero: true },
+];
+
+let range = 3600;
+
+export function makeCharts() {
+  const plots = CHARTS.map((chart) => ({ ...chart, plot: new Plot({ ...chart, sync: "time" }) }));
+  byId("chart-cards").append(...plots.map(({ plot }) => plot.element));
+  const section = new Section(byId("charts"), () => load(plots), rest);
+  byId("ranges").append(
+    choice("Time shown", RANGES, range, (chosen) => {
+      range = chosen;
+      section.reload();
+    }),
+  );
+  addEventListener("theme", () => plots.forEach(({ plot }) => plot.redraw()));
+  return section;
+}
+
+/** A new point comes every range / POINTS at most: more often there is nothing new to draw. */
+function rest() {
+  return range ? Math.min((1000 * range) / POINTS, LONGEST_REST_MS) : LONGEST_REST_MS;
+}
+
+/** All charts begin together: with the range, or with the first point of any where the history is younger. */
+async function load(plots) {
+  const until = serverNow();
+  const since = range ? until - range : 0;
+  const answers = await Promise.all(
+    plots.map(({ metric }) => get("history", { metric, since, points: POINTS })),
+  );
+  const firsts = answers.flatMap(({ series }) => series.map(({ points }) => points[0]?.[0] ?? until));
+  const start = Math.min(Math.max(since, Math.min(...firsts)), until - SHORTEST_S);
+  plots.forEach(({ plot, unit }, i) =>
+    plot.show(answers[i].series, unit ? answers[i].unit : "", start, until),
+  );
+}

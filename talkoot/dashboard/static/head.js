@@ -1,0 +1,202 @@
+// The state of the swarm in words, its figures, and how old they are.
+
+import { get } from "./api.js";
+import { byId, copyButton, el, icon, setText, shown, svg } from "./dom.js";
+import * as format from "./format.js";
+
+const MARKS = { ok: "✓", warn: "!", bad: "✕", unknown: "?" };
+const SPARK_POINTS = 60;
+const SPARK_RANGE_S = 3600;
+
+/** The last reading, and how far this machine's clock is from the server's. */
+export const reading = { swarm: null, heardAt: 0 };
+
+/** Seconds since the swarm was read; null when it never was. */
+export function ageNow() {
+  const age = reading.swarm?.age_s ?? null;
+  return age === null ? null : age + (performance.now() - reading.heardAt) / 1000;
+}
+
+/** The server's clock, unix seconds: this machine's may be wrong. */
+export function serverNow() {
+  const { swarm } = reading;
+  return swarm?.read_at ? swarm.read_at + ageNow() : Date.now() / 1000;
+}
+
+export function showSwarm(swarm) {
+  setText(byId("swarm-name"), swarm.name);
+  showState(swarm.state, swarm.name);
+  showTiles(swarm);
+  for (const box of document.querySelectorAll("[data-command]"))
+    showCommand(box, swarm.join[box.dataset.command]);
+  setText(
+    byId("versions"),
+    `Talkoot ${swarm.software_version}, protocol ${swarm.protocol_version}, swarm ${swarm.swarm_id}`,
+  );
+  showAge();
+}
+
+function showState(state, name) {
+  const level = state.level in MARKS ? state.level : "unknown";
+  const box = byId("state");
+  if (box.dataset.level !== level) {
+    box.dataset.level = level;
+    box.firstElementChild.replaceWith(icon(level));
+  }
+  setText(byId("state-words"), state.words);
+  document.title = `${MARKS[level]} ${name}: ${state.words} – Talkoot`;
+}
+
+export function showAge() {
+  const age = ageNow();
+  const { swarm } = reading;
+  if (!swarm) return;
+  const old = age !== null && age > Math.max(30, 4 * swarm.refresh_s);
+  const box = byId("age");
+  box.classList.toggle("old", old);
+  setText(box, age === null ? "never read so far" : `read ${format.duration(age)} ago`);
+  box.title =
+    swarm.read_at === null
+      ? ""
+      : `at ${format.moment(swarm.read_at)}, every ${format.duration(swarm.refresh_s)}`;
+  document.body.classList.toggle("stale", old || swarm.unreachable_since !== null);
+}
+
+function showCommand(box, command) {
+  if (box.dataset.text === command) return;
+  box.dataset.text = command;
+  box.replaceChildren(
+    el("code", { tabindex: "0", "aria-label": "command" }, command),
+    copyButton(() => command),
+  );
+}
+
+const TILES = [
+  {
+    id: "nodes",
+    label: "Live nodes",
+    value: (s) => format.count(s.nodes.live),
+    sub: goneNodes,
+    spark: "live_nodes",
+  },
+  {
+    id: "experts",
+    label: "Live experts",
+    value: (s) => format.count(s.experts.live),
+    sub: share,
+    spark: "live_experts",
+  },
+  { id: "replicas", label: "Replicas", value: (s) => format.compact(s.replicas), sub: perExpert },
+  { id: "trainers", label: "Trainers", value: (s) => format.count(s.trainers), sub: requests },
+  {
+    id: "speed",
+    label: "Tokens per second",
+    value: (s) => shown(s.tokens_per_s, format.compact),
+    sub: traffic,
+    spark: "tokens_per_s",
+  },
+  {
+    id: "loss",
+    label: "Validation loss",
+    value: (s) => shown(s.validation_loss, format.loss),
+    sub: bits,
+    spark: "loss",
+  },
+];
+
+function goneNodes({ nodes }) {
+  if (!nodes.gone) return [nodes.gone === 0 ? "none gone in a day" : shown(null)];
+  return [el("a", { href: "#nodes", class: "gone-link" }, `${format.count(nodes.gone)} gone`), " in a day"];
+}
+
+function share({ experts }) {
+  if (experts.total === null) return [shown(null)];
+  const percent = experts.total ? Math.floor((1000 * experts.live) / experts.total) / 10 : 0; // 99.99 % is not all
+  return [`of ${format.count(experts.total)}, ${percent} %`];
+}
+
+function perExpert({ replicas, experts }) {
+  if (replicas === null) return [shown(null)];
+  return [experts.live ? `${(replicas / experts.live).toFixed(1)} per live expert` : "no live expert"];
+}
+
+function requests({ requests_per_s: rate }) {
+  return [shown(rate, format.rate), " requests/s"];
+}
+
+function traffic({ bytes_per_s: rate }) {
+  return [shown(rate, (value) => `${format.bytes(value)}/s`), " on the wire"];
+}
+
+function bits({ bits_per_byte: value }) {
+  return [shown(value, format.loss), " bits per byte"];
+}
+
+function showTiles(swarm) {
+  const host = byId("tiles");
+  if (!host.children.length) host.append(...TILES.map(makeTile));
+  TILES.forEach((tile, i) => {
+    const [, value, sub] = host.children[i].children;
+    value.replaceChildren(...[tile.value(swarm)].flat());
+    replaceUnlessFocused(sub, tile.sub(swarm));
+  });
+}
+
+function makeTile({ id, label }) {
+  return el(
+    "div",
+    { class: "tile", id: `tile-${id}` },
+    el("dt", {}, label),
+    el("dd", { class: "figure" }),
+    el("dd", { class: "sub" }),
+    el("dd", { class: "spark", "aria-hidden": "true" }),
+  );
+}
+
+function replaceUnlessFocused(box, children) {
+  if (!box.contains(document.activeElement)) box.replaceChildren(...children);
+}
+
+/** Reads and draws the small lines in the tiles. */
+export async function showSparks() {
+  const since = serverNow() - SPARK_RANGE_S;
+  await Promise.all(
+    TILES.filter((tile) => tile.spark).map(async ({ id, spark }) => {
+      const { series } = await get("history", { metric: spark, since, points: SPARK_POINTS });
+      const line = series.find(({ name }) => name.endsWith("validation")) ?? series[0];
+      drawSpark(byId(`tile-${id}`)?.lastElementChild, line?.points ?? []);
+    }),
+  );
+}
+
+function drawSpark(box, points) {
+  if (!box) return;
+  const known = points.filter(([, value]) => value !== null);
+  if (known.length < 3) return box.replaceChildren();
+  const [width, height] = [120, 32];
+  const values = known.map(([, value]) => value);
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const [first, last] = [known[0][0], known.at(-1)[0]];
+  const x = (t) => ((t - first) / (last - first || 1)) * width;
+  const y = (value) => (high === low ? height / 2 : 2 + (1 - (value - low) / (high - low)) * (height - 4));
+  const line = known
+    .map(([t, value], i) => `${i ? "L" : "M"}${x(t).toFixed(1)} ${y(value).toFixed(1)}`)
+    .join("");
+  const area = `${line}L${width} ${height}L0 ${height}Z`;
+  box.replaceChildren(
+    svg(
+      "svg",
+      { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none" },
+      svg("path", { class: "spark-area", d: area }),
+      svg("path", { class: "spark-line", d: line }),
+    ),
+  );
+}
+
+/** Says what is wrong, and beside it what changes each second, which is not read aloud; no words, no banner. */
+export function showBanner({ words, ages }, canRetry) {
+  byId("banner").hidden = !words;
+  setText(byId("banner-words"), words);
+  setText(byId("banner-ages"), ages);
+  byId("banner-retry").hidden = !canRetry;
+}

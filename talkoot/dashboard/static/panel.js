@@ -1,0 +1,203 @@
+// The panel about one node or one expert. The address names it, so that it can be shared and gone back from.
+
+import { get } from "./api.js";
+import { byId, copyButton, el, shown } from "./dom.js";
+import * as format from "./format.js";
+import { serverNow } from "./head.js";
+import { Plot } from "./plot.js";
+import { Section } from "./section.js";
+import { peerName, stateBadge } from "./tables.js";
+
+const ROUTE = /^#\/(node|expert)\/(.+)$/;
+
+let section;
+let route = null;
+let plots = [];
+let opener = null;
+
+export function makePanel() {
+  const panel = byId("panel");
+  section = new Section(panel, load);
+  byId("panel-close").addEventListener("click", close);
+  addEventListener("keydown", (event) => event.key === "Escape" && !panel.hidden && close());
+  addEventListener("hashchange", follow);
+  addEventListener("theme", () => plots.forEach((plot) => plot.redraw()));
+  follow();
+  return section;
+}
+
+export function openExpert(uid) {
+  location.hash = `#/expert/${uid}`;
+}
+
+function close() {
+  history.pushState(null, "", location.pathname + location.search);
+  follow();
+}
+
+function follow() {
+  const found = ROUTE.exec(location.hash);
+  const panel = byId("panel");
+  clear();
+  route = found && { kind: found[1], id: decode(found[2]) };
+  if (route) {
+    if (panel.hidden) opener = document.activeElement;
+    byId("panel-kind").textContent = route.kind === "node" ? "Node" : "Expert";
+    byId("panel-title").textContent = route.id;
+    panel.hidden = false;
+    panel.scrollTop = 0;
+    byId("panel-title").focus({ preventScroll: true });
+    section.reload();
+  } else if (!panel.hidden) {
+    panel.hidden = true;
+    opener?.focus({ preventScroll: true });
+  }
+}
+
+function decode(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // somebody's half-copied address
+  }
+}
+
+function clear() {
+  plots.forEach((plot) => plot.destroy());
+  plots = [];
+  section.forget();
+  byId("panel-body").replaceChildren();
+}
+
+async function load() {
+  if (!route) return;
+  const asked = route;
+  const path = asked.kind === "node" ? "nodes" : "experts";
+  const answer = await get(`${path}/${encodeURIComponent(asked.id)}`);
+  if (asked !== route) return;
+  if (asked.kind === "node") showNode(answer);
+  else showExpert(answer);
+}
+
+function showNode(node) {
+  byId("panel-title").replaceChildren(...peerName(node));
+  byId("panel-body").replaceChildren(
+    el("p", {}, stateBadge(node.state)),
+    facts([
+      [
+        "Key",
+        el(
+          "span",
+          { class: "key" },
+          el("code", {}, node.peer_id),
+          copyButton(() => node.peer_id),
+        ),
+      ],
+      ["Seen", shown(node.seen_at, (t) => `${format.duration(serverNow() - t)} ago`)],
+      ["Up", shown(node.up_s, format.duration)],
+      ["Since", shown(node.started_at || null, format.moment)],
+      ["Experts", `${format.count(node.experts)} of at most ${format.count(node.capacity)}`],
+      ["Speed", shown(node.rows_per_s, (rate) => `${format.rate(rate)} rows/s`)],
+      ["Latency", shown(node.latency_ms, format.milliseconds, "no trainer has measured it")],
+      [
+        "Reached",
+        node.reach === "unknown" ? shown(null) : node.reach === "relayed" ? "through a relay" : "directly",
+      ],
+      ["Version", el("bdi", {}, `${node.software_version}, protocol ${node.protocol_version}`)],
+      [
+        "Given",
+        `${format.count(node.updates)} updates, ${format.count(node.rows)} rows, ${format.hours(node.hours)} hours`,
+      ],
+      [
+        "Addresses",
+        el(
+          "ul",
+          { class: "plain" },
+          ...node.addresses.map((address) => el("li", {}, el("code", {}, address))),
+        ),
+      ],
+    ]),
+    el("h3", {}, "Hosts ", el("span", { class: "note" }, format.counted(node.uids_total, "expert"))),
+    el(
+      "p",
+      { class: "chips" },
+      ...node.uids.map((uid) => el("a", { class: "chip", href: `#/expert/${encodeURIComponent(uid)}` }, uid)),
+      ...unlisted(node),
+    ),
+  );
+}
+
+function unlisted({ uids, uids_total: total }) {
+  return total > uids.length
+    ? [el("span", { class: "note" }, `and ${format.count(total - uids.length)} more`)]
+    : [];
+}
+
+function facts(pairs) {
+  return el(
+    "dl",
+    { class: "facts" },
+    ...pairs.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]),
+  );
+}
+
+function showExpert(expert) {
+  byId("panel-title").textContent = expert.uid;
+  if (!plots.length) makeExpertBody(expert);
+  byId("panel-body").firstElementChild.replaceChildren(...replicas(expert));
+  const until = serverNow();
+  const firsts = expert.series.map(({ points }) => points[0]?.[0] ?? until);
+  const start = Math.min(...firsts, until - 60);
+  plots.forEach((plot, i) =>
+    plot.show(
+      expert.series.filter(({ name }) => name === HISTORIES[i].series),
+      "",
+      start,
+      until,
+    ),
+  );
+}
+
+const HISTORIES = [
+  { series: "updates", title: "Updates", write: format.compact },
+  { series: "replicas", title: "Replicas", write: format.compact, fromZero: true },
+];
+
+function makeExpertBody() {
+  plots = HISTORIES.map((history) => new Plot({ ...history, sync: "expert" }));
+  byId("panel-body").replaceChildren(el("div"), ...plots.map((plot) => plot.element));
+}
+
+function replicas({ replicas: all }) {
+  if (!all.length)
+    return [
+      el(
+        "p",
+        { class: "lonely" },
+        stateBadge("gone"),
+        " No node hosts this expert. A node with room takes it over.",
+      ),
+    ];
+  return [
+    el("h3", {}, format.counted(all.length, "replica")),
+    el("ul", { class: "replicas" }, ...all.map(replica)),
+  ];
+}
+
+function replica(one) {
+  return el(
+    "li",
+    {},
+    el("a", { class: "peer", href: `#/node/${encodeURIComponent(one.peer_id)}` }, ...peerName(one)),
+    stateBadge(one.state),
+    el(
+      "p",
+      { class: "note" },
+      [
+        format.counted(one.updates, "update"),
+        format.counted(one.queued_rows, "queued row"),
+        `announced for ${format.duration(one.expires_in_s)} more`,
+      ].join(", "),
+    ),
+  );
+}

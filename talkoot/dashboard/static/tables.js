@@ -1,0 +1,199 @@
+// The tables of nodes, trainers and volunteers. The server sorts, filters and cuts them into pages.
+
+import { get } from "./api.js";
+import { byId, el, icon, shown } from "./dom.js";
+import * as format from "./format.js";
+import { serverNow } from "./head.js";
+import { Section } from "./section.js";
+import { PagedTable } from "./table.js";
+
+const PER_PAGE = 25;
+const FILTER_WAIT_MS = 250;
+
+const STATES = {
+  serving: ["ok", "serving"],
+  training: ["ok", "training"],
+  paused: ["warn", "paused", "pause"],
+  claimed: ["warn", "starting", "pause"],
+  leaving: ["warn", "leaving", "leave"],
+  gone: ["bad", "gone"],
+};
+
+/** A state as icon, colour and word. */
+export function stateBadge(state) {
+  const [level, words, picture] = STATES[state] ?? ["unknown", state];
+  return el("span", { class: "badge", "data-level": level }, icon(picture ?? level), words);
+}
+
+/** What the peer calls itself, and the start of its key, which is its own. */
+export function peerName({ name, short }) {
+  const parts = name ? [el("bdi", { class: "name" }, name), " "] : [];
+  return [...parts, el("code", { class: "short" }, short)];
+}
+
+function peerLink(row) {
+  return el("a", { class: "peer", href: `#/node/${encodeURIComponent(row.peer_id)}` }, ...peerName(row));
+}
+
+function when(t) {
+  return el("span", { title: format.moment(t) }, `${format.duration(serverNow() - t)} ago`);
+}
+
+const figure = (id, name, write, drop) => ({
+  id,
+  name,
+  numeric: true,
+  drop,
+  cell: (row) => shown(row[id], write),
+});
+
+const NODE_COLUMNS = [
+  { id: "name", name: "Node", cell: peerLink },
+  { id: "state", name: "State", cell: ({ state }) => stateBadge(state) },
+  {
+    id: "experts",
+    name: "Experts",
+    numeric: true,
+    cell: ({ experts, capacity }) => [format.count(experts), el("small", {}, ` / ${format.count(capacity)}`)],
+  },
+  figure("rows_per_s", "Rows/s", format.rate, 3),
+  figure("latency_ms", "Latency", format.milliseconds, 3),
+  { id: "reach", name: "Reach", drop: 2, cell: ({ reach }) => (reach === "unknown" ? shown(null) : reach) },
+  {
+    id: "software_version",
+    name: "Version",
+    drop: 1,
+    cell: ({ software_version: version }) => el("bdi", {}, version),
+  },
+  figure("up_s", "Up", format.duration, 2),
+  figure("updates", "Updates", format.compact, 3),
+  figure("rows", "Rows", format.compact, 1),
+  figure("hours", "Hours", format.hours, 1),
+  { id: "seen_at", name: "Seen", numeric: true, drop: 2, cell: ({ seen_at: t }) => shown(t, when) },
+];
+
+const TRAINER_COLUMNS = [
+  {
+    id: "name",
+    name: "Trainer",
+    fixed: true,
+    cell: (row) => el("span", { class: "peer" }, ...peerName(row)),
+  },
+  { id: "state", name: "State", fixed: true, cell: ({ state }) => stateBadge(state) },
+  { id: "step", name: "Step", fixed: true, numeric: true, drop: 4, cell: steps },
+  figure("loss", "Loss", format.loss, 3),
+  figure("validation_loss", "Validation", format.loss),
+  figure("bits_per_byte", "Bits/byte", format.loss, 2),
+  figure("tokens_per_s", "Tokens/s", format.compact, 3),
+  {
+    id: "forward",
+    name: "Forward p50 / p99",
+    numeric: true,
+    drop: 1,
+    cell: (row) => pair(row.forward_p50_ms, row.forward_p99_ms),
+  },
+  {
+    id: "backward",
+    name: "Backward p50 / p99",
+    numeric: true,
+    drop: 1,
+    cell: (row) => pair(row.backward_p50_ms, row.backward_p99_ms),
+  },
+  {
+    id: "failures",
+    name: "Failures",
+    numeric: true,
+    drop: 2,
+    cell: ({ failures }) => shown(failures, failureCount),
+  },
+  figure("up_s", "Up", format.duration, 2),
+].map((column) => ({ ...column, fixed: true }));
+
+const LEADER_COLUMNS = [
+  {
+    id: "rank",
+    name: "#",
+    fixed: true,
+    cell: ({ rank }) => el("span", { class: "rank", "data-rank": rank }, format.count(rank)),
+  },
+  { id: "name", name: "Volunteer", fixed: true, cell: peerLink },
+  { ...figure("updates", "Updates", format.compact), fixed: true },
+  { ...figure("rows", "Rows", format.compact, 3), fixed: true },
+  { ...figure("hours", "Hours", format.hours), fixed: true },
+];
+
+function steps({ step, steps: all }) {
+  if (all === null || all === undefined) return shown(step, format.count);
+  const meter = el("progress", { max: all || 1, value: step ?? 0, "aria-label": "steps done" });
+  return el(
+    "span",
+    { class: "steps" },
+    shown(step, format.count),
+    el("small", {}, `/ ${format.count(all)}`),
+    meter,
+  );
+}
+
+function pair(middle, worst) {
+  return el(
+    "span",
+    {},
+    shown(middle, format.milliseconds),
+    el("small", {}, " / "),
+    shown(worst, format.milliseconds),
+  );
+}
+
+function failureCount(failures) {
+  const causes = Object.entries(failures);
+  const total = causes.reduce((sum, [, number]) => sum + number, 0);
+  const words = causes.map(([cause, number]) => `${format.count(number)} ${cause}`).join(", ") || "none";
+  return el("span", { title: words }, format.compact(total));
+}
+
+/** One section with one table that pages at the server. */
+function paged(id, path, list, noun, columns, options = {}) {
+  let section = null;
+  const load = async ({ sort, order, filter, page, perPage }) => {
+    const query = {
+      page,
+      per_page: perPage,
+      ...(options.sort ? { sort, order } : {}),
+      ...(filter ? { filter } : {}),
+    };
+    const answer = await get(path, query);
+    return { total: answer.total, rows: answer[list].map((row) => ({ ...row, key: row.peer_id })) };
+  };
+  const caption = byId(`${id}-title`).textContent;
+  const settings = {
+    caption,
+    noun,
+    columns,
+    load,
+    perPage: PER_PAGE,
+    rowClass: (row) => (row.state === "gone" ? "lost" : ""),
+    ...options,
+  };
+  const table = new PagedTable(byId(options.host ?? `${id}-table`), settings, () => section.reload());
+  section = new Section(byId(id), () => table.refresh());
+  return { section, table };
+}
+
+export function makeTables() {
+  const nodes = paged("nodes", "nodes", "nodes", "node", NODE_COLUMNS, { sort: "updates", order: "desc" });
+  let timer = 0;
+  byId("nodes-filter").addEventListener("input", ({ target }) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => nodes.table.filter(target.value.trim()), FILTER_WAIT_MS);
+  });
+  byId("tiles").addEventListener("click", ({ target }) => {
+    if (target.closest(".gone-link")) nodes.table.sortBy("state", "asc");
+  });
+  const trainers = paged("trainers", "trainers", "trainers", "trainer", TRAINER_COLUMNS);
+  const leaders = paged("volunteers", "leaderboard", "nodes", "volunteer", LEADER_COLUMNS, {
+    host: "leaders-table",
+    perPage: 10,
+    rowClass: null,
+  });
+  return [nodes.section, trainers.section, leaders.section];
+}

@@ -1,0 +1,90 @@
+"""Debian's Chromium, driven by Playwright, for tests of the page."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+CHROMIUM = Path("/usr/bin/chromium")
+_ARGUMENTS = [
+    "--no-sandbox",  # tests run as root in containers
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--enable-precise-memory-info",
+]
+WAIT_MS = 30_000
+
+needs_chromium = pytest.mark.skipif(
+    not CHROMIUM.exists(), reason=f"no {CHROMIUM}: apt-get install chromium (Debian)"
+)
+
+
+@dataclass
+class Visit:
+    """A page that somebody looks at, and what it complained about."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).inner_text()
+
+    def until(self, condition: str, limit_s: float = WAIT_MS / 1000) -> None:
+        """Waits until an expression in JavaScript is true. Playwright's own wait needs eval, which the page forbids."""
+        deadline = time.monotonic() + limit_s
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < deadline, f"waited in vain for {condition}"
+            self.page.wait_for_timeout(50)
+
+    def overflow(self) -> int:
+        """Pixels by which the page is wider than its window."""
+        root = "document.documentElement"
+        width = self.page.evaluate(f"{root}.scrollWidth - {root}.clientWidth")
+        assert isinstance(width, int)
+        return width
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_ARGUMENTS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def visit(
+    browser: Browser,
+    address: str,
+    *,
+    width: int = 1440,
+    height: int = 4000,
+    scheme: Literal["light", "dark"] = "light",
+) -> Iterator[Visit]:
+    """A fresh profile. Afterwards the page must not have written an error to its console."""
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    context.set_default_timeout(WAIT_MS)
+    visit = Visit(context.new_page())
+    visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
+    visit.page.on(
+        "console", lambda said: visit.complaints.append(said.text) if said.type == "error" else None
+    )
+    try:
+        visit.page.goto(address)
+        visit.until("document.querySelector('#age').textContent.startsWith('read ')")
+        yield visit
+    finally:
+        context.close()
+    assert not visit.complaints, visit.complaints
