@@ -191,7 +191,10 @@ class NodeSettings(RoleSettings):
     )
     max_batch_rows: int = Field(default=8192, ge=1, le=10**7, description="rows computed at once")
     max_call_bytes: int = Field(
-        default=64 * 2**20, ge=1024, le=2**32, description="payload of one call, in bytes"
+        default=64 * 2**20,
+        ge=1024,
+        le=2**32,
+        description="payload of one call, in bytes as fp32, however it is encoded",
     )
     max_kept_bytes: int = Field(
         default=256 * 2**20,
