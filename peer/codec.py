@@ -24,6 +24,12 @@ MAX_CHUNK_BYTES = 1024 * 1024
 MAX_MESSAGE_BYTES = 3 * 1024 * 1024
 """Of a header and a chunk together."""
 
+_CODECS = {
+    "fp32": expert_pb2.CODEC_FP32,
+    "bf16": expert_pb2.CODEC_BF16,
+    "fp16": expert_pb2.CODEC_FP16,
+    "int8": expert_pb2.CODEC_INT8,
+}
 _BYTES_PER_NUMBER = {
     expert_pb2.CODEC_FP32: 4,
     expert_pb2.CODEC_BF16: 2,
@@ -42,7 +48,7 @@ _BLOCK_NUMBERS = 32_000
 
 def codec_of(name: CodecName) -> "expert_pb2.Codec":
     """The wire's number of a codec that a manifest names."""
-    return expert_pb2.Codec.Value(f"CODEC_{name.upper()}")
+    return _CODECS[name]
 
 
 def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
@@ -141,9 +147,10 @@ def _decode_int8(rows_RC: Tensor, numbers_RD: Tensor) -> None:
         torch.mul(rows[:, _SCALE_BYTES:].view(torch.int8), scales_R1, out=block)
 
 
-def _blocks(tensor: Tensor, width: int) -> Iterable[Tensor]:
+def _blocks(tensor: Tensor, width: int) -> Iterator[Tensor]:
     """Some rows of `width` numbers at a time."""
-    return tensor.split(max(1, _BLOCK_NUMBERS // max(1, width)))
+    step = max(1, _BLOCK_NUMBERS // width)
+    return (tensor[at : at + step] for at in range(0, len(tensor), step))
 
 
 def _writable(data: bytearray | memoryview, dtype: npt.DTypeLike) -> Tensor:
