@@ -281,3 +281,10 @@ def _socket(link: Link, host: str) -> socket.socket:
         for side in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             made.setsockopt(socket.SOL_SOCKET, side, _SOCKET_BYTES)
     return made
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """TCP ports that nobody uses now, for those who must know theirs beforehand."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
