@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dht.uid import UID, grid_coordinates
 from peer import PROTOCOL_VERSION
+from peer.codec import CodecName
 from peer.errors import SettingsError, SwarmError
 from peer.layers import Activation, Norm
 from peer.settings import describe_validation_error, read_toml
@@ -125,6 +126,15 @@ class OptimizerSpec(_Part):
         return 2
 
 
+class WireSpec(_Part):
+    """How activations and gradients travel."""
+
+    codec: CodecName = Field(
+        default="fp32",
+        description="of trainers' calls and of the answers; int8: with a scale for each row",
+    )
+
+
 class Manifest(_Part):
     """What all peers of a swarm share. The file that founds a swarm has the same form, as TOML."""
 
@@ -134,6 +144,7 @@ class Manifest(_Part):
     experts: ExpertSpec = ExpertSpec()
     routing: RoutingSpec = RoutingSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
+    wire: WireSpec = WireSpec()
 
     @model_validator(mode="after")
     def _top_k_is_not_too_large(self) -> Self:

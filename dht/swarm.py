@@ -68,14 +68,16 @@ async def found_swarm(
     *,
     listen: str,
     port: int,
+    announce: str | None = None,
     bootstrap: Sequence[str] = (),
     state: Path | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer and writes its manifest to the DHT, or finds it there: a founder comes back to its swarm.
 
-    `state`: folder in which the peers that were met are kept. Raises SwarmError when the name is somebody else's there,
-    or the manifest is not the one that the swarm was founded with.
+    `announce`: as in Host. `state`: folder in which the peers that were met are kept.
+    Raises SwarmError when the name is somebody else's there, or the manifest is not the one that the swarm was founded
+    with.
     """
     stage("starting the DHT")
     keys = SwarmKeys(manifest.name, identity.peer_id)
@@ -84,6 +86,7 @@ async def found_swarm(
         identity,
         listen=listen,
         port=port,
+        announce=announce,
         bootstrap=bootstrap,
         remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
         validator=RecordValidator(),
@@ -104,13 +107,14 @@ async def join_swarm(
     *,
     listen: str,
     port: int = 0,
+    announce: str | None = None,
     serves_dht: bool = True,
     state: Path | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer, joins by the invite or by peers met before, and reads the manifest that its author signed.
 
-    `state`: folder in which the peers that were met are kept.
+    `announce`: as in Host. `state`: folder in which the peers that were met are kept.
     Raises UnreachableError when nobody answers, and SwarmError when the manifest is missing or not for this software.
     """
     stage("joining the DHT")
@@ -119,6 +123,7 @@ async def join_swarm(
         identity,
         listen=listen,
         port=port,
+        announce=announce,
         bootstrap=invite.bootstrap,
         remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
         validator=RecordValidator(),

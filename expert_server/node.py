@@ -342,7 +342,7 @@ class Node:
                 f"can't listen on {host} port {settings.grpc_port}: pass another port"
             ) from error
         await self._server.start()
-        self.address = _endpoint(host, port)
+        self.address = _endpoint(settings.announce_host or host, settings.announce_grpc_port or port)
         registry = CollectorRegistry()
         registry.register(NodeCollector(self._stats, self._counts))
         self._metrics = MetricsServer(registry, settings.metrics_host, settings.metrics_port)

@@ -41,7 +41,7 @@ class EdgeLimits:
     """What one call may ask for."""
 
     max_call_bytes: int
-    """Payload of one call, in bytes."""
+    """Payload of one call, in bytes as fp32: what it takes in memory, however it is encoded."""
     max_call_s: float
     """Longest that a call may last, whatever deadline it came with, in seconds; also how long a forward is kept."""
     max_kept_bytes: int = 0
@@ -232,7 +232,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         if not 1 <= len(header.experts) <= MAX_EXPERTS_IN_CALL:
             raise WireError(f"{len(header.experts)} experts in one call; expected 1 to {MAX_EXPERTS_IN_CALL}")
         tensor_rows = sum(_tensor_rows(expert, direction) for expert in header.experts)
-        size = encoded_bytes(tensor_rows, header.width, header.codec)
+        encoded_bytes(tensor_rows, header.width, header.codec)  # refuses a codec that is not spoken
+        size = 4 * tensor_rows * header.width
         if size > self._limits.max_call_bytes:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED,

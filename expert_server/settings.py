@@ -65,6 +65,18 @@ class NodeSettings(RoleSettings):
     grpc_port: int = Field(
         default=0, ge=0, le=65535, description="TCP port of the expert service; 0: any free one"
     )
+    announce_host: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=253,
+        description="address by which others reach this node, where a router forwards ports to it; unset: host",
+    )
+    announce_dht_port: int | None = Field(
+        default=None, ge=1, le=65535, description="port that is forwarded to dht_port; unset: the same"
+    )
+    announce_grpc_port: int | None = Field(
+        default=None, ge=1, le=65535, description="port that is forwarded to grpc_port; unset: the same"
+    )
     metrics_host: str = Field(
         default="127.0.0.1",
         min_length=1,
@@ -198,7 +210,10 @@ class NodeSettings(RoleSettings):
     )
     max_batch_rows: int = Field(default=8192, ge=1, le=10**7, description="rows computed at once")
     max_call_bytes: int = Field(
-        default=64 * 2**20, ge=1024, le=2**32, description="payload of one call, in bytes"
+        default=64 * 2**20,
+        ge=1024,
+        le=2**32,
+        description="payload of one call, in bytes as fp32, however it is encoded",
     )
     max_kept_bytes: int = Field(
         default=256 * 2**20,
@@ -217,6 +232,14 @@ class NodeSettings(RoleSettings):
             raise ValueError(
                 f"idle_percent ({self.idle_percent:g}) must be less than busy_percent ({self.busy_percent:g})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _forwards_to_known_ports(self) -> Self:
+        if (self.announce_host or self.announce_dht_port) and not self.dht_port:
+            raise ValueError("dht_port must be given too: a port is forwarded to it")
+        if self.announce_grpc_port and not self.grpc_port:
+            raise ValueError("grpc_port must be given too: a port is forwarded to it")
         return self
 
     @property

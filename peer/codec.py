@@ -1,14 +1,22 @@
-"""Tensors as bytes on the wire: encoding, sizes, chunks."""
+"""Tensors as bytes on the wire: encoding, sizes, chunks.
+
+Shape suffixes: R = rows, D = the model's width, N = all numbers of a tensor.
+"""
 
 from collections.abc import Iterable, Iterator
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from peer.errors import WireError
 from peer.wire import expert_pb2
 
 Floats = npt.NDArray[np.float32]
+CodecName: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
+"""As a manifest names them."""
 
 CHUNK_BYTES = 512 * 1024
 """Bigger messages stall the loop, smaller ones cost more than they carry."""
@@ -16,27 +24,77 @@ MAX_CHUNK_BYTES = 1024 * 1024
 MAX_MESSAGE_BYTES = 3 * 1024 * 1024
 """Of a header and a chunk together."""
 
-_BYTES_PER_NUMBER = {expert_pb2.CODEC_FP32: 4}
+_CODECS = {
+    "fp32": expert_pb2.CODEC_FP32,
+    "bf16": expert_pb2.CODEC_BF16,
+    "fp16": expert_pb2.CODEC_FP16,
+    "int8": expert_pb2.CODEC_INT8,
+}
+_BYTES_PER_NUMBER = {
+    expert_pb2.CODEC_FP32: 4,
+    expert_pb2.CODEC_BF16: 2,
+    expert_pb2.CODEC_FP16: 2,
+    expert_pb2.CODEC_INT8: 1,
+}
+_HALVES = {expert_pb2.CODEC_BF16: torch.bfloat16, expert_pb2.CODEC_FP16: torch.float16}
+_SCALE_BYTES = 4
+_STEP = (1 - 2**-20) / 127
+"""Of a row's largest magnitude, for int8: a little less than 1/127, so that no row overflows when it is decoded."""
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+"""Of rows with a smaller one all numbers are sent as zero: divisions by it would lose precision."""
+_BLOCK_NUMBERS = 32_000
+"""Converted at once: fits the processor's cache, and torch begins no threads for so few (its own bound is 32768)."""
+
+
+def codec_of(name: CodecName) -> "expert_pb2.Codec":
+    """The wire's number of a codec that a manifest names."""
+    return _CODECS[name]
 
 
 def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
     """Size of an encoded [rows, width] tensor. Raises WireError for a codec that this peer does not speak."""
-    try:
-        return rows * width * _BYTES_PER_NUMBER[codec]
-    except KeyError:
-        raise WireError(f"codec {codec} is not spoken here; spoken: CODEC_FP32") from None
+    if codec not in _BYTES_PER_NUMBER:
+        spoken = ", ".join(map(expert_pb2.Codec.Name, _BYTES_PER_NUMBER))
+        raise WireError(f"codec {codec} is not spoken here; spoken: {spoken}")
+    scales = _SCALE_BYTES * rows if codec == expert_pb2.CODEC_INT8 else 0
+    return rows * width * _BYTES_PER_NUMBER[codec] + scales
 
 
 def encode(tensor_RD: Floats, codec: "expert_pb2.Codec") -> memoryview:
-    """The tensor's bytes; no copy when it is contiguous and of the codec's type."""
-    encoded_bytes(0, 0, codec)
-    return np.ascontiguousarray(tensor_RD, dtype="<f4").data.cast("B")
+    """The tensor's bytes; as CODEC_FP32 not copied when it is contiguous and of that type.
+
+    Finite numbers beyond a codec's range are clipped to it (fp16: ±65504): one outlier shall not cost a call. What is
+    not finite stays so, in every codec, and the receiver refuses it.
+    """
+    rows, width = tensor_RD.shape
+    size = encoded_bytes(rows, width, codec)
+    if codec == expert_pb2.CODEC_FP32:
+        return np.ascontiguousarray(tensor_RD, dtype="<f4").data.cast("B")
+    data = np.empty(size, np.uint8)
+    numbers_RD = torch.from_numpy(np.require(tensor_RD, np.float32, ["C", "W"]))
+    if codec == expert_pb2.CODEC_INT8:
+        _encode_int8(numbers_RD, torch.from_numpy(data).view(rows, _SCALE_BYTES + width))
+    else:
+        _encode_half(numbers_RD.flatten(), torch.from_numpy(data.view(np.int16)).view(_HALVES[codec]))
+    return data.data
 
 
 def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") -> Floats:
-    """The [rows, width] tensor in `data`, sharing its memory. Raises WireError when a number is not finite."""
+    """The [rows, width] tensor in `data`, as CODEC_FP32 sharing its memory.
+
+    Raises WireError when a number is not finite.
+    """
     encoded_bytes(0, 0, codec)
-    tensor_RD = np.frombuffer(data, dtype="<f4").reshape(-1, width)
+    if codec == expert_pb2.CODEC_FP32:
+        tensor_RD = np.frombuffer(data, dtype="<f4").reshape(-1, width)
+    elif codec == expert_pb2.CODEC_INT8:
+        rows_RC = _writable(data, np.uint8).view(-1, _SCALE_BYTES + width)
+        tensor_RD = np.empty((len(rows_RC), width), np.float32)
+        _decode_int8(rows_RC, torch.from_numpy(tensor_RD))
+    else:
+        halves_N = _writable(data, np.int16).view(_HALVES[codec])
+        tensor_RD = np.empty((len(halves_N) // width, width), np.float32)
+        _decode_half(halves_N, torch.from_numpy(tensor_RD).flatten())
     if not np.isfinite(tensor_RD).all():
         raise WireError("the tensor has numbers that are not finite")
     return tensor_RD
@@ -56,3 +114,45 @@ def chunks(parts: Iterable[memoryview]) -> Iterator[bytes]:
                 pieces, room = [], CHUNK_BYTES
     if pieces:
         yield b"".join(pieces)
+
+
+def _encode_half(numbers_N: Tensor, halves_N: Tensor) -> None:
+    largest = torch.finfo(halves_N.dtype).max
+    for block, halves in zip(_blocks(numbers_N, 1), _blocks(halves_N, 1), strict=True):
+        if (block.abs() > largest).any():
+            block = torch.where(block.isfinite(), block.clamp(-largest, largest), block)
+        halves.copy_(block)
+
+
+def _decode_half(halves_N: Tensor, numbers_N: Tensor) -> None:
+    for halves, block in zip(_blocks(halves_N, 1), _blocks(numbers_N, 1), strict=True):
+        block.copy_(halves)
+
+
+def _encode_int8(numbers_RD: Tensor, rows_RC: Tensor) -> None:
+    width = numbers_RD.shape[1]
+    for block, rows in zip(_blocks(numbers_RD, width), _blocks(rows_RC, width), strict=True):
+        scales_R1 = block.abs().amax(1, keepdim=True) * _STEP
+        scales_R1.masked_fill_(scales_R1 < _SMALLEST_SCALE, 0.0)
+        steps = block / scales_R1.masked_fill(scales_R1 == 0, torch.inf)
+        rows[:, :_SCALE_BYTES] = scales_R1.view(torch.uint8)
+        # a row that is not finite has a scale that says so, whatever its steps are
+        rows[:, _SCALE_BYTES:].view(torch.int8).copy_(steps.round_())
+
+
+def _decode_int8(rows_RC: Tensor, numbers_RD: Tensor) -> None:
+    width = numbers_RD.shape[1]
+    for rows, block in zip(_blocks(rows_RC, width), _blocks(numbers_RD, width), strict=True):
+        scales_R1 = rows[:, :_SCALE_BYTES].flatten().clone().view(torch.float32)[:, None]
+        torch.mul(rows[:, _SCALE_BYTES:].view(torch.int8), scales_R1, out=block)
+
+
+def _blocks(tensor: Tensor, width: int) -> Iterator[Tensor]:
+    """Some rows of `width` numbers at a time."""
+    step = max(1, _BLOCK_NUMBERS // width)
+    return (tensor[at : at + step] for at in range(0, len(tensor), step))
+
+
+def _writable(data: bytearray | memoryview, dtype: npt.DTypeLike) -> Tensor:
+    """torch shares memory only that may be written."""
+    return torch.from_numpy(np.require(np.frombuffer(data, dtype), requirements="W"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import math
 import os
 from collections.abc import Sequence
@@ -114,9 +115,10 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         return [task for task in tasks if task is not None]
 
 
-async def start_daemon(identity: Identity, listen: str, port: int, serves_dht: bool) -> Daemon:
+async def start_daemon(
+    identity: Identity, listen: str, port: int, announce: str | None, serves_dht: bool
+) -> Daemon:
     """Starts p2pd. Raises StartError when this machine can't."""
-    family = "ip6" if ":" in listen else "ip4"
     started: list[Daemon] = []
 
     class Noted(Daemon):
@@ -131,7 +133,8 @@ async def start_daemon(identity: Identity, listen: str, port: int, serves_dht: b
         daemon = await Noted.create(
             identity_path=str(identity.path),
             check_if_identity_free=False,  # the state folder's lock and the signed records stand for it
-            host_maddrs=[f"/{family}/{listen}/tcp/{port}"],
+            host_maddrs=[multiaddress(listen, port)],
+            announce_maddrs=None if announce is None else [announce],
             dht_mode="server" if serves_dht else "client",
             no_listen=not serves_dht,
             nat_port_map=False,
@@ -148,6 +151,15 @@ async def start_daemon(identity: Identity, listen: str, port: int, serves_dht: b
             for half_started in started:
                 await half_started.shutdown()
     return daemon
+
+
+def multiaddress(host: str, port: int) -> str:
+    """Of an IP address or host name, and a TCP port."""
+    try:
+        family = f"ip{ipaddress.ip_address(host).version}"
+    except ValueError:
+        family = "dns"
+    return f"/{family}/{host}/tcp/{port}"
 
 
 async def start_dht(daemon: Daemon, validator: RecordValidatorBase | None, serves_dht: bool) -> DHTNode:

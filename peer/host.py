@@ -38,6 +38,7 @@ class Host:
         identity: Identity,
         listen: str,
         port: int,
+        announce: str | None,
         validator: RecordValidatorBase | None,
         serves_dht: bool,
     ) -> None:
@@ -50,6 +51,7 @@ class Host:
         """How often p2pd was started again."""
         self._listen = listen
         self._port = port
+        self._announce = announce
         self._validator = validator
         self._serves_dht = serves_dht
         self._daemon: Daemon | None = None
@@ -65,6 +67,7 @@ class Host:
         *,
         listen: str,
         port: int = 0,
+        announce: str | None = None,
         bootstrap: Sequence[str] = (),
         remembered: Sequence[str] = (),
         validator: RecordValidatorBase | None = None,
@@ -73,7 +76,8 @@ class Host:
         """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
         Without `bootstrap` it may be that none of the remembered ones answers. `serves_dht=False` makes a client that
-        hosts no keys. Raises StartError when this machine can't start it or its clock is wrong, and UnreachableError
+        hosts no keys. `announce`: the multiaddress by which others reach this peer, when it is not where it listens.
+        Raises StartError when this machine can't start it or its clock is wrong, and UnreachableError
         when no bootstrap address answers.
         """
         sweep_dead_sockets()
@@ -85,7 +89,7 @@ class Host:
                 f"none of the {len(bootstrap)} bootstrap addresses answers: {', '.join(bootstrap)}; "
                 "is that peer running, and does this machine have a network connection?"
             )
-        host = cls(identity, listen, port, validator, serves_dht)
+        host = cls(identity, listen, port, announce, validator, serves_dht)
         try:
             await host._start()
             greetings = await host._greet(reachable)
@@ -173,7 +177,9 @@ class Host:
 
     async def _start(self) -> None:
         """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises StartError."""
-        daemon = self._daemon = await start_daemon(self.identity, self._listen, self._port, self._serves_dht)
+        daemon = self._daemon = await start_daemon(
+            self.identity, self._listen, self._port, self._announce, self._serves_dht
+        )
         try:
             async with asyncio.timeout(START_DEADLINE_S):
                 self._dht = await start_dht(daemon, self._validator, self._serves_dht)
@@ -182,7 +188,8 @@ class Host:
             raise StartError("the libp2p daemon does not answer") from error
         if self._serves_dht:
             endpoints = map(_tcp_endpoint, map(str, addresses))
-            self._port = next(endpoint[1] for endpoint in endpoints if endpoint is not None)
+            port = next(endpoint[1] for endpoint in endpoints if endpoint is not None)
+            self._port = self._port or port  # what is announced need not be where it listens
 
     async def _end(self) -> None:
         self._ready = False

@@ -419,12 +419,22 @@ def demo(
             metavar="PATH", help="A text file, or a folder of .txt files.  [default: Python's own help]"
         ),
     ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LINK",
+            help="Emulate this link before every node: rate, delay there and back, jitter, lost packets, such as "
+            "100mbit,80ms or 20mbit,80ms,5ms,0.1%.  [default: none]",
+        ),
+    ] = None,
 ) -> None:
     """Start a swarm on this machine, train on it, kill a node, and watch it go on."""
     with command(LogFormat.TEXT) as (terminal, _):
         from talkoot.demo import DemoPlan, run_demo
+        from talkoot.links import Link
 
-        run_demo(terminal, DemoPlan(nodes, steps, kill, data), json_file)
+        before = None if link is None else Link.parse(link)
+        run_demo(terminal, DemoPlan(nodes, steps, kill, data, link=before), json_file)
 
 
 use.add_to(app)

@@ -4,7 +4,7 @@ import asyncio
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from peer.processes import sweep_dead_sockets
 from talkoot.children import Child, Children
 from talkoot.console import Terminal, to_json, write_json
 from talkoot.demo_display import DemoDisplay, print_summary
+from talkoot.links import Link, Proxy, Wire, free_ports
 from talkoot.signals import run_until_stopped
 
 _HOST = "127.0.0.1"
@@ -53,6 +54,8 @@ class DemoPlan:
     data: Path | None
     victim: int = -1
     """Which node is killed: an index into the nodes, in the order of their start."""
+    link: Link | None = None
+    """What lies before every node."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class _Demo:
         self._display = DemoDisplay(terminal, plan.steps)
         self._children = Children(folder, self._on_event)
         self._nodes: list[Child] = []
+        self._proxies: list[Proxy] = []
         self._invites: dict[Child, Mapping[str, Any]] = {}
         self._states: dict[Child, Mapping[str, Any]] = {}
         self._step = 0
@@ -133,6 +137,8 @@ class _Demo:
                 alive = await self._count_alive()
         finally:
             await self._children.stop()
+            for proxy in self._proxies:
+                await proxy.close()
             sweep_dead_sockets()  # those of the killed node
         return DemoResult(
             **{name: summary[name] for name in _OF_THE_TRAINER},
@@ -207,6 +213,7 @@ class _Demo:
         child = await self._start(
             name,
             *("node", *origin, "--host", _HOST, "--device", "cpu", "--threads", "1"),
+            *await self._behind_link(name),
             *("--log-format", "json"),
             *("--state", str(self._folder / name.replace(" ", "-"))),
             *("--experts", experts, "--spare", experts),  # room for all that the killed node hosts
@@ -216,6 +223,17 @@ class _Demo:
         self._nodes.append(child)
         self._display.show_node_state(name, child.pid, "starting")
         return child
+
+    async def _behind_link(self, name: str) -> Sequence[str]:
+        """Puts a link before a node that is to be started; gives the flags by which the others see it there."""
+        if self._plan.link is None:
+            return ()
+        wire, (dht_port, grpc_port) = Wire(self._plan.link, seed=len(self._nodes)), free_ports(_HOST, 2)
+        dht, grpc = [await Proxy.start(wire, (_HOST, port), _HOST) for port in (dht_port, grpc_port)]
+        self._proxies += [dht, grpc]
+        config = self._folder / f"{name}.toml"
+        config.write_text(f"announce_dht_port = {dht.port}\nannounce_grpc_port = {grpc.port}\n")
+        return "--config", str(config), "--dht-port", str(dht_port), "--grpc-port", str(grpc_port)
 
     async def _start_trainer(self, invite: str) -> None:
         data = () if self._plan.data is None else ("--data", str(self._plan.data))

@@ -21,6 +21,7 @@ from expert_server.devices import check_devices
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
+from peer.daemon import multiaddress
 from peer.errors import InviteError, SettingsError, StartError, UserError
 from peer.files import write_whole
 from peer.host import default_listen_address, is_multiaddress
@@ -87,19 +88,24 @@ class SwarmStarter:
     invite: Invite | None
     bootstrap: tuple[str, ...]
 
-    async def start(self, identity: Identity, host: str, port: int, state: Path, stage: Stage) -> Swarm:
+    async def start(
+        self, identity: Identity, host: str, port: int, announce: str | None, state: Path, stage: Stage
+    ) -> Swarm:
         if self.manifest is not None:
             return await found_swarm(
                 identity,
                 self.manifest,
                 listen=host,
                 port=port,
+                announce=announce,
                 bootstrap=self.bootstrap,
                 state=state,
                 stage=stage,
             )
         assert self.invite is not None
-        return await join_swarm(identity, self.invite, listen=host, port=port, state=state, stage=stage)
+        return await join_swarm(
+            identity, self.invite, listen=host, port=port, announce=announce, state=state, stage=stage
+        )
 
 
 def run_node(
@@ -169,8 +175,9 @@ class _NodeCommand:
     async def _serve(self) -> None:
         with self._terminal.stages("making ready") as stage:
             identity = Identity.load_or_create(self._state / "identity.key")
+            announce = announced_address(self._settings, self._host)
             swarm = await self._starter.start(
-                identity, self._host, self._settings.dht_port, self._state, stage
+                identity, self._host, self._settings.dht_port, announce, self._state, stage
             )
             # from here on the node stops the swarm
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
@@ -248,6 +255,13 @@ def _be_nice(niceness: int) -> None:
 def _first(error: BaseException) -> BaseException:
     """The error itself, or the first in the group."""
     return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+def announced_address(settings: NodeSettings, host: str) -> str | None:
+    """The multiaddress by which others reach this node's DHT; None when it is where it listens."""
+    if not (settings.announce_host or settings.announce_dht_port):
+        return None
+    return multiaddress(settings.announce_host or host, settings.announce_dht_port or settings.dht_port)
 
 
 def listen_address(settings: NodeSettings) -> str:

@@ -91,10 +91,17 @@ class ExpertCaller(Protocol):
 class GrpcCaller:
     """Calls nodes over pinned TLS channels."""
 
-    def __init__(self, channels: ChannelPool, swarm_id: str, width: int) -> None:
+    def __init__(
+        self,
+        channels: ChannelPool,
+        swarm_id: str,
+        width: int,
+        codec: "expert_pb2.Codec" = expert_pb2.CODEC_FP32,
+    ) -> None:
         self._channels = channels
         self._swarm_id = swarm_id
         self._width = width
+        self._codec = codec
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -155,11 +162,11 @@ class GrpcCaller:
             swarm_id=self._swarm_id,
             request_id=request_id,
             width=self._width,
-            codec=expert_pb2.CODEC_FP32,
+            codec=self._codec,
             experts=map(_expert_rows, requests),
             keep=any(request.keep for request in requests),
         )
-        payload = chunks(encode(tensor, expert_pb2.CODEC_FP32) for tensor in _tensors(requests))
+        payload = chunks(encode(tensor, self._codec) for tensor in _tensors(requests))
         first = next(payload, b"")
         await stream.write(expert_pb2.CallRequest(header=header, chunk=first))
         self.bytes_sent += len(first)
@@ -174,7 +181,7 @@ class GrpcCaller:
         """Raises WireError for whatever a correct node would not send. Reads to the stream's end: calls that are
         cancelled leak (grpc issue 43360).
         """
-        replies = _Replies(request_id, requests, self._width)
+        replies = _Replies(request_id, requests, self._width, self._codec)
         while not replies.complete:
             reply = await stream.read()
             if not isinstance(reply, expert_pb2.CallReply):
@@ -190,10 +197,13 @@ class GrpcCaller:
 class _Replies:
     """Puts the answers of one call together. Does no I/O."""
 
-    def __init__(self, request_id: bytes, requests: Sequence[Request], width: int) -> None:
+    def __init__(
+        self, request_id: bytes, requests: Sequence[Request], width: int, codec: "expert_pb2.Codec"
+    ) -> None:
         self._request_id = request_id
         self._requests = requests
         self._width = width
+        self._codec = codec
         self._waiting = set(range(len(requests)))
         self._due: deque[expert_pb2.ExpertReply] = deque()
         """Answers whose tensors have not come in whole."""
@@ -234,7 +244,7 @@ class _Replies:
         size = 0
         if not expert.status:
             rows = len(self._requests[expert.index].inputs)
-            size = encoded_bytes(rows, self._width, expert_pb2.CODEC_FP32)
+            size = encoded_bytes(rows, self._width, self._codec)
         if expert.payload_bytes != size:
             raise WireError(f"a tensor of {expert.payload_bytes} bytes; expected {size}")
         self._waiting.remove(expert.index)
@@ -252,7 +262,7 @@ class _Replies:
         kept = KeptAt(self._request_id, expert.index) if expert.kept else None
         return Answer(
             expert.index,
-            decode(data, self._width, expert_pb2.CODEC_FP32),
+            decode(data, self._width, self._codec),
             update_count=expert.update_count,
             kept=kept,
             skipped_update=expert.skipped_update,

@@ -16,6 +16,7 @@ from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from peer.channels import ChannelPool
+from peer.codec import codec_of
 from peer.errors import SwarmError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -160,7 +161,10 @@ class SwarmClient:
             asyncio.create_task(self._directory.keep_fresh()),
             asyncio.create_task(self._swarm.membership.keep(_CHECK_EVERY_S)),
         ]
-        caller = GrpcCaller(self._channels, invite.keys.swarm_id, self._swarm.manifest.model.hidden)
+        manifest = self._swarm.manifest
+        caller = GrpcCaller(
+            self._channels, invite.keys.swarm_id, manifest.model.hidden, codec_of(manifest.wire.codec)
+        )
         policy = WaitPolicy(
             settings.call_deadline_s,
             settings.grace_s,

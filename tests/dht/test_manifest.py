@@ -75,6 +75,7 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
         ('name = "sauna"\n[model]\nhidden = 100\nheads = 3', "hidden (100)"),
         ('name = "sauna"\n[model]\nnorm = "batch"', "model.norm: Input should be 'layer' or 'rms'"),
         ('name = "sauna"\n[model]\nactivation = "relu"', "model.activation: Input should be 'gelu', "),
+        ('name = "sauna"\n[wire]\ncodec = "int4"', "wire.codec: Input should be 'fp32', "),
         ('name = "sauna"\n[experts]\ngrid = []', "experts.grid"),
         ('name = "sauna"\n[experts]\ngrid = [4, 0]', "experts.grid.1"),
         ('name = "sauna"\n[experts]\ngrid = [4096, 4096]', "at most 1048576"),

@@ -1,6 +1,10 @@
-"""Tensors as bytes: nothing is lost, and nothing that is not finite comes in."""
+"""Tensors as bytes: no more is lost than a codec says, and nothing that is not finite comes in."""
+
+import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +23,10 @@ from peer.codec import (
 from peer.errors import WireError
 from peer.wire import expert_pb2
 
-FP32 = expert_pb2.CODEC_FP32
+FP32, INT8 = expert_pb2.CODEC_FP32, expert_pb2.CODEC_INT8
+HALVES = [expert_pb2.CODEC_BF16, expert_pb2.CODEC_FP16]
+CODECS = [FP32, *HALVES, INT8]
+every_codec = pytest.mark.parametrize("codec", CODECS, ids=expert_pb2.Codec.Name)
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 24))
 tensors: st.SearchStrategy[Floats] = arrays.arrays(np.float32, shapes, elements=finite)
@@ -57,14 +64,132 @@ def test_neither_way_copies() -> None:
     assert decoded_RD[1, 2] == 7.0
 
 
-@given(tensors, st.sampled_from([np.nan, np.inf, -np.inf]), st.integers(0, 10**6))
-def test_one_number_that_is_not_finite_is_refused(tensor_RD: Floats, bad: float, position: int) -> None:
+def largest_error(tensor_RD: Floats, codec: "expert_pb2.Codec") -> npt.NDArray[np.float64]:
+    """[R, D]: half a unit in the last place of what the codec can say there, or what it clips."""
+    size_RD: npt.NDArray[np.float64] = np.abs(tensor_RD.astype(np.float64))
+    error_RD: npt.NDArray[np.float64] = np.zeros_like(size_RD)
+    if codec == expert_pb2.CODEC_BF16:  # 8 bits of precision; its largest and smallest numbers are fp32's
+        error_RD = np.maximum(size_RD * 2**-8, 2.0**-134)
+    if codec == expert_pb2.CODEC_FP16:  # 11 bits, and numbers below 2^-14 lie 2^-24 apart
+        error_RD = np.maximum(np.maximum(size_RD * 2**-11, 2.0**-25), size_RD - 65504)
+    if codec == INT8:  # half a step, and what is too small for a scale is zero
+        steps_R1 = np.maximum(size_RD.max(1, keepdims=True) / 127, 128 * 2.0**-126)
+        error_RD += steps_R1 * 0.500_01
+    return error_RD
+
+
+@every_codec
+@given(tensor_RD=tensors)
+def test_what_is_lost_is_at_most_half_a_step_of_the_codec(
+    codec: "expert_pb2.Codec", tensor_RD: Floats
+) -> None:
+    rows, width = tensor_RD.shape
+    data = encode(tensor_RD, codec)
+    assert len(data) == data.nbytes == encoded_bytes(rows, width, codec)
+    decoded_RD = decode(bytearray(data), width, codec)
+    assert decoded_RD.dtype == np.float32
+    assert decoded_RD.shape == tensor_RD.shape
+    error_RD = np.abs(decoded_RD.astype(np.float64) - tensor_RD)
+    assert (error_RD <= largest_error(tensor_RD, codec)).all()
+
+
+@every_codec
+@given(tensor_RD=tensors)
+def test_coding_again_what_was_decoded_loses_little_more(
+    codec: "expert_pb2.Codec", tensor_RD: Floats
+) -> None:
+    width = tensor_RD.shape[1]
+    once_RD = decode(encode(tensor_RD, codec), width, codec)
+    twice_RD = decode(encode(once_RD, codec), width, codec)
+    np.testing.assert_allclose(twice_RD, once_RD, rtol=1e-5 if codec == INT8 else 0, atol=2.0**-119)
+
+
+@every_codec
+def test_tensors_of_many_blocks_are_coded_row_by_row(codec: "expert_pb2.Codec") -> None:
+    tensor_RD = np.random.default_rng(0).standard_normal((1000, 300), dtype=np.float32)
+    tensor_RD *= np.logspace(-3, 3, 1000, dtype=np.float32)[:, None]
+    whole_RD = decode(encode(tensor_RD, codec), 300, codec)
+    for row in (0, 105, 106, 107, 500, 999):
+        assert np.array_equal(decode(encode(tensor_RD[row : row + 1], codec), 300, codec)[0], whole_RD[row])
+
+
+@every_codec
+def test_tensors_that_may_not_be_written_or_are_not_contiguous_are_coded_too(
+    codec: "expert_pb2.Codec",
+) -> None:
+    turned_DR = np.random.default_rng(0).standard_normal((5, 7), dtype=np.float32).T
+    turned_DR.flags.writeable = False
+    data = bytes(encode(turned_DR, codec))
+    assert data == bytes(encode(turned_DR.copy(), codec))
+    assert np.array_equal(decode(memoryview(data), 5, codec), decode(bytearray(data), 5, codec))
+
+
+def test_halves_and_bytes_are_as_the_protocol_says() -> None:
+    tensor_RD = np.array([[127.0, -2.0], [0.0, 0.0]], dtype=np.float32)
+    assert bytes(encode(tensor_RD, expert_pb2.CODEC_BF16)).hex() == "fe4200c000000000"
+    assert bytes(encode(tensor_RD, expert_pb2.CODEC_FP16)).hex() == "f05700c000000000"
+    data = bytes(encode(tensor_RD, INT8))
+    assert [data[4:6].hex(), data[6:].hex()] == ["7ffe", "000000000000"]
+    assert np.frombuffer(data[:4], "<f4")[0] == pytest.approx(1.0, rel=2e-6)
+
+
+def test_what_a_half_cannot_say_is_clipped() -> None:
+    tensor_RD = np.array([[1e5, -1e30, 1.0, 65519.0]], dtype=np.float32)
+    clipped = decode(encode(tensor_RD, expert_pb2.CODEC_FP16), 4, expert_pb2.CODEC_FP16)
+    assert clipped.tolist() == [[65504, -65504, 1, 65504]]
+    largest = np.full((1, 1), np.finfo(np.float32).max)
+    assert decode(encode(largest, expert_pb2.CODEC_BF16), 1, expert_pb2.CODEC_BF16)[0, 0] > 3.38e38
+
+
+@every_codec
+def test_beside_its_result_coding_takes_no_memory_that_grows_with_the_tensor(
+    codec: "expert_pb2.Codec",
+) -> None:
+    rows, width = 4096, 256
+    tensor_RD = np.ones((rows, width), np.float32)
+
+    def most_bytes(work: Callable[[], object]) -> int:
+        tracemalloc.start()
+        work()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    size = encoded_bytes(rows, width, codec)
+    assert most_bytes(lambda: encode(tensor_RD, codec)) < (0 if codec == FP32 else size) + 10_000
+    data = bytearray(encode(tensor_RD, codec))
+    finite = rows * width  # a byte for each number, while they are looked at
+    expected = finite + (0 if codec == FP32 else tensor_RD.nbytes)
+    assert most_bytes(lambda: decode(data, width, codec)) < expected + 10_000
+
+
+@every_codec
+@given(tensor_RD=tensors, bad=st.sampled_from([np.nan, np.inf, -np.inf]), position=st.integers(0, 10**6))
+def test_one_number_that_is_not_finite_is_refused(
+    codec: "expert_pb2.Codec", tensor_RD: Floats, bad: float, position: int
+) -> None:
     tensor_RD.flat[position % tensor_RD.size] = bad
     with pytest.raises(WireError, match="not finite"):
-        decode(bytearray(encode(tensor_RD, FP32)), tensor_RD.shape[1], FP32)
+        decode(bytearray(encode(tensor_RD, codec)), tensor_RD.shape[1], codec)
 
 
-@pytest.mark.parametrize("number", [0, 2, 77, -1])
+@every_codec
+@given(data=st.data(), rows=st.integers(1, 6), width=st.integers(1, 12))
+def test_any_bytes_become_finite_numbers_or_are_refused(
+    codec: "expert_pb2.Codec", data: st.DataObject, rows: int, width: int
+) -> None:
+    size = encoded_bytes(rows, width, codec)
+    blob = bytearray(data.draw(st.binary(min_size=size, max_size=size)))
+    try:
+        decoded_RD = decode(blob, width, codec)
+    except WireError:
+        return
+    assert decoded_RD.dtype == np.float32
+    assert decoded_RD.shape == (rows, width)
+    assert np.isfinite(decoded_RD).all()
+
+
+@pytest.mark.parametrize("number", [0, 5, 77, -1])
 def test_a_codec_that_is_not_spoken_is_named(number: int) -> None:
     codec = expert_pb2.CallHeader().codec if number == 0 else number
     for use in (
@@ -72,7 +197,9 @@ def test_a_codec_that_is_not_spoken_is_named(number: int) -> None:
         lambda: encode(np.zeros((1, 1), np.float32), codec),  # type: ignore[arg-type]  # as above
         lambda: decode(bytearray(4), 1, codec),  # type: ignore[arg-type]  # as above
     ):
-        with pytest.raises(WireError, match=f"codec {number} is not spoken here; spoken: CODEC_FP32"):
+        with pytest.raises(
+            WireError, match=f"codec {number} is not spoken here; spoken: CODEC_FP32, CODEC_BF16"
+        ):
             use()
 
 

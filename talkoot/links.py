@@ -1,0 +1,290 @@
+"""An emulated link between peers: a TCP proxy with a rate, a delay, jitter, losses, resets and cuts.
+
+It carries any TCP traffic, gRPC and libp2p alike: listen with a `Proxy` for each port of a peer, and announce the
+proxy's address. A rate is of the bytes that TCP carries, without its headers. TCP's own slow start is not emulated; a
+lost packet holds up all that comes behind it on its connection, as with TCP.
+"""
+
+import asyncio
+import contextlib
+import math
+import random
+import re
+import socket
+import struct
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Self
+
+from peer.errors import SettingsError
+
+_PACKET_BYTES = 1448
+_MOST_AT_ONCE = 64 * 1024
+_TURN_S = 0.004
+"""Longest that the bytes which one connection may send at once keep the link from others."""
+_QUEUE_S = 0.05
+"""What may wait for its turn on a link, as in the buffer of a router."""
+_FREE_BYTES = 16 * 2**20
+"""In flight on each connection of a link without a rate."""
+_SOCKET_BYTES = 64 * 1024
+"""Of the kernel's buffers at a link with a rate: what waits there has not been slowed yet."""
+_RETRANSMIT_S = 0.2
+"""Linux' shortest wait before a packet is sent again."""
+_RESET = struct.pack("ii", 1, 0)
+"""Lingers for no time: closing then sends a reset."""
+
+_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(kbit|mbit|gbit|ms|s|%)")
+_MBIT = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}
+_SECONDS = {"ms": 1e-3, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class Link:
+    """What lies between two peers; both directions are alike."""
+
+    rate_mbit: float | None = None
+    """Of each direction, which all connections share, in Mbit/s; None: as fast as it goes."""
+    delay_s: float = 0.0
+    """There and back together, as `ping` shows it."""
+    jitter_s: float = 0.0
+    """Most that is added to each way, evenly spread."""
+    loss: float = 0.0
+    """Share of packets that get lost, below 1."""
+    resets_per_min: float = 0.0
+    """How often each connection is reset, on average."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads `100mbit,80ms`, and also jitter and loss: `20mbit,80ms,5ms,0.1%`. Raises SettingsError."""
+        rates, times, losses = [], [], []
+        for part in text.replace(" ", "").lower().split(","):
+            match = _PART.fullmatch(part)
+            if match is None:
+                raise SettingsError(
+                    f"{part!r} is no part of a link: write for example 100mbit,80ms or 20mbit,80ms,5ms,0.1% "
+                    "(rate, delay there and back, jitter, lost packets)"
+                )
+            number, unit = float(match[1]), match[2]
+            if unit in _MBIT:
+                rates.append(number * _MBIT[unit])
+            elif unit in _SECONDS:
+                times.append(number * _SECONDS[unit])
+            else:
+                losses.append(number / 100)
+        if len(rates) > 1 or len(times) > 2 or len(losses) > 1 or 0.0 in rates or 1 in losses:
+            raise SettingsError(
+                f"{text!r} is no link: one rate above 0, a delay, jitter and a loss below 100%"
+            )
+        delay_s, jitter_s = (*times, 0.0, 0.0)[:2]
+        return cls(rates[0] if rates else None, delay_s, jitter_s, losses[0] if losses else 0.0)
+
+    @property
+    def bytes_per_s(self) -> float:
+        return math.inf if self.rate_mbit is None else self.rate_mbit * 125_000
+
+    @property
+    def most_in_flight(self) -> float:
+        """Bytes of one connection and direction: what fills the link, and what waits in its queue."""
+        if self.rate_mbit is None:
+            return _FREE_BYTES
+        seconds = self.delay_s / 2 + self.jitter_s + _QUEUE_S
+        return max(2 * self.most_at_once, self.bytes_per_s * seconds)
+
+    @property
+    def most_at_once(self) -> int:
+        """Bytes of one connection before it is the turn of others."""
+        return int(min(_MOST_AT_ONCE, max(_PACKET_BYTES, self.bytes_per_s * _TURN_S)))
+
+
+class Direction:
+    """One direction of a link, which all its connections share. Pure: time and chance are passed in."""
+
+    def __init__(self, link: Link) -> None:
+        self.bytes_carried = 0
+        self._link = link
+        self._free_at = -math.inf
+
+    def backlog_s(self, now: float) -> float:
+        """How long a byte that comes now would wait for its turn."""
+        return max(0.0, self._free_at - now)
+
+    def carry(self, size: int, now: float, rng: random.Random) -> float:
+        """Takes in `size` bytes; gives the time at which they arrive."""
+        self.bytes_carried += size
+        self._free_at = max(now, self._free_at) + size / self._link.bytes_per_s
+        arrives = self._free_at + self._link.delay_s / 2 + rng.random() * self._link.jitter_s
+        passes = (1 - self._link.loss) ** math.ceil(size / _PACKET_BYTES)
+        if rng.random() >= passes:
+            arrives += max(_RETRANSMIT_S, self._link.delay_s)
+        return arrives
+
+
+class Wire:
+    """A link in use: what its proxies share, and what cuts it. Give both proxies of a peer the same wire."""
+
+    def __init__(self, link: Link, seed: int = 0) -> None:
+        self.link = link
+        self.there, self.back = Direction(link), Direction(link)
+        self.connections = 0
+        """Opened since the start."""
+        self.resets = 0
+        self._seed = seed
+        self._whole = asyncio.Event()
+        self._whole.set()
+
+    def cut(self) -> None:
+        """From now on nothing passes, and nobody is told: as when a cable is pulled."""
+        self._whole.clear()
+
+    def mend(self) -> None:
+        """What was sent meanwhile passes now."""
+        self._whole.set()
+
+    async def whole(self) -> None:
+        await self._whole.wait()
+
+    def next_chances(self) -> tuple[random.Random, random.Random]:
+        """For both directions of the next connection: the same each time, whatever other connections do."""
+        self.connections += 1
+        there, back = (random.Random(f"{self._seed} {self.connections} {way}") for way in range(2))  # noqa: S311
+        return there, back
+
+
+class Proxy:
+    """Listens, and carries each connection over a wire to the target. Made by `start`; `close` it when done."""
+
+    def __init__(self, wire: Wire, listener: socket.socket, target: tuple[str, int]) -> None:
+        self.wire = wire
+        self._target = target
+        self._listener = listener
+        self._accepting: asyncio.Task[None] | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def start(cls, wire: Wire, target: tuple[str, int], host: str = "127.0.0.1", port: int = 0) -> Self:
+        """`target`: IP address and port, where somebody need not listen yet."""
+        listener = _socket(wire.link, host)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+        proxy = cls(wire, listener, target)
+        proxy._accepting = asyncio.create_task(proxy._accept())
+        return proxy
+
+    @property
+    def port(self) -> int:
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    async def close(self) -> None:
+        """Ends all connections. Closing twice is harmless."""
+        tasks = [*self._connections, *([self._accepting] if self._accepting else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._listener.close()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            client, _ = await loop.sock_accept(self._listener)
+            task = asyncio.create_task(self._carry(client))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def _carry(self, client: socket.socket) -> None:
+        wire, (there, back) = self.wire, self.wire.next_chances()
+        lives_s = there.expovariate(wire.link.resets_per_min / 60) if wire.link.resets_per_min else None
+        with contextlib.closing(client), contextlib.closing(_socket(wire.link, self._target[0])) as server:
+            try:
+                async with asyncio.timeout(lives_s), asyncio.TaskGroup() as group:
+                    await self._connect(server)
+                    _Pipe(wire, wire.there, client, server, there).run(group)
+                    _Pipe(wire, wire.back, server, client, back).run(group)
+            except* OSError as errors:  # of it is TimeoutError
+                wire.resets += errors.subgroup(TimeoutError) is not None
+                for side in (client, server):
+                    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+
+    async def _connect(self, server: socket.socket) -> None:
+        """A round trip passes before anything can be sent."""
+        await self.wire.whole()
+        await asyncio.sleep(self.wire.link.delay_s)
+        await asyncio.get_running_loop().sock_connect(server, self._target)
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class _Pipe:
+    """One direction of one connection."""
+
+    def __init__(
+        self,
+        wire: Wire,
+        direction: Direction,
+        source: socket.socket,
+        sink: socket.socket,
+        rng: random.Random,
+    ) -> None:
+        self._wire = wire
+        self._direction = direction
+        self._source = source
+        self._sink = sink
+        self._rng = rng
+        self._waiting: deque[tuple[float, bytes]] = deque()
+
+        self._in_flight = 0
+        self._changed = asyncio.Event()
+
+    def run(self, group: asyncio.TaskGroup) -> None:
+        """Until the source has ended and all has arrived. The tasks raise OSError when either side is reset."""
+        group.create_task(self._take_in())
+        group.create_task(self._deliver())
+
+    async def _take_in(self) -> None:
+        loop, arrived = asyncio.get_running_loop(), 0.0
+        data = b"-"
+        while data:
+            while self._in_flight >= self._wire.link.most_in_flight:
+                await self._change()
+            await asyncio.sleep(self._direction.backlog_s(time.monotonic()) - _QUEUE_S)
+            data = await loop.sock_recv(self._source, self._wire.link.most_at_once)
+            arrived = max(arrived, self._direction.carry(len(data), time.monotonic(), self._rng))
+            self._waiting.append((arrived, data))
+            self._in_flight += len(data)
+            self._changed.set()
+
+    async def _deliver(self) -> None:
+        loop = asyncio.get_running_loop()
+        data = b"-"
+        while data:
+            while not self._waiting:
+                await self._change()
+            arrives, data = self._waiting[0]
+            await asyncio.sleep(arrives - time.monotonic())
+            await self._wire.whole()
+            await loop.sock_sendall(self._sink, data)
+            self._waiting.popleft()
+            self._in_flight -= len(data)
+            self._changed.set()
+        self._sink.shutdown(socket.SHUT_WR)
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+def _socket(link: Link, host: str) -> socket.socket:
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    made.setblocking(False)
+    if link.rate_mbit is not None:
+        for side in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            made.setsockopt(socket.SOL_SOCKET, side, _SOCKET_BYTES)
+    return made
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """TCP ports that nobody uses now, for those who must know theirs beforehand."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]

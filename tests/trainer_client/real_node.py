@@ -1,0 +1,72 @@
+"""A real node of two experts on a socket, and calls of it, for tests."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+
+from dht.manifest import ExpertSpec, Manifest, ModelSpec
+from dht.registry import NodeInfo
+from dht.uid import UID
+from expert_server.expert import Expert
+from expert_server.runtime import Runtime
+from expert_server.servicer import EdgeLimits, ExpertServicer
+from peer.channels import SERVER_OPTIONS, server_credentials
+from peer.codec import Floats
+from peer.identity import Identity, certificate_pem
+from peer.wire import expert_pb2_grpc
+from trainer_client.calls import Answer, Direction, GrpcCaller, Request
+
+HIDDEN, ROWS = 16, 6
+MANIFEST = Manifest(
+    name="kept", model=ModelSpec(hidden=HIDDEN, heads=2, context=16), experts=ExpertSpec(grid=(2, 2))
+)
+UIDS = [UID(0, (0, 0)), UID(0, (1, 1))]
+GENEROUS = 2**20
+
+
+def rows(seed: int) -> Floats:
+    return np.random.default_rng(seed).standard_normal((ROWS, HIDDEN), dtype=np.float32)
+
+
+def request(
+    uid: UID, gradients: Floats | None = None, keep: bool = False, answer: Answer | None = None
+) -> Request:
+    kept = None if answer is None else answer.kept
+    return Request(uid, [4, 2], [0, 1, 2, 5, 3, 4], rows(1), gradients, keep, kept)
+
+
+@asynccontextmanager
+async def a_node(path: Path, max_kept_bytes: int) -> AsyncIterator[tuple[NodeInfo, Runtime]]:
+    identity = Identity.load_or_create(path / "identity.key")
+    certificate = identity.make_certificate()
+    runtime = Runtime(
+        {uid: Expert(uid, MANIFEST) for uid in UIDS}, max_queued_rows=999, max_batch_rows=99, threads=1
+    )
+    await runtime.start()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    limits = EdgeLimits(max_call_bytes=2**20, max_call_s=30.0, max_kept_bytes=max_kept_bytes)
+    expert_pb2_grpc.add_ExpertServiceServicer_to_server(
+        ExpertServicer(runtime, MANIFEST, "kept-swarm", limits), server
+    )
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
+    await server.start()
+    pem = certificate_pem(certificate, identity.peer_id)
+    address = (f"127.0.0.1:{port}",)
+    try:
+        yield (
+            NodeInfo(identity.peer_id, address, pem, 1, "0", 2, 2, 0, 0, 0.0, (), time.time() + 60),
+            runtime,
+        )
+    finally:
+        await server.stop(None)
+        await runtime.stop()
+
+
+async def ask(
+    caller: GrpcCaller, node: NodeInfo, direction: Direction, *requests: Request
+) -> dict[int, Answer]:
+    return {answer.index: answer async for answer in caller.call(node, direction, requests, 20.0)}

@@ -1,0 +1,73 @@
+"""Every codec between a trainer and a real node, over real sockets."""
+
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from real_node import GENEROUS, HIDDEN, ROWS, UIDS, a_node, ask, request, rows
+
+from dht.manifest import Manifest, WireSpec
+from peer.channels import ChannelPool
+from peer.codec import CodecName, Floats, codec_of, encoded_bytes
+from peer.errors import ExpertError
+from peer.loop import LoopThread
+from trainer_client.calls import GrpcCaller
+
+CODECS: tuple[CodecName, ...] = get_args(CodecName)
+CLOSE = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.003, "int8": 0.04}
+"""Of the largest number: both ways' rounding together, as a network of one layer carries it on."""
+
+
+async def out_and_back(path: Path, codec: CodecName) -> tuple[list[Floats], int]:
+    """What both experts answer, forward and backward, and the bytes that went both ways."""
+    channels = ChannelPool()
+    async with a_node(path, GENEROUS) as (node, runtime):
+        caller = GrpcCaller(channels, "kept-swarm", HIDDEN, codec_of(codec))
+        forward = await ask(caller, node, "forward", *(request(uid, keep=True) for uid in UIDS))
+        requests = [request(uid, rows(2 + i), answer=forward[i]) for i, uid in enumerate(UIDS)]
+        backward = await ask(caller, node, "backward", *requests)
+        await channels.close()
+        assert runtime.stats.updates == 2
+    tensors = [answers[i].tensor for answers in (forward, backward) for i in range(2)]
+    assert caller.bytes_sent == caller.bytes_received
+    return [tensor for tensor in tensors if tensor is not None], caller.bytes_sent
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_answers_are_close_to_those_of_fp32_and_as_small_as_the_codec_makes_them(
+    loop: LoopThread, tmp_path: Path, codec: CodecName
+) -> None:
+    exact, _ = loop.run(out_and_back(tmp_path / "exact", "fp32"), 30)
+    found, sent = loop.run(out_and_back(tmp_path / "coded", codec), 30)
+    assert sent == 4 * encoded_bytes(ROWS, HIDDEN, codec_of(codec))
+    assert len(found) == len(exact) == 4
+    for one, other in zip(found, exact, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=CLOSE[codec] * np.abs(other).max())
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_gradient_that_is_not_finite_is_refused_by_the_node_in_every_codec(
+    loop: LoopThread, tmp_path: Path, codec: CodecName
+) -> None:
+    gradients = rows(1)
+    gradients[2, 3] = np.nan
+
+    async def scenario() -> None:
+        channels = ChannelPool()
+        async with a_node(tmp_path, GENEROUS) as (node, runtime):
+            try:
+                caller = GrpcCaller(channels, "kept-swarm", HIDDEN, codec_of(codec))
+                await ask(caller, node, "backward", request(UIDS[0], gradients))
+            finally:
+                await channels.close()
+                assert runtime.stats.updates == 0
+
+    with pytest.raises(ExpertError, match="numbers that are not finite"):
+        loop.run(scenario(), 30)
+
+
+def test_a_manifest_names_the_codec_and_without_one_it_is_fp32() -> None:
+    assert Manifest(name="sauna").wire.codec == "fp32"
+    text = Manifest(name="sauna", wire=WireSpec(codec="int8")).to_json()
+    assert Manifest.from_json(text).wire.codec == "int8"
