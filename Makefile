@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := peer dht expert_server trainer_client talkoot tests benchmarks
+SOURCES := peer dht expert_server trainer_client talkoot tests benchmarks docs deploy
 
-.PHONY: demo test lint proto clean
+.PHONY: demo test lint proto settings clean
 
 demo: $(VENV)/installed
 	$(BIN)/talkoot demo
@@ -23,6 +23,10 @@ proto: $(VENV)/installed
 	$(BIN)/python -m grpc_tools.protoc -Ipeer/wire=proto --python_out=. --pyi_out=. --grpc_python_out=. \
 		$(patsubst proto/%,peer/wire/%,$(wildcard proto/*.proto))
 	rm -f peer/wire/records_pb2_grpc.py
+
+# Writes the page of all settings from the code.
+settings: $(VENV)/installed
+	$(BIN)/python -W ignore docs/settings_page.py > docs/settings.md
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

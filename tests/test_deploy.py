@@ -11,13 +11,11 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-import typer
 import yaml
+from command_lines import require_parses
 from compose_spec import PyOptions
-from typer.core import TyperGroup
 
 from peer.loop import LoopThread
-from talkoot.cli import app
 from talkoot.control import ControlServer
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -25,14 +23,6 @@ CONTAINERFILE = DEPLOY / "container" / "Containerfile"
 COMPOSE = DEPLOY / "compose.yaml"
 UNIT = DEPLOY / "systemd" / "talkoot-node.service"
 NODES = DEPLOY / "kubernetes" / "nodes.yaml"
-
-
-def understands(words: list[str]) -> None:
-    """Parses a command line of `talkoot`, and runs nothing. Raises click's error when an option does not exist."""
-    command = typer.main.get_command(app)
-    assert isinstance(command, TyperGroup)
-    each, *rest = words
-    command.commands[each].make_context(each, rest)
 
 
 def compose() -> str:
@@ -98,7 +88,7 @@ def test_compose_file_is_valid() -> None:
 def test_compose_file_starts_commands_that_exist() -> None:
     commands = {service["command"][0]: service["command"] for service in own_services().values()}
     for name in ("node", "train"):
-        understands(commands[name])
+        require_parses(commands[name])
     assert set(commands) == {"node", "train", "dashboard"}
 
 
@@ -143,7 +133,7 @@ def test_unit_starts_a_command_that_exists() -> None:
     (line,) = (line for line in UNIT.read_text().splitlines() if line.startswith("ExecStart="))
     program, *words = line.removeprefix("ExecStart=").split()
     assert program == "/opt/talkoot/bin/talkoot"
-    understands(words)
+    require_parses(words)
 
 
 # Kubernetes
@@ -163,7 +153,7 @@ def test_kubernetes_nodes_keep_their_state_and_have_few_rights() -> None:
     (nodes,) = (resource for resource in resources() if resource["kind"] == "StatefulSet")
     pod = nodes["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    understands(container["args"])
+    require_parses(container["args"])
     (claim,) = nodes["spec"]["volumeClaimTemplates"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts[claim["metadata"]["name"]] == "/state"
