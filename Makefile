@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := peer dht expert_server trainer_client talkoot tests benchmarks
+SOURCES := peer dht expert_server trainer_client talkoot tests benchmarks docs deploy examples
 
-.PHONY: demo test lint proto clean
+.PHONY: demo test lint proto settings clean
 
 demo: $(VENV)/installed
 	$(BIN)/talkoot demo
@@ -24,6 +24,10 @@ proto: $(VENV)/installed
 		$(patsubst proto/%,peer/wire/%,$(wildcard proto/*.proto))
 	rm -f peer/wire/records_pb2_grpc.py
 
+# Writes the page of all settings from the code.
+settings: $(VENV)/installed
+	$(BIN)/python -W ignore docs/settings_page.py > docs/settings.md
+
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -31,5 +35,5 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

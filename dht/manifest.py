@@ -139,7 +139,9 @@ class Manifest(_Part):
     """What all peers of a swarm share. The file that founds a swarm has the same form, as TOML."""
 
     name: SwarmName = Field(description="the swarm's name: small letters, digits and hyphens, 2 to 32")
-    protocol_version: int = PROTOCOL_VERSION
+    protocol_version: int = Field(
+        default=PROTOCOL_VERSION, description="of the swarm's peers; another is refused"
+    )
     model: ModelSpec = ModelSpec()
     experts: ExpertSpec = ExpertSpec()
     routing: RoutingSpec = RoutingSpec()

@@ -36,7 +36,7 @@ from expert_server.state_servicer import StateServicer
 from expert_server.status import NodeState, NodeStatus
 from expert_server.transfer import Snapshots, SnapshotTaker, StateClient
 from peer.channels import SERVER_OPTIONS, server_credentials
-from peer.errors import StartError, UnreachableError, UserError
+from peer.errors import PortError, UnreachableError, UserError
 from peer.host import require_free_port
 from peer.metrics import MetricsServer
 from peer.rates import Traffic
@@ -338,9 +338,7 @@ class Node:
         try:
             port = self._server.add_secure_port(_endpoint(host, settings.grpc_port), credentials)
         except RuntimeError as error:
-            raise StartError(
-                f"can't listen on {host} port {settings.grpc_port}: pass another port"
-            ) from error
+            raise PortError(f"can't listen on {host} port {settings.grpc_port}: pass another port") from error
         await self._server.start()
         self.address = _endpoint(settings.announce_host or host, settings.announce_grpc_port or port)
         registry = CollectorRegistry()

@@ -24,11 +24,14 @@ from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.answers import filter_answers
-from peer.errors import StartError
+from peer.errors import DaemonError
 from peer.identity import Identity
 from peer.processes import die_with_parent
 
 START_DEADLINE_S = 30.0
+_REINSTALL = (
+    "if p2pd is missing or broken, `python -m pip install --force-reinstall --no-deps hivemind` brings it"
+)
 _ENDS_WITHIN_S = 3.0
 """Longest that p2pd may take to end when asked; then it is killed."""
 
@@ -47,6 +50,9 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
 
     p2pd dies with us even when we are killed with SIGKILL.
     """
+
+    _daemon_listen_maddr: Any = None  # hivemind's end reads both, also where no p2pd was found
+    _client_listen_maddr: Any = None
 
     @staticmethod
     def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
@@ -118,7 +124,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
 async def start_daemon(
     identity: Identity, listen: str, port: int, announce: str | None, serves_dht: bool
 ) -> Daemon:
-    """Starts p2pd. Raises StartError when this machine can't."""
+    """Starts p2pd. Raises DaemonError when this machine can't."""
     started: list[Daemon] = []
 
     class Noted(Daemon):
@@ -143,9 +149,9 @@ async def start_daemon(
             startup_timeout=START_DEADLINE_S,
         )
     except P2PDaemonError as error:
-        raise StartError(f"the libp2p daemon did not start: {error}") from error
+        raise DaemonError(f"the libp2p daemon did not start: {error}; {_REINSTALL}") from error
     except (OSError, EOFError) as error:
-        raise StartError(f"can't run the libp2p daemon: {error}") from error
+        raise DaemonError(f"can't run the libp2p daemon: {error}; {_REINSTALL}") from error
     finally:
         if daemon is None:
             for half_started in started:

@@ -1,14 +1,20 @@
 """All errors of Talkoot, in one tree.
 
 TalkootError
-├── UserError                   what the person at the keyboard can mend; exit status 2
-│   ├── SettingsError           a setting, manifest or command line that is not valid
-│   ├── InviteError             a wrong or truncated invite
-│   ├── StartError              a peer could not start: port taken, state folder in use, p2pd missing
-│   ├── UnreachableError        nobody answers at the addresses given
-│   ├── SwarmError              the swarm is not what was expected: no manifest, other version, name taken
-│   ├── DataError               text that is missing, empty or unreadable
-│   └── CheckpointError         a trainer's checkpoint that is missing, broken or of another swarm
+├── UserError                   T100  what the person at the keyboard can mend; exit status 2
+│   ├── SettingsError           T101  a setting, manifest or command line that is not valid
+│   ├── InviteError             T102  a wrong or truncated invite
+│   ├── StartError              T103  a peer could not start, or something could not be written
+│   │   ├── PortError           T104  nobody can listen at that address and port
+│   │   ├── StateFolderError    T105  a state folder that is in use or can't be written
+│   │   ├── DaemonError         T106  p2pd is missing, does not start or has died
+│   │   ├── ClockError          T107  this machine's clock is wrong
+│   │   └── HiddenError         T108  no peer can reach this one
+│   ├── UnreachableError        T109  nobody answers at the addresses given
+│   ├── SwarmError              T110  the swarm is not what was expected: no manifest, other version, name taken
+│   ├── DataError               T111  text that is missing, empty or unreadable
+│   ├── InstallationError       T112  something that Talkoot needs is missing or broken
+│   └── CheckpointError         T113  a trainer's checkpoint that is missing, broken or of another swarm
 ├── RecordError                 a DHT record that is malformed, unsigned, expired or not its writer's
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
 ├── StateError                  saved tensors that are broken, or not those of this expert or model
@@ -18,7 +24,7 @@ TalkootError
 
 from __future__ import annotations  # ExpertError's annotations name grpc lazily
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     import grpc
@@ -29,35 +35,90 @@ class TalkootError(Exception):
 
 
 class UserError(TalkootError):
-    """What the person at the keyboard can mend: the message says how. Exit status 2."""
+    """What the person at the keyboard can mend: the message says how. Exit status 2.
+
+    `code` never changes: docs/troubleshooting.md says what each one means.
+    """
+
+    code: ClassVar[str] = "T100"
 
 
 class SettingsError(UserError):
     """A setting, manifest or command line that is not valid."""
 
+    code = "T101"
+
 
 class InviteError(UserError):
     """A wrong or truncated invite."""
 
+    code = "T102"
+
 
 class StartError(UserError):
-    """A peer could not start: port taken, state folder in use, p2pd missing."""
+    """A peer could not start, or something could not be written."""
+
+    code = "T103"
+
+
+class PortError(StartError):
+    """Nobody can listen at that address and port."""
+
+    code = "T104"
+
+
+class StateFolderError(StartError):
+    """A state folder that is in use or can't be written."""
+
+    code = "T105"
+
+
+class DaemonError(StartError):
+    """p2pd is missing, does not start or has died."""
+
+    code = "T106"
+
+
+class ClockError(StartError):
+    """This machine's clock is wrong."""
+
+    code = "T107"
+
+
+class HiddenError(StartError):
+    """No peer can reach this one."""
+
+    code = "T108"
 
 
 class UnreachableError(UserError):
     """Nobody answers at the addresses given."""
 
+    code = "T109"
+
 
 class SwarmError(UserError):
     """The swarm is not what was expected: no manifest, another protocol version, name taken."""
+
+    code = "T110"
 
 
 class DataError(UserError):
     """Text that is missing, empty or unreadable."""
 
+    code = "T111"
+
+
+class InstallationError(UserError):
+    """Something that Talkoot needs is missing or broken."""
+
+    code = "T112"
+
 
 class CheckpointError(UserError):
     """A trainer's checkpoint that is missing, broken or of another swarm."""
+
+    code = "T113"
 
 
 class RecordError(TalkootError):

@@ -13,7 +13,7 @@ from hivemind.proto import dht_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.daemon import P2PD_ERRORS, Daemon
-from peer.errors import StartError
+from peer.errors import ClockError, HiddenError
 
 CLOCK_TOLERANCE_S = 3.0
 """hivemind's own bound: with larger differences records expire too early for some, or are refused."""
@@ -75,18 +75,18 @@ async def _greet_one(
 
 
 def check_greetings(greetings: Collection[Greeting], serves_dht: bool) -> None:
-    """Raises StartError when this machine's clock is wrong by most others', or nobody reaches this peer."""
+    """Raises ClockError when this clock is wrong by most others', HiddenError when nobody reaches this peer."""
     offsets = (greeting.clock_offset_s for greeting in greetings)
     by_size = sorted((math.inf if math.isnan(offset) else offset for offset in offsets), key=abs)
     offset_s = by_size[(len(by_size) - 1) // 2]
     if abs(offset_s) > CLOCK_TOLERANCE_S:
         side = "behind" if offset_s > 0 else "ahead of"
-        raise StartError(
+        raise ClockError(
             f"this machine's clock is {abs(offset_s):.0f} s {side} those of most of the {len(by_size)} peers asked: "
             f"set it right, at most {CLOCK_TOLERANCE_S:.0f} s are tolerated"
         )
     if serves_dht and not any(greeting.reaches_us for greeting in greetings):
-        raise StartError(
+        raise HiddenError(
             f"none of the {len(greetings)} peers asked can reach this one: open its DHT port to the others, "
             "or pass the address by which they reach this machine as --host"
         )

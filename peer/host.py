@@ -15,7 +15,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.daemon import P2PD_ERRORS, START_DEADLINE_S, Daemon, start_daemon, start_dht
-from peer.errors import StartError, UnreachableError, UserError
+from peer.errors import DaemonError, PortError, UnreachableError, UserError
 from peer.greeting import Greeting, check_greetings, greet
 from peer.identity import Identity
 from peer.processes import sweep_dead_sockets
@@ -149,10 +149,10 @@ class Host:
     async def pause(self, longest_s: float) -> None:
         """Sleeps, but not beyond a restart of p2pd: then all has to be announced again.
 
-        Raises StartError when p2pd could not be started again.
+        Raises DaemonError when p2pd could not be started again.
         """
         if self._supervisor is not None and self._supervisor.done():
-            raise StartError(
+            raise DaemonError(
                 f"the libp2p daemon died, and did not start again in {len(_RESTART_DELAYS_S)} tries"
             )
         with contextlib.suppress(TimeoutError):
@@ -176,7 +176,7 @@ class Host:
         return (public or direct or addresses)[:8]
 
     async def _start(self) -> None:
-        """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises StartError."""
+        """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises DaemonError."""
         daemon = self._daemon = await start_daemon(
             self.identity, self._listen, self._port, self._announce, self._serves_dht
         )
@@ -185,7 +185,7 @@ class Host:
                 self._dht = await start_dht(daemon, self._validator, self._serves_dht)
                 addresses = await daemon.get_visible_maddrs() if self._serves_dht else []
         except P2PD_ERRORS as error:
-            raise StartError("the libp2p daemon does not answer") from error
+            raise DaemonError("the libp2p daemon does not answer") from error
         if self._serves_dht:
             endpoints = map(_tcp_endpoint, map(str, addresses))
             port = next(endpoint[1] for endpoint in endpoints if endpoint is not None)
@@ -248,13 +248,13 @@ def default_listen_address() -> str:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raises StartError when the port is taken or the address is not this machine's. Port 0 is always free."""
+    """Raises PortError when the port is taken or the address is not this machine's. Port 0 is always free."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise StartError(
+            raise PortError(
                 f"can't listen on {host} port {port}: {error.strerror}; pass another port"
             ) from error
 

@@ -4,19 +4,19 @@ import ipaddress
 
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
-from peer.errors import StartError
+from peer.errors import PortError
 
 
 class MetricsServer:
     """An HTTP server on a thread of its own. Close it when done."""
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        """Port 0 takes a free one. Raises StartError when the port is taken."""
+        """Port 0 takes a free one. Raises PortError when the port is taken."""
         ProcessCollector(registry=registry)
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry)
         except OSError as error:
-            raise StartError(
+            raise PortError(
                 f"can't serve metrics on {host} port {port}: {error.strerror}; pass another --metrics-port"
             ) from error
         self._host, self._port = host, int(self._server.server_port)

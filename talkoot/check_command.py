@@ -1,8 +1,10 @@
-"""`talkoot node --check`: measures whether this machine can host experts, before it does."""
+"""`talkoot doctor` and `talkoot node --check`: measure whether this machine can host experts, before it does."""
 
 import asyncio
+import contextlib
 import logging
 import random
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +15,13 @@ import uvloop
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from expert_server.settings import NodeSettings
-from peer.errors import StartError, UserError
+from peer.errors import ClockError, StartError, UserError
 from peer.host import Host
 from peer.identity import Identity
 from peer.processes import StateFolder
 from talkoot.check_machine import check_cores, check_disk, check_memory, check_speed
 from talkoot.check_report import Finding, Report, Verdict, show
+from talkoot.check_setup import check_clock_keeping, check_device, check_ports, check_software, check_state
 from talkoot.check_swarm import ask_peers
 from talkoot.console import Terminal, quiet_hivemind
 from talkoot.control import node_folder
@@ -53,17 +56,11 @@ def run_check(
 
 def _check(terminal: Terminal, starter: SwarmStarter, settings: NodeSettings, path: Path) -> Report:
     check = Check(starter, settings, listen_address(settings), path)
-    folder = StateFolder(path)
-    try:
-        with (
-            terminal.stages("making ready") as stage,
-            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-        ):
-            report = runner.run(run_until_stopped(check.run(stage)))
-        report.save(path)
-    finally:
-        folder.close()
-    return report
+    with (
+        terminal.stages("making ready") as stage,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        return runner.run(run_until_stopped(check.run(stage)))
 
 
 class Check:
@@ -77,13 +74,34 @@ class Check:
         self._findings: list[Finding] = []
 
     async def run(self, stage: Stage) -> Report:
-        identity = Identity.load_or_create(self._state / "identity.key")
+        """Keeps the report in the state folder, if that can be used."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(contextlib.closing(StateFolder(self._state)))
+                identity = Identity.load_or_create(self._state / "identity.key")
+            except StartError as error:
+                self._findings.append(check_state(self._state, error))
+                elsewhere = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-")))
+                identity = Identity.load_or_create(elsewhere / "identity.key")
+                return await self._check(identity, stage)
+            self._findings.append(check_state(self._state, None))
+            report = await self._check(identity, stage)
+            report.save(self._state)
+            return report
+
+    async def _check(self, identity: Identity, stage: Stage) -> Report:
+        self._findings += [
+            check_software(),
+            await asyncio.to_thread(check_device, self._settings),
+            check_ports(self._settings, self._host),
+        ]
         stage("starting p2pd, the libp2p daemon")
         starts = await self._start_daemon(identity)
         manifest, swarm_id = self._starter.manifest, None
         if self._starter.invite is None:
             why = "pass --join INVITE to check against a swarm"
-            self._skip(why, "swarm", "clock", "bandwidth", "reachability")
+            self._skip(why, "swarm", "bandwidth", "reachability")
+            self._findings.append(check_clock_keeping())
         elif not starts:
             self._skip("p2pd does not start", "swarm", "clock", "bandwidth", "reachability")
         else:
@@ -93,10 +111,10 @@ class Check:
         return Report(checked_at=time.time(), swarm=swarm_id, findings=tuple(self._findings))
 
     async def _start_daemon(self, identity: Identity) -> bool:
-        """As a node does, with a DHT of its own and the port that it would listen on."""
+        """As a node does, with a DHT of its own."""
         began = time.monotonic()
         try:
-            host = await Host.start(identity, listen=self._host, port=self._settings.dht_port)
+            host = await Host.start(identity, listen=self._host)
             await host.stop()
         except UserError as error:
             self._note("p2pd", Verdict.PROBLEM, "it does not start", fix=str(error))
@@ -113,6 +131,10 @@ class Check:
             swarm = await join_swarm(
                 identity, self._starter.invite, listen=self._host, serves_dht=False, stage=stage
             )
+        except ClockError as error:
+            self._note("clock", Verdict.PROBLEM, "it is wrong", fix=str(error))
+            self._skip("the clock is wrong", "swarm", "bandwidth", "reachability")
+            return None
         except UserError as error:
             self._note("swarm", Verdict.PROBLEM, "it can't be joined", fix=str(error))
             self._skip("the swarm can't be joined", "clock", "bandwidth", "reachability")

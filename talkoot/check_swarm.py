@@ -12,7 +12,7 @@ from dht.registry import NodeInfo
 from dht.swarm import Swarm
 from expert_server.probing import DialledBack, Link, call_dial_back, call_probe
 from peer.channels import ChannelPool
-from peer.errors import StartError, UnreachableError
+from peer.errors import PortError, UnreachableError
 from talkoot.check_report import Finding, Verdict
 
 _PEERS_ASKED = 3
@@ -26,7 +26,7 @@ _CLOCK_BROKEN_S = 3.0
 async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> list[Finding]:
     """Asks some nodes of the swarm. `host`, `port`: where a node here would serve; port 0: any free one.
 
-    Raises StartError when nobody can listen there, and UnreachableError when the DHT does not answer.
+    Raises PortError when nobody can listen there, and UnreachableError when the DHT does not answer.
     """
     others = await _others(swarm)
     links: list[Link] = []
@@ -137,7 +137,7 @@ async def _others(swarm: Swarm) -> list[NodeInfo]:
 
 @asynccontextmanager
 async def _listening(host: str, port: int) -> AsyncIterator[int]:
-    """Accepts connections for a moment, and gives the port. Raises StartError."""
+    """Accepts connections for a moment, and gives the port. Raises PortError."""
 
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
@@ -145,9 +145,7 @@ async def _listening(host: str, port: int) -> AsyncIterator[int]:
     try:
         server = await asyncio.start_server(hang_up, host, port, backlog=8)
     except OSError as error:
-        raise StartError(
-            f"can't listen on {host} port {port}: {error.strerror}; pass another port"
-        ) from error
+        raise PortError(f"can't listen on {host} port {port}: {error.strerror}; pass another port") from error
     async with server:
         chosen: int = server.sockets[0].getsockname()[1]
         yield chosen

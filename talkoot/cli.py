@@ -24,10 +24,24 @@ from talkoot.options import (
 
 NOT_FIT_STATUS = 1
 
+WELCOME = """\
+Neighbours train a large neural network together. There are three things you can do:
+
+  talkoot node --join INVITE      run a node, which hosts experts on this machine
+  talkoot train --join INVITE     train a model on the experts of a swarm
+  talkoot status --join INVITE    watch a swarm: its nodes and its experts
+
+An invite is one line that somebody gives you. Without one:
+
+  talkoot demo                    see a whole swarm work on this machine
+  talkoot doctor                  check whether this machine can take part
+  talkoot node --new SWARM.TOML   found a swarm
+
+`talkoot --help` lists all commands."""
+
 app = typer.Typer(
     help="Volunteers host experts; trainers train a language model on them.",
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -46,6 +60,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _talkoot(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -53,7 +68,8 @@ def _talkoot(
         ),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(WELCOME)
 
 
 @app.command()
@@ -402,6 +418,17 @@ def dashboard(
         from talkoot.dashboard_command import run_dashboard
 
         run_dashboard(terminal, join, config, flags)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[NODE OPTIONS]",
+)
+def doctor(context: typer.Context) -> None:
+    """Check this machine and say what to mend, as `node --check` does; with --join, against a swarm."""
+    node = steer.node_command(context)
+    with node.make_context("talkoot doctor", ["--check", *context.args]) as checking:
+        node.invoke(checking)
 
 
 @app.command()

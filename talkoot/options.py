@@ -5,15 +5,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from peer.errors import UserError
+from peer.errors import InstallationError, UserError
 from talkoot.console import LogFormat, Terminal, set_up_logging
 from talkoot.signals import Stopped, StopSignals
 
 USER_ERROR_STATUS = 2
+_OWN = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
+"""An import among these that fails is a fault of ours."""
 
 Join = Annotated[str | None, typer.Option(metavar="INVITE", help="The invite of the swarm to join.")]
 Config = Annotated[
@@ -60,9 +62,17 @@ def command(log_format: LogFormat) -> Iterator[tuple[Terminal, StopSignals]]:
         set_up_logging(terminal)
         yield terminal, signals
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)  # noqa: T201  # the one line
-        raise typer.Exit(USER_ERROR_STATUS) from None
+        _fail(error)
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] in _OWN:
+            raise
+        _fail(InstallationError(f"can't import {error.name}: {error}; install Talkoot again"))
     except Stopped as stopped:
         raise typer.Exit(stopped.exit_status) from None
     finally:
         signals.ignore()
+
+
+def _fail(error: UserError) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())} [{error.code}]", file=sys.stderr)  # noqa: T201  # the one line
+    raise typer.Exit(USER_ERROR_STATUS) from None

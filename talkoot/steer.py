@@ -114,9 +114,14 @@ def service_status() -> None:
             raise typer.Exit(1)
 
 
+def node_command(context: typer.Context) -> Any:
+    """`talkoot node`, for those that take its options."""
+    return cast(TyperGroup, context.find_root().command).commands["node"]
+
+
 def _node_options(context: typer.Context) -> dict[str, Any]:
     """The options of `talkoot node` that were given, checked as it would: values by their flags, True for switches."""
-    node = cast(TyperGroup, context.find_root().command).commands["node"]
+    node = node_command(context)
     parsed = node.make_context("talkoot node", list(context.args))
     given: dict[str, Any] = {}
     for parameter in node.params:

@@ -27,12 +27,10 @@ from peer.loop import LoopThread
 from peer.rates import Traffic
 from peer.wire import probe_pb2_grpc
 from talkoot import check_machine
-from talkoot.check_command import Check
 from talkoot.check_machine import check_cores, check_disk, check_memory, check_speed
 from talkoot.check_report import Finding, Report, Verdict, age_in_words, show
 from talkoot.check_swarm import ask_peers, judge_bandwidth, judge_clock, judge_reachability
 from talkoot.console import LogFormat, Terminal
-from talkoot.node_command import SwarmStarter
 
 LOCAL = "127.0.0.1"
 SWARM = "sauna-1"
@@ -237,26 +235,6 @@ def test_disk_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     assert check_disk(tmp_path, NodeSettings(), SMALL, experts=1).verdict is Verdict.WEAK
     missing = check_disk(tmp_path / "missing", NodeSettings(), SMALL, experts=1)
     assert (missing.verdict, "another --state" in missing.fix) == (Verdict.PROBLEM, True)
-
-
-def test_all_of_a_machine_is_checked_though_p2pd_does_not_start(
-    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(check_machine, "_MEASURE_S", 0.01)
-    stages: list[str] = []
-    with socket.create_server((LOCAL, 0)) as taken:
-        port = taken.getsockname()[1]
-        settings = NodeSettings(dht_port=port, threads=1)
-        check = Check(SwarmStarter(SMALL, None, ()), settings, LOCAL, tmp_path)
-        report = loop.run(check.run(stages.append), 30)
-    findings = {finding.name: finding for finding in report.findings}
-    assert findings["p2pd"].verdict is Verdict.PROBLEM
-    assert f"{LOCAL} port {port}" in findings["p2pd"].fix
-    assert "--join" in findings["reachability"].says
-    assert findings["speed"].verdict is not Verdict.PROBLEM
-    assert len(findings) == len(report.findings) == 9
-    assert not report.can_serve
-    assert "training one expert for a moment" in stages
 
 
 # The report

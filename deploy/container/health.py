@@ -1,0 +1,26 @@
+"""Exit status 0 when the node of this state folder answers: it asks the loop itself, by the node's control socket.
+
+It imports nothing of Talkoot, whose import costs more than the answer.
+"""
+
+import json
+import os
+import socket
+import sys
+
+_DEADLINE_S = 8.0
+_LONGEST_REPLY = 4096
+
+
+def main() -> int:
+    with socket.socket(socket.AF_UNIX) as node:
+        node.settimeout(_DEADLINE_S)
+        node.connect(os.path.join(os.environ["TALKOOT_NODE_STATE"], "control.sock"))
+        node.sendall(b'{"version": 1, "deed": "status"}\n')
+        with node.makefile("rb") as answers:
+            reply = json.loads(answers.readline(_LONGEST_REPLY))
+    return 0 if reply.get("standing") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

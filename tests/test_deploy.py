@@ -1,0 +1,163 @@
+"""What stands in deploy/, checked as far as it can be without an engine, a cluster and a network."""
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from command_lines import require_parses
+from compose_spec import PyOptions
+
+from peer.loop import LoopThread
+from talkoot.control import ControlServer
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+CONTAINERFILE = DEPLOY / "container" / "Containerfile"
+COMPOSE = DEPLOY / "compose.yaml"
+UNIT = DEPLOY / "systemd" / "talkoot-node.service"
+NODES = DEPLOY / "kubernetes" / "nodes.yaml"
+
+
+def compose() -> str:
+    """The file, with its variables at their defaults, or at an address where there is none."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", COMPOSE.read_text())
+    return re.sub(r"\$\{\w+:\?[^}]*\}", "192.0.2.7", text)
+
+
+def own_services() -> dict[str, dict[str, Any]]:
+    services: dict[str, dict[str, Any]] = yaml.safe_load(compose())["services"]
+    return {name: service for name, service in services.items() if "talkoot" in service["image"]}
+
+
+# The container
+
+
+def test_containerfile_has_no_lint() -> None:
+    ended = subprocess.run(
+        [str(Path(sys.executable).with_name("hadolint")), str(CONTAINERFILE)], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_container_runs_without_root_and_with_all_packages() -> None:
+    text = CONTAINERFILE.read_text()
+    last_stage = text.rpartition("\nFROM ")[2]
+    assert "\nUSER 10001:10001\n" in last_stage
+    assert "HEALTHCHECK" in last_stage
+    assert "pip install" not in last_stage
+    copied = set(re.findall(r"^COPY (\w+) \w+$", text, re.MULTILINE))
+    assert copied == {"peer", "dht", "expert_server", "trainer_client", "talkoot"}
+
+
+def health(state: Path) -> int:
+    return subprocess.run(
+        [sys.executable, str(DEPLOY / "container" / "health.py")],
+        env=os.environ | {"TALKOOT_NODE_STATE": str(state)},
+        capture_output=True,
+        timeout=60,
+    ).returncode
+
+
+def test_container_is_healthy_while_its_node_answers(loop: LoopThread, tmp_path: Path) -> None:
+    assert health(tmp_path) != 0
+
+    async def ask() -> int:
+        async with ControlServer(tmp_path):
+            return await asyncio.to_thread(health, tmp_path)
+
+    assert loop.run(ask(), 60) == 0
+    assert health(tmp_path) != 0
+
+
+# Compose
+
+
+def test_compose_file_is_valid() -> None:
+    read = PyOptions(apply_merge=True).from_yaml(compose())
+    read.validate()
+    assert {"bootstrap", "node", "trainer", "dashboard", "prometheus", "grafana"} == set(read.service_names())
+
+
+def test_compose_file_starts_commands_that_exist() -> None:
+    commands = {service["command"][0]: service["command"] for service in own_services().values()}
+    for name in ("node", "train"):
+        require_parses(commands[name])
+    assert set(commands) == {"node", "train", "dashboard"}
+
+
+def test_compose_services_have_no_more_rights_than_they_need() -> None:
+    for name, service in own_services().items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert "no-new-privileges:true" in service["security_opt"], name
+        assert f"{name}:/state" in service["volumes"]
+
+
+def test_compose_service_is_given_time_to_hand_over() -> None:
+    assert all(int(service["stop_grace_period"].rstrip("s")) > 30 for service in own_services().values())
+
+
+# systemd
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit, with a program that exists."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd-analyze here")
+    path = tmp_path / UNIT.name
+    path.write_text(UNIT.read_text().replace("/opt/talkoot/bin/talkoot", sys.executable))
+    return path
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(unit: Path) -> None:
+    ended = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+    assert (ended.returncode, unit.name in ended.stderr) == (0, False), ended.stderr
+
+
+def test_unit_is_exposed_little(unit: Path) -> None:
+    """systemd's own score, from 0 to 10; the network and GPUs are what a node is for."""
+    analyze = ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(unit)]
+    ended = subprocess.run(analyze, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_unit_starts_a_command_that_exists() -> None:
+    (line,) = (line for line in UNIT.read_text().splitlines() if line.startswith("ExecStart="))
+    program, *words = line.removeprefix("ExecStart=").split()
+    assert program == "/opt/talkoot/bin/talkoot"
+    require_parses(words)
+
+
+# Kubernetes
+
+
+def resources() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(NODES.read_text()))
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.37"])
+def test_kubernetes_resources_fit_the_schema(version: str) -> None:
+    for resource in resources():
+        kubernetes_validate.validate(resource, version, strict=True)
+
+
+def test_kubernetes_nodes_keep_their_state_and_have_few_rights() -> None:
+    (nodes,) = (resource for resource in resources() if resource["kind"] == "StatefulSet")
+    pod = nodes["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    require_parses(container["args"])
+    (claim,) = nodes["spec"]["volumeClaimTemplates"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts[claim["metadata"]["name"]] == "/state"
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert pod["terminationGracePeriodSeconds"] > 30

@@ -1,0 +1,92 @@
+"""The documentation: it builds, its commands exist, and what is generated from the code is up to date."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_lines import require_parses
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/*.md"))
+    if path.name not in ("CHANGELOG.md", "decisions.md")  # what was true once
+)
+_BLOCK = re.compile(r"^```(?:sh|shell|bash|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_IN_A_LINE = re.compile(r"`(talkoot\s[^`]+)`")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def commands(text: str) -> list[str]:
+    """Command lines that begin with `talkoot`, in blocks and within sentences."""
+    blocks = [line for block in _BLOCK.findall(text) for line in block.splitlines()]
+    lines = [line for line in blocks if line.startswith("talkoot ")]
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return lines + [" ".join(line.split()) for line in _IN_A_LINE.findall(outside)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_commands_in_the_documentation_exist(path: Path) -> None:
+    for line in commands(path.read_text()):
+        _, *words = shlex.split(re.sub(r"\[[^\]]*\]", "", line), comments=True)
+        if any(word in ("COMMAND", "…", "...") for word in words):
+            continue  # a pattern, not a command
+        try:
+            require_parses(words)
+        except Exception as error:  # noqa: BLE001  # told with the line that it is about
+            pytest.fail(f"{line}: {error}")
+
+
+def test_commands_are_looked_for_where_people_read() -> None:
+    """So that the test above can't pass because it found nothing."""
+    found = {name(path): len(commands(path.read_text())) for path in PAGES}
+    assert found["README.md"] > 10
+    assert found["docs/volunteer.md"] > 5
+    with pytest.raises(LookupError):
+        require_parses(["nod"])
+    with pytest.raises(Exception, match="--colour"):
+        require_parses(["service", "install", "--colour", "3"])
+    with pytest.raises(Exception, match="valid integer"):
+        require_parses(["doctor", "--experts", "many"])
+
+
+def test_settings_page_is_what_the_code_says() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "settings_page.py"))["page"]
+    assert (ROOT / "docs" / "settings.md").read_text() == page(), "run `make settings`"
+
+
+def test_every_setting_says_what_it_is() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE)
+    assert len(rows) > 50
+    assert [setting for setting, said in rows if not said.strip()] == []
+
+
+def test_documentation_builds_without_warnings(tmp_path: Path) -> None:
+    """mkdocs looks at links between pages, at their anchors, and for pages that nothing leads to."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    ended = subprocess.run(build, capture_output=True, text=True, timeout=110, cwd=ROOT)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert (tmp_path / "settings" / "index.html").exists()
+    assert not list(tmp_path.rglob("*.py"))
+
+
+def test_pages_fetch_nothing_from_elsewhere(tmp_path: Path) -> None:
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert "font: false" in config
+    assert "http" not in config
+
+
+def test_links_to_files_outside_the_documentation_lead_somewhere() -> None:
+    """mkdocs knows those within docs/."""
+    for path in PAGES:
+        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{name(path)}: {target}"
