@@ -131,12 +131,11 @@ class Directory:
     async def _active_uids(self) -> list[UID]:
         frontier: list[Prefix] = [(layer, ()) for layer in range(self._manifest.model.layers)]
         for size in self._manifest.experts.grid:
-            found = await self._registry.prefixes(frontier)
+            found = await self._registry.prefixes(frontier, size)
             frontier = [
                 (layer, (*coordinate, following))
                 for (layer, coordinate), active in found.items()
                 for following in sorted(active)
-                if following < size
             ]
             frontier = self._bounded(frontier)
         return [UID(layer, coordinate) for layer, coordinate in frontier]
