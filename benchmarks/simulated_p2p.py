@@ -1,8 +1,8 @@
 """A network of many peers in one process: hivemind's `DHTNode` over calls in memory, on a clock that jumps.
 
-What runs is real: `DHTNode`, its protocol, routing table and storage, and all of `dht/`. Stand-ins are the transport, the
-clock, and the keys: 10,000 RSA keys take a quarter of an hour, so a peer signs with a hash here. Sizes are those of RSA keys,
-so that counted bytes are right.
+What runs is real: `DHTNode`, its protocol, routing table and storage, and all of `dht/`. Stand-ins are the transport,
+the clock, and the keys: 10,000 RSA keys take a quarter of an hour, so a peer signs with a hash here. Sizes are those of
+RSA keys, so that counted bytes are right.
 """
 
 import asyncio
@@ -79,7 +79,8 @@ class Traffic:
     """Bytes, requests and answers together."""
     largest: int = 0
     """Bytes of the largest value in any answer."""
-    by_kind: Counter[str] = field(default_factory=Counter)
+    by_method: Counter[str] = field(default_factory=Counter)
+    """Calls."""
 
 
 class Network:
@@ -96,8 +97,9 @@ class Network:
             del self.peers[peer_id.to_bytes()]
 
     async def call(self, sender: PeerID, receiver: PeerID, name: str, message: Any) -> Any:
-        self._count(name, message)
+        self._count(message)
         self.traffic.calls += 1
+        self.traffic.by_method[name.rsplit("rpc_", 1)[-1]] += 1
         link = self.link
         one_way_s = link.rtt_s / 2 * (1 + link.jitter * self.rng.uniform(-1, 1))
         is_lost = self.rng.random() < link.loss
@@ -107,16 +109,14 @@ class Network:
             await asyncio.get_running_loop().create_future()  # until the caller gives up
         assert peer is not None
         answer = await peer.handlers[name](message, P2PContext(name, receiver, sender))
-        self._count(name, answer)
+        self._count(answer)
         for result in getattr(answer, "results", ()):
             self.traffic.largest = max(self.traffic.largest, len(result.value))
         await asyncio.sleep(one_way_s)
         return answer
 
-    def _count(self, name: str, message: Any) -> None:
-        size = message.ByteSize() + CALL_OVERHEAD_BYTES
-        self.traffic.sent += size
-        self.traffic.by_kind[name.rsplit("rpc_", 1)[-1]] += size
+    def _count(self, message: Any) -> None:
+        self.traffic.sent += message.ByteSize() + CALL_OVERHEAD_BYTES
 
 
 class SimulatedP2P:

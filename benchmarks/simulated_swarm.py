@@ -96,9 +96,9 @@ class SimulatedSwarm:
         registry = Registry(lambda: dht, self.keys, identity, now=self._loop.unix_time)
         return SimulatedPeer(identity, dht, registry)
 
-    async def join(self, peer: SimulatedPeer) -> None:
-        """By one of the swarm's peers, as `peer.greeting` does it."""
-        bootstrap = self.rng.choice([p for p in self.peers if p is not peer])
+    async def join(self, peer: SimulatedPeer, by: Sequence[SimulatedPeer] = ()) -> None:
+        """Greets one of these, or of all, and looks for its own neighbours, as `peer.greeting` does."""
+        bootstrap = self.rng.choice(by or self.peers)
         await peer.dht.protocol.call_ping(bootstrap.peer_id)
         await peer.dht.find_nearest_nodes([peer.dht.node_id])
 
@@ -147,13 +147,8 @@ class SimulatedSwarm:
 
     async def _join_all(self) -> None:
         for first in range(1, len(self.peers), _JOIN_TOGETHER):
-            newcomers = self.peers[first : first + _JOIN_TOGETHER]
             known = self.peers[:first]
-            await asyncio.gather(*(self._join_by(peer, self.rng.choice(known)) for peer in newcomers))
-
-    async def _join_by(self, peer: SimulatedPeer, bootstrap: SimulatedPeer) -> None:
-        await peer.dht.protocol.call_ping(bootstrap.peer_id)
-        await peer.dht.find_nearest_nodes([peer.dht.node_id])
+            await asyncio.gather(*(self.join(peer, known) for peer in self.peers[first : first + _JOIN_TOGETHER]))
 
 
 class _Placing(Lookups):

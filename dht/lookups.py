@@ -1,8 +1,8 @@
 """Look-ups and stores of many keys at once, over the DHT node's own calls.
 
-hivemind's `get_many` and `store_many` ask four peers at a time, wait three seconds for each dead one, and end all keys together.
-Here every key asks its nearest nodes at once, what goes to one peer travels in one call, and a peer that is slower than
-peers here are is passed over until it answers.
+hivemind's `get_many` and `store_many` ask four peers at a time, wait three seconds for each dead one, and end all keys
+together. Here every key asks its nearest nodes at once, what goes to one peer travels in one call, and a peer that is slower
+than peers here are is passed over until it answers.
 """
 
 import asyncio
@@ -28,6 +28,10 @@ _NEAREST = Breadth(quorum=2**31)
 _KEYS_PER_CALL = 16
 _ITEMS_PER_CALL = 32
 """Most that one store carries: about 25 KB of records."""
+_REMEMBERED_KEYS = 4096
+_HEARSAY_SHIFT = 8 * DHTID.HASH_NBYTES - 8
+_HEARSAY_BUCKET = 16
+"""Nodes remembered for each first byte of their IDs, those that were named last."""
 _LEAST_PATIENCE_S, _MOST_PATIENCE_S = 0.25, 3.0
 
 
@@ -57,13 +61,15 @@ class Found:
     entries: dict[object, Entry] = field(default_factory=dict)
     """By subkey; of several answers the one that expires last. Expired ones may be among them."""
 
-    def take(self, dictionary: DictionaryDHTValue) -> bool:
-        """Merges a holder's answer; False when it is empty."""
-        items = list(dictionary.items())
-        for subkey, (value, expires_at) in items:
+    def take(self, value: object) -> bool:
+        """Merges a holder's answer; False when nothing is in it. A plain value is nothing: nobody should store one."""
+        if not isinstance(value, DictionaryDHTValue):
+            return False
+        items = list(value.items())
+        for subkey, (data, expires_at) in items:
             known = self.entries.get(subkey)
             if known is None or known.expires_at < expires_at:
-                self.entries[subkey] = Entry(value, expires_at)
+                self.entries[subkey] = Entry(data, expires_at)
         return bool(items)
 
     @property
@@ -93,10 +99,31 @@ class RoundTrips:
         return min(max(self._mean_s + 4 * self._deviation_s, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
 
 
+class Hearsay:
+    """Nodes that others named lately. Not asked yet, so not for the routing table, but good places to start from."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, dict[int, PeerID]] = {}
+
+    def note(self, node: int, peer: PeerID) -> None:
+        bucket = self._buckets.setdefault(node >> _HEARSAY_SHIFT, {})
+        bucket.pop(node, None)
+        bucket[node] = peer
+        if len(bucket) > _HEARSAY_BUCKET:
+            del bucket[next(iter(bucket))]
+
+    def forget(self, node: int) -> None:
+        self._buckets.get(node >> _HEARSAY_SHIFT, {}).pop(node, None)
+
+    def near(self, key: int) -> Mapping[int, PeerID]:
+        """Those that share the first byte with the key."""
+        return self._buckets.get(key >> _HEARSAY_SHIFT, {})
+
+
 class Lookups:
     """A peer's access to the keys of the DHT."""
 
-    def __init__(self, dht: Callable[[], DHTNode], *, parallel_calls: int = 128) -> None:
+    def __init__(self, dht: Callable[[], DHTNode], *, parallel_calls: int = 512) -> None:
         """`dht` gives the DHT node of now. `parallel_calls`: most at a time in one look-up, late ones not counted."""
         self._dht = dht
         self.parallel_calls = parallel_calls
@@ -104,6 +131,9 @@ class Lookups:
         self.late: set[PeerID] = set()
         """Peers of whom an answer is overdue: they are asked nothing else meanwhile."""
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.hearsay = Hearsay()
+        self._near: dict[DHTID, dict[int, PeerID]] = {}
+        """Who answered last time for a key, the key that was looked up last at the end."""
 
     async def find(
         self, keys: Collection[DHTID], breadth: Breadth = DEFAULT_BREADTH, besides_self: bool = False
@@ -111,7 +141,20 @@ class Lookups:
         """Looks all keys up. `besides_self`: what this peer stores itself does not count."""
         run = _Run(self, self._dht(), keys, breadth, besides_self)
         await run.until_finished()
+        for key, found in run.found.items():
+            self._remember(key, found)
         return run.found
+
+    def near(self, key: DHTID) -> Mapping[int, PeerID]:
+        """Nodes near the key, from the last look-up: the next one starts there, and mostly needs one round."""
+        return self._near.get(key, {})
+
+    def _remember(self, key: DHTID, found: Found) -> None:
+        self._near.pop(key, None)
+        nearest = found.search.nearest()[: DEFAULT_BREADTH.front]
+        self._near[key] = {node: found.peers[node] for node in nearest}
+        if len(self._near) > _REMEMBERED_KEYS:
+            del self._near[next(iter(self._near))]
 
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
         """Stores each item at the live nodes nearest to its key; gives key and subkey of those that any accepted."""
@@ -239,6 +282,9 @@ class _Run:
         self.found: dict[DHTID, Found] = {}
         for key in keys:
             known = dict(table.get_nearest_neighbors(key, self._size, exclude=dht.node_id))
+            known |= lookups.near(key)
+            known |= lookups.hearsay.near(key)
+            known.pop(dht.node_id, None)
             self._peers |= known
             self.found[key] = Found(Search(key, known, breadth), self._peers)
             if not besides_self and not dht.protocol.client_mode:
@@ -255,13 +301,15 @@ class _Run:
     def _ask_self(self, key: DHTID) -> None:
         found, stored = self.found[key], self._dht.protocol.storage.get(key)
         self._peers[self._dht.node_id] = self._dht.peer_id
-        is_dictionary = stored is not None and isinstance(stored.value, DictionaryDHTValue)
-        found.search.holds(self._dht.node_id, is_dictionary and found.take(stored.value))
+        found.search.holds(self._dht.node_id, stored is not None and found.take(stored.value))
 
     def _advance(self, keys: Iterable[DHTID]) -> None:
         """Lets these searches ask on."""
         for key in keys:
             search = self.found[key].search
+            heard = self._lookups.hearsay.near(key)
+            self._peers |= heard
+            search.learn(heard)
             while wanted := search.ask():
                 for node in wanted:
                     if self._is_silent(node):
@@ -325,6 +373,7 @@ class _Run:
         return gave_up
 
     def _fail(self, call: _Call) -> None:
+        self._lookups.hearsay.forget(call.node)
         for key in call.keys:
             self.found[key].search.failed(call.node)
         self._advance(call.keys)
@@ -340,7 +389,8 @@ class _Run:
             item, nearer = answers[key]
             found = self.found[key]
             others = {n: peer for n, peer in islice(nearer.items(), self._size) if n != self._dht.node_id}
-            self._peers |= {node: peer for node, peer in others.items() if node not in self._peers}
-            is_dictionary = item is not None and isinstance(item.value, DictionaryDHTValue)
-            found.search.answered(call.node, others, is_dictionary and found.take(item.value))
+            for node, peer in others.items():
+                self._peers.setdefault(node, peer)
+                self._lookups.hearsay.note(node, self._peers[node])
+            found.search.answered(call.node, others, item is not None and found.take(item.value))
         self._advance(call.keys)

@@ -1,8 +1,8 @@
 """Kademlia's iterative look-up of one key, as a state machine: no I/O, no clock.
 
-Maymounkov & Mazières 2002, section 2.3, with two differences. All of the nearest nodes are asked at the same time, because a
-round trip is dear and a question is cheap. And a value found does not end the search until a majority of its holders gave
-theirs: a dictionary is written by many peers, and a single holder could leave out what it likes.
+Maymounkov & Mazières 2002, section 2.3, with two differences. All of the nearest nodes are asked at the same time, because
+a round trip is dear and a question is cheap. And a value found does not end the search until a majority of its holders
+gave theirs: a dictionary is written by many peers, and a single holder could leave out what it likes.
 """
 
 import bisect
@@ -16,7 +16,7 @@ class Breadth:
 
     front: int = 8
     """Nearest live nodes that must all have answered, if the key has no value. Writers store at the nearest 5."""
-    first: int = 4
+    first: int = 3
     """Nodes asked at the start, when those known are far from the key."""
     quorum: int = 3
     """Holders whose values are enough: the majority of 5."""
@@ -64,6 +64,10 @@ class Search:
         wanted = [node for _, node in front if node not in self._asked]
         self._asked.update(wanted)
         return wanted
+
+    def learn(self, nodes: Iterable[int]) -> None:
+        """Others know these nodes; the next round may ask them."""
+        self._learn(nodes, self.rounds + 1)
 
     def holds(self, node: int, has_value: bool) -> None:
         """This peer is itself a node of the DHT, and needs no question."""

@@ -250,7 +250,7 @@ def test_a_flooded_directory_reads_a_bounded_number_and_keeps_what_lives(
             assert alive >= seen, "an expert that is known to live is always read again"
             seen = alive
         assert seen == set(CountingRegistry.alive), "the others are found in time"
-        assert registry.largest == 100
+        assert 64 < registry.largest <= 100
 
     loop.run(scenario(), 30)
 
