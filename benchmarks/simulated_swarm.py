@@ -118,12 +118,14 @@ class SimulatedSwarm:
                 if np.subtract(*reversed(_span(numbers, low, high))) <= 1:
                     break
 
-    async def announce_all(self, lifetime_s: float) -> None:
-        """Each of the living says what it hosts and who it is."""
+    async def announce_all(self, lifetime_s: float, in_place: bool | None = None) -> None:
+        """Each of the living says what it hosts and who it is. `in_place`: without asking anybody; unset: if many."""
         hosted: dict[int, list[UID]] = {}
         for uid, host in self.hosts.items():
             hosted.setdefault(id(host), []).append(uid)
-        placing = _Placing([peer.dht for peer in self.peers]) if len(self.peers) > JOIN_REALLY else None
+        if in_place is None:
+            in_place = len(self.peers) > JOIN_REALLY
+        placing = _Placing([peer.dht for peer in self.peers]) if in_place else None
         for peer in self.peers:
             lookups = peer.registry.lookups
             peer.registry.lookups = placing or lookups

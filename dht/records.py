@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from google.protobuf.message import DecodeError
 from hivemind.dht.routing import DHTID
@@ -27,6 +28,8 @@ MAX_LIFETIME_S = 600.0
 MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
 CLOCK_TOLERANCE_S = 3.0
 _MAX_INDEX_BYTES = 128
+_VERIFIED = 4096
+"""Records remembered as verified, about 1 KB each."""
 _COORDINATE_LIMIT = 4096
 INDEX_PIECE = 128
 """Most coordinates under one key: so many index entries of the longest name stay under 32 KB."""
@@ -97,7 +100,9 @@ def unseal(data: object, key: str, peer_id: PeerID, now: float) -> records_pb2.R
     return payload
 
 
+@lru_cache(maxsize=_VERIFIED)
 def _verified(data: bytes) -> records_pb2.RecordPayload:
+    """Remembered, for several holders answer with the same record; so nobody may change what this gives."""
     if len(data) > MAX_RECORD_BYTES:
         raise RecordError(f"a record of {len(data)} bytes; at most {MAX_RECORD_BYTES}")
     record, payload = records_pb2.SignedRecord(), records_pb2.RecordPayload()

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 class Breadth:
     """How many nodes a look-up asks."""
 
-    front: int = 8
-    """Nearest live nodes that must all have answered, if the key has no value. Writers store at the nearest 5."""
-    first: int = 3
-    """Nodes asked at the start, when those known are far from the key."""
+    front: int = 7
+    """Nearest live nodes that must all have answered, if the key has no value."""
+    first: int = 4
+    """Nodes asked until the first answer, when those known are far from the key."""
+    holders: int = 5
+    """Nearest nodes at which writers store. Values of others may be old: nodes hand them to those that they meet."""
     quorum: int = 3
-    """Holders whose values are enough: the majority of 5."""
+    """Holders whose values are enough: the majority."""
     most: int = 96
     """Nodes asked in all: a liar could name nearer ones for ever."""
 
@@ -36,7 +38,7 @@ class Search:
         """Rounds of questions, one after another, until the first value; None while there is none."""
         self.rounds = 0
         """The longest chain of questions so far: each asked a node that the answer before it named."""
-        self.holders = 0
+        self._holding: set[int] = set()
         """Nodes that answered with a value."""
         self._breadth = breadth
         self._nearest: list[tuple[int, int]] = []
@@ -50,7 +52,8 @@ class Search:
     @property
     def finished(self) -> bool:
         """Whether enough holders gave their values, or all of the nearest nodes have answered."""
-        if self.holders >= self._breadth.quorum or len(self._asked) >= self._breadth.most:
+        holders = sum(node in self._holding for _, node in self._nearest[: self._breadth.holders])
+        if holders >= self._breadth.quorum or len(self._asked) >= self._breadth.most:
             return True
         return all(node in self._answered for _, node in self._front())
 
@@ -82,7 +85,7 @@ class Search:
         self._answered.add(node)
         self.rounds = max(self.rounds, depth)
         if has_value:
-            self.holders += 1
+            self._holding.add(node)
             if self.found_after is None:
                 self.found_after = depth
         self._learn(nearer, depth + 1)
