@@ -4,12 +4,15 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from hivemind.p2p import PeerID
 
+from dht.beam import Floats, default_beam_size, select_experts
+from dht.layer_index import LayerIndex
 from dht.manifest import Manifest
 from dht.registry import NodeInfo, Prefix, Registry, Replica, ReplicaState
 from dht.uid import UID
@@ -22,6 +25,10 @@ PrefixTables = tuple[np.ndarray, ...]
 
 _MAX_READ = 4096
 """Most prefixes, and most experts, that one refresh reads."""
+_SAMPLED = 64
+"""On a grid with more experts than that: prefixes and experts that a refresh reads to see whether they live."""
+_SEARCH_ROUNDS = 4
+"""How often a search goes on after it has met experts that nobody hosts."""
 
 NOBODY: frozenset[PeerID] = frozenset()
 
@@ -90,18 +97,24 @@ class Directory:
         self.view = View(manifest, {}, {}, 0.0)
         self.failures = 0
         """Refreshes that failed since the last good one."""
-        self._registry = registry
+        self.registry = registry
         self._manifest = manifest
         self._refresh_every_s = refresh_every_s
         self._now = now
         self._rng = rng or random.SystemRandom()
+        self._indices: dict[int, LayerIndex] = {}
+
+    @property
+    def knows_all(self) -> bool:
+        """Whether the view has all experts. Of a larger swarm it has those that were searched for."""
+        return self.view.manifest.experts_total <= _MAX_READ
 
     async def refresh(self) -> View:
         """Reads the swarm anew: prefixes level by level, then replicas, then the nodes that host them."""
         uids = await self._active_uids()
-        replicas = await self._registry.replicas(uids)
+        replicas = await self.registry.replicas(uids)
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
-        nodes = await self._registry.nodes(peers)
+        nodes = await self.registry.nodes(peers)
         self.view = View(self._manifest, replicas, nodes, self._now())
         self.failures = 0
         return self.view
@@ -116,27 +129,85 @@ class Directory:
                 self.failures += 1
                 logger.warning("can't refresh the view of the swarm: %s", error)
 
+    async def search(self, layer: int, scores: Sequence[Floats], k: int) -> View:
+        """Brings the top-k experts of each row into the view, on a grid too large to know whole.
+
+        `scores` has one float32 [R, G_d] per grid dimension. Reads the prefixes that a beam search comes by, then the
+        experts that it chose: nothing, when all of that is known. Raises UnreachableError.
+        """
+        index = self._index(layer)
+        for _ in range(_SEARCH_ROUNDS):
+            await self._read_way(layer, index, scores, default_beam_size(k))
+            chosen = select_experts(scores, index.alive, k)
+            experts = np.unique(chosen.coordinates[chosen.valid], axis=0).tolist()
+            unknown = [uid for c in experts if (uid := UID(layer, tuple(c))) not in self.view.replicas]
+            await self._read_experts(unknown)
+            gone = [UID(layer, tuple(c)) for c in experts if not self.view.hosts(UID(layer, tuple(c)))]
+            for uid in gone:
+                index.drop(uid.coordinate)
+            if not gone:
+                break
+        return self.view
+
+    async def _read_way(self, layer: int, index: LayerIndex, scores: Sequence[Floats], width: int) -> None:
+        """Level by level the prefixes that are not known yet; the first two levels together, to save a round trip."""
+        ahead = [] if index.knows(()) else index.best(scores[:1], width, everything=True)
+        for depth in range(len(scores)):
+            wanted = [(), *ahead] if depth == 0 else index.best(scores[:depth], width)
+            prefixes = [(layer, coordinate) for coordinate in wanted if not index.knows(coordinate)]
+            by_size: dict[int, list[Prefix]] = {}
+            for prefix in prefixes:
+                by_size.setdefault(self._size_after(prefix), []).append(prefix)
+            for found in await asyncio.gather(
+                *(self.registry.prefixes(some, size) for size, some in by_size.items())
+            ):
+                for (_, coordinate), active in found.items():
+                    index.note(coordinate, active)
+
+    async def _read_experts(self, uids: Collection[UID]) -> None:
+        """Adds them to the view, also those that nobody hosts; what was added longest ago leaves it."""
+        if not uids:
+            return
+        replicas = await self.registry.replicas(uids)
+        peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
+        nodes = dict(self.view.nodes) | await self.registry.nodes(peers - self.view.nodes.keys())
+        known = dict(self.view.replicas) | replicas
+        for uid in list(islice(known, max(0, len(known) - _MAX_READ))):
+            del known[uid]
+        self.view = View(self._manifest, known, nodes, self._now())
+
+    def _index(self, layer: int) -> LayerIndex:
+        return self._indices.setdefault(layer, LayerIndex(self._manifest.experts.grid))
+
+    def _size_after(self, prefix: Prefix) -> int:
+        return self._manifest.experts.grid[len(prefix[1])]
+
     def _bounded(self, frontier: list[Prefix]) -> list[Prefix]:
         """The way to the experts that are known to live, then others as they are drawn.
 
         Anybody can say that a coordinate is active; that must not cost more than this peer can read.
         """
-        if len(frontier) <= _MAX_READ:
+        if self.knows_all and len(frontier) <= _MAX_READ:
             return frontier
-        depth = len(frontier[0][1])
-        alive = {(uid.layer, uid.coordinate[:depth]) for uid, hosts in self.view.replicas.items() if hosts}
+        depth = len(frontier[0][1]) if frontier else 0
+        wanted = {(uid.layer, uid.coordinate[:depth]) for uid, hosts in self.view.replicas.items() if hosts}
+        wanted |= {p for p in frontier if p[0] in self._indices and self._indices[p[0]].knows(p[1])}
         self._rng.shuffle(frontier)
-        return sorted(frontier, key=lambda prefix: prefix not in alive)[:_MAX_READ]
+        frontier.sort(key=lambda prefix: prefix not in wanted)
+        most = _MAX_READ if self.knows_all else min(_MAX_READ, len(wanted) + _SAMPLED)
+        return frontier[:most]
 
     async def _active_uids(self) -> list[UID]:
         frontier: list[Prefix] = [(layer, ()) for layer in range(self._manifest.model.layers)]
         for size in self._manifest.experts.grid:
-            found = await self._registry.prefixes(frontier)
+            found = await self.registry.prefixes(frontier, size)
+            if not self.knows_all:
+                for (layer, coordinate), active in found.items():
+                    self._index(layer).note(coordinate, active)
             frontier = [
                 (layer, (*coordinate, following))
                 for (layer, coordinate), active in found.items()
                 for following in sorted(active)
-                if following < size
             ]
             frontier = self._bounded(frontier)
         return [UID(layer, coordinate) for layer, coordinate in frontier]

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from google.protobuf.message import DecodeError
 from hivemind.dht.routing import DHTID
@@ -27,7 +28,11 @@ MAX_LIFETIME_S = 600.0
 MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
 CLOCK_TOLERANCE_S = 3.0
 _MAX_INDEX_BYTES = 128
+_VERIFIED = 4096
+"""Records remembered as verified, about 1 KB each."""
 _COORDINATE_LIMIT = 4096
+INDEX_PIECE = 128
+"""Most coordinates under one key: so many index entries of the longest name stay under 32 KB."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,12 @@ class SwarmKeys:
 
     def prefix(self, layer: int, coordinate: tuple[int, ...] = ()) -> str:
         return ".".join([self.swarm_id, str(layer), *map(str, coordinate)])
+
+    def index(self, layer: int, coordinate: tuple[int, ...], following: int) -> str:
+        """The key that says whether this next coordinate is active. A large grid's prefix has several."""
+        piece = following // INDEX_PIECE
+        prefix = self.prefix(layer, coordinate)
+        return f"{prefix}:{piece}" if piece else prefix
 
     def expert(self, uid: UID) -> str:
         return self.prefix(uid.layer, uid.coordinate)
@@ -100,7 +111,9 @@ def unseal(data: object, key: str, peer_id: PeerID, now: float) -> records_pb2.R
     return payload
 
 
+@lru_cache(maxsize=_VERIFIED)
 def _verified(data: bytes) -> records_pb2.RecordPayload:
+    """Remembered, for several holders answer with the same record; so nobody may change what this gives."""
     if len(data) > MAX_RECORD_BYTES:
         raise RecordError(f"a record of {len(data)} bytes; at most {MAX_RECORD_BYTES}")
     record, payload = records_pb2.SignedRecord(), records_pb2.RecordPayload()
@@ -178,10 +191,18 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
                 raise RecordError("a shard's subkeys are the PeerIDs that fall into it")
         elif type(subkey) is not int or not 0 <= subkey < _COORDINATE_LIMIT:  # True is no coordinate
             raise RecordError("a prefix's subkeys are coordinates")
+        elif _piece_of(value) != subkey // INDEX_PIECE:
+            raise RecordError("the coordinate belongs in another piece of the prefix")
         _check_lifetime(record.expiration_time, self._now(), None)
 
 
 _SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2})$|\.trainers\.([0-9a-f])$")
+_PIECE_PATTERN = re.compile(r":([1-9][0-9]?)$")
+
+
+def _piece_of(key: str) -> int:
+    found = _PIECE_PATTERN.search(key)
+    return int(found[1]) if found else 0
 
 
 def _is_digest_of(digest: bytes, key: str) -> bool:

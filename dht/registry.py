@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
+from hivemind.utils import MSGPackSerializer
 
 from dht.claims import ClaimAges
 from dht.counts import DhtCounts
+from dht.lookups import Item, Lookups
 from dht.participants import (
     DEFAULT_RENEW_S,
     MAX_NAME_CHARACTERS,
@@ -29,7 +30,15 @@ from dht.participants import (
     renewal,
     short_text,
 )
-from dht.records import SwarmKeys, parse_peer_id, seal, shard_of, trainer_shard_of, unseal
+from dht.records import (
+    INDEX_PIECE,
+    SwarmKeys,
+    parse_peer_id,
+    seal,
+    shard_of,
+    trainer_shard_of,
+    unseal,
+)
 from dht.uid import UID
 from peer.distribution import Distribution
 from peer.errors import RecordError, UnreachableError, WireError
@@ -136,7 +145,7 @@ class Registry:
         """
         self.keys = keys
         self.counts = DhtCounts()
-        self._dht = dht
+        self.lookups = Lookups(dht)
         self._identity = identity
         self._deadline_s = deadline_s
         self._now = now
@@ -156,8 +165,8 @@ class Registry:
 
         Peers that have it already refuse it, which is no failure.
         """
-        subkey = self.keys.author.to_bytes()
-        await self._in_time(self._dht().store(self.keys.manifest, record, expires_at, subkey=subkey))
+        item = Item(self.keys.manifest, self.keys.author.to_bytes(), record, expires_at)
+        await self._in_time(self.lookups.store([item]))
 
     async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
         """Author → (signed manifest record, its expiry), for every author who used this swarm's name."""
@@ -182,16 +191,17 @@ class Registry:
     ) -> None:
         """Writes each replica under its expert's key, and every coordinate on the way there as active."""
         expires_at = self._now() + lifetime_s
-        stores: dict[tuple[str, int | bytes], tuple[str, int | bytes, str | bytes, float]] = {}
+        items: dict[tuple[str, int | bytes], Item] = {}
         for replica in replicas:
             key = self.keys.expert(replica.uid)
             record = self._seal_announcement(key, replica, expires_at, queued_rows)
-            stores[key, b""] = (key, self._identity.peer_id.to_bytes(), record, expires_at)
+            items[key, b""] = Item(key, self._identity.peer_id.to_bytes(), record, expires_at)
             if replica.state is not ReplicaState.WITHDRAWN:
                 for depth, coordinate in enumerate(replica.uid.coordinate):
-                    prefix = self.keys.prefix(replica.uid.layer, replica.uid.coordinate[:depth])
-                    stores[prefix, coordinate] = (prefix, coordinate, prefix, expires_at)
-        await self._store(list(stores.values()))
+                    prefix = self.keys.index(replica.uid.layer, replica.uid.coordinate[:depth], coordinate)
+                    items[prefix, coordinate] = Item(prefix, coordinate, prefix, expires_at)
+            await asyncio.sleep(0)  # a signature takes about a millisecond, and others wait for the loop
+        await self._store(list(items.values()))
 
     async def withdraw(self, uids: Iterable[UID], lifetime_s: float) -> None:
         """Says that this peer hosts these experts no more."""
@@ -213,14 +223,20 @@ class Registry:
         payload = records_pb2.RecordPayload(key=self.keys.trainer(peer_id), trainer=trainer)
         await self._publish_self(payload, self.keys.trainer_shard(trainer_shard_of(peer_id)), lifetime_s)
 
-    async def prefixes(self, prefixes: Collection[Prefix]) -> dict[Prefix, frozenset[int]]:
-        """The active next coordinates after each prefix."""
-        keys = {self.keys.prefix(layer, coordinate): (layer, coordinate) for layer, coordinate in prefixes}
-        found = await self._get(list(keys))
-        return {
-            prefix: frozenset(c for c, (value, _) in found[key].items() if type(c) is int and value == key)
-            for key, prefix in keys.items()
+    async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
+        """The active next coordinates after each prefix, in a grid dimension of this size."""
+        keys = {
+            self.keys.index(layer, coordinate, first): (layer, coordinate)
+            for layer, coordinate in prefixes
+            for first in range(0, size, INDEX_PIECE)
         }
+        found = await self._get(list(keys))
+        active: dict[Prefix, set[int]] = {prefix: set() for prefix in prefixes}
+        for key, prefix in keys.items():
+            active[prefix].update(
+                c for c, (value, _) in found[key].items() if type(c) is int and value == key
+            )
+        return {prefix: frozenset(c for c in some if c < size) for prefix, some in active.items()}
 
     async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
         """Every live announcement for each expert, withdrawn ones left out."""
@@ -279,7 +295,9 @@ class Registry:
         expires_at = payload.expires_at = self._now() + lifetime_s
         record = seal(self._identity, payload)
         subkey = self._identity.peer_id.to_bytes()
-        await self._store([(payload.key, subkey, record, expires_at), (shard, subkey, shard, expires_at)])
+        await self._store(
+            [Item(payload.key, subkey, record, expires_at), Item(shard, subkey, shard, expires_at)]
+        )
 
     async def _own_records(
         self, keys: Mapping[str, PeerID], read: Callable[[object, str, PeerID], T | None]
@@ -373,43 +391,35 @@ class Registry:
 
     async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
         """A look-up would not tell: this peer's own store answers it too."""
-        dht, key_id = self._dht(), DHTID.generate(source=key)
-        nearest = await dht.find_nearest_nodes([key_id], k_nearest=dht.num_replicas, exclude_self=True)
-        answers = await asyncio.gather(
-            *(dht.protocol.call_find(peer, [key_id]) for peer in nearest[key_id].values())
-        )
-        items = [answer[key_id][0] for answer in answers if answer]
-        return any(
-            item is not None and isinstance(item.value, DictionaryDHTValue) and subkey in item.value
-            for item in items
-        )
+        key_id = DHTID.generate(source=key)
+        found = await self.lookups.find([key_id], besides_self=True)
+        return subkey in found[key_id].entries
 
-    async def _store(self, items: Sequence[tuple[str, int | bytes, str | bytes, float]]) -> None:
-        """Stores (key, subkey, value, expiry) items. Raises UnreachableError when no peer took any of them."""
-        if not items:
-            return
-        keys, subkeys, values, expiries = map(list, zip(*items, strict=True))
-        self.counts.records_stored += len(keys)
-        storing = self._dht().store_many(keys, values, expiries, subkeys=subkeys)
-        stored = await self._in_time(storing, self.counts.stores)
-        if not any(stored.values()):
+    async def _store(self, items: Sequence[Item]) -> None:
+        """Raises UnreachableError when no peer took any of them."""
+        self.counts.records_stored += len(items)
+        if items and not await self._in_time(self.lookups.store(items), self.counts.stores):
             raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
 
-    async def _get(self, keys: Sequence[str]) -> dict[str, dict[object, tuple[Any, float]]]:
-        """For each key, its dictionary: subkey → (value, expiry). All replicas of a key are asked and merged."""
+    async def _get(self, keys: Collection[str]) -> dict[str, dict[object, tuple[Any, float]]]:
+        """For each key, its dictionary: subkey → (value, expiry). Several holders of a key are asked and merged.
+
+        Raises UnreachableError when nobody answered at all.
+        """
         if not keys:
             return {}
+        ids = {key: DHTID.generate(source=key) for key in keys}
         self.counts.keys_read += len(keys)
-        getting = self._dht().get_many(keys, sufficient_expiration_time=float("inf"))
-        found = await self._in_time(getting, self.counts.gets)
-        result: dict[str, dict[object, tuple[Any, float]]] = {}
-        for key in keys:
-            item = found[key]
-            is_dictionary = item is not None and isinstance(item.value, dict)
-            result[key] = (
-                {k: (v.value, v.expiration_time) for k, v in item.value.items()} if is_dictionary else {}
-            )
-        return result
+        found = await self._in_time(self.lookups.find(list(ids.values())), self.counts.gets)
+        if not any(result.someone_answered for result in found.values()):
+            raise UnreachableError("no DHT peer answered")
+        return {
+            key: {
+                subkey: (MSGPackSerializer.loads(entry.value), entry.expires_at)
+                for subkey, entry in found[key_id].entries.items()
+            }
+            for key, key_id in ids.items()
+        }
 
     async def _in_time(self, call: Awaitable[T], took: Distribution | None = None) -> T:
         began = time.monotonic()

@@ -187,7 +187,7 @@ def test_all_coordinates_said_to_be_active_cost_a_bounded_number_of_reads(swarm:
         for prefix in ((), (0,), (77,)):
             key = swarm.keys.prefix(0, prefix)
             await asyncio.gather(*(swarm.forge(key, c, key, until) for c in range(0, 4096, 128)))
-        assert all(c < 4096 for c in (await swarm.registry(1).prefixes([(0, ())]))[0, ()])
+        assert all(c < 4096 for c in (await swarm.registry(1).prefixes([(0, ())], 4096))[0, ()])
         await see_only_honest(swarm)
 
     run(scenario())
@@ -218,9 +218,9 @@ class CountingRegistry:
     def __init__(self) -> None:
         self.largest = 0
 
-    async def prefixes(self, prefixes: Collection[Prefix]) -> dict[Prefix, frozenset[int]]:
+    async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
         self.largest = max(self.largest, len(prefixes))
-        return dict.fromkeys(prefixes, frozenset(range(4096)))
+        return dict.fromkeys(prefixes, frozenset(range(size)))
 
     async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
         self.largest = max(self.largest, len(uids))
@@ -250,7 +250,7 @@ def test_a_flooded_directory_reads_a_bounded_number_and_keeps_what_lives(
             assert alive >= seen, "an expert that is known to live is always read again"
             seen = alive
         assert seen == set(CountingRegistry.alive), "the others are found in time"
-        assert registry.largest == 100
+        assert 64 < registry.largest <= 100
 
     loop.run(scenario(), 30)
 

@@ -125,7 +125,7 @@ def test_prefixes_are_the_active_coordinates_of_all_peers(swarm: Swarm) -> None:
             swarm.registry(1).announce([Announced(FIRST, SERVING), Announced(THIRD, CLAIMED)], LIFETIME_S),
             swarm.registry(2).announce([Announced(SECOND, SERVING)], LIFETIME_S),
         )
-        found = await swarm.registry(0).prefixes([(0, ()), (1, ()), (0, (0,)), (0, (1,)), (0, (2,))])
+        found = await swarm.registry(0).prefixes([(0, ()), (1, ()), (0, (0,)), (0, (1,)), (0, (2,))], 4)
         assert found == {(0, ()): {0, 2}, (1, ()): {1}, (0, (0,)): {1}, (0, (1,)): set(), (0, (2,)): {3}}
 
     swarm.run(scenario())
@@ -246,7 +246,7 @@ def test_a_plain_value_does_not_hide_the_announcements(swarm: Swarm) -> None:
             assert not await swarm.store(2, key, None, b"mine", until)
             assert not await swarm.store(2, key, None, key, until)
         assert len((await swarm.registry(0).replicas([FIRST]))[FIRST]) == 1
-        assert await swarm.registry(0).prefixes([(0, ())]) == {(0, ()): {0}}
+        assert await swarm.registry(0).prefixes([(0, ())], 4) == {(0, ()): {0}}
 
     swarm.run(scenario())
 
@@ -257,7 +257,7 @@ def test_what_is_no_coordinate_does_not_get_into_a_prefix(swarm: Swarm, subkey: 
         prefix = swarm.keys.prefix(0, (0,))
         assert not await swarm.store(2, prefix, subkey, prefix, time.time() + 500)
         await swarm.registry(1).announce([Announced(FIRST, SERVING)], LIFETIME_S)
-        (active,) = (await swarm.registry(0).prefixes([(0, (0,))])).values()
+        (active,) = (await swarm.registry(0).prefixes([(0, (0,))], 4096)).values()
         assert [type(coordinate) for coordinate in active] == [int]
         assert active == {1}
 
@@ -306,7 +306,7 @@ def test_nothing_to_say_and_nothing_to_ask_costs_no_call(swarm: Swarm) -> None:
         await registry.withdraw([], LIFETIME_S)
         assert await registry.replicas([]) == {}
         assert await registry.nodes([]) == {}
-        assert await registry.prefixes([]) == {}
+        assert await registry.prefixes([], 4) == {}
 
     swarm.run(scenario())
 

@@ -1,0 +1,249 @@
+"""Choosing experts for a batch on real p2pd processes: Talkoot's directory, and the beam search of hivemind.moe.
+
+Both sides have the same village: one process with 16 DHT peers, each with a p2pd of its own, that announce 256 experts of a
+16 × 16 grid. The one who chooses is a client in another process; its own start is not counted. hivemind's searcher passes
+`num_workers` where an expiry is meant, which ends in an error as soon as a prefix is missing: that is repaired here.
+Ours ends with everything that a call needs (addresses and certificates of the nodes), hivemind's with PeerIDs.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+GRID = (16, 16)
+BATCH = 64
+TOP_K = 4
+TRIES = 5
+"""Clients that choose cold, one after another; each then chooses warm as often."""
+_ATTEMPTS = 3
+_START_LIMIT_S = 240.0
+_RUN_LIMIT_S = 240.0
+_LIFETIME_S = 550.0
+
+
+def batches(seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((BATCH, size)).astype(np.float32) for size in GRID]
+
+
+async def talkoot_village(folder: Path, nodes: int) -> list[str]:
+    """Gives the first peer's addresses, once all experts are announced."""
+    from dht.manifest import Manifest
+    from dht.records import RecordValidator, SwarmKeys
+    from dht.registry import Announced, Registry, ReplicaState
+    from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+    from peer.host import Host
+    from peer.identity import Identity
+    from peer.wire import records_pb2
+
+    manifest = Manifest.model_validate(
+        {"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}}
+    )
+    bootstrap: list[str] = []
+    hosts = []
+    for n in range(nodes):
+        identity = Identity.load_or_create(folder / f"{n}.key")
+        host = await Host.start(
+            identity, listen="127.0.0.1", bootstrap=bootstrap, validator=RecordValidator()
+        )
+        bootstrap = bootstrap or await host.bootstrap_addresses()
+        hosts.append(host)
+    keys = SwarmKeys("benchmark", hosts[0].peer_id)
+    for n, host in enumerate(hosts):
+        registry = Registry(lambda host=host: host.dht, keys, host.identity)  # type: ignore[misc]
+        uids = manifest.uids()[n::nodes]
+        await registry.announce([Announced(uid, ReplicaState.SERVING) for uid in uids], _LIFETIME_S)
+        record = records_pb2.NodeRecord(
+            addresses=["127.0.0.1:1"],
+            certificate=host.identity.make_certificate(),
+            protocol_version=PROTOCOL_VERSION,
+            software_version=SOFTWARE_VERSION,
+        )
+        await registry.publish_node(record, _LIFETIME_S)
+    return bootstrap
+
+
+async def talkoot_client(folder: Path, bootstrap: Sequence[str]) -> dict[str, list[float]]:
+    from dht.beam import select_experts
+    from dht.directory import Directory
+    from dht.manifest import Manifest
+    from dht.records import RecordValidator, SwarmKeys
+    from dht.registry import Registry
+    from hivemind.p2p import PeerID
+    from peer.host import Host
+    from peer.identity import Identity
+
+    manifest = Manifest.model_validate(
+        {"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}}
+    )
+    keys = SwarmKeys("benchmark", PeerID.from_base58(bootstrap[0].rsplit("/p2p/", 1)[1]))
+    cold_ms, warm_ms = [], []
+    for n in range(TRIES):
+        identity = Identity.load_or_create(folder / f"client{n}.key")
+        host = await Host.start(
+            identity, listen="127.0.0.1", bootstrap=bootstrap, validator=RecordValidator(), serves_dht=False
+        )
+        directory = Directory(
+            Registry(lambda host=host: host.dht, keys, identity), manifest, refresh_every_s=3.0
+        )  # type: ignore[misc]
+        rng = random.Random(n)
+        for k in range(TRIES + 1):
+            scores = batches(100 * n + k)
+            began = time.perf_counter()
+            view = await directory.refresh() if k == 0 else directory.view
+            chosen = select_experts(scores, view.tables(0), TOP_K)
+            uids = {tuple(c) for c in chosen.coordinates.reshape(-1, len(GRID)).tolist()}
+            hosts = [view.replica(uid, rng) for uid in view.replicas if uid.coordinate in uids]
+            (warm_ms if k else cold_ms).append(1000 * (time.perf_counter() - began))
+            assert chosen.valid.all()
+            assert all(hosts)
+        await host.stop()
+    return {"cold_ms": cold_ms, "warm_ms": warm_ms}
+
+
+async def hivemind_village(folder: Path, nodes: int) -> list[str]:
+    from types import SimpleNamespace
+
+    from hivemind.dht.node import DHTNode
+    from hivemind.moe.server.dht_handler import _declare_experts
+    from hivemind.utils import get_dht_time
+
+    options: dict[str, Any] = {
+        "host_maddrs": ["/ip4/127.0.0.1/tcp/0"],
+        "nat_port_map": False,
+        "auto_nat": False,
+    }
+    uids = [f"expert.{i}.{j}" for i in range(GRID[0]) for j in range(GRID[1])]
+    bootstrap: list[str] = []
+    made = []
+    for _ in range(nodes):
+        node = await DHTNode.create(initial_peers=bootstrap, **options)
+        bootstrap = bootstrap or [str(address) for address in await node.get_visible_maddrs()]
+        made.append(node)
+    for n, node in enumerate(made):
+        dht = SimpleNamespace(num_workers=None, peer_id=node.peer_id)
+        await _declare_experts(dht, node, uids[n::nodes], get_dht_time() + _LIFETIME_S)
+    return bootstrap
+
+
+def hivemind_client(bootstrap: Sequence[str]) -> dict[str, list[float]]:
+    from hivemind import DHT
+
+    from benchmarks.rival_search import RepairedSearcher
+
+    cold_ms, warm_ms = [], []
+    for n in range(TRIES):
+        dht = DHT(initial_peers=list(bootstrap), start=True, client_mode=True)
+        searcher = RepairedSearcher(dht, "expert.", GRID)
+        for k in range(TRIES + 1):
+            scores = batches(100 * n + k)
+            began = time.perf_counter()
+            found = searcher.batch_find_best_experts(scores, TOP_K)
+            (warm_ms if k else cold_ms).append(1000 * (time.perf_counter() - began))
+            assert all(len(row) == TOP_K for row in found)
+        dht.shutdown()
+    return {"cold_ms": cold_ms, "warm_ms": warm_ms}
+
+
+def run_pair(side: str, nodes: int) -> dict[str, list[float]]:
+    """A village and its client, each in a session of its own, of which nothing is left afterwards.
+
+    A run that hangs or fails is tried again, for hivemind's client forks. Raises SystemExit with its output when all did.
+    """
+    said = ""
+    for _ in range(_ATTEMPTS):
+        with tempfile.TemporaryDirectory(prefix="talkoot-benchmark-") as name:
+            folder = Path(name)
+            village = _start(side, "village", folder, nodes)
+            try:
+                if not _wait(
+                    lambda: (folder / "bootstrap").exists() or village.poll() is not None, _START_LIMIT_S
+                ):
+                    said = f"the village of {side} did not start"
+                    continue
+                client = _start(side, "client", folder, nodes)
+                try:
+                    with suppress(subprocess.TimeoutExpired):
+                        client.wait(_RUN_LIMIT_S)
+                finally:
+                    _end(client)
+                if (folder / "result").exists():
+                    result: dict[str, list[float]] = json.loads((folder / "result").read_text())
+                    return result
+            finally:
+                _end(village)
+                said += "".join(log.read_text(errors="replace")[-2000:] for log in folder.glob("*.log"))
+    raise SystemExit(f"{side} failed {_ATTEMPTS} times:\n{said}")
+
+
+def _start(side: str, part: str, folder: Path, nodes: int) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-W", "ignore", "-m", __name__, side, part, str(folder), str(nodes)]
+    with (folder / f"{part}.log").open("wb") as log:
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"},
+            start_new_session=True,
+        )
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _wait(condition: Callable[[], bool], limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+async def _village(side: str, folder: Path, nodes: int) -> None:
+    make = {"talkoot": talkoot_village, "hivemind": hivemind_village}[side]
+    bootstrap = await make(folder, nodes)
+    (folder / "new").write_text(json.dumps(bootstrap))
+    (folder / "new").rename(folder / "bootstrap")
+    await asyncio.sleep(_RUN_LIMIT_S + 60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="one part of the comparison; benchmarks.discovery starts them"
+    )
+    parser.add_argument("side", choices=["talkoot", "hivemind"])
+    parser.add_argument("part", choices=["village", "client"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("nodes", type=int)
+    options = parser.parse_args()
+    if options.part == "village":
+        asyncio.run(_village(options.side, options.folder, options.nodes))
+        return
+    bootstrap = json.loads((options.folder / "bootstrap").read_text())
+    if options.side == "talkoot":
+        result = asyncio.run(talkoot_client(options.folder, bootstrap))
+    else:
+        result = hivemind_client(bootstrap)
+    (options.folder / "new").write_text(json.dumps(result))
+    (options.folder / "new").rename(options.folder / "result")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What discovery costs and finds in a simulated swarm of one size. See `benchmarks.simulated_swarm` for how it is made."""
+
+import asyncio
+import random
+import resource
+import statistics
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any
+
+import numpy as np
+from grpc import StatusCode
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import PeerID
+
+from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
+from benchmarks.simulated_swarm import LIFETIME_S, SimulatedPeer, SimulatedSwarm
+from dht.beam import Floats, Selection, select_experts
+from dht.directory import Directory
+from dht.registry import NodeInfo
+from dht.uid import UID
+from peer.errors import ExpertError
+from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch import Dispatcher
+from trainer_client.forward_pass import WaitPolicy
+
+TOP_K = 4
+BATCH = 64
+CALL_DEADLINE_S = 5.0
+_LOOKUPS = 200
+_TRAINERS = 10
+_WARM_TRIES = 7
+_UPKEEP_NODES = 50
+_ROUNDS_PER_MINUTE = 6
+"""Nodes announce every 10 s."""
+_CRAWLED = 2000
+"""Larger swarms are not crawled here."""
+
+
+def measure(nodes: int, link: Link, seed: int) -> dict[str, Any]:
+    """All figures of one size. 256 experts on up to 100 nodes, one for each node above."""
+    with simulated_world() as loop:
+        result: dict[str, Any] = loop.run_until_complete(_measure(loop, nodes, link, seed))
+        return result
+
+
+async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int) -> dict[str, Any]:
+    began = time.monotonic()
+    experts = 256 if nodes <= 100 else nodes
+    swarm = await SimulatedSwarm.start(loop, nodes, experts, link, seed)
+    result: dict[str, Any] = {"nodes": nodes, "experts": experts, "built_in_s": time.monotonic() - began}
+    result |= await measure_lookups(loop, swarm, _LOOKUPS)
+    for rows in (1, BATCH):
+        result[f"cold_{rows}"] = await measure_choices(loop, swarm, rows)
+    result["upkeep_bytes_per_minute"] = await measure_upkeep(swarm)
+    await swarm.announce_all(LIFETIME_S)
+    if nodes <= _CRAWLED:
+        result["crawl"] = await measure_crawl(loop, swarm)
+    result["recall"] = {"0": await measure_recall(loop, swarm)}
+    for percent, share in ((10, 0.1), (30, 2 / 9)):  # of those that are left
+        swarm.kill(share)
+        result[f"replaced_{percent}"] = await measure_replacing(loop, swarm)
+        result[f"lookups_{percent}_dead"] = await measure_lookups(loop, swarm, _LOOKUPS // 4)
+        await _let_the_dead_expire(swarm)
+        result["recall"][str(percent)] = await measure_recall(loop, swarm)
+    result["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return result
+
+
+async def measure_lookups(loop: VirtualLoop, swarm: SimulatedSwarm, count: int) -> dict[str, Any]:
+    """Look-ups of announced experts by peers that don't hold them: rounds until the value, and until enough of its holders."""
+    hops, rounds, calls, times_ms = [], [], [], []
+    hosted = list(swarm.hosts)
+    for _ in range(count):
+        peer = swarm.rng.choice(swarm.peers)
+        key = DHTID.generate(source=swarm.keys.expert(swarm.rng.choice(hosted)))
+        began, before = loop.time(), swarm.network.traffic.by_method["find"]
+        found = (await peer.lookups.find([key], besides_self=True))[key]
+        times_ms.append(1000 * (loop.time() - began))
+        calls.append(swarm.network.traffic.by_method["find"] - before)
+        if found.search.found_after is not None:
+            hops.append(found.search.found_after)
+            rounds.append(found.search.rounds)
+    return {
+        "lookups_found": len(hops) / count,
+        "hops_mean": statistics.mean(hops),
+        "hops_max": max(hops),
+        "rounds_mean": statistics.mean(rounds),
+        "calls_mean": statistics.mean(calls),
+        "lookup_ms_mean": statistics.mean(times_ms),
+        "lookup_ms_max": max(times_ms),
+    }
+
+
+async def make_trainer(loop: VirtualLoop, swarm: SimulatedSwarm) -> Directory:
+    """One that has just joined, and knows nothing of the experts."""
+    trainer = await swarm.make_peer(serves_dht=False)
+    await swarm.join(trainer)
+    return Directory(
+        trainer.registry,
+        swarm.manifest,
+        refresh_every_s=3.0,
+        now=loop.unix_time,
+        rng=random.Random(swarm.rng.random()),
+    )
+
+
+async def measure_choices(loop: VirtualLoop, swarm: SimulatedSwarm, rows: int) -> dict[str, Any]:
+    """The first choice of trainers that have just joined, and choices by other scores when all is warm.
+
+    Cold times are simulated: until the chosen experts' announcements are known (so that they live, and where), and until
+    the nodes' addresses and certificates are, too. The warm time is computing, as there is no call: that of this machine's
+    processor.
+    """
+    chosen_ms, callable_ms, calls, warm_ms = [], [], [], []
+    for _ in range(_TRAINERS):
+        directory = await make_trainer(loop, swarm)
+        scores = random_scores(swarm, rows)
+        announced_at = _note_node_reads(loop, directory)
+        began, before = loop.time(), swarm.network.traffic.calls
+        await directory.search(0, scores, TOP_K)
+        callable_ms.append(1000 * (loop.time() - began))
+        chosen_ms.append(1000 * (announced_at[0] - began))
+        calls.append(swarm.network.traffic.calls - before)
+        for _ in range(_WARM_TRIES):
+            before, cpu = swarm.network.traffic.calls, time.process_time()
+            await directory.search(0, scores, TOP_K)
+            warm_ms.append(1000 * (time.process_time() - cpu))
+            assert swarm.network.traffic.calls == before, "a warm choice asked somebody"
+    return {
+        "chosen_ms_mean": statistics.mean(chosen_ms),
+        "chosen_ms_max": max(chosen_ms),
+        "callable_ms_mean": statistics.mean(callable_ms),
+        "callable_ms_max": max(callable_ms),
+        "calls_mean": statistics.mean(calls),
+        "warm_cpu_ms": statistics.median(warm_ms),
+    }
+
+
+def _note_node_reads(loop: VirtualLoop, directory: Directory) -> list[float]:
+    """When the node records were asked for first: then the announcements of the chosen experts are known."""
+    registry, times = directory.registry, []
+    read = registry.nodes
+
+    async def noted(peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+        times.append(loop.time())
+        return await read(peer_ids)
+
+    registry.nodes = noted  # type: ignore[method-assign]  # this object's alone
+    return times
+
+
+async def measure_upkeep(swarm: SimulatedSwarm) -> float:
+    """Bytes that one node causes in a minute by staying announced, all questions and answers together."""
+    hosted: dict[int, list[UID]] = {}
+    for uid, host in swarm.hosts.items():
+        hosted.setdefault(id(host), []).append(uid)
+    some = swarm.rng.sample(swarm.peers, min(_UPKEEP_NODES, len(swarm.peers)))
+    await asyncio.sleep(10)
+    for peer in some:  # the first time is dearer, and past after ten seconds
+        await _stay(swarm, peer, hosted.get(id(peer), ()))
+    before = swarm.network.traffic.sent
+    for _ in range(_ROUNDS_PER_MINUTE):
+        await asyncio.sleep(10)
+        for peer in some:
+            await _stay(swarm, peer, hosted.get(id(peer), ()))
+    return (swarm.network.traffic.sent - before) / len(some)
+
+
+async def _stay(swarm: SimulatedSwarm, peer: SimulatedPeer, hosted: Sequence[UID]) -> None:
+    await swarm.announce(peer, hosted, LIFETIME_S)
+    await peer.registry.is_seen_by_others()
+
+
+async def measure_crawl(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[str, float]:
+    """All nodes' records, as a dashboard reads them."""
+    observer = await swarm.make_peer(serves_dht=False)
+    await swarm.join(observer)
+    swarm.network.traffic.largest = 0
+    began, before = loop.time(), swarm.network.traffic.calls
+    nodes = await observer.registry.nodes(await observer.registry.node_ids())
+    return {
+        "seconds": loop.time() - began,
+        "calls": swarm.network.traffic.calls - before,
+        "found": len(nodes) / len(swarm.peers),
+        "largest_value_bytes": swarm.network.traffic.largest,
+    }
+
+
+async def measure_recall(loop: VirtualLoop, swarm: SimulatedSwarm) -> float:
+    """Of the best live experts of a batch, the part that a trainer which has just joined finds."""
+    directory, scores = await make_trainer(loop, swarm), random_scores(swarm, BATCH)
+    view = await directory.search(0, scores, TOP_K)
+    alive = np.zeros(swarm.manifest.experts.grid, dtype=bool)
+    for uid in swarm.hosts:
+        alive[uid.coordinate] = True
+    best = best_experts(scores, alive)
+    chosen = select_experts(scores, view.tables(0), TOP_K)
+    hits = (best.coordinates[:, :, None] == chosen.coordinates[:, None]).all(axis=-1)
+    return float((hits.any(axis=2) & best.valid).sum() / best.valid.sum())
+
+
+async def measure_replacing(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[str, Any]:
+    """Some died just now and are still announced: what becomes of a batch whose choices are partly dead.
+
+    Parts of its rows, within one call deadline. `all_refused`: four live experts answered, where the dead ones' machines
+    refuse the call; `all_silent`: the same where they are gone, too; `enough_silent`: two answered then, which is what
+    a trainer waits for by default.
+    """
+    directory, scores = await make_trainer(loop, swarm), random_scores(swarm, BATCH)
+    living = frozenset(host.peer_id for host in swarm.hosts.values())
+    view = await directory.search(0, scores, 2 * TOP_K)
+    first = select_experts(scores, view.tables(0), TOP_K)
+    dead = sum(
+        all(replica.peer_id not in living for replica in view.hosts(UID(0, tuple(c))))
+        for c in first.coordinates.reshape(-1, first.coordinates.shape[-1]).tolist()
+    )
+    result: dict[str, Any] = {"dead_choices": dead / int(first.valid.sum())}
+    for name, k_min, refuses in (
+        ("all_refused", TOP_K, True),
+        ("all_silent", TOP_K, False),
+        ("enough_silent", TOP_K // 2, False),
+    ):
+        caller = _SimulatedCaller(living, swarm.network.link.rtt_s, refuses)
+        policy = WaitPolicy(CALL_DEADLINE_S, grace_s=1.0, k_min=k_min)
+        dispatcher = Dispatcher(directory, caller, policy, seed=1, clock=loop.time)
+        inputs, began = np.zeros((BATCH, 8), dtype=np.float32), loop.time()
+        answered = (await dispatcher.forward(0, inputs, scores, TOP_K, 1)).answered
+        assert loop.time() - began < CALL_DEADLINE_S + 0.01
+        await dispatcher.close()
+        result[name] = float((answered.sum(axis=1) >= k_min).mean())
+        result[f"{name}_s"] = loop.time() - began
+    return result
+
+
+class _SimulatedCaller:
+    """Living nodes answer in one round trip; dead ones' machines refuse as fast, or are silent."""
+
+    def __init__(self, living: Collection[PeerID], rtt_s: float, refuses: bool) -> None:
+        self._living = living
+        self._rtt_s = rtt_s
+        self._refuses = refuses
+
+    async def call(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncIterator[Answer]:
+        if node.peer_id not in self._living and not self._refuses:
+            await asyncio.sleep(deadline_s)
+            raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "silent")
+        await asyncio.sleep(self._rtt_s)
+        if node.peer_id not in self._living:
+            raise ExpertError(StatusCode.UNAVAILABLE, "connection refused")
+        for n, request in enumerate(requests):
+            yield Answer(n, request.inputs)
+
+
+async def _let_the_dead_expire(swarm: SimulatedSwarm) -> None:
+    """The living renew what they say shortly before the dead's announcements end."""
+    await asyncio.sleep(LIFETIME_S - 10)
+    await swarm.announce_all(LIFETIME_S)
+    await asyncio.sleep(20)
+
+
+def random_scores(swarm: SimulatedSwarm, rows: int) -> list[Floats]:
+    rng = np.random.default_rng(swarm.rng.getrandbits(32))
+    return [rng.standard_normal((rows, size)).astype(np.float32) for size in swarm.manifest.experts.grid]
+
+
+def best_experts(scores: Sequence[Floats], alive: np.ndarray) -> Selection:
+    """By brute force: a beam over all prefixes."""
+    tables = [np.asarray(alive.any(axis=tuple(range(d + 1, alive.ndim)))) for d in range(alive.ndim)]
+    return select_experts(scores, tables, TOP_K, beam_size=alive.shape[0])

@@ -1,0 +1,215 @@
+"""A swarm of simulated peers, in which every expert of a one-layer grid is announced.
+
+A small swarm comes about as a real one does: peers join one after another, and announce through the registry. Joining 10,000 so
+takes hours of computing. A large one is put in place: the routing tables are filled through their own code with a seeded sample, up
+to 20 peers of each distance (Kademlia's buckets, and no more than a peer knows that has just joined), and the announcements
+lie where the registry would have stored them, at the five nodes nearest to each key.
+"""
+
+import asyncio
+import random
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import PeerID
+from hivemind.utils import MSGPackSerializer
+
+from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedP2P, VirtualLoop
+from dht.lookups import Item, Lookups
+from dht.manifest import Manifest
+from dht.records import RecordValidator, SwarmKeys
+from dht.registry import Announced, Registry, ReplicaState
+from dht.uid import UID
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.daemon import start_dht
+from peer.wire import records_pb2
+
+LIFETIME_S = 600.0
+"""Of what is announced, so that nobody has to renew it while the benchmark looks."""
+JOIN_REALLY = 200
+"""Up to so many peers join and announce as real ones do."""
+_JOIN_TOGETHER = 20
+_BUCKET = 20
+_REPLICAS = 5
+_ID_BITS = 160
+
+
+@dataclass
+class SimulatedPeer:
+    """One peer, as a node or a trainer has it."""
+
+    identity: SimulatedIdentity
+    dht: DHTNode
+    registry: Registry
+
+    @property
+    def peer_id(self) -> PeerID:
+        return self.identity.peer_id
+
+    @property
+    def lookups(self) -> Lookups:
+        return self.registry.lookups
+
+
+class SimulatedSwarm:
+    """Peers that host all experts of the grid. Made by `start`."""
+
+    def __init__(self, loop: VirtualLoop, manifest: Manifest, link: Link, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.network = Network(link, seed)
+        self.manifest = manifest
+        self.peers: list[SimulatedPeer] = []
+        self.hosts: dict[UID, SimulatedPeer] = {}
+        self.keys = SwarmKeys(manifest.name, SimulatedIdentity(0).peer_id)
+        self._loop = loop
+        self._made = 0
+
+    @classmethod
+    async def start(
+        cls, loop: VirtualLoop, nodes: int, experts: int, link: Link, seed: int
+    ) -> "SimulatedSwarm":
+        manifest = Manifest.model_validate(
+            {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid_of(experts)}}
+        )
+        swarm = cls(loop, manifest, link, seed)
+        for _ in range(nodes):
+            swarm.peers.append(await swarm.make_peer())
+        for n, uid in enumerate(manifest.uids()):
+            swarm.hosts[uid] = swarm.peers[n % nodes]
+        if nodes <= JOIN_REALLY:
+            await swarm._join_all()
+        else:
+            swarm.fill_tables(swarm.peers, swarm.peers)
+        await swarm.announce_all(LIFETIME_S)
+        return swarm
+
+    async def make_peer(self, serves_dht: bool = True) -> SimulatedPeer:
+        """A peer that knows nobody."""
+        self._made += 1
+        identity = SimulatedIdentity(self._made)
+        p2p = SimulatedP2P(self.network, identity.peer_id)
+        dht = await start_dht(p2p, RecordValidator(self._loop.unix_time), serves_dht)
+        registry = Registry(lambda: dht, self.keys, identity, now=self._loop.unix_time)
+        return SimulatedPeer(identity, dht, registry)
+
+    async def join(self, peer: SimulatedPeer, by: Sequence[SimulatedPeer] = ()) -> None:
+        """Greets one of these, or of all, and looks for its own neighbours, as `peer.greeting` does."""
+        bootstrap = self.rng.choice(by or self.peers)
+        await peer.dht.protocol.call_ping(bootstrap.peer_id)
+        await peer.dht.find_nearest_nodes([peer.dht.node_id])
+
+    def fill_tables(self, peers: Collection[SimulatedPeer], known: Sequence[SimulatedPeer]) -> None:
+        """Lets these peers know up to 20 of each distance: one half of all, one quarter, one eighth."""
+        ids = sorted((int(p.dht.node_id), p.dht.node_id, p.peer_id) for p in known)
+        numbers = [number for number, _, _ in ids]
+        for peer in peers:
+            table, own = peer.dht.protocol.routing_table, int(peer.dht.node_id)
+            for bits in range(_ID_BITS):
+                low, high = _other_half(own, bits)
+                first, last = _span(numbers, low, high)
+                some = range(first, last)
+                for n in self.rng.sample(some, min(_BUCKET, len(some))):
+                    table.add_or_update_node(ids[n][1], ids[n][2])
+                low, high = _own_half(own, bits)
+                if np.subtract(*reversed(_span(numbers, low, high))) <= 1:
+                    break
+
+    async def announce_all(self, lifetime_s: float, in_place: bool | None = None) -> None:
+        """Each of the living says what it hosts and who it is. `in_place`: without asking anybody; unset: if many."""
+        hosted: dict[int, list[UID]] = {}
+        for uid, host in self.hosts.items():
+            hosted.setdefault(id(host), []).append(uid)
+        if in_place is None:
+            in_place = len(self.peers) > JOIN_REALLY
+        placing = _Placing([peer.dht for peer in self.peers]) if in_place else None
+        for peer in self.peers:
+            lookups = peer.registry.lookups
+            peer.registry.lookups = placing or lookups
+            await self.announce(peer, hosted.get(id(peer), ()), lifetime_s)
+            peer.registry.lookups = lookups
+
+    async def announce(self, peer: SimulatedPeer, hosted: Sequence[UID], lifetime_s: float) -> None:
+        now = self._loop.unix_time()
+        announced = [Announced(uid, ReplicaState.SERVING, 1, now) for uid in hosted]
+        await peer.registry.announce(announced, lifetime_s)
+        await peer.registry.publish_node(_node_record(peer, len(hosted)), lifetime_s)
+
+    def kill(self, share: float) -> list[SimulatedPeer]:
+        """Ends some of the peers, without a word."""
+        dead = self.rng.sample(self.peers, round(share * len(self.peers)))
+        self.network.kill([peer.peer_id for peer in dead])
+        gone = {id(peer) for peer in dead}
+        self.peers = [peer for peer in self.peers if id(peer) not in gone]
+        self.hosts = {uid: host for uid, host in self.hosts.items() if id(host) not in gone}
+        return dead
+
+    async def _join_all(self) -> None:
+        for first in range(1, len(self.peers), _JOIN_TOGETHER):
+            known = self.peers[:first]
+            await asyncio.gather(
+                *(self.join(peer, known) for peer in self.peers[first : first + _JOIN_TOGETHER])
+            )
+
+
+class _Placing(Lookups):
+    """Stores at the five nearest of all nodes, without asking anybody."""
+
+    def __init__(self, nodes: Sequence[DHTNode]) -> None:
+        super().__init__(lambda: nodes[0])
+        self._nodes = nodes
+        self._heads = np.array([int(node.node_id) >> (_ID_BITS - 64) for node in nodes], dtype=np.uint64)
+        self._nearest: dict[str, list[DHTNode]] = {}
+
+    async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
+        for item in items:
+            key = DHTID.generate(source=item.key)
+            value = MSGPackSerializer.dumps(item.value)
+            for node in self._nearest_to(item.key, key):
+                node.protocol.storage.store(key, value, item.expires_at, subkey=item.subkey)
+        return {(item.key, item.subkey) for item in items}
+
+    def _nearest_to(self, name: str, key: DHTID) -> list[DHTNode]:
+        if name not in self._nearest:
+            distances = self._heads ^ np.uint64(int(key) >> (_ID_BITS - 64))
+            most = min(_REPLICAS, len(self._nodes))
+            self._nearest[name] = [self._nodes[n] for n in np.argpartition(distances, most - 1)[:most]]
+        return self._nearest[name]
+
+
+def grid_of(experts: int) -> tuple[int, int]:
+    """The squarest grid of exactly so many experts."""
+    side = next(n for n in range(int(experts**0.5), 0, -1) if experts % n == 0)
+    return side, experts // side
+
+
+def _other_half(node: int, bits: int) -> tuple[int, int]:
+    """The IDs that share this many first bits with the node, and not the next."""
+    return _own_half(node ^ 1 << (_ID_BITS - 1 - bits), bits)
+
+
+def _own_half(node: int, bits: int) -> tuple[int, int]:
+    """The IDs that share one bit more than this many with the node."""
+    size = 1 << (_ID_BITS - 1 - bits)
+    low = node & ~(size - 1)
+    return low, low + size
+
+
+def _span(numbers: Sequence[int], low: int, high: int) -> tuple[int, int]:
+    """Where in the sorted numbers those from low to below high stand."""
+    return bisect_left(numbers, low), bisect_left(numbers, high)
+
+
+def _node_record(peer: SimulatedPeer, experts: int) -> records_pb2.NodeRecord:
+    return records_pb2.NodeRecord(
+        addresses=["203.0.113.7:50051"],
+        certificate=peer.identity.make_certificate(),
+        protocol_version=PROTOCOL_VERSION,
+        software_version=SOFTWARE_VERSION,
+        expert_count=experts,
+        expert_capacity=experts + 1,
+        bootstrap_addresses=[f"/ip4/203.0.113.7/tcp/31337/p2p/{peer.peer_id.to_base58()}"],
+    )

@@ -1,0 +1,118 @@
+"""Kademlia's iterative look-up of one key, as a state machine: no I/O, no clock.
+
+Maymounkov & Mazières 2002, section 2.3, with two differences. All of the nearest nodes are asked at the same time, because
+a round trip is dear and a question is cheap. And a value found does not end the search until a majority of its holders
+gave theirs: a dictionary is written by many peers, and a single holder could leave out what it likes.
+"""
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Breadth:
+    """How many nodes a look-up asks."""
+
+    front: int = 7
+    """Nearest live nodes that must all have answered, if the key has no value."""
+    first: int = 4
+    """Nodes asked until the first answer, when those known are far from the key."""
+    holders: int = 5
+    """Nearest nodes at which writers store. Values of others may be old: nodes hand them to those that they meet."""
+    quorum: int = 3
+    """Holders whose values are enough: the majority."""
+    most: int = 96
+    """Nodes asked in all: a liar could name nearer ones for ever."""
+
+
+DEFAULT_BREADTH = Breadth()
+
+
+class Search:
+    """A look-up of one key. Nodes are named by their Kademlia IDs, as integers."""
+
+    def __init__(self, key: int, known: Iterable[int], breadth: Breadth = DEFAULT_BREADTH) -> None:
+        self.key = key
+        self.found_after: int | None = None
+        """Rounds of questions, one after another, until the first value; None while there is none."""
+        self.rounds = 0
+        """The longest chain of questions so far: each asked a node that the answer before it named."""
+        self._holding: set[int] = set()
+        """Nodes that answered with a value."""
+        self._breadth = breadth
+        self._nearest: list[tuple[int, int]] = []
+        """(distance, node) of the known ones that have not failed, the nearest first."""
+        self._depth: dict[int, int] = {}
+        """Which round asks a node: 1 for those known at the start. Also of those that failed."""
+        self._asked: set[int] = set()
+        self._answered: set[int] = set()
+        self._learn(known, 1)
+
+    @property
+    def finished(self) -> bool:
+        """Whether enough holders gave their values, or all of the nearest nodes have answered."""
+        holders = sum(node in self._holding for _, node in self._nearest[: self._breadth.holders])
+        if holders >= self._breadth.quorum or len(self._asked) >= self._breadth.most:
+            return True
+        return all(node in self._answered for _, node in self._front())
+
+    def ask(self) -> list[int]:
+        """The nodes to ask now, nearest first. Each is named once."""
+        if self.finished:
+            return []
+        front = self._front()
+        if not self._answered:
+            front = front[: self._breadth.first]
+        wanted = [node for _, node in front if node not in self._asked]
+        self._asked.update(wanted)
+        return wanted
+
+    def learn(self, nodes: Iterable[int]) -> None:
+        """Others know these nodes; the next round may ask them."""
+        self._learn(nodes, self.rounds + 1)
+
+    def holds(self, node: int, has_value: bool) -> None:
+        """This peer is itself a node of the DHT, and needs no question."""
+        self._learn([node], 0)
+        self._asked.add(node)
+        self.answered(node, [], has_value)
+
+    def answered(self, node: int, nearer: Iterable[int], has_value: bool) -> None:
+        """A node answered, perhaps late; it named these others."""
+        depth = self._depth[node]
+        self._restore(node)
+        self._answered.add(node)
+        self.rounds = max(self.rounds, depth)
+        if has_value:
+            self._holding.add(node)
+            if self.found_after is None:
+                self.found_after = depth
+        self._learn(nearer, depth + 1)
+
+    def failed(self, node: int) -> None:
+        """The node did not answer, or not in time: the next nearest takes its place."""
+        entry = (node ^ self.key, node)
+        place = bisect.bisect_left(self._nearest, entry)
+        if node not in self._answered and self._nearest[place : place + 1] == [entry]:
+            del self._nearest[place]
+
+    def nearest(self) -> list[int]:
+        """The nodes that have answered, the nearest first."""
+        return [node for _, node in self._nearest if node in self._answered]
+
+    def _front(self) -> list[tuple[int, int]]:
+        return self._nearest[: self._breadth.front]
+
+    def _learn(self, nodes: Iterable[int], depth: int) -> None:
+        for node in nodes:
+            if node not in self._depth:
+                self._depth[node] = depth
+                bisect.insort(self._nearest, (node ^ self.key, node))
+
+    def _restore(self, node: int) -> None:
+        """A node that was given up has answered after all."""
+        entry = (node ^ self.key, node)
+        place = bisect.bisect_left(self._nearest, entry)
+        if self._nearest[place : place + 1] != [entry]:
+            self._nearest.insert(place, entry)

@@ -1,0 +1,123 @@
+"""Look-ups and stores among simulated peers: the real DHT nodes, on a clock that jumps."""
+
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+from hivemind.dht.routing import DHTID
+
+from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
+from benchmarks.simulated_swarm import SimulatedSwarm
+from dht.lookups import RoundTrips
+from dht.registry import Announced, ReplicaState
+from dht.uid import UID
+from peer.errors import UnreachableError
+
+HOME = UID(0, (0, 1))
+
+
+@pytest.fixture
+def world() -> Iterator[VirtualLoop]:
+    with simulated_world() as loop:
+        yield loop
+
+
+def play(
+    loop: VirtualLoop,
+    scenario: Callable[[SimulatedSwarm], Awaitable[None]],
+    nodes: int = 12,
+    experts: int = 24,
+) -> None:
+    async def run() -> None:
+        await scenario(await SimulatedSwarm.start(loop, nodes, experts, Link(rtt_s=0.1), seed=1))
+
+    loop.run_until_complete(run())
+
+
+def test_a_dead_peer_costs_its_neighbours_patience_and_not_three_seconds(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        reader = swarm.peers[0]
+        for _ in range(3):  # gets to know how long an answer takes
+            await reader.registry.replicas([HOME])
+        swarm.kill(0.4)
+        swarm.network.peers[reader.peer_id.to_bytes()] = reader.dht.p2p
+        began = world.time()
+        found = await reader.registry.replicas(swarm.manifest.uids())
+        assert world.time() - began < 1.2
+        assert all(found.values()), "five holders each, so that some live"
+
+    play(world, scenario)
+
+
+def test_many_keys_travel_in_few_calls(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        before = swarm.network.traffic.by_method["find"]
+        found = await swarm.peers[0].registry.replicas(swarm.manifest.uids())
+        assert all(found.values())
+        assert swarm.network.traffic.by_method["find"] - before <= 3 * len(swarm.peers)
+
+    play(world, scenario)
+
+
+def test_256_experts_are_renewed_with_a_bounded_number_of_stores(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        peer = swarm.peers[0]
+        announced = [Announced(uid, ReplicaState.SERVING, 1) for uid in swarm.manifest.uids()]
+        await peer.registry.announce(announced, 300.0)
+        calls = swarm.network.traffic.by_method
+        finds, stores, began = calls["find"], calls["store"], world.time()
+        await peer.registry.announce(announced, 301.0)
+        assert world.time() - began < 1.0
+        # 256 announcements and 272 active coordinates at 5 holders each, 32 items to a call, among 12 peers
+        assert calls["store"] - stores <= 5 * (256 + 272) / 32 + 12
+        assert calls["find"] - finds <= 12 * (273 / 16 + 1)
+
+    play(world, scenario, experts=256)
+
+
+def test_what_is_stored_lies_at_the_nearest_nodes(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        for uid in swarm.manifest.uids():
+            key = DHTID.generate(source=swarm.keys.expert(uid))
+            holders = {p.dht.node_id for p in swarm.peers if p.dht.protocol.storage.get(key) is not None}
+            nearest = sorted((p.dht.node_id for p in swarm.peers), key=key.xor_distance)
+            assert holders >= set(nearest[:5])
+
+    play(world, scenario, nodes=20)
+
+
+def test_a_client_whose_peers_are_all_silent_is_told_so(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        client = await swarm.make_peer(serves_dht=False)
+        await swarm.join(client)
+        swarm.kill(1.0)
+        with pytest.raises(UnreachableError, match="no DHT peer answered"):
+            await client.registry.replicas([HOME])
+        with pytest.raises(UnreachableError, match="no DHT peer accepted"):
+            await client.registry.announce([Announced(HOME, ReplicaState.SERVING)], 60.0)
+
+    play(world, scenario)
+
+
+def test_a_second_look_starts_at_the_holders(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        client = await swarm.make_peer(serves_dht=False)
+        await swarm.join(client)
+        key = DHTID.generate(source=swarm.keys.expert(HOME))
+        await client.lookups.find([key])
+        found = (await client.lookups.find([key]))[key]
+        assert found.entries
+        assert found.search.found_after == 1
+        assert found.search.rounds <= 2
+
+    play(world, scenario, nodes=24)
+
+
+def test_patience_follows_the_round_trips() -> None:
+    trips = RoundTrips()
+    assert trips.patience_s == 1.0
+    for _ in range(50):
+        trips.note(0.1)
+    assert trips.patience_s == 0.25
+    for _ in range(50):
+        trips.note(2.0)
+    assert 2.0 < trips.patience_s <= 3.0

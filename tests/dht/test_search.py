@@ -1,0 +1,128 @@
+"""The iterative look-up of Kademlia (section 2.3), as a state machine over made-up networks."""
+
+import random
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.search import Breadth, Search
+
+NODES = st.sets(st.integers(0, 2**16 - 1), min_size=1, max_size=60)
+KEY = st.integers(0, 2**16 - 1)
+
+
+def by_distance(nodes: Iterable[int], key: int) -> list[int]:
+    return sorted(nodes, key=lambda node: node ^ key)
+
+
+def ring(nodes: set[int]) -> dict[int, list[int]]:
+    """Each node knows the two beside it by number, and two far away: enough to reach all."""
+    ordered = sorted(nodes)
+    count = len(ordered)
+    return {
+        node: [ordered[(n + step) % count] for step in (1, -1, count // 2, count // 3)]
+        for n, node in enumerate(ordered)
+    }
+
+
+@given(NODES, KEY, st.integers(0, 2**32))
+def test_a_search_that_finds_no_value_ends_when_the_nearest_it_heard_of_have_answered(
+    nodes: set[int], key: int, seed: int
+) -> None:
+    rng, known = random.Random(seed), ring(nodes)
+    search = Search(key, [rng.choice(sorted(nodes))], Breadth(front=5))
+    heard, waiting = set(search.nearest()), search.ask()
+    while waiting:
+        node = waiting.pop(rng.randrange(len(waiting)))  # answers come in any order
+        heard |= {node, *known[node]}
+        search.answered(node, known[node], has_value=False)
+        waiting += search.ask()
+    assert search.finished
+    assert search.nearest()[:5] == by_distance(heard, key)[:5]
+    assert search.found_after is None
+
+
+@given(NODES, KEY, st.integers(0, 2**32), st.floats(0, 0.6))
+def test_no_node_is_asked_twice_and_failed_ones_are_not_among_the_nearest(
+    nodes: set[int], key: int, seed: int, dead: float
+) -> None:
+    rng = random.Random(seed)
+    failing = {node for node in sorted(nodes) if rng.random() < dead}
+    search = Search(key, sorted(nodes)[:20])
+    asked: list[int] = []
+    while wanted := search.ask():
+        asked += wanted
+        for node in wanted:
+            if node in failing:
+                search.failed(node)
+            else:
+                search.answered(node, rng.sample(sorted(nodes), min(4, len(nodes))), has_value=False)
+    assert len(asked) == len(set(asked))
+    assert search.finished
+    assert not failing & set(search.nearest())
+
+
+def test_three_holders_are_enough_and_the_rounds_are_counted() -> None:
+    search = Search(0, [100, 101, 102])
+    assert search.ask() == [100, 101, 102]
+    search.answered(100, [1, 2, 3, 4, 5], has_value=False)
+    assert search.ask() == [1, 2, 3, 4, 5]
+    search.answered(102, [], has_value=True)
+    for node in (1, 2):
+        search.answered(node, [], has_value=True)
+        assert not search.finished
+    search.answered(3, [], has_value=True)
+    assert search.finished
+    assert search.ask() == []
+    assert (search.found_after, search.rounds) == (1, 2)
+
+
+def test_values_of_nodes_that_are_not_the_nearest_are_not_enough() -> None:
+    search = Search(0, [1, 2, 3, 4, 5, 6, 7])
+    search.ask()
+    search.answered(4, [], has_value=True)
+    search.ask()
+    for node in (5, 6, 7):
+        search.answered(node, [], has_value=True)
+    assert not search.finished
+    search.failed(1)  # now 6 is among the nearest five
+    assert search.finished
+
+
+def test_a_late_answer_still_counts() -> None:
+    search = Search(0, [1, 2], Breadth(front=2))
+    assert search.ask() == [1, 2]
+    search.failed(1)
+    search.answered(2, [], has_value=False)
+    assert search.finished
+    search.answered(1, [3], has_value=True)
+    assert search.nearest() == [1, 2]
+    assert search.found_after == 1
+
+
+def test_this_peer_counts_without_being_asked() -> None:
+    search = Search(0, [1, 2], Breadth(front=3, quorum=1))
+    search.holds(5, has_value=True)
+    assert search.finished
+    assert search.found_after == 0
+
+
+def test_a_liar_who_names_nearer_nodes_for_ever_is_given_up() -> None:
+    search, asked, node = Search(0, [2**200]), 0, 2**200
+    while wanted := search.ask():
+        asked += len(wanted)
+        for node in wanted:
+            search.answered(node, [node - 1, node - 2, node - 3], has_value=False)
+    assert search.finished
+    assert asked < 110
+
+
+@pytest.mark.parametrize("known", [[], [7]])
+def test_a_peer_that_knows_nobody_or_only_the_dead_is_finished(known: list[int]) -> None:
+    search = Search(0, known)
+    for node in search.ask():
+        search.failed(node)
+    assert search.finished
+    assert search.nearest() == []
