@@ -22,7 +22,7 @@ from dht.uid import UID
 from peer.errors import ExpertError
 from trainer_client.calls import Answer, Direction, Request
 from trainer_client.dispatch import Dispatcher
-from trainer_client.forward_pass import WaitPolicy
+from trainer_client.waiting import WaitPolicy
 
 TOP_K = 4
 BATCH = 64

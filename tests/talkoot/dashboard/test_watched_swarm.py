@@ -133,11 +133,11 @@ def training(invite: Invite, folder: Path) -> Iterator[None]:
     stop = threading.Event()
     with SwarmClient(invite, settings, folder) as client:
         client.wait_for_experts(LIMIT_S, lambda text: None)
-        model = LanguageModel(client.manifest, client.make_mixture)
+        model = LanguageModel(client.manifest, client.mixture)
         data = ByteDataset(b"In the sauna one must behave as in church. " * 60, MANIFEST.model.context)
 
         def work() -> None:
-            train(model, data, settings, observe=client.presence.note, stop=stop)
+            train(model, data, settings, observe=client.note, stop=stop)
 
         thread = threading.Thread(target=work)
         thread.start()
