@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from talkoot.dashboard.metrics import DashboardCollector, DashboardCounts
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watch import Watcher
 from talkoot.node_command import invite_text
-from talkoot.signals import run_until_stopped
+from talkoot.signals import Stopped, run_until_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ _KEEP_S = 5.0
 def run_dashboard(
     terminal: Terminal, join: str | None, config: Path | None, flags: Mapping[str, Any]
 ) -> None:
-    """Watches until a signal comes. Raises UserError when it can't start."""
+    """Watches until a signal comes, which is no error. Raises UserError when it can't start."""
     quiet_hivemind()
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     settings = DashboardSettings.load(config, **flags)
@@ -48,6 +49,8 @@ def run_dashboard(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run_until_stopped(_serve(terminal, invite, settings, folder.path, listener)))
+    except Stopped:
+        logger.info("stopped")
     finally:
         folder.close()
         listener.close()
@@ -120,8 +123,10 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
+        # create_server adds the address to the message of whatever it could not bind
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise StartError(
-            f"can't listen on {host} port {port}: {error.strerror}; pass another --port or --host"
+            f"can't listen on {host} port {port}: {why}; pass another --port or --host"
         ) from error
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from peer.settings import RoleSettings
+from peer.settings import PeerName, RoleSettings
 
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
 
@@ -84,9 +84,8 @@ class TrainerSettings(RoleSettings):
         allow_inf_nan=False,
         description="seconds between two looks at who is alive",
     )
-    name: str | None = Field(
+    name: PeerName | None = Field(
         default=None,
-        max_length=32,
         description="what the swarm's dashboards call this trainer; unset: no name",
     )
     announce_every_s: float = Field(

@@ -22,7 +22,7 @@ def progress(**changes: Any) -> Progress:
         "step": 5, "steps": 9, "loss": 2.5, "validation_loss": None, "tokens_per_s": 100.0, "step_s": 0.1,
         "load_cv": None, "load_max_over_mean": None,
     }  # fmt: skip
-    return Progress(**values | changes)  # type: ignore[arg-type]  # the values fit
+    return Progress(**values | changes)
 
 
 def counts(**changes: Any) -> TrainerCounts:
