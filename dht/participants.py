@@ -14,6 +14,7 @@ from enum import Enum
 from grpc import StatusCode
 from hivemind.p2p import PeerID
 
+from peer.identity import certificate_pem
 from peer.wire import records_pb2
 
 MAX_NAME_CHARACTERS = 32
@@ -27,6 +28,9 @@ _LATEST = 2.0**40
 _MAX_COUNT = 2**53
 """Beyond it a double, as JSON has it, is not exact."""
 _MAX_VERSION_CHARACTERS = 32
+_MAX_ADDRESSES = 8
+_ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}")
+"""host:port. gRPC would also take other schemes, such as unix sockets of the caller's own machine."""
 
 FAILURE_CAUSES = frozenset(status.name.lower() for status in StatusCode if status is not StatusCode.OK)
 
@@ -46,6 +50,36 @@ class Activity(Enum):
             return cls(value)
         except ValueError:
             return cls.UNKNOWN
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """Who and where a node is, as it said itself."""
+
+    peer_id: PeerID
+    addresses: tuple[str, ...]
+    certificate_pem: bytes
+    protocol_version: int
+    software_version: str
+    expert_count: int
+    expert_capacity: int
+    rows_processed: int
+    updates: int
+    started_at: float
+    bootstrap_addresses: tuple[str, ...]
+    expires_at: float
+    name: str = ""
+    """What its owner calls it; empty: no name."""
+    activity: Activity = Activity.UNKNOWN
+    metrics_address: str = ""
+    """Where it serves metrics to others, if it does."""
+    rows_per_s: float | None = None
+    renew_every_s: float = DEFAULT_RENEW_S
+    """Its record is renewed within so many seconds, as far as it can tell."""
+    contributed_rows: int = 0
+    """In all its runs, as are the following."""
+    contributed_updates: int = 0
+    contributed_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +115,35 @@ class TrainerInfo:
     expires_at: float
     failures: Mapping[str, int] = field(default_factory=dict)
     node_latency_s: Mapping[PeerID, float] = field(default_factory=dict)
+
+
+def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo | None:
+    """What a node's checked record says; None when the node has left. Raises RecordError for a wrong certificate."""
+    node = payload.node
+    if node.left:
+        return None
+    return NodeInfo(
+        peer_id,
+        tuple(filter(_ADDRESS.fullmatch, node.addresses[:_MAX_ADDRESSES])),
+        certificate_pem(node.certificate, peer_id),
+        node.protocol_version,
+        short_text(node.software_version, _MAX_VERSION_CHARACTERS),
+        node.expert_count,
+        node.expert_capacity,
+        count(node.rows_processed),
+        count(node.updates),
+        number(node.started_at) or 0.0,
+        tuple(node.bootstrap_addresses[:_MAX_ADDRESSES]),
+        payload.expires_at,
+        short_text(node.name, MAX_NAME_CHARACTERS),
+        Activity.of(node.activity),
+        metrics_endpoint(node.metrics_address),
+        number(node.rows_per_s),
+        renewal(node.renew_every_s),
+        count(node.contributed_rows),
+        count(node.contributed_updates),
+        number(node.contributed_s) or 0.0,
+    )
 
 
 def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> TrainerInfo | None:

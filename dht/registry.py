@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import random
-import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,18 +17,8 @@ from hivemind.utils import MSGPackSerializer
 from dht.claims import ClaimAges
 from dht.counts import DhtCounts
 from dht.lookups import Item, Lookups
-from dht.participants import (
-    DEFAULT_RENEW_S,
-    MAX_NAME_CHARACTERS,
-    Activity,
-    TrainerInfo,
-    count,
-    metrics_endpoint,
-    number,
-    read_trainer,
-    renewal,
-    short_text,
-)
+from dht.participants import NodeInfo as NodeInfo
+from dht.participants import TrainerInfo, read_node, read_trainer
 from dht.records import (
     INDEX_PIECE,
     SwarmKeys,
@@ -42,7 +31,7 @@ from dht.records import (
 from dht.uid import UID
 from peer.distribution import Distribution
 from peer.errors import RecordError, UnreachableError, WireError
-from peer.identity import Identity, certificate_pem
+from peer.identity import Identity
 from peer.wire import records_pb2
 
 logger = logging.getLogger(__name__)
@@ -52,11 +41,8 @@ T = TypeVar("T")
 Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
-_MAX_ADDRESSES = 8
 _MAX_REPLICAS = 256
 """Most announcements of one expert that are looked at."""
-_ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}")
-"""host:port. gRPC would also take other schemes, such as unix sockets of the caller's own machine."""
 
 
 def _some(found: Collection[T], most: int) -> Sequence[T]:
@@ -85,36 +71,6 @@ class Replica:
     queued_rows: int
     claimed_at: float
     expires_at: float
-
-
-@dataclass(frozen=True)
-class NodeInfo:
-    """Who and where a node is, as it said itself."""
-
-    peer_id: PeerID
-    addresses: tuple[str, ...]
-    certificate_pem: bytes
-    protocol_version: int
-    software_version: str
-    expert_count: int
-    expert_capacity: int
-    rows_processed: int
-    updates: int
-    started_at: float
-    bootstrap_addresses: tuple[str, ...]
-    expires_at: float
-    name: str = ""
-    """What its owner calls it; empty: no name."""
-    activity: Activity = Activity.UNKNOWN
-    metrics_address: str = ""
-    """Where it serves metrics to others, if it does."""
-    rows_per_s: float | None = None
-    renew_every_s: float = DEFAULT_RENEW_S
-    """Its record is renewed within so many seconds, as far as it can tell."""
-    contributed_rows: int = 0
-    """In all its runs, as are the following."""
-    contributed_updates: int = 0
-    contributed_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -358,33 +314,7 @@ class Registry:
                 )
 
     def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
-        """None when the node has left."""
-        payload = unseal(value, key, peer_id, self._now())
-        node = payload.node
-        if node.left:
-            return None
-        return NodeInfo(
-            peer_id,
-            tuple(filter(_ADDRESS.fullmatch, node.addresses[:_MAX_ADDRESSES])),
-            certificate_pem(node.certificate, peer_id),
-            node.protocol_version,
-            short_text(node.software_version, 32),
-            node.expert_count,
-            node.expert_capacity,
-            count(node.rows_processed),
-            count(node.updates),
-            number(node.started_at) or 0.0,
-            tuple(node.bootstrap_addresses[:_MAX_ADDRESSES]),
-            payload.expires_at,
-            short_text(node.name, MAX_NAME_CHARACTERS),
-            Activity.of(node.activity),
-            metrics_endpoint(node.metrics_address),
-            number(node.rows_per_s),
-            renewal(node.renew_every_s),
-            count(node.contributed_rows),
-            count(node.contributed_updates),
-            number(node.contributed_s) or 0.0,
-        )
+        return read_node(unseal(value, key, peer_id, self._now()), peer_id)
 
     def _trainer_info(self, value: object, key: str, peer_id: PeerID) -> TrainerInfo | None:
         return read_trainer(unseal(value, key, peer_id, self._now()), peer_id)

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
 from expert_server.devices import PrecisionSetting
 from expert_server.schedule import Schedule
-from peer.settings import RoleSettings
+from peer.settings import PeerName, RoleSettings
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
 
@@ -58,8 +58,8 @@ class NodeSettings(RoleSettings):
         max_length=253,
         description="address to listen on and to announce; unset: this machine's first",
     )
-    name: str | None = Field(
-        default=None, max_length=32, description="what the swarm's dashboards call this node; unset: no name"
+    name: PeerName | None = Field(
+        default=None, description="what the swarm's dashboards call this node; unset: no name"
     )
     dht_port: int = Field(default=0, ge=0, le=65535, description="TCP port of the DHT; 0: any free one")
     grpc_port: int = Field(

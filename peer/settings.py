@@ -3,11 +3,21 @@
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from peer.errors import SettingsError
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("a name is one line of printable characters")
+    return text
+
+
+PeerName = Annotated[str, Field(min_length=1, max_length=32), AfterValidator(_printable)]
+"""What the owner of a peer calls it."""
 
 
 class RoleSettings(BaseModel):

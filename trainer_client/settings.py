@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError
 
 from peer.errors import SettingsError
-from peer.settings import RoleSettings, describe_validation_error
+from peer.settings import PeerName, RoleSettings, describe_validation_error
 
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
 Precision = Literal["fp32", "bf16"]
@@ -148,26 +148,9 @@ class TrainerSettings(RoleSettings):
         allow_inf_nan=False,
         description="seconds between two looks at who is alive",
     )
-    wait_for_experts_s: float = Field(
-        default=60.0,
-        ge=0,
-        le=7 * 86400,
-        allow_inf_nan=False,
-        description="seconds: the longest that training waits while no expert is live, before it ends",
-    )
-    checkpoint: Path | None = Field(
-        default=None, description="folder of checkpoints; unset: one for each run, in the state folder"
-    )
-    checkpoint_every: int = Field(
-        default=100, ge=0, le=10**7, description="steps between checkpoints; 0 saves only at the end"
-    )
-    checkpoints_kept: int = Field(default=3, ge=1, le=10_000, description="checkpoints that stay")
-    log: Path | None = Field(default=None, description="file that gets a JSON line for each step")
-    tensorboard: Path | None = Field(default=None, description="folder for TensorBoard")
-    plot: Path | None = Field(default=None, description="PNG file that shows the loss, written at the end")
-    name: str | None = Field(
+from peer.errors import SettingsError
+from peer.settings import PeerName, RoleSettings, describe_validation_error
         default=None,
-        max_length=32,
         description="what the swarm's dashboards call this trainer; unset: no name",
     )
     announce_every_s: float = Field(

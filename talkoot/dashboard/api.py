@@ -1,7 +1,7 @@
 """The answers of the interface for programs: functions of a picture, and of what was asked. No sockets, no clock."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,13 +121,13 @@ def nodes(picture: Picture | None, query: Mapping[str, str]) -> Json:
     order = query.get("order", "asc")
     if order not in {"asc", "desc"}:
         raise ApiError(400, f"order: {order[:40]!r} is neither asc nor desc")
-    return _page(_sorted(found, key, order == "desc"), query, "nodes", _node)
+    return _page(_sorted(found, key, order == "desc"), query, "nodes", _public)
 
 
 def node(picture: Picture | None, peer_id: str) -> Json:
     row = _find(picture, peer_id)
     hosted = [] if picture is None else picture.hosted.get(peer_id, [])
-    return _node(row) | {"uids": hosted[:MAX_UIDS], "uids_total": len(hosted)}
+    return _public(row) | {"uids": hosted[:MAX_UIDS], "uids_total": len(hosted)}
 
 
 def leaderboard(picture: Picture | None, query: Mapping[str, str]) -> Json:
@@ -214,7 +214,7 @@ def integer(query: Mapping[str, str], key: str, default: int, least: int, most: 
     return int(text)
 
 
-def _page(rows: Sequence[Any], query: Mapping[str, str], name: str, show: Any) -> Json:
+def _page(rows: Sequence[Any], query: Mapping[str, str], name: str, show: Callable[[Any], Json]) -> Json:
     per_page = integer(query, "per_page", 50, 1, MAX_PER_PAGE)
     page = integer(query, "page", 1, 1, 10**9)
     shown = rows[(page - 1) * per_page : page * per_page]
@@ -240,11 +240,8 @@ def _find(picture: Picture | None, peer_id: str) -> Json:
     raise ApiError(404, f"no node {peer_id[:60]!r} was seen in the last day")
 
 
-def _node(row: Json) -> Json:
-    return _public(row)
-
-
 def _public(row: Json) -> Json:
+    """Without what is for service discovery alone."""
     return {key: value for key, value in row.items() if key != "metrics_address"}
 
 

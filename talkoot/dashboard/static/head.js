@@ -75,19 +75,19 @@ const TILES = [
   {
     id: "nodes",
     label: "Live nodes",
-    value: (s) => format.count(s.nodes.live),
+    value: (s) => shown(s.nodes.live, format.count),
     sub: goneNodes,
     spark: "live_nodes",
   },
   {
     id: "experts",
     label: "Live experts",
-    value: (s) => format.count(s.experts.live),
+    value: (s) => shown(s.experts.live, format.count),
     sub: share,
     spark: "live_experts",
   },
-  { id: "replicas", label: "Replicas", value: (s) => format.compact(s.replicas), sub: perExpert },
-  { id: "trainers", label: "Trainers", value: (s) => format.count(s.trainers), sub: requests },
+  { id: "replicas", label: "Replicas", value: (s) => shown(s.replicas, format.compact), sub: perExpert },
+  { id: "trainers", label: "Trainers", value: (s) => shown(s.trainers, format.count), sub: requests },
   {
     id: "speed",
     label: "Tokens per second",

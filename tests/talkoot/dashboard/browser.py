@@ -1,5 +1,8 @@
 """Debian's Chromium, driven by Playwright, for tests of the page."""
 
+import asyncio
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import uvicorn
 from playwright.sync_api import Browser, Page, sync_playwright
+from starlette.applications import Starlette
 
 CHROMIUM = Path("/usr/bin/chromium")
 _ARGUMENTS = [
@@ -70,8 +75,12 @@ def visit(
     width: int = 1440,
     height: int = 4000,
     scheme: Literal["light", "dark"] = "light",
+    was_read: bool = True,
 ) -> Iterator[Visit]:
-    """A fresh profile. Afterwards the page must not have written an error to its console."""
+    """A fresh profile; `was_read`: whether the dashboard has read its swarm.
+
+    Afterwards the page must not have written an error to its console.
+    """
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
     )
@@ -83,8 +92,24 @@ def visit(
     )
     try:
         visit.page.goto(address)
-        visit.until("document.querySelector('#age').textContent.startsWith('read ')")
+        age = "read " if was_read else "never read"
+        visit.until(f"document.querySelector('#age').textContent.startsWith('{age}')")
         yield visit
     finally:
         context.close()
     assert not visit.complaints, visit.complaints
+
+
+@contextmanager
+def served(app: Starlette) -> Iterator[str]:
+    """The application's address; it runs on a thread of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join()

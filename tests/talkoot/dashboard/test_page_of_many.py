@@ -1,17 +1,11 @@
 """The page in a real browser, of a swarm of 10,000 nodes that is not there: how fast it is, and how much it keeps."""
 
-import asyncio
-import socket
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
-import uvicorn
-from browser import Visit, chromium, needs_chromium, visit
+from browser import Visit, chromium, needs_chromium, served, visit
 from playwright.sync_api import Browser
 from simulated import Asked, large_swarm
-from starlette.applications import Starlette
 
 pytestmark = [needs_chromium, pytest.mark.timeout(300)]
 
@@ -21,21 +15,6 @@ _FIGURES_MS = 4000
 _TRIES = 5
 """The best of so many counts: other programs need the processor too."""
 _HEAP_BYTES = 48 * 2**20
-
-
-@contextmanager
-def served(app: Starlette) -> Iterator[str]:
-    """The application's address; it runs on a thread of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = server.force_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")

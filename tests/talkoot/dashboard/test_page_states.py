@@ -1,0 +1,78 @@
+"""The page in a real browser, of swarms that do badly or can't be seen."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Visit, chromium, needs_chromium, served, visit
+from playwright.sync_api import Browser
+from simulated import NOW, Asked, manifest, node, picture_of, replica, trainer
+
+pytestmark = [needs_chromium, pytest.mark.timeout(300)]
+
+UIDS = manifest().uids()
+HEALTHY = picture_of([node(1), node(2)], [trainer(1)], replicas=[replica(uid, 1) for uid in UIDS])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+def figures(seen: Visit) -> list[str]:
+    return [
+        seen.text(f"#tile-{tile} .figure") for tile in ("nodes", "experts", "replicas", "trainers", "loss")
+    ]
+
+
+def test_unreachable_swarm_is_told_and_its_last_state_stays(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, HEALTHY)
+    asked.watcher.unreachable_since = NOW - 60
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.page.locator("#banner").wait_for()
+        assert seen.text("#banner-words").startswith("The swarm has been out of reach since ")
+        assert seen.text("#state-words") == "cannot reach the swarm"
+        assert seen.page.locator("#state").get_attribute("data-level") == "unknown"
+        assert figures(seen) == ["2", "32", "32", "1", "2.250"]
+        assert seen.page.locator("#banner-retry").is_hidden()
+    asked.history.close()
+
+
+def test_swarm_that_was_never_seen_has_no_figures(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, None)
+    with served(asked.app) as address, visit(browser, address, was_read=False) as seen:
+        assert figures(seen) == ["–"] * 5
+        assert seen.text("#tile-nodes .sub") == "–"
+        assert seen.page.locator("#tiles .figure .unseen[title]").count() == 6
+        seen.complaints.clear()  # its experts can't be asked for: 503
+    asked.history.close()
+
+
+def test_swarm_of_no_node_has_zeros(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, picture_of([]))
+    with served(asked.app) as address, visit(browser, address) as seen:
+        assert seen.text("#state-words") == "no node is there"
+        assert seen.page.locator("#state").get_attribute("data-level") == "bad"
+        assert figures(seen) == ["0", "0", "0", "0", "–"]
+        seen.until("document.querySelector('#nodes-table .empty') !== null")
+        assert seen.text("#nodes-table tbody").strip() == "No node so far."
+    asked.history.close()
+
+
+def test_expert_without_a_host_is_named_and_says_so(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, picture_of([node(1)], replicas=[replica(uid, 1) for uid in UIDS[1:]]))
+    with served(asked.app) as address, visit(browser, address) as seen:
+        assert seen.text("#state-words") == "1 expert has no host"
+        seen.page.locator("#grid-side .chip").click()
+        seen.until("document.querySelector('#panel .lonely') !== null")
+        assert seen.text("#panel-title") == str(UIDS[0])
+    asked.history.close()
+
+
+def test_unknown_node_in_the_address_is_told(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, HEALTHY)
+    with served(asked.app) as address, visit(browser, f"{address}/#/node/%E0%A4%A") as seen:
+        seen.until("document.querySelector('#panel .problem').textContent.startsWith('no node ')")
+        seen.complaints.clear()  # the browser tells each 404
+    asked.history.close()
