@@ -38,6 +38,7 @@ from benchmarks.faults import FaultyCaller
 from benchmarks.village import START_LIMIT_S, running_village
 from dht.invite import Invite
 from dht.manifest import Manifest
+from peer.processes import die_with_parent
 from talkoot.local import LocalSwarm
 from trainer_client.calls import ExpertCaller
 from trainer_client.client import SwarmClient
@@ -220,7 +221,7 @@ def _start(
     if invite is not None:
         command += ["--invite", invite]
     process = subprocess.Popen(
-        command,
+        die_with_parent(command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
