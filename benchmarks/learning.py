@@ -190,7 +190,7 @@ def run_way(way: str, plan: Plan) -> dict[str, Any]:
         if way == "local":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-benchmark-")))
         else:
-            options = ["--threads", "1", "--niceness", "0", "--spare", "0"]
+            options = ["--threads", "1", "--niceness", "0", "--spare", "0", "--drain-timeout", "0"]
             village = stack.enter_context(
                 running_village(plan.manifest, plan.nodes, 32 // plan.nodes, options)
             )
