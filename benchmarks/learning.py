@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from benchmarks.faults import FaultyCaller
 from benchmarks.village import START_LIMIT_S, running_village
 from dht.invite import Invite
 from dht.manifest import Manifest
+from peer.processes import die_with_parent
 from talkoot.local import LocalSwarm
 from trainer_client.calls import ExpertCaller
 from trainer_client.client import SwarmClient
@@ -81,7 +82,7 @@ class Plan:
         return MANIFEST.format(hidden=self.hidden, context=self.context, feed_forward=2 * self.hidden)
 
 
-QUICK = Plan(steps=16, hidden=32, context=32, nodes=2, delay_s=0.1)
+QUICK = Plan(steps=12, hidden=32, context=32, nodes=2, delay_s=0.1)
 
 
 # Data
@@ -138,7 +139,8 @@ def validation_loss(model: LanguageModel, plan: Plan) -> float:
 def run_trainer(plan: Plan, way: str, invite: str | None, state: Path, trainer: int) -> None:
     """One trainer as a process: says "ready" and "trained", each time waits for a line, and prints what came out."""
     torch.set_num_threads(1)
-    settings = TrainerSettings(call_deadline_s=60.0, seed=0)
+    # patient, so that a busy machine is not taken for a fault
+    settings = TrainerSettings(call_deadline_s=60.0, least_deadline_s=60.0, grace_s=60.0, seed=0)
     faults: list[FaultyCaller] = []
 
     def through(caller: ExpertCaller) -> ExpertCaller:
@@ -188,7 +190,7 @@ def run_way(way: str, plan: Plan) -> dict[str, Any]:
         if way == "local":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-benchmark-")))
         else:
-            options = ["--threads", "1", "--niceness", "0", "--spare", "0"]
+            options = ["--threads", "1", "--niceness", "0", "--spare", "0", "--drain-timeout", "0"]
             village = stack.enter_context(
                 running_village(plan.manifest, plan.nodes, 32 // plan.nodes, options)
             )
@@ -219,7 +221,7 @@ def _start(
     if invite is not None:
         command += ["--invite", invite]
     process = subprocess.Popen(
-        command,
+        die_with_parent(command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -235,14 +237,17 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
     return pipe
 
 
-def compare(plan: Plan, ways: Sequence[str], console: Console) -> dict[str, Any]:
+def compare(
+    plan: Plan, ways: Sequence[str], console: Console, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """All figures; `keep` gets those so far after each way."""
     results: dict[str, Any] = {"plan": asdict(plan), "tokens": plan.steps * plan.batch * plan.context}
     for way in ways:
         with console.status(f"{way}: {plan.steps} steps"):
             results[way] = run_way(way, plan)
-    if "local" in results:
-        for way in TARGETS.keys() & results.keys():
+        if "local" in results and way in TARGETS:
             results[f"{way}_vs_local"] = results[way]["validation_loss"] / results["local"]["validation_loss"]
+        keep(results)
     return results
 
 
@@ -270,6 +275,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--steps", type=int, help=f"training steps of each way, by default {Plan.steps}")
     parser.add_argument("--delay", type=float, metavar="S", help="seconds that each faulty call takes longer")
+    parser.add_argument("--nodes", type=int, choices=(1, 2, 4, 8), help="that share the 32 experts")
     parser.add_argument("--ways", nargs="+", choices=TRAINERS, default=list(TRAINERS), help="only these")
     parser.add_argument("--way", choices=TRAINERS, help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=json.loads, help=argparse.SUPPRESS)
@@ -281,13 +287,15 @@ def main() -> None:
         run_trainer(Plan(**options.plan), options.way, options.invite, options.state, options.trainer)
         return
     plan = QUICK if options.quick else Plan()
-    asked = {"steps": options.steps, "delay_s": options.delay}
+    asked = {"steps": options.steps, "delay_s": options.delay, "nodes": options.nodes}
     plan = replace(plan, **{name: value for name, value in asked.items() if value is not None})
+
+    def keep(results: dict[str, Any]) -> None:
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
+
     console = Console(width=110)
-    results = compare(plan, options.ways, console)
-    show(results, console)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    show(compare(plan, options.ways, console, keep), console)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,9 @@ def run_talkoot(case: str, seconds: float) -> dict[str, float]:
     manifest = MANIFEST.format(hidden=HIDDEN, context=SEQUENCE, case=case, top_k=TOP_K)
     with (
         running_node(manifest, experts=GRID[0] * GRID[1]) as node,
-        SwarmClient(node.invite, TrainerSettings(call_deadline_s=60.0), node.folder / "trainer") as client,
+        SwarmClient(
+            node.invite, TrainerSettings(call_deadline_s=60.0, least_deadline_s=60.0), node.folder / "trainer"
+        ) as client,
     ):
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
         mixture = client.mixture(0, choose_by="sequence")

@@ -72,7 +72,9 @@ def train(invite: str, state: Path, seconds: float) -> None:
     from trainer_client.settings import TrainerSettings
 
     torch.set_num_threads(1)
-    with SwarmClient(Invite.parse(invite), TrainerSettings(call_deadline_s=60.0), state) as client:
+    with SwarmClient(
+        Invite.parse(invite), TrainerSettings(call_deadline_s=60.0, least_deadline_s=60.0), state
+    ) as client:
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
         mixture = client.mixture(0)
 

@@ -15,7 +15,7 @@ from benchmarks.rival_blocks import make_package
 from dht.invite import Invite
 from peer.processes import die_with_parent
 
-START_LIMIT_S = 60.0
+START_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True)

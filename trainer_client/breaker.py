@@ -10,6 +10,7 @@ from hivemind.p2p import PeerID
 class _Breaker:
     failures: int = 0
     """In a row."""
+    forgiven: bool = False
     failed_until: float = 0.0
     busy_until: float = 0.0
     distrusted_until: float = 0.0
@@ -19,7 +20,8 @@ class CircuitBreakers:
     """One breaker for each peer that failed lately.
 
     After a failure a peer is avoided for `first_s`, after each further one twice as long, up to `longest_s`; once the
-    time is over it may be tried again (half-open), and a success closes the breaker.
+    time is over it may be tried again (half-open), and a success closes the breaker. The first of failures in a row is
+    forgiven when it came quickly: one more try costs no time, and on a line that loses calls most peers are well.
     """
 
     def __init__(self, first_s: float = 2.0, longest_s: float = 120.0, limit: int = 4096) -> None:
@@ -29,10 +31,13 @@ class CircuitBreakers:
         self._limit = limit
         self._breakers: OrderedDict[PeerID, _Breaker] = OrderedDict()
 
-    def failed(self, peer_id: PeerID, now: float) -> None:
+    def failed(self, peer_id: PeerID, now: float, *, quickly: bool = False) -> None:
         """The peer did not do what it was asked. A failure while the breaker is open changes nothing."""
         breaker = self._breaker(peer_id)
         if now < breaker.failed_until:
+            return
+        if quickly and not (breaker.failures or breaker.forgiven):
+            breaker.forgiven = True
             return
         breaker.failures += 1
         wait = min(self._first_s * 2 ** min(breaker.failures - 1, 30), self._longest_s)

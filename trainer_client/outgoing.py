@@ -137,7 +137,8 @@ class Outgoing:
                 call_times.add(self.now() - began)
                 self.latencies.note(call.direction, peer_id, self.now() - began)
         except ExpertError as error:
-            self._note_failure(peer_id, error)
+            lost_quickly = error.status is StatusCode.UNAVAILABLE and self.now() - began < call.deadline_s / 2
+            self._note_failure(peer_id, error, lost_quickly)
             if error.status is StatusCode.DEADLINE_EXCEEDED:
                 call_times.add_unfinished(self.now() - began)
         finally:
@@ -150,13 +151,13 @@ class Outgoing:
         if answer.rolled_back:
             logger.warning("expert %s of node %s went back to its last good state", share.uid, peer_id)
 
-    def _note_failure(self, peer_id: PeerID, error: ExpertError) -> None:
+    def _note_failure(self, peer_id: PeerID, error: ExpertError, lost_quickly: bool = False) -> None:
         self.stats.failures[error.status.name.lower()] += 1
         now = self.now()
         if error.status is StatusCode.RESOURCE_EXHAUSTED:
             self.breakers.busy(peer_id, now, error.retry_after_s)
         elif error.status not in _NOT_THE_PEERS_FAULT:
-            self.breakers.failed(peer_id, now)
+            self.breakers.failed(peer_id, now, quickly=lost_quickly)
         logger.debug("node %s: %s: %s", peer_id, error.status.name, error)
 
 

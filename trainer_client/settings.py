@@ -123,7 +123,7 @@ class TrainerSettings(RoleSettings):
         default=2, ge=1, le=64, description="answers that a row needs before the others may be late"
     )
     least_deadline_s: float = Field(
-        default=2.0,
+        default=3.0,
         gt=0,
         le=600,
         allow_inf_nan=False,

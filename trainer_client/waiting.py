@@ -45,7 +45,7 @@ class WaitPolicy:
     """How long to wait for the rest once every row has `k_min` answers."""
     k_min: int
     """A row with fewer answers has its experts chosen again."""
-    least_deadline_s: float = 2.0
+    least_deadline_s: float = 3.0
     """The deadline becomes no shorter than that."""
     most_hedged: float = 0.1
     """Calls sent to a second replica, as a part of all calls, at most."""

@@ -42,7 +42,9 @@ with SwarmClient.join(sys.argv[1], state=sys.argv[2], router="switch") as swarm:
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[RunningNode]:
-    with running_village(SWARM, 1, 8, ["--threads", "1", "--niceness", "0"]) as running:
+    with running_village(
+        SWARM, 1, 8, ["--threads", "1", "--niceness", "0", "--drain-timeout", "0"]
+    ) as running:
         yield running
 
 

@@ -63,6 +63,19 @@ def test_half_open_peer_may_be_tried_and_one_more_failure_opens_for_longer() -> 
     assert breakers.open_at(3.5) == frozenset()
 
 
+def test_the_first_failure_in_a_row_is_forgiven_when_it_came_quickly() -> None:
+    breakers = CircuitBreakers(first_s=1.0)
+    breakers.failed(ANNA, 0.0, quickly=True)
+    assert breakers.open_at(0.0) == frozenset()
+    breakers.failed(ANNA, 0.1, quickly=True)
+    assert opened_for(breakers, 0.1) == 1.0
+    breakers.failed(ANNA, 1.2, quickly=True)
+    assert opened_for(breakers, 1.2) == 2.0
+    breakers.succeeded(ANNA)
+    breakers.failed(ANNA, 5.0, quickly=True)
+    assert breakers.open_at(5.0) == frozenset()
+
+
 def test_success_closes_the_breaker_and_forgets_the_failures() -> None:
     breakers = CircuitBreakers(first_s=1.0)
     breakers.failed(ANNA, 0.0)
