@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from peer.errors import SettingsError
 from talkoot.console import Terminal, quiet_hivemind, to_json, write_json
 from talkoot.signals import StopSignals
 from talkoot.train_display import progress_shown, summary_table
-from talkoot.train_logs import check_plot, logs_written, plot_losses
+from talkoot.train_logs import Write, check_plot, logs_written, plot_losses
 from trainer_client.client import SwarmClient
 from trainer_client.data import Dataset
 from trainer_client.model import LanguageModel
@@ -50,17 +50,8 @@ def run_train(
         write_json(json_file, "")
     if settings.plot is not None:
         check_plot(settings.plot)
-    state = trainer_state(settings)
-    with terminal.stages("making ready") as stage:
-        start = start_run(settings, resume, invite.keys.swarm_id, state, stage)
-        client = SwarmClient(invite, start.settings, state, stage=stage)
-    try:
-        run = _Run(terminal, signals, client, start)
-        values = asdict(run.train()) | _dispatched(client)
-        values |= {"checkpoint": str(run.saver.folder), "stopped": signals.received is not None}
-    finally:
-        signals.ignore()
-        client.close()
+    with logs_written(settings.log, settings.tensorboard) as writers:
+        values = _train(terminal, signals, invite, settings, resume, writers)
     if json_file is not None:
         write_json(json_file, to_json(values) + "\n")
     if terminal.json:
@@ -69,6 +60,28 @@ def run_train(
         terminal.out.print(summary_table(values))
     if signals.received is not None:
         raise signals.received
+
+
+def _train(
+    terminal: Terminal,
+    signals: StopSignals,
+    invite: Invite,
+    settings: TrainerSettings,
+    resume: bool,
+    writers: Sequence[Write],
+) -> dict[str, Any]:
+    """Gives the summary's values."""
+    state = trainer_state(settings)
+    with terminal.stages("making ready") as stage:
+        start = start_run(settings, resume, invite.keys.swarm_id, state, stage)
+        client = SwarmClient(invite, start.settings, state, stage=stage)
+    try:
+        run = _Run(terminal, signals, client, start)
+        values = asdict(run.train(writers)) | _dispatched(client)
+        return values | {"checkpoint": str(run.saver.folder), "stopped": signals.received is not None}
+    finally:
+        signals.ignore()
+        client.close()
 
 
 def trainer_state(settings: TrainerSettings) -> Path:
@@ -102,12 +115,11 @@ class _Run:
         start.restore(self._training)
         self.saver = Saver(start, self._training, manifest, seed)
 
-    def train(self) -> Summary:
-        """However it ends, its last whole step is saved."""
+    def train(self, writers: Sequence[Write]) -> Summary:
+        """However it ends, its last whole step is saved. `writers` are told of each step."""
         settings = self._settings
         try:
             with (
-                logs_written(settings.log, settings.tensorboard) as writers,
                 progress_shown(self._terminal, settings.steps, self._training.step) as show,
                 self._signals.gently(self._stop),
             ):

@@ -1,4 +1,4 @@
-"""A trained model in its swarm, for commands that use it: the dense part is from a checkpoint, the experts are remote."""
+"""A trained model in its swarm: the dense part is from a checkpoint, the experts are called where they are."""
 
 import logging
 import tempfile
