@@ -79,11 +79,15 @@ def _documents(file: Path, field: str) -> Iterator[Iterable[str]]:
     """Each document in pieces."""
     match file.suffix:
         case ".jsonl":
-            yield from ([text] for text in _read_json_lines(file, field))
+            yield from map(_in_pieces, _read_json_lines(file, field))
         case ".parquet":
-            yield from ([text] for text in _read_parquet(file, field))
+            yield from map(_in_pieces, _read_parquet(file, field))
         case _:
             yield _read_plain(file)
+
+
+def _in_pieces(text: str) -> Iterator[str]:
+    return (text[at : at + PIECE_BYTES] for at in range(0, len(text), PIECE_BYTES))
 
 
 def _read_plain(path: Path) -> Iterator[str]:

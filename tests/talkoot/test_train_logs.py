@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peer.errors import SettingsError, StartError
 from talkoot.train_display import describe
@@ -60,8 +61,6 @@ def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     with logs_written(None, tmp_path / "board") as (write,):
         write(VALUES)
         write(VALUES | {"step": 2, "loss": 1.5, "validation_loss": 1.75})
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
