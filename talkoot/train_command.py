@@ -107,7 +107,7 @@ class _Run:
             start.corpus.tokens, manifest.model.context, seed, settings.validation_share, token_bytes
         )
         with terminal.stages("looking for experts") as stage:
-            say = _once(stage)
+            say = once(stage)
             client.wait_for_experts(settings.wait_for_experts_s, say, share=1 / manifest.experts_total)
             client.wait_for_experts(min(_ALL_EXPERTS_WITHIN_S, settings.wait_for_experts_s), say)
         model = LanguageModel(manifest, client.make_mixture, len(token_bytes))
@@ -135,8 +135,9 @@ class _Run:
         finally:
             self._signals.ignore()
             self.saver.save()
-            if self.saver.saved_step:
-                logger.info("checkpoint of step %d in %s", self.saver.saved_step, self.saver.folder)
+            if step := self.saver.saved_step:
+                more = "" if step == settings.steps else ": --resume goes on from there"
+                logger.info("checkpoint of step %d in %s%s", step, self.saver.folder, more)
             if settings.plot is not None:
                 plot_losses(self._training.history, settings.plot)
 
@@ -150,7 +151,7 @@ class _Run:
         logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
 
 
-def _once(stage: Callable[[str], None]) -> Callable[[str], None]:
+def once(stage: Callable[[str], None]) -> Callable[[str], None]:
     """Leaves out what was just said."""
     said = [""]
 

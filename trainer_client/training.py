@@ -5,8 +5,7 @@ import statistics
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +77,7 @@ class Training:
             ended = clock()
             self._random_states = self._model.random_states
             record.add_step(loss, ended - last_end, self._model.load_spread())
+            self._is_whole = True
             last_end = ended
             if self.step == settings.steps or (
                 settings.validate_every and self.step % settings.validate_every == 0
@@ -89,8 +89,8 @@ class Training:
         return record.summary(clock() - began)
 
     def export_state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
-        """Tensors, and the mixtures' random states, after the last whole step; None when they were broken off within
-        the optimizer's part of it.
+        """Tensors, and the mixtures' random states, after the last whole step; None when the optimizer's part of a step
+        was broken off.
         """
         if not self._is_whole:
             return None
@@ -136,8 +136,8 @@ class Training:
         norm: float = nn.utils.clip_grad_norm_(self._model.parameters(), settings.clip_norm).item()
         if not math.isfinite(norm):
             return math.nan
-        with self._changing():
-            self._optimizer.step()
+        self._is_whole = False  # until the step is recorded
+        self._optimizer.step()
         return statistics.fmean(losses)
 
     def _add_gradients(self, tokens: Tensor) -> float:
@@ -151,13 +151,6 @@ class Training:
             total = loss if balancing is None else loss + balancing
             torch.autograd.backward(total / settings.accumulate)
         return value
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Whoever is stopped inside has half of a step."""
-        self._is_whole = False
-        yield
-        self._is_whole = True
 
 
 def learning_rate(step: int, settings: TrainerSettings) -> float:

@@ -114,11 +114,11 @@ def test_help_is_instant() -> None:
     ended = run("--help")
     assert time.monotonic() - began < 0.5
     assert ended.returncode == 0
-    for name in ("node", "train", "status", "demo"):
+    for name in ("node", "train", "generate", "evaluate", "status", "demo"):
         assert name in ended.stdout
 
 
-@pytest.mark.parametrize("name", ["node", "train", "status", "demo"])
+@pytest.mark.parametrize("name", ["node", "train", "generate", "evaluate", "status", "demo"])
 def test_every_command_has_help(name: str) -> None:
     ended = run(name, "--help")
     assert ended.returncode == 0

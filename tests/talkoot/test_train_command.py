@@ -171,6 +171,7 @@ def test_when_all_experts_stay_away_training_ends_with_what_it_has(
     ended.is_one_clear_line("no expert of this swarm answered in 0 s")
     assert "training pauses until one does, at most 0 s" in caplog.text
     assert "checkpoint of step 2 in" in caplog.text
+    assert ": --resume goes on from there" in caplog.text
 
 
 def lose_experts_after(step: int, founder: Founder, monkeypatch: pytest.MonkeyPatch) -> None:
