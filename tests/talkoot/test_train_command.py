@@ -47,7 +47,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(founder: Founder, state: Path, *options: object) -> list[object]:
-    quick = ("--batch-size", 2, "--threads", 1, "--call-deadline-s", 5)
+    quick = ("--batch-size", 2, "--threads", 1, "--call-deadline-s", 60)
     return ["train", "--join", founder.invite, "--state", state, *quick, *options]
 
 
