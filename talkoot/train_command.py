@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from talkoot.console import Terminal, quiet_hivemind, to_json, write_json
 from talkoot.local import LocalSwarm
 from talkoot.signals import StopSignals
 from talkoot.train_display import progress_shown, summary_table
-from talkoot.train_logs import check_plot, logs_written, plot_losses
+from talkoot.train_logs import Write, check_plot, logs_written, plot_losses
 from trainer_client.client import SwarmClient
 from trainer_client.data import Dataset
 from trainer_client.model import LanguageModel
@@ -59,25 +59,9 @@ def run_train(
         write_json(json_file, "")
     if settings.plot is not None:
         check_plot(settings.plot)
-    state = trainer_state(settings)
-    client: Client
-    with terminal.stages("making ready") as stage:
-        if join is not None:
-            invite = Invite.parse(join)
-            start = start_run(settings, resume, invite.keys.swarm_id, state, stage)
-            client = SwarmClient(invite, start.settings, state, stage=stage)
-        else:
-            assert local is not None
-            manifest = Manifest.from_toml(local)
-            start = start_run(settings, False, manifest.name, state, stage)
-            client = LocalSwarm(manifest, settings)
-    try:
-        run = _Run(terminal, signals, client, start)
-        values = asdict(run.train()) | _dispatched(client)
-        values |= {"checkpoint": run.saver and str(run.saver.folder), "stopped": signals.received is not None}
-    finally:
-        signals.ignore()
-        client.close()
+    where = Manifest.from_toml(local) if local is not None else Invite.parse(join or "")
+    with logs_written(settings.log, settings.tensorboard) as writers:
+        values = _train(terminal, signals, where, settings, resume, writers)
     if json_file is not None:
         write_json(json_file, to_json(values) + "\n")
     if terminal.json:
@@ -86,6 +70,34 @@ def run_train(
         terminal.out.print(summary_table(values))
     if signals.received is not None:
         raise signals.received
+
+
+def _train(
+    terminal: Terminal,
+    signals: StopSignals,
+    where: Invite | Manifest,
+    settings: TrainerSettings,
+    resume: bool,
+    writers: Sequence[Write],
+) -> dict[str, Any]:
+    """Gives the summary's values. `where`: in a swarm, or by a manifest in this process alone."""
+    state = trainer_state(settings)
+    client: Client
+    with terminal.stages("making ready") as stage:
+        swarm = where.name if isinstance(where, Manifest) else where.keys.swarm_id
+        start = start_run(settings, resume, swarm, state, stage)
+        if isinstance(where, Manifest):
+            client = LocalSwarm(where, start.settings)
+        else:
+            client = SwarmClient(where, start.settings, state, stage=stage)
+    try:
+        run = _Run(terminal, signals, client, start)
+        values = asdict(run.train(writers)) | _dispatched(client)
+        folder = None if run.saver is None else str(run.saver.folder)
+        return values | {"checkpoint": folder, "stopped": signals.received is not None}
+    finally:
+        signals.ignore()
+        client.close()
 
 
 def trainer_state(settings: TrainerSettings) -> Path:
@@ -111,7 +123,7 @@ class _Run:
             start.corpus.tokens, manifest.model.context, seed, settings.validation_share, token_bytes
         )
         with terminal.stages("looking for experts") as stage:
-            say = _once(stage)
+            say = once(stage)
             client.wait_for_experts(settings.wait_for_experts_s, say, share=1 / manifest.experts_total)
             client.wait_for_experts(min(_ALL_EXPERTS_WITHIN_S, settings.wait_for_experts_s), say)
         make_model = partial(LanguageModel, manifest, client.mixture, len(token_bytes))
@@ -120,12 +132,11 @@ class _Run:
         self.saver = None if isinstance(client, LocalSwarm) else Saver(start, self._training, manifest, seed)
         """None in local mode: without its experts a dense part is of no use."""
 
-    def train(self) -> Summary:
-        """However it ends, its last whole step is saved."""
+    def train(self, writers: Sequence[Write]) -> Summary:
+        """However it ends, its last whole step is saved. `writers` are told of each step."""
         settings = self._settings
         try:
             with (
-                logs_written(settings.log, settings.tensorboard) as writers,
                 progress_shown(self._terminal, settings.steps, self._training.step) as show,
                 self._signals.gently(self._stop),
             ):
@@ -144,8 +155,9 @@ class _Run:
             self._signals.ignore()
             if self.saver is not None:
                 self.saver.save()
-            if self.saver is not None and self.saver.saved_step:
-                logger.info("checkpoint of step %d in %s", self.saver.saved_step, self.saver.folder)
+            if self.saver is not None and (step := self.saver.saved_step):
+                more = "" if step == settings.steps else ": --resume goes on from there"
+                logger.info("checkpoint of step %d in %s%s", step, self.saver.folder, more)
             if settings.plot is not None:
                 plot_losses(self._training.history, settings.plot)
 
@@ -159,7 +171,7 @@ class _Run:
         logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
 
 
-def _once(stage: Callable[[str], None]) -> Callable[[str], None]:
+def once(stage: Callable[[str], None]) -> Callable[[str], None]:
     """Leaves out what was just said."""
     said = [""]
 

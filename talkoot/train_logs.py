@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,8 +87,11 @@ def _appended(path: Path) -> Iterator[IO[str]]:
         file = path.open("a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise StartError(f"can't write {path}: {error.strerror}; pass another --log FILE") from error
-    with file:
+    try:
         yield file
+    finally:
+        with suppress(OSError):  # what could not be written is tried once more
+            file.close()
 
 
 class _JsonLines:

@@ -1,4 +1,4 @@
-"""A trained model in its swarm, for commands that use it: the dense part is from a checkpoint, the experts are remote."""
+"""A trained model in its swarm: the dense part is from a checkpoint, the experts are called where they are."""
 
 import logging
 import tempfile
@@ -12,7 +12,7 @@ from dht.invite import Invite
 from peer.errors import CheckpointError, SettingsError
 from talkoot.console import Terminal, quiet_hivemind
 from talkoot.signals import StopSignals
-from talkoot.train_command import trainer_state
+from talkoot.train_command import once, trainer_state
 from trainer_client.checkpoints import load_checkpoint
 from trainer_client.client import SwarmClient
 from trainer_client.model import LanguageModel
@@ -80,7 +80,7 @@ def trained_model(
             checkpoint.check_manifest(client.manifest)
             with terminal.stages("looking for experts") as stage:
                 share = 1 / client.manifest.experts_total
-                client.wait_for_experts(settings.wait_for_experts_s, stage, share=share)
+                client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=share)
             model = LanguageModel(client.manifest, client.mixture, len(tokenizer.token_bytes))
             try:
                 model.load_state_dict(checkpoint.model_tensors())

@@ -73,7 +73,7 @@ def start_run(
         if checkpoint is not None:
             settings = _resumed(settings, checkpoint.header)
         writer = CheckpointWriter(folder, settings.checkpoints_kept)
-        if settings.checkpoint is not None:
+        if resume or settings.checkpoint is not None:
             writer.open(resume)
         files = find_files(settings.data)
         stage("reading the text")

@@ -148,8 +148,24 @@ class TrainerSettings(RoleSettings):
         allow_inf_nan=False,
         description="seconds between two looks at who is alive",
     )
-from peer.errors import SettingsError
-from peer.settings import PeerName, RoleSettings, describe_validation_error
+    wait_for_experts_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=7 * 86400,
+        allow_inf_nan=False,
+        description="seconds: the longest that training waits while no expert is live, before it ends",
+    )
+    checkpoint: Path | None = Field(
+        default=None, description="folder of checkpoints; unset: one for each run, in the state folder"
+    )
+    checkpoint_every: int = Field(
+        default=100, ge=0, le=10**7, description="steps between checkpoints; 0 saves only at the end"
+    )
+    checkpoints_kept: int = Field(default=3, ge=1, le=10_000, description="checkpoints that stay")
+    log: Path | None = Field(default=None, description="file that gets a JSON line for each step")
+    tensorboard: Path | None = Field(default=None, description="folder for TensorBoard")
+    plot: Path | None = Field(default=None, description="PNG file that shows the loss, written at the end")
+    name: PeerName | None = Field(
         default=None,
         description="what the swarm's dashboards call this trainer; unset: no name",
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from peer.errors import DataError
 from trainer_client.optional import require
 
-PIECE_BYTES = 2**20
+PIECE_BYTES = 2**16
 """Of plain text, read at once."""
 _LONGEST_LINE = 2**26
 """Of JSON lines, in bytes: a line is one document, and is read at once."""
@@ -34,7 +34,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 
 def read_text(files: Sequence[Path], field: str = "text") -> Iterator[str]:
-    """All text of the files in pieces of about a megabyte at most, with a newline between two documents.
+    """All text of the files in pieces, with a newline between two documents.
 
     A plain file is one document, and so is the `field` of a line or row. Without files, 465 KB of help in Python
     itself. Raises DataError for what is not text, and names the place.
@@ -79,11 +79,15 @@ def _documents(file: Path, field: str) -> Iterator[Iterable[str]]:
     """Each document in pieces."""
     match file.suffix:
         case ".jsonl":
-            yield from ([text] for text in _read_json_lines(file, field))
+            yield from map(_in_pieces, _read_json_lines(file, field))
         case ".parquet":
-            yield from ([text] for text in _read_parquet(file, field))
+            yield from map(_in_pieces, _read_parquet(file, field))
         case _:
             yield _read_plain(file)
+
+
+def _in_pieces(text: str) -> Iterator[str]:
+    return (text[at : at + PIECE_BYTES] for at in range(0, len(text), PIECE_BYTES))
 
 
 def _read_plain(path: Path) -> Iterator[str]:

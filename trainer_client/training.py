@@ -5,8 +5,8 @@ import statistics
 import threading
 import time
 from array import array
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,6 +101,7 @@ class Training:
                 ended = clock()
                 self._random_states = self._model.random_states
                 record.add_step(step.loss, ended - last_end, step.spread, step.staleness, step.in_flight)
+                self._is_whole = True
                 last_end = ended
                 if self.step == settings.steps or (
                     settings.validate_every and self.step % settings.validate_every == 0
@@ -112,8 +113,8 @@ class Training:
         return record.summary(clock() - began)
 
     def export_state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
-        """Tensors, and the mixtures' random states, after the last whole step; None when they were broken off within
-        the optimizer's part of it.
+        """Tensors, and the mixtures' random states, after the last whole step; None when the optimizer's part of a step
+        was broken off.
         """
         if not self._is_whole:
             return None
@@ -196,8 +197,8 @@ class Training:
             return math.nan
         for own, other in zip(self._model.parameters(), computed.parameters(), strict=True):
             own.grad = other.grad
-        with self._changing():
-            self._optimizer.step()
+        self._is_whole = False  # until the step is recorded
+        self._optimizer.step()
         return loss
 
     def _add_gradients(self, model: LanguageModel, tokens: Tensor) -> float:
@@ -211,13 +212,6 @@ class Training:
             total = loss if balancing is None else loss + balancing
             torch.autograd.backward(total / settings.accumulate)
         return value
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Whoever is stopped inside has half of a step."""
-        self._is_whole = False
-        yield
-        self._is_whole = True
 
 
 def learning_rate(step: int, settings: TrainerSettings) -> float:

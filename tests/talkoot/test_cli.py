@@ -77,6 +77,8 @@ def silent_invite(founder: Founder, port: int) -> str:
 
 # What everybody types first
 
+COMMANDS = ("node", "train", "generate", "evaluate", "status", "dashboard", "doctor", "demo")
+
 
 def test_help_is_instant() -> None:
     took_s = []
@@ -86,11 +88,11 @@ def test_help_is_instant() -> None:
         took_s.append(time.monotonic() - began)
     assert min(took_s) < 0.5
     assert ended.returncode == 0
-    for name in ("node", "train", "status", "dashboard", "demo"):
+    for name in COMMANDS:
         assert name in ended.stdout
 
 
-@pytest.mark.parametrize("name", ["node", "train", "status", "dashboard", "demo"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
     ended = run_here(name, "--help")
     assert ended.returncode == 0

@@ -82,6 +82,11 @@ def test_the_newest_are_kept_and_loaded(tmp_path: Path) -> None:
     assert_is(load_checkpoint(tmp_path / "10.safetensors", SWARM), 10)
 
 
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-5]), "can't be read"),
     "truncated in the header": (lambda path: path.write_bytes(path.read_bytes()[:60]), "can't be read"),
@@ -98,7 +103,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: path.write_bytes(seal(SealedHeader(), TENSORS)),
         "header is not valid",
     ),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "can't be read"),
+    "a folder": (put_folder, "can't be read"),
     "a pickle": (lambda path: torch.save({"a": 1}, path), "can't be read"),
 }
 

@@ -110,6 +110,12 @@ def test_pieces_end_between_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(read_text([path])) == ["four ", "score and ", "seven ", "yearslongwo", "rd ", "ago"]
 
 
+def test_a_long_document_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", 4)
+    path = write_lines(tmp_path / "a.jsonl", {"text": "0123456789"}, {"text": "ab"})
+    assert list(read_text([path])) == ["0123", "4567", "89", "\nab"]
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "absent": (lambda folder: None, r"no file or folder .*/x.*: give one"),
     "a folder without text": (

@@ -1,0 +1,112 @@
+"""What training writes for other tools."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from peer.errors import SettingsError, StartError
+from talkoot.train_display import describe
+from talkoot.train_logs import check_plot, logs_written, plot_losses
+from trainer_client import optional
+from trainer_client.record import History
+
+VALUES: dict[str, Any] = {
+    "step": 1, "steps": 4, "loss": 2.0, "validation_loss": None, "tokens_per_s": 10.0, "experts_live": 3,
+    "experts_total": 4, "failures": {"DEADLINE_EXCEEDED": 2},
+}  # fmt: skip
+
+
+def make_history(*losses: float) -> History:
+    history = History()
+    history.losses.extend(losses)
+    history.validated.append(0)
+    history.validation_losses.append(5.5)
+    return history
+
+
+def test_each_step_is_a_line_of_json_and_a_resumed_run_adds_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for step in (1, 2):
+        with logs_written(path, None) as writers:
+            for write in writers:
+                write(VALUES | {"step": step, "loss": math.nan})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["loss"] is None
+    assert lines[0]["failures"] == {"DEADLINE_EXCEEDED": 2}
+    assert lines[0]["time"] > 1e9
+
+
+def test_lines_are_there_while_training_goes_on(tmp_path: Path) -> None:
+    with logs_written(tmp_path / "log", None) as (write,):
+        write(VALUES)
+        assert json.loads((tmp_path / "log").read_text())["step"] == 1
+
+
+def test_a_full_disk_ends_the_log_and_not_the_training(caplog: pytest.LogCaptureFixture) -> None:
+    with logs_written(Path("/dev/full"), None) as (write,):
+        write(VALUES)
+        write(VALUES)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings == ["no more lines in /dev/full: No space left on device"]
+
+
+def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
+    with logs_written(None, tmp_path / "board") as (write,):
+        write(VALUES)
+        write(VALUES | {"step": 2, "loss": 1.5, "validation_loss": 1.75})
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
+    assert [event.step for event in events.Scalars("validation_loss")] == [2]
+    assert [event.value for event in events.Scalars("failures/DEADLINE_EXCEEDED")] == [2, 2]
+    assert "step" not in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("losses", [(), (math.nan,) * 3, (2.0, math.nan, 1.5), tuple(range(5000))])
+def test_the_plot_is_a_picture_whatever_was_measured(tmp_path: Path, losses: tuple[float, ...]) -> None:
+    path = tmp_path / "loss.png"
+    check_plot(path)
+    plot_losses(make_history(*losses), path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.width > 500
+
+
+def test_a_plot_that_can_not_be_written_is_known_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(StartError, match="can't write"):
+        check_plot(tmp_path / "no" / "such.png")
+    plot_losses(make_history(1.0), tmp_path / "no" / "such.png")
+    assert "could not write the plot" in caplog.text
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    with pytest.raises(
+        SettingsError, match=r"--plot needs the package matplotlib: pip install 'talkoot\[plot\]'"
+    ):
+        check_plot(tmp_path / "loss.png")
+    with (
+        pytest.raises(SettingsError, match=r"--tensorboard needs the package tensorboard"),
+        logs_written(None, tmp_path),
+    ):
+        pass
+
+
+def test_a_step_is_told_in_one_line() -> None:
+    assert describe(VALUES) == "loss 2.000, 10 tokens/s, 3 of 4 experts live, 2 DEADLINE_EXCEEDED"
+    validated = VALUES | {
+        "validation_loss": 1.5,
+        "bits_per_byte": 2.164,
+        "perplexity": 4.4817,
+        "failures": {},
+    }
+    assert describe(validated) == (
+        "loss 2.000, validation loss 1.500 (2.164 bits per byte, perplexity 4.482), 10 tokens/s, "
+        "3 of 4 experts live, no failures"
+    )

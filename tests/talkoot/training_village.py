@@ -1,0 +1,102 @@
+"""A founder's node and the trainer's commands in one process: what people type, without the start of an interpreter."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from typer.main import get_command
+
+from dht.manifest import Manifest
+from dht.swarm import found_swarm
+from expert_server.node import Node
+from expert_server.settings import NodeSettings
+from peer.identity import Identity
+from peer.loop import LoopThread
+from talkoot.cli import app
+from talkoot.signals import stop_signals
+
+HOST = "127.0.0.1"
+MANIFEST = Manifest.model_validate(
+    {
+        "name": "village",
+        "model": {"layers": 2, "hidden": 8, "heads": 2, "context": 16, "feed_forward": 8},
+        "experts": {"grid": [2, 2]},
+        "routing": {"top_k": 2},
+    }
+)
+TEXT = "In the sauna one must behave as in church. " * 60
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    def is_one_clear_line(self, *said: str) -> None:
+        errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert self.status == 2, self.err
+        assert len(errors) == 1, self.err
+        assert self.err.endswith(errors[0] + "\n")
+        assert "Traceback" not in self.err
+        for part in said:
+            assert part in errors[0]
+
+
+@contextmanager
+def signals_restored() -> Iterator[None]:
+    """A command takes the signals of its process, and pytest needs them."""
+    numbers = [*stop_signals(), signal.SIGALRM]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def talkoot(*arguments: object) -> Ended:
+    """Runs a command in this process."""
+    with signals_restored(), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        status = get_command(app).main([str(argument) for argument in arguments], standalone_mode=False)
+    return Ended(status or 0, out.getvalue(), err.getvalue())
+
+
+@dataclass(frozen=True)
+class Founder:
+    node: Node
+    invite: str
+    loop: LoopThread
+
+    def pause(self) -> None:
+        """All experts of the swarm are gone."""
+        self.loop.run(self.node.pause(), 30)
+
+    def resume(self) -> None:
+        self.loop.run(self.node.resume(), 30)
+
+
+@contextmanager
+def founded(loop: LoopThread, folder: Path, experts: int, name: str = "village") -> Iterator[Founder]:
+    async def start() -> tuple[Node, str]:
+        identity = Identity.load_or_create(folder / "founder.key")
+        manifest = MANIFEST.model_copy(update={"name": name})
+        swarm = await found_swarm(identity, manifest, listen=HOST, port=0)
+        settings = NodeSettings.load(
+            threads=1, replicas=1, average_every_s=0, drain_timeout_s=0, experts=experts, announce_every_s=1
+        )
+        node = await Node.start(settings, swarm, host=HOST, state=folder / "founder")
+        return node, str(await node.swarm.invite())
+
+    node, invite = loop.run(start(), 60)
+    running = loop.submit(node.run())
+    try:
+        yield Founder(node, invite, loop)
+    finally:
+        running.cancel()
+        loop.run(node.stop(), 60)
