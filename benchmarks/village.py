@@ -1,4 +1,4 @@
-"""A swarm of one node for the benchmarks: started with the command, stopped when the block ends."""
+"""A swarm for the benchmarks: its nodes are started with the command, and stopped when the block ends."""
 
 import os
 import shutil
@@ -6,8 +6,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,29 +31,44 @@ class RunningNode:
 
 
 @contextmanager
-def running_node(manifest: str, experts: int) -> Iterator[RunningNode]:
+def running_node(manifest: str, experts: int, options: Sequence[str] = ()) -> Iterator[RunningNode]:
     """Founds a swarm with this manifest (TOML). Its experts may be of hivemind's kinds. Raises SystemExit."""
     folder = Path(tempfile.mkdtemp(prefix="talkoot-benchmark-"))
-    package = make_package()
     (folder / "swarm.toml").write_text(manifest)
-    command = [sys.executable, "-m", "talkoot.cli", "node", "--new", str(folder / "swarm.toml")]
-    command += ["--host", "127.0.0.1", "--experts", str(experts), "--state", str(folder / "node")]
+    flags = ["--new", str(folder / "swarm.toml"), "--invite-file", str(folder / "invite"), *options]
     began = time.monotonic()
-    node = subprocess.Popen(
-        die_with_parent([*command, "--invite-file", str(folder / "invite")]),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(package)])},
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "node.log").open("wb"),
-    )
-    try:
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
+        node = stack.enter_context(_process(folder / "node", experts, flags))
         while not (folder / "invite").exists():
             if node.poll() is not None or time.monotonic() - began > START_LIMIT_S:
                 raise SystemExit(f"the node did not start:\n{(folder / 'node.log').read_text()}")
             time.sleep(0.02)
         invite = Invite.parse((folder / "invite").read_text())
         yield RunningNode(invite, folder, node.pid, time.monotonic() - began)
+
+
+@contextmanager
+def joining_node(founder: RunningNode, number: int, experts: int, options: Sequence[str]) -> Iterator[None]:
+    """Starts another node of the swarm, and does not wait for it."""
+    state = founder.folder / f"node-{number}"
+    with _process(state, experts, ["--join", str(founder.invite), *options]):
+        yield
+
+
+@contextmanager
+def _process(state: Path, experts: int, flags: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
+    package = make_package()
+    command = [sys.executable, "-m", "talkoot.cli", "node", "--host", "127.0.0.1", "--experts", str(experts)]
+    node = subprocess.Popen(
+        die_with_parent([*command, "--state", str(state), *flags]),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(package)])},
+        stdout=subprocess.DEVNULL,
+        stderr=state.with_suffix(".log").open("wb"),
+    )
+    try:
+        yield node
     finally:
         node.terminate()
         node.wait()
-        shutil.rmtree(folder)
         shutil.rmtree(package)
