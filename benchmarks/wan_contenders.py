@@ -207,6 +207,7 @@ def run_hivemind(options: argparse.Namespace) -> dict[str, Any]:
     """hivemind.moe's server in the background, as its own tests start it; this process is the client."""
     from hivemind import DHT
     from hivemind.moe import RemoteMixtureOfExperts
+    from hivemind.moe.server.dht_handler import get_experts
     from hivemind.moe.server.server import background_server
 
     uids = [f"expert.{i}.{j}" for i in range(GRID[0]) for j in range(GRID[1])]
@@ -228,6 +229,8 @@ def run_hivemind(options: argparse.Namespace) -> dict[str, Any]:
     ):
         dht = DHT(initial_peers=server.addrs, start=True, client_mode=True)
         try:
+            while None in get_experts(dht, uids):  # else its beam search keeps in mind that there are none
+                time.sleep(0.5)
             layer = RemoteMixtureOfExperts(
                 in_features=HIDDEN, grid_size=GRID, dht=dht, uid_prefix="expert.", k_best=TOP_K
             )
