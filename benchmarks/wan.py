@@ -42,9 +42,9 @@ _BAR = 40
 
 def payload_mbit(samples_per_s: float) -> float:
     """What has to cross the link in each direction, as fp32: rows to and from each of a sample's experts."""
-    from benchmarks.wan_contenders import HIDDEN, TOP_K
+    from benchmarks.wan_contenders import SHAPES, TOP_K
 
-    return samples_per_s * _TENSORS_EACH_WAY * TOP_K * HIDDEN * 32e-6
+    return samples_per_s * _TENSORS_EACH_WAY * TOP_K * SHAPES["full"][2] * 32e-6
 
 
 def run(contender: str, case: str, options: argparse.Namespace, *flags: str) -> dict[str, Any]:

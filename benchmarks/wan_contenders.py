@@ -33,8 +33,8 @@ from trainer_client.calls import Answer, Direction, GrpcCaller, Request
 
 GRID = (4, 4)
 TOP_K = 4
-HIDDEN = 256
-SHAPES = {"full": (1024, 1, HIDDEN), "delay": (16, SEQUENCE, HIDDEN)}
+SHAPES = {"full": (64, 1, 4096), "delay": (16, SEQUENCE, 256)}
+"""Few samples, for hivemind.moe searches experts for one after another."""
 KINDS = {"full": "ffn", "delay": "rival-transformer"}
 RIVAL_KINDS = {"full": "nop", "delay": "transformer"}
 NODES = {"full": 1, "delay": 4}
@@ -102,7 +102,7 @@ def run_case(
     shape = SHAPES[options.case]
     pace = partial(measure, make_step(mixture, shape), shape[0], options.seconds, options.in_flight, links)
     if options.case == "full":
-        return pace()
+        return dict(pace())
     results: dict[str, Any] = {}
     for delay in options.delays.split(","):
         links.change(f"{delay}ms")
@@ -170,7 +170,11 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
     count = NODES[options.case]
     each = GRID[0] * GRID[1] // count
     manifest = MANIFEST.format(
-        hidden=HIDDEN, context=SEQUENCE, kind=KINDS[options.case], top_k=TOP_K, codec=options.codec
+        hidden=SHAPES[options.case][2],
+        context=SEQUENCE,
+        kind=KINDS[options.case],
+        top_k=TOP_K,
+        codec=options.codec,
     )
     targets = [free_ports(_HOST, 2) for _ in range(count)]
     settings = TrainerSettings(call_deadline_s=_CALL_LIMIT_S, grace_s=_CALL_LIMIT_S)
@@ -218,7 +222,7 @@ def run_hivemind(options: argparse.Namespace) -> dict[str, Any]:
         background_server(
             expert_uids=uids,
             expert_cls=RIVAL_KINDS[options.case],
-            hidden_dim=HIDDEN,
+            hidden_dim=SHAPES[options.case][2],
             device="cpu",
             optim_cls=partial(torch.optim.Adam, lr=1e-3),
             num_handlers=os.cpu_count(),  # its default of eight for each expert is several times slower on few cores
@@ -232,7 +236,11 @@ def run_hivemind(options: argparse.Namespace) -> dict[str, Any]:
             while None in get_experts(dht, uids):  # else its beam search keeps in mind that there are none
                 time.sleep(0.5)
             layer = RemoteMixtureOfExperts(
-                in_features=HIDDEN, grid_size=GRID, dht=dht, uid_prefix="expert.", k_best=TOP_K
+                in_features=SHAPES[options.case][2],
+                grid_size=GRID,
+                dht=dht,
+                uid_prefix="expert.",
+                k_best=TOP_K,
             )
             mask = torch.zeros(SHAPES[options.case][:2], dtype=torch.bool)
 

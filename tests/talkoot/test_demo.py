@@ -110,9 +110,9 @@ def test_demo_learns_loses_a_node_and_serves_its_experts_again(tmp_path: Path) -
     assert not dead_sockets() - before
 
 
-def test_interrupted_demo_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupted_demo_over_links_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
     before = dead_sockets()
-    with running_demo(tmp_path, "--nodes", "2") as demo:
+    with running_demo(tmp_path, "--nodes", "2", "--link", "100mbit,5ms") as demo:
         wait_until(lambda: demo.processes().count("p2pd") >= 2, 60, demo.log)
         demo.process.send_signal(signal.SIGINT)
         demo.process.wait(15)
