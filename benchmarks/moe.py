@@ -13,14 +13,9 @@ Every contender runs in a process of its own, and they take turns, so that whate
 import argparse
 import json
 import os
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.apart import run_apart
 from benchmarks.rival_blocks import SEQUENCE, RivalFeedForward, RivalTransformer
 from benchmarks.village import START_LIMIT_S, running_node
 from dht.manifest import ModelSpec
@@ -45,7 +41,6 @@ TARGETS = {
     "transformer_vs_bound": 0.95,
 }
 _BRIEF_S = 5.0
-_TRIES = 3
 _START_AND_STOP_S = 60.0
 
 MANIFEST = """
@@ -190,40 +185,6 @@ def run_hivemind(case: str, seconds: float) -> dict[str, float]:
 CONTENDERS = {"talkoot": run_talkoot, "hivemind": run_hivemind, "bound": run_bound}
 
 
-def run_apart(contender: str, case: str, seconds: float) -> dict[str, float]:
-    """Runs one contender in a session of its own, of which nothing is left afterwards.
-
-    hivemind.moe forks while threads run, and now and then hangs for it: such a run is tried again. Raises SystemExit
-    with its output when a contender fails.
-    """
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.moe"]
-    command += ["--contender", contender, "--case", case, "--seconds", str(seconds)]
-    environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"}
-    if contender == "talkoot":
-        environment["OMP_WAIT_POLICY"] = "passive"  # as the command `talkoot` sets it
-    for _ in range(_TRIES):
-        with tempfile.TemporaryFile("w+") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-            try:
-                status = process.wait(_START_AND_STOP_S + 5 * seconds)
-            except subprocess.TimeoutExpired:
-                continue
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            output.seek(0)
-            said = output.read()
-        if status:
-            raise SystemExit(f"{contender} failed on {case}:\n{said}")
-        (last,) = [line for line in said.splitlines() if line.startswith("{")][-1:]
-        result: dict[str, float] = json.loads(last)
-        return result
-    raise SystemExit(f"{contender} hung on {case}, {_TRIES} times")
-
-
 def compare(rounds: int, seconds: float, console: Console) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for case in SHAPES:
@@ -231,7 +192,8 @@ def compare(rounds: int, seconds: float, console: Console) -> dict[str, Any]:
         for number in range(rounds):
             for name in CONTENDERS:
                 with console.status(f"{case}, round {number + 1} of {rounds}: {name}"):
-                    runs[name].append(run_apart(name, case, seconds))
+                    arguments = ["--contender", name, "--case", case, "--seconds", str(seconds)]
+                    runs[name].append(run_apart("benchmarks.moe", arguments, _START_AND_STOP_S + 5 * seconds))
         for name, measured in runs.items():
             results[f"{case}_{name}"] = measured[-1] | {
                 "samples_per_s": statistics.median(run["samples_per_s"] for run in measured)

@@ -1,4 +1,4 @@
-"""A swarm for the benchmarks: nodes are started with the command, and stopped when the block ends."""
+"""A swarm for the benchmarks: its nodes are started with the command, and stopped when the block ends."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from benchmarks.rival_blocks import make_package
 from dht.invite import Invite
 from peer.processes import die_with_parent
 
-START_LIMIT_S = 120.0
+START_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -31,58 +31,69 @@ class RunningNode:
 
 
 @contextmanager
-def running_node(manifest: str, experts: int) -> Iterator[RunningNode]:
+def running_node(manifest: str, experts: int, options: Sequence[str] = ()) -> Iterator[RunningNode]:
     """Founds a swarm with this manifest (TOML). Its experts may be of hivemind's kinds. Raises SystemExit."""
-    with running_village(manifest, 1, experts) as node:
-        yield node
+    folder = Path(tempfile.mkdtemp(prefix="talkoot-benchmark-"))
+    (folder / "swarm.toml").write_text(manifest)
+    flags = ["--new", str(folder / "swarm.toml"), "--invite-file", str(folder / "invite"), *options]
+    began = time.monotonic()
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
+        node = stack.enter_context(_process(folder / "node", experts, flags))
+        _wait_for(folder / "invite", node, folder / "node.log")
+        invite = Invite.parse((folder / "invite").read_text())
+        yield RunningNode(invite, folder, node.pid, time.monotonic() - began)
 
 
 @contextmanager
 def running_village(
     manifest: str, nodes: int, experts_each: int, options: Sequence[str] = ()
 ) -> Iterator[RunningNode]:
-    """As `running_node`, with more nodes that join the first. Gives that one."""
-    folder = Path(tempfile.mkdtemp(prefix="talkoot-benchmark-"))
+    """As `running_node`, with more nodes that join the first. Gives that one, once all serve."""
+    with ExitStack() as stack:
+        founder = stack.enter_context(running_node(manifest, experts_each, options))
+        joined = []
+        for number in range(1, nodes):
+            file = founder.folder / f"invite-{number}"  # a node writes it once it serves
+            joining = joining_node(founder, number, experts_each, [*options, "--invite-file", str(file)])
+            joined.append((stack.enter_context(joining), file))
+        for node, file in joined:
+            _wait_for(file, node, file.with_name(file.name.replace("invite", "node") + ".log"))
+        yield founder
+
+
+@contextmanager
+def joining_node(
+    founder: RunningNode, number: int, experts: int, options: Sequence[str]
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """Starts another node of the swarm, and does not wait for it."""
+    state = founder.folder / f"node-{number}"
+    with _process(state, experts, ["--join", str(founder.invite), *options]) as node:
+        yield node
+
+
+@contextmanager
+def _process(state: Path, experts: int, flags: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
     package = make_package()
-    (folder / "swarm.toml").write_text(manifest)
-    options = [*options, "--experts", str(experts_each)]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        began = time.monotonic()
-        processes.append(_start(folder, package, 0, ["--new", str(folder / "swarm.toml"), *options]))
-        invite = _invite(folder, 0, processes[0])
-        start_s = time.monotonic() - began
-        for number in range(1, nodes):
-            processes.append(_start(folder, package, number, ["--join", str(invite), *options]))
-        for number in range(1, nodes):
-            _invite(folder, number, processes[number])
-        yield RunningNode(invite, folder, processes[0].pid, start_s)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
-        shutil.rmtree(folder)
-        shutil.rmtree(package)
-
-
-def _start(folder: Path, package: Path, number: int, options: Sequence[str]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "talkoot.cli", "node", "--host", "127.0.0.1", *options]
-    command += ["--state", str(folder / f"node-{number}"), "--invite-file", str(folder / f"invite-{number}")]
-    with (folder / f"node-{number}.log").open("wb") as log:
-        return subprocess.Popen(
-            die_with_parent(command),
+    command = [sys.executable, "-m", "talkoot.cli", "node", "--host", "127.0.0.1", "--experts", str(experts)]
+    with state.with_suffix(".log").open("wb") as log:
+        node = subprocess.Popen(
+            die_with_parent([*command, "--state", str(state), *flags]),
             env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(package)])},
             stdout=subprocess.DEVNULL,
             stderr=log,
         )
+    try:
+        yield node
+    finally:
+        node.terminate()
+        node.wait()
+        shutil.rmtree(package)
 
 
-def _invite(folder: Path, number: int, node: "subprocess.Popen[bytes]") -> Invite:
-    """By way of this node, which writes it once it serves."""
-    file, began = folder / f"invite-{number}", time.monotonic()
-    while not file.exists():
+def _wait_for(invite: Path, node: "subprocess.Popen[bytes]", log: Path) -> None:
+    began = time.monotonic()
+    while not invite.exists():
         if node.poll() is not None or time.monotonic() - began > START_LIMIT_S:
-            raise SystemExit(f"a node did not start:\n{(folder / f'node-{number}.log').read_text()}")
+            raise SystemExit(f"a node did not start:\n{log.read_text()}")
         time.sleep(0.02)
-    return Invite.parse(file.read_text())

@@ -101,8 +101,8 @@ class Direction:
     """One direction of a link, which all its connections share. Pure: time and chance are passed in."""
 
     def __init__(self, link: Link) -> None:
+        self.link = link
         self.bytes_carried = 0
-        self._link = link
         self._free_at = -math.inf
 
     def backlog_s(self, now: float) -> float:
@@ -112,11 +112,11 @@ class Direction:
     def carry(self, size: int, now: float, rng: random.Random) -> float:
         """Takes in `size` bytes; gives the time at which they arrive."""
         self.bytes_carried += size
-        self._free_at = max(now, self._free_at) + size / self._link.bytes_per_s
-        arrives = self._free_at + self._link.delay_s / 2 + rng.random() * self._link.jitter_s
-        passes = (1 - self._link.loss) ** math.ceil(size / _PACKET_BYTES)
+        self._free_at = max(now, self._free_at) + size / self.link.bytes_per_s
+        arrives = self._free_at + self.link.delay_s / 2 + rng.random() * self.link.jitter_s
+        passes = (1 - self.link.loss) ** math.ceil(size / _PACKET_BYTES)
         if rng.random() >= passes:
-            arrives += max(_RETRANSMIT_S, self._link.delay_s)
+            arrives += max(_RETRANSMIT_S, self.link.delay_s)
         return arrives
 
 
@@ -132,6 +132,10 @@ class Wire:
         self._seed = seed
         self._whole = asyncio.Event()
         self._whole.set()
+
+    def change(self, link: Link) -> None:
+        """What comes from now on goes over another link."""
+        self.link = self.there.link = self.back.link = link
 
     def cut(self) -> None:
         """From now on nothing passes, and nobody is told: as when a cable is pulled."""

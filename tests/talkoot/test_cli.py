@@ -124,6 +124,10 @@ def test_missing_invite_is_asked_for() -> None:
     assert_one_clear_line(run_here("train"), "--join")
 
 
+def test_a_link_that_is_none_is_told_with_an_example() -> None:
+    assert_one_clear_line(run_here("demo", "--link", "fast"), "'fast' is no part of a link", "100mbit,80ms")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--new", "swarm.toml", "--join", "talkoot1"]])
 def test_node_is_told_to_found_or_to_join(arguments: list[str]) -> None:
     assert_one_clear_line(run_here("node", *arguments), "either --new swarm.toml", "or --join INVITE")

@@ -107,8 +107,8 @@ def test_demo_learns_loses_a_node_and_serves_its_experts_again(tmp_path: Path) -
     assert not any(path.exists() for path in sockets)
 
 
-def test_interrupted_demo_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
-    with running_demo(tmp_path, "--nodes", "2") as demo:
+def test_interrupted_demo_over_links_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    with running_demo(tmp_path, "--nodes", "2", "--link", "100mbit,5ms") as demo:
         wait_until(lambda: demo.processes().count("p2pd") >= 2, 60, demo.log)
         sockets = demo.sockets()
         demo.process.send_signal(signal.SIGINT)

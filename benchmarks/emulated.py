@@ -1,0 +1,84 @@
+"""Emulated links for the benchmarks, in a process of their own: they shall not take turns with a trainer.
+
+    python -m benchmarks.emulated LINK PORT,PORT [PORT,PORT ...]
+
+puts one link before the ports of each peer. It prints the proxies' ports as JSON; then each line that it reads is
+another link, or empty, and it prints the bytes that the links have carried there and back since the start.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvloop
+
+from peer.processes import die_with_parent
+from talkoot.links import Link, Proxy, Wire
+
+_HOST = "127.0.0.1"
+
+
+@dataclass
+class EmulatedLinks:
+    """Links that run in another process."""
+
+    ports: list[list[int]]
+    """Of the proxies, as the targets were given."""
+    _process: "subprocess.Popen[str]"
+
+    def change(self, link: str) -> tuple[int, int]:
+        """From now on all links are such; gives the bytes carried there and back until now."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(link + "\n")
+        self._process.stdin.flush()
+        there, back = json.loads(self._process.stdout.readline())
+        return there, back
+
+    def carried(self) -> tuple[int, int]:
+        """Bytes there and back since the start."""
+        return self.change("")
+
+
+@contextmanager
+def emulated_links(link: str, peers: Sequence[Sequence[int]]) -> Iterator[EmulatedLinks]:
+    """One link before the ports of each peer."""
+    targets = [",".join(map(str, ports)) for ports in peers]
+    command = die_with_parent([sys.executable, "-W", "ignore", "-m", "benchmarks.emulated", link, *targets])
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield EmulatedLinks(json.loads(process.stdout.readline()), process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def run(link: str, targets: Sequence[str]) -> None:
+    wires = [Wire(Link.parse(link), seed) for seed in range(len(targets))]
+    proxies = [
+        [await Proxy.start(wire, (_HOST, int(port)), _HOST) for port in ports.split(",")]
+        for wire, ports in zip(wires, targets, strict=True)
+    ]
+    print(json.dumps([[proxy.port for proxy in group] for group in proxies]), flush=True)
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
+    )
+    while line := await reader.readline():
+        if text := line.decode().strip():
+            for wire in wires:
+                wire.change(Link.parse(text))
+        print(
+            [sum(w.there.bytes_carried for w in wires), sum(w.back.bytes_carried for w in wires)], flush=True
+        )
+    for proxy in (proxy for group in proxies for proxy in group):
+        await proxy.close()
+
+
+if __name__ == "__main__":
+    uvloop.run(run(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,141 @@
+"""Links between homes: Talkoot and hivemind.moe on the same emulated links, in one run.
+
+(1) A link of 100 Mbit/s and 20 ms, large batches: how much of it carries payload, and what int8 gains. (2) Samples per
+second at delays from none to a second, on experts that compute. (3) The same with every tenth call failing.
+
+    python -m benchmarks.wan [--quick] [--json FILE] [--in-flight N]
+
+Delays are there and back, as `ping` shows them. Gate and DHT on both sides, and all their traffic over the links; each
+node is behind a link of its own. Every contender runs in a process of its own, one after another.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.apart import run_apart
+
+LINK, LINK_MBIT = "100mbit,20ms", 100.0
+FULL_IN_FLIGHT = 4
+"""Batches under way, in (1): a single one can't fill both directions."""
+DELAYS = ("0", "50", "200", "1000")
+QUICK_DELAYS = ("0", "200")
+FAILING = 0.1
+TARGETS = {
+    "payload_up_share": 0.90,
+    "payload_down_share": 0.90,
+    "int8_vs_fp32": 3.5,
+    "at_200_ms": 0.95,
+    "at_1000_ms": 0.80,
+    "at_10%_failing": 0.85,
+}
+_TENSORS_EACH_WAY = 2
+"""Of payload: inputs and gradients of outputs up; outputs and gradients of inputs down."""
+_START_AND_STOP_S = 120.0
+_SLOWEST_STEP_S = 10.0
+_BAR = 40
+
+
+def payload_mbit(samples_per_s: float) -> float:
+    """What has to cross the link in each direction, as fp32: rows to and from each of a sample's experts."""
+    from benchmarks.wan_contenders import SHAPES, TOP_K
+
+    return samples_per_s * _TENSORS_EACH_WAY * TOP_K * SHAPES["full"][2] * 32e-6
+
+
+def run(contender: str, case: str, options: argparse.Namespace, *flags: str) -> dict[str, Any]:
+    arguments = [contender, case, "--seconds", str(options.seconds), *flags]
+    steps = 3 * (len(options.delays) + 1)
+    limit_s = _START_AND_STOP_S + len(options.delays) * options.seconds + steps * _SLOWEST_STEP_S
+    return run_apart("benchmarks.wan_contenders", arguments, limit_s)
+
+
+def measure_full(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    flags = ["--link", LINK, "--in-flight", str(FULL_IN_FLIGHT)]
+    for name, contender, codec in (
+        ("fp32", "talkoot", "fp32"),
+        ("int8", "talkoot", "int8"),
+        ("hivemind", "hivemind", "fp32"),
+    ):
+        with console.status(f"{LINK}: {contender}, {codec}"):
+            results[name] = run(contender, "full", options, *flags, "--codec", codec)
+    results["int8_vs_fp32"] = results["int8"]["samples_per_s"] / results["fp32"]["samples_per_s"]
+    payload = payload_mbit(results["fp32"]["samples_per_s"])
+    # each direction's payload is the same; what the link carried beside it is TLS, gRPC and the DHT
+    for way in ("up", "down"):
+        assert results["fp32"][f"{way}_mbit"] >= 0.5 * payload, "the proxies carried less than the payload"
+        results[f"payload_{way}_share"] = payload / LINK_MBIT
+    return results
+
+
+def measure_delays(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    flags = ["--delays", ",".join(options.delays), "--failing", str(FAILING)]
+    for contender in ("talkoot", "hivemind"):
+        with console.status(f"delays and failing calls: {contender}"):
+            measured = run(contender, "delay", options, *flags, "--in-flight", str(options.in_flight))
+        at_none = measured["0_ms"]["samples_per_s"]
+        for delay in options.delays:
+            measured[f"at_{delay}_ms"] = measured[f"{delay}_ms"]["samples_per_s"] / at_none
+        measured["at_10%_failing"] = measured["failing"]["samples_per_s"] / at_none
+        results[contender] = measured
+    return results
+
+
+def judged(name: str, value: float) -> str:
+    if name not in TARGETS:
+        return f"{value:.2f}"
+    return f"{value:.2f} ({TARGETS[name]:.2f}) {'reached' if value >= TARGETS[name] else 'missed'}"
+
+
+def show_full(results: dict[str, Any], console: Console) -> None:
+    table = Table("", "samples/s", "link up, Mbit/s", "link down, Mbit/s", title=f"full link: {LINK}")
+    for name in ("fp32", "int8", "hivemind"):
+        measured = results[name]
+        table.add_row(name, *(f"{measured[key]:.1f}" for key in ("samples_per_s", "up_mbit", "down_mbit")))
+    console.print(table)
+    for name in ("payload_up_share", "payload_down_share", "int8_vs_fp32"):
+        console.print(f"{name.replace('_', ' ')} (target): {judged(name, results[name])}")
+
+
+def show_delays(results: dict[str, Any], options: argparse.Namespace, console: Console) -> None:
+    table = Table("", title=f"delays, {options.in_flight} batches in flight: samples/s, and of that without")
+    for column in ("talkoot", "of 0 ms (target)", "hivemind", "of 0 ms", ""):
+        table.add_column(column)
+    rows = [(f"{delay} ms", f"{delay}_ms", f"at_{delay}_ms") for delay in options.delays]
+    rows.append(("10% failing", "failing", "at_10%_failing"))
+    most = max(results[c][key]["samples_per_s"] for c in results for _, key, _ in rows)
+    for label, key, share in rows:
+        ours, theirs = (results[c][key]["samples_per_s"] for c in ("talkoot", "hivemind"))
+        bars = "\n".join("█" * round(_BAR * pace / most) or "▏" for pace in (ours, theirs))
+        shares = judged(share, results["talkoot"][share]), f"{results['hivemind'][share]:.2f}"
+        table.add_row(label, f"{ours:.1f}", shares[0], f"{theirs:.1f}", shares[1], bars)
+    console.print(table)
+    console.print("upper bar: talkoot; lower bar: hivemind")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="fewer delays and short runs, under 60 seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--seconds", type=float, default=None, help="measured seconds of each figure")
+    parser.add_argument("--in-flight", type=int, default=1, help="batches under way in (2) and (3)")
+    options = parser.parse_args()
+    options.seconds = options.seconds or (1.0 if options.quick else 15.0)
+    options.delays = QUICK_DELAYS if options.quick else DELAYS
+    console = Console(width=150)
+    results = {"full": measure_full(options, console), "delay": measure_delays(options, console)}
+    results["in_flight"] = options.in_flight
+    show_full(results["full"], console)
+    show_delays(results["delay"], options, console)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""One mixture layer behind emulated links: one contender of `benchmarks.wan`, which starts this module.
+
+Case `full`: tiny experts and large batches, so that the link is what limits. Case `delay`: the Transformer experts of
+`benchmarks.moe`, so that computing is; then the same with calls that fail. All calls of a trainer go over the links,
+and each node is behind a link of its own.
+"""
+
+import argparse
+import json
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from grpc import StatusCode
+
+from benchmarks.emulated import EmulatedLinks, emulated_links
+from benchmarks.moe import make_step
+from benchmarks.rival_blocks import SEQUENCE
+from benchmarks.village import START_LIMIT_S, joining_node, running_node
+from dht.registry import NodeInfo
+from peer.errors import ExpertError
+from talkoot.links import free_ports
+from trainer_client.calls import Answer, Direction, GrpcCaller, Request
+
+GRID = (4, 4)
+TOP_K = 4
+SHAPES = {"full": (64, 1, 4096), "delay": (16, SEQUENCE, 256)}
+"""Few samples, for hivemind.moe searches experts for one after another."""
+KINDS = {"full": "ffn", "delay": "rival-transformer"}
+RIVAL_KINDS = {"full": "nop", "delay": "transformer"}
+NODES = {"full": 1, "delay": 4}
+_HOST = "127.0.0.1"
+_NO_LINK = "0ms"
+_CALL_LIMIT_S = 120.0
+
+MANIFEST = """
+name = "benchmark"
+[model]
+layers = 1
+hidden = {hidden}
+context = {context}
+feed_forward = 8
+[experts]
+grid = [4, 4]
+kind = "{kind}"
+[routing]
+top_k = {top_k}
+[optimizer]
+weight_decay = 0.0
+[wire]
+codec = "{codec}"
+"""
+
+Mixture = Callable[[torch.Tensor], torch.Tensor]
+
+
+def measure(
+    step: Callable[[], None], samples: int, seconds: float, in_flight: int, links: EmulatedLinks
+) -> dict[str, float]:
+    """Steps on `in_flight` threads. Samples, and Mbit carried, in a second, from the first step's end to the last's."""
+    ends: list[float] = []
+    enough = threading.Event()
+
+    def run() -> None:
+        step()  # not measured: channels open, optimizers begin
+        while not enough.is_set():
+            step()
+            ends.append(time.perf_counter())
+
+    def wait_for(count: int) -> tuple[int, float, tuple[int, int]]:
+        while len(ends) < count:
+            time.sleep(0.002)
+            if not any(thread.is_alive() for thread in threads):
+                raise SystemExit("a step failed")
+        return len(ends), ends[-1], links.carried()
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(in_flight)]
+    for thread in threads:
+        thread.start()
+    first, began, before = wait_for(1)
+    time.sleep(seconds)
+    last, ended, after = wait_for(max(first + 2, len(ends) + 1))
+    enough.set()
+    for thread in threads:
+        thread.join()
+    up, down = (8e-6 * (b - a) / (ended - began) for a, b in zip(before, after, strict=True))
+    return {"samples_per_s": samples * (last - first) / (ended - began), "up_mbit": up, "down_mbit": down}
+
+
+def run_case(
+    options: argparse.Namespace, mixture: Mixture, links: EmulatedLinks, failing: "Failing"
+) -> dict[str, Any]:
+    shape = SHAPES[options.case]
+    pace = partial(measure, make_step(mixture, shape), shape[0], options.seconds, options.in_flight, links)
+    if options.case == "full":
+        return dict(pace())
+    results: dict[str, Any] = {}
+    for delay in options.delays.split(","):
+        links.change(f"{delay}ms")
+        results[f"{delay}_ms"] = pace()
+    links.change(_NO_LINK)
+    failing.share = options.failing
+    results["failing"] = pace()
+    failing.share = 0.0
+    return results
+
+
+class Failing:
+    """Lets a share of calls fail, before they are sent."""
+
+    def __init__(self) -> None:
+        self.share = 0.0
+        self._rng = random.Random(0)
+
+    def next(self) -> bool:
+        return self._rng.random() < self.share
+
+    @contextmanager
+    def of_talkoot(self) -> Iterator[None]:
+        whole = GrpcCaller.call
+
+        async def call(
+            caller: GrpcCaller,
+            node: NodeInfo,
+            direction: Direction,
+            requests: Sequence[Request],
+            deadline_s: float,
+        ) -> AsyncIterator[Answer]:
+            if self.next():
+                raise ExpertError(StatusCode.UNAVAILABLE, "fails on purpose")
+            async for answer in whole(caller, node, direction, requests, deadline_s):
+                yield answer
+
+        with patch.object(GrpcCaller, "call", call):
+            yield
+
+    @contextmanager
+    def of_hivemind(self) -> Iterator[None]:
+        from hivemind.moe.client import moe
+
+        def wrapped(whole: Callable[..., Any]) -> Callable[..., Any]:
+            async def call(*arguments: Any) -> Any:
+                if self.next():
+                    raise ConnectionError("fails on purpose")
+                return await whole(*arguments)
+
+            return call
+
+        with (
+            patch.object(moe, "expert_forward", wrapped(moe.expert_forward)),
+            patch.object(moe, "expert_backward", wrapped(moe.expert_backward)),
+        ):
+            yield
+
+
+def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
+    """Nodes in processes of their own, started with the command; this process is the trainer."""
+    from trainer_client.client import SwarmClient
+    from trainer_client.settings import TrainerSettings
+
+    count = NODES[options.case]
+    each = GRID[0] * GRID[1] // count
+    manifest = MANIFEST.format(
+        hidden=SHAPES[options.case][2],
+        context=SEQUENCE,
+        kind=KINDS[options.case],
+        top_k=TOP_K,
+        codec=options.codec,
+    )
+    targets = [free_ports(_HOST, 2) for _ in range(count)]
+    settings = TrainerSettings(call_deadline_s=_CALL_LIMIT_S, grace_s=_CALL_LIMIT_S)
+    failing = Failing()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        links = stack.enter_context(emulated_links(options.link, targets))
+        flags = [_behind(*ways, folder) for ways in zip(targets, links.ports, strict=True)]
+        founder = stack.enter_context(running_node(manifest, each, flags[0]))
+        for number in range(1, count):
+            stack.enter_context(joining_node(founder, number, each, flags[number]))
+        stack.enter_context(failing.of_talkoot())
+        client = stack.enter_context(SwarmClient(founder.invite, settings, founder.folder / "trainer"))
+        client.wait_for_experts(START_LIMIT_S, lambda text: None)
+        mixture = client.make_mixture(0, choose_by="sequence")
+        results = run_case(options, mixture, links, failing)
+        stats = client.dispatcher.stats
+        return results | {
+            "failures": dict(stats.failures),
+            "unanswered_rows": stats.unanswered_rows,
+            "late_backward": stats.late_backward,
+        }
+
+
+def _behind(ports: Sequence[int], proxies: Sequence[int], folder: Path) -> list[str]:
+    """A node's flags, so that it listens on the ports and others see it at the proxies."""
+    config = folder / f"{ports[0]}.toml"
+    config.write_text(f"announce_dht_port = {proxies[0]}\nannounce_grpc_port = {proxies[1]}\n")
+    flags = ["--config", str(config), "--dht-port", str(ports[0]), "--grpc-port", str(ports[1])]
+    return [*flags, "--spare", "0", "--drain-timeout", "0", "--niceness", "0"]
+
+
+def run_hivemind(options: argparse.Namespace) -> dict[str, Any]:
+    """hivemind.moe's server in the background, as its own tests start it; this process is the client."""
+    from hivemind import DHT
+    from hivemind.moe import RemoteMixtureOfExperts
+    from hivemind.moe.server.dht_handler import get_experts
+    from hivemind.moe.server.server import background_server
+
+    uids = [f"expert.{i}.{j}" for i in range(GRID[0]) for j in range(GRID[1])]
+    (port,) = free_ports(_HOST, 1)
+    failing = Failing()
+    with (
+        emulated_links(options.link, [[port]]) as links,
+        background_server(
+            expert_uids=uids,
+            expert_cls=RIVAL_KINDS[options.case],
+            hidden_dim=SHAPES[options.case][2],
+            device="cpu",
+            optim_cls=partial(torch.optim.Adam, lr=1e-3),
+            num_handlers=os.cpu_count(),  # its default of eight for each expert is several times slower on few cores
+            host_maddrs=[f"/ip4/{_HOST}/tcp/{port}"],
+            announce_maddrs=[f"/ip4/{_HOST}/tcp/{links.ports[0][0]}"],
+        ) as server,
+        failing.of_hivemind(),
+    ):
+        dht = DHT(initial_peers=server.addrs, start=True, client_mode=True)
+        try:
+            while None in get_experts(dht, uids):  # else its beam search keeps in mind that there are none
+                time.sleep(0.5)
+            layer = RemoteMixtureOfExperts(
+                in_features=SHAPES[options.case][2],
+                grid_size=GRID,
+                dht=dht,
+                uid_prefix="expert.",
+                k_best=TOP_K,
+            )
+            mask = torch.zeros(SHAPES[options.case][:2], dtype=torch.bool)
+
+            def mixture(x_BTD: torch.Tensor) -> torch.Tensor:
+                output: torch.Tensor = (
+                    layer(x_BTD.squeeze(1)) if options.case == "full" else layer(x_BTD, mask)
+                )
+                return output
+
+            return run_case(options, mixture, links, failing)
+        finally:
+            dht.shutdown()
+
+
+CONTENDERS = {"talkoot": run_talkoot, "hivemind": run_hivemind}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("contender", choices=CONTENDERS)
+    parser.add_argument("case", choices=SHAPES)
+    parser.add_argument("--codec", default="fp32")
+    parser.add_argument("--link", default=_NO_LINK)
+    parser.add_argument("--delays", default="0", help="milliseconds, with commas")
+    parser.add_argument("--failing", type=float, default=0.1)
+    parser.add_argument("--in-flight", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    options = parser.parse_args()
+    print(json.dumps(CONTENDERS[options.contender](options)))
+
+
+if __name__ == "__main__":
+    main()
