@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -216,5 +217,14 @@ def test_talkoot_alone_says_what_one_can_do() -> None:
         assert said in ended.stdout
 
 
-def test_completion_can_be_installed() -> None:
-    assert "--install-completion" in run_here("--help").stdout
+def test_shell_completes_commands_and_options() -> None:
+    for typed, completed in (("talkoot doc", "doctor"), ("talkoot train --k-", "--k-min")):
+        completing = {"_TALKOOT_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+        ended = subprocess.run(
+            [sys.executable, "-c", "import sys; sys.argv = ['talkoot']; from talkoot import cli; cli.main()"],
+            env=os.environ | completing | {"COMP_CWORD": str(typed.count(" "))},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert ended.stdout.split() == [completed], ended.stderr
