@@ -2,10 +2,11 @@
 
     python -m benchmarks.discovery [--quick] [--nodes 100,1000,10000] [--rtt-ms 100] [--json FILE] [--plot FILE]
 
-Three parts. Simulated swarms run the real registry, directory, beam search and `DHTNode` in one process, in virtual time
-(`benchmarks.simulated_p2p`, `benchmarks.simulated_swarm`); a call costs one round trip, and opening a connection nothing. For
-10⁵ and 10⁶ nodes the same search walks over drawn routing tables (`benchmarks.kademlia_walk`). And on real p2pd processes
-Talkoot and hivemind.moe choose side by side (`benchmarks.discovery_real`); `--quick` and `--no-real` leave that out.
+Three parts. Simulated swarms run the real registry, directory, beam search and `DHTNode` in one process, in virtual
+time (`benchmarks.simulated_p2p`, `benchmarks.simulated_swarm`); a call costs one round trip, and opening a connection
+nothing. For 10⁵ and 10⁶ nodes the same search walks over drawn routing tables (`benchmarks.kademlia_walk`). And on
+real p2pd processes Talkoot and hivemind.moe choose side by side (`benchmarks.discovery_real`); `--quick` and
+`--no-real` leave that out.
 
 A hop is a round of questions, asked at the same time, until the look-up has the value.
 """
@@ -41,7 +42,8 @@ def compare(nodes: int) -> dict[str, Any]:
     """Both sides on real p2pd processes."""
     sides = {side: discovery_real.run_pair(side, nodes) for side in ("talkoot", "hivemind")}
     medians = {
-        side: {kind: statistics.median(times) for kind, times in result.items()} for side, result in sides.items()
+        side: {kind: statistics.median(times) for kind, times in result.items()}
+        for side, result in sides.items()
     }
     ours, theirs = medians["talkoot"], medians["hivemind"]
     ratios = {
@@ -66,7 +68,10 @@ def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         judge(f"warm top-4 of 64 rows at {nodes:,} nodes < 5 ms", warm, "ms", warm < 5)
         recall = result["recall"]["30"]
         judge(f"recall at {nodes:,} nodes, 30% dead and expired = 1", recall, "", recall == 1.0)
-        for kind, rows in (("all_refused", "4 answers, dead refuse"), ("enough_silent", "2 answers, dead silent")):
+        for kind, rows in (
+            ("all_refused", "4 answers, dead refuse"),
+            ("enough_silent", "2 answers, dead silent"),
+        ):
             part = result["replaced_30"][kind]
             judge(f"rows with {rows}, {nodes:,} nodes, 30% just dead = 1", part, "", part == 1.0)
         if nodes == 10_000:
@@ -87,7 +92,9 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     console.print(_sizes(results))
     if "real" in results:
         real = results["real"]
-        table = Table(title=f"{real['nodes']} real p2pd processes, 64 rows, top-4 of 256 experts, ms (median)")
+        table = Table(
+            title=f"{real['nodes']} real p2pd processes, 64 rows, top-4 of 256 experts, ms (median)"
+        )
         for column in ("", "cold", "warm"):
             table.add_column(column, justify="right")
         for side in ("talkoot", "hivemind"):
@@ -181,14 +188,18 @@ def main() -> None:
     parser.add_argument("--loss", type=float, default=0.002, help="part of the calls that get no answer")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="100 and 1,000 nodes, under 60 seconds")
-    parser.add_argument("--no-real", action="store_true", help="without the comparison on real p2pd processes")
+    parser.add_argument(
+        "--no-real", action="store_true", help="without the comparison on real p2pd processes"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hops and times there, as PNG")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # peers that die say so, by the hundred
     console = Console(width=130)
     link = Link(options.rtt_ms / 1000, loss=options.loss)
-    sizes = [int(n) for n in (options.nodes or ("100,1000" if options.quick else "100,1000,10000")).split(",")]
+    sizes = [
+        int(n) for n in (options.nodes or ("100,1000" if options.quick else "100,1000,10000")).split(",")
+    ]
     results: dict[str, Any] = {"rtt_ms": options.rtt_ms, "simulated": [], "walked": []}
     for nodes in sizes:
         with console.status(f"simulating {nodes:,} nodes"):

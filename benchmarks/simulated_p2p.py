@@ -134,9 +134,7 @@ class SimulatedP2P:
     async def remove_protobuf_handler(self, name: str, **options: Any) -> None:
         del self.handlers[name]
 
-    async def call_protobuf_handler(
-        self, peer_id: PeerID, name: str, message: Any, output_type: type
-    ) -> Any:
+    async def call_protobuf_handler(self, peer_id: PeerID, name: str, message: Any, output_type: type) -> Any:
         return await self._network.call(self.peer_id, peer_id, name, message)
 
 

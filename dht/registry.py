@@ -195,7 +195,9 @@ class Registry:
         found = await self._get(list(keys))
         active: dict[Prefix, set[int]] = {prefix: set() for prefix in prefixes}
         for key, prefix in keys.items():
-            active[prefix].update(c for c, (value, _) in found[key].items() if type(c) is int and value == key)
+            active[prefix].update(
+                c for c, (value, _) in found[key].items() if type(c) is int and value == key
+            )
         return {prefix: frozenset(c for c in some if c < size) for prefix, some in active.items()}
 
     async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:

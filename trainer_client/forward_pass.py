@@ -213,7 +213,7 @@ class ForwardFanOut:
         for share in make_shares(
             result.layer, result.coordinates, wanted, self._rows.grid, result.sequence_length
         ):
-            replica = view.replica(share.uid, reach.rng, avoided)
+            replica = view.replica(share.uid, reach.rng, avoided, reach.outgoing.times_s)
             if replica is not None:
                 by_peer[replica.peer_id].append(share)
                 self._asked[share.uid] = replica.peer_id

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # an expert's own status, after which the peer that hosts it is as good as before
 _NOT_THE_PEERS_FAULT = {StatusCode.NOT_FOUND, StatusCode.INTERNAL, StatusCode.INVALID_ARGUMENT}
+_MAX_TIMES = 4096
 
 
 @dataclass
@@ -80,6 +81,8 @@ class Outgoing:
         self.stats = DispatchStats()
         self.breakers = breakers
         self.now = clock
+        self.times_s: dict[PeerID, float] = {}
+        """How long each peer took lately until its first answer, a moving mean; the peer called last at the end."""
         self._caller = caller
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -109,8 +112,11 @@ class Outgoing:
         peer_id = call.node.peer_id
         waiting = dict(enumerate(call.shares))
         did_well = True
+        began = self.now()
         try:
             async for answer in self._caller.call(call.node, call.direction, call.requests, call.deadline_s):
+                if len(waiting) == len(call.shares):
+                    self._note_time(peer_id, self.now() - began)
                 share = waiting.pop(answer.index)
                 if answer.error is not None:
                     self._note_failure(peer_id, answer.error)
@@ -124,6 +130,12 @@ class Outgoing:
         finally:
             if waiting:  # no empty list: that would look like a time-out
                 call.fail(list(waiting.values()))
+
+    def _note_time(self, peer_id: PeerID, took_s: float) -> None:
+        before = self.times_s.pop(peer_id, took_s)
+        self.times_s[peer_id] = before + (took_s - before) / 4
+        if len(self.times_s) > _MAX_TIMES:
+            del self.times_s[next(iter(self.times_s))]
 
     def _note_guard(self, share: Share, peer_id: PeerID, answer: Answer) -> None:
         self.stats.skipped_updates += answer.skipped_update

@@ -22,7 +22,10 @@ def world() -> Iterator[VirtualLoop]:
 
 
 def play(
-    loop: VirtualLoop, scenario: Callable[[SimulatedSwarm], Awaitable[None]], nodes: int = 12, experts: int = 24
+    loop: VirtualLoop,
+    scenario: Callable[[SimulatedSwarm], Awaitable[None]],
+    nodes: int = 12,
+    experts: int = 24,
 ) -> None:
     async def run() -> None:
         await scenario(await SimulatedSwarm.start(loop, nodes, experts, Link(rtt_s=0.1), seed=1))
