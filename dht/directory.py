@@ -65,8 +65,8 @@ class View:
     ) -> Replica | None:
         """One of the expert's replicas, the better of two drawn (power of two choices); None when none is live.
 
-        `times_s`: how long calls to these peers took lately. Better is the peer that takes less than half of the other's
-        time; else the less loaded one.
+        `times_s`: how long calls to these peers took lately. Better is the peer that takes less than half of the
+        other's time; else the less loaded one.
         """
         hosts = self.hosts(uid, avoided)
         if not hosts:
