@@ -2,10 +2,11 @@
 
     python -m benchmarks.discovery [--quick] [--nodes 100,1000,10000] [--rtt-ms 100] [--json FILE] [--plot FILE]
 
-Three parts. Simulated swarms run the real registry, directory, beam search and `DHTNode` in one process, in virtual time
-(`benchmarks.simulated_p2p`, `benchmarks.simulated_swarm`); a call costs one round trip, and opening a connection nothing. For
-10⁵ and 10⁶ nodes the same search walks over drawn routing tables (`benchmarks.kademlia_walk`). And on real p2pd processes
-Talkoot and hivemind.moe choose side by side (`benchmarks.discovery_real`); `--quick` and `--no-real` leave that out.
+Three parts. Simulated swarms run the real registry, directory, beam search and `DHTNode` in one process, in virtual
+time (`benchmarks.simulated_p2p`, `benchmarks.simulated_swarm`); a call costs one round trip, and opening a connection
+nothing. For 10⁵ and 10⁶ nodes the same search walks over drawn routing tables (`benchmarks.kademlia_walk`). And on
+real p2pd processes Talkoot and hivemind.moe choose side by side (`benchmarks.discovery_real`); `--quick` and
+`--no-real` leave that out.
 
 A hop is a round of questions, asked at the same time, until the look-up has the value.
 """

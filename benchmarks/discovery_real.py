@@ -1,9 +1,10 @@
 """Choosing experts for a batch on real p2pd processes: Talkoot's directory, and the beam search of hivemind.moe.
 
-Both sides have the same village: one process with 16 DHT peers, each with a p2pd of its own, that announce 256 experts of a
-16 × 16 grid. The one who chooses is a client in another process; its own start is not counted. hivemind's searcher passes
-`num_workers` where an expiry is meant, which ends in an error as soon as a prefix is missing: that is repaired here.
-Ours ends with everything that a call needs (addresses and certificates of the nodes), hivemind's with PeerIDs.
+Both sides have the same village: one process with 16 DHT peers, each with a p2pd of its own, that announce 256
+experts of a 16 × 16 grid. The one who chooses is a client in another process; its own start is not counted.
+hivemind's searcher passes `num_workers` where an expiry is meant, which ends in an error as soon as a prefix is
+missing: that is repaired here. Ours ends with everything that a call needs (addresses and certificates of the nodes),
+hivemind's with PeerIDs.
 """
 
 import argparse
@@ -16,12 +17,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hivemind.p2p import PeerID
+
+from dht.beam import select_experts
+from dht.directory import Directory
+from dht.manifest import Manifest
+from dht.records import RecordValidator, SwarmKeys
+from dht.registry import Announced, Registry, ReplicaState
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.host import Host
+from peer.identity import Identity
+from peer.wire import records_pb2
 
 GRID = (16, 16)
 BATCH = 64
@@ -41,13 +53,6 @@ def batches(seed: int) -> list[np.ndarray]:
 
 async def talkoot_village(folder: Path, nodes: int) -> list[str]:
     """Gives the first peer's addresses, once all experts are announced."""
-    from dht.manifest import Manifest
-    from dht.records import RecordValidator, SwarmKeys
-    from dht.registry import Announced, Registry, ReplicaState
-    from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-    from peer.host import Host
-    from peer.identity import Identity
-    from peer.wire import records_pb2
 
     manifest = Manifest.model_validate(
         {"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}}
@@ -63,7 +68,7 @@ async def talkoot_village(folder: Path, nodes: int) -> list[str]:
         hosts.append(host)
     keys = SwarmKeys("benchmark", hosts[0].peer_id)
     for n, host in enumerate(hosts):
-        registry = Registry(lambda host=host: host.dht, keys, host.identity)  # type: ignore[misc]
+        registry = _registry(host, keys)
         uids = manifest.uids()[n::nodes]
         await registry.announce([Announced(uid, ReplicaState.SERVING) for uid in uids], _LIFETIME_S)
         record = records_pb2.NodeRecord(
@@ -76,29 +81,23 @@ async def talkoot_village(folder: Path, nodes: int) -> list[str]:
     return bootstrap
 
 
-async def talkoot_client(folder: Path, bootstrap: Sequence[str]) -> dict[str, list[float]]:
-    from dht.beam import select_experts
-    from dht.directory import Directory
-    from dht.manifest import Manifest
-    from dht.records import RecordValidator, SwarmKeys
-    from dht.registry import Registry
-    from hivemind.p2p import PeerID
-    from peer.host import Host
-    from peer.identity import Identity
+def _registry(host: Host, keys: SwarmKeys) -> Registry:
+    return Registry(lambda: host.dht, keys, host.identity)
 
+
+async def talkoot_client(folder: Path, bootstrap: Sequence[str]) -> dict[str, list[float]]:
     manifest = Manifest.model_validate(
         {"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}}
     )
     keys = SwarmKeys("benchmark", PeerID.from_base58(bootstrap[0].rsplit("/p2p/", 1)[1]))
-    cold_ms, warm_ms = [], []
+    cold_ms: list[float] = []
+    warm_ms: list[float] = []
     for n in range(TRIES):
         identity = Identity.load_or_create(folder / f"client{n}.key")
         host = await Host.start(
             identity, listen="127.0.0.1", bootstrap=bootstrap, validator=RecordValidator(), serves_dht=False
         )
-        directory = Directory(
-            Registry(lambda host=host: host.dht, keys, identity), manifest, refresh_every_s=3.0
-        )  # type: ignore[misc]
+        directory = Directory(_registry(host, keys), manifest, refresh_every_s=3.0)
         rng = random.Random(n)
         for k in range(TRIES + 1):
             scores = batches(100 * n + k)
@@ -144,7 +143,8 @@ def hivemind_client(bootstrap: Sequence[str]) -> dict[str, list[float]]:
 
     from benchmarks.rival_search import RepairedSearcher
 
-    cold_ms, warm_ms = [], []
+    cold_ms: list[float] = []
+    warm_ms: list[float] = []
     for n in range(TRIES):
         dht = DHT(initial_peers=list(bootstrap), start=True, client_mode=True)
         searcher = RepairedSearcher(dht, "expert.", GRID)
@@ -161,7 +161,8 @@ def hivemind_client(bootstrap: Sequence[str]) -> dict[str, list[float]]:
 def run_pair(side: str, nodes: int) -> dict[str, list[float]]:
     """A village and its client, each in a session of its own, of which nothing is left afterwards.
 
-    A run that hangs or fails is tried again, for hivemind's client forks. Raises SystemExit with its output when all did.
+    A run that hangs or fails is tried again, for hivemind's client forks. Raises SystemExit with its output when all
+    did.
     """
     said = ""
     for _ in range(_ATTEMPTS):
@@ -169,9 +170,7 @@ def run_pair(side: str, nodes: int) -> dict[str, list[float]]:
             folder = Path(name)
             village = _start(side, "village", folder, nodes)
             try:
-                if not _wait(
-                    lambda: (folder / "bootstrap").exists() or village.poll() is not None, _START_LIMIT_S
-                ):
+                if not _appears(folder / "bootstrap", village, _START_LIMIT_S):
                     said = f"the village of {side} did not start"
                     continue
                 client = _start(side, "client", folder, nodes)
@@ -207,10 +206,11 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def _wait(condition: Callable[[], bool], limit_s: float) -> bool:
+def _appears(file: Path, writer: "subprocess.Popen[bytes]", limit_s: float) -> bool:
+    """Waits for a file; False when its writer has ended without it, or the time is over."""
     deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
+    while not file.exists():
+        if time.monotonic() > deadline or writer.poll() is not None:
             return False
         time.sleep(0.1)
     return True

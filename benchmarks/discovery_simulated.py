@@ -1,4 +1,6 @@
-"""What discovery costs and finds in a simulated swarm of one size. See `benchmarks.simulated_swarm` for how it is made."""
+"""What discovery costs and finds in a simulated swarm of one size. See `benchmarks.simulated_swarm` for how it is
+made.
+"""
 
 import asyncio
 import random
@@ -27,10 +29,10 @@ from trainer_client.waiting import WaitPolicy
 TOP_K = 4
 BATCH = 64
 CALL_DEADLINE_S = 5.0
-_LOOKUPS = 200
-_TRAINERS = 10
+_LOOKUPS = 150
+_TRAINERS = 8
 _WARM_TRIES = 7
-_UPKEEP_NODES = 50
+_UPKEEP_NODES = 30
 _ROUNDS_PER_MINUTE = 6
 """Nodes announce every 10 s."""
 _CRAWLED = 2000
@@ -68,7 +70,9 @@ async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int) -> dict
 
 
 async def measure_lookups(loop: VirtualLoop, swarm: SimulatedSwarm, count: int) -> dict[str, Any]:
-    """Look-ups of announced experts by peers that don't hold them: rounds until the value, and until enough of its holders."""
+    """Look-ups of announced experts by peers that don't hold them: rounds until the value, and until enough of its
+    holders.
+    """
     hops, rounds, calls, times_ms = [], [], [], []
     hosted = list(swarm.hosts)
     for _ in range(count):
@@ -108,9 +112,9 @@ async def make_trainer(loop: VirtualLoop, swarm: SimulatedSwarm) -> Directory:
 async def measure_choices(loop: VirtualLoop, swarm: SimulatedSwarm, rows: int) -> dict[str, Any]:
     """The first choice of trainers that have just joined, and choices by other scores when all is warm.
 
-    Cold times are simulated: until the chosen experts' announcements are known (so that they live, and where), and until
-    the nodes' addresses and certificates are, too. The warm time is computing, as there is no call: that of this machine's
-    processor.
+    Cold times are simulated: until the chosen experts' announcements are known (so that they live, and where), and
+    until the nodes' addresses and certificates are, too. The warm time is computing, as there is no call: that of
+    this machine's processor.
     """
     chosen_ms, callable_ms, calls, warm_ms = [], [], [], []
     for _ in range(_TRAINERS):
@@ -203,9 +207,9 @@ async def measure_recall(loop: VirtualLoop, swarm: SimulatedSwarm) -> float:
 async def measure_replacing(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[str, Any]:
     """Some died just now and are still announced: what becomes of a batch whose choices are partly dead.
 
-    Parts of its rows, within one call deadline. `all_refused`: four live experts answered, where the dead ones' machines
-    refuse the call; `all_silent`: the same where they are gone, too; `enough_silent`: two answered then, which is what
-    a trainer waits for by default.
+    Parts of its rows, within one call deadline. `all_refused`: four live experts answered, where the dead ones'
+    machines refuse the call; `all_silent`: the same where they are gone, too; `enough_silent`: two answered then,
+    which is what a trainer waits for by default.
     """
     directory, scores = await make_trainer(loop, swarm), random_scores(swarm, BATCH)
     living = frozenset(host.peer_id for host in swarm.hosts.values())

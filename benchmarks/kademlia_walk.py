@@ -1,12 +1,14 @@
-"""Kademlia look-ups by Monte-Carlo, for networks too large to simulate: the same search, over tables that are drawn as needed.
+"""Kademlia look-ups by Monte-Carlo, for networks too large to simulate: the same search, over tables that are drawn
+as needed.
 
-Nodes have random IDs; the first 64 bits stand for all 160. A node knows up to 20 of each distance (one half of all nodes, one
-quarter, ...), and names the 20 of them that are nearest to a key. The five nearest of all hold the value. Nodes answer in
-rounds: all at the same time.
+Nodes have random IDs; the first 64 bits stand for all 160. A node knows up to 20 of each distance (one half of all
+nodes, one quarter, ...), and names the 20 of them that are nearest to a key. The five nearest of all hold the value.
+Nodes answer in rounds: all at the same time.
 """
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +86,7 @@ def measure(nodes: int, lookups: int, seed: int) -> Mapping[str, float]:
     for _ in range(lookups):
         key = rng.getrandbits(_BITS)
         start = network.named(int(rng.choice(network.ids)), key)
-        search, asked = walk(key, start, network.holders(key), lambda node, key=key: network.named(node, key))
+        search, asked = walk(key, start, network.holders(key), partial(network.named, key=key))
         assert search.found_after is not None, "the search missed the holders"
         hops.append(search.found_after)
         rounds.append(search.rounds)

@@ -8,7 +8,7 @@ from hivemind.moe.client.beam_search import MoEBeamSearcher
 
 
 class RepairedSearcher(MoEBeamSearcher):  # type: ignore[misc]  # hivemind has no types
-    """Passes on an expiry where hivemind 1.1.12 passes `num_workers`: that ends in an error when a prefix is missing."""
+    """Passes on an expiry where hivemind 1.1.12 passes `num_workers`: an error as soon as a prefix is missing."""
 
     @classmethod
     async def _batch_find_best_experts(

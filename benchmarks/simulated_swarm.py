@@ -1,9 +1,9 @@
 """A swarm of simulated peers, in which every expert of a one-layer grid is announced.
 
-A small swarm comes about as a real one does: peers join one after another, and announce through the registry. Joining 10,000 so
-takes hours of computing. A large one is put in place: the routing tables are filled through their own code with a seeded sample, up
-to 20 peers of each distance (Kademlia's buckets, and no more than a peer knows that has just joined), and the announcements
-lie where the registry would have stored them, at the five nodes nearest to each key.
+A small swarm comes about as a real one does: peers join one after another, and announce through the registry. Joining
+10,000 so takes hours of computing. A large one is put in place: the routing tables are filled through their own code
+with a seeded sample, up to 20 peers of each distance (Kademlia's buckets, and no more than a peer knows that has just
+joined), and the announcements lie where the registry would have stored them, at the five nodes nearest to each key.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from hivemind.dht.node import DHTNode
@@ -90,8 +91,8 @@ class SimulatedSwarm:
     async def make_peer(self, serves_dht: bool = True) -> SimulatedPeer:
         """A peer that knows nobody."""
         self._made += 1
-        identity = SimulatedIdentity(self._made)
-        p2p = SimulatedP2P(self.network, identity.peer_id)
+        identity: Any = SimulatedIdentity(self._made)
+        p2p: Any = SimulatedP2P(self.network, identity.peer_id)
         dht = await start_dht(p2p, RecordValidator(self._loop.unix_time), serves_dht)
         registry = Registry(lambda: dht, self.keys, identity, now=self._loop.unix_time)
         return SimulatedPeer(identity, dht, registry)
@@ -109,13 +110,12 @@ class SimulatedSwarm:
         for peer in peers:
             table, own = peer.dht.protocol.routing_table, int(peer.dht.node_id)
             for bits in range(_ID_BITS):
-                low, high = _other_half(own, bits)
-                first, last = _span(numbers, low, high)
+                first, last = _span(numbers, *_other_half(own, bits))
                 some = range(first, last)
                 for n in self.rng.sample(some, min(_BUCKET, len(some))):
                     table.add_or_update_node(ids[n][1], ids[n][2])
-                low, high = _own_half(own, bits)
-                if np.subtract(*reversed(_span(numbers, low, high))) <= 1:
+                first, last = _span(numbers, *_own_half(own, bits))
+                if last - first <= 1:
                     break
 
     async def announce_all(self, lifetime_s: float, in_place: bool | None = None) -> None:

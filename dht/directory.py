@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 
 import numpy as np
 from hivemind.p2p import PeerID
@@ -31,6 +32,7 @@ _SEARCH_ROUNDS = 4
 """How often a search goes on after it has met experts that nobody hosts."""
 
 NOBODY: frozenset[PeerID] = frozenset()
+_NO_TIMES: Mapping[PeerID, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,26 @@ class View:
             and replica.peer_id in self.nodes
         ]
 
-    def replica(self, uid: UID, rng: random.Random, avoided: frozenset[PeerID] = NOBODY) -> Replica | None:
-        """One of the expert's replicas, the less loaded of two drawn (power of two choices); None when none is live."""
+    def replica(
+        self,
+        uid: UID,
+        rng: random.Random,
+        avoided: frozenset[PeerID] = NOBODY,
+        times_s: Mapping[PeerID, float] = _NO_TIMES,
+    ) -> Replica | None:
+        """One of the expert's replicas, the better of two drawn (power of two choices); None when none is live.
+
+        `times_s`: how long calls to these peers took lately. Better is the peer that takes less than half of the
+        other's time; else the less loaded one.
+        """
         hosts = self.hosts(uid, avoided)
         if not hosts:
             return None
-        return min(rng.sample(hosts, min(2, len(hosts))), key=lambda replica: replica.queued_rows)
+        drawn = rng.sample(hosts, min(2, len(hosts)))
+        times = [times_s.get(replica.peer_id, 0.0) for replica in drawn]
+        if min(times) and 2 * min(times) < max(times):
+            return drawn[times.index(min(times))]
+        return min(drawn, key=lambda replica: replica.queued_rows)
 
     def tables(self, layer: int, avoided: frozenset[PeerID] = NOBODY) -> PrefixTables:
         """The layer's prefix tables, over live experts not hosted by `avoided` peers alone."""

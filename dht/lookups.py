@@ -1,8 +1,8 @@
 """Look-ups and stores of many keys at once, over the DHT node's own calls.
 
-hivemind's `get_many` and `store_many` ask four peers at a time, wait three seconds for each dead one, and end all keys
-together. Here every key asks its nearest nodes at once, what goes to one peer travels in one call, and a peer that is slower
-than peers here are is passed over until it answers.
+hivemind's `get_many` and `store_many` ask four peers at a time, wait three seconds for each dead one, and end all
+keys together. Here every key asks its nearest nodes at once, what goes to one peer travels in one call, and a peer
+that is slower than peers here are is passed over until it answers.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
 from hivemind.dht.node import DHTNode
@@ -21,7 +20,9 @@ from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
 from dht.search import DEFAULT_BREADTH, Breadth, Search
-from peer.answers import Answers
+from peer.find import Answer, find
+
+Answers = Mapping[DHTID, Answer]
 
 _NEAREST = Breadth(quorum=2**31)
 """For a writer, to whom values tell nothing."""
@@ -32,7 +33,7 @@ _REMEMBERED_KEYS = 4096
 _HEARSAY_SHIFT = 8 * DHTID.HASH_NBYTES - 8
 _HEARSAY_BUCKET = 16
 """Nodes remembered for each first byte of their IDs, those that were named last."""
-_LEAST_PATIENCE_S, _MOST_PATIENCE_S = 0.25, 3.0
+_LEAST_PATIENCE_S, _MOST_PATIENCE_S = 0.3, 3.0
 
 
 class Entry(NamedTuple):
@@ -52,12 +53,33 @@ class Item(NamedTuple):
     expires_at: float
 
 
+class Contacts:
+    """Kademlia ID → PeerID of the nodes that some look-ups heard of. A PeerID is made when it is needed."""
+
+    def __init__(self) -> None:
+        self._heard: dict[int, bytes] = {}
+        self._made: dict[int, PeerID] = {}
+
+    def __getitem__(self, node: int) -> PeerID:
+        if node not in self._made:
+            self._made[node] = PeerID(self._heard[node])
+        return self._made[node]
+
+    def know(self, peers: Mapping[int, PeerID]) -> None:
+        for node, peer in peers.items():
+            self._made.setdefault(node, peer)
+
+    def hear(self, peers: Mapping[int, bytes]) -> None:
+        for node, peer in peers.items():
+            self._heard.setdefault(node, peer)
+
+
 @dataclass(frozen=True)
 class Found:
     """What a look-up brought."""
 
     search: Search
-    peers: Mapping[int, PeerID] = field(repr=False)
+    peers: Contacts = field(repr=False)
     entries: dict[object, Entry] = field(default_factory=dict)
     """By subkey; of several answers the one that expires last. Expired ones may be among them."""
 
@@ -103,19 +125,20 @@ class Hearsay:
     """Nodes that others named lately. Not asked yet, so not for the routing table, but good places to start from."""
 
     def __init__(self) -> None:
-        self._buckets: dict[int, dict[int, PeerID]] = {}
+        self._buckets: dict[int, dict[int, bytes]] = {}
 
-    def note(self, node: int, peer: PeerID) -> None:
-        bucket = self._buckets.setdefault(node >> _HEARSAY_SHIFT, {})
-        bucket.pop(node, None)
-        bucket[node] = peer
-        if len(bucket) > _HEARSAY_BUCKET:
-            del bucket[next(iter(bucket))]
+    def note(self, peers: Mapping[int, bytes]) -> None:
+        for node, peer in peers.items():
+            bucket = self._buckets.setdefault(node >> _HEARSAY_SHIFT, {})
+            bucket.pop(node, None)
+            bucket[node] = peer
+            if len(bucket) > _HEARSAY_BUCKET:
+                del bucket[next(iter(bucket))]
 
     def forget(self, node: int) -> None:
         self._buckets.get(node >> _HEARSAY_SHIFT, {}).pop(node, None)
 
-    def near(self, key: int) -> Mapping[int, PeerID]:
+    def near(self, key: int) -> Mapping[int, bytes]:
         """Those that share the first byte with the key."""
         return self._buckets.get(key >> _HEARSAY_SHIFT, {})
 
@@ -271,25 +294,29 @@ class _Run:
         self._lookups = lookups
         self._dht = dht
         self._clock = asyncio.get_running_loop().time
-        self._peers: dict[int, PeerID] = {}
+        self._peers = Contacts()
         self._queue: dict[int, list[DHTID]] = {}
         """What each node is to be asked."""
         self._waiting: deque[_Call] = deque()
         """Calls without an answer, the oldest first; also those answered already, until they come to the front."""
         self._active = 0
         self._answers: asyncio.Queue[tuple[_Call, Answers | None]] = asyncio.Queue()
-        table, self._size = dht.protocol.routing_table, dht.protocol.bucket_size
         self.found: dict[DHTID, Found] = {}
         for key in keys:
-            known = dict(table.get_nearest_neighbors(key, self._size, exclude=dht.node_id))
-            known |= lookups.near(key)
-            known |= lookups.hearsay.near(key)
-            known.pop(dht.node_id, None)
-            self._peers |= known
-            self.found[key] = Found(Search(key, known, breadth), self._peers)
+            self.found[key] = Found(Search(key, self._start(key), breadth), self._peers)
             if not besides_self and not dht.protocol.client_mode:
                 self._ask_self(key)
         self._unfinished = set(keys)
+
+    def _start(self, key: DHTID) -> list[int]:
+        """The nodes nearest to the key that this peer knows."""
+        protocol, me = self._dht.protocol, self._dht.node_id
+        table = protocol.routing_table.get_nearest_neighbors(key, protocol.bucket_size, exclude=me)
+        known = {**dict(table), **self._lookups.near(key)}
+        heard = self._lookups.hearsay.near(key)
+        self._peers.know(known)
+        self._peers.hear(heard)
+        return [node for node in {*known, *heard} if node != me]
 
     async def until_finished(self) -> None:
         self._advance(self.found)
@@ -300,7 +327,7 @@ class _Run:
 
     def _ask_self(self, key: DHTID) -> None:
         found, stored = self.found[key], self._dht.protocol.storage.get(key)
-        self._peers[self._dht.node_id] = self._dht.peer_id
+        self._peers.know({self._dht.node_id: self._dht.peer_id})
         found.search.holds(self._dht.node_id, stored is not None and found.take(stored.value))
 
     def _advance(self, keys: Iterable[DHTID]) -> None:
@@ -308,7 +335,7 @@ class _Run:
         for key in keys:
             search = self.found[key].search
             heard = self._lookups.hearsay.near(key)
-            self._peers |= heard
+            self._peers.hear(heard)
             search.learn(heard)
             while wanted := search.ask():
                 for node in wanted:
@@ -339,7 +366,7 @@ class _Run:
     async def _ask(self, call: _Call) -> None:
         peer, began = self._peers[call.node], self._clock()
         try:
-            answers: Answers | None = await self._dht.protocol.call_find(peer, call.keys)
+            answers = await find(self._dht.protocol, peer, call.keys)
         finally:
             self._lookups.late.discard(peer)
         if answers:
@@ -386,11 +413,9 @@ class _Run:
             self._fail(call)
             return
         for key in call.keys:
-            item, nearer = answers[key]
-            found = self.found[key]
-            others = {n: peer for n, peer in islice(nearer.items(), self._size) if n != self._dht.node_id}
-            for node, peer in others.items():
-                self._peers.setdefault(node, peer)
-                self._lookups.hearsay.note(node, self._peers[node])
-            found.search.answered(call.node, others, item is not None and found.take(item.value))
+            answer, found = answers[key], self.found[key]
+            nearer = {node: peer for node, peer in answer.nearer.items() if node != self._dht.node_id}
+            self._peers.hear(nearer)
+            self._lookups.hearsay.note(nearer)
+            found.search.answered(call.node, nearer, found.take(answer.value))
         self._advance(call.keys)

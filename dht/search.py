@@ -1,8 +1,8 @@
 """Kademlia's iterative look-up of one key, as a state machine: no I/O, no clock.
 
-Maymounkov & Mazières 2002, section 2.3, with two differences. All of the nearest nodes are asked at the same time, because
-a round trip is dear and a question is cheap. And a value found does not end the search until a majority of its holders
-gave theirs: a dictionary is written by many peers, and a single holder could leave out what it likes.
+Maymounkov & Mazières 2002, section 2.3, with two differences. All of the nearest nodes are asked at the same time,
+because a round trip is dear and a question is cheap. And a value found does not end the search until a majority of
+its holders gave theirs: a dictionary is written by many peers, and a single holder could leave out what it likes.
 """
 
 import bisect

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry
 
 from dht.invite import Invite
+from dht.participants import MAX_LATENCIES
 from dht.swarm import Swarm
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import UnreachableError
@@ -125,7 +126,7 @@ def trainer_record(
         bytes_received=counts.bytes_received,
         nodes=[
             records_pb2.NodeLatency(peer_id=peer_id.to_bytes(), mean_s=mean_s)
-            for peer_id, mean_s in counts.latencies.nodes().items()
+            for peer_id, mean_s in list(counts.latencies.nodes.items())[-MAX_LATENCIES:]
         ],
     )
     if counts.progress is not None:

@@ -4,6 +4,7 @@ Shapes: R rows, K experts for each row, D hidden size.
 """
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import defaultdict
@@ -15,6 +16,7 @@ from hivemind.p2p import PeerID
 from dht.beam import Selection
 from dht.directory import Directory, PrefixTables
 from peer.codec import Floats
+from peer.errors import UnreachableError
 from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import ExpertCaller
 from trainer_client.forward_pass import (
@@ -99,10 +101,15 @@ class Dispatcher:
         Row r is position `r % sequence_length` of sequence `r // sequence_length`. `keep`: a
         backward call is meant to follow. Never raises for experts that fail.
         """
-        context = self._reach.directory.view.manifest.model.context
+        directory = self._reach.directory
+        context = directory.view.manifest.model.context
         assert sequence_length <= context, (
             f"{sequence_length} rows in a sequence; this swarm's context is {context}"
         )
+        if not directory.knows_all:
+            first = None  # of those that were known before
+            with contextlib.suppress(UnreachableError):  # then they must do
+                await directory.search(layer, scores, k)
         rows = RoutedRows(layer, inputs, scores, k, sequence_length, keep, first)
         run = ForwardFanOut(self._reach, rows)
         await run.until_enough()

@@ -248,7 +248,7 @@ class ForwardFanOut:
         for share in make_shares(
             result.layer, result.coordinates, wanted, self._rows.grid, result.sequence_length
         ):
-            replica = view.replica(share.uid, reach.rng, avoided)
+            replica = view.replica(share.uid, reach.rng, avoided, reach.outgoing.latencies.nodes)
             if replica is not None:
                 by_peer[replica.peer_id].append(share)
                 self._pending[share.rows, share.slots] = True

@@ -1,7 +1,7 @@
 """How long calls to nodes took: the last ones for quantiles, all of them for a histogram, and a mean of each node."""
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from peer.distribution import SECONDS, Distribution
 
 _RECENT = 512
 """Calls of each direction that quantiles are taken from."""
-_NODES = 64
+_NODES = 4096
 """Nodes whose mean is kept, those that answered last."""
-_WEIGHT = 0.1
+_WEIGHT = 0.25
 """Of a new call in its node's mean."""
 
 
@@ -48,19 +48,19 @@ class Latencies:
     def __init__(self) -> None:
         self.forward = Durations()
         self.backward = Durations()
-        self._nodes: OrderedDict[PeerID, float] = OrderedDict()
+        self.nodes: dict[PeerID, float] = {}
+        """Seconds until each node's first answer to a call, a moving mean; the node that answered last at the end."""
 
-    def note(self, direction: str, peer_id: PeerID, seconds: float) -> None:
+    def note(self, direction: str, seconds: float) -> None:
         """One call that a node answered in full."""
         (self.forward if direction == "forward" else self.backward).note(seconds)
-        mean = self._nodes.pop(peer_id, seconds)
-        self._nodes[peer_id] = mean + _WEIGHT * (seconds - mean)
-        if len(self._nodes) > _NODES:
-            self._nodes.popitem(last=False)
 
-    def nodes(self) -> dict[PeerID, float]:
-        """Mean seconds of a call to each node."""
-        return dict(self._nodes)
+    def note_node(self, peer_id: PeerID, seconds: float) -> None:
+        """A node's first answer to a call."""
+        mean = self.nodes.pop(peer_id, seconds)
+        self.nodes[peer_id] = mean + _WEIGHT * (seconds - mean)
+        if len(self.nodes) > _NODES:
+            del self.nodes[next(iter(self.nodes))]
 
 
 def _nearest(ordered: Sequence[float], share: float) -> float:

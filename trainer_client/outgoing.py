@@ -126,6 +126,8 @@ class Outgoing:
         did_well, began = True, self.now()
         try:
             async for answer in self._caller.call(call.node, call.direction, call.requests, call.deadline_s):
+                if len(waiting) == len(call.shares):
+                    self.latencies.note_node(peer_id, self.now() - began)
                 share = waiting.pop(answer.index)
                 if answer.error is not None:
                     self._note_failure(peer_id, answer.error)
@@ -135,7 +137,7 @@ class Outgoing:
             if did_well:
                 self.breakers.succeeded(peer_id)
                 call_times.add(self.now() - began)
-                self.latencies.note(call.direction, peer_id, self.now() - began)
+                self.latencies.note(call.direction, self.now() - began)
         except ExpertError as error:
             lost_quickly = error.status is StatusCode.UNAVAILABLE and self.now() - began < call.deadline_s / 2
             self._note_failure(peer_id, error, lost_quickly)

@@ -24,7 +24,7 @@ def simulate(seed: int) -> dict[str, Any]:
 
         async def run() -> dict[str, Any]:
             swarm = await SimulatedSwarm.start(loop, NODES, 60, Link(loss=0.01), seed)
-            result = {"lookups": await measure_lookups(loop, swarm, 20)}
+            result: dict[str, Any] = {"lookups": await measure_lookups(loop, swarm, 20)}
             result["recall"] = await measure_recall(loop, swarm)
             result["crawl"] = await measure_crawl(loop, swarm)
             return result | {"traffic": asdict(swarm.network.traffic), "time": loop.time()}

@@ -5,6 +5,7 @@ import time
 
 import pytest
 from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from dht.records import (
     CLOCK_TOLERANCE_S,
+    INDEX_PIECE,
     MAX_LIFETIME_S,
     MAX_MANIFEST_LIFETIME_S,
     MAX_RECORD_BYTES,
@@ -126,8 +128,9 @@ def test_the_validator_accepts_every_kind_of_own_record(identity: Identity, keys
         VALIDATOR.check(stored(payload.key, subkey, seal(identity, payload), payload.expires_at))
     shard = keys.node_shard(shard_of(identity.peer_id))
     VALIDATOR.check(stored(shard, subkey, shard))
-    for prefix, coordinate in ((keys.prefix(1), 2), (keys.prefix(1, (2,)), 3), (keys.prefix(0), 4095)):
-        VALIDATOR.check(stored(prefix, coordinate, prefix))
+    for layer, coordinate, following in ((1, (), 2), (1, (2,), 3), (0, (), 128), (0, (), 4095)):
+        prefix = keys.index(layer, coordinate, following)
+        VALIDATOR.check(stored(prefix, following, prefix))
 
 
 def test_expired_records_pass_so_that_they_do_not_spoil_a_whole_dictionary(
@@ -295,6 +298,25 @@ def test_a_shard_takes_only_peer_ids(keys: SwarmKeys, subkey: object) -> None:
     shard = keys.node_shard(0)
     VALIDATOR.check(stored(shard, bytes(34), shard))
     refused(stored(shard, subkey, shard), "PeerIDs that fall into it")
+
+
+@pytest.mark.parametrize(("piece_of", "coordinate"), [(0, 128), (128, 127), (4095, 0), (127, 4095)])
+def test_a_coordinate_belongs_in_its_own_piece_of_a_prefix(
+    keys: SwarmKeys, piece_of: int, coordinate: int
+) -> None:
+    prefix = keys.index(1, (2,), piece_of)
+    refused(stored(prefix, coordinate, prefix), "another piece")
+
+
+def test_no_piece_of_a_prefix_passes_32_kilobytes() -> None:
+    keys = SwarmKeys("n" * 32, PeerID(b"\x12\x20" + bytes(32)))
+    for coordinate in ((), (999,), (999_999,) * 3):
+        longest = keys.index(999_999, coordinate, 4095)
+        dictionary = DictionaryDHTValue()
+        for following in range(4095 - INDEX_PIECE + 1, 4096):
+            assert keys.index(999_999, coordinate, following) == longest
+            dictionary.store(following, MSGPackSerializer.dumps(longest), EXPIRES_AT)
+        assert len(MSGPackSerializer.dumps(dictionary)) < 32_000
 
 
 @pytest.mark.parametrize("subkey", [-1, 4096, 2**64 - 1, 1.0, True, False, None, "2", b"2", [2]])

@@ -49,7 +49,8 @@ def test_before_the_first_step_nothing_is_said_of_it() -> None:
 
 def test_what_was_measured_is_said() -> None:
     latencies, dispatch = Latencies(), DispatchStats(calls=4)
-    latencies.note("forward", peer(2), 0.25)
+    latencies.note("forward", 0.25)
+    latencies.note_node(peer(2), 0.25)
     dispatch.failures["deadline_exceeded"] += 3
     counted = counts(
         progress=progress(), validated=progress(validation_loss=1.5, bits_per_byte=2.0), latencies=latencies,
@@ -72,7 +73,7 @@ def test_a_loss_that_is_not_finite_is_not_said() -> None:
 
 def test_metrics_name_no_peer_and_no_unknown_cause() -> None:
     latencies, dispatch = Latencies(), DispatchStats(calls=1)
-    latencies.note("backward", peer(2), 0.25)
+    latencies.note("backward", 0.25)
     dispatch.failures["unavailable"] += 1
     registry = CollectorRegistry()
     registry.register(

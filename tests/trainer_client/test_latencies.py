@@ -45,14 +45,13 @@ def test_buckets_count_what_is_no_larger(values: list[float]) -> None:
 
 def test_a_nodes_mean_moves_towards_its_calls() -> None:
     latencies = Latencies()
-    latencies.note("forward", peer(1), 1.0)
-    latencies.note("backward", peer(1), 2.0)
-    assert latencies.nodes() == {peer(1): pytest.approx(1.1)}
-    assert latencies.forward.all.count == latencies.backward.all.count == 1
+    latencies.note_node(peer(1), 1.0)
+    latencies.note_node(peer(1), 2.0)
+    assert latencies.nodes == {peer(1): pytest.approx(1.25)}
 
 
 def test_the_nodes_called_longest_ago_are_forgotten() -> None:
     latencies = Latencies()
-    for number in range(100):
-        latencies.note("forward", peer(number), 1.0)
-    assert list(latencies.nodes()) == [peer(number) for number in range(36, 100)]
+    for number in range(5000):
+        latencies.note_node(peer(number), 1.0)
+    assert list(latencies.nodes) == [peer(number) for number in range(904, 5000)]

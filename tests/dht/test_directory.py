@@ -1,0 +1,204 @@
+"""Searching a grid that is too large to know whole, and which replica of an expert is called."""
+
+import asyncio
+import math
+import random
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import pytest
+from hivemind.p2p import PeerID
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.beam import Floats, select_experts
+from dht.directory import Directory, View
+from dht.layer_index import LayerIndex
+from dht.manifest import Manifest
+from dht.registry import NodeInfo, Prefix, Replica, ReplicaState
+from dht.uid import UID
+from peer.errors import UnreachableError
+
+GRID = (30, 20)
+FIRST, SECOND = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
+
+
+@pytest.fixture(autouse=True)
+def few_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dht.directory._MAX_READ", 400)
+
+
+class FakeRegistry:
+    """Says which experts are active, and which of them a node serves."""
+
+    def __init__(self, active: Collection[tuple[int, ...]], served: Collection[tuple[int, ...]]) -> None:
+        self.active = set(active)
+        self.served = set(served)
+        self.reads: list[str] = []
+
+    async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
+        if prefixes:
+            self.reads.append(f"{len(prefixes)} prefixes")
+        return {
+            (layer, start): frozenset(c[len(start)] for c in self.active if c[: len(start)] == start)
+            for layer, start in prefixes
+        }
+
+    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+        self.reads.append(f"{len(uids)} experts")
+        return {uid: (make_replica(uid, FIRST),) if uid.coordinate in self.served else () for uid in uids}
+
+    async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+        return {peer_id: make_node(peer_id) for peer_id in peer_ids}
+
+
+def make_replica(uid: UID, peer_id: PeerID, queued_rows: int = 0) -> Replica:
+    return Replica(uid, peer_id, ReplicaState.SERVING, 0, queued_rows, 0.0, math.inf)
+
+
+def make_node(peer_id: PeerID) -> NodeInfo:
+    return NodeInfo(peer_id, ("127.0.0.1:1",), b"", 1, "0", 1, 1, 0, 0, 0.0, (), math.inf)
+
+
+def make_directory(registry: Any) -> Directory:
+    manifest = Manifest.model_validate(
+        {"name": "swarm", "model": {"layers": 1}, "experts": {"grid": GRID}, "routing": {"top_k": 4}}
+    )
+    return Directory(registry, manifest, refresh_every_s=60, rng=random.Random(1))
+
+
+def random_scores(seed: int, rows: int = 5) -> list[Floats]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((rows, size)).astype(np.float32) for size in GRID]
+
+
+def random_experts(share: float, seed: int) -> list[tuple[int, ...]]:
+    alive = np.random.default_rng(seed).random(GRID) < share
+    return [tuple(c) for c in np.argwhere(alive).tolist()]
+
+
+def best(scores: list[Floats], experts: Collection[tuple[int, ...]]) -> Any:
+    alive = np.zeros(GRID, dtype=bool)
+    for coordinate in experts:
+        alive[coordinate] = True
+    return select_experts(scores, [alive.any(axis=1), alive], 4, beam_size=GRID[0])
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.3, 0.8, 1.0]))
+def test_a_search_finds_the_best_live_experts(seed: int, share: float) -> None:
+    experts, scores = random_experts(share, seed), random_scores(seed, rows=1)
+    directory = make_directory(FakeRegistry(experts, experts))
+    view = asyncio.run(directory.search(0, scores, 4))
+    found = select_experts(scores, view.tables(0), 4)
+    np.testing.assert_array_equal(found.coordinates, best(scores, experts).coordinates)
+
+
+def test_what_is_known_is_not_read_again() -> None:
+    experts = random_experts(1.0, 0)
+    registry = FakeRegistry(experts, experts)
+    directory = make_directory(registry)
+
+    async def scenario() -> None:
+        await directory.search(0, random_scores(1), 4)
+        assert len(registry.reads) == 3, (
+            "both levels of prefixes, of different sizes, together; then the experts"
+        )
+        registry.reads.clear()
+        await directory.search(0, random_scores(1), 4)
+        assert registry.reads == []
+
+    asyncio.run(scenario())
+
+
+def test_experts_that_nobody_hosts_make_room_for_the_next_best_and_are_not_asked_for_again() -> None:
+    active, scores = random_experts(1.0, 0), random_scores(2, rows=1)
+    first = {tuple(c) for c in best(scores, active).coordinates[0].tolist()}
+    registry = FakeRegistry(active, set(active) - first)
+    directory = make_directory(registry)
+
+    async def scenario() -> None:
+        view = await directory.search(0, scores, 4)
+        found = select_experts(scores, view.tables(0), 4)
+        np.testing.assert_array_equal(found.coordinates, best(scores, registry.served).coordinates)
+        registry.reads.clear()
+        await directory.search(0, scores, 4)
+        assert registry.reads == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("active", "served"), [([], []), (random_experts(0.1, 3), [])])
+def test_an_empty_swarm_and_one_of_dead_experts_are_searched_in_vain(
+    active: list[tuple[int, ...]], served: list[tuple[int, ...]]
+) -> None:
+    registry = FakeRegistry(active, served)
+    view = asyncio.run(make_directory(registry).search(0, random_scores(1), 4))
+    assert view.live_experts() == 0
+    assert not select_experts(random_scores(1), view.tables(0), 4).valid.any()
+    assert len(registry.reads) < 12
+
+
+def test_one_live_expert_is_found_for_a_top_4() -> None:
+    registry = FakeRegistry([(7, 3)], [(7, 3)])
+    view = asyncio.run(make_directory(registry).search(0, random_scores(1), 4))
+    found = select_experts(random_scores(1), view.tables(0), 4)
+    assert found.valid.tolist() == [[True, False, False, False]] * 5
+    assert found.coordinates[:, 0].tolist() == [[7, 3]] * 5
+
+
+def test_a_refresh_keeps_what_was_searched_for_and_reads_few_others() -> None:
+    experts = random_experts(1.0, 0)
+    registry = FakeRegistry(experts, experts)
+    directory = make_directory(registry)
+
+    async def scenario() -> None:
+        searched = set((await directory.search(0, random_scores(1), 4)).replicas)
+        registry.served -= {next(iter(searched)).coordinate}
+        view = await directory.refresh()
+        assert set(view.replicas) >= searched
+        assert len(view.replicas) <= len(searched) + 64
+        assert view.live_experts() == len(view.replicas) - 1
+
+    asyncio.run(scenario())
+
+
+def test_a_search_that_nobody_answers_leaves_the_view() -> None:
+    class Silent(FakeRegistry):
+        async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
+            raise UnreachableError("no DHT peer answered")
+
+    directory = make_directory(Silent([], []))
+    before = directory.view
+    with pytest.raises(UnreachableError):
+        asyncio.run(directory.search(0, random_scores(1), 4))
+    assert directory.view is before
+
+
+@given(st.integers(0, 2**32), st.integers(1, 6))
+def test_the_index_names_the_prefixes_of_all_rows_beams(seed: int, width: int) -> None:
+    index, rng = LayerIndex((6, 5)), np.random.default_rng(seed)
+    active = np.flatnonzero(rng.random(6) < 0.5).tolist()
+    index.note((), active)
+    scores = rng.standard_normal((3, 6)).astype(np.float32)
+    expected = {(c,) for row in scores for c in sorted(active, key=lambda c: -row[c])[:width]}
+    assert set(index.best([scores], width)) == expected
+    assert index.knows(())
+    assert not index.knows((0,))
+
+
+def test_of_two_replicas_the_much_faster_or_else_the_less_loaded_is_called() -> None:
+    uid = UID(0, (0, 0))
+    replicas = (make_replica(uid, FIRST, queued_rows=9), make_replica(uid, SECOND, queued_rows=1))
+    nodes = {peer_id: make_node(peer_id) for peer_id in (FIRST, SECOND)}
+    view, rng = View(make_directory(None)._manifest, {uid: replicas}, nodes, 1.0), random.Random(1)
+
+    def chosen(times_s: dict[PeerID, float]) -> PeerID:
+        replica = view.replica(uid, rng, times_s=times_s)
+        assert replica is not None
+        return replica.peer_id
+
+    assert chosen({}) == SECOND
+    assert chosen({FIRST: 0.1}) == SECOND
+    assert chosen({FIRST: 0.1, SECOND: 0.15}) == SECOND
+    assert chosen({FIRST: 0.1, SECOND: 0.25}) == FIRST
