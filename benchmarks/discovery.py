@@ -154,7 +154,7 @@ def _or_blank(text: Callable[[Mapping[str, Any]], str], size: Mapping[str, Any])
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Hops and times against the number of nodes. Needs matplotlib, of the extra `bench`."""
+    """Hops and times against the number of nodes. Needs matplotlib, of the extra `plot`."""
     import matplotlib as mpl
 
     mpl.use("agg")

@@ -189,7 +189,7 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
         stack.enter_context(failing.of_talkoot())
         client = stack.enter_context(SwarmClient(founder.invite, settings, founder.folder / "trainer"))
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
-        mixture = client.make_mixture(0, choose_by="sequence")
+        mixture = client.mixture(0, choose_by="sequence")
         results = run_case(options, mixture, links, failing)
         stats = client.dispatcher.stats
         return results | {
