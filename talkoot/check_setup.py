@@ -15,7 +15,6 @@ from talkoot.check_report import Finding, Verdict
 
 _PYTHONS = ((3, 11), (3, 14))
 """From, and up to without, as in pyproject.toml."""
-_METRICS_HOST = "127.0.0.1"
 _TIMEX_BYTES = 256
 """More than `struct timex` of any architecture."""
 _TIME_ERROR = 5
@@ -55,7 +54,7 @@ def check_ports(settings: NodeSettings, host: str) -> Finding:
     wanted = {
         "--dht-port": (host, settings.dht_port),
         "--grpc-port": (host, settings.grpc_port),
-        "--metrics-port": (_METRICS_HOST, settings.metrics_port),
+        "--metrics-port": (settings.metrics_host, settings.metrics_port),
     }
     taken = []
     for option, (address, port) in wanted.items():

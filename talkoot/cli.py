@@ -27,15 +27,15 @@ NOT_FIT_STATUS = 1
 WELCOME = """\
 Neighbours train a large neural network together. There are three things you can do:
 
-  talkoot node --join INVITE      run a node, which hosts experts on this machine
-  talkoot train --join INVITE     train a model on the experts of a swarm
-  talkoot status --join INVITE    watch a swarm: its nodes and its experts
+  talkoot node --join INVITE        run a node, which hosts experts on this machine
+  talkoot train --join INVITE       train a model on the experts of a swarm
+  talkoot dashboard --join INVITE   watch a swarm on a web page
 
 An invite is one line that somebody gives you. Without one:
 
-  talkoot demo                    see a whole swarm work on this machine
-  talkoot doctor                  check whether this machine can take part
-  talkoot node --new SWARM.TOML   found a swarm
+  talkoot demo                      see a whole swarm work on this machine
+  talkoot doctor                    check whether this machine can take part
+  talkoot node --new SWARM.TOML     found a swarm
 
 `talkoot --help` lists all commands."""
 

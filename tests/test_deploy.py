@@ -87,7 +87,7 @@ def test_compose_file_is_valid() -> None:
 
 def test_compose_file_starts_commands_that_exist() -> None:
     commands = {service["command"][0]: service["command"] for service in own_services().values()}
-    for name in ("node", "train"):
+    for name in ("node", "train", "dashboard"):
         require_parses(commands[name])
     assert set(commands) == {"node", "train", "dashboard"}
 

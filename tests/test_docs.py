@@ -47,7 +47,7 @@ def test_commands_in_the_documentation_exist(path: Path) -> None:
 def test_commands_are_looked_for_where_people_read() -> None:
     """So that the test above can't pass because it found nothing."""
     found = {name(path): len(commands(path.read_text())) for path in PAGES}
-    assert found["README.md"] > 10
+    assert found["README.md"] > 5
     assert found["docs/volunteer.md"] > 5
     with pytest.raises(LookupError):
         require_parses(["nod"])
