@@ -36,7 +36,6 @@ class Header(SealedHeader):
     """See `Corpus`."""
     settings: dict[str, Any]
     """See `TrainerSettings.saved`."""
-    random_states: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,9 +3,9 @@
 Shapes: B sequences, T positions, R = B * T rows, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -73,15 +73,10 @@ class LanguageModel(nn.Module):
         """The mean over the mixtures, in this thread's last forward pass in training; None where no expert was live."""
         return LoadSpread.mean([routed.spread for routed in self._routed() if routed.spread is not None])
 
-    @property
-    def random_states(self) -> list[dict[str, Any]]:
-        """What the mixtures draw noise, chance and dropout from, in the form that JSON can hold."""
-        return [mixture.random_state for mixture in self._remote()]
-
-    @random_states.setter
-    def random_states(self, states: Sequence[dict[str, Any]]) -> None:
-        for mixture, state in zip(self._remote(), states, strict=True):
-            mixture.random_state = state
+    def begin_step(self, number: int) -> None:
+        """What the mixtures draw is that of this training step from now on."""
+        for mixture in self._remote():
+            mixture.begin_step(number)
 
     def _routed(self) -> list[Routed]:
         return [mixture.routed for mixture in self._remote() if mixture.routed is not None]

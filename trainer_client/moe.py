@@ -105,14 +105,9 @@ class RemoteMixtureOfExperts(nn.Module):
         routed: Routed | None = getattr(self._last, "routed", None)
         return routed
 
-    @property
-    def random_state(self) -> dict[str, Any]:
-        """What noise, chance and dropout are drawn from, in the form that JSON can hold."""
-        return dict(self._rng.bit_generator.state)
-
-    @random_state.setter
-    def random_state(self, state: dict[str, Any]) -> None:
-        self._rng.bit_generator.state = state
+    def begin_step(self, number: int) -> None:
+        """Noise, chance and dropout are those of this training step from now on: a resumed run draws the same."""
+        self._rng = np.random.default_rng((self._routing.seed, self.layer, number))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], of the same dtype and on the same device.

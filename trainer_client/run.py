@@ -55,7 +55,7 @@ class Start:
             return
         header = self.checkpoint.header
         try:
-            training.import_state(self.checkpoint.tensors, header.random_states)
+            training.import_state(self.checkpoint.tensors)
         except StateError as error:
             raise CheckpointError(f"the checkpoint of step {header.step} does not fit: {error}") from error
         logger.info("goes on after step %d", header.step)
@@ -118,11 +118,10 @@ class Saver:
     def save(self) -> None:
         """Saves the last whole step, if it is not saved yet. What fails is said."""
         step = self._training.step
-        state = self._training.export_state() if step > self.saved_step else None
-        if state is None:
+        tensors = self._training.export_state() if step > self.saved_step else None
+        if tensors is None:
             return
         start = self._start
-        tensors, random_states = state
         header = Header(
             swarm_id=start.swarm_id,
             manifest_sha256=self._manifest_sha256,
@@ -131,7 +130,6 @@ class Saver:
             tokenizer=start.tokenizer.to_json(),
             data_sha256=start.corpus.sha256,
             settings=start.settings.saved(self._seed),
-            random_states=random_states,
         )
         if start.writer.save(header, tensors):
             self.saved_step = step

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +68,6 @@ class Training:
         self._make_copy = make_copy if settings.in_flight != 1 else None
         self._parameters = dict(model.named_parameters())
         self._optimizer = _make_optimizer(model, settings)
-        self._random_states = model.random_states
         self._is_whole = True
 
     @property
@@ -99,7 +97,6 @@ class Training:
             while self.step < settings.steps and not stop.is_set():
                 step = next(steps)
                 ended = clock()
-                self._random_states = self._model.random_states
                 record.add_step(step.loss, ended - last_end, step.spread, step.staleness, step.in_flight)
                 self._is_whole = True
                 last_end = ended
@@ -112,10 +109,8 @@ class Training:
                 observe(record.progress(settings.steps, step.loss, seen / self._dataset.sequences))
         return record.summary(clock() - began)
 
-    def export_state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
-        """Tensors, and the mixtures' random states, after the last whole step; None when the optimizer's part of a step
-        was broken off.
-        """
+    def export_state(self) -> dict[str, Tensor] | None:
+        """After the last whole step; None when the optimizer's part of a step was broken off."""
         if not self._is_whole:
             return None
         tensors = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
@@ -123,9 +118,9 @@ class Training:
             moments = self._optimizer.state.get(parameter, {})
             tensors |= {f"optimizer.{name}.{key}": moment for key, moment in moments.items()}
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        return tensors | _history_tensors(self.history), self._random_states
+        return tensors | _history_tensors(self.history)
 
-    def import_state(self, tensors: Mapping[str, Tensor], random_states: Sequence[dict[str, Any]]) -> None:
+    def import_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises StateError when they are of another model; then nothing has changed."""
         tensors = dict(tensors)
         history = _take_history(tensors)
@@ -134,10 +129,7 @@ class Training:
         for name, state in moments.items():
             parameter = self._parameters[name]
             _check(state, {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter})
-        if len(random_states) != len(self._model.random_states):
-            raise StateError(f"it has the random states of {len(random_states)} mixtures")
         self._model.load_state_dict(model)
-        self._model.random_states = self._random_states = list(random_states)
         for name, state in moments.items():
             self._optimizer.state[self._parameters[name]] = {
                 key: moment.clone() for key, moment in state.items()
@@ -176,6 +168,7 @@ class Training:
         """The gradients of step `number` (from 0) with this model's parameters: they are in its parameters then."""
         settings, losses = self._settings, []
         model.zero_grad()
+        model.begin_step(number)
         for part in range(settings.accumulate):
             tokens = self._dataset.batch(number * settings.accumulate + part, settings.batch_size)
             losses.append(self._add_gradients(model, tokens))

@@ -23,8 +23,6 @@ from trainer_client.checkpoints import (
 )
 
 TENSORS = {"model.a": torch.arange(6.0).view(2, 3), "optimizer.a.step": torch.tensor(3.0)}
-# a generator's state has numbers of 128 bits
-RANDOM: dict[str, Any] = {"bit_generator": "PCG64", "state": {"state": 2**127 + 1, "inc": 3}, "uinteger": 0}
 
 
 def header(step: int, swarm_id: str = SWARM) -> Header:
@@ -36,7 +34,6 @@ def header(step: int, swarm_id: str = SWARM) -> Header:
         tokenizer="",
         data_sha256="d" * 32,
         settings={"steps": 10, "learning_rate": 1e-3, "data": ["/ä.txt"], "top_k": None},
-        random_states=[RANDOM],
     )
 
 
@@ -60,7 +57,6 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     write(tmp_path / "new" / "folder", 3)
     checkpoint = load_checkpoint(tmp_path / "new" / "folder", SWARM)
     assert checkpoint.header.model_copy(update={"sha256": ""}) == header(3)
-    assert checkpoint.header.random_states == [RANDOM]
     model = checkpoint.model_tensors()
     assert model.keys() == {"a", "step"}
     assert torch.equal(model["a"], TENSORS["model.a"])
