@@ -202,7 +202,7 @@ def test_a_step_broken_off_before_its_end_leaves_the_one_before(tmp_path: Path) 
     state = training.export_state()
     assert state is not None
     assert training.step == 3
-    assert state[0]["optimizer.head.weight.step"].item() == 3
+    assert state["optimizer.head.weight.step"].item() == 3
 
 
 def test_a_step_broken_off_within_the_optimizer_is_not_saved(
