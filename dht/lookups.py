@@ -7,7 +7,7 @@ that is slower than peers here are is passed over until it answers.
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -151,8 +151,6 @@ class Lookups:
         self._dht = dht
         self.parallel_calls = parallel_calls
         self.round_trips = RoundTrips()
-        self.late: set[PeerID] = set()
-        """Peers of whom an answer is overdue: they are asked nothing else meanwhile."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self.hearsay = Hearsay()
         self._near: dict[DHTID, dict[int, PeerID]] = {}
@@ -300,6 +298,8 @@ class _Run:
         self._waiting: deque[_Call] = deque()
         """Calls without an answer, the oldest first; also those answered already, until they come to the front."""
         self._active = 0
+        self._overdue: Counter[DHTID] = Counter()
+        """Late answers of each key, for which a look-up that has too few others waits after all."""
         self._answers: asyncio.Queue[tuple[_Call, Answers | None]] = asyncio.Queue()
         self.found: dict[DHTID, Found] = {}
         for key in keys:
@@ -339,16 +339,12 @@ class _Run:
             search.learn(heard)
             while wanted := search.ask():
                 for node in wanted:
-                    if self._is_silent(node):
+                    if self._peers[node] in self._dht.blacklist:
                         search.failed(node)
                     else:
                         self._queue.setdefault(node, []).append(key)
-            if search.finished:
+            if search.finished and not (search.is_thin and self._overdue[key] > 0):
                 self._unfinished.discard(key)
-
-    def _is_silent(self, node: int) -> bool:
-        peer = self._peers[node]
-        return peer in self._lookups.late or peer in self._dht.blacklist
 
     def _send(self) -> None:
         while self._queue and self._active < self._lookups.parallel_calls:
@@ -365,10 +361,7 @@ class _Run:
 
     async def _ask(self, call: _Call) -> None:
         peer, began = self._peers[call.node], self._clock()
-        try:
-            answers = await find(self._dht.protocol, peer, call.keys)
-        finally:
-            self._lookups.late.discard(peer)
+        answers = await find(self._dht.protocol, peer, call.keys)
         if answers:
             self._dht.blacklist.register_success(peer)
             self._lookups.round_trips.note(self._clock() - began)
@@ -395,7 +388,7 @@ class _Run:
             if not call.is_answered:
                 call.is_late = gave_up = True
                 self._active -= 1
-                self._lookups.late.add(self._peers[call.node])
+                self._overdue.update(call.keys)
                 self._fail(call)
         return gave_up
 
@@ -407,7 +400,9 @@ class _Run:
 
     def _settle(self, call: _Call, answers: Answers | None) -> None:
         call.is_answered = True
-        if not call.is_late:
+        if call.is_late:
+            self._overdue.subtract(call.keys)
+        else:
             self._active -= 1
         if answers is None:
             self._fail(call)

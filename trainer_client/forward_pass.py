@@ -20,7 +20,7 @@ from trainer_client.calls import KeptAt, Request
 from trainer_client.outgoing import NodeCall, Outcome, Outcomes, Outgoing, next_outcomes
 from trainer_client.shares import Booleans, Integers, Share, make_shares, refill
 
-_MAX_ROUNDS = 3
+_MAX_ROUNDS = 8
 """Times that a row's experts are chosen in one call."""
 
 

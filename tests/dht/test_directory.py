@@ -82,7 +82,7 @@ def best(scores: list[Floats], experts: Collection[tuple[int, ...]]) -> Any:
     alive = np.zeros(GRID, dtype=bool)
     for coordinate in experts:
         alive[coordinate] = True
-    return select_experts(scores, [alive.any(axis=1), alive], 4, beam_size=GRID[0])
+    return select_experts(scores, [np.asarray(alive.any(axis=1)), alive], 4, beam_size=GRID[0])
 
 
 @given(st.integers(0, 2**32), st.sampled_from([0.3, 0.8, 1.0]))
