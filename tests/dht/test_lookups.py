@@ -7,7 +7,7 @@ from hivemind.dht.routing import DHTID
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
-from dht.lookups import RoundTrips
+from dht.contacts import RoundTrips
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
