@@ -7,7 +7,7 @@ that is slower than peers here are is passed over until it answers.
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
+from dht.contacts import Contacts, Hearsay, RoundTrips
 from dht.search import DEFAULT_BREADTH, Breadth, Search
 from peer.find import Answer, find
 
@@ -30,10 +31,6 @@ _KEYS_PER_CALL = 16
 _ITEMS_PER_CALL = 32
 """Most that one store carries: about 25 KB of records."""
 _REMEMBERED_KEYS = 4096
-_HEARSAY_SHIFT = 8 * DHTID.HASH_NBYTES - 8
-_HEARSAY_BUCKET = 16
-"""Nodes remembered for each first byte of their IDs, those that were named last."""
-_LEAST_PATIENCE_S, _MOST_PATIENCE_S = 0.3, 3.0
 
 
 class Entry(NamedTuple):
@@ -51,27 +48,6 @@ class Item(NamedTuple):
     subkey: int | bytes
     value: str | bytes
     expires_at: float
-
-
-class Contacts:
-    """Kademlia ID → PeerID of the nodes that some look-ups heard of. A PeerID is made when it is needed."""
-
-    def __init__(self) -> None:
-        self._heard: dict[int, bytes] = {}
-        self._made: dict[int, PeerID] = {}
-
-    def __getitem__(self, node: int) -> PeerID:
-        if node not in self._made:
-            self._made[node] = PeerID(self._heard[node])
-        return self._made[node]
-
-    def know(self, peers: Mapping[int, PeerID]) -> None:
-        for node, peer in peers.items():
-            self._made.setdefault(node, peer)
-
-    def hear(self, peers: Mapping[int, bytes]) -> None:
-        for node, peer in peers.items():
-            self._heard.setdefault(node, peer)
 
 
 @dataclass(frozen=True)
@@ -99,50 +75,6 @@ class Found:
         return bool(self.search.nearest())
 
 
-class RoundTrips:
-    """How long a call takes, by the calls before: the estimate by which TCP sends again (RFC 6298)."""
-
-    def __init__(self) -> None:
-        self._mean_s: float | None = None
-        self._deviation_s = 0.0
-
-    def note(self, took_s: float) -> None:
-        if self._mean_s is None:
-            self._mean_s, self._deviation_s = took_s, took_s / 2
-        else:
-            self._deviation_s += (abs(took_s - self._mean_s) - self._deviation_s) / 4
-            self._mean_s += (took_s - self._mean_s) / 8
-
-    @property
-    def patience_s(self) -> float:
-        """After so long an answer is late."""
-        if self._mean_s is None:
-            return 1.0
-        return min(max(self._mean_s + 4 * self._deviation_s, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
-
-
-class Hearsay:
-    """Nodes that others named lately. Not asked yet, so not for the routing table, but good places to start from."""
-
-    def __init__(self) -> None:
-        self._buckets: dict[int, dict[int, bytes]] = {}
-
-    def note(self, peers: Mapping[int, bytes]) -> None:
-        for node, peer in peers.items():
-            bucket = self._buckets.setdefault(node >> _HEARSAY_SHIFT, {})
-            bucket.pop(node, None)
-            bucket[node] = peer
-            if len(bucket) > _HEARSAY_BUCKET:
-                del bucket[next(iter(bucket))]
-
-    def forget(self, node: int) -> None:
-        self._buckets.get(node >> _HEARSAY_SHIFT, {}).pop(node, None)
-
-    def near(self, key: int) -> Mapping[int, bytes]:
-        """Those that share the first byte with the key."""
-        return self._buckets.get(key >> _HEARSAY_SHIFT, {})
-
-
 class Lookups:
     """A peer's access to the keys of the DHT."""
 
@@ -151,8 +83,6 @@ class Lookups:
         self._dht = dht
         self.parallel_calls = parallel_calls
         self.round_trips = RoundTrips()
-        self.late: set[PeerID] = set()
-        """Peers of whom an answer is overdue: they are asked nothing else meanwhile."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self.hearsay = Hearsay()
         self._near: dict[DHTID, dict[int, PeerID]] = {}
@@ -300,6 +230,8 @@ class _Run:
         self._waiting: deque[_Call] = deque()
         """Calls without an answer, the oldest first; also those answered already, until they come to the front."""
         self._active = 0
+        self._overdue: Counter[DHTID] = Counter()
+        """Late answers of each key, for which a look-up that has too few others waits after all."""
         self._answers: asyncio.Queue[tuple[_Call, Answers | None]] = asyncio.Queue()
         self.found: dict[DHTID, Found] = {}
         for key in keys:
@@ -339,16 +271,12 @@ class _Run:
             search.learn(heard)
             while wanted := search.ask():
                 for node in wanted:
-                    if self._is_silent(node):
+                    if self._peers[node] in self._dht.blacklist:
                         search.failed(node)
                     else:
                         self._queue.setdefault(node, []).append(key)
-            if search.finished:
+            if search.finished and not (search.is_thin and self._overdue[key] > 0):
                 self._unfinished.discard(key)
-
-    def _is_silent(self, node: int) -> bool:
-        peer = self._peers[node]
-        return peer in self._lookups.late or peer in self._dht.blacklist
 
     def _send(self) -> None:
         while self._queue and self._active < self._lookups.parallel_calls:
@@ -365,10 +293,7 @@ class _Run:
 
     async def _ask(self, call: _Call) -> None:
         peer, began = self._peers[call.node], self._clock()
-        try:
-            answers = await find(self._dht.protocol, peer, call.keys)
-        finally:
-            self._lookups.late.discard(peer)
+        answers = await find(self._dht.protocol, peer, call.keys)
         if answers:
             self._dht.blacklist.register_success(peer)
             self._lookups.round_trips.note(self._clock() - began)
@@ -395,7 +320,7 @@ class _Run:
             if not call.is_answered:
                 call.is_late = gave_up = True
                 self._active -= 1
-                self._lookups.late.add(self._peers[call.node])
+                self._overdue.update(call.keys)
                 self._fail(call)
         return gave_up
 
@@ -407,7 +332,9 @@ class _Run:
 
     def _settle(self, call: _Call, answers: Answers | None) -> None:
         call.is_answered = True
-        if not call.is_late:
+        if call.is_late:
+            self._overdue.subtract(call.keys)
+        else:
             self._active -= 1
         if answers is None:
             self._fail(call)

@@ -50,10 +50,20 @@ class Search:
         self._learn(known, 1)
 
     @property
-    def finished(self) -> bool:
-        """Whether enough holders gave their values, or all of the nearest nodes have answered."""
+    def satisfied(self) -> bool:
+        """Whether enough holders gave their values."""
         holders = sum(node in self._holding for _, node in self._nearest[: self._breadth.holders])
-        if holders >= self._breadth.quorum or len(self._asked) >= self._breadth.most:
+        return holders >= self._breadth.quorum
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether fewer nodes have answered than should: with those that are late it may yet be satisfied."""
+        return not self.satisfied and len(self._answered) < self._breadth.front
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is satisfied, or all of the nearest nodes have answered."""
+        if self.satisfied or len(self._asked) >= self._breadth.most:
             return True
         return all(node in self._answered for _, node in self._front())
 

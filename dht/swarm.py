@@ -1,6 +1,7 @@
 """Founding and joining: from an identity and an invite to a running host, a registry and a checked manifest."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from dht.manifest import Manifest
 from dht.membership import Membership
 from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Registry
-from peer.errors import SwarmError
+from peer.errors import SwarmError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
 
@@ -190,9 +191,10 @@ async def _find_manifest(registry: Registry, invite: Invite) -> tuple[bytes, flo
     """A newcomer's first look-ups can miss: its routing table is still filling."""
     deadline = time.monotonic() + _MANIFEST_DEADLINE_S
     while True:
-        found = (await registry.find_manifests()).get(invite.keys.author)
-        if found is not None:
-            return found
+        with contextlib.suppress(UnreachableError):
+            found = (await registry.find_manifests()).get(invite.keys.author)
+            if found is not None:
+                return found
         if time.monotonic() > deadline:
             raise SwarmError(
                 f"the peers at the invite's addresses know no manifest of swarm {invite.keys.name!r}: "

@@ -22,7 +22,7 @@ from trainer_client.shares import Booleans, Integers, Share, make_shares, refill
 from trainer_client.spot_checks import SpotChecks
 from trainer_client.waiting import WaitPolicy
 
-_MAX_ROUNDS = 3
+_MAX_ROUNDS = 8
 """Times that a row's experts are chosen in one call."""
 
 

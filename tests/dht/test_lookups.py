@@ -7,7 +7,7 @@ from hivemind.dht.routing import DHTID
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
-from dht.lookups import RoundTrips
+from dht.contacts import RoundTrips
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
@@ -46,6 +46,19 @@ def test_a_dead_peer_costs_its_neighbours_patience_and_not_three_seconds(world: 
         assert all(found.values()), "five holders each, so that some live"
 
     play(world, scenario)
+
+
+def test_slow_peers_are_waited_for_when_there_are_no_others(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        reader = swarm.peers[0]
+        for _ in range(3):
+            await reader.registry.replicas([HOME])
+        swarm.network.link = Link(rtt_s=2.0)
+        found = await reader.registry.replicas(swarm.manifest.uids())
+        assert all(found.values())
+        await reader.registry.announce([Announced(HOME, ReplicaState.SERVING)], 60.0)
+
+    play(world, scenario, nodes=3)
 
 
 def test_many_keys_travel_in_few_calls(world: VirtualLoop) -> None:

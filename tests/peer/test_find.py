@@ -1,0 +1,117 @@
+"""What a peer of the DHT answers is taken as far as it is right, and nothing in it breaks the one who asked."""
+
+import asyncio
+import math
+import time
+from typing import Any
+
+import pytest
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.proto import dht_pb2
+from hivemind.utils import MSGPackSerializer
+
+from peer.find import Answer, find
+
+KEY = DHTID.generate(source="key")
+SOMEBODY = PeerID(b"\x12\x20" + bytes(32))
+NODE, NAME = bytes(range(20)), b"\x12\x20" + bytes([7]) * 32
+
+
+class OnlyGood(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
+    def validate(self, record: DHTRecord) -> bool:
+        return bool(record.value == b"good")
+
+
+class Protocol:
+    """hivemind's, as far as a question needs it; the answer is made up."""
+
+    record_validator = OnlyGood()
+    node_info = dht_pb2.NodeInfo()
+    wait_timeout = 3.0
+    bucket_size = 20
+
+    def __init__(self, response: Any) -> None:
+        self.response = response
+        self.met: list[tuple[Any, bool]] = []
+
+    def get_stub(self, peer: PeerID) -> "Protocol":
+        return self
+
+    async def rpc_find(self, request: Any, timeout: float) -> Any:  # noqa: ASYNC109  # hivemind's
+        if isinstance(self.response, Exception):
+            raise self.response
+        return self.response
+
+    async def update_routing_table(self, node: Any, peer: PeerID, responded: bool = True) -> None:
+        self.met.append((node, responded))
+
+
+def ask(protocol: Any) -> dict[DHTID, Answer] | None:
+    return asyncio.run(find(protocol, SOMEBODY, [KEY]))
+
+
+def response(node_id: bytes = NODE, **result: Any) -> Any:
+    made = dht_pb2.FindResponse(peer=dht_pb2.NodeInfo(node_id=node_id))
+    made.results.append(dht_pb2.FindResult(**result))
+    return made
+
+
+def dictionary(entries: dict[int, tuple[bytes, float]]) -> bytes:
+    made = DictionaryDHTValue()
+    for subkey, (value, expires_at) in entries.items():
+        made.store(subkey, value, expires_at)
+    return bytes(MSGPackSerializer.dumps(made))
+
+
+def test_good_entries_and_neighbours_are_taken_and_the_peer_is_remembered() -> None:
+    until = time.time() + 10
+    value = dictionary({1: (b"good", until), 2: (b"bad", math.inf)})
+    protocol = Protocol(
+        response(type=dht_pb2.FOUND_DICTIONARY, value=value, nearest_node_ids=[NODE], nearest_peer_ids=[NAME])
+    )
+    answers = ask(protocol)
+    assert answers is not None
+    assert answers[KEY].nearer == {int.from_bytes(NODE, "big"): NAME}
+    found = answers[KEY].value
+    assert found is not None
+    assert {subkey: entry.value for subkey, entry in found.items()} == {1: b"good"}
+    assert protocol.met == [(DHTID.from_bytes(NODE), True)]
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"\xc1", MSGPackSerializer.dumps([1]), b"\x91" * 5000, b"\xc7\x01\x50\xc1"]
+)
+def test_a_value_that_is_no_dictionary_is_none(value: bytes) -> None:
+    answers = ask(Protocol(response(type=dht_pb2.FOUND_DICTIONARY, value=value)))
+    assert answers == {KEY: Answer(None, {})}
+
+
+def test_a_plain_value_is_none() -> None:
+    assert ask(Protocol(response(type=dht_pb2.FOUND_REGULAR, value=b"good"))) == {KEY: Answer(None, {})}
+
+
+def test_neighbours_with_wrong_names_and_those_beyond_20_are_left_out() -> None:
+    ids = [b"short", NODE, *(n.to_bytes(20, "big") for n in range(40))]
+    names = [NAME, bytes(1000), *(NAME for _ in range(40))]
+    answers = ask(Protocol(response(nearest_node_ids=ids, nearest_peer_ids=names)))
+    assert answers is not None
+    assert set(answers[KEY].nearer) == set(range(18))
+
+
+@pytest.mark.parametrize(
+    "said", [TimeoutError(), P2PDaemonError("gone"), ConnectionResetError(), dht_pb2.FindResponse()]
+)
+def test_a_peer_that_does_not_answer_what_was_asked_is_forgotten(said: Any) -> None:
+    protocol = Protocol(said)
+    assert ask(protocol) is None
+    assert protocol.met == [(None, False)]
+
+
+def test_a_client_that_answers_is_not_remembered() -> None:
+    protocol = Protocol(response(node_id=b""))
+    assert ask(protocol) == {KEY: Answer(None, {})}
+    assert protocol.met == []
