@@ -348,11 +348,10 @@ class Node:
 
     async def _describe(self) -> None:
         """Renews what this node says of itself."""
-        leaves = Activity.LEAVING if self._stopping else None
-        activity = leaves or (Activity.PAUSED if self._pauses.why else Activity.SERVING)
+        activity = Activity.PAUSED if self._pauses.why else Activity.SERVING
         record = self._description.record(
             self.status(),
-            activity,
+            Activity.LEAVING if self._stopping else activity,
             self._now(),
             address=self.address,
             bootstrap_addresses=await self.swarm.host.bootstrap_addresses(),

@@ -60,7 +60,10 @@ async def _serve(
     terminal: Terminal, invite: Invite, settings: DashboardSettings, folder: Path, listener: socket.socket
 ) -> None:
     async with dashboard(invite, settings, folder, listener) as running:
-        terminal.line(f"dashboard: {address_of(listener)}")
+        if terminal.json:
+            terminal.event("dashboard", {"url": address_of(listener)})
+        else:
+            terminal.line(f"dashboard: {address_of(listener)}")
         done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()

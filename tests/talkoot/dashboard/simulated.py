@@ -79,11 +79,13 @@ def picture_of(
     *,
     swarm: Manifest | None = None,
     replicas: Sequence[Replica] = (),
+    gone: Sequence[NodeInfo] = (),
     now: float = NOW,
 ) -> Picture:
-    """What the dashboard shows after one reading."""
+    """What the dashboard shows after one reading; `gone` were seen for the last time long before."""
     seen: Census[NodeInfo] = Census(1.5, 20_000, 1000, 86400.0)
     training: Census[TrainerInfo] = Census(1.5, 1000, 1000, 86400.0)
+    seen.note({info.peer_id: info for info in gone}, now - 100)
     seen.note({info.peer_id: info for info in nodes}, now)
     training.note({info.peer_id: info for info in trainers}, now)
     by_uid: dict[Any, tuple[Replica, ...]] = {}
@@ -150,6 +152,7 @@ class Asked:
         async def send(message: Any) -> None:
             messages.append(message)
 
-        await self.app(scope, receive, send)
+        async with asyncio.timeout(20):
+            await self.app(scope, receive, send)
         headers = {k.decode().lower(): v.decode() for k, v in messages[0]["headers"]}
         return Answer(messages[0]["status"], headers, b"".join(m.get("body", b"") for m in messages[1:]))

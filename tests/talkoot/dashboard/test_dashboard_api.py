@@ -175,6 +175,22 @@ def test_nodes_say_what_they_do_and_how_they_are_reached() -> None:
     }  # fmt: skip
 
 
+def test_a_node_that_has_gone_serves_nothing_any_more() -> None:
+    model = manifest((2, 2))
+    replicas = [replica(uid, number % 2) for number, uid in enumerate(model.uids())]
+    picture = picture_of([node(0)], swarm=model, replicas=replicas, gone=[node(1)])
+    shown = api.swarm(sight(picture))
+    assert (shown["nodes"], shown["experts"], shown["replicas"]) == (
+        {"live": 1, "gone": 1},
+        {"live": 4, "total": 8},
+        4,
+    )
+    assert shown["state"]["words"] == "4 experts have no host"
+    assert [row["state"] for row in api.nodes(picture, {"sort": "name"})["nodes"]] == ["serving", "gone"]
+    assert api.expert(picture, "0.0.1", NOW)["replicas"] == []
+    assert api.node(picture, peer(1).to_base58())["uids"] == []
+
+
 def test_latency_of_a_node_is_what_trainers_measured() -> None:
     measured = [trainer(n, node_latency_s={peer(0): seconds}) for n, seconds in enumerate((0.1, 0.3))]
     picture = picture_of([node(0), node(1)], measured)
