@@ -48,7 +48,6 @@ from trainer_client.settings import TrainerSettings
 TRAINERS = {"local": 1, "swarm": 1, "faults": 1, "three": 3}
 TARGETS = {"swarm": 1.01, "faults": 1.03, "three": 1.03}
 FAILING = 0.1
-_VALIDATIONS = 8  # batches
 
 MANIFEST = """
 name = "learning"
@@ -76,13 +75,14 @@ class Plan:
     context: int = 64
     nodes: int = 4
     delay_s: float = 1.0
+    validations: int = 8  # batches
 
     @property
     def manifest(self) -> str:
         return MANIFEST.format(hidden=self.hidden, context=self.context, feed_forward=2 * self.hidden)
 
 
-QUICK = Plan(steps=12, hidden=32, context=32, nodes=2, delay_s=0.1)
+QUICK = Plan(steps=12, hidden=32, context=32, nodes=2, delay_s=0.1, validations=2)
 
 
 # Data
@@ -102,8 +102,10 @@ def batch(text: Tensor, plan: Plan, step: int) -> Tensor:
 
 def validation(text: Tensor, plan: Plan) -> list[Tensor]:
     """Evenly spread over the last tenth. [B, T + 1] each"""
-    starts = np.linspace(len(text) * 9 // 10, len(text) - plan.context - 1, plan.batch * _VALIDATIONS)
-    return [_sequences(text, part, plan.context) for part in np.split(starts.astype(np.int64), _VALIDATIONS)]
+    starts = np.linspace(len(text) * 9 // 10, len(text) - plan.context - 1, plan.batch * plan.validations)
+    return [
+        _sequences(text, part, plan.context) for part in np.split(starts.astype(np.int64), plan.validations)
+    ]
 
 
 def _sequences(text: Tensor, starts: NDArray[np.int64], context: int) -> Tensor:

@@ -286,8 +286,9 @@ class ForwardFanOut:
         result.answered[rows, slots] = True
         self._pending[rows, slots] = False
         result.answers.append(AnsweredShare(share, outcome.peer_id, first, outcome.answer.kept))
-        request = _request(share, result.inputs, None)
-        self._reach.checks.consider(self._reach.directory.view, outcome, request, self._deadline_s)
+        if self._reach.checks.is_due():
+            request = _request(share, result.inputs, None)
+            self._reach.checks.begin(self._reach.directory.view, outcome, request, self._deadline_s)
 
     def _fail(self, asked: _Asked) -> None:
         asked.done = True

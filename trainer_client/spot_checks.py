@@ -64,9 +64,13 @@ class SpotChecks:
         self._rng = rng
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def consider(self, view: View, outcome: Outcome, request: Request, deadline_s: float) -> None:
-        """Perhaps begins a check of an answer. Costs whoever waits for the answer nothing."""
-        if outcome.answer is None or len(self._tasks) >= _MOST_AT_ONCE or self._rng.random() >= self._part:
+    def is_due(self) -> bool:
+        """Whether the answer that has just come is one to check."""
+        return self._rng.random() < self._part and len(self._tasks) < _MOST_AT_ONCE
+
+    def begin(self, view: View, outcome: Outcome, request: Request, deadline_s: float) -> None:
+        """Checks an answer, if another node can be asked. Costs whoever waits for the answer nothing."""
+        if outcome.answer is None:
             return
         hosts = view.hosts(outcome.share.uid, self._outgoing.avoided() | {outcome.peer_id})
         first = _opinion(outcome.peer_id, outcome.answer)

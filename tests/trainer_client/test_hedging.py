@@ -94,16 +94,35 @@ def test_the_first_answer_counts_and_gradients_go_only_to_its_giver() -> None:
         runner.run(scenario())
 
 
-def test_an_expert_fails_only_when_both_replicas_have_failed() -> None:
+def test_an_expert_whose_first_replica_fails_is_still_waited_for_at_the_second() -> None:
+    """The first fails at 3.5 s, the second was asked at 3 s and answers at 4 s."""
     swarm = make_swarm()
-    slow, broken = UID(0, (0,)), UID(0, (1,))
 
     async def scenario() -> None:
         dispatcher = make_dispatcher(swarm, most_hedged=1.0)
-        swarm.behaviours |= {slow: Behaviour(after_s=5.0), broken: fails(StatusCode.INTERNAL, after_s=4.0)}
-        await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
-        assert dispatcher.stats.hedged_calls >= 1
+        swarm.behaviours |= {make_peer_id(number): fails(after_s=3.5) for number in range(3)}
+        swarm.behaviours[OTHER] = Behaviour(after_s=1.0)
+        await forward(dispatcher)
+        assert asyncio.get_running_loop().time() == pytest.approx(4.0)
+        assert dispatcher.stats.hedges_won > 0
+        assert dispatcher.stats.reselected_rows == 0
+        await dispatcher.close()
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_an_expert_that_fails_at_both_replicas_has_failed() -> None:
+    swarm = make_swarm()
+    broken = UID(0, (1,))
+
+    async def scenario() -> None:
+        dispatcher = make_dispatcher(swarm, most_hedged=1.0)
+        swarm.behaviours[broken] = fails(StatusCode.INTERNAL, after_s=4.0)
+        result = await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
+        assert result.answered.sum() == 2 * ROWS
         assert swarm.rows_sent("forward", broken) == 2 * ROWS
+        assert dispatcher.stats.failures == {"internal": 2}
         await dispatcher.close()
 
     with virtual_time() as runner:
