@@ -61,46 +61,53 @@ codec = "{codec}"
 """
 
 Mixture = Callable[[torch.Tensor], torch.Tensor]
+Carried = Callable[[], tuple[int, int]]
+"""Gives the bytes sent and received since the start."""
 
 
 def measure(
-    step: Callable[[], None], samples: int, seconds: float, in_flight: int, links: EmulatedLinks
+    step: Callable[[], None], samples: int, seconds: float, in_flight: int, carried: Carried
 ) -> dict[str, float]:
-    """Steps on `in_flight` threads. Samples, and Mbit carried, in a second, from the first step's end to the last's."""
-    ends: list[float] = []
+    """Steps on `in_flight` threads. Samples, and Mbit each way, in a second, while all of them are at it."""
+    ends: list[list[float]] = [[] for _ in range(in_flight)]
     enough = threading.Event()
 
-    def run() -> None:
+    def run(own: list[float]) -> None:
         step()  # not measured: channels open, optimizers begin
         while not enough.is_set():
             step()
-            ends.append(time.perf_counter())
+            own.append(time.perf_counter())
 
-    def wait_for(count: int) -> tuple[int, float, tuple[int, int]]:
-        while len(ends) < count:
+    def wait_for(count: int) -> tuple[float, tuple[int, int]]:
+        while min(map(len, ends)) < count:
             time.sleep(0.002)
-            if not any(thread.is_alive() for thread in threads):
+            if not all(thread.is_alive() for thread in threads):
                 raise SystemExit("a step failed")
-        return len(ends), ends[-1], links.carried()
+        return time.perf_counter(), carried()
 
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(in_flight)]
+    threads = [threading.Thread(target=run, args=(own,), daemon=True) for own in ends]
     for thread in threads:
         thread.start()
-    first, began, before = wait_for(1)
+    began, before = wait_for(1)
     time.sleep(seconds)
-    last, ended, after = wait_for(max(first + 2, len(ends) + 1))
+    ended, after = wait_for(3)
+    paces = [(len(own) - 1) / (own[-1] - own[0]) for own in map(list, ends)]
     enough.set()
     for thread in threads:
         thread.join()
     up, down = (8e-6 * (b - a) / (ended - began) for a, b in zip(before, after, strict=True))
-    return {"samples_per_s": samples * (last - first) / (ended - began), "up_mbit": up, "down_mbit": down}
+    return {"samples_per_s": samples * sum(paces), "up_mbit": up, "down_mbit": down}
 
 
 def run_case(
-    options: argparse.Namespace, mixture: Mixture, links: EmulatedLinks, failing: "Failing"
+    options: argparse.Namespace,
+    mixture: Mixture,
+    links: EmulatedLinks,
+    failing: "Failing",
+    carried: Carried,
 ) -> dict[str, Any]:
     shape = SHAPES[options.case]
-    pace = partial(measure, make_step(mixture, shape), shape[0], options.seconds, options.in_flight, links)
+    pace = partial(measure, make_step(mixture, shape), shape[0], options.seconds, options.in_flight, carried)
     if options.case == "full":
         return dict(pace())
     results: dict[str, Any] = {}
@@ -119,6 +126,8 @@ class Failing:
 
     def __init__(self) -> None:
         self.share = 0.0
+        self.caller: GrpcCaller | None = None
+        """Who called last."""
         self._rng = random.Random(0)
 
     def next(self) -> bool:
@@ -135,6 +144,7 @@ class Failing:
             requests: Sequence[Request],
             deadline_s: float,
         ) -> AsyncIterator[Answer]:
+            self.caller = caller
             if self.next():
                 raise ExpertError(StatusCode.UNAVAILABLE, "fails on purpose")
             async for answer in whole(caller, node, direction, requests, deadline_s):
@@ -190,7 +200,12 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
         client = stack.enter_context(SwarmClient(founder.invite, settings, founder.folder / "trainer"))
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
         mixture = client.mixture(0, choose_by="sequence")
-        results = run_case(options, mixture, links, failing)
+
+        def payload() -> tuple[int, int]:
+            assert failing.caller is not None
+            return failing.caller.bytes_sent, failing.caller.bytes_received
+
+        results = run_case(options, mixture, links, failing, payload)
         stats = client.dispatcher.stats
         return results | {
             "failures": dict(stats.failures),
@@ -250,7 +265,7 @@ def run_hivemind(options: argparse.Namespace) -> dict[str, Any]:
                 )
                 return output
 
-            return run_case(options, mixture, links, failing)
+            return run_case(options, mixture, links, failing, links.carried)
         finally:
             dht.shutdown()
 

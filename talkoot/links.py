@@ -246,15 +246,15 @@ class _Pipe:
         group.create_task(self._deliver())
 
     async def _take_in(self) -> None:
-        loop, arrived = asyncio.get_running_loop(), 0.0
+        loop = asyncio.get_running_loop()
         data = b"-"
         while data:
             while self._in_flight >= self._wire.link.most_in_flight:
                 await self._change()
             await asyncio.sleep(self._direction.backlog_s(time.monotonic()) - _QUEUE_S)
             data = await loop.sock_recv(self._source, self._wire.link.most_at_once)
-            arrived = max(arrived, self._direction.carry(len(data), time.monotonic(), self._rng))
-            self._waiting.append((arrived, data))
+            arrives = self._direction.carry(len(data), time.monotonic(), self._rng)
+            self._waiting.append((arrives, data))  # and waits for all before it
             self._in_flight += len(data)
             self._changed.set()
 

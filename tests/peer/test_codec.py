@@ -73,8 +73,7 @@ def largest_error(tensor_RD: Floats, codec: "expert_pb2.Codec") -> npt.NDArray[n
     if codec == expert_pb2.CODEC_FP16:  # 11 bits, and numbers below 2^-14 lie 2^-24 apart
         error_RD = np.maximum(np.maximum(size_RD * 2**-11, 2.0**-25), size_RD - 65504)
     if codec == INT8:  # half a step, and what is too small for a scale is zero
-        steps_R1 = np.maximum(size_RD.max(1, keepdims=True) / 127, 128 * 2.0**-126)
-        error_RD += steps_R1 * 0.500_01
+        error_RD += np.maximum(size_RD.max(1, keepdims=True) / 127 * 0.500_01, 2.0**-119)
     return error_RD
 
 
@@ -131,6 +130,12 @@ def test_halves_and_bytes_are_as_the_protocol_says() -> None:
     data = bytes(encode(tensor_RD, INT8))
     assert [data[4:6].hex(), data[6:].hex()] == ["7ffe", "000000000000"]
     assert np.frombuffer(data[:4], "<f4")[0] == pytest.approx(1.0, rel=2e-6)
+
+
+def test_a_row_too_small_for_a_scale_is_zero() -> None:
+    tensor_RD = np.array([[1e-43, -7e-44], [1e-36, 2e-38], [1.0, 0.0]], dtype=np.float32)
+    decoded_RD = decode(encode(tensor_RD, INT8), 2, INT8)
+    assert decoded_RD.tolist() == [[0, 0], [0, 0], [pytest.approx(1.0), 0]]
 
 
 def test_what_a_half_cannot_say_is_clipped() -> None:
