@@ -27,7 +27,7 @@ def test_a_dictionary_that_is_handed_over_loses_its_bad_entries() -> None:
     now = time.time()
     entries = {1: (b"good", now + 10), 2: (b"bad", now + 99), 3: (b"good", now + 20), 4: (b"bad", math.inf)}
     handed_over, protocol = dictionary(entries), SimpleNamespace(record_validator=OnlyGood())  # type: ignore[arg-type]
-    filter_answers(protocol)  # type: ignore[arg-type]
+    filter_answers(protocol)
     assert protocol._validate_dictionary(b"key", handed_over)
     assert {subkey: entry.value for subkey, entry in handed_over.items()} == {1: b"good", 3: b"good"}
 
