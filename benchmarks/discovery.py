@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import discovery_real, kademlia_walk
-from benchmarks.discovery_simulated import measure
+from benchmarks.discovery_simulated import BRIEF, Effort, measure
 from benchmarks.simulated_p2p import Link
 
 PAPER_MS = {100: 317, 1000: 528, 10000: 764}
@@ -200,13 +200,15 @@ def main() -> None:
     sizes = [
         int(n) for n in (options.nodes or ("100,1000" if options.quick else "100,1000,10000")).split(",")
     ]
+    walks = _WALKS // 3 if options.quick else _WALKS
+    effort = BRIEF if options.quick else Effort()
     results: dict[str, Any] = {"rtt_ms": options.rtt_ms, "simulated": [], "walked": []}
     for nodes in sizes:
         with console.status(f"simulating {nodes:,} nodes"):
-            results["simulated"].append(measure(nodes, link, options.seed))
+            results["simulated"].append(measure(nodes, link, options.seed, effort))
     for nodes in WALKED:
         with console.status(f"walking among {nodes:,} nodes"):
-            results["walked"].append(kademlia_walk.measure(nodes, _WALKS, options.seed))
+            results["walked"].append(kademlia_walk.measure(nodes, walks, options.seed))
     if not options.quick and not options.no_real:
         with console.status(f"choosing on {_REAL_NODES} real peers"):
             results["real"] = compare(_REAL_NODES)

@@ -8,6 +8,7 @@ import resource
 import statistics
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,40 +30,49 @@ from trainer_client.waiting import WaitPolicy
 TOP_K = 4
 BATCH = 64
 CALL_DEADLINE_S = 5.0
-_LOOKUPS = 150
-_TRAINERS = 8
 _WARM_TRIES = 7
-_UPKEEP_NODES = 30
 _ROUNDS_PER_MINUTE = 6
 """Nodes announce every 10 s."""
 _CRAWLED = 2000
 """Larger swarms are not crawled here."""
 
 
-def measure(nodes: int, link: Link, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Effort:
+    """How many of each are measured."""
+
+    lookups: int = 150
+    trainers: int = 8
+    upkeep_nodes: int = 30
+
+
+BRIEF = Effort(lookups=60, trainers=3, upkeep_nodes=10)
+
+
+def measure(nodes: int, link: Link, seed: int, effort: Effort) -> dict[str, Any]:
     """All figures of one size. 256 experts on up to 100 nodes, one for each node above."""
     with simulated_world() as loop:
-        result: dict[str, Any] = loop.run_until_complete(_measure(loop, nodes, link, seed))
+        result: dict[str, Any] = loop.run_until_complete(_measure(loop, nodes, link, seed, effort))
         return result
 
 
-async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int) -> dict[str, Any]:
+async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int, effort: Effort) -> dict[str, Any]:
     began = time.monotonic()
     experts = 256 if nodes <= 100 else nodes
     swarm = await SimulatedSwarm.start(loop, nodes, experts, link, seed)
     result: dict[str, Any] = {"nodes": nodes, "experts": experts, "built_in_s": time.monotonic() - began}
-    result |= await measure_lookups(loop, swarm, _LOOKUPS)
+    result |= await measure_lookups(loop, swarm, effort.lookups)
     for rows in (1, BATCH):
-        result[f"cold_{rows}"] = await measure_choices(loop, swarm, rows)
-    result["upkeep_bytes_per_minute"] = await measure_upkeep(swarm)
-    await swarm.announce_all(LIFETIME_S)
+        result[f"cold_{rows}"] = await measure_choices(loop, swarm, rows, effort.trainers)
+    result["upkeep_bytes_per_minute"] = await measure_upkeep(swarm, effort.upkeep_nodes)
+    await swarm.announce_all(LIFETIME_S, in_place=True)
     if nodes <= _CRAWLED:
         result["crawl"] = await measure_crawl(loop, swarm)
     result["recall"] = {"0": await measure_recall(loop, swarm)}
     for percent, share in ((10, 0.1), (30, 2 / 9)):  # of those that are left
         swarm.kill(share)
         result[f"replaced_{percent}"] = await measure_replacing(loop, swarm)
-        result[f"lookups_{percent}_dead"] = await measure_lookups(loop, swarm, _LOOKUPS // 4)
+        result[f"lookups_{percent}_dead"] = await measure_lookups(loop, swarm, effort.lookups // 3)
         await _let_the_dead_expire(swarm)
         result["recall"][str(percent)] = await measure_recall(loop, swarm)
     result["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -109,7 +119,9 @@ async def make_trainer(loop: VirtualLoop, swarm: SimulatedSwarm) -> Directory:
     )
 
 
-async def measure_choices(loop: VirtualLoop, swarm: SimulatedSwarm, rows: int) -> dict[str, Any]:
+async def measure_choices(
+    loop: VirtualLoop, swarm: SimulatedSwarm, rows: int, trainers: int
+) -> dict[str, Any]:
     """The first choice of trainers that have just joined, and choices by other scores when all is warm.
 
     Cold times are simulated: until the chosen experts' announcements are known (so that they live, and where), and
@@ -117,7 +129,7 @@ async def measure_choices(loop: VirtualLoop, swarm: SimulatedSwarm, rows: int) -
     this machine's processor.
     """
     chosen_ms, callable_ms, calls, warm_ms = [], [], [], []
-    for _ in range(_TRAINERS):
+    for _ in range(trainers):
         directory = await make_trainer(loop, swarm)
         scores = random_scores(swarm, rows)
         announced_at = _note_node_reads(loop, directory)
@@ -154,12 +166,12 @@ def _note_node_reads(loop: VirtualLoop, directory: Directory) -> list[float]:
     return times
 
 
-async def measure_upkeep(swarm: SimulatedSwarm) -> float:
+async def measure_upkeep(swarm: SimulatedSwarm, count: int) -> float:
     """Bytes that one node causes in a minute by staying announced, all questions and answers together."""
     hosted: dict[int, list[UID]] = {}
     for uid, host in swarm.hosts.items():
         hosted.setdefault(id(host), []).append(uid)
-    some = swarm.rng.sample(swarm.peers, min(_UPKEEP_NODES, len(swarm.peers)))
+    some = swarm.rng.sample(swarm.peers, min(count, len(swarm.peers)))
     await asyncio.sleep(10)
     for peer in some:  # the first time is dearer, and past after ten seconds
         await _stay(swarm, peer, hosted.get(id(peer), ()))
@@ -261,7 +273,7 @@ class _SimulatedCaller:
 async def _let_the_dead_expire(swarm: SimulatedSwarm) -> None:
     """The living renew what they say shortly before the dead's announcements end."""
     await asyncio.sleep(LIFETIME_S - 10)
-    await swarm.announce_all(LIFETIME_S)
+    await swarm.announce_all(LIFETIME_S, in_place=True)
     await asyncio.sleep(20)
 
 

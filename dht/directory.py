@@ -156,9 +156,9 @@ class Directory:
             await self._read_way(layer, index, scores, default_beam_size(k))
             chosen = select_experts(scores, index.alive, k)
             experts = np.unique(chosen.coordinates[chosen.valid], axis=0).tolist()
-            unknown = [uid for c in experts if (uid := UID(layer, tuple(c))) not in self.view.replicas]
-            await self._read_experts(unknown)
-            gone = [UID(layer, tuple(c)) for c in experts if not self.view.hosts(UID(layer, tuple(c)))]
+            uids = [UID(layer, tuple(coordinate)) for coordinate in experts]
+            await self._read_experts([uid for uid in uids if uid not in self.view.replicas])
+            gone = [uid for uid in uids if not self.view.hosts(uid)]
             for uid in gone:
                 index.drop(uid.coordinate)
             if not gone:
@@ -169,6 +169,8 @@ class Directory:
         """Level by level the prefixes that are not known yet; the first two levels together, to save a round trip."""
         ahead = [] if index.knows(()) else index.best(scores[:1], width, everything=True)
         for depth in range(len(scores)):
+            if index.knows_all_of(depth):
+                continue
             wanted = [(), *ahead] if depth == 0 else index.best(scores[:depth], width)
             prefixes = [(layer, coordinate) for coordinate in wanted if not index.knows(coordinate)]
             by_size: dict[int, list[Prefix]] = {}

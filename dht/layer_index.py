@@ -15,17 +15,21 @@ class LayerIndex:
     def __init__(self, grid: tuple[int, ...]) -> None:
         self.alive = [np.zeros(grid[: d + 1], dtype=bool) for d in range(len(grid))]
         """For each grid dimension, of shape grid[:d+1]: True where the prefix is known to be active."""
-        self._known: set[Coordinate] = set()
+        self._known = [np.zeros(grid[:d], dtype=bool) for d in range(len(grid))]
 
     def knows(self, prefix: Coordinate) -> bool:
-        return prefix in self._known
+        return len(prefix) < len(self._known) and bool(self._known[len(prefix)][prefix])
+
+    def knows_all_of(self, length: int) -> bool:
+        """Whether every active prefix of so many coordinates is known."""
+        return length > 0 and bool(self._known[length][self.alive[length - 1]].all())
 
     def note(self, prefix: Coordinate, active: Collection[int]) -> None:
         """These coordinates after the prefix are active, and no others."""
         row = self.alive[len(prefix)][prefix]
         row[:] = False
         row[list(active)] = True
-        self._known.add(prefix)
+        self._known[len(prefix)][prefix] = True
 
     def drop(self, expert: Coordinate) -> None:
         """Nobody hosts the expert, whatever its prefix says; until the prefix is read again."""
