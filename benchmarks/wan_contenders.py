@@ -27,6 +27,7 @@ from benchmarks.moe import make_step
 from benchmarks.rival_blocks import SEQUENCE
 from benchmarks.village import START_LIMIT_S, joining_node, running_node
 from dht.registry import NodeInfo
+from peer.codec import codec_of
 from peer.errors import ExpertError
 from talkoot.links import free_ports
 from trainer_client.calls import Answer, Direction, GrpcCaller, Request
@@ -37,10 +38,10 @@ SHAPES = {"full": (64, 1, 4096), "delay": (16, SEQUENCE, 256)}
 """Few samples, for hivemind.moe searches experts for one after another."""
 KINDS = {"full": "ffn", "delay": "rival-transformer"}
 RIVAL_KINDS = {"full": "nop", "delay": "transformer"}
-NODES = {"full": 1, "delay": 4}
 _HOST = "127.0.0.1"
 _NO_LINK = "0ms"
 _CALL_LIMIT_S = 120.0
+_BRIEF_S = 3.0
 
 MANIFEST = """
 name = "benchmark"
@@ -56,8 +57,6 @@ kind = "{kind}"
 top_k = {top_k}
 [optimizer]
 weight_decay = 0.0
-[wire]
-codec = "{codec}"
 """
 
 Mixture = Callable[[torch.Tensor], torch.Tensor]
@@ -69,6 +68,7 @@ def measure(
     step: Callable[[], None], samples: int, seconds: float, in_flight: int, carried: Carried
 ) -> dict[str, float]:
     """Steps on `in_flight` threads. Samples, and Mbit each way, in a second, while all of them are at it."""
+    least = 2 if seconds < _BRIEF_S else 3
     ends: list[list[float]] = [[] for _ in range(in_flight)]
     enough = threading.Event()
 
@@ -90,7 +90,7 @@ def measure(
         thread.start()
     began, before = wait_for(1)
     time.sleep(seconds)
-    ended, after = wait_for(3)
+    ended, after = wait_for(least)
     paces = [(len(own) - 1) / (own[-1] - own[0]) for own in map(list, ends)]
     enough.set()
     for thread in threads:
@@ -99,18 +99,28 @@ def measure(
     return {"samples_per_s": samples * sum(paces), "up_mbit": up, "down_mbit": down}
 
 
+def shape_of(options: argparse.Namespace) -> tuple[int, int, int]:
+    samples, rows, hidden = SHAPES[options.case]
+    return options.samples or samples, rows, hidden
+
+
 def run_case(
     options: argparse.Namespace,
     mixture: Mixture,
     links: EmulatedLinks,
     failing: "Failing",
     carried: Carried,
+    use_int8: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    shape = SHAPES[options.case]
+    shape = shape_of(options)
     pace = partial(measure, make_step(mixture, shape), shape[0], options.seconds, options.in_flight, carried)
-    if options.case == "full":
-        return dict(pace())
     results: dict[str, Any] = {}
+    if options.case == "full":
+        results["fp32"] = pace()
+        if use_int8 is not None:
+            use_int8()
+            results["int8"] = pace()
+        return results
     for delay in options.delays.split(","):
         links.change(f"{delay}ms")
         results[f"{delay}_ms"] = pace()
@@ -177,14 +187,10 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
     from trainer_client.client import SwarmClient
     from trainer_client.settings import TrainerSettings
 
-    count = NODES[options.case]
+    count = options.nodes
     each = GRID[0] * GRID[1] // count
     manifest = MANIFEST.format(
-        hidden=SHAPES[options.case][2],
-        context=SEQUENCE,
-        kind=KINDS[options.case],
-        top_k=TOP_K,
-        codec=options.codec,
+        hidden=SHAPES[options.case][2], context=SEQUENCE, kind=KINDS[options.case], top_k=TOP_K
     )
     targets = [free_ports(_HOST, 2) for _ in range(count)]
     settings = TrainerSettings(call_deadline_s=_CALL_LIMIT_S, grace_s=_CALL_LIMIT_S)
@@ -205,7 +211,11 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
             assert failing.caller is not None
             return failing.caller.bytes_sent, failing.caller.bytes_received
 
-        results = run_case(options, mixture, links, failing, payload)
+        def use_int8() -> None:
+            assert failing.caller is not None
+            failing.caller._codec = codec_of("int8")  # of each call: a node speaks all
+
+        results = run_case(options, mixture, links, failing, payload, use_int8)
         stats = client.dispatcher.stats
         return results | {
             "failures": dict(stats.failures),
@@ -257,7 +267,7 @@ def run_hivemind(options: argparse.Namespace) -> dict[str, Any]:
                 uid_prefix="expert.",
                 k_best=TOP_K,
             )
-            mask = torch.zeros(SHAPES[options.case][:2], dtype=torch.bool)
+            mask = torch.zeros(shape_of(options)[:2], dtype=torch.bool)
 
             def mixture(x_BTD: torch.Tensor) -> torch.Tensor:
                 output: torch.Tensor = (
@@ -277,7 +287,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("case", choices=SHAPES)
-    parser.add_argument("--codec", default="fp32")
+    parser.add_argument("--nodes", type=int, default=1, help="of Talkoot")
+    parser.add_argument("--samples", type=int, default=None, help="in a batch")
     parser.add_argument("--link", default=_NO_LINK)
     parser.add_argument("--delays", default="0", help="milliseconds, with commas")
     parser.add_argument("--failing", type=float, default=0.1)
