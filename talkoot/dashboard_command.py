@@ -15,7 +15,7 @@ import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from dht.invite import Invite
-from peer.errors import SettingsError, StartError
+from peer.errors import PortError, SettingsError
 from peer.processes import StateFolder
 from talkoot.console import Terminal, quiet_hivemind
 from talkoot.dashboard.app import Streams, make_app
@@ -121,14 +121,14 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises StartError when the port is taken or the address is not this machine's."""
+    """A socket that listens. Raises PortError when the port is taken or the address is not this machine's."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         # create_server adds the address to the message of whatever it could not bind
         why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-        raise StartError(
+        raise PortError(
             f"can't listen on {host} port {port}: {why}; pass another --port or --host"
         ) from error
 

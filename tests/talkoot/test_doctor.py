@@ -213,7 +213,7 @@ def test_broken_installation_is_an_error_line(monkeypatch: pytest.MonkeyPatch) -
 def test_talkoot_alone_says_what_one_can_do() -> None:
     ended = run_here()
     assert ended.returncode == 0
-    for said in ("talkoot node --join", "talkoot train --join", "talkoot status --join", "talkoot doctor"):
+    for said in ("talkoot node --join", "talkoot train --join", "talkoot dashboard --join", "talkoot doctor"):
         assert said in ended.stdout
 
 

@@ -55,7 +55,7 @@ def test_a_port_in_use_is_one_line_and_status_2(tmp_path: Path) -> None:
         )  # fmt: skip
     assert ended.returncode == 2
     assert ended.stderr == (
-        f"error: can't listen on 127.0.0.1 port {port}: Address already in use; pass another --port or --host\n"
+        f"error: can't listen on 127.0.0.1 port {port}: Address already in use; pass another --port or --host [T104]\n"
     )
 
 

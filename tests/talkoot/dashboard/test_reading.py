@@ -34,7 +34,7 @@ class FakeRegistry:
         self.asked: list[int] = []
         self.lists = 0
 
-    async def prefixes(self, prefixes: Collection[Any]) -> dict[Any, frozenset[int]]:
+    async def prefixes(self, prefixes: Collection[Any], size: int) -> dict[Any, frozenset[int]]:
         return {prefix: frozenset({0, 1}) for prefix in prefixes}
 
     async def replicas(self, uids: Collection[UID]) -> dict[UID, Any]:
