@@ -83,7 +83,7 @@ async def record_of(node: Node, observer: Swarm) -> NodeInfo:
         found.update(await observer.registry.nodes([node.swarm.host.peer_id]))
         return bool(found)
 
-    await eventually(is_there)
+    await eventually(is_there, 10)
     return found[node.swarm.host.peer_id]
 
 
