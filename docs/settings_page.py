@@ -53,9 +53,12 @@ def page() -> str:
 
 def _roles() -> list[type[RoleSettings]]:
     """All that a file `settings.py` defines."""
-    for path in sorted(ROOT.glob("*/settings.py")) + sorted(ROOT.glob("talkoot/*/settings.py")):
-        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    return sorted(RoleSettings.__subclasses__(), key=lambda role: role.env_prefix)
+    paths = sorted(ROOT.glob("*/settings.py")) + sorted(ROOT.glob("talkoot/*/settings.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    for name in names:
+        importlib.import_module(name)
+    roles = [role for role in RoleSettings.__subclasses__() if role.__module__ in names]
+    return sorted(roles, key=lambda role: role.env_prefix)
 
 
 def _title(role: type[RoleSettings]) -> str:

@@ -70,8 +70,8 @@ def _training(counts: TrainerCounts) -> Iterator[Metric]:
             counts.validated.validation_loss,
         )
         yield GaugeMetricFamily(
-            "talkoot_trainer_validation_bits_per_byte",
-            "The last one measured.",
+            "talkoot_trainer_validation_bpb",
+            "Bits per byte of the held-out text, the last measured.",
             counts.validated.bits_per_byte,
         )
 
