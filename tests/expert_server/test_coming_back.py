@@ -4,13 +4,23 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from village import LOCAL, MANIFEST, ONCE_EACH, UIDS, Village, end, eventually, serving
+from village import (
+    LOCAL,
+    MANIFEST,
+    ONCE_EACH,
+    UIDS,
+    Play,
+    Village,
+    end,
+    eventually,
+    make_identities,
+    playing,
+    serving,
+)
 
 from dht.acquaintances import Acquaintances
 from dht.lookups import Lookups
@@ -27,25 +37,15 @@ from peer.loop import LoopThread
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
-Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
-
 
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
+    return make_identities(tmp_path_factory, 4)
 
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
-        async def with_village() -> None:
-            async with contextlib.AsyncExitStack() as stack:
-                await scenario(Village(identities, stack, tmp_path))
-
-        loop.run(with_village(), 90)
-
-    return run
+    return playing(loop, identities, tmp_path, 90)
 
 
 async def knows(node: Node, other: Node) -> bool:

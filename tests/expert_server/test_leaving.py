@@ -1,17 +1,16 @@
 """No expert is lost that another node can still reach: who leaves hands over, who is killed leaves replicas behind."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_restart import announced, train
-from village import UIDS, Village, end, eventually, serving
+from village import UIDS, Play, Village, end, eventually, make_identities, playing, serving
 
 from dht.directory import Directory
 from dht.registry import ReplicaState
@@ -25,27 +24,17 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
-Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
 LEAVES: dict[str, Any] = {"drain_timeout_s": 20, "announce_every_s": 3.0}
 
 
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
+    return make_identities(tmp_path_factory, 4)
 
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
-        async def with_village() -> None:
-            async with contextlib.AsyncExitStack() as stack:
-                await scenario(Village(identities, stack, tmp_path))
-
-        loop.run(with_village(), 90)
-
-    return run
+    return playing(loop, identities, tmp_path, 90)
 
 
 async def assert_hosted(nodes: list[Node], states: Mapping[UID, State], updates: Mapping[UID, int]) -> None:

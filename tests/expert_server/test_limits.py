@@ -1,16 +1,14 @@
 """What a node may use at most: memory, threads, bandwidth. Real nodes and sockets."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from village import MANIFEST, UIDS, Village, eventually
+from village import MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
 
 from dht.swarm import Swarm
 from dht.uid import UID
@@ -25,25 +23,15 @@ from peer.wire import expert_pb2, expert_pb2_grpc
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
-Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
-
 
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(2)]
+    return make_identities(tmp_path_factory, 2)
 
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
-        async def with_village() -> None:
-            async with contextlib.AsyncExitStack() as stack:
-                await scenario(Village(identities, stack, tmp_path))
-
-        loop.run(with_village(), 60)
-
-    return run
+    return playing(loop, identities, tmp_path, 60)
 
 
 # What a node may use

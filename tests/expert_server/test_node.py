@@ -1,7 +1,6 @@
 """Nodes of a real swarm: p2pd, DHT, gRPC and torch, several nodes on one loop."""
 
 import asyncio
-import contextlib
 import socket
 import threading
 import time
@@ -20,11 +19,14 @@ from village import (
     MANIFEST,
     ONCE_EACH,
     UIDS,
+    Play,
     Village,
     end,
     eventually,
     hosts_of,
+    make_identities,
     node_settings,
+    playing,
     serving,
 )
 
@@ -49,25 +51,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
+    return make_identities(tmp_path_factory, 4)
 
 
 @pytest.fixture
-def play(
-    loop: LoopThread, identities: list[Identity], tmp_path: Path
-) -> Callable[[Callable[[Village], Any]], None]:
-    def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
-        async def with_village() -> None:
-            async with contextlib.AsyncExitStack() as stack:
-                await scenario(Village(identities, stack, tmp_path))
-
-        loop.run(with_village(), 90)
-
-    return run
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    return playing(loop, identities, tmp_path, 90)
 
 
-Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
 Look = Callable[[Collection[UID]], Coroutine[Any, Any, dict[UID, tuple[Replica, ...]]]]
 
 

@@ -1,13 +1,10 @@
 """A node on several devices, which are all the CPU here: experts are spread, serve, and are refused none of it."""
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
-from village import LOCAL, MANIFEST, Village, node_settings
+from village import LOCAL, MANIFEST, Play, Village, node_settings, playing
 
 from dht.swarm import found_swarm
 from expert_server import node as node_module
@@ -20,21 +17,10 @@ from peer.loop import LoopThread
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
-Scenario = Callable[[Village], Coroutine[Any, Any, None]]
-
 
 @pytest.fixture
-def play(loop: LoopThread, tmp_path: Path) -> Callable[[Scenario], None]:
-    identities = [Identity.load_or_create(tmp_path / "identity.key")]
-
-    def run(scenario: Scenario) -> None:
-        async def with_village() -> None:
-            async with contextlib.AsyncExitStack() as stack:
-                await scenario(Village(identities, stack, tmp_path))
-
-        loop.run(with_village(), 60)
-
-    return run
+def play(loop: LoopThread, tmp_path: Path) -> Play:
+    return playing(loop, [Identity.load_or_create(tmp_path / "identity.key")], tmp_path, 60)
 
 
 def give_memory(monkeypatch: pytest.MonkeyPatch, experts_in_a_quarter: list[float]) -> list[ComputeDevice]:
@@ -44,9 +30,7 @@ def give_memory(monkeypatch: pytest.MonkeyPatch, experts_in_a_quarter: list[floa
     return devices
 
 
-def test_a_node_fills_a_quarter_of_each_devices_memory(
-    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_node_fills_a_quarter_of_each_devices_memory(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = give_memory(monkeypatch, [3.9, 1.1])
 
     async def scenario(village: Village) -> None:
@@ -60,7 +44,7 @@ def test_a_node_fills_a_quarter_of_each_devices_memory(
 
 
 def test_experts_that_were_asked_for_are_spread_by_memory(
-    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+    play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large, small = give_memory(monkeypatch, [200.0, 100.0])
 
@@ -73,7 +57,7 @@ def test_experts_that_were_asked_for_are_spread_by_memory(
 
 
 def test_a_node_without_its_device_does_not_start_and_leaves_the_swarm(
-    play: Callable[[Scenario], None],
+    play: Play,
 ) -> None:
     async def scenario(village: Village) -> None:
         swarm = await found_swarm(village.identities[0], MANIFEST, listen=LOCAL, port=0)

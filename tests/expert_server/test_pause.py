@@ -1,11 +1,9 @@
 """A pause: a node gives up its experts and stays in the swarm; then it goes on where it was."""
 
 import asyncio
-import contextlib
 import gc
 import time
 import weakref
-from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ import pytest
 import torch
 from grpc import StatusCode
 from hivemind.p2p import PeerID
-from village import LOCAL, MANIFEST, Village, eventually, hosts_of, serving
+from village import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, make_identities, playing, serving
 
 from dht.registry import NodeInfo
 from dht.swarm import Swarm, found_swarm
@@ -33,25 +31,15 @@ from peer.wire import expert_pb2, expert_pb2_grpc
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
-Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
-
 
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(2)]
+    return make_identities(tmp_path_factory, 2)
 
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
-        async def with_village() -> None:
-            async with contextlib.AsyncExitStack() as stack:
-                await scenario(Village(identities, stack, tmp_path))
-
-        loop.run(with_village(), 60)
-
-    return run
+    return playing(loop, identities, tmp_path, 60)
 
 
 def step(expert: Expert) -> None:

@@ -1,8 +1,6 @@
 """Replicas of one expert on real nodes: they take different updates, meet, and are one state again."""
 
-import contextlib
 import random
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import pytest
 import torch
 from hivemind.p2p import PeerID
 from test_restart import step, train
-from village import LOCAL, UIDS, Village, eventually, serving
+from village import LOCAL, UIDS, Play, Village, eventually, make_identities, playing, serving
 
 from dht.registry import Replica, ReplicaState
 from dht.swarm import join_swarm
@@ -24,28 +22,18 @@ from peer.loop import LoopThread
 from peer.wire import state_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
-Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
 TWICE: dict[str, Any] = {"experts": 8, "replicas": 2}
 AN_UID, OTHER_UID = UIDS[0], UIDS[5]
 
 
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
+    return make_identities(tmp_path_factory, 4)
 
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
-        async def with_village() -> None:
-            async with contextlib.AsyncExitStack() as stack:
-                await scenario(Village(identities, stack, tmp_path))
-
-        loop.run(with_village(), 90)
-
-    return run
+    return playing(loop, identities, tmp_path, 90)
 
 
 async def couple(village: Village, updates: int, **settings: Any) -> tuple[Node, Node]:

@@ -1,14 +1,12 @@
 """A node that comes back goes on with the experts it had, whether it stopped politely or was killed."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from village import LOCAL, UIDS, Village, end, eventually
+from village import LOCAL, UIDS, Play, Village, end, eventually, make_identities, playing
 
 from dht.swarm import found_swarm
 from dht.uid import UID
@@ -19,25 +17,15 @@ from peer.loop import LoopThread
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
-Play = Callable[[Callable[[Village], Coroutine[Any, Any, None]]], None]
-
 
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(2)]
+    return make_identities(tmp_path_factory, 2)
 
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    def run(scenario: Callable[[Village], Coroutine[Any, Any, None]]) -> None:
-        async def with_village() -> None:
-            async with contextlib.AsyncExitStack() as stack:
-                await scenario(Village(identities, stack, tmp_path))
-
-        loop.run(with_village(), 90)
-
-    return run
+    return playing(loop, identities, tmp_path, 90)
 
 
 def step(expert: Expert) -> None:

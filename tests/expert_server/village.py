@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from dht.invite import Invite
 from dht.manifest import Manifest
@@ -16,6 +18,7 @@ from dht.uid import UID
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
+from peer.loop import LoopThread
 
 LOCAL = "127.0.0.1"
 MANIFEST = Manifest.model_validate(
@@ -27,6 +30,9 @@ MANIFEST = Manifest.model_validate(
     }
 )
 UIDS = MANIFEST.uids()
+
+Scenario = Callable[["Village"], Coroutine[Any, Any, None]]
+Play = Callable[[Scenario], None]
 
 
 @dataclass
@@ -65,6 +71,24 @@ class Village:
         node = await Node.start(node_settings(**settings), swarm, host=LOCAL, state=self.state(swarm))
         self.stack.push_async_callback(node.stop)
         return node
+
+
+def make_identities(folders: pytest.TempPathFactory, count: int) -> list[Identity]:
+    folder = folders.mktemp("identities")
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(count)]
+
+
+def playing(loop: LoopThread, identities: list[Identity], folder: Path, limit_s: float) -> Play:
+    """Gives the function that plays a scenario in a village of its own, which is gone afterwards."""
+
+    def play(scenario: Scenario) -> None:
+        async def with_village() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                await scenario(Village(identities, stack, folder))
+
+        loop.run(with_village(), limit_s)
+
+    return play
 
 
 async def end(task: "asyncio.Task[None]") -> None:
