@@ -44,78 +44,9 @@ class NodeCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats, node = self._runtime(), self._node()
-        yield GaugeMetricFamily("talkoot_experts", "Experts hosted.", node.experts)
-        yield CounterMetricFamily(
-            "talkoot_experts_adopted", "Experts taken over because nobody hosted them.", node.adopted
-        )
-        yield CounterMetricFamily(
-            "talkoot_dht_failures", "DHT rounds that failed or timed out.", node.dht_failures
-        )
-        yield GaugeMetricFamily("talkoot_tasks", "Tasks on the event loop.", node.tasks)
-        yield CounterMetricFamily(
-            "talkoot_experts_handed_over",
-            "Experts that others took over when this node left.",
-            node.handed_over,
-        )
-        yield CounterMetricFamily(
-            "talkoot_averagings", "Replicas averaged with another node's.", node.averagings
-        )
+        yield from _hosting(node)
         yield from _transfers(node.transfers)
-        yield CounterMetricFamily(
-            "talkoot_p2pd_restarts",
-            "Times that the libp2p daemon died and was started again.",
-            node.p2pd_restarts,
-        )
-        saves = node.checkpoints
-        yield CounterMetricFamily("talkoot_checkpoints_saved", "Checkpoints written.", saves.saved)
-        yield CounterMetricFamily(
-            "talkoot_checkpoint_failures", "Checkpoints that could not be written.", saves.failed
-        )
-        yield CounterMetricFamily(
-            "talkoot_experts_restored", "Experts that went on from a checkpoint.", saves.restored
-        )
-        yield GaugeMetricFamily("talkoot_paused", "1 while the node is paused.", node.paused)
-        yield CounterMetricFamily("talkoot_calls", "Forward and backward calls that came.", node.calls)
-        yield CounterMetricFamily(
-            "talkoot_uploaded_bytes", "Payload of answers, in bytes.", node.uploaded_bytes
-        )
-        yield CounterMetricFamily(
-            "talkoot_downloaded_bytes", "Payload of calls, in bytes.", node.downloaded_bytes
-        )
-        yield GaugeMetricFamily(
-            "talkoot_memory_bytes",
-            "Memory of experts, kept forward passes and waiting rows, about.",
-            node.memory_bytes,
-        )
-        yield GaugeMetricFamily("talkoot_queued_rows", "Rows that wait to be computed.", stats.queued_rows)
-        yield CounterMetricFamily("talkoot_rows", "Rows computed, forward and backward.", stats.rows)
-        yield CounterMetricFamily("talkoot_batches", "Batches computed.", stats.batches)
-        yield CounterMetricFamily("talkoot_updates", "Optimizer steps taken.", stats.updates)
-        yield CounterMetricFamily(
-            "talkoot_skipped_updates",
-            "Optimizer steps skipped for gradients that were not finite.",
-            stats.skipped_updates,
-        )
-        yield CounterMetricFamily(
-            "talkoot_rollbacks", "Experts rolled back to their last good state.", stats.rollbacks
-        )
-        yield CounterMetricFamily(
-            "talkoot_compute_seconds",
-            "Time the compute threads were busy, all together counted as one.",
-            stats.busy_s,
-        )
-        yield HistogramMetricFamily(
-            "talkoot_batch_rows",
-            "Rows in a batch.",
-            buckets=stats.batch_rows.buckets(),
-            sum_value=stats.batch_rows.total,
-        )
-        yield HistogramMetricFamily(
-            "talkoot_batch_seconds",
-            "Time to compute a batch.",
-            buckets=stats.batch_s.buckets(),
-            sum_value=stats.batch_s.total,
-        )
+        yield from _work(stats)
         yield from _dht(node.dht)
         works = CounterMetricFamily(
             "talkoot_unfinished_works", "Works that brought no result, by cause.", labels=["cause"]
@@ -124,6 +55,61 @@ class NodeCollector(Collector):
         works.add_metric(["refused"], stats.refused)
         works.add_metric(["failed"], stats.failed)
         yield works
+
+
+def _hosting(node: NodeCounts) -> Iterator[Metric]:
+    saves = node.checkpoints
+    for name, words, level in (
+        ("experts", "Experts hosted.", node.experts),
+        ("tasks", "Tasks on the event loop.", node.tasks),
+        ("paused", "1 while the node is paused.", node.paused),
+        (
+            "memory_bytes",
+            "Memory of experts, kept forward passes and waiting rows, about.",
+            node.memory_bytes,
+        ),
+    ):
+        yield GaugeMetricFamily(f"talkoot_{name}", words, level)
+    for name, words, count in (
+        ("experts_adopted", "Experts taken over because nobody hosted them.", node.adopted),
+        ("dht_failures", "DHT rounds that failed or timed out.", node.dht_failures),
+        ("experts_handed_over", "Experts that others took over when this node left.", node.handed_over),
+        ("averagings", "Replicas averaged with another node's.", node.averagings),
+        ("p2pd_restarts", "Times that the libp2p daemon died and was started again.", node.p2pd_restarts),
+        ("checkpoints_saved", "Checkpoints written.", saves.saved),
+        ("checkpoint_failures", "Checkpoints that could not be written.", saves.failed),
+        ("experts_restored", "Experts that went on from a checkpoint.", saves.restored),
+        ("calls", "Forward and backward calls that came.", node.calls),
+        ("uploaded_bytes", "Payload of answers, in bytes.", node.uploaded_bytes),
+        ("downloaded_bytes", "Payload of calls, in bytes.", node.downloaded_bytes),
+    ):
+        yield CounterMetricFamily(f"talkoot_{name}", words, count)
+
+
+def _work(stats: RuntimeStats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("talkoot_queued_rows", "Rows that wait to be computed.", stats.queued_rows)
+    for name, words, count in (
+        ("rows", "Rows computed, forward and backward.", stats.rows),
+        ("batches", "Batches computed.", stats.batches),
+        ("updates", "Optimizer steps taken.", stats.updates),
+        (
+            "skipped_updates",
+            "Optimizer steps skipped for gradients that were not finite.",
+            stats.skipped_updates,
+        ),
+        ("rollbacks", "Experts rolled back to their last good state.", stats.rollbacks),
+        (
+            "compute_seconds",
+            "Time the compute threads were busy, all together counted as one.",
+            stats.busy_s,
+        ),
+    ):
+        yield CounterMetricFamily(f"talkoot_{name}", words, count)
+    for name, words, seen in (
+        ("batch_rows", "Rows in a batch.", stats.batch_rows),
+        ("batch_seconds", "Time to compute a batch.", stats.batch_s),
+    ):
+        yield HistogramMetricFamily(f"talkoot_{name}", words, buckets=seen.buckets(), sum_value=seen.total)
 
 
 def _transfers(counts: TransferCounts) -> Iterator[Metric]:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
 from expert_server.devices import PrecisionSetting
 from expert_server.schedule import Schedule
-from peer.settings import PeerName, RoleSettings
+from peer.settings import MetricsHost, MetricsPort, PeerName, RoleSettings
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
 
@@ -77,13 +77,8 @@ class NodeSettings(RoleSettings):
     announce_grpc_port: int | None = Field(
         default=None, ge=1, le=65535, description="port that is forwarded to grpc_port; unset: the same"
     )
-    metrics_host: str = Field(
-        default="127.0.0.1",
-        min_length=1,
-        max_length=253,
-        description="IP address that /metrics listens on; any but loopback is announced to the swarm",
-    )
-    metrics_port: int = Field(default=0, ge=0, le=65535, description="TCP port of /metrics; 0: any free one")
+    metrics_host: MetricsHost = "127.0.0.1"
+    metrics_port: MetricsPort = 0
     state: Path | None = Field(default=None, description="folder of the node's identity and state")
     replicas: int = Field(
         default=2,

@@ -18,6 +18,15 @@ def _printable(text: str) -> str:
 
 PeerName = Annotated[str, Field(min_length=1, max_length=32), AfterValidator(_printable)]
 """What the owner of a peer calls it."""
+MetricsHost = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=253,
+        description="IP address that /metrics listens on; any but loopback is announced to the swarm",
+    ),
+]
+MetricsPort = Annotated[int, Field(ge=0, le=65535, description="TCP port of /metrics; 0: any free one")]
 
 
 class RoleSettings(BaseModel):

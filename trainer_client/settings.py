@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError
 
 from peer.errors import SettingsError
-from peer.settings import PeerName, RoleSettings, describe_validation_error
+from peer.settings import MetricsHost, MetricsPort, PeerName, RoleSettings, describe_validation_error
 
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
 Precision = Literal["fp32", "bf16"]
@@ -176,13 +176,8 @@ class TrainerSettings(RoleSettings):
         allow_inf_nan=False,
         description="seconds between announcements of how it goes; they live three times as long",
     )
-    metrics_host: str = Field(
-        default="127.0.0.1",
-        min_length=1,
-        max_length=253,
-        description="IP address that /metrics listens on; any but loopback is announced to the swarm",
-    )
-    metrics_port: int = Field(default=0, ge=0, le=65535, description="TCP port of /metrics; 0: any free one")
+    metrics_host: MetricsHost = "127.0.0.1"
+    metrics_port: MetricsPort = 0
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
     )
