@@ -22,7 +22,7 @@ lint: $(VENV)/installed
 proto: $(VENV)/installed
 	$(BIN)/python -m grpc_tools.protoc -Ipeer/wire=proto --python_out=. --pyi_out=. --grpc_python_out=. \
 		$(patsubst proto/%,peer/wire/%,$(wildcard proto/*.proto))
-	rm -f peer/wire/records_pb2_grpc.py
+	rm -f peer/wire/admission_pb2_grpc.py peer/wire/records_pb2_grpc.py
 
 # Writes the page of all settings from the code.
 settings: $(VENV)/installed

@@ -1,3 +1,4 @@
+from peer.wire import admission_pb2 as _admission_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -42,7 +43,7 @@ class SignedRecord(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class RecordPayload(_message.Message):
-    __slots__ = ("key", "peer_id", "expires_at", "announcement", "node", "manifest_json", "trainer")
+    __slots__ = ("key", "peer_id", "expires_at", "announcement", "node", "manifest_json", "trainer", "revocations", "badge")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +51,8 @@ class RecordPayload(_message.Message):
     NODE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     TRAINER_FIELD_NUMBER: _ClassVar[int]
+    REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
+    BADGE_FIELD_NUMBER: _ClassVar[int]
     key: str
     peer_id: bytes
     expires_at: float
@@ -57,7 +60,9 @@ class RecordPayload(_message.Message):
     node: NodeRecord
     manifest_json: bytes
     trainer: TrainerRecord
-    def __init__(self, key: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ...) -> None: ...
+    revocations: _admission_pb2.Revocations
+    badge: _admission_pb2.Badge
+    def __init__(self, key: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ..., revocations: _Optional[_Union[_admission_pb2.Revocations, _Mapping]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
 
 class Announcement(_message.Message):
     __slots__ = ("state", "update_count", "queued_rows", "claimed_at")
@@ -182,11 +187,13 @@ class NodeLatency(_message.Message):
     def __init__(self, peer_id: _Optional[bytes] = ..., mean_s: _Optional[float] = ...) -> None: ...
 
 class InviteMessage(_message.Message):
-    __slots__ = ("name", "author", "bootstrap_addresses")
+    __slots__ = ("name", "author", "bootstrap_addresses", "token")
     NAME_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_FIELD_NUMBER: _ClassVar[int]
     BOOTSTRAP_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     name: str
     author: bytes
     bootstrap_addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., author: _Optional[bytes] = ..., bootstrap_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    token: _admission_pb2.Token
+    def __init__(self, name: _Optional[str] = ..., author: _Optional[bytes] = ..., bootstrap_addresses: _Optional[_Iterable[str]] = ..., token: _Optional[_Union[_admission_pb2.Token, _Mapping]] = ...) -> None: ...
