@@ -10,11 +10,12 @@ import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import FileDescriptor
 
-from peer.wire import admission_pb2, expert_pb2, probe_pb2, records_pb2, session_pb2, state_pb2
+from peer.wire import admission_pb2, dense_pb2, expert_pb2, probe_pb2, records_pb2, session_pb2, state_pb2
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = {
     "admission": admission_pb2.DESCRIPTOR,
+    "dense": dense_pb2.DESCRIPTOR,
     "expert": expert_pb2.DESCRIPTOR,
     "probe": probe_pb2.DESCRIPTOR,
     "records": records_pb2.DESCRIPTOR,
@@ -70,7 +71,7 @@ def significant(path: Path, pattern: str) -> list[str]:
     return re.findall(pattern, path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["expert", "probe", "session", "state"])
+@pytest.mark.parametrize("name", ["dense", "expert", "probe", "session", "state"])
 def test_committed_stubs_call_what_the_service_has(generated: Path, name: str) -> None:
     pattern = r"'/talkoot[^']*'|\w+__pb2\.\w+\.(?:FromString|SerializeToString)|stream_\w+|unary_\w+"
     fresh = significant(generated / f"peer/wire/{name}_pb2_grpc.py", pattern)
