@@ -15,7 +15,6 @@ from dht.registry import Announced, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
 from dht.vacancies import choose, lost_claims, thin, vacant
-from expert_server.averaging import Meetings
 from expert_server.checkpoints import Checkpoints
 from expert_server.devices import ComputeDevice, roomiest
 from expert_server.expert import Expert, expert_bytes
@@ -25,6 +24,7 @@ from expert_server.runtime import Runtime
 from expert_server.settings import NodeSettings
 from expert_server.transfer import StateClient
 from peer.errors import UnreachableError
+from peer.meetings import Meetings
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Hosting:
         checkpoints: Checkpoints,
         devices: Sequence[ComputeDevice],
         client: StateClient,
-        meetings: Meetings,
+        meetings: Meetings[UID],
         now: Callable[[], float] = time.time,
     ) -> None:
         self.adopted = 0

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from dht.participants import Activity
 from dht.swarm import Stage, Swarm
-from expert_server.averaging import Meetings
+from dht.uid import UID
 from expert_server.blocks import builder_of
 from expert_server.checkpoints import Checkpoints, CheckpointStore
 from expert_server.contribution import Account, Contribution
@@ -34,12 +34,14 @@ from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.settings import NodeSettings
 from expert_server.state_servicer import StateServicer
 from expert_server.status import NodeState, NodeStatus
-from expert_server.transfer import Snapshots, SnapshotTaker, StateClient
+from expert_server.transfer import Snapshot, SnapshotTaker, StateClient
 from peer.channels import SERVER_OPTIONS, server_credentials
 from peer.errors import PortError, UnreachableError, UserError
 from peer.host import require_free_port
+from peer.meetings import Meetings
 from peer.metrics import MetricsServer
 from peer.rates import Traffic
+from peer.snapshots import Snapshots
 from peer.wire import expert_pb2_grpc, probe_pb2_grpc, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,8 @@ class Node:
         self._now = now
         store = CheckpointStore(state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept)
         self.checkpoints = Checkpoints(store, runtime)
-        meetings, swarm_id = Meetings(), swarm.keys.swarm_id
+        meetings: Meetings[UID] = Meetings()
+        swarm_id = swarm.keys.swarm_id
         self.traffic = Traffic(settings.upload_mbit, settings.download_mbit)
         self.client = StateClient(
             swarm_id, swarm.manifest, swarm.host.peer_id, self.traffic.down, settings.max_transfer_s
@@ -79,7 +82,7 @@ class Node:
         self.hosting = Hosting(
             settings, swarm, runtime, self.checkpoints, devices, self.client, meetings, now
         )  # fmt: skip
-        snapshots = Snapshots(settings.max_snapshots, settings.snapshot_s)
+        snapshots: Snapshots[Snapshot] = Snapshots(settings.max_snapshots, settings.snapshot_s)
         self._snapshots = SnapshotTaker(runtime, snapshots, swarm_id, meetings.of)
         self.replication = Replication(
             settings, swarm, runtime, self.checkpoints, self.hosting, self.client, self._snapshots, meetings,

@@ -1,37 +1,22 @@
 """A call's requests, message by message, and the payload in them, tensor by tensor."""
 
-import asyncio
-import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import WireError
+from peer.messages import Messages
 from peer.rates import Rate
 from peer.wire import expert_pb2
-
-logger = logging.getLogger(__name__)
 
 Requests = AsyncIterator[expert_pb2.CallRequest]
 
 
-def note_failure(transfer: "asyncio.Future[Any]") -> None:
-    """Nobody may be waiting for it any more."""
-    if not transfer.cancelled() and (error := transfer.exception()) is not None:
-        logger.debug("a message was not read or written: %s", error)
-
-
 class Reader:
-    """Reads the messages of one call.
-
-    A read that has begun is never cancelled, and ends with the call: gRPC does not free the message of a read that
-    nobody waits for (grpc issue 43360).
-    """
+    """Reads the messages of one call."""
 
     def __init__(self, requests: Requests, downloads: Rate) -> None:
-        self._requests = requests
+        self._messages = Messages(requests)
         self._downloads = downloads
-        self._reading: asyncio.Future[expert_pb2.CallRequest | None] | None = None
 
     async def header(self) -> tuple[expert_pb2.CallHeader, bytes]:
         """The header, and the payload's first bytes."""
@@ -42,9 +27,7 @@ class Reader:
 
     async def next(self) -> expert_pb2.CallRequest | None:
         """None at the end."""
-        self._reading = asyncio.ensure_future(anext(self._requests, None))
-        self._reading.add_done_callback(note_failure)
-        request = await asyncio.shield(self._reading)
+        request = await self._messages.next()
         if request is not None:
             await self._downloads.take(len(request.chunk))  # gRPC reads on only then: the sender slows down
         return request

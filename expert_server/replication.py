@@ -13,7 +13,7 @@ from hivemind.p2p import PeerID
 from dht.registry import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
-from expert_server.averaging import Meetings, averaged, their_share
+from expert_server.averaging import averaged
 from expert_server.checkpoints import Checkpoints
 from expert_server.expert import Expert
 from expert_server.hints import Hint, HintQueue
@@ -24,6 +24,7 @@ from expert_server.settings import NodeSettings
 from expert_server.state_format import from_bytes
 from expert_server.transfer import Fetched, Snapshot, SnapshotTaker, StateClient
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
+from peer.meetings import Meetings, their_share
 from peer.wire import state_pb2
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Replication:
         hosting: Hosting,
         client: StateClient,
         snapshots: SnapshotTaker,
-        meetings: Meetings,
+        meetings: Meetings[UID],
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -8,13 +8,14 @@ from hivemind.p2p import PeerID
 
 from dht.registry import Replica
 from dht.swarm import Swarm
+from dht.uid import UID
 from dht.vacancies import sources
-from expert_server.averaging import Meetings
 from expert_server.checkpoints import Checkpoints
 from expert_server.expert import Expert
 from expert_server.runtime import Runtime
 from expert_server.transfer import StateClient
 from peer.errors import StateError, TransferError
+from peer.meetings import Meetings
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Restorer:
         runtime: Runtime,
         checkpoints: Checkpoints,
         client: StateClient,
-        meetings: Meetings,
+        meetings: Meetings[UID],
     ) -> None:
         self._swarm = swarm
         self._runtime = runtime

@@ -19,11 +19,12 @@ from expert_server.batching import Direction, Work
 from expert_server.computing import Result
 from expert_server.edge import parse_uid, require_same_swarm
 from expert_server.kept import Kept, KeptForwards
-from expert_server.reading import Payload, Reader, Requests, note_failure
+from expert_server.reading import Payload, Reader, Requests
 from expert_server.runtime import Runtime
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import CHUNK_BYTES, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
+from peer.messages import note_failure
 from peer.rates import Rate, Traffic
 from peer.wire import expert_pb2, expert_pb2_grpc
 

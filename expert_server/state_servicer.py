@@ -14,9 +14,9 @@ from dht.uid import UID
 from expert_server.edge import parse_uid, require_same_swarm
 from expert_server.hints import Hint
 from expert_server.transfer import Snapshot, SnapshotTaker, TransferCounts
-from peer.codec import CHUNK_BYTES
 from peer.errors import ExpertError, StateError, WireError
 from peer.rates import Rate
+from peer.snapshots import outgoing, written
 from peer.wire import state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,6 @@ FetchContext = grpc.aio.ServicerContext[state_pb2.FetchRequest, state_pb2.FetchR
 AskContext = grpc.aio.ServicerContext[state_pb2.AskRequest, state_pb2.AskReply]
 
 MAX_UIDS_IN_ASK = 256
-_CHUNK_S = 20.0
-"""Longest that a caller may take to read one chunk."""
 
 
 class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
@@ -117,13 +115,9 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
             sha256=snapshot.sha256,
             met_update_count=snapshot.met.get(caller, 0),
         )
-        await context.write(state_pb2.FetchReply(header=header))
-        for start in range(offset, len(snapshot.data), CHUNK_BYTES):
-            chunk = snapshot.data[start : start + CHUNK_BYTES]
-            await self._up.take(len(chunk))
-            async with asyncio.timeout(_CHUNK_S):
-                await context.write(state_pb2.FetchReply(chunk=chunk))
-            self._counts.bytes_sent += len(chunk)
+        async for reply in outgoing(header, snapshot.data, offset, self._up):
+            await written(context.write, reply)
+            self._counts.bytes_sent += len(reply.chunk)
 
     def _hint(self, request: state_pb2.AskRequest) -> Hint:
         if not 1 <= len(request.uids) <= MAX_UIDS_IN_ASK:

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_server.averaging import Meetings, averaged, their_share
+from dht.uid import UID
+from expert_server.averaging import averaged
 from expert_server.expert import State
+from peer.meetings import Meetings, their_share
 
 counts = st.integers(0, 10**6)
 numbers = st.floats(-(2.0**20), 2.0**20, width=32)
@@ -104,7 +106,7 @@ def test_an_expert_goes_on_from_an_average() -> None:
 
 
 def test_the_memory_of_meetings_is_bounded() -> None:
-    meetings = Meetings()
+    meetings: Meetings[UID] = Meetings()
     peers = [PeerID(b"\x12\x20" + bytes([n]) * 32) for n in range(100)]
     for n, peer_id in enumerate(peers):
         meetings.note(AN_UID, peer_id, n)

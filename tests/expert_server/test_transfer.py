@@ -15,19 +15,21 @@ from checkpoint_samples import AN_UID, MANIFEST, OTHER_UID, assert_same, make_ex
 from grpc import StatusCode
 
 from dht.registry import NodeInfo
-from expert_server.averaging import Meetings
+from dht.uid import UID
 from expert_server.expert import Expert
 from expert_server.hints import Hint
 from expert_server.runtime import Runtime
 from expert_server.state_format import Checkpoint, to_bytes
 from expert_server.state_servicer import StateServicer
-from expert_server.transfer import Snapshots, SnapshotTaker, StateClient, largest_state_bytes
-from peer import PROTOCOL_VERSION
+from expert_server.transfer import SnapshotTaker, StateClient, largest_state_bytes
+from peer import PROTOCOL_VERSION, snapshots
 from peer.channels import SERVER_OPTIONS, server_credentials
 from peer.errors import StateError, TransferError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
+from peer.meetings import Meetings
 from peer.rates import BURST_S, Rate
+from peer.snapshots import Snapshots
 from peer.wire import state_pb2, state_pb2_grpc
 
 SWARM = "sauna-QmFounder"
@@ -71,7 +73,7 @@ class Street:
         )
         await runtime.start()
         self.stack.push_async_callback(runtime.stop)
-        meetings = Meetings()
+        meetings: Meetings[UID] = Meetings()
         for update_count in met.values():
             meetings.note(AN_UID, self.identity.peer_id, update_count)
         taker = SnapshotTaker(runtime, Snapshots(limit, 60), SWARM, meetings.of)
@@ -100,8 +102,8 @@ Scenario = Callable[[Street], Coroutine[Any, Any, None]]
 
 @pytest.fixture
 def play(loop: LoopThread, identity: Identity, monkeypatch: pytest.MonkeyPatch) -> Callable[[Scenario], None]:
-    monkeypatch.setattr("expert_server.state_servicer.CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr("expert_server.transfer._BACKOFF_S", 0.01)
+    monkeypatch.setattr("peer.snapshots.CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr("peer.snapshots._BACKOFF_S", 0.01)
 
     def run(scenario: Scenario) -> None:
         async def with_street() -> None:
@@ -236,12 +238,14 @@ def test_a_fetch_that_is_cut_off_goes_on_where_it_was(play: Callable[[Scenario],
     play(scenario)
 
 
-def test_after_a_restart_of_the_server_a_fetch_begins_anew(play: Callable[[Scenario], None]) -> None:
+def test_after_a_restart_of_the_server_a_fetch_begins_anew(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(street: Street) -> None:
         before, after = make_expert(2), make_expert(3)
         liar = Liar(sends(packed(before), 2500, error=True, update_count=2))
         server = await street.serve(liar)
-        receive = street.client._receive
+        receive = snapshots.receive
 
         async def receive_and_restart(*arguments: Any) -> None:
             try:
@@ -253,7 +257,7 @@ def test_after_a_restart_of_the_server_a_fetch_begins_anew(play: Callable[[Scena
                     await street.host(after)
                 raise
 
-        street.client._receive = receive_and_restart  # type: ignore[method-assign, assignment]  # cuts a real call
+        monkeypatch.setattr(snapshots, "receive", receive_and_restart)  # cuts a real call
         fetched = await street.client.fetch(street.node, AN_UID)
         assert len(liar.requests) == 1
         assert fetched.checkpoint.update_count == 3
@@ -264,7 +268,7 @@ def test_after_a_restart_of_the_server_a_fetch_begins_anew(play: Callable[[Scena
 
 DATA = packed(make_expert(3))
 WRONG: dict[str, tuple[Callable[[state_pb2.FetchRequest], Replies], str]] = {
-    "claims 1 GB": (sends(DATA, total_bytes=2**30), "a state of 1073741824 bytes; an expert of this swarm has"),
+    "claims 1 GB": (sends(DATA, total_bytes=2**30), "a state of 1073741824 bytes; in this swarm at most"),
     "a wrong checksum": (sends(DATA, sha256=bytes(32)), "checksum does not match"),
     "a flipped bit": (sends(DATA[:-1] + bytes([DATA[-1] ^ 1]), sha256=hashlib.sha256(DATA).digest()), "checksum"),
     "longer": (sends(DATA, total_bytes=len(DATA) - 700), "longer than its header says"),
@@ -320,7 +324,7 @@ def test_a_fetch_that_stalls_ends_in_time(
         street.client._max_transfer_s = 0.5
         with pytest.raises(TransferError, match="within"):
             await street.client.fetch(street.node, AN_UID)
-        monkeypatch.setattr("expert_server.transfer._STALL_S", 0.3)
+        monkeypatch.setattr("peer.snapshots._STALL_S", 0.3)
         street.client._max_transfer_s = 20
         with pytest.raises(TransferError, match="stalled"):
             await street.client.fetch(street.node, AN_UID)

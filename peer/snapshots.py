@@ -1,0 +1,216 @@
+"""Snapshots of trained state on their way between peers: what they are, their bytes in chunks, and a checksum over all.
+
+Whoever was cut off goes on where it was, as long as the other keeps the snapshot.
+"""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+from grpc import StatusCode
+
+from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
+from peer.errors import StateError, TransferError
+from peer.rates import Rate
+from peer.wire import state_pb2
+
+_ATTEMPTS = 5
+"""How often a download is begun or resumed."""
+_BUSY_ATTEMPTS = 20
+"""How often it is tried at a peer that others keep busy."""
+_BACKOFF_S = 0.2
+"""Before the second attempt; it doubles with each, up to eight times."""
+_STALL_S = 30.0
+"""Longest that the next message may take."""
+_CHUNK_S = 20.0
+"""Longest that a receiver may take to read one chunk."""
+MAX_UPDATE_COUNT = 10**15
+
+
+class Kept(Protocol):
+    """A snapshot that others may fetch."""
+
+    @property
+    def key(self) -> Hashable: ...
+
+    @property
+    def sha256(self) -> bytes: ...
+
+    @property
+    def expires_at(self) -> float: ...
+
+
+S = TypeVar("S", bound=Kept)
+
+
+class Snapshots(Generic[S]):
+    """A bounded memory of them. Pure: `now` is passed in."""
+
+    def __init__(self, limit: int, lifetime_s: float) -> None:
+        self.lifetime_s = lifetime_s
+        self._limit = limit
+        self._kept: OrderedDict[tuple[Hashable, bytes], S] = OrderedDict()  # oldest first
+
+    def put(self, snapshot: S, now: float) -> None:
+        self._drop_expired(now)
+        self._kept[snapshot.key, snapshot.sha256] = snapshot
+        while len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
+
+    def find(self, key: Hashable, sha256: bytes, now: float) -> S | None:
+        self._drop_expired(now)
+        return self._kept.get((key, sha256))
+
+    def all(self, now: float) -> Iterable[S]:
+        self._drop_expired(now)
+        return self._kept.values()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def _drop_expired(self, now: float) -> None:
+        for key in [key for key, snapshot in self._kept.items() if snapshot.expires_at <= now]:
+            del self._kept[key]
+
+
+class Incoming:
+    """What of a snapshot has come so far. Does no I/O, and takes nothing but what was announced."""
+
+    def __init__(self, max_bytes: int, count: Callable[[int], None]) -> None:
+        """`max_bytes`: of the whole. `count` is told how many bytes have come, chunk by chunk."""
+        self.header: state_pb2.StateHeader | None = None
+        self._max_bytes = max_bytes
+        self._count = count
+        self._data = bytearray()
+
+    @property
+    def offset(self) -> int:
+        """Bytes that are here."""
+        return len(self._data)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.header is not None and len(self._data) == self.header.total_bytes
+
+    def begin(self, header: state_pb2.StateHeader, sha256: bytes = b"") -> None:
+        """What the next chunks are of; `sha256`: of the snapshot that was asked for. Raises StateError."""
+        if len(header.sha256) != 32:
+            raise StateError("a state must begin with its header")
+        if header.total_bytes > self._max_bytes:
+            raise StateError(
+                f"a state of {header.total_bytes} bytes; in this swarm at most {self._max_bytes}"
+            )
+        if header.update_count > MAX_UPDATE_COUNT:
+            raise StateError(f"a state after {header.update_count} updates; nobody takes so many")
+        if (self.header is not None and header != self.header) or (sha256 and header.sha256 != sha256):
+            raise StateError("it is another snapshot than was asked for")
+        self.header = header
+
+    def take(self, chunk: bytes) -> None:
+        """Raises StateError."""
+        assert self.header is not None, "the header comes first"
+        if not 1 <= len(chunk) <= MAX_CHUNK_BYTES:
+            raise StateError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
+        if len(self._data) + len(chunk) > self.header.total_bytes:
+            raise StateError("the state is longer than its header says")
+        self._data += chunk
+        self._count(len(chunk))
+
+    def whole(self) -> tuple[state_pb2.StateHeader, bytes]:
+        """Takes a while: not for the loop's thread. Raises StateError when it is not what its header says."""
+        if self.header is None or not self.is_whole:
+            raise StateError("the state ended before it was whole")
+        if hashlib.sha256(self._data).digest() != self.header.sha256:
+            raise StateError("its checksum does not match: it was changed on its way")
+        return self.header, bytes(self._data)
+
+
+Begin = Callable[[bytes, int], Any]
+"""Starts the call that gives the snapshot with this checksum (empty: as it is now), from this offset on."""
+
+
+async def download(
+    begin: Begin, max_bytes: int, down: Rate, count: Callable[[int], None], what: str, sha256: bytes = b""
+) -> Incoming:
+    """Begins, and goes on where it was cut off, while the other keeps the snapshot. The caller sets the time limit.
+
+    `what`: for errors, such as "expert 0.1.2 of node Qm…". Raises TransferError, and StateError when what came can't be
+    right.
+    """
+    incoming = Incoming(max_bytes, count)
+    attempts = busy = 0
+    while True:
+        try:
+            await _receive(begin, incoming, down, what, sha256)
+            reason = "the stream ended early"
+        except grpc.aio.AioRpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+            busy += error.code() is StatusCode.RESOURCE_EXHAUSTED
+            if error.code() is StatusCode.FAILED_PRECONDITION and incoming.header and not sha256:
+                incoming = Incoming(max_bytes, count)  # the snapshot is gone, as after a restart: begin anew
+            elif error.code() not in _PASSING:
+                raise TransferError(f"{what} was not given: {reason}", True) from error
+        if incoming.is_whole:
+            return incoming
+        attempts += 1
+        if attempts - busy >= _ATTEMPTS or busy >= _BUSY_ATTEMPTS:
+            raise TransferError(f"{what} did not come: {reason}", answered=busy > 0)
+        await asyncio.sleep(_BACKOFF_S * 2 ** min(attempts - 1, 3))
+
+
+async def _receive(begin: Begin, incoming: Incoming, down: Rate, what: str, sha256: bytes) -> None:
+    call = begin(incoming.header.sha256 if incoming.header is not None else sha256, incoming.offset)
+    try:
+        await receive(call, incoming, down, sha256)
+    except TimeoutError:
+        raise TransferError(f"{what} stalled on its way for {_STALL_S:.0f} s") from None
+    finally:
+        call.cancel()
+
+
+async def receive(call: Any, incoming: Incoming, down: Rate, sha256: bytes = b"") -> None:
+    """Reads one call's replies to their end. Raises AioRpcError, StateError, and TimeoutError when the next stalls."""
+    reply = await _next(call)
+    if reply is grpc.aio.EOF or reply.WhichOneof("part") != "header":
+        raise StateError("a state must begin with its header")
+    incoming.begin(reply.header, sha256)
+    while (reply := await _next(call)) is not grpc.aio.EOF:
+        incoming.take(reply.chunk)
+        await down.take(len(reply.chunk))
+
+
+async def _next(call: Any) -> Any:
+    """The next message, or EOF. Raises AioRpcError, and TimeoutError."""
+    async with asyncio.timeout(_STALL_S):
+        return await call.read()
+
+
+async def outgoing(
+    header: state_pb2.StateHeader, data: bytes, offset: int, up: Rate
+) -> AsyncIterator[state_pb2.FetchReply]:
+    """The replies that give a snapshot from an offset on, as fast as `up` lets them."""
+    yield state_pb2.FetchReply(header=header)
+    for start in range(offset, len(data), CHUNK_BYTES):
+        chunk = data[start : start + CHUNK_BYTES]
+        await up.take(len(chunk))
+        yield state_pb2.FetchReply(chunk=chunk)
+
+
+async def written(write: Callable[[Any], Any], message: Any) -> None:
+    """Raises TimeoutError when the receiver does not read on."""
+    async with asyncio.timeout(_CHUNK_S):
+        await write(message)
+
+
+_PASSING = {
+    StatusCode.UNAVAILABLE,
+    StatusCode.RESOURCE_EXHAUSTED,
+    StatusCode.DEADLINE_EXCEEDED,
+    StatusCode.CANCELLED,
+    StatusCode.INTERNAL,
+    StatusCode.UNKNOWN,
+}
+"""Of a download that is worth another attempt."""
