@@ -101,6 +101,12 @@ class OptimizerSpec(_Part):
     warmup_updates: int = Field(
         default=10, ge=0, le=10**7, description="steps in which the step size rises linearly"
     )
+    decay_updates: int = Field(
+        default=0,
+        ge=0,
+        le=10**9,
+        description="steps after which it has fallen, as a cosine, to a tenth, where it stays; 0: it does not fall",
+    )
     guard_factor: float = Field(
         default=10.0,
         ge=5,

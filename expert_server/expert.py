@@ -20,6 +20,7 @@ from expert_server.blocks import build_block, weightless_block
 from expert_server.devices import ComputeDevice
 from expert_server.guard import Guard
 from peer.errors import ExpertError, StateError
+from peer.step_size import step_size
 
 State: TypeAlias = dict[str, Tensor]
 """What an expert is made of: `block.…` and `optimizer.…` tensors by name, on the CPU."""
@@ -258,9 +259,8 @@ class Expert:
         self.guard.note_update()
 
     def _learning_rate(self) -> float:
-        """Of the next step: it rises linearly over the first `warmup_updates` steps."""
-        warmup = max(1, self._settings.warmup_updates)
-        return self._settings.learning_rate * min(1.0, (self.update_count + 1) / warmup)
+        spec = self._settings
+        return step_size(self.update_count, spec.learning_rate, spec.warmup_updates, spec.decay_updates)
 
     def _fetched(self, tensor_RD: Tensor, name: str) -> Tensor:
         """On its way to the CPU: whole once the device was waited for. Raises ExpertError when it is not finite."""

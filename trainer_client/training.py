@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from peer.errors import StateError
+from peer.step_size import step_size
 from trainer_client.balancing import LoadSpread
 from trainer_client.data import Dataset
 from trainer_client.in_flight import EnoughInFlight, InFlight
 from trainer_client.model import LanguageModel
 from trainer_client.record import History, Progress, Record, Summary
 from trainer_client.settings import TrainerSettings
-
-_LOWEST_RATE = 0.1  # of the highest, where the cosine ends
 
 
 @dataclass(frozen=True)
@@ -209,11 +208,7 @@ class Training:
 
 def learning_rate(step: int, settings: TrainerSettings) -> float:
     """Of the step (from 0): rises linearly in `warmup_steps`, then falls as a cosine to a tenth."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    share = (1 + math.cos(math.pi * min(1.0, done))) / 2
-    return settings.learning_rate * (_LOWEST_RATE + (1 - _LOWEST_RATE) * share)
+    return step_size(step, settings.learning_rate, settings.warmup_steps, settings.steps)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ def make_manifest(
     seed: int = 3,
     learning_rate: float = 1e-2,
     warmup_updates: int = 0,
+    decay_updates: int = 0,
     clip_norm: float = 1.0,
     name: Literal["adamw", "adam", "sgd"] = "adamw",
     momentum: float | None = None,
@@ -34,6 +35,7 @@ def make_manifest(
         weight_decay=0.1,
         clip_norm=clip_norm,
         warmup_updates=warmup_updates,
+        decay_updates=decay_updates,
     )
     return Manifest(
         name="test", model=model, experts=ExpertSpec(grid=(2, 2), kind="transformer"), optimizer=optimizer

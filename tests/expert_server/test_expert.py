@@ -141,6 +141,18 @@ def test_step_size_rises_linearly_through_the_warm_up() -> None:
     assert sizes == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
 
+def test_step_size_falls_to_a_tenth_where_the_manifest_says_so() -> None:
+    expert = Expert(AN_UID, make_manifest(learning_rate=0.1, warmup_updates=1, decay_updates=5))
+    sizes = []
+    for seed in range(7):
+        backward(expert, random_rows(seed), random_rows(seed + 10))
+        sizes.append(expert.optimizer.param_groups[0]["lr"])
+    assert sizes[:2] == [0.1, 0.1]
+    assert sizes[1:6] == sorted(sizes[1:6], reverse=True)
+    assert sizes[3] == pytest.approx(0.055)  # half-way
+    assert sizes[5:] == pytest.approx([0.01, 0.01])
+
+
 def test_parameter_gradients_that_are_not_finite_skip_the_update() -> None:
     expert = Expert(AN_UID, make_manifest())
     before = parameters_of(expert)
