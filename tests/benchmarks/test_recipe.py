@@ -1,0 +1,147 @@
+"""The parts of `benchmarks.recipe`, and that a run that was stopped goes on as if it had not been."""
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.recipe import overtakes
+from benchmarks.recipe_configurations import ALL, CONFIGURATIONS, QUICK_SIZE, VARIANTS, Configuration, Size
+from benchmarks.recipe_plots import draw, ordered
+from benchmarks.recipe_runs import Run, shared_information
+from benchmarks.recipe_texts import BYTE_KINDS, Mixed, byte_kinds, shares
+
+NAMED = {configuration.name: configuration for configuration in ALL}
+SMALL = replace(
+    QUICK_SIZE, hidden=16, context=16, batch=4, grid=(2, 2), steps=6, validate_every=2, validation_batches=2
+)
+TEXTS = {"sauna": b"In the sauna one must behave as in church. " * 40, "digits": b"3.14159 26535 " * 120}
+
+
+def flops(name: str, size: Size | None = None) -> float:
+    return sum(NAMED[name].flops(size or Size()).values())
+
+
+def test_a_dense_layer_takes_12_multiplications_of_hidden_squared_and_its_attention() -> None:
+    size = Size(hidden=96, context=128)
+    layers = NAMED["dense-2"].flops(size)["dense layers"]
+    assert layers == 2 * (2 * 12 * 96**2 + 2 * 2 * 96 * 129 / 2)
+
+
+def test_top_k_takes_k_times_the_experts() -> None:
+    of_ffn = [
+        Configuration("", 2, 2.0, "ffn", k, {"router": "glam"}).flops(Size())["experts"] for k in (1, 2)
+    ]
+    assert of_ffn == [2 * 4 * 96 * 192, 4 * 4 * 96 * 192]
+
+
+@pytest.mark.parametrize("name", [c.name for c in CONFIGURATIONS if c.rival])
+def test_no_mixture_computes_more_than_its_dense_rival(name: str) -> None:
+    rival = NAMED[name].rival
+    assert rival is not None
+    assert 0.9 * flops(rival) < flops(name) < 1.01 * flops(rival)
+
+
+def test_every_comparison_is_with_something_that_is_trained_before() -> None:
+    names = [configuration.name for configuration in ALL]
+    assert len(set(names)) == len(names)
+    for configuration in ALL:
+        if configuration.rival is not None:
+            assert names.index(configuration.rival) < names.index(configuration.name)
+    assert all(variant.steps < 1 for variant in VARIANTS)
+
+
+@given(st.integers(0, 1000), st.integers(1, 20))
+def test_shares_are_equal_but_for_one(total: int, parts: int) -> None:
+    found = shares(total, parts)
+    assert (len(found), sum(found)) == (parts, total)
+    assert max(found) - min(found) <= 1
+
+
+def test_batches_have_an_equal_part_of_each_domain_and_follow_from_the_step() -> None:
+    data = Mixed(TEXTS, 16)
+    batch = data.batch(3, 8)
+    torch.testing.assert_close(batch, data.batch(3, 8))
+    is_digits = [bytes(row.tolist()).strip(b" .0123456789") == b"" for row in batch]
+    assert is_digits == [False] * 4 + [True] * 4
+    assert sum(map(len, data.validation_batches(8, 2))) == 16
+
+
+def test_kinds_of_bytes_have_names() -> None:
+    text = torch.tensor(list("a b\nC7.é".encode()))
+    kinds = [BYTE_KINDS[kind] for kind in byte_kinds(text)]
+    expected = ["vowel", "space", "consonant", "line end", "capital", "digit", "punctuation", "other"]
+    assert kinds == [*expected, "other"]
+
+
+def test_a_mixture_overtakes_where_it_stays_ahead() -> None:
+    dense = {"0": 5.0, "10": 3.0, "20": 2.0, "30": 1.5}
+    assert overtakes({"0": 5.0, "10": 2.9, "20": 2.1, "30": 1.4}, dense) == 30
+    assert overtakes({"0": 4.0, "10": 2.9, "20": 1.9, "30": 1.4}, dense) == 10
+    assert overtakes({"0": 4.0, "10": 2.9, "20": 1.9, "30": 1.6}, dense) is None
+
+
+def test_shared_information_is_all_where_experts_are_domains_and_none_where_all_get_alike() -> None:
+    assert shared_information([[7, 0], [0, 7]]) == pytest.approx(1)
+    assert shared_information([[4, 4], [4, 4]]) == pytest.approx(0)
+    assert 0 < shared_information([[6, 2], [2, 6]]) < 1
+
+
+def test_experts_are_ordered_by_the_class_that_needs_them_most() -> None:
+    found = ordered(np.array([[1.0, 6.0, 3.0], [8.0, 1.0, 1.0]]))
+    np.testing.assert_allclose(found, [[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]])
+
+
+class AfterThreeSteps(threading.Event):
+    """Is set when it is looked at for the fourth time."""
+
+    looks = 0
+
+    def is_set(self) -> bool:
+        self.looks += 1
+        return self.looks > 3
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    data, configuration = Mixed(TEXTS, SMALL.context), NAMED["transformer top-1"]
+    whole = Run.begin(configuration, SMALL, data)
+    assert whole.train(tmp_path / "whole.safetensors", threading.Event())
+    first = Run.begin(configuration, SMALL, data)
+    assert not first.train(tmp_path / "part.safetensors", AfterThreeSteps())
+    assert first.training.step == 3
+    rest = Run.begin(configuration, SMALL, data)
+    assert rest.train(tmp_path / "part.safetensors", threading.Event())
+    assert rest.training.history == whole.training.history
+    assert rest.results(data)["chosen"] == whole.results(data)["chosen"]
+
+
+def test_the_pictures_are_drawn(tmp_path: Path) -> None:
+    data = Mixed(TEXTS, SMALL.context)
+    runs = {}
+    for name in ("dense-2", "ffn top-1"):
+        run = Run.begin(NAMED[name], SMALL, data)
+        run.train(tmp_path / "state.safetensors", threading.Event())
+        (tmp_path / "state.safetensors").unlink()
+        runs[name] = json.loads(json.dumps(run.results(data)))
+    counts = np.array(runs["ffn top-1"]["chosen"]["domains"])
+    assert counts.shape == (2, 2, 4)
+    assert counts.sum(axis=2).min() == counts.sum(axis=2).max() > 0
+    results = {"runs": runs, "domains": list(TEXTS), "kinds": BYTE_KINDS}
+    files = draw(results, {"ffn top-1": "dense-2"}, tmp_path / "pictures")
+    assert [file.name for file in files] == ["recipe-curves.png", "recipe-ffn-top-1.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+@pytest.mark.slow
+def test_the_quick_recipe_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.recipe", "--quick"]
+    subprocess.run([*command, "--json", str(tmp_path / "found.json")], check=True, timeout=60)
+    assert len(json.loads((tmp_path / "found.json").read_text())["runs"]) == 3
