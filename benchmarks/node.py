@@ -32,6 +32,8 @@ from dht.manifest import Manifest
 from dht.swarm import join_swarm
 from peer.channels import ChannelPool
 from peer.identity import Identity
+from peer.own_sessions import OwnSessions
+from peer.wire import session_pb2
 from trainer_client.calls import GrpcCaller, Request
 
 TRAINERS = 8
@@ -155,7 +157,9 @@ async def step_all(invite: Invite, state: Path) -> int:
         node = (await swarm.registry.nodes([host]))[host]
         rows = np.random.default_rng(0).standard_normal((4, hidden)).astype(np.float32)
         requests = [Request(uid, [1] * 4, [0] * 4, rows, rows) for uid in uids]
-        caller = GrpcCaller(channels, invite.keys.swarm_id, hidden)
+        rights = (session_pb2.RIGHT_BACKWARD,)
+        sessions = OwnSessions(swarm.host.identity, invite.keys.swarm_id, rights)
+        caller = GrpcCaller(channels, invite.keys.swarm_id, hidden, sessions=sessions)
         answers = [answer async for answer in caller.call(node, "backward", requests, 60.0)]
         return sum(answer.tensor is not None for answer in answers)
     finally:

@@ -11,8 +11,8 @@ from torch import Tensor
 from dht.uid import UID
 from expert_server.expert import Graph
 
-KeptKey = tuple[bytes, int]
-"""The forward call's request id, which its caller alone knows, and which part of the call this was."""
+KeptKey = tuple[str, bytes, int]
+"""Who made the forward call, its request id, and which part of the call this was."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

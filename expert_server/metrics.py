@@ -11,6 +11,7 @@ from dht.counts import DhtCounts
 from expert_server.checkpoints import CheckpointCounts
 from expert_server.runtime import RuntimeStats
 from expert_server.transfer import TransferCounts
+from peer.sessions import SessionCounts
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class NodeCounts:
     averagings: int
     transfers: TransferCounts
     dht: DhtCounts
+    sessions_open: int
+    sessions: SessionCounts
 
 
 class NodeCollector(Collector):
@@ -48,6 +51,7 @@ class NodeCollector(Collector):
         yield from _transfers(node.transfers)
         yield from _work(stats)
         yield from _dht(node.dht)
+        yield from _sessions(node)
         works = CounterMetricFamily(
             "talkoot_unfinished_works", "Works that brought no result, by cause.", labels=["cause"]
         )
@@ -137,3 +141,18 @@ def _dht(counts: DhtCounts) -> Iterator[Metric]:
     for operation, seen in (("get", counts.gets), ("store", counts.stores)):
         took.add_metric([operation], seen.buckets(), seen.total)
     yield took
+
+
+def _sessions(node: NodeCounts) -> Iterator[Metric]:
+    yield GaugeMetricFamily("talkoot_sessions", "Callers that are known now.", node.sessions_open)
+    events = CounterMetricFamily(
+        "talkoot_session_events",
+        "Sessions opened, refused and ended early to make room; calls in none that is open.",
+        labels=["event"],
+    )
+    counts = node.sessions
+    events.add_metric(["opened"], counts.opened)
+    events.add_metric(["refused"], counts.refused)
+    events.add_metric(["evicted"], counts.evicted)
+    events.add_metric(["unknown"], counts.unknown)
+    yield events

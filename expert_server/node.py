@@ -40,9 +40,11 @@ from peer.errors import PortError, UnreachableError, UserError
 from peer.host import require_free_port
 from peer.meetings import Meetings
 from peer.metrics import MetricsServer
+from peer.own_sessions import OwnSessions
 from peer.rates import Traffic
+from peer.sessions import Sessions, SessionServicer
 from peer.snapshots import Snapshots
-from peer.wire import expert_pb2_grpc, probe_pb2_grpc, state_pb2_grpc
+from peer.wire import expert_pb2_grpc, probe_pb2_grpc, session_pb2, session_pb2_grpc, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +78,9 @@ class Node:
         meetings: Meetings[UID] = Meetings()
         swarm_id = swarm.keys.swarm_id
         self.traffic = Traffic(settings.upload_mbit, settings.download_mbit)
+        own_sessions = OwnSessions(swarm.host.identity, swarm_id, (session_pb2.RIGHT_FETCH,))
         self.client = StateClient(
-            swarm_id, swarm.manifest, swarm.host.peer_id, self.traffic.down, settings.max_transfer_s
+            swarm_id, swarm.manifest, own_sessions, self.traffic.down, settings.max_transfer_s
         )
         self.hosting = Hosting(
             settings, swarm, runtime, self.checkpoints, devices, self.client, meetings, now
@@ -94,7 +97,10 @@ class Node:
         self._most_bytes = settings.memory or most_bytes(settings, swarm.manifest, self.hosting.capacity)
         self._stopping = self._drained = False
         limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes)
-        self._servicer = ExpertServicer(runtime, swarm.manifest, swarm_id, limits, self.traffic)
+        self.sessions = Sessions(swarm_id, swarm.host.peer_id, limit=settings.max_sessions)
+        self._servicer = ExpertServicer(
+            runtime, swarm.manifest, swarm_id, limits, self.sessions, self.traffic
+        )
         self._dht_failures = 0
         self._failing: set[str] = set()
         """Of the rounds that a running node makes, those that failed the last time."""
@@ -331,10 +337,13 @@ class Node:
             self.client.counts,
             self.replication.follow,
             self.traffic.up,
+            self.sessions,
             max_transfers=settings.max_transfers,
             max_transfer_s=settings.max_transfer_s,
         )
         state_pb2_grpc.add_StateServiceServicer_to_server(states, self._server)
+        opener = SessionServicer(self.sessions)
+        session_pb2_grpc.add_SessionServiceServicer_to_server(opener, self._server)
         health = HealthServicer(lambda: self.state is NodeState.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
@@ -382,6 +391,8 @@ class Node:
             averagings=self.replication.averagings,
             transfers=self.client.counts,
             dht=self.swarm.registry.counts,
+            sessions_open=len(self.sessions),
+            sessions=self.sessions.counts,
         )
 
 

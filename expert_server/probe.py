@@ -19,8 +19,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
-from expert_server.edge import require_same_swarm
 from peer.codec import MAX_CHUNK_BYTES
+from peer.edge import require_same_swarm
 from peer.errors import ExpertError, WireError
 from peer.rates import Traffic
 from peer.wire import probe_pb2, probe_pb2_grpc

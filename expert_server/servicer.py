@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,22 +17,26 @@ from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.batching import Direction, Work
 from expert_server.computing import Result
-from expert_server.edge import parse_uid, require_same_swarm
+from expert_server.edge import parse_uid
 from expert_server.kept import Kept, KeptForwards
 from expert_server.reading import Payload, Reader, Requests
 from expert_server.runtime import Runtime
+from expert_server.seen import SeenRequests
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import CHUNK_BYTES, decode, encode, encoded_bytes
+from peer.edge import require_same_swarm
 from peer.errors import ExpertError, WireError
 from peer.messages import note_failure
 from peer.rates import Rate, Traffic
-from peer.wire import expert_pb2, expert_pb2_grpc
+from peer.sessions import Sessions
+from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
 logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
 
 MAX_EXPERTS_IN_CALL = 4096
+_RIGHTS = {"forward": session_pb2.RIGHT_FORWARD, "backward": session_pb2.RIGHT_BACKWARD}
 _SETTLE_S = 1.0
 """Longest that a call which has failed waits for a caller who does not read."""
 
@@ -76,23 +80,6 @@ class LostPart:
     rows: int
 
 
-class SeenRequests:
-    """The ids of the last backward calls. A pure bounded memory."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._ids: OrderedDict[bytes, None] = OrderedDict()
-
-    def is_new(self, request_id: bytes) -> bool:
-        """Whether the id was not seen before; from now on it was."""
-        if request_id in self._ids:
-            return False
-        self._ids[request_id] = None
-        if len(self._ids) > self._limit:
-            self._ids.popitem(last=False)
-        return True
-
-
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
     """Serves the experts of one runtime to one swarm."""
 
@@ -102,6 +89,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         manifest: Manifest,
         swarm_id: str,
         limits: EdgeLimits,
+        sessions: Sessions,
         traffic: Traffic | None = None,
     ) -> None:
         self.calls = 0
@@ -111,6 +99,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self._manifest = manifest
         self._swarm_id = swarm_id
         self._limits = limits
+        self._sessions = sessions
         self._seen = SeenRequests(limits.remembered_requests)
         self._traffic = traffic or Traffic()
 
@@ -147,8 +136,9 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
             self._limits.max_call_s, remaining if remaining is not None else self._limits.max_call_s
         )
         try:
+            caller = self._sessions.require(context, _RIGHTS[direction]).name
             async with asyncio.timeout(seconds):
-                await self._answer_call(direction, requests, context, time.monotonic() + seconds)
+                await self._answer_call(direction, requests, context, caller, time.monotonic() + seconds)
         except WireError as error:
             await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
         except ExpertError as error:
@@ -157,16 +147,16 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
             await context.abort(StatusCode.DEADLINE_EXCEEDED, f"the call lasted longer than {seconds:.1f} s")
 
     async def _answer_call(
-        self, direction: Direction, requests: Requests, context: Context, deadline: float
+        self, direction: Direction, requests: Requests, context: Context, caller: str, deadline: float
     ) -> None:
         reader = Reader(requests, self._traffic.down)
         header, chunk = await reader.header()
         require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
-        parts = self._check_parts(header, direction)
-        if direction == "backward" and not self._seen.is_new(header.request_id):
+        parts = self._check_parts(header, direction, caller)
+        if direction == "backward" and not self._seen.is_new(caller, header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
 
-        call = _Call(direction, header, deadline, context, self._traffic.up)
+        call = _Call(direction, header, deadline, context, caller, self._traffic.up)
         payload = Payload(reader, chunk)
         answers: list[asyncio.Task[None]] = []
         try:
@@ -196,7 +186,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
             await call.write_error(index, error)
             return
         data = encode(result.tensor.numpy(), call.header.codec)
-        kept = work.keep and self._keep(call.header.request_id, index, work, result)
+        kept = work.keep and self._keep(call, index, work, result)
         await call.write(
             expert_pb2.ExpertReply(
                 index=index,
@@ -213,16 +203,18 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         message = f"the forward pass of expert {part.uid} is kept no more: send its inputs"
         await call.write_error(index, ExpertError(StatusCode.FAILED_PRECONDITION, message))
 
-    def _keep(self, request_id: bytes, index: int, work: Work, result: Result) -> bool:
+    def _keep(self, call: "_Call", index: int, work: Work, result: Result) -> bool:
         if work.uid not in self._runtime.experts:  # given up meanwhile
             return False
         now = time.monotonic()
         kept = Kept(
             work.uid, work.inputs, work.lengths, work.positions, result.graph, now + self._limits.max_call_s
         )
-        return self.kept.put((request_id, index), kept, now)
+        return self.kept.put((call.caller, call.header.request_id, index), kept, now)
 
-    def _check_parts(self, header: expert_pb2.CallHeader, direction: Direction) -> list[Part | LostPart]:
+    def _check_parts(
+        self, header: expert_pb2.CallHeader, direction: Direction, caller: str
+    ) -> list[Part | LostPart]:
         """The header's experts, once every number in them is known to be right. Raises WireError."""
         if len(header.request_id) != 16:
             raise WireError(f"a request id of {len(header.request_id)} bytes; expected 16")
@@ -240,15 +232,15 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
                 StatusCode.RESOURCE_EXHAUSTED,
                 f"a call of {size} bytes; at most {self._limits.max_call_bytes}: send fewer rows at once",
             )
-        return [self._find_part(expert, direction) for expert in header.experts]
+        return [self._find_part(expert, direction, caller) for expert in header.experts]
 
-    def _find_part(self, expert: expert_pb2.ExpertRows, direction: Direction) -> Part | LostPart:
+    def _find_part(self, expert: expert_pb2.ExpertRows, direction: Direction, caller: str) -> Part | LostPart:
         if not expert.kept_request_id:
             return make_part(expert, self._manifest)
         if direction == "forward" or expert.segment_lengths or expert.positions:
             raise WireError("a kept forward pass is named in backward calls, without segments and positions")
         uid = parse_uid(expert.uid, self._manifest)
-        kept = self.kept.take((expert.kept_request_id, expert.kept_index))
+        kept = self.kept.take((caller, expert.kept_request_id, expert.kept_index))
         if kept is None:
             return LostPart(uid, expert.kept_rows)
         if (kept.uid, len(kept.positions)) != (uid, expert.kept_rows):
@@ -293,12 +285,13 @@ class _Call:
         header: expert_pb2.CallHeader,
         deadline: float,
         context: Context,
+        caller: str,
         uploads: Rate,
     ) -> None:
         self.header = header
+        self.caller = caller
         self._direction = direction
         self._deadline = deadline
-        self._caller = context.peer() or ""
         self._context = context
         self._uploads = uploads
         self._ready: deque[tuple[expert_pb2.ExpertReply | None, memoryview]] = deque()
@@ -321,7 +314,7 @@ class _Call:
             lengths=part.lengths,
             positions=part.positions,
             deadline=self._deadline,
-            caller=self._caller,
+            caller=self.caller,
             keep=self.header.keep and self._direction == "forward",
             graph=part.kept.graph if part.kept else None,
         )

@@ -217,6 +217,9 @@ class NodeSettings(RoleSettings):
         description="memory for forward passes kept until their backward call, in bytes",
     )
     max_calls: int = Field(default=64, ge=1, le=10**5, description="calls served at the same time")
+    max_sessions: int = Field(
+        default=4096, ge=1, le=10**6, description="callers that are known at the same time"
+    )
     max_call_s: float = Field(
         default=60.0, gt=0, le=3600, description="longest that a call may last, in seconds"
     )

@@ -9,15 +9,16 @@ from grpc import StatusCode
 from hivemind.p2p import PeerID
 
 from dht.manifest import Manifest
-from dht.records import parse_peer_id
 from dht.uid import UID
-from expert_server.edge import parse_uid, require_same_swarm
+from expert_server.edge import parse_uid
 from expert_server.hints import Hint
 from expert_server.transfer import Snapshot, SnapshotTaker, TransferCounts
+from peer.edge import require_same_swarm
 from peer.errors import ExpertError, StateError, WireError
 from peer.rates import Rate
+from peer.sessions import Sessions
 from peer.snapshots import outgoing, written
-from peer.wire import state_pb2, state_pb2_grpc
+from peer.wire import session_pb2, state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,13 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         counts: TransferCounts,
         follow: Callable[[Hint], int],
         up: Rate,
+        sessions: Sessions,
         *,
         max_transfers: int,
         max_transfer_s: float,
     ) -> None:
         """`follow`: takes a hint, and says how many of its experts will be looked at, from the first on. `up`: how fast
-        states may go.
+        states may go. `sessions`: who may fetch and ask.
         """
         self._snapshots = snapshots
         self._manifest = manifest
@@ -51,6 +53,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         self._counts = counts
         self._follow = follow
         self._up = up
+        self._sessions = sessions
         self._max_transfers = max_transfers
         self._max_transfer_s = max_transfer_s
         self._transfers = 0
@@ -70,8 +73,9 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
 
     async def Ask(self, request: state_pb2.AskRequest, context: AskContext) -> state_pb2.AskReply:
         try:
+            caller = self._sessions.require(context, session_pb2.RIGHT_FETCH).caller
             require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
-            hint = self._hint(request)
+            hint = self._hint(request, caller)
         except WireError as error:
             await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
         except ExpertError as error:
@@ -79,9 +83,9 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         return state_pb2.AskReply(accepted=self._follow(hint))
 
     async def _give(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
+        caller = self._sessions.require(context, session_pb2.RIGHT_FETCH).caller
         require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
         uid = parse_uid(request.uid, self._manifest)
-        caller = parse_peer_id(request.peer_id)
         if request.offset and not request.sha256:
             raise WireError("an offset belongs to a snapshot: give its checksum")
         if self._transfers >= self._max_transfers:
@@ -119,17 +123,16 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
             await written(context.write, reply)
             self._counts.bytes_sent += len(reply.chunk)
 
-    def _hint(self, request: state_pb2.AskRequest) -> Hint:
+    def _hint(self, request: state_pb2.AskRequest, caller: PeerID) -> Hint:
         if not 1 <= len(request.uids) <= MAX_UIDS_IN_ASK:
             raise WireError(f"{len(request.uids)} experts; expected 1 to {MAX_UIDS_IN_ASK}")
-        peer_id = parse_peer_id(request.peer_id)
         uids = tuple(parse_uid(uid, self._manifest) for uid in request.uids)
         match request.reason:
             case state_pb2.ASK_REASON_ADOPT:
-                return Hint(peer_id, uids)
+                return Hint(caller, uids)
             case state_pb2.ASK_REASON_AVERAGE:
                 if len(uids) != 1 or len(request.sha256) != 32 or len(request.base_sha256) != 32:
                     raise WireError("an average is of one expert and two snapshots")
-                return Hint(peer_id, uids, request.sha256, request.base_sha256)
+                return Hint(caller, uids, request.sha256, request.base_sha256)
             case _:
                 raise WireError(f"reason {request.reason} is not known here")

@@ -24,7 +24,9 @@ from expert_server.state_format import Checkpoint, from_bytes, to_bytes
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
 from peer.errors import ExpertError, StateError, TransferError
+from peer.own_sessions import OwnSessions
 from peer.rates import Rate
+from peer.sessions import Metadata
 from peer.snapshots import Incoming, Snapshots, download
 from peer.wire import state_pb2, state_pb2_grpc
 
@@ -137,18 +139,21 @@ class StateClient:
     """Fetches states from the nodes of one swarm, whose certificates it pins. Close it when done."""
 
     def __init__(
-        self, swarm_id: str, manifest: Manifest, peer_id: PeerID, down: Rate, max_transfer_s: float
+        self, swarm_id: str, manifest: Manifest, sessions: OwnSessions, down: Rate, max_transfer_s: float
     ) -> None:
-        """`down`: how fast states may come. `max_transfer_s`: longest that one may take, all attempts together."""
+        """`sessions`: what shows nodes who fetches. `down`: how fast states may come. `max_transfer_s`: longest that
+        one may take, all attempts together.
+        """
         self.counts = TransferCounts()
         self._down = down
         self._swarm_id = swarm_id
-        self._peer_id = peer_id
+        self._sessions = sessions
         self._max_transfer_s = max_transfer_s
         self._max_bytes = largest_state_bytes(manifest)
         self._channels = ChannelPool(_CHANNELS)
 
     async def close(self) -> None:
+        await self._sessions.close()
         await self._channels.close()
 
     async def fetch(self, node: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:
@@ -187,39 +192,46 @@ class StateClient:
         request = state_pb2.AskRequest(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
-            peer_id=self._peer_id.to_bytes(),
             reason=reason,
             uids=map(str, uids),
             sha256=sha256,
             base_sha256=base_sha256,
         )
+        session: Metadata = ()
         try:
-            stub = await self._stub(node)
-            reply = await stub.Ask(request, timeout=_ASK_S)
-        except (grpc.aio.AioRpcError, TransferError) as error:
+            stub, session = await self._stub(node)
+            reply = await stub.Ask(request, timeout=_ASK_S, metadata=session)
+        except (grpc.aio.AioRpcError, TransferError, ExpertError) as error:
+            self._sessions.ended(node.peer_id, session)  # it may be for that; the next time opens another
             logger.debug("%s was asked in vain: %s", node.peer_id, error)
             return 0
         return min(int(reply.accepted), len(uids))
 
-    async def _stub(self, node: NodeInfo) -> Any:
+    async def _stub(self, node: NodeInfo) -> tuple[Any, Metadata]:
+        """With what its calls carry. Raises TransferError, and ExpertError when the node opens no session."""
         if not node.addresses:
             raise TransferError(f"{node.peer_id} has no address")
         channel = await self._channels.get(node.addresses[0], node.certificate_pem)
-        return state_pb2_grpc.StateServiceStub(channel)
+        session = await self._sessions.metadata(node.peer_id, channel, _ASK_S)
+        return state_pb2_grpc.StateServiceStub(channel), session
 
     async def _download(self, node: NodeInfo, uid: UID, sha256: bytes) -> Incoming:
-        stub = await self._stub(node)
+        session: Metadata = ()
 
-        def begin(sha256: bytes, offset: int) -> Any:
+        async def begin(sha256: bytes, offset: int) -> Any:
+            nonlocal session
+            self._sessions.ended(
+                node.peer_id, session
+            )  # of the attempt before, which may have failed for that
+            stub, session = await self._stub(node)
             request = state_pb2.FetchRequest(
                 protocol_version=PROTOCOL_VERSION,
                 swarm_id=self._swarm_id,
                 uid=str(uid),
-                peer_id=self._peer_id.to_bytes(),
                 sha256=sha256,
                 offset=offset,
             )
-            return stub.Fetch(request, timeout=self._max_transfer_s)
+            return stub.Fetch(request, timeout=self._max_transfer_s, metadata=session)
 
         what = f"expert {uid} of {node.peer_id}"
         return await download(begin, self._max_bytes, self._down, self._count_received, what, sha256)

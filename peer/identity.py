@@ -28,7 +28,12 @@ _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
 _KEY_BITS = 2048
 _CERTIFICATE_YEARS = 10
 _SIGNATURE_PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
-_SIGNATURE_DOMAIN = b"talkoot record v1\0"
+RECORD_DOMAIN = b"talkoot record v1\0"
+"""Stands before what is signed, so that a signature of one kind is none of another. So do the following."""
+SESSION_DOMAIN = b"talkoot session v1\0"
+GRANT_DOMAIN = b"talkoot grant v1\0"
+_EXPONENT = 65537
+"""Of all RSA keys that libp2p makes. With a large one, checking a signature takes as long as making it."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ class Identity:
         public_key = _public_bytes(key.public_key())
         return cls(key, path, peer_id_of(public_key), public_key)
 
-    def sign(self, data: bytes) -> bytes:
-        """RSA-PSS with SHA-256 over the data, in this project's domain."""
-        return self.key.sign(_SIGNATURE_DOMAIN + data, _SIGNATURE_PADDING, hashes.SHA256())
+    def sign(self, data: bytes, domain: bytes = RECORD_DOMAIN) -> bytes:
+        """RSA-PSS with SHA-256 over the domain and the data."""
+        return self.key.sign(domain + data, _SIGNATURE_PADDING, hashes.SHA256())
 
     def private_key_pem(self) -> bytes:
         return self.key.private_bytes(
@@ -93,16 +98,18 @@ def peer_id_of(public_key: bytes) -> PeerID:
     return PeerID(b"\x12\x20" + digest.finalize())
 
 
-def verify(public_key: bytes, data: bytes, signature: bytes) -> None:
-    """Raises RecordError unless `signature` is the key's over `data`."""
+def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = RECORD_DOMAIN) -> None:
+    """Raises RecordError unless `signature` is the key's over `data`, in this domain."""
     try:
         key = serialization.load_der_public_key(public_key)
     except _NO_KEY as error:
         raise RecordError("the record carries no public key") from error
     if not isinstance(key, rsa.RSAPublicKey) or not 2048 <= key.key_size <= 4096:
         raise RecordError("the record's key is no RSA key of 2048 to 4096 bits")
+    if key.public_numbers().e != _EXPONENT:
+        raise RecordError(f"the record's key has another exponent than {_EXPONENT}")
     try:
-        key.verify(signature, _SIGNATURE_DOMAIN + data, _SIGNATURE_PADDING, hashes.SHA256())
+        key.verify(signature, domain + data, _SIGNATURE_PADDING, hashes.SHA256())
     except InvalidSignature:
         raise RecordError("the record's signature is wrong") from None
 

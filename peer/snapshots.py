@@ -6,14 +6,14 @@ Whoever was cut off goes on where it was, as long as the other keeps the snapsho
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 from grpc import StatusCode
 
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
-from peer.errors import StateError, TransferError
+from peer.errors import ExpertError, StateError, TransferError
 from peer.rates import Rate
 from peer.wire import state_pb2
 
@@ -128,8 +128,9 @@ class Incoming:
         return self.header, bytes(self._data)
 
 
-Begin = Callable[[bytes, int], Any]
-"""Starts the call that gives the snapshot with this checksum (empty: as it is now), from this offset on."""
+Begin = Callable[[bytes, int], Awaitable[Any]]
+"""Starts the call that gives the snapshot with this checksum (empty: as it is now), from this offset on. May raise
+ExpertError, such as when the other opens no session."""
 
 
 async def download(
@@ -146,12 +147,13 @@ async def download(
         try:
             await _receive(begin, incoming, down, what, sha256)
             reason = "the stream ended early"
-        except grpc.aio.AioRpcError as error:
-            reason = f"{error.code().name}: {error.details()}"
-            busy += error.code() is StatusCode.RESOURCE_EXHAUSTED
-            if error.code() is StatusCode.FAILED_PRECONDITION and incoming.header and not sha256:
+        except (grpc.aio.AioRpcError, ExpertError) as error:
+            status = error.status if isinstance(error, ExpertError) else error.code()
+            reason = f"{status.name}: {error if isinstance(error, ExpertError) else error.details()}"
+            busy += status is StatusCode.RESOURCE_EXHAUSTED
+            if status is StatusCode.FAILED_PRECONDITION and incoming.header and not sha256:
                 incoming = Incoming(max_bytes, count)  # the snapshot is gone, as after a restart: begin anew
-            elif error.code() not in _PASSING:
+            elif status not in _PASSING:
                 raise TransferError(f"{what} was not given: {reason}", True) from error
         if incoming.is_whole:
             return incoming
@@ -162,7 +164,7 @@ async def download(
 
 
 async def _receive(begin: Begin, incoming: Incoming, down: Rate, what: str, sha256: bytes) -> None:
-    call = begin(incoming.header.sha256 if incoming.header is not None else sha256, incoming.offset)
+    call = await begin(incoming.header.sha256 if incoming.header is not None else sha256, incoming.offset)
     try:
         await receive(call, incoming, down, sha256)
     except TimeoutError:
@@ -206,6 +208,7 @@ async def written(write: Callable[[Any], Any], message: Any) -> None:
 
 
 _PASSING = {
+    StatusCode.UNAUTHENTICATED,  # the session had ended: the next attempt opens another
     StatusCode.UNAVAILABLE,
     StatusCode.RESOURCE_EXHAUSTED,
     StatusCode.DEADLINE_EXCEEDED,

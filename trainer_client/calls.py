@@ -21,6 +21,8 @@ from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
 from peer.codec import MAX_CHUNK_BYTES, Floats, chunks, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
+from peer.own_sessions import OwnSessions
+from peer.sessions import Metadata
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 Direction: TypeAlias = Literal["forward", "backward"]
@@ -29,6 +31,8 @@ Stream: TypeAlias = "grpc.aio.StreamStreamCall[expert_pb2.CallRequest, expert_pb
 
 _STATUS = {status.value[0]: status for status in StatusCode}
 
+_SESSION_ENDED = {StatusCode.UNAUTHENTICATED, StatusCode.UNAVAILABLE}
+"""What a call meets when its session has ended; the latter where that came while it was being sent: see _call_error."""
 _BUSY_S = 1.0
 """How long a node is left alone that refused a whole call as too much; only experts give a time."""
 
@@ -97,11 +101,14 @@ class GrpcCaller:
         swarm_id: str,
         width: int,
         codec: "expert_pb2.Codec" = expert_pb2.CODEC_FP32,
+        sessions: OwnSessions | None = None,
     ) -> None:
+        """`sessions`: what shows nodes who calls; None for nodes that ask nobody."""
         self._channels = channels
         self._swarm_id = swarm_id
         self._width = width
         self._codec = codec
+        self._sessions = sessions
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -128,10 +135,44 @@ class GrpcCaller:
     ) -> AsyncGenerator[Answer, None]:
         if not node.addresses:
             raise ExpertError(StatusCode.UNAVAILABLE, f"node {node.peer_id} gives no address")
+        ends = time.monotonic() + deadline_s
         channel = await self._channels.get(node.addresses[0], node.certificate_pem)
+        for may_repeat in (True, False):
+            session = await self._session(node, channel, ends - time.monotonic())
+            left = max(ends - time.monotonic(), 0.001)
+            try:
+                async with contextlib.aclosing(
+                    self._call_in(session, channel, node, direction, requests, left)
+                ) as answers:
+                    async for answer in answers:
+                        yield answer
+                return
+            except ExpertError as error:
+                if self._sessions is None or session is None or error.status not in _SESSION_ENDED:
+                    raise
+                self._sessions.ended(node.peer_id, session)
+                if error.status is not StatusCode.UNAUTHENTICATED or not may_repeat:
+                    raise  # else nothing was done yet
+
+    async def _session(self, node: NodeInfo, channel: grpc.aio.Channel, deadline_s: float) -> Metadata | None:
+        """Costs a round trip with each node once. Raises ExpertError."""
+        if self._sessions is None:
+            return None
+        known = self._sessions.known(node.peer_id)
+        return known or await self._sessions.metadata(node.peer_id, channel, deadline_s)
+
+    async def _call_in(
+        self,
+        session: Metadata | None,
+        channel: grpc.aio.Channel,
+        node: NodeInfo,
+        direction: Direction,
+        requests: Sequence[Request],
+        deadline_s: float,
+    ) -> AsyncGenerator[Answer, None]:
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
         method = stub.Forward if direction == "forward" else stub.Backward
-        stream: Stream = method(timeout=deadline_s)
+        stream: Stream = method(timeout=deadline_s, metadata=session)
         request_id = secrets.token_bytes(16)
         try:
             await self._send(stream, request_id, requests)

@@ -20,7 +20,9 @@ from peer.codec import codec_of
 from peer.errors import SwarmError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.own_sessions import OwnSessions
 from peer.processes import StateFolder
+from peer.wire import session_pb2
 from trainer_client.announcing import Presence
 from trainer_client.calls import ExpertCaller, GrpcCaller
 from trainer_client.dispatch import Dispatcher
@@ -30,6 +32,7 @@ from trainer_client.record import Progress
 from trainer_client.settings import TrainerSettings
 from trainer_client.waiting import WaitPolicy
 
+_RIGHTS = (session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_BACKWARD)
 _LOOK_AGAIN_S = 0.5
 _CHECK_EVERY_S = 10.0
 """Time between two looks whether this trainer still knows anybody in its swarm."""
@@ -54,6 +57,7 @@ class SwarmClient:
         self._loop = LoopThread()
         self._swarm: Swarm | None = None
         self._channels = ChannelPool()
+        self._sessions: OwnSessions | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._presence: Presence | None = None
         try:
@@ -162,8 +166,13 @@ class SwarmClient:
             asyncio.create_task(self._swarm.membership.keep(_CHECK_EVERY_S)),
         ]
         manifest = self._swarm.manifest
+        self._sessions = OwnSessions(identity, invite.keys.swarm_id, _RIGHTS)
         caller = GrpcCaller(
-            self._channels, invite.keys.swarm_id, manifest.model.hidden, codec_of(manifest.wire.codec)
+            self._channels,
+            invite.keys.swarm_id,
+            manifest.model.hidden,
+            codec_of(manifest.wire.codec),
+            self._sessions,
         )
         policy = WaitPolicy(
             settings.call_deadline_s,
@@ -195,6 +204,8 @@ class SwarmClient:
             await self.dispatcher.close()
         if self._presence is not None:
             await self._presence.close()
+        if self._sessions is not None:
+            await self._sessions.close()
         await self._channels.close()
         if self._swarm is not None:
             await self._swarm.stop()

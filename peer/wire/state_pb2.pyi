@@ -17,20 +17,18 @@ ASK_REASON_AVERAGE: AskReason
 ASK_REASON_ADOPT: AskReason
 
 class FetchRequest(_message.Message):
-    __slots__ = ("protocol_version", "swarm_id", "uid", "peer_id", "sha256", "offset")
+    __slots__ = ("protocol_version", "swarm_id", "uid", "sha256", "offset")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SWARM_ID_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
-    PEER_ID_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     swarm_id: str
     uid: str
-    peer_id: bytes
     sha256: bytes
     offset: int
-    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., uid: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., sha256: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., uid: _Optional[str] = ..., sha256: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class FetchReply(_message.Message):
     __slots__ = ("header", "chunk")
@@ -53,22 +51,20 @@ class StateHeader(_message.Message):
     def __init__(self, update_count: _Optional[int] = ..., total_bytes: _Optional[int] = ..., sha256: _Optional[bytes] = ..., met_update_count: _Optional[int] = ...) -> None: ...
 
 class AskRequest(_message.Message):
-    __slots__ = ("protocol_version", "swarm_id", "peer_id", "reason", "uids", "sha256", "base_sha256")
+    __slots__ = ("protocol_version", "swarm_id", "reason", "uids", "sha256", "base_sha256")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SWARM_ID_FIELD_NUMBER: _ClassVar[int]
-    PEER_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     UIDS_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     BASE_SHA256_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     swarm_id: str
-    peer_id: bytes
     reason: AskReason
     uids: _containers.RepeatedScalarFieldContainer[str]
     sha256: bytes
     base_sha256: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., reason: _Optional[_Union[AskReason, str]] = ..., uids: _Optional[_Iterable[str]] = ..., sha256: _Optional[bytes] = ..., base_sha256: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., reason: _Optional[_Union[AskReason, str]] = ..., uids: _Optional[_Iterable[str]] = ..., sha256: _Optional[bytes] = ..., base_sha256: _Optional[bytes] = ...) -> None: ...
 
 class AskReply(_message.Message):
     __slots__ = ("accepted",)

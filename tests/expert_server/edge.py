@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from callers import InSession, opened
 from grpc import StatusCode
 from torch import Tensor
 
@@ -27,7 +28,8 @@ from peer.channels import CLIENT_OPTIONS, SERVER_OPTIONS, server_credentials
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
-from peer.wire import expert_pb2, expert_pb2_grpc
+from peer.sessions import Metadata, Sessions, SessionServicer
+from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2_grpc
 
 HIDDEN, CONTEXT = 16, 16
 SWARM = "sauna-abcdefghijkl"
@@ -64,10 +66,16 @@ class Edge:
     address: str
     pem: bytes
     channel: grpc.aio.Channel
+    sessions: Sessions
+    session: Metadata
+    """What calls of the client carry."""
 
     @property
     def stub(self) -> Any:
-        return expert_pb2_grpc.ExpertServiceStub(self.channel)  # grpc's plugin writes no types
+        return self.stub_on(self.channel)
+
+    def stub_on(self, channel: Any) -> Any:
+        return InSession(expert_pb2_grpc.ExpertServiceStub(channel), self.session)
 
     def updates(self) -> int:
         return sum(expert.update_count for expert in self.runtime.experts.values())
@@ -85,14 +93,17 @@ async def serving(
     await runtime.start()
     certificate = identity.make_certificate()
     server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=64)
-    servicer = ExpertServicer(runtime, MANIFEST, SWARM, EdgeLimits(max_call_bytes, max_call_s))
+    sessions = Sessions(SWARM, identity.peer_id)
+    servicer = ExpertServicer(runtime, MANIFEST, SWARM, EdgeLimits(max_call_bytes, max_call_s), sessions)
+    session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
     await server.start()
     address, pem = f"127.0.0.1:{port}", certificate_pem(certificate, identity.peer_id)
     try:
         async with open_channel(address, pem) as channel:
-            yield Edge(runtime, address, pem, channel)
+            session = opened(sessions, identity, SWARM)
+            yield Edge(runtime, address, pem, channel, sessions, session)
     finally:
         await server.stop(None)
         await runtime.stop()
@@ -214,7 +225,7 @@ def exchange_now(
 
     replies = []
     with open_blocking_channel(edge.address, edge.pem) as channel:
-        stub = expert_pb2_grpc.ExpertServiceStub(channel)
+        stub = edge.stub_on(channel)
         stream = (stub.Forward if direction == "forward" else stub.Backward)(sent(), timeout=timeout_s)
         try:
             for reply in stream:

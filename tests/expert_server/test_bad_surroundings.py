@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from callers import a_caller
 from node_process import NodeProcess, found_by_a_trainer, started
 from village import LOCAL, MANIFEST, UIDS, Village, eventually
 
@@ -68,7 +69,7 @@ async def training(node: NodeProcess, folder: Path) -> AsyncIterator[Trainer]:
     async with found_by_a_trainer(node, folder) as (info, _, swarm_id):
         channels = ChannelPool()
         try:
-            yield Trainer(info, GrpcCaller(channels, swarm_id, HIDDEN))
+            yield Trainer(info, GrpcCaller(channels, swarm_id, HIDDEN, sessions=a_caller(swarm_id)))
         finally:
             await channels.close()
 

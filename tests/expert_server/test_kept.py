@@ -18,8 +18,8 @@ def a_forward(graph_bytes: int | None = 100, expires_at: float = 60.0) -> Kept:
     return Kept(AN_UID, inputs, torch.tensor([1]), torch.tensor([0]), graph, expires_at)
 
 
-def key(number: int) -> tuple[bytes, int]:
-    return number.to_bytes(16, "big"), 0
+def key(number: int, caller: str = "QmA") -> tuple[str, bytes, int]:
+    return caller, number.to_bytes(16, "big"), 0
 
 
 def test_a_forward_is_handed_over_once() -> None:
@@ -34,7 +34,9 @@ def test_another_caller_cannot_take_it() -> None:
     store = KeptForwards(1000)
     store.put(key(1), a_forward(), now=0.0)
     assert store.take(key(2)) is None
-    assert store.take((key(1)[0], 1)) is None
+    assert store.take((*key(1)[:2], 1)) is None
+    assert store.take(key(1, "QmB")) is None
+    assert store.take(key(1)) is not None
 
 
 def test_when_full_the_oldest_graph_goes_first_and_its_inputs_stay() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from callers import InSession, opened
 from village import MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
 
 from dht.swarm import Swarm
@@ -104,7 +105,8 @@ def test_a_limited_node_takes_its_time_and_lets_short_calls_through(play: Play, 
         pem = (await node.swarm.registry.nodes([node.swarm.host.peer_id])).popitem()[1].certificate_pem
         pool = ChannelPool()
         village.stack.push_async_callback(pool.close)
-        stub: Any = expert_pb2_grpc.ExpertServiceStub(await pool.get(node.address, pem))
+        session = opened(node.sessions, node.swarm.host.identity, node.swarm.keys.swarm_id)
+        stub = InSession(expert_pb2_grpc.ExpertServiceStub(await pool.get(node.address, pem)), session)
         await forward(stub, node.swarm, uid, 1)
         long = asyncio.create_task(forward(stub, node.swarm, uid, 1024))
         spent = node.traffic.up if direction == "upload_mbit" else node.traffic.down

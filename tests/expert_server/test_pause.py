@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from callers import InSession, opened
 from grpc import StatusCode
 from hivemind.p2p import PeerID
 from village import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, make_identities, playing, serving
@@ -78,7 +79,9 @@ async def record_of(node: Node, observer: Swarm) -> NodeInfo:
 async def call(swarm: Swarm, node: Node, uid: UID, pool: ChannelPool, *, keep: bool = False) -> Any:
     """A forward call as a trainer makes it. Gives the first reply."""
     info = await record_of(node, swarm)
-    stub: Any = expert_pb2_grpc.ExpertServiceStub(await pool.get(info.addresses[0], info.certificate_pem))
+    channel = await pool.get(info.addresses[0], info.certificate_pem)
+    session = opened(node.sessions, node.swarm.host.identity, swarm.keys.swarm_id)
+    stub = InSession(expert_pb2_grpc.ExpertServiceStub(channel), session)
     rows = expert_pb2.ExpertRows(uid=str(uid), segment_lengths=[5], positions=range(5))
     header = expert_pb2.CallHeader(
         protocol_version=PROTOCOL_VERSION,

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -70,7 +71,7 @@ def test_a_caller_that_pins_another_certificate_does_not_call(run: Runner, ident
     async def scenario(edge: Edge) -> None:
         # of the same key even: certificates are pinned whole
         other = certificate_pem(identity.make_certificate(), identity.peer_id)
-        outcome = await make(Edge(edge.runtime, edge.address, other, edge.channel), Call(), timeout_s=5)
+        outcome = await make(replace(edge, pem=other), Call(), timeout_s=5)
         assert outcome.code is StatusCode.UNAVAILABLE
         assert edge.runtime.stats.rows == 0
         await check_it_goes_on(edge)
@@ -88,7 +89,7 @@ def test_messages_that_are_no_protobuf_are_refused(
             for name in ("Forward", "Backward"):
                 method: Any = edge.channel.stream_stream(f"/talkoot.v1.ExpertService/{name}")
                 for size in (1, 10, 1000):
-                    stream = method(timeout=10)
+                    stream = method(timeout=10, metadata=edge.session)
                     await stream.write(b"\xff" + rng.randbytes(size))
                     await stream.done_writing()
                     assert await stream.code() is not StatusCode.OK

@@ -27,6 +27,7 @@ from edge import (
     running,
 )
 from grpc import StatusCode
+from hivemind.p2p import PeerID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +39,7 @@ from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError, WireError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.sessions import Sessions
 from peer.wire import expert_pb2
 
 
@@ -264,7 +266,8 @@ def test_a_header_is_right_or_refused_with_an_error_of_the_edge(
     header: expert_pb2.CallHeader, direction: Direction
 ) -> None:
     runtime = Runtime({}, max_queued_rows=1, max_batch_rows=1, threads=1)
-    servicer = ExpertServicer(runtime, MANIFEST, SWARM, EdgeLimits(max_call_bytes=800, max_call_s=1))
+    limits, sessions = EdgeLimits(max_call_bytes=800, max_call_s=1), Sessions(SWARM, PeerID(bytes(34)))
+    servicer = ExpertServicer(runtime, MANIFEST, SWARM, limits, sessions)
     size = 4 * HIDDEN * sum(len(rows.positions) for rows in header.experts) * (1 + (direction == "backward"))
     right = (
         (len(header.request_id), header.width) == (16, HIDDEN)
@@ -273,8 +276,8 @@ def test_a_header_is_right_or_refused_with_an_error_of_the_edge(
         and all(map(is_right, header.experts))
     )
     if right:
-        parts = servicer._check_parts(header, direction)
+        parts = servicer._check_parts(header, direction, "QmA")
         assert [str(part.uid) for part in parts] == [rows.uid for rows in header.experts]
     else:
         with pytest.raises((WireError, ExpertError)):
-            servicer._check_parts(header, direction)
+            servicer._check_parts(header, direction, "QmA")

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -33,11 +32,11 @@ from hypothesis import strategies as st
 
 from expert_server.expert import Expert
 from expert_server.reading import Reader
-from expert_server.servicer import SeenRequests
+from expert_server.seen import SeenRequests
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rates import Rate
-from peer.wire import expert_pb2, expert_pb2_grpc
+from peer.wire import expert_pb2
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +131,7 @@ def test_a_repeated_forward_call_is_answered_again(run: Runner) -> None:
 def test_the_memory_of_requests_is_bounded_and_forgets_the_oldest(ids: list[int], limit: int) -> None:
     seen, remembered = SeenRequests(limit), list[int]()
     for number in ids:
-        assert seen.is_new(bytes([number])) is (number not in remembered)
+        assert seen.is_new("QmA", bytes([number])) is (number not in remembered)
         if number not in remembered:
             remembered = [*remembered, number][-limit:]
 
@@ -147,8 +146,7 @@ def test_a_call_that_is_given_up_leaves_nothing_queued(run: Runner, way: str) ->
         blocked = asyncio.create_task(edge.runtime.run(release.wait))
         try:
             async with open_channel(edge.address, edge.pem) as channel:
-                stub: Any = expert_pb2_grpc.ExpertServiceStub(channel)
-                stream = stub.Backward(timeout=30)
+                stream = edge.stub_on(channel).Backward(timeout=30)
                 for request in Call("backward", [FIRST, SECOND, THIRD]).requests:
                     await stream.write(request)
                 # the first may be on its way to the compute thread, the others wait

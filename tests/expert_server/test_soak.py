@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from callers import a_caller
 from node_process import NodeProcess, found_by_a_trainer, started
 from troublemakers import Troublemakers
 from village import eventually
@@ -149,7 +150,9 @@ class Siege:
     def __init__(self, node: NodeProcess, info: NodeInfo, manifest: Manifest, swarm_id: str) -> None:
         self._channels = ChannelPool()
         self._node, self._info, self._manifest, self._swarm_id = node, info, manifest, swarm_id
-        self._right = RightCaller(info, GrpcCaller(self._channels, swarm_id, HIDDEN), manifest)
+        self._right = RightCaller(
+            info, GrpcCaller(self._channels, swarm_id, HIDDEN, sessions=a_caller(swarm_id)), manifest
+        )
         self._rounds = 0
 
     async def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from callers import InSession, a_caller
 from checkpoint_samples import AN_UID, MANIFEST, OTHER_UID, assert_same, make_expert, step
 from grpc import StatusCode
 
@@ -29,8 +30,9 @@ from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.meetings import Meetings
 from peer.rates import BURST_S, Rate
+from peer.sessions import Sessions, SessionServicer
 from peer.snapshots import Snapshots
-from peer.wire import state_pb2, state_pb2_grpc
+from peer.wire import session_pb2_grpc, state_pb2, state_pb2_grpc
 
 SWARM = "sauna-QmFounder"
 CHUNK = 1000
@@ -52,11 +54,13 @@ class Street:
     certificate: bytes
     client: StateClient
     down: Rate
+    sessions: Sessions
     port: int = 0
     hints: list[Hint] = field(default_factory=list)
 
     async def serve(self, servicer: Any) -> grpc.aio.Server:
         server = grpc.aio.server(options=SERVER_OPTIONS)
+        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.sessions), server)
         state_pb2_grpc.add_StateServiceServicer_to_server(servicer, server)
         credentials = server_credentials(self.identity, self.certificate)
         self.port = server.add_secure_port(f"127.0.0.1:{self.port}", credentials)
@@ -78,11 +82,14 @@ class Street:
             meetings.note(AN_UID, self.identity.peer_id, update_count)
         taker = SnapshotTaker(runtime, Snapshots(limit, 60), SWARM, meetings.of)
         servicer = StateServicer(
-            taker, MANIFEST, SWARM, self.client.counts, self.follow, up or Rate(None),
+            taker, MANIFEST, SWARM, self.client.counts, self.follow, up or Rate(None), self.sessions,
             max_transfers=max_transfers, max_transfer_s=30,
         )  # fmt: skip
         await self.serve(servicer)
         return runtime
+
+    async def stub(self) -> InSession:
+        return InSession(*await self.client._stub(self.node))
 
     def follow(self, hint: Hint) -> int:
         self.hints.append(hint)
@@ -109,9 +116,10 @@ def play(loop: LoopThread, identity: Identity, monkeypatch: pytest.MonkeyPatch) 
         async def with_street() -> None:
             async with contextlib.AsyncExitStack() as stack:
                 down = Rate(None)
-                client = StateClient(SWARM, MANIFEST, identity.peer_id, down, max_transfer_s=20)
+                client = StateClient(SWARM, MANIFEST, a_caller(SWARM, identity), down, max_transfer_s=20)
                 stack.push_async_callback(client.close)
-                await scenario(Street(identity, stack, identity.make_certificate(), client, down))
+                sessions = Sessions(SWARM, identity.peer_id)
+                await scenario(Street(identity, stack, identity.make_certificate(), client, down, sessions))
 
         loop.run(with_street(), 60)
 
@@ -337,11 +345,8 @@ def test_only_so_many_fetch_at_once(play: Callable[[Scenario], None]) -> None:
         await street.host(make_expert(3), max_transfers=1)
         fetches = [street.client.fetch(street.node, AN_UID) for _ in range(3)]
         assert {f.checkpoint.update_count for f in await asyncio.gather(*fetches)} == {3}
-        stub = await street.client._stub(street.node)
-        request = state_pb2.FetchRequest(
-            protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, uid=str(AN_UID),
-            peer_id=street.identity.peer_id.to_bytes(),
-        )  # fmt: skip
+        stub = await street.stub()
+        request = state_pb2.FetchRequest(protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, uid=str(AN_UID))
         holding = stub.Fetch(request)
         await holding.read()  # the server is in the middle of it as long as this one reads no further
         calls = [stub.Fetch(request) for _ in range(4)]
@@ -363,7 +368,6 @@ REFUSED: dict[str, tuple[dict[str, Any], StatusCode]] = {
     "swarm": ({"swarm_id": "banya"}, StatusCode.FAILED_PRECONDITION),
     "uid": ({"uid": "../etc/passwd"}, StatusCode.INVALID_ARGUMENT),
     "off the grid": ({"uid": "7.0.0"}, StatusCode.INVALID_ARGUMENT),
-    "peer": ({"peer_id": b"me"}, StatusCode.INVALID_ARGUMENT),
     "offset without a snapshot": ({"offset": 5}, StatusCode.INVALID_ARGUMENT),
     "unknown snapshot": ({"sha256": bytes(32)}, StatusCode.FAILED_PRECONDITION),
 }
@@ -375,10 +379,9 @@ def test_a_wrong_request_is_refused(
 ) -> None:
     async def scenario(street: Street) -> None:
         await street.host(make_expert(1))
-        stub = await street.client._stub(street.node)
-        right = {
-            "protocol_version": PROTOCOL_VERSION, "swarm_id": SWARM, "uid": str(AN_UID),
-            "peer_id": street.identity.peer_id.to_bytes(),
+        stub = await street.stub()
+        right: dict[str, Any] = {
+            "protocol_version": PROTOCOL_VERSION, "swarm_id": SWARM, "uid": str(AN_UID)
         }  # fmt: skip
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_all(stub.Fetch(state_pb2.FetchRequest(**right | changes)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import torch
+from callers import a_caller
 from grpc import StatusCode
 
 from dht.manifest import Manifest
@@ -17,6 +18,7 @@ from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.channels import CLIENT_OPTIONS
 from peer.codec import CHUNK_BYTES
+from peer.sessions import Metadata
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 WRONG = (StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION)
@@ -38,6 +40,9 @@ class Troublemakers:
         self._rng = random.Random(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._channel = self._open()
+        self._peer_id = node.peer_id
+        self._sessions = a_caller(swarm_id)
+        self._session: Metadata = ()
 
     async def trouble(self, seconds: float, callers: int, misdeeds: Sequence[str] = ()) -> None:
         """All misdeeds, or those named, in turn, from so many callers at once."""
@@ -52,6 +57,7 @@ class Troublemakers:
             "send garbage": self.send_garbage,
         }
         ends = asyncio.get_running_loop().time() + seconds
+        self._session = await self._sessions.metadata(self._peer_id, self._channel, 10.0)
 
         async def misbehave(first: int) -> None:
             names = list(misdeeds or ways)
@@ -146,7 +152,7 @@ class Troublemakers:
 
     def _call(self, method: str, timeout: float = 30.0, channel: grpc.aio.Channel | None = None) -> Any:
         stub = expert_pb2_grpc.ExpertServiceStub(channel or self._channel)
-        return getattr(stub, method)(timeout=timeout)  # grpc's plugin writes no types
+        return getattr(stub, method)(timeout=timeout, metadata=self._session)  # grpc's plugin writes no types
 
     async def _exchange(self, stream: Any, requests: Sequence[expert_pb2.CallRequest]) -> StatusCode:
         """Sends all, reads all, and gives the status."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from callers import a_caller
 from grpc import StatusCode
 
 from dht.manifest import Manifest
@@ -58,7 +59,9 @@ def test_others_find_and_call_a_node_where_it_says_that_it_is(loop: LoopThread, 
         try:
             found = (await observer.registry.nodes([swarm.host.peer_id]))[swarm.host.peer_id]
             assert found.addresses == (f"{LOCAL}:{calls.port}",)
-            caller = GrpcCaller(channels, invite.keys.swarm_id, 8)
+            caller = GrpcCaller(
+                channels, invite.keys.swarm_id, 8, sessions=a_caller(invite.keys.swarm_id, identities[1])
+            )
             rows = np.ones((2, 8), np.float32)
             request = Request(MANIFEST.uids()[0], [2], [0, 1], rows, None)
             (answer,) = [a async for a in caller.call(found, "forward", [request], 30.0)]

@@ -17,7 +17,8 @@ from expert_server.servicer import EdgeLimits, ExpertServicer
 from peer.channels import SERVER_OPTIONS, server_credentials
 from peer.codec import Floats
 from peer.identity import Identity, certificate_pem
-from peer.wire import expert_pb2_grpc
+from peer.sessions import Sessions, SessionServicer
+from peer.wire import expert_pb2_grpc, session_pb2_grpc
 from trainer_client.calls import Answer, Direction, GrpcCaller, Request
 
 HIDDEN, ROWS = 16, 6
@@ -49,9 +50,11 @@ async def a_node(path: Path, max_kept_bytes: int) -> AsyncIterator[tuple[NodeInf
     await runtime.start()
     server = grpc.aio.server(options=SERVER_OPTIONS)
     limits = EdgeLimits(max_call_bytes=2**20, max_call_s=30.0, max_kept_bytes=max_kept_bytes)
+    sessions = Sessions("kept-swarm", identity.peer_id)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(
-        ExpertServicer(runtime, MANIFEST, "kept-swarm", limits), server
+        ExpertServicer(runtime, MANIFEST, "kept-swarm", limits, sessions), server
     )
+    session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
     await server.start()
     pem = certificate_pem(certificate, identity.peer_id)

@@ -5,6 +5,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from callers import a_caller
 from real_node import GENEROUS, HIDDEN, ROWS, UIDS, a_node, ask, request, rows
 
 from dht.manifest import Manifest, WireSpec
@@ -23,7 +24,7 @@ async def out_and_back(path: Path, codec: CodecName) -> tuple[list[Floats], int]
     """What both experts answer, forward and backward, and the bytes that went both ways."""
     channels = ChannelPool()
     async with a_node(path, GENEROUS) as (node, runtime):
-        caller = GrpcCaller(channels, "kept-swarm", HIDDEN, codec_of(codec))
+        caller = GrpcCaller(channels, "kept-swarm", HIDDEN, codec_of(codec), a_caller("kept-swarm"))
         forward = await ask(caller, node, "forward", *(request(uid, keep=True) for uid in UIDS))
         requests = [request(uid, rows(2 + i), answer=forward[i]) for i, uid in enumerate(UIDS)]
         backward = await ask(caller, node, "backward", *requests)
@@ -57,7 +58,7 @@ def test_a_gradient_that_is_not_finite_is_refused_by_the_node_in_every_codec(
         channels = ChannelPool()
         async with a_node(tmp_path, GENEROUS) as (node, runtime):
             try:
-                caller = GrpcCaller(channels, "kept-swarm", HIDDEN, codec_of(codec))
+                caller = GrpcCaller(channels, "kept-swarm", HIDDEN, codec_of(codec), a_caller("kept-swarm"))
                 await ask(caller, node, "backward", request(UIDS[0], gradients))
             finally:
                 await channels.close()

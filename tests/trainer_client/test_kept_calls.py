@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from callers import a_caller
 from real_node import GENEROUS, HIDDEN, ROWS, UIDS, a_node, ask, request, rows
 
 from peer.channels import ChannelPool
@@ -16,7 +17,7 @@ async def forward_and_backward(path: Path, keep: bool, max_kept_bytes: int) -> t
     """The gradients of the inputs of both experts, and the payload bytes of the backward call."""
     channels = ChannelPool()
     async with a_node(path, max_kept_bytes) as (node, _):
-        caller = GrpcCaller(channels, "kept-swarm", HIDDEN)
+        caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
         answers = await ask(caller, node, "forward", *(request(uid, keep=keep) for uid in UIDS))
         sent = caller.bytes_sent
         requests = [request(uid, rows(2 + i), answer=answers[i]) for i, uid in enumerate(UIDS)]
@@ -63,7 +64,7 @@ def test_what_is_kept_is_handed_over_once(loop: LoopThread, tmp_path: Path) -> N
     async def scenario() -> tuple[int, int]:
         channels = ChannelPool()
         async with a_node(tmp_path, GENEROUS) as (node, runtime):
-            caller = GrpcCaller(channels, "kept-swarm", HIDDEN)
+            caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
             answers = await ask(caller, node, "forward", request(UIDS[0], keep=True))
             sent = []
             for _ in range(2):
@@ -83,7 +84,7 @@ def test_another_experts_kept_inputs_are_refused(loop: LoopThread, tmp_path: Pat
     async def scenario() -> None:
         channels = ChannelPool()
         async with a_node(tmp_path, GENEROUS) as (node, _):
-            caller = GrpcCaller(channels, "kept-swarm", HIDDEN)
+            caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
             answers = await ask(caller, node, "forward", request(UIDS[0], keep=True))
             try:
                 await ask(caller, node, "backward", request(UIDS[1], rows(2), answer=answers[0]))
