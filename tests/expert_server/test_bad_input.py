@@ -235,7 +235,7 @@ def test_no_bytes_as_messages_stop_the_node_or_spoil_an_expert(
     for index, way, at, byte in changes:
         sent[index] = spoil(sent[index], way, at, byte)
     updates = edge.updates()
-    code = call_with_bytes(fuzzed.channel, direction, [sent[index] for index in order])
+    code = call_with_bytes(fuzzed, direction, [sent[index] for index in order])
     assert code in FUZZED_CODES, code
     loop.run(fuzzed.quiet(), 60)
     assert edge.updates() - updates <= (2 if direction == "backward" else 0)
@@ -254,9 +254,9 @@ FUZZED_CODES = {
 }
 
 
-def call_with_bytes(channel: grpc.Channel, direction: Direction, sent: Sequence[bytes]) -> StatusCode:
-    method: Any = channel.stream_stream(f"/talkoot.v1.ExpertService/{direction.capitalize()}")
-    stream = method(iter(sent), timeout=20)
+def call_with_bytes(fuzzed: Fuzzed, direction: Direction, sent: Sequence[bytes]) -> StatusCode:
+    method: Any = fuzzed.channel.stream_stream(f"/talkoot.v1.ExpertService/{direction.capitalize()}")
+    stream = method(iter(sent), timeout=20, metadata=fuzzed.edge.session)
     with contextlib.suppress(grpc.RpcError):
         list(stream)
     code: StatusCode = stream.code()
