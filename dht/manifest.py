@@ -1,5 +1,6 @@
 """The manifest: the description of the model that every peer of a swarm shares, signed by its author."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -184,11 +185,14 @@ class Manifest(_Part):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise SwarmError(
-                f"the swarm's manifest is not valid: {describe_validation_error(error)}"
+                f"the swarm's manifest is not valid: {describe_validation_error(error)}; a later Talkoot may have made "
+                "it: update this one"
             ) from error
 
     def to_json(self) -> bytes:
-        return self.model_dump_json().encode()
+        """Keys at their defaults are left out, so that a release that knows more keys makes the same bytes of it."""
+        values = {"name": self.name, "protocol_version": self.protocol_version}
+        return json.dumps(values | self.model_dump(mode="json", exclude_defaults=True)).encode()
 
     @classmethod
     def _validated(cls, values: dict[str, object]) -> Self:

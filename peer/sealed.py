@@ -25,9 +25,13 @@ _KNOWN_TYPES = {
 
 
 class SealedHeader(BaseModel):
-    """What a file of tensors says of itself. A subclass adds what it is of."""
+    """What a file of tensors says of itself. A subclass adds what it is of.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    A later release may add keys with defaults at the end of a subclass, and this software then ignores them; what it could
+    not ignore needs another `FORMAT_VERSION`.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     format_version: int = FORMAT_VERSION
     sha256: str = ""
@@ -39,7 +43,8 @@ H = TypeVar("H", bound=SealedHeader)
 
 def seal(header: H, tensors: dict[str, Tensor]) -> bytes:
     """Tensors on the CPU, contiguous, and the header with their checksum."""
-    header = header.model_copy(update={"sha256": _digest(header, tensors)})
+    digest = _digest(header.model_dump_json(exclude={"sha256"}), tensors)
+    header = header.model_copy(update={"sha256": digest})
     return to_safetensors(tensors, {_HEADER_KEY: header.model_dump_json()})
 
 
@@ -56,7 +61,8 @@ def unseal(data: bytes, kind: type[H], check: Callable[[H], None]) -> tuple[H, d
         raise StateError(f"it has tensors of type {unknown.pop()}")
     header = _read_header(_metadata(data), kind)
     check(header)
-    if _digest(header, tensors) != header.sha256:
+    # the keys that were written, which are not all that this software knows when another release wrote them
+    if _digest(header.model_dump_json(exclude={"sha256"}, exclude_unset=True), tensors) != header.sha256:
         raise StateError("its checksum does not match: something changed it after it was written")
     return header, tensors
 
@@ -76,15 +82,19 @@ def _read_header(metadata: Mapping[str, str], kind: type[H]) -> H:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise StateError("it has no header of a checkpoint") from error
     if version != FORMAT_VERSION:
-        raise StateError(f"it has format version {version!r:.40}, this software reads {FORMAT_VERSION}")
+        later = isinstance(version, int) and version > FORMAT_VERSION
+        raise StateError(
+            f"it has format version {version!r:.40}, this software reads {FORMAT_VERSION}"
+            + (": update Talkoot" if later else "")
+        )
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise StateError(f"its header is not valid: {error.error_count()} errors") from error
 
 
-def _digest(header: SealedHeader, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.model_dump_json(exclude={"sha256"}).encode())
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
@@ -49,6 +50,17 @@ def manifests() -> st.SearchStrategy[Manifest]:
 def test_json_gives_back_the_same_manifest(manifest: Manifest) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert Manifest.from_json(manifest.to_json()).to_json() == manifest.to_json()
+
+
+@given(manifests())
+def test_json_names_what_differs_from_the_defaults(manifest: Manifest) -> None:
+    """A release that knows more keys publishes a manifest that earlier ones read, and knows their checkpoints by it."""
+    values = json.loads(manifest.to_json())
+    assert {"name", "protocol_version"} <= set(values)
+    kinds: tuple[tuple[str, BaseModel], ...] = (("model", ModelSpec()), ("experts", ExpertSpec()))
+    for part, defaults in kinds:
+        for key, value in values.get(part, {}).items():
+            assert json.loads(defaults.model_dump_json())[key] != value
 
 
 def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> None:
@@ -169,8 +181,14 @@ def test_more_experts_per_token_than_a_layer_has_are_refused(tmp_path: Path) -> 
         Manifest.from_toml(path)
 
 
+def test_a_key_that_this_release_does_not_know_is_refused_with_what_to_do() -> None:
+    values = json.loads(Manifest(name="sauna").to_json()) | {"colour": "red"}
+    with pytest.raises(SwarmError, match="unknown setting 'colour'.*a later Talkoot.*update"):
+        Manifest.from_json(json.dumps(values).encode())
+
+
 def test_a_manifest_from_before_norms_could_be_chosen_means_the_same_model() -> None:
-    values = json.loads(Manifest(name="sauna").to_json())
+    values = Manifest(name="sauna").model_dump(mode="json")
     del values["model"]["norm"], values["model"]["activation"]
     manifest = Manifest.from_json(json.dumps(values).encode())
     assert manifest == Manifest(name="sauna")

@@ -1,0 +1,49 @@
+"""Files of tensors between releases: one that adds a key, and one that does not know it, read each other's."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from peer.errors import StateError
+from peer.sealed import SealedHeader, seal, unseal
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3)}
+
+
+class Header(SealedHeader):
+    uid: str
+
+
+class LaterHeader(Header):
+    saved_by: str = ""
+    score: float = 0.0
+
+
+def accept(header: SealedHeader) -> None:
+    pass
+
+
+def assert_is_whole(tensors: dict[str, Tensor]) -> None:
+    assert tensors.keys() == TENSORS.keys()
+    assert torch.equal(tensors["a"], TENSORS["a"])
+
+
+def test_a_later_release_reads_what_an_earlier_one_wrote() -> None:
+    header, tensors = unseal(seal(Header(uid="0.1"), TENSORS), LaterHeader, accept)
+    assert (header.uid, header.saved_by) == ("0.1", "")
+    assert_is_whole(tensors)
+
+
+def test_an_earlier_release_reads_what_a_later_one_wrote() -> None:
+    written = seal(LaterHeader(uid="0.1", saved_by="0.2.0", score=1e-17), TENSORS)
+    header, tensors = unseal(written, Header, accept)
+    assert header.uid == "0.1"
+    assert_is_whole(tensors)
+
+
+@pytest.mark.parametrize("kind", [Header, LaterHeader])
+def test_no_key_can_be_changed_unseen(kind: type[Header]) -> None:
+    written = seal(LaterHeader(uid="0.1", saved_by="0.2.0"), TENSORS)
+    for key, changed in ((b"0.1", b"0.2"), (b"0.2.0", b"0.3.0"), (b"saved_by", b"saved_at")):
+        with pytest.raises(StateError, match="checksum does not match"):
+            unseal(written.replace(key, changed), kind, accept)
