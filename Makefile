@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := peer dht expert_server trainer_client talkoot tests benchmarks docs deploy examples
 
-.PHONY: demo test lint proto settings clean
+.PHONY: demo test lint proto settings release-fixture clean
 
 demo: $(VENV)/installed
 	$(BIN)/talkoot demo
@@ -27,6 +27,10 @@ proto: $(VENV)/installed
 # Writes the page of all settings from the code.
 settings: $(VENV)/installed
 	$(BIN)/python -W ignore docs/settings_page.py > docs/settings.md
+
+# Keeps this code as release VERSION for the tests of upgrades: `make release-fixture VERSION=0.1.0`.
+release-fixture: $(VENV)/installed
+	$(BIN)/python -W ignore tests/releases/make_release.py $(VERSION)
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -2,6 +2,6 @@
 
 from typing import Final
 
-SOFTWARE_VERSION: Final = "0.1.0"
+SOFTWARE_VERSION: Final = "0.2.0.dev0"
 PROTOCOL_VERSION: Final = 1
 """Peers of another protocol version are refused, with both versions named."""

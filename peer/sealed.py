@@ -27,8 +27,8 @@ _KNOWN_TYPES = {
 class SealedHeader(BaseModel):
     """What a file of tensors says of itself. A subclass adds what it is of.
 
-    A later release may add keys with defaults at the end of a subclass, and this software then ignores them; what it could
-    not ignore needs another `FORMAT_VERSION`.
+    A later release may add keys with defaults at the end of a subclass, and this software then ignores them; what it
+    could not ignore needs another `FORMAT_VERSION`.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)

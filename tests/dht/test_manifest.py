@@ -183,7 +183,7 @@ def test_more_experts_per_token_than_a_layer_has_are_refused(tmp_path: Path) -> 
 
 def test_a_key_that_this_release_does_not_know_is_refused_with_what_to_do() -> None:
     values = json.loads(Manifest(name="sauna").to_json()) | {"colour": "red"}
-    with pytest.raises(SwarmError, match="unknown setting 'colour'.*a later Talkoot.*update"):
+    with pytest.raises(SwarmError, match=r"unknown setting 'colour'.*a later Talkoot.*update"):
         Manifest.from_json(json.dumps(values).encode())
 
 

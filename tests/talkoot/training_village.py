@@ -6,6 +6,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from typer.main import get_command
 
@@ -82,13 +83,18 @@ class Founder:
 
 
 @contextmanager
-def founded(loop: LoopThread, folder: Path, experts: int, name: str = "village") -> Iterator[Founder]:
+def founded(
+    loop: LoopThread, folder: Path, experts: int, name: str = "village", **changes: Any
+) -> Iterator[Founder]:
+    """`changes`: of the node's settings."""
+
     async def start() -> tuple[Node, str]:
         identity = Identity.load_or_create(folder / "founder.key")
         manifest = MANIFEST.model_copy(update={"name": name})
         swarm = await found_swarm(identity, manifest, listen=HOST, port=0)
+        alone = {"replicas": 1, "average_every_s": 0, "drain_timeout_s": 0}
         settings = NodeSettings.load(
-            threads=1, replicas=1, average_every_s=0, drain_timeout_s=0, experts=experts, announce_every_s=1
+            **{"threads": 1, "experts": experts, "announce_every_s": 1, **alone, **changes}
         )
         node = await Node.start(settings, swarm, host=HOST, state=folder / "founder")
         return node, str(await node.swarm.invite())

@@ -1,0 +1,158 @@
+"""This release and the one before it in one swarm: peers of one protocol version train together, others are refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import DEADLINE_S, assert_one_clear_line, wait_until
+from training_village import HOST, TEXT, Founder, founded, talkoot
+
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.loop import LoopThread
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+(WHEEL,) = (Path(__file__).parents[1] / "releases").glob("*.whl")
+VERSION = WHEEL.name.split("-")[1]
+LIVELY: dict[str, Any] = {"experts": 8, "replicas": 2, "average_every_s": 0.5, "announce_every_s": 1, "claim_wait_s": 0.1}
+"""Settings with which a node soon replicates what another hosts, and averages with it."""
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packages of the release before, to be put first on the path of a new interpreter."""
+    folder = tmp_path_factory.mktemp("release")
+    with zipfile.ZipFile(WHEEL) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def founder(loop: LoopThread, tmp_path: Path) -> Iterator[Founder]:
+    """Of this release."""
+    with founded(loop, tmp_path, **LIVELY) as found:
+        yield found
+
+
+def command(*arguments: object) -> list[str]:
+    start = "import sys; from talkoot.cli import main; sys.argv[0] = 'talkoot'; main()"
+    return [sys.executable, "-W", "ignore", "-c", start, *map(str, arguments)]
+
+
+def run_of(release: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        cwd=release,
+        env=os.environ | {"PYTHONPATH": str(release)},
+    )
+
+
+class OldNode:
+    """A node of the release before, in a process of its own."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+
+    def metric(self, name: str) -> float:
+        address = re.search(r"metrics at (http://\S+)", self._log.read_text())
+        if address is None:
+            return 0.0
+        with urllib.request.urlopen(address[1], timeout=10) as response:
+            found = re.search(rf"^{name} (\S+)$", response.read().decode(), re.MULTILINE)
+        assert found is not None, name
+        return float(found[1])
+
+
+@contextmanager
+def joined(release: Path, invite: str, folder: Path) -> Iterator[OldNode]:
+    log = folder / "log"
+    settings = {f"TALKOOT_NODE_{name.upper()}": str(value) for name, value in LIVELY.items()}
+    join = ("node", "--join", invite, "--host", HOST, "--state", folder / "old", "--threads", 1)
+    with log.open("wb") as output:
+        node = subprocess.Popen(
+            command(*join),
+            stdout=output,
+            stderr=output,
+            cwd=release,
+            env=os.environ | settings | {"PYTHONPATH": str(release)},
+        )
+    try:
+        yield OldNode(log)
+    finally:
+        node.terminate()
+        assert node.wait(30) in (0, 130, 143), log.read_text()
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def train(founder: Founder, folder: Path, who: str) -> list[object]:
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    files = ["--data", text, "--state", folder / f"{who}-trainer", "--json", folder / f"{who}.json"]
+    return ["train", "--join", founder.invite, "--steps", 8, "--threads", 1, *files]
+
+
+def assert_trained(summary: Path) -> None:
+    values = json.loads(summary.read_text())
+    assert values["steps"] == 8
+    assert values["experts_live"] == 8
+    assert values["failures"] == {}
+    assert values["loss_last"] < values["loss_first"]
+
+
+def test_versions_really_differ(release: Path) -> None:
+    told = run_of(release, "--version").stdout
+    assert told == f"talkoot {VERSION}, protocol version {PROTOCOL_VERSION}\n", (
+        "keep a new release: CONTRIBUTING.md"
+    )
+    assert VERSION != SOFTWARE_VERSION
+
+
+def test_nodes_and_trainers_of_both_releases_train_together(
+    release: Path, founder: Founder, tmp_path: Path
+) -> None:
+    with joined(release, founder.invite, tmp_path) as old:
+        wait_until(
+            lambda: old.metric("talkoot_experts") == 8, "replicas that the old node fetched of the new one"
+        )
+        assert old.metric('talkoot_state_fetches_total{outcome="fetched"}') == 8
+        ended = talkoot(*train(founder, tmp_path, "new"))
+        assert ended.status == 0, ended.err
+        assert_trained(tmp_path / "new.json")
+        mine = founder.node.status().updates
+        assert mine > 0
+        assert old.metric("talkoot_updates_total") > 0
+        by_old = run_of(release, *train(founder, tmp_path, "old"))
+        assert by_old.returncode == 0, by_old.stderr
+        assert_trained(tmp_path / "old.json")
+        assert founder.node.status().updates > mine
+        wait_until(
+            lambda: founder.node.replication.averagings > 0 and old.metric("talkoot_averagings_total") > 0,
+            "replicas of both that average",
+        )
+
+
+def test_release_of_another_protocol_version_is_refused_with_both_named(
+    release: Path, founder: Founder, tmp_path: Path
+) -> None:
+    other = shutil.copytree(release, tmp_path / "other")
+    versions = other / "peer" / "__init__.py"
+    said, later = "PROTOCOL_VERSION: Final = ", PROTOCOL_VERSION + 1
+    versions.write_text(versions.read_text().replace(f"{said}{PROTOCOL_VERSION}", f"{said}{later}"))
+    refused = run_of(other, "node", "--join", founder.invite, "--host", HOST, "--state", tmp_path / "state")
+    assert_one_clear_line(
+        refused,
+        f"this swarm speaks protocol version {PROTOCOL_VERSION}, this software {later}",
+        "ask its founder",
+    )
