@@ -9,6 +9,9 @@ from hivemind.p2p import PeerID
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID
 
+_BEHIND = 0.9
+"""Replicas that average differ less in their updates: with fewer than this part one began anew."""
+
 _NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
 
 
@@ -23,6 +26,28 @@ def preference(uid: UID, peer_id: PeerID) -> bytes:
 def vacant(replicas: Mapping[UID, Collection[Replica]], besides: PeerID | None = None) -> list[UID]:
     """The experts that nobody hosts or has claimed, or nobody `besides` this peer."""
     return [uid for uid, hosts in replicas.items() if all(replica.peer_id == besides for replica in hosts)]
+
+
+def behind(
+    replicas: Mapping[UID, Collection[Replica]], checkpoints: Mapping[UID, int], peer_id: PeerID
+) -> dict[UID, int]:
+    """The experts that others serve, all of them with far fewer updates than this peer's checkpoint has, and how many
+    updates it would bring back: their hosts died, and others began anew.
+
+    Where somebody claims one, it may be about to come back already.
+    """
+    found = {}
+    for uid, saved in checkpoints.items():
+        others = [replica for replica in replicas.get(uid, ()) if replica.peer_id != peer_id]
+        if others and all(
+            r.state is not ReplicaState.CLAIMED and _is_behind(r.update_count, saved) for r in others
+        ):
+            found[uid] = saved - max(replica.update_count for replica in others)
+    return found
+
+
+def _is_behind(update_count: int, saved: int) -> bool:
+    return update_count < _BEHIND * saved
 
 
 def choose(
@@ -100,7 +125,8 @@ def lost_claims(
 ) -> list[UID]:
     """Those of this peer's claims that it must give up.
 
-    `enough` others serve the expert already, or claim it with a checkpoint of more updates, or prefer it more.
+    `enough` others serve the expert already, not far behind this peer's checkpoint, or claim it with a checkpoint of
+    more updates, or prefer it more.
     """
     return [
         uid
@@ -116,6 +142,6 @@ def lost_claims(
 
 def _outranks(other: Replica, update_count: int, peer_id: PeerID) -> bool:
     if other.state is not ReplicaState.CLAIMED:
-        return other.state is ReplicaState.SERVING
+        return other.state is ReplicaState.SERVING and not _is_behind(other.update_count, update_count)
     theirs = other.update_count, preference(other.uid, other.peer_id)
     return theirs > (update_count, preference(other.uid, peer_id))

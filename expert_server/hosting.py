@@ -14,7 +14,7 @@ from dht.manifest import Manifest
 from dht.registry import Announced, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
-from dht.vacancies import choose, lost_claims, thin, vacant
+from dht.vacancies import behind, choose, lost_claims, thin, vacant
 from expert_server.checkpoints import Checkpoints
 from expert_server.devices import ComputeDevice, roomiest
 from expert_server.expert import Expert, expert_bytes
@@ -230,11 +230,12 @@ class Hosting:
         me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
         orphans = lasting & (self._had_host | saved.keys())
         room = self._room - len(self._runtime.experts)
-        wanted = choose(orphans, room + self._spare, me, saved)
+        kept = self._kept_here_alone(replicas, saved)
+        wanted = choose(orphans | kept.keys(), room + self._spare, me, {**saved, **kept})
         wanted += choose(lasting - orphans, room - len(wanted), me, saved)
         if taken := await self._claim(wanted):
             self.adopted += len(taken)
-            logger.info("adopted %d experts that nobody hosted", len(taken))
+            logger.info("adopted %d experts that nobody hosted, or that others had begun anew", len(taken))
 
     async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         me, mine = self._swarm.host.peer_id, self._runtime.experts
@@ -250,7 +251,8 @@ class Hosting:
         replicas = await self._swarm.registry.replicas(self._swarm.manifest.uids())
         me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
         room = self._room - len(self._runtime.experts)
-        await self._claim(choose(self._vacant(replicas), room, me, saved))
+        kept = self._kept_here_alone(replicas, saved)
+        await self._claim(choose({*self._vacant(replicas), *kept}, room, me, {**saved, **kept}))
         unserved = {uid for uid, hosts in replicas.items() if not serving_elsewhere(hosts, me)}
         return unserved - self._runtime.experts.keys()
 
@@ -258,6 +260,14 @@ class Hosting:
         """What nobody else hosts: what this node hosted before it was killed may still be announced."""
         me, mine = self._swarm.host.peer_id, self._runtime.experts
         return [uid for uid in vacant(replicas, besides=me) if uid not in mine]
+
+    def _kept_here_alone(
+        self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]
+    ) -> dict[UID, int]:
+        """What others had to begin anew while this node was away, and how many updates its checkpoints bring back."""
+        mine = self._runtime.experts
+        found = behind(replicas, saved, self._swarm.host.peer_id)
+        return {uid: gain for uid, gain in found.items() if uid not in mine}
 
     async def _claim(self, wanted: list[UID], enough: int = 1) -> list[UID]:
         """Gives the experts that were taken, of which `enough` others have none. Ends early when the node leaves."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
-from dht.vacancies import choose, heirs, lost_claims, preference, sources, thin, vacant
+from dht.vacancies import behind, choose, heirs, lost_claims, preference, sources, thin, vacant
 
 CLAIMED, SERVING, LEAVING = ReplicaState.CLAIMED, ReplicaState.SERVING, ReplicaState.LEAVING
 
@@ -146,6 +146,21 @@ def swarm_of(hosted: dict[UID, dict[PeerID, ReplicaState]]) -> dict[UID, list[Re
 
 def count_staying(found: list[Replica]) -> int:
     return len([r for r in found if r.state in {CLAIMED, SERVING}])
+
+
+@given(st.lists(st.integers(0, 2000), min_size=1, max_size=4), st.integers(0, 2000))
+def test_what_all_others_began_anew_is_behind_and_its_checkpoint_beats_them(
+    counts: list[int], saved: int
+) -> None:
+    uid, (me, *others) = GRID[0], seeded_peers(len(counts) + 1)
+    hosts = [replica(uid, p, SERVING, count) for p, count in zip(others, counts, strict=True)]
+    found = behind({uid: hosts}, {uid: saved}, me)
+    is_behind = max(counts) < 0.9 * saved
+    assert found == ({uid: saved - max(counts)} if is_behind else {})
+    assert lost_claims([uid], {uid: hosts}, me, {uid: saved}) == ([] if is_behind else [uid])
+    assert behind({uid: [*hosts, replica(uid, me, SERVING, saved)]}, {uid: saved}, me) == found
+    assert behind({uid: [*hosts, replica(uid, me, CLAIMED)]}, {uid: saved}, others[0]) == {}
+    assert behind({uid: []}, {uid: saved}, me) == behind({}, {uid: saved}, me) == {}
 
 
 def test_an_expert_whose_only_host_leaves_is_not_vacant() -> None:

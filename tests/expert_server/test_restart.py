@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 2)
+    return make_identities(tmp_path_factory, 3)
 
 
 @pytest.fixture
@@ -108,6 +108,25 @@ def test_a_node_prefers_the_experts_it_has_checkpoints_of(play: Play) -> None:
         await first.stop()
         again = await village.found(experts=2)
         assert sorted(again.runtime.experts) == likes
+
+    play(scenario)
+
+
+def test_a_node_brings_back_what_others_began_anew_while_it_was_away(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await village.found(experts=0, spare=0)
+        invite = await founder.swarm.invite()
+        node = await village.join(1, invite, experts=8)
+        likes = dict.fromkeys(sorted(node.runtime.experts)[3:5], 5)
+        states = await train(node, likes)
+        await node.stop()
+
+        stranger = await village.join(2, invite, experts=8)
+        await train(stranger, dict.fromkeys(likes, 1))
+        await stranger.hosting.announce()
+        again = await village.join(1, invite, experts=2)
+        assert set(again.runtime.experts) == likes.keys()
+        await assert_goes_on(again, states, likes)
 
     play(scenario)
 
