@@ -14,6 +14,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -155,24 +156,39 @@ class Wire:
         return there, back
 
 
+WireFrom = Callable[[int], Wire]
+
+
 class Proxy:
     """Listens, and carries each connection over a wire to the target. Made by `start`; `close` it when done."""
 
-    def __init__(self, wire: Wire, listener: socket.socket, target: tuple[str, int]) -> None:
+    def __init__(
+        self, wire: Wire, listener: socket.socket, target: tuple[str, int], wire_from: WireFrom | None = None
+    ) -> None:
         self.wire = wire
         self._target = target
+        self._wire_from = wire_from
         self._listener = listener
         self._accepting: asyncio.Task[None] | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def start(cls, wire: Wire, target: tuple[str, int], host: str = "127.0.0.1", port: int = 0) -> Self:
-        """`target`: IP address and port, where somebody need not listen yet."""
+    async def start(
+        cls,
+        wire: Wire,
+        target: tuple[str, int],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        wire_from: WireFrom | None = None,
+    ) -> Self:
+        """`target`: IP address and port, where somebody need not listen yet. `wire_from` gives the wire of a
+        connection by the port that it comes from, where not all go over `wire`.
+        """
         listener = _socket(wire.link, host)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(1024)
-        proxy = cls(wire, listener, target)
+        proxy = cls(wire, listener, target, wire_from)
         proxy._accepting = asyncio.create_task(proxy._accept())
         return proxy
 
@@ -198,12 +214,13 @@ class Proxy:
             task.add_done_callback(self._connections.discard)
 
     async def _carry(self, client: socket.socket) -> None:
-        wire, (there, back) = self.wire, self.wire.next_chances()
+        wire = self.wire if self._wire_from is None else self._wire_from(client.getpeername()[1])
+        there, back = wire.next_chances()
         lives_s = there.expovariate(wire.link.resets_per_min / 60) if wire.link.resets_per_min else None
         with contextlib.closing(client), contextlib.closing(_socket(wire.link, self._target[0])) as server:
             try:
                 async with asyncio.timeout(lives_s), asyncio.TaskGroup() as group:
-                    await self._connect(server)
+                    await self._connect(wire, server)
                     _Pipe(wire, wire.there, client, server, there).run(group)
                     _Pipe(wire, wire.back, server, client, back).run(group)
             except* OSError as errors:  # of it is TimeoutError
@@ -211,10 +228,10 @@ class Proxy:
                 for side in (client, server):
                     side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
-    async def _connect(self, server: socket.socket) -> None:
+    async def _connect(self, wire: Wire, server: socket.socket) -> None:
         """A round trip passes before anything can be sent."""
-        await self.wire.whole()
-        await asyncio.sleep(self.wire.link.delay_s)
+        await wire.whole()
+        await asyncio.sleep(wire.link.delay_s)
         await asyncio.get_running_loop().sock_connect(server, self._target)
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
