@@ -1,0 +1,146 @@
+"""A swarm in which nodes die, freeze and are cut off all the time, beside a calm one of the same length.
+
+Eight nodes and two trainers, each a process, behind links on one machine; every second expert has a second replica. A
+schedule that follows from the seed kills with SIGKILL, stops politely, freezes and thaws, cuts off and mends, restarts,
+and kills the founder.
+
+    python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick] [--only calm|chaos]
+
+With `--only`, the other half is read from the JSON file, if it is there.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.console import Console
+
+from benchmarks.chaos.accounts import losses
+from benchmarks.chaos.report import plot, show, verdicts
+from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
+from benchmarks.chaos.swarm import ChaosSwarm, Plan, until
+from benchmarks.chaos.watching import Watcher
+from peer.processes import sweep_dead_sockets
+from talkoot.console import quiet_hivemind
+
+PARTS = ("calm", "chaos")
+_ALL_SERVED_S = 60.0
+_QUICK = Plan(nodes=4, trainers=1, layers=1, every_s=5.0, validate_every=20, checkpoint_every_s=4.0)
+_QUICK_S = 16.0
+_SAVING_S = 3.0
+"""How long saving and looking may take, beyond the interval."""
+
+
+async def run(plan: Plan, events: tuple[Event, ...], seconds: float, console: Console) -> dict[str, Any]:
+    """One part: the calm one has no events."""
+    with tempfile.TemporaryDirectory(prefix="talkoot-chaos-") as folder:
+        swarm = ChaosSwarm(plan, Path(folder))
+        try:
+            invite = await swarm.start()
+            watcher = await Watcher.join(invite, swarm, Path(folder) / "watcher")
+            try:
+                await until(lambda: watcher.served() == plan.experts, _ALL_SERVED_S)
+                await swarm.start_trainers()
+                results = await measure(swarm, watcher, events, seconds, console)
+            finally:
+                await watcher.stop()
+        finally:
+            await swarm.stop()
+        return results | {"leaked": await swarm.leaks(), "faults": swarm.faults()}
+
+
+async def measure(
+    swarm: ChaosSwarm, watcher: Watcher, events: tuple[Event, ...], seconds: float, console: Console
+) -> dict[str, Any]:
+    plan = swarm.plan
+    began = time.monotonic()
+    watcher.begin()
+    before = {name: len(steps.ended_at) for name, steps in swarm.trainers.items()}
+    for event in events:
+        await asyncio.sleep(began + event.at_s - time.monotonic())
+        console.log(f"{event.at_s:5.1f} s: {event.deed} {', '.join(map(str, event.nodes))}")
+        if event.deed in DEATHS:
+            for number in event.nodes:
+                await watcher.note_death(swarm.nodes[number], event.deed)
+        await swarm.do(event)
+    await asyncio.sleep(began + seconds - time.monotonic())
+    ended = time.monotonic()
+    await swarm.stop_trainers()
+    all_served = await until(lambda: watcher.served() == plan.experts, _ALL_SERVED_S)
+    await watcher.look()
+    trained = {name: steps.since(before[name]) for name, steps in swarm.trainers.items()}
+    cost = losses(
+        watcher.deaths,
+        watcher.observations,
+        checkpoint_every_s=plan.checkpoint_every_s + _SAVING_S,
+        rescue_s=4 * plan.every_s,
+    )
+    return {
+        "seconds": seconds,
+        "steps": sum(len(t.intervals_s) for t in trained.values()),
+        "longest_stall_s": max(t.longest_stall_s(ended) for t in trained.values()),
+        "validation_loss": {n: t.validation_losses[-1] for n, t in trained.items() if t.validation_losses},
+        "events": [asdict(event) for event in events],
+        "deaths": len(watcher.deaths),
+        "losses": [
+            asdict(loss)
+            | {
+                "updates": loss.updates,
+                "is_lost": loss.is_lost,
+                "is_beyond_interval": loss.is_beyond_interval,
+            }
+            for loss in cost
+        ],
+        "experts_served_at_the_end": watcher.served(),
+        "experts": plan.experts,
+        "all_served": all_served,
+        "probes": watcher.probes,
+        "wrong_answers": watcher.wrong,
+        "differing_replicas": watcher.differing,
+        "failures": {n: t.failures for n, t in trained.items()},
+        "summaries": {n: t.summary for n, t in trained.items()},
+        "steps_ended_at_s": {n: [round(at - began, 3) for at in t.ended_at] for n, t in trained.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=10.0, help="measured, of each part")
+    parser.add_argument("--seed", type=int, default=0, help="of the schedule")
+    parser.add_argument("--quick", action="store_true", help="4 nodes and seconds, in under a minute")
+    parser.add_argument("--only", choices=PARTS, help="one part; the other is taken from the JSON file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write a PNG with the steps over time there"
+    )
+    options = parser.parse_args()
+    plan, seconds = (_QUICK, _QUICK_S) if options.quick else (Plan(), 60 * options.minutes)
+    console = Console(width=120)
+    os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
+    quiet_hivemind()
+    results: dict[str, Any] = {"plan": asdict(plan), "seed": options.seed}
+    if options.only and options.json and options.json.exists():
+        results |= json.loads(options.json.read_text())
+    for part in (options.only,) if options.only else PARTS:
+        events = make_schedule(options.seed, seconds, plan.nodes, plan.every_s) if part == "chaos" else ()
+        console.log(f"{part}: {seconds:.0f} s")
+        results[part] = uvloop.run(run(plan, events, seconds, console))
+        sweep_dead_sockets()
+    if all(part in results for part in PARTS):
+        results["verdicts"] = verdicts(results)
+    show(results, console)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.plot:
+        plot(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What a chaos run has shown, in figures, against what it should."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_LEAST_STEPS = 0.70
+"""Part of the calm run's."""
+_MOST_STALL = 2.0
+"""In call deadlines."""
+_MOST_LOSS = 1.03
+"""Final validation loss, of the calm run's."""
+
+
+def verdicts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By name: what was measured, the target in words, and whether it was reached."""
+    calm, chaos, plan = results["calm"], results["chaos"], results["plan"]
+    replicated = [loss for loss in chaos["losses"] if loss["had_survivor"]]
+    alone = [loss for loss in chaos["losses"] if not loss["had_survivor"]]
+    lost = sum(loss["is_lost"] for loss in replicated)
+    beyond = sum(loss["is_beyond_interval"] or loss["is_lost"] for loss in alone)
+    most_stall_s = _MOST_STALL * plan["call_deadline_s"]
+    steps, loss = chaos["steps"] / max(calm["steps"], 1), final_loss(chaos) / final_loss(calm)
+    leaked = chaos["leaked"]["processes"] + calm["leaked"]["processes"]
+    wrong = len(chaos["wrong_answers"]) + len(chaos["faults"])
+    unserved = chaos["experts"] - chaos["experts_served_at_the_end"]
+    return {
+        "lost, of those with a surviving replica": _verdict(lost, "0", lost == 0),
+        "beyond a checkpoint interval, of the others": _verdict(beyond, "0", beyond == 0),
+        "not served at the end": _verdict(unserved, "0", unserved == 0),
+        "longest stall, s": _verdict(
+            chaos["longest_stall_s"], f"at most {most_stall_s:g}", chaos["longest_stall_s"] <= most_stall_s
+        ),
+        "steps, of the calm run's": _verdict(steps, f"at least {_LEAST_STEPS}", steps >= _LEAST_STEPS),
+        "final loss, of the calm run's": _verdict(loss, f"at most {_MOST_LOSS}", loss <= _MOST_LOSS),
+        "wrong answers and faults": _verdict(wrong, "0", wrong == 0),
+        "leaked processes": _verdict(leaked, "0", leaked == 0),
+    }
+
+
+def final_loss(part: Mapping[str, Any]) -> float:
+    """The mean of the trainers' last ones."""
+    last = [loss for _, loss in part["validation_loss"].values()]
+    return statistics.fmean(last) if last else float("nan")
+
+
+def show(results: Mapping[str, Any], console: Console) -> None:
+    table = Table("", *(part for part in ("calm", "chaos") if part in results), title="chaos beside calm")
+    parts = [results[part] for part in ("calm", "chaos") if part in results]
+    table.add_row("steps", *(str(p["steps"]) for p in parts))
+    table.add_row("longest stall, s", *(f"{p['longest_stall_s']:.2f}" for p in parts))
+    table.add_row("final validation loss", *(f"{final_loss(p):.3f}" for p in parts))
+    table.add_row("deaths", *(str(p["deaths"]) for p in parts))
+    table.add_row(
+        "experts served at the end", *(f"{p['experts_served_at_the_end']} of {p['experts']}" for p in parts)
+    )
+    table.add_row("probes, differing replicas", *(f"{p['probes']}, {p['differing_replicas']}" for p in parts))
+    table.add_row(
+        "left: processes, sockets", *(f"{p['leaked']['processes']}, {p['leaked']['sockets']}" for p in parts)
+    )
+    console.print(table)
+    if "chaos" in results:
+        show_losses(results["chaos"], console)
+    for part in parts:
+        for line in [*part["wrong_answers"], *part["faults"]]:
+            console.print(line, style="red", markup=False)
+    for name, verdict in results.get("verdicts", {}).items():
+        reached = "reached" if verdict["reached"] else "missed"
+        console.print(f"{name}: {verdict['value']:.4g} ({verdict['target']}) {reached}")
+
+
+def show_losses(chaos: Mapping[str, Any], console: Console) -> None:
+    table = Table(
+        "hosted experts of the dead", "number", "updates lost, mean", "most", "lost", title="what deaths cost"
+    )
+    for name, had_survivor in (("with another replica", True), ("without", False)):
+        rows = [loss for loss in chaos["losses"] if loss["had_survivor"] == had_survivor]
+        table.add_row(
+            name,
+            str(len(rows)),
+            _mean(r["updates"] for r in rows),
+            str(max((r["updates"] for r in rows), default=0)),
+            str(sum(r["is_lost"] for r in rows)),
+        )
+    console.print(table)
+    for loss in chaos["losses"]:
+        if loss["is_lost"] or loss["is_beyond_interval"]:
+            console.print(
+                f"{loss['at_s']:.0f} s {loss['deed']} {loss['node']}: {loss['expert']} had {loss['before']} updates, "
+                f"kept {loss['kept']}, served next with {loss['after']}"
+                + (", a replica lived" if loss["had_survivor"] else ""),
+                style="red",
+            )
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """A PNG with the steps of both parts over time, and a mark at each death."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for part in ("calm", "chaos"):
+        if part in results:
+            ended = sorted(at for each in results[part]["steps_ended_at_s"].values() for at in each)
+            axes.plot(ended, range(1, len(ended) + 1), label=part)
+    for event in results.get("chaos", {}).get("events", ()):
+        if event["deed"] in ("kill", "stop"):
+            axes.axvline(event["at_s"], color="0.85", linewidth=0.8, zorder=0)
+    axes.set(xlabel="seconds", ylabel="steps of all trainers", title="Training while nodes die (a line each)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+
+
+def _verdict(value: float, target: str, reached: bool) -> dict[str, Any]:
+    return {"value": value, "target": target, "reached": bool(reached)}
+
+
+def _mean(values: Iterable[int]) -> str:
+    listed = list(values)
+    return f"{statistics.fmean(listed):.1f}" if listed else "-"

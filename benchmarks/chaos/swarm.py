@@ -1,0 +1,353 @@
+"""The processes of a chaos run: nodes and trainers, started with the command, and what is done to them."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.chaos.links import PairLinks
+from benchmarks.chaos.schedule import FOUNDER, Deed, Event
+from dht.invite import Invite
+from talkoot.children import Child, Children
+from talkoot.links import Link
+
+HOST = "127.0.0.1"
+_START_LIMIT_S = 120.0
+_LEAVE_LIMIT_S = 40.0
+_DRAIN_S = 8.0
+"""Longest that a node which leaves waits for heirs."""
+_STOPPED_AT_START = 128 + signal.SIGTERM
+"""Exit status of a node that was told to stop before it served."""
+_GONE_WITHIN_S = 5.0
+"""Longest that a dead node's children live on."""
+
+MANIFEST = """
+name = "chaos"
+[model]
+layers = {layers}
+hidden = 32
+heads = 2
+context = 64
+feed_forward = 64
+[experts]
+grid = [{grid[0]}, {grid[1]}]
+kind = "ffn"
+[routing]
+top_k = 2
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large a swarm, and how it is set."""
+
+    nodes: int = 8
+    trainers: int = 2
+    layers: int = 2
+    grid: tuple[int, int] = (4, 4)
+    every_s: float = 20.0
+    """Between deaths."""
+    announce_every_s: float = 3.0
+    checkpoint_every_s: float = 15.0
+    average_every_s: float = 15.0
+    call_deadline_s: float = 10.0
+    validate_every: int = 50
+
+    @property
+    def experts(self) -> int:
+        return self.layers * self.grid[0] * self.grid[1]
+
+    @property
+    def room(self) -> int:
+        """Of each node: for every second expert there is a second replica."""
+        return -(-3 * self.experts // (2 * self.nodes))
+
+    @property
+    def manifest(self) -> str:
+        return MANIFEST.format(layers=self.layers, grid=self.grid)
+
+
+@dataclass
+class Node:
+    """One of the nodes, through all its lives."""
+
+    name: str
+    folder: Path
+    ports: tuple[tuple[int, int], tuple[int, int]]
+    """Where it listens, and where others dial it."""
+    child: Child | None = None
+    lives: int = 0
+    peer_id: str | None = None
+    is_frozen: bool = False
+    is_cut: bool = False
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it can answer a call."""
+        return (
+            self.child is not None and self.child.exit_status is None and not (self.is_frozen or self.is_cut)
+        )
+
+
+@dataclass
+class Steps:
+    """What one trainer has said of its steps."""
+
+    ended_at: list[float] = field(default_factory=list)
+    intervals_s: list[float] = field(default_factory=list)
+    """Between the ends of steps, validation left out."""
+    validation_losses: list[tuple[int, float]] = field(default_factory=list)
+    failures: dict[str, int] = field(default_factory=dict)
+    """Of its calls, by cause."""
+    summary: Mapping[str, Any] | None = None
+
+    def hear(self, event: Mapping[str, Any], now: float) -> None:
+        """A JSON line of the trainer's."""
+        if event["event"] == "summary":
+            self.summary = event
+        elif event["event"] == "step":
+            self.ended_at.append(now)
+            self.intervals_s.append(event["step_s"])
+            self.failures = event["failures"]
+            if event["validation_loss"] is not None:
+                self.validation_losses.append((event["step"], event["validation_loss"]))
+
+    def since(self, steps: int) -> "Steps":
+        """Without the first steps."""
+        return replace(self, ended_at=self.ended_at[steps:], intervals_s=self.intervals_s[steps:])
+
+    def longest_stall_s(self, now: float) -> float:
+        """The longest time between the ends of two steps, or since the last one."""
+        return max([*self.intervals_s, now - self.ended_at[-1] if self.ended_at else now], default=0.0)
+
+
+class ChaosSwarm:
+    """Nodes behind links and trainers. `stop` it when done."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan = plan
+        self.nodes: list[Node] = []
+        self.trainers: dict[str, Steps] = {}
+        self.links = PairLinks(Link(None, 0.002), self._processes)
+        self.invite: Invite | None = None
+        self._folder = folder
+        self._children = Children(folder, self._hear)
+        self._trainers: list[Child] = []
+        self._all: list[Child] = []
+        self._killed: set[Child] = set()
+        self._pids: dict[int, float] = {}
+        """Of all processes ever, with the times of their start."""
+        self._sockets: set[Path] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> Invite:
+        """Starts the nodes; gives the founder's invite once there is one."""
+        plan = self.plan
+        for number in range(plan.nodes):
+            name = f"node-{number}"
+            self.nodes.append(Node(name, self._folder / name, await self.links.before(name)))
+        (self._folder / "swarm.toml").write_text(plan.manifest)
+        await self._start_node(self.nodes[FOUNDER], "--new", str(self._folder / "swarm.toml"))
+        await self._children.until(lambda: self.invite is not None, _START_LIMIT_S, "the founder's invite")
+        assert self.invite is not None
+        for node in self.nodes[1:]:
+            await self._start_node(node, "--join", str(self.invite))
+        await self._children.until(
+            lambda: all(node.peer_id for node in self.nodes), _START_LIMIT_S, "all nodes"
+        )
+        return self.invite
+
+    async def start_trainers(self) -> None:
+        """Returns when all have done their first steps."""
+        plan = self.plan
+        for number in range(plan.trainers):
+            name = f"trainer-{number}"
+            self.trainers[name] = Steps()
+            self._trainers.append(
+                await self._children.start(
+                    name,
+                    (
+                        *("train", "--join", str(self.invite), "--log-format", "json", "--threads", "1"),
+                        *("--steps", str(10**7), "--seed", str(number), "--state", str(self._folder / name)),
+                        *("--batch-size", "8", "--call-deadline-s", str(plan.call_deadline_s)),
+                        *("--validate-every", str(plan.validate_every), "--checkpoint-every", "0"),
+                    ),
+                )
+            )
+        await self._children.until(
+            lambda: all(len(t.intervals_s) > 3 for t in self.trainers.values()), _START_LIMIT_S, "first steps"
+        )
+
+    async def do(self, event: Event) -> None:
+        nodes = [self.nodes[number] for number in event.nodes]
+        match event.deed:
+            case Deed.KILL:
+                for node in nodes:
+                    self._note(node)
+                    assert node.child is not None
+                    self._killed.add(node.child)
+                    node.child.kill()
+            case Deed.STOP:
+                for node in nodes:
+                    self._note(node)
+                    assert node.child is not None
+                    os.kill(node.child.pid, signal.SIGTERM)
+            case Deed.RESTART:
+                for node in nodes:
+                    task = asyncio.create_task(self._restart(node))
+                    self._leaving.add(task)
+                    task.add_done_callback(self._leaving.discard)
+            case Deed.FREEZE | Deed.THAW:
+                for node in nodes:
+                    node.is_frozen = event.deed is Deed.FREEZE
+                    _signal_all(node, signal.SIGSTOP if node.is_frozen else signal.SIGCONT)
+            case Deed.CUT | Deed.MEND:
+                names = [node.name for node in nodes]
+                (self.links.cut if event.deed is Deed.CUT else self.links.mend)(names)
+                for node in nodes:
+                    node.is_cut = event.deed is Deed.CUT
+
+    async def stop_trainers(self) -> None:
+        """Returns when they have said how it was."""
+        for child in self._trainers:
+            if child.exit_status is None:
+                os.kill(child.pid, signal.SIGINT)
+        await until(lambda: all(child.exit_status is not None for child in self._trainers), _START_LIMIT_S)
+
+    async def stop(self) -> None:
+        """Ends all of them. Stopping twice is harmless."""
+        for task in list(self._leaving):
+            task.cancel()
+        for node in self.nodes:
+            if node.child is not None and node.child.exit_status is None:
+                self._note(node)
+        await self._children.stop()
+        await self.links.close()
+
+    def faults(self) -> list[str]:
+        """After `stop`: who ended otherwise than told, and what was an error to them."""
+        found = [
+            f"{child.name} ended with exit status {child.exit_status}"
+            for child in self._all
+            if child.exit_status not in (None, 0, _STOPPED_AT_START) and child not in self._killed
+        ]
+        for log in sorted(self._folder.glob("*.log")):
+            lines = log.read_text(errors="replace").splitlines()
+            found += [f"{log.name}: {line[:200]}" for line in lines if "Traceback" in line]
+        return found
+
+    async def leaks(self) -> dict[str, int]:
+        """What is left after `stop`: processes that were ours, and hivemind's sockets that none of the later lives
+        has swept, beyond those of the last.
+        """
+        await until(lambda: not self._living(), _GONE_WITHIN_S)
+        return {"processes": len(self._living()), "sockets": sum(path.exists() for path in self._sockets)}
+
+    def checkpoints(self, node: Node) -> dict[str, int]:
+        """The update count of each expert's newest checkpoint on the node's disk, by the file names."""
+        counts: dict[str, int] = {}
+        for file in node.folder.glob("checkpoints/*/*/*.safetensors"):
+            counts[file.parent.name] = max(counts.get(file.parent.name, 0), int(file.stem))
+        return counts
+
+    async def _restart(self, node: Node) -> None:
+        """Once it has left; a node that has not in time is killed."""
+        child = node.child
+        assert child is not None
+        await until(lambda: child.exit_status is not None, _LEAVE_LIMIT_S)
+        await child.stop()
+        await self._start_node(node, "--join", self._way_in(node))
+
+    def _way_in(self, newcomer: Node) -> str:
+        """An invite through whoever is there: its owner asks in the chat for one that works."""
+        assert self.invite is not None
+        addresses = []
+        for node in self.nodes:
+            if node.is_well and node is not newcomer and node.peer_id:
+                addresses.append(f"/ip4/{HOST}/tcp/{node.ports[1][0]}/p2p/{node.peer_id}")
+        return str(Invite(self.invite.keys, tuple(addresses[:3]) or self.invite.bootstrap))
+
+    async def _start_node(self, node: Node, *origin: str) -> None:
+        plan = self.plan
+        node.lives += 1
+        (dht, grpc), (announced_dht, announced_grpc) = node.ports
+        config = self._folder / f"{node.name}.toml"
+        config.write_text(
+            f"announce_dht_port = {announced_dht}\nannounce_grpc_port = {announced_grpc}\n"
+            f"checkpoint_every_s = {plan.checkpoint_every_s}\naverage_every_s = {plan.average_every_s}\n"
+        )
+        node.child = await self._children.start(
+            f"{node.name}-life-{node.lives}",
+            (
+                *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1", "--niceness", "0"),
+                *("--config", str(config), "--dht-port", str(dht), "--grpc-port", str(grpc)),
+                *("--experts", str(plan.room), "--spare", str(plan.room), "--state", str(node.folder)),
+                *("--announce-every-s", str(plan.announce_every_s), "--log-format", "json"),
+                *("--drain-timeout", str(_DRAIN_S)),
+            ),
+        )
+        self._all.append(node.child)
+
+    def _hear(self, child: Child, event: Mapping[str, Any]) -> None:
+        if child.name in self.trainers:
+            self.trainers[child.name].hear(event, time.monotonic())
+        elif event.get("event") == "invite":
+            for node in self.nodes:
+                if node.child is child:
+                    node.peer_id = event["peer_id"]
+            self.invite = self.invite or Invite.parse(event["invite"])
+
+    def _processes(self) -> Iterator[tuple[str, int]]:
+        for name, child in [(n.name, n.child) for n in self.nodes] + [(c.name, c) for c in self._trainers]:
+            if child is not None and child.exit_status is None:
+                yield name, child.pid
+
+    def _note(self, node: Node) -> None:
+        """Which processes and sockets it has, before it dies."""
+        assert node.child is not None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(node.child.pid)
+            for each in (process, *process.children(recursive=True)):
+                self._pids[each.pid] = each.create_time()
+                self._sockets |= set(_sockets(each.cmdline()))
+
+    def _living(self) -> list[int]:
+        """Those of our processes that have not ended. A number that another process has now is none of them."""
+        found = []
+        for pid, began in self._pids.items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if process.create_time() == began and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(pid)
+        return found
+
+
+async def until(condition: Callable[[], bool], limit_s: float) -> bool:
+    """Waits for what sets no event. False when the time is up."""
+    ends = time.monotonic() + limit_s
+    while not (met := condition()) and time.monotonic() < ends:  # noqa: ASYNC110  # no event to wait for
+        await asyncio.sleep(0.1)
+    return met
+
+
+def _signal_all(node: Node, number: signal.Signals) -> None:
+    """The node and its p2pd, as a laptop that is closed stops both."""
+    assert node.child is not None
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(node.child.pid)
+        for each in (process, *process.children(recursive=True)):
+            each.send_signal(number)
+
+
+def _sockets(command: Sequence[str]) -> Iterator[Path]:
+    """Those that p2pd listens on, by its arguments."""
+    for argument in command:
+        if argument.startswith("-listen=/unix/"):
+            yield Path(argument.removeprefix("-listen=/unix"))

@@ -1,0 +1,172 @@
+"""An observer of a chaos run: asks every replica the same rows, again and again, and keeps what it answered."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from hivemind.p2p import PeerID
+
+from benchmarks.chaos.accounts import Death, Observation
+from benchmarks.chaos.swarm import HOST, ChaosSwarm, Node
+from dht.invite import Invite
+from dht.registry import NodeInfo, Replica, ReplicaState
+from dht.swarm import Swarm, join_swarm
+from dht.uid import UID
+from peer.channels import ChannelPool
+from peer.codec import Floats
+from peer.errors import ExpertError, UnreachableError
+from peer.identity import Identity
+from trainer_client.calls import GrpcCaller, Request
+from trainer_client.spot_checks import TOLERANCE, difference
+
+logger = logging.getLogger(__name__)
+
+_ROWS = 4
+_CALL_S = 2.0
+_BEFORE_DEATH_S = 1.0
+_LOOK_EVERY_S = 2.0
+_LARGEST = 1e4
+"""No row of a sound expert answers more."""
+
+
+class Watcher:
+    """Joins as a trainer does. `stop` it when done."""
+
+    def __init__(self, swarm: Swarm, chaos: ChaosSwarm, clock: Callable[[], float] = time.monotonic) -> None:
+        self.observations: list[Observation] = []
+        self.deaths: list[Death] = []
+        self.probes = 0
+        self.wrong: list[str] = []
+        """Answers that no sound expert gives."""
+        self.differing = 0
+        """Pairs of replicas that answered the same rows too differently for replicas."""
+        self._swarm = swarm
+        self._chaos = chaos
+        self._clock = clock
+        self._began = clock()
+        self._channels = ChannelPool()
+        hidden = swarm.manifest.model.hidden
+        self._caller = GrpcCaller(self._channels, swarm.keys.swarm_id, hidden)
+        self._rows: Floats = np.random.default_rng(0).standard_normal((_ROWS, hidden)).astype(np.float32)
+        self._known: dict[str, dict[str, int]] = {}
+        """Node → expert → update count, as each node answered last."""
+        self._infos: dict[PeerID, NodeInfo] = {}
+        self._replicas: dict[UID, tuple[Replica, ...]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def join(cls, invite: Invite, chaos: ChaosSwarm, folder: Path) -> "Watcher":
+        identity = Identity.load_or_create(folder / "identity.key")
+        swarm = await join_swarm(identity, invite, listen=HOST, serves_dht=False, state=folder)
+        watcher = cls(swarm, chaos)
+        watcher._tasks = [
+            asyncio.create_task(swarm.membership.keep(5.0)),
+            asyncio.create_task(watcher._keep_looking()),
+        ]
+        return watcher
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._channels.close()
+        await self._swarm.stop()
+
+    def begin(self) -> None:
+        """Time is counted from now on."""
+        self._began = self._clock()
+        self.observations = [Observation(0.0, self._counts())]
+
+    def served(self) -> int:
+        """Experts that answered the last time."""
+        return len(self._counts())
+
+    def replicas(self) -> int:
+        return sum(map(len, self._counts().values()))
+
+    async def note_death(self, node: Node, deed: str) -> None:
+        """Call it just before."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BEFORE_DEATH_S):
+                await self._probe(node)
+        saved: dict[str, int] = {}
+        for each in self._chaos.nodes:
+            for uid, count in self._chaos.checkpoints(each).items():
+                saved[uid] = max(saved.get(uid, 0), count)
+        self.deaths.append(Death(self._clock() - self._began, node.name, self._counts(), saved, deed))
+        self._known.pop(node.name, None)
+
+    async def look(self) -> None:
+        """Asks all replicas that can answer."""
+        uids = self._swarm.manifest.uids()
+        with contextlib.suppress(UnreachableError):
+            self._replicas = await self._swarm.registry.replicas(uids)
+            peers = {replica.peer_id for hosts in self._replicas.values() for replica in hosts}
+            self._infos |= await self._swarm.registry.nodes(peers)
+        well = [node for node in self._chaos.nodes if node.is_well]
+        answers = await asyncio.gather(*(self._probe(node) for node in well))
+        self.observations.append(Observation(self._clock() - self._began, self._counts()))
+        self._compare([tensors for tensors in answers if tensors])
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _probe(self, node: Node) -> dict[UID, Floats]:
+        """What its experts make of the rows. Empty when it does not answer."""
+        life = node.lives
+        info = next((i for p, i in self._infos.items() if p.to_base58() == node.peer_id), None)
+        uids = self._announced_by(node)
+        if info is None or not uids:
+            return {}
+        requests = [Request(uid, [_ROWS], list(range(_ROWS)), self._rows, None) for uid in uids]
+        counts, tensors = dict[str, int](), dict[UID, Floats]()
+        try:
+            async for answer in self._caller.call(info, "forward", requests, _CALL_S):
+                if answer.tensor is not None:
+                    counts[str(uids[answer.index])] = answer.update_count
+                    tensors[uids[answer.index]] = answer.tensor
+        except ExpertError as error:
+            logger.debug("%s did not answer: %s", node.name, error)
+            return {}
+        if node.lives == life and node.child is not None and node.child.exit_status is None:
+            self._known[node.name] = counts
+        self._check(node, tensors)
+        return tensors
+
+    def _announced_by(self, node: Node) -> list[UID]:
+        return [
+            uid
+            for uid, hosts in self._replicas.items()
+            if any(
+                r.peer_id.to_base58() == node.peer_id
+                and r.state in (ReplicaState.SERVING, ReplicaState.LEAVING)
+                for r in hosts
+            )
+        ]
+
+    def _check(self, node: Node, tensors: dict[UID, Floats]) -> None:
+        self.probes += len(tensors)
+        for uid, tensor in tensors.items():
+            if tensor.shape != self._rows.shape or not np.isfinite(tensor).all():
+                self.wrong.append(f"{node.name} {uid}: not finite")
+            elif float(np.abs(tensor).max()) > _LARGEST:
+                self.wrong.append(f"{node.name} {uid}: {np.abs(tensor).max():.3g}")
+
+    def _compare(self, answers: Sequence[dict[UID, Floats]]) -> None:
+        for number, some in enumerate(answers):
+            for others in answers[number + 1 :]:
+                for uid in some.keys() & others.keys():
+                    self.differing += difference(self._rows, some[uid], others[uid]) > TOLERANCE
+
+    def _counts(self) -> dict[str, dict[str, int]]:
+        counts: dict[str, dict[str, int]] = {}
+        for node, experts in self._known.items():
+            for uid, count in experts.items():
+                counts.setdefault(uid, {})[node] = count
+        return counts
