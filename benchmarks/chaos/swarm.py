@@ -85,6 +85,8 @@ class Node:
     child: Child | None = None
     lives: int = 0
     peer_id: str | None = None
+    serves: bool = False
+    """Whether it has taken its experts in this life."""
     is_frozen: bool = False
     is_cut: bool = False
 
@@ -160,7 +162,7 @@ class ChaosSwarm:
         for node in self.nodes[1:]:
             await self._start_node(node, "--join", str(self.invite))
         await self._children.until(
-            lambda: all(node.peer_id for node in self.nodes), _START_LIMIT_S, "all nodes"
+            lambda: all(node.serves for node in self.nodes), _START_LIMIT_S, "all nodes"
         )
         return self.invite
 
@@ -191,12 +193,14 @@ class ChaosSwarm:
             case Deed.KILL:
                 for node in nodes:
                     self._note(node)
+                    node.serves = False
                     assert node.child is not None
                     self._killed.add(node.child)
                     node.child.kill()
             case Deed.STOP:
                 for node in nodes:
                     self._note(node)
+                    node.serves = False
                     assert node.child is not None
                     os.kill(node.child.pid, signal.SIGTERM)
             case Deed.RESTART:
@@ -277,6 +281,7 @@ class ChaosSwarm:
     async def _start_node(self, node: Node, *origin: str) -> None:
         plan = self.plan
         node.lives += 1
+        node.serves = False
         (dht, grpc), (announced_dht, announced_grpc) = node.ports
         config = self._folder / f"{node.name}.toml"
         config.write_text(
@@ -302,6 +307,7 @@ class ChaosSwarm:
             for node in self.nodes:
                 if node.child is child:
                     node.peer_id = event["peer_id"]
+                    node.serves = True
             self.invite = self.invite or Invite.parse(event["invite"])
 
     def _processes(self) -> Iterator[tuple[str, int]]:
