@@ -20,6 +20,8 @@ from peer.channels import ChannelPool
 from peer.codec import Floats
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity
+from peer.own_sessions import OwnSessions
+from peer.wire import session_pb2
 from trainer_client.calls import GrpcCaller, Request
 from trainer_client.spot_checks import TOLERANCE, difference
 
@@ -50,7 +52,9 @@ class Watcher:
         self._began = clock()
         self._channels = ChannelPool()
         hidden = swarm.manifest.model.hidden
-        self._caller = GrpcCaller(self._channels, swarm.keys.swarm_id, hidden)
+        swarm_id = swarm.keys.swarm_id
+        sessions = OwnSessions(swarm.host.identity, swarm_id, (session_pb2.RIGHT_FORWARD,))
+        self._caller = GrpcCaller(self._channels, swarm_id, hidden, sessions=sessions)
         self._rows: Floats = np.random.default_rng(0).standard_normal((_ROWS, hidden)).astype(np.float32)
         self._known: dict[str, dict[str, int]] = {}
         """Node → expert → update count, as each node answered last."""
