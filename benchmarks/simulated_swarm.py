@@ -100,7 +100,8 @@ class SimulatedSwarm:
     async def join(self, peer: SimulatedPeer, by: Sequence[SimulatedPeer] = ()) -> None:
         """Greets one of these, or of all, and looks for its own neighbours, as `peer.greeting` does."""
         bootstrap = self.rng.choice(by or self.peers)
-        await peer.dht.protocol.call_ping(bootstrap.peer_id)
+        while await peer.dht.protocol.call_ping(bootstrap.peer_id) is None:
+            pass  # lost: whoever starts a peer tries again
         await peer.dht.find_nearest_nodes([peer.dht.node_id])
 
     def fill_tables(self, peers: Collection[SimulatedPeer], known: Sequence[SimulatedPeer]) -> None:

@@ -233,6 +233,8 @@ class _Run:
         self._overdue: Counter[DHTID] = Counter()
         """Late answers of each key, for which a look-up that has too few others waits after all."""
         self._answers: asyncio.Queue[tuple[_Call, Answers | None]] = asyncio.Queue()
+        self._answering: set[int] = set()
+        """Nodes that have answered any of the keys."""
         self.found: dict[DHTID, Found] = {}
         for key in keys:
             self.found[key] = Found(Search(key, self._start(key), breadth), self._peers)
@@ -269,9 +271,11 @@ class _Run:
             heard = self._lookups.hearsay.near(key)
             self._peers.hear(heard)
             search.learn(heard)
+            if search.is_stranded:
+                search.learn(self._answering)
             while wanted := search.ask():
                 for node in wanted:
-                    if self._peers[node] in self._dht.blacklist:
+                    if self._peers[node] in self._dht.blacklist and not search.asks_again:
                         search.failed(node)
                     else:
                         self._queue.setdefault(node, []).append(key)
@@ -339,6 +343,7 @@ class _Run:
         if answers is None:
             self._fail(call)
             return
+        self._answering.add(call.node)
         for key in call.keys:
             answer, found = answers[key], self.found[key]
             nearer = {node: peer for node, peer in answer.nearer.items() if node != self._dht.node_id}

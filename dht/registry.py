@@ -334,14 +334,14 @@ class Registry:
     async def _get(self, keys: Collection[str]) -> dict[str, dict[object, tuple[Any, float]]]:
         """For each key, its dictionary: subkey → (value, expiry). Several holders of a key are asked and merged.
 
-        Raises UnreachableError when nobody answered at all.
+        Raises UnreachableError when nobody answered for one of the keys: that it is empty is not known.
         """
         if not keys:
             return {}
         ids = {key: DHTID.generate(source=key) for key in keys}
         self.counts.keys_read += len(keys)
         found = await self._in_time(self.lookups.find(list(ids.values())), self.counts.gets)
-        if not any(result.someone_answered for result in found.values()):
+        if not all(result.someone_answered for result in found.values()):
             raise UnreachableError("no DHT peer answered")
         return {
             key: {

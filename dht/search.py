@@ -24,6 +24,8 @@ class Breadth:
     """Holders whose values are enough: the majority."""
     most: int = 96
     """Nodes asked in all: a liar could name nearer ones for ever."""
+    tries: int = 3
+    """How often a node is asked as long as nobody has answered: one who knows few nodes may lose all questions."""
 
 
 DEFAULT_BREADTH = Breadth()
@@ -47,6 +49,10 @@ class Search:
         """Which round asks a node: 1 for those known at the start. Also of those that failed."""
         self._asked: set[int] = set()
         self._answered: set[int] = set()
+        self._failed: set[int] = set()
+        """Since the questions were asked anew."""
+        self._tries = 1
+        self._own: int | None = None
         self._learn(known, 1)
 
     @property
@@ -65,10 +71,24 @@ class Search:
         """Whether it is satisfied, or all of the nearest nodes have answered."""
         if self.satisfied or len(self._asked) >= self._breadth.most:
             return True
-        return all(node in self._answered for _, node in self._front())
+        return all(node in self._answered for _, node in self._front()) and not self.is_stranded
+
+    @property
+    def is_stranded(self) -> bool:
+        """Whether all questions are lost, and may be asked again: then nothing is known of the key."""
+        if self._tries >= self._breadth.tries or not self._failed:
+            return False
+        return all(node == self._own for _, node in self._nearest)
+
+    @property
+    def asks_again(self) -> bool:
+        """Whether it asks nodes that did not answer before."""
+        return self._tries > 1
 
     def ask(self) -> list[int]:
         """The nodes to ask now, nearest first. Each is named once."""
+        if self.is_stranded:
+            self._try_again()
         if self.finished:
             return []
         front = self._front()
@@ -84,6 +104,7 @@ class Search:
 
     def holds(self, node: int, has_value: bool) -> None:
         """This peer is itself a node of the DHT, and needs no question."""
+        self._own = node
         self._learn([node], 0)
         self._asked.add(node)
         self.answered(node, [], has_value)
@@ -106,10 +127,19 @@ class Search:
         place = bisect.bisect_left(self._nearest, entry)
         if node not in self._answered and self._nearest[place : place + 1] == [entry]:
             del self._nearest[place]
+            self._failed.add(node)
 
     def nearest(self) -> list[int]:
         """The nodes that have answered, the nearest first."""
         return [node for _, node in self._nearest if node in self._answered]
+
+    def _try_again(self) -> None:
+        self._tries += 1
+        again, self._failed = self._failed, set()
+        self._asked -= again
+        for node in again:
+            self._depth[node] += 1
+            self._restore(node)
 
     def _front(self) -> list[tuple[int, int]]:
         return self._nearest[: self._breadth.front]

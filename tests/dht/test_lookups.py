@@ -1,12 +1,15 @@
 """Look-ups and stores among simulated peers: the real DHT nodes, on a clock that jumps."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 from hivemind.dht.routing import DHTID
+from hivemind.p2p import P2PContext
+from hivemind.proto import dht_pb2
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
-from benchmarks.simulated_swarm import SimulatedSwarm
+from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.contacts import RoundTrips
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
@@ -59,6 +62,48 @@ def test_slow_peers_are_waited_for_when_there_are_no_others(world: VirtualLoop) 
         await reader.registry.announce([Announced(HOME, ReplicaState.SERVING)], 60.0)
 
     play(world, scenario, nodes=3)
+
+
+async def know_one(swarm: SimulatedSwarm, bootstrap: SimulatedPeer) -> SimulatedPeer:
+    """A client that has greeted one peer, and whose look for others found none."""
+    client = await swarm.make_peer(serves_dht=False)
+    await client.dht.protocol.call_ping(bootstrap.peer_id)
+    await asyncio.sleep(0)  # hivemind enters it on another task
+    return client
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_newcomer_that_knows_one_peer_finds_all_though_questions_are_lost(
+    world: VirtualLoop, seed: int
+) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        swarm.network.rng.seed(seed)
+        for _ in range(10):
+            client = await know_one(swarm, swarm.rng.choice(swarm.peers))
+            swarm.network.link = Link(loss=0.2)
+            assert all((await client.registry.replicas(swarm.manifest.uids())).values())
+            swarm.network.link = Link()
+
+    play(world, scenario, nodes=30, experts=60)
+
+
+def test_keys_for_which_nobody_answers_are_not_taken_for_empty(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        (lonely,) = swarm.peers
+        client, handlers = await know_one(swarm, lonely), lonely.dht.protocol.p2p.handlers
+        answer = handlers["DHTProtocol.rpc_find"]
+        wanted = DHTID.generate(source=swarm.keys.expert(HOME)).to_bytes()
+
+        async def answers_some(request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
+            if wanted in request.keys:
+                await asyncio.get_running_loop().create_future()
+            return await answer(request, context)
+
+        handlers["DHTProtocol.rpc_find"] = answers_some
+        with pytest.raises(UnreachableError, match="no DHT peer answered"):
+            await client.registry.replicas(swarm.manifest.uids())
+
+    play(world, scenario, nodes=1, experts=24)
 
 
 def test_many_keys_travel_in_few_calls(world: VirtualLoop) -> None:
