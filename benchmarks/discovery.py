@@ -70,6 +70,7 @@ def verdicts(results: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         judge(f"recall at {nodes:,} nodes, 30% dead and expired = 1", recall, "", recall == 1.0)
         for kind, rows in (
             ("all_refused", "4 answers, dead refuse"),
+            ("all_silent", "4 answers, dead silent"),
             ("enough_silent", "2 answers, dead silent"),
         ):
             part = result["replaced_30"][kind]

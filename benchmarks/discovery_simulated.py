@@ -237,9 +237,13 @@ async def measure_replacing(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[st
         ("all_silent", TOP_K, False),
         ("enough_silent", TOP_K // 2, False),
     ):
+        directory = await make_trainer(loop, swarm)  # one that does not know yet who is dead
+        await directory.search(0, scores, 2 * TOP_K)
         caller = _SimulatedCaller(living, swarm.network.link.rtt_s, refuses)
         policy = WaitPolicy(CALL_DEADLINE_S, grace_s=1.0, k_min=k_min)
-        dispatcher = Dispatcher(directory, caller, policy, seed=1, clock=loop.time)
+        dispatcher = Dispatcher(
+            directory, caller, policy, seed=1, clock=loop.time, is_silent=caller.is_silent
+        )
         inputs, began = np.zeros((BATCH, 8), dtype=np.float32), loop.time()
         answered = (await dispatcher.forward(0, inputs, scores, TOP_K, 1)).answered
         assert loop.time() - began < CALL_DEADLINE_S + 0.01
@@ -256,6 +260,9 @@ class _SimulatedCaller:
         self._living = living
         self._rtt_s = rtt_s
         self._refuses = refuses
+
+    def is_silent(self, node: NodeInfo) -> bool:
+        return node.peer_id not in self._living
 
     async def call(
         self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float

@@ -119,6 +119,8 @@ class Directory:
         self._now = now
         self._rng = rng or random.SystemRandom()
         self._indices: dict[int, LayerIndex] = {}
+        self._gone: dict[PeerID, float] = {}
+        """Peers that were found dead, and when the node record that they had then expires."""
 
     @property
     def knows_all(self) -> bool:
@@ -131,9 +133,17 @@ class Directory:
         replicas = await self.registry.replicas(uids)
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
         nodes = await self.registry.nodes(peers)
-        self.view = View(self._manifest, replicas, nodes, self._now())
+        self.view = View(self._manifest, replicas, self._but_the_gone(nodes), self._now())
         self.failures = 0
         return self.view
+
+    def forget(self, peer_id: PeerID) -> None:
+        """The peer was found dead: its replicas don't count until it publishes its node record anew."""
+        node = self.view.nodes.get(peer_id)
+        if node is not None:
+            self._gone[peer_id] = node.expires_at
+            nodes = self._but_the_gone(self.view.nodes)
+            self.view = View(self._manifest, self.view.replicas, nodes, self.view.read_at)
 
     async def keep_fresh(self) -> None:
         """Refreshes for ever. When the DHT does not answer, the last view stays."""
@@ -192,7 +202,14 @@ class Directory:
         known = dict(self.view.replicas) | replicas
         for uid in list(islice(known, max(0, len(known) - _MAX_READ))):
             del known[uid]
-        self.view = View(self._manifest, known, nodes, self._now())
+        self.view = View(self._manifest, known, self._but_the_gone(nodes), self._now())
+
+    def _but_the_gone(self, nodes: Mapping[PeerID, NodeInfo]) -> dict[PeerID, NodeInfo]:
+        now = self._now()
+        self._gone = {peer_id: until for peer_id, until in self._gone.items() if until > now}
+        return {
+            peer_id: node for peer_id, node in nodes.items() if node.expires_at > self._gone.get(peer_id, 0)
+        }
 
     def _index(self, layer: int) -> LayerIndex:
         return self._indices.setdefault(layer, LayerIndex(self._manifest.experts.grid))

@@ -29,6 +29,7 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
+_SILENT = {grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE}
 
 
 def server_credentials(identity: Identity, certificate: bytes) -> grpc.ServerCredentials:
@@ -56,6 +57,11 @@ class ChannelPool:
             _, oldest = self._channels.popitem(last=False)
             await oldest.close()
         return channel
+
+    def is_silent(self, address: str, certificate_pem: bytes) -> bool:
+        """Whether a channel tries to connect, or failed to."""
+        channel = self._channels.get((address, certificate_pem))
+        return channel is not None and channel.get_state() in _SILENT
 
     async def close(self) -> None:
         while self._channels:

@@ -130,6 +130,10 @@ class GrpcCaller:
                 async for answer in answers:
                     yield replace(answer, index=lost[answer.index])
 
+    def is_silent(self, node: NodeInfo) -> bool:
+        """Whether a connection to the node was tried and does not stand: it is being made, or was refused."""
+        return bool(node.addresses) and self._channels.is_silent(node.addresses[0], node.certificate_pem)
+
     async def _call_once(
         self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
     ) -> AsyncGenerator[Answer, None]:

@@ -187,6 +187,7 @@ class SwarmClient:
             policy,
             spot_checks=settings.spot_checks,
             seed=random.SystemRandom().getrandbits(32),
+            is_silent=caller.is_silent,
         )
         self._presence = Presence(self._swarm, invite, settings, self.dispatcher, caller, self._loop)
         self._tasks.append(asyncio.create_task(self._presence.run()))

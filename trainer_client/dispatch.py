@@ -15,6 +15,7 @@ from hivemind.p2p import PeerID
 
 from dht.beam import Selection
 from dht.directory import Directory, PrefixTables
+from dht.registry import NodeInfo
 from peer.codec import Floats
 from peer.errors import UnreachableError
 from trainer_client.breaker import CircuitBreakers
@@ -51,11 +52,14 @@ class Dispatcher:
         spot_checks: float = 0.0,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        is_silent: Callable[[NodeInfo], bool] = lambda node: False,
     ) -> None:
         """`spot_checks`: part of the answers that are compared with another replica's. All that is left to chance
-        follows from `seed`.
+        follows from `seed`. `is_silent`: whether a connection to the node was tried and does not stand.
         """
-        self._outgoing = Outgoing(caller, breakers or CircuitBreakers(), clock)
+        self._outgoing = Outgoing(
+            caller, breakers or CircuitBreakers(), clock, is_silent=is_silent, gone=directory.forget
+        )
         rng = random.Random(seed)  # noqa: S311  # spreads load, keeps no secret
         self._checks = SpotChecks(self._outgoing, spot_checks, random.Random(seed))  # noqa: S311
         self._reach = Reach(directory, self._outgoing, policy, rng, self._checks)

@@ -14,16 +14,19 @@ from hivemind.p2p import PeerID
 
 from dht.beam import Selection, default_beam_size, select_experts
 from dht.directory import Directory, PrefixTables, View
+from dht.registry import NodeInfo
 from dht.uid import UID
 from peer.codec import Floats
 from trainer_client.calls import Direction, KeptAt, Request
 from trainer_client.outgoing import NodeCall, Outcome, Outcomes, Outgoing, next_outcomes
-from trainer_client.shares import Booleans, Integers, Share, make_shares, refill
+from trainer_client.shares import Booleans, Integers, Share, make_shares, refill, sure_first
 from trainer_client.spot_checks import SpotChecks
 from trainer_client.waiting import WaitPolicy
 
 _MAX_ROUNDS = 8
 """Times that a row's experts are chosen in one call."""
+_FREE_ROUNDS = 2
+"""After so many choices a row prefers experts of peers that answered lately: its others were dead twice."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class ForwardFanOut:
         self._pending = np.zeros((count, k), dtype=bool)
         self._failed: set[UID] = set()  # or late: not asked again for any row
         self._asked: dict[int, _Asked] = {}  # by the share's identity
+        self._nodes: dict[PeerID, NodeInfo] = {}  # that were called
         self._goal = np.full(count, min(reach.policy.k_min, k))  # answers that each row needs
         self.result = ForwardPass(
             rows.layer,
@@ -130,13 +134,7 @@ class ForwardFanOut:
         """Returns when all have answered, or enough and the grace time is over, or at the deadline."""
         began, policy = self._clock(), self._reach.policy
         self._choose(np.arange(len(self._goal)))
-        looks: deque[tuple[float, Callable[[], None]]] = deque(
-            [
-                (began + policy.hedge_after_s(self._reach.outgoing.call_times["forward"]), self._hedge),
-                # that leaves other experts the other half
-                (began + self._deadline_s / 2, self._give_up_late),
-            ]
-        )
+        looks = self._looks(began)
         enough_at: float | None = None
         while self._pending.any():
             if enough_at is None and self._has_enough():
@@ -156,6 +154,20 @@ class ForwardFanOut:
             else:
                 looks.popleft()[1]()
 
+    def _looks(self, began: float) -> deque[tuple[float, Callable[[], None]]]:
+        """What is done, and when, while rows lack answers."""
+        part_s = self._deadline_s / 4
+        looks = [
+            (
+                began + self._reach.policy.hedge_after_s(self._reach.outgoing.call_times["forward"]),
+                self._hedge,
+            ),
+            (began + part_s, self._replace_silent),
+            (began + 2 * part_s, self._give_up_late),  # leaves other experts the other half
+            (began + 3 * part_s, self._give_up_late),
+        ]
+        return deque(sorted(looks, key=lambda look: look[0]))
+
     def _has_enough(self) -> bool:
         return bool((self.result.answered.sum(axis=1) >= self._goal).all())
 
@@ -168,45 +180,78 @@ class ForwardFanOut:
 
     def _give_up_late(self) -> None:
         """Sends to other experts the rows that have not reached their goal by now."""
-        lacking = self._lacking(self.result.answered.sum(axis=1))
+        self._give_up([asked for asked in self._asked.values() if not asked.done])
+
+    def _replace_silent(self) -> None:
+        """Of peers that can't even be connected to little is to be hoped: others are asked, replicas first."""
+        is_silent = self._reach.outgoing.is_silent
+        silent = [
+            asked
+            for asked in self._asked.values()
+            if not asked.done and all(is_silent(self._nodes[peer_id]) for peer_id in asked.peers)
+        ]
+        self._leave_alone(silent)
+        self._give_up(self._ask_replicas(silent))
+
+    def _give_up(self, late: Sequence[_Asked]) -> None:
+        """Sends to other experts the rows that lack answers without these; theirs still count when they come."""
+        given_up = np.zeros_like(self._pending)
+        for asked in late:
+            given_up[self._own_slots(asked.share)] = True
+        given_up &= self._pending
+        lacking = self._lacking((self.result.answered | (self._pending & ~given_up)).sum(axis=1))
         if not len(lacking):
             return
-        self._note_late()
-        late = np.zeros_like(self._pending)
-        late[lacking] = self._pending[lacking]
-        self._pending &= ~late  # others may have these slots
+        self._leave_alone(late)
+        self._failed.update(asked.share.uid for asked in late)
+        kept = np.ones(len(self._goal), dtype=bool)
+        kept[lacking] = False
+        given_up[kept] = False
+        self._pending &= ~given_up  # others may have these slots
         self._choose(lacking)
-        self._pending |= late  # where nobody else was found, the late expert keeps its slot
+        self._pending |= given_up  # where nobody else was found, the late expert keeps its slot
 
     def _lacking(self, answers: Integers) -> Integers:
         """The rows with fewer answers than they need, but those that were sent often enough."""
         return np.flatnonzero((answers < self._goal) & (self._rounds < _MAX_ROUNDS))
 
-    def _note_late(self) -> None:
-        """Experts that still have not answered are not asked again, nor are their peers before this call is over."""
+    def _leave_alone(self, late: Sequence[_Asked]) -> None:
+        """Nobody calls these peers before this call is over."""
         now = self._clock()
-        for asked in self._asked.values():
-            if not asked.done:
-                self._failed.add(asked.share.uid)
-                for peer_id in asked.peers:
-                    self._reach.outgoing.breakers.busy(peer_id, now, self._ends - now)
+        for asked in late:
+            for peer_id in asked.peers:
+                self._reach.outgoing.breakers.busy(peer_id, now, self._ends - now)
 
     def _hedge(self) -> None:
-        """Asks another replica of each expert that is slow, where there is one. The first answer counts."""
+        """Asks another replica of each expert that is slow, as far as the policy allows. The first answer counts."""
+        outgoing = self._reach.outgoing
+
+        def may_hedge() -> bool:
+            return self._reach.policy.may_hedge(outgoing.stats.hedged_calls, outgoing.stats.calls)
+
+        self._ask_replicas([asked for asked in self._asked.values() if not asked.done], may_hedge)
+
+    def _ask_replicas(
+        self, some: Sequence[_Asked], may_ask: Callable[[], bool] = lambda: True
+    ) -> list[_Asked]:
+        """Calls another replica of each expert too; gives those that have no other."""
         outgoing, view = self._reach.outgoing, self._reach.directory.view
         by_peer: dict[PeerID, list[Share]] = defaultdict(list)
-        for asked in self._asked.values():
-            if not asked.done:
-                avoided = outgoing.avoided() | set(asked.peers)
-                other = view.replica(asked.share.uid, self._reach.rng, avoided)
-                if other is not None:
-                    by_peer[other.peer_id].append(asked.share)
+        alone = []
+        for asked in some:
+            avoided = outgoing.avoided() | set(asked.peers)
+            other = view.replica(asked.share.uid, self._reach.rng, avoided)
+            if other is None:
+                alone.append(asked)
+            else:
+                by_peer[other.peer_id].append(asked.share)
         for peer_id, shares in by_peer.items():
-            if self._reach.policy.may_hedge(outgoing.stats.hedged_calls, outgoing.stats.calls):
+            if may_ask():
                 outgoing.stats.hedged_calls += 1
                 for share in shares:
                     self._asked[id(share)].hedge = peer_id
                 self._call(view, peer_id, shares)
+        return alone
 
     def _choose(self, rows: Integers) -> None:
         """Fills the free slots of these rows with the best live experts that they don't have, and calls those."""
@@ -220,8 +265,11 @@ class ForwardFanOut:
         tables = self._tables(view, avoided)
         fresh = self._rows.first if is_first else None
         if fresh is None or not _all_live(fresh, tables):
-            scores = [table[rows] for table in self._rows.scores]
-            fresh = select_experts(scores, tables, self._rows.k, default_beam_size(self._rows.k))
+            fresh = self._best(rows, tables)
+        often = self._rounds[rows] > _FREE_ROUNDS
+        if often.any():
+            unproven = view.nodes.keys() - self._reach.outgoing.proven()
+            fresh = sure_first(self._best(rows, self._tables(view, avoided | unproven)), fresh, often)
         coordinates, filled = refill(self.result.coordinates[rows], taken, fresh)
         self.result.coordinates[rows] = coordinates
         wanted = np.zeros_like(self._pending)
@@ -230,6 +278,10 @@ class ForwardFanOut:
         if is_first:
             # no row can get more answers than there are live experts
             self._goal = np.minimum(self._goal, np.maximum(1, self._pending.sum(axis=1)))
+
+    def _best(self, rows: Integers, tables: PrefixTables) -> Selection:
+        scores = [table[rows] for table in self._rows.scores]
+        return select_experts(scores, tables, self._rows.k, default_beam_size(self._rows.k))
 
     def _tables(self, view: View, avoided: frozenset[PeerID]) -> PrefixTables:
         """Of the live experts that have not failed in this pass."""
@@ -258,6 +310,7 @@ class ForwardFanOut:
     def _call(self, view: View, peer_id: PeerID, shares: Sequence[Share]) -> None:
         for share in shares:
             self._asked.setdefault(id(share), _Asked(share, [])).peers.append(peer_id)
+        self._nodes[peer_id] = view.nodes[peer_id]
         requests = [_request(share, self.result.inputs, None, keep=self._rows.keep) for share in shares]
         left = self._ends - self._clock()
         self._reach.outgoing.start(
@@ -292,10 +345,13 @@ class ForwardFanOut:
 
     def _fail(self, asked: _Asked) -> None:
         asked.done = True
-        share = asked.share
+        self._pending[self._own_slots(asked.share)] = False
+        self._failed.add(asked.share.uid)
+
+    def _own_slots(self, share: Share) -> tuple[Integers, Integers]:
+        """The rows and slots that are still this share's, and no other expert's."""
         own = (self.result.coordinates[share.rows, share.slots] == share.uid.coordinate).all(axis=-1)
-        self._pending[share.rows[own], share.slots[own]] = False
-        self._failed.add(share.uid)
+        return share.rows[own], share.slots[own]
 
 
 def _all_live(selection: Selection, tables: PrefixTables) -> bool:

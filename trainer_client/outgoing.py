@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 # an expert's own status, after which the peer that hosts it is as good as before
 _NOT_THE_PEERS_FAULT = {StatusCode.NOT_FOUND, StatusCode.INTERNAL, StatusCode.INVALID_ARGUMENT}
 
+_LOST = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
+_PROVEN_S = 30.0
+"""A peer that answered so lately is most probably there."""
+_HEARD = 4096
+"""Peers of which it is known when they answered last, at most."""
+
 
 @dataclass
 class DispatchStats:
@@ -35,7 +41,7 @@ class DispatchStats:
     unanswered_rows: int = 0
     """Rows that went on with no expert at all."""
     hedged_calls: int = 0
-    """Forward calls that were sent to a second replica too, because the first was slow."""
+    """Forward calls that were sent to a second replica too, because the first was slow or silent."""
     hedges_won: int = 0
     """Shares that the second replica answered first."""
     late_backward: int = 0
@@ -88,19 +94,34 @@ class Outgoing:
         caller: ExpertCaller,
         breakers: CircuitBreakers,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        is_silent: Callable[[NodeInfo], bool] = lambda node: False,
+        gone: Callable[[PeerID], None] = lambda peer_id: None,
     ) -> None:
+        """`is_silent`: whether a connection to the node was tried and does not stand. `gone` is told of peers whose
+        call failed so.
+        """
         self.stats = DispatchStats()
         self.latencies = Latencies()
         self.breakers = breakers
         self.now = clock
         self.call_times: dict[Direction, CallTimes] = {"forward": CallTimes(), "backward": CallTimes()}
         self._caller = caller
+        self.is_silent = is_silent
+        self._gone = gone
+        self._heard_at: dict[PeerID, float] = {}
+        """When each peer answered last, the last one at the end."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     def avoided(self) -> frozenset[PeerID]:
         """The peers to leave alone now."""
         return self.breakers.open_at(self.now())
+
+    def proven(self) -> frozenset[PeerID]:
+        """The peers that answered lately."""
+        since = self.now() - _PROVEN_S
+        return frozenset(peer_id for peer_id, heard_at in self._heard_at.items() if heard_at > since)
 
     def start(self, call: NodeCall) -> None:
         """Starts a call that puts the outcome of every share into its queue, also when nobody reads them any more."""
@@ -128,6 +149,7 @@ class Outgoing:
             async for answer in self._caller.call(call.node, call.direction, call.requests, call.deadline_s):
                 if len(waiting) == len(call.shares):
                     self.latencies.note_node(peer_id, self.now() - began)
+                    self._hear(peer_id)
                 share = waiting.pop(answer.index)
                 if answer.error is not None:
                     self._note_failure(peer_id, answer.error)
@@ -143,9 +165,17 @@ class Outgoing:
             self._note_failure(peer_id, error, lost_quickly)
             if error.status is StatusCode.DEADLINE_EXCEEDED:
                 call_times.add_unfinished(self.now() - began)
+            if error.status in _LOST and self.is_silent(call.node):
+                self._gone(peer_id)
         finally:
             if waiting:  # no empty list: that would look like a time-out
                 call.fail(list(waiting.values()))
+
+    def _hear(self, peer_id: PeerID) -> None:
+        self._heard_at.pop(peer_id, None)
+        self._heard_at[peer_id] = self.now()
+        if len(self._heard_at) > _HEARD:
+            del self._heard_at[next(iter(self._heard_at))]
 
     def _note_guard(self, share: Share, peer_id: PeerID, answer: Answer) -> None:
         self.stats.skipped_updates += answer.skipped_update

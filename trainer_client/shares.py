@@ -42,6 +42,20 @@ def make_shares(
         yield Share(UID(layer, coordinate), share_rows, slots[part], lengths, share_rows % sequence_length)
 
 
+def sure_first(sure: Selection, others: Selection, wary: Booleans) -> Selection:
+    """For the `wary` rows [n] the `sure` experts come before the `others`; each expert once."""
+    same = (others.coordinates[:, :, None, :] == sure.coordinates[:, None, :, :]).all(
+        axis=-1
+    )  # (n, others, sure)
+    preferred = sure.valid & wary[:, None]
+    left = others.valid & ~(same & preferred[:, None, :]).any(axis=-1)
+    return Selection(
+        np.concatenate([sure.coordinates, others.coordinates], axis=1),
+        np.concatenate([sure.scores, others.scores], axis=1),
+        np.concatenate([preferred, left], axis=1),
+    )
+
+
 def refill(coordinates: Integers, taken: Booleans, fresh: Selection) -> tuple[Integers, Booleans]:
     """Puts each row's best fresh experts into its free slots, none that the row has already.
 

@@ -57,8 +57,8 @@ def make_replica(uid: UID, peer_id: PeerID, queued_rows: int = 0) -> Replica:
     return Replica(uid, peer_id, ReplicaState.SERVING, 0, queued_rows, 0.0, math.inf)
 
 
-def make_node(peer_id: PeerID) -> NodeInfo:
-    return NodeInfo(peer_id, ("127.0.0.1:1",), b"", 1, "0", 1, 1, 0, 0, 0.0, (), math.inf)
+def make_node(peer_id: PeerID, expires_at: float = math.inf) -> NodeInfo:
+    return NodeInfo(peer_id, ("127.0.0.1:1",), b"", 1, "0", 1, 1, 0, 0, 0.0, (), expires_at)
 
 
 def make_directory(registry: Any) -> Directory:
@@ -202,3 +202,52 @@ def test_of_two_replicas_the_much_faster_or_else_the_less_loaded_is_called() -> 
     assert chosen({FIRST: 0.1}) == SECOND
     assert chosen({FIRST: 0.1, SECOND: 0.15}) == SECOND
     assert chosen({FIRST: 0.1, SECOND: 0.25}) == FIRST
+
+
+class TwoHosts(FakeRegistry):
+    """FIRST serves the even rows of the grid, SECOND the odd ones."""
+
+    expires_at = 1e12
+
+    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+        return {uid: (make_replica(uid, (FIRST, SECOND)[uid.coordinate[0] % 2]),) for uid in uids}
+
+    async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+        return {peer_id: make_node(peer_id, self.expires_at) for peer_id in peer_ids}
+
+
+@pytest.mark.parametrize("is_searched", [True, False])
+def test_a_dead_peers_replicas_are_gone_at_once_until_it_announces_itself_anew(
+    is_searched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_searched:
+        monkeypatch.setattr("dht.directory._MAX_READ", 10_000)
+    experts = random_experts(1.0, 0)
+    registry, scores = TwoHosts(experts, experts), random_scores(1)
+    directory = make_directory(registry)
+
+    async def rows_of_choice() -> set[int]:
+        if is_searched:
+            await directory.search(0, scores, 4)
+        chosen = select_experts(scores, directory.view.tables(0), 4)
+        assert chosen.valid.all()
+        return set((chosen.coordinates[..., 0] % 2).ravel().tolist())
+
+    async def scenario() -> None:
+        await directory.refresh()
+        assert await rows_of_choice() == {0, 1}
+        directory.forget(FIRST)
+        assert await rows_of_choice() == {1}
+        await directory.refresh()
+        assert await rows_of_choice() == {1}, "the old record is still in the DHT"
+        registry.expires_at += 10
+        await directory.refresh()
+        assert await rows_of_choice() == {0, 1}
+
+    asyncio.run(scenario())
+
+
+def test_a_peer_that_is_not_known_can_be_forgotten() -> None:
+    directory = make_directory(FakeRegistry([], []))
+    directory.forget(FIRST)
+    assert directory.view.live_experts() == 0

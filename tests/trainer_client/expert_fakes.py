@@ -98,6 +98,10 @@ class FakeDirectory(Directory):
 
     def __init__(self, view: View) -> None:
         self.view = view
+        self.forgotten: list[PeerID] = []
+
+    def forget(self, peer_id: PeerID) -> None:
+        self.forgotten.append(peer_id)
 
 
 class FakeSwarm:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dht.beam import Selection
 from dht.uid import UID
-from trainer_client.shares import Booleans, Integers, Share, make_shares, refill
+from trainer_client.shares import Booleans, Integers, Share, make_shares, refill, sure_first
 
 grids = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 seeds = st.integers(0, 2**32 - 1)
@@ -151,3 +151,28 @@ def test_shares_after_a_refill_hold_only_the_filled_slots() -> None:
     new, filled = refill(coordinates, np.array([[True, False], [False, True]]), fresh)
     shares: list[Share] = list(make_shares(0, new, filled, (3,), 2))
     assert [(share.uid.coordinate, share.rows.tolist()) for share in shares] == [((2,), [0])]
+
+
+@given(refills(), refills(), seeds)
+def test_wary_rows_take_the_sure_experts_first_and_each_expert_once(
+    one: tuple[Integers, Booleans, Selection], two: tuple[Integers, Booleans, Selection], seed: int
+) -> None:
+    sure, others = one[2], two[2]
+    rows = min(len(sure.valid), len(others.valid))
+    sure, others = first_rows(sure, rows), first_rows(others, rows)
+    if sure.coordinates.shape[2] != others.coordinates.shape[2]:
+        others = sure
+    wary = np.random.default_rng(seed).random(rows) < 0.5
+    both = sure_first(sure, others, wary)
+    for row in range(rows):
+        found = experts_of(both, row)
+        known = experts_of(sure, row) if wary[row] else []
+        assert found == [*known, *(expert for expert in experts_of(others, row) if expert not in known)]
+
+
+def first_rows(selection: Selection, rows: int) -> Selection:
+    return Selection(selection.coordinates[:rows], selection.scores[:rows], selection.valid[:rows])
+
+
+def experts_of(selection: Selection, row: int) -> list[tuple[int, ...]]:
+    return [tuple(c) for c in selection.coordinates[row, selection.valid[row]].tolist()]

@@ -1,7 +1,9 @@
 """GrpcCaller against a real TLS server that falls silent, and callers that give up."""
 
 import asyncio
+import socket
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from grpc import StatusCode
@@ -25,6 +27,7 @@ from wayward_node import (
     until,
 )
 
+from dht.registry import NodeInfo
 from peer.channels import ChannelPool
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -179,3 +182,49 @@ def test_consumer_that_stops_early_ends_the_call_at_the_server(
         await until(lambda: server.running == 0)
 
     loop.run(scenario())
+
+
+# Connections
+
+
+async def call_in_vain(caller: GrpcCaller, node: NodeInfo) -> StatusCode | None:
+    return (await collect(caller, node, requests_for(0), deadline_s=SHORT)).status
+
+
+def test_a_node_that_accepts_and_says_nothing_is_silent_and_one_that_computes_is_not(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    server.behave = says_nothing
+
+    async def scenario(frozen: socket.socket) -> None:
+        node = replace(server.info, addresses=(f"127.0.0.1:{frozen.getsockname()[1]}",))
+        assert not caller.is_silent(node), "nobody has called it yet"
+        both = [
+            asyncio.create_task(collect(caller, info, requests_for(0), deadline_s=LONG))
+            for info in (node, server.info)
+        ]
+        await until(lambda: server.running == 1)
+        assert caller.is_silent(node)
+        assert not caller.is_silent(server.info)
+        for call in both:
+            call.cancel()
+        await asyncio.wait(both)
+
+    with socket.create_server(("127.0.0.1", 0)) as frozen:  # the kernel accepts for it
+        loop.run(scenario(frozen))
+
+
+def test_a_node_that_refuses_the_connection_is_silent(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    node = replace(server.info, addresses=(f"127.0.0.1:{closed_port()}",))
+    assert loop.run(call_in_vain(caller, node)) is StatusCode.UNAVAILABLE
+    assert caller.is_silent(node)
+    assert not caller.is_silent(replace(server.info, addresses=()))
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
