@@ -162,7 +162,9 @@ def experts(picture: Picture | None, query: Mapping[str, str]) -> Json:
     shown = picture.layers[layer]
     if "replicas" not in shown:
         raise ApiError(413, "this layer has more experts than are shown; see the setting most_cells")
-    return shown | {"read_at": picture.read_at}
+    ages = [None if at is None else max(0, round(picture.read_at - at)) for at in shown["updated_at"]]
+    arrays = {key: value for key, value in shown.items() if key != "updated_at"}
+    return arrays | {"updated_ago_s": ages, "read_at": picture.read_at}
 
 
 def expert(picture: Picture | None, uid: str, now: float) -> Json:
@@ -202,8 +204,21 @@ def history_query(query: Mapping[str, str], now: float) -> HistoryQuery:
     return HistoryQuery(metric, since, points)
 
 
-def series(found: Sequence[tuple[str, Sequence[tuple[float, float | None]]]]) -> list[Json]:
-    return [{"name": name, "points": [list(point) for point in points]} for name, points in found]
+def series(
+    found: Sequence[tuple[str, Sequence[tuple[float, float | None]]]], picture: Picture | None = None
+) -> list[Json]:
+    """Each line with its name, and a label: that of a trainer has what its owner calls it too."""
+    trainers = [] if picture is None else picture.trainers
+    called = {row["short"]: row["name"] for row in trainers if row["name"]}
+    return [
+        {"name": name, "label": _label(name, called), "points": [list(point) for point in points]}
+        for name, points in found
+    ]
+
+
+def _label(name: str, called: Mapping[str, str]) -> str:
+    key, _, rest = name.partition(" ")
+    return f"{called[key]} · {name}" if key in called and rest in {"", "validation"} else name
 
 
 def integer(query: Mapping[str, str], key: str, default: int, least: int, most: int) -> int:

@@ -137,12 +137,11 @@ class _Endpoints:
         return JSONResponse(shown | {"series": series})
 
     async def history(self, request: Request) -> Response:
-        now = self._watcher.sight().now
-        query = api.history_query(request.query_params, now)
-        found = await self._keeper.read(query.metric, query.since, now, query.points, api.MAX_SERIES)
-        return JSONResponse(
-            {"metric": query.metric, "unit": api.UNITS[query.metric], "series": api.series(found)}
-        )
+        sight = self._watcher.sight()
+        query = api.history_query(request.query_params, sight.now)
+        found = await self._keeper.read(query.metric, query.since, sight.now, query.points, api.MAX_SERIES)
+        series = api.series(found, sight.picture)
+        return JSONResponse({"metric": query.metric, "unit": api.UNITS[query.metric], "series": series})
 
 
 class News:

@@ -13,7 +13,7 @@ from dht.participants import Activity, Latency, TrainerInfo
 from dht.registry import NodeInfo, Replica, ReplicaState
 from talkoot.dashboard.census import Census, Pace, Seen
 
-FORM = 1
+FORM = 2
 """Of a picture that was kept in a file; another form is not read."""
 
 Json = dict[str, Any]
@@ -27,7 +27,8 @@ class Picture:
     figures: Json
     """What stands at the head of the page."""
     layers: list[Json]
-    """For each layer its grid and, in row-major order, replicas, queued rows and updates of each coordinate."""
+    """For each layer its grid and, in row-major order, of each coordinate: replicas, queued rows, updates, and when
+    these were last seen to rise (`updated_at`; None: not yet)."""
     nodes: list[Json]
     trainers: list[Json]
     replicas: dict[str, list[Json]]
@@ -79,16 +80,19 @@ def paint(
     trainers: Census[TrainerInfo],
     pace: Pace,
     most_cells: int,
+    before: Picture | None = None,
 ) -> Picture:
-    """The picture of what was noted last."""
+    """The picture of what was noted last. `before`: the picture before this one, to tell whose updates rise."""
     live_nodes, live_trainers = nodes.live(), trainers.live()
     replicas = {
         str(uid): [_replica_row(r, nodes.seen[r.peer_id]) for r in found if r.peer_id in live_nodes]
         for uid, found in view.replicas.items()
     }
     latencies = _node_latencies(live_trainers.values())
+    earlier = [] if before is None else before.layers
     layers = [
-        _layer(view, live_nodes.keys(), layer, most_cells) for layer in range(view.manifest.model.layers)
+        _layer(view, live_nodes.keys(), layer, most_cells, earlier[layer] if layer < len(earlier) else {})
+        for layer in range(view.manifest.model.layers)
     ]
     figures = _figures(view.manifest, list(live_nodes.values()), list(live_trainers.values()), pace)
     figures["nodes"]["gone"] = len(nodes.seen) - len(live_nodes)
@@ -153,7 +157,7 @@ def _node_latencies(trainers: Iterable[TrainerInfo]) -> dict[PeerID, float]:
     return {peer_id: 1000 * statistics.fmean(measured) for peer_id, measured in found.items()}
 
 
-def _layer(view: View, live: Iterable[PeerID], layer: int, most_cells: int) -> Json:
+def _layer(view: View, live: Iterable[PeerID], layer: int, most_cells: int, before: Json) -> Json:
     grid = list(view.manifest.experts.grid)
     cells = 1
     for size in grid:
@@ -172,7 +176,20 @@ def _layer(view: View, live: Iterable[PeerID], layer: int, most_cells: int) -> J
                 counts[place] += 1
                 queued[place] += replica.queued_rows
                 updates[place] = max(updates[place], replica.update_count)
-    return shown | {"replicas": counts, "queued_rows": queued, "updates": updates}
+    shown |= {"replicas": counts, "queued_rows": queued, "updates": updates}
+    return shown | {"updated_at": _updated_at(shown, before, view.read_at)}
+
+
+def _updated_at(shown: Json, before: Json, now: float) -> list[float | None]:
+    """When each coordinate's updates were last seen to rise. An expert that comes back is not one that learns."""
+    if before.get("grid") != shown["grid"] or "updated_at" not in before:
+        return [None] * len(shown["updates"])
+    return [
+        now if hosted and updates > updates_before else updated_at
+        for updates, hosted, updates_before, updated_at in zip(
+            shown["updates"], before["replicas"], before["updates"], before["updated_at"], strict=True
+        )
+    ]
 
 
 def _place(coordinate: Sequence[int], grid: Sequence[int]) -> int:

@@ -4,6 +4,7 @@ const ANSWER_WITHIN_MS = 15000;
 const SILENCE_LIMIT_MS = 20000; // the server says something every 5 s
 const FIRST_RETRY_MS = 1000;
 const LONGEST_RETRY_MS = 30000;
+const UNSEEN_MS = 30000;
 
 /** The server said no, or nothing. */
 export class Unanswered extends Error {}
@@ -30,7 +31,11 @@ async function reason(response) {
   }
 }
 
-/** Readings as they come. After a loss it connects again, after a wait that grows. */
+/** Readings as they come. After a loss it connects again, after a wait that grows.
+ *
+ * Browsers open few streams to one server, over all their tabs together, so a page that nobody sees has none: it asks
+ * now and then, for its title.
+ */
 export class Readings {
   #source = null;
   #retryMs = FIRST_RETRY_MS;
@@ -50,6 +55,21 @@ export class Readings {
     this.#source.addEventListener("swarm", (event) => this.#hear(event.data));
     this.#source.addEventListener("error", () => this.#lost());
     this.#watch();
+  }
+
+  /** Until the next connect only a reading now and then. */
+  rest() {
+    this.#close();
+    this.#timer = setTimeout(() => this.#ask(), UNSEEN_MS);
+  }
+
+  async #ask() {
+    const timer = this.#timer;
+    const swarm = await get("swarm").catch(() => null);
+    if (timer !== this.#timer) return; // seen again meanwhile
+    if (swarm) this.#onReading(swarm);
+    else this.#onLost(UNSEEN_MS);
+    this.rest();
   }
 
   #hear(data) {

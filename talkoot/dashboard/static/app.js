@@ -56,5 +56,9 @@ function trouble() {
 
 byId("banner-retry").addEventListener("click", () => readings.connect());
 setInterval(() => document.hidden || tick(), 1000);
-document.addEventListener("visibilitychange", () => document.hidden || tick());
-readings.connect();
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) return readings.rest();
+  tick();
+  readings.connect();
+});
+if (!document.hidden) readings.connect();

@@ -9,6 +9,14 @@ import { Section } from "./section.js";
 import { PagedTable } from "./table.js";
 
 const HEAT = [1, 2, 3, 4, 5, 6].map((step) => `--heat-${step}`);
+const NEVER = Infinity; // no update was seen
+const AGES = [
+  [60, "in the last minute"],
+  [600, "1 – 10 min ago"],
+  [3600, "10 – 60 min ago"],
+  [86400, "1 – 24 h ago"],
+  [NEVER, "days ago"],
+];
 const WIDEST = 256; // columns; a longer row of the grid goes on in the next line
 const NAMED = 12;
 const EDGE = 8;
@@ -19,23 +27,39 @@ const MEASURES = {
   replicas: {
     words: "Replicas",
     values: (layer) => layer.replicas,
-    unit: "replica",
+    write: (value) => format.counted(value, "replica"),
+    cell: format.count,
+    by: "replicas",
     edge: "Fewest replicas",
     sign: 1,
   },
   load: {
     words: "Load",
     values: (layer) => layer.queued_rows,
-    unit: "queued row",
+    write: (value) => format.counted(value, "queued row"),
+    cell: format.count,
+    by: "queued rows",
     edge: "Busiest",
     sign: -1,
   },
   updates: {
     words: "Updates",
     values: (layer) => layer.updates,
-    unit: "update",
+    write: (value) => format.counted(value, "update"),
+    cell: format.count,
+    by: "updates",
     edge: "Least trained",
     sign: 1,
+  },
+  freshness: {
+    words: "Freshness",
+    values: (layer) => layer.updated_ago_s.map((age) => age ?? NEVER),
+    write: ago,
+    cell: ago,
+    by: "last update",
+    edge: "Longest without an update",
+    sign: -1,
+    scale: scaleOfAges,
   },
 };
 
@@ -122,7 +146,7 @@ function uid(index) {
 function draw() {
   const { replicas } = view.data;
   const values = MEASURES[view.measure].values(view.data);
-  const scale = scaleOf(values, replicas);
+  const scale = (MEASURES[view.measure].scale ?? scaleOf)(values, replicas);
   const levels = Uint8Array.from(values, (value, i) => (replicas[i] ? 1 + scale.step(value) : 0));
   layOut(columns(), levels.length);
   heatmap.show(levels, columns(), scale.palette, "--missing");
@@ -159,6 +183,17 @@ function scaleOf(values, replicas) {
   return { step, palette, labels: palette.map((_, i) => label(low, width, i)) };
 }
 
+/** The fresher the darker; what was not seen to learn since the dashboard watches is lightest. */
+function scaleOfAges() {
+  const labels = [...AGES.map(([, words]) => words), "none seen yet"];
+  const step = (age) => (age === NEVER ? AGES.length : AGES.findIndex(([below]) => age < below));
+  return { step, palette: HEAT.toReversed(), labels };
+}
+
+function ago(age) {
+  return age === NEVER ? "no update seen yet" : `updated ${format.duration(age)} ago`;
+}
+
 /** Few steps use the whole range of colours too, but one alone is in the middle. */
 function spread(i, steps) {
   return steps === 1 ? 2 : Math.round((i * (HEAT.length - 1)) / (steps - 1));
@@ -173,10 +208,9 @@ function label(low, width, step) {
 function sideOf(levels, scale, replicas) {
   const counts = new Array(scale.palette.length + 1).fill(0);
   for (const level of levels) counts[level] += 1;
-  const { unit } = MEASURES[view.measure];
   const bars = scale.labels.map((text, i) => bar(text, counts[i + 1], levels.length, scale.palette[i]));
   return [
-    el("h3", {}, `Experts by ${unit}s`),
+    el("h3", {}, `Experts by ${MEASURES[view.measure].by}`),
     el("ul", { class: "bars" }, ...bars, bar("no host", counts[0], levels.length, "--missing")),
     ...hostless(replicas, counts[0]),
     ...edgeOf(replicas),
@@ -199,6 +233,11 @@ function bar(text, number, of, property) {
   );
 }
 
+/** Infinity equals itself, so no difference will do. */
+function compare(a, b) {
+  return a === b ? 0 : a < b ? -1 : 1;
+}
+
 function hostless(replicas, number) {
   if (!number) return [el("p", { class: "note" }, "Every expert of this layer has a host.")];
   const links = [];
@@ -212,31 +251,28 @@ function hostless(replicas, number) {
 
 /** The experts that want to be looked at: of what the colours show, the busiest or the furthest behind. */
 function edgeOf(replicas) {
-  const { values, unit, edge, sign } = MEASURES[view.measure];
+  const { values, write, edge, sign } = MEASURES[view.measure];
   const all = values(view.data);
   const hosted = [];
   for (let i = 0; i < all.length; i += 1) if (replicas[i]) hosted.push(i);
-  hosted.sort((a, b) => sign * (all[a] - all[b]) || a - b);
+  hosted.sort((a, b) => sign * compare(all[a], all[b]) || a - b);
   if (!hosted.length || all[hosted[0]] === all[hosted.at(-1)]) return []; // all alike
   const items = hosted.slice(0, EDGE).map((i) => {
     return el(
       "li",
       {},
       el("a", { href: `#/expert/${uid(i)}` }, uid(i)),
-      el("span", { class: "note" }, format.counted(all[i], unit)),
+      el("span", { class: "note" }, write(all[i])),
     );
   });
   return [el("h3", {}, edge), el("ol", { class: "edge" }, ...items)];
 }
 
 function wordsOf(index) {
-  const { replicas, queued_rows: queued, updates } = view.data;
-  if (!replicas[index]) return "no host";
-  return [
-    format.counted(replicas[index], "replica"),
-    format.counted(queued[index], "queued row"),
-    format.counted(updates[index], "update"),
-  ].join(", ");
+  if (!view.data.replicas[index]) return "no host";
+  return Object.values(MEASURES)
+    .map(({ values, write }) => write(values(view.data)[index]))
+    .join(", ");
 }
 
 function point(index, place) {
@@ -262,12 +298,12 @@ function toggleTable() {
 }
 
 function makeTable() {
-  const columnOf = (id, name, values) => ({
+  const measured = Object.entries(MEASURES).map(([id, { words, values, cell }]) => ({
     id,
-    name,
+    name: words,
     numeric: true,
-    cell: (row) => format.count(values()[row.index]),
-  });
+    cell: ({ index }) => cell(values(view.data)[index]),
+  }));
   return new PagedTable(byId("grid-table"), {
     caption: "Experts of the layer",
     noun: "expert",
@@ -276,9 +312,7 @@ function makeTable() {
     perPage: 50,
     columns: [
       { id: "index", name: "Expert", cell: ({ uid: id }) => el("a", { href: `#/expert/${id}` }, id) },
-      columnOf("replicas", "Replicas", () => view.data.replicas),
-      columnOf("queued_rows", "Queued rows", () => view.data.queued_rows),
-      columnOf("updates", "Updates", () => view.data.updates),
+      ...measured,
     ],
     rowClass: ({ index }) => (view.data.replicas[index] ? "" : "lost"),
     load: pageOfExperts,
@@ -288,8 +322,8 @@ function makeTable() {
 async function pageOfExperts({ sort, order, page, perPage }) {
   const length = view.data?.replicas.length ?? 0;
   const indices = Array.from({ length }, (_, i) => i);
-  const values = view.data?.[sort];
-  if (values) indices.sort((a, b) => values[a] - values[b]);
+  const values = length ? MEASURES[sort]?.values(view.data) : null;
+  if (values) indices.sort((a, b) => compare(values[a], values[b]));
   if (order === "desc") indices.reverse();
   const rows = indices.slice((page - 1) * perPage, page * perPage);
   return { total: length, rows: rows.map((index) => ({ index, uid: uid(index), key: uid(index) })) };

@@ -53,9 +53,9 @@ export class Plot {
     new ResizeObserver(() => this.#resize()).observe(this.#canvas);
   }
 
-  /** series: [{name, points: [[t, value or null], …]}], times in unix seconds. */
+  /** series: [{name, label, points: [[t, value or null], …]}], times in unix seconds. */
   show(series, unit, since, until) {
-    this.#series = series.map(({ name, points }) => ({ name, points: points.slice(-MOST_POINTS) }));
+    this.#series = series.map((line) => ({ ...line, points: line.points.slice(-MOST_POINTS) }));
     const tables = this.#series.map(({ points }) => [
       points.map(([t]) => t),
       points.map(([, value]) => value),
@@ -82,7 +82,7 @@ export class Plot {
   }
 
   #draw() {
-    const names = JSON.stringify(this.#series.map(({ name }) => name));
+    const names = JSON.stringify(this.#series.map(({ name, label }) => [name, label]));
     if (names !== this.#drawn) {
       this.destroy();
       this.#drawn = names;
@@ -151,7 +151,7 @@ export class Plot {
   #makeLegend() {
     this.#values = this.#series.map(() => el("span", { class: "legend-value" }));
     this.#legend.replaceChildren(
-      ...this.#series.map(({ name }, i) => {
+      ...this.#series.map(({ name, label }, i) => {
         const swatch = el("span", { class: name.endsWith(VALIDATION) ? "dash broken" : "dash" });
         swatch.style.borderColor = `var(${this.#colourOf(i)})`;
         const button = el(
@@ -162,7 +162,7 @@ export class Plot {
             onclick: () => this.#switch(i, button),
           },
           swatch,
-          el("bdi", {}, name),
+          el("bdi", { title: label }, label),
           this.#values[i],
         );
         return el("li", {}, button);
@@ -188,7 +188,7 @@ export class Plot {
 
   #inWords() {
     const latest = this.#series.map(
-      ({ name, points }) => `${name} ${this.#options.write(points.at(-1)?.[1] ?? null)}`,
+      ({ label, points }) => `${label} ${this.#options.write(points.at(-1)?.[1] ?? null)}`,
     );
     return `${this.#options.title} over time. ${latest.length ? `Latest: ${latest.join(", ")}` : "Nothing measured"}`;
   }
@@ -208,7 +208,7 @@ export class Plot {
       "tr",
       {},
       el("th", { scope: "col" }, "Time"),
-      ...this.#series.map(({ name }) => el("th", { scope: "col", class: "numeric" }, name)),
+      ...this.#series.map(({ label }) => el("th", { scope: "col", class: "numeric" }, label)),
     );
     const rows = times.map((t, row) =>
       el(

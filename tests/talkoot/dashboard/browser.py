@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,10 +42,13 @@ class Visit:
     def text(self, selector: str) -> str:
         return self.page.locator(selector).inner_text()
 
-    def until(self, condition: str, limit_s: float = WAIT_MS / 1000) -> None:
-        """Waits until an expression in JavaScript is true. Playwright's own wait needs eval, which the page forbids."""
+    def until(self, condition: str | Callable[[], bool], limit_s: float = WAIT_MS / 1000) -> None:
+        """Waits until an expression in JavaScript, or a function here, is true.
+
+        Playwright's own wait needs eval, which the page forbids.
+        """
         deadline = time.monotonic() + limit_s
-        while not self.page.evaluate(condition):
+        while not (condition() if callable(condition) else self.page.evaluate(condition)):
             assert time.monotonic() < deadline, f"waited in vain for {condition}"
             self.page.wait_for_timeout(50)
 

@@ -81,6 +81,7 @@ def picture_of(
     replicas: Sequence[Replica] = (),
     gone: Sequence[NodeInfo] = (),
     now: float = NOW,
+    before: Picture | None = None,
 ) -> Picture:
     """What the dashboard shows after one reading; `gone` were seen for the last time long before."""
     seen: Census[NodeInfo] = Census(1.5, 20_000, 1000, 86400.0)
@@ -92,7 +93,7 @@ def picture_of(
     for one in replicas:
         by_uid[one.uid] = (*by_uid.get(one.uid, ()), one)
     view = View(swarm or manifest(), by_uid, {info.peer_id: info for info in nodes}, now)
-    return paint(view, seen, training, Paces().note(training), 65536)
+    return paint(view, seen, training, Paces().note(training), 65536, before)
 
 
 def large_swarm(nodes: int, trainers: int = 20, grid: Sequence[int] = (64, 64)) -> Picture:

@@ -13,6 +13,7 @@ from simulated import INVITE, NOW, Asked, large_swarm, manifest, node, peer, pic
 
 from dht.participants import Activity
 from dht.registry import ReplicaState
+from dht.uid import UID
 from talkoot.dashboard import api
 from talkoot.dashboard.api import ApiError, Sight
 from talkoot.dashboard.picture import Picture
@@ -218,6 +219,27 @@ def test_experts_of_a_layer_stand_in_row_major_order() -> None:
     assert shown["queued_rows"] == [0, 0, 0, 0, 6, 0]
 
 
+def test_freshness_is_the_time_since_updates_were_seen_to_rise() -> None:
+    model = manifest((2, 2), layers=1)
+    learns, rests, returns, falls = model.uids()
+
+    def seen(at: float, counts: dict[UID, int], before: Picture | None) -> Picture:
+        replicas = [replica(uid, 0, update_count=count) for uid, count in counts.items()]
+        return healthy(swarm=model, replicas=replicas, now=at, before=before)
+
+    first = seen(NOW, {learns: 5, rests: 5, returns: 5, falls: 5}, None)
+    assert api.experts(first, {})["updated_ago_s"] == [None] * 4
+    second = seen(NOW + 10, {learns: 6, rests: 5, falls: 7}, first)
+    third = seen(NOW + 25, {learns: 6, rests: 5, returns: 9, falls: 2}, second)
+    assert api.experts(third, {})["updated_ago_s"] == [15, None, None, 15]
+
+
+def test_freshness_of_another_grid_is_not_taken_over() -> None:
+    before = healthy(now=NOW - 10)
+    shown = api.experts(healthy(swarm=manifest((3, 2)), before=before), {})
+    assert shown["updated_ago_s"] == [None] * 6
+
+
 def test_replicas_that_do_not_serve_or_whose_host_is_unknown_carry_nobody() -> None:
     model = manifest((2, 2))
     claimed, elsewhere = (
@@ -268,6 +290,20 @@ def test_a_bad_question_to_the_history_is_refused(query: dict[str, str]) -> None
     with pytest.raises(ApiError) as caught:
         api.history_query(query, NOW)
     assert caught.value.status == 400
+
+
+def test_a_trainers_lines_are_labelled_with_its_name_and_its_key() -> None:
+    picture = picture_of([], [trainer(0, name="Aino"), trainer(1, name="")])
+    named, unnamed = (row["short"] for row in picture.trainers)
+    lines = [named, f"{named} validation", f"{named} else", unnamed, "forward p50"]
+    labels = [line["label"] for line in api.series([(line, []) for line in lines], picture)]
+    assert labels == [
+        f"Aino · {named}",
+        f"Aino · {named} validation",
+        f"{named} else",
+        unnamed,
+        "forward p50",
+    ]
 
 
 def test_nodes_of_an_earlier_run_are_listed_as_gone() -> None:

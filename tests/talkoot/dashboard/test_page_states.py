@@ -76,3 +76,47 @@ def test_unknown_node_in_the_address_is_told(browser: Browser, tmp_path: Path) -
         seen.until("document.querySelector('#panel .problem').textContent.startsWith('no node ')")
         seen.complaints.clear()  # the browser tells each 404
     asked.history.close()
+
+
+def test_colours_tell_how_long_ago_experts_learned(browser: Browser, tmp_path: Path) -> None:
+    earlier = picture_of([node(1)], replicas=[replica(uid, 1) for uid in UIDS], now=NOW - 300)
+    learned = picture_of(
+        [node(1)],
+        replicas=[replica(uid, 1, update_count=9 if uid == UIDS[0] else 1) for uid in UIDS],
+        before=earlier,
+    )
+    asked = Asked(tmp_path, learned)
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.page.get_by_role("button", name="Freshness").click()
+        seen.until("document.querySelector('#grid-side h3').textContent === 'Experts by last update'")
+        counts = seen.page.locator("#grid-side .bar-count").all_inner_texts()
+        assert counts == ["1", "0", "0", "0", "0", "15", "0"]
+        assert seen.text("#grid-side .edge li:first-child") == "0.0.1\nno update seen yet"
+        seen.page.get_by_role("button", name="Table", exact=True).first.click()
+        top = "document.querySelector('#grid-table tbody td:last-child').textContent"
+        for words in ("no update seen yet", "updated 0 s ago"):  # the largest first, then the smallest
+            seen.page.locator("#grid-table").get_by_role("button", name="Freshness").click()
+            seen.until(f"{top} === '{words}'")
+    asked.history.close()
+
+
+def test_page_that_nobody_sees_holds_no_stream_and_still_has_its_title(
+    browser: Browser, tmp_path: Path
+) -> None:
+    asked = Asked(tmp_path, HEALTHY)
+    look = (
+        "Object.defineProperty(document, 'hidden', {{value: {}, configurable: true}});"
+        "document.dispatchEvent(new Event('visibilitychange'))"
+    )
+    with served(asked.app) as address, visit(browser, address) as seen:
+        assert asked.streams.open == 1
+        seen.page.clock.install()
+        seen.page.evaluate(look.format("true"))
+        seen.until(lambda: asked.streams.open == 0)
+        asked.watcher.picture = picture_of([])
+        seen.page.clock.fast_forward(31_000)
+        seen.until("document.title.includes('no node is there')")
+        assert asked.streams.open == 0
+        seen.page.evaluate(look.format("false"))
+        seen.until(lambda: asked.streams.open == 1)
+    asked.history.close()
