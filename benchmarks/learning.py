@@ -1,35 +1,34 @@
-"""Does a swarm learn what one machine learns? The same model, data order and number of tokens, four ways.
+"""Does a swarm learn what one machine learns? The same model, data order and number of tokens, in several ways.
 
 local     all experts in one process, without a network
 swarm     real nodes, each a process, and one trainer
 faults    the same, each call 1 s slower, and 10% of the calls failing after dispatch
-three     the same nodes and three trainers, each with a third of every batch
+three     the same nodes as swarm, and three trainers, each with a third of every batch
+bf16, fp16, int8   as swarm, with that codec on the wire
 
     python -m benchmarks.learning [--quick] [--json FILE]
 
 What counts is the loss on held-out text after the last step, in nats per byte, measured with the faults off and all
-experts live. `--quick` trains a smaller model for a few steps, with 0.1 s of delay, in under 60 seconds.
+experts live. `--quick` trains a smaller model for a few steps, with 0.1 s of delay and int8 alone of the codecs,
+in under 60 seconds.
 """
 
 import argparse
 import json
-import math
 import os
-import pydoc_data.topics
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -42,11 +41,34 @@ from peer.processes import die_with_parent
 from talkoot.local import LocalSwarm
 from trainer_client.calls import ExpertCaller
 from trainer_client.client import SwarmClient
+from trainer_client.data import ByteDataset, load_text
 from trainer_client.model import LanguageModel
+from trainer_client.record import Summary
 from trainer_client.settings import TrainerSettings
+from trainer_client.training import Training, validation_loss
 
-TRAINERS = {"local": 1, "swarm": 1, "faults": 1, "three": 3}
-TARGETS = {"swarm": 1.01, "faults": 1.03, "three": 1.03}
+
+@dataclass(frozen=True)
+class Way:
+    """How the model is trained, and what its loss is compared with."""
+
+    trainers: int = 1
+    codec: str = "fp32"
+    of: str = "local"
+    target: float | None = None
+    """The largest ratio of the losses."""
+
+
+WAYS = {
+    "local": Way(),
+    "swarm": Way(target=1.01),
+    "faults": Way(target=1.03),
+    "three": Way(trainers=3, target=1.03),
+    "bf16": Way(codec="bf16", of="swarm"),
+    "fp16": Way(codec="fp16", of="swarm"),
+    "int8": Way(codec="int8", of="swarm"),
+}
+QUICK_WAYS = ("local", "swarm", "faults", "three", "int8")
 FAILING = 0.1
 
 MANIFEST = """
@@ -62,6 +84,8 @@ grid = [4, 4]
 kind = "transformer"
 [routing]
 top_k = 4
+[wire]
+codec = "{codec}"
 """
 
 
@@ -75,67 +99,51 @@ class Plan:
     context: int = 64
     nodes: int = 4
     delay_s: float = 1.0
+    in_flight: int = 1
+    """Steps under way at once, where calls are slow."""
     validations: int = 8  # batches
 
-    @property
-    def manifest(self) -> str:
-        return MANIFEST.format(hidden=self.hidden, context=self.context, feed_forward=2 * self.hidden)
+    def manifest(self, codec: str = "fp32") -> str:
+        return MANIFEST.format(
+            hidden=self.hidden, context=self.context, feed_forward=2 * self.hidden, codec=codec
+        )
 
 
 QUICK = Plan(steps=12, hidden=32, context=32, nodes=2, delay_s=0.1, validations=2)
 
 
-# Data
-
-
-def load_text() -> Tensor:
-    """Python's own help: 465 KB of English. uint8"""
-    return torch.tensor(list("\n".join(pydoc_data.topics.topics.values()).encode()), dtype=torch.uint8)
-
-
-def batch(text: Tensor, plan: Plan, step: int) -> Tensor:
-    """The tokens of a step, from the first nine tenths. [B, T + 1]"""
-    last = len(text) * 9 // 10 - plan.context - 1
-    starts = np.random.default_rng([0, step]).integers(0, last, size=plan.batch)
-    return _sequences(text, starts, plan.context)
-
-
-def validation(text: Tensor, plan: Plan) -> list[Tensor]:
-    """Evenly spread over the last tenth. [B, T + 1] each"""
-    starts = np.linspace(len(text) * 9 // 10, len(text) - plan.context - 1, plan.batch * plan.validations)
-    return [
-        _sequences(text, part, plan.context) for part in np.split(starts.astype(np.int64), plan.validations)
-    ]
-
-
-def _sequences(text: Tensor, starts: NDArray[np.int64], context: int) -> Tensor:
-    return text[torch.from_numpy(starts)[:, None] + torch.arange(context + 1)].long()
-
-
 # One trainer
 
 
-def train(model: LanguageModel, plan: Plan, trainer: int, trainers: int) -> None:
-    """AdamW with warm-up and cosine, on every `trainers`-th sequence of each batch from `trainer` on."""
-    text = load_text()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
-    for step in range(plan.steps):
-        rate = min(1.0, (step + 1) / 20) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / plan.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * rate
-        loss = model.loss(batch(text, plan, step)[trainer::trainers])
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+class Part(ByteDataset):
+    """Every `trainers`-th sequence of each batch, from `trainer` on."""
+
+    def __init__(self, text: bytes, context: int, trainer: int, trainers: int) -> None:
+        super().__init__(text, context, seed=0)
+        self._trainer, self._trainers = trainer, trainers
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        return super().batch(step, batch_size)[self._trainer :: self._trainers]
 
 
-@torch.no_grad()
-def validation_loss(model: LanguageModel, plan: Plan) -> float:
-    model.eval()
-    loss = statistics.fmean(model.loss(tokens).item() for tokens in validation(load_text(), plan))
-    model.train()
-    return loss
+def train(
+    model: LanguageModel,
+    plan: Plan,
+    data: Part,
+    in_flight: int = 1,
+    make_copy: Callable[[], LanguageModel] | None = None,
+) -> Summary:
+    """With the trainer's own loop."""
+    settings = TrainerSettings(
+        steps=plan.steps, batch_size=plan.batch, in_flight=in_flight, validation_batches=1, threads=1
+    )
+    training = Training(model, data, settings, make_copy)
+    return training.run(lambda progress: None, threading.Event())
+
+
+def loss_of(model: LanguageModel, plan: Plan, data: Part) -> float:
+    """On held-out text."""
+    return validation_loss(model, data.validation_batches(plan.batch, plan.validations))
 
 
 def run_trainer(plan: Plan, way: str, invite: str | None, state: Path, trainer: int) -> None:
@@ -155,26 +163,25 @@ def run_trainer(plan: Plan, way: str, invite: str | None, state: Path, trainer: 
         source: SwarmClient | LocalSwarm
         if invite is None:
             manifest = state / "swarm.toml"
-            manifest.write_text(plan.manifest)
+            manifest.write_text(plan.manifest())
             source = LocalSwarm(Manifest.from_toml(manifest), settings)
         else:
             source = stack.enter_context(SwarmClient(Invite.parse(invite), settings, state, through=through))
         source.wait_for_experts(START_LIMIT_S, lambda text: None)
-        model = LanguageModel(source.manifest, source.mixture)
+        make_model = partial(LanguageModel, source.manifest, source.mixture)
+        model, data = make_model(), Part(load_text(None), plan.context, trainer, WAYS[way].trainers)
         _say_and_wait("ready")
-        began = time.monotonic()
-        train(model, plan, trainer, TRAINERS[way])
-        seconds = time.monotonic() - began
+        summary = train(model, plan, data, plan.in_flight if way == "faults" else 1, make_model)
         _say_and_wait("trained")
         stats = source.dispatcher.stats
-        results: dict[str, Any] = {"seconds": seconds}
+        results: dict[str, Any] = {"seconds": summary.seconds, "staleness": summary.staleness}
         results["dispatch"] = vars(stats) | {"failures": dict(stats.failures)}
         for caller in faults:
-            results["validation_loss_with_faults"] = validation_loss(model, plan)
+            results["validation_loss_with_faults"] = loss_of(model, plan, data)
             results["calls_made_to_fail"] = caller.failed
             caller.on = False
         source.wait_for_experts(START_LIMIT_S, lambda text: None)  # until breakers have closed again
-        print(json.dumps(results | {"validation_loss": validation_loss(model, plan)}), flush=True)
+        print(json.dumps(results | {"validation_loss": loss_of(model, plan, data)}), flush=True)
 
 
 def _say_and_wait(word: str) -> None:
@@ -182,7 +189,7 @@ def _say_and_wait(word: str) -> None:
     sys.stdin.readline()
 
 
-# Four ways
+# All ways
 
 
 def run_way(way: str, plan: Plan) -> dict[str, Any]:
@@ -194,10 +201,10 @@ def run_way(way: str, plan: Plan) -> dict[str, Any]:
         else:
             options = ["--threads", "1", "--niceness", "0", "--spare", "0", "--drain-timeout", "0"]
             village = stack.enter_context(
-                running_village(plan.manifest, plan.nodes, 32 // plan.nodes, options)
+                running_village(plan.manifest(WAYS[way].codec), plan.nodes, 32 // plan.nodes, options)
             )
             folder, invite = village.folder, str(village.invite)
-        trainers = [_start(stack, way, plan, invite, folder, number) for number in range(TRAINERS[way])]
+        trainers = [_start(stack, way, plan, invite, folder, number) for number in range(WAYS[way].trainers)]
         for word in ("ready\n", "trained\n"):
             for trainer in trainers:
                 if (said := _pipe(trainer.stdout).readline()) != word:
@@ -240,33 +247,45 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 
 def compare(
-    plan: Plan, ways: Sequence[str], console: Console, keep: Callable[[dict[str, Any]], None]
+    plan: Plan,
+    ways: Sequence[str],
+    console: Console,
+    keep: Callable[[dict[str, Any]], None],
+    known: dict[str, Any],
 ) -> dict[str, Any]:
-    """All figures; `keep` gets those so far after each way."""
+    """All figures; `keep` gets those so far after each way. Ways that are `known` of the same plan are not run."""
     results: dict[str, Any] = {"plan": asdict(plan), "tokens": plan.steps * plan.batch * plan.context}
-    for way in ways:
+    if known.get("plan") == results["plan"]:
+        results = known
+    for way in (way for way in ways if way not in results):
         with console.status(f"{way}: {plan.steps} steps"):
             results[way] = run_way(way, plan)
-        if "local" in results and way in TARGETS:
-            results[f"{way}_vs_local"] = results[way]["validation_loss"] / results["local"]["validation_loss"]
+        of = WAYS[way].of
+        if of in results and of != way:
+            results[f"{way}_vs_{of}"] = results[way]["validation_loss"] / results[of]["validation_loss"]
         keep(results)
     return results
 
 
 def show(results: dict[str, Any], console: Console) -> None:
     plan = results["plan"]
-    table = Table(title=f"{results['tokens']:,} tokens, {plan['delay_s']} s delay, {FAILING:.0%} failing")
-    for column in ("", "validation loss", "of local", "target", "seconds"):
+    table = Table(
+        title=f"{results['tokens']:,} tokens; faults: {plan['delay_s']} s delay, {FAILING:.0%} failing"
+    )
+    for column in ("", "validation loss", "ratio", "to", "target", "seconds"):
         table.add_column(column, justify="right")
-    for way in (way for way in TRAINERS if way in results):
-        ratio, target = results.get(f"{way}_vs_local"), TARGETS.get(way)
+    for name, way in WAYS.items():
+        if name not in results:
+            continue
+        ratio = results.get(f"{name}_vs_{way.of}")
         table.add_row(
-            way,
-            f"{results[way]['validation_loss']:.4f}",
+            name,
+            f"{results[name]['validation_loss']:.4f}",
             "" if ratio is None else f"{ratio:.4f}",
-            "" if ratio is None or target is None
-            else f"at most {target:.2f}: {'reached' if ratio <= target else 'missed'}",
-            f"{results[way]['seconds']:.0f}",
+            "" if ratio is None else way.of,
+            "" if ratio is None or way.target is None
+            else f"at most {way.target:.2f}: {'reached' if ratio <= way.target else 'missed'}",
+            f"{results[name]['seconds']:.0f}",
         )  # fmt: skip
     console.print(table)
 
@@ -275,21 +294,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a smaller model, a few steps, less delay")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--resume", action="store_true", help="take over the ways that the file has already")
     parser.add_argument("--steps", type=int, help=f"training steps of each way, by default {Plan.steps}")
     parser.add_argument("--delay", type=float, metavar="S", help="seconds that each faulty call takes longer")
+    parser.add_argument("--in-flight", type=int, metavar="N", help="steps under way at once, with faults")
     parser.add_argument("--nodes", type=int, choices=(1, 2, 4, 8), help="that share the 32 experts")
-    parser.add_argument("--ways", nargs="+", choices=TRAINERS, default=list(TRAINERS), help="only these")
-    parser.add_argument("--way", choices=TRAINERS, help=argparse.SUPPRESS)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="only these")
+    parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--invite", help=argparse.SUPPRESS)
     parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--trainer", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.resume and not options.json:
+        parser.error("--resume takes the ways from --json FILE")
     if options.way:
         run_trainer(Plan(**options.plan), options.way, options.invite, options.state, options.trainer)
         return
     plan = QUICK if options.quick else Plan()
     asked = {"steps": options.steps, "delay_s": options.delay, "nodes": options.nodes}
+    asked |= {"in_flight": options.in_flight}
     plan = replace(plan, **{name: value for name, value in asked.items() if value is not None})
 
     def keep(results: dict[str, Any]) -> None:
@@ -297,7 +321,9 @@ def main() -> None:
             options.json.write_text(json.dumps(results, indent=2) + "\n")
 
     console = Console(width=110)
-    show(compare(plan, options.ways, console, keep), console)
+    known = json.loads(options.json.read_text()) if options.resume and options.json.exists() else {}
+    ways = options.ways or (QUICK_WAYS if options.quick else list(WAYS))
+    show(compare(plan, ways, console, keep, known), console)
 
 
 if __name__ == "__main__":
