@@ -1,0 +1,53 @@
+"""The parts of `benchmarks.digits`: what is held out, and a classifier that learns with several batches in flight."""
+
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.digits import Classifier, Digits, Plan, accuracy, train
+from dht.manifest import Manifest
+from talkoot.local import LocalSwarm
+from trainer_client.settings import TrainerSettings
+
+
+def two_digits() -> Digits:
+    """Images that are told apart by their first half."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 2
+    images = rng.random((120, 64)) / 2
+    images[:, :32] += labels[:, None] / 2
+    return Digits.split(images, labels)
+
+
+def test_a_third_is_held_out_and_nothing_is_in_both() -> None:
+    numbers = np.repeat(np.arange(30)[:, None], 64, axis=1)
+    digits = Digits.split(numbers, np.arange(30))
+    assert (len(digits.labels), len(digits.test_labels)) == (20, 10)
+    assert {*digits.labels.tolist(), *digits.test_labels.tolist()} == set(range(30))
+    torch.testing.assert_close(digits.images[:, 0], digits.labels.float())
+
+
+def test_a_batch_follows_from_its_step() -> None:
+    digits = two_digits()
+    images, labels = digits.batch(3, 16)
+    again, other = digits.batch(3, 16), digits.batch(4, 16)
+    torch.testing.assert_close((images, labels), again)
+    assert not images.equal(other[0])
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_a_classifier_learns_with_batches_in_flight(in_flight: int) -> None:
+    digits, plan = two_digits(), Plan(steps=30, batch=16, hidden=16, learning_rate=1e-2)
+    swarm = LocalSwarm(Manifest.model_validate(tomllib.loads(plan.manifest)), TrainerSettings(seed=0))
+
+    def make_model() -> nn.Module:
+        return Classifier(swarm.mixture, plan.hidden)
+
+    model = make_model()
+    staleness = train(model, make_model, digits, plan, in_flight)
+    assert staleness <= in_flight - 1
+    assert (staleness > 0) == (in_flight > 1)
+    assert accuracy(model, digits.test_images, digits.test_labels) > 0.9
