@@ -284,6 +284,13 @@ def train(
         int | None,
         typer.Option(help="From which batches, noise and dropout are drawn.  [default: this trainer's own]"),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Router, gate and step size that learned best with this kind of experts: transformer or ffn.",
+        ),
+    ] = None,
     router: Annotated[
         str | None,
         typer.Option(
@@ -360,6 +367,7 @@ def train(
         "weight_decay": weight_decay,
         "precision": precision,
         "seed": seed,
+        "preset": preset,
         "router": router,
         "top_k": top_k,
         "validate_every": validate_every,

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from peer.errors import SettingsError
 from peer.settings import MetricsHost, MetricsPort, PeerName, RoleSettings, describe_validation_error
+from trainer_client.presets import PresetName, with_preset
 
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
 Precision = Literal["fp32", "bf16"]
@@ -80,6 +81,10 @@ class TrainerSettings(RoleSettings):
         ge=0,
         lt=2**63,
         description="from which this trainer's batches, noise and dropout are drawn; unset: its own",
+    )
+    preset: PresetName | None = Field(
+        default=None,
+        description="what learned best with this kind of experts: router, gate, step size; other settings are stronger",
     )
     router: RouterName = Field(default="product-key", description="how tokens find their experts")
     top_k: int | None = Field(
@@ -182,6 +187,11 @@ class TrainerSettings(RoleSettings):
         default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
     )
     state: Path | None = Field(default=None, description="folder of the trainer's identity and state")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_preset(cls, values: Any) -> Any:
+        return with_preset(values) if isinstance(values, dict) else values
 
     def saved(self, seed: int) -> dict[str, Any]:
         """What of them a checkpoint holds, for JSON. `seed`: the one that is used."""
