@@ -44,6 +44,8 @@ class Configuration:
     """As a multiple of hidden."""
     expert_kind: str | None = None
     top_k: int = 1
+    grid: tuple[int, ...] | None = None
+    """None: the size's."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the trainer, beside those that all have."""
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +68,7 @@ class Configuration:
             "context": size.context,
             "feed_forward": round(self.feed_forward * size.hidden),
         }
-        experts = {"grid": size.grid, "kind": self.expert_kind or "transformer"}
+        experts = {"grid": self.grid or size.grid, "kind": self.expert_kind or "transformer"}
         optimizer = {
             "learning_rate": EXPERT_RATE,
             "warmup_updates": 20,
@@ -123,48 +125,57 @@ def feed_forward_flops(model: ModelSpec) -> float:
     return 2.0 * matrices * model.hidden * model.feed_forward
 
 
+_SHORT = 1 / 3
+
 _SWITCH = {"router": "switch", "expert_dropout": 0.0}
+_GLAM = {"router": "glam"}
+_PRODUCT_KEY = {"router": "product-key"}
 
-_FFN = Configuration("ffn top-1", 2, 2.0, "ffn", 1, _SWITCH, rival="dense-2")
-_TRANSFORMER = Configuration("transformer top-1", 1, 4.0, "transformer", 1, _SWITCH, rival="dense-2")
+_TRANSFORMER = Configuration("transformer top-1", 1, 4.0, "transformer", settings=_SWITCH, rival="dense-2")
+_FFN = Configuration("ffn top-1", 2, 2.0, "ffn", settings=_SWITCH, rival="dense-2")
 
-CONFIGURATIONS = (
-    Configuration("dense-2", 2),
-    _TRANSFORMER,
-    _FFN,
-    Configuration("dense-3", 3),
-    Configuration("transformer top-2", 1, 4.0, "transformer", 2, {"router": "glam"}, rival="dense-3"),
-    Configuration("dense-5", 5),
-    Configuration("transformer top-4", 1, 4.0, "transformer", 4, {"router": "product-key"}, rival="dense-5"),
-    Configuration("ffn top-2", 2, 4 / 3, "ffn", 2, {"router": "glam"}, rival="dense-2"),
-)
-"""In the order of their worth. All but ffn top-2 have feed-forward blocks of such a size that they compute as much as
-whole Transformer layers do."""
+CONFIGURATIONS = (Configuration("dense-2", 2), _TRANSFORMER, _FFN)
+"""Their feed-forward blocks are of such a size that all compute as much for each token as two dense layers do."""
 
 
-def _variant(change: str, settings: dict[str, Any], optimizer: dict[str, Any] | None = None) -> Configuration:
-    return replace(
-        _TRANSFORMER,
-        name=f"short, {change}",
-        settings=_SWITCH | settings,
-        optimizer=optimizer or {},
-        rival="short, transformer top-1",
-        steps=1 / 3,
-    )
+def _short(configuration: Configuration, rival: str | None = None, **changes: Any) -> Configuration:
+    name = f"short, {configuration.name}"
+    return replace(configuration, name=name, rival=rival, steps=_SHORT, **changes)
+
+
+def _variant(change: str, **changes: Any) -> Configuration:
+    """Of the mixture of Transformer layers."""
+    settings = _SWITCH | changes.pop("settings", {})
+    changed = replace(_TRANSFORMER, name=change, settings=settings, **changes)
+    return _short(changed, "short, transformer top-1")
 
 
 VARIANTS = (
-    replace(_TRANSFORMER, name="short, transformer top-1", rival=None, steps=1 / 3),
-    _variant("experts' rate constant", {}, {"decay_updates": 0}),
-    _variant("experts' rate 0.001", {}, {"learning_rate": 1e-3}),
-    _variant("experts' rate 0.004", {}, {"learning_rate": 4e-3}),
-    _variant("expert dropout 0.1", {"expert_dropout": 0.1}),
-    _variant("balance weight 0.1", {"balance_weight": 0.1}),
-    _variant("balance weight 0.001", {"balance_weight": 0.001}),
-    _variant("gate scale 1", {"gate_scale": 1.0}),
-    replace(_variant("glam top-2", {}), top_k=2, settings={"router": "glam"}),
-    replace(_variant("product-key top-2", {}), top_k=2, settings={"router": "product-key"}),
+    _short(CONFIGURATIONS[0]),
+    _short(_TRANSFORMER, "short, dense-2"),
+    _variant("two thin layers", layers=2, feed_forward=1.0),
+    _variant("one dimension of 16", grid=(16,)),
+    _variant("balance weight 0.1", settings={"balance_weight": 0.1}),
+    _variant("base", settings={"router": "base", "expert_dropout": 0.1}),
+    _variant("experts' rate constant", optimizer={"decay_updates": 0}),
+    _short(_FFN, "short, dense-2"),
+    _short(Configuration("dense-3", 3)),
+    _short(Configuration("transformer top-2", 1, 4.0, "transformer", 2, settings=_GLAM), "short, dense-3"),
+    _short(
+        Configuration("transformer top-2, product-key", 1, 4.0, "transformer", 2, settings=_PRODUCT_KEY),
+        "short, dense-3",
+    ),
+    _short(Configuration("dense-5", 5)),
+    _short(
+        Configuration("transformer top-4", 1, 4.0, "transformer", 4, settings=_PRODUCT_KEY), "short, dense-5"
+    ),
+    _variant("expert dropout 0.1", settings={"expert_dropout": 0.1}),
+    _variant("gate scale 1", settings={"gate_scale": 1.0}),
+    _variant("experts' rate 0.001", optimizer={"learning_rate": 1e-3}),
+    _variant("experts' rate 0.004", optimizer={"learning_rate": 4e-3}),
+    _variant("balance weight 0.001", settings={"balance_weight": 0.001}),
 )
-"""Of one mixture, each with one thing changed, and a third of the steps. Those with top-2 compute more."""
+"""With a third of the steps, the rate falling as much: other numbers of experts for each token beside dense models that
+compute as much, and one mixture with one thing changed at a time."""
 
 ALL = CONFIGURATIONS + VARIANTS

@@ -145,7 +145,7 @@ class Run:
 
     def _choose(self, layer: int, x_BTD: Tensor) -> Integers:
         """The experts of each row, as numbers in order of the grid. [R, k]"""
-        mixture, grid = self.model.mixtures[layer], self.size.grid
+        mixture, grid = self.model.mixtures[layer], self.configuration.manifest(self.size).experts.grid
         assert isinstance(mixture, RemoteMixtureOfExperts)
         scores = [table.numpy() for table in mixture.gate(x_BTD.flatten(0, 1))]
         alive = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
