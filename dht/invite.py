@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 
 from dht.records import SwarmKeys, parse_peer_id
 from peer.errors import InviteError, WireError
-from peer.host import is_multiaddress
+from peer.multiaddresses import is_multiaddress
 from peer.wire import records_pb2
 
 _SCHEME = "talkoot1"

@@ -15,6 +15,7 @@ from grpc import StatusCode
 from hivemind.p2p import PeerID
 
 from peer.identity import certificate_pem
+from peer.multiaddresses import tunnel_addresses_of
 from peer.wire import records_pb2
 
 MAX_NAME_CHARACTERS = 32
@@ -33,6 +34,23 @@ _ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}")
 """host:port. gRPC would also take other schemes, such as unix sockets of the caller's own machine."""
 
 FAILURE_CAUSES = frozenset(status.name.lower() for status in StatusCode if status is not StatusCode.OK)
+
+
+class Reachability(Enum):
+    """How others reach a node, as it says."""
+
+    UNKNOWN = records_pb2.REACHABILITY_UNSPECIFIED
+    DIRECT = records_pb2.REACHABILITY_DIRECT
+    PUNCHED = records_pb2.REACHABILITY_PUNCHED
+    RELAYED = records_pb2.REACHABILITY_RELAYED
+
+    @classmethod
+    def of(cls, value: int) -> "Reachability":
+        """UNKNOWN for what a newer version may say."""
+        try:
+            return cls(value)
+        except ValueError:
+            return cls.UNKNOWN
 
 
 class Activity(Enum):
@@ -80,6 +98,8 @@ class NodeInfo:
     """In all its runs, as are the following."""
     contributed_updates: int = 0
     contributed_s: float = 0.0
+    reachability: Reachability = Reachability.UNKNOWN
+    tunnel_addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +163,8 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         count(node.contributed_rows),
         count(node.contributed_updates),
         number(node.contributed_s) or 0.0,
+        Reachability.of(node.reachability),
+        tunnel_addresses_of(peer_id, node.tunnel_addresses),
     )
 
 

@@ -23,11 +23,12 @@ from expert_server.runtime import Runtime
 from expert_server.state_format import Checkpoint, from_bytes, to_bytes
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
-from peer.errors import ExpertError, StateError, TransferError
+from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.own_sessions import OwnSessions
 from peer.rates import Rate
 from peer.sessions import Metadata
 from peer.snapshots import Incoming, Snapshots, download
+from peer.tunnel import Tunnels
 from peer.wire import state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,13 @@ class StateClient:
     """Fetches states from the nodes of one swarm, whose certificates it pins. Close it when done."""
 
     def __init__(
-        self, swarm_id: str, manifest: Manifest, sessions: OwnSessions, down: Rate, max_transfer_s: float
+        self,
+        swarm_id: str,
+        manifest: Manifest,
+        sessions: OwnSessions,
+        down: Rate,
+        max_transfer_s: float,
+        tunnels: Tunnels | None = None,
     ) -> None:
         """`sessions`: what shows nodes who fetches. `down`: how fast states may come. `max_transfer_s`: longest that
         one may take, all attempts together.
@@ -150,7 +157,7 @@ class StateClient:
         self._sessions = sessions
         self._max_transfer_s = max_transfer_s
         self._max_bytes = largest_state_bytes(manifest)
-        self._channels = ChannelPool(_CHANNELS)
+        self._channels = ChannelPool(_CHANNELS, tunnels)
 
     async def close(self) -> None:
         await self._sessions.close()
@@ -209,9 +216,10 @@ class StateClient:
 
     async def _stub(self, node: NodeInfo) -> tuple[Any, Metadata]:
         """With what its calls carry. Raises TransferError, and ExpertError when the node opens no session."""
-        if not node.addresses:
-            raise TransferError(f"{node.peer_id} has no address")
-        channel = await self._channels.get(node.addresses[0], node.certificate_pem)
+        try:
+            channel = await self._channels.reach(node)
+        except UnreachableError as error:
+            raise TransferError(str(error)) from error
         session = await self._sessions.metadata(node.peer_id, channel, _ASK_S)
         return state_pb2_grpc.StateServiceStub(channel), session
 

@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -21,11 +21,11 @@ from hivemind.p2p.p2p_daemon_bindings.utils import (
     write_pbmsg,
 )
 from hivemind.proto import p2pd_pb2
-from hivemind.utils.multiaddr import Multiaddr
 
 from peer.answers import filter_answers
 from peer.errors import DaemonError
 from peer.identity import Identity
+from peer.multiaddresses import multiaddress, multiaddress_bytes
 from peer.processes import die_with_parent
 
 START_DEADLINE_S = 30.0
@@ -35,6 +35,12 @@ _REINSTALL = (
 _ENDS_WITHIN_S = 3.0
 """Longest that p2pd may take to end when asked; then it is killed."""
 
+_RELAY_BUFFER_BYTES = 256 * 2**10
+"""Of each direction of a relayed connection. p2pd's default is 16 MiB."""
+_RELAYED_BYTES = 2**40
+_RELAYED_FOR = "24h"
+"""After so many bytes or so long a relay ends a connection; a new one is made then."""
+
 # what hivemind's calls raise when p2pd or the other peer does not do what was asked
 P2PD_ERRORS = (
     P2PDaemonError,
@@ -43,6 +49,28 @@ P2PD_ERRORS = (
     EOFError,  # of it is asyncio.IncompleteReadError
     DecodeError,
 )
+
+
+@dataclass(frozen=True)
+class Position:
+    """How a peer stands to the network."""
+
+    listen: str
+    """The IP address to listen on."""
+    port: int
+    announce: str | None = None
+    """The multiaddress by which others reach this peer, when it is not where it listens."""
+    serves_dht: bool = True
+    """Others connect to it, and it hosts DHT keys and relays for others."""
+    relays: tuple[str, ...] = ()
+    """Multiaddresses of peers by which others reach this one, when they can't connect to it."""
+    maps_port: bool = False
+    """Asks the router to forward the port (UPnP, NAT-PMP)."""
+
+    @property
+    def listens(self) -> bool:
+        """A client does so for others that look for a way through its router, as no relay is for ever."""
+        return self.serves_dht or bool(self.relays) or not self.listen.startswith("127.")
 
 
 class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
@@ -64,22 +92,49 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         self._has_ended()
         return status
 
-    async def connect(self, peer_id: PeerID, transports: Sequence[Multiaddr], deadline_s: float) -> None:
-        """Dials a peer at these addresses, which don't name it.
+    async def connect(self, peer_id: PeerID, addresses: Sequence[str], deadline_s: float) -> None:
+        """Dials a peer at these multiaddresses, which may end with its PeerID.
 
         hivemind's own leaves its connection to p2pd open when it is broken off.
         """
-        reader, writer = await self._client.control.daemon_connector.open_connection()
-        with contextlib.closing(writer):
-            addresses = [transport.to_bytes() for transport in transports]
-            connect = p2pd_pb2.ConnectRequest(
-                peer=peer_id.to_bytes(), addrs=addresses, timeout=math.ceil(deadline_s)
-            )
+        own = f"/p2p/{peer_id.to_base58()}"
+        connect = p2pd_pb2.ConnectRequest(
+            peer=peer_id.to_bytes(),
+            addrs=[multiaddress_bytes(address.removesuffix(own)) for address in addresses],
+            timeout=math.ceil(deadline_s),
+        )
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect)
+        _, _, writer = await self._request(request, deadline_s)
+        writer.close()
+
+    async def open_stream(
+        self, peer_id: PeerID, protocol: str, deadline_s: float
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A stream to a peer that answers this protocol, through a relay if need be. hivemind's own leaks as above."""
+        opening = p2pd_pb2.StreamOpenRequest(
+            peer=peer_id.to_bytes(), proto=[protocol], timeout=math.ceil(deadline_s)
+        )
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening)
+        _, reader, writer = await self._request(request, deadline_s)
+        return reader, writer
+
+    async def _request(
+        self, request: p2pd_pb2.Request, deadline_s: float
+    ) -> tuple[p2pd_pb2.Response, asyncio.StreamReader, asyncio.StreamWriter]:
+        """p2pd's answer, and the connection that it came by, which is the caller's now."""
+        answer = p2pd_pb2.Response()
+        writer: asyncio.StreamWriter | None = None
+        try:
             async with asyncio.timeout(deadline_s):
-                await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect))
-                answer = p2pd_pb2.Response()
+                reader, writer = await self._client.control.daemon_connector.open_connection()
+                await write_pbmsg(writer, request)
                 await read_pbmsg_safe(reader, answer)
             raise_if_failed(answer)
+        except BaseException:
+            if writer is not None:
+                writer.close()
+            raise
+        return answer, reader, writer
 
     async def call_protobuf_handler(self, *arguments: Any, **options: Any) -> Any:
         if not self.is_alive:
@@ -121,9 +176,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         return [task for task in tasks if task is not None]
 
 
-async def start_daemon(
-    identity: Identity, listen: str, port: int, announce: str | None, serves_dht: bool
-) -> Daemon:
+async def start_daemon(identity: Identity, position: Position) -> Daemon:
     """Starts p2pd. Raises DaemonError when this machine can't."""
     started: list[Daemon] = []
 
@@ -134,18 +187,25 @@ async def start_daemon(
             super().__init__()
             started.append(self)
 
+        @staticmethod
+        def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
+            return Daemon._make_process_args(*arguments, **options, **_relaying(position))
+
     daemon: Daemon | None = None
     try:
         daemon = await Noted.create(
             identity_path=str(identity.path),
             check_if_identity_free=False,  # the state folder's lock and the signed records stand for it
-            host_maddrs=[multiaddress(listen, port)],
-            announce_maddrs=None if announce is None else [announce],
-            dht_mode="server" if serves_dht else "client",
-            no_listen=not serves_dht,
-            nat_port_map=False,
-            auto_nat=False,
-            use_relay=False,
+            host_maddrs=[multiaddress(position.listen, position.port)],
+            announce_maddrs=None if position.announce is None else [position.announce],
+            dht_mode="server" if position.serves_dht else "client",
+            no_listen=not position.listens,
+            nat_port_map=position.maps_port,
+            auto_nat=True,  # p2pd punches holes only with it
+            force_reachability="public" if position.serves_dht else "private",
+            use_relay=True,
+            use_auto_relay=bool(position.relays),
+            trusted_relays=position.relays or None,
             startup_timeout=START_DEADLINE_S,
         )
     except P2PDaemonError as error:
@@ -159,13 +219,15 @@ async def start_daemon(
     return daemon
 
 
-def multiaddress(host: str, port: int) -> str:
-    """Of an IP address or host name, and a TCP port."""
-    try:
-        family = f"ip{ipaddress.ip_address(host).version}"
-    except ValueError:
-        family = "dns"
-    return f"/{family}/{host}/tcp/{port}"
+def _relaying(position: Position) -> dict[str, Any]:
+    """What p2pd takes, and hivemind has no arguments for."""
+    return {
+        "relayService": position.serves_dht,
+        "relayBufferSize": _RELAY_BUFFER_BYTES,
+        "relayDataLimit": _RELAYED_BYTES,
+        "relayTimeLimit": _RELAYED_FOR,
+        "relayDiscovery": False,  # else p2pd uses no relay for 3 minutes when it knows fewer than four
+    }
 
 
 async def start_dht(daemon: Daemon, validator: RecordValidatorBase | None, serves_dht: bool) -> DHTNode:

@@ -10,7 +10,6 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
-from hivemind.utils.multiaddr import Multiaddr
 
 from peer.daemon import P2PD_ERRORS, Daemon
 from peer.errors import ClockError, HiddenError
@@ -57,8 +56,7 @@ async def _greet_one(
 ) -> Greeting | None:
     protocol = dht.protocol
     try:
-        transports = [Multiaddr(address.rsplit("/p2p/", 1)[0]) for address in addresses]
-        await daemon.connect(peer_id, transports, deadline_s)
+        await daemon.connect(peer_id, addresses, deadline_s)
         asked_at = time.time()
         request = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
         answer = await protocol.get_stub(peer_id).rpc_ping(request, timeout=deadline_s)

@@ -6,19 +6,21 @@ import logging
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Self
 
 import psutil
 from hivemind.dht.node import DHTNode
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
-from hivemind.utils.multiaddr import Multiaddr
 
-from peer.daemon import P2PD_ERRORS, START_DEADLINE_S, Daemon, start_daemon, start_dht
+from peer.daemon import P2PD_ERRORS, START_DEADLINE_S, Daemon, Position, start_daemon, start_dht
 from peer.errors import DaemonError, PortError, UnreachableError, UserError
 from peer.greeting import Greeting, check_greetings, greet
 from peer.identity import Identity
+from peer.multiaddresses import is_public, is_relayed, tcp_endpoint
 from peer.processes import sweep_dead_sockets
+from peer.tunnel import Pipe, Tunnels
 
 logger = logging.getLogger(__name__)
 
@@ -33,27 +35,17 @@ _DOWN = "the libp2p daemon has ended; it is being started again"
 class Host:
     """A running p2pd and DHT node, started anew when p2pd dies. Made by `start`; `stop` it when done."""
 
-    def __init__(
-        self,
-        identity: Identity,
-        listen: str,
-        port: int,
-        announce: str | None,
-        validator: RecordValidatorBase | None,
-        serves_dht: bool,
-    ) -> None:
+    def __init__(self, identity: Identity, position: Position, validator: RecordValidatorBase | None) -> None:
         self.identity = identity
+        self.position = position
+        self.tunnels = Tunnels(self._open_stream)
         self.known: tuple[str, ...] = ()
         """Multiaddresses of peers by which to join when p2pd was started again."""
         self.joined_by: tuple[str, ...] = ()
         """Those that answered at the start."""
         self.restarts = 0
         """How often p2pd was started again."""
-        self._listen = listen
-        self._port = port
-        self._announce = announce
         self._validator = validator
-        self._serves_dht = serves_dht
         self._daemon: Daemon | None = None
         self._dht: DHTNode | None = None
         self._ready = False
@@ -72,11 +64,12 @@ class Host:
         remembered: Sequence[str] = (),
         validator: RecordValidatorBase | None = None,
         serves_dht: bool = True,
+        maps_port: bool = False,
     ) -> Self:
         """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
         Without `bootstrap` it may be that none of the remembered ones answers. `serves_dht=False` makes a client that
-        hosts no keys. `announce`: the multiaddress by which others reach this peer, when it is not where it listens.
+        hosts no keys. `announce` and `maps_port` are as in Position.
         Raises StartError when this machine can't start it or its clock is wrong, and UnreachableError
         when no bootstrap address answers.
         """
@@ -89,7 +82,8 @@ class Host:
                 f"none of the {len(bootstrap)} bootstrap addresses answers: {', '.join(bootstrap)}; "
                 "is that peer running, and does this machine have a network connection?"
             )
-        host = cls(identity, listen, port, announce, validator, serves_dht)
+        position = Position(listen, port, announce, serves_dht, maps_port=maps_port)
+        host = cls(identity, position, validator)
         try:
             await host._start()
             greetings = await host._greet(reachable)
@@ -108,10 +102,39 @@ class Host:
 
     async def stop(self) -> None:
         """Leaves the DHT and ends p2pd. Stopping twice is harmless."""
+        await self._dismiss_supervisor()
+        await self.tunnels.close()
+        await self._end()
+
+    async def move(self, *, serves_dht: bool, relays: Sequence[str] = ()) -> None:
+        """Starts p2pd anew on its port: as a peer to which others connect, or as a client that they reach by relays.
+
+        Raises DaemonError when it does not start; then it is tried again as if it had died.
+        """
+        await self._dismiss_supervisor()
+        await self._end()
+        self.position = replace(self.position, serves_dht=serves_dht, relays=tuple(relays))
+        try:
+            await self._start()
+            await self.join(self.known)
+            self._ready = True
+            self._restarted.set()
+        except BaseException:
+            await self._end()
+            raise
+        finally:
+            self._supervisor = asyncio.create_task(self._supervise())
+
+    async def serve_tunnel(self) -> None:
+        """Lets other peers' gRPC in through libp2p, to a server that listens on `tunnels.exit_path()`."""
+        self.tunnels.lead_to(self.tunnels.exit_path())
+        with contextlib.suppress(UnreachableError):  # p2pd starts again, and then serves it
+            await self.tunnels.serve_on(self.p2p)
+
+    async def _dismiss_supervisor(self) -> None:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
-        await self._end()
 
     @property
     def peer_id(self) -> PeerID:
@@ -163,33 +186,62 @@ class Host:
     async def bootstrap_addresses(self) -> list[str]:
         """Multiaddresses by which others can join, loopback ones last and only if there is nothing else.
 
-        Raises UnreachableError when p2pd does not answer.
+        A client gives none. Raises UnreachableError when p2pd does not answer.
         """
-        try:
-            async with asyncio.timeout(DIAL_DEADLINE_S):
-                visible = await self.p2p.get_visible_maddrs(latest=True)
-        except P2PD_ERRORS as error:
-            raise UnreachableError("the libp2p daemon does not answer") from error
-        addresses = [str(address) for address in visible]
+        if not self.position.serves_dht:
+            return []
+        addresses = await self._visible()
         direct = [a for a in addresses if a.startswith(("/ip4/", "/ip6/", "/dns")) and "/tcp/" in a]
         public = [a for a in direct if not a.startswith(("/ip4/127.", "/ip6/::1/"))]
         return (public or direct or addresses)[:8]
 
+    async def tunnel_addresses(self) -> list[str]:
+        """Multiaddresses by which other peers open streams to this one: its relays', those of a DHT peer first.
+
+        Raises UnreachableError when p2pd does not answer.
+        """
+        if self.position.serves_dht:
+            return await self.bootstrap_addresses()
+        return [a for a in await self._visible() if is_relayed(a) or is_public(a)][:8]
+
+    async def _visible(self) -> list[str]:
+        try:
+            async with asyncio.timeout(DIAL_DEADLINE_S):
+                return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+        except ValueError:  # there are none
+            return []
+        except P2PD_ERRORS as error:
+            raise UnreachableError("the libp2p daemon does not answer") from error
+
+    async def _open_stream(
+        self, peer_id: PeerID, addresses: Sequence[str], protocol: str, deadline_s: float
+    ) -> Pipe:
+        """Raises UnreachableError."""
+        if self._daemon is None:
+            raise UnreachableError(_DOWN)
+        try:
+            with contextlib.suppress(*P2PD_ERRORS):  # they may be connected by other addresses
+                await self._daemon.connect(peer_id, addresses, deadline_s)
+            return await self._daemon.open_stream(peer_id, protocol, deadline_s)
+        except P2PD_ERRORS as error:
+            raise UnreachableError(f"no stream to {peer_id}: {error}") from error
+
     async def _start(self) -> None:
         """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises DaemonError."""
-        daemon = self._daemon = await start_daemon(
-            self.identity, self._listen, self._port, self._announce, self._serves_dht
-        )
+        position = self.position
+        daemon = self._daemon = await start_daemon(self.identity, position)
         try:
             async with asyncio.timeout(START_DEADLINE_S):
-                self._dht = await start_dht(daemon, self._validator, self._serves_dht)
-                addresses = await daemon.get_visible_maddrs() if self._serves_dht else []
-        except P2PD_ERRORS as error:
+                self._dht = await start_dht(daemon, self._validator, position.serves_dht)
+                await self.tunnels.serve_on(daemon)
+                addresses = await self._visible() if position.listens else []
+        except (*P2PD_ERRORS, UnreachableError) as error:
             raise DaemonError("the libp2p daemon does not answer") from error
-        if self._serves_dht:
-            endpoints = map(_tcp_endpoint, map(str, addresses))
-            port = next(endpoint[1] for endpoint in endpoints if endpoint is not None)
-            self._port = self._port or port  # what is announced need not be where it listens
+        own = (tcp_endpoint(address) for address in addresses if not is_relayed(address))
+        if not position.port and (endpoint := next(filter(None, own), None)):
+            self.position = replace(
+                position, port=endpoint[1]
+            )  # what is announced need not be where it listens
 
     async def _end(self) -> None:
         self._ready = False
@@ -210,17 +262,20 @@ class Host:
     async def _supervise(self) -> None:
         """Starts p2pd again whenever it ends, until that has failed too often."""
         delays: Iterator[float] = iter(_RESTART_DELAYS_S)
-        while self._daemon is not None:
+        while True:
             started_at = time.monotonic()
-            status = await self._daemon.ended()
+            if self._daemon is not None:
+                status = await self._daemon.ended()
+                logger.warning("the libp2p daemon ended with status %d; starting it again", status)
             if time.monotonic() - started_at > _STEADY_S:
                 delays = iter(_RESTART_DELAYS_S)
-            logger.warning("the libp2p daemon ended with status %d; starting it again", status)
             await self._end()
             for delay_s in delays:
                 await asyncio.sleep(delay_s)
                 if await self._is_started_again():
                     break
+            else:
+                return
 
     async def _is_started_again(self) -> bool:
         try:
@@ -274,7 +329,7 @@ async def _answering(bootstrap: Sequence[str]) -> list[str]:
     """Those of the addresses at which something accepts a connection, in the same order."""
 
     async def answers(address: str) -> bool:
-        endpoint = _tcp_endpoint(address)
+        endpoint = tcp_endpoint(address)
         if endpoint is None:
             return True  # not plain TCP: only libp2p can tell
         try:
@@ -287,22 +342,3 @@ async def _answering(bootstrap: Sequence[str]) -> list[str]:
 
     results = await asyncio.gather(*map(answers, bootstrap))
     return [address for address, ok in zip(bootstrap, results, strict=True) if ok]
-
-
-def _tcp_endpoint(address: str) -> tuple[str, int] | None:
-    parts = address.strip("/").split("/")
-    if len(parts) >= 4 and parts[0] in {"ip4", "ip6", "dns", "dns4", "dns6"} and parts[2] == "tcp":
-        return parts[1], int(parts[3])
-    return None
-
-
-def is_multiaddress(text: str) -> bool:
-    """Whether the text is a multiaddress that says who and where a peer is, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"""
-    where, _, who = text.rpartition("/p2p/")
-    try:
-        return bool(where and "/" not in who and Multiaddr(text) and Multiaddr(f"/p2p/{who}")["p2p"])
-    except (
-        ValueError,
-        LookupError,
-    ):  # of the former are its parse errors; the latter for a protocol it lacks
-        return False

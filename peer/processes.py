@@ -1,9 +1,12 @@
 """Child processes that never outlive their parent, what killed ones leave, and state folders for one process."""
 
+import contextlib
 import fcntl
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -36,6 +39,16 @@ def sweep_dead_sockets() -> None:
     for path in paths:
         if str(path) not in held and _is_refused(path):
             path.unlink(missing_ok=True)
+
+
+def sweep_dead_folders(prefix: str) -> None:
+    """Removes folders of unix sockets whose names end with the number of a process that is no more, and a word."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        number = folder.name.removeprefix(prefix).partition("-")[0]
+        if number.isdecimal() and not Path(f"/proc/{number}").exists():
+            with contextlib.suppress(OSError):  # it may be another user's
+                if all(map(_is_refused, folder.iterdir())):  # else of another process namespace
+                    shutil.rmtree(folder)
 
 
 def _is_refused(path: Path) -> bool:

@@ -21,11 +21,11 @@ from expert_server.devices import check_devices
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
-from peer.daemon import multiaddress
 from peer.errors import InviteError, SettingsError, StartError, UserError
 from peer.files import write_whole
-from peer.host import default_listen_address, is_multiaddress
+from peer.host import default_listen_address
 from peer.identity import Identity
+from peer.multiaddresses import is_multiaddress, multiaddress
 from peer.processes import StateFolder
 from talkoot.console import Terminal, log_file, quiet_hivemind
 from talkoot.control import LOG_FILE, ControlServer, node_folder

@@ -20,7 +20,7 @@ from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
 from peer.codec import MAX_CHUNK_BYTES, Floats, chunks, decode, encode, encoded_bytes
-from peer.errors import ExpertError, WireError
+from peer.errors import ExpertError, UnreachableError, WireError
 from peer.own_sessions import OwnSessions
 from peer.sessions import Metadata
 from peer.wire import expert_pb2, expert_pb2_grpc
@@ -132,15 +132,16 @@ class GrpcCaller:
 
     def is_silent(self, node: NodeInfo) -> bool:
         """Whether a connection to the node was tried and does not stand: it is being made, or was refused."""
-        return bool(node.addresses) and self._channels.is_silent(node.addresses[0], node.certificate_pem)
+        return self._channels.is_silent(node)
 
     async def _call_once(
         self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
     ) -> AsyncGenerator[Answer, None]:
-        if not node.addresses:
-            raise ExpertError(StatusCode.UNAVAILABLE, f"node {node.peer_id} gives no address")
         ends = time.monotonic() + deadline_s
-        channel = await self._channels.get(node.addresses[0], node.certificate_pem)
+        try:
+            channel = await self._channels.reach(node)
+        except UnreachableError as error:
+            raise ExpertError(StatusCode.UNAVAILABLE, str(error)) from error
         for may_repeat in (True, False):
             session = await self._session(node, channel, ends - time.monotonic())
             left = max(ends - time.monotonic(), 0.001)

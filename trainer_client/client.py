@@ -56,7 +56,7 @@ class SwarmClient:
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._swarm: Swarm | None = None
-        self._channels = ChannelPool()
+        self._channels: ChannelPool | None = None
         self._sessions: OwnSessions | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._presence: Presence | None = None
@@ -166,6 +166,7 @@ class SwarmClient:
             asyncio.create_task(self._swarm.membership.keep(_CHECK_EVERY_S)),
         ]
         manifest = self._swarm.manifest
+        self._channels = ChannelPool(tunnels=self._swarm.host.tunnels)
         self._sessions = OwnSessions(identity, invite.keys.swarm_id, _RIGHTS)
         caller = GrpcCaller(
             self._channels,
@@ -207,6 +208,7 @@ class SwarmClient:
             await self._presence.close()
         if self._sessions is not None:
             await self._sessions.close()
-        await self._channels.close()
+        if self._channels is not None:
+            await self._channels.close()
         if self._swarm is not None:
             await self._swarm.stop()

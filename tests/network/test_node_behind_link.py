@@ -14,10 +14,10 @@ from dht.swarm import found_swarm, join_swarm
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from peer.channels import ChannelPool
-from peer.daemon import multiaddress
 from peer.errors import ExpertError, SettingsError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.multiaddresses import multiaddress
 from talkoot.links import Link, Proxy, Wire, free_ports
 from trainer_client.calls import GrpcCaller, Request
 

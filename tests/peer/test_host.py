@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import StartError, UnreachableError, UserError
-from peer.host import Host, default_listen_address, is_multiaddress, require_free_port
+from peer.host import Host, default_listen_address, require_free_port
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.multiaddresses import is_multiaddress
 from peer.processes import die_with_parent
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

@@ -1,0 +1,167 @@
+"""An internet of network namespaces: public hosts, and hosts each behind a router of its own that drops what comes in.
+
+Public hosts have public-looking addresses, for libp2p never relays by private ones; nothing leaves the namespaces.
+They are removed when the test ends. What a killed test left behind is swept at the next start: names carry the
+process number of their maker.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+_MARK = "talkoot"
+_NAME = re.compile(rf"{_MARK}(\d+)-")
+_FIREWALL = """
+table ip nat {
+    chain postrouting {
+        type nat hook postrouting priority 100
+        oifname "wan" masquerade
+    }
+}
+table ip filter {
+    chain input {
+        type filter hook input priority 0; policy drop
+        ct state established,related accept
+        iifname { "lan", "lo" } accept
+    }
+    chain forward {
+        type filter hook forward priority 0; policy drop
+        ct state established,related accept
+        iifname "lan" accept
+    }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A host in a namespace of its own."""
+
+    namespace: str
+    address: str
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """The same command, run on this machine."""
+        return ["ip", "netns", "exec", self.namespace, *arguments]
+
+
+class Internet:
+    """Machines that reach each other as their routers allow. Made by `internet`."""
+
+    def __init__(self) -> None:
+        self._prefix = f"{_MARK}{os.getpid()}-"
+        self._count = 0
+        self._backbone = self._add("net")
+        _ip("-n", self._backbone, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", self._backbone, "link", "set", "bridge", "up")
+
+    def public(self) -> Machine:
+        """A machine that all others reach."""
+        self._count += 1
+        return Machine(
+            self._attached(f"public{self._count}", f"44.1.1.{self._count}"), f"44.1.1.{self._count}"
+        )
+
+    def home(self) -> Machine:
+        """A machine behind a router that hides its address, and lets nobody in who was not called."""
+        self._count += 1
+        number = self._count
+        router = self._attached(f"router{number}", f"44.1.2.{number}")
+        home = self._add(f"home{number}")
+        _ip("-n", router, "link", "add", "lan", "type", "veth", "peer", "name", "lan", "netns", home)
+        for namespace, host in ((router, 1), (home, 2)):
+            _ip("-n", namespace, "address", "add", f"192.168.{number}.{host}/24", "dev", "lan")
+            _ip("-n", namespace, "link", "set", "lan", "up")
+        _ip("-n", home, "route", "add", "default", "via", f"192.168.{number}.1")
+        _run("ip", "netns", "exec", router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        _run("ip", "netns", "exec", router, "nft", "-f", "-", stdin=_FIREWALL)
+        return Machine(home, f"192.168.{number}.2")
+
+    def close(self) -> None:
+        _remove(self._prefix)
+
+    def _attached(self, name: str, address: str) -> str:
+        namespace = self._add(name)
+        port = f"port{self._count}"
+        _ip(
+            "-n",
+            self._backbone,
+            "link",
+            "add",
+            port,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "wan",
+            "netns",
+            namespace,
+        )
+        _ip("-n", self._backbone, "link", "set", port, "master", "bridge", "up")
+        _ip("-n", namespace, "address", "add", f"{address}/16", "dev", "wan")
+        _ip("-n", namespace, "link", "set", "wan", "up")
+        return namespace
+
+    def _add(self, name: str) -> str:
+        namespace = self._prefix + name
+        _ip("netns", "add", namespace)
+        _ip("-n", namespace, "link", "set", "lo", "up")
+        return namespace
+
+
+@contextlib.contextmanager
+def internet() -> Iterator[Internet]:
+    sweep()
+    made = Internet()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def why_not() -> str:
+    """Why this machine can't have such an internet; empty when it can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if missing := [tool for tool in ("ip", "nft", "sysctl") if shutil.which(tool) is None]:
+        return f"{' and '.join(missing)} missing: install iproute2, nftables and procps"
+    try:
+        with internet() as made:
+            made.home()
+    except subprocess.CalledProcessError as error:
+        return f"no network namespaces or NAT here: {error.stderr.strip()}"
+    return ""
+
+
+def sweep() -> None:
+    """Removes what test processes left that are no more."""
+    for name in _namespaces():
+        if (maker := _NAME.match(name)) and not os.path.exists(f"/proc/{maker[1]}"):
+            _remove(maker[0])
+
+
+def _remove(prefix: str) -> None:
+    for namespace in _namespaces():
+        if namespace.startswith(prefix):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                for pid in _run("ip", "netns", "pids", namespace).split():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(pid), 9)
+                _ip("netns", "delete", namespace)
+
+
+def _namespaces() -> list[str]:
+    return [line.split()[0] for line in _run("ip", "netns", "list").splitlines() if line.strip()]
+
+
+def _ip(*arguments: str) -> None:
+    _run("ip", *arguments)
+
+
+def _run(*command: str, stdin: str | None = None) -> str:
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=True)
+    return done.stdout

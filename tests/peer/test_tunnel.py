@@ -1,0 +1,234 @@
+"""gRPC through libp2p streams between real hosts: what travels, what is bounded, and what is left behind."""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from hivemind.p2p import PeerID
+
+from peer.channels import SERVER_OPTIONS, ChannelPool, server_credentials
+from peer.errors import UnreachableError
+from peer.host import Host
+from peer.identity import Identity, certificate_pem
+from peer.loop import LoopThread
+from peer.multiaddresses import multiaddress
+from peer.tunnel import TunnelLimits, Tunnels
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+LOCAL = "127.0.0.1"
+CALL_S = 30.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """A contact, as a record gives it."""
+
+    peer_id: PeerID
+    certificate_pem: bytes
+    addresses: tuple[str, ...] = ()
+    tunnel_addresses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Village:
+    server: Host
+    caller: Host
+    contact: Known
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(2)]
+
+
+async def echo(request: bytes, context: Any) -> bytes:
+    return request
+
+
+@asynccontextmanager
+async def echo_server(identity: Identity, path: Path) -> AsyncIterator[bytes]:
+    """Listens on a unix socket only; gives its certificate, DER."""
+    certificate = identity.make_certificate()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    handler = grpc.unary_unary_rpc_method_handler(echo)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", {"Echo": handler})])
+    server.add_secure_port(f"unix:{path}", server_credentials(identity, certificate))
+    await server.start()
+    try:
+        yield certificate
+    finally:
+        await server.stop(0)
+
+
+@asynccontextmanager
+async def village(identities: list[Identity]) -> AsyncIterator[Village]:
+    server = await Host.start(identities[0], listen=LOCAL)
+    caller = None
+    try:
+        async with echo_server(identities[0], server.tunnels.exit_path()) as certificate:
+            await server.serve_tunnel()
+            addresses = tuple(await server.tunnel_addresses())
+            caller = await Host.start(identities[1], listen=LOCAL, bootstrap=addresses, serves_dht=False)
+            pem = certificate_pem(certificate, server.peer_id)
+            yield Village(server, caller, Known(server.peer_id, pem, (), addresses))
+    finally:
+        if caller is not None:
+            await caller.stop()
+        await server.stop()
+
+
+@pytest.fixture(scope="module")
+def both(loop: LoopThread, identities: list[Identity]) -> Iterator[Village]:
+    made = village(identities)
+    yield loop.run(made.__aenter__())
+    loop.run(made.__aexit__(None, None, None))
+
+
+async def call(pool: ChannelPool, contact: Known, payload: bytes) -> bytes:
+    channel = await pool.reach(contact)
+    answer: bytes = await channel.unary_unary("/test/Echo")(payload, timeout=CALL_S, wait_for_ready=True)
+    return answer
+
+
+async def until(is_so: Callable[[], bool], within_s: float = 10.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not is_so():
+            await asyncio.sleep(0.02)
+
+
+def run(loop: LoopThread, test: Callable[[ChannelPool], Awaitable[None]], tunnels: Tunnels) -> None:
+    async def main() -> None:
+        pool = ChannelPool(tunnels=tunnels)
+        try:
+            await test(pool)
+        finally:
+            await pool.close()
+
+    loop.run(main())
+
+
+def test_a_call_goes_through_a_tunnel_with_its_certificate_pinned(loop: LoopThread, both: Village) -> None:
+    async def test(pool: ChannelPool) -> None:
+        payload = os.urandom(3 * 2**20)
+        assert await call(pool, both.contact, payload) == payload
+        assert both.server.tunnels.last_relayed is False
+
+    run(loop, test, both.caller.tunnels)
+
+
+def test_another_certificate_is_refused_in_the_tunnel(
+    loop: LoopThread, both: Village, identities: list[Identity]
+) -> None:
+    impostor = certificate_pem(identities[1].make_certificate(), identities[1].peer_id)
+
+    async def test(pool: ChannelPool) -> None:
+        channel = await pool.reach(Known(both.server.peer_id, impostor, (), both.contact.tunnel_addresses))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await channel.unary_unary("/test/Echo")(b"", timeout=CALL_S)
+
+    run(loop, test, both.caller.tunnels)
+
+
+def test_the_tunnel_is_taken_when_no_address_answers(loop: LoopThread, both: Village) -> None:
+    with socket.socket() as closed:
+        closed.bind((LOCAL, 0))
+        silent = f"{LOCAL}:{closed.getsockname()[1]}"
+        contact = Known(
+            both.contact.peer_id, both.contact.certificate_pem, (silent,), both.contact.tunnel_addresses
+        )
+
+        async def test(pool: ChannelPool) -> None:
+            assert await call(pool, contact, b"ping") == b"ping"
+            again = await pool.reach(contact)
+            assert again is await pool.reach(contact), "what worked is remembered"
+
+        run(loop, test, both.caller.tunnels)
+
+
+def test_without_an_address_nothing_is_tried(loop: LoopThread, both: Village) -> None:
+    async def test(pool: ChannelPool) -> None:
+        with pytest.raises(UnreachableError, match="gives no address"):
+            await pool.reach(Known(both.server.peer_id, both.contact.certificate_pem))
+
+    run(loop, test, both.caller.tunnels)
+
+
+def test_streams_end_with_their_channels_and_leave_nothing(loop: LoopThread, both: Village) -> None:
+    async def test(pool: ChannelPool) -> None:
+        await call(pool, both.contact, b"ping")
+        assert both.caller.tunnels.counts.open == both.server.tunnels.counts.open == 1
+        await pool.close()
+        await until(lambda: not both.caller.tunnels.counts.open and not both.server.tunnels.counts.open)
+
+    run(loop, test, both.caller.tunnels)
+
+
+def test_a_peer_gets_so_many_streams_and_no_more(loop: LoopThread, both: Village) -> None:
+    limits = TunnelLimits(streams_of_peer=2)
+
+    async def test(pool: ChannelPool) -> None:
+        tunnels = both.server.tunnels
+        before, tunnels._limits = tunnels._limits, limits
+        pools = [ChannelPool(tunnels=both.caller.tunnels) for _ in range(2)]
+        try:
+            for other in pools:
+                await call(other, both.contact, b"ping")
+            refused = tunnels.counts.refused
+            channel = await pool.reach(both.contact)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await channel.unary_unary("/test/Echo")(b"", timeout=CALL_S)
+            assert tunnels.counts.refused > refused
+        finally:
+            tunnels._limits = before
+            for other in pools:
+                await other.close()
+
+    run(loop, test, both.caller.tunnels)
+
+
+def test_a_tunnel_works_again_after_p2pd_died_at_either_end(
+    loop: LoopThread, identities: list[Identity]
+) -> None:
+    async def test() -> None:
+        async with village(identities) as both:
+            pool = ChannelPool(tunnels=both.caller.tunnels)
+            try:
+                await call(pool, both.contact, b"ping")
+                for number, host in enumerate((both.server, both.caller), start=1):
+                    host.p2p._child.kill()
+                    await until(lambda host=host: host.restarts == 1, 20)
+                    await until(lambda: not both.caller.tunnels.counts.open)
+                    assert await call(pool, both.contact, b"%d" % number) == b"%d" % number
+            finally:
+                await pool.close()
+            folder = both.server.tunnels.exit_path().parent
+            assert folder.stat().st_mode & 0o077 == 0, "nobody else gets in"
+        assert not folder.exists()
+
+    loop.run(test())
+
+
+def test_a_tunnel_to_nobody_fails_the_call(
+    loop: LoopThread, both: Village, identities: list[Identity]
+) -> None:
+    nobody = Known(
+        identities[1].peer_id,
+        certificate_pem(identities[1].make_certificate(), identities[1].peer_id),
+        tunnel_addresses=(f"{multiaddress(LOCAL, 9)}/p2p/{identities[1].peer_id.to_base58()}",),
+    )
+
+    async def test(pool: ChannelPool) -> None:
+        channel = await pool.reach(nobody)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await channel.unary_unary("/test/Echo")(b"", timeout=CALL_S)
+
+    run(loop, test, both.server.tunnels)
