@@ -80,8 +80,9 @@ class Node:
         self.traffic = Traffic(settings.upload_mbit, settings.download_mbit)
         own_sessions = OwnSessions(swarm.host.identity, swarm_id, (session_pb2.RIGHT_FETCH,))
         self.client = StateClient(
-            swarm_id, swarm.manifest, own_sessions, self.traffic.down, settings.max_transfer_s
-        )
+            swarm_id, swarm.manifest, own_sessions, self.traffic.down, settings.max_transfer_s,
+            swarm.host.tunnels,
+        )  # fmt: skip
         self.hosting = Hosting(
             settings, swarm, runtime, self.checkpoints, devices, self.client, meetings, now
         )  # fmt: skip

@@ -138,10 +138,7 @@ class GrpcCaller:
         self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
     ) -> AsyncGenerator[Answer, None]:
         ends = time.monotonic() + deadline_s
-        try:
-            channel = await self._channels.reach(node)
-        except UnreachableError as error:
-            raise ExpertError(StatusCode.UNAVAILABLE, str(error)) from error
+        channel = await self._channel(node, deadline_s)
         for may_repeat in (True, False):
             session = await self._session(node, channel, ends - time.monotonic())
             left = max(ends - time.monotonic(), 0.001)
@@ -158,6 +155,18 @@ class GrpcCaller:
                 self._sessions.ended(node.peer_id, session)
                 if error.status is not StatusCode.UNAUTHENTICATED or not may_repeat:
                     raise  # else nothing was done yet
+
+    async def _channel(self, node: NodeInfo, deadline_s: float) -> grpc.aio.Channel:
+        """Raises ExpertError."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._channels.reach(node)
+        except UnreachableError as error:
+            raise ExpertError(StatusCode.UNAVAILABLE, str(error)) from error
+        except TimeoutError as error:
+            raise ExpertError(
+                StatusCode.DEADLINE_EXCEEDED, f"no way led to {node.peer_id} in time"
+            ) from error
 
     async def _session(self, node: NodeInfo, channel: grpc.aio.Channel, deadline_s: float) -> Metadata | None:
         """Costs a round trip with each node once. Raises ExpertError."""

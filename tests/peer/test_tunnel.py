@@ -59,7 +59,7 @@ async def echo_server(identity: Identity, path: Path) -> AsyncIterator[bytes]:
     """Listens on a unix socket only; gives its certificate, DER."""
     certificate = identity.make_certificate()
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    handler = grpc.unary_unary_rpc_method_handler(echo)
+    handler: Any = grpc.unary_unary_rpc_method_handler(echo)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", {"Echo": handler})])
     server.add_secure_port(f"unix:{path}", server_credentials(identity, certificate))
     await server.start()
@@ -93,16 +93,24 @@ def both(loop: LoopThread, identities: list[Identity]) -> Iterator[Village]:
     loop.run(made.__aexit__(None, None, None))
 
 
+def ask(channel: grpc.aio.Channel, payload: bytes = b"", wait_for_ready: bool = False) -> Any:
+    method: Any = channel.unary_unary("/test/Echo")
+    return method(payload, timeout=CALL_S, wait_for_ready=wait_for_ready)
+
+
 async def call(pool: ChannelPool, contact: Known, payload: bytes) -> bytes:
-    channel = await pool.reach(contact)
-    answer: bytes = await channel.unary_unary("/test/Echo")(payload, timeout=CALL_S, wait_for_ready=True)
+    answer: bytes = await ask(await pool.reach(contact), payload, wait_for_ready=True)
     return answer
 
 
 async def until(is_so: Callable[[], bool], within_s: float = 10.0) -> None:
     async with asyncio.timeout(within_s):
-        while not is_so():
+        while not is_so():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+
+async def until_restarted(host: Host) -> None:
+    await until(lambda: host.restarts == 1, 20)
 
 
 def run(loop: LoopThread, test: Callable[[ChannelPool], Awaitable[None]], tunnels: Tunnels) -> None:
@@ -133,7 +141,7 @@ def test_another_certificate_is_refused_in_the_tunnel(
     async def test(pool: ChannelPool) -> None:
         channel = await pool.reach(Known(both.server.peer_id, impostor, (), both.contact.tunnel_addresses))
         with pytest.raises(grpc.aio.AioRpcError):
-            await channel.unary_unary("/test/Echo")(b"", timeout=CALL_S)
+            await ask(channel)
 
     run(loop, test, both.caller.tunnels)
 
@@ -185,7 +193,7 @@ def test_a_peer_gets_so_many_streams_and_no_more(loop: LoopThread, both: Village
             refused = tunnels.counts.refused
             channel = await pool.reach(both.contact)
             with pytest.raises(grpc.aio.AioRpcError):
-                await channel.unary_unary("/test/Echo")(b"", timeout=CALL_S)
+                await ask(channel)
             assert tunnels.counts.refused > refused
         finally:
             tunnels._limits = before
@@ -205,7 +213,7 @@ def test_a_tunnel_works_again_after_p2pd_died_at_either_end(
                 await call(pool, both.contact, b"ping")
                 for number, host in enumerate((both.server, both.caller), start=1):
                     host.p2p._child.kill()
-                    await until(lambda host=host: host.restarts == 1, 20)
+                    await until_restarted(host)
                     await until(lambda: not both.caller.tunnels.counts.open)
                     assert await call(pool, both.contact, b"%d" % number) == b"%d" % number
             finally:
@@ -229,6 +237,6 @@ def test_a_tunnel_to_nobody_fails_the_call(
     async def test(pool: ChannelPool) -> None:
         channel = await pool.reach(nobody)
         with pytest.raises(grpc.aio.AioRpcError):
-            await channel.unary_unary("/test/Echo")(b"", timeout=CALL_S)
+            await ask(channel)
 
     run(loop, test, both.server.tunnels)
