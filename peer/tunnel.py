@@ -105,7 +105,7 @@ class Tunnels:
             entrance = self._entrances[peer_id] = _Entrance(self._path(_file_name(peer_id)))
             entrance.server = await asyncio.start_unix_server(
                 lambda reader, writer: self._dig(peer_id, entrance, (reader, writer)),
-                str(path),
+                str(entrance.path),
                 limit=_PIECE_BYTES,
             )
         entrance.addresses = tuple(addresses)
