@@ -23,7 +23,13 @@ from peer.loop import LoopThread
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 (WHEEL,) = (Path(__file__).parents[1] / "releases").glob("*.whl")
 VERSION = WHEEL.name.split("-")[1]
-LIVELY: dict[str, Any] = {"experts": 8, "replicas": 2, "average_every_s": 0.5, "announce_every_s": 1, "claim_wait_s": 0.1}
+LIVELY: dict[str, Any] = {
+    "experts": 8,
+    "replicas": 2,
+    "average_every_s": 0.5,
+    "announce_every_s": 1,
+    "claim_wait_s": 0.1,
+}
 """Settings with which a node soon replicates what another hosts, and averages with it."""
 
 
