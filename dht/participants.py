@@ -135,6 +135,13 @@ class TrainerInfo:
     expires_at: float
     failures: Mapping[str, int] = field(default_factory=dict)
     node_latency_s: Mapping[PeerID, float] = field(default_factory=dict)
+    addresses: tuple[str, ...] = ()
+    """Where others reach it to average dense parts; none: only it can call others."""
+    certificate_pem: bytes = b""
+    dense_fingerprint: bytes = b""
+    """Of the form of its dense part; empty: it averages with nobody."""
+    dense_age: int = 0
+    """Steps that its dense part has behind it."""
 
 
 def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo | None:
@@ -169,10 +176,11 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
 
 
 def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> TrainerInfo | None:
-    """What a trainer's checked record says; None when the trainer has left."""
+    """What a trainer's checked record says; None when it has left. Raises RecordError for a wrong certificate."""
     trainer = payload.trainer
     if payload.WhichOneof("body") != "trainer" or trainer.left:
         return None
+    serves = bool(trainer.certificate)
     return TrainerInfo(
         peer_id,
         short_text(trainer.name, MAX_NAME_CHARACTERS),
@@ -195,6 +203,10 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
         payload.expires_at,
         {f.cause: count(f.count) for f in trainer.failures[:32] if f.cause in FAILURE_CAUSES},
         _node_latencies(trainer.nodes[:MAX_LATENCIES]),
+        tuple(filter(_ADDRESS.fullmatch, trainer.addresses[:_MAX_ADDRESSES])) if serves else (),
+        certificate_pem(trainer.certificate, peer_id) if serves else b"",
+        trainer.dense_fingerprint if len(trainer.dense_fingerprint) == 32 else b"",
+        count(trainer.dense_age),
     )
 
 

@@ -6,7 +6,7 @@ Whoever was cut off goes on where it was, as long as the other keeps the snapsho
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -195,10 +195,14 @@ async def outgoing(
 ) -> AsyncIterator[state_pb2.FetchReply]:
     """The replies that give a snapshot from an offset on, as fast as `up` lets them."""
     yield state_pb2.FetchReply(header=header)
-    for start in range(offset, len(data), CHUNK_BYTES):
-        chunk = data[start : start + CHUNK_BYTES]
+    for chunk in chunked(data, offset):
         await up.take(len(chunk))
         yield state_pb2.FetchReply(chunk=chunk)
+
+
+def chunked(data: bytes, offset: int = 0) -> Iterator[bytes]:
+    for start in range(offset, len(data), CHUNK_BYTES):
+        yield data[start : start + CHUNK_BYTES]
 
 
 async def written(write: Callable[[Any], Any], message: Any) -> None:

@@ -321,6 +321,26 @@ def train(
             metavar="DIR", help="Folder of checkpoints.  [default: one for each run, in the state folder]"
         ),
     ] = None,
+    average_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between averages with another trainer's dense part; 0: never.  [default: 20]"
+        ),
+    ] = None,
+    average_host: Annotated[
+        str | None,
+        typer.Option(metavar="A", help="Where other trainers reach this one.  [default: first interface]"),
+    ] = None,
+    average_port: Annotated[
+        int | None, typer.Option(help="TCP port for them.  [default: any free one]")
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="swarm|fresh",
+            help="Begin a new run with the freshest dense part in the swarm, or anew.  [default: swarm]",
+        ),
+    ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; 0: only at the end.  [default: 100]")
     ] = None,
@@ -377,6 +397,10 @@ def train(
         "wait_for_experts_s": wait_for_experts_s,
         "checkpoint": checkpoint,
         "checkpoint_every": checkpoint_every,
+        "average_every": average_every,
+        "average_host": average_host,
+        "average_port": average_port,
+        "start_from": start_from,
         "log": log,
         "tensorboard": tensorboard,
         "plot": plot,

@@ -18,12 +18,14 @@ from talkoot.local import LocalSwarm
 from talkoot.signals import StopSignals
 from talkoot.train_display import progress_shown, summary_table
 from talkoot.train_logs import Write, check_plot, logs_written, plot_losses
+from trainer_client.averaging import Averaging
 from trainer_client.client import SwarmClient
 from trainer_client.data import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.record import Progress, Summary
 from trainer_client.run import Saver, Start, start_run
 from trainer_client.settings import TrainerSettings
+from trainer_client.shared import SharedPart
 from trainer_client.training import Training
 
 logger = logging.getLogger(__name__)
@@ -92,7 +94,7 @@ def _train(
             client = SwarmClient(where, start.settings, state, stage=stage)
     try:
         run = _Run(terminal, signals, client, start)
-        values = asdict(run.train(writers)) | _dispatched(client)
+        values = asdict(run.train(writers)) | _dispatched(client) | {"averagings": run.averagings}
         folder = None if run.saver is None else str(run.saver.folder)
         return values | {"checkpoint": folder, "stopped": signals.received is not None}
     finally:
@@ -129,8 +131,14 @@ class _Run:
         make_model = partial(LanguageModel, manifest, client.mixture, len(token_bytes))
         self._training = Training(make_model(), dataset, settings, make_model)
         start.restore(self._training)
+        self._averaging = _begin_averaging(client, self._training.part, start)
         self.saver = None if isinstance(client, LocalSwarm) else Saver(start, self._training, manifest, seed)
         """None in local mode: without its experts a dense part is of no use."""
+
+    @property
+    def averagings(self) -> int:
+        """Since the start of this run."""
+        return 0 if self._averaging is None else self._averaging.counts.averaged
 
     def train(self, writers: Sequence[Write]) -> Summary:
         """However it ends, its last whole step is saved. `writers` are told of each step."""
@@ -143,7 +151,7 @@ class _Run:
 
                 def observe(progress: Progress) -> None:
                     self._client.note(progress)
-                    values = asdict(progress) | _swarm_now(self._client)
+                    values = asdict(progress) | _swarm_now(self._client) | self._averaged()
                     for write in (show, *writers):
                         write(values)
                     if self.saver is not None:
@@ -161,6 +169,11 @@ class _Run:
             if settings.plot is not None:
                 plot_losses(self._training.history, settings.plot)
 
+    def _averaged(self) -> dict[str, Any]:
+        """How many averagings there were, and what each was since the step before."""
+        merges = self._training.part.take_merges()
+        return {"averagings": self.averagings, "averaged": [asdict(merge) for merge in merges]}
+
     def _pause_without_experts(self) -> None:
         """Without experts only the dense part would learn. Raises SwarmError when none comes back in time."""
         client, limit_s = self._client, self._settings.wait_for_experts_s
@@ -169,6 +182,19 @@ class _Run:
         logger.warning("no expert answers: training pauses until one does, at most %.0f s", limit_s)
         client.wait_for_experts(limit_s, lambda text: None, share=1 / client.manifest.experts_total)
         logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
+
+
+def _begin_averaging(client: Client, part: SharedPart, start: Start) -> Averaging | None:
+    """A new run begins with what others have trained, if there is any and it shall. Raises UserError."""
+    settings = start.settings
+    if isinstance(client, LocalSwarm) or not settings.average_every:
+        return None
+    averaging = client.average(part, start.tokenizer.to_json(), settings.router)
+    if start.checkpoint is None and settings.start_from == "swarm":
+        age = client.take_freshest(averaging)
+        if age is not None:
+            logger.info("begins with the freshest dense part in the swarm, which has %d steps behind it", age)
+    return averaging
 
 
 def once(stage: Callable[[str], None]) -> Callable[[str], None]:

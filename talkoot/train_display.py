@@ -51,8 +51,9 @@ def describe(values: Values) -> str:
     in_flight = ""
     if values["in_flight"] > 1:
         in_flight = f"{values['in_flight']} steps in flight, "
+    averaged = f"averaged {values['averagings']} times, " if values["averagings"] else ""
     return (
-        f"loss {values['loss']:.3f}{validation}, {values['tokens_per_s']:.0f} tokens/s, {in_flight}"
+        f"loss {values['loss']:.3f}{validation}, {values['tokens_per_s']:.0f} tokens/s, {in_flight}{averaged}"
         f"{values['experts_live']} of {values['experts_total']} experts live, {failures or 'no failures'}"
     )
 

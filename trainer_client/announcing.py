@@ -18,6 +18,7 @@ from peer.host import default_listen_address
 from peer.loop import LoopThread
 from peer.metrics import MetricsServer
 from peer.wire import records_pb2
+from trainer_client.averaging import Averaging
 from trainer_client.calls import GrpcCaller
 from trainer_client.dispatch import Dispatcher
 from trainer_client.latencies import Quantiles
@@ -53,11 +54,13 @@ class Presence:
         self._progress: Progress | None = None
         self._validated: Progress | None = None
         self._started_at = now()
+        self._averaging: Averaging | None = None
+        self._news = asyncio.Event()
         collected = CollectorRegistry()
         # scrapes come on threads of their own, and the counters belong to the loop's
         collected.register(TrainerCollector(lambda: loop.run(self._count(), _SCRAPE_DEADLINE_S)))
         self._metrics = MetricsServer(collected, settings.metrics_host, settings.metrics_port)
-        self._offered = self._metrics.offered(_reached_at(invite))
+        self._offered = self._metrics.offered(reached_at(invite))
 
     @property
     def metrics_address(self) -> str:
@@ -72,12 +75,22 @@ class Presence:
     async def run(self) -> None:
         """For ever. When the DHT does not answer, it is tried again the next time."""
         while True:
+            self._news.clear()
             record = trainer_record(await self._count(), self._settings, self._started_at, self._offered)
+            if self._averaging is not None:
+                set_dense(record, self._averaging)
             try:
                 await self._registry.publish_trainer(record, self._settings.lifetime_s)
             except UnreachableError as error:
                 logger.debug("could not announce this trainer: %s", error)
-            await asyncio.sleep(self._settings.announce_every_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.announce_every_s):
+                    await self._news.wait()
+
+    def averages(self, averaging: Averaging) -> None:
+        """The swarm shall know at once. On the loop's thread."""
+        self._averaging = averaging
+        self._news.set()
 
     async def close(self) -> None:
         """Withdraws the record; a DHT that does not answer must not keep us."""
@@ -100,6 +113,7 @@ class Presence:
             dispatcher.live_experts(),
             dispatcher.open_breakers(),
             len(asyncio.all_tasks()),
+            None if self._averaging is None else self._averaging.counts,
         )
 
 
@@ -134,6 +148,14 @@ def trainer_record(
     return record
 
 
+def set_dense(record: records_pb2.TrainerRecord, averaging: Averaging) -> None:
+    """By what others average with it."""
+    record.addresses.extend(averaging.addresses)
+    record.certificate = averaging.certificate
+    record.dense_fingerprint = averaging.form.fingerprint
+    record.dense_age = averaging.part.age
+
+
 def _set_progress(record: records_pb2.TrainerRecord, progress: Progress, validated: Progress | None) -> None:
     record.step, record.steps = progress.step, progress.steps
     record.tokens_per_s = progress.tokens_per_s
@@ -150,7 +172,7 @@ def _latency(quantiles: Quantiles | None) -> records_pb2.Latency | None:
     return None if quantiles is None else records_pb2.Latency(p50_s=quantiles.p50_s, p99_s=quantiles.p99_s)
 
 
-def _reached_at(invite: Invite) -> str:
+def reached_at(invite: Invite) -> str:
     """The address that others in the swarm would use: loopback when the whole swarm is there."""
     local = all(address.startswith(("/ip4/127.", "/ip6/::1/")) for address in invite.bootstrap)
     return "127.0.0.1" if local else default_listen_address()

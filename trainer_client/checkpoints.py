@@ -28,6 +28,9 @@ class Header(SealedHeader):
     manifest_sha256: str
     step: int = Field(ge=0)
     """How many were done."""
+    age: int | None = Field(default=None, ge=0)
+    """Steps that the dense part has behind it, others' too; None: no more than were done, as releases had it that don't
+    say."""
     saved_at: float = Field(ge=0, allow_inf_nan=False)
     """Unix time, in seconds."""
     tokenizer: str

@@ -22,14 +22,18 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.own_sessions import OwnSessions
 from peer.processes import StateFolder
+from peer.sessions import Sessions
 from peer.wire import session_pb2
-from trainer_client.announcing import Presence
+from trainer_client.announcing import Presence, reached_at
+from trainer_client.averaging import Averaging
 from trainer_client.calls import ExpertCaller, GrpcCaller
+from trainer_client.dense import DenseForm
 from trainer_client.dispatch import Dispatcher
 from trainer_client.mixtures import Mixtures
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.record import Progress
 from trainer_client.settings import TrainerSettings
+from trainer_client.shared import SharedPart
 from trainer_client.waiting import WaitPolicy
 
 _RIGHTS = (session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_BACKWARD)
@@ -60,6 +64,9 @@ class SwarmClient:
         self._sessions: OwnSessions | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._presence: Presence | None = None
+        self._averagings: list[Averaging] = []
+        self._invite = invite
+        self._settings = settings
         try:
             self._loop.run(self._start(invite, settings, stage, through))
             self._mixtures = Mixtures(self.manifest, settings, self.own_seed, self.dispatcher, self._loop.run)
@@ -104,6 +111,23 @@ class SwarmClient:
         """How training goes, for the swarm to see. May be called on any thread."""
         assert self._presence is not None
         self._presence.note(progress)
+
+    def average(self, part: SharedPart, *meanings: str) -> Averaging:
+        """From now on the parameters of a model are averaged with those of other trainers that have one of the same
+        form, after steps that are taken inside `part.stepping()`.
+
+        `meanings`: what shapes don't tell, such as the tokenizer. Raises PortError.
+        """
+        assert self._swarm is not None
+        form = DenseForm.of(part.model, self._swarm.keys.swarm_id, *meanings)
+        return self._loop.run(self._average(part, form))
+
+    def take_freshest(self, averaging: Averaging) -> int | None:
+        """The model's parameters become those of the trainer in the swarm that has most steps behind it.
+
+        Gives how many; None when nobody has any to give.
+        """
+        return self._loop.run(averaging.take_freshest())
 
     @property
     def own_seed(self) -> int:
@@ -193,6 +217,28 @@ class SwarmClient:
         self._presence = Presence(self._swarm, invite, settings, self.dispatcher, caller, self._loop)
         self._tasks.append(asyncio.create_task(self._presence.run()))
 
+    async def _average(self, part: SharedPart, form: DenseForm) -> Averaging:
+        assert self._swarm is not None
+        assert self._presence is not None
+        settings = self._settings
+        averaging = Averaging(
+            part,
+            form,
+            self._swarm.host.identity,
+            self._swarm.registry,
+            Sessions(form.swarm_id, self._swarm.host.peer_id),
+            OwnSessions(self._swarm.host.identity, form.swarm_id, (session_pb2.RIGHT_AVERAGE,)),
+            every=settings.average_every,
+            look_every_s=settings.announce_every_s,
+            deadline_s=settings.average_deadline_s,
+        )
+        self._averagings.append(averaging)
+        host = settings.average_host or reached_at(self._invite)
+        await averaging.start(host, settings.average_port, self._loop.loop)
+        self._tasks.append(asyncio.create_task(averaging.run()))
+        self._presence.averages(averaging)
+        return averaging
+
     async def _look_again(self) -> None:
         await asyncio.sleep(_LOOK_AGAIN_S)
         with contextlib.suppress(UnreachableError):  # the directory's own task says so
@@ -203,6 +249,8 @@ class SwarmClient:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+            for averaging in self._averagings:
+                await averaging.close()
             await self.dispatcher.close()
         if self._presence is not None:
             await self._presence.close()

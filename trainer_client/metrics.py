@@ -8,6 +8,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from trainer_client.latencies import Latencies
+from trainer_client.meeting import AveragingCounts
 from trainer_client.outgoing import DispatchStats
 from trainer_client.record import Progress
 
@@ -28,6 +29,8 @@ class TrainerCounts:
     open_breakers: int
     tasks: int
     """Of the event loop."""
+    averaging: AveragingCounts | None = None
+    """None: it averages with nobody."""
 
 
 class TrainerCollector(Collector):
@@ -49,6 +52,8 @@ class TrainerCollector(Collector):
             counts.open_breakers,
         )
         yield GaugeMetricFamily("talkoot_trainer_tasks", "Tasks on the event loop.", counts.tasks)
+        if counts.averaging is not None:
+            yield from _averaging(counts.averaging)
 
 
 def _training(counts: TrainerCounts) -> Iterator[Metric]:
@@ -109,3 +114,25 @@ def _calls(counts: TrainerCounts) -> Iterator[Metric]:
         ("rollbacks", "Times that experts went back to a good state.", stats.rollbacks),
     ):
         yield CounterMetricFamily(f"talkoot_trainer_{name}", words, value)
+
+
+def _averaging(counts: AveragingCounts) -> Iterator[Metric]:
+    ends = CounterMetricFamily(
+        "talkoot_trainer_averagings",
+        "Meetings with other trainers, by how they ended, and times that others took the dense part to begin with.",
+        labels=["end"],
+    )
+    for end, count in (
+        ("averaged", counts.averaged),
+        ("refused", counts.refused),
+        ("failed", counts.failed),
+        ("given", counts.given),
+    ):
+        ends.add_metric([end], count)
+    yield ends
+    moved = CounterMetricFamily(
+        "talkoot_trainer_dense_bytes", "Of dense parts to and from other trainers.", labels=["direction"]
+    )
+    moved.add_metric(["sent"], counts.bytes_sent)
+    moved.add_metric(["received"], counts.bytes_received)
+    yield moved

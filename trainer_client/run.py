@@ -58,6 +58,7 @@ class Start:
             training.import_state(self.checkpoint.tensors)
         except StateError as error:
             raise CheckpointError(f"the checkpoint of step {header.step} does not fit: {error}") from error
+        training.part.age = header.step if header.age is None else header.age
         logger.info("goes on after step %d", header.step)
 
 
@@ -126,6 +127,7 @@ class Saver:
             swarm_id=start.swarm_id,
             manifest_sha256=self._manifest_sha256,
             step=step,
+            age=self._training.part.age,
             saved_at=time.time(),
             tokenizer=start.tokenizer.to_json(),
             data_sha256=start.corpus.sha256,

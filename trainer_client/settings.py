@@ -17,6 +17,7 @@ _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
     *("log", "tensorboard", "plot", "wait_for_experts_s"),
     *("name", "announce_every_s", "metrics_host", "metrics_port"),
+    *("average_deadline_s", "average_host", "average_port", "start_from"),
 }
 """Settings that say nothing of what is learned: no checkpoint holds them."""
 
@@ -167,6 +168,32 @@ class TrainerSettings(RoleSettings):
         default=100, ge=0, le=10**7, description="steps between checkpoints; 0 saves only at the end"
     )
     checkpoints_kept: int = Field(default=3, ge=1, le=10_000, description="checkpoints that stay")
+    average_every: int = Field(
+        default=20,
+        ge=0,
+        le=10**7,
+        description="steps from one averaging of the dense part with another trainer's to the next; 0: never",
+    )
+    average_deadline_s: float = Field(
+        default=120.0,
+        gt=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds: the longest that two trainers may take to exchange their dense parts",
+    )
+    average_host: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=253,
+        description="address at which other trainers reach this one; unset: the first network interface",
+    )
+    average_port: int = Field(
+        default=0, ge=0, le=65535, description="TCP port at which they do; 0: any free one"
+    )
+    start_from: Literal["swarm", "fresh"] = Field(
+        default="swarm",
+        description="what a new run's dense part begins as: the freshest in the swarm, or a new one",
+    )
     log: Path | None = Field(default=None, description="file that gets a JSON line for each step")
     tensorboard: Path | None = Field(default=None, description="folder for TensorBoard")
     plot: Path | None = Field(default=None, description="PNG file that shows the loss, written at the end")

@@ -22,6 +22,7 @@ from trainer_client.in_flight import EnoughInFlight, InFlight
 from trainer_client.model import LanguageModel
 from trainer_client.record import History, Progress, Record, Summary
 from trainer_client.settings import TrainerSettings
+from trainer_client.shared import SharedPart
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Training:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.history = History()
+        self.part = SharedPart(model)
+        """The model's parameters, as those see them who average them with others'."""
         self._model = model
         self._dataset = dataset
         self._settings = settings
@@ -190,7 +193,8 @@ class Training:
         for own, other in zip(self._model.parameters(), computed.parameters(), strict=True):
             own.grad = other.grad
         self._is_whole = False  # until the step is recorded
-        self._optimizer.step()
+        with self.part.stepping():
+            self._optimizer.step()
         return loss
 
     def _add_gradients(self, model: LanguageModel, tokens: Tensor) -> float:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from peer.wire import state_pb2 as peer_dot_wire_dot_state__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peer/wire/dense.proto\x12\ntalkoot.v1\x1a\x15peer/wire/state.proto\"S\n\x0f\x45xchangeRequest\x12\'\n\x05offer\x18\x01 \x01(\x0b\x32\x16.talkoot.v1.DenseOfferH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x87\x01\n\nDenseOffer\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0f\n\x07peer_id\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12\'\n\x06header\x18\x05 \x01(\x0b\x32\x17.talkoot.v1.StateHeader\"n\n\x0bTakeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\x0c\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x32\x8e\x01\n\x0c\x44\x65nseService\x12\x43\n\x08\x45xchange\x12\x1b.talkoot.v1.ExchangeRequest\x1a\x16.talkoot.v1.FetchReply(\x01\x30\x01\x12\x39\n\x04Take\x12\x17.talkoot.v1.TakeRequest\x1a\x16.talkoot.v1.FetchReply0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peer/wire/dense.proto\x12\ntalkoot.v1\x1a\x15peer/wire/state.proto\"S\n\x0f\x45xchangeRequest\x12\'\n\x05offer\x18\x01 \x01(\x0b\x32\x16.talkoot.v1.DenseOfferH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"v\n\nDenseOffer\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\x0c\x12\'\n\x06header\x18\x04 \x01(\x0b\x32\x17.talkoot.v1.StateHeader\"n\n\x0bTakeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\x0c\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x32\x8e\x01\n\x0c\x44\x65nseService\x12\x43\n\x08\x45xchange\x12\x1b.talkoot.v1.ExchangeRequest\x1a\x16.talkoot.v1.FetchReply(\x01\x30\x01\x12\x39\n\x04Take\x12\x17.talkoot.v1.TakeRequest\x1a\x16.talkoot.v1.FetchReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EXCHANGEREQUEST']._serialized_start=60
   _globals['_EXCHANGEREQUEST']._serialized_end=143
-  _globals['_DENSEOFFER']._serialized_start=146
-  _globals['_DENSEOFFER']._serialized_end=281
-  _globals['_TAKEREQUEST']._serialized_start=283
-  _globals['_TAKEREQUEST']._serialized_end=393
-  _globals['_DENSESERVICE']._serialized_start=396
-  _globals['_DENSESERVICE']._serialized_end=538
+  _globals['_DENSEOFFER']._serialized_start=145
+  _globals['_DENSEOFFER']._serialized_end=263
+  _globals['_TAKEREQUEST']._serialized_start=265
+  _globals['_TAKEREQUEST']._serialized_end=375
+  _globals['_DENSESERVICE']._serialized_start=378
+  _globals['_DENSESERVICE']._serialized_end=520
 # @@protoc_insertion_point(module_scope)

@@ -15,18 +15,16 @@ class ExchangeRequest(_message.Message):
     def __init__(self, offer: _Optional[_Union[DenseOffer, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class DenseOffer(_message.Message):
-    __slots__ = ("protocol_version", "swarm_id", "peer_id", "fingerprint", "header")
+    __slots__ = ("protocol_version", "swarm_id", "fingerprint", "header")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SWARM_ID_FIELD_NUMBER: _ClassVar[int]
-    PEER_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     swarm_id: str
-    peer_id: bytes
     fingerprint: bytes
     header: _state_pb2.StateHeader
-    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., fingerprint: _Optional[bytes] = ..., header: _Optional[_Union[_state_pb2.StateHeader, _Mapping]] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., header: _Optional[_Union[_state_pb2.StateHeader, _Mapping]] = ...) -> None: ...
 
 class TakeRequest(_message.Message):
     __slots__ = ("protocol_version", "swarm_id", "fingerprint", "sha256", "offset")

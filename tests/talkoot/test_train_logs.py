@@ -17,7 +17,7 @@ from trainer_client import optional
 from trainer_client.record import History
 
 VALUES: dict[str, Any] = {
-    "step": 1, "steps": 4, "loss": 2.0, "validation_loss": None, "tokens_per_s": 10.0, "in_flight": 1,
+    "step": 1, "steps": 4, "loss": 2.0, "validation_loss": None, "tokens_per_s": 10.0, "in_flight": 1, "averagings": 0,
     "experts_live": 3, "experts_total": 4, "failures": {"DEADLINE_EXCEEDED": 2},
 }  # fmt: skip
 

@@ -1,0 +1,114 @@
+"""Trainers of a real swarm come to one dense part, and one that joins goes on from there."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from training_village import TEXT, founded
+
+from dht.invite import Invite
+from peer.loop import LoopThread
+from trainer_client.averaging import Averaging
+from trainer_client.client import SwarmClient
+from trainer_client.data import ByteDataset
+from trainer_client.model import LanguageModel
+from trainer_client.record import Progress
+from trainer_client.settings import TrainerSettings
+from trainer_client.training import Training
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+LIMIT_S = 60.0
+
+
+@dataclass
+class Trainer:
+    """As `talkoot train` makes one."""
+
+    client: SwarmClient
+    training: Training
+    averaging: Averaging
+
+    def train_until(self, condition: threading.Event) -> None:
+        """Until the condition is set, and no longer than there are steps."""
+        self.training.run(lambda progress: None, condition)
+
+
+@contextlib.contextmanager
+def trainer(invite: str, state: Path, seed: int, in_flight: int = 1) -> Iterator[Trainer]:
+    settings = TrainerSettings.load(
+        seed=seed, steps=2000, batch_size=2, validation_batches=2, warmup_steps=2, average_every=2,
+        announce_every_s=0.5, spot_checks=0, in_flight=in_flight,
+    )  # fmt: skip
+    with SwarmClient(Invite.parse(invite), settings, state) as client:
+        client.wait_for_experts(LIMIT_S, lambda text: None)
+        dataset = ByteDataset(TEXT.encode(), client.manifest.model.context, seed)
+        make = partial(LanguageModel, client.manifest, client.mixture)
+        training = Training(make(), dataset, settings, make)
+        yield Trainer(client, training, client.average(training.part, "bytes", settings.router))
+
+
+def distance(one: Trainer, other: Trainer) -> float:
+    mine, theirs = one.training.part.read().tensors, other.training.part.read().tensors
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
+
+
+def train_together(*trainers: Trainer, meetings: int) -> None:
+    """Until each has met so often. Each trains on a thread of its own."""
+    enough = threading.Event()
+    short = set(range(len(trainers)))
+
+    def watch(number: int, trainer: Trainer, _: Progress) -> None:
+        if trainer.averaging.counts.averaged >= meetings:
+            short.discard(number)
+        if not short:
+            enough.set()
+
+    with ThreadPoolExecutor(len(trainers)) as threads:
+        runs = [
+            threads.submit(trainer.training.run, partial(watch, number, trainer), enough)
+            for number, trainer in enumerate(trainers)
+        ]
+        for run in runs:
+            run.result(LIMIT_S)
+
+
+@pytest.fixture
+def village(loop: LoopThread, tmp_path: Path) -> Iterator[str]:
+    with founded(loop, tmp_path, experts=8) as founder:
+        yield founder.invite
+
+
+def test_two_become_one_and_a_third_begins_there(village: str, tmp_path: Path) -> None:
+    with (
+        trainer(village, tmp_path / "a", 1) as first,
+        trainer(village, tmp_path / "b", 2, in_flight=2) as second,
+    ):
+        assert distance(first, second) == 0, "both begin by the manifest's seed"
+        train_together(first, second, meetings=4)
+        assert first.averaging.counts.refused == second.averaging.counts.refused == 0
+        shares = [merge.share for merge in first.training.part.take_merges()]
+        assert all(0 < share < 1 for share in shares)
+        moved = (first.training.part.read().tensors["head.weight"] - LanguageModel(
+            first.client.manifest, lambda layer: torch.nn.Identity()
+        ).head.weight).abs().max()  # fmt: skip
+        assert distance(first, second) < moved, "what each learned since they met, and no more"
+
+        with trainer(village, tmp_path / "c", 3) as third:
+            age = third.client.take_freshest(third.averaging)
+            oldest = max((first, second), key=lambda trainer: trainer.training.part.age)
+            assert age == oldest.training.part.age == third.training.part.age
+            assert distance(third, oldest) == 0
+            ready = threading.Event()
+            ready.set()
+            third.train_until(ready)
+            begun = third.training.history.validation_losses[0]
+            again = Training(oldest.training._model, third.training._dataset, third.training._settings)
+            again.run(lambda progress: None, ready)
+            assert begun == again.history.validation_losses[0]
