@@ -3,14 +3,19 @@
 (1) A link of 100 Mbit/s and 20 ms, large batches: how much of it carries payload, and what int8 gains. (2) Samples per
 second at delays from none to a second, on experts that compute. (3) The same with every tenth call failing.
 
-    python -m benchmarks.wan [--quick] [--json FILE] [--in-flight N]
+    python -m benchmarks.wan [--quick] [--json FILE] [--plot FILE] [--in-flight N|auto]
 
 Delays are there and back, as `ping` shows them. Gate and DHT on both sides, and all their traffic over the links; each
-node is behind a link of its own. Every contender runs in a process of its own, one after another.
+node is behind a link of its own. In (2) and (3) Talkoot keeps as many batches under way as its trainer's `--in-flight
+auto` does; hivemind.moe, which has nothing like it, one. Every contender runs in a process of its own, and one measures
+at a time.
 """
 
 import argparse
 import json
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,53 +40,72 @@ TARGETS = {
 }
 _START_AND_STOP_S = 150.0
 _SLOWEST_STEP_S = 10.0
+_WARM_STEPS = 9
 _BAR = 40
 
 
 def run(contender: str, case: str, options: argparse.Namespace, *flags: str) -> dict[str, Any]:
     arguments = [contender, case, "--seconds", str(options.seconds), *flags]
-    steps = 3 * (len(options.delays) + 1)
-    limit_s = _START_AND_STOP_S + len(options.delays) * options.seconds + steps * _SLOWEST_STEP_S
+    figures = len(options.delays) + 1
+    limit_s = _START_AND_STOP_S + figures * (options.seconds + _WARM_STEPS * _SLOWEST_STEP_S)
     return run_apart("benchmarks.wan_contenders", arguments, limit_s)
 
 
-def measure_full(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """hivemind.moe is left out of a quick run: here it needs most of the minute."""
-    flags = ["--link", LINK, "--in-flight", str(FULL_IN_FLIGHT)]
+def contenders(options: argparse.Namespace) -> dict[str, tuple[str, str, list[str]]]:
+    """By name: contender, case and flags. hivemind.moe on a full link needs most of a minute: not in a quick run."""
+    full = ["--link", LINK, "--in-flight", str(FULL_IN_FLIGHT)]
+    delay = ["--delays", ",".join(options.delays), "--failing", str(FAILING)]
+    delay += ["--nodes", "2", "--samples", "8"] if options.quick else ["--nodes", "4"]
+    found = {
+        "full": ("talkoot", "full", [*full, *(("--seconds", "2") if options.quick else ())]),
+        "full_hivemind": ("hivemind", "full", full),
+        "talkoot": ("talkoot", "delay", [*delay, "--in-flight", str(options.in_flight)]),
+        "hivemind": ("hivemind", "delay", [*delay, "--in-flight", "1"]),
+    }
     if options.quick:
-        flags += ["--seconds", "2"]  # less is not even a step of each batch
-    with console.status(f"{LINK}: talkoot"):
-        results = run("talkoot", "full", options, *flags)
+        del found["full_hivemind"]
+    return found
+
+
+def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Quick: all start at the same time, and take turns."""
+    found = contenders(options)
     if not options.quick:
-        with console.status(f"{LINK}: hivemind"):
-            results["hivemind"] = run("hivemind", "full", options, *flags)["fp32"]
-    results["int8_vs_fp32"] = results["int8"]["samples_per_s"] / results["fp32"]["samples_per_s"]
+        results = {}
+        for name, (contender, case, flags) in found.items():
+            with console.status(name):
+                results[name] = run(contender, case, options, *flags)
+        return results
+    with (
+        console.status("all"),
+        tempfile.TemporaryDirectory() as turns,
+        ThreadPoolExecutor(len(found)) as threads,
+    ):
+        runs = {
+            name: threads.submit(
+                run, contender, case, options, *flags, "--turns", turns, "--contenders", str(len(found))
+            )
+            for name, (contender, case, flags) in found.items()
+        }
+        return {name: each.result() for name, each in runs.items()}
+
+
+def add_shares(measured: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The results of both cases, with what the targets are about."""
+    full = measured["full"]
+    if "full_hivemind" in measured:
+        full["hivemind"] = measured["full_hivemind"]["fp32"]
+    full["int8_vs_fp32"] = full["int8"]["samples_per_s"] / full["fp32"]["samples_per_s"]
     for way in ("up", "down"):
-        results[f"payload_{way}_share"] = results["fp32"][f"{way}_mbit"] / LINK_MBIT
-    return results
-
-
-def measure_delays(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    flags = [
-        "--delays",
-        ",".join(options.delays),
-        "--failing",
-        str(FAILING),
-        "--in-flight",
-        str(options.in_flight),
-    ]
-    flags += ["--nodes", "2", "--samples", "8"] if options.quick else ["--nodes", "4"]
-    for contender in ("talkoot", "hivemind"):
-        with console.status(f"delays and failing calls: {contender}"):
-            measured = run(contender, "delay", options, *flags)
-        whole, failing = measured["0_ms"], measured["failing"]
-        for delay in options.delays:
-            measured[f"at_{delay}_ms"] = measured[f"{delay}_ms"]["samples_per_s"] / whole["samples_per_s"]
+        full[f"payload_{way}_share"] = full["fp32"][f"{way}_mbit"] / LINK_MBIT
+    delay = {name: measured[name] for name in ("talkoot", "hivemind")}
+    for figures in delay.values():
+        whole, failing = figures["0_ms"], figures["failing"]
+        for ms in options.delays:
+            figures[f"at_{ms}_ms"] = figures[f"{ms}_ms"]["samples_per_s"] / whole["samples_per_s"]
         # a sample whose calls failed is less work: what experts were sent counts as well
-        measured["at_10%_failing"] = min(failing[key] / whole[key] for key in ("samples_per_s", "up_mbit"))
-        results[contender] = measured
-    return results
+        figures["at_10%_failing"] = min(failing[key] / whole[key] for key in ("samples_per_s", "up_mbit"))
+    return {"full": full, "delay": delay, "in_flight": options.in_flight}
 
 
 def judged(name: str, value: float) -> str:
@@ -103,7 +127,7 @@ def show_full(results: dict[str, Any], console: Console) -> None:
 
 
 def show_delays(results: dict[str, Any], options: argparse.Namespace, console: Console) -> None:
-    table = Table("", title=f"delays, {options.in_flight} batches in flight: samples/s, and of that without")
+    table = Table("", title=f"delays, {options.in_flight} in flight: samples/s, and of that without")
     for column in ("talkoot", "of 0 ms (target)", "hivemind", "of 0 ms", ""):
         table.add_column(column)
     rows = [(f"{delay} ms", f"{delay}_ms", f"at_{delay}_ms") for delay in options.delays]
@@ -120,22 +144,43 @@ def show_delays(results: dict[str, Any], options: argparse.Namespace, console: C
     )
 
 
+def plot(results: dict[str, Any], delays: Sequence[str], path: Path) -> None:
+    """A PNG: samples per second against the delay, of both."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("talkoot", "Talkoot, in flight: auto"), ("hivemind", "hivemind.moe")):
+        measured = results["delay"][name]
+        axes.plot(
+            [*map(int, delays)], [measured[f"{ms}_ms"]["samples_per_s"] for ms in delays], "o-", label=label
+        )
+    axes.set(xlabel="delay there and back, ms", ylabel="samples/s", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="the least of it, in short runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--seconds", type=float, default=None, help="measured seconds of each figure")
-    parser.add_argument("--in-flight", type=int, default=1, help="batches under way in (2) and (3)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of the delays there")
+    parser.add_argument(
+        "--in-flight", default="auto", metavar="N|auto", help="Talkoot's batches under way in (2) and (3)"
+    )
     options = parser.parse_args()
     options.seconds = options.seconds or (0.5 if options.quick else 15.0)
     options.delays = QUICK_DELAYS if options.quick else DELAYS
     console = Console(width=150)
-    results = {"full": measure_full(options, console), "delay": measure_delays(options, console)}
-    results["in_flight"] = options.in_flight
+    results = add_shares(measure(options, console), options)
     show_full(results["full"], console)
     show_delays(results["delay"], options, console)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if options.plot:
+        plot(results, options.delays, options.plot)
 
 
 if __name__ == "__main__":

@@ -10,27 +10,32 @@ import json
 import os
 import random
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from grpc import StatusCode
+from torch import nn
 
 from benchmarks.emulated import EmulatedLinks, emulated_links
 from benchmarks.moe import make_step
 from benchmarks.rival_blocks import SEQUENCE
 from benchmarks.village import START_LIMIT_S, joining_node, running_node
+from benchmarks.wan_pace import Carried, Turns, auto_pace_of, pace_of
 from dht.registry import NodeInfo
 from peer.codec import codec_of
 from peer.errors import ExpertError
 from talkoot.links import free_ports
 from trainer_client.calls import Answer, Direction, GrpcCaller, Request
+
+if TYPE_CHECKING:
+    from trainer_client.client import SwarmClient
+    from trainer_client.moe import RemoteMixtureOfExperts
 
 GRID = (4, 4)
 TOP_K = 4
@@ -41,7 +46,9 @@ RIVAL_KINDS = {"full": "nop", "delay": "transformer"}
 _HOST = "127.0.0.1"
 _NO_LINK = "0ms"
 _CALL_LIMIT_S = 120.0
-_BRIEF_S = 3.0
+_ALL_STARTED_S = 40.0
+AUTO_LIMIT = 32
+"""The trainer's default."""
 
 MANIFEST = """
 name = "benchmark"
@@ -60,43 +67,6 @@ weight_decay = 0.0
 """
 
 Mixture = Callable[[torch.Tensor], torch.Tensor]
-Carried = Callable[[], tuple[int, int]]
-"""Gives the bytes sent and received since the start."""
-
-
-def measure(
-    step: Callable[[], None], samples: int, seconds: float, in_flight: int, carried: Carried
-) -> dict[str, float]:
-    """Steps on `in_flight` threads. Samples, and Mbit each way, in a second, while all of them are at it."""
-    least = 2 if seconds < _BRIEF_S else 3
-    ends: list[list[float]] = [[] for _ in range(in_flight)]
-    enough = threading.Event()
-
-    def run(own: list[float]) -> None:
-        step()  # not measured: channels open, optimizers begin
-        while not enough.is_set():
-            step()
-            own.append(time.perf_counter())
-
-    def wait_for(count: int) -> tuple[float, tuple[int, int]]:
-        while min(map(len, ends)) < count:
-            time.sleep(0.002)
-            if not all(thread.is_alive() for thread in threads):
-                raise SystemExit("a step failed")
-        return time.perf_counter(), carried()
-
-    threads = [threading.Thread(target=run, args=(own,), daemon=True) for own in ends]
-    for thread in threads:
-        thread.start()
-    began, before = wait_for(1)
-    time.sleep(seconds)
-    ended, after = wait_for(least)
-    paces = [(len(own) - 1) / (own[-1] - own[0]) for own in map(list, ends)]
-    enough.set()
-    for thread in threads:
-        thread.join()
-    up, down = (8e-6 * (b - a) / (ended - began) for a, b in zip(before, after, strict=True))
-    return {"samples_per_s": samples * sum(paces), "up_mbit": up, "down_mbit": down}
 
 
 def shape_of(options: argparse.Namespace) -> tuple[int, int, int]:
@@ -111,9 +81,20 @@ def run_case(
     failing: "Failing",
     carried: Carried,
     use_int8: Callable[[], None] | None = None,
+    make_mixture: Callable[[], nn.Module] | None = None,
 ) -> dict[str, Any]:
+    """`make_mixture`: for as many steps under way as a trainer finds enough, each on a mixture of its own."""
     shape = shape_of(options)
-    pace = partial(measure, make_step(mixture, shape), shape[0], options.seconds, options.in_flight, carried)
+    pace: Callable[[], dict[str, float]]
+    if options.in_flight == "auto" and make_mixture is not None:
+
+        def step(own: nn.Module) -> None:
+            make_step(own, shape)()
+
+        pace = partial(auto_pace_of, make_mixture, step, shape[0], options.seconds, AUTO_LIMIT, carried)
+    else:
+        count = 1 if options.in_flight == "auto" else options.in_flight
+        pace = partial(pace_of, make_step(mixture, shape), shape[0], options.seconds, count, carried)
     results: dict[str, Any] = {}
     if options.case == "full":
         results["fp32"] = pace()
@@ -205,7 +186,7 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
         stack.enter_context(failing.of_talkoot())
         client = stack.enter_context(SwarmClient(founder.invite, settings, founder.folder / "trainer"))
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
-        mixture = client.mixture(0, choose_by="sequence")
+        mixture = make_mixture(client)
 
         def payload() -> tuple[int, int]:
             assert failing.caller is not None
@@ -215,13 +196,24 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
             assert failing.caller is not None
             failing.caller._codec = codec_of("int8")  # of each call: a node speaks all
 
-        results = run_case(options, mixture, links, failing, payload, use_int8)
+        with turns_of(options).turn(f"talkoot-{options.case}"):
+            results = run_case(
+                options, mixture, links, failing, payload, use_int8, partial(make_mixture, client)
+            )
         stats = client.dispatcher.stats
         return results | {
             "failures": dict(stats.failures),
             "unanswered_rows": stats.unanswered_rows,
             "late_backward": stats.late_backward,
         }
+
+
+def make_mixture(client: "SwarmClient") -> "RemoteMixtureOfExperts":
+    return client.mixture(0, choose_by="sequence")
+
+
+def turns_of(options: argparse.Namespace) -> Turns:
+    return Turns(options.turns, options.contenders, _ALL_STARTED_S)
 
 
 def _behind(ports: Sequence[int], proxies: Sequence[int], folder: Path) -> list[str]:
@@ -275,9 +267,14 @@ def run_hivemind(options: argparse.Namespace) -> dict[str, Any]:
                 )
                 return output
 
-            return run_case(options, mixture, links, failing, links.carried)
+            with turns_of(options).turn(f"hivemind-{options.case}"):
+                return run_case(options, mixture, links, failing, links.carried)
         finally:
             dht.shutdown()
+
+
+def in_flight(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 CONTENDERS = {"talkoot": run_talkoot, "hivemind": run_hivemind}
@@ -292,7 +289,9 @@ def main() -> None:
     parser.add_argument("--link", default=_NO_LINK)
     parser.add_argument("--delays", default="0", help="milliseconds, with commas")
     parser.add_argument("--failing", type=float, default=0.1)
-    parser.add_argument("--in-flight", type=int, default=1)
+    parser.add_argument("--in-flight", type=in_flight, default=1, metavar="N|auto")
+    parser.add_argument("--turns", type=Path, help="folder of those that measure one after another")
+    parser.add_argument("--contenders", type=int, default=1, help="how many those are")
     parser.add_argument("--seconds", type=float, default=5.0)
     options = parser.parse_args()
     print(json.dumps(CONTENDERS[options.contender](options)))

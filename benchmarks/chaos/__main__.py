@@ -4,9 +4,9 @@ Eight nodes and two trainers, each a process, behind links on one machine; every
 schedule that follows from the seed kills with SIGKILL, stops politely, freezes and thaws, cuts off and mends, restarts,
 and kills the founder.
 
-    python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick] [--only calm|chaos]
+    python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick] [--at-once] [--only calm|chaos]
 
-With `--only`, the other half is read from the JSON file, if it is there.
+With `--only`, the other part is taken from the JSON file, if it is there.
 """
 
 import argparse
@@ -33,7 +33,15 @@ from talkoot.console import quiet_hivemind
 
 PARTS = ("calm", "chaos")
 _ALL_SERVED_S = 60.0
-_QUICK = Plan(nodes=4, trainers=1, layers=1, every_s=4.0, validate_every=20, checkpoint_every_s=3.0)
+_QUICK = Plan(
+    nodes=4,
+    trainers=1,
+    layers=1,
+    every_s=4.0,
+    validate_every=20,
+    checkpoint_every_s=3.0,
+    announce_every_s=2.0,
+)
 _QUICK_S = 13.0
 _SAVING_S = 3.0
 """How long saving and looking may take, beyond the interval."""
@@ -137,6 +145,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="measured, of each part")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule")
     parser.add_argument("--quick", action="store_true", help="4 nodes, seconds, both parts at once")
+    parser.add_argument(
+        "--at-once",
+        action="store_true",
+        help="both parts at the same time: on a machine that does other work too",
+    )
     parser.add_argument("--only", choices=PARTS, help="one part; the other is taken from the JSON file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument(
@@ -153,7 +166,9 @@ def main() -> None:
     parts = (options.only,) if options.only else PARTS
     events = {"calm": (), "chaos": make_schedule(options.seed, seconds, plan.nodes, plan.every_s)}
     results |= uvloop.run(
-        run_parts({part: events[part] for part in parts}, plan, seconds, options.quick, console)
+        run_parts(
+            {part: events[part] for part in parts}, plan, seconds, options.quick or options.at_once, console
+        )
     )
     sweep_dead_sockets()
     if all(part in results for part in PARTS):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import time
@@ -21,7 +22,7 @@ from talkoot.links import Link
 HOST = "127.0.0.1"
 _START_LIMIT_S = 120.0
 _LEAVE_LIMIT_S = 40.0
-_DRAIN_S = 8.0
+_DRAIN_S = 5.0
 """Longest that a node which leaves waits for heirs."""
 _STOPPED_AT_START = 128 + signal.SIGTERM
 """Exit status of a node that was told to stop before it served."""
@@ -52,9 +53,12 @@ class Plan:
     trainers: int = 2
     layers: int = 2
     grid: tuple[int, int] = (4, 4)
+    replicas: float = 1.5
+    """Of each expert, on average, that there is room for: of every second one there are two."""
+    adopts: bool = True
     every_s: float = 20.0
     """Between deaths."""
-    announce_every_s: float = 3.0
+    announce_every_s: float = 5.0
     checkpoint_every_s: float = 15.0
     average_every_s: float = 15.0
     call_deadline_s: float = 10.0
@@ -66,8 +70,13 @@ class Plan:
 
     @property
     def room(self) -> int:
-        """Of each node: for every second expert there is a second replica."""
-        return -(-3 * self.experts // (2 * self.nodes))
+        """Of each node."""
+        return math.ceil(self.replicas * self.experts / self.nodes)
+
+    @property
+    def spare(self) -> int:
+        """Of each node: experts to adopt when their hosts have gone."""
+        return self.room if self.adopts else 0
 
     @property
     def manifest(self) -> str:
@@ -108,6 +117,8 @@ class Steps:
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
     """Of its calls, by cause."""
+    experts_live: int = 0
+    """As the trainer sees it."""
     summary: Mapping[str, Any] | None = None
 
     def hear(self, event: Mapping[str, Any], now: float) -> None:
@@ -117,7 +128,7 @@ class Steps:
         elif event["event"] == "step":
             self.ended_at.append(now)
             self.intervals_s.append(event["step_s"])
-            self.failures = event["failures"]
+            self.failures, self.experts_live = event["failures"], event["experts_live"]
             if event["validation_loss"] is not None:
                 self.validation_losses.append((event["step"], event["validation_loss"]))
 
@@ -232,6 +243,8 @@ class ChaosSwarm:
         for node in self.nodes:
             if node.child is not None and node.child.exit_status is None:
                 self._note(node)
+                os.kill(node.child.pid, signal.SIGTERM)
+        await until(lambda: not any(self._processes()), _LEAVE_LIMIT_S)
         await self._children.stop()
         await self.links.close()
 
@@ -293,7 +306,7 @@ class ChaosSwarm:
             (
                 *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1", "--niceness", "0"),
                 *("--config", str(config), "--dht-port", str(dht), "--grpc-port", str(grpc)),
-                *("--experts", str(plan.room), "--spare", str(plan.room), "--state", str(node.folder)),
+                *("--experts", str(plan.room), "--spare", str(plan.spare), "--state", str(node.folder)),
                 *("--announce-every-s", str(plan.announce_every_s), "--log-format", "json"),
                 *("--drain-timeout", str(_DRAIN_S)),
             ),

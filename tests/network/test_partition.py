@@ -1,0 +1,49 @@
+"""A swarm falls into two halves and becomes one again: real processes, with a link between every two of them."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos.swarm import ChaosSwarm, Plan, until
+from peer.loop import LoopThread
+
+PLAN = Plan(nodes=2, trainers=2, layers=1, replicas=1.0, adopts=False, announce_every_s=3.0)
+HALF = PLAN.experts // 2
+LIFETIME_S = 3 * PLAN.announce_every_s
+FINDS_WITHIN_S = 2 * PLAN.announce_every_s
+
+
+@pytest.mark.parametrize("cut_s", [0.0, pytest.param(90.0, marks=pytest.mark.slow)])
+def test_two_halves_train_on_and_find_each_other_again_within_two_announcements(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_s: float
+) -> None:
+    """`cut_s`: how long, after the halves have forgotten each other. Connections die of a minute's silence."""
+    monkeypatch.setenv("TALKOOT_TRAIN_REFRESH_EVERY_S", "0.5")
+
+    async def scenario() -> None:
+        swarm = ChaosSwarm(PLAN, tmp_path)
+        try:
+            await swarm.start()
+            await swarm.start_trainers()
+            one, other = swarm.trainers.values()
+
+            def seen() -> set[int]:
+                return {one.experts_live, other.experts_live}
+
+            assert await until(lambda: seen() == {PLAN.experts}, 30), seen()
+            swarm.links.cut(["node-1", "trainer-1"])
+            assert await until(lambda: seen() == {HALF}, LIFETIME_S + 20), seen()
+            before, began = [len(t.ended_at) for t in (one, other)], time.monotonic()
+
+            def train_on() -> bool:
+                done = min(len(t.ended_at) - n for t, n in zip((one, other), before, strict=True))
+                return done > 3 and time.monotonic() > began + cut_s
+
+            assert await until(train_on, cut_s + 30)
+            swarm.links.mend(["node-1", "trainer-1"])
+            assert await until(lambda: seen() == {PLAN.experts}, FINDS_WITHIN_S), seen()
+        finally:
+            await swarm.stop()
+
+    loop.run(scenario(), 300)
