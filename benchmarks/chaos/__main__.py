@@ -4,7 +4,7 @@ Eight nodes and two trainers, each a process, behind links on one machine; every
 schedule that follows from the seed kills with SIGKILL, stops politely, freezes and thaws, cuts off and mends, restarts,
 and kills the founder.
 
-    python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick] [--at-once] [--only calm|chaos]
+    python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick | --at-once | --only PART]
 
 With `--only`, the other part is taken from the JSON file, if it is there.
 """
