@@ -22,8 +22,6 @@ from talkoot.links import Link
 HOST = "127.0.0.1"
 _START_LIMIT_S = 120.0
 _LEAVE_LIMIT_S = 40.0
-_DRAIN_S = 5.0
-"""Longest that a node which leaves waits for heirs."""
 _STOPPED_AT_START = 128 + signal.SIGTERM
 """Exit status of a node that was told to stop before it served."""
 _GONE_WITHIN_S = 5.0
@@ -61,6 +59,8 @@ class Plan:
     announce_every_s: float = 5.0
     checkpoint_every_s: float = 15.0
     average_every_s: float = 15.0
+    drain_s: float = 5.0
+    """Longest that a node which leaves waits for heirs."""
     call_deadline_s: float = 10.0
     validate_every: int = 50
 
@@ -308,7 +308,7 @@ class ChaosSwarm:
                 *("--config", str(config), "--dht-port", str(dht), "--grpc-port", str(grpc)),
                 *("--experts", str(plan.room), "--spare", str(plan.spare), "--state", str(node.folder)),
                 *("--announce-every-s", str(plan.announce_every_s), "--log-format", "json"),
-                *("--drain-timeout", str(_DRAIN_S)),
+                *("--drain-timeout", str(plan.drain_s)),
             ),
         )
         self._all.append(node.child)

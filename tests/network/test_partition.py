@@ -8,7 +8,7 @@ import pytest
 from benchmarks.chaos.swarm import ChaosSwarm, Plan, until
 from peer.loop import LoopThread
 
-PLAN = Plan(nodes=2, trainers=2, layers=1, replicas=1.0, adopts=False, announce_every_s=3.0)
+PLAN = Plan(nodes=2, trainers=2, layers=1, replicas=1.0, adopts=False, announce_every_s=2.0, drain_s=0.0)
 HALF = PLAN.experts // 2
 LIFETIME_S = 3 * PLAN.announce_every_s
 FINDS_WITHIN_S = 2 * PLAN.announce_every_s
