@@ -20,7 +20,7 @@ Carried = Callable[[], tuple[int, int]]
 _BRIEF_S = 3.0
 _SETTLES_IN = 7
 """Times of a lone step after which `auto` has found its number: it doubles about once in each."""
-_LEAST_WARM_S = 2.0
+_LEAST_WARM_S = 1.0
 
 
 def pace_of(
