@@ -31,7 +31,8 @@ class Result:
 def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]:
     """Computes work of one expert and direction as one batch, in backward with one optimizer step.
 
-    When the batch fails each work is computed by itself, so that one caller's numbers spoil no other's.
+    When the batch fails each work is computed by itself, so that one caller's numbers spoil no other's. The step may be
+    left for `Expert.settle`.
     """
     step = _forward if batch[0].direction == "forward" else _backward
     skipped = expert.skipped_updates
@@ -69,7 +70,7 @@ def _backward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
     if others:
         parts.append(_part(others, None))
     skipped, rollbacks = expert.skipped_updates, expert.guard.rollbacks
-    gradients = expert.backward(parts)
+    gradients = expert.backward(parts, may_defer=True)
     guard = expert.skipped_updates > skipped, expert.guard.rollbacks > rollbacks
     by_work = dict(zip(ready, gradients, strict=False))
     if others:

@@ -76,9 +76,27 @@ class Expert:
         self._settings = manifest.optimizer
         self.optimizer = make_optimizer(self.block, self._settings)
         self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
+        self._step_is_due = False
+
+    @property
+    def step_is_due(self) -> bool:
+        """Whether the last backward pass left its optimizer step for later. Whatever reads the state takes it first."""
+        return self._step_is_due
+
+    def settle(self) -> None:
+        """Takes the optimizer step that is due, if one is."""
+        if not self._step_is_due:
+            return
+        self._step_is_due = False
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.guard.note_update()
 
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
         """Gives the outputs [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
+        self.settle()
         with torch.no_grad():
             y_RD = self._outputs(self.device.load(x_RD), lengths_S, positions_R)
         outputs_RD = self._fetched(y_RD, "outputs")
@@ -89,6 +107,7 @@ class Expert:
         self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor
     ) -> tuple[Tensor, "Graph"]:
         """As `forward`, and what `backward` needs so that it must not compute the outputs again."""
+        self.settle()
         x_RD = self.device.load(x_RD.detach()).requires_grad_()
         if self._graph_bytes_per_row is None:
             y_RD = self._measure_graph(x_RD, lengths_S, positions_R)
@@ -132,17 +151,23 @@ class Expert:
         """Another one whenever the state was replaced by anything but an optimizer step."""
         return self._imported, self.guard.rollbacks
 
-    def backward(self, parts: Sequence["BackwardPart"]) -> list[Tensor]:
+    def backward(self, parts: Sequence["BackwardPart"], *, may_defer: bool = False) -> list[Tensor]:
         """Gives each part's gradient of the inputs [R, D], before the one optimizer step for all parts together.
 
         The step is skipped when the gradient of a parameter is not finite. Raises ExpertError (INTERNAL), and takes
         no step, when the gradient of an input is not finite.
+
+        `may_defer`: whoever calls sees to it that `settle` takes the step soon; it counts as taken already.
         """
+        self.settle()
         try:
             grad_inputs = [self._gradient_of_inputs(part) for part in parts]
-            self._step()
+            self._prepare_step()
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            if not self._step_is_due:
+                self.optimizer.zero_grad(set_to_none=True)
+        if not may_defer or self.guard.looks_next:  # what the guard then does belongs into the answer
+            self.settle()
         self.device.wait()
         return grad_inputs
 
@@ -171,6 +196,7 @@ class Expert:
 
         A parameter that has never had a gradient has no moments. Raises StateError when a number is not finite.
         """
+        self.settle()
         state = {_BLOCK + name: tensor for name, tensor in self._block_tensors().items()}
         for name, parameter in self.block.named_parameters():
             for moment, tensor in self.optimizer.state.get(parameter, {}).items():
@@ -204,6 +230,7 @@ class Expert:
 
         Raises StateError as `check_state` does, and changes nothing then.
         """
+        self.settle()
         stepped = self.check_state(state, update_count)
         parameters = dict(self.block.named_parameters())
         moments = _MOMENTS[self._settings.name]
@@ -243,7 +270,8 @@ class Expert:
             if name.endswith((".exp_avg_sq", ".step")) and name.startswith(_OPTIMIZER) and (tensor < 0).any():
                 raise StateError(f"{name!r} of expert {self.uid} is negative")
 
-    def _step(self) -> None:
+    def _prepare_step(self) -> None:
+        """Makes the step due, unless the guard refuses it."""
         gradients = [p.grad for p in self.block.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
         if not norm.isfinite():
@@ -254,9 +282,8 @@ class Expert:
             clip_grads_with_norm_(self.block.parameters(), self._settings.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        self.optimizer.step()
         self.update_count += 1
-        self.guard.note_update()
+        self._step_is_due = True
 
     def _learning_rate(self) -> float:
         spec = self._settings

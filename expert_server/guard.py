@@ -43,15 +43,21 @@ class Guard:
 
     def keep(self) -> None:
         """Takes the state as it is now for good. To be called when it was replaced by another, say from a disk."""
+        nothing: list[tuple[Tensor | None, dict[str, Tensor]]] = [(None, {}) for _ in self._parameters]
         self._kept = [
             (
-                _halved(parameter.detach()),
-                {key: _halved(value) for key, value in self._moments_of(parameter)},
+                _halved(parameter.detach(), values),
+                {key: _halved(value, moments.get(key)) for key, value in self._moments_of(parameter)},
             )
-            for parameter in self._parameters
+            for parameter, (values, moments) in zip(self._parameters, self._kept or nothing, strict=True)
         ]
         self._kept_norm = self._norm()
         self._updates = 0
+
+    @property
+    def looks_next(self) -> bool:
+        """Whether the next update is one after which the parameters are looked at."""
+        return (self._updates + 1) % CHECK_EVERY_UPDATES == 0
 
     def note_update(self) -> None:
         """Checks after every few updates, and keeps the state now and then."""
@@ -92,6 +98,11 @@ class Guard:
         return ((key, value) for key, value in state.items() if torch.is_tensor(value))
 
 
-def _halved(tensor: Tensor) -> Tensor:
-    """A copy in bfloat16; of a single number, such as a count of steps, an exact one."""
+def _halved(tensor: Tensor, before: Tensor | None) -> Tensor:
+    """A copy in bfloat16; of a single number, such as a count of steps, an exact one.
+
+    It takes the memory of the copy before: new memory costs the system several times as much as the copy itself.
+    """
+    if before is not None:
+        return before.copy_(tensor)
     return tensor.to(torch.bfloat16) if tensor.numel() > 1 else tensor.clone()

@@ -2,7 +2,8 @@
 
 `Runtime` is the shell around the policy in `batching.py`: the event loop's thread brings work, and a few threads take
 it in batches, each for another expert. A thread that has ended a batch starts the next itself: a turn through the loop
-would leave it idle, and the loop is busiest when work waits.
+would leave it idle, and the loop is busiest when work waits. Optimizer steps are taken when no batch waits, or before
+the expert's next batch: no answer needs them.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_AT_ONCE = 4
 """Batches: more would keep more tensors in memory and gain little."""
+_GATHER_S = 0.002
+"""How long results wait for others while more is computed: waking the loop for each costs the threads their cores."""
 _BATCH_ROWS = tuple(4.0**power for power in range(8))
 _STOPPING = "this node is stopping"
 
@@ -115,6 +119,14 @@ class Runtime:
         self._tasks: deque[_Task] = deque()
         """Of `run`: each waits until nothing is under way."""
         self._exclusive = self._stopped = False
+        self._due: dict[UID, None] = {}
+        """Experts whose optimizer step is due, oldest first."""
+        self._computing = 0
+        """Batches under way."""
+        self._done: list[tuple[Sequence[Entry], _Computed, float]] = []
+        """Batches whose results the loop has not delivered yet, with how long all threads were busy for each."""
+        self._is_told = self._is_starting = False
+        """Whether the loop is about to deliver, and to start what waits."""
         self._waiting: dict[Entry, asyncio.Future[Result]] = {}
         self._leaving = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -153,6 +165,10 @@ class Runtime:
 
         Raises ExpertError: NOT_FOUND, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, UNAVAILABLE or INTERNAL.
         """
+        return await self.enqueue(work)
+
+    def enqueue(self, work: Work) -> "asyncio.Future[Result]":
+        """As `submit`, without waiting: to cancel the future takes the work out of the queue."""
         if self._loop is None or self._stopped:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is not serving")
         if work.uid not in self._experts:
@@ -160,14 +176,12 @@ class Runtime:
         if self._leaving:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is leaving")
         entry = self._push(work)
-        self._waiting[entry] = self._loop.create_future()
-        self._loop.call_soon(self._start)  # not now: what else this turn of the loop brings may join
-        try:
-            return await self._waiting[entry]
-        finally:
-            del self._waiting[entry]
-            with self._lock:
-                self._queue.discard(entry)
+        future = self._waiting[entry] = self._loop.create_future()
+        future.add_done_callback(partial(self._forget, entry))
+        if not self._is_starting:  # not now: what else this turn of the loop brings may join
+            self._is_starting = True
+            self._loop.call_soon(self._start_enqueued)
+        return future
 
     def refuse(self, leaving: bool = True) -> None:
         """From now on new work is refused with UNAVAILABLE; with False it is taken again."""
@@ -187,6 +201,7 @@ class Runtime:
         """Takes an expert out of service; the work that waits for it fails with NOT_FOUND."""
         with self._lock:
             del self._experts[uid]
+            self._due.pop(uid, None)
             waiting = self._queue.remove(uid)
         self._fail(waiting, StatusCode.NOT_FOUND, _not_hosted(uid))
 
@@ -219,6 +234,16 @@ class Runtime:
             self._fail([other], StatusCode.RESOURCE_EXHAUSTED, message, seconds)
         return entry
 
+    def _forget(self, entry: Entry, future: "asyncio.Future[Result]") -> None:
+        del self._waiting[entry]
+        if future.cancelled():
+            with self._lock:
+                self._queue.discard(entry)
+
+    def _start_enqueued(self) -> None:
+        self._is_starting = False
+        self._start()
+
     def _start(self) -> None:
         """Starts what can be started now. Called whenever something came or ended, on any thread."""
         with self._lock:
@@ -227,19 +252,25 @@ class Runtime:
                     self._exclusive = True
                     self._pool.submit(self._run_task, self._tasks.popleft())
                 return
-            batches: list[tuple[Expert, list[Entry]]] = []
+            jobs: list[tuple[Expert, list[Entry]]] = []
             while not (self._exclusive or self._stopped) and len(self._busy) < self._at_once:
                 batch, expired = self._queue.pop(self._clock(), self._busy)
                 if expired and self._loop is not None:
                     self._loop.call_soon_threadsafe(self._expire, expired)
-                if not batch:
+                uid = batch[0].work.uid if batch else self._free_step()
+                if uid is None:
                     break
-                expert = self._experts[batch[0].work.uid]
-                self._busy.add(expert.uid)
-                batches.append((expert, batch))
+                self._due.pop(uid, None)
+                self._busy.add(uid)
+                self._computing += bool(batch)
+                jobs.append((self._experts[uid], batch))
             threads = max(1, self._threads // max(1, len(self._busy)))
-            for expert, batch in batches:
-                self._pool.submit(self._run_batch, expert, batch, threads)
+            for expert, batch in jobs:
+                self._pool.submit(self._run_batch if batch else self._run_step, expert, batch, threads)
+
+    def _free_step(self) -> UID | None:
+        """An expert whose step is due and which has no batch under way."""
+        return next((uid for uid in self._due if uid not in self._busy), None)
 
     def _run_task(self, task: "_Task") -> None:
         torch.set_num_threads(self._threads)
@@ -255,10 +286,32 @@ class Runtime:
         rows = sum(entry.work.rows for entry in batch)
         with self._lock:
             self._queue.measure(rows, computed.seconds / len(self._busy))
-            self._busy.remove(expert.uid)
+            self._computing -= 1
+            self._end(expert)
+            self._done.append((batch, computed, computed.seconds * threads / self._threads))
+            is_last, is_told, self._is_told = not self._computing, self._is_told, True
         self._start()
-        busy_s = computed.seconds * threads / self._threads
-        self._loop.call_soon_threadsafe(self._finish, batch, computed, busy_s)
+        if is_last:
+            self._loop.call_soon_threadsafe(self._deliver)
+        elif not is_told:
+            self._loop.call_soon_threadsafe(self._loop.call_later, _GATHER_S, self._deliver)
+
+    def _run_step(self, expert: Expert, _: Sequence[Entry], threads: int) -> None:
+        torch.set_num_threads(threads)
+        began = self._clock()
+        try:
+            expert.settle()
+        except Exception:  # the outermost loop of the role, as in `_compute`
+            logger.exception("expert %s failed in an optimizer step", expert.uid)
+        with self._lock:
+            self._stats.busy_s += (self._clock() - began) * threads / self._threads
+            self._end(expert)
+        self._start()
+
+    def _end(self, expert: Expert) -> None:
+        self._busy.remove(expert.uid)
+        if expert.step_is_due and self._experts.get(expert.uid) is expert:
+            self._due[expert.uid] = None
 
     def _compute(self, expert: Expert, batch: Sequence[Entry]) -> "_Computed":
         updates, skipped, rollbacks = expert.update_count, expert.skipped_updates, expert.guard.rollbacks
@@ -283,7 +336,16 @@ class Runtime:
         self._stats.expired += len(entries)
         self._fail(entries, StatusCode.DEADLINE_EXCEEDED, "the deadline passed while this work waited")
 
-    def _finish(self, batch: Sequence[Entry], computed: "_Computed", busy_s: float) -> None:
+    def _deliver(self) -> None:
+        with self._lock:
+            done, self._done = self._done, []
+            self._is_told = False
+            for batch, computed, busy_s in done:
+                self._count(batch, computed, busy_s)
+        for batch, computed, _ in done:
+            self._give(batch, computed.results)
+
+    def _count(self, batch: Sequence[Entry], computed: "_Computed", busy_s: float) -> None:
         stats = self._stats
         stats.batches += 1
         rows = sum(entry.work.rows for entry in batch)
@@ -295,9 +357,8 @@ class Runtime:
         stats.updates += computed.updates
         stats.skipped_updates += computed.skipped_updates
         stats.rollbacks += computed.rollbacks
-        self._deliver(batch, computed.results)
 
-    def _deliver(self, batch: Sequence[Entry], results: Sequence[Result | ExpertError]) -> None:
+    def _give(self, batch: Sequence[Entry], results: Sequence[Result | ExpertError]) -> None:
         for entry, result in zip(batch, results, strict=True):
             future = self._waiting.get(entry)
             if future is None or future.done():

@@ -80,7 +80,7 @@ class WatchedExpert(Expert):
                 raise RuntimeError("out of memory")
         return x_RD.clone()
 
-    def backward(self, parts: Sequence[BackwardPart]) -> list[Tensor]:
+    def backward(self, parts: Sequence[BackwardPart], *, may_defer: bool = False) -> list[Tensor]:
         with self._witness.sees(self.uid):
             self._witness.note_batch(torch.cat([part.inputs for part in parts]))
             self._witness.steps += 1
