@@ -32,8 +32,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_server.batching import Direction
+from expert_server.parts import make_part
 from expert_server.runtime import Runtime
-from expert_server.servicer import EdgeLimits, ExpertServicer, make_part
+from expert_server.servicer import EdgeLimits, ExpertServicer
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError, WireError
