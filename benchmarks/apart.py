@@ -1,11 +1,13 @@
-"""Runs one contender of a benchmark in a session of its own, of which nothing is left afterwards."""
+"""Runs contenders of a benchmark in sessions of their own, of which nothing is left afterwards."""
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,10 +21,7 @@ def run_apart(module: str, arguments: Sequence[str], limit_s: float) -> dict[str
     hivemind.moe forks while threads run, and now and then hangs for it: such a run is tried again. Raises SystemExit
     with its output when the module fails.
     """
-    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
-    environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"}
-    if "talkoot" in arguments:
-        environment["OMP_WAIT_POLICY"] = "passive"  # as the command `talkoot` sets it
+    command, environment = _command(module, arguments)
     for _ in range(_TRIES):
         with tempfile.TemporaryFile("w+") as output:
             process = subprocess.Popen(
@@ -44,3 +43,87 @@ def run_apart(module: str, arguments: Sequence[str], limit_s: float) -> dict[str
         result: dict[str, Any] = json.loads(last)
         return result
     raise SystemExit(f"{' '.join(arguments)} hung, {_TRIES} times")
+
+
+class Standby:
+    """A module that says with a line of JSON that it has started, and answers each line it is sent with another.
+
+    Starting another while this one starts is the point of it. One that hangs is started anew.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str], limit_s: float) -> None:
+        """`limit_s`: longest that it may take to start, and to answer."""
+        self._module = module
+        self._arguments = arguments
+        self._limit_s = limit_s
+        self._start()
+
+    def ask(self, question: str) -> dict[str, Any]:
+        """Raises SystemExit with its output when it fails."""
+        for _ in range(_TRIES):
+            with suppress(TimeoutError, BrokenPipeError):
+                self.wait_until_started()
+                self._pipe.write(question.encode() + b"\n")
+                self._pipe.flush()
+                return self._answer()
+            self.close()
+            self._start()
+        raise SystemExit(f"{' '.join(self._arguments)} hung, {_TRIES} times")
+
+    def close(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._pipe.close()
+        self._output.close()
+        self._errors.close()
+
+    def _start(self) -> None:
+        command, environment = _command(self._module, self._arguments)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the process
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            start_new_session=True,
+            bufsize=0,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._pipe, self._output = self._process.stdin, self._process.stdout
+        self._said = b""
+        self._has_started = False
+
+    def wait_until_started(self) -> None:
+        """Raises TimeoutError when it takes too long; `ask` then starts it anew."""
+        if not self._has_started:
+            self._answer()
+            self._has_started = True
+
+    def _answer(self) -> dict[str, Any]:
+        """The next line of JSON. Raises TimeoutError."""
+        ends = time.monotonic() + self._limit_s
+        while True:
+            line, newline, rest = self._said.partition(b"\n")
+            if newline:
+                self._said = rest
+                if line.startswith(b"{"):
+                    result: dict[str, Any] = json.loads(line)
+                    return result
+                continue
+            ready, _, _ = select.select([self._output], [], [], max(0.0, ends - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            if not (more := os.read(self._output.fileno(), 65536)):
+                self._errors.seek(0)
+                raise SystemExit(f"{' '.join(self._arguments)} failed:\n{self._errors.read()}")
+            self._said += more
+
+
+def _command(module: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    environment = os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"}
+    if "talkoot" in arguments:
+        environment["OMP_WAIT_POLICY"] = "passive"  # as the command `talkoot` sets it
+    return [sys.executable, "-W", "ignore", "-m", module, *arguments], environment

@@ -8,216 +8,103 @@ without network.
     python -m benchmarks.moe [--quick] [--json FILE]
 
 Every contender runs in a process of its own, and they take turns, so that whatever else the machine does hits all.
+
+The first rows are of one batch at a time, and the targets are theirs. The rows "2 in flight" are of two batches at a
+time, which each contender gets: Talkoot and hivemind.moe from two threads, the bound with one core for each batch or
+with all cores for one, whichever is faster.
 """
 
 import argparse
 import json
-import os
 import statistics
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.apart import run_apart
-from benchmarks.rival_blocks import SEQUENCE, RivalFeedForward, RivalTransformer
-from benchmarks.village import START_LIMIT_S, running_node
-from dht.manifest import ModelSpec
+from benchmarks.apart import Standby
+from benchmarks.moe_contenders import CONTENDERS, IN_FLIGHT, SHAPES, stand_by
 
-GRID = (4, 4)
-TOP_K = 4
-HIDDEN = 256
-SHAPES = {"ffn": (64, 1, HIDDEN), "transformer": (16, SEQUENCE, HIDDEN)}
-BLOCKS = {"ffn": RivalFeedForward, "transformer": RivalTransformer}
 TARGETS = {
     "ffn_vs_hivemind": 15.0,
     "transformer_vs_hivemind": 2.3,
     "ffn_vs_bound": 0.80,
     "transformer_vs_bound": 0.95,
 }
-_BRIEF_S = 5.0
-_START_AND_STOP_S = 60.0
+_LIMIT_S = 90.0
+"""Longest that a contender may take to start, and to be measured once."""
 
-MANIFEST = """
-name = "benchmark"
-[model]
-layers = 1
-hidden = {hidden}
-context = {context}
-[experts]
-grid = [4, 4]
-kind = "rival-{case}"
-[routing]
-top_k = {top_k}
-[optimizer]
-weight_decay = 0.0
-"""
+Results = dict[str, dict[str, Any] | float]
 
 
-def measure(step: Callable[[], None], samples: int, seconds: float) -> dict[str, float]:
-    """Runs steps for a while, the first ones unmeasured. Samples per second from the median step."""
-    least = 2 if seconds < _BRIEF_S else 3
-    for _ in range(least):
-        step()
-    intervals: list[float] = []
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(intervals) < least:
-        before = time.perf_counter()
-        step()
-        intervals.append(time.perf_counter() - before)
-    return {"samples_per_s": samples / statistics.median(intervals), "steps": len(intervals)}
-
-
-def make_step(mixture: Callable[..., torch.Tensor], shape: tuple[int, ...]) -> Callable[[], None]:
-    def step() -> None:
-        x_BTD = torch.randn(shape, requires_grad=True)
-        torch.autograd.backward(mixture(x_BTD).square().mean())
-
-    return step
-
-
-def run_bound(case: str, seconds: float) -> dict[str, float]:
-    """The same compute in one process: each expert forward, then again with its graph, backward, fused Adam."""
-    shape = SHAPES[case]
-    blocks = [BLOCKS[case](ModelSpec(hidden=HIDDEN)) for _ in range(GRID[0] * GRID[1])]
-    optimizers = [torch.optim.Adam(block.parameters(), lr=1e-3, fused=True) for block in blocks]
-    gate = torch.nn.Linear(HIDDEN, sum(GRID))
-
-    def step() -> None:
-        x_BTD = torch.randn(shape)
-        scores = gate(x_BTD.mean(dim=1))
-        logits_BE = (scores[:, : GRID[0], None] + scores[:, None, GRID[0] :]).flatten(1)
-        top_BK, chosen_BK = logits_BE.topk(TOP_K, dim=1)
-        outputs = torch.zeros(shape[0], TOP_K, *shape[1:])
-        where = [(chosen_BK == expert).nonzero(as_tuple=True) for expert in range(len(blocks))]
-        for block, (samples, slots) in zip(blocks, where, strict=True):
-            if len(samples):
-                with torch.no_grad():
-                    outputs[samples, slots] = _on_samples(block, x_BTD[samples])
-        outputs.requires_grad_()
-        weights_BK = top_BK.softmax(dim=1)
-        mixed_BTD = torch.einsum("bk,bktd->btd", weights_BK, outputs)
-        torch.autograd.backward(mixed_BTD.square().mean())
-        assert outputs.grad is not None
-        gradient_BTD = torch.zeros(shape)
-        for block, optimizer, (samples, slots) in zip(blocks, optimizers, where, strict=True):
-            if len(samples):
-                inputs = x_BTD[samples].requires_grad_()
-                torch.autograd.backward(_on_samples(block, inputs), outputs.grad[samples, slots])
-                assert inputs.grad is not None
-                gradient_BTD.index_add_(0, samples, inputs.grad)
-                optimizer.step()
-                optimizer.zero_grad()
-
-    return measure(step, shape[0], seconds)
-
-
-def _on_samples(block: torch.nn.Module, x_STD: torch.Tensor) -> torch.Tensor:
-    lengths_S = torch.full((x_STD.shape[0],), x_STD.shape[1])
-    output: torch.Tensor = block(x_STD.flatten(0, 1), lengths_S, lengths_S).view_as(x_STD)
-    return output
-
-
-def run_talkoot(case: str, seconds: float) -> dict[str, float]:
-    """A node in a process of its own, started with the command; this process is the trainer."""
-    from trainer_client.client import SwarmClient
-    from trainer_client.settings import TrainerSettings
-
-    manifest = MANIFEST.format(hidden=HIDDEN, context=SEQUENCE, case=case, top_k=TOP_K)
-    with (
-        running_node(manifest, experts=GRID[0] * GRID[1]) as node,
-        SwarmClient(
-            node.invite, TrainerSettings(call_deadline_s=60.0, least_deadline_s=60.0), node.folder / "trainer"
-        ) as client,
-    ):
-        client.wait_for_experts(START_LIMIT_S, lambda text: None)
-        mixture = client.mixture(0, choose_by="sequence")
-        result = measure(make_step(mixture, SHAPES[case]), SHAPES[case][0], seconds)
-        failures = dict(client.dispatcher.stats.failures)
-    if failures:
-        raise SystemExit(f"calls failed: {failures}")
-    return result | {"start_s": node.start_s, "processes": 2}
-
-
-def run_hivemind(case: str, seconds: float) -> dict[str, float]:
-    """hivemind.moe's server in the background, as its own tests start it; this process is the client."""
-    import psutil
-    from hivemind import DHT
-    from hivemind.moe import RemoteMixtureOfExperts
-    from hivemind.moe.server.server import background_server
-
-    uids = [f"expert.{i}.{j}" for i in range(GRID[0]) for j in range(GRID[1])]
-    began = time.monotonic()
-    with (
-        background_server(
-            expert_uids=uids,
-            expert_cls=case,
-            hidden_dim=HIDDEN,
-            device="cpu",
-            optim_cls=partial(torch.optim.Adam, lr=1e-3),
-            num_handlers=os.cpu_count(),  # its default of eight for each expert is several times slower on few cores
-        ) as server
-    ):
-        start_s = time.monotonic() - began
-        processes = len(psutil.Process().children(recursive=True))
-        dht = DHT(initial_peers=server.addrs, start=True, client_mode=True)
-        try:
-            layer = RemoteMixtureOfExperts(
-                in_features=HIDDEN, grid_size=GRID, dht=dht, uid_prefix="expert.", k_best=TOP_K
-            )
-            mask = torch.zeros(SHAPES[case][:2], dtype=torch.bool)
-
-            def mixture(x_BTD: torch.Tensor) -> torch.Tensor:
-                output: torch.Tensor = layer(x_BTD.squeeze(1)) if case == "ffn" else layer(x_BTD, mask)
-                return output
-
-            result = measure(make_step(mixture, SHAPES[case]), SHAPES[case][0], seconds)
-        finally:
-            dht.shutdown()
-    return result | {"start_s": start_s, "processes": processes}
-
-
-CONTENDERS = {"talkoot": run_talkoot, "hivemind": run_hivemind, "bound": run_bound}
-
-
-def compare(rounds: int, seconds: float, console: Console) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for case in SHAPES:
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-        for number in range(rounds):
-            for name in CONTENDERS:
-                with console.status(f"{case}, round {number + 1} of {rounds}: {name}"):
-                    arguments = ["--contender", name, "--case", case, "--seconds", str(seconds)]
-                    runs[name].append(run_apart("benchmarks.moe", arguments, _START_AND_STOP_S + 5 * seconds))
-        for name, measured in runs.items():
-            results[f"{case}_{name}"] = measured[-1] | {
-                "samples_per_s": statistics.median(run["samples_per_s"] for run in measured)
-            }
-        ours = results[f"{case}_talkoot"]["samples_per_s"]
-        for rival in ("hivemind", "bound"):
-            results[f"{case}_vs_{rival}"] = ours / results[f"{case}_{rival}"]["samples_per_s"]
+def compare(rounds: int, seconds: float, console: Console) -> Results:
+    """Figures of each contender by case, and ratios by their keys."""
+    results: Results = {}
+    with ExitStack() as stack:
+        standing = {}
+        for name in CONTENDERS:
+            standing[name] = Standby("benchmarks.moe", ["--contender", name], _LIMIT_S)
+            stack.callback(standing[name].close)
+        with console.status("starting all contenders"):
+            for each in standing.values():
+                with suppress(TimeoutError):
+                    each.wait_until_started()
+        for case in SHAPES:
+            for in_flight in (False, True):
+                key = f"{case}_{IN_FLIGHT}_in_flight" if in_flight else case
+                figures = _take_turns(standing, rounds, seconds, case, in_flight, console)
+                if in_flight:  # the better of its two ways
+                    figures["bound"] = max(figures["bound"], results[f"{case}_bound"], key=_rate)
+                results |= {f"{key}_{name}": figure for name, figure in figures.items()}
+                for rival in ("hivemind", "bound"):
+                    results[f"{key}_vs_{rival}"] = _rate(figures["talkoot"]) / _rate(figures[rival])
     return results
 
 
-def show(results: dict[str, Any], console: Console) -> None:
+def _take_turns(
+    standing: Mapping[str, Standby], rounds: int, seconds: float, case: str, in_flight: bool, console: Console
+) -> dict[str, Any]:
+    """One figure of each contender: the median of its rounds."""
+    question = json.dumps({"case": case, "seconds": seconds, "in_flight": in_flight})
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in standing}
+    for number in range(rounds):
+        for name, contender in standing.items():
+            with console.status(f"{case}, round {number + 1} of {rounds}: {name}"):
+                runs[name].append(contender.ask(question))
+    return {
+        name: measured[-1] | {"samples_per_s": statistics.median(map(_rate, measured))}
+        for name, measured in runs.items()
+    }
+
+
+def _rate(figure: Any) -> float:
+    rate: float = figure["samples_per_s"]
+    return rate
+
+
+def show(results: Results, console: Console) -> None:
     table = Table(title="one mixture layer, forward + backward + optimizer step: samples/s")
     for column in ("", *CONTENDERS, "× hivemind (target)", "of the bound (target)"):
         table.add_column(column, justify="right")
     for case in SHAPES:
-        table.add_row(
-            case,
-            *(f"{results[f'{case}_{name}']['samples_per_s']:.1f}" for name in CONTENDERS),
-            *(
-                f"{results[key]:.2f} ({TARGETS[key]:.2f}) {'reached' if results[key] >= TARGETS[key] else 'missed'}"
-                for key in (f"{case}_vs_hivemind", f"{case}_vs_bound")
-            ),
-        )
+        for key in (case, f"{case}_{IN_FLIGHT}_in_flight"):
+            table.add_row(
+                key.replace("_", " "),
+                *(f"{_rate(results[f'{key}_{name}']):.1f}" for name in CONTENDERS),
+                *(_judged(results, f"{key}_vs_{rival}") for rival in ("hivemind", "bound")),
+            )
     console.print(table)
+
+
+def _judged(results: Results, key: str) -> str:
+    value, target = results[key], TARGETS.get(key)
+    assert isinstance(value, float)
+    if target is None:
+        return f"{value:.2f}"
+    return f"{value:.2f} ({target:.2f}) {'reached' if value >= target else 'missed'}"
 
 
 def main() -> None:
@@ -225,15 +112,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short round, under 60 seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--case", choices=SHAPES, default="ffn", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=None, help="measured seconds of each run")
     options = parser.parse_args()
-    seconds = options.seconds or (2.0 if options.quick else 10.0)
     if options.contender:
-        print(json.dumps(CONTENDERS[options.contender](options.case, seconds)))
+        stand_by(options.contender)
         return
     console = Console(width=150)
-    results = compare(1 if options.quick else 3, seconds, console)
+    results = compare(1 if options.quick else 3, options.seconds or (1.0 if options.quick else 8.0), console)
     show(results, console)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -23,7 +23,7 @@ from grpc import StatusCode
 from torch import nn
 
 from benchmarks.emulated import EmulatedLinks, emulated_links
-from benchmarks.moe import make_step
+from benchmarks.moe_contenders import make_step
 from benchmarks.rival_blocks import SEQUENCE
 from benchmarks.village import START_LIMIT_S, joining_node, running_node
 from benchmarks.wan_pace import Carried, Turns, auto_pace_of, pace_of
