@@ -89,6 +89,26 @@ def thin(
     return sorted(wanting, key=rank, reverse=True)[: max(room, 0)]
 
 
+def surplus(
+    replicas: Mapping[UID, Collection[Replica]], mine: Collection[UID], peer_id: PeerID, count: int
+) -> list[UID]:
+    """At most `count` of the experts that this peer hosts and can give up: those with the most replicas first.
+
+    Of an expert's hosts the one that prefers it most keeps it, so that not all give it up at the same time.
+    """
+
+    def others(uid: UID) -> list[Replica]:
+        hosts = replicas.get(uid, ())
+        return [r for r in hosts if r.state is ReplicaState.SERVING and r.peer_id != peer_id]
+
+    able = [
+        uid
+        for uid in mine
+        if any(preference(uid, other.peer_id) > preference(uid, peer_id) for other in others(uid))
+    ]
+    return sorted(able, key=lambda uid: (-len(others(uid)), preference(uid, peer_id)))[: max(count, 0)]
+
+
 def staying(hosts: Collection[Replica]) -> int:
     """Of these replicas, those whose peers do not leave."""
     return sum(replica.state is not ReplicaState.LEAVING for replica in hosts)

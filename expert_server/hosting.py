@@ -14,7 +14,7 @@ from dht.manifest import Manifest
 from dht.registry import Announced, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
-from dht.vacancies import behind, choose, lost_claims, thin, vacant
+from dht.vacancies import behind, choose, lost_claims, surplus, thin, vacant
 from expert_server.checkpoints import Checkpoints
 from expert_server.devices import ComputeDevice, roomiest
 from expert_server.expert import Expert, expert_bytes
@@ -231,11 +231,25 @@ class Hosting:
         orphans = lasting & (self._had_host | saved.keys())
         room = self._room - len(self._runtime.experts)
         kept = self._kept_here_alone(replicas, saved)
+        lacking = len(orphans | kept.keys()) - room - self._spare
+        if gone := surplus(replicas, self._runtime.experts, me, lacking):
+            await self._give_up(gone)
+            room += len(gone)
+            logger.info("gave up %d experts that others host too: nobody hosts %d others", len(gone), lacking)
         wanted = choose(orphans | kept.keys(), room + self._spare, me, {**saved, **kept})
         wanted += choose(lasting - orphans, room - len(wanted), me, saved)
         if taken := await self._claim(wanted):
             self.adopted += len(taken)
             logger.info("adopted %d experts that nobody hosted, or that others had begun anew", len(taken))
+
+    async def _give_up(self, uids: Collection[UID]) -> None:
+        """Serves them no more; they are saved first."""
+        experts = [self._runtime.experts[uid] for uid in uids]
+        await self._withdraw(uids)
+        for uid in uids:
+            self._runtime.remove(uid)
+            self._meetings.forget(uid)
+        await self._checkpoints.save_all_within(_SAVE_S, experts)
 
     async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         me, mine = self._swarm.host.peer_id, self._runtime.experts

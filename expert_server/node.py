@@ -191,7 +191,7 @@ class Node:
         await self._describe()
 
     async def _give_up_experts(self) -> None:
-        await self.hosting.release(self._settings.drain_timeout_s)
+        await self._release(self._settings.drain_timeout_s)
         self._servicer.kept.clear()
         await _tried(self._describe)
 
@@ -256,10 +256,18 @@ class Node:
         """Gives the experts up. Meanwhile the node stays announced, else nobody finds the states to fetch."""
         announcing = asyncio.create_task(self._stay_announced_as_leaving(), name="announce while leaving")
         try:
-            await self.hosting.release(self._settings.drain_timeout_s if self.address else 0)
+            await self._release(self._settings.drain_timeout_s if self.address else 0)
         finally:
             announcing.cancel()
             await asyncio.gather(announcing, return_exceptions=True)
+
+    async def _release(self, limit_s: float) -> None:
+        """Gives the experts up, once others have the updates that only this node's replicas took."""
+        began = time.monotonic()
+        if limit_s and self.runtime.experts:
+            self.runtime.refuse()
+            await self.replication.part(limit_s)
+        await self.hosting.release(max(0.0, limit_s - (time.monotonic() - began)))
 
     async def _stay_announced_as_leaving(self) -> None:
         await _tried(self._describe)  # at once: others that leave must not ask this node to take theirs
@@ -267,6 +275,7 @@ class Node:
 
     def hurry(self) -> None:
         """Makes a node that stops wait for nobody to take its experts over."""
+        self.replication.hurry()
         self.hosting.hurry()
 
     async def _say_goodbye(self) -> None:
@@ -314,7 +323,8 @@ class Node:
     def _memory_bytes(self) -> int:
         manifest = self.swarm.manifest
         queued = self.runtime.stats.queued_rows * row_bytes(manifest)
-        return len(self.runtime.experts) * self._expert_bytes + self._servicer.kept.bytes + queued
+        experts = len(self.runtime.experts) * self._expert_bytes
+        return experts + self._servicer.kept.bytes + queued + self._snapshots.kept_bytes
 
     def _note_work(self) -> None:
         self._account.note(serves=self.state is NodeState.SERVING)

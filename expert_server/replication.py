@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _TAKES_INITIATIVE = 0.5
 """Share of its replicated experts for which a node seeks a meeting: with those that others seek, about one each."""
+_PART_S = 5.0
+"""Longest that a node which gives its experts up averages them with others' replicas."""
 
 
 class Replication:
@@ -64,6 +66,7 @@ class Replication:
         self._hints = HintQueue(settings.max_hints, settings.average_every_s / 10)
         self._hinted = asyncio.Event()
         self._runs = False
+        self._parting: asyncio.Task[None] | None = None
         self._meeting = asyncio.Lock()
         """One meeting at a time: a base that was handed out must stay one."""
 
@@ -96,18 +99,53 @@ class Replication:
             if replica.peer_id in nodes and not self._is_idle(replica):
                 await self._tried(self.meet(replica.uid, nodes[replica.peer_id]))
 
-    async def meet(self, uid: UID, node: NodeInfo) -> None:
+    async def part(self, limit_s: float) -> None:
+        """Before its experts are given up: averages them a last time, so that no update is lost with this node's.
+
+        Returns when the others have what they need of this node, which must be announced as serving till then.
+        """
+        if not self._settings.average_every_s:
+            return
+        self._parting = asyncio.create_task(self._tried(self._part()), name="part")
+        await asyncio.wait({self._parting}, timeout=min(_PART_S, limit_s))
+        self._parting.cancel()
+        (problem,) = await asyncio.gather(self._parting, return_exceptions=True)
+        if isinstance(problem, Exception):
+            raise problem
+
+    def hurry(self) -> None:
+        if self._parting is not None:
+            self._parting.cancel()
+
+    async def _part(self) -> None:
+        replicas = await self._swarm.registry.replicas(self._runtime.experts)
+        me = self._swarm.host.peer_id
+        partners = [self._rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
+        nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
+        for replica in partners:
+            if replica.peer_id in nodes and not self._is_idle(replica):
+                await self._tried(self._part_from(replica.uid, nodes[replica.peer_id]))
+
+    async def _part_from(self, uid: UID, node: NodeInfo) -> None:
+        given = await self.meet(uid, node)
+        if given is not None:
+            await given.wait()
+
+    async def meet(self, uid: UID, node: NodeInfo) -> asyncio.Event | None:
         """Averages with the replica of another node, and asks it to do the same.
 
-        Raises TransferError, StateError or ExpertError when that can't be; this replica is as it was then.
+        Gives the event that it has fetched what it needs for that, or None when it won't. Raises TransferError,
+        StateError or ExpertError when that can't be; this replica is as it was then.
         """
         async with self._meeting:
             base = await self._snapshots.take(uid)
             fetched = await self._client.fetch(node, uid)
             await self._average(base, fetched, node.peer_id)
-        await self._client.ask(
+        given = base.given.setdefault(node.peer_id, asyncio.Event())
+        accepted = await self._client.ask(
             node, state_pb2.ASK_REASON_AVERAGE, [uid], base.sha256, base_sha256=fetched.sha256
         )
+        return given if accepted else None
 
     async def _answer(self, hint: Hint, node: NodeInfo) -> None:
         """The other half of a meeting, with the two snapshots of the first half.
@@ -169,7 +207,7 @@ class Replication:
             if hint.peer_id in nodes:
                 await self._answer(hint, nodes[hint.peer_id])
 
-    async def _tried(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _tried(self, work: Coroutine[Any, Any, Any]) -> None:
         try:
             await work
         except (UnreachableError, TransferError, StateError, ExpertError) as error:

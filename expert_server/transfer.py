@@ -5,7 +5,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,8 @@ class Snapshot:
     data: bytes
     sha256: bytes
     expires_at: float
+    given: dict[PeerID, asyncio.Event] = field(default_factory=dict)
+    """Set when that peer has fetched it; of the peers that are waited for."""
 
     @property
     def key(self) -> UID:
@@ -103,6 +105,11 @@ class SnapshotTaker:
                 snapshot = Snapshot(uid, checkpoint.update_count, generation, met, data, sha256, expires_at)
                 self._snapshots.put(snapshot, self._clock())
             return snapshot
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the snapshots that are kept."""
+        return sum(len(snapshot.data) for snapshot in self._snapshots.all(self._clock()))
 
     def find(self, uid: UID, sha256: bytes) -> Snapshot | None:
         """One that was taken before, while it is kept."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
-from dht.vacancies import behind, choose, heirs, lost_claims, preference, sources, thin, vacant
+from dht.vacancies import behind, choose, heirs, lost_claims, preference, sources, surplus, thin, vacant
 
 CLAIMED, SERVING, LEAVING = ReplicaState.CLAIMED, ReplicaState.SERVING, ReplicaState.LEAVING
 
@@ -239,3 +239,29 @@ def test_heirs_get_no_more_than_they_have_room_for_and_share_evenly(
     assert all(given_to[p] <= max(room, 0) for p, room in rooms.items())
     for p in given_to:  # nobody else had more room left when this one got its last
         assert left[p] + 1 >= max(left.values())
+
+
+@given(st.integers(2, 5), st.integers(0, 40), st.randoms(use_true_random=False))
+def test_no_expert_loses_its_last_host_when_all_give_up_their_surplus_at_once(
+    count: int, most: int, rng: random.Random
+) -> None:
+    peers = seeded_peers(count)
+    hosts = {uid: rng.sample(peers, rng.randint(1, count)) for uid in GRID[:20]}
+    replicas = {uid: [replica(uid, p, SERVING) for p in those] for uid, those in hosts.items()}
+    left = {uid: set(those) for uid, those in hosts.items()}
+    for peer_id in peers:
+        mine = [uid for uid, those in hosts.items() if peer_id in those]
+        given_up = surplus(replicas, mine, peer_id, most)
+        assert len(given_up) <= most
+        for uid in given_up:
+            left[uid].remove(peer_id)
+    assert all(left.values())
+
+
+def test_replicas_that_are_claimed_or_leave_take_nothing_off_a_host() -> None:
+    uid = GRID[0]
+    me, other = sorted(seeded_peers(2), key=lambda peer_id: preference(uid, peer_id))
+    for state, given_up in ((SERVING, [uid]), (LEAVING, []), (CLAIMED, [])):
+        replicas = {uid: [replica(uid, me, SERVING), replica(uid, other, state)]}
+        assert surplus(replicas, [uid], me, 5) == given_up
+        assert surplus(replicas, [uid], other, 5) == []

@@ -10,6 +10,7 @@ from dht.manifest import Manifest
 from expert_server.expert import expert_bytes
 from expert_server.memory import most_bytes, smallest_memory, within_memory
 from expert_server.settings import NodeSettings, bytes_in_words, parse_bytes
+from expert_server.transfer import largest_state_bytes
 from peer.errors import SettingsError
 
 
@@ -61,11 +62,13 @@ def test_the_smallest_that_works_is_named(manifest: Manifest) -> None:
         within_memory(NodeSettings(memory=smallest - 1), manifest)
 
 
-def test_three_quarters_are_for_experts_a_third_of_them_to_adopt() -> None:
+def test_what_is_left_is_for_experts_a_third_of_it_to_adopt() -> None:
     manifest = manifest_of(64, 16)
-    fitted = within_memory(NodeSettings(memory=8 * expert_bytes(manifest), max_queued_rows=10**9), manifest)
-    assert (fitted.experts, fitted.spare) == (4, 2)
-    assert fitted.max_kept_bytes == expert_bytes(manifest)
+    memory = 16 * expert_bytes(manifest)
+    fitted = within_memory(NodeSettings(memory=memory, max_queued_rows=10**9), manifest)
+    assert (fitted.experts, fitted.spare) == (6, 3)
+    assert fitted.max_kept_bytes == memory // 8
+    assert fitted.max_snapshots == memory // 8 // largest_state_bytes(manifest)
 
 
 def test_without_a_limit_nothing_changes() -> None:

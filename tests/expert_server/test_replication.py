@@ -133,6 +133,52 @@ def test_two_replicas_that_took_different_updates_meet_and_are_one(play: Play) -
     play(scenario)
 
 
+def test_updates_since_the_last_meeting_stay_when_their_node_leaves(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2, average_every_s=60, drain_timeout_s=20)
+        await village.run(second)
+        for _ in range(3):
+            await different_step(first, AN_UID)
+        await train(second, {AN_UID: 1})
+        before = await state_of(first, AN_UID), await state_of(second, AN_UID)
+        await first.hosting.announce()
+        await first.stop()
+
+        async def averaged() -> bool:
+            return second.replication.averagings == 1
+
+        await eventually(averaged, 20)
+        name = "block.attention_input.weight"
+        expected = 0.75 * before[0][name] + 0.25 * before[1][name]
+        torch.testing.assert_close((await state_of(second, AN_UID))[name], expected)
+        assert second.runtime.experts[AN_UID].update_count == 5
+
+    play(scenario)
+
+
+def test_full_nodes_drop_what_others_host_too_for_what_nobody_hosts(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        brief: dict[str, Any] = {"experts": 4, "spare": 0, "replicas": 2, "announce_every_s": 2.0}
+        first = await village.found(**brief)
+        invite = await first.swarm.invite()
+        second = await village.join(1, invite, **brief)
+        third = await village.join(2, invite, **brief)
+        assert len(second.runtime.experts) == 4
+        await third.hosting.replicate()
+        assert len(third.runtime.experts) == 4
+        staying = first, third
+        for node in staying:
+            await village.run(node)
+        await second.swarm.host.stop()  # no farewell
+
+        async def all_are_hosted() -> bool:
+            return {uid for node in staying for uid in node.runtime.experts} == set(UIDS)
+
+        await eventually(all_are_hosted, 60)
+
+    play(scenario)
+
+
 def test_updates_taken_while_two_meet_are_not_lost(play: Play) -> None:
     async def scenario(village: Village) -> None:
         first, second = await couple(village, 2)
