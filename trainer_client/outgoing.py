@@ -194,9 +194,14 @@ class Outgoing:
 
 
 async def next_outcomes(outcomes: Outcomes, timeout_s: float) -> list[Outcome]:
-    """The next outcomes; none when the time is over."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await outcomes.get()
-    except TimeoutError:
-        return []
+    """All outcomes that are there, or the next; none when the time is over."""
+    if outcomes.empty():
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await outcomes.get()
+        except TimeoutError:
+            return []
+    found: list[Outcome] = []
+    while not outcomes.empty():
+        found += outcomes.get_nowait()
+    return found
