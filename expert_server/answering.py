@@ -11,6 +11,7 @@ import torch
 from expert_server.batching import Direction, Work
 from expert_server.computing import Result
 from expert_server.parts import Part
+from expert_server.runtime import Enqueued
 from peer.codec import CHUNK_BYTES, decode
 from peer.errors import ExpertError
 from peer.messages import note_failure
@@ -54,24 +55,25 @@ class Call:
         self._deadline = deadline
         self._context = context
         self._uploads = uploads
-        self._computing: set[asyncio.Future[Result]] = set()
+        self._computing: dict[int, Enqueued] = {}
+        """By the index of their parts."""
         self._came: list[Done | Reply] = []
         self._has_come = asyncio.Event()
         self._ready: deque[tuple[expert_pb2.ExpertReply | None, memoryview]] = deque()
         """What is to be written: answers with their tensors, and first maybe the rest of a tensor."""
         self._sending: asyncio.Future[None] | None = None
 
-    def begin(self, index: int, work: Work, future: "asyncio.Future[Result]") -> None:
-        self._computing.add(future)
-        future.add_done_callback(lambda future: self._end(Done(index, work, future)))
+    def begin(self, index: int, work: Work, enqueued: Enqueued) -> None:
+        self._computing[index] = enqueued
+        enqueued.future.add_done_callback(lambda future: self._end(Done(index, work, future)))
 
     def refuse(self, index: int, error: ExpertError) -> None:
         self._note(error_reply(index, error))
 
     def cancel(self) -> None:
         """Nobody waits any more for what is not computed yet."""
-        for future in list(self._computing):
-            future.cancel()
+        for enqueued in self._computing.values():
+            enqueued.cancel()
 
     async def come(self) -> list[Done | Reply]:
         """Waits for the next answers."""
@@ -91,7 +93,7 @@ class Call:
             await self._send(message)
 
     def _end(self, done: Done) -> None:
-        self._computing.discard(done.future)
+        self._computing.pop(done.index, None)
         if not done.future.cancelled():
             done.future.exception()  # seen, also when the call ends before it is answered
             self._note(done)

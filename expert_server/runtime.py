@@ -73,6 +73,19 @@ class _Task:
             self.future.set_exception(ExpertError(StatusCode.UNAVAILABLE, _STOPPING))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Enqueued:
+    """Work that was taken, and its result to come."""
+
+    future: "asyncio.Future[Result]"
+    discard: Callable[[], None]
+
+    def cancel(self) -> None:
+        """Takes the work out of the queue at once: it may be computed in this turn of the loop."""
+        self.discard()
+        self.future.cancel()
+
+
 @dataclass(slots=True)
 class RuntimeStats:
     """Counts since the start; only `queued_rows` is of now. `failed` counts works of batches that failed."""
@@ -165,10 +178,10 @@ class Runtime:
 
         Raises ExpertError: NOT_FOUND, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, UNAVAILABLE or INTERNAL.
         """
-        return await self.enqueue(work)
+        return await self.enqueue(work).future
 
-    def enqueue(self, work: Work) -> "asyncio.Future[Result]":
-        """As `submit`, without waiting: to cancel the future takes the work out of the queue."""
+    def enqueue(self, work: Work) -> "Enqueued":
+        """As `submit`, without waiting."""
         if self._loop is None or self._stopped:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is not serving")
         if work.uid not in self._experts:
@@ -181,7 +194,7 @@ class Runtime:
         if not self._is_starting:  # not now: what else this turn of the loop brings may join
             self._is_starting = True
             self._loop.call_soon(self._start_enqueued)
-        return future
+        return Enqueued(future, partial(self._discard, entry))
 
     def refuse(self, leaving: bool = True) -> None:
         """From now on new work is refused with UNAVAILABLE; with False it is taken again."""
@@ -237,8 +250,11 @@ class Runtime:
     def _forget(self, entry: Entry, future: "asyncio.Future[Result]") -> None:
         del self._waiting[entry]
         if future.cancelled():
-            with self._lock:
-                self._queue.discard(entry)
+            self._discard(entry)
+
+    def _discard(self, entry: Entry) -> None:
+        with self._lock:
+            self._queue.discard(entry)
 
     def _start_enqueued(self) -> None:
         self._is_starting = False
