@@ -99,7 +99,7 @@ class Plan:
     context: int = 64
     nodes: int = 4
     delay_s: float = 1.0
-    in_flight: int = 1
+    in_flight: int = 2
     """Steps under way at once, where calls are slow."""
     validations: int = 8  # batches
 

@@ -134,7 +134,9 @@ _PRODUCT_KEY = {"router": "product-key"}
 _TRANSFORMER = Configuration("transformer top-1", 1, 4.0, "transformer", settings=_SWITCH, rival="dense-2")
 _FFN = Configuration("ffn top-1", 2, 2.0, "ffn", settings=_SWITCH, rival="dense-2")
 
-CONFIGURATIONS = (Configuration("dense-2", 2), _TRANSFORMER, _FFN)
+_THIN = replace(_TRANSFORMER, name="transformer top-1, thin", layers=2, feed_forward=1.0)
+
+CONFIGURATIONS = (Configuration("dense-2", 2), _TRANSFORMER, _FFN, _THIN)
 """Their feed-forward blocks are of such a size that all compute as much for each token as two dense layers do."""
 
 
