@@ -3,7 +3,7 @@
 local     all experts in one process, without a network
 swarm     real nodes, each a process, and one trainer
 faults    the same, each call 1 s slower, and 10% of the calls failing after dispatch
-three     the same nodes as swarm, and three trainers, each with a third of every batch
+three     the same nodes as swarm, and three trainers, each with a third of every batch, who average their dense parts
 bf16, fp16, int8   as swarm, with that codec on the wire
 
     python -m benchmarks.learning [--quick] [--json FILE]
@@ -43,7 +43,6 @@ from trainer_client.calls import ExpertCaller
 from trainer_client.client import SwarmClient
 from trainer_client.data import ByteDataset, load_text
 from trainer_client.model import LanguageModel
-from trainer_client.record import Summary
 from trainer_client.settings import TrainerSettings
 from trainer_client.training import Training, validation_loss
 
@@ -101,6 +100,8 @@ class Plan:
     delay_s: float = 1.0
     in_flight: int = 2
     """Steps under way at once, where calls are slow."""
+    average_every: int = 10
+    """Steps between averagings of several trainers' dense parts."""
     validations: int = 8  # batches
 
     def manifest(self, codec: str = "fp32") -> str:
@@ -109,7 +110,7 @@ class Plan:
         )
 
 
-QUICK = Plan(steps=12, hidden=32, context=32, nodes=2, delay_s=0.1, validations=2)
+QUICK = Plan(steps=12, hidden=32, context=32, nodes=2, delay_s=0.1, average_every=3, validations=2)
 
 
 # One trainer
@@ -126,19 +127,18 @@ class Part(ByteDataset):
         return super().batch(step, batch_size)[self._trainer :: self._trainers]
 
 
-def train(
+def make_training(
     model: LanguageModel,
     plan: Plan,
     data: Part,
     in_flight: int = 1,
     make_copy: Callable[[], LanguageModel] | None = None,
-) -> Summary:
-    """With the trainer's own loop."""
+) -> Training:
+    """The trainer's own loop."""
     settings = TrainerSettings(
         steps=plan.steps, batch_size=plan.batch, in_flight=in_flight, validation_batches=1, threads=1
     )
-    training = Training(model, data, settings, make_copy)
-    return training.run(lambda progress: None, threading.Event())
+    return Training(model, data, settings, make_copy)
 
 
 def loss_of(model: LanguageModel, plan: Plan, data: Part) -> float:
@@ -150,7 +150,9 @@ def run_trainer(plan: Plan, way: str, invite: str | None, state: Path, trainer: 
     """One trainer as a process: says "ready" and "trained", each time waits for a line, and prints what came out."""
     torch.set_num_threads(1)
     # patient, so that a busy machine is not taken for a fault
-    settings = TrainerSettings(call_deadline_s=60.0, least_deadline_s=60.0, grace_s=60.0, seed=0)
+    patience = {"call_deadline_s": 60.0, "least_deadline_s": 60.0, "grace_s": 60.0}
+    averaging = {"average_every": plan.average_every, "average_host": "127.0.0.1"}
+    settings = TrainerSettings.model_validate(patience | averaging | {"seed": 0})
     faults: list[FaultyCaller] = []
 
     def through(caller: ExpertCaller) -> ExpertCaller:
@@ -170,11 +172,16 @@ def run_trainer(plan: Plan, way: str, invite: str | None, state: Path, trainer: 
         source.wait_for_experts(START_LIMIT_S, lambda text: None)
         make_model = partial(LanguageModel, source.manifest, source.mixture)
         model, data = make_model(), Part(load_text(None), plan.context, trainer, WAYS[way].trainers)
+        training = make_training(model, plan, data, plan.in_flight if way == "faults" else 1, make_model)
+        merges = None
+        if isinstance(source, SwarmClient) and WAYS[way].trainers > 1:
+            merges = source.average(training.part)
         _say_and_wait("ready")
-        summary = train(model, plan, data, plan.in_flight if way == "faults" else 1, make_model)
+        summary = training.run(lambda progress: None, threading.Event())
         _say_and_wait("trained")
         stats = source.dispatcher.stats
         results: dict[str, Any] = {"seconds": summary.seconds, "staleness": summary.staleness}
+        results["averagings"] = 0 if merges is None else merges.counts.averaged
         results["dispatch"] = vars(stats) | {"failures": dict(stats.failures)}
         for caller in faults:
             results["validation_loss_with_faults"] = loss_of(model, plan, data)

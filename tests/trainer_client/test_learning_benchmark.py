@@ -1,6 +1,7 @@
 """The parts of `benchmarks.learning`: the faults are real and seeded, and three trainers share the same data."""
 
 import asyncio
+import threading
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from expert_fakes import FakeSwarm, make_manifest, make_node, random_rows, virtu
 from rich.console import Console
 
 from benchmarks.faults import FaultyCaller
-from benchmarks.learning import Part, Plan, loss_of, show, train
+from benchmarks.learning import Part, Plan, loss_of, make_training, show
 from dht.manifest import Manifest
 from peer.errors import ExpertError
 from talkoot.local import LocalSwarm
@@ -77,7 +78,7 @@ def test_a_trainer_learns() -> None:
     learner = LanguageModel(manifest, LocalSwarm(manifest, TrainerSettings(seed=0)).mixture)
     data = Part(load_text(None), plan.context, 0, 1)
     before = loss_of(learner, plan, data)
-    summary = train(learner, plan, data)
+    summary = make_training(learner, plan, data).run(lambda progress: None, threading.Event())
     assert summary.steps == 30
     assert loss_of(learner, plan, data) < before - 0.3
 
