@@ -99,10 +99,26 @@ def _best_keys(scores: Sequence[Floats], tables: Sequence[Booleans], k: int, wid
         total_RWG = total_RW[:, :, None] + scores_RG[:, None, :]
         prefix_RWG = prefix_RW[:, :, None] * size + np.arange(size)
         live_RWG = table[prefix_RW] & live_RW[:, :, None]
-        keys_RC = _keys(total_RWG, prefix_RWG, live_RWG).reshape(rows, -1)
-        keys_RW = _largest(keys_RC, k if d == dims - 1 else width)
+        keys_RW = _best_of(total_RWG, prefix_RWG, live_RWG, k if d == dims - 1 else width)
         total_RW, prefix_RW, live_RW = _read_keys(keys_RW)
     return keys_RW
+
+
+def _best_of(scores: Floats, prefixes: Integers, live: Booleans, count: int) -> Integers:
+    """The keys of the `count` best candidates of each row, best first. All arrays are [R, W, G]."""
+    rows = len(scores)
+    scores_RC, prefixes_RC, live_RC = (table.reshape(rows, -1) for table in (scores, prefixes, live))
+    if count >= scores_RC.shape[1]:
+        return _largest(_keys(scores_RC, prefixes_RC, live_RC), count)
+    # a key costs more than a score: they are made only of candidates as good as the last one wanted, ties included
+    masked_RC = np.where(live_RC, scores_RC, -np.float32(np.inf))
+    least_R = np.partition(masked_RC, -count, axis=1)[:, -count]
+    good = np.nonzero(live_RC & (masked_RC >= least_R[:, None]))
+    found_R = np.bincount(good[0], minlength=rows)
+    places = np.arange(len(good[0])) - np.repeat(found_R.cumsum() - found_R, found_R)
+    keys_RC = np.full((rows, max(1, found_R.max(initial=0))), np.int64(_DEAD) << 32)
+    keys_RC[good[0], places] = _keys(scores_RC[good], prefixes_RC[good], live_RC[good])
+    return _largest(keys_RC, count)
 
 
 def _keys(scores: Floats, prefixes: Integers, live: Booleans) -> Integers:

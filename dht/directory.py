@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 from hivemind.p2p import PeerID
 
-from dht.beam import Floats, default_beam_size, select_experts
+from dht.beam import Floats, Integers, default_beam_size, select_experts
 from dht.layer_index import LayerIndex
 from dht.manifest import Manifest
 from dht.registry import NodeInfo, Prefix, Registry, Replica, ReplicaState
@@ -164,16 +164,27 @@ class Directory:
         index = self._index(layer)
         for _ in range(_SEARCH_ROUNDS):
             await self._read_way(layer, index, scores, default_beam_size(k))
-            chosen = select_experts(scores, index.alive, k)
-            experts = np.unique(chosen.coordinates[chosen.valid], axis=0).tolist()
-            uids = [UID(layer, tuple(coordinate)) for coordinate in experts]
-            await self._read_experts([uid for uid in uids if uid not in self.view.replicas])
-            gone = [uid for uid in uids if not self.view.hosts(uid)]
+            chosen = self._chosen(index, scores, k)
+            if not (unknown := self._without_host(layer, chosen)):
+                break
+            await self._read_experts([uid for uid in unknown if uid not in self.view.replicas])
+            if not (gone := self._without_host(layer, chosen)):
+                break
             for uid in gone:
                 index.drop(uid.coordinate)
-            if not gone:
-                break
         return self.view
+
+    def _chosen(self, index: LayerIndex, scores: Sequence[Floats], k: int) -> Integers:
+        """The experts that any row chooses, as numbers in the grid."""
+        chosen = select_experts(scores, index.alive, k)
+        coordinates = chosen.coordinates[chosen.valid]
+        return np.unique(np.ravel_multi_index(tuple(coordinates.T), self._manifest.experts.grid))
+
+    def _without_host(self, layer: int, experts: Integers) -> list[UID]:
+        """Those of the experts that nobody hosts by the view."""
+        live = self.view.tables(layer)[-1].ravel()[experts]
+        missing = np.unravel_index(experts[~live], self._manifest.experts.grid)
+        return [UID(layer, coordinate) for coordinate in zip(*(c.tolist() for c in missing), strict=True)]
 
     async def _read_way(self, layer: int, index: LayerIndex, scores: Sequence[Floats], width: int) -> None:
         """Level by level the prefixes that are not known yet; the first two levels together, to save a round trip."""
