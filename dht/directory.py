@@ -26,6 +26,8 @@ PrefixTables = tuple[np.ndarray, ...]
 
 _MAX_READ = 4096
 """Most prefixes, and most experts, that one refresh reads."""
+_READ_AT_ONCE = 512
+"""Up to so many experts are read without asking first which of them are active."""
 _SAMPLED = 64
 """On a grid with more experts than that: prefixes and experts that a refresh reads to see whether they live."""
 _SEARCH_ROUNDS = 4
@@ -128,8 +130,12 @@ class Directory:
         return self.view.manifest.experts_total <= _MAX_READ
 
     async def refresh(self) -> View:
-        """Reads the swarm anew: prefixes level by level, then replicas, then the nodes that host them."""
-        uids = await self._active_uids()
+        """Reads the swarm anew: prefixes level by level, then replicas, then the nodes that host them.
+
+        The first time a small grid is read without its prefixes, for that takes a round of questions for each level.
+        """
+        is_first = not self.view.read_at and self._manifest.experts_total <= _READ_AT_ONCE
+        uids = self._manifest.uids() if is_first else await self._active_uids()
         replicas = await self.registry.replicas(uids)
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
         nodes = await self.registry.nodes(peers)

@@ -27,7 +27,7 @@ Answers = Mapping[DHTID, Answer]
 
 _NEAREST = Breadth(quorum=2**31)
 """For a writer, to whom values tell nothing."""
-_KEYS_PER_CALL = 16
+_KEYS_PER_CALL = 32
 _ITEMS_PER_CALL = 32
 """Most that one store carries: about 25 KB of records."""
 _REMEMBERED_KEYS = 4096
@@ -344,10 +344,12 @@ class _Run:
             self._fail(call)
             return
         self._answering.add(call.node)
+        named: dict[int, bytes] = {}
         for key in call.keys:
             answer, found = answers[key], self.found[key]
-            nearer = {node: peer for node, peer in answer.nearer.items() if node != self._dht.node_id}
-            self._peers.hear(nearer)
-            self._lookups.hearsay.note(nearer)
-            found.search.answered(call.node, nearer, found.take(answer.value))
+            answer.nearer.pop(self._dht.node_id, None)
+            named.update(answer.nearer)
+            found.search.answered(call.node, answer.nearer, found.take(answer.value))
+        self._peers.hear(named)
+        self._lookups.hearsay.note(named)
         self._advance(call.keys)

@@ -95,8 +95,24 @@ class Search:
         if not self._answered:
             front = front[: self._breadth.first]
         wanted = [node for _, node in front if node not in self._asked]
+        if self._holding:
+            wanted = wanted[: self._wanting()]
         self._asked.update(wanted)
         return wanted
+
+    def _wanting(self) -> int:
+        """How many more to ask, so that one more of the holders is asked than has to give its value.
+
+        All of the front when the holders have answered, and too few had it: it may lie beside where it should.
+        """
+        holders = [node for _, node in self._nearest[: self._breadth.holders]]
+        if all(node in self._answered for node in holders):
+            return self._breadth.front
+        hopeful = sum(node in self._holding or self._is_waited_for(node) for node in holders)
+        return max(0, self._breadth.quorum + 1 - hopeful)
+
+    def _is_waited_for(self, node: int) -> bool:
+        return node in self._asked and node not in self._answered
 
     def learn(self, nodes: Iterable[int]) -> None:
         """Others know these nodes; the next round may ask them."""

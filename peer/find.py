@@ -4,7 +4,7 @@ hivemind makes a PeerID of every neighbour that an answer names, 20 for each key
 the time that a look-up computes. Here they stay bytes until somebody is asked.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hivemind.dht.protocol import DHTProtocol
@@ -26,7 +26,7 @@ class Answer:
 
     value: DictionaryDHTValue | None
     """Entries that the validator accepts; None when there are none."""
-    nearer: Mapping[int, bytes]
+    nearer: dict[int, bytes]
     """Kademlia ID → PeerID of nodes that it knows nearest to the key."""
 
 

@@ -128,6 +128,23 @@ def test_experts_that_nobody_hosts_make_room_for_the_next_best_and_are_not_asked
     asyncio.run(scenario())
 
 
+def test_a_small_grid_is_read_at_once_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dht.directory._MAX_READ", 600)
+    monkeypatch.setattr("dht.directory._READ_AT_ONCE", 600)
+    experts = random_experts(0.5, 0)
+    registry = FakeRegistry(experts, experts)
+    directory = make_directory(registry)
+
+    async def scenario() -> None:
+        assert (await directory.refresh()).live_experts() == len(experts)
+        assert registry.reads == ["600 experts"]
+        registry.reads.clear()
+        assert (await directory.refresh()).live_experts() == len(experts)
+        assert registry.reads == ["1 prefixes", "30 prefixes", f"{len(experts)} experts"]
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(("active", "served"), [([], []), (random_experts(0.1, 3), [])])
 def test_an_empty_swarm_and_one_of_dead_experts_are_searched_in_vain(
     active: list[tuple[int, ...]], served: list[tuple[int, ...]]

@@ -79,6 +79,29 @@ def test_three_holders_are_enough_and_the_rounds_are_counted() -> None:
     assert (search.found_after, search.rounds) == (1, 2)
 
 
+def test_one_holder_more_is_asked_than_must_give_its_value() -> None:
+    search = Search(0, [1, 2, 3, 4, 5, 6, 7])
+    assert search.ask() == [1, 2, 3, 4]
+    search.answered(1, [], has_value=True)
+    assert search.ask() == [], "three others may be enough"
+    search.answered(2, [], has_value=False)
+    assert search.ask() == [5]
+    search.failed(3)
+    assert search.ask() == [6]
+    search.answered(4, [], has_value=True)
+    search.answered(5, [], has_value=True)
+    assert search.finished
+
+
+def test_the_front_is_asked_when_too_few_of_the_holders_had_the_value() -> None:
+    search = Search(0, [1, 2, 3, 4, 5, 6, 7, 8])
+    search.ask()
+    search.answered(1, [], has_value=True)
+    for node in (2, 3, 4):
+        search.answered(node, [], has_value=False)
+    assert search.ask() == [5, 6, 7]
+
+
 def test_values_of_nodes_that_are_not_the_nearest_are_not_enough() -> None:
     search = Search(0, [1, 2, 3, 4, 5, 6, 7])
     search.ask()
