@@ -12,6 +12,7 @@ from hivemind.p2p import PeerID
 
 from dht.manifest import Manifest
 from dht.registry import Announced, Replica, ReplicaState
+from dht.survey import Survey
 from dht.swarm import Swarm
 from dht.uid import UID
 from dht.vacancies import behind, choose, lost_claims, surplus, thin, vacant
@@ -73,7 +74,7 @@ class Hosting:
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._claimed_at: dict[UID, float] = {}
         self._was_vacant: set[UID] = set()
-        self._had_host: set[UID] = set()
+        self._survey = Survey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._leaving = False
         self._hurried = False
         self._changing = asyncio.Lock()
@@ -110,7 +111,7 @@ class Hosting:
     async def look(self) -> None:
         """Adopts experts that nobody hosts, and takes further replicas into the room that is left."""
         async with self._changing:
-            replicas = await self._swarm.registry.replicas(self._swarm.manifest.uids())
+            replicas = await self._read()
             me, mine = self._swarm.host.peer_id, self._runtime.experts
             if not self._leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
                 raise UnreachableError("the DHT does not give back this node's own announcements")
@@ -120,7 +121,7 @@ class Hosting:
     async def replicate(self) -> None:
         """Takes further replicas of the experts with the fewest, as far as there is room."""
         async with self._changing:
-            await self._replicate(await self._swarm.registry.replicas(self._swarm.manifest.uids()))
+            await self._replicate(await self._read())
 
     async def adopt_from(self, leaving: PeerID, uids: Collection[UID]) -> None:
         """Takes those of the experts that have, by the DHT, no host but this peer, who leaves."""
@@ -202,6 +203,10 @@ class Hosting:
         self._was_vacant.clear()
         self.replicated = 0
 
+    async def _read(self) -> dict[UID, tuple[Replica, ...]]:
+        """The replicas of experts that may need this node."""
+        return await self._survey.read({*self._runtime.experts, *await self._checkpoints.newest()})
+
     async def _announce(self, uids: Collection[UID]) -> None:
         state = ReplicaState.LEAVING if self._leaving else ReplicaState.SERVING
         experts = self._runtime.experts
@@ -224,11 +229,10 @@ class Hosting:
         The spare room is for those that had a host once: a founder alone leaves the others to those who join.
         """
         now_vacant = set(self._vacant(replicas))
-        self._had_host |= set(replicas) - now_vacant
         lasting = now_vacant & self._was_vacant
         self._was_vacant = now_vacant
         me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
-        orphans = lasting & (self._had_host | saved.keys())
+        orphans = {uid for uid in lasting if uid in saved or self._survey.had_host(uid)}
         room = self._room - len(self._runtime.experts)
         kept = self._kept_here_alone(replicas, saved)
         lacking = len(orphans | kept.keys()) - room - self._spare
@@ -262,7 +266,7 @@ class Hosting:
 
     async def _take_vacant(self) -> set[UID]:
         """Gives the experts that nobody serves even so: others may have claimed them, and may lose their claims."""
-        replicas = await self._swarm.registry.replicas(self._swarm.manifest.uids())
+        replicas = await self._read()
         me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
         room = self._room - len(self._runtime.experts)
         kept = self._kept_here_alone(replicas, saved)

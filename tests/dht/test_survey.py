@@ -1,0 +1,103 @@
+"""What a node reads of its swarm: all of a small grid, and a bounded part of a large one."""
+
+import asyncio
+import math
+import random
+from collections.abc import Collection
+
+from hivemind.p2p import PeerID
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dht.manifest import Manifest
+from dht.registry import Prefix, Replica, ReplicaState
+from dht.survey import MOST_PREFIXES, MOST_VACANT, READ_WHOLE, SAMPLED, Survey
+from dht.uid import UID
+
+ME, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
+
+
+class FakeRegistry:
+    """Knows which experts OTHER hosts, and counts what is read."""
+
+    def __init__(self, hosted: Collection[UID]) -> None:
+        self.hosted = set(hosted)
+        self.prefixes_read = self.experts_read = 0
+
+    async def prefixes(self, prefixes: Collection[Prefix], size: int) -> dict[Prefix, frozenset[int]]:
+        self.prefixes_read += len(prefixes)
+        active: dict[Prefix, set[int]] = {prefix: set() for prefix in prefixes}
+        for uid in self.hosted:
+            prefix = uid.layer, uid.coordinate[:-1]
+            if prefix in active:
+                active[prefix].add(uid.coordinate[-1])
+        return {prefix: frozenset(some) for prefix, some in active.items()}
+
+    async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+        self.experts_read += len(uids)
+        replica = ReplicaState.SERVING, 0, 0, 0.0, math.inf
+        return {uid: (Replica(uid, OTHER, *replica),) if uid in self.hosted else () for uid in uids}
+
+
+def make_survey(grid: tuple[int, ...], registry: FakeRegistry, seed: int = 0) -> Survey:
+    manifest = Manifest.model_validate({"name": "swarm", "model": {"layers": 2}, "experts": {"grid": grid}})
+    return Survey(registry, manifest, ME, random.Random(seed))  # type: ignore[arg-type]  # a stand-in
+
+
+def all_uids(grid: tuple[int, int]) -> list[UID]:
+    return [UID(layer, (i, j)) for layer in range(2) for i in range(grid[0]) for j in range(grid[1])]
+
+
+def test_a_small_grid_is_read_whole() -> None:
+    registry = FakeRegistry(all_uids((4, 4))[:7])
+    found = asyncio.run(make_survey((4, 4), registry).read([]))
+    assert set(found) == set(all_uids((4, 4)))
+    assert registry.prefixes_read == 0
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**32), st.integers(0, 300))
+def test_of_a_large_grid_all_that_is_vacant_is_found_and_few_others_are_read(seed: int, missing: int) -> None:
+    grid, rng = (40, 40), random.Random(seed)
+    uids = all_uids(grid)
+    assert len(uids) > READ_WHOLE
+    vacant = set(rng.sample(uids, missing))
+    registry, mine = FakeRegistry(set(uids) - vacant), rng.sample(uids, 5)
+    found = asyncio.run(make_survey(grid, registry, seed).read(mine))
+    assert {uid for uid, hosts in found.items() if not hosts} == vacant
+    assert set(mine) <= set(found)
+    assert registry.prefixes_read == 2 * 40
+    assert registry.experts_read <= missing + SAMPLED + len(mine)
+
+
+def test_what_had_a_host_comes_before_what_never_had_one() -> None:
+    uids = all_uids((40, 40))
+    registry = FakeRegistry(uids[:200])
+    survey = make_survey((40, 40), registry)
+
+    async def scenario() -> None:
+        first = await survey.read([])
+        assert sum(not hosts for hosts in first.values()) == MOST_VACANT
+        registry.hosted -= set(uids[:100])
+        second = await survey.read([])
+        assert {uid for uid, hosts in second.items() if not hosts} >= set(uids[:100])
+        assert all(map(survey.had_host, uids[:200]))
+        assert not any(map(survey.had_host, uids[200:]))
+
+    asyncio.run(scenario())
+
+
+def test_a_huge_grid_costs_no_more_and_what_is_vacant_is_seen_twice() -> None:
+    registry = FakeRegistry([])
+    survey = make_survey((1000, 1000), registry)
+
+    async def scenario() -> None:
+        first, second = await survey.read([]), await survey.read([])
+        assert registry.prefixes_read == 2 * MOST_PREFIXES
+        assert len(first) == MOST_VACANT
+        assert first.keys() == second.keys()
+        for _ in range(5):
+            later = await survey.read([])
+        assert later.keys() != first.keys(), "after a while it looks elsewhere"
+
+    asyncio.run(scenario())
