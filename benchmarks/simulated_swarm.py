@@ -20,10 +20,12 @@ from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
 from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedP2P, VirtualLoop
-from dht.lookups import Item, Lookups
+from dht.contacts import Contacts
+from dht.lookups import Found, Item, Lookups
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Announced, Registry, ReplicaState
+from dht.search import DEFAULT_BREADTH, Breadth, Search
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.daemon import start_dht
@@ -163,22 +165,35 @@ class _Placing(Lookups):
         super().__init__(lambda: nodes[0])
         self._nodes = nodes
         self._heads = np.array([int(node.node_id) >> (_ID_BITS - 64) for node in nodes], dtype=np.uint64)
-        self._nearest: dict[str, list[DHTNode]] = {}
+        self._nearest: dict[DHTID, list[DHTNode]] = {}
 
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
         for item in items:
             key = DHTID.generate(source=item.key)
             value = MSGPackSerializer.dumps(item.value)
-            for node in self._nearest_to(item.key, key):
+            for node in self._nearest_to(key):
                 node.protocol.storage.store(key, value, item.expires_at, subkey=item.subkey)
         return {(item.key, item.subkey) for item in items}
 
-    def _nearest_to(self, name: str, key: DHTID) -> list[DHTNode]:
-        if name not in self._nearest:
+    async def find(
+        self, keys: Collection[DHTID], breadth: Breadth = DEFAULT_BREADTH, besides_self: bool = False
+    ) -> dict[DHTID, Found]:
+        """What the nearest node stores."""
+        found = {}
+        for key in keys:
+            nearest = self._nearest_to(key)[0]
+            found[key] = Found(Search(key, []), Contacts())
+            stored = nearest.protocol.storage.get(key)
+            has_value = stored is not None and found[key].take(stored.value)
+            found[key].search.holds(nearest.node_id, has_value)
+        return found
+
+    def _nearest_to(self, key: DHTID) -> list[DHTNode]:
+        if key not in self._nearest:
             distances = self._heads ^ np.uint64(int(key) >> (_ID_BITS - 64))
             most = min(_REPLICAS, len(self._nodes))
-            self._nearest[name] = [self._nodes[n] for n in np.argpartition(distances, most - 1)[:most]]
-        return self._nearest[name]
+            self._nearest[key] = [self._nodes[n] for n in np.argpartition(distances, most - 1)[:most]]
+        return self._nearest[key]
 
 
 def grid_of(experts: int) -> tuple[int, int]:

@@ -107,7 +107,11 @@ def _best_keys(scores: Sequence[Floats], tables: Sequence[Booleans], k: int, wid
 def _best_of(scores: Floats, prefixes: Integers, live: Booleans, count: int) -> Integers:
     """The keys of the `count` best candidates of each row, best first. All arrays are [R, W, G]."""
     rows = len(scores)
-    scores_RC, prefixes_RC, live_RC = (table.reshape(rows, -1) for table in (scores, prefixes, live))
+    scores_RC, prefixes_RC, live_RC = (
+        scores.reshape(rows, -1),
+        prefixes.reshape(rows, -1),
+        live.reshape(rows, -1),
+    )
     if count >= scores_RC.shape[1]:
         return _largest(_keys(scores_RC, prefixes_RC, live_RC), count)
     # a key costs more than a score: they are made only of candidates as good as the last one wanted, ties included

@@ -17,6 +17,7 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
+from dht.shards import digits_of
 from dht.uid import UID
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, peer_id_of, verify
@@ -66,8 +67,8 @@ class SwarmKeys:
     def node(self, peer_id: PeerID) -> str:
         return f"{self.swarm_id}.node.{peer_id.to_base58()}"
 
-    def node_shard(self, shard: int) -> str:
-        return f"{self.swarm_id}.nodes.{shard:02x}"
+    def node_shard(self, digits: str) -> str:
+        return f"{self.swarm_id}.nodes.{digits}"
 
     def trainer(self, peer_id: PeerID) -> str:
         return f"{self.swarm_id}.trainer.{peer_id.to_base58()}"
@@ -76,14 +77,9 @@ class SwarmKeys:
         return f"{self.swarm_id}.trainers.{shard:x}"
 
 
-def shard_of(peer_id: PeerID) -> int:
-    """Which of the 256 node shards a node is listed in."""
-    return int(peer_id.to_bytes()[-1])
-
-
 def trainer_shard_of(peer_id: PeerID) -> int:
     """Which of the 16 trainer shards a trainer is listed in: a swarm has fewer of them."""
-    return shard_of(peer_id) >> 4
+    return int(digits_of(peer_id.to_bytes())[0], 16)
 
 
 def seal(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
@@ -183,11 +179,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             raise RecordError("an index entry's value is the name of its key")
         if shard := _SHARD_PATTERN.search(value):
             digits = shard[1] or shard[2]
-            if (
-                not isinstance(subkey, bytes)
-                or len(subkey) != 34
-                or not f"{subkey[-1]:02x}".startswith(digits)
-            ):
+            if not isinstance(subkey, bytes) or len(subkey) != 34 or not digits_of(subkey).startswith(digits):
                 raise RecordError("a shard's subkeys are the PeerIDs that fall into it")
         elif type(subkey) is not int or not 0 <= subkey < _COORDINATE_LIMIT:  # True is no coordinate
             raise RecordError("a prefix's subkeys are coordinates")
@@ -196,7 +188,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         _check_lifetime(record.expiration_time, self._now(), None)
 
 
-_SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2})$|\.trainers\.([0-9a-f])$")
+_SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2,4})$|\.trainers\.([0-9a-f])$")
 _PIECE_PATTERN = re.compile(r":([1-9][0-9]?)$")
 
 

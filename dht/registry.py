@@ -24,10 +24,10 @@ from dht.records import (
     SwarmKeys,
     parse_peer_id,
     seal,
-    shard_of,
     trainer_shard_of,
     unseal,
 )
+from dht.shards import below, choose, digits_of, first_shards, shards_of
 from dht.uid import UID
 from peer.distribution import Distribution
 from peer.errors import RecordError, UnreachableError, WireError
@@ -41,6 +41,10 @@ T = TypeVar("T")
 Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
+_SHARD_FOR_S = 60.0
+"""After so long a node looks whether it is still listed where it should."""
+_MOST_SHARDS = 4096
+"""Most of one length that are read: whoever fills shards could make all of them be read."""
 _MAX_REPLICAS = 256
 """Most announcements of one expert that are looked at."""
 
@@ -106,6 +110,8 @@ class Registry:
         self._deadline_s = deadline_s
         self._now = now
         self._claim_ages = ClaimAges()
+        self._shard = ""
+        self._shard_until = 0.0
 
     async def publish_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
         """Signs and stores the manifest; returns what was stored, so that others can store it again."""
@@ -171,7 +177,11 @@ class Registry:
         """Writes this peer's node record, and lists the peer in its shard."""
         peer_id = self._identity.peer_id
         payload = records_pb2.RecordPayload(key=self.keys.node(peer_id), node=node)
-        await self._publish_self(payload, self.keys.node_shard(shard_of(peer_id)), lifetime_s)
+        if self._now() >= self._shard_until:
+            shards = await self._listed({self.keys.node_shard(shard): shard for shard in shards_of(peer_id)})
+            self._shard = choose(peer_id, {shard: len(some - {peer_id}) for shard, some in shards.items()})
+            self._shard_until = self._now() + _SHARD_FOR_S
+        await self._publish_self(payload, self.keys.node_shard(self._shard), lifetime_s)
 
     async def publish_trainer(self, trainer: records_pb2.TrainerRecord, lifetime_s: float) -> None:
         """Writes this peer's trainer record, and lists the peer in its shard."""
@@ -222,29 +232,36 @@ class Registry:
         return await self._in_time(self._is_held_by_others(self.keys.manifest, self.keys.author.to_bytes()))
 
     async def node_ids(self, most: int = 65536) -> frozenset[PeerID]:
-        """The peers listed in the 256 shards; of more than `most`, some are drawn.
+        """The peers listed in the shards, as many shards as `most` take; of more than `most` peers, some are drawn.
 
         Anybody can list a peer that is not there: only its node record shows that it is.
         """
-        shards = {self.keys.node_shard(shard): shard for shard in range(256)}
-        return frozenset(_some(await self._listed(shards, shard_of), most))
+        listed: set[PeerID] = set()
+        shards: Sequence[str] = first_shards()
+        while shards and len(listed) < most:
+            found = await self._listed({self.keys.node_shard(shard): shard for shard in shards})
+            listed.update(*found.values())
+            wanted = [lower for shard, some in found.items() for lower in below(shard, len(some))]
+            shards = _some(wanted, _MOST_SHARDS)
+        return frozenset(_some(listed, most))
 
     async def trainer_ids(self, most: int = 4096) -> frozenset[PeerID]:
         """The peers listed in the 16 trainer shards; of more than `most`, some are drawn."""
-        shards = {self.keys.trainer_shard(shard): shard for shard in range(16)}
-        return frozenset(_some(await self._listed(shards, trainer_shard_of), most))
+        found = await self._listed({self.keys.trainer_shard(shard): f"{shard:x}" for shard in range(16)})
+        return frozenset(_some(set().union(*found.values()), most))
 
-    async def _listed(self, shards: Mapping[str, int], shard_for: Callable[[PeerID], int]) -> set[PeerID]:
+    async def _listed(self, shards: Mapping[str, str]) -> dict[str, set[PeerID]]:
+        """`shards`: key → digits. Gives for each of those the peers that stand there and belong there."""
         found = await self._get(list(shards))
-        listed = set()
-        for key, shard in shards.items():
+        listed: dict[str, set[PeerID]] = {digits: set() for digits in shards.values()}
+        for key, digits in shards.items():
             for subkey, (value, _) in found[key].items():
                 try:
                     peer_id = parse_peer_id(subkey)
                 except WireError:
                     continue
-                if value == key and shard_for(peer_id) == shard:
-                    listed.add(peer_id)
+                if value == key and digits_of(peer_id.to_bytes()).startswith(digits):
+                    listed[digits].add(peer_id)
         return listed
 
     async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:

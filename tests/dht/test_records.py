@@ -22,9 +22,9 @@ from dht.records import (
     SwarmKeys,
     parse_peer_id,
     seal,
-    shard_of,
     unseal,
 )
+from dht.shards import shards_of
 from dht.uid import UID
 from peer.errors import RecordError, WireError
 from peer.identity import Identity
@@ -97,7 +97,7 @@ def test_keys_name_the_swarm_with_its_author(keys: SwarmKeys, other: Identity) -
     assert keys.prefix(1, (2,)) == f"{swarm_id}.1.2"
     assert keys.expert(UID_HERE) == f"{swarm_id}.1.2.3"
     assert keys.node(other.peer_id) == f"{swarm_id}.node.{other.peer_id.to_base58()}"
-    assert keys.node_shard(0xA) == f"{swarm_id}.nodes.0a"
+    assert keys.node_shard("0a") == f"{swarm_id}.nodes.0a"
 
 
 @given(st.integers(0, 2**63), st.integers(0, 2**32 - 1), st.floats(0, MAX_LIFETIME_S, exclude_min=True))
@@ -126,8 +126,9 @@ def test_the_validator_accepts_every_kind_of_own_record(identity: Identity, keys
     days = NOW + MAX_MANIFEST_LIFETIME_S
     for payload in (announcement(keys.expert(UID_HERE)), node, manifest(keys, days)):
         VALIDATOR.check(stored(payload.key, subkey, seal(identity, payload), payload.expires_at))
-    shard = keys.node_shard(shard_of(identity.peer_id))
-    VALIDATOR.check(stored(shard, subkey, shard))
+    for digits in shards_of(identity.peer_id):
+        shard = keys.node_shard(digits)
+        VALIDATOR.check(stored(shard, subkey, shard))
     for layer, coordinate, following in ((1, (), 2), (1, (2,), 3), (0, (), 128), (0, (), 4095)):
         prefix = keys.index(layer, coordinate, following)
         VALIDATOR.check(stored(prefix, following, prefix))
@@ -281,21 +282,22 @@ def test_a_value_that_is_neither_bytes_nor_text_is_refused(keys: SwarmKeys, valu
 
 def test_an_index_entry_under_a_wrong_key_is_refused(identity: Identity, keys: SwarmKeys) -> None:
     refused(stored(keys.prefix(1), 2, keys.prefix(0)), "name of its key")
-    shard = shard_of(identity.peer_id)
+    shard, _, another = shards_of(identity.peer_id)
     subkey = identity.peer_id.to_bytes()
-    refused(stored(keys.node_shard(shard ^ 1), subkey, keys.node_shard(shard)), "name of its key")
+    refused(stored(keys.node_shard(another), subkey, keys.node_shard(shard)), "name of its key")
     refused(stored(keys.prefix(1), 2, keys.prefix(1) + " "), "name of its key")
 
 
 def test_an_index_entry_in_a_foreign_shard_is_refused(identity: Identity, keys: SwarmKeys) -> None:
     subkey = identity.peer_id.to_bytes()
-    foreign = keys.node_shard(shard_of(identity.peer_id) ^ 1)
-    refused(stored(foreign, subkey, foreign), "PeerIDs that fall into it")
+    for shard in shards_of(identity.peer_id):
+        foreign = keys.node_shard(f"{shard[:-1]}{int(shard[-1], 16) ^ 1:x}")
+        refused(stored(foreign, subkey, foreign), "PeerIDs that fall into it")
 
 
 @pytest.mark.parametrize("subkey", [0, None, "text", b"", b"x", bytes(33), bytes(35), [bytes(34)]])
 def test_a_shard_takes_only_peer_ids(keys: SwarmKeys, subkey: object) -> None:
-    shard = keys.node_shard(0)
+    shard = keys.node_shard("00")
     VALIDATOR.check(stored(shard, bytes(34), shard))
     refused(stored(shard, subkey, shard), "PeerIDs that fall into it")
 

@@ -1,0 +1,103 @@
+"""Where nodes are listed: shards split as they fill up, so that no key outgrows what a DHT node may hold."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import PeerID
+from hivemind.utils import MSGPackSerializer
+
+from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
+from benchmarks.simulated_swarm import SimulatedSwarm
+from dht.registry import Registry
+from dht.shards import FULL, MOST_DIGITS, below, choose, digits_of, first_shards, shards_of
+from peer.wire import records_pb2
+
+PEER = PeerID(b"\x12\x20" + bytes(30) + b"\xcd\xab")
+
+
+@pytest.fixture
+def world() -> Iterator[VirtualLoop]:
+    with simulated_world() as loop:
+        yield loop
+
+
+def test_a_node_belongs_into_one_shard_of_each_length() -> None:
+    assert digits_of(PEER.to_bytes()) == "abcd"
+    assert shards_of(PEER) == ["ab", "abc", "abcd"]
+    assert len(set(first_shards())) == 256
+    assert "ab" in first_shards()
+
+
+def test_a_node_is_listed_in_the_first_shard_with_room() -> None:
+    assert choose(PEER, {}) == "ab"
+    assert choose(PEER, {"ab": FULL - 1}) == "ab"
+    assert choose(PEER, {"ab": FULL}) == "abc"
+    assert choose(PEER, {"ab": FULL, "abc": FULL, "abcd": FULL}) == "abcd", "the last takes all"
+
+
+def test_readers_look_below_a_shard_before_it_is_full() -> None:
+    assert not list(below("ab", FULL // 2 - 1))
+    assert list(below("ab", FULL // 2)) == [f"ab{digit:x}" for digit in range(16)]
+    assert not list(below("abcd", 10 * FULL))
+    assert len("abcd") == MOST_DIGITS
+
+
+@pytest.mark.parametrize("nodes", [100_000, 1_000_000])
+def test_no_shard_of_a_large_swarm_passes_32_kilobytes_and_every_node_is_found(nodes: int) -> None:
+    """Nodes come one after another, those of one shard of 256: the others are alike."""
+    rng, listed, peers = random.Random(1), Counter[str](), []
+    for _ in range(nodes // 256):
+        peer_id = PeerID(b"\x12\x20" + rng.randbytes(31) + b"\xab")
+        shard = choose(peer_id, listed)
+        listed[shard] += 1
+        peers.append(shard)
+    entry = len(MSGPackSerializer.dumps([PEER.to_bytes(), b"x" * 80, 1e9]))
+    assert max(listed.values()) * entry < 32_000
+    read, shards = set(), ["ab"]
+    while shards:
+        read |= set(shards)
+        shards = [lower for shard in shards for lower in below(shard, listed[shard])]
+    assert set(listed) <= read
+    assert len(read) < 300
+
+
+def test_nodes_of_a_full_shard_are_listed_below_it_and_come_back_when_there_is_room(
+    world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dht.shards.FULL", 4)
+
+    async def scenario() -> None:
+        swarm = await SimulatedSwarm.start(world, 5, 5, Link(), seed=1)
+        one_shard = [
+            identity
+            for n in range(3000)
+            if (identity := SimulatedIdentity(n + 100)).peer_id.to_bytes()[-1] == 0xAB
+        ]
+        registries = [
+            Registry(lambda: swarm.peers[0].dht, swarm.keys, identity, now=world.unix_time)  # type: ignore[arg-type]
+            for identity in one_shard
+        ]
+        assert len(registries) > 8
+        reader = swarm.peers[1].registry
+        everybody = {peer.peer_id for peer in swarm.peers} | {identity.peer_id for identity in one_shard}
+        for registry in registries:
+            await registry.publish_node(records_pb2.NodeRecord(), 100.0)
+        assert await reader.node_ids() == everybody
+        assert len(await listed_in(swarm, "ab")) == 4
+        await asyncio.sleep(101)
+        for registry in registries[-4:]:
+            await registry.publish_node(records_pb2.NodeRecord(), 100.0)
+        assert len(await listed_in(swarm, "ab")) == 4, "they were listed below, and there is room now"
+
+    world.run_until_complete(scenario())
+
+
+async def listed_in(swarm: SimulatedSwarm, digits: str) -> set[object]:
+    key = DHTID.generate(source=swarm.keys.node_shard(digits))
+    found = (await swarm.peers[2].lookups.find([key]))[key]
+    now = swarm.peers[2].registry._now()
+    return {subkey for subkey, entry in found.entries.items() if entry.expires_at > now}
