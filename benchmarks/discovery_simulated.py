@@ -69,7 +69,7 @@ async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int, effort:
     if nodes <= _CRAWLED:
         result["crawl"] = await measure_crawl(loop, swarm)
     result["recall"] = {"0": await measure_recall(loop, swarm)}
-    for percent, share in ((10, 0.1), (30, 2 / 9)):  # of those that are left
+    for percent, share in ((10, 0.1), (30, 0.3)):  # of those that are left
         swarm.kill(share)
         result[f"replaced_{percent}"] = await measure_replacing(loop, swarm)
         result[f"lookups_{percent}_dead"] = await measure_lookups(loop, swarm, effort.lookups // 3)

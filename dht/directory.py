@@ -134,9 +134,11 @@ class Directory:
 
         The first time a small grid is read without its prefixes, for that takes a round of questions for each level.
         """
-        is_first = not self.view.read_at and self._manifest.experts_total <= _READ_AT_ONCE
+        is_first = not self.view.read_at and self._manifest.experts_total <= min(_MAX_READ, _READ_AT_ONCE)
         uids = self._manifest.uids() if is_first else await self._active_uids()
         replicas = await self.registry.replicas(uids)
+        if is_first:
+            replicas = {uid: hosts for uid, hosts in replicas.items() if hosts}
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
         nodes = await self.registry.nodes(peers)
         self.view = View(self._manifest, replicas, self._but_the_gone(nodes), self._now())

@@ -363,9 +363,10 @@ def test_a_coordinate_off_the_grid_does_not_disturb_the_directory(swarm: Swarm) 
         stray = [Announced(UID(0, (2, 99)), SERVING), Announced(UID(0, (77, 0)), SERVING)]
         await swarm.registry(1).announce([Announced(SECOND, SERVING), *stray], LIFETIME_S)
         await swarm.registry(1).publish_node(node_record(swarm.hosts[1]), LIFETIME_S)
-        view = await Directory(swarm.registry(0), MANIFEST, refresh_every_s=60).refresh()
-        assert set(view.replicas) == {SECOND}
-        assert view.live_experts() == 1
+        directory = Directory(swarm.registry(0), MANIFEST, refresh_every_s=60)
+        for view in (await directory.refresh(), await directory.refresh()):  # the second by its prefixes
+            assert set(view.replicas) == {SECOND}
+            assert view.live_experts() == 1
 
     swarm.run(scenario())
 
