@@ -70,13 +70,14 @@ async def found_swarm(
     listen: str,
     port: int,
     announce: str | None = None,
+    maps_port: bool = False,
     bootstrap: Sequence[str] = (),
     state: Path | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer and writes its manifest to the DHT, or finds it there: a founder comes back to its swarm.
 
-    `announce`: as in Host. `state`: folder in which the peers that were met are kept.
+    `announce`, `maps_port`: as in Host. `state`: folder in which the peers that were met are kept.
     Raises SwarmError when the name is somebody else's there, or the manifest is not the one that the swarm was founded
     with.
     """
@@ -88,6 +89,7 @@ async def found_swarm(
         listen=listen,
         port=port,
         announce=announce,
+        maps_port=maps_port,
         bootstrap=bootstrap,
         remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
         validator=RecordValidator(),
@@ -109,13 +111,14 @@ async def join_swarm(
     listen: str,
     port: int = 0,
     announce: str | None = None,
+    maps_port: bool = False,
     serves_dht: bool = True,
     state: Path | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer, joins by the invite or by peers met before, and reads the manifest that its author signed.
 
-    `announce`: as in Host. `state`: folder in which the peers that were met are kept.
+    `announce`, `maps_port`: as in Host. `state`: folder in which the peers that were met are kept.
     Raises UnreachableError when nobody answers, and SwarmError when the manifest is missing or not for this software.
     """
     stage("joining the DHT")
@@ -125,6 +128,7 @@ async def join_swarm(
         listen=listen,
         port=port,
         announce=announce,
+        maps_port=maps_port,
         bootstrap=invite.bootstrap,
         remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
         validator=RecordValidator(),

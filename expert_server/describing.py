@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dht.participants import Activity
+from dht.participants import Activity, Reachability
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
@@ -29,14 +29,16 @@ class Description:
         activity: Activity,
         now: float,
         *,
-        address: str,
+        addresses: Sequence[str],
         bootstrap_addresses: Sequence[str],
         metrics_address: str,
+        reachability: Reachability = Reachability.UNKNOWN,
+        tunnel_addresses: Sequence[str] = (),
     ) -> records_pb2.NodeRecord:
         """The record that is true now. A node that pauses or leaves offers no room."""
         self._count(status.rows, now)
         return records_pb2.NodeRecord(
-            addresses=[address],
+            addresses=addresses,
             certificate=self._certificate,
             protocol_version=PROTOCOL_VERSION,
             software_version=SOFTWARE_VERSION,
@@ -54,6 +56,8 @@ class Description:
             contributed_rows=status.contributed_rows,
             contributed_updates=status.contributed_updates,
             contributed_s=status.contributed_hours * 3600,
+            reachability=reachability.value,
+            tunnel_addresses=tunnel_addresses,
         )
 
     def _count(self, rows: int, now: float) -> None:

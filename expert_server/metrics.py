@@ -8,10 +8,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dht.counts import DhtCounts
+from dht.participants import Reachability
 from expert_server.checkpoints import CheckpointCounts
 from expert_server.runtime import RuntimeStats
 from expert_server.transfer import TransferCounts
 from peer.sessions import SessionCounts
+from peer.tunnel import TunnelCounts
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class NodeCounts:
     dht: DhtCounts
     sessions_open: int
     sessions: SessionCounts
+    tunnels: TunnelCounts
+    reachability: Reachability
 
 
 class NodeCollector(Collector):
@@ -51,6 +55,7 @@ class NodeCollector(Collector):
         yield from _transfers(node.transfers)
         yield from _work(stats)
         yield from _dht(node.dht)
+        yield from _tunnels(node)
         yield from _sessions(node)
         works = CounterMetricFamily(
             "talkoot_unfinished_works", "Works that brought no result, by cause.", labels=["cause"]
@@ -156,3 +161,22 @@ def _sessions(node: NodeCounts) -> Iterator[Metric]:
     events.add_metric(["evicted"], counts.evicted)
     events.add_metric(["unknown"], counts.unknown)
     yield events
+
+
+def _tunnels(node: NodeCounts) -> Iterator[Metric]:
+    reached = GaugeMetricFamily(
+        "talkoot_reached", "How others reach this node: 1 for what is so.", labels=["way"]
+    )
+    for way in Reachability:
+        reached.add_metric([way.name.lower()], way is node.reachability)
+    yield reached
+    counts = node.tunnels
+    yield GaugeMetricFamily(
+        "talkoot_tunnel_streams", "Streams open in tunnels, both ways.", value=counts.open
+    )
+    yield CounterMetricFamily("talkoot_tunnel_bytes", "Carried in tunnels, both ways.", value=counts.bytes)
+    streams = CounterMetricFamily("talkoot_tunnel_opened", "Streams that others opened here.", labels=["way"])
+    streams.add_metric(["relayed"], counts.relayed)
+    streams.add_metric(["punched"], counts.unrelayed)
+    streams.add_metric(["refused"], counts.refused)
+    yield streams

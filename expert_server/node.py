@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -28,6 +29,7 @@ from expert_server.memory import most_bytes, row_bytes, within_memory
 from expert_server.metrics import NodeCollector, NodeCounts
 from expert_server.pauses import Pauses, paused_in_words
 from expert_server.probe import ProbeServicer
+from expert_server.reaching import Reaching, endpoint
 from expert_server.replication import Replication
 from expert_server.runtime import Runtime, RuntimeStats
 from expert_server.servicer import EdgeLimits, ExpertServicer
@@ -108,7 +110,9 @@ class Node:
         self._certificate = swarm.host.identity.make_certificate()
         self._description = Description(settings, self._certificate, now())
         self._host = ""
+        self.reaching = Reaching(settings, swarm, random.Random(swarm.host.peer_id.to_bytes()))  # noqa: S311
         self._server: grpc.aio.Server | None = None
+        self._port = 0
         self._metrics: MetricsServer | None = None
         self._loop = asyncio.get_running_loop()  # metrics are read on another thread
 
@@ -139,6 +143,7 @@ class Node:
             await node.checkpoints.open()
             await runtime.start()
             await node._serve(host)
+            await _tried(partial(node.reaching.begin, host, node._port, stage))
             stage("looking for experts that need a host")
             await node._pauses.look()
             if not node._pauses.hosts:
@@ -198,7 +203,9 @@ class Node:
     async def _stay_announced(self) -> None:
         while True:
             await self.swarm.host.pause(self._settings.announce_every_s)
-            await self._round("announce", self.hosting.announce, self._describe, self._stay_member)
+            await self._round(
+                "announce", self.reaching.check, self.hosting.announce, self._describe, self._stay_member
+            )
 
     async def _look_around(self) -> None:
         """Beside the announcements, which must not wait while states are fetched."""
@@ -311,6 +318,8 @@ class Node:
             contributed_hours=round(contribution.served_s / 3600, 1),
             replicated=self.hosting.replicated,
             handed_over=self.hosting.handed_over,
+            reached=self.reaching.reach.in_words,
+            reach_advice=self.reaching.advice,
         )
 
     def _why(self) -> str:
@@ -359,11 +368,13 @@ class Node:
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
         try:
-            port = self._server.add_secure_port(_endpoint(host, settings.grpc_port), credentials)
+            self._port = self._server.add_secure_port(endpoint(host, settings.grpc_port), credentials)
+            self._server.add_secure_port(f"unix:{self.swarm.host.tunnels.exit_path()}", credentials)
         except RuntimeError as error:
             raise PortError(f"can't listen on {host} port {settings.grpc_port}: pass another port") from error
         await self._server.start()
-        self.address = _endpoint(settings.announce_host or host, settings.announce_grpc_port or port)
+        await self.swarm.host.serve_tunnel(settings.max_tunnel_streams)
+        self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
         registry = CollectorRegistry()
         registry.register(NodeCollector(self._stats, self._counts))
         self._metrics = MetricsServer(registry, settings.metrics_host, settings.metrics_port)
@@ -376,9 +387,11 @@ class Node:
             self.status(),
             Activity.LEAVING if self._stopping else activity,
             self._now(),
-            address=self.address,
+            addresses=self.reaching.addresses,
             bootstrap_addresses=await self.swarm.host.bootstrap_addresses(),
             metrics_address="" if self._metrics is None else self._metrics.offered(self._host),
+            reachability=self.reaching.reach.kind,
+            tunnel_addresses=self.reaching.tunnel_addresses,
         )
         await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
 
@@ -404,12 +417,9 @@ class Node:
             dht=self.swarm.registry.counts,
             sessions_open=len(self.sessions),
             sessions=self.sessions.counts,
+            tunnels=self.swarm.host.tunnels.counts,
+            reachability=self.reaching.reach.kind,
         )
-
-
-def _endpoint(host: str, port: int) -> str:
-    """`host:port`, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _threads(settings: NodeSettings) -> int:

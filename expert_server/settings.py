@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
@@ -76,6 +76,26 @@ class NodeSettings(RoleSettings):
     )
     announce_grpc_port: int | None = Field(
         default=None, ge=1, le=65535, description="port that is forwarded to grpc_port; unset: the same"
+    )
+    reachability: Literal["auto", "public", "private"] = Field(
+        default="auto",
+        description="how others reach this node: public, at its addresses; private, through relays and holes in its "
+        "router; auto: as other nodes find that try to connect to it",
+    )
+    reachability_every_s: float = Field(
+        default=600.0,
+        ge=5,
+        le=86400,
+        description="seconds until other nodes are asked again to connect to it",
+    )
+    upnp: bool = Field(
+        default=True, description="ask the router to forward the DHT's port (UPnP, NAT-PMP); not on loopback"
+    )
+    max_tunnel_streams: int = Field(
+        default=256,
+        ge=1,
+        le=10**5,
+        description="streams that others may have open to this node through tunnels",
     )
     metrics_host: MetricsHost = "127.0.0.1"
     metrics_port: MetricsPort = 0

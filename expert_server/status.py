@@ -53,3 +53,7 @@ class NodeStatus:
     """Of the experts, those that other nodes serve too."""
     handed_over: int
     """Experts that others took over when this node left."""
+    reached: str = ""
+    """How others reach it, in words, such as `direct` or `relayed by 3 relays`."""
+    reach_advice: str = ""
+    """What would let them connect directly; empty when they do."""

@@ -125,9 +125,9 @@ class Host:
         finally:
             self._supervisor = asyncio.create_task(self._supervise())
 
-    async def serve_tunnel(self) -> None:
+    async def serve_tunnel(self, most_streams: int = 256) -> None:
         """Lets other peers' gRPC in through libp2p, to a server that listens on `tunnels.exit_path()`."""
-        self.tunnels.lead_to(self.tunnels.exit_path())
+        self.tunnels.lead_to(self.tunnels.exit_path(), most_streams)
         with contextlib.suppress(UnreachableError):  # p2pd starts again, and then serves it
             await self.tunnels.serve_on(self.p2p)
 

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -86,9 +86,10 @@ class Tunnels:
         """Where this peer's gRPC server is to listen, to be reached by tunnels."""
         return self._path("exit")
 
-    def lead_to(self, path: Path) -> None:
+    def lead_to(self, path: Path, most_streams: int) -> None:
         """From now on streams of other peers lead to this unix socket. Before, none is accepted."""
         self._exit = path
+        self._limits = replace(self._limits, streams=most_streams)
 
     async def serve_on(self, daemon: Any) -> None:
         """Lets other peers' streams in through this p2pd, if they lead anywhere."""

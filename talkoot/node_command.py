@@ -89,22 +89,32 @@ class SwarmStarter:
     bootstrap: tuple[str, ...]
 
     async def start(
-        self, identity: Identity, host: str, port: int, announce: str | None, state: Path, stage: Stage
+        self, identity: Identity, settings: NodeSettings, host: str, state: Path, stage: Stage
     ) -> Swarm:
+        announce = announced_address(settings, host)
+        maps_port = settings.upnp and announce is None and not host.startswith("127.")
         if self.manifest is not None:
             return await found_swarm(
                 identity,
                 self.manifest,
                 listen=host,
-                port=port,
+                port=settings.dht_port,
                 announce=announce,
+                maps_port=maps_port,
                 bootstrap=self.bootstrap,
                 state=state,
                 stage=stage,
             )
         assert self.invite is not None
         return await join_swarm(
-            identity, self.invite, listen=host, port=port, announce=announce, state=state, stage=stage
+            identity,
+            self.invite,
+            listen=host,
+            port=settings.dht_port,
+            announce=announce,
+            maps_port=maps_port,
+            state=state,
+            stage=stage,
         )
 
 
@@ -175,10 +185,7 @@ class _NodeCommand:
     async def _serve(self) -> None:
         with self._terminal.stages("making ready") as stage:
             identity = Identity.load_or_create(self._state / "identity.key")
-            announce = announced_address(self._settings, self._host)
-            swarm = await self._starter.start(
-                identity, self._host, self._settings.dht_port, announce, self._state, stage
-            )
+            swarm = await self._starter.start(identity, self._settings, self._host, self._state, stage)
             # from here on the node stops the swarm
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:

@@ -60,7 +60,7 @@ def state_in_words(status: NodeStatus) -> str:
 
 
 def panel(swarm: str, status: NodeStatus, pace: Pace) -> Panel:
-    """Ten lines of at most `WIDTH` columns."""
+    """Eleven lines of at most `WIDTH` columns."""
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -71,6 +71,7 @@ def panel(swarm: str, status: NodeStatus, pace: Pace) -> Panel:
         "work", f"{pace.calls:.1f} requests/s   {pace.rows:,.0f} rows/s   {status.queued_rows:,} rows wait"
     )
     grid.add_row("network", _network(status, pace))
+    grid.add_row("reached", _reached(status))
     grid.add_row("compute", _bar(pace.busy, 1.0, f"{pace.busy:.0%} busy, {_count(status.threads, 'thread')}"))
     grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
     grid.add_row("peers", f"{status.peers:,} known by the DHT   {status.updates:,} updates since the start")
@@ -93,6 +94,7 @@ def _parts(status: NodeStatus, pace: Pace) -> Iterator[str]:
     yield f"{pace.busy:.0%} busy"
     yield f"memory {_memory(status)}"
     yield f"{status.peers} DHT peers"
+    yield f"reached: {_reached(status)}"
     yield f"in all runs {_so_far(status)}"
 
 
@@ -106,6 +108,10 @@ def _experts(status: NodeStatus) -> str:
 def _network(status: NodeStatus, pace: Pace) -> str:
     up, down = _mbit(pace.up_mbit, status.upload_mbit), _mbit(pace.down_mbit, status.download_mbit)
     return f"up {up}   down {down}"
+
+
+def _reached(status: NodeStatus) -> str:
+    return f"{status.reached}; {status.reach_advice}" if status.reach_advice else status.reached
 
 
 def _mbit(now: float, limit: float | None) -> str:

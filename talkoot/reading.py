@@ -106,6 +106,7 @@ def _node_dict(node: NodeInfo, read_at: float) -> dict[str, Any]:
         "name": node.name or None,
         "activity": node.activity.name.lower(),
         "addresses": list(node.addresses),
+        "reachability": node.reachability.name.lower(),
         "experts": node.expert_count,
         "capacity": node.expert_capacity,
         "updates": node.updates,

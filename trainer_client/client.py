@@ -18,8 +18,10 @@ from dht.swarm import Stage, Swarm, join_swarm
 from peer.channels import ChannelPool
 from peer.codec import codec_of
 from peer.errors import SwarmError, UnreachableError
+from peer.host import default_listen_address
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.multiaddresses import tcp_endpoint
 from peer.own_sessions import OwnSessions
 from peer.processes import StateFolder
 from peer.sessions import Sessions
@@ -178,7 +180,12 @@ class SwarmClient:
     ) -> None:
         identity = Identity.load_or_create(self._folder.path / "identity.key")
         self._swarm = await join_swarm(
-            identity, invite, listen="127.0.0.1", serves_dht=False, state=self._folder.path, stage=stage
+            identity,
+            invite,
+            listen=_listen_address(invite),
+            serves_dht=False,
+            state=self._folder.path,
+            stage=stage,
         )
         stage("looking for experts")
         self._directory = Directory(
@@ -260,3 +267,10 @@ class SwarmClient:
             await self._channels.close()
         if self._swarm is not None:
             await self._swarm.stop()
+
+
+def _listen_address(invite: Invite) -> str:
+    """A trainer listens for nodes behind routers, which connect to it where a way through can be found."""
+    endpoints = map(tcp_endpoint, invite.bootstrap)
+    on_loopback = all(endpoint is not None and endpoint[0].startswith("127.") for endpoint in endpoints)
+    return "127.0.0.1" if on_loopback else default_listen_address()

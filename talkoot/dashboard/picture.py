@@ -9,7 +9,7 @@ from hivemind.p2p import PeerID
 
 from dht.directory import View
 from dht.manifest import Manifest
-from dht.participants import Activity, Latency, TrainerInfo
+from dht.participants import Activity, Latency, Reachability, TrainerInfo
 from dht.registry import NodeInfo, Replica, ReplicaState
 from talkoot.dashboard.census import Census, Pace, Seen
 
@@ -246,9 +246,9 @@ _STATES = {
 
 
 def _reach(node: NodeInfo) -> str:
-    """How others reach it, as far as its addresses tell."""
-    if node.bootstrap_addresses and all("/p2p-circuit" in address for address in node.bootstrap_addresses):
-        return "relayed"
+    """How others reach it, as it says; a node that says nothing is older than the question."""
+    if node.reachability is not Reachability.UNKNOWN:
+        return node.reachability.name.lower()
     return "direct" if node.addresses else "unknown"
 
 

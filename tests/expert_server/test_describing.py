@@ -32,7 +32,7 @@ def describe(
         status(rows),
         activity,
         now,
-        address="10.0.0.1:1",
+        addresses=["10.0.0.1:1"],
         bootstrap_addresses=["/x"],
         metrics_address="10.0.0.1:2",
     )

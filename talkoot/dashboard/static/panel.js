@@ -8,6 +8,8 @@ import { Plot } from "./plot.js";
 import { Section } from "./section.js";
 import { peerName, stateBadge } from "./tables.js";
 
+const REACHED = { direct: "directly", punched: "through its router", relayed: "through a relay" };
+
 const ROUTE = /^#\/(node|expert)\/(.+)$/;
 
 let section;
@@ -101,7 +103,7 @@ function showNode(node) {
       ["Latency", shown(node.latency_ms, format.milliseconds, "no trainer has measured it")],
       [
         "Reached",
-        node.reach === "unknown" ? shown(null) : node.reach === "relayed" ? "through a relay" : "directly",
+        REACHED[node.reach] ?? shown(null),
       ],
       ["Version", el("bdi", {}, `${node.software_version}, protocol ${node.protocol_version}`)],
       [

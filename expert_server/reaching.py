@@ -1,0 +1,225 @@
+"""Keeps a node reached: lets others dial it back, and gets it relays when they can't."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+
+from dht.participants import NodeInfo, Reachability
+from dht.swarm import Stage, Swarm
+from expert_server.probing import call_dial_back
+from expert_server.reachability import DialledPorts, Judgement, Reach, advice, judge
+from expert_server.settings import NodeSettings
+from peer.channels import ChannelPool
+from peer.errors import DaemonError, UnreachableError
+from peer.multiaddresses import is_public, is_relayed, multiaddress
+
+logger = logging.getLogger(__name__)
+
+_ASKED = 3
+_SAMPLED = 24
+"""DHT peers of which it is looked whether they are nodes that could be asked, or relays."""
+_RELAYS = 4
+_RELAY_S = 15.0
+"""How long a relay is waited for before the node goes on, and looks again at its next announcement."""
+_LOOK_S = 0.2
+_PATIENCE = 3
+"""Looks without a relay, after which others are taken."""
+_ASK_S = 20.0
+"""Longest that asking all of them may take."""
+
+
+class Reaching:
+    """How others reach this node, and what it says of that. One per node; `check` now and then."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        swarm: Swarm,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.reach = Reach()
+        self.tunnel_addresses: tuple[str, ...] = ()
+        self._settings = settings
+        self._swarm = swarm
+        self._host = ""
+        self._port = 0
+        self._addresses: tuple[str, ...] = ()
+        self._rng = rng
+        self._clock = clock
+        self._next_at = float("-inf")
+        self._lacking = 0
+        """Looks in a row that found no relay."""
+        self._doubts = 0
+        """How often in a row others said that this node, which they reached before, is not reached any more."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """`host:port` of the expert service, as it is announced."""
+        return self._addresses
+
+    @property
+    def advice(self) -> str:
+        """What would let others connect directly; empty when they do."""
+        settings = self._settings
+        return advice(self.reach, self._host, settings.dht_port, settings.grpc_port)
+
+    async def begin(self, host: str, port: int, stage: Stage = logger.info) -> None:
+        """Finds out how others reach the expert service on this address and port. Raises UnreachableError."""
+        self._host, self._port = host, port
+        self._addresses = (self._own_address,)
+        await self.check(stage)
+        logger.info("others reach this node: %s", self.reach.in_words)
+
+    async def check(self, stage: Stage = logger.info) -> None:
+        """Asks others when it is time, and looks for relays when there are none. Raises UnreachableError."""
+        mode = self._settings.reachability
+        if mode == "public" or (mode == "auto" and self._host.startswith(("127.", "::1"))):
+            await self._be(Reach(Reachability.DIRECT))
+        elif mode == "private":
+            await self._hide(Judgement(0, service=False, dht=False, reached_at=()), stage)
+        elif self._clock() >= self._next_at:
+            await self._ask(stage)
+        if self.reach.kind in {Reachability.PUNCHED, Reachability.RELAYED}:
+            await self._note_relays(stage)
+
+    async def _ask(self, stage: Stage) -> None:
+        stage("asking others whether they reach this machine")
+        judgement = judge(await self._dials())
+        if not judgement.asked:
+            return  # the next announcement tries again
+        self._next_at = self._clock() + self._settings.reachability_every_s
+        if judgement.service:
+            self._doubts = 0
+            self._addresses = self._announced(judgement)
+            await self._be(Reach(Reachability.DIRECT, asked=judgement.asked), serves_dht=judgement.dht)
+            return
+        self._doubts += 1
+        if self.reach.kind is Reachability.DIRECT and self._doubts == 1:
+            self._next_at = float(
+                "-inf"
+            )  # who was asked may have been wrong: ask others before all is changed
+            return
+        await self._hide(judgement, stage)
+
+    def _announced(self, judgement: Judgement) -> tuple[str, ...]:
+        if self._settings.announce_host:
+            return (self._own_address,)
+        seen = (endpoint(address, self._announced_port) for address in judgement.reached_at)
+        return tuple(dict.fromkeys((*seen, self._own_address)))[:8]
+
+    async def _be(self, reach: Reach, serves_dht: bool = True) -> None:
+        """Needs no relays. Whose DHT port nobody reaches hosts no keys."""
+        self.reach = reach
+        self.tunnel_addresses = ()
+        if self._swarm.host.position.serves_dht is not serves_dht:
+            await self._move(serves_dht)
+
+    async def _move(self, serves_dht: bool, relays: Sequence[str] = ()) -> None:
+        try:
+            await self._swarm.host.move(serves_dht=serves_dht, relays=relays)
+        except DaemonError as error:  # the host tries again
+            raise UnreachableError(str(error)) from error
+
+    async def _hide(self, judgement: Judgement, stage: Stage) -> None:
+        """Is reached by its tunnel: by relays, or directly where others reach the DHT port."""
+        self._addresses = tuple(endpoint(a, self._announced_port) for a in judgement.reached_at)
+        host = self._swarm.host
+        if judgement.dht:
+            await self._be(Reach(Reachability.PUNCHED, asked=judgement.asked))
+        elif host.position.serves_dht or not host.position.relays:
+            await self._find_relays(stage)
+        self.reach = Reach(self._tunnelled_kind(), asked=judgement.asked)
+
+    def _tunnelled_kind(self) -> Reachability:
+        """By the stream that another peer opened last."""
+        directly = self._swarm.host.position.serves_dht or self._swarm.host.tunnels.last_relayed is False
+        return Reachability.PUNCHED if directly else Reachability.RELAYED
+
+    async def _note_relays(self, stage: Stage) -> None:
+        host = self._swarm.host
+        addresses = tuple(await host.tunnel_addresses())
+        relayed = [address for address in addresses if is_relayed(address)]
+        self._lacking = 0 if addresses else self._lacking + 1
+        if self._lacking >= _PATIENCE:
+            self._lacking = 0
+            await self._find_relays(stage)
+        self.tunnel_addresses = addresses
+        self.reach = Reach(self._tunnelled_kind(), len(relayed), not addresses, self.reach.asked)
+
+    async def _find_relays(self, stage: Stage) -> None:
+        """Takes other peers as relays, and waits a while for the first that lets itself be used."""
+        stage("looking for a relay")
+        relays = await self._relays()
+        if relays or self._swarm.host.position.serves_dht:
+            await self._move(False, relays)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_RELAY_S if relays else 0):
+                while not await self._swarm.host.tunnel_addresses():  # noqa: ASYNC110  # p2pd tells of no change
+                    await asyncio.sleep(_LOOK_S)
+
+    async def _relays(self) -> list[str]:
+        """Addresses of some peers that others reach, one of each. libp2p relays over public addresses only."""
+        host = self._swarm.host
+        listed = [address for node in await self._nodes() for address in node.bootstrap_addresses]
+        usable = [a for a in (*listed, *host.joined_by, *host.known) if is_public(a) and not is_relayed(a)]
+        by_peer = {address.rpartition("/p2p/")[2]: address for address in usable}
+        by_peer.pop(host.peer_id.to_base58(), None)
+        return self._rng.sample(list(by_peer.values()), min(_RELAYS, len(by_peer)))
+
+    async def _dials(self) -> Sequence[DialledPorts]:
+        nodes = [node for node in await self._nodes() if node.addresses]
+        nodes.sort(key=lambda node: not is_public(_multiaddress_of(node)))  # those of the internet first
+        pool = ChannelPool()
+        try:
+            async with asyncio.timeout(_ASK_S):
+                dials = await asyncio.gather(*(self._dial(pool, node) for node in nodes[:_ASKED]))
+        except TimeoutError:
+            return []
+        finally:
+            await pool.close()
+        return [dial for dial in dials if dial is not None]
+
+    async def _dial(self, pool: ChannelPool, node: NodeInfo) -> DialledPorts | None:
+        swarm_id, settings = self._swarm.keys.swarm_id, self._settings
+        dht_port = settings.announce_dht_port or self._swarm.host.position.port
+        try:
+            channel = await pool.reach(node)
+            return DialledPorts(
+                await call_dial_back(channel, swarm_id, self._announced_port),
+                await call_dial_back(channel, swarm_id, dht_port),
+            )
+        except UnreachableError as error:
+            logger.debug("%s did not dial back: %s", node.peer_id, error)
+            return None
+
+    async def _nodes(self) -> list[NodeInfo]:
+        """Some other nodes, in random order."""
+        host = self._swarm.host
+        peers = sorted(host.peers(), key=lambda peer: peer.to_bytes())
+        sample = self._rng.sample(peers, min(_SAMPLED, len(peers)))
+        try:
+            found = await self._swarm.registry.nodes(sample)
+        except UnreachableError:
+            return []
+        return list(found.values())
+
+    @property
+    def _announced_port(self) -> int:
+        return self._settings.announce_grpc_port or self._port
+
+    @property
+    def _own_address(self) -> str:
+        return endpoint(self._settings.announce_host or self._host, self._announced_port)
+
+
+def endpoint(host: str, port: int) -> str:
+    """`host:port`, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _multiaddress_of(node: NodeInfo) -> str:
+    return multiaddress(node.addresses[0].rpartition(":")[0].strip("[]"), 0)
