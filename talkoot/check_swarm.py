@@ -89,37 +89,33 @@ def judge_bandwidth(links: Sequence[Link], nobody: str) -> Finding:
 
 
 def judge_reachability(dials: Sequence[DialledBack], host: str, port: int, nobody: str) -> Finding:
-    """By the best of them: who lies can only say that it is not reachable, or say so of a port it could not reach."""
+    """By the best of them: who lies can only say that it is not reachable, or say so of a port it could not reach.
+
+    A node that nobody reaches serves through relays, which is slower and costs those who relay.
+    """
     if not dials:
         return _skipped("reachability", nobody)
-    best = min(dials, key=lambda dial: (dial.address != host, not dial.connected))
+    best = min(dials, key=lambda dial: (not dial.connected, dial.address != host))
     values: dict[str, str | int] = {
         "announced": host,
         "seen_as": best.address,
         "port": port,
         "connected": best.connected,
     }
-    if best.address != host:
-        return Finding(
-            name="reachability",
-            verdict=Verdict.PROBLEM,
-            says=f"peers see this machine as {best.address}, but it would announce {host}",
-            fix="pass the address that peers see as --host, if this machine has it; behind a router that hides it, "
-            "a node can't serve",
-            values=values,
-        )
-    if not best.connected:
-        return Finding(
-            name="reachability",
-            verdict=Verdict.PROBLEM,
-            says=f"peers can't connect to {host} port {port}: {best.message}",
-            fix="let two TCP ports in through the firewall, and pass them as --grpc-port and --dht-port",
-            values=values,
-        )
+    says = f"a peer connected to {best.address} port {port}"
+    if best.connected:
+        return Finding(name="reachability", verdict=Verdict.OK, says=says, values=values)
+    hidden = best.address != host
+    fix = (
+        f"forward two TCP ports on the router to {host}"
+        if hidden
+        else "let two TCP ports in through the firewall"
+    )
     return Finding(
         name="reachability",
-        verdict=Verdict.OK,
-        says=f"a peer connected to {host} port {port}",
+        verdict=Verdict.WEAK,
+        says=f"peers can't connect to {best.address} port {port}: {best.message}; a node would serve through relays",
+        fix=f"{fix}, and pass them as --grpc-port and --dht-port: then others reach it directly",
         values=values,
     )
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from namespaces import Internet, Machine, internet, why_not
 
 START_S = 60.0
@@ -63,6 +62,9 @@ class Program:
     def wait_until_reached(self, way: str) -> None:
         self.wait_for(way, lambda: any(e["reached"].startswith(way) for e in self.events("state")))
 
+    def wait_until_updated(self) -> None:
+        self.wait_for("updates", lambda: self.events("state")[-1]["updates"] > 0)
+
 
 class Village:
     """Programs on machines; all are ended with it."""
@@ -101,13 +103,13 @@ def village(tmp_path: Path) -> Iterator[Village]:
         yield made
 
 
-def found(village: Village, tmp_path: Path, experts: int = 0) -> tuple[Program, str]:
-    """A public node that founds the swarm, and its invite."""
+def found(village: Village, tmp_path: Path, experts: int = 0) -> str:
+    """Founds the swarm on a public node; gives its invite."""
     manifest = tmp_path / "swarm.toml"
     manifest.write_text(MANIFEST)
     founder = village.node(village.net.public(), "--new", manifest, "--experts", experts, "--spare", 0)
     founder.wait_for("an invite", lambda: founder.events("invite"))
-    return founder, str(founder.events("invite")[0]["invite"])
+    return str(founder.events("invite")[0]["invite"])
 
 
 def train(village: Village, machine: Machine, invite: str, text: Path) -> Sequence[dict[str, Any]]:
@@ -121,7 +123,7 @@ def train(village: Village, machine: Machine, invite: str, text: Path) -> Sequen
 
 
 def test_two_homes_and_a_public_peer_train_together(village: Village, tmp_path: Path) -> None:
-    founder, invite = found(village, tmp_path)
+    invite = found(village, tmp_path)
     homes = [
         village.node(village.net.home(), "--join", invite, "--experts", 2, "--spare", 0) for _ in range(2)
     ]
@@ -131,4 +133,4 @@ def test_two_homes_and_a_public_peer_train_together(village: Village, tmp_path: 
     steps = train(village, village.net.home(), invite, tmp_path / "text.txt")
     assert len(steps) == STEPS
     for home in homes:
-        home.wait_for("updates", lambda home=home: home.events("state")[-1]["updates"] > 0)
+        home.wait_until_updated()

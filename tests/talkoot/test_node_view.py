@@ -45,6 +45,8 @@ STATUS = NodeStatus(
     contributed_updates=34_567,
     contributed_hours=12.3,
     replicated=3,
+    reached="relayed by 2 relays",
+    reach_advice="forward TCP ports 1 and 2 on your router to 192.168.1.2",
     handed_over=0,
 )
 LATER = replace(
@@ -57,6 +59,8 @@ statuses = st.builds(
     | {
         "state": st.sampled_from(NodeState),
         "why": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
+        "reached": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
+        "reach_advice": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
         "upload_mbit": st.none() | st.floats(0.01, 1e6),
         "download_mbit": st.none() | st.floats(0.01, 1e6),
         "busy_s": st.floats(0, 1e9),
@@ -89,7 +93,7 @@ def shown(status: NodeStatus, pace: Pace, width: int = WIDTH) -> list[str]:
 def test_a_glance_tells_what_a_node_does_and_gave() -> None:
     meter = PaceMeter()
     meter.note(STATUS, 100.0)
-    lines = shown(LATER, meter.note(LATER, 110.0))[-10:]
+    lines = shown(LATER, meter.note(LATER, 110.0))[-11:]
     text = "\n".join(lines)
     for said in (
         "talkoot node in sauna",
@@ -99,6 +103,7 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
         "up 1.2 of 8 Mbit/s   down 0.8 Mbit/s",
         "34% busy, 2 threads",
         "600 MB of 2 GB",
+        "reached   relayed by 2 relays; forward TCP ports 1 and 2 on your router",
         "9 known by the DHT   1,234 updates since the start",
         "all runs  7,000,000 rows, 34,567 updates, 12.3 hours served",
     ):
@@ -157,6 +162,7 @@ def test_a_line_for_the_log_says_the_same() -> None:
         "serving: 12 of at most 18 experts, 2 adopted, 3 shared, 1234 updates, 3.1 requests/s, 412 rows/s, "
         "512 rows queued, "
         "up 1.2 and down 0.8 Mbit/s, 34% busy, memory 600 MB of 2 GB, 9 DHT peers, "
+        "reached: relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2, "
         "in all runs 7,000,000 rows, 34,567 updates, 12.3 hours served"
     )
 
