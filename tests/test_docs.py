@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from command_lines import require_parses
 
+from dht.manifest import Manifest
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
@@ -75,6 +77,18 @@ def test_documentation_builds_without_warnings(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert (tmp_path / "settings" / "index.html").exists()
     assert not list(tmp_path.rglob("*.py"))
+    reference = (tmp_path / "api" / "index.html").read_text()
+    assert "Joins a swarm as trainer." in reference, "from a docstring"
+    assert not re.search(r'id="[\w.]*\._\w', reference), "what is private is nobody's business"
+
+
+def test_manifest_of_the_tutorial_is_valid(tmp_path: Path) -> None:
+    ((_, text),) = re.findall(
+        r"^```(toml)\n(.*?)^```", (ROOT / "docs" / "tutorial.md").read_text(), re.M | re.S
+    )
+    (tmp_path / "sauna.toml").write_text(text)
+    manifest = Manifest.from_toml(tmp_path / "sauna.toml")
+    assert manifest.experts_total == 32, "two nodes of 16 experts host them"
 
 
 def test_pages_fetch_nothing_from_elsewhere(tmp_path: Path) -> None:

@@ -1,21 +1,31 @@
-"""The demo as people run it: a swarm of real processes on loopback, on the smallest number of steps that learns."""
+"""The demo as people run it: a swarm of real processes on loopback, on the smallest number of steps that learns.
+
+Once from the wheel, installed in an environment of its own.
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
+import venv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 from commands import sockets_of
 
+from peer import SOFTWARE_VERSION
+
 MARK = "TEST_OF_THE_DEMO"
+ROOT = Path(__file__).parents[2]
+FLOORS = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 
 
 @dataclass(frozen=True)
@@ -45,14 +55,15 @@ def is_marked(process: psutil.Process, mark: str) -> bool:
 
 
 @contextmanager
-def running_demo(tmp_path: Path, *options: str) -> Iterator[Running]:
+def running_demo(tmp_path: Path, *options: str, python: str | Path = sys.executable) -> Iterator[Running]:
     temporary, log, mark = tmp_path / "tmp", tmp_path / "log", uuid.uuid4().hex
     temporary.mkdir()
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "talkoot.cli", "demo", *options],
+            [str(python), "-m", "talkoot.cli", "demo", *options],
             stdout=file,
             stderr=file,
+            cwd=tmp_path,
             env=os.environ | {"TMPDIR": str(temporary), MARK: mark},
         )
     try:
@@ -69,7 +80,47 @@ def wait_until(condition: Callable[[], bool], limit_s: float, log: Path) -> None
         time.sleep(0.05)
 
 
-def test_demo_learns_loses_a_node_and_serves_its_experts_again(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has this wheel, and of everything else what is here."""
+    folder = tmp_path_factory.mktemp("installed")
+    source, environment = folder / "source", folder / "environment"
+    for name in FLOORS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source))
+    venv.create(environment, symlinks=True)
+    python = environment / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
+    run("-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps", str(wheel))
+    (packages,) = environment.glob("lib/python*/site-packages")
+    there = [path for path in sys.path if path.endswith("-packages")]
+    # files that lead to the sources, as those of editable installs, are not followed from here
+    (packages / "others.pth").write_text("".join(f"{path}\n" for path in there))
+    return python
+
+
+def run(*arguments: str) -> None:
+    ended = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_environment_has_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
+    look = "import peer, talkoot.cli, trainer_client; print(peer.__file__, peer.SOFTWARE_VERSION)"
+    ended = subprocess.run(
+        [str(installed), "-W", "ignore", "-c", look], capture_output=True, text=True, cwd=tmp_path
+    )
+    file, version = ended.stdout.split()
+    assert Path(file).is_relative_to(installed.parents[1])
+    assert version == SOFTWARE_VERSION
+    talkoot = subprocess.run(
+        [str(installed.with_name("talkoot")), "--version"], capture_output=True, text=True
+    )
+    assert talkoot.stdout.startswith(f"talkoot {SOFTWARE_VERSION}, ")
+
+
+def test_demo_learns_loses_a_node_and_serves_its_experts_again(installed: Path, tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     sockets: set[Path] = set()
 
@@ -77,7 +128,7 @@ def test_demo_learns_loses_a_node_and_serves_its_experts_again(tmp_path: Path) -
         sockets.update(demo.sockets())
         return demo.process.poll() is not None
 
-    with running_demo(tmp_path, "--steps", "30", "--json", str(result)) as demo:
+    with running_demo(tmp_path, "--steps", "10", "--json", str(result), python=installed) as demo:
         wait_until(has_ended, 110, demo.log)
         assert demo.process.returncode == 0, demo.log.read_text()
         assert not demo.processes()
@@ -96,7 +147,7 @@ def test_demo_learns_loses_a_node_and_serves_its_experts_again(tmp_path: Path) -
         "longest_stall_s",
         "seconds",
     ]
-    assert values["steps"] == 30
+    assert values["steps"] == 10
     assert values["validation_loss_last"] < 0.75 * values["validation_loss_first"]
     assert (values["nodes_started"], values["nodes_killed"]) == (3, 1)
     assert values["experts_alive_end"] == values["experts_total"] == 32

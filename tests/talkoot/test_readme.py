@@ -125,21 +125,30 @@ def test_the_readme_by_hand_in_four_terminals(reader: Reader) -> None:
         second = terminals.enter_context(reader.terminal(HOST, "terminal-2"))
         wait_until(lambda: "metrics at " in second.read_text(), "the second node")
 
-        import time; t=[time.monotonic()]
+        import time
+
+        t = [time.monotonic()]
+
         def lap(w):
-            t.append(time.monotonic()); print(f"LAP {t[-1]-t[-2]:.1f} {w[:40]}")
+            t.append(time.monotonic())
+            print(f"LAP {t[-1] - t[-2]:.1f} {w[:40]}")
+
         for written in (TRAIN, TRAIN_TOO):
-            lap("b"); said = reader.types(written)
+            lap("b")
+            said = reader.types(written)
             assert re.search(r"steps +│ +3 ", said), said
             assert re.search(r"experts live +│ +32 ", said), said
-        lap('trained'); assert "32 of 32" in (said := reader.types(STATUS)), said
+        lap("trained")
+        assert "32 of 32" in (said := reader.types(STATUS)), said
 
         # what the other sections have for those who were invited, without the start of an interpreter
-        lap('status'); doctor = talkoot(*shlex.split(reader.line(DOCTOR))[1:])
+        lap("status")
+        doctor = talkoot(*shlex.split(reader.line(DOCTOR))[1:])
         assert doctor.status in (0, 1), doctor.err
         assert "swarm" in doctor.out
-        lap('doctor')
+        lap("doctor")
         for written in FOR_TRAINERS:
             ended = talkoot(*shlex.split(reader.line(written))[1:])
             assert ended.status == 0, f"{written}: {ended.err}"
-            assert ended.out; lap(written)
+            assert ended.out
+            lap(written)

@@ -1,0 +1,155 @@
+"""The README, played: its shell blocks as they stand there, with an invite for INVITE and a folder for /tmp.
+
+Small numbers come through the environment, as anybody's could.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from commands import DEADLINE_S, wait_until
+from training_village import TEXT, talkoot
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),  # hivemind's, on 3.11
+    pytest.mark.timeout(240),
+]
+ROOT = Path(__file__).parents[2]
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SMALL = {
+    "TALKOOT_TRAIN_STEPS": "3",
+    "TALKOOT_TRAIN_BATCH_SIZE": "2",
+    "TALKOOT_TRAIN_VALIDATION_BATCHES": "1",
+    "TALKOOT_NODE_ANNOUNCE_EVERY_S": "1",
+    "TALKOOT_NODE_DRAIN_TIMEOUT_S": "0",
+    "TALKOOT_NODE_HOST": "127.0.0.1",
+    "TALKOOT_NODE_THREADS": "1",
+    "TALKOOT_TRAIN_THREADS": "1",
+}
+PLAYED_ELSEWHERE = {
+    "make demo": "test_demo.py",
+    "make test": "this is it",
+    "talkoot node --join INVITE": "terminal 2 does it",
+    "talkoot node --new deploy/swarm.toml": "terminal 1 does it",
+    "talkoot dashboard --join INVITE": "dashboard/test_page.py",
+}
+
+
+def shell_lines(text: str) -> list[str]:
+    return [line for language, block in _BLOCK.findall(text) if not language for line in block.splitlines()]
+
+
+def section(title: str) -> list[str]:
+    """The lines of all shell blocks below a heading of the README."""
+    (text,) = (part for part in re.split(r"^## ", README, flags=re.MULTILINE) if part.startswith(title))
+    return shell_lines(text)
+
+
+README = (ROOT / "README.md").read_text()
+FOUND, HOST, TRAIN, STATUS, TRAIN_TOO = section("By hand")
+DOCTOR, _, _ = section("For volunteers")
+FOR_TRAINERS = section("For trainers")
+
+
+def test_every_command_of_the_readme_is_played_somewhere() -> None:
+    played = {FOUND, HOST, TRAIN, STATUS, TRAIN_TOO, DOCTOR, *FOR_TRAINERS, *PLAYED_ELSEWHERE}
+    assert set(shell_lines(README)) == played
+
+
+@dataclass
+class Reader:
+    """Somebody who types what the README says, in a clone of the project."""
+
+    folder: Path
+    invite: str = ""
+
+    def line(self, written: str) -> str:
+        return written.replace("INVITE", self.invite).replace("/tmp/", f"{self.folder}/tmp/")
+
+    def types(self, written: str) -> str:
+        """Waits until the command ends, and gives what it printed."""
+        ended = subprocess.run(
+            self._shell(written), capture_output=True, text=True, timeout=DEADLINE_S, **self._place()
+        )
+        assert ended.returncode == 0, f"{written}: {ended.stderr}"
+        return ended.stdout + ended.stderr
+
+    @contextmanager
+    def terminal(self, written: str, name: str) -> Iterator[Path]:
+        """A terminal in which the command goes on. Gives the file that has what it prints."""
+        log = self.folder / name
+        with log.open("wb") as output:
+            process = subprocess.Popen(self._shell(written), stdout=output, stderr=output, **self._place())
+        try:
+            yield log
+            assert process.poll() is None, log.read_text()
+        finally:
+            process.terminate()
+            process.wait(30)
+        assert "Traceback" not in log.read_text(), log.read_text()
+
+    def _shell(self, written: str) -> list[str]:
+        command = f"{shlex.quote(sys.executable)} -W ignore -m talkoot.cli"
+        return ["bash", "-c", f'talkoot() {{ exec {command} "$@"; }}; {self.line(written)}']
+
+    def _place(self) -> dict[str, object]:
+        return {"cwd": self.folder, "env": os.environ | SMALL | {"PYTHONPATH": str(ROOT)}}
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
+    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "sauna.txt").write_text(TEXT)
+    (tmp_path / "test.txt").write_text(TEXT)
+    for name, value in SMALL.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return Reader(tmp_path)
+
+
+def test_the_readme_by_hand_in_four_terminals(reader: Reader) -> None:
+    with ExitStack() as terminals:
+        first = terminals.enter_context(reader.terminal(FOUND, "terminal-1"))
+        wait_until(lambda: "invite: " in first.read_text(), "the invite")
+        (reader.invite,) = re.findall(r"^invite: (\S+)$", first.read_text(), re.MULTILINE)
+        second = terminals.enter_context(reader.terminal(HOST, "terminal-2"))
+        wait_until(lambda: "metrics at " in second.read_text(), "the second node")
+
+        import time
+
+        t = [time.monotonic()]
+
+        def lap(w):
+            t.append(time.monotonic())
+            print(f"LAP {t[-1] - t[-2]:.1f} {w[:40]}")
+
+        for written in (TRAIN, TRAIN_TOO):
+            lap("b")
+            said = reader.types(written)
+            assert re.search(r"steps +│ +3 ", said), said
+            assert re.search(r"experts live +│ +32 ", said), said
+        lap("trained")
+        assert "32 of 32" in (said := reader.types(STATUS)), said
+
+        # what the other sections have for those who were invited, without the start of an interpreter
+        lap("status")
+        doctor = talkoot(*shlex.split(reader.line(DOCTOR))[1:])
+        assert doctor.status in (0, 1), doctor.err
+        assert "swarm" in doctor.out
+        lap("doctor")
+        lap("doctor")
+        for written in FOR_TRAINERS:
+            ended = talkoot(*shlex.split(reader.line(written))[1:])
+            assert ended.status == 0, f"{written}: {ended.err}"
+            assert ended.out
+            lap(written)
