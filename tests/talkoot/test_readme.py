@@ -76,7 +76,12 @@ class Reader:
     def types(self, written: str) -> str:
         """Waits until the command ends, and gives what it printed."""
         ended = subprocess.run(
-            self._shell(written), capture_output=True, text=True, timeout=DEADLINE_S, **self._place()
+            self._shell(written),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            cwd=self.folder,
+            env=self._environment(),
         )
         assert ended.returncode == 0, f"{written}: {ended.stderr}"
         return ended.stdout + ended.stderr
@@ -86,7 +91,9 @@ class Reader:
         """A terminal in which the command goes on. Gives the file that has what it prints."""
         log = self.folder / name
         with log.open("wb") as output:
-            process = subprocess.Popen(self._shell(written), stdout=output, stderr=output, **self._place())
+            process = subprocess.Popen(
+                self._shell(written), stdout=output, stderr=output, cwd=self.folder, env=self._environment()
+            )
         try:
             yield log
             assert process.poll() is None, log.read_text()
@@ -99,8 +106,8 @@ class Reader:
         command = f"{shlex.quote(sys.executable)} -W ignore -m talkoot.cli"
         return ["bash", "-c", f'talkoot() {{ exec {command} "$@"; }}; {self.line(written)}']
 
-    def _place(self) -> dict[str, object]:
-        return {"cwd": self.folder, "env": os.environ | SMALL | {"PYTHONPATH": str(ROOT)}}
+    def _environment(self) -> dict[str, str]:
+        return os.environ | SMALL | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -125,30 +132,17 @@ def test_the_readme_by_hand_in_four_terminals(reader: Reader) -> None:
         second = terminals.enter_context(reader.terminal(HOST, "terminal-2"))
         wait_until(lambda: "metrics at " in second.read_text(), "the second node")
 
-        import time
-
-        t = [time.monotonic()]
-
-        def lap(w):
-            t.append(time.monotonic())
-            print(f"LAP {t[-1] - t[-2]:.1f} {w[:40]}")
-
         for written in (TRAIN, TRAIN_TOO):
-            lap("b")
             said = reader.types(written)
             assert re.search(r"steps +│ +3 ", said), said
             assert re.search(r"experts live +│ +32 ", said), said
-        lap("trained")
         assert "32 of 32" in (said := reader.types(STATUS)), said
 
         # what the other sections have for those who were invited, without the start of an interpreter
-        lap("status")
         doctor = talkoot(*shlex.split(reader.line(DOCTOR))[1:])
         assert doctor.status in (0, 1), doctor.err
         assert "swarm" in doctor.out
-        lap("doctor")
         for written in FOR_TRAINERS:
             ended = talkoot(*shlex.split(reader.line(written))[1:])
             assert ended.status == 0, f"{written}: {ended.err}"
             assert ended.out
-            lap(written)
