@@ -110,6 +110,7 @@ class Presence:
             dispatcher.latencies,
             self._caller.bytes_sent,
             self._caller.bytes_received,
+            self._caller.repeated,
             dispatcher.live_experts(),
             dispatcher.open_breakers(),
             len(asyncio.all_tasks()),

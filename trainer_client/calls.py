@@ -4,11 +4,11 @@
 """
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
@@ -33,6 +33,8 @@ _STATUS = {status.value[0]: status for status in StatusCode}
 
 _SESSION_ENDED = {StatusCode.UNAUTHENTICATED, StatusCode.UNAVAILABLE}
 """What a call meets when its session has ended; the latter where that came while it was being sent: see _call_error."""
+_REPEAT_AFTER_S = 0.2
+"""Before a backward call is made once more."""
 _BUSY_S = 1.0
 """How long a node is left alone that refused a whole call as too much; only experts give a time."""
 
@@ -111,13 +113,15 @@ class GrpcCaller:
         self._sessions = sessions
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.repeated = 0
+        """Backward calls that were made once more, since they broke off."""
 
     async def call(
         self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
     ) -> AsyncIterator[Answer]:
         ends = time.monotonic() + deadline_s
         lost = []  # the node had to give up what it kept
-        async with contextlib.aclosing(self._call_once(node, direction, requests, deadline_s)) as answers:
+        async with aclosing(self._call_or_repeat(node, direction, requests, deadline_s)) as answers:
             async for answer in answers:
                 if requests[answer.index].kept and _is_lost(answer):
                     lost.append(answer.index)
@@ -126,7 +130,7 @@ class GrpcCaller:
         if lost:
             whole = [replace(requests[index], kept=None) for index in lost]
             left = max(ends - time.monotonic(), 0.001)
-            async with contextlib.aclosing(self._call_once(node, direction, whole, left)) as answers:
+            async with aclosing(self._call_or_repeat(node, direction, whole, left)) as answers:
                 async for answer in answers:
                     yield replace(answer, index=lost[answer.index])
 
@@ -134,17 +138,50 @@ class GrpcCaller:
         """Whether a connection to the node was tried and does not stand: it is being made, or was refused."""
         return self._channels.is_silent(node)
 
-    async def _call_once(
+    async def _call_or_repeat(
         self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
     ) -> AsyncGenerator[Answer, None]:
-        ends = time.monotonic() + deadline_s
-        channel = await self._channel(node, deadline_s)
+        """A backward call that breaks off before any answer came is made once more, while there is time, with the same
+        id: a node that has seen it applies nothing twice.
+        """
+        request_id, ends, answered = secrets.token_bytes(16), time.monotonic() + deadline_s, False
+        try:
+            async with aclosing(self._call_once(node, direction, request_id, requests, ends)) as answers:
+                async for answer in answers:
+                    answered = True
+                    yield answer
+            return
+        except ExpertError as error:
+            broke_off = error.status is StatusCode.UNAVAILABLE and not answered
+            in_time = ends - time.monotonic() > deadline_s / 2 + _REPEAT_AFTER_S
+            if direction == "forward" or not broke_off or not in_time:
+                raise
+            first = error
+        await asyncio.sleep(_REPEAT_AFTER_S)
+        self.repeated += 1
+        try:
+            async with aclosing(self._call_once(node, direction, request_id, requests, ends)) as answers:
+                async for answer in answers:
+                    yield answer
+        except ExpertError as error:
+            # where it was applied before, only its answer is lost
+            raise (first if error.status is StatusCode.ALREADY_EXISTS else error) from error
+
+    async def _call_once(
+        self,
+        node: NodeInfo,
+        direction: Direction,
+        request_id: bytes,
+        requests: Sequence[Request],
+        ends: float,
+    ) -> AsyncGenerator[Answer, None]:
+        channel = await self._channel(node, max(ends - time.monotonic(), 0.001))
         for may_repeat in (True, False):
             session = await self._session(node, channel, ends - time.monotonic())
             left = max(ends - time.monotonic(), 0.001)
             try:
-                async with contextlib.aclosing(
-                    self._call_in(session, channel, node, direction, requests, left)
+                async with aclosing(
+                    self._call_in(session, channel, node, direction, request_id, requests, left)
                 ) as answers:
                     async for answer in answers:
                         yield answer
@@ -181,16 +218,16 @@ class GrpcCaller:
         channel: grpc.aio.Channel,
         node: NodeInfo,
         direction: Direction,
+        request_id: bytes,
         requests: Sequence[Request],
         deadline_s: float,
     ) -> AsyncGenerator[Answer, None]:
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
         method = stub.Forward if direction == "forward" else stub.Backward
         stream: Stream = method(timeout=deadline_s, metadata=session)
-        request_id = secrets.token_bytes(16)
         try:
             await self._send(stream, request_id, requests)
-            async with contextlib.aclosing(self._answers(stream, request_id, requests)) as answers:
+            async with aclosing(self._answers(stream, request_id, requests)) as answers:
                 async for answer in answers:
                     yield answer
         except grpc.aio.AioRpcError as error:

@@ -25,6 +25,8 @@ class TrainerCounts:
     latencies: Latencies
     bytes_sent: int
     bytes_received: int
+    repeated: int
+    """Backward calls made once more."""
     experts_live: int
     open_breakers: int
     tasks: int
@@ -109,6 +111,7 @@ def _calls(counts: TrainerCounts) -> Iterator[Metric]:
             stats.reselected_rows,
         ),
         ("unanswered_rows", "Rows that went on with no expert.", stats.unanswered_rows),
+        ("repeated_calls", "Backward calls made once more, since they broke off.", counts.repeated),
         ("late_backward", "Gradients that did not come in time.", stats.late_backward),
         ("skipped_updates", "Optimizer steps that experts refused.", stats.skipped_updates),
         ("rollbacks", "Times that experts went back to a good state.", stats.rollbacks),

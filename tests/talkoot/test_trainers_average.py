@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,6 +60,15 @@ def distance(one: Trainer, other: Trainer) -> float:
     return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
 
 
+def wait_for_ages(watcher: Trainer, *others: Trainer) -> None:
+    """Until the DHT tells how old the others' dense parts are now."""
+    ages = {other.averaging.peer_id: other.training.part.age for other in others}
+    deadline = time.monotonic() + LIMIT_S
+    while {partner.peer_id: partner.dense_age for partner in watcher.averaging.partners} != ages:
+        assert time.monotonic() < deadline, watcher.averaging.partners
+        watcher.client._loop.run(watcher.averaging.look(), LIMIT_S)
+
+
 def train_together(*trainers: Trainer, meetings: int) -> None:
     """Until each has met so often. Each trains on a thread of its own."""
     enough = threading.Event()
@@ -101,6 +111,7 @@ def test_two_become_one_and_a_third_begins_there(village: str, tmp_path: Path) -
         assert distance(first, second) < moved, "what each learned since they met, and no more"
 
         with trainer(village, tmp_path / "c", 3) as third:
+            wait_for_ages(third, first, second)
             age = third.client.take_freshest(third.averaging)
             oldest = max((first, second), key=lambda trainer: trainer.training.part.age)
             assert age == oldest.training.part.age == third.training.part.age

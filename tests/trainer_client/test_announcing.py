@@ -29,7 +29,7 @@ def progress(**changes: Any) -> Progress:
 def counts(**changes: Any) -> TrainerCounts:
     values: dict[str, Any] = {
         "progress": None, "validated": None, "dispatch": DispatchStats(), "latencies": Latencies(),
-        "bytes_sent": 0, "bytes_received": 0, "experts_live": 0, "open_breakers": 0, "tasks": 1,
+        "bytes_sent": 0, "bytes_received": 0, "repeated": 0, "experts_live": 0, "open_breakers": 0, "tasks": 1,
     }  # fmt: skip
     return TrainerCounts(**values | changes)
 
