@@ -50,7 +50,7 @@ def describe(values: Values) -> str:
         )
     in_flight = ""
     if values["in_flight"] > 1:
-        in_flight = f"{values['in_flight']} steps in flight, "
+        in_flight = f"{values['in_flight']} steps in flight, gradient {values['staleness']} updates old, "
     averaged = f"averaged {values['averagings']} times, " if values["averagings"] else ""
     return (
         f"loss {values['loss']:.3f}{validation}, {values['tokens_per_s']:.0f} tokens/s, {in_flight}{averaged}"

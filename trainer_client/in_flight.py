@@ -25,6 +25,18 @@ _WINDOWS_REMEMBERED = 3
 _PROBE_AFTER = 50.0
 
 
+_STEPS_FOR_ONE_MORE = 20
+
+
+def bearable(step: int) -> int:
+    """How many steps in flight the gradients of a run bear that has done `step`: few at first, one more every 20 steps.
+
+    A gradient is as many updates old as there were others in flight. At the beginning the parameters move fast, and
+    what it was taken at is soon far away; later the same staleness costs little.
+    """
+    return 1 + step // _STEPS_FOR_ONE_MORE
+
+
 class EnoughInFlight:
     """How many steps at once keep the slowest part of the way busy: its rate times the time of a step alone.
 

@@ -18,7 +18,7 @@ from peer.errors import StateError
 from peer.step_size import step_size
 from trainer_client.balancing import LoadSpread
 from trainer_client.data import Dataset
-from trainer_client.in_flight import EnoughInFlight, InFlight
+from trainer_client.in_flight import EnoughInFlight, InFlight, bearable
 from trainer_client.model import LanguageModel
 from trainer_client.record import History, Progress, Record, Summary
 from trainer_client.settings import TrainerSettings
@@ -153,7 +153,7 @@ class Training:
         begun = self.step
         try:
             while True:
-                wanted = limit if enough is None else enough.count
+                wanted = limit if enough is None else min(enough.count, bearable(self.step))
                 while len(steps) < wanted and begun < settings.steps:
                     steps.begin(partial(self._compute, begun))
                     begun += 1

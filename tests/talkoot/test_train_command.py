@@ -129,12 +129,14 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_word(
     talkoot("generate", *join, "--prompt", "-").is_one_clear_line("standard input is not text in UTF-8")
 
 
+@pytest.mark.parametrize("in_flight", [1, 3])
 def test_when_all_experts_are_lost_training_waits_and_loses_no_step(
     founder: Founder,
     text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    in_flight: int,
 ) -> None:
     class ComesBack(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -145,12 +147,13 @@ def test_when_all_experts_are_lost_training_waits_and_loses_no_step(
     comes_back, log = ComesBack(), tmp_path / "log"
     train_command.logger.addHandler(comes_back)
     try:
-        ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 4, "--log", log))
+        options = ("--data", text, "--steps", 6, "--in-flight", in_flight, "--log", log)
+        ended = talkoot(*train(founder, tmp_path / "state", *options))
     finally:
         train_command.logger.removeHandler(comes_back)
         founder.resume()
     assert ended.status == 0, ended.err
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     assert "training goes on with" in caplog.text
 
 

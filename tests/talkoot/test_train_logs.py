@@ -110,3 +110,8 @@ def test_a_step_is_told_in_one_line() -> None:
         "loss 2.000, validation loss 1.500 (2.164 bits per byte, perplexity 4.482), 10 tokens/s, "
         "3 of 4 experts live, no failures"
     )
+    busy = VALUES | {"in_flight": 4, "staleness": 3, "averagings": 2, "failures": {}}
+    assert describe(busy) == (
+        "loss 2.000, 10 tokens/s, 4 steps in flight, gradient 3 updates old, averaged 2 times, "
+        "3 of 4 experts live, no failures"
+    )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer_client.in_flight import EnoughInFlight, InFlight
+from trainer_client.in_flight import EnoughInFlight, InFlight, bearable
 
 
 def simulate(
@@ -66,6 +66,17 @@ def test_a_link_that_becomes_slow_gets_more_and_one_that_becomes_fast_gets_fewer
 def test_the_limit_holds(limit: int) -> None:
     _, counts = simulate(limit, lambda now: 1.0, 0.01, 200)
     assert max(counts) <= limit
+
+
+@given(st.integers(0, 10**7), st.integers(0, 1000))
+def test_a_run_bears_more_steps_in_flight_the_longer_it_goes_on(step: int, more: int) -> None:
+    assert 1 <= bearable(step) <= bearable(step + more)
+    assert bearable(step + 1) <= bearable(step) + 1, "one by one"
+
+
+def test_a_run_begins_with_one_step_at_a_time() -> None:
+    assert (bearable(0), bearable(1)) == (1, 1)
+    assert bearable(1000) > 32, "and is not held back for ever"
 
 
 def make_model() -> nn.Linear:

@@ -40,6 +40,22 @@ class FailingModel(LanguageModel):
         return loss * self.value if self.step in self.bad_steps else loss
 
 
+class BadStepsModel(LanguageModel):
+    """Its losses are not finite in the steps of these numbers, whichever copy computes them."""
+
+    def __init__(self, bad_steps: set[int]) -> None:
+        super().__init__(make_manifest(), lambda layer: nn.Identity())
+        self.bad_steps = bad_steps
+        self.number = -1
+
+    def begin_step(self, number: int) -> None:
+        self.number = number
+
+    def loss(self, tokens_BT: Tensor) -> Tensor:
+        bad = self.training and self.number in self.bad_steps
+        return super().loss(tokens_BT) * (math.nan if bad else 1.0)
+
+
 class SteepModel(LanguageModel):
     """Its loss is finite and its gradient is not: a square root at 0."""
 
@@ -138,6 +154,21 @@ def test_steps_in_flight_wait_for_experts_at_the_same_time() -> None:
     assert max(progress.staleness for progress in seen) >= 2
     assert summary.staleness is not None
     assert 0 < summary.staleness < 3
+
+
+def test_a_bad_step_in_flight_is_skipped_and_costs_the_others_nothing() -> None:
+    models: list[BadStepsModel] = []
+
+    def make() -> LanguageModel:
+        models.append(BadStepsModel({3, 7}))
+        return models[-1]
+
+    dataset = ByteDataset(TEXT, 16, seed=0)
+    training = Training(make(), dataset, make_settings(in_flight=3), make)
+    summary = training.run(lambda progress: None, threading.Event())
+    assert (summary.steps, summary.skipped_steps) == (12, 2)
+    assert training.part.age == 10, "what was skipped has taught nothing"
+    assert all(parameter.isfinite().all() for parameter in models[0].parameters())
 
 
 def test_training_with_steps_in_flight_stops_with_what_it_has() -> None:
