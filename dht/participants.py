@@ -142,6 +142,8 @@ class TrainerInfo:
     """Of the form of its dense part; empty: it averages with nobody."""
     dense_age: int = 0
     """Steps that its dense part has behind it."""
+    tunnel_addresses: tuple[str, ...] = ()
+    """A trainer has no tunnel: it calls others."""
 
 
 def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo | None:

@@ -237,12 +237,14 @@ class Averaging:
         await call.done_writing()
 
     async def _stub(self, partner: TrainerInfo) -> tuple[Any, Metadata]:
-        """With what its calls carry. Raises TransferError when the other opens no session."""
-        channel = await self._channels.get(partner.addresses[0], partner.certificate_pem)
+        """With what its calls carry. Raises TransferError when the other can't be reached or opens no session."""
         try:
+            channel = await self._channels.reach(partner)
             session = await self._own_sessions.metadata(
                 partner.peer_id, channel, min(self._deadline_s, _OPEN_S)
             )
+        except UnreachableError as error:
+            raise TransferError(str(error)) from error
         except ExpertError as error:
             raise TransferError(f"{partner.peer_id} opens no session: {error}") from error
         return dense_pb2_grpc.DenseServiceStub(channel), session
