@@ -1,123 +1,43 @@
-"""Fan-out with experts that fail, are late or never answer. Time is virtual: what is asserted of it is exact.
-
-Unless a test says otherwise, expert i of a one-dimensional grid lives alone on peer i.
-"""
+"""Fan-out with experts that fail, are late or never answer. Time is virtual: what is asserted of it is exact."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from dispatch_swarm import (
+    DEADLINE,
+    GRACE,
+    LATE,
+    LENGTH,
+    answered_by,
+    answered_by_all_rows,
+    check_outputs,
+    forward_once,
+    make_dispatcher,
+    make_swarm,
+    random_gradients,
+    ranked,
+    run,
+    settle,
+    uid,
+)
 from expert_fakes import (
     SILENT,
     Behaviour,
-    FakeDirectory,
     FakeSwarm,
     fails,
     make_manifest,
     make_peer_id,
     now,
     random_rows,
-    virtual_time,
 )
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.registry import NodeInfo
-from dht.uid import UID
-from peer.codec import Floats
 from trainer_client.breaker import CircuitBreakers
-from trainer_client.calls import Request
-from trainer_client.dispatch import Dispatcher
-from trainer_client.forward_pass import ForwardPass
-from trainer_client.waiting import WaitPolicy
-
-DEADLINE, GRACE = 10.0, 1.0
-LENGTH = 4
-LATE = Behaviour(after_s=3.0)  # after the grace time, before half of the deadline
-
-
-def uid(number: int) -> UID:
-    return UID(0, (number,))
-
-
-def make_dispatcher(
-    swarm: FakeSwarm,
-    *,
-    k_min: int = 2,
-    grace_s: float = GRACE,
-    directory: FakeDirectory | None = None,
-    breakers: CircuitBreakers | None = None,
-    most_hedged: float = 0.1,
-) -> Dispatcher:
-    """Inside the loop: its clock is the dispatcher's."""
-    return Dispatcher(
-        directory or swarm.directory(),
-        swarm,
-        WaitPolicy(DEADLINE, grace_s, k_min, most_hedged=most_hedged),
-        breakers=breakers,
-        clock=asyncio.get_running_loop().time,
-    )
-
-
-def make_swarm(experts: int, peers: int | None = None) -> FakeSwarm:
-    return FakeSwarm(make_manifest((experts,)), peers)
-
-
-def ranked(rows: int, experts: int, *first: int) -> list[Floats]:
-    """Scores by which every row wants the experts `first`, best first, and then the others by number."""
-    order = [*first, *(i for i in range(experts) if i not in first)]
-    scores = np.empty((rows, experts), np.float32)
-    scores[:, order] = -np.arange(experts, dtype=np.float32)
-    return [scores]
-
-
-def run(coroutine: Coroutine[Any, Any, None]) -> None:
-    with virtual_time() as runner:
-        runner.run(coroutine)
-
-
-def answered_by(result: ForwardPass, row: int) -> list[int]:
-    """The experts that a row has answers of."""
-    return sorted(result.coordinates[row, result.answered[row], 0].tolist())
-
-
-def answered_by_all_rows(result: ForwardPass) -> list[int]:
-    experts = answered_by(result, 0)
-    assert all(answered_by(result, row) == experts for row in range(len(result.inputs)))
-    return experts
-
-
-def check_outputs(swarm: FakeSwarm, result: ForwardPass) -> None:
-    """No row has an expert twice, and every answer stands in the slot of the expert that gave it."""
-    for row, slots in enumerate(result.answered):
-        experts = result.coordinates[row, slots].tolist()
-        assert len(set(map(tuple, experts))) == len(experts)
-    assert not result.outputs[~result.answered].any()
-    computed = np.zeros_like(result.outputs)
-    counted = np.zeros(result.answered.shape, int)
-    for answer in result.answers:
-        share = answer.share
-        inputs = result.inputs[share.rows]
-        tensor = swarm.compute(
-            "forward", Request(share.uid, share.lengths.tolist(), share.positions.tolist(), inputs, None)
-        )
-        rows, slots = share.rows[answer.counts], share.slots[answer.counts]
-        assert (result.coordinates[rows, slots] == share.uid.coordinate).all()
-        computed[rows, slots] = tensor[answer.counts]
-        counted[rows, slots] += 1
-    np.testing.assert_array_equal(counted, result.answered)
-    np.testing.assert_allclose(result.outputs, computed, rtol=0, atol=1e-5)
-
-
-async def settle() -> None:
-    """Lets every call that is under way come to its end."""
-    await asyncio.sleep(3 * DEADLINE)
-
-
-# Forward
 
 
 def test_all_experts_answer_and_the_call_returns_at_once() -> None:
@@ -473,295 +393,6 @@ def test_whatever_fails_a_call_ends_in_time_with_the_right_outputs_and_no_expert
         assert swarm.ended == len(swarm.calls)
 
     run(scenario())
-
-
-# Breakers
-
-
-async def forward_once(dispatcher: Dispatcher, experts: int, k: int = 3) -> ForwardPass:
-    return await dispatcher.forward(0, random_rows(8), ranked(8, experts), k, LENGTH)
-
-
-def test_dead_peer_is_left_alone_until_its_breaker_lets_it_be_tried_again() -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(5)
-        swarm.behaviours[make_peer_id(0)] = fails()
-        dispatcher = make_dispatcher(swarm, breakers=CircuitBreakers(first_s=2.0))
-        await forward_once(dispatcher, 5)
-        assert dispatcher.live_experts() == 5  # a call that is lost quickly may be the line's fault
-        await forward_once(dispatcher, 5)
-        assert dispatcher.live_experts() == 4
-        result = await forward_once(dispatcher, 5)
-        assert answered_by_all_rows(result) == [1, 2, 3]
-        await asyncio.sleep(2.0)
-        assert dispatcher.live_experts() == 5
-        swarm.behaviours.clear()
-        result = await forward_once(dispatcher, 5)
-        assert answered_by_all_rows(result) == [0, 1, 2]
-
-    run(scenario())
-
-
-def test_expert_of_a_dead_peer_is_called_at_its_other_host() -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(2, peers=1)
-        swarm.behaviours[make_peer_id(0)] = fails()
-        directory = swarm.directory(more_hosts=[make_peer_id(9)])
-        dispatcher = make_dispatcher(swarm, directory=directory)
-        for _ in range(20):
-            result = await forward_once(dispatcher, 2, k=2)
-        assert result.answered.all()
-        assert dispatcher.live_experts() == 2
-        assert [call.peer_id for call in swarm.calls].count(make_peer_id(0)) == 2
-
-    run(scenario())
-
-
-def test_a_slow_failure_is_not_forgiven() -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(5)
-        swarm.behaviours[make_peer_id(0)] = fails(after_s=DEADLINE / 2 + 0.1)
-        dispatcher = make_dispatcher(swarm, grace_s=DEADLINE, breakers=CircuitBreakers(first_s=2.0))
-        await forward_once(dispatcher, 5)
-        assert dispatcher.live_experts() == 4
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("whole_call", [True, False])
-def test_busy_peer_is_left_alone_as_long_as_it_asks_and_no_longer(whole_call: bool) -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(5)
-        busy = Behaviour(StatusCode.RESOURCE_EXHAUSTED, retry_after_s=7.0)
-        swarm.behaviours[make_peer_id(0) if whole_call else uid(0)] = busy
-        dispatcher = make_dispatcher(swarm, breakers=CircuitBreakers(first_s=100.0))
-        await forward_once(dispatcher, 5)
-        assert dispatcher.stats.failures == {"resource_exhausted": 1}
-        assert dispatcher.live_experts() == 4
-        await asyncio.sleep(6.9)
-        assert dispatcher.live_experts() == 4
-        await asyncio.sleep(0.1)
-        assert dispatcher.live_experts() == 5
-
-    run(scenario())
-
-
-@pytest.mark.parametrize(("status", "live"), [(StatusCode.INVALID_ARGUMENT, 4), (StatusCode.UNKNOWN, 3)])
-def test_call_that_is_refused_as_a_whole_is_not_always_the_peers_fault(status: StatusCode, live: int) -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(4)
-        swarm.behaviours[make_peer_id(0)] = fails(status)
-        dispatcher = make_dispatcher(swarm)
-        await forward_once(dispatcher, 4)
-        assert dispatcher.live_experts() == live
-
-    run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("status", "avoided"),
-    [
-        (StatusCode.NOT_FOUND, False),
-        (StatusCode.INTERNAL, False),
-        (StatusCode.INVALID_ARGUMENT, False),
-        (StatusCode.DEADLINE_EXCEEDED, True),
-        (StatusCode.UNAVAILABLE, True),
-        (StatusCode.DATA_LOSS, True),
-    ],
-)
-def test_peer_is_avoided_for_an_experts_failure_only_where_the_peer_is_to_blame(
-    status: StatusCode, avoided: bool
-) -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(6, peers=3)
-        swarm.behaviours[uid(0)] = Behaviour(status)
-        dispatcher = make_dispatcher(swarm)
-        result = await forward_once(dispatcher, 6, k=4)  # experts 0 and 3 live on peer 0
-        assert answered_by_all_rows(result) == [1, 2, 3]
-        assert dispatcher.live_experts() == (4 if avoided else 6)
-
-    run(scenario())
-
-
-def test_failures_are_counted_by_cause() -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(8, peers=4)
-        swarm.behaviours[uid(0)] = swarm.behaviours[uid(4)] = fails(StatusCode.NOT_FOUND)  # both on peer 0
-        swarm.behaviours[make_peer_id(1)] = fails(StatusCode.DATA_LOSS)
-        swarm.behaviours[make_peer_id(2)] = SILENT
-        dispatcher = make_dispatcher(swarm, k_min=1)
-        await forward_once(dispatcher, 8, k=8)
-        assert now() == GRACE
-        assert dispatcher.stats.failures == {"not_found": 2, "data_loss": 1}
-        await settle()
-        assert dispatcher.stats.failures == {"not_found": 2, "data_loss": 1, "deadline_exceeded": 1}
-        assert dispatcher.stats.calls == 4
-
-    run(scenario())
-
-
-# Backward
-
-
-def gradients_of(swarm: FakeSwarm, result: ForwardPass, gradients: Floats, without: Sequence[int]) -> Floats:
-    """By autograd over whole shares: what the experts that answered contribute, row by row."""
-    total = np.zeros_like(result.inputs)
-    for answer in result.answers:
-        share = answer.share
-        if share.uid.coordinate[0] not in without:
-            of_share = np.zeros((len(share.rows), result.inputs.shape[1]), np.float32)
-            for i, (row, slot) in enumerate(zip(share.rows, share.slots, strict=True)):
-                if answer.counts[i]:
-                    of_share[i] = gradients[row, slot]
-            inputs = result.inputs[share.rows]
-            request = Request(share.uid, share.lengths.tolist(), share.positions.tolist(), inputs, of_share)
-            total[share.rows] += swarm.compute("backward", request)
-    return total
-
-
-def random_gradients(result: ForwardPass, seed: int = 1) -> Floats:
-    return np.random.default_rng(seed).standard_normal(result.outputs.shape, dtype=np.float32)
-
-
-def test_gradient_is_the_sum_over_the_experts() -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(5)
-        dispatcher = make_dispatcher(swarm)
-        result = await forward_once(dispatcher, 5)
-        gradients = random_gradients(result)
-        total = await dispatcher.backward(result, gradients)
-        np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, ()), atol=1e-5)
-        assert np.abs(total).min() > 0
-        assert sorted(call.uids for call in swarm.called("backward")) == [[uid(0)], [uid(1)], [uid(2)]]
-        assert dispatcher.stats.late_backward == 0
-
-    run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("behaviour", "ends_at"),
-    [
-        (fails(), 0.0),
-        (fails(StatusCode.INTERNAL, after_s=1.0), 1.0),
-        (SILENT, DEADLINE),
-        (LATE, LATE.after_s),
-    ],
-)
-def test_expert_that_fails_in_backward_contributes_nothing_and_one_that_is_slow_contributes_all(
-    behaviour: Behaviour, ends_at: float
-) -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(5)
-        dispatcher = make_dispatcher(swarm)
-        result = await forward_once(dispatcher, 5)
-        swarm.behaviours[uid(1)] = behaviour
-        gradients = random_gradients(result)
-        total = await dispatcher.backward(result, gradients)
-        without = () if behaviour is LATE else (1,)
-        np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, without), atol=1e-5)
-        assert now() == ends_at
-        assert dispatcher.stats.late_backward == len(without)
-
-    run(scenario())
-
-
-def test_backward_waits_for_a_frozen_peer_only_once() -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(5)
-        dispatcher = make_dispatcher(swarm)
-        layers = [await forward_once(dispatcher, 5) for _ in range(3)]
-        swarm.behaviours[make_peer_id(1)] = SILENT
-        for result in layers:
-            await dispatcher.backward(result, random_gradients(result))
-        assert now() == DEADLINE
-        assert dispatcher.stats.late_backward == 3
-        assert swarm.rows_sent("backward", uid(1)) == 8
-
-    run(scenario())
-
-
-def test_backward_is_sent_only_to_experts_whose_answer_counts() -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(8)
-        swarm.behaviours[uid(0)] = fails(StatusCode.NOT_FOUND)
-        swarm.behaviours[uid(1)] = Behaviour(after_s=0.9 * DEADLINE)
-        dispatcher = make_dispatcher(swarm, k_min=3)
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 8), 3, LENGTH)
-        assert answered_by_all_rows(result) == [2, 3, 4]
-        await settle()
-        await dispatcher.backward(result, random_gradients(result))
-        assert sorted(call.uids for call in swarm.called("backward")) == [[uid(2)], [uid(3)], [uid(4)]]
-
-    run(scenario())
-
-
-def test_late_expert_whose_slots_have_all_been_answered_by_others_gets_no_gradients() -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(6)
-        swarm.behaviours |= {uid(1): Behaviour(after_s=5.5), uid(2): SILENT}
-        swarm.behaviours |= {uid(3): Behaviour(after_s=0.2), uid(4): Behaviour(after_s=0.9)}  # asked at 5 s
-        dispatcher = make_dispatcher(swarm)
-        result = await forward_once(dispatcher, 6)
-        assert now() == pytest.approx(5.9)  # so that expert 1 has answered meanwhile
-        assert answered_by_all_rows(result) == [0, 3, 4]
-        check_outputs(swarm, result)
-        await dispatcher.backward(result, random_gradients(result))
-        assert sorted(call.uids for call in swarm.called("backward")) == [[uid(0)], [uid(3)], [uid(4)]]
-
-    run(scenario())
-
-
-def test_expert_that_lost_some_of_its_slots_is_sent_zero_gradients_for_them() -> None:
-    """Its outputs for the other rows have looked back at these, so they are part of its gradient."""
-
-    async def scenario() -> None:
-        swarm = make_swarm(4)
-        # rows 0, 2, 4, 6 want experts 0 and 1; the odd ones 0 and 2, which is slower than half of the deadline
-        scores = ranked(8, 4, 0, 1)
-        scores[0][1::2] = ranked(4, 4, 0, 2)[0]
-        swarm.behaviours[uid(0)] = Behaviour(after_s=6.0)
-        swarm.behaviours[uid(2)] = Behaviour(after_s=5.5)
-        swarm.behaviours[uid(1)] = Behaviour(after_s=1.0)
-        swarm.behaviours[uid(3)] = Behaviour(after_s=0.6)  # asked at 5 s by all: answers before expert 0
-        dispatcher = make_dispatcher(swarm)
-        inputs = random_rows(8)
-        result = await dispatcher.forward(0, inputs, scores, 2, LENGTH)
-        check_outputs(swarm, result)
-        partial = [answer for answer in result.answers if not answer.counts.all()]
-        assert partial, "the scenario must have an expert that lost slots"
-        swarm.behaviours.clear()
-        await settle()
-        gradients = random_gradients(result)
-        total = await dispatcher.backward(result, gradients)
-        np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, ()), atol=1e-5)
-        sent = {call.uids[0]: call.requests[0] for call in swarm.called("backward")}
-        for answer in partial:
-            request = sent[answer.share.uid]
-            assert request.gradients is not None
-            assert len(request.gradients) == len(answer.share.rows)
-            assert not request.gradients[~answer.counts].any()
-            assert request.gradients[answer.counts].any(axis=1).all()
-
-    run(scenario())
-
-
-def test_peer_whose_record_has_expired_since_gets_no_gradients() -> None:
-    async def scenario() -> None:
-        swarm = make_swarm(4)
-        directory = swarm.directory()
-        dispatcher = make_dispatcher(swarm, directory=directory)
-        result = await forward_once(dispatcher, 4)
-        directory.view = FakeSwarm(swarm.manifest, peers=1).directory().view  # only peer 0 is known
-        gradients = random_gradients(result)
-        total = await dispatcher.backward(result, gradients)
-        np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, (1, 2)), atol=1e-5)
-        assert now() == 0
-        assert dispatcher.stats.late_backward == 2
-
-    run(scenario())
-
-
-# The end
 
 
 def test_nothing_is_left_running_after_close() -> None:

@@ -1,0 +1,113 @@
+"""A dispatcher and its swarm of fakes, in virtual time: expert i of a one-dimensional grid lives alone on peer i."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+from expert_fakes import (
+    Behaviour,
+    FakeDirectory,
+    FakeSwarm,
+    make_manifest,
+    random_rows,
+    virtual_time,
+)
+
+from dht.uid import UID
+from peer.codec import Floats
+from trainer_client.breaker import CircuitBreakers
+from trainer_client.calls import Request
+from trainer_client.dispatch import Dispatcher
+from trainer_client.forward_pass import ForwardPass
+from trainer_client.waiting import WaitPolicy
+
+DEADLINE, GRACE = 10.0, 1.0
+LENGTH = 4
+LATE = Behaviour(after_s=3.0)  # after the grace time, before half of the deadline
+
+
+def uid(number: int) -> UID:
+    return UID(0, (number,))
+
+
+def make_dispatcher(
+    swarm: FakeSwarm,
+    *,
+    k_min: int = 2,
+    grace_s: float = GRACE,
+    directory: FakeDirectory | None = None,
+    breakers: CircuitBreakers | None = None,
+    most_hedged: float = 0.1,
+) -> Dispatcher:
+    """Inside the loop: its clock is the dispatcher's."""
+    return Dispatcher(
+        directory or swarm.directory(),
+        swarm,
+        WaitPolicy(DEADLINE, grace_s, k_min, most_hedged=most_hedged),
+        breakers=breakers,
+        clock=asyncio.get_running_loop().time,
+    )
+
+
+def make_swarm(experts: int, peers: int | None = None) -> FakeSwarm:
+    return FakeSwarm(make_manifest((experts,)), peers)
+
+
+def ranked(rows: int, experts: int, *first: int) -> list[Floats]:
+    """Scores by which every row wants the experts `first`, best first, and then the others by number."""
+    order = [*first, *(i for i in range(experts) if i not in first)]
+    scores = np.empty((rows, experts), np.float32)
+    scores[:, order] = -np.arange(experts, dtype=np.float32)
+    return [scores]
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    with virtual_time() as runner:
+        runner.run(coroutine)
+
+
+def answered_by(result: ForwardPass, row: int) -> list[int]:
+    """The experts that a row has answers of."""
+    return sorted(result.coordinates[row, result.answered[row], 0].tolist())
+
+
+def answered_by_all_rows(result: ForwardPass) -> list[int]:
+    experts = answered_by(result, 0)
+    assert all(answered_by(result, row) == experts for row in range(len(result.inputs)))
+    return experts
+
+
+def check_outputs(swarm: FakeSwarm, result: ForwardPass) -> None:
+    """No row has an expert twice, and every answer stands in the slot of the expert that gave it."""
+    for row, slots in enumerate(result.answered):
+        experts = result.coordinates[row, slots].tolist()
+        assert len(set(map(tuple, experts))) == len(experts)
+    assert not result.outputs[~result.answered].any()
+    computed = np.zeros_like(result.outputs)
+    counted = np.zeros(result.answered.shape, int)
+    for answer in result.answers:
+        share = answer.share
+        inputs = result.inputs[share.rows]
+        tensor = swarm.compute(
+            "forward", Request(share.uid, share.lengths.tolist(), share.positions.tolist(), inputs, None)
+        )
+        rows, slots = share.rows[answer.counts], share.slots[answer.counts]
+        assert (result.coordinates[rows, slots] == share.uid.coordinate).all()
+        computed[rows, slots] = tensor[answer.counts]
+        counted[rows, slots] += 1
+    np.testing.assert_array_equal(counted, result.answered)
+    np.testing.assert_allclose(result.outputs, computed, rtol=0, atol=1e-5)
+
+
+async def settle() -> None:
+    """Lets every call that is under way come to its end."""
+    await asyncio.sleep(3 * DEADLINE)
+
+
+async def forward_once(dispatcher: Dispatcher, experts: int, k: int = 3) -> ForwardPass:
+    return await dispatcher.forward(0, random_rows(8), ranked(8, experts), k, LENGTH)
+
+
+def random_gradients(result: ForwardPass, seed: int = 1) -> Floats:
+    return np.random.default_rng(seed).standard_normal(result.outputs.shape, dtype=np.float32)

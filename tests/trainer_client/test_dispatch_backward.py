@@ -1,0 +1,189 @@
+"""Gradients go to the experts whose answers count, and come back summed. Time is virtual."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from dispatch_swarm import (
+    DEADLINE,
+    LATE,
+    LENGTH,
+    answered_by_all_rows,
+    check_outputs,
+    forward_once,
+    make_dispatcher,
+    make_swarm,
+    random_gradients,
+    ranked,
+    run,
+    settle,
+    uid,
+)
+from expert_fakes import (
+    SILENT,
+    Behaviour,
+    FakeSwarm,
+    fails,
+    make_peer_id,
+    now,
+    random_rows,
+)
+from grpc import StatusCode
+
+from peer.codec import Floats
+from trainer_client.calls import Request
+from trainer_client.forward_pass import ForwardPass
+
+
+def gradients_of(swarm: FakeSwarm, result: ForwardPass, gradients: Floats, without: Sequence[int]) -> Floats:
+    """By autograd over whole shares: what the experts that answered contribute, row by row."""
+    total = np.zeros_like(result.inputs)
+    for answer in result.answers:
+        share = answer.share
+        if share.uid.coordinate[0] not in without:
+            of_share = np.zeros((len(share.rows), result.inputs.shape[1]), np.float32)
+            for i, (row, slot) in enumerate(zip(share.rows, share.slots, strict=True)):
+                if answer.counts[i]:
+                    of_share[i] = gradients[row, slot]
+            inputs = result.inputs[share.rows]
+            request = Request(share.uid, share.lengths.tolist(), share.positions.tolist(), inputs, of_share)
+            total[share.rows] += swarm.compute("backward", request)
+    return total
+
+
+def test_gradient_is_the_sum_over_the_experts() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(5)
+        dispatcher = make_dispatcher(swarm)
+        result = await forward_once(dispatcher, 5)
+        gradients = random_gradients(result)
+        total = await dispatcher.backward(result, gradients)
+        np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, ()), atol=1e-5)
+        assert np.abs(total).min() > 0
+        assert sorted(call.uids for call in swarm.called("backward")) == [[uid(0)], [uid(1)], [uid(2)]]
+        assert dispatcher.stats.late_backward == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "ends_at"),
+    [
+        (fails(), 0.0),
+        (fails(StatusCode.INTERNAL, after_s=1.0), 1.0),
+        (SILENT, DEADLINE),
+        (LATE, LATE.after_s),
+    ],
+)
+def test_expert_that_fails_in_backward_contributes_nothing_and_one_that_is_slow_contributes_all(
+    behaviour: Behaviour, ends_at: float
+) -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(5)
+        dispatcher = make_dispatcher(swarm)
+        result = await forward_once(dispatcher, 5)
+        swarm.behaviours[uid(1)] = behaviour
+        gradients = random_gradients(result)
+        total = await dispatcher.backward(result, gradients)
+        without = () if behaviour is LATE else (1,)
+        np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, without), atol=1e-5)
+        assert now() == ends_at
+        assert dispatcher.stats.late_backward == len(without)
+
+    run(scenario())
+
+
+def test_backward_waits_for_a_frozen_peer_only_once() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(5)
+        dispatcher = make_dispatcher(swarm)
+        layers = [await forward_once(dispatcher, 5) for _ in range(3)]
+        swarm.behaviours[make_peer_id(1)] = SILENT
+        for result in layers:
+            await dispatcher.backward(result, random_gradients(result))
+        assert now() == DEADLINE
+        assert dispatcher.stats.late_backward == 3
+        assert swarm.rows_sent("backward", uid(1)) == 8
+
+    run(scenario())
+
+
+def test_backward_is_sent_only_to_experts_whose_answer_counts() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(8)
+        swarm.behaviours[uid(0)] = fails(StatusCode.NOT_FOUND)
+        swarm.behaviours[uid(1)] = Behaviour(after_s=0.9 * DEADLINE)
+        dispatcher = make_dispatcher(swarm, k_min=3)
+        result = await dispatcher.forward(0, random_rows(8), ranked(8, 8), 3, LENGTH)
+        assert answered_by_all_rows(result) == [2, 3, 4]
+        await settle()
+        await dispatcher.backward(result, random_gradients(result))
+        assert sorted(call.uids for call in swarm.called("backward")) == [[uid(2)], [uid(3)], [uid(4)]]
+
+    run(scenario())
+
+
+def test_late_expert_whose_slots_have_all_been_answered_by_others_gets_no_gradients() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(6)
+        swarm.behaviours |= {uid(1): Behaviour(after_s=5.5), uid(2): SILENT}
+        swarm.behaviours |= {uid(3): Behaviour(after_s=0.2), uid(4): Behaviour(after_s=0.9)}  # asked at 5 s
+        dispatcher = make_dispatcher(swarm)
+        result = await forward_once(dispatcher, 6)
+        assert now() == pytest.approx(5.9)  # so that expert 1 has answered meanwhile
+        assert answered_by_all_rows(result) == [0, 3, 4]
+        check_outputs(swarm, result)
+        await dispatcher.backward(result, random_gradients(result))
+        assert sorted(call.uids for call in swarm.called("backward")) == [[uid(0)], [uid(3)], [uid(4)]]
+
+    run(scenario())
+
+
+def test_expert_that_lost_some_of_its_slots_is_sent_zero_gradients_for_them() -> None:
+    """Its outputs for the other rows have looked back at these, so they are part of its gradient."""
+
+    async def scenario() -> None:
+        swarm = make_swarm(4)
+        # rows 0, 2, 4, 6 want experts 0 and 1; the odd ones 0 and 2, which is slower than half of the deadline
+        scores = ranked(8, 4, 0, 1)
+        scores[0][1::2] = ranked(4, 4, 0, 2)[0]
+        swarm.behaviours[uid(0)] = Behaviour(after_s=6.0)
+        swarm.behaviours[uid(2)] = Behaviour(after_s=5.5)
+        swarm.behaviours[uid(1)] = Behaviour(after_s=1.0)
+        swarm.behaviours[uid(3)] = Behaviour(after_s=0.6)  # asked at 5 s by all: answers before expert 0
+        dispatcher = make_dispatcher(swarm)
+        inputs = random_rows(8)
+        result = await dispatcher.forward(0, inputs, scores, 2, LENGTH)
+        check_outputs(swarm, result)
+        partial = [answer for answer in result.answers if not answer.counts.all()]
+        assert partial, "the scenario must have an expert that lost slots"
+        swarm.behaviours.clear()
+        await settle()
+        gradients = random_gradients(result)
+        total = await dispatcher.backward(result, gradients)
+        np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, ()), atol=1e-5)
+        sent = {call.uids[0]: call.requests[0] for call in swarm.called("backward")}
+        for answer in partial:
+            request = sent[answer.share.uid]
+            assert request.gradients is not None
+            assert len(request.gradients) == len(answer.share.rows)
+            assert not request.gradients[~answer.counts].any()
+            assert request.gradients[answer.counts].any(axis=1).all()
+
+    run(scenario())
+
+
+def test_peer_whose_record_has_expired_since_gets_no_gradients() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(4)
+        directory = swarm.directory()
+        dispatcher = make_dispatcher(swarm, directory=directory)
+        result = await forward_once(dispatcher, 4)
+        directory.view = FakeSwarm(swarm.manifest, peers=1).directory().view  # only peer 0 is known
+        gradients = random_gradients(result)
+        total = await dispatcher.backward(result, gradients)
+        np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, (1, 2)), atol=1e-5)
+        assert now() == 0
+        assert dispatcher.stats.late_backward == 2
+
+    run(scenario())

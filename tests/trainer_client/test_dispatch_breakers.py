@@ -1,0 +1,144 @@
+"""Peers that fail are left alone, as long as it is their fault. Time is virtual."""
+
+import asyncio
+
+import pytest
+from dispatch_swarm import (
+    DEADLINE,
+    GRACE,
+    answered_by_all_rows,
+    forward_once,
+    make_dispatcher,
+    make_swarm,
+    run,
+    settle,
+    uid,
+)
+from expert_fakes import (
+    SILENT,
+    Behaviour,
+    fails,
+    make_peer_id,
+    now,
+)
+from grpc import StatusCode
+
+from trainer_client.breaker import CircuitBreakers
+
+
+def test_dead_peer_is_left_alone_until_its_breaker_lets_it_be_tried_again() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(5)
+        swarm.behaviours[make_peer_id(0)] = fails()
+        dispatcher = make_dispatcher(swarm, breakers=CircuitBreakers(first_s=2.0))
+        await forward_once(dispatcher, 5)
+        assert dispatcher.live_experts() == 5  # a call that is lost quickly may be the line's fault
+        await forward_once(dispatcher, 5)
+        assert dispatcher.live_experts() == 4
+        result = await forward_once(dispatcher, 5)
+        assert answered_by_all_rows(result) == [1, 2, 3]
+        await asyncio.sleep(2.0)
+        assert dispatcher.live_experts() == 5
+        swarm.behaviours.clear()
+        result = await forward_once(dispatcher, 5)
+        assert answered_by_all_rows(result) == [0, 1, 2]
+
+    run(scenario())
+
+
+def test_expert_of_a_dead_peer_is_called_at_its_other_host() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(2, peers=1)
+        swarm.behaviours[make_peer_id(0)] = fails()
+        directory = swarm.directory(more_hosts=[make_peer_id(9)])
+        dispatcher = make_dispatcher(swarm, directory=directory)
+        for _ in range(20):
+            result = await forward_once(dispatcher, 2, k=2)
+        assert result.answered.all()
+        assert dispatcher.live_experts() == 2
+        assert [call.peer_id for call in swarm.calls].count(make_peer_id(0)) == 2
+
+    run(scenario())
+
+
+def test_a_slow_failure_is_not_forgiven() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(5)
+        swarm.behaviours[make_peer_id(0)] = fails(after_s=DEADLINE / 2 + 0.1)
+        dispatcher = make_dispatcher(swarm, grace_s=DEADLINE, breakers=CircuitBreakers(first_s=2.0))
+        await forward_once(dispatcher, 5)
+        assert dispatcher.live_experts() == 4
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("whole_call", [True, False])
+def test_busy_peer_is_left_alone_as_long_as_it_asks_and_no_longer(whole_call: bool) -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(5)
+        busy = Behaviour(StatusCode.RESOURCE_EXHAUSTED, retry_after_s=7.0)
+        swarm.behaviours[make_peer_id(0) if whole_call else uid(0)] = busy
+        dispatcher = make_dispatcher(swarm, breakers=CircuitBreakers(first_s=100.0))
+        await forward_once(dispatcher, 5)
+        assert dispatcher.stats.failures == {"resource_exhausted": 1}
+        assert dispatcher.live_experts() == 4
+        await asyncio.sleep(6.9)
+        assert dispatcher.live_experts() == 4
+        await asyncio.sleep(0.1)
+        assert dispatcher.live_experts() == 5
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("status", "live"), [(StatusCode.INVALID_ARGUMENT, 4), (StatusCode.UNKNOWN, 3)])
+def test_call_that_is_refused_as_a_whole_is_not_always_the_peers_fault(status: StatusCode, live: int) -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(4)
+        swarm.behaviours[make_peer_id(0)] = fails(status)
+        dispatcher = make_dispatcher(swarm)
+        await forward_once(dispatcher, 4)
+        assert dispatcher.live_experts() == live
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("status", "avoided"),
+    [
+        (StatusCode.NOT_FOUND, False),
+        (StatusCode.INTERNAL, False),
+        (StatusCode.INVALID_ARGUMENT, False),
+        (StatusCode.DEADLINE_EXCEEDED, True),
+        (StatusCode.UNAVAILABLE, True),
+        (StatusCode.DATA_LOSS, True),
+    ],
+)
+def test_peer_is_avoided_for_an_experts_failure_only_where_the_peer_is_to_blame(
+    status: StatusCode, avoided: bool
+) -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(6, peers=3)
+        swarm.behaviours[uid(0)] = Behaviour(status)
+        dispatcher = make_dispatcher(swarm)
+        result = await forward_once(dispatcher, 6, k=4)  # experts 0 and 3 live on peer 0
+        assert answered_by_all_rows(result) == [1, 2, 3]
+        assert dispatcher.live_experts() == (4 if avoided else 6)
+
+    run(scenario())
+
+
+def test_failures_are_counted_by_cause() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(8, peers=4)
+        swarm.behaviours[uid(0)] = swarm.behaviours[uid(4)] = fails(StatusCode.NOT_FOUND)  # both on peer 0
+        swarm.behaviours[make_peer_id(1)] = fails(StatusCode.DATA_LOSS)
+        swarm.behaviours[make_peer_id(2)] = SILENT
+        dispatcher = make_dispatcher(swarm, k_min=1)
+        await forward_once(dispatcher, 8, k=8)
+        assert now() == GRACE
+        assert dispatcher.stats.failures == {"not_found": 2, "data_loss": 1}
+        await settle()
+        assert dispatcher.stats.failures == {"not_found": 2, "data_loss": 1, "deadline_exceeded": 1}
+        assert dispatcher.stats.calls == 4
+
+    run(scenario())
