@@ -6,11 +6,12 @@ Small numbers come through the environment, as anybody's could.
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,9 @@ class Reader:
     folder: Path
     invite: str = ""
 
+    home: str = "home"
+    """Each home has states of its own."""
+
     def line(self, written: str) -> str:
         return written.replace("INVITE", self.invite).replace("/tmp/", f"{self.folder}/tmp/")
 
@@ -98,8 +102,8 @@ class Reader:
             yield log
             assert process.poll() is None, log.read_text()
         finally:
-            process.terminate()
-            process.wait(30)
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
         assert "Traceback" not in log.read_text(), log.read_text()
 
     def _shell(self, written: str) -> list[str]:
@@ -107,7 +111,8 @@ class Reader:
         return ["bash", "-c", f'talkoot() {{ exec {command} "$@"; }}; {self.line(written)}']
 
     def _environment(self) -> dict[str, str]:
-        return os.environ | SMALL | {"PYTHONPATH": str(ROOT)}
+        state = {"XDG_STATE_HOME": str(self.folder / self.home)}
+        return os.environ | SMALL | state | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -146,3 +151,32 @@ def test_the_readme_by_hand_in_four_terminals(reader: Reader) -> None:
             ended = talkoot(*shlex.split(reader.line(written))[1:])
             assert ended.status == 0, f"{written}: {ended.err}"
             assert ended.out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_tutorial(reader: Reader) -> None:
+    """As it stands there, steps and all: by three people, each with a home of their own."""
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    (manifest,) = (block for language, block in _BLOCK.findall(text) if language == "toml")
+    (reader.folder / "sauna.toml").write_text(manifest)
+    doctor, found, host, status, train, dashboard, host_again, generate, resume = shell_lines(text)
+    assert host_again == host
+    aino, benno, carla = (replace(reader, home=home) for home in ("aino", "benno", "carla"))
+    assert carla.types(doctor)
+    with aino.terminal(found, "found") as log:
+        wait_until(
+            lambda: (reader.folder / "invite").exists() and "metrics at" in log.read_text(), "the invite"
+        )
+        with benno.terminal(host, "host") as log:
+            wait_until(lambda: "metrics at " in log.read_text(), "Benno's node")
+            assert "32 of 32 experts alive" in (said := carla.types(status)), said
+            said = carla.types(train, limit_s=400)
+            (loss,) = re.findall(r"validation loss last +│ +([\d.]+)", said)
+            assert float(loss) < 2.7, said
+        with carla.terminal(dashboard, "dashboard") as log:
+            wait_until(lambda: "http://127.0.0.1:8080/" in log.read_text(), "the dashboard")
+        with benno.terminal(host_again, "host-again") as log:
+            wait_until(lambda: "metrics at " in log.read_text(), "Benno's node again")
+            assert len(carla.types(generate)) > 100
+            assert re.search(r"steps +│ +500 ", carla.types(resume.replace("2000", "500"), limit_s=200))
