@@ -77,13 +77,13 @@ class Reader:
     def line(self, written: str) -> str:
         return written.replace("INVITE", self.invite).replace("/tmp/", f"{self.folder}/tmp/")
 
-    def types(self, written: str) -> str:
+    def types(self, written: str, limit_s: float = DEADLINE_S) -> str:
         """Waits until the command ends, and gives what it printed."""
         ended = subprocess.run(
             self._shell(written),
             capture_output=True,
             text=True,
-            timeout=DEADLINE_S,
+            timeout=limit_s,
             cwd=self.folder,
             env=self._environment(),
         )
