@@ -104,6 +104,7 @@ class SimulatedSwarm:
         bootstrap = self.rng.choice(by or self.peers)
         while await peer.dht.protocol.call_ping(bootstrap.peer_id) is None:
             pass  # lost: whoever starts a peer tries again
+        await asyncio.sleep(0)  # hivemind enters who answered on another task
         await peer.dht.find_nearest_nodes([peer.dht.node_id])
 
     def fill_tables(self, peers: Collection[SimulatedPeer], known: Sequence[SimulatedPeer]) -> None:
