@@ -10,12 +10,13 @@ from functools import partial
 
 from hivemind.p2p import PeerID
 
+from dht.balance import Resolve, exchange
 from dht.manifest import Manifest
 from dht.registry import Announced, Replica, ReplicaState
 from dht.survey import Survey
 from dht.swarm import Swarm
 from dht.uid import UID
-from dht.vacancies import behind, choose, lost_claims, surplus, thin, vacant
+from dht.vacancies import behind, choose, lost_claims, staying, surplus, thin, vacant
 from expert_server.checkpoints import Checkpoints
 from expert_server.devices import ComputeDevice, roomiest
 from expert_server.expert import Expert, expert_bytes
@@ -37,6 +38,8 @@ _WITHDRAW_S = 2.0
 """Longest that a node which gives its experts up tries to withdraw its announcements."""
 _QUEUE_S = 2.0
 """Longest that it lets work that waits be computed."""
+_FIRM_LOOKS = 4
+"""Looks in a row that must find the same replica to spare. Announcements live three periods."""
 _SAVE_S = 10.0
 """Longest that it saves them."""
 
@@ -61,6 +64,8 @@ class Hosting:
         """Experts that others took over because this node left."""
         self.replicated = 0
         """Of the experts hosted, those that others served too at the last look."""
+        self.exchanged = 0
+        """Replicas given up for ones that were needed more."""
         self._settings = settings
         self._swarm = swarm
         self._runtime = runtime
@@ -74,6 +79,7 @@ class Hosting:
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._claimed_at: dict[UID, float] = {}
         self._was_vacant: set[UID] = set()
+        self._resolve = Resolve(_FIRM_LOOKS, settings.exchange_every_s)
         self._survey = Survey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._leaving = False
         self._hurried = False
@@ -117,6 +123,7 @@ class Hosting:
                 raise UnreachableError("the DHT does not give back this node's own announcements")
             await self._adopt(replicas)
             await self._replicate(replicas)
+            await self._exchange(replicas)
 
     async def replicate(self) -> None:
         """Takes further replicas of the experts with the fewest, as far as there is room."""
@@ -254,6 +261,22 @@ class Hosting:
             self._runtime.remove(uid)
             self._meetings.forget(uid)
         await self._checkpoints.save_all_within(_SAVE_S, experts)
+
+    async def _exchange(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+        """Without room for more, gives up a replica that others host often enough for one that is needed more.
+
+        The new one comes first, into the spare room.
+        """
+        mine, enough = self._runtime.experts, self._settings.replicas
+        is_full = self._room <= len(mine) < self.capacity
+        wish = exchange(replicas, mine, self._swarm.host.peer_id, enough) if is_full else None
+        if not self._resolve.is_firm(wish, self._now()) or wish is None:
+            return
+        self._resolve.done(self._now())
+        if await self._claim([wish.takes], max(enough, staying(replicas[wish.takes]) + 1)):
+            await self._give_up([wish.gives])
+            self.exchanged += 1
+            logger.info("exchanged expert %s, which others host, for %s", wish.gives, wish.takes)
 
     async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         me, mine = self._swarm.host.peer_id, self._runtime.experts

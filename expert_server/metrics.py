@@ -22,6 +22,7 @@ class NodeCounts:
 
     experts: int
     adopted: int
+    exchanged: int
     dht_failures: int
     p2pd_restarts: int
     checkpoints: CheckpointCounts
@@ -81,6 +82,7 @@ def _hosting(node: NodeCounts) -> Iterator[Metric]:
         yield GaugeMetricFamily(f"talkoot_{name}", words, level)
     for name, words, count in (
         ("experts_adopted", "Experts taken over because nobody hosted them.", node.adopted),
+        ("experts_exchanged", "Replicas given up for ones that were needed more.", node.exchanged),
         ("dht_failures", "DHT rounds that failed or timed out.", node.dht_failures),
         ("experts_handed_over", "Experts that others took over when this node left.", node.handed_over),
         ("averagings", "Replicas averaged with another node's.", node.averagings),

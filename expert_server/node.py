@@ -402,6 +402,7 @@ class Node:
         return NodeCounts(
             experts=len(self.runtime.experts),
             adopted=self.hosting.adopted,
+            exchanged=self.hosting.exchanged,
             dht_failures=self._dht_failures,
             p2pd_restarts=self.swarm.host.restarts,
             checkpoints=self.checkpoints.counts,

@@ -106,6 +106,14 @@ class NodeSettings(RoleSettings):
         le=100,
         description="replicas of an expert that are enough: of one with fewer this node takes another into its room",
     )
+    exchange_every_s: float = Field(
+        default=600.0,
+        ge=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds that lie between two exchanges of a replica that others host often enough for one that "
+        "is needed more, at least; 0: never",
+    )
     average_every_s: float = Field(
         default=60.0,
         ge=0,

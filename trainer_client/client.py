@@ -28,6 +28,7 @@ from peer.sessions import Sessions
 from peer.wire import session_pb2
 from trainer_client.announcing import Presence, reached_at
 from trainer_client.averaging import Averaging
+from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import ExpertCaller, GrpcCaller
 from trainer_client.dense import DenseForm
 from trainer_client.dispatch import Dispatcher
@@ -217,6 +218,7 @@ class SwarmClient:
             self._directory,
             through(caller),
             policy,
+            breakers=CircuitBreakers(settings.backoff_first_s, settings.backoff_longest_s),
             spot_checks=settings.spot_checks,
             seed=random.SystemRandom().getrandbits(32),
             is_silent=caller.is_silent,

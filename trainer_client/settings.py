@@ -135,6 +135,20 @@ class TrainerSettings(RoleSettings):
         allow_inf_nan=False,
         description="seconds: the shortest deadline, when calls have answered quickly",
     )
+    backoff_first_s: float = Field(
+        default=2.0,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="seconds that a peer is left alone after a failure; after each further one twice as long",
+    )
+    backoff_longest_s: float = Field(
+        default=120.0,
+        gt=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds: the longest that a peer is left alone after failures",
+    )
     most_hedged: float = Field(
         default=0.1,
         ge=0,
