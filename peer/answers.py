@@ -10,6 +10,11 @@ from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils import MSGPackSerializer
+from hivemind.utils.timed_storage import HeapEntry
+
+# hivemind compares subkeys where two entries expire at the same moment. A record's is bytes and an index entry's a
+# number, and both may come under one key: comparing them fails, and with it the store, or the whole answer.
+HeapEntry.__lt__ = lambda one, other: one.expiration_time < other.expiration_time
 
 MAX_ENTRIES = 4096
 """Of one dictionary in one answer; of more, some are drawn, so that nobody can choose which are lost."""

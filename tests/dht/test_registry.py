@@ -358,9 +358,11 @@ def test_the_directory_of_another_peer_has_consistent_tables(swarm: Swarm) -> No
     swarm.run(scenario())
 
 
-def test_a_coordinate_off_the_grid_does_not_disturb_the_directory(swarm: Swarm) -> None:
+def test_experts_off_the_manifests_grid_do_not_disturb_the_directory(swarm: Swarm) -> None:
     async def scenario() -> None:
-        stray = [Announced(UID(0, (2, 99)), SERVING), Announced(UID(0, (77, 0)), SERVING)]
+        # beyond the grid of the manifest, and of grids with one dimension more or less
+        off = [(2, 99), (77, 0), (2,), (2, 3, 0)]
+        stray = [Announced(UID(0, coordinate), SERVING) for coordinate in off]
         await swarm.registry(1).announce([Announced(SECOND, SERVING), *stray], LIFETIME_S)
         await swarm.registry(1).publish_node(node_record(swarm.hosts[1]), LIFETIME_S)
         directory = Directory(swarm.registry(0), MANIFEST, refresh_every_s=60)
