@@ -1,7 +1,7 @@
 """The invite: the one line a volunteer pastes. Bootstrap addresses, the swarm's name, its author's key fingerprint."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import base58
 from google.protobuf.message import DecodeError
@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from dht.records import SwarmKeys, parse_peer_id
 from peer.errors import InviteError, WireError
 from peer.multiaddresses import is_multiaddress
-from peer.wire import records_pb2
+from peer.wire import admission_pb2, records_pb2
 
 _SCHEME = "talkoot1"
 """The 1 is the form of the invite; it changes when an old program could not read a new invite."""
@@ -24,12 +24,15 @@ class Invite:
     keys: SwarmKeys
     bootstrap: tuple[str, ...]
     """Multiaddresses, tried all at once."""
+    token: bytes = field(default=b"", repr=False)
+    """What lets its holder into a swarm that admits by token: a serialized Token, a secret. Empty: none."""
 
     def __str__(self) -> str:
         message = records_pb2.InviteMessage(
             name=self.keys.name,
             author=self.keys.author.to_bytes(),
             bootstrap_addresses=self.bootstrap,
+            token=admission_pb2.Token.FromString(self.token) if self.token else None,
         )
         checked: bytes = base58.b58encode_check(message.SerializeToString())
         return _SCHEME + checked.decode()
@@ -61,4 +64,5 @@ class Invite:
             raise InviteError("the invite names no usable bootstrap address: ask for a new one")
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}[a-z0-9]", message.name):
             raise InviteError("the invite names no valid swarm: ask for a new one")
-        return cls(SwarmKeys(message.name, author), addresses)
+        token = message.token.SerializeToString() if message.HasField("token") else b""
+        return cls(SwarmKeys(message.name, author), addresses, token)

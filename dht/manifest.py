@@ -142,6 +142,15 @@ class WireSpec(_Part):
     )
 
 
+class AdmissionSpec(_Part):
+    """Who may take part."""
+
+    mode: Literal["open", "token"] = Field(
+        default="open",
+        description="open: whoever has the invite; token: whoever has one that the founder made with `talkoot invite`",
+    )
+
+
 class Manifest(_Part):
     """What all peers of a swarm share. The file that founds a swarm has the same form, as TOML."""
 
@@ -154,6 +163,7 @@ class Manifest(_Part):
     routing: RoutingSpec = RoutingSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     wire: WireSpec = WireSpec()
+    admission: AdmissionSpec = AdmissionSpec()
 
     @model_validator(mode="after")
     def _top_k_is_not_too_large(self) -> Self:

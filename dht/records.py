@@ -27,6 +27,8 @@ MAX_RECORD_BYTES = 16 * 1024
 MAX_LIFETIME_S = 600.0
 """Announcements, node records and index entries that claim to live longer are refused."""
 MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
+_LONG_LIVED = {"manifest_json": ".manifest", "revocations": ".revoked"}
+"""Records that live as long as that, and how their keys end."""
 CLOCK_TOLERANCE_S = 3.0
 _MAX_INDEX_BYTES = 128
 _VERIFIED = 4096
@@ -51,6 +53,10 @@ class SwarmKeys:
     @property
     def manifest(self) -> str:
         return f"{self.name}.manifest"
+
+    @property
+    def revocations(self) -> str:
+        return f"{self.swarm_id}.revoked"
 
     def prefix(self, layer: int, coordinate: tuple[int, ...] = ()) -> str:
         return ".".join([self.swarm_id, str(layer), *map(str, coordinate)])
@@ -107,6 +113,11 @@ def unseal(data: object, key: str, peer_id: PeerID, now: float) -> records_pb2.R
     return payload
 
 
+def writers_key(data: bytes) -> bytes:
+    """The public key in a record that was unsealed before, DER."""
+    return records_pb2.SignedRecord.FromString(data).public_key
+
+
 @lru_cache(maxsize=_VERIFIED)
 def _verified(data: bytes) -> records_pb2.RecordPayload:
     """Remembered, for several holders answer with the same record; so nobody may change what this gives."""
@@ -125,10 +136,15 @@ def _verified(data: bytes) -> records_pb2.RecordPayload:
 
 
 def _check_lifetime(expires_at: float, now: float, payload: records_pb2.RecordPayload | None) -> None:
-    is_manifest = payload is not None and payload.WhichOneof("body") == "manifest_json"
-    longest = MAX_MANIFEST_LIFETIME_S if is_manifest else MAX_LIFETIME_S
+    ending = None if payload is None else _LONG_LIVED.get(payload.WhichOneof("body") or "")
+    is_long_lived = payload is not None and ending is not None and payload.key.endswith(ending)
+    longest = MAX_MANIFEST_LIFETIME_S if is_long_lived else MAX_LIFETIME_S
     if not expires_at <= now + longest + CLOCK_TOLERANCE_S:  # also refuses NaN
         raise RecordError(f"the record claims to live longer than {longest:.0f} s")
+
+
+Rule = Callable[[records_pb2.RecordPayload, PeerID], None]
+"""Raises RecordError when that peer may not write that."""
 
 
 class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
@@ -140,6 +156,8 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
     """
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self.rules: tuple[str, Rule] | None = None
+        """A swarm's id, and what its rules say of its records, once they are known."""
         self._now = now
 
     def validate(self, record: DHTRecord) -> bool:
@@ -169,6 +187,8 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             if payload.expires_at != record.expiration_time:
                 raise RecordError("the record's expiry is not the signed one")
             _check_lifetime(payload.expires_at, self._now(), payload)
+            if self.rules is not None and payload.key.startswith(f"{self.rules[0]}."):
+                self.rules[1](payload, PeerID(payload.peer_id))
         else:
             raise RecordError("a value is a record (bytes) or an index entry (text)")
 

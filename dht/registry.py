@@ -14,6 +14,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
+from dht.admission import SwarmAdmission
 from dht.claims import ClaimAges
 from dht.counts import DhtCounts
 from dht.lookups import Item, Lookups
@@ -32,7 +33,7 @@ from dht.uid import UID
 from peer.distribution import Distribution
 from peer.errors import RecordError, UnreachableError, WireError
 from peer.identity import Identity
-from peer.wire import records_pb2
+from peer.wire import admission_pb2, records_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,10 @@ class Registry:
         `deadline_s`: longest that one look-up or store may take, all its keys together.
         """
         self.keys = keys
+        self.admission: SwarmAdmission | None = None
+        """The swarm's rules, once its manifest is known."""
+        self.badge: admission_pb2.Badge | None = None
+        """What admits this peer, if it needs that."""
         self.counts = DhtCounts()
         self.lookups = Lookups(dht)
         self._identity = identity
@@ -119,16 +124,37 @@ class Registry:
             key=self.keys.manifest, expires_at=expires_at, manifest_json=manifest_json
         )
         record = seal(self._identity, payload)
-        await self.republish_manifest(record, expires_at)
+        await self.republish(self.keys.manifest, record, expires_at)
         return record
 
-    async def republish_manifest(self, record: bytes, expires_at: float) -> None:
-        """Stores the author's signed manifest again, so that it outlives the peers that held it.
+    async def republish(self, key: str, record: bytes, expires_at: float) -> None:
+        """Stores a record of the author again, so that it outlives the peers that held it.
 
         Peers that have it already refuse it, which is no failure.
         """
-        item = Item(self.keys.manifest, self.keys.author.to_bytes(), record, expires_at)
+        item = Item(key, self.keys.author.to_bytes(), record, expires_at)
         await self._in_time(self.lookups.store([item]))
+
+    async def publish_revocations(self, serials: Collection[int], expires_at: float) -> bytes:
+        """Signs and stores which grants hold no more; returns what was stored."""
+        payload = records_pb2.RecordPayload(
+            key=self.keys.revocations,
+            expires_at=expires_at,
+            revocations=admission_pb2.Revocations(serials=sorted(serials)),
+        )
+        record = seal(self._identity, payload)
+        await self.republish(payload.key, record, expires_at)
+        return record
+
+    async def find_revocations(self) -> tuple[tuple[int, ...], bytes, float] | None:
+        """Which grants hold no more, the author's record that says so, and its expiry."""
+        key, author = self.keys.revocations, self.keys.author
+        value, expires_at = (await self._get([key]))[key].get(author.to_bytes(), (None, 0.0))
+        try:
+            payload = unseal(value, key, author, self._now())
+        except RecordError:
+            return None  # or there is none
+        return tuple(payload.revocations.serials), value, expires_at
 
     async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
         """Author → (signed manifest record, its expiry), for every author who used this swarm's name."""
@@ -266,7 +292,7 @@ class Registry:
 
     async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
         expires_at = payload.expires_at = self._now() + lifetime_s
-        record = seal(self._identity, payload)
+        record = self._seal(payload)
         subkey = self._identity.peer_id.to_bytes()
         await self._store(
             [Item(payload.key, subkey, record, expires_at), Item(shard, subkey, shard, expires_at)]
@@ -300,7 +326,7 @@ class Registry:
                 claimed_at=replica.claimed_at,
             ),
         )
-        return seal(self._identity, payload)
+        return self._seal(payload)
 
     def _replicas_of(
         self, uid: UID, key: str, found: Mapping[object, tuple[Any, float]]
@@ -308,7 +334,7 @@ class Registry:
         for subkey, (value, _) in _some(found.items(), _MAX_REPLICAS):
             try:
                 peer_id = parse_peer_id(subkey)
-                payload = unseal(value, key, peer_id, self._now())
+                payload = self._unseal(value, key, peer_id)
                 announcement = payload.announcement
                 state = ReplicaState(announcement.state)
             except (RecordError, WireError, ValueError) as error:
@@ -330,11 +356,24 @@ class Registry:
                     payload.expires_at,
                 )
 
+    def _seal(self, payload: records_pb2.RecordPayload) -> bytes:
+        """With this peer's badge, if it has one."""
+        if self.badge is not None:
+            payload.badge.CopyFrom(self.badge)
+        return seal(self._identity, payload)
+
+    def _unseal(self, value: object, key: str, peer_id: PeerID) -> records_pb2.RecordPayload:
+        """Raises RecordError also when the swarm's rules do not let that peer write this."""
+        payload = unseal(value, key, peer_id, self._now())
+        if self.admission is not None:
+            self.admission.check_record(payload, peer_id)
+        return payload
+
     def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
-        return read_node(unseal(value, key, peer_id, self._now()), peer_id)
+        return read_node(self._unseal(value, key, peer_id), peer_id)
 
     def _trainer_info(self, value: object, key: str, peer_id: PeerID) -> TrainerInfo | None:
-        return read_trainer(unseal(value, key, peer_id, self._now()), peer_id)
+        return read_trainer(self._unseal(value, key, peer_id), peer_id)
 
     async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
         """A look-up would not tell: this peer's own store answers it too."""

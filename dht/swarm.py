@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dht.acquaintances import Acquaintances
+from dht.admission import Role, SwarmAdmission, read_grant
 from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.membership import Membership
-from dht.records import RecordValidator, SwarmKeys
+from dht.records import RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry
-from peer.errors import SwarmError, UnreachableError
+from dht.revocations import Revocations
+from peer.denylist import Denylist
+from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
+from peer.wire import admission_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,8 @@ class Swarm:
     manifest_expires_at: float
     membership: Membership
     acquaintances: Acquaintances
+    admission: SwarmAdmission
+    revocations: Revocations
 
     @property
     def keys(self) -> SwarmKeys:
@@ -56,8 +62,26 @@ class Swarm:
         return Invite(self.keys, (*own, *self.acquaintances.addresses()[:_OTHERS_IN_INVITE]))
 
     async def keep_manifest(self) -> None:
-        """Stores the signed manifest again, so that it outlives the peers that held it."""
-        await self.registry.republish_manifest(self.manifest_record, self.manifest_expires_at)
+        """Stores what the author signed again, so that it outlives the peers that held it."""
+        record, expires_at = self.manifest_record, self.manifest_expires_at
+        await self.registry.republish(self.keys.manifest, record, expires_at)
+        await self.revocations.keep()
+
+    async def refresh_admission(self) -> None:
+        """Reads the denylist again and, in a swarm that admits by token, what the founder has revoked.
+
+        Raises UnreachableError.
+        """
+        self.admission.denylist.reread()
+        await self.revocations.read()
+
+    async def keep_admission(self, every_s: float, then: Callable[[], None]) -> None:
+        """Refreshes it for ever, and calls `then`. When the DHT does not answer, what was known stays."""
+        while True:
+            await asyncio.sleep(every_s)
+            with contextlib.suppress(UnreachableError):
+                await self.refresh_admission()
+            then()
 
     async def stop(self) -> None:
         await self.host.stop()
@@ -73,6 +97,7 @@ async def found_swarm(
     maps_port: bool = False,
     bootstrap: Sequence[str] = (),
     state: Path | None = None,
+    denylist: Denylist | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer and writes its manifest to the DHT, or finds it there: a founder comes back to its swarm.
@@ -83,7 +108,7 @@ async def found_swarm(
     """
     stage("starting the DHT")
     keys = SwarmKeys(manifest.name, identity.peer_id)
-    acquaintances = _acquaintances(state, keys)
+    acquaintances, validator = _acquaintances(state, keys), RecordValidator()
     host = await Host.start(
         identity,
         listen=listen,
@@ -92,13 +117,13 @@ async def found_swarm(
         maps_port=maps_port,
         bootstrap=bootstrap,
         remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
-        validator=RecordValidator(),
+        validator=validator,
     )
     try:
         registry = Registry(lambda: host.dht, keys, identity)
         stage("publishing the manifest")
         record, expires_at = await _own_manifest(registry, manifest, _FOUNDER_LOOKS if host.joined_by else 1)
-        return _member(host, registry, acquaintances, manifest, record, expires_at)
+        return _member(host, registry, acquaintances, manifest, record, expires_at, validator, denylist)
     except BaseException:
         await host.stop()
         raise
@@ -114,15 +139,18 @@ async def join_swarm(
     maps_port: bool = False,
     serves_dht: bool = True,
     state: Path | None = None,
+    roles: Sequence[Role] = (),
+    denylist: Denylist | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer, joins by the invite or by peers met before, and reads the manifest that its author signed.
 
-    `announce`, `maps_port`: as in Host. `state`: folder in which the peers that were met are kept.
-    Raises UnreachableError when nobody answers, and SwarmError when the manifest is missing or not for this software.
+    `announce`, `maps_port`: as in Host. `state`: folder in which the peers that were met are kept. `roles`: as one of
+    these it takes part; none: it only looks. Raises InviteError when the swarm admits by token, and the invite's lets it in as none of
+    them; UnreachableError when nobody answers, and SwarmError when the manifest is missing or not for this software.
     """
     stage("joining the DHT")
-    acquaintances = _acquaintances(state, invite.keys)
+    acquaintances, validator = _acquaintances(state, invite.keys), RecordValidator()
     host = await Host.start(
         identity,
         listen=listen,
@@ -131,7 +159,7 @@ async def join_swarm(
         maps_port=maps_port,
         bootstrap=invite.bootstrap,
         remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
-        validator=RecordValidator(),
+        validator=validator,
         serves_dht=serves_dht,
     )
     try:
@@ -141,7 +169,9 @@ async def join_swarm(
         manifest = Manifest.from_json(registry.manifest_json(record))
         if manifest.name != invite.keys.name:
             raise SwarmError(f"the manifest is of a swarm named {manifest.name!r}, not {invite.keys.name!r}")
-        return _member(host, registry, acquaintances, manifest, record, expires_at)
+        swarm = _member(host, registry, acquaintances, manifest, record, expires_at, validator, denylist)
+        await _come_in(swarm, invite, roles)
+        return swarm
     except BaseException:
         await host.stop()
         raise
@@ -158,10 +188,44 @@ def _member(
     manifest: Manifest,
     record: bytes,
     expires_at: float,
+    validator: RecordValidator,
+    denylist: Denylist | None,
 ) -> Swarm:
     acquaintances.meet(host.joined_by, time.time())
     membership = Membership(host, registry, acquaintances)
-    return Swarm(host, registry, manifest, record, expires_at, membership, acquaintances)
+    swarm_id = registry.keys.swarm_id
+    admission = SwarmAdmission(swarm_id, writers_key(record), manifest.admission.mode, denylist)
+    validator.rules = swarm_id, admission.check_record
+    registry.admission = admission
+    revocations = Revocations(registry, admission)
+    return Swarm(
+        host, registry, manifest, record, expires_at, membership, acquaintances, admission, revocations
+    )
+
+
+async def _come_in(swarm: Swarm, invite: Invite, roles: Sequence[Role]) -> None:
+    """Makes this peer's badge of the invite's token, where it needs one. Raises InviteError."""
+    if swarm.admission.mode == "open" or swarm.host.peer_id == swarm.keys.author:
+        return
+    with contextlib.suppress(UnreachableError):  # then it is seen later
+        await swarm.revocations.read()
+    if not roles:
+        return
+    wanted = " or ".join(role.word for role in roles)
+    if not invite.token:
+        raise InviteError(
+            f"this swarm admits by token: ask its founder for an invite of your own, as a {wanted}"
+        )
+    token = admission_pb2.Token.FromString(invite.token)
+    try:
+        swarm.registry.badge = swarm.admission.check_token(token, swarm.host.peer_id)
+        role = read_grant(token.grant).role
+    except RecordError as error:
+        raise InviteError(f"this invite lets you in no more: {error}; ask the founder for another") from error
+    if role not in roles:
+        raise InviteError(
+            f"this invite is for a {role.word}, not for a {wanted}: ask the founder for another"
+        )
 
 
 async def _own_manifest(registry: Registry, manifest: Manifest, looks: int) -> tuple[bytes, float]:

@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from dht.admission import RIGHTS, Role
 from dht.participants import Activity
 from dht.swarm import Stage, Swarm
 from dht.uid import UID
@@ -21,6 +22,7 @@ from expert_server.checkpoints import Checkpoints, CheckpointStore
 from expert_server.contribution import Account, Contribution
 from expert_server.describing import Description
 from expert_server.devices import ComputeDevice, open_devices
+from expert_server.doorkeeper import Doorkeeper
 from expert_server.expert import expert_bytes
 from expert_server.health import HealthServicer
 from expert_server.hosting import Hosting
@@ -44,9 +46,9 @@ from peer.meetings import Meetings
 from peer.metrics import MetricsServer
 from peer.own_sessions import OwnSessions
 from peer.rates import Traffic
-from peer.sessions import Sessions, SessionServicer
+from peer.sessions import SessionServicer
 from peer.snapshots import Snapshots
-from peer.wire import expert_pb2_grpc, probe_pb2_grpc, session_pb2, session_pb2_grpc, state_pb2_grpc
+from peer.wire import expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,9 @@ class Node:
         meetings: Meetings[UID] = Meetings()
         swarm_id = swarm.keys.swarm_id
         self.traffic = Traffic(settings.upload_mbit, settings.download_mbit)
-        own_sessions = OwnSessions(swarm.host.identity, swarm_id, (session_pb2.RIGHT_FETCH,))
+        own_sessions = OwnSessions(
+            swarm.host.identity, swarm_id, sorted(RIGHTS[Role.NODE]), swarm.registry.badge
+        )
         self.client = StateClient(
             swarm_id, swarm.manifest, own_sessions, self.traffic.down, settings.max_transfer_s,
             swarm.host.tunnels,
@@ -100,7 +104,8 @@ class Node:
         self._most_bytes = settings.memory or most_bytes(settings, swarm.manifest, self.hosting.capacity)
         self._stopping = self._drained = False
         limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes)
-        self.sessions = Sessions(swarm_id, swarm.host.peer_id, limit=settings.max_sessions)
+        self._door = Doorkeeper(swarm, state, settings.max_sessions, now)
+        self.sessions = self._door.sessions
         self._servicer = ExpertServicer(
             runtime, swarm.manifest, swarm_id, limits, self.sessions, self.traffic
         )
@@ -206,6 +211,7 @@ class Node:
             await self._round(
                 "announce", self.reaching.check, self.hosting.announce, self._describe, self._stay_member
             )
+            await self._round("admission", self._door.look)
 
     async def _look_around(self) -> None:
         """Beside the announcements, which must not wait while states are fetched."""

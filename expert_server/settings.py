@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
 from expert_server.devices import PrecisionSetting
 from expert_server.schedule import Schedule
-from peer.settings import MetricsHost, MetricsPort, PeerName, RoleSettings
+from peer.settings import Denied, DenylistPath, MetricsHost, MetricsPort, PeerName, RoleSettings
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
 
@@ -245,6 +245,8 @@ class NodeSettings(RoleSettings):
         description="memory for forward passes kept until their backward call, in bytes",
     )
     max_calls: int = Field(default=64, ge=1, le=10**5, description="calls served at the same time")
+    deny: Denied = ()
+    denylist: DenylistPath = None
     max_sessions: int = Field(
         default=4096, ge=1, le=10**6, description="callers that are known at the same time"
     )

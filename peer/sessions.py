@@ -159,6 +159,9 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def all(self) -> list[Session]:
+        return list(self._sessions.values())
+
     def open(self, request: session_pb2.OpenRequest) -> session_pb2.OpenReply:
         """Raises ExpertError."""
         try:
@@ -202,7 +205,7 @@ class Sessions:
     def recheck(self) -> None:
         """Ends the sessions of callers that are denied or revoked by now, and those that have expired."""
         now = self._now()
-        for session in list(self._sessions.values()):
+        for session in self.all():
             gone = session.expires_at <= now
             if gone or not self._admission.still_admits(session.caller, session.serial):
                 self._end(session.caller)

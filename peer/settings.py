@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from peer.errors import SettingsError
 
@@ -27,6 +27,27 @@ MetricsHost = Annotated[
     ),
 ]
 MetricsPort = Annotated[int, Field(ge=0, le=65535, description="TCP port of /metrics; 0: any free one")]
+
+
+def _several(value: object) -> object:
+    """From the environment they come as one text."""
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+Denied = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_several),
+    Field(description="PeerIDs of peers to have nothing to do with, beside those in the denylist"),
+]
+DenylistPath = Annotated[
+    Path | None,
+    Field(
+        description="file of such PeerIDs, one a line; it is read again when it changes; unset: `denylist` in the "
+        "state folder"
+    ),
+]
+DENYLIST = "denylist"
+"""Its name in a state folder."""
 
 
 class RoleSettings(BaseModel):

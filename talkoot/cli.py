@@ -7,10 +7,11 @@ import typer
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import SettingsError
-from talkoot import steer, use
+from talkoot import invite, steer, use
 from talkoot.console import LogFormat
 from talkoot.options import (
     Config,
+    Deny,
     Format,
     Join,
     MetricsHost,
@@ -179,6 +180,7 @@ def node(
             metavar="MULTIADDR", help="Another peer to join the DHT by. May be given several times."
         ),
     ] = None,
+    deny: Deny = None,
     config: Config = None,
     invite_file: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write this node's invite there.")
@@ -215,6 +217,7 @@ def node(
         "niceness": niceness,
         "announce_every_s": announce_every_s,
         "drain_timeout_s": drain_timeout_s,
+        "deny": deny or None,
     }
     with command(LogFormat.JSON if as_json else log_format) as (terminal, _):
         from talkoot.node_command import Origin, run_node
@@ -367,6 +370,7 @@ def train(
     metrics_host: MetricsHost = None,
     name: Name = None,
     state: State = None,
+    deny: Deny = None,
     config: Config = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the summary there, as JSON.")
@@ -409,6 +413,7 @@ def train(
         "metrics_host": metrics_host,
         "name": name,
         "state": state,
+        "deny": deny or None,
     }
     with command(log_format) as (terminal, signals):
         from talkoot.train_command import run_train
@@ -498,6 +503,7 @@ def demo(
 
 use.add_to(app)
 steer.add_to(app)
+invite.add_to(app)
 
 
 if __name__ == "__main__":

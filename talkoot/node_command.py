@@ -13,6 +13,7 @@ from typing import Any
 import uvloop
 from rich.live import Live
 
+from dht.admission import Role
 from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm
@@ -21,14 +22,17 @@ from expert_server.devices import check_devices
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
+from peer.denylist import Denylist
 from peer.errors import InviteError, SettingsError, StartError, UserError
 from peer.files import write_whole
 from peer.host import default_listen_address
 from peer.identity import Identity
 from peer.multiaddresses import is_multiaddress, multiaddress
 from peer.processes import StateFolder
+from peer.settings import DENYLIST
 from talkoot.console import Terminal, log_file, quiet_hivemind
 from talkoot.control import LOG_FILE, ControlServer, node_folder
+from talkoot.invite_command import FoundedSwarm
 from talkoot.node_view import Pace, PaceMeter, line, panel
 from talkoot.signals import Stopped, run_until_stopped
 
@@ -92,6 +96,7 @@ class SwarmStarter:
         self, identity: Identity, settings: NodeSettings, host: str, state: Path, stage: Stage
     ) -> Swarm:
         announce = announced_address(settings, host)
+        denylist = Denylist(settings.denylist or state / DENYLIST, settings.deny)
         maps_port = settings.upnp and announce is None and not host.startswith("127.")
         if self.manifest is not None:
             return await found_swarm(
@@ -103,6 +108,7 @@ class SwarmStarter:
                 maps_port=maps_port,
                 bootstrap=self.bootstrap,
                 state=state,
+                denylist=denylist,
                 stage=stage,
             )
         assert self.invite is not None
@@ -114,6 +120,8 @@ class SwarmStarter:
             announce=announce,
             maps_port=maps_port,
             state=state,
+            roles=(Role.NODE,),
+            denylist=denylist,
             stage=stage,
         )
 
@@ -208,6 +216,8 @@ class _NodeCommand:
             self._node.hurry()
 
     def _show_invite(self, node: Node, invite: str) -> None:
+        if node.swarm.host.peer_id == node.swarm.keys.author:
+            FoundedSwarm(invite=invite, admission=node.swarm.admission.mode).save(self._state)
         if self._invite_file is not None:
             _write(self._invite_file, invite + "\n")
         peer_id = node.swarm.host.peer_id.to_base58()
@@ -217,6 +227,10 @@ class _NodeCommand:
             if self._terminal.live:
                 self._terminal.err.rule("others join with")
             self._terminal.line(f"invite: {invite}")
+            if node.swarm.admission.mode == "token":
+                logger.info(
+                    "this invite lets people look only: `talkoot invite` makes those that let them in"
+                )
             if self._terminal.live:
                 self._terminal.err.rule()
         logger.info("peer %s serves on %s; metrics at %s", peer_id, node.address, node.metrics_address)

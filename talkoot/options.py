@@ -48,6 +48,14 @@ MetricsHost = Annotated[
         help="IP address of /metrics; any but loopback is announced to the swarm.  [default: 127.0.0.1]",
     ),
 ]
+Deny = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PEERID",
+        help="Have nothing to do with this peer, as with those in the file `denylist` in the state folder. May be "
+        "given several times.",
+    ),
+]
 Format = Annotated[LogFormat, typer.Option(help="Lines for people, or JSON lines for programs.")]
 
 

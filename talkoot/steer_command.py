@@ -58,7 +58,7 @@ def words(standing: Standing) -> str:
     )
 
 
-def parse_duration_s(text: str) -> float:
+def parse_duration_s(text: str, option: str = "--for", longest_s: float = MAX_PAUSE_S) -> float:
     """Seconds in a text such as 90s, 30m, 1h30m or 2d. Raises SettingsError."""
     parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip(), re.ASCII)
     seconds = sum(
@@ -66,9 +66,9 @@ def parse_duration_s(text: str) -> float:
         for number, unit_s in zip(parts.groups() if parts else (), _UNITS_S.values(), strict=False)
         if number
     )
-    if not 0 < seconds <= MAX_PAUSE_S:
+    if not 0 < seconds <= longest_s:
         raise SettingsError(
-            f"--for {text}: pass a time such as 30m, 2h or 1d, at most {MAX_PAUSE_S / 86400:.0f}d"
+            f"{option} {text}: pass a time such as 30m, 2h or 1d, at most {longest_s / 86400:.0f}d"
         )
     return float(seconds)
 

@@ -75,7 +75,7 @@ def trained_model(
         folder = Path(name)
         prepare(tokenizer, settings, folder)
         with terminal.stages("making ready") as stage:
-            client = SwarmClient(invite, settings, folder / "state", stage=stage)
+            client = SwarmClient(invite, settings, folder / "state", stage=stage, reads_only=True)
         try:
             checkpoint.check_manifest(client.manifest)
             with terminal.stages("looking for experts") as stage:

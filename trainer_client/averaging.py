@@ -83,7 +83,7 @@ class Averaging:
         self._rng = rng or random.SystemRandom()
         self._channels = ChannelPool(_MAX_CALLS)
         self._servicer = DenseServicer(self.meeting, identity.peer_id, sessions, deadline_s)
-        self._sessions = sessions
+        self.sessions = sessions
         self._own_sessions = own_sessions
         self._server: grpc.aio.Server | None = None
         self._stepped = asyncio.Event()
@@ -103,7 +103,7 @@ class Averaging:
         self.certificate = self._identity.make_certificate()
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
         dense_pb2_grpc.add_DenseServiceServicer_to_server(self._servicer, self._server)
-        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self._sessions), self._server)
+        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.sessions), self._server)
         credentials = server_credentials(self._identity, self.certificate)
         shown = f"[{host}]" if ":" in host else host
         try:

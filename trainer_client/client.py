@@ -11,12 +11,14 @@ from typing import Any, Literal, Self
 
 import platformdirs
 
+from dht.admission import RIGHTS, Role
 from dht.directory import Directory
 from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from peer.channels import ChannelPool
 from peer.codec import codec_of
+from peer.denylist import Denylist
 from peer.errors import SwarmError, UnreachableError
 from peer.host import default_listen_address
 from peer.identity import Identity
@@ -25,6 +27,7 @@ from peer.multiaddresses import tcp_endpoint
 from peer.own_sessions import OwnSessions
 from peer.processes import StateFolder
 from peer.sessions import Sessions
+from peer.settings import DENYLIST
 from peer.wire import session_pb2
 from trainer_client.announcing import Presence, reached_at
 from trainer_client.averaging import Averaging
@@ -32,6 +35,7 @@ from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import ExpertCaller, GrpcCaller
 from trainer_client.dense import DenseForm
 from trainer_client.dispatch import Dispatcher
+from trainer_client.introductions import Introductions
 from trainer_client.mixtures import Mixtures
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.record import Progress
@@ -39,7 +43,6 @@ from trainer_client.settings import TrainerSettings
 from trainer_client.shared import SharedPart
 from trainer_client.waiting import WaitPolicy
 
-_RIGHTS = (session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_BACKWARD)
 _LOOK_AGAIN_S = 0.5
 _CHECK_EVERY_S = 10.0
 """Time between two looks whether this trainer still knows anybody in its swarm."""
@@ -56,10 +59,12 @@ class SwarmClient:
         *,
         stage: Stage = lambda text: None,
         through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
+        reads_only: bool = False,
     ) -> None:
         """`stage` is told what happens while joining. `through` may put something between dispatch and the network,
-        such as faults. Raises UserError when joining fails.
+        such as faults. `reads_only`: it uses experts and changes none. Raises UserError when joining fails.
         """
+        self._reads_only = reads_only
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._swarm: Swarm | None = None
@@ -186,6 +191,8 @@ class SwarmClient:
             listen=_listen_address(invite),
             serves_dht=False,
             state=self._folder.path,
+            roles=(Role.TRAINER, Role.READER) if self._reads_only else (Role.TRAINER,),
+            denylist=Denylist(settings.denylist or self._folder.path / DENYLIST, settings.deny),
             stage=stage,
         )
         stage("looking for experts")
@@ -196,10 +203,13 @@ class SwarmClient:
         self._tasks = [
             asyncio.create_task(self._directory.keep_fresh()),
             asyncio.create_task(self._swarm.membership.keep(_CHECK_EVERY_S)),
+            asyncio.create_task(self._swarm.keep_admission(_CHECK_EVERY_S, self._recheck)),
         ]
         manifest = self._swarm.manifest
         self._channels = ChannelPool(tunnels=self._swarm.host.tunnels)
-        self._sessions = OwnSessions(identity, invite.keys.swarm_id, _RIGHTS)
+        rights = RIGHTS[Role.READER if self._reads_only else Role.TRAINER]
+        badge = self._swarm.registry.badge
+        self._sessions = OwnSessions(identity, invite.keys.swarm_id, sorted(rights), badge)
         caller = GrpcCaller(
             self._channels,
             invite.keys.swarm_id,
@@ -224,7 +234,11 @@ class SwarmClient:
             is_silent=caller.is_silent,
         )
         self._presence = Presence(self._swarm, invite, settings, self.dispatcher, caller, self._loop)
-        self._tasks.append(asyncio.create_task(self._presence.run()))
+        introductions = Introductions(self._sessions, self._channels, self._directory, time.monotonic)
+        self._tasks += [
+            asyncio.create_task(self._presence.run()),
+            asyncio.create_task(introductions.run()),
+        ]
 
     async def _average(self, part: SharedPart, form: DenseForm) -> Averaging:
         assert self._swarm is not None
@@ -235,8 +249,13 @@ class SwarmClient:
             form,
             self._swarm.host.identity,
             self._swarm.registry,
-            Sessions(form.swarm_id, self._swarm.host.peer_id),
-            OwnSessions(self._swarm.host.identity, form.swarm_id, (session_pb2.RIGHT_AVERAGE,)),
+            Sessions(form.swarm_id, self._swarm.host.peer_id, self._swarm.admission),
+            OwnSessions(
+                self._swarm.host.identity,
+                form.swarm_id,
+                (session_pb2.RIGHT_AVERAGE,),
+                self._swarm.registry.badge,
+            ),
             every=settings.average_every,
             look_every_s=settings.announce_every_s,
             deadline_s=settings.average_deadline_s,
@@ -247,6 +266,10 @@ class SwarmClient:
         self._tasks.append(asyncio.create_task(averaging.run()))
         self._presence.averages(averaging)
         return averaging
+
+    def _recheck(self) -> None:
+        for averaging in self._averagings:
+            averaging.sessions.recheck()
 
     async def _look_again(self) -> None:
         await asyncio.sleep(_LOOK_AGAIN_S)

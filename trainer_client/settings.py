@@ -7,7 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from peer.errors import SettingsError
-from peer.settings import MetricsHost, MetricsPort, PeerName, RoleSettings, describe_validation_error
+from peer.settings import (
+    Denied,
+    DenylistPath,
+    MetricsHost,
+    MetricsPort,
+    PeerName,
+    RoleSettings,
+    describe_validation_error,
+)
 from trainer_client.presets import PresetName, with_preset
 
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
@@ -16,7 +24,7 @@ Precision = Literal["fp32", "bf16"]
 _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
     *("log", "tensorboard", "plot", "wait_for_experts_s"),
-    *("name", "announce_every_s", "metrics_host", "metrics_port"),
+    *("name", "announce_every_s", "metrics_host", "metrics_port", "deny", "denylist"),
     *("average_deadline_s", "average_host", "average_port", "start_from"),
 }
 """Settings that say nothing of what is learned: no checkpoint holds them."""
@@ -222,6 +230,8 @@ class TrainerSettings(RoleSettings):
         allow_inf_nan=False,
         description="seconds between announcements of how it goes; they live three times as long",
     )
+    deny: Denied = ()
+    denylist: DenylistPath = None
     metrics_host: MetricsHost = "127.0.0.1"
     metrics_port: MetricsPort = 0
     threads: int | None = Field(

@@ -378,7 +378,7 @@ def test_a_manifest_is_found_and_outlives_a_republication(swarm: Swarm) -> None:
         until = time.time() + 3600
         author = swarm.registry(0)
         record = await author.publish_manifest(MANIFEST.to_json(), until)
-        await swarm.registry(1).republish_manifest(record, until)
+        await swarm.registry(1).republish(swarm.registry(1).keys.manifest, record, until)
         reader = swarm.registry(2)
         assert await reader.find_manifests() == {swarm.keys.author: (record, until)}
         assert Manifest.from_json(reader.manifest_json(record)) == MANIFEST

@@ -324,7 +324,7 @@ async def lying(square: Square, liar: Liar) -> TrainerInfo:
     assert honest._server is not None
     await honest._server.stop(None)
     server = grpc.aio.server()
-    opener = SessionServicer(honest._sessions)
+    opener = SessionServicer(honest.sessions)
     session_pb2_grpc.add_SessionServiceServicer_to_server(opener, server)
     dense_pb2_grpc.add_DenseServiceServicer_to_server(liar, server)
     port = server.add_secure_port(f"{LOCAL}:0", server_credentials(square.identities[0], honest.certificate))

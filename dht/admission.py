@@ -1,0 +1,234 @@
+"""Who may take part in a swarm: tokens that its founder gives, the badges that peers make of them, and the rules.
+
+A token has a key of its own, which the founder's grant names. A peer signs its PeerID with it; grant and signature are
+its badge. So a token lets in whoever holds it, while a badge is of no use to those who see it.
+"""
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Collection, Mapping, Set
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import Literal
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from google.protobuf.message import DecodeError
+from grpc import StatusCode
+from hivemind.p2p import PeerID
+
+from peer.denylist import Denylist
+from peer.errors import ExpertError, RecordError
+from peer.identity import GRANT_DOMAIN, Identity, peer_id_of, verify
+from peer.sessions import Admitted, Right
+from peer.wire import admission_pb2, records_pb2, session_pb2
+
+Mode = Literal["open", "token"]
+
+MAX_REVOKED = 1024
+MAX_GRANT_BYTES = 512
+_BADGE_DOMAIN = b"talkoot badge v1\0"
+_REMEMBERED_BADGES = 4096
+
+
+class Role(Enum):
+    """What a peer takes part as."""
+
+    NODE = admission_pb2.ROLE_NODE
+    TRAINER = admission_pb2.ROLE_TRAINER
+    READER = admission_pb2.ROLE_READER
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+
+RIGHTS: Mapping[Role, frozenset[Right]] = {
+    Role.NODE: frozenset({session_pb2.RIGHT_FETCH}),
+    Role.TRAINER: frozenset(
+        {session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_BACKWARD, session_pb2.RIGHT_AVERAGE}
+    ),
+    Role.READER: frozenset({session_pb2.RIGHT_FORWARD}),
+}
+_RECORDS: Mapping[str, frozenset[Role]] = {
+    "announcement": frozenset({Role.NODE}),
+    "node": frozenset({Role.NODE}),
+    "trainer": frozenset({Role.TRAINER, Role.READER}),
+}
+"""Who may write which record."""
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What the founder has signed, once it was checked."""
+
+    swarm_id: str
+    role: Role
+    expires_at: float
+    serial: int
+    key: bytes
+
+
+def make_token(
+    founder: Identity, swarm_id: str, role: Role, expires_at: float, serial: int
+) -> admission_pb2.Token:
+    """A new token with a key of its own."""
+    key = Ed25519PrivateKey.generate()
+    grant = admission_pb2.Grant(
+        swarm_id=swarm_id,
+        role=role.value,
+        expires_at=expires_at,
+        serial=serial,
+        key=key.public_key().public_bytes_raw(),
+    ).SerializeToString()
+    return admission_pb2.Token(
+        grant=grant, signature=founder.sign(grant, GRANT_DOMAIN), secret=key.private_bytes_raw()
+    )
+
+
+def new_serial() -> int:
+    return secrets.randbelow(2**32 - 1) + 1
+
+
+def make_badge(token: admission_pb2.Token, peer_id: PeerID) -> admission_pb2.Badge:
+    """Raises RecordError when the token has no key."""
+    try:
+        key = Ed25519PrivateKey.from_private_bytes(token.secret)
+    except ValueError:
+        raise RecordError("the token has no key") from None
+    return admission_pb2.Badge(
+        grant=token.grant,
+        signature=token.signature,
+        holder_signature=key.sign(_BADGE_DOMAIN + peer_id.to_bytes()),
+    )
+
+
+def read_grant(data: bytes) -> Grant:
+    """Raises RecordError. Whether the founder has signed it, `check_badge` tells."""
+    if len(data) > MAX_GRANT_BYTES:
+        raise RecordError(f"a grant of {len(data)} bytes; at most {MAX_GRANT_BYTES}")
+    grant = admission_pb2.Grant()
+    try:
+        grant.ParseFromString(data)
+        role = Role(grant.role)
+    except (DecodeError, ValueError) as error:
+        raise RecordError("the grant can't be parsed") from error
+    if not grant.serial or len(grant.key) != 32 or not math.isfinite(grant.expires_at):
+        raise RecordError("the grant lacks a serial, a key or its end")
+    return Grant(grant.swarm_id, role, grant.expires_at, grant.serial, grant.key)
+
+
+def check_badge(badge: admission_pb2.Badge, peer_id: PeerID, swarm_id: str, founder_key: bytes) -> Grant:
+    """What the founder granted to this peer. Raises RecordError. Neither expiry nor revocation are looked at."""
+    grant = _checked(badge.SerializeToString(deterministic=True), peer_id.to_bytes(), founder_key)
+    if grant.swarm_id != swarm_id:
+        raise RecordError(f"the badge is of swarm {grant.swarm_id[:64]!r}")
+    return grant
+
+
+@lru_cache(maxsize=_REMEMBERED_BADGES)
+def _checked(data: bytes, peer_id: bytes, founder_key: bytes) -> Grant:
+    """Remembered: every record of a peer carries the same badge."""
+    badge = admission_pb2.Badge.FromString(data)
+    grant = read_grant(badge.grant)
+    verify(founder_key, badge.grant, badge.signature, GRANT_DOMAIN)
+    try:
+        holder = Ed25519PublicKey.from_public_bytes(grant.key)
+        holder.verify(badge.holder_signature, _BADGE_DOMAIN + peer_id)
+    except (InvalidSignature, ValueError):
+        raise RecordError("the badge is another peer's") from None
+    return grant
+
+
+class SwarmAdmission:
+    """The rules of one swarm, as this peer applies them to callers and to records. Keeps no secrets."""
+
+    def __init__(
+        self,
+        swarm_id: str,
+        founder_key: bytes,
+        mode: Mode,
+        denylist: Denylist | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """`founder_key`: DER, as the manifest's record has it."""
+        self.mode = mode
+        self.denylist = denylist or Denylist()
+        self._swarm_id = swarm_id
+        self._founder_key = founder_key
+        self._founder = peer_id_of(founder_key)
+        self._now = now
+        self._revoked: frozenset[int] = frozenset()
+
+    @property
+    def revoked(self) -> frozenset[int]:
+        """The serials that are revoked, as far as this peer knows."""
+        return self._revoked
+
+    def revoke(self, serials: Collection[int]) -> None:
+        """What the founder says now. What was revoked once stays so: an old list can't bring it back."""
+        self._revoked |= frozenset(list(serials)[:MAX_REVOKED])
+        if len(self._revoked) > 2 * MAX_REVOKED:
+            self._revoked = frozenset(serials)
+
+    def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
+        """Raises ExpertError (PERMISSION_DENIED) that says what is missing."""
+        if caller in self.denylist:
+            raise ExpertError(StatusCode.PERMISSION_DENIED, "this node's owner has denied you")
+        if self.mode == "open" or caller == self._founder:
+            return Admitted()
+        try:
+            grant = self._granted(badge, caller)
+        except RecordError as error:
+            raise ExpertError(
+                StatusCode.PERMISSION_DENIED, f"this swarm admits by token, and {error}"
+            ) from error
+        if missing := rights - RIGHTS[grant.role]:
+            names = ", ".join(sorted(map(_name_of, missing)))
+            raise ExpertError(
+                StatusCode.PERMISSION_DENIED, f"a {grant.role.word}'s token does not give {names}"
+            )
+        return Admitted(grant.serial, grant.expires_at)
+
+    def still_admits(self, caller: PeerID, serial: int) -> bool:
+        return caller not in self.denylist and serial not in self._revoked
+
+    def check_record(self, payload: records_pb2.RecordPayload, writer: PeerID) -> None:
+        """Raises RecordError when this writer may not write this. The signature was checked before."""
+        if writer in self.denylist:
+            raise RecordError("the record's writer is denied here")
+        if self.mode == "open" or writer == self._founder:
+            return
+        grant = self._granted(payload.badge if payload.HasField("badge") else None, writer)
+        body = payload.WhichOneof("body") or ""
+        if grant.role not in _RECORDS.get(body, frozenset()):
+            raise RecordError(f"a {grant.role.word}'s token does not allow a record of kind {body!r}")
+
+    def check_token(self, token: admission_pb2.Token, holder: PeerID) -> admission_pb2.Badge:
+        """This peer's own badge. Raises RecordError that says why the token is of no use."""
+        badge = make_badge(token, holder)
+        self.check_own(badge, holder)
+        return badge
+
+    def check_own(self, badge: admission_pb2.Badge, peer_id: PeerID) -> None:
+        """Raises RecordError when others do not take this badge, or no more."""
+        self._granted(badge, peer_id)
+
+    def _granted(self, badge: admission_pb2.Badge | None, peer_id: PeerID) -> Grant:
+        if badge is None:
+            raise RecordError("there is none")
+        grant = check_badge(badge, peer_id, self._swarm_id, self._founder_key)
+        if grant.expires_at <= self._now():
+            raise RecordError("the token has expired")
+        if grant.serial in self._revoked:
+            raise RecordError("the token was revoked")
+        return grant
+
+
+def _name_of(right: Right) -> str:
+    try:
+        return session_pb2.Right.Name(right).removeprefix("RIGHT_").lower()
+    except ValueError:
+        return f"right {right}"

@@ -1,0 +1,155 @@
+"""`talkoot invite`: makes, lists and revokes tokens with the founder's key. It needs no running node."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.table import Table
+
+from dht.admission import Mode, Role, make_token, new_serial
+from dht.invite import Invite
+from dht.ledger import Issued, Ledger
+from peer.errors import SettingsError, StartError
+from peer.files import write_whole
+from peer.identity import Identity
+from talkoot.console import Terminal
+from talkoot.control import node_folder
+from talkoot.steer_command import parse_duration_s
+
+_FILE = "swarm.json"
+_LONGEST_NAME = 64
+_LONGEST_S = 10 * 365 * 86400.0
+
+
+class FoundedSwarm(BaseModel):
+    """What a founder's node leaves in its state folder for this command."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    invite: str
+    """As the node shows it: without a token."""
+    admission: Mode
+
+    def save(self, folder: Path) -> None:
+        """Raises StartError."""
+        try:
+            write_whole(folder / _FILE, self.model_dump_json().encode(), mode=0o600)
+        except OSError as error:
+            raise StartError(f"can't write {folder / _FILE}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, folder: Path) -> "FoundedSwarm":
+        """Raises SettingsError."""
+        try:
+            return cls.model_validate_json((folder / _FILE).read_bytes())
+        except FileNotFoundError:
+            raise SettingsError(
+                f"no swarm was founded with the state folder {folder}: pass as --state that of the node which you "
+                "started with --new"
+            ) from None
+        except (OSError, ValidationError) as error:
+            raise SettingsError(
+                f"can't read {folder / _FILE}: start your node again, it writes it"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What an invite shall be."""
+
+    role: Role
+    lasts_s: float
+    name: str
+
+    @classmethod
+    def parse(cls, role: str | None, expires: str | None, name: str | None) -> "Wish":
+        """Raises SettingsError."""
+        roles = {each.word: each for each in Role}
+        word = role or Role.TRAINER.word
+        if word not in roles:
+            raise SettingsError(f"--role {word}: pass one of {', '.join(roles)}")
+        if name is not None and (len(name) > _LONGEST_NAME or not name.isprintable()):
+            raise SettingsError(f"--name: at most {_LONGEST_NAME} printable characters")
+        return cls(roles[word], parse_duration_s(expires or "30d", "--expires", _LONGEST_S), name or "")
+
+
+def run_invite(
+    terminal: Terminal, state: Path | None, wish: Wish, now: Callable[[], float] = time.time
+) -> None:
+    """Raises UserError when it is not the founder's folder, or the swarm is open."""
+    folder = node_folder(state)
+    founded = FoundedSwarm.load(folder)
+    plain = Invite.parse(founded.invite)
+    if founded.admission == "open":
+        raise SettingsError(
+            "your swarm is open: whoever has the invite that your node printed can join. Only a swarm whose manifest "
+            'has mode = "token" under [admission] needs others'
+        )
+    founder = Identity.load_or_create(folder / "identity.key")
+    if founder.peer_id != plain.keys.author:
+        raise SettingsError(f"{folder} has not the key of the swarm's founder, so it can make no invites")
+    issued = Issued(
+        serial=new_serial(),
+        role=wish.role,
+        name=wish.name,
+        made_at=now(),
+        expires_at=now() + wish.lasts_s,
+    )
+    token = make_token(founder, plain.keys.swarm_id, wish.role, issued.expires_at, issued.serial)
+    Ledger(folder).add(issued)
+    invite = str(replace(plain, token=token.SerializeToString()))
+    if terminal.json:
+        terminal.event("invite", {"invite": invite, **_values(issued)})
+        return
+    terminal.line(f"invite: {invite}")
+    terminal.err.print(
+        f"serial {issued.number}: for a {wish.role.word}, until {_day(issued.expires_at)}. Whoever has this line can "
+        f"come in with it: send it to one person, not to a list. `talkoot invite --revoke {issued.number}` ends it"
+    )
+
+
+def run_list(terminal: Terminal, state: Path | None, now: Callable[[], float] = time.time) -> None:
+    """Raises UserError."""
+    issued = Ledger(node_folder(state)).read()
+    if terminal.json:
+        terminal.event("invites", {"invites": [_values(each) for each in issued]})
+    else:
+        terminal.out.print(_table(issued, now()))
+
+
+def run_revoke(
+    terminal: Terminal, state: Path | None, number: str, now: Callable[[], float] = time.time
+) -> None:
+    """Raises UserError."""
+    revoked = Ledger(node_folder(state)).revoke(number, now())
+    if terminal.json:
+        terminal.event("revoked", _values(revoked))
+    else:
+        terminal.line(
+            f"{revoked.number} is revoked: your running node tells the others within about a minute, and a node that "
+            "does not run tells them when it is started"
+        )
+
+
+def _values(issued: Issued) -> dict[str, object]:
+    return issued.model_dump(mode="json", exclude={"serial", "role"}) | {
+        "serial": issued.number,
+        "role": issued.role.word,
+    }
+
+
+def _table(issued: Sequence[Issued], now: float) -> Table:
+    table = Table(title="invites")
+    for column in ("serial", "role", "name", "made", "until", "state"):
+        table.add_column(column, overflow="fold")
+    for each in issued:
+        state = "revoked" if each.revoked else "expired" if each.expires_at <= now else "holds"
+        made, until = _day(each.made_at), _day(each.expires_at)
+        table.add_row(each.number, each.role.word, each.name or "-", made, until, state)
+    return table
+
+
+def _day(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))

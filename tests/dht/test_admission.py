@@ -1,0 +1,252 @@
+"""Admission by token: a badge is good for its peer, its swarm, its role and its time, and for nothing else."""
+
+import contextlib
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from callers import new_identity
+from google.protobuf.message import DecodeError
+from grpc import StatusCode
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord
+from hivemind.utils import MSGPackSerializer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dht.admission import (
+    MAX_REVOKED,
+    RIGHTS,
+    Mode,
+    Role,
+    SwarmAdmission,
+    make_badge,
+    make_token,
+)
+from dht.invite import Invite
+from dht.ledger import Issued, Ledger
+from dht.records import RecordValidator, SwarmKeys, seal
+from peer.denylist import Denylist
+from peer.errors import ExpertError, RecordError, SettingsError, StartError, UserError
+from peer.identity import Identity
+from peer.sessions import Admitted, Right
+from peer.wire import admission_pb2, records_pb2, session_pb2
+
+NOW, LATER = 1000.0, 2000.0
+SERIAL = 0xABCDEF01
+FORWARD, BACKWARD, FETCH = session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_BACKWARD, session_pb2.RIGHT_FETCH
+
+
+@pytest.fixture(scope="module")
+def founder() -> Identity:
+    return new_identity()
+
+
+@pytest.fixture(scope="module")
+def alice() -> Identity:
+    return new_identity()
+
+
+@pytest.fixture(scope="module")
+def bob() -> Identity:
+    return new_identity()
+
+
+def keys_of(founder: Identity) -> SwarmKeys:
+    return SwarmKeys("sauna", founder.peer_id)
+
+
+def rules(founder: Identity, mode: Mode = "token", **options: Any) -> SwarmAdmission:
+    options = {"now": lambda: NOW, **options}
+    return SwarmAdmission(keys_of(founder).swarm_id, founder.public_key, mode, **options)
+
+
+def token_of(
+    founder: Identity, role: Role = Role.TRAINER, expires_at: float = LATER, swarm_id: str | None = None
+) -> admission_pb2.Token:
+    return make_token(founder, swarm_id or keys_of(founder).swarm_id, role, expires_at, SERIAL)
+
+
+def denied(admission: SwarmAdmission, caller: Identity, badge: admission_pb2.Badge | None, said: str) -> None:
+    with pytest.raises(ExpertError, match=said) as caught:
+        admission.admit(caller.peer_id, {FORWARD}, badge)
+    assert caught.value.status is StatusCode.PERMISSION_DENIED
+
+
+def test_a_token_lets_its_holder_in_until_it_expires(founder: Identity, alice: Identity) -> None:
+    badge = make_badge(token_of(founder), alice.peer_id)
+    assert rules(founder).admit(alice.peer_id, {FORWARD, BACKWARD}, badge) == Admitted(SERIAL, LATER)
+    denied(rules(founder, now=lambda: LATER), alice, badge, "has expired")
+
+
+def test_without_a_token_only_the_founder_comes_in(founder: Identity, alice: Identity) -> None:
+    denied(rules(founder), alice, None, "admits by token, and there is none")
+    assert rules(founder).admit(founder.peer_id, {FORWARD, FETCH}, None) == Admitted()
+    assert rules(founder, "open").admit(alice.peer_id, {FORWARD, FETCH}, None) == Admitted()
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_token_gives_the_rights_of_its_role_and_no_others(
+    founder: Identity, alice: Identity, role: Role
+) -> None:
+    badge = make_badge(token_of(founder, role), alice.peer_id)
+    for number in session_pb2.Right.values():
+        right = cast(Right, number)
+        if right in RIGHTS[role]:
+            rules(founder).admit(alice.peer_id, {right}, badge)
+        else:
+            with pytest.raises(ExpertError, match=f"a {role.word}'s token does not give") as caught:
+                rules(founder).admit(alice.peer_id, {right}, badge)
+            assert caught.value.status is StatusCode.PERMISSION_DENIED
+
+
+def test_a_badge_that_was_seen_is_of_no_use_to_another(
+    founder: Identity, alice: Identity, bob: Identity
+) -> None:
+    badge = make_badge(token_of(founder), alice.peer_id)
+    denied(rules(founder), bob, badge, "another peer's")
+
+
+def test_a_token_of_another_founder_or_swarm_lets_nobody_in(
+    founder: Identity, alice: Identity, bob: Identity
+) -> None:
+    forged = make_badge(token_of(bob, swarm_id=keys_of(founder).swarm_id), alice.peer_id)
+    denied(rules(founder), alice, forged, "signature is wrong")
+    foreign = make_badge(token_of(founder, swarm_id="banya-123456789012"), alice.peer_id)
+    denied(rules(founder), alice, foreign, "of swarm 'banya")
+
+
+def test_a_revoked_token_stays_revoked(founder: Identity, alice: Identity) -> None:
+    admission, badge = rules(founder), make_badge(token_of(founder), alice.peer_id)
+    admission.revoke([SERIAL])
+    denied(admission, alice, badge, "was revoked")
+    assert not admission.still_admits(alice.peer_id, SERIAL)
+    admission.revoke([])  # an older list that somebody kept
+    denied(admission, alice, badge, "was revoked")
+    admission.revoke(range(1, 10 * MAX_REVOKED))
+    assert len(admission.revoked) <= 2 * MAX_REVOKED
+
+
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_no_changed_byte_of_a_badge_is_taken(
+    founder: Identity, alice: Identity, position: int, change: int
+) -> None:
+    badge = BADGES.setdefault(alice.public_key, make_badge(token_of(founder), alice.peer_id))
+    spoilt = bytearray(badge.SerializeToString())
+    spoilt[position % len(spoilt)] ^= change
+    with contextlib.suppress(DecodeError, ExpertError):
+        parsed = admission_pb2.Badge.FromString(bytes(spoilt))
+        rules(founder).admit(alice.peer_id, {FORWARD}, parsed)
+        assert (parsed.grant, parsed.signature) == (badge.grant, badge.signature)
+
+
+BADGES: dict[bytes, admission_pb2.Badge] = {}
+
+
+# Records
+
+
+def a_record(
+    writer: Identity, founder: Identity, badge: admission_pb2.Badge | None, **body: Any
+) -> tuple[records_pb2.RecordPayload, DHTRecord]:
+    key = f"{keys_of(founder).swarm_id}.0.0"
+    payload = records_pb2.RecordPayload(
+        key=key, peer_id=writer.peer_id.to_bytes(), expires_at=NOW + 60, badge=badge, **body
+    )
+    stored = DHTRecord(
+        DHTID.generate(source=key).to_bytes(),
+        MSGPackSerializer.dumps(writer.peer_id.to_bytes()),
+        MSGPackSerializer.dumps(seal(writer, payload)),
+        payload.expires_at,
+    )
+    return payload, stored
+
+
+ANNOUNCEMENT = {"announcement": records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING)}
+
+
+def test_only_those_with_a_nodes_token_announce_experts(founder: Identity, alice: Identity) -> None:
+    validator, admission = RecordValidator(now=lambda: NOW), rules(founder)
+    validator.rules = keys_of(founder).swarm_id, admission.check_record
+    for writer, badge, fits in (
+        (alice, make_badge(token_of(founder, Role.NODE), alice.peer_id), True),
+        (alice, make_badge(token_of(founder, Role.TRAINER), alice.peer_id), False),
+        (alice, None, False),
+        (founder, None, True),
+    ):
+        payload, stored = a_record(writer, founder, badge, **ANNOUNCEMENT)
+        assert validator.validate(stored) is fits
+        if fits:
+            admission.check_record(payload, writer.peer_id)
+        else:
+            with pytest.raises(RecordError):
+                admission.check_record(payload, writer.peer_id)
+
+
+def test_a_denied_peers_records_and_calls_are_not_taken(founder: Identity, alice: Identity) -> None:
+    admission = rules(founder, "open", denylist=Denylist(denied=[alice.peer_id.to_base58()]))
+    denied(admission, alice, None, "denied you")
+    with pytest.raises(RecordError, match="denied"):
+        admission.check_record(a_record(alice, founder, None, **ANNOUNCEMENT)[0], alice.peer_id)
+
+
+def test_long_lives_are_for_manifests_and_revocations_under_their_own_keys(founder: Identity) -> None:
+    validator, keys = RecordValidator(now=lambda: NOW), keys_of(founder)
+    revocations = admission_pb2.Revocations(serials=[1])
+    for key, fits in ((keys.revocations, True), (f"{keys.swarm_id}.0.0", False)):
+        payload = records_pb2.RecordPayload(key=key, expires_at=NOW + 86400, revocations=revocations)
+        stored = DHTRecord(
+            DHTID.generate(source=key).to_bytes(),
+            MSGPackSerializer.dumps(founder.peer_id.to_bytes()),
+            MSGPackSerializer.dumps(seal(founder, payload)),
+            payload.expires_at,
+        )
+        assert validator.validate(stored) is fits
+
+
+# Invites, the founder's list, and the denylist
+
+
+def test_an_invite_carries_a_token_and_does_not_show_it_by_chance(founder: Identity) -> None:
+    token = token_of(founder).SerializeToString()
+    address = f"/ip4/192.0.2.7/tcp/31337/p2p/{founder.peer_id.to_base58()}"
+    invite = Invite(keys_of(founder), (address,), token)
+    assert Invite.parse(str(invite)) == invite
+    assert len(str(invite)) < 1024
+    assert "token" not in repr(invite)
+    assert Invite.parse(str(Invite(keys_of(founder), (address,)))).token == b""
+
+
+def issued(serial: int, expires_at: float = LATER) -> Issued:
+    return Issued(serial=serial, role=Role.NODE, name="bob", made_at=NOW, expires_at=expires_at)
+
+
+def test_the_list_knows_what_was_made_and_what_is_revoked(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert ledger.read() == ()
+    ledger.add(issued(1))
+    ledger.add(issued(2))
+    assert ledger.revoke("00000002", NOW).revoked
+    assert Ledger(tmp_path).revoked(NOW) == [2]
+    assert ledger.revoked(LATER) == []  # expired by itself
+    with pytest.raises(UserError, match="--list"):
+        ledger.revoke("00000003", NOW)
+    (tmp_path / "invites.json").write_text("{")
+    with pytest.raises(StartError, match="restore it"):
+        ledger.read()
+
+
+def test_the_denylist_is_read_again_when_it_changes(tmp_path: Path, alice: Identity, bob: Identity) -> None:
+    path = tmp_path / "denylist"
+    denylist = Denylist(path, [bob.peer_id.to_base58()])
+    assert (alice.peer_id in denylist, bob.peer_id in denylist) == (False, True)
+    assert not denylist.reread()
+    path.write_text(f"# a heading\n\nnonsense\n{alice.peer_id.to_base58()}  # sends noise\n")
+    assert denylist.reread()
+    assert alice.peer_id in denylist
+    assert len(denylist) == 2
+    path.unlink()
+    assert denylist.reread()
+    assert alice.peer_id not in denylist
+    with pytest.raises(SettingsError, match="no PeerID"):
+        Denylist(None, ["Qm"])

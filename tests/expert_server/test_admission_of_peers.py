@@ -1,0 +1,161 @@
+"""A real swarm that admits by token: nodes and callers come in with the founder's tokens, and with nothing else."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from callers import InSession
+from grpc import StatusCode
+from hivemind.p2p import PeerID
+from village import LOCAL, MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
+
+from dht.admission import RIGHTS, Role, make_token, new_serial
+from dht.invite import Invite
+from dht.ledger import Issued, Ledger
+from dht.manifest import AdmissionSpec
+from dht.swarm import Swarm, join_swarm
+from expert_server.node import Node
+from peer.channels import ChannelPool
+from peer.denylist import Denylist
+from peer.errors import ExpertError, InviteError
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.own_sessions import OwnSessions
+from peer.sessions import Right
+from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+BY_TOKEN = MANIFEST.model_copy(update={"admission": AdmissionSpec(mode="token")})
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    return make_identities(tmp_path_factory, 4)
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    return playing(loop, identities, tmp_path, 90)
+
+
+async def invited(village: Village, founder: Node, role: Role) -> tuple[Invite, Issued]:
+    """An invite as `talkoot invite` makes it, in the founder's list."""
+    now = time.time()
+    issued = Issued(serial=new_serial(), role=role, name="", made_at=now, expires_at=now + 3600)
+    swarm = founder.swarm
+    token = make_token(swarm.host.identity, swarm.keys.swarm_id, role, issued.expires_at, issued.serial)
+    village.state(swarm).mkdir(exist_ok=True)
+    Ledger(village.state(swarm)).add(issued)
+    return replace(await swarm.invite(), token=token.SerializeToString()), issued
+
+
+async def come_in(village: Village, number: int, invite: Invite, role: Role) -> Swarm:
+    swarm = await join_swarm(
+        village.identities[number], invite, listen=LOCAL, serves_dht=role is Role.NODE, roles=(role,)
+    )
+    if role is not Role.NODE:
+        village.stack.push_async_callback(swarm.stop)
+    return swarm
+
+
+async def ask(swarm: Swarm, node: Node, *rights: Right) -> StatusCode:
+    """Of a call of the first right that this peer makes to the node."""
+    pool = ChannelPool()
+    try:
+        (info,) = (await swarm.registry.nodes([node.swarm.host.peer_id])).values()
+        channel = await pool.get(info.addresses[0], info.certificate_pem)
+        sessions = OwnSessions(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.registry.badge)
+        stub = InSession(
+            expert_pb2_grpc.ExpertServiceStub(channel), await sessions.metadata(info.peer_id, channel, 10.0)
+        )
+        method = stub.Forward if rights[0] == session_pb2.RIGHT_FORWARD else stub.Backward
+        # a call that is let in, and is then found empty
+        code: StatusCode = await method(iter([expert_pb2.CallRequest()]), timeout=10).code()
+        return code
+    except ExpertError as error:
+        return error.status
+    finally:
+        await pool.close()
+
+
+async def hosts(swarm: Swarm) -> set[PeerID]:
+    return {r.peer_id for found in (await swarm.registry.replicas(UIDS)).values() for r in found}
+
+
+def test_nodes_and_trainers_come_in_by_token_until_it_is_revoked(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=0.5)
+        await village.run(founder)
+        invite, _ = await invited(village, founder, Role.NODE)
+        node = await village.start(
+            await come_in(village, 1, invite, Role.NODE), {"experts": 4, "spare": 0, "announce_every_s": 0.5}
+        )
+        await village.run(node)
+        invite, issued = await invited(village, founder, Role.TRAINER)
+        trainer = await come_in(village, 2, invite, Role.TRAINER)
+        assert await hosts(trainer) == {founder.swarm.host.peer_id, node.swarm.host.peer_id}
+
+        forward, backward, *_ = sorted(RIGHTS[Role.TRAINER])
+        let_in = StatusCode.INVALID_ARGUMENT
+        assert await ask(trainer, node, forward, backward) is let_in
+        assert await ask(trainer, node, backward) is let_in
+        assert await ask(trainer, node, session_pb2.RIGHT_FETCH) is StatusCode.PERMISSION_DENIED
+        assert await ask(node.swarm, founder, forward) is StatusCode.PERMISSION_DENIED
+
+        assert len(node.sessions) >= 1
+        Ledger(village.state(founder.swarm)).revoke(issued.number, time.time())
+
+        async def is_out() -> bool:
+            return trainer.host.peer_id not in {s.caller for s in node.sessions.all()}
+
+        await eventually(is_out, 30)
+        assert await ask(trainer, node, forward) is StatusCode.PERMISSION_DENIED
+        with pytest.raises(InviteError, match="revoked"):
+            await come_in(village, 3, invite, Role.TRAINER)
+
+    play(scenario)
+
+
+def test_who_has_no_token_is_told_and_what_it_announces_is_not_seen(
+    play: Play,
+) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await village.found(manifest=BY_TOKEN, experts=2, spare=0)
+        plain = await founder.swarm.invite()
+        with pytest.raises(InviteError, match="admits by token: ask its founder"):
+            await come_in(village, 1, plain, Role.NODE)
+        for_trainers, _ = await invited(village, founder, Role.TRAINER)
+        with pytest.raises(InviteError, match="for a trainer, not for a node"):
+            await come_in(village, 1, for_trainers, Role.NODE)
+
+        watcher = await join_swarm(village.identities[2], plain, listen=LOCAL, serves_dht=False)
+        village.stack.push_async_callback(watcher.stop)
+        assert await ask(watcher, founder, session_pb2.RIGHT_FORWARD) is StatusCode.PERMISSION_DENIED
+        # one that does not care announces all the same: to itself alone
+        intruder = await join_swarm(village.identities[1], plain, listen=LOCAL)
+        intruder.registry.admission = None
+        await village.start(intruder, {"experts": 8, "spare": 0})
+        assert await hosts(watcher) == {founder.swarm.host.peer_id}
+        assert intruder.host.peer_id not in await watcher.registry.nodes([intruder.host.peer_id])
+
+    play(scenario)
+
+
+def test_a_denied_peer_is_not_called_and_does_not_call(play: Play, tmp_path: Path) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await village.found(experts=4, spare=0)
+        denied = tmp_path / "denied"
+        founder.swarm.admission.denylist = Denylist(denied)
+        caller = await village.observe(1, await founder.swarm.invite())
+        assert await ask(caller, founder, session_pb2.RIGHT_FORWARD) is StatusCode.INVALID_ARGUMENT
+        await founder._door.look()
+        assert len(founder.sessions) == 1
+        denied.write_text(f"{caller.host.peer_id}\n")
+        await founder._door.look()
+        assert len(founder.sessions) == 0
+        assert await ask(caller, founder, session_pb2.RIGHT_FORWARD) is StatusCode.PERMISSION_DENIED
+        caller.admission.denylist = Denylist(None, [str(founder.swarm.host.peer_id)])
+        assert await hosts(caller) == set()
+
+    play(scenario)

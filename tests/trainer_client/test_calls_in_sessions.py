@@ -1,0 +1,72 @@
+"""A trainer's calls show who makes them, and a session that has ended costs one more try and nothing else."""
+
+from pathlib import Path
+
+import pytest
+from callers import a_caller
+from grpc import StatusCode
+from real_node import GENEROUS, HIDDEN, UIDS, a_node, ask, request, rows
+
+from peer.channels import ChannelPool
+from peer.errors import ExpertError
+from peer.loop import LoopThread
+from peer.sessions import SESSION_KEY
+from peer.wire import session_pb2
+from trainer_client.calls import GrpcCaller
+
+STALE = ((SESSION_KEY, bytes(16)),)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_session_that_has_ended_is_opened_again_and_the_call_repeated(
+    loop: LoopThread, tmp_path: Path, direction: str
+) -> None:
+    async def scenario() -> None:
+        channels = ChannelPool()
+        async with a_node(tmp_path, GENEROUS) as (node, runtime):
+            sessions = a_caller("kept-swarm")
+            caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=sessions)
+            sessions._known[node.peer_id] = STALE, float("inf")
+            if direction == "forward":
+                answers = await ask(caller, node, "forward", request(UIDS[0]))
+            else:
+                answers = await ask(caller, node, "backward", request(UIDS[0], rows(2)))
+            assert answers[0].error is None
+            assert sessions.opened == 1
+            assert runtime.experts[UIDS[0]].update_count == (direction == "backward")
+            await ask(caller, node, "forward", request(UIDS[0]))
+            assert sessions.opened == 1
+        await channels.close()
+
+    loop.run(scenario(), 60)
+
+
+def test_who_asks_for_forward_alone_may_not_go_backward(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        channels = ChannelPool()
+        async with a_node(tmp_path, GENEROUS) as (node, runtime):
+            reader = a_caller("kept-swarm", rights=(session_pb2.RIGHT_FORWARD,))
+            caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=reader)
+            assert (await ask(caller, node, "forward", request(UIDS[0])))[0].error is None
+            with pytest.raises(ExpertError, match="RIGHT_BACKWARD") as caught:
+                await ask(caller, node, "backward", request(UIDS[0], rows(2)))
+            assert caught.value.status is StatusCode.PERMISSION_DENIED
+            assert runtime.experts[UIDS[0]].update_count == 0
+        await channels.close()
+
+    loop.run(scenario(), 60)
+
+
+def test_without_a_session_nothing_is_done(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        channels = ChannelPool()
+        async with a_node(tmp_path, GENEROUS) as (node, runtime):
+            with pytest.raises(ExpertError, match="open one") as caught:
+                await ask(
+                    GrpcCaller(channels, "kept-swarm", HIDDEN), node, "backward", request(UIDS[0], rows(2))
+                )
+            assert caught.value.status is StatusCode.UNAUTHENTICATED
+            assert runtime.experts[UIDS[0]].update_count == 0
+        await channels.close()
+
+    loop.run(scenario(), 60)
