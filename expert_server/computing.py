@@ -5,6 +5,8 @@ Shape suffixes: R = rows, D = hidden.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf, sqrt
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch import Tensor
 from expert_server.batching import Work
 from expert_server.expert import BackwardPart, Expert, Graph
 from peer.errors import ExpertError
+
+MOST_APART = 10.0
+"""By how much callers' gradients may differ in size, row by row, that they share an optimizer step."""
 
 
 @dataclass(slots=True)
@@ -31,9 +36,45 @@ class Result:
 def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]:
     """Computes work of one expert and direction as one batch, in backward with one optimizer step.
 
-    When the batch fails each work is computed by itself, so that one caller's numbers spoil no other's. The step may be
-    left for `Expert.settle`.
+    When the batch fails each work is computed by itself, so that one caller's numbers spoil no other's. For the same
+    reason callers whose gradients differ grossly in size take a step each, and each step is clipped by itself. The last
+    step may be left for `Expert.settle`.
     """
+    if batch[0].direction == "backward" and len(groups := by_size(batch)) > 1:
+        results = {
+            work: result
+            for group in groups
+            for work, result in zip(group, _computed(expert, group), strict=True)
+        }
+        return [results[work] for work in batch]
+    return _computed(expert, batch)
+
+
+def by_size(batch: Sequence[Work]) -> list[list[Work]]:
+    """Groups of works whose callers' gradients are alike in size: root mean squares within a factor of MOST_APART."""
+    callers: dict[str, list[Work]] = {}
+    for work in batch:
+        callers.setdefault(work.caller, []).append(work)
+    if len(callers) == 1:
+        return [list(batch)]
+    groups: list[list[Work]] = []
+    least = -inf
+    for size, works in sorted(((_size_of(works), works) for works in callers.values()), key=itemgetter(0)):
+        if not groups or not size <= MOST_APART * least:  # NaN stands alone, too
+            groups.append([])
+            least = size
+        groups[-1] += works
+    return groups
+
+
+def _size_of(works: Sequence[Work]) -> float:
+    """Root mean square of the gradients, over all rows of one caller."""
+    gradients = [work.gradients for work in works if work.gradients is not None]
+    squares = sum(float(gradient.square().sum()) for gradient in gradients)
+    return sqrt(squares / max(1, sum(gradient.numel() for gradient in gradients)))
+
+
+def _computed(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]:
     step = _forward if batch[0].direction == "forward" else _backward
     skipped = expert.skipped_updates
     try:
@@ -45,7 +86,7 @@ def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]
         if len(batch) == 1:
             return [error]
     alone = [replace(work, graph=None) for work in batch]  # graphs are used up
-    return [result for work in alone for result in compute(expert, [work])]
+    return [result for work in alone for result in _computed(expert, [work])]
 
 
 def _forward(expert: Expert, batch: Sequence[Work]) -> list[Result]:

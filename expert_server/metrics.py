@@ -41,6 +41,7 @@ class NodeCounts:
     sessions: SessionCounts
     tunnels: TunnelCounts
     reachability: Reachability
+    over_budget: int
 
 
 class NodeCollector(Collector):
@@ -91,6 +92,7 @@ def _hosting(node: NodeCounts) -> Iterator[Metric]:
         ("checkpoint_failures", "Checkpoints that could not be written.", saves.failed),
         ("experts_restored", "Experts that went on from a checkpoint.", saves.restored),
         ("calls", "Forward and backward calls that came.", node.calls),
+        ("calls_over_budget", "Calls refused as their caller's budget was spent.", node.over_budget),
         ("uploaded_bytes", "Payload of answers, in bytes.", node.uploaded_bytes),
         ("downloaded_bytes", "Payload of calls, in bytes.", node.downloaded_bytes),
     ):

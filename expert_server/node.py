@@ -103,7 +103,9 @@ class Node:
         self._expert_bytes = expert_bytes(swarm.manifest)
         self._most_bytes = settings.memory or most_bytes(settings, swarm.manifest, self.hosting.capacity)
         self._stopping = self._drained = False
-        limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes)
+        limits = EdgeLimits(
+            settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes, budget=settings.budget
+        )
         self._door = Doorkeeper(swarm, state, settings.max_sessions, now)
         self.sessions = self._door.sessions
         self._servicer = ExpertServicer(
@@ -426,6 +428,7 @@ class Node:
             sessions=self.sessions.counts,
             tunnels=self.swarm.host.tunnels.counts,
             reachability=self.reaching.reach.kind,
+            over_budget=self._servicer.budgets.refused,
         )
 
 

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 from grpc import StatusCode
@@ -13,6 +13,7 @@ from grpc import StatusCode
 from dht.manifest import Manifest
 from expert_server.answering import Call, Context, Done, Reply, error_reply
 from expert_server.batching import Direction, Work
+from expert_server.budgets import BudgetLimits, Budgets
 from expert_server.computing import Result
 from expert_server.edge import parse_uid
 from expert_server.kept import Kept, KeptForwards
@@ -22,7 +23,7 @@ from expert_server.runtime import Runtime
 from expert_server.seen import SeenRequests
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import encode, encoded_bytes
-from peer.edge import require_same_swarm
+from peer.edge import require_same_swarm, retry_metadata
 from peer.errors import ExpertError, WireError
 from peer.rates import Traffic
 from peer.sessions import Sessions
@@ -46,6 +47,7 @@ class EdgeLimits:
     """Memory for forward passes that are kept until their backward call comes."""
     remembered_requests: int = 65_536
     """Backward calls whose ids are remembered, so that none is applied twice."""
+    budget: BudgetLimits = field(default_factory=BudgetLimits)
 
 
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
@@ -63,6 +65,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self.calls = 0
         """Forward and backward, since the start."""
         self.kept = KeptForwards(limits.max_kept_bytes)
+        self.budgets = Budgets(limits.budget)
         self._runtime = runtime
         self._manifest = manifest
         self._swarm_id = swarm_id
@@ -110,7 +113,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         except WireError as error:
             await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
         except ExpertError as error:
-            await context.abort(error.status, str(error))
+            await context.abort(error.status, str(error), retry_metadata(error.retry_after_s))
         except TimeoutError:
             await context.abort(StatusCode.DEADLINE_EXCEEDED, f"the call lasted longer than {seconds:.1f} s")
 
@@ -121,6 +124,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         header, chunk = await reader.header()
         require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
         parts = self._check_parts(header, direction, caller)
+        self.budgets.take(caller, direction, [(part.uid, part.rows) for part in parts], time.monotonic())
         if direction == "backward" and not self._seen.is_new(caller, header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
 

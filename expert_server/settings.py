@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
+from expert_server.budgets import BudgetLimits
 from expert_server.devices import PrecisionSetting
 from expert_server.schedule import Schedule
 from peer.settings import Denied, DenylistPath, MetricsHost, MetricsPort, PeerName, RoleSettings
@@ -247,6 +248,24 @@ class NodeSettings(RoleSettings):
     max_calls: int = Field(default=64, ge=1, le=10**5, description="calls served at the same time")
     deny: Denied = ()
     denylist: DenylistPath = None
+    caller_rows_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=10**9,
+        description="most rows of one caller, forward and backward; unset: no bound",
+    )
+    caller_updates_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=10**9,
+        description="most optimizer steps that one caller may cause, of all experts; unset: no bound",
+    )
+    caller_expert_updates_per_hour: float | None = Field(
+        default=None,
+        gt=0,
+        le=10**9,
+        description="most optimizer steps of one expert that one caller may cause; unset: no bound",
+    )
     max_sessions: int = Field(
         default=4096, ge=1, le=10**6, description="callers that are known at the same time"
     )
@@ -269,6 +288,13 @@ class NodeSettings(RoleSettings):
         if self.announce_grpc_port and not self.grpc_port:
             raise ValueError("grpc_port must be given too: a port is forwarded to it")
         return self
+
+    @property
+    def budget(self) -> BudgetLimits:
+        """Of each caller."""
+        return BudgetLimits(
+            self.caller_rows_per_s, self.caller_updates_per_s, self.caller_expert_updates_per_hour
+        )
 
     @property
     def lifetime_s(self) -> float:

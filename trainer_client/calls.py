@@ -20,6 +20,7 @@ from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
 from peer.codec import MAX_CHUNK_BYTES, Floats, chunks, decode, encode, encoded_bytes
+from peer.edge import retry_after_s
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.own_sessions import OwnSessions
 from peer.sessions import Metadata
@@ -31,12 +32,11 @@ Stream: TypeAlias = "grpc.aio.StreamStreamCall[expert_pb2.CallRequest, expert_pb
 
 _STATUS = {status.value[0]: status for status in StatusCode}
 
-_SESSION_ENDED = {StatusCode.UNAUTHENTICATED, StatusCode.UNAVAILABLE}
-"""What a call meets when its session has ended; the latter where that came while it was being sent: see _call_error."""
+_BROKE_OFF = "the call broke off"
 _REPEAT_AFTER_S = 0.2
 """Before a backward call is made once more."""
 _BUSY_S = 1.0
-"""How long a node is left alone that refused a whole call as too much; only experts give a time."""
+"""How long a node is left alone that refused a whole call as too much and gave no time."""
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,12 @@ class GrpcCaller:
                         yield answer
                 return
             except ExpertError as error:
-                if self._sessions is None or session is None or error.status not in _SESSION_ENDED:
+                unknown = error.status is StatusCode.UNAUTHENTICATED
+                if self._sessions is None or session is None or not (unknown or _is_hidden(error)):
                     raise
                 self._sessions.ended(node.peer_id, session)
-                if error.status is not StatusCode.UNAUTHENTICATED or not may_repeat:
-                    raise  # else nothing was done yet
+                if not (unknown and may_repeat):  # if it may, nothing was done yet
+                    raise
 
     async def _channel(self, node: NodeInfo, deadline_s: float) -> grpc.aio.Channel:
         """Raises ExpertError."""
@@ -231,7 +232,8 @@ class GrpcCaller:
                 async for answer in answers:
                     yield answer
         except grpc.aio.AioRpcError as error:
-            raise _call_error(error.code(), error.details()) from error
+            retry_s = retry_after_s(error.trailing_metadata(), _BUSY_S)
+            raise _call_error(error.code(), error.details(), retry_s) from error
         except (asyncio.InvalidStateError, grpc.aio.InternalError) as error:
             # the call ended while we were still sending
             raise _call_error(await stream.code(), await stream.details()) from error
@@ -388,7 +390,12 @@ def _is_lost(answer: Answer) -> bool:
     return answer.error is not None and answer.error.status is StatusCode.FAILED_PRECONDITION
 
 
-def _call_error(status: StatusCode, details: str | None) -> ExpertError:
+def _is_hidden(error: ExpertError) -> bool:
+    """Whether the node's own status is not known: it may have been that the session has ended."""
+    return str(error).startswith(_BROKE_OFF)
+
+
+def _call_error(status: StatusCode, details: str | None, retry_s: float = _BUSY_S) -> ExpertError:
     """Why a call failed as a whole."""
     if status is StatusCode.OK:
         return ExpertError(StatusCode.DATA_LOSS, "the node ended the call before it had all rows")
@@ -396,6 +403,6 @@ def _call_error(status: StatusCode, details: str | None) -> ExpertError:
         return ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call")
     if status is StatusCode.INTERNAL:
         # what grpc.aio makes of every status that comes while it writes a message
-        return ExpertError(StatusCode.UNAVAILABLE, f"the call broke off: {details}"[:500])
-    retry_after_s = _BUSY_S if status is StatusCode.RESOURCE_EXHAUSTED else 0.0
-    return ExpertError(status, (details or "")[:500], retry_after_s)
+        return ExpertError(StatusCode.UNAVAILABLE, f"{_BROKE_OFF}: {details}"[:500])
+    busy = status is StatusCode.RESOURCE_EXHAUSTED
+    return ExpertError(status, (details or "")[:500], retry_s if busy else 0.0)

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -20,6 +20,7 @@ from torch import Tensor
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.batching import Direction
+from expert_server.budgets import BudgetLimits
 from expert_server.expert import BackwardPart, Expert
 from expert_server.runtime import Runtime
 from expert_server.servicer import EdgeLimits, ExpertServicer
@@ -66,6 +67,7 @@ class Edge:
     address: str
     pem: bytes
     channel: grpc.aio.Channel
+    identity: Identity
     sessions: Sessions
     session: Metadata
     """What calls of the client carry."""
@@ -77,6 +79,10 @@ class Edge:
     def stub_on(self, channel: Any) -> Any:
         return InSession(expert_pb2_grpc.ExpertServiceStub(channel), self.session)
 
+    def as_another(self) -> "Edge":
+        """The same server, called by another peer."""
+        return replace(self, session=opened(self.sessions, self.identity, SWARM))
+
     def updates(self) -> int:
         return sum(expert.update_count for expert in self.runtime.experts.values())
 
@@ -87,14 +93,17 @@ async def serving(
     max_call_s: float = 30.0,
     max_call_bytes: int = 4 * 2**20,
     max_queued_rows: int = 65536,
+    max_batch_rows: int = 8192,
+    budget: BudgetLimits | None = None,
 ) -> AsyncIterator[Edge]:
     experts = {uid: Expert(uid, MANIFEST) for uid in (FIRST, SECOND, THIRD)}
-    runtime = Runtime(experts, max_queued_rows=max_queued_rows, max_batch_rows=8192, threads=1)
+    runtime = Runtime(experts, max_queued_rows=max_queued_rows, max_batch_rows=max_batch_rows, threads=1)
     await runtime.start()
     certificate = identity.make_certificate()
     server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=64)
     sessions = Sessions(SWARM, identity.peer_id)
-    servicer = ExpertServicer(runtime, MANIFEST, SWARM, EdgeLimits(max_call_bytes, max_call_s), sessions)
+    limits = EdgeLimits(max_call_bytes, max_call_s, budget=budget or BudgetLimits())
+    servicer = ExpertServicer(runtime, MANIFEST, SWARM, limits, sessions)
     session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
@@ -103,7 +112,7 @@ async def serving(
     try:
         async with open_channel(address, pem) as channel:
             session = opened(sessions, identity, SWARM)
-            yield Edge(runtime, address, pem, channel, sessions, session)
+            yield Edge(runtime, address, pem, channel, identity, sessions, session)
     finally:
         await server.stop(None)
         await runtime.stop()
