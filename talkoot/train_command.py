@@ -229,6 +229,7 @@ def _dispatched(client: Client) -> dict[str, Any]:
         "spot_checks": stats.spot_checks,
         "differing_answers": stats.differing_answers,
         "odd_answers": stats.odd_answers,
+        "wrong_answers": stats.wrong_answers,
         "skipped_updates": stats.skipped_updates,
         "rollbacks": stats.rollbacks,
     }

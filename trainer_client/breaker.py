@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from hivemind.p2p import PeerID
 
+_LONGEST_BAN_S = 86400.0
+
 
 @dataclass
 class _Breaker:
@@ -14,6 +16,8 @@ class _Breaker:
     failed_until: float = 0.0
     busy_until: float = 0.0
     distrusted_until: float = 0.0
+    offences: int = 0
+    """Wrong answers so far, those while it was avoided for one not counted."""
 
 
 class CircuitBreakers:
@@ -49,13 +53,26 @@ class CircuitBreakers:
         breaker.busy_until = max(breaker.busy_until, now + min(retry_after_s, self._longest_s))
 
     def distrust(self, peer_id: PeerID, now: float) -> None:
-        """The peer answered wrongly: it is avoided for the longest time, whatever else it does well."""
-        self._breaker(peer_id).distrusted_until = now + self._longest_s
+        """The peer answered wrongly: it is banned for the longest time, after each further time for twice as long.
+
+        Whatever else it does well meanwhile does not shorten that.
+        """
+        breaker = self._breaker(peer_id)
+        if now < breaker.distrusted_until:
+            return
+        ban_s = min(self._longest_s * 2 ** min(breaker.offences, 30), _LONGEST_BAN_S)
+        breaker.offences += 1
+        breaker.distrusted_until = now + ban_s
+
+    def banned(self, now: float) -> int:
+        """How many peers are avoided now for wrong answers."""
+        return sum(now < breaker.distrusted_until for breaker in self._breakers.values())
 
     def succeeded(self, peer_id: PeerID) -> None:
         breaker = self._breakers.pop(peer_id, None)
-        if breaker is not None and breaker.distrusted_until:
-            self._breakers[peer_id] = _Breaker(distrusted_until=breaker.distrusted_until)
+        if breaker is not None and breaker.offences:
+            kept = _Breaker(distrusted_until=breaker.distrusted_until, offences=breaker.offences)
+            self._breakers[peer_id] = kept
 
     def open_at(self, now: float) -> frozenset[PeerID]:
         """The peers to avoid now."""

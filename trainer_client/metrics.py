@@ -113,6 +113,7 @@ def _calls(counts: TrainerCounts) -> Iterator[Metric]:
         ("unanswered_rows", "Rows that went on with no expert.", stats.unanswered_rows),
         ("repeated_calls", "Backward calls made once more, since they broke off.", counts.repeated),
         ("late_backward", "Gradients that did not come in time.", stats.late_backward),
+        ("wrong_answers", "Answers that no honest node gives.", stats.wrong_answers),
         ("skipped_updates", "Optimizer steps that experts refused.", stats.skipped_updates),
         ("rollbacks", "Times that experts went back to a good state.", stats.rollbacks),
     ):

@@ -15,6 +15,7 @@ from peer.errors import ExpertError
 from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import Answer, Direction, ExpertCaller, Request
 from trainer_client.latencies import Latencies
+from trainer_client.poison import PoisonTest
 from trainer_client.shares import Share
 from trainer_client.waiting import CallTimes
 
@@ -52,6 +53,8 @@ class DispatchStats:
     """Spot checks in which the two differed grossly."""
     odd_answers: int = 0
     """Those of them in which a third replica showed which was wrong."""
+    wrong_answers: int = 0
+    """Calls, and parts of them, whose answer no honest node gives."""
     skipped_updates: int = 0
     """Optimizer steps that experts' guards refused."""
     rollbacks: int = 0
@@ -111,6 +114,7 @@ class Outgoing:
         self._gone = gone
         self._heard_at: dict[PeerID, float] = {}
         """When each peer answered last, the last one at the end."""
+        self._poison = PoisonTest()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -151,6 +155,7 @@ class Outgoing:
                     self.latencies.note_node(peer_id, self.now() - began)
                     self._hear(peer_id)
                 share = waiting.pop(answer.index)
+                answer = self._examined(call, answer)
                 if answer.error is not None:
                     self._note_failure(peer_id, answer.error)
                     did_well &= answer.error.status in _NOT_THE_PEERS_FAULT
@@ -171,6 +176,21 @@ class Outgoing:
             if waiting:  # no empty list: that would look like a time-out
                 call.fail(list(waiting.values()))
 
+    def _examined(self, call: NodeCall, answer: Answer) -> Answer:
+        """An answer that can't be an honest expert's counts as none, and its peer is banned for a while."""
+        if answer.tensor is None:
+            return answer
+        peer_id, request = call.node.peer_id, call.requests[answer.index]
+        if request.gradients is not None:
+            fault = self._poison.fault_of_gradient(request.gradients, answer.tensor)
+        else:
+            fault = self._poison.fault(peer_id, request.inputs, answer.tensor)
+        if fault is None:
+            return answer
+        error = ExpertError(StatusCode.DATA_LOSS, f"expert {request.uid} gave a {fault} answer")
+        logger.warning("node %s: %s: banned for a while", peer_id, error)
+        return Answer(answer.index, None, error)
+
     def _hear(self, peer_id: PeerID) -> None:
         self._heard_at.pop(peer_id, None)
         self._heard_at[peer_id] = self.now()
@@ -186,7 +206,10 @@ class Outgoing:
     def _note_failure(self, peer_id: PeerID, error: ExpertError, lost_quickly: bool = False) -> None:
         self.stats.failures[error.status.name.lower()] += 1
         now = self.now()
-        if error.status is StatusCode.RESOURCE_EXHAUSTED:
+        if error.status is StatusCode.DATA_LOSS:
+            self.stats.wrong_answers += 1
+            self.breakers.distrust(peer_id, now)
+        elif error.status is StatusCode.RESOURCE_EXHAUSTED:
             self.breakers.busy(peer_id, now, error.retry_after_s)
         elif error.status not in _NOT_THE_PEERS_FAULT:
             self.breakers.failed(peer_id, now, quickly=lost_quickly)

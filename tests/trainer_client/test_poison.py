@@ -1,0 +1,120 @@
+"""Answers that no honest expert gives are seen, and honest ones are let through, whatever codec they came by."""
+
+import asyncio
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from expert_fakes import (
+    FakeSwarm,
+    make_manifest,
+    make_peer_id,
+    random_rows,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expert_server.blocks import build_block
+from peer.codec import CodecName, Floats, codec_of, decode, encode
+from trainer_client.breaker import CircuitBreakers
+from trainer_client.calls import Direction, Request
+from trainer_client.dispatch import Dispatcher
+from trainer_client.poison import MOST_GROWTH, PoisonTest
+from trainer_client.waiting import WaitPolicy
+
+PEER, OTHER = make_peer_id(1), make_peer_id(2)
+MANIFEST = make_manifest((2, 2), k=2)
+
+
+def sent(rows: Floats, codec: CodecName) -> Floats:
+    data = bytearray(encode(rows, codec_of(codec)))
+    return decode(data, rows.shape[1], codec_of(codec))
+
+
+@given(st.integers(1, 12), st.integers(0, 2**20), st.sampled_from(get_args(CodecName)), st.floats(1e-3, 30))
+def test_what_honest_experts_answer_is_let_through(
+    rows: int, seed: int, codec: CodecName, size: float
+) -> None:
+    test, block = PoisonTest(), build_block(MANIFEST, MANIFEST.uids()[0])
+    inputs = np.float32(size) * random_rows(rows, seed=seed)
+    for _ in range(3):  # a trainer moves on by little
+        with torch.no_grad():
+            answer = block(
+                torch.from_numpy(sent(inputs, codec)), torch.tensor([rows]), torch.arange(rows)
+            ).numpy()
+        assert test.fault(PEER, inputs, sent(answer, codec)) is None
+        inputs = inputs * np.float32(1.0001)
+
+
+def test_huge_answers_are_seen() -> None:
+    inputs = random_rows(4)
+    answer = inputs.copy()
+    answer[2, 3] = -2 * MOST_GROWTH * (1 + np.abs(inputs).max())
+    assert PoisonTest().fault(PEER, inputs, answer) == "huge"
+    assert PoisonTest().fault_of_gradient(inputs, answer) == "huge"
+    assert PoisonTest().fault_of_gradient(inputs, inputs) is None
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_same_answer_for_all_rows_is_seen(value: float) -> None:
+    inputs = random_rows(4)
+    assert PoisonTest().fault(PEER, inputs, np.full_like(inputs, value)) == "constant"
+    same = np.repeat(inputs[:1], 4, axis=0)  # and is right for rows that are alike
+    assert PoisonTest().fault(PEER, same, 2 * same) is None
+
+
+def test_an_answer_that_is_given_again_for_other_inputs_is_seen() -> None:
+    test, answer = PoisonTest(), random_rows(4, seed=9)
+    assert test.fault(PEER, random_rows(4, seed=1), answer) is None
+    assert test.fault(PEER, random_rows(4, seed=1), answer) is None  # the same was asked
+    assert test.fault(OTHER, random_rows(4, seed=2), answer) is None
+    assert test.fault(PEER, random_rows(4, seed=2), answer) == "replayed"
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    test = PoisonTest()
+    for number in range(600):
+        for seed in range(10):
+            test.fault(make_peer_id(number), random_rows(1, seed=seed), random_rows(1, seed=seed))
+    assert len(test._lately) == 256
+    assert max(map(len, test._lately.values())) == 8
+
+
+def test_a_ban_grows_with_each_offence_and_good_answers_do_not_end_it() -> None:
+    breakers = CircuitBreakers(longest_s=100.0)
+    breakers.distrust(PEER, 0.0)
+    breakers.distrust(PEER, 50.0)  # still of the same time
+    breakers.succeeded(PEER)
+    assert (breakers.banned(99.0), breakers.banned(100.0)) == (1, 0)
+    breakers.distrust(PEER, 100.0)
+    assert breakers.open_at(299.0) == {PEER}
+    assert breakers.open_at(300.0) == frozenset()
+
+
+class PoisonedSwarm(FakeSwarm):
+    """The first peer's experts answer the same whatever they are asked."""
+
+    def compute(self, direction: Direction, request: Request) -> Floats:
+        answer = super().compute(direction, request)
+        poisoned = self.peer_of[request.uid] == make_peer_id(0)
+        return np.ones_like(answer) if poisoned else answer
+
+
+async def dispatch(swarm: FakeSwarm) -> tuple[Dispatcher, list[np.ndarray]]:
+    dispatcher = Dispatcher(swarm.directory(), swarm, WaitPolicy(5.0, 0.1, 1))
+    scores = [random_rows(6, 2, seed=2), random_rows(6, 2, seed=3)]
+    answered = []
+    for _ in range(2):
+        result = await dispatcher.forward(0, random_rows(6), scores, 4, 6)
+        answered.append(result.answered)
+        assert not (result.outputs[result.answered] == 1.0).all(axis=-1).any()
+    return dispatcher, answered
+
+
+def test_a_peer_that_answers_wrongly_is_left_out_and_banned() -> None:
+    dispatcher, answered = asyncio.run(dispatch(PoisonedSwarm(MANIFEST)))
+    assert dispatcher.stats.wrong_answers == 1
+    assert dispatcher.stats.failures["data_loss"] == 1
+    assert dispatcher.open_breakers() == 1
+    assert [row.sum() for row in answered] == [18, 18]
