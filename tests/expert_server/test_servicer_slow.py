@@ -136,6 +136,18 @@ def test_the_memory_of_requests_is_bounded_and_forgets_the_oldest(ids: list[int]
             remembered = [*remembered, number][-limit:]
 
 
+def test_a_caller_that_makes_up_ids_pushes_out_only_its_own() -> None:
+    seen = SeenRequests(100)
+    assert all(seen.is_new("honest", bytes([number])) for number in range(40))
+    for number in range(1000):
+        assert seen.is_new("flood", number.to_bytes(4, "big"))
+        assert len(seen) <= 100
+    assert not any(seen.is_new("honest", bytes([number])) for number in range(40))
+    for number in range(200):  # and so do many callers with one each
+        assert seen.is_new(f"sybil {number}", bytes(1))
+    assert len(seen) == 100
+
+
 @pytest.mark.parametrize("way", ["cancelled", "disconnected"])
 def test_a_call_that_is_given_up_leaves_nothing_queued(run: Runner, way: str) -> None:
     release = threading.Event()
