@@ -169,9 +169,10 @@ class SwarmAdmission:
 
     def revoke(self, serials: Collection[int]) -> None:
         """What the founder says now. What was revoked once stays so: an old list can't bring it back."""
-        self._revoked |= frozenset(list(serials)[:MAX_REVOKED])
+        now = frozenset(list(serials)[:MAX_REVOKED])
+        self._revoked |= now
         if len(self._revoked) > 2 * MAX_REVOKED:
-            self._revoked = frozenset(serials)
+            self._revoked = now
 
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
         """Raises ExpertError (PERMISSION_DENIED) that says what is missing."""

@@ -146,8 +146,9 @@ async def join_swarm(
     """Starts a peer, joins by the invite or by peers met before, and reads the manifest that its author signed.
 
     `announce`, `maps_port`: as in Host. `state`: folder in which the peers that were met are kept. `roles`: as one of
-    these it takes part; none: it only looks. Raises InviteError when the swarm admits by token, and the invite's lets it in as none of
-    them; UnreachableError when nobody answers, and SwarmError when the manifest is missing or not for this software.
+    these it takes part; none: it only looks. Raises UnreachableError when nobody answers, SwarmError when the manifest
+    is missing or not for this software, and InviteError when the swarm admits by token and the invite's lets it in as
+    none of them.
     """
     stage("joining the DHT")
     acquaintances, validator = _acquaintances(state, invite.keys), RecordValidator()

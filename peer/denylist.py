@@ -78,5 +78,7 @@ def parse_denied(text: str) -> PeerID:
     except ValueError:
         data = b""
     if len(data) != 34 or data[:2] != b"\x12\x20":
-        raise SettingsError(f"{text[:80]!r} is no PeerID: `talkoot status` shows those of a swarm's peers")
+        raise SettingsError(
+            f"{text[:80]!r} is no PeerID: `talkoot status --json` shows those of a swarm's peers"
+        )
     return PeerID(data)

@@ -77,7 +77,7 @@ def silent_invite(founder: Founder, port: int) -> str:
 
 # What everybody types first
 
-COMMANDS = ("node", "train", "generate", "evaluate", "status", "dashboard", "doctor", "demo")
+COMMANDS = ("node", "train", "generate", "evaluate", "status", "dashboard", "doctor", "demo", "invite")
 
 
 def test_help_is_instant() -> None:

@@ -1,0 +1,88 @@
+"""`talkoot invite`: makes, lists and revokes, with the founder's folder alone."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from commands import run_here
+
+from dht.admission import Mode, Role, SwarmAdmission, read_grant
+from dht.invite import Invite
+from dht.records import SwarmKeys
+from peer.identity import Identity
+from peer.wire import admission_pb2
+from talkoot.invite_command import FoundedSwarm
+
+
+def founded(folder: Path, mode: Mode = "token", author: Identity | None = None) -> Invite:
+    """What a founder's node leaves behind."""
+    identity = Identity.load_or_create(folder / "identity.key")
+    keys = SwarmKeys("sauna", (author or identity).peer_id)
+    invite = Invite(keys, (f"/ip4/192.0.2.7/tcp/31337/p2p/{identity.peer_id}",))
+    FoundedSwarm(invite=str(invite), admission=mode).save(folder)
+    return invite
+
+
+def test_an_invite_is_made_listed_and_revoked(tmp_path: Path) -> None:
+    plain = founded(tmp_path)
+    state = ("--state", str(tmp_path))
+    made = run_here("invite", "--role", "node", "--expires", "90d", "--name", "Ada", "--json", *state)
+    values = json.loads(made.stdout)
+    invite = Invite.parse(values["invite"])
+    assert (invite.keys, invite.bootstrap) == (plain.keys, plain.bootstrap)
+    token = admission_pb2.Token.FromString(invite.token)
+    grant = read_grant(token.grant)
+    assert (grant.role, f"{grant.serial:08x}") == (Role.NODE, values["serial"])
+    assert 89 * 86400 < grant.expires_at - time.time() <= 90 * 86400
+    founder = Identity.load_or_create(tmp_path / "identity.key")
+    admission = SwarmAdmission(plain.keys.swarm_id, founder.public_key, "token")
+    admission.check_token(token, founder.peer_id)
+
+    assert "Ada" in run_here("invite", "--list", *state).stdout
+    assert "is revoked" in run_here("invite", "--revoke", values["serial"].upper(), *state).stdout
+    (listed,) = json.loads(run_here("invite", "--list", "--json", *state).stdout)["invites"]
+    assert listed["revoked"] is True
+    assert invite.token.hex() not in (tmp_path / "invites.json").read_bytes().hex()
+
+
+def test_an_invite_for_people_says_what_it_is_worth(tmp_path: Path) -> None:
+    founded(tmp_path)
+    made = run_here("invite", "--state", str(tmp_path))
+    assert made.returncode == 0
+    assert made.stdout.startswith("invite: talkoot1")
+    assert "for a trainer" in made.stderr
+    assert "--revoke" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--role", "king"), "pass one of node, trainer, reader"),
+        (("--expires", "soon"), "--expires soon"),
+        (("--expires", "99999d"), "at most 3650d"),
+        (("--name", "a" * 65), "at most 64"),
+        (("--revoke", "00000000"), "no invite 00000000"),
+    ],
+)
+def test_what_can_not_be_is_told(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    founded(tmp_path)
+    ended = run_here("invite", *arguments, "--state", str(tmp_path))
+    assert ended.returncode == 2
+    assert said in ended.stderr
+
+
+def test_only_the_founder_of_a_swarm_that_admits_by_token_invites(tmp_path: Path) -> None:
+    nobodys, open_one, anothers = (tmp_path / name for name in ("nobodys", "open", "anothers"))
+    for folder in (nobodys, open_one, anothers):
+        folder.mkdir()
+    founded(open_one, "open")
+    founded(anothers, author=Identity.load_or_create(tmp_path / "other.key"))
+    for folder, said in (
+        (nobodys, "no swarm was founded"),
+        (open_one, "your swarm is open"),
+        (anothers, "has not the key"),
+    ):
+        ended = run_here("invite", "--state", str(folder))
+        assert ended.returncode == 2
+        assert said in ended.stderr
