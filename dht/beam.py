@@ -9,6 +9,7 @@ Shapes: R rows, G_d size of grid dimension d, W prefixes in the beam, C candidat
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,13 +96,51 @@ def _best_keys(scores: Sequence[Floats], tables: Sequence[Booleans], k: int, wid
     total_RW = np.zeros((rows, 1), np.float32)
     live_RW = np.ones((rows, 1), np.bool_)
     for d, (scores_RG, table) in enumerate(zip(scores, tables, strict=True)):
-        size = scores_RG.shape[1]
-        total_RWG = total_RW[:, :, None] + scores_RG[:, None, :]
-        prefix_RWG = prefix_RW[:, :, None] * size + np.arange(size)
-        live_RWG = table[prefix_RW] & live_RW[:, :, None]
-        keys_RW = _best_of(total_RWG, prefix_RWG, live_RWG, k if d == dims - 1 else width)
+        beam = _Beam(total_RW, prefix_RW, live_RW)
+        keys_RW = _next_keys(beam, scores_RG, table, k if d == dims - 1 else width)
         total_RW, prefix_RW, live_RW = _read_keys(keys_RW)
     return keys_RW
+
+
+class _Beam(NamedTuple):
+    """The prefixes that each row keeps, [R, W]."""
+
+    totals: Floats
+    prefixes: Integers
+    live: Booleans
+
+    def of(self, rows: Booleans) -> "_Beam":
+        return _Beam(self.totals[rows], self.prefixes[rows], self.live[rows])
+
+
+def _next_keys(beam: _Beam, scores_RG: Floats, table: Booleans, count: int) -> Integers:
+    """The keys of the `count` best prefixes that are longer by one coordinate, best first.
+
+    Tried first with each row's best coordinates alone. That is exact where what was found beats the best prefix with
+    the best coordinate that was left out; the other rows are done in full.
+    """
+    size, few = scores_RG.shape[1], 2 * count
+    if beam.totals.shape[1] == 1 or size <= 2 * few:
+        return _extended(beam, scores_RG, np.arange(size)[None], table, count)
+    columns = np.argpartition(-scores_RG, few, axis=1)[:, : few + 1]
+    scores_RF = np.take_along_axis(scores_RG, columns, axis=1)
+    keys_RW = _extended(beam, scores_RF[:, :few], columns[:, :few], table, count)
+    beaten_R = np.where(beam.live, beam.totals, -np.float32(np.inf)).max(axis=1) + scores_RF[:, few]
+    found_RW, _, live_RW = _read_keys(keys_RW)
+    unsure_R = ~(live_RW[:, -1] & (found_RW[:, -1] > beaten_R))
+    if unsure_R.any():
+        keys_RW[unsure_R] = _extended(
+            beam.of(unsure_R), scores_RG[unsure_R], np.arange(size)[None], table, count
+        )
+    return keys_RW
+
+
+def _extended(beam: _Beam, scores_RC: Floats, columns: Integers, table: Booleans, count: int) -> Integers:
+    """`columns`, [R, C] or [1, C]: the coordinates by which prefixes are made longer, and their scores."""
+    total_RWC = beam.totals[:, :, None] + scores_RC[:, None, :]
+    prefix_RWC = beam.prefixes[:, :, None] * table.shape[1] + columns[:, None, :]
+    live_RWC = table.ravel()[prefix_RWC] & beam.live[:, :, None]
+    return _best_of(total_RWC, prefix_RWC, live_RWC, count)
 
 
 def _best_of(scores: Floats, prefixes: Integers, live: Booleans, count: int) -> Integers:
@@ -120,7 +159,7 @@ def _best_of(scores: Floats, prefixes: Integers, live: Booleans, count: int) -> 
     good = np.nonzero(live_RC & (masked_RC >= least_R[:, None]))
     found_R = np.bincount(good[0], minlength=rows)
     places = np.arange(len(good[0])) - np.repeat(found_R.cumsum() - found_R, found_R)
-    keys_RC = np.full((rows, max(1, found_R.max(initial=0))), np.int64(_DEAD) << 32)
+    keys_RC = np.full((rows, max(count, found_R.max(initial=0))), np.int64(_DEAD) << 32)
     keys_RC[good[0], places] = _keys(scores_RC[good], prefixes_RC[good], live_RC[good])
     return _largest(keys_RC, count)
 

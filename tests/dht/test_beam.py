@@ -66,6 +66,20 @@ def test_beam_over_all_live_prefixes_equals_brute_force(case: Case) -> None:
     assert_same(found, brute_force(case.scores, case.alive[-1], case.k))
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.02, 0.3, 0.8, 1.0]), st.sampled_from([2, 20, 10_000]))
+def test_what_a_large_grid_leaves_out_is_never_among_the_best(seed: int, share: float, levels: int) -> None:
+    """Where each row's best coordinates are tried first: also with ties, with huge scores and where few live."""
+    rng = np.random.default_rng(seed)
+    grid, k = (int(rng.integers(2, 12)), int(rng.integers(12, 40))), int(rng.integers(1, 5))
+    scale = np.float32(rng.choice([1 / 8, 1e30]))
+    scores = [(rng.integers(-levels, levels, (12, size)) * scale).astype(np.float32) for size in grid]
+    scores[0][0] = 1e30  # beside which the others' scores are lost
+    clipped = [np.clip(table, np.float32(-1e30), np.float32(1e30)) for table in scores]
+    alive = prefix_tables(rng.random(grid) < share)
+    found = select_experts(scores, alive, k, beam_size=grid[0])
+    assert_same(found, brute_force(clipped, alive[-1], k))
+
+
 @given(cases(live=1.0))
 def test_beam_of_k_finds_the_highest_scores_where_every_expert_is_live(case: Case) -> None:
     found = select_experts(case.scores, case.alive, case.k, case.k)
