@@ -215,6 +215,7 @@ class Manifest(_Part):
 
     @property
     def experts_total(self) -> int:
+        """Experts in all layers."""
         return self.model.layers * self.experts.count
 
     def uids(self) -> list[UID]:

@@ -112,6 +112,7 @@ class SwarmClient:
 
     @property
     def manifest(self) -> Manifest:
+        """What all peers of the swarm share: sizes of the model and the grid, and more."""
         assert self._swarm is not None
         return self._swarm.manifest
 
