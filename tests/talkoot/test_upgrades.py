@@ -25,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 VERSION = WHEEL.name.split("-")[1]
 LIVELY: dict[str, Any] = {"replicas": 2, "average_every_s": 0.5, "announce_every_s": 3, "claim_wait_s": 0.1}
 """Settings with which a node soon replicates what another hosts, and averages with it."""
-NEW, OLD = {"experts": 4, "spare": 0}, {"experts": 6}
+NEW: dict[str, Any] = {"experts": 4, "spare": 0}
+OLD: dict[str, Any] = {"experts": 6}
 """So each is the only host of some of the 8 experts, and both have 2."""
 
 
