@@ -208,13 +208,13 @@ class Proxy:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            client, _ = await loop.sock_accept(self._listener)
-            task = asyncio.create_task(self._carry(client))
+            client, address = await loop.sock_accept(self._listener)
+            wire = self.wire if self._wire_from is None else self._wire_from(address[1])
+            task = asyncio.create_task(self._carry(wire, client))
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
 
-    async def _carry(self, client: socket.socket) -> None:
-        wire = self.wire if self._wire_from is None else self._wire_from(client.getpeername()[1])
+    async def _carry(self, wire: Wire, client: socket.socket) -> None:
         there, back = wire.next_chances()
         lives_s = there.expovariate(wire.link.resets_per_min / 60) if wire.link.resets_per_min else None
         with contextlib.closing(client), contextlib.closing(_socket(wire.link, self._target[0])) as server:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import socket
 import time
 from collections.abc import Coroutine
 from dataclasses import astuple
@@ -200,6 +201,36 @@ def test_a_cut_link_is_silent_until_it_is_mended_and_loses_nothing() -> None:
                 echo.wire.mend()
                 assert await other_read.readexactly(3) == b"new"
             assert await read.readexactly(6) == b"during"
+
+    run(scenario())
+
+
+def test_each_connection_takes_the_wire_of_who_opened_it() -> None:
+    async def scenario() -> None:
+        async with echo_behind(Link()) as echo:
+            strangers, cut_off = Wire(Link()), set[int]()
+            strangers.cut()
+            proxy = await Proxy.start(
+                echo.wire,
+                (LOCAL, echo.port),
+                wire_from=lambda port: strangers if port in cut_off else echo.wire,
+            )
+            for is_cut_off in (True, False):
+                sock = socket.socket()
+                sock.bind((LOCAL, 0))
+                if is_cut_off:
+                    cut_off.add(sock.getsockname()[1])
+                sock.connect((LOCAL, proxy.port))
+                read, write = await asyncio.open_connection(sock=sock)
+                write.write(b"x")
+                try:
+                    async with asyncio.timeout(0.2 if is_cut_off else 10):
+                        assert await read.readexactly(1) == b"x"
+                        assert not is_cut_off
+                except TimeoutError:
+                    assert is_cut_off
+                write.close()
+            await proxy.close()
 
     run(scenario())
 
