@@ -20,7 +20,7 @@ from talkoot.children import Child, Children
 from talkoot.links import Link
 
 HOST = "127.0.0.1"
-_START_LIMIT_S = 120.0
+_START_LIMIT_S = 300.0
 _LEAVE_LIMIT_S = 40.0
 _STOPPED_AT_START = 128 + signal.SIGTERM
 """Exit status of a node that was told to stop before it served."""
