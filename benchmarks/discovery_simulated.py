@@ -44,9 +44,11 @@ class Effort:
     lookups: int = 150
     trainers: int = 8
     upkeep_nodes: int = 30
+    replaced: tuple[int, ...] = (10, 30)
+    """With how many percent dead it is measured what becomes of their rows."""
 
 
-BRIEF = Effort(lookups=60, trainers=3, upkeep_nodes=10)
+BRIEF = Effort(lookups=60, trainers=3, upkeep_nodes=10, replaced=(30,))
 
 
 def measure(nodes: int, link: Link, seed: int, effort: Effort) -> dict[str, Any]:
@@ -71,7 +73,8 @@ async def _measure(loop: VirtualLoop, nodes: int, link: Link, seed: int, effort:
     result["recall"] = {"0": await measure_recall(loop, swarm)}
     for percent, share in ((10, 0.1), (30, 0.3)):  # of those that are left
         swarm.kill(share)
-        result[f"replaced_{percent}"] = await measure_replacing(loop, swarm)
+        if percent in effort.replaced:
+            result[f"replaced_{percent}"] = await measure_replacing(loop, swarm)
         result[f"lookups_{percent}_dead"] = await measure_lookups(loop, swarm, effort.lookups // 3)
         await _let_the_dead_expire(swarm)
         result["recall"][str(percent)] = await measure_recall(loop, swarm)

@@ -114,7 +114,8 @@ class Registry:
         self._identity = identity
         self._deadline_s = deadline_s
         self._now = now
-        self._claim_ages = ClaimAges()
+        self.claims = ClaimAges()
+        """How long others' claims count is set there."""
         self._shard = ""
         self._shard_until = 0.0
 
@@ -341,10 +342,10 @@ class Registry:
                 logger.debug("left out a replica of %s: %s", uid, error)
                 continue
             if state is ReplicaState.CLAIMED:
-                if self._claim_ages.is_stale(uid, peer_id, announcement.claimed_at, self._now()):
+                if self.claims.is_stale(uid, peer_id, announcement.claimed_at, self._now()):
                     continue
             else:
-                self._claim_ages.forget(uid, peer_id)
+                self.claims.forget(uid, peer_id)
             if state is not ReplicaState.WITHDRAWN:
                 yield Replica(
                     uid,

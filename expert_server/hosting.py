@@ -80,6 +80,7 @@ class Hosting:
         self._claimed_at: dict[UID, float] = {}
         self._was_vacant: set[UID] = set()
         self._resolve = Resolve(_FIRM_LOOKS, settings.exchange_every_s)
+        swarm.registry.claims.longest_s = settings.max_claim_s
         self._survey = Survey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._leaving = False
         self._hurried = False

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
+from dht.claims import MAX_CLAIM_S
 from expert_server.budgets import BudgetLimits
 from expert_server.devices import PrecisionSetting
 from expert_server.schedule import Schedule
@@ -225,6 +226,13 @@ class NodeSettings(RoleSettings):
         ge=0.1,
         le=30,
         description="seconds for others to see a claim before the expert is served",
+    )
+    max_claim_s: float = Field(
+        default=MAX_CLAIM_S,
+        ge=10,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds after which another node's claim counts no more, when it still does not serve the expert",
     )
     max_queued_rows: int = Field(
         default=65536,

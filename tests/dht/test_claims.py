@@ -27,6 +27,12 @@ def test_a_claim_that_is_renewed_for_ever_becomes_stale(claimed_at: object) -> N
     assert not ages.is_stale(HERE, OTHER, START + 4 * MAX_CLAIM_S, START + 4 * MAX_CLAIM_S)
 
 
+def test_how_long_a_claim_counts_can_be_set() -> None:
+    ages = ClaimAges(60.0)
+    assert not ages.is_stale(HERE, CLAIMANT, START, START + 59)
+    assert ages.is_stale(HERE, CLAIMANT, START, START + 61)
+
+
 @given(st.lists(st.floats(0, MAX_CLAIM_S / 4), min_size=1, max_size=30))
 def test_a_fresh_and_honest_claim_is_never_stale(waits: list[float]) -> None:
     ages, now = ClaimAges(), START
