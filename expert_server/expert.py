@@ -302,6 +302,11 @@ def _moment_name(parameter: str, moment: str) -> str:
     return f"{_OPTIMIZER}{parameter}.{moment}"
 
 
+def warm_up() -> None:
+    """Lets torch import what its first optimizer needs: 1.4 s of work, best done on a thread while the node waits."""
+    torch.optim.AdamW([torch.zeros(1)])
+
+
 def make_optimizer(block: nn.Module, spec: OptimizerSpec) -> Optimizer:
     """The manifest's optimizer, without clipping and warm-up. Biases and norms, which are vectors, do not decay."""
     decays: dict[float, list[nn.Parameter]] = {}
