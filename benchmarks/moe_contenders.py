@@ -166,6 +166,7 @@ def talkoot(case: str) -> Iterator[Standing]:
     from trainer_client.client import SwarmClient
     from trainer_client.settings import TrainerSettings
 
+    torch.set_num_threads(1)  # of the trainer, whose own part is small
     manifest = MANIFEST.format(hidden=HIDDEN, context=SEQUENCE, case=case, top_k=TOP_K)
     settings = TrainerSettings(call_deadline_s=60.0, least_deadline_s=60.0)
     with (

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -119,6 +120,12 @@ class ComputeDevice:
         computing.wait_stream(self._copies)
         loaded.record_stream(computing)
         return loaded
+
+    def is_finite(self, tensor: Tensor) -> bool:
+        """Whether all numbers are."""
+        if self.torch_device.type == "cpu":  # numpy is several times as fast on small ones
+            return bool(np.isfinite(tensor.detach().numpy()).all())
+        return bool(tensor.isfinite().all())
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """Begins to bring a tensor to the CPU. It is whole after `wait`."""

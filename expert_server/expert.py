@@ -292,7 +292,7 @@ class Expert:
     def _fetched(self, tensor_RD: Tensor, name: str) -> Tensor:
         """On its way to the CPU: whole once the device was waited for. Raises ExpertError when it is not finite."""
         fetched_RD = self.device.fetch(tensor_RD)
-        if not tensor_RD.isfinite().all():
+        if not self.device.is_finite(tensor_RD):
             self.guard.check()
             raise ExpertError(StatusCode.INTERNAL, f"the {name} of expert {self.uid} are not finite")
         return fetched_RD

@@ -5,6 +5,7 @@ Shapes: R rows (all tokens of a batch, sequence after sequence), K experts for e
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +35,25 @@ def make_shares(
     rows, slots = np.nonzero(wanted)  # in order of rows
     experts = np.ravel_multi_index(tuple(coordinates[rows, slots].T), grid)
     order = np.argsort(experts, kind="stable")  # by expert, and within it still in order of rows
-    found, starts = np.unique(experts[order], return_index=True)
-    for expert, part in zip(found, np.split(order, starts[1:]), strict=False):
-        share_rows = rows[part]
-        _, lengths = np.unique(share_rows // sequence_length, return_counts=True)
-        coordinate = tuple(int(x) for x in np.unravel_index(expert, grid))
-        yield Share(UID(layer, coordinate), share_rows, slots[part], lengths, share_rows % sequence_length)
+    rows, slots, experts = rows[order], slots[order], experts[order]
+    sequences, positions = np.divmod(rows, sequence_length)
+    is_first = _changes(experts)
+    begins = np.flatnonzero(is_first | _changes(sequences))  # of segments
+    lengths = np.diff(begins, append=len(rows))
+    starts = np.flatnonzero(is_first)  # of shares
+    places = np.stack(np.unravel_index(experts[starts], grid), axis=-1).tolist()
+    share_bounds = pairwise([*starts, len(rows)])
+    segment_bounds = pairwise([*np.searchsorted(begins, starts), len(begins)])
+    for place, (start, end), (first, last) in zip(places, share_bounds, segment_bounds, strict=True):
+        part = slice(start, end)
+        yield Share(UID(layer, tuple(place)), rows[part], slots[part], lengths[first:last], positions[part])
+
+
+def _changes(numbers: Integers) -> Booleans:
+    """Where one differs from the one before, the first included."""
+    changes = np.ones(len(numbers), dtype=bool)
+    np.not_equal(numbers[1:], numbers[:-1], out=changes[1:])
+    return changes
 
 
 def sure_first(sure: Selection, others: Selection, wary: Booleans) -> Selection:
