@@ -195,7 +195,8 @@ class Stress:
         counts = Counter(self.ends.values())
         gone = counts["cancelled"]
         assert stats.queued_rows == 0
-        assert (stats.rows, stats.batches) == (witness.computed.total(), witness.batches)
+        assert stats.rows == witness.computed.total()
+        assert stats.batches <= witness.batches, "callers whose gradients differ grossly are computed apart"
         assert stats.updates == witness.steps
         assert 0 <= stats.expired - counts[StatusCode.DEADLINE_EXCEEDED] <= gone
         assert 0 <= stats.refused - counts[StatusCode.RESOURCE_EXHAUSTED] <= gone
