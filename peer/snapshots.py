@@ -44,6 +44,7 @@ class Kept(Protocol):
 
 
 S = TypeVar("S", bound=Kept)
+M = TypeVar("M")
 
 
 class Snapshots(Generic[S]):
@@ -175,19 +176,19 @@ async def _receive(begin: Begin, incoming: Incoming, down: Rate, what: str, sha2
 
 async def receive(call: Any, incoming: Incoming, down: Rate, sha256: bytes = b"") -> None:
     """Reads one call's replies to their end. Raises AioRpcError, StateError, and TimeoutError when the next stalls."""
-    reply = await _next(call)
+    reply = await in_time(call.read())
     if reply is grpc.aio.EOF or reply.WhichOneof("part") != "header":
         raise StateError("a state must begin with its header")
     incoming.begin(reply.header, sha256)
-    while (reply := await _next(call)) is not grpc.aio.EOF:
+    while (reply := await in_time(call.read())) is not grpc.aio.EOF:
         incoming.take(reply.chunk)
         await down.take(len(reply.chunk))
 
 
-async def _next(call: Any) -> Any:
-    """The next message, or EOF. Raises AioRpcError, and TimeoutError."""
+async def in_time(message: Awaitable[M]) -> M:
+    """The next message. Raises TimeoutError when it stalls."""
     async with asyncio.timeout(_STALL_S):
-        return await call.read()
+        return await message
 
 
 async def outgoing(

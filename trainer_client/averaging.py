@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 256
 """Most trainers whose records are read in one look around; of more, some are drawn."""
+_FIRST_PAUSE_S = 1.0
+"""Between the first two looks; it doubles up to the usual one."""
 _TAKE_ATTEMPTS = 4
 """Trainers that one which joins asks, the freshest first."""
 _REST = 3.0
@@ -250,12 +252,15 @@ class Averaging:
         return dense_pb2_grpc.DenseServiceStub(channel), session
 
     async def _look_around(self) -> None:
+        """Soon again at first, when others may be about to come."""
+        pause_s = min(_FIRST_PAUSE_S, self._look_every_s)
         while True:
             try:
                 await self.look()
             except UnreachableError as error:
                 logger.debug("could not look for other trainers: %s", error)
-            await asyncio.sleep(self._look_every_s * self._rng.uniform(0.5, 1.5))
+            await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))
+            pause_s = min(2 * pause_s, self._look_every_s)
 
     async def _meet_now_and_then(self) -> None:
         meeting, after = self.meeting, self._pause()
@@ -286,7 +291,7 @@ class Averaging:
         if isinstance(error, StateError):
             self.meeting.refuse(peer_id, error)
             return
-        self.meeting.breakers.failed(peer_id, self.meeting.clock())
+        self.meeting.leave_alone(peer_id)
         self.counts.failed += 1
         logger.debug("no exchange with %s: %s", peer_id, error)
 

@@ -12,7 +12,7 @@ from peer.errors import ExpertError, StateError, WireError
 from peer.messages import Messages
 from peer.rates import Rate
 from peer.sessions import Sessions
-from peer.snapshots import Incoming, outgoing, written
+from peer.snapshots import Incoming, in_time, outgoing, written
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, state_pb2
 from trainer_client.meeting import Meeting, Snapshot, Theirs
 
@@ -87,6 +87,9 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         except StateError as error:
             meeting.refuse(caller, error)
             raise WireError(str(error)) from error
+        except (TimeoutError, asyncio.CancelledError):
+            meeting.leave_alone(caller)  # others could have met this trainer meanwhile
+            raise
         finally:
             if not merging:
                 meeting.end()
@@ -102,7 +105,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         """Both directions at once. Raises StateError when what comes is not what was offered."""
         sending = asyncio.create_task(self._send(mine, caller, 0, context))
         try:
-            while (request := await messages.next()) is not None:
+            while (request := await in_time(messages.next())) is not None:
                 incoming.take(b"" if request.WhichOneof("part") == "offer" else request.chunk)
             await sending
         finally:

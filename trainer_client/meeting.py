@@ -135,8 +135,12 @@ class Meeting:
     def refuse(self, peer_id: PeerID, error: StateError) -> None:
         """That trainer is left alone for a while, each time longer."""
         self.counts.refused += 1
-        self.breakers.failed(peer_id, self.clock())
+        self.leave_alone(peer_id)
         logger.warning("passing over the dense part of trainer %s: %s", peer_id, error)
+
+    def leave_alone(self, peer_id: PeerID) -> None:
+        """For a while, each time longer."""
+        self.breakers.failed(peer_id, self.clock())
 
     async def merge(self, base: Snapshot, theirs: Theirs, met_update_count: int, peer_id: PeerID) -> Merge:
         """Waits for the end of the next step."""

@@ -378,8 +378,31 @@ def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
         assert one.meeting.is_on
         call.cancel()
         await square.until(lambda: not one.meeting.is_on, one.part)
+        one.meeting.breakers.succeeded(dying.peer_id)
         assert all(torch.equal(tensor, before[name]) for name, tensor in one.part.read().tensors.items())
         await square.stepping(dying.meet(square.info(one)), one.part, dying.part)
+
+    play(scenario)
+
+
+def test_a_caller_that_stalls_is_let_go_and_left_alone(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would keep others from meeting this trainer."""
+    monkeypatch.setattr("peer.snapshots._STALL_S", 0.2)
+
+    async def scenario(square: Square) -> None:
+        one = await square.trainer(make_model(), 10)
+        slow = await square.trainer(make_model(), 10)
+        stub, session = await slow._stub(square.info(one))
+        call = stub.Exchange(timeout=10, metadata=session)
+        offer = dense_pb2.DenseOffer(
+            protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, fingerprint=slow.form.fingerprint,
+            header=(await slow.meeting.snapshot()).header(),
+        )  # fmt: skip
+        await call.write(dense_pb2.ExchangeRequest(offer=offer))
+        with pytest.raises(grpc.aio.AioRpcError, match="did not come over in time"):
+            await read_all(call)
+        assert not one.meeting.is_on
+        assert slow.peer_id in one.meeting.breakers.open_at(time.monotonic())
 
     play(scenario)
 
