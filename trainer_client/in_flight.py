@@ -25,11 +25,11 @@ _WINDOWS_REMEMBERED = 3
 _PROBE_AFTER = 50.0
 
 
-_STEPS_FOR_ONE_MORE = 20
+_STEPS_FOR_ONE_MORE = 4
 
 
 def bearable(step: int) -> int:
-    """How many steps in flight the gradients of a run bear that has done `step`: few at first, one more every 20 steps.
+    """How many steps in flight the gradients of a run bear that has done `step`: few at first, one more every 4 steps.
 
     A gradient is as many updates old as there were others in flight. At the beginning the parameters move fast, and
     what it was taken at is soon far away; later the same staleness costs little.

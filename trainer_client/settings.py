@@ -57,7 +57,7 @@ class TrainerSettings(RoleSettings):
     accumulate: int = Field(default=1, ge=1, le=65536, description="batches in a step")
     in_flight: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         default=1,
-        description="steps under way at once; auto: as many as cover the latency of the experts",
+        description="steps under way at once; auto: as many as cover the latency of the experts, few at first",
     )
     in_flight_limit: int = Field(
         default=32, ge=1, le=1024, description="steps that in_flight auto begins at most at once"
