@@ -38,9 +38,12 @@ def compare(
     stop: threading.Event,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The results of all that are done, those of earlier runs too; trains the others until `stop` is set."""
+    """The results of all that are done, those of earlier runs too; trains the others until `stop` is set.
+
+    Of the one that is stopped they have the curve.
+    """
     results: dict[str, Any] = {"size": asdict(size), "domains": list(data.domains), "kinds": BYTE_KINDS}
-    results["runs"] = {}
+    results |= {"runs": {}, "unfinished": {}}
     for configuration in configurations:
         name = configuration.file_name(size, {name: len(d.train) for name, d in data.domains.items()})
         done, file = state / f"{name}.json", state / f"{name}.safetensors"
@@ -48,6 +51,8 @@ def compare(
             run = Run.begin(configuration, size, data)
             if run.train(file, stop):
                 _write(done, run.results(data))
+            else:
+                results["unfinished"][configuration.name] = run.curve()
             last = run.training.history.validation_losses[-1]
             say(
                 f"{configuration.name}: {run.training.step} steps, {last:.4f} nats/byte, {run.cpu_s:.0f} s CPU"

@@ -15,7 +15,8 @@ _DPI = 80
 def draw(results: Mapping[str, Any], rivals: Mapping[str, str], folder: Path) -> list[Path]:
     """Writes `recipe-curves.png`, and `recipe-NAME.png` for each mixture. `rivals`: the dense model of each mixture."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [_save(_curves(results["runs"], rivals), folder / "recipe-curves.png")]
+    unfinished = {name: run | {"unfinished": True} for name, run in results.get("unfinished", {}).items()}
+    written = [_save(_curves(unfinished | results["runs"], rivals), folder / "recipe-curves.png")]
     for name in rivals:
         run = results["runs"].get(name)
         if run is not None:
@@ -43,12 +44,9 @@ def _curves(runs: Mapping[str, Any], rivals: Mapping[str, str]) -> Figure:
 
 def _add_curve(panel: Axes, name: str, run: Mapping[str, Any], style: str) -> None:
     steps = [int(step) for step in run["curve"] if int(step)]
-    panel.plot(
-        steps,
-        [run["curve"][str(step)] for step in steps],
-        style,
-        label=f"{name}: {run['validation_loss']:.3f}",
-    )
+    losses = [run["curve"][str(step)] for step in steps]
+    end = f" (stopped at {run['steps']})" if run.get("unfinished") else ""
+    panel.plot(steps, losses, style, label=f"{name}{end}: {run['validation_loss']:.3f}")
 
 
 def _heat_maps(name: str, chosen: Mapping[str, Any], results: Mapping[str, Any]) -> Figure:

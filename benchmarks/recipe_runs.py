@@ -101,9 +101,17 @@ class Run:
         for uid, expert in self.experts.items():
             expert.import_state(states[str(uid)], known["updates"][str(uid)])
 
+    def curve(self) -> dict[str, Any]:
+        """The loss on held-out text as far as it was measured, in nats per byte, by the step."""
+        history = self.training.history
+        return {
+            "steps": self.training.step,
+            "curve": dict(zip(map(str, history.validated), history.validation_losses, strict=True)),
+            "validation_loss": history.validation_losses[-1],
+        }
+
     def results(self, data: Mixed) -> dict[str, Any]:
         """Of a run that is done, for JSON. Losses are in nats per byte, on held-out text."""
-        history, steps = self.training.history, self.training.step
         batches = max(1, _FINAL_BATCHES * self.size.validation_batches // 16)
         each = {
             name: validation_loss(self.model, domain.validation_batches(self.size.batch, batches // 4 or 1))
@@ -111,15 +119,12 @@ class Run:
         }
         numbers = [sum(p.numel() for p in self.model.parameters())]
         numbers += [sum(p.numel() for p in expert.block.parameters()) for expert in self.experts.values()]
-        return {
-            "steps": steps,
-            "curve": dict(zip(map(str, history.validated), history.validation_losses, strict=True)),
-            "validation_loss": history.validation_losses[-1],
+        return self.curve() | {
             "loss_of_domain": each,
             "parameters": sum(numbers),
             "flops_per_token": self.configuration.flops(self.size),
             "cpu_s": self.cpu_s,
-            "load_cv": self.load_cv / steps if self.experts else None,
+            "load_cv": self.load_cv / self.training.step if self.experts else None,
             "chosen": self._chosen(data, batches // 4 or 1) if self.experts else None,
         }
 

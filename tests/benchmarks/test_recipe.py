@@ -45,10 +45,10 @@ def test_top_k_takes_k_times_the_experts() -> None:
 
 
 @pytest.mark.parametrize("name", [c.name for c in ALL if c.rival and NAMED[c.rival].expert_kind is None])
-def test_no_mixture_computes_more_than_its_dense_rival(name: str) -> None:
+def test_a_mixture_computes_as_much_as_its_dense_rival(name: str) -> None:
     rival = NAMED[name].rival
     assert rival is not None
-    assert 0.9 * flops(rival) < flops(name) < 1.01 * flops(rival)
+    assert 0.9 * flops(rival) < flops(name) < 1.02 * flops(rival)
 
 
 def test_every_comparison_is_with_something_that_is_trained_before() -> None:
@@ -135,8 +135,14 @@ def test_the_pictures_are_drawn(tmp_path: Path) -> None:
     counts = np.array(runs["ffn top-1"]["chosen"]["domains"])
     assert counts.shape == (2, 2, 4)
     assert counts.sum(axis=2).min() == counts.sum(axis=2).max() > 0
-    results = {"runs": runs, "domains": list(TEXTS), "kinds": BYTE_KINDS}
-    files = draw(results, {"ffn top-1": "dense-2"}, tmp_path / "pictures")
+    stopped = {"steps": 5, "curve": {"0": 5.0, "2": 4.5, "4": 4.0}, "validation_loss": 4.0}
+    results = {
+        "runs": runs,
+        "unfinished": {"transformer top-1": stopped},
+        "domains": list(TEXTS),
+        "kinds": BYTE_KINDS,
+    }
+    files = draw(results, {"ffn top-1": "dense-2", "transformer top-1": "dense-2"}, tmp_path / "pictures")
     assert [file.name for file in files] == ["recipe-curves.png", "recipe-ffn-top-1.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
