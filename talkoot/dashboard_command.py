@@ -24,7 +24,7 @@ from talkoot.dashboard.keeper import Keeper
 from talkoot.dashboard.metrics import DashboardCollector, DashboardCounts
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watch import Watcher
-from talkoot.node_command import invite_text
+from talkoot.invite_text import invite_text
 from talkoot.signals import Stopped, run_until_stopped
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
 from peer.denylist import Denylist
-from peer.errors import InviteError, SettingsError, StartError, UserError
+from peer.errors import SettingsError, StartError, UserError
 from peer.files import write_whole
 from peer.host import default_listen_address
 from peer.identity import Identity
@@ -34,6 +34,7 @@ from peer.settings import DENYLIST
 from talkoot.console import Terminal, log_file, quiet_hivemind
 from talkoot.control import LOG_FILE, ControlServer, node_folder
 from talkoot.invite_command import FoundedSwarm
+from talkoot.invite_text import invite_text
 from talkoot.node_view import Pace, PaceMeter, line, panel
 from talkoot.signals import Stopped, run_until_stopped
 
@@ -41,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
-_LONGEST_LINE = 8192
-"""Characters read from a file with an invite; Invite says what is too long."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +71,6 @@ class Origin:
         assert self.join is not None
         invite = Invite.parse(invite_text(self.join))
         return SwarmStarter(None, replace(invite, bootstrap=(*invite.bootstrap, *self.bootstrap)), ())
-
-
-def invite_text(join: str) -> str:
-    """What was passed as --join: an invite, or `@` and the file that holds it. Raises InviteError."""
-    if not join.startswith("@"):
-        return join
-    try:
-        with Path(join[1:]).open(encoding="utf-8") as file:
-            return file.readline(_LONGEST_LINE)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InviteError(f"can't read the invite from {join[1:]}: {error}") from error
 
 
 @dataclass(frozen=True)

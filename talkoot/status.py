@@ -18,7 +18,7 @@ from dht.uid import UID
 from peer.errors import SettingsError, UnreachableError
 from peer.identity import Identity
 from talkoot.console import Terminal, quiet_hivemind
-from talkoot.node_command import invite_text
+from talkoot.invite_text import invite_text
 from talkoot.reading import Reading, SwarmReader
 from talkoot.signals import run_until_stopped
 

@@ -11,6 +11,7 @@ from typing import Any
 from dht.invite import Invite
 from peer.errors import CheckpointError, SettingsError
 from talkoot.console import Terminal, quiet_hivemind
+from talkoot.invite_text import invite_text
 from talkoot.signals import StopSignals
 from talkoot.train_command import once, trainer_state
 from trainer_client.checkpoints import load_checkpoint
@@ -65,7 +66,7 @@ def trained_model(
     settings = TrainerSettings.load(None, **flags)
     if join is None:
         raise SettingsError("pass --join INVITE: the line that the founder's node printed")
-    invite = Invite.parse(join)
+    invite = Invite.parse(invite_text(join))
     swarm_id = invite.keys.swarm_id
     path = checkpoint_folder(settings.checkpoint, trainer_state(settings), swarm_id, newest=True)
     checkpoint = load_checkpoint(path, swarm_id)
