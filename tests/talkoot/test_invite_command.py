@@ -86,3 +86,14 @@ def test_only_the_founder_of_a_swarm_that_admits_by_token_invites(tmp_path: Path
         ended = run_here("invite", "--state", str(folder))
         assert ended.returncode == 2
         assert said in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["node", "train", "status", "dashboard"])
+def test_every_command_reads_an_invite_from_a_file(tmp_path: Path, command: str) -> None:
+    missing = run_here(command, "--join", f"@{tmp_path / 'missing'}")
+    assert missing.returncode == 2
+    assert "can't read the invite" in missing.stderr
+    (tmp_path / "cut").write_text("talkoot1abc\n")
+    cut = run_here(command, "--join", f"@{tmp_path / 'cut'}")
+    assert cut.returncode == 2
+    assert "incomplete or mistyped" in cut.stderr
