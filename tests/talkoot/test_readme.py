@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from commands import DEADLINE_S, wait_until
+from commands import wait_until
 from training_village import TEXT, talkoot
 
 pytestmark = [
@@ -28,7 +28,6 @@ SMALL = {
     "TALKOOT_TRAIN_STEPS": "3",
     "TALKOOT_TRAIN_BATCH_SIZE": "2",
     "TALKOOT_TRAIN_VALIDATION_BATCHES": "1",
-    "TALKOOT_NODE_ANNOUNCE_EVERY_S": "1",
     "TALKOOT_NODE_DRAIN_TIMEOUT_S": "0",
     "TALKOOT_NODE_HOST": "127.0.0.1",
     "TALKOOT_NODE_THREADS": "1",
@@ -77,7 +76,7 @@ class Reader:
     def line(self, written: str) -> str:
         return written.replace("INVITE", self.invite).replace("/tmp/", f"{self.folder}/tmp/")
 
-    def types(self, written: str, limit_s: float = DEADLINE_S) -> str:
+    def types(self, written: str, limit_s: float = 110.0) -> str:
         """Waits until the command ends, and gives what it printed."""
         ended = subprocess.run(
             self._shell(written),
