@@ -14,6 +14,8 @@ from typing import IO
 from peer.errors import StateFolderError
 
 _SOCKET_FOLDER = Path("/tmp")  # noqa: S108  # hivemind puts its sockets there, whatever TMPDIR says
+_LONGEST_FOLDER = 55
+"""Bytes: of the 107 that a unix socket's path may have, what its folder of its own and its name leave."""
 
 # Runs between fork and exec of the child, in an interpreter of its own: asks the kernel for SIGKILL when the parent
 # ends (PR_SET_PDEATHSIG = 1), and looks whether it has ended already. A process group of its own keeps Ctrl-C from the
@@ -41,9 +43,15 @@ def sweep_dead_sockets() -> None:
             path.unlink(missing_ok=True)
 
 
+def socket_folder() -> Path:
+    """Where folders of unix sockets go: with the temporary files, or in /tmp when that makes their paths too long."""
+    folder = Path(tempfile.gettempdir())
+    return folder if len(os.fsencode(folder)) <= _LONGEST_FOLDER else _SOCKET_FOLDER
+
+
 def sweep_dead_folders(prefix: str) -> None:
     """Removes folders of unix sockets whose names end with the number of a process that is no more, and a word."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+    for folder in socket_folder().glob(f"{prefix}*"):
         number = folder.name.removeprefix(prefix).partition("-")[0]
         if number.isdecimal() and not Path(f"/proc/{number}").exists():
             with contextlib.suppress(OSError):  # it may be another user's

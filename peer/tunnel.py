@@ -20,7 +20,7 @@ from hivemind.p2p import PeerID
 
 from peer.errors import UnreachableError
 from peer.multiaddresses import is_relayed
-from peer.processes import sweep_dead_folders
+from peer.processes import socket_folder, sweep_dead_folders
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,9 @@ class Tunnels:
     def _path(self, name: str) -> Path:
         if self._folder is None:  # mode 0700: only this user's processes get in
             sweep_dead_folders(_FOLDERS)
-            self._folder = tempfile.TemporaryDirectory(prefix=f"{_FOLDERS}{os.getpid()}-")
+            self._folder = tempfile.TemporaryDirectory(
+                prefix=f"{_FOLDERS}{os.getpid()}-", dir=socket_folder()
+            )
         return Path(self._folder.name) / name
 
 

@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from peer.errors import StartError
-from peer.processes import StateFolder, die_with_parent
+from peer.processes import StateFolder, die_with_parent, socket_folder
 
 SLEEP = shutil.which("sleep") or "/bin/sleep"
 
@@ -157,3 +159,13 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         with pytest.raises(StartError, match="can't use the state folder") as caught:
             StateFolder(path)
         assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [20, 55, 56, 200])
+def test_unix_sockets_have_room_for_their_paths(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = "/" + "x" * (length - 1)
+    monkeypatch.setattr(tempfile, "tempdir", given)
+    folder = str(socket_folder())
+    assert folder == (given if length <= 55 else "/tmp")
+    with socket.socket(socket.AF_UNIX) as probe, pytest.raises(FileNotFoundError):
+        probe.connect(f"{folder}/talkoot-tunnel-4194304-abcdefgh/{'x' * 16}")
