@@ -12,6 +12,7 @@ from hivemind.utils import MSGPackSerializer
 
 from dht.admission import Role, SwarmAdmission, make_badge, make_token
 from dht.records import RecordValidator, SwarmKeys, seal
+from dht.shards import digits_of
 from peer.identity import Identity
 from peer.wire import admission_pb2, records_pb2
 
@@ -51,7 +52,7 @@ def right_records(keys: SwarmKeys, founder: Identity, node: Identity) -> list[DH
             payload.badge.CopyFrom(badge)
         records.append(stored(payload.key, writer.peer_id.to_bytes(), seal(writer, payload)))
     records.append(stored(keys.prefix(0), 3, keys.prefix(0)))
-    shard = keys.node_shard(node.peer_id.to_bytes()[-1])
+    shard = keys.node_shard(digits_of(node.peer_id.to_bytes())[:2])
     records.append(stored(shard, node.peer_id.to_bytes(), shard))
     return records
 
