@@ -101,7 +101,7 @@ def test_two_become_one_and_a_third_begins_there(village: str, tmp_path: Path) -
         trainer(village, tmp_path / "b", 2, in_flight=2) as second,
     ):
         assert distance(first, second) == 0, "both begin by the manifest's seed"
-        train_together(first, second, meetings=4)
+        train_together(first, second, meetings=2)
         assert first.averaging.counts.refused == second.averaging.counts.refused == 0
         shares = [merge.share for merge in first.training.part.take_merges()]
         assert all(0 < share < 1 for share in shares)
