@@ -16,6 +16,8 @@ from peer.codec import Floats
 
 MOST_GROWTH = 1000.0
 """An answer's largest number, against one and the largest that it was computed from."""
+MOST_GRADIENT_GROWTH = 1e6
+"""The same for gradients: the norm of a row whose numbers are nearly equal makes them large, by 1/√ε at most."""
 _APART = 0.1
 """How far two rows must be apart, against their size, that no expert and no codec makes one of them."""
 _COMPARED = 64
@@ -40,7 +42,7 @@ class PoisonTest:
 
     def fault_of_gradient(self, gradients_RD: Floats, answer_RD: Floats) -> str | None:
         """In a word, or None. Small gradients may well become zeros on their way, and so equal."""
-        return "huge" if is_huge(gradients_RD, answer_RD) else None
+        return "huge" if is_huge(gradients_RD, answer_RD, MOST_GRADIENT_GROWTH) else None
 
     def fault(self, peer_id: PeerID, inputs_RD: Floats, answer_RD: Floats) -> str | None:
         """In a word, or None."""
@@ -65,8 +67,8 @@ class PoisonTest:
         return False
 
 
-def is_huge(inputs_RD: Floats, answer_RD: Floats) -> bool:
-    return _largest(answer_RD) > MOST_GROWTH * (1.0 + _largest(inputs_RD))
+def is_huge(inputs_RD: Floats, answer_RD: Floats, most_growth: float = MOST_GROWTH) -> bool:
+    return _largest(answer_RD) > most_growth * (1.0 + _largest(inputs_RD))
 
 
 def is_constant(inputs_RD: Floats, answer_RD: Floats) -> bool:
