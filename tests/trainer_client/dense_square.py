@@ -1,0 +1,136 @@
+"""A square of trainers on real sockets, and a board of their records in place of a DHT. For tests."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from hivemind.p2p import PeerID
+from test_announcing import counts as trainer_counts
+from test_dense import take_step
+from torch import nn
+
+from dht.participants import TrainerInfo, read_trainer
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.own_sessions import OwnSessions
+from peer.sessions import Sessions
+from peer.wire import records_pb2, session_pb2
+from trainer_client.announcing import set_dense, trainer_record
+from trainer_client.averaging import Averaging
+from trainer_client.dense import DenseForm
+from trainer_client.settings import TrainerSettings
+from trainer_client.shared import SharedPart
+
+SWARM = "sauna-QmFounder"
+LOCAL = "127.0.0.1"
+LIMIT_S = 30.0
+
+T = TypeVar("T")
+
+
+class Board:
+    """What the DHT would hold of the trainers."""
+
+    def __init__(self) -> None:
+        self.records: dict[PeerID, records_pb2.TrainerRecord] = {}
+
+    async def trainer_ids(self) -> frozenset[PeerID]:
+        return frozenset(self.records)
+
+    async def trainers(self, peer_ids: Any) -> dict[PeerID, TrainerInfo]:
+        return {peer_id: self.info(peer_id) for peer_id in peer_ids}
+
+    def info(self, peer_id: PeerID) -> TrainerInfo:
+        payload = records_pb2.RecordPayload(trainer=self.records[peer_id], expires_at=1e12)
+        info = read_trainer(payload, peer_id)
+        assert info is not None
+        return info
+
+
+@dataclass
+class Square:
+    """Trainers on one loop."""
+
+    identities: list[Identity]
+    stack: contextlib.AsyncExitStack
+    board: Board = field(default_factory=Board)
+    made: list[Averaging] = field(default_factory=list)
+
+    async def trainer(
+        self, model: nn.Module, age: int, *, every: int = 10, reachable: bool = True, deadline_s: float = 10
+    ) -> Averaging:
+        identity = self.identities[len(self.made)]
+        part = SharedPart(model)
+        part.age = age
+        registry: Any = self.board
+        averaging = Averaging(
+            part, DenseForm.of(model, SWARM), identity, registry, Sessions(SWARM, identity.peer_id),
+            OwnSessions(identity, SWARM, (session_pb2.RIGHT_AVERAGE,)), every=every, look_every_s=0.05,
+            deadline_s=deadline_s, rng=random.Random(len(self.made)),
+        )  # fmt: skip
+        await averaging.start(LOCAL, 0, asyncio.get_running_loop())
+        self.stack.push_async_callback(averaging.close)
+        self.made.append(averaging)
+        self.announce(averaging, reachable)
+        return averaging
+
+    def announce(self, averaging: Averaging, reachable: bool = True) -> None:
+        record = trainer_record(trainer_counts(), TrainerSettings.load(), 0.0, "")
+        set_dense(record, averaging)
+        if not reachable:
+            del record.addresses[:]
+        self.board.records[averaging.peer_id] = record
+
+    def info(self, averaging: Averaging) -> TrainerInfo:
+        return self.board.info(averaging.peer_id)
+
+    async def stepping(self, done: Awaitable[T], *parts: SharedPart) -> T:
+        """The result of what waits for steps of these."""
+        task = asyncio.ensure_future(done)
+        async with asyncio.timeout(LIMIT_S):
+            while not task.done():
+                for part in parts:
+                    take_step(part)
+                await asyncio.sleep(0.005)
+        return await task
+
+    async def until(self, condition: Callable[[], bool], *parts: SharedPart) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            while not condition():
+                await self.stepping(asyncio.sleep(0.005), *parts)
+
+
+Scenario = Callable[[Square], Coroutine[Any, Any, None]]
+Play = Callable[[Scenario], None]
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(3)]
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch) -> Play:
+    monkeypatch.setattr("peer.snapshots._BACKOFF_S", 0.01)
+
+    def run(scenario: Scenario) -> None:
+        async def on_a_square() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                await scenario(Square(identities, stack))
+
+        loop.run(on_a_square(), 60)
+
+    return run
+
+
+def assert_one(*parts: SharedPart) -> None:
+    first = parts[0].read().tensors
+    for part in parts[1:]:
+        for name, tensor in part.read().tensors.items():
+            torch.testing.assert_close(tensor, first[name])
