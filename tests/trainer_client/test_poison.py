@@ -20,7 +20,7 @@ from peer.codec import CodecName, Floats, codec_of, decode, encode
 from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import Direction, Request
 from trainer_client.dispatch import Dispatcher
-from trainer_client.poison import MOST_GROWTH, PoisonTest
+from trainer_client.poison import MOST_GRADIENT_GROWTH, MOST_GROWTH, PoisonTest
 from trainer_client.waiting import WaitPolicy
 
 PEER, OTHER = make_peer_id(1), make_peer_id(2)
@@ -52,8 +52,19 @@ def test_huge_answers_are_seen() -> None:
     answer = inputs.copy()
     answer[2, 3] = -2 * MOST_GROWTH * (1 + np.abs(inputs).max())
     assert PoisonTest().fault(PEER, inputs, answer) == "huge"
-    assert PoisonTest().fault_of_gradient(inputs, answer) == "huge"
-    assert PoisonTest().fault_of_gradient(inputs, inputs) is None
+
+
+def test_huge_gradients_are_seen_and_those_of_a_nearly_constant_row_are_not() -> None:
+    gradients = random_rows(4)
+    assert PoisonTest().fault_of_gradient(gradients, gradients) is None
+    norm = torch.nn.LayerNorm(8)
+    row = torch.full((4, 8), 0.5).requires_grad_()
+    torch.autograd.backward(norm(row), torch.from_numpy(gradients))
+    assert row.grad is not None
+    assert PoisonTest().fault_of_gradient(gradients, 100 * row.grad.numpy()) is None
+    answer = gradients.copy()
+    answer[2, 3] = -2 * MOST_GRADIENT_GROWTH * (1 + np.abs(gradients).max())
+    assert PoisonTest().fault_of_gradient(gradients, answer) == "huge"
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
