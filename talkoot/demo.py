@@ -135,6 +135,7 @@ class _Demo:
                 await self._start_swarm()
                 summary = await self._train()
                 alive = await self._count_alive()
+                killed = sum(node.killed for node in self._nodes)  # stopping may kill slow ones too
         finally:
             await self._children.stop()
             for proxy in self._proxies:
@@ -143,7 +144,7 @@ class _Demo:
         return DemoResult(
             **{name: summary[name] for name in _OF_THE_TRAINER},
             nodes_started=len(self._nodes),
-            nodes_killed=sum(node.killed for node in self._nodes),
+            nodes_killed=killed,
             experts_total=self._experts_total,
             experts_alive_end=alive,
             seconds=time.monotonic() - began,
