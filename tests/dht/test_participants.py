@@ -1,6 +1,7 @@
 """What strangers say of themselves does no harm: texts are short and printable, numbers finite and in their range."""
 
 import math
+from pathlib import Path
 
 import pytest
 from hivemind.dht.routing import DHTID
@@ -24,6 +25,7 @@ from dht.participants import (
 )
 from dht.records import RecordValidator, SwarmKeys, trainer_shard_of
 from peer.errors import RecordError
+from peer.identity import Identity
 from peer.wire import records_pb2
 
 NOW = 1_700_000_000.0
@@ -79,6 +81,30 @@ def test_what_is_sensible_comes_through() -> None:
     assert (info.forward, info.backward, info.renew_every_s) == (None, Latency(0.1, 0.9), 4.0)
     assert (info.validation_loss, info.metrics_address) == (None, "10.0.0.7:9100")
     assert (info.failures, info.node_latency_s) == ({"unavailable": 2}, {PEER: 0.25})
+
+
+def test_a_trainer_is_called_only_by_plain_addresses_and_the_certificate_of_its_own_key(
+    tmp_path: Path,
+) -> None:
+    identity = Identity.load_or_create(tmp_path / "identity.key")
+    record = records_pb2.TrainerRecord(
+        addresses=["192.0.2.1:4000", "unix:/run/docker.sock", "[2001:db8::1]:4000"],
+        certificate=identity.make_certificate(),
+        dense_fingerprint=bytes(32),
+        dense_age=7,
+    )
+    payload = records_pb2.RecordPayload(trainer=record, expires_at=NOW + 30)
+    info = read_trainer(payload, identity.peer_id)
+    assert info is not None
+    assert info.addresses == ("192.0.2.1:4000", "[2001:db8::1]:4000")
+    assert (len(info.dense_fingerprint), info.dense_age) == (32, 7)
+    with pytest.raises(RecordError, match="certificate is not that of peer"):
+        read_trainer(payload, PEER)
+    payload.trainer.certificate = b""
+    payload.trainer.dense_fingerprint = b"short"
+    without = read_trainer(payload, identity.peer_id)
+    assert without is not None
+    assert (without.addresses, without.certificate_pem, without.dense_fingerprint) == ((), b"", b"")
 
 
 def test_a_trainer_that_left_is_none() -> None:
