@@ -12,7 +12,7 @@ _ONE_EXPERT: dict[str, Any] = {
     "router": "switch",
     "balance_weight": 0.01,
     "gate_scale": 0.1,
-    # so little text that nothing is learned by heart: dropout only costs
+    # no text was seen twice, so nothing was learned by heart
     "expert_dropout": 0.0,
     "learning_rate": 2e-3,
     "warmup_steps": 20,
