@@ -95,7 +95,7 @@ async def measure(
         await asyncio.sleep(began + event.at_s - time.monotonic())
         console.log(f"{event.at_s:5.1f} s: {event.deed} {', '.join(map(str, event.nodes))}")
         if event.deed in DEATHS:
-            for number in event.nodes:
+            for number in (n for n in event.nodes if swarm.nodes[n].is_well):
                 await watcher.note_death(swarm.nodes[number], event.deed)
         await swarm.do(event)
     await asyncio.sleep(began + seconds - time.monotonic())

@@ -24,6 +24,7 @@ _START_LIMIT_S = 300.0
 _LEAVE_LIMIT_S = 40.0
 _STOPPED_AT_START = 128 + signal.SIGTERM
 """Exit status of a node that was told to stop before it served."""
+_STOPPED_TRAINER = 128 + signal.SIGINT
 _GONE_WITHIN_S = 5.0
 """Longest that a dead node's children live on."""
 
@@ -158,7 +159,7 @@ class ChaosSwarm:
         self._pids: dict[int, float] = {}
         """Of all processes ever, with the times of their start."""
         self._sockets: set[Path] = set()
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._restarting: set[asyncio.Task[None]] = set()
 
     async def start(self) -> Invite:
         """Starts the nodes; gives the founder's invite once there is one."""
@@ -183,17 +184,17 @@ class ChaosSwarm:
         for number in range(plan.trainers):
             name = f"trainer-{number}"
             self.trainers[name] = Steps()
-            self._trainers.append(
-                await self._children.start(
-                    name,
-                    (
-                        *("train", "--join", str(self.invite), "--log-format", "json", "--threads", "1"),
-                        *("--steps", str(10**7), "--seed", str(number), "--state", str(self._folder / name)),
-                        *("--batch-size", "8", "--call-deadline-s", str(plan.call_deadline_s)),
-                        *("--validate-every", str(plan.validate_every), "--checkpoint-every", "0"),
-                    ),
-                )
+            trainer = await self._children.start(
+                name,
+                (
+                    *("train", "--join", str(self.invite), "--log-format", "json", "--threads", "1"),
+                    *("--steps", str(10**7), "--seed", str(number), "--state", str(self._folder / name)),
+                    *("--batch-size", "8", "--call-deadline-s", str(plan.call_deadline_s)),
+                    *("--validate-every", str(plan.validate_every), "--checkpoint-every", "0"),
+                ),
             )
+            self._trainers.append(trainer)
+            self._all.append(trainer)
         await self._children.until(
             lambda: all(len(t.intervals_s) > 3 for t in self.trainers.values()), _START_LIMIT_S, "first steps"
         )
@@ -201,24 +202,14 @@ class ChaosSwarm:
     async def do(self, event: Event) -> None:
         nodes = [self.nodes[number] for number in event.nodes]
         match event.deed:
-            case Deed.KILL:
+            case Deed.KILL | Deed.STOP:
                 for node in nodes:
-                    self._note(node)
-                    node.serves = False
-                    assert node.child is not None
-                    self._killed.add(node.child)
-                    node.child.kill()
-            case Deed.STOP:
-                for node in nodes:
-                    self._note(node)
-                    node.serves = False
-                    assert node.child is not None
-                    os.kill(node.child.pid, signal.SIGTERM)
+                    self._end(node, politely=event.deed is Deed.STOP)
             case Deed.RESTART:
                 for node in nodes:
                     task = asyncio.create_task(self._restart(node))
-                    self._leaving.add(task)
-                    task.add_done_callback(self._leaving.discard)
+                    self._restarting.add(task)
+                    task.add_done_callback(self._restarting.discard)
             case Deed.FREEZE | Deed.THAW:
                 for node in nodes:
                     node.is_frozen = event.deed is Deed.FREEZE
@@ -233,17 +224,16 @@ class ChaosSwarm:
         """Returns when they have said how it was."""
         for child in self._trainers:
             if child.exit_status is None:
+                self._note(child)
                 os.kill(child.pid, signal.SIGINT)
         await until(lambda: all(child.exit_status is not None for child in self._trainers), _START_LIMIT_S)
 
     async def stop(self) -> None:
         """Ends all of them. Stopping twice is harmless."""
-        for task in list(self._leaving):
+        for task in list(self._restarting):
             task.cancel()
         for node in self.nodes:
-            if node.child is not None and node.child.exit_status is None:
-                self._note(node)
-                os.kill(node.child.pid, signal.SIGTERM)
+            self._end(node, politely=True)
         await until(lambda: not any(self._processes()), _LEAVE_LIMIT_S)
         await self._children.stop()
         await self.links.close()
@@ -253,7 +243,7 @@ class ChaosSwarm:
         found = [
             f"{child.name} ended with exit status {child.exit_status}"
             for child in self._all
-            if child.exit_status not in (None, 0, _STOPPED_AT_START) and child not in self._killed
+            if child not in self._killed and child.exit_status not in (0, _STOPPED_AT_START, _STOPPED_TRAINER)
         ]
         for log in sorted(self._folder.glob("*.log")):
             lines = log.read_text(errors="replace").splitlines()
@@ -273,6 +263,19 @@ class ChaosSwarm:
         for file in node.folder.glob("checkpoints/*/*/*.safetensors"):
             counts[file.parent.name] = max(counts.get(file.parent.name, 0), int(file.stem))
         return counts
+
+    def _end(self, node: Node, *, politely: bool) -> None:
+        """Nothing, when it is down already."""
+        child = node.child
+        if child is None or child.exit_status is not None:
+            return
+        self._note(child)
+        node.serves = False
+        if politely:
+            os.kill(child.pid, signal.SIGTERM)
+        else:
+            self._killed.add(child)
+            child.kill()
 
     async def _restart(self, node: Node) -> None:
         """Once it has left; a node that has not in time is killed."""
@@ -328,11 +331,10 @@ class ChaosSwarm:
             if child is not None and child.exit_status is None:
                 yield name, child.pid
 
-    def _note(self, node: Node) -> None:
+    def _note(self, child: Child) -> None:
         """Which processes and sockets it has, before it dies."""
-        assert node.child is not None
         with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(node.child.pid)
+            process = psutil.Process(child.pid)
             for each in (process, *process.children(recursive=True)):
                 self._pids[each.pid] = each.create_time()
                 self._sockets |= set(_sockets(each.cmdline()))
