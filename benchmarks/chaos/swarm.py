@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from talkoot.links import Link
 
 HOST = "127.0.0.1"
 _START_LIMIT_S = 300.0
+_START_AT_ONCE = 3
+"""Nodes: of more on two cores the bootstrap answers the last too late."""
 _LEAVE_LIMIT_S = 40.0
 _STOPPED_AT_START = 128 + signal.SIGTERM
 """Exit status of a node that was told to stop before it served."""
@@ -171,11 +174,12 @@ class ChaosSwarm:
         await self._start_node(self.nodes[FOUNDER], "--new", str(self._folder / "swarm.toml"))
         await self._children.until(lambda: self.invite is not None, _START_LIMIT_S, "the founder's invite")
         assert self.invite is not None
-        for node in self.nodes[1:]:
-            await self._start_node(node, "--join", str(self.invite))
-        await self._children.until(
-            lambda: all(node.serves for node in self.nodes), _START_LIMIT_S, "all nodes"
-        )
+        joining = self.nodes[1:]
+        for some in (joining[at : at + _START_AT_ONCE] for at in range(0, len(joining), _START_AT_ONCE)):
+            for node in some:
+                await self._start_node(node, "--join", str(self.invite))
+            names = ", ".join(node.name for node in some)
+            await self._children.until(partial(_all_serve, some), _START_LIMIT_S, names)
         return self.invite
 
     async def start_trainers(self) -> None:
@@ -348,6 +352,10 @@ class ChaosSwarm:
                 if process.create_time() == began and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(pid)
         return found
+
+
+def _all_serve(nodes: Sequence[Node]) -> bool:
+    return all(node.serves for node in nodes)
 
 
 async def until(condition: Callable[[], bool], limit_s: float) -> bool:
