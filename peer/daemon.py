@@ -41,6 +41,11 @@ _RELAYED_BYTES = 2**40
 _RELAYED_FOR = "24h"
 """After so many bytes or so long a relay ends a connection; a new one is made then."""
 
+_ONE_AT_A_TIME = ("/usr/bin/env", "GOMAXPROCS=1")
+"""How a p2pd that relays is started. It makes two relays, one after the other, and the last one counts: that with the
+limits above, or one that ends each connection after 128 KiB. On several processors either may be the last.
+"""
+
 # what hivemind's calls raise when p2pd or the other peer does not do what was asked
 P2PD_ERRORS = (
     P2PDaemonError,
@@ -81,10 +86,6 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
 
     _daemon_listen_maddr: Any = None  # hivemind's end reads both, also where no p2pd was found
     _client_listen_maddr: Any = None
-
-    @staticmethod
-    def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
-        return die_with_parent(P2P._make_process_args(*arguments, **options))
 
     async def ended(self) -> int:
         """Waits until p2pd has ended; gives its exit status, negative after a signal."""
@@ -189,7 +190,8 @@ async def start_daemon(identity: Identity, position: Position) -> Daemon:
 
         @staticmethod
         def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
-            return Daemon._make_process_args(*arguments, **options, **_relaying(position))
+            command = P2P._make_process_args(*arguments, **options, **_relaying(position))
+            return die_with_parent([*_ONE_AT_A_TIME, *command] if position.serves_dht else command)
 
     daemon: Daemon | None = None
     try:

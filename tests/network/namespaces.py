@@ -46,7 +46,7 @@ class Machine:
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The same command, run on this machine."""
-        return ["ip", "netns", "exec", self.namespace, *arguments]
+        return [shutil.which("ip") or "ip", "netns", "exec", self.namespace, *arguments]
 
 
 class Internet:
