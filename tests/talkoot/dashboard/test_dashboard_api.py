@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import INVITE, NOW, Asked, large_swarm, manifest, node, peer, picture_of, replica, trainer
 
-from dht.participants import Activity
+from dht.participants import Activity, Reachability
 from dht.registry import ReplicaState
 from dht.uid import UID
 from talkoot.dashboard import api
@@ -162,11 +162,10 @@ def test_a_nodes_own_page_lists_what_it_hosts(large: Picture) -> None:
 
 
 def test_nodes_say_what_they_do_and_how_they_are_reached() -> None:
-    relay = ("/ip4/1.2.3.4/tcp/1/p2p/Qm/p2p-circuit",)
     picture = picture_of(
         [
             node(0, activity=Activity.PAUSED), node(1, activity=Activity.LEAVING),
-            node(2, activity=Activity.UNKNOWN, addresses=()), node(3, bootstrap_addresses=relay),
+            node(2, activity=Activity.UNKNOWN, addresses=()), node(3, reachability=Reachability.RELAYED),
         ]
     )  # fmt: skip
     shown = {row["name"]: (row["state"], row["reach"]) for row in picture.nodes}
