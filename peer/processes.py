@@ -36,10 +36,8 @@ def die_with_parent(arguments: Sequence[str]) -> list[str]:
 
 def sweep_dead_sockets() -> None:
     """Removes the unix sockets of hivemind processes that were killed: nobody holds them any more."""
-    paths = list(_SOCKET_FOLDER.glob("hivemind-p2p*.sock"))
-    held = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
-    for path in paths:
-        if str(path) not in held and _is_refused(path):
+    for path in _SOCKET_FOLDER.glob("hivemind-p2p*.sock"):
+        if _is_unbound(path):
             path.unlink(missing_ok=True)
 
 
@@ -55,13 +53,16 @@ def sweep_dead_folders(prefix: str) -> None:
         number = folder.name.removeprefix(prefix).partition("-")[0]
         if number.isdecimal() and not Path(f"/proc/{number}").exists():
             with contextlib.suppress(OSError):  # it may be another user's
-                if all(map(_is_refused, folder.iterdir())):  # else of another process namespace
+                if all(map(_is_unbound, folder.iterdir())):  # else of another process namespace
                     shutil.rmtree(folder)
 
 
-def _is_refused(path: Path) -> bool:
-    """Whether nobody listens on a unix socket, in another network namespace either, which /proc does not show."""
-    with socket.socket(socket.AF_UNIX) as probe:
+def _is_unbound(path: Path) -> bool:
+    """Whether nobody has a unix stream socket, in another network namespace either, which /proc does not show.
+
+    A datagram socket can't connect to one that somebody has, so who listens there is not disturbed.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         probe.settimeout(0.2)
         try:
             probe.connect(str(path))

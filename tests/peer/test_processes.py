@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from peer.errors import StartError
-from peer.processes import StateFolder, die_with_parent, socket_folder
+from peer.processes import StateFolder, die_with_parent, socket_folder, sweep_dead_sockets
 
 SLEEP = shutil.which("sleep") or "/bin/sleep"
 
@@ -169,3 +169,22 @@ def test_unix_sockets_have_room_for_their_paths(length: int, monkeypatch: pytest
     assert folder == (given if length <= 55 else "/tmp")
     with socket.socket(socket.AF_UNIX) as probe, pytest.raises(FileNotFoundError):
         probe.connect(f"{folder}/talkoot-tunnel-4194304-abcdefgh/{'x' * 16}")
+
+
+def test_sweeping_removes_dead_sockets_and_disturbs_nobody_who_listens() -> None:
+    name = f"hivemind-p2pd-test-{os.getpid()}"
+    live, dead = (Path(f"/tmp/{name}-{which}.sock") for which in ("live", "dead"))
+    with socket.socket(socket.AF_UNIX) as ended:
+        ended.bind(str(dead))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(live))
+        listener.listen()
+        listener.setblocking(False)
+        try:
+            sweep_dead_sockets()
+            assert (live.exists(), dead.exists()) == (True, False)
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+        finally:
+            live.unlink(missing_ok=True)
+            dead.unlink(missing_ok=True)
