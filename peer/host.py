@@ -86,7 +86,9 @@ class Host:
         host = cls(identity, position, validator)
         try:
             await host._start()
-            greetings = await host._greet(reachable)
+            greetings = await host._greet(reachable) or await host._greet(
+                reachable
+            )  # a busy peer may be late
             if bootstrap and not greetings:
                 raise _no_peer_answered(bootstrap)
             if greetings:

@@ -119,6 +119,8 @@ class GrpcCaller:
     async def call(
         self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
     ) -> AsyncIterator[Answer]:
+        if deadline_s <= 0:
+            raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no time was left for the call")
         ends = time.monotonic() + deadline_s
         lost = []  # the node had to give up what it kept
         async with aclosing(self._call_or_repeat(node, direction, requests, deadline_s)) as answers:
