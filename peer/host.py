@@ -86,9 +86,8 @@ class Host:
         host = cls(identity, position, validator)
         try:
             await host._start()
-            greetings = await host._greet(reachable) or await host._greet(
-                reachable
-            )  # a busy peer may be late
+            # a busy peer may be late, so all are asked twice
+            greetings = await host._greet(reachable) or await host._greet(reachable)
             if bootstrap and not greetings:
                 raise _no_peer_answered(bootstrap)
             if greetings:
