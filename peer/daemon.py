@@ -193,9 +193,12 @@ async def start_daemon(identity: Identity, position: Position) -> Daemon:
             command = P2P._make_process_args(*arguments, **options, **_relaying(position))
             return die_with_parent([*_ONE_AT_A_TIME, *command] if position.serves_dht else command)
 
+    task = asyncio.current_task()
+    assert task is not None
+    cancels = task.cancelling()
     daemon: Daemon | None = None
     try:
-        daemon = await Noted.create(
+        created = await Noted.create(
             identity_path=str(identity.path),
             check_if_identity_free=False,  # the state folder's lock and the signed records stand for it
             host_maddrs=[multiaddress(position.listen, position.port)],
@@ -210,6 +213,9 @@ async def start_daemon(identity: Identity, position: Position) -> Daemon:
             trusted_relays=position.relays or None,
             startup_timeout=START_DEADLINE_S,
         )
+        if task.cancelling() > cancels:  # hivemind's wait_for drops it on Python 3.11
+            raise asyncio.CancelledError
+        daemon = created
     except P2PDaemonError as error:
         raise DaemonError(f"the libp2p daemon did not start: {error}; {_REINSTALL}") from error
     except (OSError, EOFError) as error:

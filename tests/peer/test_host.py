@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer.daemon import Daemon
 from peer.errors import StartError, UnreachableError, UserError
 from peer.host import Host, default_listen_address, require_free_port
 from peer.identity import Identity
@@ -309,6 +310,26 @@ def test_a_cancelled_start_leaves_no_daemon(
 
     loop.run(scenario(), 30)
     wait_until(lambda: daemons() == before and sockets() == [])
+
+
+def test_a_start_that_is_cancelled_as_the_daemon_gets_ready_is_cancelled(
+    loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = daemons()
+    read_outputs = Daemon._read_outputs
+
+    async def scenario() -> None:
+        async def cancel_when_ready(self: Daemon, ready: "asyncio.Future[None]") -> None:
+            ready.add_done_callback(lambda _: task.cancel())
+            await read_outputs(self, ready)
+
+        monkeypatch.setattr(Daemon, "_read_outputs", cancel_when_ready)
+        task = asyncio.create_task(Host.start(identities[1], listen=LOCAL))
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    loop.run(scenario(), 30)
+    wait_until(lambda: daemons() == before)
 
 
 def test_the_default_address_is_of_this_machine() -> None:
