@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 
+from benchmarks.recipe_configurations import CONFIGURATIONS, Size
 from dht.manifest import Manifest
 from peer.errors import SettingsError
 from trainer_client.presets import PRESETS, PresetName
@@ -27,6 +28,18 @@ def test_a_preset_fits_its_manifest(name: PresetName) -> None:
     k = experts_for_each_row(settings.router, settings.top_k, manifest)
     assert k == manifest.routing.top_k
     assert manifest.optimizer.learning_rate == settings.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("name", "configuration"), [("ffn", "ffn top-1"), ("transformer", "transformer top-1, thin")]
+)
+def test_a_preset_is_what_the_benchmark_trains(name: PresetName, configuration: str) -> None:
+    """So the figures that recommend it are its own."""
+    trained = next(c for c in CONFIGURATIONS if c.name == configuration)
+    manifest, size = Manifest.from_toml(MANIFESTS / f"{name}.toml"), Size()
+    assert manifest.model_copy(update={"name": "recipe"}) == trained.manifest(size)
+    settings = TrainerSettings(preset=name)
+    assert {key: getattr(settings, key) for key in trained.settings} == trained.settings
 
 
 @pytest.mark.parametrize("name", PRESETS)
