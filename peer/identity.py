@@ -6,7 +6,7 @@ a signature and a certificate against it, with no authority anywhere.
 
 import os
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -26,7 +26,10 @@ TLS_NAME = "talkoot.peer"
 _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
 """What cryptography raises for bytes that are no key, or one of another kind; TypeError when it needs a password."""
 _KEY_BITS = 2048
-_CERTIFICATE_YEARS = 10
+_SERIAL_BYTES = 16
+_VALID_FROM = datetime(2025, 1, 1, tzinfo=UTC)
+_VALID_UNTIL = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+"""No end, as RFC 5280 (4.1.2.5) writes it: a certificate says that a key is its own, and holds as long as the key."""
 _SIGNATURE_PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
 RECORD_DOMAIN = b"talkoot record v1\0"
 """Stands before what is signed, so that a signature of one kind is none of another. So do the following."""
@@ -73,21 +76,23 @@ class Identity:
         )
 
     def make_certificate(self) -> bytes:
-        """A self-signed TLS certificate for this key, DER."""
+        """A self-signed TLS certificate for this key, DER. It is the same each time: others pin it."""
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, TLS_NAME)])
-        now = datetime.now(UTC)
         builder = (
             x509.CertificateBuilder()
             .subject_name(name)
             .issuer_name(name)
             .public_key(self.key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(days=1))
-            .not_valid_after(now + timedelta(days=365 * _CERTIFICATE_YEARS))
+            .serial_number(int.from_bytes(self.peer_id.to_bytes()[-_SERIAL_BYTES:], "big"))
+            .not_valid_before(_VALID_FROM)
+            .not_valid_after(_VALID_UNTIL)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(TLS_NAME)]), critical=False)
         )
-        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+        signed = builder.sign(
+            self.key, hashes.SHA256(), rsa_padding=padding.PKCS1v15()
+        )  # draws nothing at random
+        return signed.public_bytes(serialization.Encoding.DER)
 
 
 def peer_id_of(public_key: bytes) -> PeerID:

@@ -158,6 +158,17 @@ def test_the_certificate_belongs_to_the_key(identity: Identity) -> None:
     assert len(certificate) < 1024, "the node record has room for a small certificate only"
 
 
+def test_a_restart_makes_the_same_certificate_for_others_have_pinned_it(
+    identity: Identity, other: Identity
+) -> None:
+    certificate = identity.make_certificate()
+    assert Identity.load_or_create(identity.path).make_certificate() == certificate
+    serials = {
+        x509.load_der_x509_certificate(each.make_certificate()).serial_number for each in (identity, other)
+    }
+    assert len(serials) == 2
+
+
 def test_the_private_key_is_that_of_the_certificate(identity: Identity) -> None:
     key = serialization.load_pem_private_key(identity.private_key_pem(), None)
     assert key.public_key() == identity.key.public_key()
