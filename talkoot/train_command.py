@@ -224,6 +224,7 @@ def _dispatched(client: Client) -> dict[str, Any]:
         "calls": stats.calls,
         "hedged_calls": stats.hedged_calls,
         "hedges_won": stats.hedges_won,
+        "repeated_forward": stats.repeated_forward,
         "reselected_rows": stats.reselected_rows,
         "unanswered_rows": stats.unanswered_rows,
         "late_backward": stats.late_backward,

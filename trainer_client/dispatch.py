@@ -20,13 +20,8 @@ from peer.codec import Floats
 from peer.errors import UnreachableError
 from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import ExpertCaller
-from trainer_client.forward_pass import (
-    AnsweredShare,
-    ForwardFanOut,
-    ForwardPass,
-    Reach,
-    RoutedRows,
-)
+from trainer_client.fan_out import ForwardFanOut, Reach
+from trainer_client.forward_pass import AnsweredShare, ForwardPass, RoutedRows
 from trainer_client.latencies import Latencies
 from trainer_client.outgoing import (
     DispatchStats,

@@ -111,7 +111,11 @@ def _calls(counts: TrainerCounts) -> Iterator[Metric]:
             stats.reselected_rows,
         ),
         ("unanswered_rows", "Rows that went on with no expert.", stats.unanswered_rows),
-        ("repeated_calls", "Backward calls made once more, since they broke off.", counts.repeated),
+        (
+            "repeated_calls",
+            "Calls made once more, since the first was lost.",
+            counts.repeated + stats.repeated_forward,
+        ),
         ("late_backward", "Gradients that did not come in time.", stats.late_backward),
         ("wrong_answers", "Answers that no honest node gives.", stats.wrong_answers),
         ("skipped_updates", "Optimizer steps that experts refused.", stats.skipped_updates),

@@ -45,6 +45,8 @@ class DispatchStats:
     """Forward calls that were sent to a second replica too, because the first was slow or silent."""
     hedges_won: int = 0
     """Shares that the second replica answered first."""
+    repeated_forward: int = 0
+    """Forward calls that were made once more, as the first broke off or came to its deadline."""
     late_backward: int = 0
     """Shares whose gradient did not come in time."""
     spot_checks: int = 0
@@ -68,6 +70,8 @@ class Outcome:
     share: Share
     peer_id: PeerID
     answer: Answer | None
+    lost: bool = False
+    """Failed as the call broke off or came to its deadline, not by what the node said of the expert."""
 
 
 Outcomes = asyncio.Queue[list[Outcome]]
@@ -85,8 +89,8 @@ class NodeCall:
     deadline_s: float
     outcomes: Outcomes
 
-    def fail(self, shares: Sequence[Share]) -> None:
-        self.outcomes.put_nowait([Outcome(share, self.node.peer_id, None) for share in shares])
+    def fail(self, shares: Sequence[Share], lost: bool = False) -> None:
+        self.outcomes.put_nowait([Outcome(share, self.node.peer_id, None, lost) for share in shares])
 
 
 class Outgoing:
@@ -148,7 +152,7 @@ class Outgoing:
         peer_id = call.node.peer_id
         call_times = self.call_times[call.direction]
         waiting = dict(enumerate(call.shares))
-        did_well, began = True, self.now()
+        did_well, lost, began = True, False, self.now()
         try:
             async for answer in self._caller.call(call.node, call.direction, call.requests, call.deadline_s):
                 if len(waiting) == len(call.shares):
@@ -170,11 +174,12 @@ class Outgoing:
             self._note_failure(peer_id, error, lost_quickly)
             if error.status is StatusCode.DEADLINE_EXCEEDED:
                 call_times.add_unfinished(self.now() - began)
-            if error.status in _LOST and self.is_silent(call.node):
+            lost = error.status in _LOST
+            if lost and self.is_silent(call.node):
                 self._gone(peer_id)
         finally:
             if waiting:  # no empty list: that would look like a time-out
-                call.fail(list(waiting.values()))
+                call.fail(list(waiting.values()), lost)
 
     def _examined(self, call: NodeCall, answer: Answer) -> Answer:
         """An answer that can't be an honest expert's counts as none, and its peer is banned for a while."""

@@ -143,7 +143,7 @@ def test_rows_of_a_dead_peer_are_given_to_the_next_best_experts() -> None:
         check_outputs(swarm, result)
         assert now() == 0
         assert dispatcher.stats.reselected_rows == 8
-        assert dispatcher.stats.failures == {"unavailable": 1}
+        assert dispatcher.stats.failures == {"unavailable": 2}  # it was asked once more
         assert dispatcher.stats.unanswered_rows == 0
 
     run(scenario())
@@ -298,7 +298,7 @@ def test_all_experts_dead_ends_at_once_with_nothing_and_no_exception() -> None:
         assert not result.outputs.any()
         assert dispatcher.stats.unanswered_rows == 8
         calls = len(swarm.calls)
-        assert 4 < calls <= 8 * 4  # in eight rounds
+        assert 4 < calls <= 2 * 8 * 4  # in eight rounds, each expert at most twice
         gradients = await dispatcher.backward(result, np.ones((8, 4, 8), np.float32))
         assert not gradients.any()
         assert len(swarm.calls) == calls

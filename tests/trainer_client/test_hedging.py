@@ -242,6 +242,14 @@ def test_all_that_happens_follows_from_the_seed_and_the_faults() -> None:
 
 def test_with_faults_all_kinds_of_counters_move() -> None:
     _, stats = history(seed=1, schedule=2)
-    for name in ("calls", "hedged_calls", "hedges_won", "spot_checks", "reselected_rows", "late_backward"):
+    named = (
+        "hedged_calls",
+        "hedges_won",
+        "repeated_forward",
+        "spot_checks",
+        "reselected_rows",
+        "late_backward",
+    )
+    for name in named:
         assert getattr(stats, name) > 0, name
     assert stats.failures.keys() >= {"unavailable", "deadline_exceeded"}  # type: ignore[attr-defined]
