@@ -34,7 +34,8 @@ from peer.channels import ChannelPool
 from peer.identity import Identity
 from peer.own_sessions import OwnSessions
 from peer.wire import session_pb2
-from trainer_client.calls import GrpcCaller, Request
+from trainer_client.calls import Request
+from trainer_client.grpc_caller import GrpcCaller
 
 TRAINERS = 8
 BATCH, HIDDEN = 64, 256

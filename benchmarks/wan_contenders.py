@@ -31,7 +31,8 @@ from dht.registry import NodeInfo
 from peer.codec import codec_of
 from peer.errors import ExpertError
 from talkoot.links import free_ports
-from trainer_client.calls import Answer, Direction, GrpcCaller, Request
+from trainer_client.calls import Answer, Direction, Request
+from trainer_client.grpc_caller import GrpcCaller
 
 if TYPE_CHECKING:
     from trainer_client.client import SwarmClient

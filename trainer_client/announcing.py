@@ -19,8 +19,8 @@ from peer.loop import LoopThread
 from peer.metrics import MetricsServer
 from peer.wire import records_pb2
 from trainer_client.averaging import Averaging
-from trainer_client.calls import GrpcCaller
 from trainer_client.dispatch import Dispatcher
+from trainer_client.grpc_caller import GrpcCaller
 from trainer_client.latencies import Quantiles
 from trainer_client.metrics import TrainerCollector, TrainerCounts
 from trainer_client.record import Progress

@@ -32,9 +32,10 @@ from peer.wire import session_pb2
 from trainer_client.announcing import Presence, reached_at
 from trainer_client.averaging import Averaging
 from trainer_client.breaker import CircuitBreakers
-from trainer_client.calls import ExpertCaller, GrpcCaller
+from trainer_client.calls import ExpertCaller
 from trainer_client.dense import DenseForm
 from trainer_client.dispatch import Dispatcher
+from trainer_client.grpc_caller import GrpcCaller
 from trainer_client.introductions import Introductions
 from trainer_client.mixtures import Mixtures
 from trainer_client.moe import RemoteMixtureOfExperts

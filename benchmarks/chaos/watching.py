@@ -22,7 +22,8 @@ from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity
 from peer.own_sessions import OwnSessions
 from peer.wire import session_pb2
-from trainer_client.calls import GrpcCaller, Request
+from trainer_client.calls import Request
+from trainer_client.grpc_caller import GrpcCaller
 from trainer_client.spot_checks import TOLERANCE, difference
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from peer.channels import ChannelPool
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.wire import records_pb2
-from trainer_client.calls import Answer, Direction, GrpcCaller, Request
+from trainer_client.calls import Answer, Direction, Request
+from trainer_client.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

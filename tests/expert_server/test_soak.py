@@ -27,7 +27,8 @@ from dht.uid import UID
 from expert_server.expert import BackwardPart, Expert
 from peer.channels import ChannelPool
 from peer.loop import LoopThread
-from trainer_client.calls import Answer, Direction, GrpcCaller, KeptAt, Request
+from trainer_client.calls import Answer, Direction, KeptAt, Request
+from trainer_client.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

@@ -19,7 +19,8 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.multiaddresses import multiaddress
 from talkoot.links import Link, Proxy, Wire, free_ports
-from trainer_client.calls import GrpcCaller, Request
+from trainer_client.calls import Request
+from trainer_client.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 LOCAL = "127.0.0.1"

@@ -19,7 +19,8 @@ from peer.codec import Floats
 from peer.identity import Identity, certificate_pem
 from peer.sessions import Sessions, SessionServicer
 from peer.wire import expert_pb2_grpc, session_pb2_grpc
-from trainer_client.calls import Answer, Direction, GrpcCaller, Request
+from trainer_client.calls import Answer, Direction, Request
+from trainer_client.grpc_caller import GrpcCaller
 
 HIDDEN, ROWS = 16, 6
 MANIFEST = Manifest(

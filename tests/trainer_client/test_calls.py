@@ -29,7 +29,8 @@ from peer.channels import ChannelPool
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.wire import expert_pb2
-from trainer_client.calls import GrpcCaller, Request
+from trainer_client.calls import Request
+from trainer_client.grpc_caller import GrpcCaller
 
 
 @pytest.fixture(scope="module")

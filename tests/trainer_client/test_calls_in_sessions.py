@@ -12,7 +12,7 @@ from peer.errors import ExpertError
 from peer.loop import LoopThread
 from peer.sessions import SESSION_KEY
 from peer.wire import session_pb2
-from trainer_client.calls import GrpcCaller
+from trainer_client.grpc_caller import GrpcCaller
 
 STALE = ((SESSION_KEY, bytes(16)),)
 

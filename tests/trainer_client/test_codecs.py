@@ -13,7 +13,7 @@ from peer.channels import ChannelPool
 from peer.codec import CodecName, Floats, codec_of, encoded_bytes
 from peer.errors import ExpertError
 from peer.loop import LoopThread
-from trainer_client.calls import GrpcCaller
+from trainer_client.grpc_caller import GrpcCaller
 
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 CLOSE = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.003, "int8": 0.04}

@@ -15,7 +15,8 @@ from expert_server.runtime import Runtime
 from peer.channels import ChannelPool
 from peer.errors import ExpertError
 from peer.loop import LoopThread
-from trainer_client.calls import Direction, GrpcCaller
+from trainer_client.calls import Direction
+from trainer_client.grpc_caller import GrpcCaller
 
 UNAVAILABLE = ExpertError(StatusCode.UNAVAILABLE, "cut off")
 
@@ -59,7 +60,7 @@ def updates(runtime: Runtime) -> list[int]:
 
 @pytest.fixture
 def run(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> Callable[[Coroutine[Any, Any, None]], None]:
-    monkeypatch.setattr("trainer_client.calls._REPEAT_AFTER_S", 0.01)
+    monkeypatch.setattr("trainer_client.grpc_caller._REPEAT_AFTER_S", 0.01)
     return lambda scenario: loop.run(scenario, 30)
 
 
@@ -122,7 +123,9 @@ def test_a_forward_call_is_not_repeated_and_a_backward_call_once(
 def test_without_time_nothing_is_repeated(
     run: Callable[[Coroutine[Any, Any, None]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer_client.calls._REPEAT_AFTER_S", 11.0)  # of 20 s, more than half must be left
+    monkeypatch.setattr(
+        "trainer_client.grpc_caller._REPEAT_AFTER_S", 11.0
+    )  # of 20 s, more than half must be left
 
     async def scenario() -> None:
         async with a_line(tmp_path, 1, arrives=False) as (line, node, _):

@@ -32,7 +32,7 @@ from peer.channels import ChannelPool
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.wire.expert_pb2 import CallReply
-from trainer_client.calls import GrpcCaller
+from trainer_client.grpc_caller import GrpcCaller
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from peer.codec import MAX_CHUNK_BYTES
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.wire.expert_pb2 import CallReply, ExpertReply
-from trainer_client.calls import GrpcCaller
+from trainer_client.grpc_caller import GrpcCaller
 
 
 @pytest.fixture(scope="module")

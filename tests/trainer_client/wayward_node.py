@@ -22,7 +22,8 @@ from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.wire import expert_pb2
 from peer.wire.expert_pb2 import CallReply, CallRequest, ExpertReply
-from trainer_client.calls import Answer, Direction, GrpcCaller, Request
+from trainer_client.calls import Answer, Direction, Request
+from trainer_client.grpc_caller import GrpcCaller
 
 WIDTH = 8
 BYTES = 4 * 3 * WIDTH  # of three rows
