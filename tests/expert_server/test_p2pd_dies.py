@@ -32,6 +32,10 @@ from trainer_client.settings import TrainerSettings
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 
+PERIOD_S = 1.0
+"""Between announcements. On a busy machine shorter ones expire while their node is well, and others adopt its experts."""
+
+
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
     folder = tmp_path_factory.mktemp("identities")
@@ -55,7 +59,7 @@ async def kill_p2pd(swarm: Swarm) -> None:
 
 async def renewed_since(observer: Swarm, node: Node, moment: float) -> bool:
     """Whether all that the node hosts was announced after this time."""
-    lifetime_s = 3 * 0.5
+    lifetime_s = 3 * PERIOD_S
     found = await observer.registry.replicas(list(node.runtime.experts))
     me = node.swarm.host.peer_id
     return all(
@@ -74,9 +78,9 @@ def test_killed_p2pds_are_started_again_and_everything_is_found_again(
     monkeypatch.setattr("peer.host._RESTART_DELAYS_S", (0.5, 0.5, 0.5))  # long enough to be seen
 
     async def scenario(village: Village) -> None:
-        first = await village.found(experts=4, announce_every_s=0.5)
+        first = await village.found(experts=4, spare=0, announce_every_s=PERIOD_S)
         invite = await first.swarm.invite()
-        second = await village.join(1, invite, experts=4, announce_every_s=0.5)
+        second = await village.join(1, invite, experts=4, spare=0, announce_every_s=PERIOD_S)
         observer = await village.observe(2, invite)
         tasks = [await village.run(node) for node in (first, second)]
         await eventually(lambda: sees_all(observer), 20)
@@ -155,7 +159,7 @@ def test_a_lone_founder_goes_on_with_its_experts_and_manifest(
     monkeypatch.setattr("peer.host._RESTART_DELAYS_S", (0.5, 0.5, 0.5))  # long enough to be seen
 
     async def scenario(village: Village) -> None:
-        node = await village.found(experts=8, announce_every_s=0.5)
+        node = await village.found(experts=8, announce_every_s=PERIOD_S)
         await village.run(node)
         invite = await node.swarm.invite()
         await kill_p2pd(node.swarm)
