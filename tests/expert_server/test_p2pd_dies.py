@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 PERIOD_S = 1.0
-"""Between announcements. On a busy machine shorter ones expire while their node is well, and others adopt its experts."""
+"""Between announcements. Shorter-lived ones expire on a busy machine, and others adopt what is well hosted."""
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,10 @@ NEW: dict[str, Any] = {"experts": 4, "spare": 0}
 OLD: dict[str, Any] = {"experts": 6}
 """So each is the only host of some of the 8 experts, and both have 2."""
 
+STEPS = 16
+FAST = ("--learning-rate", 1e-2, "--threads", 1)
+"""So that the loss falls by far more than one batch's differs from another's."""
+
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -103,12 +107,12 @@ def train(founder: Founder, folder: Path, who: str) -> list[object]:
     text = folder / "text.txt"
     text.write_text(TEXT)
     files = ["--data", text, "--state", folder / f"{who}-trainer", "--json", folder / f"{who}.json"]
-    return ["train", "--join", founder.invite, "--steps", 8, "--threads", 1, *files]
+    return ["train", "--join", founder.invite, "--steps", STEPS, *FAST, *files]
 
 
 def assert_trained(summary: Path) -> None:
     values = json.loads(summary.read_text())
-    assert values["steps"] == 8
+    assert values["steps"] == STEPS
     assert values["experts_live"] == 8
     assert values["failures"] == {}
     assert values["loss_last"] < values["loss_first"]
