@@ -16,7 +16,7 @@ from command_lines import require_parses
 from compose_spec import PyOptions
 
 from peer.loop import LoopThread
-from talkoot.control import ControlServer
+from talkoot.node.control import ControlServer
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 CONTAINERFILE = DEPLOY / "container" / "Containerfile"

@@ -20,8 +20,8 @@ import pytest
 from expert_server.status import NodeState, NodeStatus
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.loop import LoopThread
-from talkoot import control
-from talkoot.control import MAX_CLIENTS, MAX_LINE_BYTES, Control, ControlServer, is_running
+from talkoot.node import control
+from talkoot.node.control import MAX_CLIENTS, MAX_LINE_BYTES, Control, ControlServer, is_running
 
 DEADLINE_S = 10.0
 

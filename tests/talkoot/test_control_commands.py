@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import SettingsError
-from talkoot import console, logs_command
-from talkoot.check_report import Finding, Report, Verdict
+from talkoot import console
+from talkoot.check.report import Finding, Report, Verdict
 from talkoot.console import LogFormat, Terminal, log_file
-from talkoot.control import Control
-from talkoot.logs_command import Follower
-from talkoot.steer_command import parse_duration_s
+from talkoot.node.control import Control
+from talkoot.node.logs import Follower, run_logs
+from talkoot.node.steering import parse_duration_s
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def test_last_lines_come_from_both_files(
 ) -> None:
     (tmp_path / "node.log.1").write_text("one\ntwo\n")
     (tmp_path / "node.log").write_bytes(b"three\n\x1b[31mfour\xff\nunfinished")
-    logs_command.run_logs(Terminal(LogFormat.TEXT), tmp_path, 3, follow=False)
+    run_logs(Terminal(LogFormat.TEXT), tmp_path, 3, follow=False)
     assert capsys.readouterr().out == "two\nthree\n\\x1b[31mfour\\xff\n"
 
 

@@ -22,10 +22,10 @@ from peer.errors import ClockError, UserError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
-from talkoot import check_command, check_machine, check_setup
-from talkoot.check_command import Check
-from talkoot.check_report import Finding, Report, Verdict
-from talkoot.node_command import SwarmStarter
+from talkoot.check import machine, run, setup
+from talkoot.check.report import Finding, Report, Verdict
+from talkoot.check.run import Check
+from talkoot.node.run import SwarmStarter
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -43,8 +43,8 @@ Doctor = Callable[..., dict[str, Finding]]
 @pytest.fixture
 def doctor(loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Doctor:
     """Checks this machine with these settings, and gives what was found by its name."""
-    monkeypatch.setattr(check_machine, "_MEASURE_S", 0.01)
-    monkeypatch.setattr(check_machine, "_SLOW_ROWS_PER_S", 0.0)
+    monkeypatch.setattr(machine, "_MEASURE_S", 0.01)
+    monkeypatch.setattr(machine, "_SLOW_ROWS_PER_S", 0.0)
 
     def check(
         state: Path = tmp_path / "state", invite: Invite | None = None, **settings: object
@@ -123,7 +123,7 @@ def test_clock_that_is_off_is_named(doctor: Doctor, invite: Invite, monkeypatch:
     async def join(*_: object, **__: object) -> None:
         raise ClockError("this machine's clock is 60 s behind those of most of the 3 peers asked")
 
-    monkeypatch.setattr(check_command, "join_swarm", join)
+    monkeypatch.setattr(run, "join_swarm", join)
     found = doctor(invite=invite)
     assert problems(found) == {"clock"}
     assert "60 s behind" in found["clock"].fix
@@ -153,8 +153,8 @@ def test_platforms_and_pythons_that_were_not_tried_are_named(
     system: str, python: tuple[int, int], verdict: Verdict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "system", lambda: system)
-    monkeypatch.setattr(check_setup, "sys", SimpleNamespace(version_info=(*python, 0)))
-    found = check_setup.check_software()
+    monkeypatch.setattr(setup, "sys", SimpleNamespace(version_info=(*python, 0)))
+    found = setup.check_software()
     assert (found.verdict, bool(found.fix)) == (verdict, verdict is not Verdict.OK)
 
 
@@ -164,7 +164,7 @@ def test_kernel_says_what_keeps_the_clock(
 ) -> None:
     libc = SimpleNamespace(adjtimex=lambda buffer: answer)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
-    assert check_setup.check_clock_keeping().verdict is verdict
+    assert setup.check_clock_keeping().verdict is verdict
 
 
 def test_doctor_takes_the_options_of_a_node(tmp_path: Path) -> None:
@@ -198,11 +198,11 @@ def test_error_line_ends_with_the_code() -> None:
 
 
 def test_broken_installation_is_an_error_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "talkoot.node_command", None)
+    monkeypatch.setitem(sys.modules, "talkoot.node.run", None)
     with pytest.raises(ModuleNotFoundError):  # a fault of ours, whose traceback is wanted
         run_here("doctor")
     monkeypatch.undo()
-    monkeypatch.delitem(sys.modules, "talkoot.node_command")
+    monkeypatch.delitem(sys.modules, "talkoot.node.run")
     monkeypatch.setitem(sys.modules, "uvloop", None)
     ended = run_here("doctor")
     assert ended.returncode == 2

@@ -12,7 +12,7 @@ from dht.invite import Invite
 from dht.records import SwarmKeys
 from peer.identity import Identity
 from peer.wire import admission_pb2
-from talkoot.invite_command import FoundedSwarm
+from talkoot.node.invites import FoundedSwarm
 
 
 def founded(folder: Path, mode: Mode = "token", author: Identity | None = None) -> Invite:

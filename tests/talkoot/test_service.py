@@ -19,9 +19,9 @@ from peer.errors import InviteError, SettingsError, StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from talkoot.console import LogFormat, Terminal
-from talkoot.control import ControlServer
-from talkoot.node_command import Origin
-from talkoot.service_command import UNIT, Service, make_service, run_install, run_remove, run_status
+from talkoot.node.control import ControlServer
+from talkoot.node.run import Origin
+from talkoot.node.service import UNIT, Service, make_service, run_install, run_remove, run_status
 
 _STAND_IN = """#!/bin/sh
 echo "$(basename "$0") $*" >> "{folder}/calls"

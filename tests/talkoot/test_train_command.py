@@ -19,7 +19,7 @@ from training_village import TEXT, Founder, founded, talkoot
 
 from dht.invite import Invite
 from peer.loop import LoopThread
-from talkoot import train_command
+from talkoot.train import run as train_run
 from trainer_client.client import SwarmClient
 from trainer_client.model import LanguageModel
 
@@ -145,12 +145,12 @@ def test_when_all_experts_are_lost_training_waits_and_loses_no_step(
 
     lose_experts_after(2, founder, monkeypatch)
     comes_back, log = ComesBack(), tmp_path / "log"
-    train_command.logger.addHandler(comes_back)
+    train_run.logger.addHandler(comes_back)
     try:
         options = ("--data", text, "--steps", 6, "--in-flight", in_flight, "--log", log)
         ended = talkoot(*train(founder, tmp_path / "state", *options))
     finally:
-        train_command.logger.removeHandler(comes_back)
+        train_run.logger.removeHandler(comes_back)
         founder.resume()
     assert ended.status == 0, ended.err
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
@@ -190,8 +190,8 @@ def lose_experts_after(step: int, founder: Founder, monkeypatch: pytest.MonkeyPa
                 client._loop.run(client._look_again(), 10)
         return real(client)
 
-    real = train_command._swarm_now
-    monkeypatch.setattr(train_command, "_swarm_now", swarm_now)
+    real = train_run._swarm_now
+    monkeypatch.setattr(train_run, "_swarm_now", swarm_now)
 
 
 def test_without_a_live_expert_nothing_begins(founder: Founder, trained: Path) -> None:
@@ -218,7 +218,7 @@ def test_experts_lost_while_text_comes_end_it_in_time(
                 founder.pause()
             return super().forward(tokens_BT)
 
-    monkeypatch.setattr("talkoot.trained_model.LanguageModel", Losing)
+    monkeypatch.setattr("talkoot.train.model.LanguageModel", Losing)
     short = ("--wait-for-experts", 0.5, "--max-tokens", 10_000)
     try:
         ended = talkoot("generate", "--join", founder.invite, "--state", trained, "--prompt", "In", *short)
@@ -251,7 +251,7 @@ def test_ctrl_c_saves_the_last_whole_step(
                 time.sleep(stuck_s)  # longer than a command waits
             return super().loss(tokens_BT)
 
-    monkeypatch.setattr(train_command, "LanguageModel", Interrupted)
+    monkeypatch.setattr(train_run, "LanguageModel", Interrupted)
     ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 50))
     assert ended.status == 128 + signal.SIGINT
     saved = 2 if stuck_s else 3
@@ -265,7 +265,7 @@ def test_a_loss_that_stays_not_finite_is_one_clear_line(
         def loss(self, tokens_BT: Tensor) -> Tensor:
             return super().loss(tokens_BT) * math.nan
 
-    monkeypatch.setattr(train_command, "LanguageModel", Broken)
+    monkeypatch.setattr(train_run, "LanguageModel", Broken)
     ended = talkoot(*train(founder, tmp_path, "--data", text, "--steps", 50))
     ended.is_one_clear_line(
         "not finite in 10 steps in a row, up to step 10: train with a smaller learning_rate"

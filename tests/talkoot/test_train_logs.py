@@ -11,8 +11,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peer.errors import SettingsError, StartError
-from talkoot.train_display import describe
-from talkoot.train_logs import check_plot, logs_written, plot_losses
+from talkoot.train.display import describe
+from talkoot.train.logs import check_plot, logs_written, plot_losses
 from trainer_client import optional
 from trainer_client.record import History
 

@@ -19,7 +19,7 @@ from simulated import peer
 from dht.invite import Invite
 from dht.records import SwarmKeys
 from peer.errors import StartError
-from talkoot.dashboard_command import address_of, listen
+from talkoot.dashboard.run import address_of, listen
 
 LIMIT_S = 90.0
 

@@ -27,8 +27,8 @@ from expert_server.settings import NodeSettings
 from peer.channels import ChannelPool
 from peer.identity import Identity
 from peer.loop import LoopThread
+from talkoot.dashboard.run import address_of, dashboard, listen
 from talkoot.dashboard.settings import DashboardSettings
-from talkoot.dashboard_command import address_of, dashboard, listen
 from trainer_client.client import SwarmClient
 from trainer_client.data import ByteDataset
 from trainer_client.model import LanguageModel

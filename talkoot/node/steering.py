@@ -8,8 +8,8 @@ from pathlib import Path
 
 from peer.errors import SettingsError, UnreachableError, UserError
 from talkoot.console import Terminal
-from talkoot.control import LOG_FILE, MAX_PAUSE_S, Control, Standing, node_folder
-from talkoot.logs_command import Follower
+from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, Control, Standing, node_folder
+from talkoot.node.logs import Follower
 
 _LEAVES_WITHIN_S = 90.0
 """Longest that a node may take to leave: it finishes calls, saves its experts and says goodbye, all with deadlines."""

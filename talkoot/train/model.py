@@ -13,7 +13,7 @@ from peer.errors import CheckpointError, SettingsError
 from talkoot.console import Terminal, quiet_hivemind
 from talkoot.invite_text import invite_text
 from talkoot.signals import StopSignals
-from talkoot.train_command import once, trainer_state
+from talkoot.train.run import once, trainer_state
 from trainer_client.checkpoints import load_checkpoint
 from trainer_client.client import SwarmClient
 from trainer_client.model import LanguageModel

@@ -14,7 +14,7 @@ from peer.errors import DataError, SettingsError, SwarmError
 from peer.processes import sweep_dead_sockets
 from talkoot.children import Child, Children
 from talkoot.console import Terminal, to_json, write_json
-from talkoot.demo_display import DemoDisplay, print_summary
+from talkoot.demo.display import DemoDisplay, print_summary
 from talkoot.links import Link, Proxy, Wire, free_ports
 from talkoot.signals import run_until_stopped
 

@@ -4,13 +4,8 @@ from typing import Annotated
 
 import typer
 
+from talkoot.commands.options import NodeState, command
 from talkoot.console import LogFormat
-from talkoot.options import NodeState, command
-
-
-def add_to(app: typer.Typer) -> None:
-    """Adds it to the command `talkoot`."""
-    app.command()(invite)
 
 
 def invite(
@@ -40,7 +35,7 @@ def invite(
 ) -> None:
     """Make an invite for a swarm that you founded, which admits by token. It is a secret until it expires."""
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, _):
-        from talkoot.invite_command import Wish, run_invite, run_list, run_revoke
+        from talkoot.node.invites import Wish, run_invite, run_list, run_revoke
 
         if listed:
             run_list(terminal, state)

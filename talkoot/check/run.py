@@ -19,13 +19,13 @@ from peer.errors import ClockError, StartError, UserError
 from peer.host import Host
 from peer.identity import Identity
 from peer.processes import StateFolder
-from talkoot.check_machine import check_cores, check_disk, check_memory, check_speed
-from talkoot.check_report import Finding, Report, Verdict, show
-from talkoot.check_setup import check_clock_keeping, check_device, check_ports, check_software, check_state
-from talkoot.check_swarm import ask_peers
+from talkoot.check.machine import check_cores, check_disk, check_memory, check_speed
+from talkoot.check.report import Finding, Report, Verdict, show
+from talkoot.check.setup import check_clock_keeping, check_device, check_ports, check_software, check_state
+from talkoot.check.swarm import ask_peers
 from talkoot.console import Terminal, quiet_hivemind
-from talkoot.control import node_folder
-from talkoot.node_command import Origin, SwarmStarter, listen_address
+from talkoot.node.control import node_folder
+from talkoot.node.run import Origin, SwarmStarter, listen_address
 from talkoot.signals import run_until_stopped
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from talkoot.console import Terminal, to_json
 from talkoot.signals import StopSignals
-from talkoot.trained_model import TrainedModel, trained_model
+from talkoot.train.model import TrainedModel, trained_model
 from trainer_client.corpus import Corpus, prepare
 from trainer_client.evaluate import Evaluation, evaluate
 from trainer_client.settings import TrainerSettings

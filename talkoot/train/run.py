@@ -17,8 +17,8 @@ from talkoot.console import Terminal, quiet_hivemind, to_json, write_json
 from talkoot.invite_text import invite_text
 from talkoot.local import LocalSwarm
 from talkoot.signals import StopSignals
-from talkoot.train_display import progress_shown, summary_table
-from talkoot.train_logs import Write, check_plot, logs_written, plot_losses
+from talkoot.train.display import progress_shown, summary_table
+from talkoot.train.logs import Write, check_plot, logs_written, plot_losses
 from trainer_client.averaging import Averaging
 from trainer_client.client import SwarmClient
 from trainer_client.data import Dataset

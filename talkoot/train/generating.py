@@ -10,7 +10,7 @@ from typing import Any
 from peer.errors import DataError
 from talkoot.console import Terminal
 from talkoot.signals import StopSignals
-from talkoot.trained_model import TrainedModel, trained_model
+from talkoot.train.model import TrainedModel, trained_model
 from trainer_client.generate import Sampling, decoded, generate
 
 logger = logging.getLogger(__name__)

@@ -32,10 +32,10 @@ from peer.multiaddresses import is_multiaddress, multiaddress
 from peer.processes import StateFolder
 from peer.settings import DENYLIST
 from talkoot.console import Terminal, log_file, quiet_hivemind
-from talkoot.control import LOG_FILE, ControlServer, node_folder
-from talkoot.invite_command import FoundedSwarm
 from talkoot.invite_text import invite_text
-from talkoot.node_view import Pace, PaceMeter, line, panel
+from talkoot.node.control import LOG_FILE, ControlServer, node_folder
+from talkoot.node.invites import FoundedSwarm
+from talkoot.node.view import Pace, PaceMeter, line, panel
 from talkoot.signals import Stopped, run_until_stopped
 
 logger = logging.getLogger(__name__)

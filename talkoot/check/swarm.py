@@ -13,7 +13,7 @@ from dht.swarm import Swarm
 from expert_server.probing import DialledBack, Link, call_dial_back, call_probe
 from peer.channels import ChannelPool
 from peer.errors import PortError, UnreachableError
-from talkoot.check_report import Finding, Verdict
+from talkoot.check.report import Finding, Verdict
 
 _PEERS_ASKED = 3
 _SLOW_MBIT = 5.0

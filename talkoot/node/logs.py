@@ -7,7 +7,7 @@ from typing import IO
 
 from peer.errors import DataError
 from talkoot.console import Terminal
-from talkoot.control import LOG_FILE, node_folder
+from talkoot.node.control import LOG_FILE, node_folder
 
 _LOOK_EVERY_S = 0.2
 

@@ -11,7 +11,7 @@ from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import PortError, UserError
 from peer.host import require_free_port
-from talkoot.check_report import Finding, Verdict
+from talkoot.check.report import Finding, Verdict
 
 _PYTHONS = ((3, 11), (3, 14))
 """From, and up to without, as in pyproject.toml."""

@@ -15,8 +15,8 @@ from peer.errors import SettingsError, StartError
 from peer.files import write_whole
 from peer.identity import Identity
 from talkoot.console import Terminal
-from talkoot.control import node_folder
-from talkoot.steer_command import parse_duration_s
+from talkoot.node.control import node_folder
+from talkoot.node.steering import parse_duration_s
 
 _FILE = "swarm.json"
 _LONGEST_NAME = 64

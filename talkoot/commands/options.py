@@ -56,6 +56,13 @@ Deny = Annotated[
         "given several times.",
     ),
 ]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of checkpoints, or one of its files.  [default: that of the trainer's newest run]",
+    ),
+]
 Format = Annotated[LogFormat, typer.Option(help="Lines for people, or JSON lines for programs.")]
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from peer.errors import SettingsError, StartError
 from peer.files import write_whole
 from talkoot.console import Terminal
-from talkoot.control import Control, is_running, node_folder
-from talkoot.steer_command import words
+from talkoot.node.control import Control, is_running, node_folder
+from talkoot.node.steering import words
 
 UNIT = "talkoot-node.service"
 INVITE_FILE = "invite"

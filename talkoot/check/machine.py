@@ -14,7 +14,7 @@ from expert_server.machine import usable_cores
 from expert_server.memory import within_memory
 from expert_server.settings import NodeSettings, bytes_in_words
 from peer.errors import SettingsError
-from talkoot.check_report import Finding, Verdict
+from talkoot.check.report import Finding, Verdict
 
 _SLOW_ROWS_PER_S = 200.0
 """Slower than that, one sequence of a few hundred tokens takes longer than trainers like to wait."""

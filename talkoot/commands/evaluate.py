@@ -1,0 +1,35 @@
+"""The command `evaluate`."""
+
+from typing import Annotated
+
+import typer
+
+from talkoot.commands.options import Checkpoint, Join, State, TextField, Threads, WaitForExperts, command
+from talkoot.console import LogFormat
+
+
+def evaluate(
+    paths: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text, as `talkoot train --data`.")],
+    *,
+    join: Join = None,
+    checkpoint: Checkpoint = None,
+    field: TextField = None,
+    wait_for_experts_s: WaitForExperts = None,
+    threads: Threads = None,
+    state: State = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Measure how well a trained model knows a text: loss, perplexity, bits per byte."""
+    flags = {
+        "checkpoint": checkpoint,
+        "field": field,
+        "wait_for_experts_s": wait_for_experts_s,
+        "threads": threads,
+        "state": state,
+    }
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+        from talkoot.train.evaluating import run_evaluate
+
+        run_evaluate(terminal, signals, join, paths, flags)

@@ -1,0 +1,1 @@
+"""What a volunteer runs and steers."""

@@ -1,0 +1,1 @@
+"""What a trainer runs, and what is done with a trained model."""
