@@ -1,9 +1,9 @@
 """Emulated links for the benchmarks, in a process of their own: they shall not take turns with a trainer.
 
-    python -m benchmarks.emulated LINK PORT,PORT [PORT,PORT ...]
+    python -m benchmarks.emulated HOST LINK PORT,PORT [PORT,PORT ...]
 
-puts one link before the ports of each peer. It prints the proxies' ports as JSON; then each line that it reads is
-another link, or empty, and it prints the bytes that the links have carried there and back since the start.
+puts one link before the ports of each peer on this address. It prints the proxies' ports as JSON; then each line that
+it reads is another link, or empty, and it prints the bytes that the links have carried there and back since the start.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import uvloop
 
+from benchmarks.namespaces import Machine
 from peer.processes import die_with_parent
 from talkoot.links import Link, Proxy, Wire
 
@@ -45,10 +46,14 @@ class EmulatedLinks:
 
 
 @contextmanager
-def emulated_links(link: str, peers: Sequence[Sequence[int]]) -> Iterator[EmulatedLinks]:
-    """One link before the ports of each peer."""
+def emulated_links(
+    link: str, peers: Sequence[Sequence[int]], machine: Machine | None = None
+) -> Iterator[EmulatedLinks]:
+    """One link before the ports of each peer. They are on this computer's loopback, or on an emulated machine."""
+    host = _HOST if machine is None else machine.address
     targets = [",".join(map(str, ports)) for ports in peers]
-    command = die_with_parent([sys.executable, "-W", "ignore", "-m", "benchmarks.emulated", link, *targets])
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.emulated", host, link, *targets]
+    command = die_with_parent(command if machine is None else machine.command(command))
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -58,10 +63,10 @@ def emulated_links(link: str, peers: Sequence[Sequence[int]]) -> Iterator[Emulat
         process.communicate()
 
 
-async def run(link: str, targets: Sequence[str]) -> None:
+async def run(host: str, link: str, targets: Sequence[str]) -> None:
     wires = [Wire(Link.parse(link), seed) for seed in range(len(targets))]
     proxies = [
-        [await Proxy.start(wire, (_HOST, int(port)), _HOST) for port in ports.split(",")]
+        [await Proxy.start(wire, (host, int(port)), host) for port in ports.split(",")]
         for wire, ports in zip(wires, targets, strict=True)
     ]
     print(json.dumps([[proxy.port for proxy in group] for group in proxies]), flush=True)
@@ -81,4 +86,4 @@ async def run(link: str, targets: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(run(sys.argv[1], sys.argv[2:]))
+    uvloop.run(run(sys.argv[1], sys.argv[2], sys.argv[3:]))

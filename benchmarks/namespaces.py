@@ -1,7 +1,7 @@
 """An internet of network namespaces: public hosts, and hosts each behind a router of its own that drops what comes in.
 
 Public hosts have public-looking addresses, for libp2p never relays by private ones; nothing leaves the namespaces.
-They are removed when the test ends. What a killed test left behind is swept at the next start: names carry the
+They are removed when the block ends. What a killed process left behind is swept at the next start: names carry the
 process number of their maker.
 """
 
@@ -43,6 +43,7 @@ class Machine:
 
     namespace: str
     address: str
+    is_behind_router: bool = False
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The same command, run on this machine."""
@@ -52,7 +53,9 @@ class Machine:
 class Internet:
     """Machines that reach each other as their routers allow. Made by `internet`."""
 
-    def __init__(self) -> None:
+    def __init__(self, rate_mbit: float | None = None) -> None:
+        """`rate_mbit`: of each machine's link to all others, each way; None: as fast as it goes."""
+        self._rate_mbit = rate_mbit
         self._prefix = f"{_MARK}{os.getpid()}-"
         self._count = 0
         self._backbone = self._add("net")
@@ -79,7 +82,7 @@ class Internet:
         _ip("-n", home, "route", "add", "default", "via", f"192.168.{number}.1")
         _run("ip", "netns", "exec", router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         _run("ip", "netns", "exec", router, "nft", "-f", "-", stdin=_FIREWALL)
-        return Machine(home, f"192.168.{number}.2")
+        return Machine(home, f"192.168.{number}.2", is_behind_router=True)
 
     def close(self) -> None:
         _remove(self._prefix)
@@ -104,6 +107,9 @@ class Internet:
         _ip("-n", self._backbone, "link", "set", port, "master", "bridge", "up")
         _ip("-n", namespace, "address", "add", f"{address}/16", "dev", "wan")
         _ip("-n", namespace, "link", "set", "wan", "up")
+        if self._rate_mbit is not None:
+            for end, device in ((namespace, "wan"), (self._backbone, port)):
+                _slow(end, device, self._rate_mbit)
         return namespace
 
     def _add(self, name: str) -> str:
@@ -114,9 +120,10 @@ class Internet:
 
 
 @contextlib.contextmanager
-def internet() -> Iterator[Internet]:
+def internet(rate_mbit: float | None = None) -> Iterator[Internet]:
+    """`rate_mbit` as in Internet."""
     sweep()
-    made = Internet()
+    made = Internet(rate_mbit)
     try:
         yield made
     finally:
@@ -138,10 +145,18 @@ def why_not() -> str:
 
 
 def sweep() -> None:
-    """Removes what test processes left that are no more."""
+    """Removes what processes left that are no more."""
     for name in _namespaces():
         if (maker := _NAME.match(name)) and not os.path.exists(f"/proc/{maker[1]}"):
             _remove(maker[0])
+
+
+def _slow(namespace: str, device: str, rate_mbit: float) -> None:
+    """What leaves by this device takes its turn at the rate; a twentieth of a second of it may wait."""
+    _run(
+        "tc", "-n", namespace, "qdisc", "add", "dev", device, "root",
+        "tbf", "rate", f"{rate_mbit:g}mbit", "burst", "128kb", "latency", "50ms",
+    )  # fmt: skip
 
 
 def _remove(prefix: str) -> None:

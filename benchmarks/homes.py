@@ -1,0 +1,76 @@
+"""Programs of a swarm on machines of an emulated internet, and what they say."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.namespaces import Internet, Machine
+
+START_S = 120.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A command that runs on a machine, and what it writes."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        lines = (self.folder / "out").read_text().splitlines()
+        events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return [event for event in events if event["event"] == kind]
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "err").read_text()
+
+    def wait_for(self, what: str, is_so: Callable[[], object]) -> None:
+        deadline = time.monotonic() + START_S
+        while not is_so():
+            assert self.process.poll() is None, f"ended before {what}:\n{self.said}"
+            assert time.monotonic() < deadline, f"waited in vain for {what}:\n{self.said}"
+            time.sleep(0.1)
+
+    def wait_until_reached(self, way: str) -> None:
+        self.wait_for(way, lambda: any(e["reached"].startswith(way) for e in self.events("state")))
+
+    def wait_until_updated(self) -> None:
+        self.wait_for("updates", lambda: self.events("state")[-1]["updates"] > 0)
+
+
+class Village:
+    """Programs on machines; all are ended with it."""
+
+    def __init__(self, net: Internet, folder: Path) -> None:
+        self.net = net
+        self._folder = folder
+        self._programs: list[Program] = []
+
+    def run(self, machine: Machine, command: str, *arguments: object) -> Program:
+        folder = self._folder / str(len(self._programs))
+        folder.mkdir()
+        words = [sys.executable, "-m", "talkoot.cli", command, "--log-format", "json", *map(str, arguments)]
+        with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+            process = subprocess.Popen(
+                machine.command([*words, "--state", str(folder / "state")]), stdout=out, stderr=err
+            )
+        program = Program(process, folder)
+        self._programs.append(program)
+        return program
+
+    def node(self, machine: Machine, *arguments: object) -> Program:
+        return self.run(
+            machine, "node", "--host", machine.address, "--threads", 1, "--announce-every-s", 1, *arguments
+        )
+
+    def close(self) -> None:
+        for program in self._programs:
+            program.process.send_signal(signal.SIGKILL)
+            program.process.wait()

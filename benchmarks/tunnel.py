@@ -1,0 +1,211 @@
+"""Training through tunnels, to homes behind routers that let nobody in, beside training with nodes that are public.
+
+Two swarms on one emulated internet, in network namespaces of the kernel: in one, both nodes are behind routers of
+their own and are reached through a public peer that relays; in the other both are public. The trainer is behind a
+router, too. It trains with each swarm in turns.
+
+    python -m benchmarks.tunnel [--quick] [--json FILE] [--link 100mbit,20ms]
+
+Each machine has a link of this rate to all others, each way, which the kernel keeps to; the delay is that between
+trainer and nodes, there and back, whether a relay stands between them or not. Needs root, and iproute2, nftables and
+procps.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.emulated import emulated_links
+from benchmarks.homes import START_S, Program, Village
+from benchmarks.namespaces import Internet, Machine, internet, why_not
+from talkoot.links import Link
+
+SITES = ("direct", "tunnel")
+LEAST_SHARE = 0.50
+PORTS = (4001, 4002)
+"""Of DHT and calls: each machine has its own."""
+SEQUENCES = 8
+_WARM_STEPS = 10
+_STEP_LIMIT_S = 10.0
+
+MANIFEST = """
+name = "{name}"
+[model]
+layers = 1
+hidden = 128
+heads = 2
+context = 64
+feed_forward = 128
+[experts]
+grid = [4]
+kind = "ffn"
+[routing]
+top_k = 4
+"""
+"""Every token goes to both nodes."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A swarm's machines: its public peer without experts, and its two nodes'."""
+
+    name: str
+    public: Machine
+    nodes: tuple[Machine, Machine]
+    passes: Link
+    """Before each public machine."""
+
+    @classmethod
+    def of(cls, net: Internet, link: Link, name: str) -> "Site":
+        """Of the swarm `direct` or `tunnel`. What goes through a relay passes the relay's link twice."""
+        if name == "direct":
+            return cls(name, net.public(), (net.public(), net.public()), Link(None, link.delay_s))
+        return cls(name, net.public(), (net.home(), net.home()), Link(None, link.delay_s / 2))
+
+
+class Swarm:
+    """Nodes that serve, and trainers that come and go."""
+
+    def __init__(self, site: Site, village: Village, folder: Path, stack: ExitStack) -> None:
+        """Starts the nodes. `stack`: ends what delays their traffic."""
+        self._site = site
+        self._village = village
+        self._folder = folder
+        self._stack = stack
+        manifest = folder / f"{site.name}.toml"
+        manifest.write_text(MANIFEST.format(name=site.name))
+        founder = self._node(site.public, "--new", manifest, "--experts", 0)
+        founder.wait_for("an invite", lambda: founder.events("invite"))
+        self._invite = founder.events("invite")[0]["invite"]
+        joining = ("--join", self._invite, "--experts", 2)
+        self._nodes = [self._node(machine, *joining) for machine in site.nodes]
+        for node in self._nodes:
+            node.wait_until_reached("relayed" if site.name == "tunnel" else "direct")
+
+    @property
+    def reached(self) -> list[str]:
+        """How each node says that others reach it now."""
+        return [str(node.events("state")[-1]["reached"]) for node in self._nodes]
+
+    def train(self, machine: Machine, steps: int, in_flight: int) -> list[float]:
+        """The time in seconds of each of so many steps, once it has warmed up."""
+        text = self._folder / "text.txt"
+        text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
+        steps += _WARM_STEPS
+        trainer = self._village.run(
+            machine, "train", "--join", self._invite, "--data", text, "--steps", steps, "--threads", 1,
+            "--batch-size", SEQUENCES, "--in-flight", in_flight, "--grace-s", 10, "--k-min", 4,
+            "--checkpoint-every", 0, "--average-every", 0, "--start-from", "fresh",
+        )  # fmt: skip
+        status = trainer.process.wait(START_S + steps * _STEP_LIMIT_S)
+        assert status == 0, trainer.said
+        return [event["step_s"] for event in trainer.events("step")[_WARM_STEPS:]]
+
+    def _node(self, machine: Machine, *options: object) -> Program:
+        options = (*options, "--spare", 0)
+        if machine.is_behind_router:
+            return self._village.node(machine, *options)
+        links = emulated_links(f"{1000 * self._site.passes.delay_s:g}ms", [PORTS], machine)
+        ((dht, calls),) = self._stack.enter_context(links).ports
+        config = self._folder / f"{machine.namespace}.toml"
+        config.write_text(
+            f"dht_port = {PORTS[0]}\ngrpc_port = {PORTS[1]}\n"
+            f"announce_dht_port = {dht}\nannounce_grpc_port = {calls}\n"
+            'reachability = "public"\n'  # who is asked sees the caller at its own address, where the delays are
+        )
+        return self._village.node(machine, *options, "--config", config)
+
+
+def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Samples per second of both swarms, which take turns."""
+    with ThreadPoolExecutor(2) as threads, ExitStack() as stack:  # what a thread started dies with the thread
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        net = stack.enter_context(internet(options.link.rate_mbit))
+        village = stack.enter_context(closing(Village(net, folder)))
+        stack.enter_context(console.status("starting"))
+        sites = [Site.of(net, options.link, name) for name in SITES]
+        home = net.home()
+        swarms = dict(
+            zip(
+                (site.name for site in sites),
+                threads.map(lambda site: Swarm(site, village, folder, stack), sites),
+                strict=True,
+            )
+        )
+        paces: dict[tuple[str, int], list[float]] = {}
+        for _ in range(options.turns):
+            for in_flight in options.in_flight:
+                for name, swarm in swarms.items():
+                    seconds = swarm.train(home, options.steps, in_flight)
+                    pace = SEQUENCES * len(seconds) / sum(seconds)
+                    paces.setdefault((name, in_flight), []).append(pace)
+        reached = {name: swarm.reached for name, swarm in swarms.items()}
+    return {
+        "link": options.link_text,
+        "reached": reached,
+        "rows": [*map(partial(compare, paces), options.in_flight)],
+    }
+
+
+def compare(paces: Mapping[tuple[str, int], Sequence[float]], in_flight: int) -> dict[str, Any]:
+    turns = {name: list(paces[name, in_flight]) for name in SITES}
+    direct, tunnel = (statistics.median(turns[name]) for name in SITES)
+    return {
+        "in_flight": in_flight,
+        "turns": turns,
+        "direct": direct,
+        "tunnel": tunnel,
+        "share": tunnel / direct,
+    }
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    table = Table("in flight", "direct", "tunnel", "of direct", title=f"samples/s over {results['link']}")
+    for row in results["rows"]:
+        table.add_row(
+            str(row["in_flight"]), f"{row['direct']:.1f}", f"{row['tunnel']:.1f}", f"{row['share']:.2f}"
+        )
+    console.print(table)
+    for name, words in results["reached"].items():
+        console.print(f"{name}: nodes are reached: {', '.join(words)}")
+    console.print(
+        "with many in flight the link is full, and the relay's carries all of it twice: half is the most there"
+    )
+    share = results["rows"][0]["share"]
+    reached = "reached" if share >= LEAST_SHARE else "missed"
+    console.print(f"tunnel, of direct, one in flight (target): {share:.2f} ({LEAST_SHARE:.2f}) {reached}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="one short turn each")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument(
+        "--link", dest="link_text", default="100mbit,20ms", help="rate, and delay there and back"
+    )
+    options = parser.parse_args()
+    if reason := why_not():
+        parser.exit(2, f"can't emulate an internet: {reason}\n")
+    options.link = Link.parse(options.link_text)
+    options.turns, options.steps = (1, 30) if options.quick else (2, 60)
+    options.in_flight = (1,) if options.quick else (1, 4)
+    console = Console(width=120)
+    results = measure(options, console)
+    show(results, console)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
