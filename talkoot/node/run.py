@@ -33,6 +33,7 @@ from peer.processes import StateFolder
 from peer.settings import DENYLIST
 from talkoot.console import Terminal, log_file, quiet_hivemind
 from talkoot.invite_text import invite_text
+from talkoot.node.advice import invite_advice
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm
 from talkoot.node.view import Pace, PaceMeter, line, panel
@@ -191,7 +192,7 @@ class _NodeCommand:
             self._control.steer(node)
             self._served = True
             self._node = node
-            self._show_invite(node, str(await swarm.invite()))
+            self._show_invite(node, await swarm.invite())
             async with asyncio.TaskGroup() as group:
                 group.create_task(node.run())
                 group.create_task(self._show_state(node))
@@ -206,7 +207,8 @@ class _NodeCommand:
         if self._node is not None:
             self._node.hurry()
 
-    def _show_invite(self, node: Node, invite: str) -> None:
+    def _show_invite(self, node: Node, made: Invite) -> None:
+        invite = str(made)
         if node.swarm.host.peer_id == node.swarm.keys.author:
             FoundedSwarm(invite=invite, admission=node.swarm.admission.mode).save(self._state)
         if self._invite_file is not None:
@@ -224,6 +226,11 @@ class _NodeCommand:
                 )
             if self._terminal.live:
                 self._terminal.err.rule()
+        settings = self._settings
+        if self._starter.manifest is not None and (
+            narrow := invite_advice(made.bootstrap, self._host, settings.dht_port, settings.grpc_port)
+        ):
+            logger.warning("%s", narrow)
         logger.info("peer %s serves on %s; metrics at %s", peer_id, node.address, node.metrics_address)
 
     async def _show_state(self, node: Node) -> None:
