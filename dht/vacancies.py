@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 from hivemind.p2p import PeerID
@@ -87,6 +88,23 @@ def thin(
         and any(replica.state is not ReplicaState.CLAIMED for replica in hosts)
     ]
     return sorted(wanting, key=rank, reverse=True)[: max(room, 0)]
+
+
+def lone(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) -> dict[UID, Replica]:
+    """The experts that one other peer hosts alone and of which this peer should keep a copy, with that replica.
+
+    Of all peers that host anything, the one that prefers the expert most keeps it, besides its host.
+    """
+    hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
+    hosts.add(peer_id)
+    wanted = {}
+    for uid, found in replicas.items():
+        serving = [replica for replica in found if replica.state is not ReplicaState.CLAIMED]
+        if len(serving) == 1 and serving[0].peer_id != peer_id:
+            (only,) = serving
+            if peer_id == max(hosts - {only.peer_id}, key=partial(preference, uid)):
+                wanted[uid] = only
+    return wanted
 
 
 def surplus(

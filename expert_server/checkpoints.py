@@ -144,6 +144,10 @@ class Checkpoints:
         self._on_disk.pop(expert.uid, None)
         return False
 
+    async def keep(self, uid: UID, checkpoint: Checkpoint) -> None:
+        """Saves the state of an expert that is served elsewhere. Raises OSError."""
+        await asyncio.to_thread(self._store.save, uid, checkpoint)
+
     async def save_every(self, seconds: float) -> None:
         """Saves what changed, again and again, for ever."""
         while True:

@@ -66,6 +66,8 @@ class Hosting:
         """Of the experts hosted, those that others served too at the last look."""
         self.exchanged = 0
         """Replicas given up for ones that were needed more."""
+        self.seen: Mapping[UID, tuple[Replica, ...]] = {}
+        """The replicas found at the last look."""
         self._settings = settings
         self._swarm = swarm
         self._runtime = runtime
@@ -211,9 +213,10 @@ class Hosting:
         self._was_vacant.clear()
         self.replicated = 0
 
-    async def _read(self) -> dict[UID, tuple[Replica, ...]]:
+    async def _read(self) -> Mapping[UID, tuple[Replica, ...]]:
         """The replicas of experts that may need this node."""
-        return await self._survey.read({*self._runtime.experts, *await self._checkpoints.newest()})
+        self.seen = await self._survey.read({*self._runtime.experts, *await self._checkpoints.newest()})
+        return self.seen
 
     async def _announce(self, uids: Collection[UID]) -> None:
         state = ReplicaState.LEAVING if self._leaving else ReplicaState.SERVING

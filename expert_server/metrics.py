@@ -35,6 +35,7 @@ class NodeCounts:
     """Of the event loop."""
     handed_over: int
     averagings: int
+    standby_copies: int
     transfers: TransferCounts
     dht: DhtCounts
     sessions_open: int
@@ -87,6 +88,7 @@ def _hosting(node: NodeCounts) -> Iterator[Metric]:
         ("dht_failures", "DHT rounds that failed or timed out.", node.dht_failures),
         ("experts_handed_over", "Experts that others took over when this node left.", node.handed_over),
         ("averagings", "Replicas averaged with another node's.", node.averagings),
+        ("standby_copies", "Copies made of experts that one other node hosts alone.", node.standby_copies),
         ("p2pd_restarts", "Times that the libp2p daemon died and was started again.", node.p2pd_restarts),
         ("checkpoints_saved", "Checkpoints written.", saves.saved),
         ("checkpoint_failures", "Checkpoints that could not be written.", saves.failed),

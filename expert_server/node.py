@@ -36,6 +36,7 @@ from expert_server.replication import Replication
 from expert_server.runtime import Runtime, RuntimeStats
 from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.settings import NodeSettings
+from expert_server.standby import Standby
 from expert_server.state_servicer import StateServicer
 from expert_server.status import NodeState, NodeStatus
 from expert_server.transfer import Snapshot, SnapshotTaker, StateClient
@@ -98,6 +99,7 @@ class Node:
             settings, swarm, runtime, self.checkpoints, self.hosting, self.client, self._snapshots, meetings,
             random.Random(swarm.host.peer_id.to_bytes()),  # noqa: S311  # whom to average with is no secret
         )  # fmt: skip
+        self._standby = Standby(settings, swarm, self.hosting, self.checkpoints, self.client)
         self._pauses = Pauses(settings, self._take_experts, self._give_up_experts, now)
         self._account = Account(state / "contribution.json")
         self._expert_bytes = expert_bytes(swarm.manifest)
@@ -178,6 +180,7 @@ class Node:
             group.create_task(self._stay_announced())
             group.create_task(self._look_around())
             group.create_task(self.replication.run())
+            group.create_task(self._standby.run())
             group.create_task(self._mind_manners())
             group.create_task(self._keep_account())
             if self._settings.checkpoint_every_s:
@@ -422,6 +425,7 @@ class Node:
             tasks=len(asyncio.all_tasks(self._loop)),
             handed_over=self.hosting.handed_over,
             averagings=self.replication.averagings,
+            standby_copies=self._standby.copied,
             transfers=self.client.counts,
             dht=self.swarm.registry.counts,
             sessions_open=len(self.sessions),

@@ -153,6 +153,15 @@ class NodeSettings(RoleSettings):
     checkpoints_kept: int = Field(
         default=2, ge=1, le=1000, description="checkpoints kept of each expert, newest first"
     )
+    standby_every_s: float = Field(
+        default=300.0,
+        ge=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds between copies, to this node's checkpoints, of experts that one other node hosts alone; "
+        "0: never",
+    )
+    max_standbys: int = Field(default=32, ge=1, le=10**5, description="experts copied so each time, at most")
     device: str = Field(
         default="auto",
         max_length=200,

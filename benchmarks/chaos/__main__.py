@@ -105,6 +105,7 @@ async def measure(
         lambda: watcher.served() == plan.experts and all(node.serves for node in swarm.nodes), _ALL_SERVED_S
     )
     await watcher.look()
+    await swarm.evaluate()
     trained = {name: steps.since(before[name]) for name, steps in swarm.trainers.items()}
     cost = losses(
         watcher.deaths,
@@ -116,7 +117,8 @@ async def measure(
         "seconds": seconds,
         "steps": sum(len(t.intervals_s) for t in trained.values()),
         "longest_stall_s": max(t.longest_stall_s(ended) for t in trained.values()),
-        "validation_loss": {n: t.validation_losses[-1] for n, t in trained.items() if t.validation_losses},
+        "final_loss": swarm.final_losses,
+        "validation_losses": {n: t.validation_losses for n, t in trained.items()},
         "events": [asdict(event) for event in events],
         "deaths": len(watcher.deaths),
         "losses": [

@@ -13,7 +13,7 @@ _LEAST_STEPS = 0.70
 _MOST_STALL = 2.0
 """In call deadlines."""
 _MOST_LOSS = 1.03
-"""Final validation loss, of the calm run's."""
+"""Loss of what the trainers have in the end, on other text and with all experts there, of the calm run's."""
 
 
 def verdicts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -43,8 +43,8 @@ def verdicts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def final_loss(part: Mapping[str, Any]) -> float:
-    """The mean of the trainers' last ones."""
-    last = [loss for _, loss in part["validation_loss"].values()]
+    """The mean of the trainers' ones."""
+    last = part["final_loss"].values()
     return statistics.fmean(last) if last else float("nan")
 
 
@@ -53,7 +53,7 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     parts = [results[part] for part in ("calm", "chaos") if part in results]
     table.add_row("steps", *(str(p["steps"]) for p in parts))
     table.add_row("longest stall, s", *(f"{p['longest_stall_s']:.2f}" for p in parts))
-    table.add_row("final validation loss", *(f"{final_loss(p):.3f}" for p in parts))
+    table.add_row("final loss", *(f"{final_loss(p):.3f}" for p in parts))
     table.add_row("deaths", *(str(p["deaths"]) for p in parts))
     table.add_row(
         "experts served at the end", *(f"{p['experts_served_at_the_end']} of {p['experts']}" for p in parts)

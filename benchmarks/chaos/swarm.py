@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 import os
+import pydoc_data.topics
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,9 @@ _LEAVE_LIMIT_S = 40.0
 _STOPPED_AT_START = 128 + signal.SIGTERM
 """Exit status of a node that was told to stop before it served."""
 _STOPPED_TRAINER = 128 + signal.SIGINT
+_EVALUATES = "evaluates-"
+_HELD_OUT = 16384
+"""Characters of the text that no trainer sees."""
 _GONE_WITHIN_S = 5.0
 """Longest that a dead node's children live on."""
 
@@ -63,6 +67,7 @@ class Plan:
     announce_every_s: float = 5.0
     checkpoint_every_s: float = 15.0
     average_every_s: float = 15.0
+    standby_every_s: float = 10.0
     drain_s: float = 5.0
     """Longest that a node which leaves waits for heirs."""
     call_deadline_s: float = 10.0
@@ -155,6 +160,8 @@ class ChaosSwarm:
         self.links = PairLinks(Link(None, 0.002), self._processes)
         self.invite: Invite | None = None
         self._folder = folder
+        self.final_losses: dict[str, float] = {}
+        """Of each trainer's model, on text that it was not trained on."""
         self._children = Children(folder, self._hear)
         self._trainers: list[Child] = []
         self._all: list[Child] = []
@@ -185,6 +192,9 @@ class ChaosSwarm:
     async def start_trainers(self) -> None:
         """Returns when all have done their first steps."""
         plan = self.plan
+        text = "\n".join(pydoc_data.topics.topics.values())
+        (self._folder / "trained.txt").write_text(text[:-_HELD_OUT])
+        (self._folder / "held-out.txt").write_text(text[-_HELD_OUT:])
         for number in range(plan.trainers):
             name = f"trainer-{number}"
             self.trainers[name] = Steps()
@@ -195,6 +205,7 @@ class ChaosSwarm:
                     *("--steps", str(10**7), "--seed", str(number), "--state", str(self._folder / name)),
                     *("--batch-size", "8", "--call-deadline-s", str(plan.call_deadline_s)),
                     *("--validate-every", str(plan.validate_every), "--checkpoint-every", "0"),
+                    *("--data", str(self._folder / "trained.txt"), "--checkpoint", str(self._saved(name))),
                 ),
             )
             self._trainers.append(trainer)
@@ -231,6 +242,23 @@ class ChaosSwarm:
                 self._note(child)
                 os.kill(child.pid, signal.SIGINT)
         await until(lambda: all(child.exit_status is not None for child in self._trainers), _START_LIMIT_S)
+
+    async def evaluate(self) -> None:
+        """How well each trainer's model knows other text, once they have stopped: nothing learns meanwhile."""
+        for name in self.trainers:
+            child = await self._children.start(
+                f"{_EVALUATES}{name}",
+                (
+                    *("evaluate", str(self._folder / "held-out.txt"), "--join", self._way_in(None), "--json"),
+                    *("--checkpoint", str(self._saved(name)), "--threads", "1"),
+                    *("--state", str(self._folder / f"{_EVALUATES}{name}")),
+                ),
+            )
+            self._all.append(child)
+            await until(lambda child=child: child.exit_status is not None, _START_LIMIT_S)  # type: ignore[misc]
+
+    def _saved(self, trainer: str) -> Path:
+        return self._folder / f"{trainer}-saved"
 
     async def stop(self) -> None:
         """Ends all of them. Stopping twice is harmless."""
@@ -289,7 +317,7 @@ class ChaosSwarm:
         await child.stop()
         await self._start_node(node, "--join", self._way_in(node))
 
-    def _way_in(self, newcomer: Node) -> str:
+    def _way_in(self, newcomer: Node | None) -> str:
         """An invite through whoever is there: its owner asks in the chat for one that works."""
         assert self.invite is not None
         addresses = []
@@ -307,6 +335,7 @@ class ChaosSwarm:
         config.write_text(
             f"announce_dht_port = {announced_dht}\nannounce_grpc_port = {announced_grpc}\n"
             f"checkpoint_every_s = {plan.checkpoint_every_s}\naverage_every_s = {plan.average_every_s}\n"
+            f"standby_every_s = {plan.standby_every_s}\n"
         )
         node.child = await self._children.start(
             f"{node.name}-life-{node.lives}",
@@ -323,6 +352,8 @@ class ChaosSwarm:
     def _hear(self, child: Child, event: Mapping[str, Any]) -> None:
         if child.name in self.trainers:
             self.trainers[child.name].hear(event, time.monotonic())
+        elif child.name.startswith(_EVALUATES):
+            self.final_losses[child.name.removeprefix(_EVALUATES)] = event["loss"]
         elif event.get("event") == "invite":
             for node in self.nodes:
                 if node.child is child:

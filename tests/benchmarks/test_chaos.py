@@ -91,7 +91,7 @@ def test_the_report_judges_each_target() -> None:
     def part(steps: int, loss: float, **changes: Any) -> dict[str, Any]:
         return {
             "steps": steps,
-            "validation_loss": {"trainer-0": (steps, loss)},
+            "final_loss": {"trainer-0": loss},
             "longest_stall_s": 3.0,
             "losses": [],
             "experts": 32,

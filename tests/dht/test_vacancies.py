@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
-from dht.vacancies import behind, choose, heirs, lost_claims, preference, sources, surplus, thin, vacant
+from dht.vacancies import behind, choose, heirs, lone, lost_claims, preference, sources, surplus, thin, vacant
 
 CLAIMED, SERVING, LEAVING = ReplicaState.CLAIMED, ReplicaState.SERVING, ReplicaState.LEAVING
 
@@ -38,6 +38,29 @@ def test_vacant_is_what_nobody_hosts_or_claims() -> None:
     assert vacant(replicas) == [second]
     assert vacant(replicas, besides=peer_id) == [first, second, third]
     assert vacant(replicas, besides=seeded_peers(2)[1]) == [second]
+
+
+@given(st.integers(2, 8), st.sets(uids, min_size=1, max_size=20), st.randoms(use_true_random=False))
+def test_each_expert_with_one_host_is_copied_by_one_other_peer(
+    count: int, experts: set[UID], rng: random.Random
+) -> None:
+    peers = seeded_peers(count)
+    hosts = {uid: rng.sample(peers, rng.randint(1, 2)) for uid in sorted(experts)}
+    hosts |= {UID(9, (number,)): peers for number in range(2)}  # each peer hosts something
+    replicas = {uid: tuple(replica(uid, peer, SERVING, 7) for peer in some) for uid, some in hosts.items()}
+    copies = {peer: lone(replicas, peer) for peer in peers}
+    for uid, some in hosts.items():
+        keepers = [peer for peer in peers if uid in copies[peer]]
+        assert len(keepers) == (1 if len(some) == 1 else 0)
+        assert not set(keepers) & set(some)
+        assert all(copies[peer][uid].peer_id == some[0] for peer in keepers)
+
+
+def test_what_is_only_claimed_or_has_an_heir_is_not_copied() -> None:
+    (uid,), (first, second, third) = GRID[:1], seeded_peers(3)
+    assert not lone({uid: (replica(uid, first, CLAIMED),)}, second)
+    assert not lone({uid: (replica(uid, first, LEAVING), replica(uid, second, SERVING))}, third)
+    assert lone({uid: (replica(uid, first, LEAVING),)}, third), "who leaves may not come to hand it over"
 
 
 @given(st.sets(uids, max_size=30), st.integers(-3, 40), peer_ids)

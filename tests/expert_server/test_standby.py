@@ -1,0 +1,78 @@
+"""An expert with one host lives on from another node's disk when that host dies for good."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_restart import train
+from village import UIDS, Play, Village, eventually, make_identities, playing
+
+from expert_server.node import Node
+from peer.identity import Identity
+from peer.loop import LoopThread
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    return make_identities(tmp_path_factory, 3)
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    return playing(loop, identities, tmp_path, 90)
+
+
+async def copied(node: Node) -> int:
+    """Looks, and copies; gives the copies since the start."""
+    await node.hosting.announce()
+    await node.hosting.look()
+    await node._standby.copy()
+    return node._standby.copied
+
+
+def test_an_orphan_goes_on_from_the_copy_on_another_nodes_disk(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8, announce_every_s=1)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8, announce_every_s=1)
+        states = await train(host, dict.fromkeys(UIDS, 3))
+        await host.hosting.announce()
+        assert await copied(keeper) == len(UIDS)
+        assert not keeper.runtime.experts, "it keeps states, and serves nothing"
+        assert await copied(keeper) == len(UIDS), "nothing has changed"
+
+        host.swarm.host.p2p._child.kill()  # its announcements expire, and its disk is out of reach
+        await host.swarm.stop()
+        await village.run(keeper)
+
+        async def adopted() -> bool:
+            return set(keeper.runtime.experts) == set(UIDS)
+
+        await eventually(adopted, 60)
+        for uid, state in states.items():
+            expert = keeper.runtime.experts[uid]
+            assert expert.update_count == 3
+            torch.testing.assert_close(await keeper.runtime.run(expert.export_state), state)
+
+    play(scenario)
+
+
+def test_no_more_than_told_are_copied_at_once_the_stalest_first(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=0, max_standbys=2)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, {uid: 1 + number for number, uid in enumerate(UIDS)})
+        await host.hosting.announce()
+        assert await copied(keeper) == 2
+        assert await keeper.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 7}
+
+    play(scenario)
+
+
+def test_a_node_that_shall_keep_no_copies_keeps_none(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=8, standby_every_s=0)
+        await node._standby.run()  # ends
+
+    play(scenario)
