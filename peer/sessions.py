@@ -6,7 +6,7 @@ certificate, so a session's name, once given, is known to the two of them alone.
 
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -34,6 +34,8 @@ _SESSION_BYTES = 16
 _MAX_REQUEST_BYTES = 4096
 _MAX_RIGHTS = 16
 _REMEMBERED_STATEMENTS = 16_384
+_STATEMENTS_OF_CALLER = 256
+"""Of those, most of one caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +95,28 @@ class SessionCounts:
 
 
 class ReplayWindow:
-    """Takes each statement once. Pure and bounded: `now` is passed in.
+    """Takes each caller's statement once. Pure and bounded: `now` is passed in.
 
     When it is full it forgets the statement with the earliest time, and takes none of that time or earlier any more:
-    so none is ever taken twice.
+    so none is ever taken twice. One caller can't fill it: that would shut out the others.
     """
 
-    def __init__(self, window_s: float = CLOCK_WINDOW_S, limit: int = _REMEMBERED_STATEMENTS) -> None:
+    def __init__(
+        self,
+        window_s: float = CLOCK_WINDOW_S,
+        limit: int = _REMEMBERED_STATEMENTS,
+        limit_of_caller: int = _STATEMENTS_OF_CALLER,
+    ) -> None:
         self._window_s = window_s
         self._limit = limit
-        self._seen: set[bytes] = set()
-        self._by_time: list[tuple[float, bytes]] = []
+        self._limit_of_caller = limit_of_caller
+        self._seen: set[tuple[bytes, bytes]] = set()
+        self._by_time: list[tuple[float, bytes, bytes]] = []
+        self._of_caller: Counter[bytes] = Counter()
         self._floor = float("-inf")
 
-    def take(self, nonce: bytes, at: float, now: float) -> None:
-        """Raises ExpertError (UNAUTHENTICATED)."""
+    def take(self, caller: bytes, nonce: bytes, at: float, now: float) -> None:
+        """Raises ExpertError: UNAUTHENTICATED, or RESOURCE_EXHAUSTED when the caller sent too many lately."""
         if not abs(at - now) <= self._window_s:  # also refuses NaN
             raise ExpertError(
                 StatusCode.UNAUTHENTICATED,
@@ -115,10 +124,16 @@ class ReplayWindow:
             )
         while self._by_time and self._by_time[0][0] < now - self._window_s:
             self._forget_earliest()
-        if nonce in self._seen or at <= self._floor:
+        if (caller, nonce) in self._seen or at <= self._floor:
             raise ExpertError(StatusCode.UNAUTHENTICATED, "this statement was seen before: sign a new one")
-        self._seen.add(nonce)
-        heappush(self._by_time, (at, nonce))
+        if self._of_caller[caller] >= self._limit_of_caller:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED,
+                f"at most {self._limit_of_caller} sessions of one caller in {2 * self._window_s:.0f} s",
+            )
+        self._seen.add((caller, nonce))
+        self._of_caller[caller] += 1
+        heappush(self._by_time, (at, caller, nonce))
         if len(self._by_time) > self._limit:
             self._floor = max(self._floor, self._forget_earliest())
 
@@ -126,8 +141,11 @@ class ReplayWindow:
         return len(self._seen)
 
     def _forget_earliest(self) -> float:
-        at, nonce = heappop(self._by_time)
-        self._seen.remove(nonce)
+        at, caller, nonce = heappop(self._by_time)
+        self._seen.remove((caller, nonce))
+        self._of_caller[caller] -= 1
+        if not self._of_caller[caller]:
+            del self._of_caller[caller]
         return at
 
 
@@ -169,7 +187,7 @@ class Sessions:
             rights = frozenset(statement.rights)
             badge = statement.badge if statement.HasField("badge") else None
             admitted = self._admission.admit(caller, rights, badge)
-            self._window.take(statement.nonce, statement.time, self._now())
+            self._window.take(statement.caller, statement.nonce, statement.time, self._now())
         except ExpertError:
             self.counts.refused += 1
             raise

@@ -216,12 +216,28 @@ def test_the_window_takes_nothing_twice_however_small_it_is(
     window, taken = ReplayWindow(60.0, limit), set[tuple[int, float]]()
     for number, at in statements:
         try:
-            window.take(repr((number, at)).encode(), at, 1000.0)
+            window.take(b"alice", repr((number, at)).encode(), at, 1000.0)
         except ExpertError:
             continue
         assert (number, at) not in taken
         taken.add((number, at))
         assert len(window) <= limit
+
+
+def test_one_caller_that_signs_for_ever_does_not_shut_the_others_out() -> None:
+    window = ReplayWindow(60.0, limit=16, limit_of_caller=4)
+    for n in range(100):
+        with contextlib.suppress(ExpertError):
+            window.take(b"mallory", bytes([n]), 1050.0 + n / 1000, 1000.0)
+    for n, caller in enumerate((b"alice", b"bob", b"alice")):
+        window.take(caller, bytes([n]), 1000.0, 1000.0)
+    with pytest.raises(ExpertError, match="at most 4 sessions") as refused:
+        window.take(b"mallory", b"more", 1001.0, 1001.0)
+    assert refused.value.status is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(ExpertError, match="seen before"):
+        window.take(b"alice", bytes([0]), 1000.0, 1001.0)
+    window.take(b"mallory", b"later", 1200.0, 1200.0)
+    assert len(window) == 1
 
 
 # Over a socket
