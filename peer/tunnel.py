@@ -99,22 +99,30 @@ class Tunnels:
     async def to(self, peer_id: PeerID, addresses: Sequence[str]) -> str:
         """Where gRPC dials that peer through a tunnel; nothing is dialled yet.
 
-        `addresses`: multiaddresses of the peer, such as it announces now.
+        `addresses`: multiaddresses of the peer, such as it announces now. Raises UnreachableError when this machine has
+        no more sockets.
         """
-        entrance = self._entrances.get(peer_id)
-        if entrance is None:
-            entrance = self._entrances[peer_id] = _Entrance(self._path(_file_name(peer_id)))
-            entrance.server = await asyncio.start_unix_server(
-                lambda reader, writer: self._dig(peer_id, entrance, (reader, writer)),
-                str(entrance.path),
-                limit=_PIECE_BYTES,
-            )
+        entrance = self._entrances.get(peer_id) or await self._entrance_to(peer_id)
         entrance.addresses = tuple(addresses)
         self._entrances.move_to_end(peer_id)
         while len(self._entrances) > self._limits.streams:
             _, oldest = self._entrances.popitem(last=False)
             oldest.close()
         return _grpc_name(entrance.path)
+
+    async def _entrance_to(self, peer_id: PeerID) -> "_Entrance":
+        entrance = self._entrances[peer_id] = _Entrance(self._path(_file_name(peer_id)))
+        try:
+            entrance.server = await asyncio.start_unix_server(
+                lambda reader, writer: self._dig(peer_id, entrance, (reader, writer)),
+                str(entrance.path),
+                limit=_PIECE_BYTES,
+            )
+        except OSError as error:
+            self._entrances.pop(peer_id, None)  # the next call tries again
+            self.counts.failed += 1
+            raise UnreachableError(f"no tunnel to {peer_id} can be dug here: {error}") from error
+        return entrance
 
     def address_of(self, peer_id: PeerID) -> str:
         """What `to` gave for the peer."""

@@ -1,6 +1,7 @@
 """gRPC through libp2p streams between real hosts: what travels, what is bounded, and what is left behind."""
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -240,3 +241,30 @@ def test_a_tunnel_to_nobody_fails_the_call(
             await ask(channel)
 
     run(loop, test, both.server.tunnels)
+
+
+def test_a_machine_without_sockets_left_digs_the_tunnel_when_it_has_some_again(
+    loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def opens_nothing(*arguments: Any) -> Any:
+        raise UnreachableError("there is nobody")
+
+    async def has_none_left(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def scenario() -> None:
+        tunnels, peer_id = Tunnels(opens_nothing), identities[1].peer_id
+        with monkeypatch.context() as patched:
+            patched.setattr(asyncio, "start_unix_server", has_none_left)
+            for _ in range(2):
+                with pytest.raises(UnreachableError, match="Too many open files"):
+                    await tunnels.to(peer_id, ())
+        name = (await tunnels.to(peer_id, ())).removeprefix("unix:")
+        try:
+            _, writer = await asyncio.open_unix_connection(name)
+            writer.close()
+        finally:
+            await tunnels.close()
+        assert tunnels.counts.failed >= 2
+
+    loop.run(scenario())
