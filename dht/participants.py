@@ -4,7 +4,6 @@ A signed record proves who wrote it, not that it is true. So texts are short and
 range, and whatever is not so counts as not said.
 """
 
-import ipaddress
 import math
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from grpc import StatusCode
 from hivemind.p2p import PeerID
 
 from peer.identity import certificate_pem
-from peer.multiaddresses import tunnel_addresses_of
+from peer.multiaddresses import ip_address, tunnel_addresses_of
 from peer.wire import records_pb2
 
 MAX_NAME_CHARACTERS = 32
@@ -242,7 +241,7 @@ def metrics_endpoint(text: str) -> str:
     if match is None or not 0 < int(match[3]) < 65536:
         return ""
     try:
-        address = ipaddress.ip_address(match[1] or match[2])
+        address = ip_address(match[1] or match[2])
     except ValueError:
         return ""
     return "" if address.is_unspecified or address.is_multicast or address.is_link_local else text

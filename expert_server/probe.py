@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
 from urllib.parse import unquote
 
 import grpc
@@ -22,6 +21,7 @@ from grpc import StatusCode
 from peer.codec import MAX_CHUNK_BYTES
 from peer.edge import require_same_swarm
 from peer.errors import ExpertError, WireError
+from peer.multiaddresses import IpAddress, ip_address
 from peer.rates import Traffic
 from peer.wire import probe_pb2, probe_pb2_grpc
 
@@ -31,7 +31,6 @@ LOWEST_PORT = 1024
 
 ProbeContext = grpc.aio.ServicerContext[probe_pb2.ProbeRequest, probe_pb2.ProbeReply]
 DialContext = grpc.aio.ServicerContext[probe_pb2.DialBackRequest, probe_pb2.DialBackReply]
-Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _REMEMBERED_CALLERS = 1024
 
@@ -144,7 +143,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc] 
             except asyncio.CancelledError:
                 raise _NotReadError from None
 
-    async def _dial(self, address: Address, port: int) -> probe_pb2.DialBackReply:
+    async def _dial(self, address: IpAddress, port: int) -> probe_pb2.DialBackReply:
         reply = probe_pb2.DialBackReply(address=str(address))
         try:
             async with asyncio.timeout(self._limits.dial_s):
@@ -170,7 +169,7 @@ class _Service:
         self._running = 0
 
     @contextmanager
-    def turn(self, peer: str, now: float) -> Iterator[Address]:
+    def turn(self, peer: str, now: float) -> Iterator[IpAddress]:
         """Around a call by gRPC's name of its peer. Raises ExpertError when there is no turn for it."""
         address = address_of(peer)
         if address is None:
@@ -188,21 +187,19 @@ class _Service:
             self._running -= 1
 
 
-def address_of(peer: str) -> Address | None:
+def address_of(peer: str) -> IpAddress | None:
     """The IP address in gRPC's name of a peer, such as `ipv4:192.0.2.7:4711` or `ipv6:%5B::1%5D:4711`."""
     kind, _, rest = unquote(peer).partition(":")
     if kind not in {"ipv4", "ipv6"}:
         return None
     host = rest.rpartition(":")[0].strip("[]")
     try:
-        address = ipaddress.ip_address(host)
+        return ip_address(host)
     except ValueError:
         return None
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
 
 
-def _neighbourhood(address: Address) -> str:
+def _neighbourhood(address: IpAddress) -> str:
     """What counts as one caller: one IPv4 address, or the 2^64 IPv6 addresses that one line usually has."""
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)

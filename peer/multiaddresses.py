@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
@@ -10,6 +11,16 @@ _CIRCUIT = "p2p-circuit"
 _CIRCUIT_BYTES = b"\xa2\x02"
 _P2P_BYTES = b"\xa5\x03"
 """The codes of both protocols, as varints."""
+
+
+IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def ip_address(text: str) -> IpAddress:
+    """An IPv4 address also where it is written as IPv6, such as ::ffff:127.0.0.1. Raises ValueError."""
+    address = ipaddress.ip_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
 
 
 def multiaddress(host: str, port: int) -> str:
@@ -38,7 +49,7 @@ def is_public(address: str) -> bool:
     """Whether it names an IP address that the whole internet reaches."""
     endpoint = tcp_endpoint(address)
     try:
-        return endpoint is not None and ipaddress.ip_address(endpoint[0]).is_global
+        return endpoint is not None and ip_address(endpoint[0]).is_global
     except ValueError:
         return False
 

@@ -5,10 +5,10 @@ count, and only of the kind that the swarm itself uses: nobody who joins a publi
 the network behind it.
 """
 
-import ipaddress
 from collections.abc import Iterable
 from enum import IntEnum
 
+from peer.multiaddresses import ip_address
 from talkoot.dashboard.picture import Json, Picture
 
 
@@ -51,7 +51,7 @@ def _reach_of_multiaddress(address: str) -> Reach:
 def _reach_of(host: str) -> int:
     """-1 for what is no address."""
     try:
-        address = ipaddress.ip_address(host.strip("[]"))
+        address = ip_address(host.strip("[]"))
     except ValueError:
         return -1
     if address.is_link_local or address.is_unspecified or address.is_multicast:

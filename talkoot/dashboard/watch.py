@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dht.invite import Invite
@@ -47,6 +48,8 @@ class Watcher:
         self.bootstrap = invite.bootstrap
         self.readings = self.failures = 0
         self._invite = invite
+        self._shown_invite = str(replace(invite, token=b""))
+        """Whoever sees the page may not get in by the token of whoever runs it."""
         self._settings = settings
         self._folder = folder
         self._keeper = keeper
@@ -68,7 +71,7 @@ class Watcher:
             self.picture,
             self._invite.keys.swarm_id,
             self._invite.keys.name,
-            str(self._invite),
+            self._shown_invite,
             self.unreachable_since,
             self._settings.refresh_s,
             self._now(),

@@ -141,6 +141,7 @@ def test_names_are_one_short_line_without_controls(text: str) -> None:
     [
         "example.org:80", "10.0.0.1", "10.0.0.1:0", "10.0.0.1:70000", "http://10.0.0.1:80", "10.0.0.1:80/x", "::1:80",
         "0.0.0.0:80", "[::]:80", "224.0.0.1:80", "169.254.169.254:80", "999.0.0.1:80", "[fe80::1]:80", "", "a" * 9999,
+        "[::ffff:0.0.0.0]:80", "[::ffff:169.254.169.254]:80", "[::ffff:224.0.0.1]:80",
     ],
 )  # fmt: skip
 def test_only_plain_addresses_can_be_scraped(text: str) -> None:

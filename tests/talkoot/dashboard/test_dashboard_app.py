@@ -250,7 +250,9 @@ PUBLIC = ["/ip4/8.8.8.8/tcp/1/p2p/Qm", "/dns4/example.org/tcp/1/p2p/Qm"]
     ("address", "swarms"),
     [
         ("127.0.0.1:9100", [LOCAL]), ("[::1]:9100", [LOCAL]), ("192.168.1.9:9100", [LOCAL, HOME]),
-        ("1.1.1.1:9100", [LOCAL, HOME, PUBLIC]), ("169.254.169.254:80", []), ("", []),
+        ("1.1.1.1:9100", [LOCAL, HOME, PUBLIC]), ("[::ffff:127.0.0.1]:9100", [LOCAL]),
+        ("[::ffff:192.168.1.9]:9100", [LOCAL, HOME]), ("[::ffff:1.1.1.1]:9100", [LOCAL, HOME, PUBLIC]),
+        ("[::ffff:169.254.169.254]:80", []), ("[::ffff:0.0.0.0]:80", []), ("169.254.169.254:80", []), ("", []),
     ],
 )  # fmt: skip
 def test_only_what_the_swarm_itself_could_reach_is_scraped(address: str, swarms: list[list[str]]) -> None:

@@ -3,14 +3,17 @@
 import asyncio
 import contextlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated import Asked, node, picture_of
+from simulated import INVITE, Asked, node, picture_of
 
+from dht.invite import Invite
 from dht.swarm import Swarm
 from peer.errors import SwarmError, UnreachableError
+from peer.wire import admission_pb2
 from talkoot.dashboard import watch
 from talkoot.dashboard.picture import Picture
 from talkoot.dashboard.watch import Watcher
@@ -43,6 +46,15 @@ def watched(folder: Path, picture: Picture | None) -> Watcher:
     asked = Asked(folder, picture)
     asked.history.close()  # nothing is kept here
     return asked.watcher
+
+
+def test_who_sees_the_page_does_not_see_the_token(tmp_path: Path) -> None:
+    token = admission_pb2.Token(grant=b"secret", signature=b"secret").SerializeToString()
+    asked = Asked(tmp_path, picture_of([node(0)]))
+    secret = replace(INVITE, token=token)
+    watcher = Watcher(secret, asked.settings, tmp_path, asked.keeper, None)
+    assert Invite.parse(watcher.sight().invite) == INVITE
+    asked.history.close()
 
 
 def test_an_invite_of_no_swarm_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
