@@ -15,12 +15,13 @@ from google.protobuf.message import DecodeError
 from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import PeerID
-from hivemind.utils import MSGPackSerializer
 
 from dht.shards import digits_of
 from dht.uid import UID
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, peer_id_of, verify
+from peer.packing import unpack
+from peer.snapshots import MAX_UPDATE_COUNT
 from peer.wire import records_pb2
 
 MAX_RECORD_BYTES = 16 * 1024
@@ -131,6 +132,10 @@ def _verified(data: bytes) -> records_pb2.RecordPayload:
         raise RecordError("the record can't be parsed") from error
     if peer_id_of(record.public_key).to_bytes() != payload.peer_id:
         raise RecordError("the record's key is not its writer's")
+    if payload.announcement.update_count > MAX_UPDATE_COUNT:
+        raise RecordError(
+            f"a replica after {payload.announcement.update_count} updates; nobody takes so many"
+        )
     verify(record.public_key, record.payload, record.signature)
     return payload
 
@@ -174,9 +179,8 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         if len(record.value) > MAX_RECORD_BYTES + 16 or len(record.subkey) > 64:
             raise RecordError("the record is too large")
         try:
-            value = MSGPackSerializer.loads(record.value)
-            subkey = MSGPackSerializer.loads(record.subkey)
-        except (ValueError, TypeError, RecursionError) as error:  # ValueError: all of msgpack's own
+            value, subkey = unpack(record.value), unpack(record.subkey)
+        except WireError as error:
             raise RecordError("the record can't be parsed") from error
         if isinstance(value, str):
             self._check_index_entry(record, value, subkey)

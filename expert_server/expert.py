@@ -20,6 +20,7 @@ from expert_server.blocks import build_block, weightless_block
 from expert_server.devices import ComputeDevice
 from expert_server.guard import Guard
 from peer.errors import ExpertError, StateError
+from peer.snapshots import MAX_UPDATE_COUNT
 from peer.step_size import step_size
 
 State: TypeAlias = dict[str, Tensor]
@@ -282,7 +283,7 @@ class Expert:
             clip_grads_with_norm_(self.block.parameters(), self._settings.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        self.update_count += 1
+        self.update_count = min(self.update_count + 1, MAX_UPDATE_COUNT)
         self._step_is_due = True
 
     def _learning_rate(self) -> float:

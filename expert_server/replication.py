@@ -25,6 +25,7 @@ from expert_server.state_format import from_bytes
 from expert_server.transfer import Fetched, Snapshot, SnapshotTaker, StateClient
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.meetings import Meetings, their_share
+from peer.snapshots import MAX_UPDATE_COUNT
 from peer.wire import state_pb2
 
 logger = logging.getLogger(__name__)
@@ -235,4 +236,5 @@ def average_into(expert: Expert, base: Snapshot, fetched: Fetched, swarm_id: str
     before = from_bytes(base.data, swarm_id, base.uid, base.update_count)
     state = averaged(expert.export_state(), before.state, theirs.state, share)
     since = expert.update_count - base.update_count
-    expert.import_state(state, max(base.update_count, theirs.update_count) + since)
+    updates = max(base.update_count, theirs.update_count) + since
+    expert.import_state(state, min(updates, MAX_UPDATE_COUNT))

@@ -28,6 +28,7 @@ _STALL_S = 30.0
 _CHUNK_S = 20.0
 """Longest that a receiver may take to read one chunk."""
 MAX_UPDATE_COUNT = 10**15
+"""An expert that has taken so many steps counts no further, and nobody may say that it has."""
 
 
 class Kept(Protocol):

@@ -80,7 +80,7 @@ class History:
     def add(self, samples: Iterable[Sample], now: float) -> None:
         """Adds figures to their steps. A full disk costs figures, not the dashboard."""
         rows = [
-            (self._series(sample), tier.step_s, int(now // tier.step_s) * tier.step_s, sample.value)
+            (self._series(sample), tier.step_s, int(now // tier.step_s) * tier.step_s, float(sample.value))
             for sample in samples
             if math.isfinite(sample.value)
             for tier in _tiers(sample.metric)

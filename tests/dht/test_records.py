@@ -100,7 +100,7 @@ def test_keys_name_the_swarm_with_its_author(keys: SwarmKeys, other: Identity) -
     assert keys.node_shard("0a") == f"{swarm_id}.nodes.0a"
 
 
-@given(st.integers(0, 2**63), st.integers(0, 2**32 - 1), st.floats(0, MAX_LIFETIME_S, exclude_min=True))
+@given(st.integers(0, 10**15), st.integers(0, 2**32 - 1), st.floats(0, MAX_LIFETIME_S, exclude_min=True))
 def test_unsealing_gives_back_what_was_sealed(
     identity: Identity, keys: SwarmKeys, updates: int, rows: int, lifetime: float
 ) -> None:
@@ -250,6 +250,18 @@ def test_an_expired_record_is_not_unsealed(identity: Identity, keys: SwarmKeys) 
     for now in (EXPIRES_AT, EXPIRES_AT + 1):
         with pytest.raises(RecordError, match="has expired"):
             unseal(value, key, identity.peer_id, now)
+
+
+def test_an_announcement_after_more_updates_than_anybody_takes_is_refused(
+    identity: Identity, keys: SwarmKeys
+) -> None:
+    for updates in (10**15 + 1, 2**63, 2**64 - 1):
+        payload = announcement(keys.expert(UID_HERE))
+        payload.announcement.update_count = updates
+        record = seal(identity, payload)
+        refused(stored(payload.key, identity.peer_id.to_bytes(), record), "nobody takes so many")
+        with pytest.raises(RecordError, match="nobody takes so many"):
+            unseal(record, payload.key, identity.peer_id, NOW)
 
 
 def test_an_oversized_record_is_refused(identity: Identity, keys: SwarmKeys) -> None:

@@ -47,6 +47,14 @@ def test_figures_of_one_step_are_averaged(tmp_path: Path) -> None:
     assert points == [(NOW, 2.0)]
 
 
+def test_a_figure_larger_than_sqlite_has_integers_is_kept(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    history.add([Sample("updates", "a", 2**64)], NOW)
+    ((_, points),) = history.read("updates", NOW - 10, NOW + 1, 300, 8)
+    history.close()
+    assert points == [(NOW, 2.0**64)]
+
+
 def test_a_gap_is_a_point_without_a_value(tmp_path: Path) -> None:
     history = opened(tmp_path)
     history.add([Sample("loss", "a", 1.0)], NOW)
