@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
-from hivemind.utils import MSGPackSerializer
 
 from dht.admission import SwarmAdmission
 from dht.claims import ClaimAges
@@ -33,6 +32,7 @@ from dht.uid import UID
 from peer.distribution import Distribution
 from peer.errors import RecordError, UnreachableError, WireError
 from peer.identity import Identity
+from peer.packing import unpack
 from peer.wire import admission_pb2, records_pb2
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,11 @@ class Registry:
         """How long others' claims count is set there."""
         self._shard = ""
         self._shard_until = 0.0
+
+    @property
+    def peer_id(self) -> PeerID:
+        """This peer's own."""
+        return self._identity.peer_id
 
     async def publish_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
         """Signs and stores the manifest; returns what was stored, so that others can store it again."""
@@ -402,7 +407,7 @@ class Registry:
             raise UnreachableError("no DHT peer answered")
         return {
             key: {
-                subkey: (MSGPackSerializer.loads(entry.value), entry.expires_at)
+                subkey: (unpack(entry.value), entry.expires_at)
                 for subkey, entry in found[key_id].entries.items()
             }
             for key, key_id in ids.items()

@@ -12,6 +12,7 @@ from dht.acquaintances import Acquaintances
 from dht.admission import Role, SwarmAdmission, read_grant
 from dht.invite import Invite
 from dht.manifest import Manifest
+from dht.manifest_record import MANIFEST_LIFETIME_S, ManifestRecord
 from dht.membership import Membership
 from dht.records import RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry
@@ -20,11 +21,11 @@ from peer.denylist import Denylist
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
+from peer.store import StoreBounds
 from peer.wire import admission_pb2
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_LIFETIME_S = 30 * 86400.0
 _MANIFEST_DEADLINE_S = 20.0
 _RETRY_S = 0.5
 _FOUNDER_LOOKS = 3
@@ -45,8 +46,7 @@ class Swarm:
     host: Host
     registry: Registry
     manifest: Manifest
-    manifest_record: bytes
-    manifest_expires_at: float
+    manifest_record: ManifestRecord
     membership: Membership
     acquaintances: Acquaintances
     admission: SwarmAdmission
@@ -62,9 +62,8 @@ class Swarm:
         return Invite(self.keys, (*own, *self.acquaintances.addresses()[:_OTHERS_IN_INVITE]))
 
     async def keep_manifest(self) -> None:
-        """Stores what the author signed again, so that it outlives the peers that held it."""
-        record, expires_at = self.manifest_record, self.manifest_expires_at
-        await self.registry.republish(self.keys.manifest, record, expires_at)
+        """Stores what the author signed again, so that it outlives the peers that held it; the author renews it."""
+        await self.manifest_record.keep()
         await self.revocations.keep()
 
     async def refresh_admission(self) -> None:
@@ -98,11 +97,12 @@ async def found_swarm(
     bootstrap: Sequence[str] = (),
     state: Path | None = None,
     denylist: Denylist | None = None,
+    store_bounds: StoreBounds | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer and writes its manifest to the DHT, or finds it there: a founder comes back to its swarm.
 
-    `announce`, `maps_port`: as in Host. `state`: folder in which the peers that were met are kept.
+    `announce`, `maps_port`, `store_bounds`: as in Host. `state`: folder in which the peers that were met are kept.
     Raises SwarmError when the name is somebody else's there, or the manifest is not the one that the swarm was founded
     with.
     """
@@ -118,6 +118,7 @@ async def found_swarm(
         bootstrap=bootstrap,
         remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
         validator=validator,
+        store_bounds=store_bounds,
     )
     try:
         registry = Registry(lambda: host.dht, keys, identity)
@@ -141,14 +142,15 @@ async def join_swarm(
     state: Path | None = None,
     roles: Sequence[Role] = (),
     denylist: Denylist | None = None,
+    store_bounds: StoreBounds | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer, joins by the invite or by peers met before, and reads the manifest that its author signed.
 
-    `announce`, `maps_port`: as in Host. `state`: folder in which the peers that were met are kept. `roles`: as one of
-    these it takes part; none: it only looks. Raises UnreachableError when nobody answers, SwarmError when the manifest
-    is missing or not for this software, and InviteError when the swarm admits by token and the invite's lets it in as
-    none of them.
+    `announce`, `maps_port`, `store_bounds`: as in Host. `state`: folder in which the peers that were met are kept.
+    `roles`: as one of these it takes part; none: it only looks. Raises UnreachableError when nobody answers, SwarmError
+    when the manifest is missing or not for this software, and InviteError when the swarm admits by token and the
+    invite's lets it in as none of them.
     """
     stage("joining the DHT")
     acquaintances, validator = _acquaintances(state, invite.keys), RecordValidator()
@@ -162,6 +164,7 @@ async def join_swarm(
         remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
         validator=validator,
         serves_dht=serves_dht,
+        store_bounds=store_bounds,
     )
     try:
         registry = Registry(lambda: host.dht, invite.keys, identity)
@@ -199,9 +202,8 @@ def _member(
     validator.rules = swarm_id, admission.check_record
     registry.admission = admission
     revocations = Revocations(registry, admission)
-    return Swarm(
-        host, registry, manifest, record, expires_at, membership, acquaintances, admission, revocations
-    )
+    manifest_record = ManifestRecord(registry, record, expires_at)
+    return Swarm(host, registry, manifest, manifest_record, membership, acquaintances, admission, revocations)
 
 
 async def _come_in(swarm: Swarm, invite: Invite, roles: Sequence[Role]) -> None:

@@ -13,6 +13,7 @@ from expert_server.checkpoints import CheckpointCounts
 from expert_server.runtime import RuntimeStats
 from expert_server.transfer import TransferCounts
 from peer.sessions import SessionCounts
+from peer.store import StoreCounts
 from peer.tunnel import TunnelCounts
 
 
@@ -38,6 +39,7 @@ class NodeCounts:
     standby_copies: int
     transfers: TransferCounts
     dht: DhtCounts
+    stored: StoreCounts
     sessions_open: int
     sessions: SessionCounts
     tunnels: TunnelCounts
@@ -58,6 +60,7 @@ class NodeCollector(Collector):
         yield from _transfers(node.transfers)
         yield from _work(stats)
         yield from _dht(node.dht)
+        yield from _stored(node.stored)
         yield from _tunnels(node)
         yield from _sessions(node)
         works = CounterMetricFamily(
@@ -152,6 +155,21 @@ def _dht(counts: DhtCounts) -> Iterator[Metric]:
     for operation, seen in (("get", counts.gets), ("store", counts.stores)):
         took.add_metric([operation], seen.buckets(), seen.total)
     yield took
+
+
+def _stored(counts: StoreCounts) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "talkoot_dht_stored_bytes", "Memory of what others store here in the DHT.", counts.bytes
+    )
+    yield GaugeMetricFamily("talkoot_dht_stored_keys", "Keys of what others store here.", counts.keys)
+    yield CounterMetricFamily(
+        "talkoot_dht_displaced", "Entries that went as there was no more room.", counts.displaced
+    )
+    yield CounterMetricFamily(
+        "talkoot_dht_messages_refused",
+        "Messages that asked for or brought more than is allowed.",
+        counts.refused,
+    )
 
 
 def _sessions(node: NodeCounts) -> Iterator[Metric]:

@@ -428,6 +428,7 @@ class Node:
             standby_copies=self._standby.copied,
             transfers=self.client.counts,
             dht=self.swarm.registry.counts,
+            stored=self.swarm.host.stored,
             sessions_open=len(self.sessions),
             sessions=self.sessions.counts,
             tunnels=self.swarm.host.tunnels.counts,

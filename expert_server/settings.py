@@ -11,6 +11,7 @@ from expert_server.budgets import BudgetLimits
 from expert_server.devices import PrecisionSetting
 from expert_server.schedule import Schedule
 from peer.settings import Denied, DenylistPath, MetricsHost, MetricsPort, PeerName, RoleSettings
+from peer.store import StoreBounds
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
 
@@ -262,6 +263,18 @@ class NodeSettings(RoleSettings):
         le=2**40,
         description="memory for forward passes kept until their backward call, in bytes",
     )
+    max_dht_bytes: int = Field(
+        default=StoreBounds.total_bytes,
+        ge=2**20,
+        le=2**36,
+        description="memory for what others store in this node's part of the DHT, in bytes",
+    )
+    max_dht_key_bytes: int = Field(
+        default=StoreBounds.key_bytes,
+        ge=32 * 2**10,
+        le=2**20,
+        description="of that, most under one key, in bytes",
+    )
     max_calls: int = Field(default=64, ge=1, le=10**5, description="calls served at the same time")
     deny: Denied = ()
     denylist: DenylistPath = None
@@ -312,6 +325,11 @@ class NodeSettings(RoleSettings):
         return BudgetLimits(
             self.caller_rows_per_s, self.caller_updates_per_s, self.caller_expert_updates_per_hour
         )
+
+    @property
+    def store_bounds(self) -> StoreBounds:
+        """Of the node's part of the DHT."""
+        return StoreBounds(self.max_dht_bytes, self.max_dht_key_bytes)
 
     @property
     def lifetime_s(self) -> float:

@@ -3,6 +3,7 @@
 hivemind refuses a whole dictionary for one bad entry, and a peer that checks nothing stores bad entries from anybody.
 """
 
+import hashlib
 import random
 from functools import partial
 
@@ -12,6 +13,8 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import HeapEntry
 
+from peer.packing import StrictSerializer
+
 # hivemind compares subkeys where two entries expire at the same moment. A record's is bytes and an index entry's a
 # number, and both may come under one key: comparing them fails, and with it the store, or the whole answer.
 HeapEntry.__lt__ = lambda one, other: one.expiration_time < other.expiration_time
@@ -20,8 +23,14 @@ MAX_ENTRIES = 4096
 """Of one dictionary in one answer; of more, some are drawn, so that nobody can choose which are lost."""
 
 
+def node_id_of(peer_id: bytes) -> bytes:
+    """The only Kademlia ID that a peer may have: else one could stand for many, or in the place of another."""
+    return hashlib.sha1(peer_id, usedforsecurity=False).digest()
+
+
 def filter_answers(protocol: DHTProtocol) -> None:
     """Makes this DHT node use the good entries of dictionaries that hold bad ones too. It must have a validator."""
+    protocol.serializer = StrictSerializer
     protocol._validate_dictionary = partial(keep_valid, protocol.record_validator)
 
 

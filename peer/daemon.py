@@ -27,6 +27,8 @@ from peer.errors import DaemonError
 from peer.identity import Identity
 from peer.multiaddresses import multiaddress, multiaddress_bytes
 from peer.processes import die_with_parent
+from peer.serving import guard
+from peer.store import StoreCounts
 
 START_DEADLINE_S = 30.0
 _REINSTALL = (
@@ -238,8 +240,13 @@ def _relaying(position: Position) -> dict[str, Any]:
     }
 
 
-async def start_dht(daemon: Daemon, validator: RecordValidatorBase | None, serves_dht: bool) -> DHTNode:
-    """A DHT node that knows no peers yet."""
+async def start_dht(
+    daemon: Daemon,
+    validator: RecordValidatorBase | None,
+    serves_dht: bool,
+    counts: StoreCounts | None = None,
+) -> DHTNode:
+    """A DHT node that knows no peers yet. `counts`: of what others store here, and within which bounds."""
     dht = await DHTNode.create(
         p2p=daemon,
         # from the PeerID, else a peer that restarts stands twice in the routing tables of the others
@@ -253,4 +260,5 @@ async def start_dht(daemon: Daemon, validator: RecordValidatorBase | None, serve
     )
     if validator is not None:
         filter_answers(dht.protocol)
+        await guard(dht.protocol, counts or StoreCounts())
     return dht

@@ -12,10 +12,11 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
-from hivemind.utils import MSGPackSerializer
 
-from peer.answers import keep_valid
+from peer.answers import keep_valid, node_id_of
 from peer.daemon import P2PD_ERRORS
+from peer.errors import WireError
+from peer.packing import unpack
 
 _MAX_PEER_ID_BYTES = 64
 
@@ -51,13 +52,13 @@ def _answer(protocol: DHTProtocol, key: DHTID, result: dht_pb2.FindResult) -> An
     nearer = {
         int.from_bytes(node, "big"): peer
         for node, peer in named
-        if len(node) == DHTID.HASH_NBYTES and len(peer) <= _MAX_PEER_ID_BYTES
+        if len(peer) <= _MAX_PEER_ID_BYTES and node == node_id_of(peer)
     }
     if result.type != dht_pb2.FOUND_DICTIONARY:
         return Answer(None, nearer)  # nobody should store plain values
     try:
-        value = MSGPackSerializer.loads(result.value)
-    except (ValueError, TypeError, RecursionError):  # ValueError: all of msgpack's own
+        value = unpack(result.value)
+    except WireError:
         return Answer(None, nearer)
     if not isinstance(value, DictionaryDHTValue):
         return Answer(None, nearer)

@@ -20,6 +20,7 @@ from peer.greeting import Greeting, check_greetings, greet
 from peer.identity import Identity
 from peer.multiaddresses import is_public, is_relayed, tcp_endpoint
 from peer.processes import sweep_dead_sockets
+from peer.store import StoreBounds, StoreCounts
 from peer.tunnel import Pipe, Tunnels
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,13 @@ _DOWN = "the libp2p daemon has ended; it is being started again"
 class Host:
     """A running p2pd and DHT node, started anew when p2pd dies. Made by `start`; `stop` it when done."""
 
-    def __init__(self, identity: Identity, position: Position, validator: RecordValidatorBase | None) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        position: Position,
+        validator: RecordValidatorBase | None,
+        store_bounds: StoreBounds | None = None,
+    ) -> None:
         self.identity = identity
         self.position = position
         self.tunnels = Tunnels(self._open_stream)
@@ -45,6 +52,8 @@ class Host:
         """Those that answered at the start."""
         self.restarts = 0
         """How often p2pd was started again."""
+        self.stored = StoreCounts(store_bounds or StoreBounds())
+        """What others store here, and within which bounds."""
         self._validator = validator
         self._daemon: Daemon | None = None
         self._dht: DHTNode | None = None
@@ -65,6 +74,7 @@ class Host:
         validator: RecordValidatorBase | None = None,
         serves_dht: bool = True,
         maps_port: bool = False,
+        store_bounds: StoreBounds | None = None,
     ) -> Self:
         """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
@@ -83,7 +93,7 @@ class Host:
                 "is that peer running, and does this machine have a network connection?"
             )
         position = Position(listen, port, announce, serves_dht, maps_port=maps_port)
-        host = cls(identity, position, validator)
+        host = cls(identity, position, validator, store_bounds)
         try:
             await host._start()
             # a busy peer may be late, so all are asked twice
@@ -233,7 +243,7 @@ class Host:
         daemon = self._daemon = await start_daemon(self.identity, position)
         try:
             async with asyncio.timeout(START_DEADLINE_S):
-                self._dht = await start_dht(daemon, self._validator, position.serves_dht)
+                self._dht = await start_dht(daemon, self._validator, position.serves_dht, self.stored)
                 await self.tunnels.serve_on(daemon)
                 addresses = await self._visible() if position.listens else []
         except (*P2PD_ERRORS, UnreachableError) as error:

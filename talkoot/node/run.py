@@ -99,6 +99,7 @@ class SwarmStarter:
                 bootstrap=self.bootstrap,
                 state=state,
                 denylist=denylist,
+                store_bounds=settings.store_bounds,
                 stage=stage,
             )
         assert self.invite is not None
@@ -112,6 +113,7 @@ class SwarmStarter:
             state=state,
             roles=(Role.NODE,),
             denylist=denylist,
+            store_bounds=settings.store_bounds,
             stage=stage,
         )
 

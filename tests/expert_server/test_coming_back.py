@@ -74,7 +74,7 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(pl
         running = [await village.run(node) for node in (founder, *others)]
         for node, other in ((founder, others[0]), (others[1], others[0])):
             await eventually(lambda node=node, other=other: knows(node, other), 15)  # type: ignore[misc]
-        record = founder.swarm.manifest_record
+        record = founder.swarm.manifest_record.data
         assert len((await others[0].swarm.invite()).bootstrap) > len(invite.bootstrap)
 
         await end(running[0])
@@ -87,8 +87,8 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(pl
 
         back = await found()
         await village.run(back)
-        assert back.swarm.manifest_record == record
-        assert back.swarm.manifest_expires_at == founder.swarm.manifest_expires_at
+        assert back.swarm.manifest_record.data == record
+        assert back.swarm.manifest_record.expires_at == founder.swarm.manifest_record.expires_at
         await eventually(lambda: at_least_once(back.swarm), 15)
         for node in (others[0], late):
             await eventually(lambda node=node: at_least_once(node.swarm), 15)  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import struct
 import time
 from typing import Any
 
@@ -14,11 +15,13 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
+from peer.answers import node_id_of
 from peer.find import Answer, find
 
 KEY = DHTID.generate(source="key")
 SOMEBODY = PeerID(b"\x12\x20" + bytes(32))
-NODE, NAME = bytes(range(20)), b"\x12\x20" + bytes([7]) * 32
+NAME = b"\x12\x20" + bytes([7]) * 32
+NODE = node_id_of(NAME)
 
 
 class OnlyGood(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
@@ -95,11 +98,30 @@ def test_a_plain_value_is_none() -> None:
 
 
 def test_neighbours_with_wrong_names_and_those_beyond_20_are_left_out() -> None:
-    ids = [b"short", NODE, *(n.to_bytes(20, "big") for n in range(40))]
-    names = [NAME, bytes(1000), *(NAME for _ in range(40))]
+    others = [b"\x12\x20" + bytes([n]) * 32 for n in range(10, 50)]
+    ids = [b"short", node_id_of(bytes(1000)), bytes(range(20)), *map(node_id_of, others)]
+    names = [NAME, bytes(1000), NAME, *others]
     answers = ask(Protocol(response(nearest_node_ids=ids, nearest_peer_ids=names)))
     assert answers is not None
-    assert set(answers[KEY].nearer) == set(range(18))
+    assert set(answers[KEY].nearer.values()) == set(others[:17])
+
+
+@pytest.mark.parametrize("bound", ["many", [1], {}, -1])
+def test_a_dictionary_with_an_odd_bound_or_odd_subkeys_is_taken_as_far_as_it_is_right(bound: object) -> None:
+    until, deep = time.time() + 10, b"\x01"
+    for _ in range(300):
+        deep = b"\xc9" + (len(deep) + 1).to_bytes(4, "big") + b"\x40\x91" + deep  # a tuple in a tuple
+    odd = b"".join(
+        b"\x93" + subkey + MSGPackSerializer.dumps(b"good") + b"\xcb" + struct.pack(">d", until)
+        for subkey in (deep, b"\xc3", b"\xa1x", b"\x07")
+    )
+    packed = b"\x93" + MSGPackSerializer.dumps(bound) + b"\x01\x94" + odd
+    value = b"\xc9" + len(packed).to_bytes(4, "big") + b"\x50" + packed
+    answers = ask(Protocol(response(type=dht_pb2.FOUND_DICTIONARY, value=value)))
+    assert answers is not None
+    found = answers[KEY].value
+    assert found is not None
+    assert [subkey for subkey, _ in found.items()] == [7]
 
 
 @pytest.mark.parametrize(

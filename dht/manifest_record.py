@@ -1,0 +1,43 @@
+"""The founder's signed record of the manifest: every peer keeps it alive, and the founder signs it anew half-way."""
+
+import time
+from collections.abc import Callable
+
+from dht.registry import Registry
+
+MANIFEST_LIFETIME_S = 30 * 86400.0
+_RENEW_AFTER_S = MANIFEST_LIFETIME_S / 2
+_LOOK_EVERY_S = 3600.0
+"""How often the others look for a later record than theirs, in its second half."""
+
+
+class ManifestRecord:
+    """As a peer of the swarm has it."""
+
+    def __init__(
+        self, registry: Registry, data: bytes, expires_at: float, now: Callable[[], float] = time.time
+    ) -> None:
+        self.data = data
+        """As it is stored."""
+        self.expires_at = expires_at
+        self._registry = registry
+        self._now = now
+        self._manifest_json = registry.manifest_json(data)
+        self._looked_at = 0.0
+
+    async def keep(self) -> None:
+        """Stores it again, so that it outlives the peers that held it. Raises UnreachableError."""
+        keys, now = self._registry.keys, self._now()
+        if now < self.expires_at - _RENEW_AFTER_S:
+            pass
+        elif self._registry.peer_id == keys.author:
+            expires_at = now + MANIFEST_LIFETIME_S
+            self.data = await self._registry.publish_manifest(self._manifest_json, expires_at)
+            self.expires_at = expires_at
+            return
+        elif now >= self._looked_at + _LOOK_EVERY_S:
+            self._looked_at = now
+            found = (await self._registry.find_manifests()).get(keys.author)
+            if found is not None and found[1] > self.expires_at:
+                self.data, self.expires_at = found
+        await self._registry.republish(keys.manifest, self.data, self.expires_at)

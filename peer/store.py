@@ -1,0 +1,141 @@
+"""What other peers store here: the DHT node's share of the swarm's records, within bounds.
+
+hivemind's storage has no bound, and forgets an entry early when an older one is stored again: it notes the expiry of
+what it refuses.
+"""
+
+import heapq
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
+from hivemind.utils import MSGPackSerializer, timed_storage
+
+_ENTRY_BYTES = 128
+"""Of an entry, beside its subkey and value."""
+_KEPT_WHEN_FULL = 7 / 8
+"""Room is made for several at once: that costs a look at all keys."""
+
+
+@dataclass(frozen=True)
+class StoreBounds:
+    """What others may leave at this peer, and ask of it. Sizes in bytes."""
+
+    total_bytes: int = 64 * 2**20
+    key_bytes: int = 96 * 2**10
+    """All entries of one key; so many of them must fit into an answer."""
+    find_keys: int = 256
+    """Keys of one question."""
+    message_bytes: int = 2**20
+    """One message with entries to store."""
+    answer_bytes: int = 3 * 2**20
+    """The values in one answer; the keys that come after have none. p2pd takes 4 MiB."""
+
+
+@dataclass
+class StoreCounts:
+    """What others left here since the peer started."""
+
+    bounds: StoreBounds = field(default_factory=StoreBounds)
+    bytes: int = 0
+    """Held now."""
+    keys: int = 0
+    """Held now."""
+    displaced: int = 0
+    """Entries that others took the place of, as there was no more room."""
+    refused: int = 0
+    """Messages that asked for more, or brought more, than is allowed."""
+
+
+class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no types
+    """Where there is no more room, some of the others go, so drawn that no writer can choose which."""
+
+    def __init__(self, counts: StoreCounts, rng: random.Random | None = None) -> None:
+        super().__init__()
+        self._counts = counts
+        self._rng = rng or random.SystemRandom()
+        self._sizes: dict[DHTID, int] = {}
+        counts.bytes = counts.keys = 0
+
+    def store_subkey(self, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
+        """False when it is not newer than the one that is there, or larger than a key may be."""
+        size = size_of(subkey, value)
+        if size > self._counts.bounds.key_bytes:
+            return False
+        held = self.get(key)
+        if held is not None and isinstance(held.value, DictionaryDHTValue):
+            known = held.value.get(subkey)
+            if known is not None and known.expiration_time >= expiration_time:
+                return False
+        if not super().store_subkey(key, subkey, value, expiration_time):
+            return False
+        entries = self.data[key].value
+        self._make_room_in(entries, subkey)
+        self._note_size(key, sum(size_of(name, entry.value) for name, entry in entries.items()))
+        _forget_old_times(entries)
+        _forget_old_times(self)
+        if self._counts.bytes > self._counts.bounds.total_bytes:
+            self._make_room_beside(key)
+        return True
+
+    def size(self, key: DHTID) -> int:
+        """Bytes that the entries of a key count for."""
+        return self._sizes.get(key, 0)
+
+    def __delitem__(self, key: DHTID) -> None:
+        super().__delitem__(key)
+        self._note_size(key, 0)
+
+    def clear(self) -> None:
+        super().clear()
+        for key in list(self._sizes):
+            self._note_size(key, 0)
+
+    def _remove_outdated(self) -> None:
+        times, now = self.expiration_heap, timed_storage.get_dht_time()
+        while times and times[0].expiration_time < now:
+            passed = heapq.heappop(times)
+            if self.key_to_heap.get(passed.key) is passed:
+                del self[passed.key]
+
+    def _make_room_in(self, entries: DictionaryDHTValue, newest: object) -> None:
+        sizes = {subkey: size_of(subkey, entry.value) for subkey, entry in entries.items()}
+        over = sum(sizes.values()) - self._counts.bounds.key_bytes
+        if over <= 0:
+            return
+        others = [subkey for subkey in sizes if subkey != newest]
+        self._rng.shuffle(others)
+        while over > 0:
+            gone = others.pop()
+            del entries[gone]
+            over -= sizes[gone]
+            self._counts.displaced += 1
+
+    def _make_room_beside(self, newest: DHTID) -> None:
+        others = [key for key in self._sizes if key != newest]
+        self._rng.shuffle(others)
+        while others and self._counts.bytes > _KEPT_WHEN_FULL * self._counts.bounds.total_bytes:
+            key = others.pop()
+            self._counts.displaced += len(self.data[key].value)
+            del self[key]
+
+    def _note_size(self, key: DHTID, size: int) -> None:
+        self._counts.bytes += size - self._sizes.pop(key, 0)
+        if size:
+            self._sizes[key] = size
+        self._counts.keys = len(self._sizes)
+
+
+def size_of(subkey: object, value: bytes) -> int:
+    """What an entry counts for."""
+    name = len(subkey) if isinstance(subkey, bytes) else len(MSGPackSerializer.dumps(subkey))
+    return _ENTRY_BYTES + name + len(value)
+
+
+def _forget_old_times(storage: Any) -> None:
+    """hivemind keeps the expiry of each renewal until it has passed; whoever renews all the time would fill memory."""
+    if len(storage.expiration_heap) > 2 * len(storage.key_to_heap) + 64:
+        storage.expiration_heap[:] = storage.key_to_heap.values()
+        heapq.heapify(storage.expiration_heap)

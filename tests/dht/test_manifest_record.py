@@ -1,0 +1,100 @@
+"""The manifest's record never expires as long as its founder comes by now and then."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from hivemind.p2p import PeerID
+
+from dht.manifest_record import MANIFEST_LIFETIME_S, ManifestRecord
+from dht.records import SwarmKeys
+
+FOUNDER, OTHER = PeerID(b"\x12\x20" + bytes(32)), PeerID(b"\x12\x20" + bytes([1]) * 32)
+DAY_S = 86400.0
+JSON = b'{"name": "sauna"}'
+
+
+class Records:
+    """A DHT that holds records of the manifest, and forgets what has expired. The clock is a number."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.signed = 0
+        self.looks = 0
+        self.held: tuple[bytes, float] = b"record 0 " + JSON, MANIFEST_LIFETIME_S
+
+    def registry(self, peer_id: PeerID) -> Any:
+        records = self
+
+        class Registry:
+            keys = SwarmKeys("sauna", FOUNDER)
+
+            def __init__(self) -> None:
+                self.peer_id = peer_id
+
+            def manifest_json(self, record: bytes) -> bytes:
+                return record.split(b" ", 2)[2]
+
+            async def publish_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
+                assert peer_id == FOUNDER
+                records.signed += 1
+                record = f"record {records.signed} ".encode() + manifest_json
+                records.held = record, expires_at
+                return record
+
+            async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
+                records.looks += 1
+                return {FOUNDER: records.held} if records.held[1] > records.now else {}
+
+            async def republish(self, key: str, record: bytes, expires_at: float) -> None:
+                if expires_at > max(records.now, records.held[1]):
+                    records.held = record, expires_at
+
+        return Registry()
+
+    def kept_by(self, peer_id: PeerID) -> ManifestRecord:
+        return ManifestRecord(self.registry(peer_id), *self.held, now=lambda: self.now)
+
+
+def live(records: Records, peers: Iterable[ManifestRecord], days: int) -> None:
+    async def run() -> None:
+        for _ in range(24 * days):
+            records.now += DAY_S / 24
+            for peer in peers:
+                await peer.keep()
+
+    asyncio.run(run())
+
+
+def test_the_founder_signs_anew_half_way_and_the_manifest_stays_the_same() -> None:
+    records = Records()
+    founder = records.kept_by(FOUNDER)
+    live(records, [founder], 14)
+    assert records.signed == 0
+    live(records, [founder], 2)
+    assert records.signed == 1
+    assert founder.data == records.held[0] == b"record 1 " + JSON
+    live(records, [founder], 60)
+    assert records.held[1] > records.now + MANIFEST_LIFETIME_S / 2 - DAY_S
+    assert records.signed == 5
+
+
+def test_others_take_the_renewed_record_and_keep_it_alive_when_its_holders_have_gone() -> None:
+    records = Records()
+    founder, other = records.kept_by(FOUNDER), records.kept_by(OTHER)
+    live(records, [founder, other], 16)
+    assert other.data == founder.data == b"record 1 " + JSON
+    looks = records.looks
+    live(records, [other], 10)
+    assert records.looks == looks, "a fresh record is not looked for"
+    records.held = b"", 0.0
+    live(records, [other], 1)
+    assert records.held == (founder.data, founder.expires_at)
+
+
+def test_a_founder_that_was_away_renews_when_it_is_back() -> None:
+    records = Records()
+    founder, other = records.kept_by(FOUNDER), records.kept_by(OTHER)
+    live(records, [other], 29)
+    live(records, [founder, other], 1)
+    assert records.held[1] > records.now + MANIFEST_LIFETIME_S - 2 * DAY_S

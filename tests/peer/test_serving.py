@@ -1,0 +1,215 @@
+"""What strangers send to a node of the DHT neither ends it, nor displaces what honest peers stored."""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.p2p import P2PContext, PeerID
+from hivemind.proto import dht_pb2
+from hivemind.utils import MSGPackSerializer
+
+from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
+from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
+from dht.records import seal
+from dht.registry import Announced, ReplicaState
+from dht.uid import UID
+from peer.answers import node_id_of
+from peer.wire import records_pb2
+
+HOME = UID(0, (0, 1))
+STRANGER: Any = SimulatedIdentity(1000)
+
+
+@pytest.fixture
+def world() -> Iterator[VirtualLoop]:
+    with simulated_world() as loop:
+        yield loop
+
+
+def play(
+    loop: VirtualLoop, scenario: Callable[[SimulatedSwarm, SimulatedPeer], Awaitable[None]], nodes: int = 1
+) -> None:
+    """The first peer is the one to which strangers send; it hosts the first experts."""
+
+    async def run() -> None:
+        swarm = await SimulatedSwarm.start(loop, nodes, 4, Link(rtt_s=0.1), seed=1)
+        await scenario(swarm, swarm.peers[0])
+
+    loop.run_until_complete(run())
+
+
+async def send(peer: SimulatedPeer, name: str, request: Any, sender: PeerID = STRANGER.peer_id) -> Any:
+    p2p: Any = peer.dht.p2p
+    name = f"DHTProtocol.rpc_{name}"
+    return await p2p.handlers[name](request, P2PContext(name, peer.peer_id, sender))
+
+
+def store_request(key: str, subkey: object, value: object, expires_at: float, **more: Any) -> Any:
+    return dht_pb2.StoreRequest(
+        keys=[DHTID.generate(source=key).to_bytes()],
+        subkeys=[subkey if isinstance(subkey, bytes) and not subkey else MSGPackSerializer.dumps(subkey)],
+        values=[value.packed if isinstance(value, Packed) else MSGPackSerializer.dumps(value)],
+        expiration_time=[expires_at],
+        **{"in_cache": [False], **more},
+    )
+
+
+class Packed:
+    """What is not what msgpack would make of anything."""
+
+    def __init__(self, packed: bytes) -> None:
+        self.packed = packed
+
+
+def nested(depth: int, inner: bytes = b"\x01") -> bytes:
+    """Tuples within tuples, as hivemind packs them."""
+    for _ in range(depth):
+        inner = b"\xc9" + (len(inner) + 1).to_bytes(4, "big") + b"\x40\x91" + inner
+    return inner
+
+
+async def held(peer: SimulatedPeer, key: str) -> dict[object, tuple[bytes, float]]:
+    request = dht_pb2.FindRequest(keys=[DHTID.generate(source=key).to_bytes()])
+    (result,) = (await send(peer, "find", request)).results
+    if result.type == dht_pb2.NOT_FOUND:
+        return {}
+    return {subkey: tuple(entry) for subkey, entry in MSGPackSerializer.loads(result.value).items()}
+
+
+def announced_by(identity: Any, key: str, expires_at: float) -> bytes:
+    body = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING)
+    return seal(identity, records_pb2.RecordPayload(key=key, expires_at=expires_at, announcement=body))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        nested(2300),
+        nested(300, b"\xc0"),
+        b"\xc7\x02\x50" + nested(1),
+        b"\x91" * 15_000,
+        b"\xc1",
+        b"",
+        MSGPackSerializer.dumps({1: 2}),
+    ],
+)
+def test_a_value_of_an_odd_form_is_refused_and_ends_nobody(world: VirtualLoop, value: bytes) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        until = world.unix_time() + 60
+        for subkey in (b"", 3, None, b"x"):
+            answer = await send(peer, "store", store_request("key", subkey, Packed(value), until))
+            assert list(answer.store_ok) == [False]
+        assert await held(peer, "key") == {}
+
+    play(world, scenario)
+
+
+@pytest.mark.parametrize("expires_in_s", [math.inf, math.nan, -math.inf, -5.0, 1e300, 10_000.0])
+def test_an_entry_with_an_odd_expiry_is_refused(world: VirtualLoop, expires_in_s: float) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        key, until = swarm.keys.prefix(5), world.unix_time() + expires_in_s
+        await send(peer, "store", store_request(key, 3, key, until))
+        dictionary = DictionaryDHTValue()
+        dictionary.frozen = True
+        dictionary.store(4, MSGPackSerializer.dumps(key), until)
+        await send(peer, "store", store_request(key, b"", dictionary, until))
+        assert await held(peer, key) == {}
+
+    play(world, scenario)
+
+
+def test_a_replayed_announcement_does_not_end_the_newer_one(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        key, now = swarm.keys.expert(UID(0, (7, 7))), world.unix_time()
+        subkey = STRANGER.peer_id.to_bytes()
+        for lifetime_s in (20, 60, 20):
+            record = announced_by(STRANGER, key, now + lifetime_s)
+            await send(peer, "store", store_request(key, subkey, record, now + lifetime_s))
+        await asyncio.sleep(30)
+        assert (await held(peer, key))[subkey][1] == now + 60
+
+    play(world, scenario)
+
+
+def test_what_is_stored_as_cached_does_not_hide_the_rest(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        key, until = swarm.keys.expert(HOME), world.unix_time() + 600
+        request = store_request(
+            key, STRANGER.peer_id.to_bytes(), announced_by(STRANGER, key, until), until, in_cache=[True]
+        )
+        assert list((await send(peer, "store", request)).store_ok) == [False]
+        assert swarm.hosts[HOME].peer_id.to_bytes() in await held(peer, key)
+
+    play(world, scenario)
+
+
+def test_a_dictionary_that_is_handed_over_is_taken_beyond_its_first_old_entry(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        key, until = swarm.keys.prefix(5), world.unix_time() + 60
+        await send(peer, "store", store_request(key, 3, key, until))
+        dictionary = DictionaryDHTValue()
+        for coordinate, its_until in ((3, until - 10), (4, until), ("odd", until)):
+            dictionary.store(coordinate, MSGPackSerializer.dumps(key), its_until)
+        assert list((await send(peer, "store", store_request(key, b"", dictionary, until))).store_ok) == [
+            True
+        ]
+        assert {name: expiry for name, (_, expiry) in (await held(peer, key)).items()} == {3: until, 4: until}
+
+    play(world, scenario)
+
+
+def test_messages_beyond_their_bounds_get_empty_answers(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        keys = [DHTID(n).to_bytes() for n in range(257)]
+        assert len((await send(peer, "find", dht_pb2.FindRequest(keys=keys[:256]))).results) == 256
+        assert not (await send(peer, "find", dht_pb2.FindRequest(keys=keys))).results
+        assert not (await send(peer, "find", dht_pb2.FindRequest(keys=[b"short"]))).results
+        key, until = swarm.keys.prefix(5), world.unix_time() + 60
+        big = store_request(key, 3, key, until)
+        big.keys.append(big.keys[0])
+        big.subkeys.append(big.subkeys[0])
+        big.expiration_time.append(until)
+        assert list((await send(peer, "store", big)).store_ok) == [False, False], "a value is missing"
+        big.values.append(bytes(2**20))
+        assert list((await send(peer, "store", big)).store_ok) == [False, False]
+        assert await held(peer, key) == {}
+
+    play(world, scenario)
+
+
+def test_one_peer_is_one_node_of_the_dht(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        table = peer.dht.protocol.routing_table
+        claimed = [b"", b"short", bytes(40), *(DHTID.generate().to_bytes() for _ in range(30))]
+        for node_id in claimed:
+            sender = dht_pb2.NodeInfo(node_id=node_id)
+            await send(peer, "ping", dht_pb2.PingRequest(peer=sender))
+            await send(peer, "find", dht_pb2.FindRequest(peer=sender, keys=[bytes(20)]))
+            await send(peer, "store", dht_pb2.StoreRequest(peer=sender))
+        await asyncio.sleep(1)
+        assert table.get(peer_id=STRANGER.peer_id) is None
+        own = node_id_of(STRANGER.peer_id.to_bytes())
+        await send(peer, "ping", dht_pb2.PingRequest(peer=dht_pb2.NodeInfo(node_id=own)))
+        await asyncio.sleep(1)
+        assert table.get(peer_id=STRANGER.peer_id) == DHTID.from_bytes(own)
+
+    play(world, scenario)
+
+
+def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        uids = [UID(0, (n, n)) for n in range(1000)]
+        await peer.registry.announce([Announced(uid, ReplicaState.SERVING) for uid in uids], 600.0)
+        newcomer = await swarm.make_peer()
+        await swarm.join(newcomer)
+        await asyncio.sleep(10)
+        assert isinstance(newcomer.dht.protocol, DHTProtocol)
+        missing = [uid for uid in uids if not await held(newcomer, swarm.keys.expert(uid))]
+        assert missing == []
+
+    play(world, scenario)

@@ -1,0 +1,99 @@
+"""What others store here has bounds, and an older record takes nothing's place."""
+
+import random
+from typing import Any
+
+import pytest
+from hivemind.dht.routing import DHTID
+from hivemind.utils import timed_storage
+
+from peer.store import BoundedStorage, StoreBounds, StoreCounts, size_of
+
+KEY, OTHER = DHTID.generate(source="key"), DHTID.generate(source="other")
+NOW = 1_800_000_000.0
+
+
+class Clock:
+    now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(timed_storage, "get_dht_time", made)
+    return made
+
+
+def storage(**bounds: int) -> tuple[Any, StoreCounts]:
+    counts = StoreCounts(StoreBounds(**bounds))
+    return BoundedStorage(counts, random.Random(1)), counts
+
+
+def entries(stored: Any, key: DHTID) -> dict[object, bytes]:
+    found = stored.get(key)
+    return {} if found is None else {subkey: entry.value for subkey, entry in found.value.items()}
+
+
+def test_an_older_record_stored_again_does_not_end_the_newer_one(clock: Clock) -> None:
+    stored, _ = storage()
+    assert stored.store_subkey(KEY, 1, b"old", NOW + 10)
+    assert stored.store_subkey(KEY, 1, b"new", NOW + 30)
+    assert not stored.store_subkey(KEY, 1, b"old", NOW + 10)
+    clock.now = NOW + 20
+    assert entries(stored, KEY) == {1: b"new"}
+
+
+def test_renewing_all_the_time_fills_no_memory(clock: Clock) -> None:
+    stored, counts = storage()
+    for n in range(1000):
+        assert stored.store_subkey(KEY, 1, b"value", NOW + 10 + n / 1000)
+    inner = stored.data[KEY].value
+    assert len(stored.expiration_heap) < 100
+    assert len(inner.expiration_heap) < 100
+    assert counts.bytes == size_of(1, b"value")
+    clock.now = NOW + 10.9
+    assert entries(stored, KEY) == {1: b"value"}
+
+
+def test_a_full_key_takes_new_entries_in_place_of_some_that_are_drawn(clock: Clock) -> None:
+    most = 20 * size_of(0, bytes(100))
+    stored, counts = storage(key_bytes=most)
+    for n in range(100):
+        assert stored.store_subkey(KEY, n, bytes(100), NOW + 10)
+        assert n in entries(stored, KEY)
+        assert counts.bytes <= most
+    kept = set(entries(stored, KEY))
+    assert len(kept) == 20
+    assert counts.displaced == 80
+    assert kept != set(range(80, 100)), "not simply the oldest go"
+
+
+def test_an_entry_larger_than_a_key_is_refused(clock: Clock) -> None:
+    stored, counts = storage(key_bytes=1000)
+    assert not stored.store_subkey(KEY, 1, bytes(1000), NOW + 10)
+    assert counts.bytes == 0
+
+
+def test_many_keys_stay_within_the_bound_and_the_newest_is_there(clock: Clock) -> None:
+    stored, counts = storage(total_bytes=100_000)
+    for n in range(500):
+        key = DHTID(n)
+        assert stored.store_subkey(key, b"peer", bytes(1000), NOW + 10)
+        assert entries(stored, key)
+        assert counts.bytes <= 100_000
+    assert counts.keys == len(stored.data) > 50
+    assert counts.displaced == 500 - counts.keys
+
+
+def test_what_expires_or_is_removed_counts_no_more(clock: Clock) -> None:
+    stored, counts = storage()
+    stored.store_subkey(KEY, 1, b"short", NOW + 10)
+    stored.store_subkey(OTHER, 1, b"long", NOW + 20)
+    clock.now = NOW + 15
+    assert stored.get(KEY) is None
+    assert (counts.keys, counts.bytes) == (1, size_of(1, b"long"))
+    stored.clear()
+    assert (counts.keys, counts.bytes) == (0, 0)
