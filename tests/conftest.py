@@ -12,7 +12,13 @@ settings.register_profile("talkoot", deadline=None, derandomize=True, print_blob
 settings.load_profile("talkoot")
 torch.set_num_threads(1)  # on a busy machine several pools wait for each other
 
-LONGEST = ("test_demo.py", "test_cli.py", "test_control_commands.py", "test_node.py")
+LONGEST = (
+    "test_demo.py",
+    "test_cli.py",
+    "test_control_commands.py",
+    "test_node.py",
+    "test_node_leaves_nothing.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,97 +2,47 @@
 
 import asyncio
 import time
-import zlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 import pytest
 from hivemind.p2p import PeerID
+from three_hosts import (
+    CLAIMED,
+    FIRST,
+    LIFETIME_S,
+    MANIFEST,
+    SECOND,
+    SERVING,
+    THIRD,
+    Swarm,
+    node_record,
+    swarm_for,
+    three_hosts,
+)
 
 from dht.directory import Directory
 from dht.manifest import Manifest
-from dht.records import RecordValidator, SwarmKeys, seal, unseal
-from dht.registry import Announced, Registry, Replica, ReplicaState
+from dht.records import SwarmKeys, unseal
+from dht.registry import Announced, Registry, Replica
 from dht.uid import UID
-from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer import PROTOCOL_VERSION
 from peer.errors import RecordError, UnreachableError
 from peer.host import Host
-from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.wire import records_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-
-MANIFEST = Manifest.model_validate(
-    {"name": "swarm", "model": {"layers": 2}, "experts": {"grid": (3, 4)}, "routing": {"top_k": 2}}
-)
-FIRST, SECOND, THIRD = UID(0, (0, 1)), UID(0, (2, 3)), UID(1, (1, 0))
-SERVING, CLAIMED = ReplicaState.SERVING, ReplicaState.CLAIMED
-LIFETIME_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def hosts(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
-    folder = tmp_path_factory.mktemp("identities")
-    started: list[Host] = []
-
-    async def start() -> None:
-        bootstrap: list[str] = []
-        for n in range(3):
-            identity = Identity.load_or_create(folder / f"{n}.key")
-            started.append(
-                await Host.start(
-                    identity, listen="127.0.0.1", bootstrap=bootstrap, validator=RecordValidator()
-                )
-            )
-            bootstrap = bootstrap or await started[0].bootstrap_addresses()
-
-    try:
-        loop.run(start(), 60)
-        yield started
-    finally:
-        for host in reversed(started):
-            loop.run(host.stop(), 30)
-
-
-@dataclass
-class Swarm:
-    """Three peers' access to a swarm of its own."""
-
-    hosts: list[Host]
-    keys: SwarmKeys
-    run: Callable[[Coroutine[Any, Any, None]], None]
-
-    def registry(self, n: int, now: Callable[[], float] = time.time) -> Registry:
-        return Registry(lambda: self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now)
-
-    async def store(self, n: int, key: str, subkey: object, value: object, expires_at: float) -> bool:
-        """Past the registry."""
-        return bool(await self.hosts[n].dht.store(key, value, expires_at, subkey=subkey))
+    with three_hosts(loop, tmp_path_factory) as hosts:
+        yield hosts
 
 
 @pytest.fixture
 def swarm(loop: LoopThread, hosts: list[Host], request: pytest.FixtureRequest) -> Swarm:
-    name = f"swarm-{zlib.crc32(request.node.name.encode()):x}"
-    return Swarm(hosts, SwarmKeys(name, hosts[0].peer_id), lambda coroutine: loop.run(coroutine, 60))
-
-
-def node_record(host: Host, **changes: Any) -> records_pb2.NodeRecord:
-    fields = {
-        "addresses": ["127.0.0.1:50051"],
-        "certificate": host.identity.make_certificate(),
-        "protocol_version": PROTOCOL_VERSION,
-        "software_version": SOFTWARE_VERSION,
-        "expert_count": 2,
-        "expert_capacity": 5,
-        "rows_processed": 2**40,
-        "updates": 7,
-        "started_at": 1.5,
-        **changes,
-    }
-    return records_pb2.NodeRecord(**fields)
+    return swarm_for(loop, hosts, request)
 
 
 async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float = 15.0) -> None:
@@ -198,72 +148,6 @@ def test_all_nodes_are_listed_through_their_shards(swarm: Swarm) -> None:
     swarm.run(scenario())
 
 
-@pytest.mark.parametrize("certificate", ["another peer's", "none", "of another version"])
-def test_a_node_with_a_wrong_certificate_is_left_out(swarm: Swarm, certificate: str) -> None:
-    own = bytearray(swarm.hosts[1].identity.make_certificate())
-    own[12] ^= 1
-    wrong = {
-        "another peer's": swarm.hosts[2].identity.make_certificate(),
-        "none": b"",
-        "of another version": bytes(own),
-    }[certificate]
-
-    async def scenario() -> None:
-        await swarm.registry(1).publish_node(node_record(swarm.hosts[1], certificate=wrong), LIFETIME_S)
-        await swarm.registry(2).publish_node(node_record(swarm.hosts[2]), LIFETIME_S)
-        found = await swarm.registry(0).nodes([host.peer_id for host in swarm.hosts])
-        assert set(found) == {swarm.hosts[2].peer_id}
-
-    swarm.run(scenario())
-
-
-def announcement(key: str, expires_at: float) -> records_pb2.RecordPayload:
-    body = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING)
-    return records_pb2.RecordPayload(key=key, expires_at=expires_at, announcement=body)
-
-
-def test_a_peer_cannot_announce_for_another(swarm: Swarm) -> None:
-    async def scenario() -> None:
-        victim, liar = swarm.hosts[1], swarm.hosts[2]
-        await swarm.registry(1).announce([Announced(FIRST, SERVING, 7)], LIFETIME_S)
-        key, until = swarm.keys.expert(FIRST), time.time() + 2 * LIFETIME_S
-        forged = seal(liar.identity, announcement(key, until))
-        assert not await swarm.store(2, key, victim.peer_id.to_bytes(), forged, until)
-        assert not await swarm.store(2, swarm.keys.expert(SECOND), victim.peer_id.to_bytes(), forged, until)
-        found = await swarm.registry(0).replicas([FIRST, SECOND])
-        assert [(r.peer_id, r.update_count) for r in found[FIRST]] == [(victim.peer_id, 7)]
-        assert found[SECOND] == ()
-        assert await swarm.store(2, key, liar.peer_id.to_bytes(), forged, until), "its own it may"
-
-    swarm.run(scenario())
-
-
-def test_a_plain_value_does_not_hide_the_announcements(swarm: Swarm) -> None:
-    async def scenario() -> None:
-        await swarm.registry(1).announce([Announced(FIRST, SERVING)], LIFETIME_S)
-        until = time.time() + 500
-        for key in (swarm.keys.expert(FIRST), swarm.keys.prefix(0), swarm.keys.prefix(0, (0,))):
-            assert not await swarm.store(2, key, None, b"mine", until)
-            assert not await swarm.store(2, key, None, key, until)
-        assert len((await swarm.registry(0).replicas([FIRST]))[FIRST]) == 1
-        assert await swarm.registry(0).prefixes([(0, ())], 4) == {(0, ()): {0}}
-
-    swarm.run(scenario())
-
-
-@pytest.mark.parametrize("subkey", [True, "1", -1, 4096, b"1"])
-def test_what_is_no_coordinate_does_not_get_into_a_prefix(swarm: Swarm, subkey: object) -> None:
-    async def scenario() -> None:
-        prefix = swarm.keys.prefix(0, (0,))
-        assert not await swarm.store(2, prefix, subkey, prefix, time.time() + 500)
-        await swarm.registry(1).announce([Announced(FIRST, SERVING)], LIFETIME_S)
-        (active,) = (await swarm.registry(0).prefixes([(0, (0,))], 4096)).values()
-        assert [type(coordinate) for coordinate in active] == [int]
-        assert active == {1}
-
-    swarm.run(scenario())
-
-
 def test_an_expired_announcement_disappears(swarm: Swarm) -> None:
     async def scenario() -> None:
         await swarm.registry(1).announce([Announced(FIRST, SERVING), Announced(SECOND, SERVING)], 1.0)
@@ -286,15 +170,6 @@ def test_a_reader_leaves_out_what_has_expired_by_its_own_clock(swarm: Swarm) -> 
         later = swarm.registry(0, now=lambda: time.time() + LIFETIME_S)
         assert await later.replicas([FIRST]) == {FIRST: ()}
         assert await later.nodes([swarm.hosts[1].peer_id]) == {}
-
-    swarm.run(scenario())
-
-
-def test_records_that_live_too_long_are_accepted_by_nobody_and_the_writer_is_told(swarm: Swarm) -> None:
-    async def scenario() -> None:
-        with pytest.raises(UnreachableError, match="no DHT peer accepted our records"):
-            await swarm.registry(1).announce([Announced(FIRST, SERVING)], 10_000.0)
-        assert await swarm.registry(0).replicas([FIRST]) == {FIRST: ()}
 
     swarm.run(scenario())
 
@@ -358,21 +233,6 @@ def test_the_directory_of_another_peer_has_consistent_tables(swarm: Swarm) -> No
     swarm.run(scenario())
 
 
-def test_experts_off_the_manifests_grid_do_not_disturb_the_directory(swarm: Swarm) -> None:
-    async def scenario() -> None:
-        # beyond the grid of the manifest, and of grids with one dimension more or less
-        off = [(2, 99), (77, 0), (2,), (2, 3, 0)]
-        stray = [Announced(UID(0, coordinate), SERVING) for coordinate in off]
-        await swarm.registry(1).announce([Announced(SECOND, SERVING), *stray], LIFETIME_S)
-        await swarm.registry(1).publish_node(node_record(swarm.hosts[1]), LIFETIME_S)
-        directory = Directory(swarm.registry(0), MANIFEST, refresh_every_s=60)
-        for view in (await directory.refresh(), await directory.refresh()):  # the second by its prefixes
-            assert set(view.replicas) == {SECOND}
-            assert view.live_experts() == 1
-
-    swarm.run(scenario())
-
-
 def test_a_manifest_is_found_and_outlives_a_republication(swarm: Swarm) -> None:
     async def scenario() -> None:
         until = time.time() + 3600
@@ -402,29 +262,6 @@ def test_two_authors_of_one_name_are_both_listed(swarm: Swarm) -> None:
         assert reader.manifest_json(records[swarm.keys.author][0]) == b"first"
         with pytest.raises(RecordError, match="another peer's"):
             reader.manifest_json(records[rival.keys.author][0])
-
-    swarm.run(scenario())
-
-
-def test_a_manifest_under_a_foreign_subkey_is_not_stored(swarm: Swarm) -> None:
-    async def scenario() -> None:
-        until = time.time() + 3600
-        payload = records_pb2.RecordPayload(
-            key=swarm.keys.manifest, expires_at=until, manifest_json=b"the liar's"
-        )
-        forged = seal(swarm.hosts[1].identity, payload)
-        assert not await swarm.store(1, swarm.keys.manifest, swarm.keys.author.to_bytes(), forged, until)
-        assert await swarm.registry(2).find_manifests() == {}
-
-    swarm.run(scenario())
-
-
-def test_a_peer_listed_in_a_wrong_shard_is_not_stored(swarm: Swarm) -> None:
-    async def scenario() -> None:
-        peer_id = swarm.hosts[1].peer_id
-        wrong = swarm.keys.node_shard(f"{peer_id.to_bytes()[-1] ^ 1:02x}")
-        assert not await swarm.store(1, wrong, peer_id.to_bytes(), wrong, time.time() + 60)
-        assert await swarm.registry(2).node_ids() == frozenset()
 
     swarm.run(scenario())
 

@@ -15,7 +15,7 @@ from expert_samples import (
     parameters_of,
     random_rows,
 )
-from test_runtime import FIRST, MANIFEST, SECOND, make_runtime, make_work, with_runtime
+from runtime_samples import FIRST, MANIFEST, SECOND, make_runtime, make_work, with_runtime
 
 from dht.uid import UID
 from expert_server.expert import BackwardPart, Expert

@@ -2,12 +2,10 @@
 
 import asyncio
 import socket
-import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from village import (
     UIDS,
     Play,
     Village,
+    children,
     end,
     eventually,
     hosts_of,
@@ -31,7 +30,6 @@ from village import (
 )
 
 from dht.directory import Directory
-from dht.records import SwarmKeys
 from dht.registry import Replica
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
@@ -40,10 +38,9 @@ from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
 from peer.daemon import Daemon
-from peer.errors import StartError, SwarmError
+from peer.errors import StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.processes import die_with_parent
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -318,65 +315,6 @@ def test_metrics_are_served_on_loopback_as_prometheus_text(play: Play) -> None:
     play(scenario)
 
 
-@pytest.mark.parametrize("setting", ["grpc_port", "metrics_port"])
-def test_a_busy_port_is_named_and_nothing_is_left(play: Play, setting: str) -> None:
-    async def scenario(village: Village) -> None:
-        before = children()
-        with socket.create_server((LOCAL, 0)) as server:
-            port = server.getsockname()[1]
-            with pytest.raises(StartError, match=f"port {port}.*pass another"):
-                await village.found(experts=1, **{setting: port})
-        assert children() == before
-
-    play(scenario)
-
-
-def test_a_second_founder_of_a_name_is_refused_and_leaves_nothing(play: Play) -> None:
-    async def scenario(village: Village) -> None:
-        node = await village.found(experts=1)
-        before = children()
-        bootstrap = await node.swarm.host.bootstrap_addresses()
-        with pytest.raises(SwarmError, match="a swarm named 'sauna' exists here already, founded by Qm"):
-            await found_swarm(village.identities[1], MANIFEST, listen=LOCAL, port=0, bootstrap=bootstrap)
-        assert children() == before
-
-    play(scenario)
-
-
-def test_an_invite_to_a_swarm_that_is_not_there_is_refused_and_leaves_nothing(
-    play: Play, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dht.swarm._MANIFEST_DEADLINE_S", 0.5)
-
-    async def scenario(village: Village) -> None:
-        node = await village.found(experts=1)
-        before = children()
-        invite = await node.swarm.invite()
-        wrong = (
-            replace(invite, keys=SwarmKeys("sauna", village.identities[2].peer_id)),  # another author
-            replace(invite, keys=SwarmKeys("banya", invite.keys.author)),  # another name
-        )
-        for changed in wrong:
-            with pytest.raises(SwarmError, match="know no manifest of swarm"):
-                await join_swarm(village.identities[1], changed, listen=LOCAL)
-        assert children() == before
-
-    play(scenario)
-
-
-def test_a_manifest_of_another_version_is_refused_naming_both(play: Play) -> None:
-    async def scenario(village: Village) -> None:
-        later = MANIFEST.model_copy(update={"protocol_version": 7})
-        swarm = await found_swarm(village.identities[0], later, listen=LOCAL, port=0)
-        village.stack.push_async_callback(swarm.stop)
-        before = children()
-        with pytest.raises(SwarmError, match=f"protocol version 7, this software {PROTOCOL_VERSION}"):
-            await join_swarm(village.identities[1], await swarm.invite(), listen=LOCAL)
-        assert children() == before
-
-    play(scenario)
-
-
 def test_a_node_comes_back_with_its_identity(play: Play) -> None:
     async def scenario(village: Village) -> None:
         first = await village.found(experts=4)
@@ -417,79 +355,3 @@ def test_a_node_whose_p2pd_can_not_be_started_again_says_so_and_still_stops(
         assert time.monotonic() - begin < 5
 
     play(scenario)
-
-
-# Nothing is left behind
-
-
-def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
-
-
-@pytest.fixture
-def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Path]]]:
-    """Lists the socket files that hosts of this test have made and not removed."""
-    used: list[str] = []
-
-    def note_socket(arguments: Sequence[str]) -> list[str]:
-        (listen,) = [a for a in arguments if a.startswith("-listen=/unix/tmp/hivemind-p2pd-")]
-        used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
-        return die_with_parent(arguments)
-
-    monkeypatch.setattr("peer.daemon.die_with_parent", note_socket)
-    yield lambda: [path for name in used for path in Path("/tmp").glob(f"hivemind-*-{name}")]
-    assert used, "no host was started"
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a process holds of the things that leak."""
-
-    children: int
-    descriptors: int
-    threads: int
-    tasks: int
-
-
-def held(loop: LoopThread) -> Held:
-    return Held(
-        len(children()),
-        int(psutil.Process().num_fds()),
-        threading.active_count(),
-        len(asyncio.all_tasks(loop.loop)),
-    )
-
-
-@pytest.mark.parametrize("boots", [12, pytest.param(50, marks=pytest.mark.slow)])
-def test_boots_and_stops_leave_nothing(
-    loop: LoopThread,
-    identities: list[Identity],
-    sockets: Callable[[], list[Path]],
-    tmp_path: Path,
-    boots: int,
-) -> None:
-    manifest = MANIFEST.model_copy(update={"model": MANIFEST.model.model_copy(update={"layers": 1})})
-
-    async def boot_and_stop() -> None:
-        swarm = await found_swarm(identities[0], manifest, listen=LOCAL, port=0)
-        node = await Node.start(node_settings(experts=2), swarm, host=LOCAL, state=tmp_path)
-        try:
-            assert len(node.runtime.experts) == 2
-            assert node.status().state is NodeState.SERVING
-        finally:
-            await node.stop()
-
-    for boot in range(boots):
-        loop.run(boot_and_stop(), 60)
-        assert sockets() == []
-        if boot == 4:
-            after_five = held(loop)
-    assert after_five.children == 0
-    deadline = time.monotonic() + 10
-    while held(loop) != after_five and time.monotonic() < deadline:
-        time.sleep(0.05)  # the last boot's descriptors and threads end a moment later
-    now = held(loop)
-    assert now.children == 0
-    assert now.descriptors <= after_five.descriptors
-    assert now.threads <= after_five.threads
-    assert now.tasks <= after_five.tasks

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dht.invite import Invite
@@ -127,3 +128,8 @@ async def hosts_of(swarm: Swarm) -> set[Any]:
 
 
 ONCE_EACH = Counter(UIDS)
+
+
+def children() -> set[int]:
+    """The process ids of all that this process has started."""
+    return {child.pid for child in psutil.Process().children(recursive=True)}

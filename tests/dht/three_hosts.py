@@ -1,0 +1,90 @@
+"""Three real hosts, and swarms on them."""
+
+import time
+import zlib
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from dht.manifest import Manifest
+from dht.records import RecordValidator, SwarmKeys
+from dht.registry import Registry, ReplicaState
+from dht.uid import UID
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.host import Host
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.wire import records_pb2
+
+MANIFEST = Manifest.model_validate(
+    {"name": "swarm", "model": {"layers": 2}, "experts": {"grid": (3, 4)}, "routing": {"top_k": 2}}
+)
+FIRST, SECOND, THIRD = UID(0, (0, 1)), UID(0, (2, 3)), UID(1, (1, 0))
+SERVING, CLAIMED = ReplicaState.SERVING, ReplicaState.CLAIMED
+LIFETIME_S = 60.0
+
+
+@contextmanager
+def three_hosts(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
+    """Three real hosts, which know each other."""
+    folder = tmp_path_factory.mktemp("identities")
+    started: list[Host] = []
+
+    async def start() -> None:
+        bootstrap: list[str] = []
+        for n in range(3):
+            identity = Identity.load_or_create(folder / f"{n}.key")
+            started.append(
+                await Host.start(
+                    identity, listen="127.0.0.1", bootstrap=bootstrap, validator=RecordValidator()
+                )
+            )
+            bootstrap = bootstrap or await started[0].bootstrap_addresses()
+
+    try:
+        loop.run(start(), 60)
+        yield started
+    finally:
+        for host in reversed(started):
+            loop.run(host.stop(), 30)
+
+
+@dataclass
+class Swarm:
+    """Three peers' access to a swarm of its own."""
+
+    hosts: list[Host]
+    keys: SwarmKeys
+    run: Callable[[Coroutine[Any, Any, None]], None]
+
+    def registry(self, n: int, now: Callable[[], float] = time.time) -> Registry:
+        return Registry(lambda: self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now)
+
+    async def store(self, n: int, key: str, subkey: object, value: object, expires_at: float) -> bool:
+        """Past the registry."""
+        return bool(await self.hosts[n].dht.store(key, value, expires_at, subkey=subkey))
+
+
+def swarm_for(loop: LoopThread, hosts: list[Host], request: pytest.FixtureRequest) -> Swarm:
+    """A swarm for this test alone."""
+    name = f"swarm-{zlib.crc32(request.node.name.encode()):x}"
+    return Swarm(hosts, SwarmKeys(name, hosts[0].peer_id), lambda coroutine: loop.run(coroutine, 60))
+
+
+def node_record(host: Host, **changes: Any) -> records_pb2.NodeRecord:
+    fields = {
+        "addresses": ["127.0.0.1:50051"],
+        "certificate": host.identity.make_certificate(),
+        "protocol_version": PROTOCOL_VERSION,
+        "software_version": SOFTWARE_VERSION,
+        "expert_count": 2,
+        "expert_capacity": 5,
+        "rows_processed": 2**40,
+        "updates": 7,
+        "started_at": 1.5,
+        **changes,
+    }
+    return records_pb2.NodeRecord(**fields)

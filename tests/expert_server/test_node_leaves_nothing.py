@@ -1,0 +1,101 @@
+"""Nodes start and stop again and again, and nothing is left behind."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from village import (
+    LOCAL,
+    MANIFEST,
+    children,
+    make_identities,
+    node_settings,
+)
+
+from dht.swarm import found_swarm
+from expert_server.node import Node
+from expert_server.status import NodeState
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.processes import die_with_parent
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    return make_identities(tmp_path_factory, 4)
+
+
+@pytest.fixture
+def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Path]]]:
+    """Lists the socket files that hosts of this test have made and not removed."""
+    used: list[str] = []
+
+    def note_socket(arguments: Sequence[str]) -> list[str]:
+        (listen,) = [a for a in arguments if a.startswith("-listen=/unix/tmp/hivemind-p2pd-")]
+        used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
+        return die_with_parent(arguments)
+
+    monkeypatch.setattr("peer.daemon.die_with_parent", note_socket)
+    yield lambda: [path for name in used for path in Path("/tmp").glob(f"hivemind-*-{name}")]
+    assert used, "no host was started"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds of the things that leak."""
+
+    children: int
+    descriptors: int
+    threads: int
+    tasks: int
+
+
+def held(loop: LoopThread) -> Held:
+    return Held(
+        len(children()),
+        int(psutil.Process().num_fds()),
+        threading.active_count(),
+        len(asyncio.all_tasks(loop.loop)),
+    )
+
+
+@pytest.mark.parametrize("boots", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_boots_and_stops_leave_nothing(
+    loop: LoopThread,
+    identities: list[Identity],
+    sockets: Callable[[], list[Path]],
+    tmp_path: Path,
+    boots: int,
+) -> None:
+    manifest = MANIFEST.model_copy(update={"model": MANIFEST.model.model_copy(update={"layers": 1})})
+
+    async def boot_and_stop() -> None:
+        swarm = await found_swarm(identities[0], manifest, listen=LOCAL, port=0)
+        node = await Node.start(node_settings(experts=2), swarm, host=LOCAL, state=tmp_path)
+        try:
+            assert len(node.runtime.experts) == 2
+            assert node.status().state is NodeState.SERVING
+        finally:
+            await node.stop()
+
+    for boot in range(boots):
+        loop.run(boot_and_stop(), 60)
+        assert sockets() == []
+        if boot == 4:
+            after_five = held(loop)
+    assert after_five.children == 0
+    deadline = time.monotonic() + 10
+    while held(loop) != after_five and time.monotonic() < deadline:
+        time.sleep(0.05)  # the last boot's descriptors and threads end a moment later
+    now = held(loop)
+    assert now.children == 0
+    assert now.descriptors <= after_five.descriptors
+    assert now.threads <= after_five.threads
+    assert now.tasks <= after_five.tasks

@@ -1,0 +1,94 @@
+"""Nodes that can not start say why, and leave nothing behind."""
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from village import (
+    LOCAL,
+    MANIFEST,
+    Play,
+    Village,
+    children,
+    make_identities,
+    playing,
+)
+
+from dht.records import SwarmKeys
+from dht.swarm import found_swarm, join_swarm
+from peer import PROTOCOL_VERSION
+from peer.errors import StartError, SwarmError
+from peer.identity import Identity
+from peer.loop import LoopThread
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    return make_identities(tmp_path_factory, 4)
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    return playing(loop, identities, tmp_path, 90)
+
+
+@pytest.mark.parametrize("setting", ["grpc_port", "metrics_port"])
+def test_a_busy_port_is_named_and_nothing_is_left(play: Play, setting: str) -> None:
+    async def scenario(village: Village) -> None:
+        before = children()
+        with socket.create_server((LOCAL, 0)) as server:
+            port = server.getsockname()[1]
+            with pytest.raises(StartError, match=f"port {port}.*pass another"):
+                await village.found(experts=1, **{setting: port})
+        assert children() == before
+
+    play(scenario)
+
+
+def test_a_second_founder_of_a_name_is_refused_and_leaves_nothing(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=1)
+        before = children()
+        bootstrap = await node.swarm.host.bootstrap_addresses()
+        with pytest.raises(SwarmError, match="a swarm named 'sauna' exists here already, founded by Qm"):
+            await found_swarm(village.identities[1], MANIFEST, listen=LOCAL, port=0, bootstrap=bootstrap)
+        assert children() == before
+
+    play(scenario)
+
+
+def test_an_invite_to_a_swarm_that_is_not_there_is_refused_and_leaves_nothing(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dht.swarm._MANIFEST_DEADLINE_S", 0.5)
+
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=1)
+        before = children()
+        invite = await node.swarm.invite()
+        wrong = (
+            replace(invite, keys=SwarmKeys("sauna", village.identities[2].peer_id)),  # another author
+            replace(invite, keys=SwarmKeys("banya", invite.keys.author)),  # another name
+        )
+        for changed in wrong:
+            with pytest.raises(SwarmError, match="know no manifest of swarm"):
+                await join_swarm(village.identities[1], changed, listen=LOCAL)
+        assert children() == before
+
+    play(scenario)
+
+
+def test_a_manifest_of_another_version_is_refused_naming_both(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        later = MANIFEST.model_copy(update={"protocol_version": 7})
+        swarm = await found_swarm(village.identities[0], later, listen=LOCAL, port=0)
+        village.stack.push_async_callback(swarm.stop)
+        before = children()
+        with pytest.raises(SwarmError, match=f"protocol version 7, this software {PROTOCOL_VERSION}"):
+            await join_swarm(village.identities[1], await swarm.invite(), listen=LOCAL)
+        assert children() == before
+
+    play(scenario)

@@ -1,0 +1,185 @@
+"""What fails, is taken away or is given up in a runtime harms nobody else."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from grpc import StatusCode
+from runtime_samples import (
+    FIRST,
+    HIDDEN,
+    MANIFEST,
+    SECOND,
+    HeldExpert,
+    HeldThread,
+    backward_alone,
+    make_runtime,
+    make_work,
+    status_of,
+    submit_in_order,
+    with_runtime,
+)
+from torch import Tensor
+
+from expert_server.expert import Expert
+from peer.errors import ExpertError
+
+
+def test_a_caller_that_leaves_during_its_batch_harms_nobody() -> None:
+    expert = HeldExpert()
+    runtime = make_runtime(expert)
+
+    async def scenario() -> None:
+        gone, stays = await submit_in_order(runtime, make_work(4), make_work(5))
+        assert await expert.is_computing()
+        assert runtime.stats.queued_rows == 0
+        gone.cancel()
+        expert.let_go()
+        assert (await stays).tensor.shape == (5, HIDDEN)
+
+    with_runtime(runtime, scenario)
+
+
+class BrokenExpert(Expert):
+    """Fails as torch may: out of memory, a wrong kernel."""
+
+    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+
+def test_an_unforeseen_error_fails_its_batch_and_the_runtime_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runtime = make_runtime(BrokenExpert(FIRST, MANIFEST), Expert(SECOND, MANIFEST))
+
+    async def scenario() -> None:
+        tasks = await submit_in_order(runtime, make_work(), make_work(), make_work(uid=SECOND))
+        assert [await status_of(task) for task in tasks[:2]] == [StatusCode.INTERNAL] * 2
+        await tasks[2]
+        assert (runtime.stats.failed, runtime.stats.batches) == (2, 2)
+
+    with_runtime(runtime, scenario)
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert "expert 0.0.0 failed on a batch from a trainer" in record.message
+
+
+def test_numbers_that_overflow_fail_their_own_work_alone() -> None:
+    expert = Expert(FIRST, MANIFEST)
+    runtime = make_runtime(expert)
+    works = [make_work(direction="backward", seed=seed) for seed in range(3)]
+    assert works[1].gradients is not None
+    works[1].gradients.fill_(3e38)
+
+    async def scenario() -> None:
+        good, bad, other = await submit_in_order(runtime, *works)
+        assert await status_of(bad) is StatusCode.INTERNAL
+        torch.testing.assert_close((await good).tensor, backward_alone(works[0]))
+        assert (await other).tensor.isfinite().all()
+        assert (runtime.stats.batches, runtime.stats.failed, runtime.stats.updates) == (1, 1, 2)
+
+    with_runtime(runtime, scenario)
+
+
+def test_gradients_that_skip_the_update_do_not_take_it_from_others() -> None:
+    expert = Expert(FIRST, MANIFEST)
+    runtime = make_runtime(expert)
+    works = [make_work(direction="backward", seed=seed) for seed in range(2)]
+    assert works[1].gradients is not None
+    works[1].gradients.fill_(0)
+    works[1].gradients[:, 0] = (
+        1e38  # finite, and so is the gradient of the inputs; that of a bias is their sum
+    )
+
+    async def scenario() -> None:
+        results = await asyncio.gather(*await submit_in_order(runtime, *works))
+        assert (runtime.stats.updates, runtime.stats.skipped_updates) == (1, 1)
+        assert [result.skipped_update for result in results] == [False, True]
+
+    with_runtime(runtime, scenario)
+
+
+def test_removing_an_expert_fails_its_waiting_work() -> None:
+    expert = HeldExpert()
+    runtime = make_runtime(expert, Expert(SECOND, MANIFEST))
+
+    async def scenario() -> None:
+        (computing,) = await submit_in_order(runtime, make_work())
+        assert await expert.is_computing()
+        waiting, other = await submit_in_order(runtime, make_work(), make_work(uid=SECOND))
+        runtime.remove(FIRST)
+        assert await status_of(waiting) is StatusCode.NOT_FOUND
+        assert await status_of(runtime.submit(make_work())) is StatusCode.NOT_FOUND
+        expert.let_go()
+        await asyncio.gather(computing, other)
+        assert list(runtime.experts) == [SECOND]
+
+    with_runtime(runtime, scenario)
+
+
+def test_stopping_fails_waiting_work_and_delivers_what_is_being_computed() -> None:
+    expert = HeldExpert()
+    runtime = make_runtime(expert)
+
+    async def scenario() -> None:
+        (computing,) = await submit_in_order(runtime, make_work())
+        assert await expert.is_computing()
+        (waiting,) = await submit_in_order(runtime, make_work())
+        stopping = asyncio.create_task(runtime.stop())
+        assert await status_of(waiting) is StatusCode.UNAVAILABLE
+        expert.let_go()
+        await stopping
+        assert computing.done()
+        assert computing.result().tensor.shape == (4, HIDDEN)
+        await runtime.stop()
+        assert await status_of(runtime.submit(make_work())) is StatusCode.UNAVAILABLE
+        with pytest.raises(ExpertError, match="stopping"):
+            await runtime.run(lambda: None)
+
+    with_runtime(runtime, scenario)
+
+
+def test_a_stopped_runtime_leaves_no_thread() -> None:
+    threads = set(threading.enumerate())
+    runtime = make_runtime(Expert(FIRST, MANIFEST), threads=4)
+
+    async def scenario() -> None:
+        await runtime.submit(make_work())
+        assert [t for t in threading.enumerate() if t.name.startswith("compute")]
+
+    with_runtime(runtime, scenario)
+    assert set(threading.enumerate()) <= threads
+
+
+def test_what_is_run_may_fail_or_be_given_up() -> None:
+    runtime = make_runtime(Expert(FIRST, MANIFEST))
+
+    async def scenario() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await runtime.run(lambda: 1 // 0)
+        async with HeldThread(runtime):
+            given_up = asyncio.create_task(runtime.run(lambda: pytest.fail("nobody waits for it")))
+            await asyncio.sleep(0)
+            given_up.cancel()
+            stays = asyncio.create_task(runtime.run(lambda: "done"))
+            await asyncio.wait([given_up])
+        assert await stays == "done"
+        await runtime.submit(make_work())
+
+    with_runtime(runtime, scenario)
+
+
+def test_rollbacks_are_counted_also_when_the_batch_fails() -> None:
+    expert = Expert(FIRST, MANIFEST)
+    runtime = make_runtime(expert)
+
+    async def scenario() -> None:
+        await runtime.submit(make_work(direction="backward"))
+        with torch.no_grad():
+            next(expert.block.parameters()).fill_(torch.nan)
+        assert await status_of(runtime.submit(make_work())) is StatusCode.INTERNAL
+        assert (await runtime.submit(make_work())).tensor.isfinite().all()
+        assert (runtime.stats.rollbacks, runtime.stats.updates) == (1, 1)
+
+    with_runtime(runtime, scenario)
