@@ -10,15 +10,15 @@ from typing import TypeAlias
 
 import torch
 from grpc import StatusCode
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
 
-from dht.manifest import Manifest, OptimizerSpec
+from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block, weightless_block
 from expert_server.devices import ComputeDevice
 from expert_server.guard import Guard
+from expert_server.optimizer import Optimizer
 from peer.errors import ExpertError, StateError
 from peer.snapshots import MAX_UPDATE_COUNT
 from peer.step_size import step_size
@@ -27,12 +27,6 @@ State: TypeAlias = dict[str, Tensor]
 """What an expert is made of: `block.…` and `optimizer.…` tensors by name, on the CPU."""
 
 _BLOCK, _OPTIMIZER = "block.", "optimizer."
-_MOMENTS = {
-    "adamw": ("exp_avg", "exp_avg_sq", "step"),
-    "adam": ("exp_avg", "exp_avg_sq", "step"),
-    "sgd": ("momentum_buffer",),
-}
-"""What an optimizer remembers of each parameter."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +69,7 @@ class Expert:
         self._graph_bytes_per_row: float | None = None
         self.block = build_block(manifest, uid).to(self.device.torch_device)
         self._settings = manifest.optimizer
-        self.optimizer = make_optimizer(self.block, self._settings)
+        self.optimizer = Optimizer(self.block.parameters(), self._settings)
         self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
         self._step_is_due = False
 
@@ -92,7 +86,7 @@ class Expert:
         try:
             self.optimizer.step()
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
         self.guard.note_update()
 
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
@@ -166,7 +160,7 @@ class Expert:
             self._prepare_step()
         finally:
             if not self._step_is_due:
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad()
         if not may_defer or self.guard.looks_next:  # what the guard then does belongs into the answer
             self.settle()
         self.device.wait()
@@ -181,7 +175,7 @@ class Expert:
             x_RD = self.device.load(part.inputs.detach()).requires_grad_()
             y_RD = self._outputs(x_RD, part.lengths, part.positions)
         # loaded only now: the gradients travel while the outputs are computed
-        torch.autograd.backward(y_RD, self.device.load(part.gradients))
+        _run_backward(y_RD, self.device.load(part.gradients))
         assert x_RD.grad is not None, "a block must use its input"
         return self._fetched(x_RD.grad, "gradients of the inputs")
 
@@ -189,8 +183,7 @@ class Expert:
     def state_bytes(self) -> int:
         """Bytes of weights and optimizer state now, the guard's copy not counted; no moments before the first step."""
         moments = (value for state in self.optimizer.state.values() for value in state.values())
-        tensors = filter(torch.is_tensor, chain(self.block.parameters(), moments))
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in chain(self.block.parameters(), moments))
 
     def export_state(self) -> State:
         """Copies of the block's parameters and persistent buffers, and of what the optimizer remembers of each.
@@ -201,8 +194,7 @@ class Expert:
         state = {_BLOCK + name: tensor for name, tensor in self._block_tensors().items()}
         for name, parameter in self.block.named_parameters():
             for moment, tensor in self.optimizer.state.get(parameter, {}).items():
-                if torch.is_tensor(tensor):  # SGD without momentum remembers None
-                    state[_moment_name(name, moment)] = tensor
+                state[_moment_name(name, moment)] = tensor
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         self._check_numbers(copies)
         return copies
@@ -214,7 +206,7 @@ class Expert:
         """
         block = self._block_tensors()
         parameters = dict(self.block.named_parameters())
-        moments = _MOMENTS[self._settings.name] if self._remembers() else ()
+        moments = self.optimizer.moments
         stepped = [name for name in parameters if any(_moment_name(name, m) in state for m in moments)]
         expected = {_BLOCK + name: tensor for name, tensor in block.items()}
         for name in stepped:
@@ -234,21 +226,18 @@ class Expert:
         self.settle()
         stepped = self.check_state(state, update_count)
         parameters = dict(self.block.named_parameters())
-        moments = _MOMENTS[self._settings.name]
         with torch.no_grad():
             for name, tensor in self._block_tensors().items():
                 tensor.copy_(state[_BLOCK + name])
         self.optimizer.state.clear()
         for name in stepped:
             self.optimizer.state[parameters[name]] = {
-                m: state[_moment_name(name, m)].to(self.device.torch_device, copy=True) for m in moments
+                m: state[_moment_name(name, m)].to(self.device.torch_device, copy=True)
+                for m in self.optimizer.moments
             }
         self.update_count = update_count
         self._imported = object()
         self.guard.keep()
-
-    def _remembers(self) -> bool:
-        return self._settings.name != "sgd" or self._settings.sgd_momentum > 0
 
     def _block_tensors(self) -> State:
         """The block's own tensors, not copies. A block may add other things to its state; they are left out."""
@@ -281,8 +270,7 @@ class Expert:
             return
         if norm > self._settings.clip_norm:
             clip_grads_with_norm_(self.block.parameters(), self._settings.clip_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+        self.optimizer.learning_rate = self._learning_rate()
         self.update_count = min(self.update_count + 1, MAX_UPDATE_COUNT)
         self._step_is_due = True
 
@@ -303,24 +291,11 @@ def _moment_name(parameter: str, moment: str) -> str:
     return f"{_OPTIMIZER}{parameter}.{moment}"
 
 
-def warm_up() -> None:
-    """Lets torch import what its first optimizer needs: 1.4 s of work, best done on a thread while the node waits."""
-    torch.optim.AdamW([torch.zeros(1)])
-
-
-def make_optimizer(block: nn.Module, spec: OptimizerSpec) -> Optimizer:
-    """The manifest's optimizer, without clipping and warm-up. Biases and norms, which are vectors, do not decay."""
-    decays: dict[float, list[nn.Parameter]] = {}
-    for parameter in block.parameters():
-        decays.setdefault(spec.weight_decay if parameter.dim() > 1 else 0.0, []).append(parameter)
-    groups = [{"params": members, "weight_decay": decay} for decay, members in decays.items()]
-    match spec.name:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=spec.learning_rate, fused=True)
-        case "adam":
-            return torch.optim.Adam(groups, lr=spec.learning_rate, fused=True)
-        case "sgd":
-            return torch.optim.SGD(groups, lr=spec.learning_rate, momentum=spec.sgd_momentum, fused=True)
+def _run_backward(outputs: Tensor, gradients: Tensor) -> None:
+    """What is below torch.autograd.backward, whose check of shapes costs 0.65 s and 38 MB at the first call."""
+    torch.autograd.Variable._execution_engine.run_backward(
+        (outputs,), (gradients,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _count_into(sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:

@@ -1,15 +1,14 @@
 """The guard: the last good state of an expert, to which it goes back when its parameters turn bad."""
 
 import logging
-from collections.abc import Iterator
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
 
 from dht.manifest import OptimizerSpec
+from expert_server.optimizer import Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class Guard:
         self._kept = [
             (
                 _halved(parameter.detach(), values),
-                {key: _halved(value, moments.get(key)) for key, value in self._moments_of(parameter)},
+                {key: _halved(value, moments.get(key)) for key, value in self._moments_of(parameter).items()},
             )
             for parameter, (values, moments) in zip(self._parameters, self._kept or nothing, strict=True)
         ]
@@ -93,9 +92,8 @@ class Guard:
     def _norm(self) -> float:
         return float(get_total_norm(self._parameters))
 
-    def _moments_of(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-        state = self._optimizer.state.get(parameter, {})
-        return ((key, value) for key, value in state.items() if torch.is_tensor(value))
+    def _moments_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        return self._optimizer.state.get(parameter, {})
 
 
 def _halved(tensor: Tensor, before: Tensor | None) -> Tensor:

@@ -19,7 +19,6 @@ from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm
 from expert_server.blocks import builder_of
 from expert_server.devices import check_devices
-from expert_server.expert import warm_up
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
@@ -183,14 +182,12 @@ class _NodeCommand:
             await self._serve()
 
     async def _serve(self) -> None:
-        warming = asyncio.create_task(asyncio.to_thread(warm_up))  # the DHT's start is mostly waiting
         with self._terminal.stages("making ready") as stage:
             identity = Identity.load_or_create(self._state / "identity.key")
             swarm = await self._starter.start(identity, self._settings, self._host, self._state, stage)
             # from here on the node stops the swarm
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
-            await warming
             self._control.steer(node)
             self._served = True
             self._node = node

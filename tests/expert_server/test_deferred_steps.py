@@ -144,7 +144,7 @@ def test_a_step_that_fails_is_logged_and_the_expert_goes_on(caplog: pytest.LogCa
 
     async def scenario() -> None:
         await runtime.submit(make_work(direction="backward"))
-        expert.optimizer.step = fail  # type: ignore[method-assign, assignment]
+        expert.optimizer.step = fail  # type: ignore[method-assign]
         expert.release.set()
         await runtime.run(lambda: None)
         assert not expert.step_is_due

@@ -71,8 +71,8 @@ def test_backward_gives_the_gradient_of_the_inputs_before_the_step() -> None:
 @pytest.mark.parametrize(
     ("name", "momentum", "reference"),
     [
-        ("adamw", None, partial(torch.optim.AdamW)),
-        ("adam", None, partial(torch.optim.Adam)),
+        ("adamw", None, torch.optim.AdamW),
+        ("adam", None, torch.optim.Adam),
         ("sgd", None, partial(torch.optim.SGD, momentum=0.9)),
         ("sgd", 0.0, partial(torch.optim.SGD, momentum=0.0)),
     ],
@@ -93,6 +93,7 @@ def test_backward_takes_the_clipped_step_of_the_manifests_optimizer(
             {"params": [p for name, p in block.named_parameters() if is_vector(name)], "weight_decay": 0.0},
         ],
         lr=1e-2,
+        fused=True,
     )
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 2))
     for seed in range(4):
@@ -103,9 +104,8 @@ def test_backward_takes_the_clipped_step_of_the_manifests_optimizer(
         warm_up.step()
         backward(expert, random_rows(seed), random_rows(seed + 10))
     assert expert.update_count == 4
-    assert expert.optimizer.defaults["fused"]
     torch.testing.assert_close(
-        parameters_of(expert), [p.detach() for p in block.parameters()], atol=1e-5, rtol=1e-3
+        parameters_of(expert), [p.detach() for p in block.parameters()], atol=0, rtol=0
     )
 
 
@@ -137,7 +137,7 @@ def test_step_size_rises_linearly_through_the_warm_up() -> None:
     sizes = []
     for seed in range(6):
         backward(expert, random_rows(seed), random_rows(seed + 10))
-        sizes.append(expert.optimizer.param_groups[0]["lr"])
+        sizes.append(expert.optimizer.learning_rate)
     assert sizes == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
 
@@ -146,7 +146,7 @@ def test_step_size_falls_to_a_tenth_where_the_manifest_says_so() -> None:
     sizes = []
     for seed in range(7):
         backward(expert, random_rows(seed), random_rows(seed + 10))
-        sizes.append(expert.optimizer.param_groups[0]["lr"])
+        sizes.append(expert.optimizer.learning_rate)
     assert sizes[:2] == [0.1, 0.1]
     assert sizes[1:6] == sorted(sizes[1:6], reverse=True)
     assert sizes[3] == pytest.approx(0.055)  # half-way
