@@ -7,6 +7,7 @@ residual connection. Kinds beside the two here come from other packages, through
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeAlias, cast
 
@@ -52,8 +53,11 @@ _OWN_KINDS: dict[str, BlockBuilder] = {"transformer": _transformer, "ffn": _ffn}
 
 def builder_of(kind: str) -> BlockBuilder:
     """The builder of a kind's blocks. Raises SwarmError when no installed package has it."""
-    if kind in _OWN_KINDS:
-        return _OWN_KINDS[kind]
+    return _OWN_KINDS.get(kind) or _others_builder(kind)
+
+
+@cache  # the search reads the metadata of every installed package, and comes for each expert
+def _others_builder(kind: str) -> BlockBuilder:
     found = entry_points(group=ENTRY_POINT_GROUP)
     if kind not in found.names:
         known = sorted({*_OWN_KINDS, *found.names})
