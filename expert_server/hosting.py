@@ -4,26 +4,25 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 
 from hivemind.p2p import PeerID
 
 from dht.balance import Resolve, exchange
 from dht.manifest import Manifest
-from dht.registry import Announced, Replica, ReplicaState
+from dht.registry import Replica, ReplicaState
 from dht.survey import Survey
 from dht.swarm import Swarm
 from dht.uid import UID
-from dht.vacancies import behind, choose, lost_claims, staying, surplus, thin, vacant
+from dht.vacancies import behind, choose, staying, surplus, thin, vacant
 from expert_server.checkpoints import Checkpoints
-from expert_server.devices import ComputeDevice, roomiest
+from expert_server.devices import ComputeDevice
 from expert_server.expert import Expert, expert_bytes
 from expert_server.leaving import Departure, serving_elsewhere
 from expert_server.restoring import Restorer
 from expert_server.runtime import Runtime
 from expert_server.settings import NodeSettings
+from expert_server.taking import Taker
 from expert_server.transfer import StateClient
 from peer.errors import UnreachableError
 from peer.meetings import Meetings
@@ -32,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 _FREE_MEMORY_SHARE = 0.25
 _CLAIM_ROUNDS = 5
-_RENEW_EVERY_S = 2.0
-"""While experts are taken: how often it is announced which of them are ready."""
 _WITHDRAW_S = 2.0
 """Longest that a node which gives its experts up tries to withdraw its announcements."""
 _QUEUE_S = 2.0
@@ -72,23 +69,20 @@ class Hosting:
         self._swarm = swarm
         self._runtime = runtime
         self._checkpoints = checkpoints
-        self._devices = devices
         self._client = client
         self._meetings = meetings
-        self._restorer = Restorer(swarm, runtime, checkpoints, client, meetings)
+        restorer = Restorer(swarm, runtime, checkpoints, client, meetings)
+        self.taker = Taker(settings, swarm, runtime, checkpoints, devices, restorer, now)
         self._now = now
         self._room = _room(settings, swarm.manifest, devices)
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
-        self._claimed_at: dict[UID, float] = {}
         self._was_vacant: set[UID] = set()
         self._resolve = Resolve(_FIRM_LOOKS, settings.exchange_every_s)
         swarm.registry.claims.longest_s = settings.max_claim_s
         self._survey = Survey(swarm.registry, swarm.manifest, swarm.host.peer_id)
-        self._leaving = False
         self._hurried = False
         self._changing = asyncio.Lock()
         """Held while experts are taken or given up."""
-        self._claiming: asyncio.Task[list[UID]] | None = None
         self._departing: asyncio.Task[None] | None = None
 
     @property
@@ -99,22 +93,22 @@ class Hosting:
     @property
     def is_leaving(self) -> bool:
         """Whether it gives, or gave, its experts up."""
-        return self._leaving
+        return self.taker.leaving
 
     async def take_first(self) -> None:
         """Fills the room with experts that nobody hosts."""
-        self._leaving = self._hurried = False
+        self.taker.leaving = self._hurried = False
         self._runtime.refuse(False)
         for _ in range(_CLAIM_ROUNDS):
             async with self._changing:
                 unserved = await self._take_vacant()
-            if self._leaving or self._room <= len(self._runtime.experts) or not unserved:
+            if self.taker.leaving or self._room <= len(self._runtime.experts) or not unserved:
                 break
             await asyncio.sleep(self._settings.claim_wait_s)  # others give up claims that they lost
 
     async def announce(self) -> None:
         """Renews what this node says of its replicas, and the manifest."""
-        await self._announce(self._runtime.experts)
+        await self.taker.announce(self._runtime.experts)
         await self._swarm.keep_manifest()
 
     async def look(self) -> None:
@@ -122,7 +116,7 @@ class Hosting:
         async with self._changing:
             replicas = await self._read()
             me, mine = self._swarm.host.peer_id, self._runtime.experts
-            if not self._leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
+            if not self.taker.leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
                 raise UnreachableError("the DHT does not give back this node's own announcements")
             await self._adopt(replicas)
             await self._replicate(replicas)
@@ -145,7 +139,7 @@ class Hosting:
                 and not serving_elsewhere(replicas[uid], me)
                 and any(r.peer_id == leaving and r.state is ReplicaState.LEAVING for r in replicas[uid])
             ]
-            if taken := await self._claim(wanted[: max(0, self.capacity - len(mine))]):
+            if taken := await self.taker.take(wanted[: max(0, self.capacity - len(mine))]):
                 self.adopted += len(taken)
                 logger.info("adopted %d experts of %s, which leaves", len(taken), leaving)
 
@@ -155,10 +149,8 @@ class Hosting:
         Says how many experts nobody else hosts now: they are in this node's checkpoints, as far as those could be
         written. `take_first` begins again.
         """
-        self._leaving = True
+        self.taker.leave()
         self._runtime.refuse()
-        if self._claiming is not None:
-            self._claiming.cancel()
         async with self._changing:
             experts = list(self._runtime.experts.values())
             with contextlib.suppress(TimeoutError):
@@ -169,7 +161,7 @@ class Hosting:
                 await self._hand_over(departure, timeout_s)
             with contextlib.suppress(UnreachableError, TimeoutError):
                 async with asyncio.timeout(_WITHDRAW_S):
-                    await self._withdraw(list(self._claimed_at))
+                    await self.taker.withdraw(self.taker.announced)
             self._forget(experts)
             await self._checkpoints.save_all_within(_SAVE_S, experts)
         alone = len(departure.alone)
@@ -188,8 +180,8 @@ class Hosting:
 
     async def _hand_over(self, departure: Departure, timeout_s: float) -> None:
         async def announce_and_hand_over() -> None:
-            await self._announce(self._runtime.experts)
-            await departure.hand_over(self._withdraw)
+            await self.taker.announce(self._runtime.experts)
+            await departure.hand_over(self.taker.withdraw)
 
         self._departing = asyncio.create_task(announce_and_hand_over(), name="hand over")
         try:
@@ -209,7 +201,7 @@ class Hosting:
         for expert in experts:
             self._runtime.remove(expert.uid)
             self._meetings.forget(expert.uid)
-        self._claimed_at.clear()
+        self.taker.forget()
         self._was_vacant.clear()
         self.replicated = 0
 
@@ -217,22 +209,6 @@ class Hosting:
         """The replicas of experts that may need this node."""
         self.seen = await self._survey.read({*self._runtime.experts, *await self._checkpoints.newest()})
         return self.seen
-
-    async def _announce(self, uids: Collection[UID]) -> None:
-        state = ReplicaState.LEAVING if self._leaving else ReplicaState.SERVING
-        experts = self._runtime.experts
-        announced = [
-            Announced(uid, state, experts[uid].update_count, self._claimed_at[uid])
-            for uid in uids
-            if uid in self._claimed_at  # else it was withdrawn already
-        ]
-        queued_rows = self._runtime.stats.queued_rows
-        await self._swarm.registry.announce(announced, self._settings.lifetime_s, queued_rows)
-
-    async def _withdraw(self, uids: Collection[UID]) -> None:
-        for uid in uids:
-            self._claimed_at.pop(uid, None)
-        await self._swarm.registry.withdraw(uids, self._settings.lifetime_s)
 
     async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         """Takes experts that had no host at the last look either; before that they may be just changing hands.
@@ -253,14 +229,14 @@ class Hosting:
             logger.info("gave up %d experts that others host too: nobody hosts %d others", len(gone), lacking)
         wanted = choose(orphans | kept.keys(), room + self._spare, me, {**saved, **kept})
         wanted += choose(lasting - orphans, room - len(wanted), me, saved)
-        if taken := await self._claim(wanted):
+        if taken := await self.taker.take(wanted):
             self.adopted += len(taken)
             logger.info("adopted %d experts that nobody hosted, or that others had begun anew", len(taken))
 
     async def _give_up(self, uids: Collection[UID]) -> None:
         """Serves them no more; they are saved first."""
         experts = [self._runtime.experts[uid] for uid in uids]
-        await self._withdraw(uids)
+        await self.taker.withdraw(uids)
         for uid in uids:
             self._runtime.remove(uid)
             self._meetings.forget(uid)
@@ -277,7 +253,7 @@ class Hosting:
         if not self._resolve.is_firm(wish, self._now()) or wish is None:
             return
         self._resolve.done(self._now())
-        if await self._claim([wish.takes], max(enough, staying(replicas[wish.takes]) + 1)):
+        if await self.taker.take([wish.takes], max(enough, staying(replicas[wish.takes]) + 1)):
             await self._give_up([wish.gives])
             self.exchanged += 1
             logger.info("exchanged expert %s, which others host, for %s", wish.gives, wish.takes)
@@ -287,7 +263,7 @@ class Hosting:
         self.replicated = sum(bool(serving_elsewhere(replicas[uid], me)) for uid in mine)
         others = {uid: hosts for uid, hosts in replicas.items() if uid not in mine}
         enough = self._settings.replicas
-        if taken := await self._claim(thin(others, self._room - len(mine), me, enough), enough):
+        if taken := await self.taker.take(thin(others, self._room - len(mine), me, enough), enough):
             self.replicated += len(taken)
             logger.info("took further replicas of %d experts", len(taken))
 
@@ -297,7 +273,7 @@ class Hosting:
         me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
         room = self._room - len(self._runtime.experts)
         kept = self._kept_here_alone(replicas, saved)
-        await self._claim(choose({*self._vacant(replicas), *kept}, room, me, {**saved, **kept}))
+        await self.taker.take(choose({*self._vacant(replicas), *kept}, room, me, {**saved, **kept}))
         unserved = {uid for uid, hosts in replicas.items() if not serving_elsewhere(hosts, me)}
         return unserved - self._runtime.experts.keys()
 
@@ -313,81 +289,6 @@ class Hosting:
         mine = self._runtime.experts
         found = behind(replicas, saved, self._swarm.host.peer_id)
         return {uid: gain for uid, gain in found.items() if uid not in mine}
-
-    async def _claim(self, wanted: list[UID], enough: int = 1) -> list[UID]:
-        """Gives the experts that were taken, of which `enough` others have none. Ends early when the node leaves."""
-        if not wanted or self._leaving:
-            return []
-        self._claiming = asyncio.create_task(self._claim_and_take(wanted, enough), name="claim")
-        try:
-            await asyncio.wait({self._claiming})
-            return [] if self._claiming.cancelled() else self._claiming.result()
-        finally:
-            self._claiming.cancel()
-            await asyncio.gather(self._claiming, return_exceptions=True)
-            self._claiming = None
-
-    async def _claim_and_take(self, wanted: list[UID], enough: int) -> list[UID]:
-        """Claims experts, waits for the claims of others, and serves those that it keeps."""
-        registry, me = self._swarm.registry, self._swarm.host.peer_id
-        lifetime_s, claimed_at = self._settings.lifetime_s, self._now()
-        self._claimed_at |= dict.fromkeys(wanted, claimed_at)
-        saved = await self._checkpoints.newest()
-        claims = {uid: Announced(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at) for uid in wanted}
-        await registry.announce(claims.values(), lifetime_s)
-        await asyncio.sleep(self._settings.claim_wait_s)
-        replicas = await registry.replicas(wanted)
-        lost = lost_claims(wanted, replicas, me, saved, enough)
-        await self._withdraw(lost)
-        for uid in lost:
-            del claims[uid]
-        restored_before = self._checkpoints.counts.restored
-        taken = await self._take_all(claims, replicas, saved)
-        if restored := self._checkpoints.counts.restored - restored_before:
-            logger.info("%d of %d experts go on from this node's checkpoints", restored, len(taken))
-        return taken
-
-    async def _take_all(
-        self,
-        claims: Mapping[UID, Announced],
-        replicas: Mapping[UID, tuple[Replica, ...]],
-        saved: Mapping[UID, int],
-    ) -> list[UID]:
-        """Serves the experts one by one. Building and fetching take long: meanwhile the claims must not expire."""
-        taken: list[UID] = []
-        failed: list[UID] = []
-        unreachable: set[PeerID] = set()
-        renewing = asyncio.create_task(self._keep_claimed(claims, taken, failed), name="keep claimed")
-        try:
-            for uid in claims:
-                hosted = Counter(expert.device for expert in self._runtime.experts.values())
-                device = roomiest(self._devices, hosted)
-                expert = await self._runtime.run(partial(Expert, uid, self._swarm.manifest, device))
-                if await self._restorer.restore(expert, replicas[uid], saved.get(uid), unreachable):
-                    self._runtime.add(expert)
-                    taken.append(uid)
-                else:
-                    failed.append(uid)
-        finally:
-            renewing.cancel()
-            await asyncio.gather(renewing, return_exceptions=True)
-        await self._withdraw(failed)
-        await self._announce(taken)
-        if failed:
-            logger.warning("could not take %d experts that others host: they did not give them", len(failed))
-        return taken
-
-    async def _keep_claimed(
-        self, claims: Mapping[UID, Announced], taken: list[UID], failed: list[UID]
-    ) -> None:
-        announced = 0
-        while True:
-            await asyncio.sleep(min(_RENEW_EVERY_S, self._settings.lifetime_s / 3))
-            waiting = [claim for uid, claim in claims.items() if uid not in taken and uid not in failed]
-            with contextlib.suppress(UnreachableError):  # the next time comes soon
-                await self._swarm.registry.announce(waiting, self._settings.lifetime_s)
-                await self._announce(taken[announced:])
-                announced = len(taken)
 
 
 def _room(settings: NodeSettings, manifest: Manifest, devices: Sequence[ComputeDevice]) -> int:

@@ -201,8 +201,8 @@ class Node:
         await self._round("manners", self._pauses.resume)
 
     async def _take_experts(self) -> None:
-        await self.hosting.take_first()
-        await self.hosting.announce()
+        await self.hosting.take_first()  # and announces them
+        await self.swarm.keep_manifest()
         await self._describe()
 
     async def _give_up_experts(self) -> None:

@@ -37,7 +37,7 @@ def test_of_three_replicas_one_goes_for_an_expert_with_a_single_one(
             await village.join(number, invite, experts=1, spare=1, replicas=2) for number in (1, 2)
         ]
         for node in nodes:
-            assert await node.hosting._claim([crowded], 9) == [crowded]
+            assert await node.hosting.taker.take([crowded], 9) == [crowded]
         assert (await serving(founder.swarm))[crowded] == 3
         leaver = next(node for node in nodes if node.swarm.host.peer_id == least_keen)
         for _ in range(3):

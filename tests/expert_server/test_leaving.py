@@ -148,7 +148,7 @@ def test_a_leaving_replica_is_called_no_more_and_still_counts_as_a_host(play: Pl
     async def scenario(village: Village) -> None:
         node = await village.found(experts=8, **LEAVES)
         observer = await village.observe(1, await node.swarm.invite())
-        node.hosting._leaving = True
+        node.hosting.taker.leave()
         node.runtime.refuse()
         await node.hosting.announce()
         view = await Directory(observer.registry, observer.manifest, refresh_every_s=60).refresh()

@@ -145,6 +145,15 @@ def test_two_joiners_at_once_never_host_the_same_expert(
     play(scenario)
 
 
+def test_a_founder_waits_for_no_claims_of_others(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        async with asyncio.timeout(20):
+            node = await village.found(experts=8, claim_wait_s=30)
+        assert await serving(node.swarm) == ONCE_EACH
+
+    play(scenario)
+
+
 def test_a_node_that_stops_politely_is_listed_no_more(play: Play) -> None:
     async def scenario(village: Village) -> None:
         first = await village.found(experts=4)

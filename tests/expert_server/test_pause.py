@@ -18,7 +18,7 @@ from hivemind.p2p import PeerID
 from village import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, make_identities, playing, serving
 
 from dht.registry import NodeInfo
-from dht.swarm import Swarm, found_swarm
+from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
 from expert_server.expert import BackwardPart, Expert
 from expert_server.node import Node
@@ -206,7 +206,9 @@ def test_outside_its_hours_a_node_starts_paused_and_its_owner_wins(play: Play) -
 
 def test_a_pause_breaks_off_the_taking_of_experts(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        swarm = await found_swarm(village.identities[0], MANIFEST, listen=LOCAL, port=0)
+        founder = await found_swarm(village.identities[0], MANIFEST, listen=LOCAL, port=0)
+        village.stack.push_async_callback(founder.stop)
+        swarm = await join_swarm(village.identities[1], await founder.invite(), listen=LOCAL)
         node = await village.start(swarm, {"experts": 4, "schedule": elsewhen(), "claim_wait_s": 30})
         resuming = asyncio.create_task(node.resume())
 
