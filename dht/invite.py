@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import base58
 from google.protobuf.message import DecodeError
@@ -15,6 +16,8 @@ _SCHEME = "talkoot1"
 """The 1 is the form of the invite; it changes when an old program could not read a new invite."""
 _MAX_CHARACTERS = 4096
 _MAX_ADDRESSES = 16
+_LONGEST_FILE = 8192
+"""Characters read from a file, of which the first word is the invite; `parse` says what is too long."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,26 @@ class Invite:
         )
         checked: bytes = base58.b58encode_check(message.SerializeToString())
         return _SCHEME + checked.decode()
+
+    @classmethod
+    def read(cls, given: str) -> "Invite":
+        """What somebody passed as invite: the line itself, or the file that holds it, as `@FILE` or its path.
+
+        Other users of the machine see what stands on a command line, but not what is in a file. Raises InviteError.
+        """
+        path = _file_of(given.strip())
+        if path is None:
+            return cls.parse(given)
+        try:
+            with path.open(encoding="utf-8") as file:
+                lines = file.read(_LONGEST_FILE).split()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InviteError(f"can't read the invite from {path}: {reason}") from error
+        try:
+            return cls.parse(lines[0] if lines else "")
+        except InviteError as error:
+            raise InviteError(f"in {path}: {error}") from error
 
     @classmethod
     def parse(cls, text: str) -> "Invite":
@@ -66,3 +89,20 @@ class Invite:
             raise InviteError("the invite names no valid swarm: ask for a new one")
         token = message.token.SerializeToString() if message.HasField("token") else b""
         return cls(SwarmKeys(message.name, author), addresses, token)
+
+
+def _file_of(given: str) -> Path | None:
+    if given.startswith(_SCHEME):
+        return None
+    path = _expanded(given.removeprefix("@"))
+    try:
+        return path if given.startswith("@") or "/" in given or path.is_file() else None
+    except (OSError, ValueError):  # nobody's file has such a name
+        return None
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # of a user who does not exist
+        return Path(path)

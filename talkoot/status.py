@@ -15,10 +15,10 @@ from dht.directory import View
 from dht.invite import Invite
 from dht.swarm import Stage, Swarm, join_swarm
 from dht.uid import UID
-from peer.errors import SettingsError, UnreachableError
+from peer.errors import UnreachableError
 from peer.identity import Identity
 from talkoot.console import Terminal, quiet_hivemind
-from talkoot.invite_text import invite_text
+from talkoot.joining import invite_of
 from talkoot.reading import Reading, SwarmReader
 from talkoot.signals import run_until_stopped
 
@@ -29,9 +29,7 @@ _LIST_EVERY_S = 20.0
 def run_status(terminal: Terminal, join: str | None, watch: bool = False) -> None:
     """Prints one reading of the swarm, with `watch` one after the other. Raises UserError when it can't be reached."""
     quiet_hivemind()
-    if join is None:
-        raise SettingsError("pass --join INVITE: the line that the founder's node printed")
-    invite = Invite.parse(invite_text(join))
+    invite = invite_of(join)
     with (
         tempfile.TemporaryDirectory(prefix="talkoot-status-") as folder,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,

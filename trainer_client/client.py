@@ -87,12 +87,13 @@ class SwarmClient:
     def join(cls, invite: str, *, wait_s: float = 60.0, **settings: Any) -> Self:
         """Joins and waits until an expert is live, at most `wait_s` seconds.
 
-        Settings are those of `talkoot train`, such as `router`, `top_k`, `grace_s`, and `state`: a folder that one
-        process at a time uses, by default `talkoot/trainer` where programs keep their state. Raises UserError.
+        `invite` is the line, or `@FILE` with the file that holds it. Settings are those of `talkoot train`,
+        such as `router`, `top_k`, `grace_s`, and `state`: a folder that one process at a time uses, by default
+        `talkoot/trainer` where programs keep their state. Raises UserError.
         """
         values = TrainerSettings.load(**settings)
         state = values.state or platformdirs.user_state_path("talkoot") / "trainer"
-        client = cls(Invite.parse(invite), values, state)
+        client = cls(Invite.read(invite), values, state)
         try:
             client.wait_for_experts(wait_s, lambda text: None, share=1 / client.manifest.experts_total)
         except BaseException:

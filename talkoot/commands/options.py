@@ -17,7 +17,10 @@ USER_ERROR_STATUS = 2
 _OWN = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 """An import among these that fails is a fault of ours."""
 
-Join = Annotated[str | None, typer.Option(metavar="INVITE", help="The invite of the swarm to join.")]
+Join = Annotated[
+    str | None,
+    typer.Option(metavar="INVITE", help="The invite of the swarm, or @FILE with the file that holds it."),
+]
 Config = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Settings as TOML; flags are stronger, then the environment."),

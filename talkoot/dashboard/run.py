@@ -15,7 +15,7 @@ import uvloop
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from dht.invite import Invite
-from peer.errors import PortError, SettingsError
+from peer.errors import PortError
 from peer.processes import StateFolder
 from talkoot.console import Terminal, quiet_hivemind
 from talkoot.dashboard.app import Streams, make_app
@@ -24,7 +24,7 @@ from talkoot.dashboard.keeper import Keeper
 from talkoot.dashboard.metrics import DashboardCollector, DashboardCounts
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watch import Watcher
-from talkoot.invite_text import invite_text
+from talkoot.joining import invite_of
 from talkoot.signals import Stopped, run_until_stopped
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,7 @@ def run_dashboard(
     quiet_hivemind()
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     settings = DashboardSettings.load(config, **flags)
-    if join is None:
-        raise SettingsError("pass --join INVITE: the line that the founder's node printed")
-    invite = Invite.parse(invite_text(join))
+    invite = invite_of(join)
     listener = listen(settings.host, settings.port)
     folder = StateFolder(settings.state or platformdirs.user_state_path("talkoot") / "dashboard")
     try:

@@ -31,7 +31,6 @@ from peer.multiaddresses import is_multiaddress, multiaddress
 from peer.processes import StateFolder
 from peer.settings import DENYLIST
 from talkoot.console import Terminal, log_file, quiet_hivemind
-from talkoot.invite_text import invite_text
 from talkoot.node.advice import invite_advice
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm
@@ -69,7 +68,7 @@ class Origin:
             builder_of(manifest.experts.kind)  # better known now than when the manifest is published
             return SwarmStarter(manifest, None, self.bootstrap)
         assert self.join is not None
-        invite = Invite.parse(invite_text(self.join))
+        invite = Invite.read(self.join)
         return SwarmStarter(None, replace(invite, bootstrap=(*invite.bootstrap, *self.bootstrap)), ())
 
 

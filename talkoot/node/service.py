@@ -147,11 +147,9 @@ def run_status(terminal: Terminal) -> bool:
 
 def make_service(options: Mapping[str, Any], join: str | None, state: Path | None) -> Service:
     """From options of `talkoot node` by their flags, True for a switch. Raises UserError when one can't be."""
-    from dht.invite import Invite
+    from talkoot.joining import invite_of
 
-    if join is None:
-        raise SettingsError("pass --join INVITE: the line that the founder's node printed")
-    invite = str(Invite.parse(join))
+    invite = str(invite_of(join))
     given: list[str] = []
     for flag, value in options.items():
         if flag in _BY_HAND:

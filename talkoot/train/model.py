@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dht.invite import Invite
-from peer.errors import CheckpointError, SettingsError
+from peer.errors import CheckpointError
 from talkoot.console import Terminal, quiet_hivemind
-from talkoot.invite_text import invite_text
+from talkoot.joining import invite_of
 from talkoot.signals import StopSignals
 from talkoot.train.run import once, trainer_state
 from trainer_client.checkpoints import load_checkpoint
@@ -64,9 +63,7 @@ def trained_model(
     """
     quiet_hivemind()
     settings = TrainerSettings.load(None, **flags)
-    if join is None:
-        raise SettingsError("pass --join INVITE: the line that the founder's node printed")
-    invite = Invite.parse(invite_text(join))
+    invite = invite_of(join)
     swarm_id = invite.keys.swarm_id
     path = checkpoint_folder(settings.checkpoint, trainer_state(settings), swarm_id, newest=True)
     checkpoint = load_checkpoint(path, swarm_id)

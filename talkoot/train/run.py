@@ -14,7 +14,6 @@ from dht.invite import Invite
 from dht.manifest import Manifest
 from peer.errors import SettingsError
 from talkoot.console import Terminal, quiet_hivemind, to_json, write_json
-from talkoot.invite_text import invite_text
 from talkoot.local import LocalSwarm
 from talkoot.signals import StopSignals
 from talkoot.train.display import progress_shown, summary_table
@@ -62,7 +61,7 @@ def run_train(
         write_json(json_file, "")
     if settings.plot is not None:
         check_plot(settings.plot)
-    where = Manifest.from_toml(local) if local is not None else Invite.parse(invite_text(join or ""))
+    where = Manifest.from_toml(local) if local is not None else Invite.read(join or "")
     with logs_written(settings.log, settings.tensorboard) as writers:
         values = _train(terminal, signals, where, settings, resume, writers)
     if json_file is not None:

@@ -157,3 +157,42 @@ def test_an_invite_without_the_authors_fingerprint_is_refused(author: bytes) -> 
 def test_the_right_message_passes() -> None:
     """Else the refusals above would say nothing."""
     assert Invite.parse(line_of(message_of())) == Invite(SwarmKeys("sauna-42", AUTHOR), (ADDRESS,))
+
+
+# Where it may stand
+
+
+def test_it_is_read_from_what_was_passed_or_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "talkoot-invite"
+    path.write_text(f"\n{LINE}\nfrom Aino, until June\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for passed in (
+        LINE,
+        f" {LINE}\n",
+        str(path),
+        f"@{path}",
+        "@~/talkoot-invite",
+        "@talkoot-invite",
+        "talkoot-invite",
+    ):
+        assert Invite.read(passed) == INVITE
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"talkoot1nonsense", b"x" * 10_000])
+def test_a_file_without_an_invite_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "invite"
+    if content is not None:
+        path.write_bytes(content)
+    for passed in (f"@{path}", str(path)):
+        with pytest.raises(InviteError, match=str(path)):
+            Invite.read(passed)
+
+
+@given(st.text(max_size=200))
+def test_whatever_is_passed_raises_only_invite_error(text: str) -> None:
+    for garbage in (text, "@" + text, text * 200):
+        with pytest.raises(InviteError):
+            Invite.read(garbage)

@@ -126,6 +126,20 @@ def test_truncated_invite_is_refused(founder: Founder, name: str) -> None:
     assert_one_clear_line(run_here(name, "--join", founder.invite[:-5]), "copy the whole line again")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["node"], ["train"], ["generate"], ["evaluate", __file__], ["status"], ["dashboard"], ["doctor"]),
+        ["service", "install"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_invite_is_looked_for_in_the_file_that_is_named(arguments: list[str]) -> None:
+    ended = run_here(*arguments, "--join", "@no-such-file")
+    assert_one_clear_line(ended, "can't read the invite from no-such-file: No such file or directory")
+    assert ended.stderr.rstrip().endswith("[T102]")
+
+
 def test_missing_invite_is_asked_for() -> None:
     assert_one_clear_line(run_here("train"), "--join")
 
