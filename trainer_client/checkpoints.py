@@ -5,6 +5,7 @@ A file is a safetensors file with a header and a checksum, as experts' are: `<fo
 
 import hashlib
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,10 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
             return _read(path, swarm_id)
         except StateError as error:
             raise CheckpointError(f"{path} is no whole checkpoint: {error}") from error
-    files = NumberedFiles(path, keep=1)
-    for number in files.numbers():
+    files, tried = NumberedFiles(path, keep=1), set[int]()
+    # looks each time anew: a trainer that goes on removes the older ones meanwhile
+    while untried := [number for number in files.numbers() if number not in tried]:
+        tried.add(number := untried[0])
         try:
             checkpoint = _read(files.path(number), swarm_id)
             if checkpoint.header.step != number:
@@ -126,7 +129,7 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
             logger.warning("passing over the checkpoint %s: %s", files.path(number), error)
         else:
             return checkpoint
-    if files.numbers():
+    if tried:
         raise CheckpointError(f"no checkpoint in {path} is whole: train a new one, without --resume")
     raise CheckpointError(f"no checkpoint in {path}: give the folder that `talkoot train` named")
 
@@ -154,7 +157,14 @@ def new_run_folder(runs: Path) -> Path:
 
 def newest_run_folder(runs: Path) -> Path:
     """The run that saved last. Raises CheckpointError when there is none."""
-    newest = max(runs.glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime, default=None)
+    newest = max(runs.glob("*/*.safetensors"), key=_written_at, default=None)
     if newest is None:
         raise CheckpointError(f"no checkpoint of this swarm in {runs}: pass --checkpoint DIR")
     return newest.parent
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # its trainer goes on, and has just removed it
+        return -math.inf

@@ -235,6 +235,14 @@ def test_state_folder_of_a_running_node_is_refused(machine: Machine, loop: LoopT
     assert not machine.unit_file.exists()
 
 
+def test_an_invite_is_read_from_its_file(machine: Machine, tmp_path: Path) -> None:
+    file = tmp_path / "invite.txt"
+    file.write_text(machine.invite + "\n")
+    assert make_service({}, f"@{file}", machine.state) == make_service({}, machine.invite, machine.state)
+    with pytest.raises(InviteError, match="can't read the invite"):
+        make_service({}, f"@{tmp_path / 'none'}", machine.state)
+
+
 def test_options_that_need_somebody_there_are_refused(machine: Machine) -> None:
     with pytest.raises(SettingsError, match="--new is not for a service"):
         machine.service(new=Path("swarm.toml"))

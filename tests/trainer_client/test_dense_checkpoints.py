@@ -20,6 +20,7 @@ from trainer_client.checkpoints import (
     Header,
     load_checkpoint,
     manifest_sha256,
+    newest_run_folder,
 )
 
 TENSORS = {"model.a": torch.arange(6.0).view(2, 3), "optimizer.a.step": torch.tensor(3.0)}
@@ -174,3 +175,34 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / ".4.safetensors.new").write_bytes(b"half")
     writer.open(resumes=True)
     assert os.listdir(tmp_path) == ["3.safetensors"]
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 10, keep=1)
+    read_bytes = Path.read_bytes
+
+    def written_meanwhile(path: Path) -> bytes:
+        if path.name == "10.safetensors":
+            write(tmp_path, 11, keep=1)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", written_meanwhile)
+    assert_is(load_checkpoint(tmp_path, SWARM), 11)
+
+
+def test_a_run_whose_checkpoint_is_removed_while_runs_are_compared_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in ("old", "new"):
+        write(tmp_path / run, 10)
+    stat = Path.stat
+
+    def removed_meanwhile(path: Path, **options: Any) -> Any:
+        if path == tmp_path / "new" / "10.safetensors":
+            raise FileNotFoundError(path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", removed_meanwhile)
+    assert newest_run_folder(tmp_path) == tmp_path / "old"
