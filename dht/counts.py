@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from peer.distribution import SECONDS, Distribution
 
+_HOPS = (0, 1, 2, 3, 4, 5, 6, 8, 12)
+
 
 @dataclass
 class DhtCounts:
@@ -13,4 +15,6 @@ class DhtCounts:
     records_stored: int = 0
     gets: Distribution = field(default_factory=lambda: Distribution(SECONDS))
     """Seconds that look-ups took."""
+    hops: Distribution = field(default_factory=lambda: Distribution(_HOPS))
+    """Of each key that was looked up: the longest chain of questions."""
     stores: Distribution = field(default_factory=lambda: Distribution(SECONDS))

@@ -403,6 +403,8 @@ class Registry:
         ids = {key: DHTID.generate(source=key) for key in keys}
         self.counts.keys_read += len(keys)
         found = await self._in_time(self.lookups.find(list(ids.values())), self.counts.gets)
+        for result in found.values():
+            self.counts.hops.note(result.search.rounds)
         if not all(result.someone_answered for result in found.values()):
             raise UnreachableError("no DHT peer answered")
         return {

@@ -8,6 +8,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dht.counts import DhtCounts
+from dht.metrics import dht_metrics
 from dht.participants import Reachability
 from expert_server.checkpoints import CheckpointCounts
 from expert_server.runtime import RuntimeStats
@@ -59,7 +60,7 @@ class NodeCollector(Collector):
         yield from _hosting(node)
         yield from _transfers(node.transfers)
         yield from _work(stats)
-        yield from _dht(node.dht)
+        yield from dht_metrics(node.dht)
         yield from _stored(node.stored)
         yield from _tunnels(node)
         yield from _sessions(node)
@@ -144,17 +145,6 @@ def _transfers(counts: TransferCounts) -> Iterator[Metric]:
     size.add_metric(["sent"], counts.bytes_sent)
     size.add_metric(["received"], counts.bytes_received)
     yield size
-
-
-def _dht(counts: DhtCounts) -> Iterator[Metric]:
-    yield CounterMetricFamily("talkoot_dht_keys_read", "Keys looked up in the DHT.", counts.keys_read)
-    yield CounterMetricFamily("talkoot_dht_records_stored", "Records written to it.", counts.records_stored)
-    took = HistogramMetricFamily(
-        "talkoot_dht_seconds", "Time of a DHT operation, which may be for many keys.", labels=["operation"]
-    )
-    for operation, seen in (("get", counts.gets), ("store", counts.stores)):
-        took.add_metric([operation], seen.buckets(), seen.total)
-    yield took
 
 
 def _stored(counts: StoreCounts) -> Iterator[Metric]:

@@ -19,6 +19,7 @@ from peer.loop import LoopThread
 from peer.metrics import MetricsServer
 from peer.wire import records_pb2
 from trainer_client.averaging import Averaging
+from trainer_client.chores import Chores
 from trainer_client.dispatch import Dispatcher
 from trainer_client.grpc_caller import GrpcCaller
 from trainer_client.latencies import Quantiles
@@ -43,6 +44,7 @@ class Presence:
         settings: TrainerSettings,
         dispatcher: Dispatcher,
         caller: GrpcCaller,
+        chores: Chores,
         loop: LoopThread,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -51,6 +53,7 @@ class Presence:
         self._settings = settings
         self._dispatcher = dispatcher
         self._caller = caller
+        self._chores = chores
         self._progress: Progress | None = None
         self._validated: Progress | None = None
         self._started_at = now()
@@ -110,10 +113,15 @@ class Presence:
             dispatcher.latencies,
             self._caller.bytes_sent,
             self._caller.bytes_received,
+            self._caller.fp32_bytes_sent,
+            self._caller.fp32_bytes_received,
             self._caller.repeated,
             dispatcher.live_experts(),
             dispatcher.open_breakers(),
+            dispatcher.banned(),
             len(asyncio.all_tasks()),
+            self._chores.failures,
+            self._registry.counts,
             None if self._averaging is None else self._averaging.counts,
         )
 

@@ -33,6 +33,7 @@ from trainer_client.announcing import Presence, reached_at
 from trainer_client.averaging import Averaging
 from trainer_client.breaker import CircuitBreakers
 from trainer_client.calls import ExpertCaller
+from trainer_client.chores import Chores
 from trainer_client.dense import DenseForm
 from trainer_client.dispatch import Dispatcher
 from trainer_client.grpc_caller import GrpcCaller
@@ -71,7 +72,7 @@ class SwarmClient:
         self._swarm: Swarm | None = None
         self._channels: ChannelPool | None = None
         self._sessions: OwnSessions | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._chores = Chores()
         self._presence: Presence | None = None
         self._averagings: list[Averaging] = []
         self._invite = invite
@@ -203,12 +204,12 @@ class SwarmClient:
             self._swarm.registry, self._swarm.manifest, refresh_every_s=settings.refresh_every_s
         )
         await self._directory.refresh()
-        self._tasks = [
-            asyncio.create_task(self._directory.keep_fresh()),
-            asyncio.create_task(self._swarm.membership.keep(_CHECK_EVERY_S)),
-            asyncio.create_task(self._swarm.keep_admission(_CHECK_EVERY_S, self._recheck)),
-        ]
-        manifest = self._swarm.manifest
+        swarm, manifest = self._swarm, self._swarm.manifest
+        self._chores.begin("keep the view of the swarm fresh", self._directory.keep_fresh)
+        self._chores.begin("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
+        self._chores.begin(
+            "know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, self._recheck)
+        )
         self._channels = ChannelPool(tunnels=self._swarm.host.tunnels)
         rights = RIGHTS[Role.READER if self._reads_only else Role.TRAINER]
         badge = self._swarm.registry.badge
@@ -236,12 +237,12 @@ class SwarmClient:
             seed=random.SystemRandom().getrandbits(32),
             is_silent=caller.is_silent,
         )
-        self._presence = Presence(self._swarm, invite, settings, self.dispatcher, caller, self._loop)
+        self._presence = Presence(
+            self._swarm, invite, settings, self.dispatcher, caller, self._chores, self._loop
+        )
         introductions = Introductions(self._sessions, self._channels, self._directory, time.monotonic)
-        self._tasks += [
-            asyncio.create_task(self._presence.run()),
-            asyncio.create_task(introductions.run()),
-        ]
+        self._chores.begin("announce this trainer", self._presence.run)
+        self._chores.begin("be introduced to nodes", introductions.run)
 
     async def _average(self, part: SharedPart, form: DenseForm) -> Averaging:
         assert self._swarm is not None
@@ -266,7 +267,7 @@ class SwarmClient:
         self._averagings.append(averaging)
         host = settings.average_host or reached_at(self._invite)
         await averaging.start(host, settings.average_port, self._loop.loop)
-        self._tasks.append(asyncio.create_task(averaging.run()))
+        self._chores.begin("average with other trainers", averaging.run)
         self._presence.averages(averaging)
         return averaging
 
@@ -280,14 +281,11 @@ class SwarmClient:
             await self._directory.refresh()
 
     async def _stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-            for averaging in self._averagings:
-                await averaging.close()
-            await self.dispatcher.close()
+        await self._chores.end()
+        for averaging in self._averagings:
+            await averaging.close()
         if self._presence is not None:
+            await self.dispatcher.close()
             await self._presence.close()
         if self._sessions is not None:
             await self._sessions.close()

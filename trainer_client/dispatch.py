@@ -71,6 +71,10 @@ class Dispatcher:
         """Peers that are left alone now."""
         return len(self._outgoing.avoided())
 
+    def banned(self) -> int:
+        """Peers that are left alone now for wrong answers."""
+        return self._outgoing.breakers.banned(self._outgoing.now())
+
     def live_experts(self) -> int:
         """Experts that can be called now."""
         return self._reach.directory.view.live_experts(self._outgoing.avoided())

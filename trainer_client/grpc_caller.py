@@ -51,6 +51,9 @@ class GrpcCaller:
         self._sessions = sessions
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.fp32_bytes_sent = 0
+        self.fp32_bytes_received = 0
+        """What the same rows would take as fp32."""
         self.repeated = 0
         """Backward calls that were made once more, since they broke off."""
 
@@ -207,6 +210,7 @@ class GrpcCaller:
         for chunk in payload:
             await stream.write(expert_pb2.CallRequest(chunk=chunk))
             self.bytes_sent += len(chunk)
+        self.fp32_bytes_sent += sum(tensor.nbytes for tensor in _tensors(requests))
         await stream.done_writing()
 
     async def _answers(
@@ -223,6 +227,8 @@ class GrpcCaller:
                 raise WireError("the stream ended before all experts had answered")
             self.bytes_received += len(reply.chunk)
             for answer in replies.take(reply):
+                if answer.tensor is not None:
+                    self.fp32_bytes_received += answer.tensor.nbytes
                 yield answer
         if await stream.read() is not grpc.aio.EOF:
             raise WireError("more than all experts' answers")

@@ -7,6 +7,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from dht.counts import DhtCounts
+from dht.metrics import dht_metrics
 from trainer_client.latencies import Latencies
 from trainer_client.meeting import AveragingCounts
 from trainer_client.outgoing import DispatchStats
@@ -25,12 +27,19 @@ class TrainerCounts:
     latencies: Latencies
     bytes_sent: int
     bytes_received: int
+    fp32_bytes_sent: int
+    fp32_bytes_received: int
+    """What the same rows would take as fp32."""
     repeated: int
     """Backward calls made once more."""
     experts_live: int
     open_breakers: int
+    banned: int
     tasks: int
     """Of the event loop."""
+    chore_failures: int
+    """Times that something beside training failed, and began again."""
+    dht: DhtCounts
     averaging: AveragingCounts | None = None
     """None: it averages with nobody."""
 
@@ -53,7 +62,16 @@ class TrainerCollector(Collector):
             "Nodes that are left alone for a while, as they failed or were busy.",
             counts.open_breakers,
         )
+        yield GaugeMetricFamily(
+            "talkoot_trainer_banned", "Nodes that are left alone for wrong answers.", counts.banned
+        )
         yield GaugeMetricFamily("talkoot_trainer_tasks", "Tasks on the event loop.", counts.tasks)
+        yield CounterMetricFamily(
+            "talkoot_trainer_chore_failures",
+            "Times that something beside training failed, such as announcing, and began again.",
+            counts.chore_failures,
+        )
+        yield from dht_metrics(counts.dht)
         if counts.averaging is not None:
             yield from _averaging(counts.averaging)
 
@@ -104,6 +122,12 @@ def _calls(counts: TrainerCounts) -> Iterator[Metric]:
     moved.add_metric(["sent"], counts.bytes_sent)
     moved.add_metric(["received"], counts.bytes_received)
     yield moved
+    plain = CounterMetricFamily(
+        "talkoot_trainer_fp32_bytes", "What that payload would take as fp32, in bytes.", labels=["direction"]
+    )
+    plain.add_metric(["sent"], counts.fp32_bytes_sent)
+    plain.add_metric(["received"], counts.fp32_bytes_received)
+    yield plain
     for name, words, value in (
         (
             "reselected_rows",
@@ -116,6 +140,11 @@ def _calls(counts: TrainerCounts) -> Iterator[Metric]:
             "Calls made once more, since the first was lost.",
             counts.repeated + stats.repeated_forward,
         ),
+        ("hedged_calls", "Forward calls sent to a second replica too.", stats.hedged_calls),
+        ("hedges_won", "Parts of them that the second answered first.", stats.hedges_won),
+        ("spot_checks", "Answers compared with another replica's.", stats.spot_checks),
+        ("differing_answers", "Those of them that differed grossly.", stats.differing_answers),
+        ("odd_answers", "Those of which a third replica told which was wrong.", stats.odd_answers),
         ("late_backward", "Gradients that did not come in time.", stats.late_backward),
         ("wrong_answers", "Answers that no honest node gives.", stats.wrong_answers),
         ("skipped_updates", "Optimizer steps that experts refused.", stats.skipped_updates),

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from test_latencies import peer
 
+from dht.counts import DhtCounts
 from dht.participants import FAILURE_CAUSES, Latency, TrainerInfo, read_trainer
 from peer.wire import records_pb2
 from trainer_client.announcing import trainer_record
@@ -30,6 +31,7 @@ def counts(**changes: Any) -> TrainerCounts:
     values: dict[str, Any] = {
         "progress": None, "validated": None, "dispatch": DispatchStats(), "latencies": Latencies(),
         "bytes_sent": 0, "bytes_received": 0, "repeated": 0, "experts_live": 0, "open_breakers": 0, "tasks": 1,
+        "chore_failures": 0, "fp32_bytes_sent": 0, "fp32_bytes_received": 0, "banned": 0, "dht": DhtCounts(),
     }  # fmt: skip
     return TrainerCounts(**values | changes)
 
@@ -85,3 +87,30 @@ def test_metrics_name_no_peer_and_no_unknown_cause() -> None:
     assert "talkoot_trainer_steps_total 5.0" in text
     assert peer(2).to_base58() not in text
     assert "unavailable" in FAILURE_CAUSES
+
+
+def test_metrics_tell_of_hedges_checks_bans_and_what_the_codec_saved() -> None:
+    stats = DispatchStats(hedged_calls=3, hedges_won=2, spot_checks=5, differing_answers=1, odd_answers=1)
+    dht = DhtCounts()
+    for rounds in (0, 2, 9):
+        dht.hops.note(rounds)
+    seen = counts(
+        dispatch=stats,
+        banned=4,
+        chore_failures=6,
+        bytes_sent=25,
+        fp32_bytes_sent=100,
+        fp32_bytes_received=8,
+        dht=dht,
+    )
+    collected = CollectorRegistry()
+    collected.register(TrainerCollector(lambda: seen))
+    for name, labels, value in (
+        ("hedged_calls_total", {}, 3), ("hedges_won_total", {}, 2), ("spot_checks_total", {}, 5),
+        ("differing_answers_total", {}, 1), ("odd_answers_total", {}, 1), ("banned", {}, 4),
+        ("chore_failures_total", {}, 6), ("bytes_total", {"direction": "sent"}, 25),
+        ("fp32_bytes_total", {"direction": "sent"}, 100), ("fp32_bytes_total", {"direction": "received"}, 8),
+    ):  # fmt: skip
+        assert collected.get_sample_value(f"talkoot_trainer_{name}", labels) == value, name
+    assert collected.get_sample_value("talkoot_dht_hops_bucket", {"le": "2"}) == 2
+    assert collected.get_sample_value("talkoot_dht_hops_sum") == 11

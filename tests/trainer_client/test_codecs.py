@@ -32,6 +32,8 @@ async def out_and_back(path: Path, codec: CodecName) -> tuple[list[Floats], int]
         assert runtime.stats.updates == 2
     tensors = [answers[i].tensor for answers in (forward, backward) for i in range(2)]
     assert caller.bytes_sent == caller.bytes_received
+    exact = 4 * encoded_bytes(ROWS, HIDDEN, codec_of("fp32"))
+    assert (caller.fp32_bytes_sent, caller.fp32_bytes_received) == (exact, exact)
     return [tensor for tensor in tensors if tensor is not None], caller.bytes_sent
 
 
