@@ -6,7 +6,7 @@ vacant ones, and some of the others.
 """
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from itertools import islice
 
 import numpy as np
@@ -58,7 +58,7 @@ class Survey:
 
     def _noted(self, replicas: dict[UID, tuple[Replica, ...]]) -> dict[UID, tuple[Replica, ...]]:
         for uid, hosts in replicas.items():
-            if hosts:
+            if hosts and self._manifest.holds(uid):
                 self._had_host[uid.layer, *uid.coordinate] = True
         return replicas
 
@@ -66,25 +66,30 @@ class Survey:
         """All prefixes that lack the last coordinate, or as many of them as are read now."""
         shape = (self._manifest.model.layers, *self._manifest.experts.grid[:-1])
         count = int(np.prod(shape))
-        numbers: Sequence[int] = range(count)
+        numbers = np.arange(count)
         if count > MOST_PREFIXES:
             # the same for some looks, and other nodes look at others
             turn = random.Random(f"{self._peer_id} {self._looks // _ROWS_FOR}")  # noqa: S311  # no secret
-            numbers = turn.sample(numbers, MOST_PREFIXES)
+            numbers = np.random.default_rng(turn.getrandbits(64)).permutation(count)
+            # first rows where somebody was: who died there may have left no prefix
+            was_used = self._had_host.any(axis=-1).ravel()[numbers]
+            used = numbers[was_used][: MOST_PREFIXES // 2]
+            numbers = np.concatenate([used, np.setdiff1d(numbers, used, assume_unique=True)])[:MOST_PREFIXES]
         self._looks += 1
         return [
             (int(layer), tuple(map(int, row)))
-            for layer, *row in zip(*np.unravel_index(np.array(numbers), shape), strict=True)
+            for layer, *row in zip(*np.unravel_index(numbers, shape), strict=True)
         ]
 
     def _vacant(self, rows: Collection[Prefix], active: dict[Prefix, frozenset[int]]) -> Iterator[UID]:
+        """Those that had a host first."""
         for layer, row in rows:
-            found = active[layer, row]
-            for last in range(self._manifest.experts.grid[-1]):
-                if last in found:
-                    self._had_host[layer, *row, last] = True
-                else:
-                    yield UID(layer, (*row, last))
+            self._had_host[layer][row][list(active[layer, row])] = True
+        for had_host in (True, False):
+            for layer, row in rows:
+                for last in np.flatnonzero(self._had_host[layer, *row] == had_host).tolist():
+                    if last not in active[layer, row]:
+                        yield UID(layer, (*row, last))
 
     def _preferred(self, vacant: Iterator[UID]) -> list[UID]:
         """Those that had a host first, then by this peer's preference, which is the same in each look."""

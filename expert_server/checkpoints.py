@@ -32,12 +32,21 @@ class CheckpointStore:
     the folder; within it, any thread.
     """
 
-    def __init__(self, folder: Path, swarm_id: str, keep: int, now: Callable[[], float] = time.time) -> None:
-        """`keep`: how many checkpoints of each expert stay."""
+    def __init__(
+        self,
+        folder: Path,
+        swarm_id: str,
+        keep: int,
+        now: Callable[[], float] = time.time,
+        holds: Callable[[UID], bool] = lambda uid: True,
+    ) -> None:
+        """`keep`: how many checkpoints of each expert stay. `holds`: whether an expert lies on the swarm's grid."""
         self._folder = folder / swarm_id
         self._swarm_id = swarm_id
         self._keep = keep
         self._now = now
+        self._holds = holds
+        self._strays: set[UID] = set()
         self._writing = threading.Lock()
 
     def sweep(self) -> None:
@@ -55,9 +64,20 @@ class CheckpointStore:
         for name in names:
             with suppress(WireError):  # not a folder of ours
                 uid = UID.parse(name)
-                if counts := self.update_counts(uid):
+                if not self._holds(uid):
+                    self._pass_over_stray(uid)
+                elif counts := self.update_counts(uid):
                     found[uid] = counts[0]
         return found
+
+    def _pass_over_stray(self, uid: UID) -> None:
+        """Says so once. The swarm was founded anew with another grid, or the folder is another swarm's."""
+        if uid not in self._strays:
+            self._strays.add(uid)
+            logger.warning(
+                "passing over the checkpoints in %s: the swarm's grid has no such expert",
+                self._folder / str(uid),
+            )
 
     def update_counts(self, uid: UID) -> list[int]:
         """Of an expert's checkpoints, newest first, by the file names alone."""

@@ -78,7 +78,9 @@ class Node:
         self.metrics_address = ""
         self._settings = settings
         self._now = now
-        store = CheckpointStore(state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept)
+        store = CheckpointStore(
+            state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept, holds=swarm.manifest.holds
+        )
         self.checkpoints = Checkpoints(store, runtime)
         meetings: Meetings[UID] = Meetings()
         swarm_id = swarm.keys.swarm_id

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Collection
 
+import pytest
 from hivemind.p2p import PeerID
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,3 +102,33 @@ def test_a_huge_grid_costs_no_more_and_what_is_vacant_is_seen_twice() -> None:
         assert later.keys() != first.keys(), "after a while it looks elsewhere"
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("grid", [(500, 1000), (1000, 1000)], ids=["all-rows", "some-rows"])
+def test_an_expert_that_died_alone_in_its_row_is_seen_however_large_the_grid(
+    grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dht.survey.MOST_VACANT", 16)
+    lonely = UID(1, (grid[0] - 1, 999))
+    registry = FakeRegistry([lonely])
+    survey = make_survey(grid, registry)
+
+    async def scenario() -> None:
+        for _ in range(100):
+            await survey.read([])
+            if survey.had_host(lonely):
+                break
+        assert survey.had_host(lonely)
+        registry.hosted.clear()
+        for _ in range(20):
+            found = await survey.read([])
+            assert found[lonely] == ()
+            assert len(found) <= 16
+
+    asyncio.run(scenario())
+
+
+def test_an_expert_off_the_grid_that_somebody_hosts_does_no_harm() -> None:
+    stray = UID(7, (9, 9, 9))
+    found = asyncio.run(make_survey((4, 4), FakeRegistry([stray])).read([stray]))
+    assert set(found) == set(all_uids((4, 4)))

@@ -75,6 +75,19 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert store.newest() == {AN_UID: 12, OTHER_UID: 1}
 
 
+def test_checkpoints_off_the_grid_are_passed_over_and_said_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, SWARM, 2, holds=lambda uid: uid == AN_UID)
+    save(store, make_expert())
+    save(store, make_expert(1, OTHER_UID))
+    for _ in range(2):
+        assert store.newest() == {AN_UID: 0}
+    (warning,) = warnings_in(caplog)
+    assert f"{tmp_path / SWARM / str(OTHER_UID)}: the swarm's grid has no such expert" in warning
+    assert store.update_counts(OTHER_UID) == [1], "it is left where it is"
+
+
 def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     store, expert = make_store(tmp_path, keep=1), make_expert()
     path = save(store, step(expert))
