@@ -22,15 +22,20 @@ from dht.uid import UID
 from expert_server.batching import Direction
 from expert_server.budgets import BudgetLimits
 from expert_server.expert import BackwardPart, Expert
+from expert_server.probe import ProbeServicer
 from expert_server.runtime import Runtime
 from expert_server.servicer import EdgeLimits, ExpertServicer
+from expert_server.state_servicer import StateServicer
+from expert_server.transfer import SnapshotTaker, TransferCounts
 from peer import PROTOCOL_VERSION
 from peer.channels import CLIENT_OPTIONS, SERVER_OPTIONS, server_credentials
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
+from peer.rates import Rate, Traffic
 from peer.sessions import Metadata, Sessions, SessionServicer
-from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2_grpc
+from peer.snapshots import Snapshots
+from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
 
 HIDDEN, CONTEXT = 16, 16
 SWARM = "sauna-abcdefghijkl"
@@ -106,6 +111,12 @@ async def serving(
     servicer = ExpertServicer(runtime, MANIFEST, SWARM, limits, sessions)
     session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
+    states = StateServicer(
+        SnapshotTaker(runtime, Snapshots(4, 60), SWARM, lambda uid: {}), MANIFEST, SWARM, TransferCounts(),
+        lambda hint: len(hint.uids), Rate(None), sessions, max_transfers=4, max_transfer_s=max_call_s,
+    )  # fmt: skip
+    state_pb2_grpc.add_StateServiceServicer_to_server(states, server)
+    probe_pb2_grpc.add_ProbeServiceServicer_to_server(ProbeServicer(SWARM, Traffic()), server)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
     await server.start()
     address, pem = f"127.0.0.1:{port}", certificate_pem(certificate, identity.peer_id)

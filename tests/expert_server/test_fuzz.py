@@ -32,7 +32,7 @@ from grpc import StatusCode
 from peer import PROTOCOL_VERSION
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.wire import admission_pb2, expert_pb2, session_pb2, state_pb2
+from peer.wire import admission_pb2, expert_pb2, probe_pb2, session_pb2, state_pb2
 
 Frames = list[bytes]
 GROWTH_BYTES = 48 * 2**20
@@ -74,7 +74,21 @@ def right_calls(edge: Edge, seed: int) -> list[Kind]:
     opening = ANYBODY.statement(edge.identity.peer_id)
     fetch = state_pb2.FetchRequest(protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, uid=str(FIRST))
     info = expert_pb2.InfoRequest(protocol_version=PROTOCOL_VERSION, swarm_id=SWARM)
+    ask = state_pb2.AskRequest(
+        protocol_version=PROTOCOL_VERSION,
+        swarm_id=SWARM,
+        reason=state_pb2.ASK_REASON_ADOPT,
+        uids=[str(FIRST)],
+    )
+    probe = probe_pb2.ProbeRequest(
+        protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, payload=b"123", reply_bytes=9
+    )
+    dial = probe_pb2.DialBackRequest(protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, port=1)
     kinds += [
+        Kind("/talkoot.v1.StateService/Fetch", [fetch.SerializeToString()]),
+        Kind("/talkoot.v1.StateService/Ask", [ask.SerializeToString()], False),
+        Kind("/talkoot.v1.ProbeService/Probe", [probe.SerializeToString()] * 3),
+        Kind("/talkoot.v1.ProbeService/DialBack", [dial.SerializeToString()], False),
         Kind("/talkoot.v1.SessionService/Open", [opening.SerializeToString()], False),
         Kind("/talkoot.v1.SessionService/Open", [with_badge(opening, seed)], False),
         Kind("/talkoot.v1.ExpertService/Info", [info.SerializeToString()], False),
@@ -129,7 +143,7 @@ def send(channel: grpc.Channel, edge: Edge, kind: Kind, frames: Frames) -> Statu
             list(stream)
     else:
         method = channel.unary_unary(kind.path)
-        stream = method.future(frames[0], timeout=20)
+        stream = method.future(frames[0], timeout=20, metadata=edge.session)
         stream.exception()  # waits
     code: StatusCode = stream.code()
     return code
