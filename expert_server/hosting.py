@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from hivemind.p2p import PeerID
@@ -35,6 +36,10 @@ _WITHDRAW_S = 2.0
 """Longest that a node which gives its experts up tries to withdraw its announcements."""
 _QUEUE_S = 2.0
 """Longest that it lets work that waits be computed."""
+_LOOKS = 2
+"""In a row that must find an expert vacant before it is adopted."""
+_LOOKS_WITHOUT = 3
+"""As many by a node that would have to begin it anew, though it was hosted."""
 _FIRM_LOOKS = 4
 """Looks in a row that must find the same replica to spare. Announcements live three periods."""
 _SAVE_S = 10.0
@@ -76,7 +81,8 @@ class Hosting:
         self._now = now
         self._room = _room(settings, swarm.manifest, devices)
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
-        self._was_vacant: set[UID] = set()
+        self._vacant_looks: Counter[UID] = Counter()
+        """In how many looks in a row nobody hosted it."""
         self._resolve = Resolve(_FIRM_LOOKS, settings.exchange_every_s)
         swarm.registry.claims.longest_s = settings.max_claim_s
         self._survey = Survey(swarm.registry, swarm.manifest, swarm.host.peer_id)
@@ -202,7 +208,7 @@ class Hosting:
             self._runtime.remove(expert.uid)
             self._meetings.forget(expert.uid)
         self.taker.forget()
-        self._was_vacant.clear()
+        self._vacant_looks.clear()
         self.replicated = 0
 
     async def _read(self) -> Mapping[UID, tuple[Replica, ...]]:
@@ -213,13 +219,18 @@ class Hosting:
     async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         """Takes experts that had no host at the last look either; before that they may be just changing hands.
 
+        Who has no checkpoint of one that was hosted lets those who have come first, for another look.
         The spare room is for those that had a host once: a founder alone leaves the others to those who join.
         """
-        now_vacant = set(self._vacant(replicas))
-        lasting = now_vacant & self._was_vacant
-        self._was_vacant = now_vacant
+        self._vacant_looks = Counter({uid: self._vacant_looks[uid] + 1 for uid in self._vacant(replicas)})
         me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
-        orphans = {uid for uid in lasting if uid in saved or self._survey.had_host(uid)}
+        had_host = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
+        lasting = {
+            uid
+            for uid, looks in self._vacant_looks.items()
+            if looks >= (_LOOKS_WITHOUT if uid in had_host and uid not in saved else _LOOKS)
+        }
+        orphans = lasting & (had_host | saved.keys())
         room = self._room - len(self._runtime.experts)
         kept = self._kept_here_alone(replicas, saved)
         lacking = len(orphans | kept.keys()) - room - self._spare

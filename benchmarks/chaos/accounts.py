@@ -40,7 +40,9 @@ class Loss:
     before: int
     """Updates that the freshest replica had."""
     kept: int
-    """Updates that the freshest surviving replica had; without one, the freshest checkpoint."""
+    """Updates that the freshest surviving replica had; without one, the freshest checkpoint on any disk, the victim's
+    included, which may never come back.
+    """
     after: int | None
     """Updates when it was served next; None: it never was."""
     interval: int
@@ -53,8 +55,8 @@ class Loss:
 
     @property
     def is_lost(self) -> bool:
-        """Whether a state that was there was not used."""
-        return self.after is None or self.after < self.kept
+        """Whether it was never served again, or a replica that lived was not used."""
+        return self.after is None or (self.had_survivor and self.after < self.kept)
 
     @property
     def is_beyond_interval(self) -> bool:
@@ -82,6 +84,8 @@ def losses(
             survivors = [count for node, count in replicas.items() if node != death.node]
             before = max(replicas.values())
             kept = max(survivors) if survivors else death.saved.get(expert, 0)
+            interval = before - _count_at(expert, death.at_s - checkpoint_every_s, observations)
+            wanted = kept if survivors else before - interval
             found.append(
                 Loss(
                     death.at_s,
@@ -91,24 +95,24 @@ def losses(
                     bool(survivors),
                     before,
                     kept,
-                    _after(death, expert, kept, observations, rescue_s),
-                    before - _count_at(expert, death.at_s - checkpoint_every_s, observations),
+                    _after(death, expert, wanted, observations, rescue_s),
+                    interval,
                 )
             )
     return found
 
 
 def _after(
-    death: Death, expert: str, kept: int, observations: Sequence[Observation], rescue_s: float
+    death: Death, expert: str, wanted: int, observations: Sequence[Observation], rescue_s: float
 ) -> int | None:
-    """Its freshest replica when it is served next; or soon after, when what was kept was not used at once."""
+    """Its freshest replica when it is served next; or soon after, when it had less than `wanted` at first."""
     first: tuple[float, int] | None = None
     for seen in observations:
         if seen.at_s <= death.at_s or not seen.counts.get(expert):
             continue
         count = max(seen.counts[expert].values())
         first = first or (seen.at_s, count)
-        if count >= kept:
+        if count >= wanted:
             return count
         if seen.at_s > first[0] + rescue_s:
             break

@@ -264,6 +264,7 @@ class ChaosSwarm:
         """Ends all of them. Stopping twice is harmless."""
         for task in list(self._restarting):
             task.cancel()
+        await asyncio.gather(*(trainer.stop() for trainer in self._trainers))
         for node in self.nodes:
             self._end(node, politely=True)
         await until(lambda: not any(self._processes()), _LEAVE_LIMIT_S)

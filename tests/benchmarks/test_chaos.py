@@ -76,13 +76,20 @@ def test_without_one_a_checkpoint_interval_may_be_lost_and_no_more() -> None:
     assert (stale.updates, stale.is_lost, stale.is_beyond_interval) == (40, False, True)
 
 
+def test_what_the_victims_disk_alone_had_may_be_lost() -> None:
+    copied = loss_of(death(survivor=None, saved=100), (60.0, 91))
+    assert (copied.updates, copied.is_lost, copied.is_beyond_interval) == (9, False, False)
+
+
 def test_a_state_that_is_not_used_is_lost_unless_it_comes_back_soon() -> None:
     begun_anew = loss_of(death(survivor=None, saved=92), (60.0, 0), (62.0, 3))
-    assert (begun_anew.after, begun_anew.is_lost) == (0, True)
+    assert (begun_anew.after, begun_anew.is_beyond_interval) == (0, True)
     brought_back = loss_of(death(survivor=None, saved=92), (60.0, 0), (70.0, 95))
-    assert (brought_back.after, brought_back.is_lost) == (95, False)
+    assert (brought_back.after, brought_back.is_beyond_interval) == (95, False)
     too_late = loss_of(death(survivor=None, saved=92), (60.0, 0), (82.0, 5), (84.0, 95))
-    assert too_late.is_lost
+    assert too_late.is_beyond_interval
+    ignored = loss_of(death(survivor=93), (60.0, 80), (62.0, 82))
+    assert ignored.is_lost, "a replica lived"
     never = loss_of(death(survivor=93))
     assert (never.after, never.is_lost, never.updates) == (None, True, 100)
 

@@ -58,6 +58,29 @@ def test_an_orphan_goes_on_from_the_copy_on_another_nodes_disk(play: Play) -> No
     play(scenario)
 
 
+def test_who_has_a_copy_is_let_go_first(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8)
+        invite = await keeper.swarm.invite()
+        other = await village.join(1, invite, experts=0, spare=8)
+        host = await village.join(2, invite, experts=8)
+        await train(host, dict.fromkeys(UIDS, 3))
+        await host.hosting.announce()
+        await copied(keeper)
+        await other.hosting.look()  # it has seen them hosted
+        await host.swarm.registry.withdraw(UIDS, 60)
+        for _ in range(2):
+            await other.hosting.look()
+        assert not other.runtime.experts
+        for _ in range(2):
+            await keeper.hosting.look()
+        assert [expert.update_count for expert in keeper.runtime.experts.values()] == [3] * len(UIDS)
+        await other.hosting.look()
+        assert not other.runtime.experts
+
+    play(scenario)
+
+
 def test_no_more_than_told_are_copied_at_once_the_stalest_first(play: Play) -> None:
     async def scenario(village: Village) -> None:
         keeper = await village.found(experts=0, spare=0, max_standbys=2)

@@ -14,6 +14,7 @@ LIFETIME_S = 3 * PLAN.announce_every_s
 FINDS_WITHIN_S = 2 * PLAN.announce_every_s
 
 
+@pytest.mark.timeout(300)  # four processes start and end, on a machine that may be busy
 @pytest.mark.parametrize("cut_s", [0.0, pytest.param(90.0, marks=pytest.mark.slow)])
 def test_two_halves_train_on_and_find_each_other_again_within_two_announcements(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_s: float
@@ -31,19 +32,19 @@ def test_two_halves_train_on_and_find_each_other_again_within_two_announcements(
             def seen() -> set[int]:
                 return {one.experts_live, other.experts_live}
 
-            assert await until(lambda: seen() == {PLAN.experts}, 30), seen()
+            assert await until(lambda: seen() == {PLAN.experts}, 60), seen()
             swarm.links.cut(["node-1", "trainer-1"])
-            assert await until(lambda: seen() == {HALF}, LIFETIME_S + 20), seen()
+            assert await until(lambda: seen() == {HALF}, LIFETIME_S + 40), seen()
             before, began = [len(t.ended_at) for t in (one, other)], time.monotonic()
 
             def train_on() -> bool:
                 done = min(len(t.ended_at) - n for t, n in zip((one, other), before, strict=True))
                 return done > 3 and time.monotonic() > began + cut_s
 
-            assert await until(train_on, cut_s + 30)
+            assert await until(train_on, cut_s + 60)
             swarm.links.mend(["node-1", "trainer-1"])
             assert await until(lambda: seen() == {PLAN.experts}, FINDS_WITHIN_S), seen()
         finally:
             await swarm.stop()
 
-    loop.run(scenario(), 300)
+    loop.run(scenario(), 290)
