@@ -135,14 +135,14 @@ class TrainerInfo:
     failures: Mapping[str, int] = field(default_factory=dict)
     node_latency_s: Mapping[PeerID, float] = field(default_factory=dict)
     addresses: tuple[str, ...] = ()
-    """Where others reach it to average dense parts; none: only it can call others."""
+    """Where others reach it to average dense parts; none of them and no tunnel: only it can call others."""
     certificate_pem: bytes = b""
     dense_fingerprint: bytes = b""
     """Of the form of its dense part; empty: it averages with nobody."""
     dense_age: int = 0
     """Steps that its dense part has behind it."""
     tunnel_addresses: tuple[str, ...] = ()
-    """A trainer has no tunnel: it calls others."""
+    """By which it is reached when its router lets nobody in."""
 
 
 def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo | None:
@@ -208,6 +208,7 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
         certificate_pem(trainer.certificate, peer_id) if serves else b"",
         trainer.dense_fingerprint if len(trainer.dense_fingerprint) == 32 else b"",
         count(trainer.dense_age),
+        tunnel_addresses_of(peer_id, trainer.tunnel_addresses) if serves else (),
     )
 
 

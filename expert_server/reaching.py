@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from dht.participants import NodeInfo, Reachability
+from dht.relays import find_relays, some_nodes
 from dht.swarm import Stage, Swarm
 from expert_server.probing import call_dial_back
 from expert_server.reachability import DialledPorts, Judgement, Reach, advice, judge
@@ -19,8 +20,6 @@ from peer.multiaddresses import is_public, is_relayed, multiaddress
 logger = logging.getLogger(__name__)
 
 _ASKED = 3
-_SAMPLED = 24
-"""DHT peers of which it is looked whether they are nodes that could be asked, or relays."""
 _RELAYS = 4
 _RELAY_S = 15.0
 """How long a relay is waited for before the node goes on, and looks again at its next announcement."""
@@ -153,25 +152,18 @@ class Reaching:
     async def _find_relays(self, stage: Stage) -> None:
         """Takes other peers as relays, and waits a while for the first that lets itself be used."""
         stage("looking for a relay")
-        relays = await self._relays()
-        if relays or self._swarm.host.position.serves_dht:
+        host, registry = self._swarm.host, self._swarm.registry
+        relays = await find_relays(host, registry, self._rng, _RELAYS)
+        if relays or host.position.serves_dht:
             await self._move(False, relays)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RELAY_S if relays else 0):
-                while not await self._swarm.host.tunnel_addresses():  # noqa: ASYNC110  # p2pd tells of no change
+                while not await host.tunnel_addresses():  # noqa: ASYNC110  # p2pd tells of no change
                     await asyncio.sleep(_LOOK_S)
 
-    async def _relays(self) -> list[str]:
-        """Addresses of some peers that others reach, one of each. libp2p relays over public addresses only."""
-        host = self._swarm.host
-        listed = [address for node in await self._nodes() for address in node.bootstrap_addresses]
-        usable = [a for a in (*listed, *host.joined_by, *host.known) if is_public(a) and not is_relayed(a)]
-        by_peer = {address.rpartition("/p2p/")[2]: address for address in usable}
-        by_peer.pop(host.peer_id.to_base58(), None)
-        return self._rng.sample(list(by_peer.values()), min(_RELAYS, len(by_peer)))
-
     async def _dials(self) -> Sequence[DialledPorts]:
-        nodes = [node for node in await self._nodes() if node.addresses]
+        some = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)
+        nodes = [node for node in some if node.addresses]
         nodes.sort(key=lambda node: not is_public(_multiaddress_of(node)))  # those of the internet first
         pool = ChannelPool()
         try:
@@ -195,17 +187,6 @@ class Reaching:
         except UnreachableError as error:
             logger.debug("%s did not dial back: %s", node.peer_id, error)
             return None
-
-    async def _nodes(self) -> list[NodeInfo]:
-        """Some other nodes, in random order."""
-        host = self._swarm.host
-        peers = sorted(host.peers(), key=lambda peer: peer.to_bytes())
-        sample = self._rng.sample(peers, min(_SAMPLED, len(peers)))
-        try:
-            found = await self._swarm.registry.nodes(sample)
-        except UnreachableError:
-            return []
-        return list(found.values())
 
     @property
     def _announced_port(self) -> int:

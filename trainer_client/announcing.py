@@ -50,6 +50,7 @@ class Presence:
     ) -> None:
         """Raises StartError when the port of the metrics is taken."""
         self._registry = swarm.registry
+        self._tunnels = swarm.host.tunnels.counts
         self._settings = settings
         self._dispatcher = dispatcher
         self._caller = caller
@@ -81,6 +82,8 @@ class Presence:
             self._news.clear()
             record = trainer_record(await self._count(), self._settings, self._started_at, self._offered)
             if self._averaging is not None:
+                if self._averaging.relayed is not None:
+                    await self._averaging.relayed.look()
                 set_dense(record, self._averaging)
             try:
                 await self._registry.publish_trainer(record, self._settings.lifetime_s)
@@ -105,7 +108,7 @@ class Presence:
         await closing
 
     async def _count(self) -> TrainerCounts:
-        dispatcher = self._dispatcher
+        dispatcher, averaging = self._dispatcher, self._averaging
         return TrainerCounts(
             self._progress,
             self._validated,
@@ -122,7 +125,9 @@ class Presence:
             len(asyncio.all_tasks()),
             self._chores.failures,
             self._registry.counts,
-            None if self._averaging is None else self._averaging.counts,
+            None if averaging is None else averaging.counts,
+            0 if averaging is None or averaging.relayed is None else len(averaging.relayed.addresses),
+            self._tunnels.open,
         )
 
 
@@ -160,6 +165,8 @@ def trainer_record(
 def set_dense(record: records_pb2.TrainerRecord, averaging: Averaging) -> None:
     """By what others average with it."""
     record.addresses.extend(averaging.addresses)
+    if averaging.relayed is not None:
+        record.tunnel_addresses.extend(averaging.relayed.addresses)
     record.certificate = averaging.certificate
     record.dense_fingerprint = averaging.form.fingerprint
     record.dense_age = averaging.part.age

@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,10 +28,12 @@ from peer.own_sessions import OwnSessions
 from peer.rates import Rate
 from peer.sessions import Metadata, Sessions, SessionServicer
 from peer.snapshots import Incoming, chunked, download, receive
+from peer.tunnel import Tunnels
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc
 from trainer_client.dense import DenseForm
 from trainer_client.dense_servicer import DenseServicer
 from trainer_client.meeting import AveragingCounts, Meeting, Snapshot
+from trainer_client.reached import Relayed
 from trainer_client.shared import Merge, SharedPart
 
 logger = logging.getLogger(__name__)
@@ -63,18 +66,21 @@ class Averaging:
         every: int,
         look_every_s: float,
         deadline_s: float,
+        tunnels: Tunnels | None = None,
         rng: random.Random | None = None,
     ) -> None:
         """`sessions`: who may call this trainer; `own_sessions`: what shows others who calls.
 
         `every`: steps from one averaging to the next. `look_every_s`: seconds between looks at who is there.
-        `deadline_s`: longest that an exchange may take.
+        `deadline_s`: longest that an exchange may take. `tunnels`: by which it calls others behind routers.
         """
         self.meeting = Meeting(form, part)
         self.partners: tuple[TrainerInfo, ...] = ()
         """Trainers that train the same, as the DHT named them last."""
         self.certificate = b""
         self.addresses: tuple[str, ...] = ()
+        self.relayed: Relayed | None = None
+        """None: it is reached at its addresses, or not at all."""
         self.part = part
         self.form = form
         self._identity = identity
@@ -83,7 +89,7 @@ class Averaging:
         self._look_every_s = look_every_s
         self._deadline_s = deadline_s
         self._rng = rng or random.SystemRandom()
-        self._channels = ChannelPool(_MAX_CALLS)
+        self._channels = ChannelPool(_MAX_CALLS, tunnels)
         self._servicer = DenseServicer(self.meeting, identity.peer_id, sessions, deadline_s)
         self.sessions = sessions
         self._own_sessions = own_sessions
@@ -99,8 +105,10 @@ class Averaging:
     def counts(self) -> AveragingCounts:
         return self.meeting.counts
 
-    async def start(self, host: str, port: int, loop: asyncio.AbstractEventLoop) -> None:
-        """Serves on `host`. Raises PortError."""
+    async def start(
+        self, host: str, port: int, loop: asyncio.AbstractEventLoop, exit_path: Path | None = None
+    ) -> None:
+        """Serves on `host`, and at the unix socket to which this peer's tunnel leads. Raises PortError."""
         require_free_port(host, port)
         self.certificate = self._identity.make_certificate()
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
@@ -110,6 +118,8 @@ class Averaging:
         shown = f"[{host}]" if ":" in host else host
         try:
             port = self._server.add_secure_port(f"{shown}:{port}", credentials)
+            if exit_path is not None:
+                self._server.add_secure_port(f"unix:{exit_path}", credentials)
         except RuntimeError as error:
             raise PortError(f"can't listen on {host} port {port}: pass another --average-port") from error
         await self._server.start()
@@ -162,7 +172,7 @@ class Averaging:
         Gives its age; None when nobody has one to give. Raises UnreachableError when the DHT does not answer.
         """
         await self.look()
-        reachable = [p for p in self.partners if p.addresses and p.dense_age > self.part.age]
+        reachable = [p for p in self.partners if _is_reachable(p) and p.dense_age > self.part.age]
         for partner in sorted(reachable, key=lambda p: p.dense_age, reverse=True)[:_TAKE_ATTEMPTS]:
             try:
                 return await self._take(partner)
@@ -306,5 +316,9 @@ def choose_partner(
     partners: Collection[TrainerInfo], avoided: Collection[PeerID], rng: random.Random
 ) -> TrainerInfo | None:
     """One of those that can be called, whoever; None when there is none."""
-    able = [partner for partner in partners if partner.addresses and partner.peer_id not in avoided]
+    able = [p for p in partners if _is_reachable(p) and p.peer_id not in avoided]
     return rng.choice(able) if able else None
+
+
+def _is_reachable(trainer: TrainerInfo) -> bool:
+    return bool(trainer.addresses or trainer.tunnel_addresses)

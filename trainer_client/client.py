@@ -40,6 +40,7 @@ from trainer_client.grpc_caller import GrpcCaller
 from trainer_client.introductions import Introductions
 from trainer_client.mixtures import Mixtures
 from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.reached import Relayed, is_hidden
 from trainer_client.record import Progress
 from trainer_client.settings import TrainerSettings
 from trainer_client.shared import SharedPart
@@ -77,6 +78,7 @@ class SwarmClient:
         self._averagings: list[Averaging] = []
         self._invite = invite
         self._settings = settings
+        self._stage = stage
         try:
             self._loop.run(self._start(invite, settings, stage, through))
             self._mixtures = Mixtures(self.manifest, settings, self.own_seed, self.dispatcher, self._loop.run)
@@ -263,10 +265,18 @@ class SwarmClient:
             every=settings.average_every,
             look_every_s=settings.announce_every_s,
             deadline_s=settings.average_deadline_s,
+            tunnels=self._swarm.host.tunnels,
         )
-        self._averagings.append(averaging)
         host = settings.average_host or reached_at(self._invite)
-        await averaging.start(host, settings.average_port, self._loop.loop)
+        # one tunnel leads to one of them
+        is_relayed = is_hidden(host) and settings.average_relays > 0 and not self._averagings
+        exit_path = self._swarm.host.tunnels.exit_path() if is_relayed else None
+        self._averagings.append(averaging)
+        await averaging.start(host, settings.average_port, self._loop.loop, exit_path)
+        if is_relayed:
+            self._stage("looking for a relay")
+            averaging.relayed = Relayed(self._swarm, settings.average_relays, random.SystemRandom())
+            await averaging.relayed.begin(settings.average_tunnel_streams)
         self._chores.begin("average with other trainers", averaging.run)
         self._presence.averages(averaging)
         return averaging

@@ -42,6 +42,10 @@ class TrainerCounts:
     dht: DhtCounts
     averaging: AveragingCounts | None = None
     """None: it averages with nobody."""
+    relay_addresses: int = 0
+    """By which other trainers reach it."""
+    tunnel_streams: int = 0
+    """Open now, both ways."""
 
 
 class TrainerCollector(Collector):
@@ -64,6 +68,14 @@ class TrainerCollector(Collector):
         )
         yield GaugeMetricFamily(
             "talkoot_trainer_banned", "Nodes that are left alone for wrong answers.", counts.banned
+        )
+        yield GaugeMetricFamily(
+            "talkoot_trainer_relay_addresses",
+            "Addresses by which other trainers reach this one through relays.",
+            counts.relay_addresses,
+        )
+        yield GaugeMetricFamily(
+            "talkoot_trainer_tunnel_streams", "Streams open in tunnels, both ways.", counts.tunnel_streams
         )
         yield GaugeMetricFamily("talkoot_trainer_tasks", "Tasks on the event loop.", counts.tasks)
         yield CounterMetricFamily(

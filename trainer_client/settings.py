@@ -26,6 +26,7 @@ _OF_THIS_MACHINE = {
     *("log", "tensorboard", "plot", "wait_for_experts_s"),
     *("name", "announce_every_s", "metrics_host", "metrics_port", "deny", "denylist"),
     *("average_deadline_s", "average_host", "average_port", "start_from"),
+    *("average_relays", "average_tunnel_streams"),
 }
 """Settings that say nothing of what is learned: no checkpoint holds them."""
 
@@ -211,6 +212,15 @@ class TrainerSettings(RoleSettings):
     )
     average_port: int = Field(
         default=0, ge=0, le=65535, description="TCP port at which they do; 0: any free one"
+    )
+    average_relays: int = Field(
+        default=4,
+        ge=0,
+        le=16,
+        description="relays by which other trainers reach this one where its router lets nobody in, at most; 0: none",
+    )
+    average_tunnel_streams: int = Field(
+        default=32, ge=1, le=10**5, description="streams that they may have open to this one through relays"
     )
     start_from: Literal["swarm", "fresh"] = Field(
         default="swarm",

@@ -134,7 +134,7 @@ class NodeRecord(_message.Message):
     def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., bootstrap_addresses: _Optional[_Iterable[str]] = ..., left: _Optional[bool] = ..., name: _Optional[str] = ..., activity: _Optional[_Union[NodeActivity, str]] = ..., metrics_address: _Optional[str] = ..., rows_per_s: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., contributed_rows: _Optional[int] = ..., contributed_updates: _Optional[int] = ..., contributed_s: _Optional[float] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TrainerRecord(_message.Message):
-    __slots__ = ("name", "protocol_version", "software_version", "started_at", "renew_every_s", "metrics_address", "step", "steps", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "forward", "backward", "calls", "failures", "bytes_sent", "bytes_received", "nodes", "left", "addresses", "certificate", "dense_fingerprint", "dense_age")
+    __slots__ = ("name", "protocol_version", "software_version", "started_at", "renew_every_s", "metrics_address", "step", "steps", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "forward", "backward", "calls", "failures", "bytes_sent", "bytes_received", "nodes", "left", "addresses", "certificate", "dense_fingerprint", "dense_age", "tunnel_addresses")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +159,7 @@ class TrainerRecord(_message.Message):
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     DENSE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DENSE_AGE_FIELD_NUMBER: _ClassVar[int]
+    TUNNEL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     name: str
     protocol_version: int
     software_version: str
@@ -183,7 +184,8 @@ class TrainerRecord(_message.Message):
     certificate: bytes
     dense_fingerprint: bytes
     dense_age: int
-    def __init__(self, name: _Optional[str] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., started_at: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., forward: _Optional[_Union[Latency, _Mapping]] = ..., backward: _Optional[_Union[Latency, _Mapping]] = ..., calls: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failures, _Mapping]]] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeLatency, _Mapping]]] = ..., left: _Optional[bool] = ..., addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., dense_fingerprint: _Optional[bytes] = ..., dense_age: _Optional[int] = ...) -> None: ...
+    tunnel_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., started_at: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., forward: _Optional[_Union[Latency, _Mapping]] = ..., backward: _Optional[_Union[Latency, _Mapping]] = ..., calls: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failures, _Mapping]]] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeLatency, _Mapping]]] = ..., left: _Optional[bool] = ..., addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., dense_fingerprint: _Optional[bytes] = ..., dense_age: _Optional[int] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Failures(_message.Message):
     __slots__ = ("cause", "count")

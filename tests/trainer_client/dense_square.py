@@ -5,6 +5,7 @@ import contextlib
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -19,6 +20,7 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.own_sessions import OwnSessions
 from peer.sessions import Sessions
+from peer.tunnel import Tunnels
 from peer.wire import records_pb2, session_pb2
 from trainer_client.announcing import set_dense, trainer_record
 from trainer_client.averaging import Averaging
@@ -62,7 +64,15 @@ class Square:
     made: list[Averaging] = field(default_factory=list)
 
     async def trainer(
-        self, model: nn.Module, age: int, *, every: int = 10, reachable: bool = True, deadline_s: float = 10
+        self,
+        model: nn.Module,
+        age: int,
+        *,
+        every: int = 10,
+        reachable: bool = True,
+        deadline_s: float = 10,
+        tunnels: Tunnels | None = None,
+        exit_path: Path | None = None,
     ) -> Averaging:
         identity = self.identities[len(self.made)]
         part = SharedPart(model)
@@ -71,9 +81,9 @@ class Square:
         averaging = Averaging(
             part, DenseForm.of(model, SWARM), identity, registry, Sessions(SWARM, identity.peer_id),
             OwnSessions(identity, SWARM, (session_pb2.RIGHT_AVERAGE,)), every=every, look_every_s=0.05,
-            deadline_s=deadline_s, rng=random.Random(len(self.made)),
+            deadline_s=deadline_s, tunnels=tunnels, rng=random.Random(len(self.made)),
         )  # fmt: skip
-        await averaging.start(LOCAL, 0, asyncio.get_running_loop())
+        await averaging.start(LOCAL, 0, asyncio.get_running_loop(), exit_path)
         self.stack.push_async_callback(averaging.close)
         self.made.append(averaging)
         self.announce(averaging, reachable)

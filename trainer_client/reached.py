@@ -1,0 +1,71 @@
+"""How other trainers reach one whose router lets nobody in: by relays, which are looked after."""
+
+import asyncio
+import contextlib
+import logging
+import random
+
+from dht.relays import find_relays
+from dht.swarm import Swarm
+from peer.errors import DaemonError, UnreachableError
+from peer.multiaddresses import is_public, is_relayed, multiaddress
+
+logger = logging.getLogger(__name__)
+
+_RELAY_S = 15.0
+"""How long a relay is waited for before training goes on without."""
+_LOOK_S = 0.2
+_PATIENCE = 3
+"""Looks without a relay, after which others are taken."""
+
+
+def is_hidden(host: str) -> bool:
+    """Whether the internet does not reach that IP address or name. Loopback is reached by all that are there."""
+    return not (host.startswith(("127.", "::1")) or host == "localhost" or is_public(multiaddress(host, 0)))
+
+
+class Relayed:
+    """This trainer's tunnel. `begin` when it has something to serve, then `look` now and then."""
+
+    def __init__(self, swarm: Swarm, relays: int, rng: random.Random) -> None:
+        """`relays`: how many it takes, at most."""
+        self.addresses: tuple[str, ...] = ()
+        """Multiaddresses by which its tunnel is reached, at most 8."""
+        self._swarm = swarm
+        self._relays = relays
+        self._rng = rng
+        self._lacking = 0
+
+    async def begin(self, most_streams: int) -> None:
+        """Lets others in and takes relays; gives up waiting for one after a while."""
+        await self._swarm.host.serve_tunnel(most_streams)
+        await self._take()
+
+    async def look(self) -> None:
+        """By which addresses it is reached now. Takes other relays when those before are of no use any more."""
+        try:
+            found = await self._swarm.host.tunnel_addresses()
+        except UnreachableError:
+            return
+        self.addresses = tuple(filter(is_relayed, found))
+        self._lacking = 0 if self.addresses else self._lacking + 1
+        if self._lacking >= _PATIENCE:
+            await self._take()
+
+    async def _take(self) -> None:
+        self._lacking = 0
+        host = self._swarm.host
+        relays = await find_relays(host, self._swarm.registry, self._rng, self._relays)
+        if not relays:
+            return
+        try:
+            await host.move(serves_dht=False, relays=relays)
+        except DaemonError as error:  # the host tries again
+            logger.warning("could not take relays: %s", error)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_RELAY_S):
+                while not self.addresses:
+                    await asyncio.sleep(_LOOK_S)
+                    with contextlib.suppress(UnreachableError):
+                        self.addresses = tuple(filter(is_relayed, await host.tunnel_addresses()))
