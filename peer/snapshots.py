@@ -175,12 +175,22 @@ async def _receive(begin: Begin, incoming: Incoming, down: Rate, what: str, sha2
         call.cancel()
 
 
-async def receive(call: Any, incoming: Incoming, down: Rate, sha256: bytes = b"") -> None:
-    """Reads one call's replies to their end. Raises AioRpcError, StateError, and TimeoutError when the next stalls."""
+async def receive(
+    call: Any,
+    incoming: Incoming,
+    down: Rate,
+    sha256: bytes = b"",
+    begun: Callable[[], None] = lambda: None,
+) -> None:
+    """Reads one call's replies to their end. Raises AioRpcError, StateError, and TimeoutError when the next stalls.
+
+    `begun` is told when a header has come that is all right.
+    """
     reply = await in_time(call.read())
     if reply is grpc.aio.EOF or reply.WhichOneof("part") != "header":
         raise StateError("a state must begin with its header")
     incoming.begin(reply.header, sha256)
+    begun()
     while (reply := await in_time(call.read())) is not grpc.aio.EOF:
         incoming.take(reply.chunk)
         await down.take(len(reply.chunk))

@@ -214,11 +214,12 @@ class Averaging:
         began = self.meeting.clock()
         stub, session = await self._stub(partner)
         call = stub.Exchange(timeout=self._deadline_s, metadata=session)
-        sending = asyncio.create_task(self._send(call, mine, partner.peer_id))
+        accepted = asyncio.Event()
+        sending = asyncio.create_task(self._send(call, mine, partner.peer_id, accepted))
         incoming = self.meeting.incoming()
         try:
             async with asyncio.timeout(self._deadline_s):
-                await receive(call, incoming, Rate(None))
+                await receive(call, incoming, Rate(None), begun=accepted.set)
         except grpc.aio.AioRpcError as error:
             if error.code() is StatusCode.UNAUTHENTICATED:
                 self._own_sessions.ended(partner.peer_id, session)  # the next time opens another
@@ -235,7 +236,8 @@ class Averaging:
             self._rested_at = self.meeting.clock() + _REST * (self.meeting.clock() - began)
         return incoming
 
-    async def _send(self, call: Any, mine: Snapshot, to: PeerID) -> None:
+    async def _send(self, call: Any, mine: Snapshot, to: PeerID, accepted: asyncio.Event) -> None:
+        """What is refused is not sent: writing into a call that ends would also hide why."""
         offer = dense_pb2.DenseOffer(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self.form.swarm_id,
@@ -243,6 +245,7 @@ class Averaging:
             header=mine.header(to),
         )
         await call.write(dense_pb2.ExchangeRequest(offer=offer))
+        await accepted.wait()
         for chunk in chunked(mine.data):
             await call.write(dense_pb2.ExchangeRequest(chunk=chunk))
             self.counts.bytes_sent += len(chunk)

@@ -1,6 +1,7 @@
 """A swarm over real NAT: nodes in homes whose routers let nobody in, in network namespaces of the kernel."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,28 @@ def test_a_founder_behind_a_router_learns_that_its_invite_lets_nobody_in(
     founder = village.node(village.net.home(), "--new", manifest, "--experts", 0, "--spare", 0)
     founder.wait_for("an invite", lambda: founder.events("invite"))
     founder.wait_for("advice", lambda: "nobody outside this network can join by this invite" in founder.said)
+
+
+def test_two_trainers_in_homes_average(
+    village: Village, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TALKOOT_TRAIN_ANNOUNCE_EVERY_S", "1")
+    invite = found(village, tmp_path, experts=4)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    trainers = [
+        village.run(
+            village.net.home(), "train", "--join", invite, "--data", text, "--steps", 100_000,
+            "--batch-size", 2, "--threads", 1, "--average-every", 2,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+
+    def have_averaged() -> bool:
+        return all((steps := t.events("step")) and steps[-1]["averagings"] > 0 for t in trainers)
+
+    deadline = time.monotonic() + 2 * START_S
+    while not have_averaged():
+        assert all(trainer.process.poll() is None for trainer in trainers), [t.said for t in trainers]
+        assert time.monotonic() < deadline, [trainer.said for trainer in trainers]
+        time.sleep(0.2)

@@ -71,15 +71,19 @@ def test_a_hostile_dense_part_is_refused_whoever_calls(
 
 
 class Liar(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
-    """Answers with what it was given."""
+    """Answers an offer with what it was given, and hears out who goes on then."""
 
     def __init__(self, replies: list[state_pb2.FetchReply], hangs: bool = False) -> None:
         self.replies = replies
         self.hangs = hangs
 
     async def Exchange(self, requests: Any, context: Any) -> Any:
+        await anext(aiter(requests))
         for reply in self.replies:
             yield reply
+        if self.replies:
+            async for _ in requests:
+                pass
         if self.hangs:
             await asyncio.Event().wait()
 
