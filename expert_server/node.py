@@ -17,6 +17,7 @@ from dht.admission import RIGHTS, Role
 from dht.participants import Activity
 from dht.swarm import Stage, Swarm
 from dht.uid import UID
+from expert_server.allocator import return_freed_memory
 from expert_server.blocks import builder_of
 from expert_server.checkpoints import Checkpoints, CheckpointStore
 from expert_server.contribution import Account, Contribution
@@ -210,6 +211,7 @@ class Node:
     async def _give_up_experts(self) -> None:
         await self._release(self._settings.drain_timeout_s)
         self._servicer.kept.clear()
+        await asyncio.to_thread(return_freed_memory)
         await _tried(self._describe)
 
     async def _stay_announced(self) -> None:

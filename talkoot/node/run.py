@@ -17,6 +17,7 @@ from dht.admission import Role
 from dht.invite import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm
+from expert_server.allocator import keep_freed_memory
 from expert_server.blocks import builder_of
 from expert_server.devices import check_devices
 from expert_server.node import Node
@@ -124,6 +125,7 @@ def run_node(
     invite_file: Path | None,
 ) -> None:
     """Runs until a signal comes. Raises UserError when it can't start, and Stopped when stopped before it served."""
+    keep_freed_memory()
     quiet_hivemind()
     settings = NodeSettings.load(config, **flags)
     check_devices(settings.device, settings.precision)  # better known before others are bothered
