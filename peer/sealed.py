@@ -60,9 +60,13 @@ def unseal(data: bytes, kind: type[H], check: Callable[[H], None]) -> tuple[H, d
     if unknown := {tensor.dtype for tensor in tensors.values()} - _KNOWN_TYPES:
         raise StateError(f"it has tensors of type {unknown.pop()}")
     header = _read_header(_metadata(data), kind)
+    try:
+        # the keys that were written, which are not all that this software knows when another release wrote them
+        written = header.model_dump_json(exclude={"sha256"}, exclude_unset=True)
+    except ValueError as error:  # halves of characters, or too many lists within lists
+        raise StateError(f"its header is not as it was written: {error}") from error
     check(header)
-    # the keys that were written, which are not all that this software knows when another release wrote them
-    if _digest(header.model_dump_json(exclude={"sha256"}, exclude_unset=True), tensors) != header.sha256:
+    if _digest(written, tensors) != header.sha256:
         raise StateError("its checksum does not match: something changed it after it was written")
     return header, tensors
 

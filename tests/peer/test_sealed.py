@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from peer.errors import StateError
@@ -47,3 +48,13 @@ def test_no_key_can_be_changed_unseen(kind: type[Header]) -> None:
     for key, changed in ((b"0.1", b"0.2"), (b"0.2.0", b"0.3.0"), (b"saved_by", b"saved_at")):
         with pytest.raises(StateError, match="checksum does not match"):
             unseal(written.replace(key, changed), kind, accept)
+
+
+@pytest.mark.parametrize(
+    "odd", ['"\\ud800"', "[" * 900 + "]" * 900, "9" * 5000], ids=["half", "deep", "long"]
+)
+def test_a_header_that_nobody_can_have_written_is_refused(odd: str) -> None:
+    """JSON takes what can't be written again, and whoever fetches a state must not end by it."""
+    text = f'{{"format_version": 1, "sha256": "", "uid": "0.1", "odd": {odd}}}'
+    with pytest.raises(StateError):
+        unseal(to_safetensors(TENSORS, {"talkoot": text}), Header, accept)
