@@ -88,7 +88,7 @@ class Plan:
         return MANIFEST.format(**values)
 
 
-QUICK = Plan(steps=120, hidden=32, nodes=1, delay_s=0.1, in_flight=4)
+QUICK = Plan(steps=100, hidden=32, nodes=1, delay_s=0.1, in_flight=4)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from expert_fakes import FakeSwarm, make_manifest, make_node, random_rows, virtu
 from rich.console import Console
 
 from benchmarks.faults import FaultyCaller
-from benchmarks.learning import Part, Plan, loss_of, make_training, show
+from benchmarks.learning import QUICK, QUICK_WAYS, WAYS, Part, Plan, loss_of, make_training, show
 from dht.manifest import Manifest
 from peer.errors import ExpertError
 from talkoot.local import LocalSwarm
@@ -55,6 +55,13 @@ def test_calls_come_late_and_one_in_ten_fails_half_of_them_after_the_node_has_an
     assert 0.05 * CALLS < counts["UNAVAILABLE"] < 0.15 * CALLS
     lost_on_the_way_back = reached - counts["1 answer"]
     assert 0.2 < lost_on_the_way_back / counts["UNAVAILABLE"] < 0.8
+
+
+def test_quick_runs_what_has_a_target_and_no_more() -> None:
+    aimed_at = {name for name, way in WAYS.items() if way.target is not None}
+    assert set(QUICK_WAYS) == {"local"} | aimed_at
+    assert QUICK.steps * QUICK.batch < Plan().steps * Plan().batch / 10
+    assert QUICK.nodes > 1, "a swarm"
 
 
 def test_faults_follow_from_their_seed() -> None:
