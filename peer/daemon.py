@@ -30,7 +30,7 @@ from peer.processes import die_with_parent
 from peer.serving import guard
 from peer.store import StoreCounts
 
-START_DEADLINE_S = 30.0
+START_DEADLINE_S = 60.0
 _REINSTALL = (
     "if p2pd is missing or broken, `python -m pip install --force-reinstall --no-deps hivemind` brings it"
 )
