@@ -43,7 +43,12 @@ class Standby:
                 logger.info("%s", error)
 
     async def copy(self) -> None:
-        """Fetches what is newer than the copies here, of a bounded number of experts. Raises UnreachableError."""
+        """Fetches what is newer than the copies here, of a bounded number of experts. Raises UnreachableError.
+
+        Nothing while this node pauses or leaves.
+        """
+        if self._hosting.is_leaving:
+            return
         wanted = lone(self._hosting.seen, self._swarm.host.peer_id)
         saved = await self._checkpoints.newest()
         stale = [replica for uid, replica in wanted.items() if replica.update_count > saved.get(uid, 0)]

@@ -93,6 +93,20 @@ def test_no_more_than_told_are_copied_at_once_the_stalest_first(play: Play) -> N
     play(scenario)
 
 
+def test_a_paused_node_copies_nothing(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        await keeper.pause()
+        assert await copied(keeper) == 0
+        await keeper.resume()
+        assert await copied(keeper) == len(UIDS)
+
+    play(scenario)
+
+
 def test_a_node_that_shall_keep_no_copies_keeps_none(play: Play) -> None:
     async def scenario(village: Village) -> None:
         node = await village.found(experts=8, standby_every_s=0)
