@@ -24,6 +24,8 @@ _RELAYS = 4
 _RELAY_S = 15.0
 """How long a relay is waited for before the node goes on, and looks again at its next announcement."""
 _LOOK_S = 0.2
+_UNANSWERED = 2
+"""Rounds without an answer, after which a machine with a private address takes itself for hidden."""
 _PATIENCE = 3
 """Looks without a relay, after which others are taken."""
 _ASK_S = 20.0
@@ -52,6 +54,8 @@ class Reaching:
         self._next_at = float("-inf")
         self._lacking = 0
         """Looks in a row that found no relay."""
+        self._unanswered = 0
+        """How often in a row nobody was there to ask, or nobody answered."""
         self._doubts = 0
         """How often in a row others said that this node, which they reached before, is not reached any more."""
 
@@ -89,7 +93,11 @@ class Reaching:
         stage("asking others whether they reach this machine")
         judgement = judge(await self._dials())
         if not judgement.asked:
+            self._unanswered += 1
+            if self._unanswered >= _UNANSWERED and self._is_inside():
+                await self._hide(judgement, stage)
             return  # the next announcement tries again
+        self._unanswered = 0
         self._next_at = self._clock() + self._settings.reachability_every_s
         if judgement.service:
             self._doubts = 0
@@ -103,6 +111,12 @@ class Reaching:
             )  # who was asked may have been wrong: ask others before all is changed
             return
         await self._hide(judgement, stage)
+
+    def _is_inside(self) -> bool:
+        """Whether this machine's address is one that the public peers whom it knows can't dial."""
+        host = self._swarm.host
+        own = multiaddress(self._settings.announce_host or self._host, self._port)
+        return not is_public(own) and any(map(is_public, (*host.joined_by, *host.known)))
 
     def _announced(self, judgement: Judgement) -> tuple[str, ...]:
         if self._settings.announce_host:

@@ -24,8 +24,8 @@ def invite_advice(bootstrap: Sequence[str], host: str, dht_port: int, grpc_port:
     return (
         f"nobody outside this network can join by this invite: {named}. Start again once others reach this machine "
         f"({fix}forward {ports} on your router to {host}, and set announce_host to the router's public address), "
-        "found the swarm on a machine with a public address, or pass on the invite of a node that has one and joins "
-        "from here"
+        "found the swarm on a machine with a public address, or pass --bootstrap with the address of any DHT peer that "
+        "has one: then others come in and are reached through it"
     )
 
 

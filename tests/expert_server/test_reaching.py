@@ -1,0 +1,77 @@
+"""A node that nobody can be asked about, as when all nodes of its swarm are behind routers."""
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dht.participants import Reachability
+from expert_server.reaching import Reaching
+from expert_server.settings import NodeSettings
+from peer.identity import Identity
+
+PEER = "/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+PUBLIC, NEIGHBOUR = f"/ip4/44.1.1.1/tcp/1{PEER}", f"/ip4/192.168.1.9/tcp/1{PEER}"
+
+
+@dataclass
+class LonelyHost:
+    """Knows peers, of which none is a node of its swarm."""
+
+    peer_id: Any
+    known: tuple[str, ...]
+    joined_by: tuple[str, ...] = ()
+    position: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(serves_dht=True, relays=(), port=1)
+    )
+    tunnels: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(last_relayed=None))
+
+    def peers(self) -> frozenset[Any]:
+        return frozenset()
+
+    async def move(self, *, serves_dht: bool, relays: tuple[str, ...]) -> None:
+        self.position = SimpleNamespace(serves_dht=serves_dht, relays=tuple(relays), port=1)
+
+    async def tunnel_addresses(self) -> list[str]:
+        return [f"{relay}/p2p-circuit{PEER}" for relay in self.position.relays]
+
+
+async def nobody(peers: object) -> dict[Any, Any]:
+    return {}
+
+
+async def after_rounds(rounds: int, host: LonelyHost, address: str) -> Reaching:
+    swarm: Any = SimpleNamespace(host=host, registry=SimpleNamespace(nodes=nobody))
+    reaching = Reaching(NodeSettings.load(), swarm, random.Random(0))
+    await reaching.begin(address, 2)
+    for _ in range(rounds - 1):
+        await reaching.check()
+    return reaching
+
+
+@pytest.fixture(scope="module")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "key")
+
+
+def test_a_private_address_and_a_public_peer_are_enough_to_go_behind_relays(identity: Identity) -> None:
+    first = asyncio.run(after_rounds(1, LonelyHost(identity.peer_id, (PUBLIC,)), "192.168.1.2"))
+    assert first.reach.kind is Reachability.UNKNOWN, "who was asked may have been busy"
+    second = asyncio.run(after_rounds(2, LonelyHost(identity.peer_id, (PUBLIC,)), "192.168.1.2"))
+    assert second.reach.kind is Reachability.RELAYED
+    assert second.tunnel_addresses == (f"{PUBLIC}/p2p-circuit{PEER}",)
+
+
+@pytest.mark.parametrize(
+    ("known", "address"), [((NEIGHBOUR,), "192.168.1.2"), ((), "192.168.1.2"), ((PUBLIC,), "44.1.1.2")]
+)
+def test_neighbours_in_one_network_and_public_nodes_stay_as_they_are(
+    identity: Identity, known: tuple[str, ...], address: str
+) -> None:
+    host = LonelyHost(identity.peer_id, known)
+    reaching = asyncio.run(after_rounds(4, host, address))
+    assert reaching.reach.kind is Reachability.UNKNOWN
+    assert host.position.serves_dht
