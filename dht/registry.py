@@ -5,8 +5,6 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any, TypeVar
 
 from hivemind.dht.node import DHTNode
@@ -27,6 +25,10 @@ from dht.records import (
     trainer_shard_of,
     unseal,
 )
+from dht.replicas import Announced as Announced
+from dht.replicas import Replica as Replica
+from dht.replicas import ReplicaState as ReplicaState
+from dht.replicas import read_replica
 from dht.shards import below, choose, digits_of, first_shards, shards_of
 from dht.uid import UID
 from peer.distribution import Distribution
@@ -54,38 +56,6 @@ def _some(found: Collection[T], most: int) -> Sequence[T]:
     """All of them; of more than `most` some, so drawn that no writer can choose which are left out."""
     listed = list(found)
     return listed if len(listed) <= most else random.SystemRandom().sample(listed, most)
-
-
-class ReplicaState(Enum):
-    """How far a replica has got."""
-
-    CLAIMED = records_pb2.REPLICA_STATE_CLAIMED
-    SERVING = records_pb2.REPLICA_STATE_SERVING
-    WITHDRAWN = records_pb2.REPLICA_STATE_WITHDRAWN
-    LEAVING = records_pb2.REPLICA_STATE_LEAVING
-
-
-@dataclass(frozen=True)
-class Replica:
-    """One node's copy of an expert, as the node announced it."""
-
-    uid: UID
-    peer_id: PeerID
-    state: ReplicaState
-    update_count: int
-    queued_rows: int
-    claimed_at: float
-    expires_at: float
-
-
-@dataclass(frozen=True)
-class Announced:
-    """What a node says of one of its replicas."""
-
-    uid: UID
-    state: ReplicaState
-    update_count: int = 0
-    claimed_at: float = 0.0
 
 
 class Registry:
@@ -188,7 +158,10 @@ class Registry:
         items: dict[tuple[str, int | bytes], Item] = {}
         for replica in replicas:
             key = self.keys.expert(replica.uid)
-            record = self._seal_announcement(key, replica, expires_at, queued_rows)
+            announcement = replica.message(queued_rows)
+            record = self._seal(
+                records_pb2.RecordPayload(key=key, expires_at=expires_at, announcement=announcement)
+            )
             items[key, b""] = Item(key, self._identity.peer_id.to_bytes(), record, expires_at)
             if replica.state is not ReplicaState.WITHDRAWN:
                 for depth, coordinate in enumerate(replica.uid.coordinate):
@@ -321,46 +294,23 @@ class Registry:
                 records[peer_id] = record
         return records
 
-    def _seal_announcement(self, key: str, replica: Announced, expires_at: float, queued_rows: int) -> bytes:
-        payload = records_pb2.RecordPayload(
-            key=key,
-            expires_at=expires_at,
-            announcement=records_pb2.Announcement(
-                state=replica.state.value,
-                update_count=replica.update_count,
-                queued_rows=queued_rows,
-                claimed_at=replica.claimed_at,
-            ),
-        )
-        return self._seal(payload)
-
     def _replicas_of(
         self, uid: UID, key: str, found: Mapping[object, tuple[Any, float]]
     ) -> Iterable[Replica]:
         for subkey, (value, _) in _some(found.items(), _MAX_REPLICAS):
             try:
                 peer_id = parse_peer_id(subkey)
-                payload = self._unseal(value, key, peer_id)
-                announcement = payload.announcement
-                state = ReplicaState(announcement.state)
-            except (RecordError, WireError, ValueError) as error:
+                replica = read_replica(self._unseal(value, key, peer_id), uid, peer_id)
+            except (RecordError, WireError) as error:
                 logger.debug("left out a replica of %s: %s", uid, error)
                 continue
-            if state is ReplicaState.CLAIMED:
-                if self.claims.is_stale(uid, peer_id, announcement.claimed_at, self._now()):
+            if replica.state is ReplicaState.CLAIMED:
+                if self.claims.is_stale(uid, peer_id, replica.claimed_at, self._now()):
                     continue
             else:
                 self.claims.forget(uid, peer_id)
-            if state is not ReplicaState.WITHDRAWN:
-                yield Replica(
-                    uid,
-                    peer_id,
-                    state,
-                    announcement.update_count,
-                    announcement.queued_rows,
-                    announcement.claimed_at,
-                    payload.expires_at,
-                )
+            if replica.state is not ReplicaState.WITHDRAWN:
+                yield replica
 
     def _seal(self, payload: records_pb2.RecordPayload) -> bytes:
         """With this peer's badge, if it has one."""

@@ -11,10 +11,12 @@ from typing import Any
 
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
-from hivemind.utils import MSGPackSerializer, timed_storage
+from hivemind.utils import timed_storage
 
 _ENTRY_BYTES = 128
 """Of an entry, beside its subkey and value."""
+_NUMBER_BYTES = 9
+"""Of a subkey that is a coordinate."""
 _KEPT_WHEN_FULL = 7 / 8
 """Room is made for several at once: that costs a look at all keys."""
 
@@ -130,7 +132,7 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
 
 def size_of(subkey: object, value: bytes) -> int:
     """What an entry counts for."""
-    name = len(subkey) if isinstance(subkey, bytes) else len(MSGPackSerializer.dumps(subkey))
+    name = len(subkey) if isinstance(subkey, bytes) else _NUMBER_BYTES
     return _ENTRY_BYTES + name + len(value)
 
 
