@@ -139,8 +139,10 @@ class Host:
     async def serve_tunnel(self, most_streams: int = 256) -> None:
         """Lets other peers' gRPC in through libp2p, to a server that listens on `tunnels.exit_path()`."""
         self.tunnels.lead_to(self.tunnels.exit_path(), most_streams)
-        with contextlib.suppress(UnreachableError):  # p2pd starts again, and then serves it
+        try:
             await self.tunnels.serve_on(self.p2p)
+        except (UnreachableError, *P2PD_ERRORS) as error:
+            logger.warning("the tunnel is served when the libp2p daemon runs again: %s", error)
 
     async def _dismiss_supervisor(self) -> None:
         if self._supervisor is not None:

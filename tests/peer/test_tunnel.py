@@ -15,6 +15,7 @@ import pytest
 from hivemind.p2p import PeerID
 
 from peer.channels import SERVER_OPTIONS, ChannelPool, server_credentials
+from peer.daemon import Position
 from peer.errors import UnreachableError
 from peer.host import Host
 from peer.identity import Identity, certificate_pem
@@ -268,3 +269,23 @@ def test_a_machine_without_sockets_left_digs_the_tunnel_when_it_has_some_again(
         assert tunnels.counts.failed >= 2
 
     loop.run(scenario())
+
+
+def test_p2pd_that_dies_while_the_tunnel_is_begun_ends_nobody(
+    loop: LoopThread, identities: list[Identity], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Dying:
+        async def add_binary_stream_handler(self, *arguments: Any) -> None:
+            raise ConnectionResetError("p2pd has gone")
+
+    async def scenario() -> None:
+        host = Host(identities[1], Position(LOCAL, 0), None)
+        host._daemon = Dying()  # type: ignore[assignment]
+        try:
+            await host.serve_tunnel()
+        finally:
+            host._daemon = None
+            await host.stop()
+
+    loop.run(scenario())
+    assert "the tunnel is served when the libp2p daemon runs again: p2pd has gone" in caplog.text
