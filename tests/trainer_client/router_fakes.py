@@ -19,6 +19,7 @@ from trainer_client.settings import RouterName
 from trainer_client.waiting import WaitPolicy
 
 every_router = pytest.mark.parametrize("name", get_args(RouterName))
+every_kind = pytest.mark.parametrize("kind", ["transformer", "ffn"])
 
 
 class LearningSwarm(FakeSwarm):

@@ -6,13 +6,12 @@ The reference computes every expert on its rows by loops, under autograd, and we
 from collections.abc import Set
 
 import numpy as np
-import pytest
 import torch
 from expert_fakes import FakeSwarm, fails, make_manifest
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router_fakes import every_router, k_of, mixtures
+from router_fakes import every_kind, every_router, k_of, mixtures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +24,6 @@ from trainer_client.settings import RouterName
 
 HIDDEN = 8
 
-every_kind = pytest.mark.parametrize("kind", ["transformer", "ffn"])
 grids = st.sampled_from([(5,), (2, 3), (2, 2, 2)])
 seeds = st.integers(0, 2**31 - 1)
 

@@ -11,7 +11,7 @@ from expert_fakes import FakeSwarm, fails, make_manifest, virtual_time
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router_fakes import every_router, k_of, mixtures
+from router_fakes import every_kind, every_router, k_of, mixtures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -234,16 +234,17 @@ def test_where_a_chosen_expert_has_gone_since_all_rows_ask_their_best() -> None:
 
 
 @every_router
+@every_kind
 @settings(max_examples=6, deadline=None)
 @given(data=st.data(), grid=grids, seed=st.integers(0, 2**31 - 1))
 def test_a_changed_token_changes_no_logit_before_it(
-    name: RouterName, data: st.DataObject, grid: tuple[int, ...], seed: int
+    name: RouterName, kind: str, data: st.DataObject, grid: tuple[int, ...], seed: int
 ) -> None:
     """In evaluation, where losses are scored. In training `base` is not causal: one row's expert depends on all
     rows' scores, later ones' too, for that is what balancing them together means.
     """
     length = 12
-    swarm = FakeSwarm(make_manifest(grid, layers=2), peers=3)
+    swarm = FakeSwarm(make_manifest(grid, kind=kind, layers=2), peers=3)
     if k_of(name) > 1:
         swarm.behaviours[swarm.manifest.uids()[seed % 4]] = fails(StatusCode.NOT_FOUND)
     at = data.draw(st.integers(0, length - 1))
