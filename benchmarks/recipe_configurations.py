@@ -171,6 +171,8 @@ VARIANTS = (
     _short(
         Configuration("transformer top-4", 1, 4.0, "transformer", 4, settings=_PRODUCT_KEY), "short, dense-5"
     ),
+    _short(replace(_THIN, name="transformer top-2, thin", top_k=2, settings=_GLAM), "short, dense-3"),
+    _short(replace(_THIN, name="transformer top-4, thin", top_k=4, settings=_PRODUCT_KEY), "short, dense-5"),
     _variant("expert dropout 0.1", settings={"expert_dropout": 0.1}),
     _variant("gate scale 1", settings={"gate_scale": 1.0}),
     _variant("experts' rate 0.001", optimizer={"learning_rate": 1e-3}),
