@@ -84,7 +84,7 @@ def losses(
             survivors = [count for node, count in replicas.items() if node != death.node]
             before = max(replicas.values())
             kept = max(survivors) if survivors else death.saved.get(expert, 0)
-            interval = before - _count_at(expert, death.at_s - checkpoint_every_s, observations)
+            interval = max(0, before - _count_at(expert, death.at_s - checkpoint_every_s, observations))
             wanted = kept if survivors else before - interval
             found.append(
                 Loss(

@@ -76,6 +76,12 @@ def test_without_one_a_checkpoint_interval_may_be_lost_and_no_more() -> None:
     assert (stale.updates, stale.is_lost, stale.is_beyond_interval) == (40, False, True)
 
 
+def test_what_was_begun_anew_and_is_brought_back_by_a_death_is_no_loss() -> None:
+    anew = Death(50.0, "node-1", {"e": {"node-1": 31}}, {"e": 92})
+    loss = loss_of(anew, (60.0, 92))
+    assert (loss.updates, loss.interval, loss.is_lost, loss.is_beyond_interval) == (0, 0, False, False)
+
+
 def test_what_the_victims_disk_alone_had_may_be_lost() -> None:
     copied = loss_of(death(survivor=None, saved=100), (60.0, 91))
     assert (copied.updates, copied.is_lost, copied.is_beyond_interval) == (9, False, False)
