@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 import time
@@ -89,8 +90,8 @@ class Host:
         reachable = await _answering((*bootstrap, *remembered))
         if bootstrap and not reachable:
             raise UnreachableError(
-                f"none of the {len(bootstrap)} bootstrap addresses answers: {', '.join(bootstrap)}; "
-                "is that peer running, and does this machine have a network connection?"
+                f"none of the {len(bootstrap)} bootstrap addresses answers: {', '.join(bootstrap)}; does this machine "
+                "have a network connection? If it has, they may be gone for good: ask for a new invite"
             )
         position = Position(listen, port, announce, serves_dht, maps_port=maps_port)
         host = cls(identity, position, validator, store_bounds)
@@ -323,7 +324,8 @@ def require_free_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise PortError(
-                f"can't listen on {host} port {port}: {error.strerror}; pass another port"
+                f"can't listen on {host} port {port}: {error.strerror}; pass another "
+                + ("address" if error.errno == errno.EADDRNOTAVAIL else "port")
             ) from error
 
 

@@ -178,3 +178,11 @@ def write_json(path: Path, text: str) -> None:
         path.write_text(text)
     except OSError as error:
         raise StartError(f"can't write {path}: {error.strerror}; pass another --json FILE") from error
+
+
+def age_in_words(seconds: float) -> str:
+    """Such as `90 s`, `12 min`, `5 h` or `3 days`."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"

@@ -17,7 +17,8 @@ from dht.swarm import Stage, Swarm, join_swarm
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.identity import Identity
-from talkoot.console import Terminal, quiet_hivemind
+from talkoot.console import Terminal, age_in_words, quiet_hivemind
+from talkoot.fitting import FittingTable
 from talkoot.joining import invite_of
 from talkoot.reading import Reading, SwarmReader
 from talkoot.signals import run_until_stopped
@@ -101,7 +102,7 @@ def _renderables(reading: Reading) -> list[RenderableType]:
     ]
 
 
-def _nodes_table(reading: Reading) -> Table:
+def _nodes_table(reading: Reading) -> FittingTable:
     columns = (
         "peer",
         "name",
@@ -116,7 +117,9 @@ def _nodes_table(reading: Reading) -> Table:
         "up",
         "expires",
     )
-    table = _table("nodes", columns)
+    table = FittingTable(
+        "nodes", columns, ("expires", "rows", "version", "updates", "up", "rows/s", "address", "reached")
+    )
     for node in reading.nodes.values():
         table.add_row(
             node.peer_id.to_base58()[-8:],
@@ -129,13 +132,13 @@ def _nodes_table(reading: Reading) -> Table:
             str(node.rows_processed),
             _shown(node.rows_per_s, ".0f"),
             f"{node.software_version}/{node.protocol_version}",
-            f"{reading.view.read_at - node.started_at:.0f} s",
+            age_in_words(reading.view.read_at - node.started_at),
             f"{node.expires_at - reading.view.read_at:.0f} s",
         )
     return table
 
 
-def _trainers_table(reading: Reading) -> Table:
+def _trainers_table(reading: Reading) -> FittingTable:
     columns = (
         "peer",
         "name",
@@ -148,7 +151,7 @@ def _trainers_table(reading: Reading) -> Table:
         "version",
         "up",
     )
-    table = _table("trainers", columns)
+    table = FittingTable("trainers", columns, ("version", "up", "bits/byte", "failures", "tokens/s", "loss"))
     for trainer in reading.trainers.values():
         table.add_row(
             trainer.peer_id.to_base58()[-8:],
@@ -160,15 +163,8 @@ def _trainers_table(reading: Reading) -> Table:
             _shown(trainer.tokens_per_s, ".0f"),
             ", ".join(f"{count} {cause}" for cause, count in sorted(trainer.failures.items())) or "none",
             f"{trainer.software_version}/{trainer.protocol_version}",
-            f"{reading.view.read_at - trainer.started_at:.0f} s",
+            age_in_words(reading.view.read_at - trainer.started_at),
         )
-    return table
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, overflow="fold")
     return table
 
 

@@ -201,7 +201,7 @@ class SwarmClient:
             denylist=Denylist(settings.denylist or self._folder.path / DENYLIST, settings.deny),
             stage=stage,
         )
-        stage("looking for experts")
+        stage("reading who hosts what")
         self._directory = Directory(
             self._swarm.registry, self._swarm.manifest, refresh_every_s=settings.refresh_every_s
         )

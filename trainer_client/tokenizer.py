@@ -115,6 +115,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """From a `tokenizer.json`, the form of the library `tokenizers`. Raises DataError."""
     try:
         return BytePairTokenizer(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"no tokenizer {path}: give bytes, bpe, or the path of a tokenizer.json") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"can't read {path}: {error}") from error
     except DataError as error:

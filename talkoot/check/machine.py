@@ -73,7 +73,7 @@ def check_cores() -> Finding:
         name="cores",
         verdict=Verdict.WEAK if busy else Verdict.OK,
         says=says,
-        fix="other programs need the machine: `only_when_idle` lets a node wait for them" if busy else "",
+        fix="other programs need the machine: --only-when-idle lets a node wait for them" if busy else "",
         values={"cores": cores, "load": load},
     )
 

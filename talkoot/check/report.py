@@ -11,7 +11,7 @@ from rich.table import Table
 
 from peer.errors import DataError, StartError
 from peer.files import write_whole
-from talkoot.console import Terminal
+from talkoot.console import Terminal, age_in_words
 
 REPORT_FILE = "check.json"
 _REPORT_VERSION = 1
@@ -114,11 +114,3 @@ def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
         terminal.line("this machine can host experts")
     else:
         terminal.line("this machine can't host experts: something above prevents it")
-
-
-def age_in_words(seconds: float) -> str:
-    """Such as `90 s`, `12 min`, `5 h` or `3 days`."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"

@@ -18,6 +18,21 @@ Values = Mapping[str, Any]
 """A step's figures: those of `Progress`, and of the swarm."""
 
 _LINE_EVERY_STEPS = 10
+_COUNTS = frozenset(
+    (
+        *("resumed_at", "skipped_steps", "hedged_calls", "hedges_won", "repeated_forward", "reselected_rows"),
+        *(
+            "unanswered_rows",
+            "late_backward",
+            "spot_checks",
+            "differing_answers",
+            "odd_answers",
+            "wrong_answers",
+        ),
+        *("skipped_updates", "rollbacks", "averagings"),
+    )
+)
+"""What most runs have none of."""
 
 
 @contextmanager
@@ -59,9 +74,12 @@ def describe(values: Values) -> str:
 
 
 def summary_table(values: Values) -> Table:
+    """Counts that are 0 and have nothing to tell are left out."""
     table = Table(title="stopped" if values["stopped"] else "done", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
     for name, value in values.items():
-        if name != "stopped":
+        if name != "stopped" and (name not in _COUNTS or value):
             shown = f"{value:.3f}" if isinstance(value, float) else "not measured" if value is None else value
             if isinstance(value, dict):
                 shown = ", ".join(f"{count} {cause}" for cause, count in value.items()) or "none"

@@ -55,7 +55,9 @@ def run_train(
             "pass --join INVITE, the line that the founder's node printed, or --local SWARM.TOML, not both"
         )
     if local is not None and (resume or settings.checkpoint is not None):
-        raise SettingsError("--local saves nothing: its experts are in this process alone")
+        raise SettingsError(
+            "--local saves nothing, for its experts are in this process alone: leave --resume and --checkpoint out"
+        )
     if json_file is not None:
         # better known now than after the training
         write_json(json_file, "")

@@ -19,7 +19,7 @@ from peer.host import Host, default_listen_address, require_free_port
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.multiaddresses import is_multiaddress
-from peer.processes import die_with_parent
+from peer.processes import _is_unbound, die_with_parent
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -205,6 +205,7 @@ def test_p2pd_dies_with_a_killed_process_and_the_next_start_sweeps_its_sockets(
     owner.kill()
     owner.wait()
     wait_until(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: _is_unbound(Path(left)))  # its last thread ends, and closes it, a moment later
     loop.run(start_and_stop(identities[1], []), 30)
     assert not Path(left).exists()
     assert live.exists(), "the socket of a living host was swept"

@@ -28,9 +28,9 @@ from peer.rates import Traffic
 from peer.wire import probe_pb2_grpc
 from talkoot.check import machine
 from talkoot.check.machine import check_cores, check_disk, check_memory, check_speed
-from talkoot.check.report import Finding, Report, Verdict, age_in_words, show
+from talkoot.check.report import Finding, Report, Verdict, show
 from talkoot.check.swarm import ask_peers, judge_bandwidth, judge_clock, judge_reachability
-from talkoot.console import LogFormat, Terminal
+from talkoot.console import LogFormat, Terminal, age_in_words
 
 LOCAL = "127.0.0.1"
 SWARM = "sauna-1"

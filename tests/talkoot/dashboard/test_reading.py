@@ -88,8 +88,8 @@ def test_thousands_of_dead_entries_are_looked_up_once_in_a_while() -> None:
     assert asyncio.run(read(1)) >= 4999
 
 
-def status_text(reading: Reading) -> str:
-    console = Console(file=io.StringIO(), width=200, markup=False, highlight=False)
+def status_text(reading: Reading, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
     for part in _renderables(reading):
         console.print(part)
     return cast(io.StringIO, console.file).getvalue()
@@ -108,6 +108,14 @@ def test_status_shows_nodes_trainers_and_experts() -> None:
     assert "trainer 5" in shown
     assert "7/100" in shown
     assert "?" in shown  # of tokens/s, which were not measured
+
+
+def test_status_leaves_out_columns_that_do_not_fit_and_breaks_no_word() -> None:
+    wide, narrow = (status_text(reading(trainers={peer(5): trainer(5)}), width) for width in (200, 80))
+    assert "too narrow" not in wide
+    assert "too narrow for: expires, rows" in narrow
+    for word in ("experts", "serving", "trainer 5", "7/100", "validation loss", "[red]kuusi[/red]"):
+        assert word in narrow
 
 
 def test_status_without_trainers_has_no_table_of_them() -> None:
