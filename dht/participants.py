@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Self
 
 from grpc import StatusCode
 from hivemind.p2p import PeerID
@@ -35,7 +36,19 @@ _ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}")
 FAILURE_CAUSES = frozenset(status.name.lower() for status in StatusCode if status is not StatusCode.OK)
 
 
-class Reachability(Enum):
+class _Said(Enum):
+    """What a record says by a number."""
+
+    @classmethod
+    def of(cls, value: int) -> Self:
+        """UNKNOWN for what a newer version may say."""
+        try:
+            return cls(value)
+        except ValueError:
+            return cls["UNKNOWN"]
+
+
+class Reachability(_Said):
     """How others reach a node, as it says."""
 
     UNKNOWN = records_pb2.REACHABILITY_UNSPECIFIED
@@ -43,30 +56,14 @@ class Reachability(Enum):
     PUNCHED = records_pb2.REACHABILITY_PUNCHED
     RELAYED = records_pb2.REACHABILITY_RELAYED
 
-    @classmethod
-    def of(cls, value: int) -> "Reachability":
-        """UNKNOWN for what a newer version may say."""
-        try:
-            return cls(value)
-        except ValueError:
-            return cls.UNKNOWN
 
-
-class Activity(Enum):
+class Activity(_Said):
     """What a node says it does now."""
 
     UNKNOWN = records_pb2.NODE_ACTIVITY_UNSPECIFIED
     SERVING = records_pb2.NODE_ACTIVITY_SERVING
     PAUSED = records_pb2.NODE_ACTIVITY_PAUSED
     LEAVING = records_pb2.NODE_ACTIVITY_LEAVING
-
-    @classmethod
-    def of(cls, value: int) -> "Activity":
-        """UNKNOWN for what a newer version may say."""
-        try:
-            return cls(value)
-        except ValueError:
-            return cls.UNKNOWN
 
 
 @dataclass(frozen=True)

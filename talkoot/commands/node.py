@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from peer.errors import SettingsError
-from talkoot.commands.options import Config, Deny, Format, Join, MetricsHost, Name, State, command
+from talkoot.commands.options import (
+    Config,
+    Deny,
+    Format,
+    Join,
+    MetricsHost,
+    MetricsPort,
+    Name,
+    State,
+    command,
+)
 from talkoot.console import LogFormat
 
 NOT_FIT_STATUS = 1
@@ -37,9 +47,7 @@ def node(
     grpc_port: Annotated[
         int | None, typer.Option(help="TCP port of the expert service.  [default: any free one]")
     ] = None,
-    metrics_port: Annotated[
-        int | None, typer.Option(help="TCP port of /metrics.  [default: any free one]")
-    ] = None,
+    metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = None,
     name: Name = None,
     state: State = None,

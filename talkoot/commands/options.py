@@ -44,6 +44,7 @@ WaitForExperts = Annotated[
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="What the swarm's dashboards call you.  [default: no name]")]
+MetricsPort = Annotated[int | None, typer.Option(help="TCP port of /metrics.  [default: any free one]")]
 MetricsHost = Annotated[
     str | None,
     typer.Option(

@@ -11,6 +11,7 @@ from talkoot.commands.options import (
     Format,
     Join,
     MetricsHost,
+    MetricsPort,
     Name,
     State,
     TextField,
@@ -150,9 +151,7 @@ def train(
         Path | None, typer.Option(metavar="FILE", help="Draw the loss there at the end, as PNG.")
     ] = None,
     threads: Threads = None,
-    metrics_port: Annotated[
-        int | None, typer.Option(help="TCP port of /metrics.  [default: any free one]")
-    ] = None,
+    metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = None,
     name: Name = None,
     state: State = None,

@@ -328,7 +328,7 @@ def test_broken_and_foreign_checkpoints_are_one_clear_line(
     ("options", "said"),
     [
         (("--precision", "fp8"), "precision"),
-        (("--tokenizer", "nowhere.json"), "can't read nowhere.json"),
+        (("--tokenizer", "nowhere.json"), "no tokenizer nowhere.json: give bytes, bpe"),
         (("--vocabulary", 100), "vocabulary"),
         (
             ("--log", "/nowhere/log"),
