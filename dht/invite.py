@@ -17,7 +17,7 @@ _SCHEME = "talkoot1"
 _MAX_CHARACTERS = 4096
 _MAX_ADDRESSES = 16
 _LONGEST_FILE = 8192
-"""Characters read from a file, of which the first word is the invite; `parse` says what is too long."""
+"""Characters read from a file, of which the first word that looks so is the invite; `parse` says what is too long."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Invite:
             return cls.parse(given)
         try:
             with path.open(encoding="utf-8") as file:
-                lines = file.read(_LONGEST_FILE).split()
+                words = file.read(_LONGEST_FILE).split()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InviteError(f"can't read the invite from {path}: {reason}") from error
         try:
-            return cls.parse(lines[0] if lines else "")
+            return cls.parse(next((word for word in words if word.startswith(_SCHEME)), "".join(words[:1])))
         except InviteError as error:
             raise InviteError(f"in {path}: {error}") from error
 

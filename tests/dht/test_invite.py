@@ -166,7 +166,7 @@ def test_it_is_read_from_what_was_passed_or_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "talkoot-invite"
-    path.write_text(f"\n{LINE}\nfrom Aino, until June\n")
+    path.write_text(f"\ninvite: {LINE}\nfrom Aino, until June\n")  # as `talkoot invite` prints it
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for passed in (
