@@ -180,7 +180,7 @@ class Manifest(_Part):
         try:
             return cls._validated(values)
         except ValidationError as error:
-            raise SettingsError(f"{path}: {describe_validation_error(error)}") from error
+            raise SettingsError(f"{path}: {describe_validation_error(error, cls)}") from error
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
@@ -195,8 +195,8 @@ class Manifest(_Part):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise SwarmError(
-                f"the swarm's manifest is not valid: {describe_validation_error(error)}; a later Talkoot may have made "
-                "it: update this one"
+                f"the swarm's manifest is not valid: {describe_validation_error(error, cls)}; a later Talkoot may have "
+                "made it: update this one"
             ) from error
 
     def to_json(self) -> bytes:

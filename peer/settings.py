@@ -2,6 +2,8 @@
 
 import os
 import tomllib
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -68,7 +70,7 @@ class RoleSettings(BaseModel):
         try:
             return cls.model_validate({**from_file, **cls._from_environment(), **given})
         except ValidationError as error:
-            raise SettingsError(describe_validation_error(error)) from error
+            raise SettingsError(describe_validation_error(error, cls)) from error
 
     @classmethod
     def _from_environment(cls) -> dict[str, str]:
@@ -79,7 +81,8 @@ class RoleSettings(BaseModel):
         unknown = sorted(set(found) - set(known))
         if unknown:
             raise SettingsError(
-                f"unknown setting {unknown[0]} in the environment; known: {', '.join(sorted(known))}"
+                f"unknown setting {unknown[0]} in the environment{_nearest(unknown[0], known)}; docs/settings.md "
+                "lists all"
             )
         return {known[name]: value for name, value in found.items()}
 
@@ -94,13 +97,28 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"can't read {path}: {error}") from error
 
 
-def describe_validation_error(error: ValidationError) -> str:
-    """One line that names each key that is wrong."""
+def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line that names each key of the model that is wrong."""
     parts = []
     for problem in error.errors():
         key = ".".join(map(str, problem["loc"])) or "the whole"
         if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown setting {key!r}")
+            parts.append(f"unknown setting {key!r}{_nearest(key, _keys(model))}")
+        elif problem["type"] == "string_pattern_mismatch":  # all patterns are of names
+            parts.append(
+                f"{key}: small letters, digits and '-' between them make a name, such as 'our-swarm-2'"
+            )
         else:
             parts.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(parts)
+
+
+def _keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield above + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{above}{name}.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return "".join(f" (did you mean {each}?)" for each in get_close_matches(name, list(known), 1))

@@ -265,7 +265,7 @@ class TrainerSettings(RoleSettings):
         try:
             return type(self).model_validate({**saved, **given})
         except ValidationError as error:
-            raise SettingsError(describe_validation_error(error)) from error
+            raise SettingsError(describe_validation_error(error, type(self))) from error
 
     @property
     def lifetime_s(self) -> float:

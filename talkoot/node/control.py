@@ -170,7 +170,7 @@ class ControlServer:
         except asyncio.LimitOverrunError:
             return Reply(error=f"a request has at most {MAX_LINE_BYTES} bytes")
         except ValidationError as error:
-            return Reply(error=f"no request: {describe_validation_error(error)}")
+            return Reply(error=f"no request: {describe_validation_error(error, Request)}")
         except TalkootError as error:
             return Reply(error=str(error))
 

@@ -29,10 +29,10 @@ _COUNTS = frozenset(
             "odd_answers",
             "wrong_answers",
         ),
-        *("skipped_updates", "rollbacks", "averagings"),
+        *("skipped_updates", "rollbacks", "averagings", "checkpoint"),
     )
 )
-"""What most runs have none of."""
+"""What many runs have none of."""
 
 
 @contextmanager

@@ -81,7 +81,11 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
         ('name = "A"', "name"),
         ('name = "sauna\\n"', "name"),
         ('name = "sauna"\ncolour = 1', "unknown setting 'colour'"),
-        ('name = "sauna"\n[model]\nlayer = 2', "unknown setting 'model.layer'"),
+        (
+            'name = "sauna"\n[model]\nlayer = 2',
+            "unknown setting 'model.layer' (did you mean model.layers?)",
+        ),
+        ('name = "Sauna!"', "name: small letters, digits and '-'"),
         ('name = "sauna"\n[model]\nlayers = 0', "model.layers"),
         ('name = "sauna"\n[model]\nlayers = "two"', "model.layers"),
         ('name = "sauna"\n[model]\nhidden = 100\nheads = 3', "hidden (100)"),
