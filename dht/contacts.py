@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 
+from peer.answers import is_rightful
+
 _LEAST_PATIENCE_S, _MOST_PATIENCE_S = 0.3, 3.0
 _HEARSAY_SHIFT = 8 * DHTID.HASH_NBYTES - 8
 _HEARSAY_BUCKET = 16
@@ -28,8 +30,14 @@ class Contacts:
             self._made.setdefault(node, peer)
 
     def hear(self, peers: Mapping[int, bytes]) -> None:
+        """Of several that are named for one place, the first counts, unless it is another's own."""
         for node, peer in peers.items():
-            self._heard.setdefault(node, peer)
+            known = self._heard.get(node)
+            if known is None and node not in self._made:
+                self._heard[node] = peer
+            elif known not in (None, peer) and is_rightful(node, peer):
+                self._heard[node] = peer
+                self._made.pop(node, None)
 
 
 class RoundTrips:
@@ -63,8 +71,8 @@ class Hearsay:
     def note(self, peers: Mapping[int, bytes]) -> None:
         for node, peer in peers.items():
             bucket = self._buckets.setdefault(node >> _HEARSAY_SHIFT, {})
-            bucket.pop(node, None)
-            bucket[node] = peer
+            known = bucket.pop(node, peer)
+            bucket[node] = peer if known == peer or is_rightful(node, peer) else known
             if len(bucket) > _HEARSAY_BUCKET:
                 del bucket[next(iter(bucket))]
 

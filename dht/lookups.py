@@ -297,13 +297,15 @@ class _Run:
 
     async def _ask(self, call: _Call) -> None:
         peer, began = self._peers[call.node], self._clock()
-        answers = await find(self._dht.protocol, peer, call.keys)
-        if answers:
+        reply = await find(self._dht.protocol, peer, call.keys)
+        if reply is not None:
             self._dht.blacklist.register_success(peer)
             self._lookups.round_trips.note(self._clock() - began)
         else:
             self._dht.blacklist.register_failure(peer)
-        self._answers.put_nowait((call, answers))
+        # a liar may have named this peer in another place than it has
+        is_there = reply is not None and reply.node == call.node
+        self._answers.put_nowait((call, reply.answers if reply is not None and is_there else None))
 
     async def _next_answers(self) -> list[tuple[_Call, Answers | None]]:
         """Those that have come since, at least one unless calls become late first."""

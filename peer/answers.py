@@ -8,6 +8,7 @@ import random
 from functools import partial
 
 from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils import MSGPackSerializer
@@ -23,9 +24,9 @@ MAX_ENTRIES = 4096
 """Of one dictionary in one answer; of more, some are drawn, so that nobody can choose which are lost."""
 
 
-def node_id_of(peer_id: bytes) -> bytes:
-    """The only Kademlia ID that a peer may have: else one could stand for many, or in the place of another."""
-    return hashlib.sha1(peer_id, usedforsecurity=False).digest()
+def is_rightful(node: int, peer_id: bytes) -> bool:
+    """Whether this Kademlia ID is the one that peers of ours take: the hash of the PeerID. Others draw theirs."""
+    return hashlib.sha1(peer_id, usedforsecurity=False).digest() == node.to_bytes(DHTID.HASH_NBYTES, "big")
 
 
 def filter_answers(protocol: DHTProtocol) -> None:

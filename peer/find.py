@@ -13,7 +13,7 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 
-from peer.answers import keep_valid, node_id_of
+from peer.answers import keep_valid
 from peer.daemon import P2PD_ERRORS
 from peer.errors import WireError
 from peer.packing import unpack
@@ -31,7 +31,16 @@ class Answer:
     """Kademlia ID → PeerID of nodes that it knows nearest to the key."""
 
 
-async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> dict[DHTID, Answer] | None:
+@dataclass(frozen=True)
+class Reply:
+    """What a peer said."""
+
+    node: int | None
+    """The Kademlia ID that it has; others may have named it by another. None for a client."""
+    answers: dict[DHTID, Answer]
+
+
+async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> Reply | None:
     """None when the peer does not answer within hivemind's `wait_timeout`, or not what was asked."""
     request = dht_pb2.FindRequest(keys=[key.to_bytes() for key in keys], peer=protocol.node_info)
     try:
@@ -41,19 +50,22 @@ async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> di
     if response is None or len(response.results) != len(keys):
         await protocol.update_routing_table(None, peer, responded=False)
         return None
+    node = None
     if len(response.peer.node_id) == DHTID.HASH_NBYTES:  # a client has none
-        await protocol.update_routing_table(DHTID.from_bytes(response.peer.node_id), peer)
+        node = DHTID.from_bytes(response.peer.node_id)
+        await protocol.update_routing_table(node, peer)
     results = zip(keys, response.results, strict=True)
-    return {key: _answer(protocol, key, result) for key, result in results}
+    return Reply(node, {key: _answer(protocol, key, result) for key, result in results})
 
 
 def _answer(protocol: DHTProtocol, key: DHTID, result: dht_pb2.FindResult) -> Answer:
     named = list(zip(result.nearest_node_ids, result.nearest_peer_ids, strict=False))[: protocol.bucket_size]
-    nearer = {
-        int.from_bytes(node, "big"): peer
+    once = {
+        peer: int.from_bytes(node, "big")
         for node, peer in named
-        if len(peer) <= _MAX_PEER_ID_BYTES and node == node_id_of(peer)
+        if len(node) == DHTID.HASH_NBYTES and len(peer) <= _MAX_PEER_ID_BYTES
     }
+    nearer = {node: peer for peer, node in once.items()}
     if result.type != dht_pb2.FOUND_DICTIONARY:
         return Answer(None, nearer)  # nobody should store plain values
     try:

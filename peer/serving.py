@@ -16,7 +16,7 @@ from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
-from peer.answers import keep_valid, node_id_of
+from peer.answers import is_rightful, keep_valid
 from peer.errors import WireError
 from peer.packing import unpack
 from peer.store import BoundedStorage, StoreCounts
@@ -43,7 +43,7 @@ class DhtService:
         )
 
     async def rpc_ping(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
-        if request.peer.node_id and not _is_of(request.peer.node_id, context.remote_id):
+        if len(request.peer.node_id) != DHTID.HASH_NBYTES:  # a client has none
             request = dht_pb2.PingRequest()
         return await self._ping(request, context)
 
@@ -95,20 +95,27 @@ class DhtService:
     async def update_routing_table(
         self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True
     ) -> None:
-        """Lets in a peer whose ID is that of its PeerID, and hands it what it should store."""
+        """Notes the one place that a peer has now, and hands a new one what it should store."""
         table = self._protocol.routing_table
         if not responded:
             await self._meet(node_id, peer_id, responded=False)
             return
-        if node_id is None or not _is_of(node_id.to_bytes(), peer_id):
+        known = table.get(peer_id=peer_id)
+        if node_id is None:
             return
-        if node_id not in table:
+        if table.get(node_id=node_id, default=peer_id) != peer_id:
+            if not is_rightful(node_id, peer_id.to_bytes()):
+                return  # nobody takes another's place
+            del table[node_id]
+        if known is None:
             self._own(self._hand_over(node_id, peer_id))
+        elif known != node_id:
+            del table[known]
         if (oldest := table.add_or_update_node(node_id, peer_id)) is not None:
             self._own(self._protocol.call_ping(oldest[1]))
 
     async def _meet_sender(self, sender: dht_pb2.NodeInfo, context: P2PContext) -> None:
-        if _is_of(sender.node_id, context.remote_id):  # a client has no ID
+        if len(sender.node_id) == DHTID.HASH_NBYTES:  # a client has none
             await self.update_routing_table(DHTID.from_bytes(sender.node_id), context.remote_id)
 
     async def _store(self, key: bytes, tag: bytes, value: bytes, expires_at: float) -> bool:
@@ -170,7 +177,3 @@ async def guard(protocol: DHTProtocol, counts: StoreCounts) -> None:
     if not protocol.client_mode:
         await protocol.remove_p2p_handlers(protocol.p2p)
         await protocol.add_p2p_handlers(protocol.p2p)
-
-
-def _is_of(node_id: bytes, peer_id: PeerID) -> bool:
-    return bool(node_id == node_id_of(peer_id.to_bytes()))

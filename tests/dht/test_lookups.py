@@ -5,12 +5,12 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 from hivemind.dht.routing import DHTID
-from hivemind.p2p import P2PContext
+from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import dht_pb2
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
-from dht.contacts import RoundTrips
+from dht.contacts import Contacts, Hearsay, RoundTrips
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
@@ -104,6 +104,35 @@ def test_keys_for_which_nobody_answers_are_not_taken_for_empty(world: VirtualLoo
             await client.registry.replicas(swarm.manifest.uids())
 
     play(world, scenario, nodes=1, experts=24)
+
+
+def test_a_peer_that_is_named_in_another_place_than_its_own_does_not_count(world: VirtualLoop) -> None:
+    """Else a liar could put honest peers, who do not store the key, where its holders should be."""
+
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        reader, key = swarm.peers[0], DHTID.generate(source=swarm.keys.expert(HOME))
+        named = {DHTID(key ^ n): peer.peer_id.to_bytes() for n, peer in enumerate(swarm.peers[1:], 1)}
+        reader.lookups.hearsay.note(named)
+        found = (await reader.lookups.find([key]))[key]
+        assert not set(found.search.nearest()) & named.keys()
+        assert found.entries
+        assert not any(peer.peer_id in reader.dht.blacklist for peer in swarm.peers)
+
+    play(world, scenario)
+
+
+def test_what_others_say_of_a_place_does_not_count_against_its_owner() -> None:
+    owner, liar = b"\x12\x20" + bytes(32), b"\x12\x20" + bytes([1]) * 32
+    place = int(DHTID.generate(source=owner))
+    contacts, hearsay = Contacts(), Hearsay()
+    for peer in (liar, owner, liar):
+        contacts.hear({place: peer})
+        hearsay.note({place: peer})
+    assert contacts[place].to_bytes() == hearsay.near(place)[place] == owner
+    met = Contacts()
+    met.know({place: PeerID(liar)})
+    met.hear({place: owner})
+    assert met[place].to_bytes() == liar, "who was met there is there"
 
 
 def test_many_keys_travel_in_few_calls(world: VirtualLoop) -> None:

@@ -15,13 +15,12 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
-from peer.answers import node_id_of
 from peer.find import Answer, find
 
 KEY = DHTID.generate(source="key")
 SOMEBODY = PeerID(b"\x12\x20" + bytes(32))
 NAME = b"\x12\x20" + bytes([7]) * 32
-NODE = node_id_of(NAME)
+NODE = bytes(range(20))
 
 
 class OnlyGood(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
@@ -54,7 +53,8 @@ class Protocol:
 
 
 def ask(protocol: Any) -> dict[DHTID, Answer] | None:
-    return asyncio.run(find(protocol, SOMEBODY, [KEY]))
+    reply = asyncio.run(find(protocol, SOMEBODY, [KEY]))
+    return None if reply is None else reply.answers
 
 
 def response(node_id: bytes = NODE, **result: Any) -> Any:
@@ -99,11 +99,18 @@ def test_a_plain_value_is_none() -> None:
 
 def test_neighbours_with_wrong_names_and_those_beyond_20_are_left_out() -> None:
     others = [b"\x12\x20" + bytes([n]) * 32 for n in range(10, 50)]
-    ids = [b"short", node_id_of(bytes(1000)), bytes(range(20)), *map(node_id_of, others)]
-    names = [NAME, bytes(1000), NAME, *others]
+    ids = [b"short", NODE, *(n.to_bytes(20, "big") for n in range(40))]
+    names = [NAME, bytes(1000), *others]
     answers = ask(Protocol(response(nearest_node_ids=ids, nearest_peer_ids=names)))
     assert answers is not None
-    assert set(answers[KEY].nearer.values()) == set(others[:17])
+    assert answers[KEY].nearer == {n: others[n] for n in range(18)}
+
+
+def test_a_neighbour_is_in_one_place() -> None:
+    ids = [n.to_bytes(20, "big") for n in range(10)]
+    answers = ask(Protocol(response(nearest_node_ids=ids, nearest_peer_ids=[NAME] * 10)))
+    assert answers is not None
+    assert list(answers[KEY].nearer.values()) == [NAME]
 
 
 @pytest.mark.parametrize("bound", ["many", [1], {}, -1])

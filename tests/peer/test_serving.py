@@ -18,7 +18,7 @@ from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.records import seal
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
-from peer.answers import node_id_of
+from peer.answers import is_rightful
 from peer.wire import records_pb2
 
 HOME = UID(0, (0, 1))
@@ -185,18 +185,30 @@ def test_messages_beyond_their_bounds_get_empty_answers(world: VirtualLoop) -> N
 def test_one_peer_is_one_node_of_the_dht(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         table = peer.dht.protocol.routing_table
-        claimed = [b"", b"short", bytes(40), *(DHTID.generate().to_bytes() for _ in range(30))]
-        for node_id in claimed:
+        claimed = [DHTID.generate().to_bytes() for _ in range(30)]
+        for node_id in (b"", b"short", bytes(40), *claimed):
             sender = dht_pb2.NodeInfo(node_id=node_id)
             await send(peer, "ping", dht_pb2.PingRequest(peer=sender))
             await send(peer, "find", dht_pb2.FindRequest(peer=sender, keys=[bytes(20)]))
             await send(peer, "store", dht_pb2.StoreRequest(peer=sender))
         await asyncio.sleep(1)
-        assert table.get(peer_id=STRANGER.peer_id) is None
-        own = node_id_of(STRANGER.peer_id.to_bytes())
-        await send(peer, "ping", dht_pb2.PingRequest(peer=dht_pb2.NodeInfo(node_id=own)))
-        await asyncio.sleep(1)
-        assert table.get(peer_id=STRANGER.peer_id) == DHTID.from_bytes(own)
+        assert list(table.uid_to_peer_id.values()) == [STRANGER.peer_id]
+        assert table.get(peer_id=STRANGER.peer_id) == DHTID.from_bytes(claimed[-1])
+
+    play(world, scenario)
+
+
+def test_nobody_takes_the_place_of_another(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        table, other = peer.dht.protocol.routing_table, await swarm.make_peer()
+        place = other.dht.node_id
+        assert is_rightful(place, other.peer_id.to_bytes())
+        for sender in (STRANGER.peer_id, other.peer_id, STRANGER.peer_id):
+            node = dht_pb2.NodeInfo(node_id=place.to_bytes())
+            await send(peer, "ping", dht_pb2.PingRequest(peer=node), sender)
+            await asyncio.sleep(1)
+        assert table.get(node_id=place) == other.peer_id
+        assert len(table.uid_to_peer_id) == 1
 
     play(world, scenario)
 
