@@ -4,6 +4,7 @@ The choice is a function of what torch reports; `ComputeDevice` touches the devi
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -106,9 +107,11 @@ class ComputeDevice:
     def __str__(self) -> str:
         return f"{self.torch_device} in {self.precision}"
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward pass."""
-        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        if self.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.torch_device.type, torch.bfloat16)
 
     def load(self, tensor: Tensor) -> Tensor:
         """Brings a tensor from the CPU. What is computed from now on waits for it, what runs already does not."""

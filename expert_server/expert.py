@@ -6,6 +6,7 @@ Shape suffixes: R = rows, S = segments, D = hidden.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import isfinite
 from typing import TypeAlias
 
 import torch
@@ -69,7 +70,8 @@ class Expert:
         self._graph_bytes_per_row: float | None = None
         self.block = build_block(manifest, uid).to(self.device.torch_device)
         self._settings = manifest.optimizer
-        self.optimizer = Optimizer(self.block.parameters(), self._settings)
+        self._parameters = list(self.block.parameters())  # to walk through a block takes long
+        self.optimizer = Optimizer(self._parameters, self._settings)
         self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
         self._step_is_due = False
 
@@ -124,7 +126,7 @@ class Expert:
         sizes: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(_count_into(sizes), _unchanged):
             y_RD = self._outputs(x_RD, lengths_S, positions_R)
-        for parameter in self.block.parameters():
+        for parameter in self._parameters:
             sizes.pop(parameter.untyped_storage().data_ptr(), None)
         self._graph_bytes_per_row = max(0, sum(sizes.values()) - self._cast_bytes()) / len(x_RD)
         return y_RD
@@ -133,7 +135,7 @@ class Expert:
         """Of the matrices in bfloat16, which autocast makes for each forward pass and a graph keeps."""
         if self.device.precision != "bf16":
             return 0
-        return sum(p.nbytes // 2 for p in self.block.parameters() if p.dim() > 1)
+        return sum(p.nbytes // 2 for p in self._parameters if p.dim() > 1)
 
     def is_current(self, graph: "Graph | None") -> bool:
         """Whether the parameters are still those that the graph was computed with."""
@@ -183,7 +185,7 @@ class Expert:
     def state_bytes(self) -> int:
         """Bytes of weights and optimizer state now, the guard's copy not counted; no moments before the first step."""
         moments = (value for state in self.optimizer.state.values() for value in state.values())
-        return sum(tensor.nbytes for tensor in chain(self.block.parameters(), moments))
+        return sum(tensor.nbytes for tensor in chain(self._parameters, moments))
 
     def export_state(self) -> State:
         """Copies of the block's parameters and persistent buffers, and of what the optimizer remembers of each.
@@ -262,14 +264,14 @@ class Expert:
 
     def _prepare_step(self) -> None:
         """Makes the step due, unless the guard refuses it."""
-        gradients = [p.grad for p in self.block.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
-        if not norm.isfinite():
+        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        size = float(norm)
+        if not isfinite(size):
             self.skipped_updates += 1
             self.guard.check()
             return
-        if norm > self._settings.clip_norm:
-            clip_grads_with_norm_(self.block.parameters(), self._settings.clip_norm, norm)
+        if size > self._settings.clip_norm:
+            clip_grads_with_norm_(self._parameters, self._settings.clip_norm, norm)
         self.optimizer.learning_rate = self._learning_rate()
         self.update_count = min(self.update_count + 1, MAX_UPDATE_COUNT)
         self._step_is_due = True
