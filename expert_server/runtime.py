@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_AT_ONCE = 4
 """Batches: more would keep more tensors in memory and gain little."""
-_GATHER_S = 0.002
+_GATHER_S = 0.005
 """How long results wait for others while more is computed: waking the loop for each costs the threads their cores."""
 _BATCH_ROWS = tuple(4.0**power for power in range(8))
 _STOPPING = "this node is stopping"
