@@ -101,7 +101,7 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
     """One line that names each key of the model that is wrong."""
     parts = []
     for problem in error.errors():
-        key = ".".join(map(str, problem["loc"])) or "the whole"
+        key = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
             parts.append(f"unknown setting {key!r}{_nearest(key, _keys(model))}")
         elif problem["type"] == "string_pattern_mismatch":  # all patterns are of names
@@ -109,7 +109,7 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
                 f"{key}: small letters, digits and '-' between them make a name, such as 'our-swarm-2'"
             )
         else:
-            parts.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
+            parts.append(f"{key}: {problem['msg']}".removeprefix(": ").replace("Value error, ", "", 1))
     return "; ".join(parts)
 
 

@@ -258,7 +258,10 @@ class Control:
 
 def node_folder(state: Path | None) -> Path:
     """A node's state folder: the one given, else the environment's, else the usual one."""
-    return NodeSettings.load(state=state).state or platformdirs.user_state_path("talkoot") / "node"
+    given = state or os.environ.get(
+        f"{NodeSettings.env_prefix}STATE"
+    )  # it alone: others may lack what is an option
+    return Path(given) if given else platformdirs.user_state_path("talkoot") / "node"
 
 
 def is_running(state: Path) -> bool:

@@ -21,7 +21,7 @@ from expert_server.status import NodeState, NodeStatus
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.loop import LoopThread
 from talkoot.node import control
-from talkoot.node.control import MAX_CLIENTS, MAX_LINE_BYTES, Control, ControlServer, is_running
+from talkoot.node.control import MAX_CLIENTS, MAX_LINE_BYTES, Control, ControlServer, is_running, node_folder
 
 DEADLINE_S = 10.0
 
@@ -112,6 +112,16 @@ def in_loop(loop: LoopThread, work: Callable[[], None]) -> None:
 
 
 # What good clients get
+
+
+def test_the_state_folder_is_known_whatever_else_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TALKOOT_NODE_ANNOUNCE_HOST", "203.0.113.7")  # which needs an option beside it
+    assert node_folder(None).name == "node"
+    monkeypatch.setenv("TALKOOT_NODE_STATE", str(tmp_path))
+    assert node_folder(None) == tmp_path
+    assert node_folder(tmp_path / "other") == tmp_path / "other"
 
 
 def test_state_after_a_deed_is_told(running: Running) -> None:
