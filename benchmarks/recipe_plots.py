@@ -20,7 +20,7 @@ def draw(results: Mapping[str, Any], rivals: Mapping[str, str], folder: Path) ->
     for name in rivals:
         run = results["runs"].get(name)
         if run is not None:
-            file = folder / f"recipe-{name.replace(' ', '-')}.png"
+            file = folder / f"recipe-{name.replace(',', '').replace(' ', '-')}.png"
             written.append(_save(_heat_maps(name, run["chosen"], results), file))
     return written
 
