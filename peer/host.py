@@ -90,7 +90,7 @@ class Host:
         reachable = await _answering((*bootstrap, *remembered))
         if bootstrap and not reachable:
             raise UnreachableError(
-                f"none of the {len(bootstrap)} bootstrap addresses answers: {', '.join(bootstrap)}; does this machine "
+                f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine "
                 "have a network connection? If it has, they may be gone for good: ask for a new invite"
             )
         position = Position(listen, port, announce, serves_dht, maps_port=maps_port)

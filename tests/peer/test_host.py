@@ -234,7 +234,7 @@ def test_sockets_of_living_programs_are_not_touched(loop: LoopThread, identities
 def test_an_unreachable_bootstrap_is_said_at_once(loop: LoopThread, identities: list[Identity]) -> None:
     addresses = [tcp_address(closed_port(), identities[0]), tcp_address(closed_port(), identities[2])]
     begin = time.monotonic()
-    with pytest.raises(UnreachableError, match="none of the 2 bootstrap addresses answers") as caught:
+    with pytest.raises(UnreachableError, match="no bootstrap address answers") as caught:
         loop.run(start_and_stop(identities[1], addresses), 30)
     assert time.monotonic() - begin < 4
     assert all(address in str(caught.value) for address in addresses)
