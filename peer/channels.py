@@ -23,10 +23,15 @@ _HEAD_START_S = 1.0
 _TRY_S = 20.0
 _BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 
+WINDOW_BYTES = 16 * 2**20
+"""What may be under way to a reader, in each direction: 100 Mbit/s at a round trip of over a second."""
+
 _COMMON_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+    ("grpc.http2.bdp_probe", 0),  # its guesses fall far behind on busy machines with a second of delay
 ]
 SERVER_OPTIONS: list[tuple[str, int | str]] = [
     *_COMMON_OPTIONS,
