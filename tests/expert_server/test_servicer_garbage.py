@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from callers import new_identity
 from edge import SWARM, Call, Edge, Runner, check_it_goes_on, make, running, serving
 from grpc import StatusCode
 
@@ -67,11 +68,11 @@ def test_grpc_without_tls_gets_nothing(run: Runner) -> None:
     run(scenario)
 
 
-def test_a_caller_that_pins_another_certificate_does_not_call(run: Runner, identity: Identity) -> None:
+def test_a_caller_that_pins_another_certificate_does_not_call(run: Runner) -> None:
     async def scenario(edge: Edge) -> None:
-        # of the same key even: certificates are pinned whole
-        other = certificate_pem(identity.make_certificate(), identity.peer_id)
-        outcome = await make(replace(edge, pem=other), Call(), timeout_s=5)
+        other = new_identity()
+        pem = certificate_pem(other.make_certificate(), other.peer_id)
+        outcome = await make(replace(edge, pem=pem), Call(), timeout_s=5)
         assert outcome.code is StatusCode.UNAVAILABLE
         assert edge.runtime.stats.rows == 0
         await check_it_goes_on(edge)
