@@ -16,6 +16,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def threads_of(settings: NodeSettings) -> int:
+    """Of torch; more than one for each core only wait for each other."""
+    return min(settings.threads or usable_cores(), usable_cores())
+
+
 @dataclass(frozen=True, slots=True)
 class _Times:
     """Clocks of the processor, all in seconds."""

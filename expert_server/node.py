@@ -5,12 +5,11 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from dht.admission import RIGHTS, Role
@@ -27,30 +26,30 @@ from expert_server.doorkeeper import Doorkeeper
 from expert_server.expert import expert_bytes
 from expert_server.health import HealthServicer
 from expert_server.hosting import Hosting
-from expert_server.machine import usable_cores
+from expert_server.machine import threads_of
 from expert_server.memory import most_bytes, row_bytes, within_memory
 from expert_server.metrics import NodeCollector, NodeCounts
-from expert_server.pauses import Pauses, paused_in_words
+from expert_server.pauses import Pauses
 from expert_server.probe import ProbeServicer
 from expert_server.reaching import Reaching, endpoint
 from expert_server.replication import Replication
-from expert_server.runtime import Runtime, RuntimeStats
+from expert_server.rounds import Rounds, tried
+from expert_server.runtime import Runtime
 from expert_server.servicer import EdgeLimits, ExpertServicer
+from expert_server.services import Services, start_server
 from expert_server.settings import NodeSettings
 from expert_server.standby import Standby
 from expert_server.state_servicer import StateServicer
 from expert_server.status import NodeState, NodeStatus
 from expert_server.transfer import Snapshot, SnapshotTaker, StateClient
-from peer.channels import SERVER_OPTIONS, server_credentials
-from peer.errors import PortError, UnreachableError, UserError
-from peer.host import require_free_port
+from peer.channels import server_credentials
+from peer.errors import UnreachableError, UserError
 from peer.meetings import Meetings
 from peer.metrics import MetricsServer
 from peer.own_sessions import OwnSessions
 from peer.rates import Traffic
 from peer.sessions import SessionServicer
 from peer.snapshots import Snapshots
-from peer.wire import expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +115,7 @@ class Node:
         self._servicer = ExpertServicer(
             runtime, swarm.manifest, swarm_id, limits, self.sessions, self.traffic
         )
-        self._dht_failures = 0
-        self._failing: set[str] = set()
-        """Of the rounds that a running node makes, those that failed the last time."""
+        self._rounds = Rounds(settings.announce_every_s)
         self._certificate = swarm.host.identity.make_certificate()
         self._description = Description(settings, self._certificate, now())
         self._host = ""
@@ -147,7 +144,7 @@ class Node:
             {},
             max_queued_rows=settings.max_queued_rows,
             max_batch_rows=settings.max_batch_rows,
-            threads=_threads(settings),
+            threads=threads_of(settings),
         )
         logger.info("computes on %s", ", ".join(map(str, devices)))
         node = cls(settings, swarm, runtime, state, devices)
@@ -155,7 +152,7 @@ class Node:
             await node.checkpoints.open()
             await runtime.start()
             await node._serve(host)
-            await _tried(partial(node.reaching.begin, host, node._port, stage))
+            await tried(partial(node.reaching.begin, host, node._port, stage))
             stage("looking for experts that need a host")
             await node._pauses.look()
             if not node._pauses.hosts:
@@ -174,7 +171,7 @@ class Node:
             return NodeState.DRAINING if self.runtime.experts else NodeState.PAUSED
         if self._pauses.taking or not self._pauses.hosts:
             return NodeState.JOINING
-        cut_off = self._failing or not self.swarm.host.alive
+        cut_off = self._rounds.are_failing or not self.swarm.host.alive
         return NodeState.UNREACHABLE if cut_off else NodeState.SERVING
 
     async def run(self) -> None:
@@ -201,7 +198,7 @@ class Node:
 
         Wins over the schedule, the battery and other programs as they are now, until they allow it by themselves.
         """
-        await self._round("manners", self._pauses.resume)
+        await self._rounds.run("manners", self._pauses.resume)
 
     async def _take_experts(self) -> None:
         await self.hosting.take_first()  # and announces them
@@ -212,39 +209,29 @@ class Node:
         await self._release(self._settings.drain_timeout_s)
         self._servicer.kept.clear()
         await asyncio.to_thread(return_freed_memory)
-        await _tried(self._describe)
+        await tried(self._describe)
 
     async def _stay_announced(self) -> None:
         while True:
             await self.swarm.host.pause(self._settings.announce_every_s)
-            await self._round(
+            await self._rounds.run(
                 "announce", self.reaching.check, self.hosting.announce, self._describe, self._stay_member
             )
-            await self._round("admission", self._door.look)
+            await self._rounds.run("admission", self._door.look)
 
     async def _look_around(self) -> None:
         """Beside the announcements, which must not wait while states are fetched."""
         look = self.hosting.replicate
         while True:
             if self._pauses.hosts and not self._pauses.why:
-                await self._round("look", look)
+                await self._rounds.run("look", look)
             look = self.hosting.look
             await asyncio.sleep(self._settings.announce_every_s)
-
-    async def _round(self, name: str, *steps: Callable[[], Awaitable[None]]) -> None:
-        """Runs steps, and notes what the DHT did not do."""
-        failures = [error for step in steps if (error := await _tried(step))]
-        if failures:
-            self._dht_failures += 1
-            self._failing.add(name)
-            logger.warning("%s; trying again in %.0f s", failures[0], self._settings.announce_every_s)
-        else:
-            self._failing.discard(name)
 
     async def _mind_manners(self) -> None:
         while True:
             await asyncio.sleep(self._settings.look_every_s)
-            await self._round("manners", self._pauses.look)
+            await self._rounds.run("manners", self._pauses.look)
             self._note_work()
 
     async def _keep_account(self) -> None:
@@ -292,7 +279,7 @@ class Node:
         await self.hosting.release(max(0.0, limit_s - (time.monotonic() - began)))
 
     async def _stay_announced_as_leaving(self) -> None:
-        await _tried(self._describe)  # at once: others that leave must not ask this node to take theirs
+        await tried(self._describe)  # at once: others that leave must not ask this node to take theirs
         await self._stay_announced()
 
     def hurry(self) -> None:
@@ -318,7 +305,7 @@ class Node:
             rows=stats.rows,
             queued_rows=stats.queued_rows,
             peers=len(self.swarm.host.peers()),
-            why=self._why(),
+            why=self._pauses.in_words,
             calls=self._servicer.calls,
             uploaded_bytes=self.traffic.up.bytes,
             downloaded_bytes=self.traffic.down.bytes,
@@ -327,7 +314,7 @@ class Node:
             memory_bytes=self._memory_bytes(),
             memory_limit_bytes=self._most_bytes,
             busy_s=stats.busy_s,
-            threads=_threads(settings),
+            threads=threads_of(settings),
             contributed_rows=contribution.rows,
             contributed_updates=contribution.updates,
             contributed_hours=round(contribution.served_s / 3600, 1),
@@ -336,13 +323,6 @@ class Node:
             reached=self.reaching.reach.in_words,
             reach_advice=self.reaching.advice,
         )
-
-    def _why(self) -> str:
-        if self._pauses.why:
-            return paused_in_words(self._pauses.why)
-        if self._pauses.set_aside:
-            return f"told to go on, else {paused_in_words(self._pauses.set_aside)}"
-        return ""
 
     def _memory_bytes(self) -> int:
         manifest = self.swarm.manifest
@@ -360,38 +340,31 @@ class Node:
     async def _serve(self, host: str) -> None:
         settings = self._settings
         self._host = host
-        require_free_port(host, settings.grpc_port)
-        self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=settings.max_calls)
-        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
-        probe = ProbeServicer(self.swarm.keys.swarm_id, self.traffic)
-        probe_pb2_grpc.add_ProbeServiceServicer_to_server(probe, self._server)
         states = StateServicer(
-            self._snapshots,
-            self.swarm.manifest,
-            self.swarm.keys.swarm_id,
-            self.client.counts,
-            self.replication.follow,
-            self.traffic.up,
-            self.sessions,
-            max_transfers=settings.max_transfers,
-            max_transfer_s=settings.max_transfer_s,
+            self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.client.counts,
+            self.replication.follow, self.traffic.up, self.sessions,
+            max_transfers=settings.max_transfers, max_transfer_s=settings.max_transfer_s,
+        )  # fmt: skip
+        services = Services(
+            experts=self._servicer,
+            states=states,
+            sessions=SessionServicer(self.sessions),
+            probe=ProbeServicer(self.swarm.keys.swarm_id, self.traffic),
+            health=HealthServicer(lambda: self.state is NodeState.SERVING),
         )
-        state_pb2_grpc.add_StateServiceServicer_to_server(states, self._server)
-        opener = SessionServicer(self.sessions)
-        session_pb2_grpc.add_SessionServiceServicer_to_server(opener, self._server)
-        health = HealthServicer(lambda: self.state is NodeState.SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
-        try:
-            self._port = self._server.add_secure_port(endpoint(host, settings.grpc_port), credentials)
-            self._server.add_secure_port(f"unix:{self.swarm.host.tunnels.exit_path()}", credentials)
-        except RuntimeError as error:
-            raise PortError(f"can't listen on {host} port {settings.grpc_port}: pass another port") from error
-        await self._server.start()
+        self._server, self._port = await start_server(
+            services,
+            credentials,
+            host,
+            settings.grpc_port,
+            settings.max_calls,
+            self.swarm.host.tunnels.exit_path(),
+        )
         await self.swarm.host.serve_tunnel(settings.max_tunnel_streams)
         self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
         registry = CollectorRegistry()
-        registry.register(NodeCollector(self._stats, self._counts))
+        registry.register(NodeCollector(lambda: self.runtime.stats, self._counts))
         self._metrics = MetricsServer(registry, settings.metrics_host, settings.metrics_port)
         self.metrics_address = self._metrics.address
 
@@ -410,15 +383,12 @@ class Node:
         )
         await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
 
-    def _stats(self) -> RuntimeStats:
-        return self.runtime.stats
-
     def _counts(self) -> NodeCounts:
         return NodeCounts(
             experts=len(self.runtime.experts),
             adopted=self.hosting.adopted,
             exchanged=self.hosting.exchanged,
-            dht_failures=self._dht_failures,
+            dht_failures=self._rounds.failures,
             p2pd_restarts=self.swarm.host.restarts,
             checkpoints=self.checkpoints.counts,
             paused=self.state is NodeState.PAUSED,
@@ -439,17 +409,3 @@ class Node:
             reachability=self.reaching.reach.kind,
             over_budget=self._servicer.budgets.refused,
         )
-
-
-def _threads(settings: NodeSettings) -> int:
-    """More than one for each core only wait for each other."""
-    return min(settings.threads or usable_cores(), usable_cores())
-
-
-async def _tried(step: Callable[[], Awaitable[None]]) -> UnreachableError | None:
-    """Runs it; gives back what the DHT did not do."""
-    try:
-        await step()
-    except UnreachableError as error:
-        return error
-    return None

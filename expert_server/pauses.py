@@ -70,6 +70,15 @@ class Pauses:
         self._word.go_on(self._reasons)
         await self._settle()
 
+    @property
+    def in_words(self) -> str:
+        """Why it is paused, or would be if it were not told to go on; else empty."""
+        if self.why:
+            return paused_in_words(self.why)
+        if self.set_aside:
+            return f"told to go on, else {paused_in_words(self.set_aside)}"
+        return ""
+
     async def end(self) -> None:
         """Breaks off what takes experts, and changes nothing any more."""
         self._ended = True
