@@ -104,20 +104,22 @@ def test_a_joiner_takes_what_is_vacant(play: Play) -> None:
 
 
 def look_together(swarms: Sequence[Swarm], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody claims an expert before all have looked which are vacant."""
+    """Nobody claims an expert before all have looked which are vacant, and all have claimed before one looks again."""
     barrier = asyncio.Barrier(len(swarms))
     for swarm in swarms:
-        monkeypatch.setattr(swarm.registry, "replicas", waiting_once(swarm.registry.replicas, barrier))
+        monkeypatch.setattr(swarm.registry, "replicas", waiting_twice(swarm.registry.replicas, barrier))
 
 
-def waiting_once(look: Look, barrier: asyncio.Barrier) -> Look:
-    has_waited = False
+def waiting_twice(look: Look, barrier: asyncio.Barrier) -> Look:
+    looks = 0
 
     async def look_and_wait(uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
-        nonlocal has_waited
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            await barrier.wait()
         found = await look(uids)
-        if not has_waited:
-            has_waited = True
+        if looks == 1:
             await barrier.wait()
         return found
 
