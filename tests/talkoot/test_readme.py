@@ -128,13 +128,14 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     return Reader(tmp_path)
 
 
+@pytest.mark.timeout(400)
 def test_the_readme_by_hand_in_four_terminals(reader: Reader) -> None:
     with ExitStack() as terminals:
         first = terminals.enter_context(reader.terminal(FOUND, "terminal-1"))
-        wait_until(lambda: "invite: " in first.read_text(), "the invite")
+        wait_until(lambda: "invite: " in first.read_text(), "the invite", 150)
         (reader.invite,) = re.findall(r"^invite: (\S+)$", first.read_text(), re.MULTILINE)
         second = terminals.enter_context(reader.terminal(HOST, "terminal-2"))
-        wait_until(lambda: "metrics at " in second.read_text(), "the second node")
+        wait_until(lambda: "metrics at " in second.read_text(), "the second node", 150)
 
         for written in (TRAIN, TRAIN_TOO):
             said = reader.types(written)
