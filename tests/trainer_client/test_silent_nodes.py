@@ -118,7 +118,7 @@ def test_node_that_takes_no_payload_ends_at_the_deadline(
     loop: LoopThread, server: Server, pool: ChannelPool
 ) -> None:
     server.behave = reads_nothing
-    requests = requests_for(0, rows=8000, width=512)  # 16 MB, more than the transport takes in by itself
+    requests = requests_for(0, rows=16000, width=512)  # 32 MB, more than the transport takes in by itself
     caller = GrpcCaller(pool, "s", 512)
     collected = loop.run(collect(caller, server.info, requests, deadline_s=SHORT))
     assert collected.status in (StatusCode.DEADLINE_EXCEEDED, StatusCode.UNAVAILABLE)
