@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.apart import Standby
+from benchmarks.apart import Standby, end_in_order_when_stopped
 from benchmarks.moe_contenders import CONTENDERS, IN_FLIGHT, SHAPES, stand_by
 
 TARGETS = {
@@ -119,6 +119,7 @@ def main() -> None:
     if options.contender:
         stand_by(options.contender)
         return
+    end_in_order_when_stopped()
     console = Console(width=150)
     if options.quick:
         results = compare(1, options.seconds or 1.0, ["ffn"], console)

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.apart import run_apart
+from benchmarks.apart import end_in_order_when_stopped, run_apart
 
 LINK, LINK_MBIT = "100mbit,20ms", 100.0
 FULL_IN_FLIGHT = 4
@@ -173,6 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     options.seconds = options.seconds or (0.5 if options.quick else 15.0)
     options.delays = QUICK_DELAYS if options.quick else DELAYS
+    end_in_order_when_stopped()
     console = Console(width=150)
     results = add_shares(measure(options, console), options)
     show_full(results["full"], console)
