@@ -94,7 +94,8 @@ class Reaching:
         judgement = judge(await self._dials())
         if not judgement.asked:
             self._unanswered += 1
-            if self._unanswered >= _UNANSWERED and self._is_inside():
+            # what others told once holds until others tell anything else: the line may be down for a while
+            if self._unanswered >= _UNANSWERED and not self.reach.asked and self._is_inside():
                 await self._hide(judgement, stage)
             return  # the next announcement tries again
         self._unanswered = 0

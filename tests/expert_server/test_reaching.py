@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from dht.participants import Reachability
+from expert_server.probing import DialledBack
+from expert_server.reachability import DialledPorts
 from expert_server.reaching import Reaching
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
@@ -44,8 +46,9 @@ async def nobody(peers: object) -> dict[Any, Any]:
 
 
 async def after_rounds(rounds: int, host: LonelyHost, address: str) -> Reaching:
+    """Rounds in which it is time to ask."""
     swarm: Any = SimpleNamespace(host=host, registry=SimpleNamespace(nodes=nobody))
-    reaching = Reaching(NodeSettings.load(), swarm, random.Random(0))
+    reaching = Reaching(NodeSettings.load(), swarm, random.Random(0), iter(range(0, 10**6, 1000)).__next__)
     await reaching.begin(address, 2)
     for _ in range(rounds - 1):
         await reaching.check()
@@ -74,4 +77,21 @@ def test_neighbours_in_one_network_and_public_nodes_stay_as_they_are(
     host = LonelyHost(identity.peer_id, known)
     reaching = asyncio.run(after_rounds(4, host, address))
     assert reaching.reach.kind is Reachability.UNKNOWN
+    assert host.position.serves_dht
+
+
+def test_what_others_told_holds_while_nobody_can_be_asked(
+    identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = DialledBack(True, "44.1.1.2", "")
+    answers = [[DialledPorts(service=reached, dht=reached)]]
+
+    async def dials(_: Reaching) -> list[DialledPorts]:
+        return answers.pop() if answers else []
+
+    monkeypatch.setattr(Reaching, "_dials", dials)
+    host = LonelyHost(identity.peer_id, (PUBLIC,))
+    reaching = asyncio.run(after_rounds(4, host, "192.168.1.2"))
+    assert reaching.reach.kind is Reachability.DIRECT
+    assert "44.1.1.2:2" in reaching.addresses
     assert host.position.serves_dht
