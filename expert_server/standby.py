@@ -51,11 +51,14 @@ class Standby:
             return
         wanted = lone(self._hosting.seen, self._swarm.host.peer_id)
         saved = await self._checkpoints.newest()
-        stale = [replica for uid, replica in wanted.items() if replica.update_count > saved.get(uid, 0)]
+        held = {*self._hosting.taker.announced}  # some since the last look
+        stale = [r for uid, r in wanted.items() if uid not in held and r.update_count > saved.get(uid, 0)]
         stale.sort(key=lambda replica: replica.update_count - saved.get(replica.uid, 0), reverse=True)
         some = stale[: self._settings.max_standbys]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
         for replica in some:
+            if self._hosting.is_leaving:
+                return
             if replica.peer_id in nodes:
                 try:
                     fetched = await self._client.fetch(nodes[replica.peer_id], replica.uid)

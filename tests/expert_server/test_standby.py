@@ -7,7 +7,10 @@ import torch
 from test_restart import train
 from village import UIDS, Play, Village, eventually, make_identities, playing
 
+from dht.registry import NodeInfo
+from dht.uid import UID
 from expert_server.node import Node
+from expert_server.transfer import Fetched
 from peer.identity import Identity
 from peer.loop import LoopThread
 
@@ -103,6 +106,36 @@ def test_a_paused_node_copies_nothing(play: Play) -> None:
         assert await copied(keeper) == 0
         await keeper.resume()
         assert await copied(keeper) == len(UIDS)
+
+    play(scenario)
+
+
+def test_a_pause_ends_the_copying_that_is_under_way(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        fetch = keeper.client.fetch
+
+        async def fetch_and_pause(node: NodeInfo, uid: UID) -> Fetched:
+            await keeper.pause()
+            return await fetch(node, uid)
+
+        monkeypatch.setattr(keeper.client, "fetch", fetch_and_pause)
+        assert await copied(keeper) == 1
+
+    play(scenario)
+
+
+def test_what_a_node_hosts_since_its_last_look_it_does_not_copy(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        host = await village.found(experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        keeper = await village.join(1, await host.swarm.invite(), experts=8, replicas=2)
+        assert await copied(keeper) == 0
+        assert set(keeper.runtime.experts) == set(UIDS), "further replicas"
 
     play(scenario)
 
