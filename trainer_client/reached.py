@@ -16,7 +16,8 @@ _RELAY_S = 15.0
 """How long a relay is waited for before training goes on without."""
 _LOOK_S = 0.2
 _PATIENCE = 3
-"""Looks without a relay, after which others are taken."""
+"""Looks without a relay, after which others are taken. After each vain time twice as many: each cuts all tunnels."""
+_LONGEST_PATIENCE = 96
 
 
 def is_hidden(host: str) -> bool:
@@ -35,6 +36,7 @@ class Relayed:
         self._relays = relays
         self._rng = rng
         self._lacking = 0
+        self._patience = _PATIENCE
 
     async def begin(self, most_streams: int) -> None:
         """Lets others in and takes relays; gives up waiting for one after a while."""
@@ -48,8 +50,12 @@ class Relayed:
         except UnreachableError:
             return
         self.addresses = tuple(filter(is_relayed, found))
-        self._lacking = 0 if self.addresses else self._lacking + 1
-        if self._lacking >= _PATIENCE:
+        if self.addresses:
+            self._lacking, self._patience = 0, _PATIENCE
+            return
+        self._lacking += 1
+        if self._lacking >= self._patience:
+            self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
             await self._take()
 
     async def _take(self) -> None:

@@ -157,6 +157,25 @@ def test_other_relays_are_taken_after_three_looks_without_one(
     asyncio.run(scenario())
 
 
+def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
+    swarm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(reached, "_RELAY_S", 0.01)
+        swarm.finds = False
+        relayed = Relayed(swarm, 1, random.Random(0))
+        await relayed.begin(1)
+        for looks in (3, 6, 12):
+            before = len(swarm.moves)
+            for _ in range(looks - 1):
+                await relayed.look()
+            assert len(swarm.moves) == before
+            await relayed.look()
+            assert len(swarm.moves) == before + 1
+
+    asyncio.run(scenario())
+
+
 def test_where_nobody_can_be_a_relay_the_daemon_is_left_alone(
     swarm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
