@@ -101,7 +101,7 @@ class DhtService:
             await self._meet(node_id, peer_id, responded=False)
             return
         known = table.get(peer_id=peer_id)
-        if node_id is None:
+        if node_id is None or node_id == self._protocol.node_id:
             return
         if table.get(node_id=node_id, default=peer_id) != peer_id:
             if not is_rightful(node_id, peer_id.to_bytes()):

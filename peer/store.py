@@ -59,6 +59,8 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
         self._counts = counts
         self._rng = rng or random.SystemRandom()
         self._sizes: dict[DHTID, int] = {}
+        self._numbers: dict[DHTID, int] = {}
+        """Entries of each key when it was counted last: fewer are there when some have expired since."""
         counts.bytes = counts.keys = 0
 
     def store_subkey(self, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
@@ -67,15 +69,16 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
         if size > self._counts.bounds.key_bytes:
             return False
         held = self.get(key)
-        if held is not None and isinstance(held.value, DictionaryDHTValue):
-            known = held.value.get(subkey)
-            if known is not None and known.expiration_time >= expiration_time:
-                return False
+        known = held.value.get(subkey) if held and isinstance(held.value, DictionaryDHTValue) else None
+        if known is not None and known.expiration_time >= expiration_time:
+            return False
         if not super().store_subkey(key, subkey, value, expiration_time):
             return False
         entries = self.data[key].value
-        self._make_room_in(entries, subkey)
-        self._note_size(key, sum(size_of(name, entry.value) for name, entry in entries.items()))
+        total = self.size(key) + size - (size_of(subkey, known.value) if known else 0)
+        if len(entries.data) != self._numbers.get(key, 0) + (known is None):
+            total = sum(size_of(name, entry.value) for name, entry in entries.items())
+        self._note_size(key, self._make_room_in(entries, subkey, total), len(entries.data))
         _forget_old_times(entries)
         _forget_old_times(self)
         if self._counts.bytes > self._counts.bounds.total_bytes:
@@ -102,18 +105,19 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
             if self.key_to_heap.get(passed.key) is passed:
                 del self[passed.key]
 
-    def _make_room_in(self, entries: DictionaryDHTValue, newest: object) -> None:
-        sizes = {subkey: size_of(subkey, entry.value) for subkey, entry in entries.items()}
-        over = sum(sizes.values()) - self._counts.bounds.key_bytes
-        if over <= 0:
-            return
-        others = [subkey for subkey in sizes if subkey != newest]
-        self._rng.shuffle(others)
-        while over > 0:
+    def _make_room_in(self, entries: DictionaryDHTValue, newest: object, total: int) -> int:
+        """`total`: what its entries count for. Gives what those that stay count for."""
+        if total <= self._counts.bounds.key_bytes:
+            return total
+        others = [subkey for subkey in entries.data if subkey != newest]
+        while total > self._counts.bounds.key_bytes:
+            drawn = self._rng.randrange(len(others))
+            others[drawn], others[-1] = others[-1], others[drawn]
             gone = others.pop()
+            total -= size_of(gone, entries.data[gone].value)
             del entries[gone]
-            over -= sizes[gone]
             self._counts.displaced += 1
+        return total
 
     def _make_room_beside(self, newest: DHTID) -> None:
         others = [key for key in self._sizes if key != newest]
@@ -123,10 +127,11 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
             self._counts.displaced += len(self.data[key].value)
             del self[key]
 
-    def _note_size(self, key: DHTID, size: int) -> None:
+    def _note_size(self, key: DHTID, size: int, number: int = 0) -> None:
         self._counts.bytes += size - self._sizes.pop(key, 0)
+        self._numbers.pop(key, None)
         if size:
-            self._sizes[key] = size
+            self._sizes[key], self._numbers[key] = size, number
         self._counts.keys = len(self._sizes)
 
 

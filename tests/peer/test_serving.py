@@ -213,6 +213,17 @@ def test_nobody_takes_the_place_of_another(world: VirtualLoop) -> None:
     play(world, scenario)
 
 
+def test_nobody_takes_the_place_of_the_peer_itself(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        own = dht_pb2.NodeInfo(node_id=peer.dht.node_id.to_bytes())
+        await send(peer, "ping", dht_pb2.PingRequest(peer=own))
+        await send(peer, "find", dht_pb2.FindRequest(peer=own, keys=[bytes(20)]))
+        await asyncio.sleep(1)
+        assert not peer.dht.protocol.routing_table.uid_to_peer_id
+
+    play(world, scenario)
+
+
 def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         uids = [UID(0, (n, n)) for n in range(1000)]

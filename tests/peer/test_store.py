@@ -1,12 +1,14 @@
 """What others store here has bounds, and an older record takes nothing's place."""
 
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
 from hivemind.dht.routing import DHTID
 from hivemind.utils import timed_storage
 
+from peer import store
 from peer.store import BoundedStorage, StoreBounds, StoreCounts, size_of
 
 KEY, OTHER = DHTID.generate(source="key"), DHTID.generate(source="other")
@@ -69,6 +71,35 @@ def test_a_full_key_takes_new_entries_in_place_of_some_that_are_drawn(clock: Clo
     assert len(kept) == 20
     assert counts.displaced == 80
     assert kept != set(range(80, 100)), "not simply the oldest go"
+
+
+def test_an_entry_costs_no_look_at_all_the_others_of_its_key(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = Counter[str]()
+
+    def counted(subkey: object, value: bytes) -> int:
+        looks["sizes"] += 1
+        return size_of(subkey, value)
+
+    monkeypatch.setattr(store, "size_of", counted)
+    stored, counts = storage(key_bytes=200 * size_of(0, b"value"))
+    for n in range(1000):
+        assert stored.store_subkey(KEY, n, b"value", NOW + 10)
+    assert len(entries(stored, KEY)) == 200
+    assert counts.displaced == 800
+    assert looks["sizes"] < 5 * 1000
+
+
+def test_entries_that_expired_or_changed_since_are_counted_as_they_are(clock: Clock) -> None:
+    stored, counts = storage()
+    stored.store_subkey(KEY, 1, b"short", NOW + 10)
+    stored.store_subkey(KEY, 2, b"long", NOW + 100)
+    clock.now = NOW + 20
+    assert set(entries(stored, KEY)) == {2}
+    stored.store_subkey(KEY, 1, b"again", NOW + 30)
+    stored.store_subkey(KEY, 2, b"longer than before", NOW + 110)
+    assert counts.bytes == size_of(1, b"again") + size_of(2, b"longer than before")
 
 
 def test_an_entry_larger_than_a_key_is_refused(clock: Clock) -> None:
