@@ -162,7 +162,9 @@ class NodeSettings(RoleSettings):
         description="seconds between copies, to this node's checkpoints, of experts that one other node hosts alone; "
         "0: never",
     )
-    max_standbys: int = Field(default=32, ge=1, le=10**5, description="experts copied so each time, at most")
+    max_standbys: int = Field(
+        default=32, ge=1, le=10**5, description="experts copied so, at most: in all, and each time"
+    )
     device: str = Field(
         default="auto",
         max_length=200,

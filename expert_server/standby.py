@@ -43,7 +43,10 @@ class Standby:
                 logger.info("%s", error)
 
     async def copy(self) -> None:
-        """Fetches what is newer than the copies here, of a bounded number of experts. Raises UnreachableError.
+        """Fetches what is newer than the copies here. Raises UnreachableError.
+
+        At most so many experts are fetched each time, and copied in all, as the settings say: of a large grid each look
+        sees others.
 
         Nothing while this node pauses or leaves.
         """
@@ -54,7 +57,9 @@ class Standby:
         held = {*self._hosting.taker.announced}  # some since the last look
         stale = [r for uid, r in wanted.items() if uid not in held and r.update_count > saved.get(uid, 0)]
         stale.sort(key=lambda replica: replica.update_count - saved.get(replica.uid, 0), reverse=True)
-        some = stale[: self._settings.max_standbys]
+        room = self._settings.max_standbys - len(saved.keys() - held)
+        new = [replica for replica in stale if replica.uid not in saved][: max(room, 0)]
+        some = [r for r in stale if r.uid in saved or r in new][: self._settings.max_standbys]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
         for replica in some:
             if self._hosting.is_leaving:

@@ -18,7 +18,7 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
 
-_GAIN = 1.25
+_GAIN = 1.5
 _FIRST_GAIN = 2.0
 _SMALLEST_WINDOW = 4
 _WINDOWS_REMEMBERED = 3
@@ -91,7 +91,7 @@ class EnoughInFlight:
 
     def _needed(self) -> int:
         assert self._alone_s is not None
-        return min(self._limit, max(2, math.ceil(self._gain * max(self._rates) * self._alone_s)))
+        return min(self._limit, max(2, math.floor(self._gain * max(self._rates) * self._alone_s) + 1))
 
     def _open_window(self, count: int) -> None:
         self.count = min(count, self._limit)

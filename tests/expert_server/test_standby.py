@@ -84,7 +84,7 @@ def test_who_has_a_copy_is_let_go_first(play: Play) -> None:
     play(scenario)
 
 
-def test_no_more_than_told_are_copied_at_once_the_stalest_first(play: Play) -> None:
+def test_no_more_than_told_are_copied_the_stalest_first(play: Play) -> None:
     async def scenario(village: Village) -> None:
         keeper = await village.found(experts=0, spare=0, max_standbys=2)
         host = await village.join(1, await keeper.swarm.invite(), experts=8)
@@ -92,6 +92,11 @@ def test_no_more_than_told_are_copied_at_once_the_stalest_first(play: Play) -> N
         await host.hosting.announce()
         assert await copied(keeper) == 2
         assert await keeper.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 7}
+        assert await copied(keeper) == 2, "and no others later"
+        await train(host, {UIDS[-2]: 5})
+        await host.hosting.announce()
+        assert await copied(keeper) == 3, "only newer states of the same"
+        assert await keeper.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 12}
 
     play(scenario)
 
