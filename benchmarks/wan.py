@@ -171,7 +171,7 @@ def main() -> None:
         "--in-flight", default="auto", metavar="N|auto", help="Talkoot's batches under way in (2) and (3)"
     )
     options = parser.parse_args()
-    options.seconds = options.seconds or (0.5 if options.quick else 15.0)
+    options.seconds = options.seconds or (0.5 if options.quick else 25.0)
     options.delays = QUICK_DELAYS if options.quick else DELAYS
     end_in_order_when_stopped()
     console = Console(width=150)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
@@ -10,10 +11,21 @@ import psutil
 from expert_server.manners import Load, MachineState, OtherUse
 from expert_server.settings import NodeSettings
 
+_CPU_BATCH_ROWS, _GPU_BATCH_ROWS = 128, 2048
+
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def batch_rows_of(settings: NodeSettings, device_types: Iterable[str]) -> int:
+    """Up to how many rows works are merged: from where on a device gains little by more.
+
+    No further: a forward pass that is merged keeps no graph, and steps that are answered together come again together,
+    with nothing to compute in between.
+    """
+    return settings.max_batch_rows or (_CPU_BATCH_ROWS if set(device_types) == {"cpu"} else _GPU_BATCH_ROWS)
 
 
 def threads_of(settings: NodeSettings) -> int:

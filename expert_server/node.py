@@ -26,7 +26,7 @@ from expert_server.doorkeeper import Doorkeeper
 from expert_server.expert import expert_bytes
 from expert_server.health import HealthServicer
 from expert_server.hosting import Hosting
-from expert_server.machine import threads_of
+from expert_server.machine import batch_rows_of, threads_of
 from expert_server.memory import most_bytes, row_bytes, within_memory
 from expert_server.metrics import NodeCollector, NodeCounts
 from expert_server.pauses import Pauses
@@ -143,7 +143,7 @@ class Node:
         runtime = Runtime(
             {},
             max_queued_rows=settings.max_queued_rows,
-            max_batch_rows=settings.max_batch_rows,
+            max_batch_rows=batch_rows_of(settings, (device.torch_device.type for device in devices)),
             threads=threads_of(settings),
         )
         logger.info("computes on %s", ", ".join(map(str, devices)))

@@ -252,7 +252,13 @@ class NodeSettings(RoleSettings):
         le=10**9,
         description="rows that may wait; more are refused with RESOURCE_EXHAUSTED",
     )
-    max_batch_rows: int = Field(default=8192, ge=1, le=10**7, description="rows computed at once")
+    max_batch_rows: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**7,
+        description="rows up to which small works for one expert are computed at once; "
+        "by default 128 on a CPU, 2048 on a GPU",
+    )
     max_call_bytes: int = Field(
         default=64 * 2**20,
         ge=1024,

@@ -18,13 +18,10 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
 
-_GAIN = 1.5
-_FIRST_GAIN = 2.0
+_SAFETY = 2.0
 _SMALLEST_WINDOW = 4
 _WINDOWS_REMEMBERED = 3
 _PROBE_AFTER = 50.0
-
-
 _STEPS_FOR_ONE_MORE = 4
 
 
@@ -38,11 +35,13 @@ def bearable(step: int) -> int:
 
 
 class EnoughInFlight:
-    """How many steps at once keep the slowest part of the way busy: its rate times the time of a step alone.
+    """How many steps at once keep the slowest part of the way busy.
 
-    After BBR (Cardwell et al. 2016, ACM Queue 14(5)), with steps for packets: always a few more are tried than the rate
-    so far asks for. How long a step takes when it is alone is measured at first and now and then, since beside others
-    it waits for them, and more of them would seem to be needed, and more.
+    On average its rate times the time of a step alone are under way (as in BBR: Cardwell et al. 2016, ACM Queue 14(5));
+    twice the square root of that more, since steps are uneven and come in bunches (square-root staffing: Halfin & Whitt
+    1981, Operations Research 29(3)), and so that a rate that more steps would raise is found. How long a step takes
+    when it is alone is measured at first and now and then, since beside others it waits for them, and more of them
+    would seem to be needed, and more.
     """
 
     def __init__(self, limit: int) -> None:
@@ -52,7 +51,6 @@ class EnoughInFlight:
         self._alone_s: float | None = None
         self._alone_at = 0.0
         self._lone_steps = 0
-        self._gain = _FIRST_GAIN
         self._rates: deque[float] = deque(maxlen=_WINDOWS_REMEMBERED)
         self._window_began: float | None = None
         self._done_in_window = 0
@@ -83,15 +81,14 @@ class EnoughInFlight:
         assert self._window_began is not None
         assert self._alone_s is not None
         rate = self._done_in_window / max(now - self._window_began, 1e-9)
-        if rate < _GAIN * max(self._rates):
-            self._gain = _GAIN  # doubling has stopped to help
         self._rates.append(rate)
         is_probe = now - self._alone_at > _PROBE_AFTER * self._alone_s
         self._open_window(1 if is_probe else self._needed())
 
     def _needed(self) -> int:
         assert self._alone_s is not None
-        return min(self._limit, max(2, math.floor(self._gain * max(self._rates) * self._alone_s) + 1))
+        busy = max(self._rates) * self._alone_s
+        return max(2, round(busy + _SAFETY * math.sqrt(busy)))
 
     def _open_window(self, count: int) -> None:
         self.count = min(count, self._limit)

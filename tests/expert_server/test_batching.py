@@ -344,3 +344,26 @@ def test_no_one_is_displaced_when_the_room_would_not_be_enough() -> None:
     queue.push(make_work(3, caller="other"))
     assert queue.make_room(make_work(4, caller="third")) == []  # one row less would not do
     assert queue.rows == 8
+
+
+@pytest.mark.parametrize(("max_batch_rows", "least", "most"), [(128, 0.97, 1.0), (8192, 0.0, 0.8)])
+def test_steps_over_a_slow_link_stay_apart_unless_their_work_is_merged(
+    max_batch_rows: int, least: float, most: float
+) -> None:
+    queue = BatchQueue(10**6, max_batch_rows)
+    rows, row_s, link_s = 256, 0.001, 0.512
+    steps = 4  # 3 are enough for a server that is never idle, if they are evenly apart
+    on_the_way = [0.0] * steps
+    now = busy_s = 0.0
+    while now < 100:
+        for _ in range(sum(arrives <= now for arrives in on_the_way)):
+            queue.push(make_work(rows))
+            on_the_way.remove(min(on_the_way))
+        batch, _ = queue.pop(now)
+        if not batch:
+            now = min(on_the_way)
+            continue
+        took_s = sum(entry.work.rows for entry in batch) * row_s
+        now, busy_s = now + took_s, busy_s + took_s
+        on_the_way += [now + link_s] * len(batch)
+    assert least <= busy_s / now <= most

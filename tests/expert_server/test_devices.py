@@ -19,6 +19,7 @@ from expert_server.devices import (
     open_devices,
     roomiest,
 )
+from expert_server.machine import batch_rows_of
 from expert_server.settings import NodeSettings
 from peer.errors import SettingsError, StartError
 
@@ -170,3 +171,9 @@ def test_tf32_is_switched_on_for_matrices(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
     open_devices("cuda", "tf32")
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def test_works_are_merged_up_to_what_a_device_gains_by_unless_set() -> None:
+    assert batch_rows_of(NodeSettings(), ["cpu"]) == 128
+    assert batch_rows_of(NodeSettings(), ["cuda", "cuda"]) == 2048
+    assert batch_rows_of(NodeSettings(max_batch_rows=5), ["cuda"]) == 5

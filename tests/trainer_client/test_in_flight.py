@@ -51,14 +51,14 @@ def test_enough_in_flight_keep_the_device_busy_and_not_many_more_wait(
     limit = 64
     ends, counts = simulate(limit, lambda now: link_s, busy_s, 600 + more)
     best = min(1.0, limit / needed) / busy_s
-    assert rate(ends[300:]) >= 0.85 * best
-    assert max(counts[300:]) <= min(limit, math.ceil(1.5 * needed) + 2)
+    assert rate(ends[300:]) >= 0.9 * best
+    assert max(counts[300:]) <= min(limit, math.ceil(needed + 2 * math.sqrt(needed)) + 1)
 
 
 def test_a_link_that_becomes_slow_gets_more_and_one_that_becomes_fast_gets_fewer() -> None:
     _, counts = simulate(64, lambda now: 0.0 if now < 30 else 1.0 if now < 90 else 0.1, 0.1, 2500)
     assert counts[200] <= 4
-    assert 11 <= max(counts[600:700]) <= 19
+    assert 11 <= max(counts[600:700]) <= 18
     assert max(counts[-200:]) <= 6
 
 
