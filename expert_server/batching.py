@@ -1,8 +1,9 @@
 """Which work is computed next: the policy that merges work into batches, fair to every caller.
 
 Start-time fair queueing (Goyal, Vin & Cheng 1996) over callers, by rows. Each caller has a virtual time, the rows
-computed for it. Whose is least chooses the expert and direction of the next batch, by its earliest deadline; others
-join in the same order. Experts that are busy with a batch are passed over. Nothing here reads a clock or does I/O.
+computed for it. Whose is least chooses the expert and direction of the next batch: backward before forward, and by
+deadline. Others join in the same order. Experts that are busy with a batch are passed over. Nothing here reads a clock
+or does I/O.
 
 Shape suffixes: R = rows, S = segments, D = hidden.
 """
@@ -88,7 +89,7 @@ class BatchQueue:
         self._order = count()
         self._waiting: dict[int, Entry] = {}
         """What waits, by order."""
-        self._by_deadline = _Line(self._waiting)
+        self._by_deadline = _Line(self._waiting, directions_alike=True)
         self._by_key: dict[Key, dict[str, _Line]] = {}
         """A line for each caller with work for that key; none is empty."""
         self._callers: dict[str, _Caller] = {}
@@ -111,7 +112,7 @@ class BatchQueue:
         if large is None:
             return []
         beyond, left = list[Entry](), large.rows
-        for _, order in sorted(large.line.items(), reverse=True):
+        for _, _, order in sorted(large.line.items(), reverse=True):
             if left <= self._share:
                 break
             beyond.append(self._waiting[order])
@@ -151,7 +152,7 @@ class BatchQueue:
         """Takes the next batch, of no busy expert, and apart from it all work whose deadline has passed."""
         expired: list[Entry] = []
         while self._waiting:
-            deadline, order = self._by_deadline.first()
+            _, deadline, order = self._by_deadline.first()
             if deadline > now:
                 return self._take_batch(busy), expired
             expired.append(self._take(self._waiting[order]))
@@ -166,7 +167,7 @@ class BatchQueue:
         """Takes out all work for one expert."""
         directions: tuple[Direction, ...] = ("forward", "backward")
         lines = [line for d in directions for line in self._by_key.get((uid, d), {}).values()]
-        orders = [order for line in lines for _, order in line.items()]
+        orders = [order for line in lines for _, _, order in line.items()]
         return [self._take(self._waiting[order]) for order in orders]
 
     def clear(self) -> list[Entry]:
@@ -204,7 +205,7 @@ class BatchQueue:
         if not choosers:
             return []
         self._virtual_time = min(caller.virtual_time for caller in callers)
-        virtual_time, _, order = min(choosers)
+        virtual_time, _, _, order = min(choosers)
         most = virtual_time + self._max_batch_rows
         lines = self._by_key[self._waiting[order].work.key]
         turns = [(self._callers[name].virtual_time, line.first(), name) for name, line in lines.items()]
@@ -212,7 +213,7 @@ class BatchQueue:
         batch: list[Entry] = []
         rows = 0
         while turns:
-            virtual_time, (_, order), name = turns[0]
+            virtual_time, (_, _, order), name = turns[0]
             entry = self._waiting[order]
             rows += entry.work.rows
             virtual_time += entry.work.rows
@@ -226,10 +227,10 @@ class BatchQueue:
                 heappop(turns)
         return batch
 
-    def _first(self, caller: "_Caller", busy: Set[UID]) -> tuple[float, int] | None:
-        """Deadline and order of the caller's earliest deadline, busy experts left out."""
+    def _first(self, caller: "_Caller", busy: Set[UID]) -> "_Turn | None":
+        """Of what the caller wants first, busy experts left out."""
         first = caller.line.first()
-        if self._waiting[first[1]].work.uid not in busy:
+        if self._waiting[first[-1]].work.uid not in busy:
             return first
         lines = (lines.get(caller.name) for (uid, _), lines in self._by_key.items() if uid not in busy)
         return min((line.first() for line in lines if line), default=None)
@@ -268,30 +269,40 @@ class BatchQueue:
             self._ahead = dict(islice(ahead.items(), max(0, len(ahead) - _REMEMBERED_CALLERS // 2), None))
 
 
+_Turn: TypeAlias = tuple[bool, float, int]
+"""What is compared: whether it can wait for all others, its deadline, its order of arrival."""
+
+
 class _Line:
-    """Entries by deadline, then by arrival. Those that left the queue are passed over, and in time forgotten."""
+    """Backward before forward, each by deadline, then by arrival. Those that left are passed over, in time forgotten.
 
-    __slots__ = ("_heap", "_waiting", "length")
+    A backward call first ends a step that has begun; the forward pass that was kept for it is of use until the expert's
+    next update.
+    """
 
-    def __init__(self, waiting: Mapping[int, Entry]) -> None:
+    __slots__ = ("_directions_alike", "_heap", "_waiting", "length")
+
+    def __init__(self, waiting: Mapping[int, Entry], directions_alike: bool = False) -> None:
         self.length = 0
         """Entries that wait."""
         self._waiting = waiting
-        self._heap: list[tuple[float, int]] = []
+        self._directions_alike = directions_alike
+        self._heap: list[_Turn] = []
 
     def push(self, entry: Entry) -> None:
-        heappush(self._heap, (entry.work.deadline, entry.order))
+        can_wait = entry.work.direction == "forward" and not self._directions_alike
+        heappush(self._heap, (can_wait, entry.work.deadline, entry.order))
         self.length += 1
 
-    def first(self) -> tuple[float, int]:
-        """Deadline and order; of a line that is not empty."""
-        while self._heap[0][1] not in self._waiting:
+    def first(self) -> _Turn:
+        """Of a line that is not empty."""
+        while self._heap[0][-1] not in self._waiting:
             heappop(self._heap)
         return self._heap[0]
 
-    def items(self) -> Iterator[tuple[float, int]]:
-        """Deadlines and orders, in no order."""
-        return (item for item in self._heap if item[1] in self._waiting)
+    def items(self) -> Iterator[_Turn]:
+        """In no order."""
+        return (item for item in self._heap if item[-1] in self._waiting)
 
     def note_left(self) -> None:
         self.length -= 1

@@ -58,7 +58,7 @@ class ModelQueue:
     def displaced_by(self, work: Work) -> list[Entry]:
         displaced: list[Entry] = []
         if self.rows + work.rows > self.max_queued_rows and not self.is_beyond_share(work):
-            for entry in sorted(self.entries, key=lambda e: (e.work.deadline, e.order), reverse=True):
+            for entry in sorted(self.entries, key=self.place, reverse=True):
                 left = self.rows_of(entry.work.caller) - sum(e.work.rows for e in displaced)
                 if entry.work.caller != work.caller and left > self.share:
                     displaced.append(entry)
@@ -83,8 +83,11 @@ class ModelQueue:
         if not self.entries:
             self.virtual_times, self.virtual_time = {}, 0
 
-    def turn(self, entry: Entry) -> tuple[float, float, int]:
-        return self.virtual_times[entry.work.caller], entry.work.deadline, entry.order
+    def place(self, entry: Entry) -> tuple[bool, float, int]:
+        return entry.work.direction == "forward", entry.work.deadline, entry.order
+
+    def turn(self, entry: Entry) -> tuple[float, bool, float, int]:
+        return self.virtual_times[entry.work.caller], *self.place(entry)
 
     def pop(self, now: float, busy: Set[UID]) -> tuple[list[Entry], list[Entry]]:
         in_order = sorted(self.entries, key=lambda entry: (entry.work.deadline, entry.order))
@@ -163,11 +166,19 @@ def test_earliest_deadline_chooses_the_expert_and_the_order_in_its_batch() -> No
     assert queue.pop(0.0) == ([other], [])
 
 
-def test_directions_are_not_merged() -> None:
+def test_directions_are_not_merged_and_backward_goes_first() -> None:
     queue = BatchQueue(100, 100)
-    forward, backward = (queue.push(make_work(direction=d)) for d in get_args(Direction))
-    assert queue.pop(0.0) == ([forward], [])
+    forward = queue.push(make_work(direction="forward", deadline=1.0))
+    backward = queue.push(make_work(direction="backward", deadline=2.0))
     assert queue.pop(0.0) == ([backward], [])
+    assert queue.pop(0.0) == ([forward], [])
+
+
+def test_backward_of_one_caller_does_not_go_before_forward_of_another() -> None:
+    queue = BatchQueue(100, 4)
+    forward = queue.push(make_work(caller="a"))
+    backward = [queue.push(make_work(direction="backward", caller="b")) for _ in range(2)]
+    assert [queue.pop(0.0)[0] for _ in range(3)] == [[backward[0]], [forward], [backward[1]]]
 
 
 def test_callers_of_one_expert_share_a_batch() -> None:

@@ -97,6 +97,7 @@ class Stress:
         self.ends: dict[int, StatusCode | str] = {}
         """How each work ended: a status, or "cancelled"."""
         self.rows: dict[int, int] = {}
+        self._one_more = asyncio.Event()
         self.ran: Counter[str] = Counter()
         self._rng = random.Random(seed)
         experts: dict[UID, Expert] = {uid: WatchedExpert(uid, self.witness) for uid in ALWAYS_THERE}
@@ -113,6 +114,12 @@ class Stress:
             for change in changes:
                 change.cancel()
 
+    async def have_ended(self, calls: int) -> None:
+        async with asyncio.timeout(20):
+            while len(self.ends) < calls:
+                self._one_more.clear()
+                await self._one_more.wait()
+
     async def _call_often(self, caller: str) -> None:
         for _ in range(CALLS):
             work = self._work(caller)
@@ -126,6 +133,7 @@ class Stress:
                 self.ends[number] = "cancelled"
             else:
                 call.result()  # raises what it should not have
+            self._one_more.set()
             if self.ends[number] is StatusCode.UNAVAILABLE:
                 return
 
@@ -229,7 +237,7 @@ def test_a_stop_in_the_middle_of_everything_ends_all_of_it(seed: int, threads: i
         stress = Stress(seed, threads)
         await stress.runtime.start()
         everything = asyncio.create_task(stress.all_at_once())
-        await asyncio.sleep(0.05 + 0.05 * seed)
+        await stress.have_ended((1 + seed) * CALLERS * CALLS // 5)
         assert not everything.done()
         await stress.runtime.stop()
         await everything
