@@ -10,6 +10,32 @@ from peer.multiaddresses import is_public, is_relayed
 
 _SAMPLED = 24
 """DHT peers of which it is looked whether they are nodes that could be asked, or relays."""
+_FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 30.0, 480.0
+
+
+class RelayPatience:
+    """How long relays that let nobody in are borne: each time twice as long, for a change cuts all tunnels.
+
+    Pure: `now` is passed in, in seconds of a clock that never goes back.
+    """
+
+    def __init__(self) -> None:
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """After a look at which others came in, or when there was nobody to change to."""
+        self._patience_s = _FIRST_PATIENCE_S
+        self._since: float | None = None
+
+    def is_over(self, now: float) -> bool:
+        """To be asked at each look at which nobody came in. After a yes others are taken."""
+        if self._since is None:
+            self._since = now
+        if now - self._since < self._patience_s:
+            return False
+        self._since = now
+        self._patience_s = min(2 * self._patience_s, _LONGEST_PATIENCE_S)
+        return True
 
 
 async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list[NodeInfo]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from dht.participants import NodeInfo, Reachability
-from dht.relays import find_relays, some_nodes
+from dht.relays import RelayPatience, find_relays, some_nodes
 from dht.swarm import Stage, Swarm
 from expert_server.probing import call_dial_back
 from expert_server.reachability import DialledPorts, Judgement, Reach, advice, judge
@@ -26,8 +26,6 @@ _RELAY_S = 15.0
 _LOOK_S = 0.2
 _UNANSWERED = 2
 """Rounds without an answer, after which a machine with a private address takes itself for hidden."""
-_PATIENCE = 3
-"""Looks without a relay, after which others are taken."""
 _ASK_S = 20.0
 """Longest that asking all of them may take."""
 
@@ -52,8 +50,7 @@ class Reaching:
         self._rng = rng
         self._clock = clock
         self._next_at = float("-inf")
-        self._lacking = 0
-        """Looks in a row that found no relay."""
+        self._patience = RelayPatience()
         self._unanswered = 0
         """How often in a row nobody was there to ask, or nobody answered."""
         self._doubts = 0
@@ -157,9 +154,9 @@ class Reaching:
         host = self._swarm.host
         addresses = tuple(await host.tunnel_addresses())
         relayed = [address for address in addresses if is_relayed(address)]
-        self._lacking = 0 if addresses else self._lacking + 1
-        if self._lacking >= _PATIENCE:
-            self._lacking = 0
+        if addresses:
+            self._patience.begin_anew()
+        elif self._patience.is_over(self._clock()):
             await self._find_relays(stage)
         self.tunnel_addresses = addresses
         self.reach = Reach(self._tunnelled_kind(), len(relayed), not addresses, self.reach.asked)
@@ -169,6 +166,8 @@ class Reaching:
         stage("looking for a relay")
         host, registry = self._swarm.host, self._swarm.registry
         relays = await find_relays(host, registry, self._rng, _RELAYS)
+        if not relays:
+            self._patience.begin_anew()
         if relays or host.position.serves_dht:
             await self._move(False, relays)
         with contextlib.suppress(TimeoutError):

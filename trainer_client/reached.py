@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
+from collections.abc import Callable
 
-from dht.relays import find_relays
+from dht.relays import RelayPatience, find_relays
 from dht.swarm import Swarm
 from peer.errors import DaemonError, UnreachableError
 from peer.multiaddresses import is_public, is_relayed, multiaddress
@@ -15,9 +17,6 @@ logger = logging.getLogger(__name__)
 _RELAY_S = 15.0
 """How long a relay is waited for before training goes on without."""
 _LOOK_S = 0.2
-_PATIENCE = 3
-"""Looks without a relay, after which others are taken. After each vain time twice as many: each cuts all tunnels."""
-_LONGEST_PATIENCE = 96
 
 
 def is_hidden(host: str) -> bool:
@@ -28,15 +27,21 @@ def is_hidden(host: str) -> bool:
 class Relayed:
     """This trainer's tunnel. `begin` when it has something to serve, then `look` now and then."""
 
-    def __init__(self, swarm: Swarm, relays: int, rng: random.Random) -> None:
+    def __init__(
+        self,
+        swarm: Swarm,
+        relays: int,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`relays`: how many it takes, at most."""
         self.addresses: tuple[str, ...] = ()
         """Multiaddresses by which its tunnel is reached, at most 8."""
         self._swarm = swarm
         self._relays = relays
         self._rng = rng
-        self._lacking = 0
-        self._patience = _PATIENCE
+        self._clock = clock
+        self._patience = RelayPatience()
 
     async def begin(self, most_streams: int) -> None:
         """Lets others in and takes relays; gives up waiting for one after a while."""
@@ -51,18 +56,15 @@ class Relayed:
             return
         self.addresses = tuple(filter(is_relayed, found))
         if self.addresses:
-            self._lacking, self._patience = 0, _PATIENCE
-            return
-        self._lacking += 1
-        if self._lacking >= self._patience:
-            self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
+            self._patience.begin_anew()
+        elif self._patience.is_over(self._clock()):
             await self._take()
 
     async def _take(self) -> None:
-        self._lacking = 0
         host = self._swarm.host
         relays = await find_relays(host, self._swarm.registry, self._rng, self._relays)
         if not relays:
+            self._patience.begin_anew()
             return
         try:
             await host.move(serves_dht=False, relays=relays)

@@ -1,6 +1,7 @@
 """A node that nobody can be asked about, as when all nodes of its swarm are behind routers."""
 
 import asyncio
+import itertools
 import random
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dht.participants import Reachability
+from expert_server import reaching as module
 from expert_server.probing import DialledBack
 from expert_server.reachability import DialledPorts
 from expert_server.reaching import Reaching
@@ -95,3 +97,39 @@ def test_what_others_told_holds_while_nobody_can_be_asked(
     assert reaching.reach.kind is Reachability.DIRECT
     assert "44.1.1.2:2" in reaching.addresses
     assert host.position.serves_dht
+
+
+class HostWithoutEntrance(LonelyHost):
+    """None of its relays lets anybody in."""
+
+    moves = 0
+
+    async def move(self, *, serves_dht: bool, relays: tuple[str, ...]) -> None:
+        await super().move(serves_dht=serves_dht, relays=relays)
+        self.moves += 1
+
+    async def tunnel_addresses(self) -> list[str]:
+        return []
+
+
+def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
+    identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RELAY_S", 0.01)
+    host = HostWithoutEntrance(identity.peer_id, (PUBLIC,))
+    swarm: Any = SimpleNamespace(host=host, registry=SimpleNamespace(nodes=nobody))
+    every_ten_s = itertools.count(0.0, 10.0).__next__
+    settings = NodeSettings.load(reachability="private")
+
+    async def scenario() -> None:
+        reaching = Reaching(settings, swarm, random.Random(0), every_ten_s)
+        await reaching.begin("192.168.1.2", 2)
+        moved_at = []
+        for look in range(1, 23):
+            before = host.moves
+            await reaching.check()
+            if host.moves > before:
+                moved_at.append(look)
+        assert (moved_at, reaching.reach.kind) == ([3, 9, 21], Reachability.RELAYED)
+
+    asyncio.run(scenario())

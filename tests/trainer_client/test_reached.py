@@ -1,8 +1,9 @@
 """A trainer behind a router is reached by relays; those are looked after, and others average with it by its tunnel."""
 
 import asyncio
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,20 @@ def test_relays_are_taken_and_waited_for(swarm: Any) -> None:
     asyncio.run(scenario())
 
 
-def test_other_relays_are_taken_after_three_looks_without_one(
+def ten_seconds_apart() -> Iterator[float]:
+    """When looks are."""
+    return itertools.count(0.0, 10.0)
+
+
+def test_other_relays_are_taken_after_half_a_minute_without_one(
     swarm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        relayed = Relayed(swarm, 1, random.Random(0))
+        relayed = Relayed(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
         await relayed.begin(1)
         monkeypatch.setattr(reached, "_RELAY_S", 0.01)
         swarm.finds = False
-        for moves in (1, 1, 2):
+        for moves in (1, 1, 1, 2):
             await relayed.look()
             assert len(swarm.moves) == moves
             assert relayed.addresses == ()
@@ -163,9 +169,9 @@ def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
     async def scenario() -> None:
         monkeypatch.setattr(reached, "_RELAY_S", 0.01)
         swarm.finds = False
-        relayed = Relayed(swarm, 1, random.Random(0))
+        relayed = Relayed(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
         await relayed.begin(1)
-        for looks in (3, 6, 12):
+        for looks in (4, 6, 12):
             before = len(swarm.moves)
             for _ in range(looks - 1):
                 await relayed.look()
@@ -179,14 +185,21 @@ def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
 def test_where_nobody_can_be_a_relay_the_daemon_is_left_alone(
     swarm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    searches = 0
+
     async def find_none(*arguments: Any) -> list[str]:
+        nonlocal searches
+        searches += 1
         return []
 
     monkeypatch.setattr(reached, "find_relays", find_none)
 
     async def scenario() -> None:
-        relayed = Relayed(swarm, 4, random.Random(0))
+        relayed = Relayed(swarm, 4, random.Random(0), ten_seconds_apart().__next__)
         await relayed.begin(1)
-        assert (swarm.moves, relayed.addresses) == ([], ())
+        assert (swarm.moves, relayed.addresses, searches) == ([], (), 1)
+        for _ in range(12):
+            await relayed.look()
+        assert (swarm.moves, searches) == ([], 4), "looked for every half minute: nothing is cut by that"
 
     asyncio.run(scenario())
