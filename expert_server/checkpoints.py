@@ -21,6 +21,7 @@ from expert_server.runtime import Runtime
 from expert_server.state_format import Checkpoint, from_bytes, to_bytes
 from peer.errors import ExpertError, StateError, WireError
 from peer.numbered import NumberedFiles
+from peer.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +198,8 @@ class Checkpoints:
             self.counts.failed += len(failures)
             uid, reason = failures[0]
             logger.warning(
-                "could not save %d experts, such as %s: %s; their checkpoints before this stay",
-                len(failures),
+                "could not save %s, such as %s: %s; their checkpoints before this stay",
+                counted(len(failures), "expert"),
                 uid,
                 reason,
             )
@@ -212,7 +213,7 @@ class Checkpoints:
                 await self.save_changed(experts)
         except TimeoutError:
             left = sum(map(self._is_changed, experts))
-            logger.warning("no time to save %d experts; their checkpoints before this stay", left)
+            logger.warning("no time to save %s; their checkpoints before this stay", counted(left, "expert"))
 
     def note_replaced(self, uid: UID) -> None:
         """The expert's state is another one, though it may have as many updates: it needs saving."""

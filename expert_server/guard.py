@@ -9,6 +9,7 @@ from torch.nn.utils import get_total_norm
 
 from dht.manifest import OptimizerSpec
 from expert_server.optimizer import Optimizer
+from peer.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ class Guard:
         if norm <= most:  # not so for NaN
             return True
         logger.warning(
-            "%s went bad, parameter norm %.3g (at most %.3g): rolled back by %d updates",
-            self._name, norm, most, self._updates,
+            "%s went bad, parameter norm %.3g (at most %.3g): rolled back by %s",
+            self._name, norm, most, counted(self._updates, "update"),
         )  # fmt: skip
         self._roll_back()
         return False

@@ -27,6 +27,7 @@ from expert_server.taking import Taker
 from expert_server.transfer import StateClient
 from peer.errors import UnreachableError
 from peer.meetings import Meetings
+from peer.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Hosting:
             ]
             if taken := await self.taker.take(wanted[: max(0, self.capacity - len(mine))]):
                 self.adopted += len(taken)
-                logger.info("adopted %d experts of %s, which leaves", len(taken), leaving)
+                logger.info("adopted %s of %s, which leaves", counted(len(taken), "expert"), leaving)
 
     async def release(self, timeout_s: float) -> int:
         """Gives up all experts; for at most `timeout_s` others adopt those that nobody else serves.
@@ -173,8 +174,8 @@ class Hosting:
         alone = len(departure.alone)
         if experts:
             logger.info(
-                "gave up %d experts: others host %d, %d are in this node's checkpoints alone",
-                *(len(experts), len(experts) - alone, alone),
+                "gave up %s: others host %d, %d are in this node's checkpoints alone",
+                *(counted(len(experts), "expert"), len(experts) - alone, alone),
             )
         return alone
 
@@ -237,12 +238,18 @@ class Hosting:
         if gone := surplus(replicas, self._runtime.experts, me, lacking):
             await self._give_up(gone)
             room += len(gone)
-            logger.info("gave up %d experts that others host too: nobody hosts %d others", len(gone), lacking)
+            logger.info(
+                "gave up %s that others host too: nobody hosts %d others",
+                counted(len(gone), "expert"),
+                lacking,
+            )
         wanted = choose(orphans | kept.keys(), room + self._spare, me, {**saved, **kept})
         wanted += choose(lasting - orphans, room - len(wanted), me, saved)
         if taken := await self.taker.take(wanted):
             self.adopted += len(taken)
-            logger.info("adopted %d experts that nobody hosted, or that others had begun anew", len(taken))
+            logger.info(
+                "adopted %s that nobody hosted, or that others had begun anew", counted(len(taken), "expert")
+            )
 
     async def _give_up(self, uids: Collection[UID]) -> None:
         """Serves them no more; they are saved first."""
@@ -276,7 +283,7 @@ class Hosting:
         enough = self._settings.replicas
         if taken := await self.taker.take(thin(others, self._room - len(mine), me, enough), enough):
             self.replicated += len(taken)
-            logger.info("took further replicas of %d experts", len(taken))
+            logger.info("took further replicas of %s", counted(len(taken), "expert"))
 
     async def _take_vacant(self) -> set[UID]:
         """Gives the experts that nobody serves even so: others may have claimed them, and may lose their claims."""

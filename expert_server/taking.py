@@ -20,6 +20,7 @@ from expert_server.restoring import Restorer
 from expert_server.runtime import Runtime
 from expert_server.settings import NodeSettings
 from peer.errors import UnreachableError
+from peer.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,9 @@ class Taker:
         restored_before = self._checkpoints.counts.restored
         taken = await self._serve(claims, built, replicas, saved)
         if restored := self._checkpoints.counts.restored - restored_before:
-            logger.info("%d of %d experts go on from this node's checkpoints", restored, len(taken))
+            logger.info(
+                "%d of %s can go on from this node's checkpoints", restored, counted(len(taken), "expert")
+            )
         return taken
 
     async def _build_for(self, seconds: float, wanted: Iterable[UID]) -> dict[UID, Expert]:
@@ -165,7 +168,9 @@ class Taker:
         await self.withdraw(failed)
         await self.announce(taken)
         if failed:
-            logger.warning("could not take %d experts that others host: they did not give them", len(failed))
+            logger.warning(
+                "could not take %s that others host: they gave no state", counted(len(failed), "expert")
+            )
         return taken
 
     async def _keep_claimed(

@@ -13,6 +13,7 @@ from hivemind.proto import dht_pb2
 
 from peer.daemon import P2PD_ERRORS, Daemon
 from peer.errors import ClockError, HiddenError
+from peer.words import counted
 
 CLOCK_TOLERANCE_S = 3.0
 """hivemind's own bound: with larger differences records expire too early for some, or are refused."""
@@ -80,11 +81,11 @@ def check_greetings(greetings: Collection[Greeting], serves_dht: bool) -> None:
     if abs(offset_s) > CLOCK_TOLERANCE_S:
         side = "behind" if offset_s > 0 else "ahead of"
         raise ClockError(
-            f"this machine's clock is {abs(offset_s):.0f} s {side} those of most of the {len(by_size)} peers asked: "
-            f"set it right, at most {CLOCK_TOLERANCE_S:.0f} s are tolerated"
+            f"this machine's clock is {abs(offset_s):.0f} s {side} those of most of the "
+            f"{counted(len(by_size), 'peer')} asked: set it right, at most {CLOCK_TOLERANCE_S:.0f} s are tolerated"
         )
     if serves_dht and not any(greeting.reaches_us for greeting in greetings):
         raise HiddenError(
-            f"none of the {len(greetings)} peers asked can reach this one: open its DHT port to the others, "
+            f"none of the {counted(len(greetings), 'peer')} asked can reach this one: open its DHT port to the others, "
             "or pass the address by which they reach this machine as --host"
         )

@@ -17,6 +17,7 @@ from dht.swarm import Stage, Swarm, join_swarm
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.identity import Identity
+from peer.words import counted
 from talkoot.console import Terminal, age_in_words, quiet_hivemind
 from talkoot.fitting import FittingTable
 from talkoot.joining import invite_of
@@ -89,8 +90,8 @@ def _show(terminal: Terminal, reading: Reading) -> None:
 def _renderables(reading: Reading) -> list[RenderableType]:
     view = reading.view
     head = (
-        f"swarm {reading.swarm}: {len(reading.nodes)} nodes, {view.live_experts()} of "
-        f"{view.manifest.experts_total} experts alive, {len(reading.trainers)} trainers, "
+        f"swarm {reading.swarm}: {counted(len(reading.nodes), 'node')}, {view.live_experts()} of "
+        f"{counted(view.manifest.experts_total, 'expert')} alive, {counted(len(reading.trainers), 'trainer')}, "
         f"read {time.time() - view.read_at:.1f} s ago"
     )
     layers = [_layer_table(view, layer) for layer in range(view.manifest.model.layers)]

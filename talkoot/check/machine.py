@@ -14,6 +14,7 @@ from expert_server.machine import usable_cores
 from expert_server.memory import within_memory
 from expert_server.settings import NodeSettings, bytes_in_words
 from peer.errors import SettingsError
+from peer.words import counted
 from talkoot.check.report import Finding, Verdict
 
 _SLOW_ROWS_PER_S = 200.0
@@ -56,7 +57,7 @@ def check_memory(settings: NodeSettings, manifest: Manifest) -> Finding:
         fix = "close other programs: not one expert fits"
         return Finding(name=name, verdict=Verdict.PROBLEM, says=says, fix=fix, values=values)
     if wanted is not None and wanted * each > free:
-        fix = f"{wanted} experts do not fit: pass --experts {free // each} or fewer"
+        fix = f"no room for {counted(wanted, 'expert')}: pass --experts {free // each} or fewer"
         return Finding(name=name, verdict=Verdict.WEAK, says=says, fix=fix, values=values)
     hosts = wanted
     if hosts is None:
@@ -67,7 +68,7 @@ def check_memory(settings: NodeSettings, manifest: Manifest) -> Finding:
 
 def check_cores() -> Finding:
     cores, load = usable_cores(), os.getloadavg()[0]
-    says = f"{cores} cores, {load:.1f} of them busy in the last minute"
+    says = f"{counted(cores, 'core')}, {load:.1f} busy in the last minute"
     busy = load > 0.75 * cores
     return Finding(
         name="cores",
@@ -95,7 +96,8 @@ def check_disk(state: Path, settings: NodeSettings, manifest: Manifest, experts:
     verdict, fix = Verdict.OK, ""
     if free < needed:
         verdict = Verdict.WEAK
-        fix = f"checkpoints of {experts} experts may take {bytes_in_words(needed)}: make room, or host fewer"
+        needs = f"checkpoints of {counted(experts, 'expert')} may take {bytes_in_words(needed)}"
+        fix = f"{needs}: make room, or host fewer"
     elif speed < _SLOW_DISK_BYTES_PER_S:
         verdict, fix = Verdict.WEAK, "saving checkpoints would be slow: pass a --state on a faster disk"
     return Finding(name="disk", verdict=verdict, says=says, fix=fix, values=values)

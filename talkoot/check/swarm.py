@@ -13,6 +13,7 @@ from dht.swarm import Swarm
 from expert_server.probing import DialledBack, Link, call_dial_back, call_probe
 from peer.channels import ChannelPool
 from peer.errors import PortError, UnreachableError
+from peer.words import counted
 from talkoot.check.report import Finding, Verdict
 
 _PEERS_ASKED = 3
@@ -66,7 +67,7 @@ def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
     return Finding(
         name="clock",
         verdict=verdict,
-        says=f"{abs(offset_s):.2f} s {way} that of {len(links)} peers, give or take {give_or_take_s:.2f} s",
+        says=f"{abs(offset_s):.2f} s {way} that of {counted(len(links), 'peer')}, give or take {give_or_take_s:.2f} s",
         fix="set the clock, such as by `timedatectl set-ntp true`: records are only good at the right time",
         values={"clock_offset_s": offset_s, "give_or_take_s": give_or_take_s},
     )

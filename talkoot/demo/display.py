@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from peer.words import counted
 from talkoot.console import Terminal
 
 _NEWS_SHOWN = 8
@@ -64,10 +65,13 @@ class DemoDisplay:
 
     def show_step(self, event: Mapping[str, Any]) -> None:
         loss = "skipped" if event["loss"] is None else f"loss {event['loss']:.3f}"
-        failures = ", ".join(f"{count} calls {cause}" for cause, count in sorted(event["failures"].items()))
+        failures = ", ".join(
+            f"{counted(count, 'call')} {cause}" for cause, count in sorted(event["failures"].items())
+        )
         words = (
             f"{loss}, {event['tokens_per_s']:.0f} tokens/s, "
-            f"{event['experts_live']} of {event['experts_total']} experts live, {failures or 'no failed calls'}"
+            f"{event['experts_live']} of {counted(event['experts_total'], 'expert')} live, "
+            f"{failures or 'no failed calls'}"
         )
         self._bar.update(self._task, completed=event["step"], description=words)
         step = event["step"]

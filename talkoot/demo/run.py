@@ -12,6 +12,7 @@ from typing import Any
 from dht.manifest import Manifest
 from peer.errors import DataError, SettingsError, SwarmError
 from peer.processes import sweep_dead_sockets
+from peer.words import counted
 from talkoot.children import Child, Children
 from talkoot.console import Terminal, to_json, write_json
 from talkoot.demo.display import DemoDisplay, print_summary
@@ -255,7 +256,7 @@ class _Demo:
         self._display.show_node_state(node.name, node.pid, "killed")
         experts = self._states[node]["experts"]
         self._display.tell(
-            f"{node.name} is killed with SIGKILL at step {self._step}; it hosted {experts} experts"
+            f"{node.name} is killed with SIGKILL at step {self._step}; it hosted {counted(experts, 'expert')}"
         )
 
     def _on_event(self, child: Child, event: Mapping[str, Any]) -> None:
@@ -275,8 +276,10 @@ class _Demo:
     def _on_state(self, node: Child, state: Mapping[str, Any]) -> None:
         before = self._states.get(node)
         if before is None:
-            self._display.tell(f"{node.name} serves {state['experts']} experts")
+            self._display.tell(f"{node.name} serves {counted(state['experts'], 'expert')}")
         elif state["adopted"] > before["adopted"]:
-            self._display.tell(f"{node.name} adopts {state['adopted'] - before['adopted']} experts")
+            self._display.tell(
+                f"{node.name} adopts {counted(state['adopted'] - before['adopted'], 'expert')}"
+            )
         self._states[node] = state
         self._display.show_node(node.name, node.pid, state)

@@ -198,9 +198,8 @@ class _NodeCommand:
                 group.create_task(self._show_state(node))
         finally:
             if experts := node.status().experts:
-                logger.info(
-                    "leaving: %d experts go to others with room; Ctrl-C again leaves at once", experts
-                )
+                what = "1 expert goes" if experts == 1 else f"{experts} experts go"
+                logger.info("leaving: %s to others with room; Ctrl-C again leaves at once", what)
             await node.stop()
 
     def _hurry(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from peer.errors import SettingsError, StartError
 from peer.files import write_whole
+from peer.words import counted
 from talkoot.console import Terminal
 from talkoot.node.control import Control, is_running, node_folder
 from talkoot.node.steering import words
@@ -184,7 +185,7 @@ def _service_words(values: Mapping[str, str]) -> str:
     if values.get("MainPID", "0") != "0":
         text += f", process {values['MainPID']}"
     if values.get("NRestarts", "0") != "0":
-        text += f", restarted {values['NRestarts']} times"
+        text += f", restarted {counted(int(values['NRestarts']), 'time')}"
     if values.get("Result", "success") != "success":
         text += f", last result: {values['Result']}"
     return text

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from peer.errors import SettingsError, UnreachableError, UserError
+from peer.words import counted
 from talkoot.console import Terminal
 from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, Control, Standing, node_folder
 from talkoot.node.logs import Follower
@@ -53,8 +54,8 @@ def words(standing: Standing) -> str:
     """What a node does now, in a line."""
     state = standing.why if standing.state == "paused" and standing.why else standing.state
     return (
-        f"{state}; {standing.experts} of at most {standing.capacity} experts, {standing.updates} updates, "
-        f"{standing.peers} DHT peers"
+        f"{state}; {standing.experts} of at most {counted(standing.capacity, 'expert')}, "
+        f"{counted(standing.updates, 'update')}, {counted(standing.peers, 'DHT peer')}"
     )
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from expert_server.settings import bytes_in_words
 from expert_server.status import NodeState, NodeStatus
+from peer.words import counted
 
 WIDTH = 80
 _BAR = 20
@@ -68,13 +69,20 @@ def panel(swarm: str, status: NodeStatus, pace: Pace) -> Panel:
     grid.add_row("state", state)
     grid.add_row("experts", _bar(status.experts, status.capacity, _experts(status)))
     grid.add_row(
-        "work", f"{pace.calls:.1f} requests/s   {pace.rows:,.0f} rows/s   {status.queued_rows:,} rows wait"
+        "work",
+        f"{pace.calls:.1f} requests/s   {pace.rows:,.0f} rows/s   "
+        f"{counted(status.queued_rows, 'row', ',')} waiting",
     )
     grid.add_row("network", _network(status, pace))
     grid.add_row("reached", _reached(status))
-    grid.add_row("compute", _bar(pace.busy, 1.0, f"{pace.busy:.0%} busy, {_count(status.threads, 'thread')}"))
+    grid.add_row(
+        "compute", _bar(pace.busy, 1.0, f"{pace.busy:.0%} busy, {counted(status.threads, 'thread')}")
+    )
     grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
-    grid.add_row("peers", f"{status.peers:,} known by the DHT   {status.updates:,} updates since the start")
+    grid.add_row(
+        "peers",
+        f"{status.peers:,} known by the DHT   {counted(status.updates, 'update', ',')} since the start",
+    )
     grid.add_row("all runs", _so_far(status))
     return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left", width=WIDTH)
 
@@ -86,20 +94,20 @@ def line(status: NodeStatus, pace: Pace) -> str:
 
 def _parts(status: NodeStatus, pace: Pace) -> Iterator[str]:
     yield f"{state_in_words(status)}: {_experts(status)}"
-    yield f"{status.updates} updates"
+    yield counted(status.updates, "update")
     yield f"{pace.calls:.1f} requests/s"
     yield f"{pace.rows:.0f} rows/s"
-    yield f"{status.queued_rows} rows queued"
+    yield f"{counted(status.queued_rows, 'row')} queued"
     yield f"up {pace.up_mbit:.1f} and down {pace.down_mbit:.1f} Mbit/s"
     yield f"{pace.busy:.0%} busy"
     yield f"memory {_memory(status)}"
-    yield f"{status.peers} DHT peers"
+    yield counted(status.peers, "DHT peer")
     yield f"reached: {_reached(status)}"
     yield f"in all runs {_so_far(status)}"
 
 
 def _experts(status: NodeStatus) -> str:
-    words = f"{status.experts} of at most {status.capacity} experts, {status.adopted} adopted"
+    words = f"{status.experts} of at most {counted(status.capacity, 'expert')}, {status.adopted} adopted"
     if status.handed_over:
         return f"{words}, {status.handed_over} handed over"
     return f"{words}, {status.replicated} shared"
@@ -123,12 +131,9 @@ def _memory(status: NodeStatus) -> str:
 
 
 def _so_far(status: NodeStatus) -> str:
-    rows, updates = status.contributed_rows, status.contributed_updates
-    return f"{rows:,} rows, {updates:,} updates, {status.contributed_hours:.1f} hours served"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    rows = counted(status.contributed_rows, "row", ",")
+    updates = counted(status.contributed_updates, "update", ",")
+    return f"{rows}, {updates}, {status.contributed_hours:.1f} hours served"
 
 
 def _bar(value: float, most: float, words: str) -> Table:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from peer.words import counted
 from talkoot.console import Terminal
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,13 @@ def describe(values: Values) -> str:
         )
     in_flight = ""
     if values["in_flight"] > 1:
-        in_flight = f"{values['in_flight']} steps in flight, gradient {values['staleness']} updates old, "
-    averaged = f"averaged {values['averagings']} times, " if values["averagings"] else ""
+        in_flight = (
+            f"{values['in_flight']} steps in flight, gradient {counted(values['staleness'], 'update')} old, "
+        )
+    averaged = f"averaged {counted(values['averagings'], 'time')}, " if values["averagings"] else ""
     return (
         f"loss {values['loss']:.3f}{validation}, {values['tokens_per_s']:.0f} tokens/s, {in_flight}{averaged}"
-        f"{values['experts_live']} of {values['experts_total']} experts live, {failures or 'no failures'}"
+        f"{values['experts_live']} of {counted(values['experts_total'], 'expert')} live, {failures or 'no failures'}"
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peer.errors import DataError
+from peer.words import counted
 from talkoot.console import Terminal
 from talkoot.signals import StopSignals
 from talkoot.train.model import TrainedModel, trained_model
@@ -42,7 +43,9 @@ def run_generate(
         except BrokenPipeError:  # who read it has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if rows := trained.client.dispatcher.stats.unanswered_rows:
-            logger.warning("no expert answered for %d rows, so the text is worse than it could be", rows)
+            logger.warning(
+                "no expert answered for %s, so the text is worse than it could be", counted(rows, "row")
+            )
 
 
 def _text(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[str]:
@@ -50,10 +53,10 @@ def _text(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[st
     context = trained.model.context
     if len(tokens) > context:
         logger.warning(
-            "the prompt has %d tokens and the model's context %d: its first %d are left out",
+            "the prompt has %d tokens and the model's context %d: its beginning, %s, is left out",
             len(tokens),
             context,
-            len(tokens) - context,
+            counted(len(tokens) - context, "token"),
         )
     following = generate(trained.model, tokens, sampling, trained.has_experts)
     return decoded(following, trained.tokenizer.token_bytes)

@@ -13,6 +13,7 @@ import platformdirs
 from dht.invite import Invite
 from dht.manifest import Manifest
 from peer.errors import SettingsError
+from peer.words import counted
 from talkoot.console import Terminal, quiet_hivemind, to_json, write_json
 from talkoot.local import LocalSwarm
 from talkoot.signals import StopSignals
@@ -195,7 +196,10 @@ def _begin_averaging(client: Client, part: SharedPart, start: Start) -> Averagin
     if start.checkpoint is None and settings.start_from == "swarm":
         age = client.take_freshest(averaging)
         if age is not None:
-            logger.info("begins with the freshest dense part in the swarm, which has %d steps behind it", age)
+            logger.info(
+                "begins with the freshest dense part in the swarm, which has %s behind it",
+                counted(age, "step"),
+            )
     return averaging
 
 

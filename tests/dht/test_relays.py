@@ -1,6 +1,7 @@
 """How long relays that let nobody in are borne."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -40,9 +41,7 @@ def test_how_often_one_looks_changes_little(every_s: float) -> None:
     patience = RelayPatience()
     looks = [at * every_s for at in range(int(10_000 / every_s))]
     found = [now for now in looks if patience.is_over(now)]
-    for (before, now), borne_s in zip(
-        zip(found, found[1:], strict=False), (60, 120, 240, 480, 480), strict=False
-    ):
+    for (before, now), borne_s in zip(pairwise(found), (60, 120, 240, 480, 480), strict=False):
         assert borne_s <= now - before < borne_s + every_s
 
 

@@ -140,7 +140,7 @@ def test_a_state_folder_that_cannot_be_written_costs_no_call(loop: LoopThread, t
 
     with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0.2) as node:
         loop.run(scenario(node), 60)
-        assert "could not save 1 experts, such as 0.0: " in node.log.read_text()
+        assert "could not save 1 expert, such as 0.0: " in node.log.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -264,7 +264,7 @@ def test_a_full_disk_costs_no_checkpoint_and_is_tried_again(
             await checkpoints.save_changed()
         assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
         (line,) = warnings_in(caplog)
-        assert "could not save 1 experts, such as 1.0.1" in line
+        assert "could not save 1 expert, such as 1.0.1" in line
         assert "No space left on device" in line
         assert os.listdir(store.path(AN_UID, 1).parent) == ["1.safetensors"]
         await checkpoints.save_changed()
@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
         assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
 
     play(scenario)
-    assert "could not save 1 experts" in warnings_in(caplog)[0]
+    assert "could not save 1 expert" in warnings_in(caplog)[0]
 
 
 def test_an_expert_that_is_not_finite_never_takes_the_place_of_a_good_checkpoint(
@@ -316,4 +316,4 @@ def test_the_last_save_is_bounded_in_time(
         released.set()
 
     play(scenario)
-    assert "no time to save 1 experts" in warnings_in(caplog)[0]
+    assert "no time to save 1 expert" in warnings_in(caplog)[0]

@@ -300,7 +300,7 @@ def test_result_that_can_not_be_written_is_known_before_the_work(founder: Founde
 def test_status_lists_nodes_and_experts(founder: Founder) -> None:
     ended = run("status", "--join", founder.invite)
     assert ended.returncode == 0, ended.stderr
-    assert "1 nodes, 4 of 4 experts alive" in ended.stdout
+    assert "1 node, 4 of 4 experts alive" in ended.stdout
     assert "layer 0" in ended.stdout
 
 

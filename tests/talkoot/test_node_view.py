@@ -99,7 +99,7 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
         "talkoot node in sauna",
         "state     serving",
         "12 of at most 18 experts, 2 adopted",
-        "3.1 requests/s   412 rows/s   512 rows wait",
+        "3.1 requests/s   412 rows/s   512 rows waiting",
         "up 1.2 of 8 Mbit/s   down 0.8 Mbit/s",
         "34% busy, 2 threads",
         "600 MB of 2 GB",

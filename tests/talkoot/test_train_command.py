@@ -124,7 +124,10 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_word(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 20)))
     join = ("--join", founder.invite, "--state", trained, "--max-tokens", 1)
     assert talkoot("generate", *join, "--prompt", "-").status == 0
-    assert "the prompt has 20 tokens and the model's context 16: its first 4 are left out" in caplog.text
+    assert (
+        "the prompt has 20 tokens and the model's context 16: its beginning, 4 tokens, is left out"
+        in caplog.text
+    )
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
     talkoot("generate", *join, "--prompt", "-").is_one_clear_line("standard input is not text in UTF-8")
 

@@ -103,7 +103,7 @@ def reading(**changes: Any) -> Reading:
 
 def test_status_shows_nodes_trainers_and_experts() -> None:
     shown = status_text(reading(trainers={peer(5): trainer(5, tokens_per_s=None)}))
-    assert "swarm sauna-x: 1 nodes, 1 of 4 experts alive, 1 trainers" in shown
+    assert "swarm sauna-x: 1 node, 1 of 4 experts alive, 1 trainer" in shown
     assert "[red]kuusi[/red]" in shown
     assert "trainer 5" in shown
     assert "7/100" in shown
