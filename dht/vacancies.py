@@ -1,6 +1,7 @@
 """Which experts need a host or a replica most, and who of several volunteers takes one. Pure functions."""
 
 import hashlib
+import random
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -9,6 +10,7 @@ from hivemind.p2p import PeerID
 
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID
+from peer.meetings import freshest_first
 
 _BEHIND = 0.9
 """Replicas that average differ less in their updates: with fewer than this part one began anew."""
@@ -132,10 +134,10 @@ def staying(hosts: Collection[Replica]) -> int:
     return sum(replica.state is not ReplicaState.LEAVING for replica in hosts)
 
 
-def sources(hosts: Collection[Replica], besides: PeerID) -> list[Replica]:
-    """The replicas of others whose state can be fetched, the freshest first."""
+def sources(hosts: Collection[Replica], besides: PeerID, rng: random.Random) -> list[Replica]:
+    """The replicas of others whose state can be fetched, the freshest first, whatever a single one claims."""
     able = [r for r in hosts if r.state is not ReplicaState.CLAIMED and r.peer_id != besides]
-    return sorted(able, key=lambda r: (r.update_count, r.peer_id.to_bytes()), reverse=True)
+    return freshest_first(able, lambda replica: replica.update_count, rng)
 
 
 def heirs(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[UID, PeerID]:

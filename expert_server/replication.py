@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from expert_server.hosting import Hosting
 from expert_server.leaving import serving_elsewhere
 from expert_server.runtime import Runtime
 from expert_server.settings import NodeSettings
-from expert_server.state_format import from_bytes
+from expert_server.state_format import Checkpoint, from_bytes
 from expert_server.transfer import Fetched, Snapshot, SnapshotTaker, StateClient
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.meetings import Meetings, their_share
@@ -163,16 +164,16 @@ class Replication:
             await self._average(base, fetched, node.peer_id)
 
     async def _average(self, base: Snapshot, fetched: Fetched, peer_id: PeerID) -> None:
-        theirs = fetched.checkpoint.update_count
+        claimed = fetched.checkpoint.update_count
+        believed = self._meetings.believed(base.uid, base.update_count, claimed)
+        theirs = replace(fetched.checkpoint, update_count=believed)
         met = max(base.met.get(peer_id, 0), fetched.met_update_count)
-        share = their_share(base.update_count, theirs, met)
+        share = their_share(base.update_count, believed, met)
         expert = self._runtime.experts.get(base.uid)
         if expert is None:
             return  # given up meanwhile
-        await self._runtime.run(
-            partial(average_into, expert, base, fetched, self._swarm.keys.swarm_id, share)
-        )
-        self._meetings.note(base.uid, peer_id, max(base.update_count, theirs))
+        await self._runtime.run(partial(average_into, expert, base, theirs, self._swarm.keys.swarm_id, share))
+        self._meetings.note(base.uid, peer_id, max(base.update_count, believed))
         self._checkpoints.note_replaced(base.uid)
         self.averagings += 1
         logger.debug("averaged %s with %s, whose share was %.2f", base.uid, peer_id, share)
@@ -223,15 +224,14 @@ def choose_partners(
     return [rng.choice(others) for others in found if others and rng.random() < _TAKES_INITIATIVE]
 
 
-def average_into(expert: Expert, base: Snapshot, fetched: Fetched, swarm_id: str, share: float) -> None:
-    """Makes the expert the average of its state at `base` and what was fetched; updates since `base` are kept.
+def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: str, share: float) -> None:
+    """Makes the expert the average of its state at `base` and `theirs`; updates since `base` are kept.
 
     Raises StateError, and changes nothing, when the state since `base` came by anything but updates, or a state is
     not this expert's or not finite.
     """
     if expert.generation != base.generation:
         raise StateError(f"expert {expert.uid} was replaced or rolled back while it was averaged")
-    theirs = fetched.checkpoint
     expert.check_state(theirs.state, theirs.update_count)
     before = from_bytes(base.data, swarm_id, base.uid, base.update_count)
     state = averaged(expert.export_state(), before.state, theirs.state, share)

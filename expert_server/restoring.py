@@ -1,6 +1,7 @@
 """Where the state of an expert comes from that a node takes: its own disk, or a live replica elsewhere."""
 
 import logging
+import random
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,7 +16,7 @@ from expert_server.expert import Expert
 from expert_server.runtime import Runtime
 from expert_server.transfer import StateClient
 from peer.errors import StateError, TransferError
-from peer.meetings import Meetings
+from peer.meetings import Meetings, most_believed
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Restorer:
         self._checkpoints = checkpoints
         self._client = client
         self._meetings = meetings
+        self._rng = random.SystemRandom()
 
     async def restore(
         self, expert: Expert, hosts: Sequence[Replica], saved: int | None, unreachable: set[PeerID]
@@ -45,9 +47,10 @@ class Restorer:
         An expert that nobody has keeps its first parameters. False when others have it and none of them gave it.
         Peers that are `unreachable` are left out, and those that do not answer become so.
         """
-        others = sources(hosts, besides=self._swarm.host.peer_id)
+        others = sources(hosts, self._swarm.host.peer_id, self._rng)
+        most = most_believed([replica.update_count for replica in others]) if others else 0
         fresher = [replica for replica in others if saved is None or replica.update_count > saved]
-        if await self._fetch_first(expert, fresher, unreachable):
+        if await self._fetch_first(expert, fresher, most, unreachable):
             return True
         restored = saved is not None and await self._checkpoints.restore(expert)
         if restored and expert.update_count == saved:
@@ -55,12 +58,12 @@ class Restorer:
         staler = [
             r for r in others if r not in fresher and (not restored or r.update_count > expert.update_count)
         ]
-        return await self._fetch_first(expert, staler, unreachable) or restored or not others
+        return await self._fetch_first(expert, staler, most, unreachable) or restored or not others
 
     async def _fetch_first(
-        self, expert: Expert, replicas: Sequence[Replica], unreachable: set[PeerID]
+        self, expert: Expert, replicas: Sequence[Replica], most: int, unreachable: set[PeerID]
     ) -> bool:
-        """Fetches from the first that gives a good state."""
+        """Fetches from the first that gives a good state, which counts `most` updates at most."""
         peers = {replica.peer_id for replica in replicas} - unreachable
         nodes = await self._swarm.registry.nodes(peers) if peers else {}
         for replica in replicas:
@@ -69,9 +72,8 @@ class Restorer:
             try:
                 fetched = await self._client.fetch(nodes[replica.peer_id], expert.uid)
                 checkpoint = fetched.checkpoint
-                await self._runtime.run(
-                    partial(expert.import_state, checkpoint.state, checkpoint.update_count)
-                )
+                update_count = min(checkpoint.update_count, most)
+                await self._runtime.run(partial(expert.import_state, checkpoint.state, update_count))
             except TransferError as error:
                 logger.warning("%s", error)
                 if not error.answered:
@@ -80,6 +82,6 @@ class Restorer:
             except StateError as error:
                 logger.warning("refused the state of %s by %s: %s", expert.uid, replica.peer_id, error)
                 continue
-            self._meetings.note(expert.uid, replica.peer_id, checkpoint.update_count)
+            self._meetings.note(expert.uid, replica.peer_id, update_count)
             return True
         return False

@@ -24,6 +24,7 @@ from peer.channels import SERVER_OPTIONS, ChannelPool, server_credentials
 from peer.errors import ExpertError, PortError, StateError, TransferError, UnreachableError
 from peer.host import require_free_port
 from peer.identity import Identity
+from peer.meetings import freshest_first, most_believed
 from peer.own_sessions import OwnSessions
 from peer.rates import Rate
 from peer.sessions import Metadata, Sessions, SessionServicer
@@ -167,20 +168,23 @@ class Averaging:
             self.meeting.end()
 
     async def take_freshest(self) -> int | None:
-        """The dense part becomes that of the trainer whose one is the oldest, of those that can be reached.
+        """The dense part becomes that of the trainer whose one is the oldest, of those that can be reached; of three or
+        more, none is taken for claiming most.
 
         Gives its age; None when nobody has one to give. Raises UnreachableError when the DHT does not answer.
         """
         await self.look()
         reachable = [p for p in self.partners if _is_reachable(p) and p.dense_age > self.part.age]
-        for partner in sorted(reachable, key=lambda p: p.dense_age, reverse=True)[:_TAKE_ATTEMPTS]:
+        most = most_believed([p.dense_age for p in self.partners]) if reachable else 0
+        for partner in freshest_first(reachable, lambda p: p.dense_age, self._rng)[:_TAKE_ATTEMPTS]:
             try:
-                return await self._take(partner)
+                return await self._take(partner, most)
             except (TransferError, StateError) as error:
                 self._note_failure(partner.peer_id, error)
         return None
 
-    async def _take(self, partner: TrainerInfo) -> int:
+    async def _take(self, partner: TrainerInfo, most: int) -> int:
+        """Gives its age, `most` at most."""
         session: Metadata = ()
 
         async def begin(sha256: bytes, offset: int) -> Any:
@@ -206,8 +210,9 @@ class Averaging:
             raise TransferError(f"{what} did not come in {self._deadline_s:.0f} s") from None
         mine = await asyncio.to_thread(self.part.read)
         theirs = await self.meeting.look_through(mine, incoming)
-        self.part.replace(theirs.tensors, theirs.age)
-        return theirs.age
+        age = min(theirs.age, most)
+        self.part.replace(theirs.tensors, age)
+        return age
 
     async def _exchange(self, partner: TrainerInfo, mine: Snapshot) -> Incoming:
         """What came, not yet looked through."""

@@ -87,7 +87,7 @@ class Meeting:
         self.ended_at_step = 0
         """Steps of this trainer when its last meeting ended, whoever began it."""
         self.is_on = False
-        self._meetings: Meetings[bytes] = Meetings()
+        self._meetings: Meetings[bytes] = Meetings(clock)
         self._snapshots: Snapshots[Snapshot] = Snapshots(_KEPT, _KEPT_S)
 
     def begin(self) -> None:
@@ -145,12 +145,13 @@ class Meeting:
     async def merge(self, base: Snapshot, theirs: Theirs, met_update_count: int, peer_id: PeerID) -> Merge:
         """Waits for the end of the next step."""
         met = max(base.met.get(peer_id, 0), met_update_count)
-        share = their_share(base.part.age, theirs.age, met)
+        their_age = self._meetings.believed(self.form.fingerprint, base.part.age, theirs.age)
+        share = their_share(base.part.age, their_age, met)
         done = self.part.merge(
-            peer_id.to_base58(), base.part, theirs.tensors, theirs.age, share, theirs.difference
+            peer_id.to_base58(), base.part, theirs.tensors, their_age, share, theirs.difference
         )
         merge = await asyncio.wrap_future(done)
-        self._meetings.note(self.form.fingerprint, peer_id, max(base.part.age, theirs.age))
+        self._meetings.note(self.form.fingerprint, peer_id, max(base.part.age, their_age))
         self.breakers.succeeded(peer_id)
         self.counts.averaged += 1
         return merge

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from statistics import median_high
 
 from hivemind.p2p import PeerID
 from hypothesis import given
@@ -242,9 +243,10 @@ def test_who_leaves_takes_no_claim_away(uid: UID, peer_id: PeerID, leaving: set[
 def test_the_freshest_replica_is_fetched_first(
     uid: UID, hosted: dict[PeerID, tuple[ReplicaState, int]], me: PeerID
 ) -> None:
-    found = sources([replica(uid, p, *what) for p, what in hosted.items()], besides=me)
+    found = sources([replica(uid, p, *what) for p, what in hosted.items()], me, random.Random(1))
     counts = [r.update_count for r in found]
-    assert counts == sorted(counts, reverse=True)
+    as_believed = [min(count, median_high(counts)) for count in counts]
+    assert as_believed == sorted(as_believed, reverse=True), "none is before others for claiming most"
     able = {p for p, (state, _) in hosted.items() if state is not CLAIMED and p != me}
     assert {r.peer_id for r in found} == able
 

@@ -122,7 +122,7 @@ Play = Callable[[Scenario], None]
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
     folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(3)]
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def part_of(seed: int, age: int) -> SharedPart:
 
 
 @given(seeds, seeds, ages, ages)
-def test_two_that_met_are_one(first: int, second: int, a: int, b: int) -> None:
+def test_two_that_met_are_the_same_age_and_nearer(first: int, second: int, a: int, b: int) -> None:
     one, other = part_of(first, a), part_of(second, b)
     before = [part.read() for part in (one, other)]
     meet(one, other)
@@ -65,11 +65,10 @@ def test_two_that_met_are_one(first: int, second: int, a: int, b: int) -> None:
     take_step(other)
     here, there = one.read(), other.read()
     assert here.age == there.age == max(a, b) + 1
-    share = their_share(a, b, 0)
-    for name in here.tensors:
-        torch.testing.assert_close(here.tensors[name], there.tensors[name])
-        expected = (1 - share) * before[0].tensors[name] + share * before[1].tensors[name]
-        torch.testing.assert_close(here.tensors[name], expected)
+    for found, share in ((here, their_share(a, b, 0)), (there, 1 - their_share(b, a, 0))):
+        for name in here.tensors:
+            expected = (1 - share) * before[0].tensors[name] + share * before[1].tensors[name]
+            torch.testing.assert_close(found.tensors[name], expected)
 
 
 @given(seeds, ages, ages)
