@@ -76,9 +76,15 @@ class ExpertSpec(_Part):
 
 
 class RoutingSpec(_Part):
-    """How many experts every token is sent to."""
+    """How tokens find experts, and how many."""
 
     top_k: int = Field(default=4, ge=1, le=64, description="experts for each token")
+    prefix: int = Field(
+        default=0,
+        ge=0,
+        description="first tokens of a sequence by whose mean all of it is routed as one, and which carry no loss; "
+        "0: each token by itself",
+    )
 
 
 class OptimizerSpec(_Part):
@@ -170,6 +176,14 @@ class Manifest(_Part):
         if self.routing.top_k > self.experts.count:
             raise ValueError(
                 f"top_k ({self.routing.top_k}) is more than a layer's {self.experts.count} experts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prefix_leaves_something_to_learn(self) -> Self:
+        if self.routing.prefix >= self.model.context:
+            raise ValueError(
+                f"prefix ({self.routing.prefix}) must be less than the model's context ({self.model.context})"
             )
         return self
 

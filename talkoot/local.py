@@ -44,7 +44,7 @@ class LocalSwarm:
         self._mixtures = Mixtures(manifest, settings, _OWN_SEED, self.dispatcher, run_at_once)
 
     def mixture(
-        self, layer: int, choose_by: Literal["token", "sequence"] = "token"
+        self, layer: int, choose_by: Literal["token", "sequence"] | None = None
     ) -> RemoteMixtureOfExperts:
         """The mixture of the experts in one layer of the model, from 0. Raises SettingsError."""
         return self._mixtures.make(layer, choose_by)

@@ -152,11 +152,16 @@ class SwarmClient:
     def mixture(
         self,
         layer: int,
-        choose_by: Literal["token", "sequence"] = "token",
+        choose_by: Literal["token", "sequence"] | None = None,
         gradient_scale: Callable[[], float] | None = None,
+        routing_prefix: int = 0,
     ) -> RemoteMixtureOfExperts:
-        """The mixture of the swarm's experts in one layer of the model, from 0. Raises SettingsError."""
-        return self._mixtures.make(layer, choose_by, gradient_scale)
+        """The mixture of the swarm's experts in one layer of the model, from 0. Raises SettingsError.
+
+        Unless `choose_by` is given it routes as the manifest says: with a `prefix` there, by the first tokens of each
+        sequence, of which then none may be predicted in the loss.
+        """
+        return self._mixtures.make(layer, choose_by, gradient_scale, routing_prefix)
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
         """Waits until `share` of all experts are live, at most `limit_s` seconds; then one live expert is enough.

@@ -83,9 +83,9 @@ class Dataset:
         starts = np.linspace(0, len(self.validation) - self.context - 1, batch_size * count).astype(np.int64)
         return [self._sequences(self.validation, part) for part in np.split(starts, count)]
 
-    def bytes_per_token(self, batches: Sequence[Tensor]) -> float:
-        """The mean over all tokens of the batches but each sequence's first, which no model predicts."""
-        return float(np.mean([self._bytes_of[tokens[:, 1:].numpy()].mean() for tokens in batches]))
+    def bytes_per_token(self, batches: Sequence[Tensor], first: int = 1) -> float:
+        """The mean over each sequence's tokens from `first` on, those that a model predicts."""
+        return float(np.mean([self._bytes_of[tokens[:, first:].numpy()].mean() for tokens in batches]))
 
     def _sequences(self, tokens: Tokens, starts_B: NDArray[np.int64]) -> Tensor:
         places_BT = starts_B[:, None] + np.arange(self.context + 1)

@@ -23,7 +23,7 @@ class Evaluation:
     loss: float  # nats per token
     perplexity: float  # per token
     bits_per_byte: float
-    tokens: int  # that were predicted: all but the first
+    tokens: int  # that were predicted: all but the first of the text
     bytes: int  # that they stand for
 
 
@@ -38,15 +38,19 @@ def evaluate(
     """Predicts each token once, from those before it in its piece of the text, which is as long as the context.
 
     `observe` is told how many tokens are done after each batch, and says whether the batch counts: else it is
-    computed again. Raises DataError for a text of fewer than two tokens.
+    computed again. Raises DataError for a text of too few tokens.
     """
-    if len(tokens) < 2:
-        raise DataError("the text has fewer than two tokens: there is nothing to predict")
+    first = model.first_scored
+    if len(tokens) <= first:
+        raise DataError(
+            f"the text has {len(tokens)} tokens, and the first that this model predicts is number {first + 1}: "
+            "give a longer one"
+        )
     model.eval()
     bytes_of = np.array([len(token) for token in token_bytes])
     nats, done, size = 0.0, 0, 0
-    for sequences_BT in pieces(tokens, model.context, batch_size):
-        targets = sequences_BT[:, 1:].numpy()
+    for sequences_BT in pieces(tokens, model.context, batch_size, first):
+        targets = sequences_BT[:, first:].numpy()
         loss = model.loss(sequences_BT).item()
         while not observe(done + targets.size):
             loss = model.loss(sequences_BT).item()
@@ -57,13 +61,16 @@ def evaluate(
     return Evaluation(loss, perplexity(loss), bits_per_byte(loss, size / done), done, size)
 
 
-def pieces(tokens: Tokens, context: int, batch_size: int) -> Iterator[Tensor]:
-    """int64 [B, T + 1], each sequence beginning with the last token of the one before; at the end a shorter one."""
-    whole = (len(tokens) - 1) // context
+def pieces(tokens: Tokens, context: int, batch_size: int, shared: int = 1) -> Iterator[Tensor]:
+    """int64 [B, T + 1], each sequence beginning with the last `shared` tokens of the one before; at the end a shorter
+    one.
+    """
+    stride = context + 1 - shared
+    whole = (len(tokens) - shared) // stride
     places_T = np.arange(context + 1)
     for first in range(0, whole, batch_size):
-        starts_B = np.arange(first, min(first + batch_size, whole)) * context
+        starts_B = np.arange(first, min(first + batch_size, whole)) * stride
         yield torch.from_numpy(tokens[starts_B[:, None] + places_T].astype(np.int64))
-    rest = tokens[whole * context :]
-    if len(rest) > 1:
+    rest = tokens[whole * stride :]
+    if len(rest) > shared:
         yield torch.from_numpy(rest[None].astype(np.int64))

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from peer.errors import UserError
+from peer.errors import DataError, UserError
 from peer.settings import RoleSettings
 from trainer_client.model import LanguageModel
 
@@ -49,9 +49,15 @@ def generate(
 ) -> Iterator[int]:
     """The tokens that follow the prompt, of which the model sees as many as its context is long.
 
-    `is_usable` is asked after each computation whether it counts: else it is done again.
+    `is_usable` is asked after each computation whether it counts: else it is done again. Raises DataError for a prompt
+    shorter than those from which the model has learned to go on.
     """
     assert prompt, "the first token follows from one before it"
+    if len(prompt) < model.first_scored:
+        raise DataError(
+            f"the prompt has {len(prompt)} tokens, and this swarm's models go on from {model.first_scored} or more: "
+            "give a longer one"
+        )
     model.eval()
     tokens, generator = list(prompt[-model.context :]), sampling.generator()
     for _ in range(sampling.max_tokens):

@@ -32,11 +32,18 @@ class Mixtures:
     def make(
         self,
         layer: int,
-        choose_by: Literal["token", "sequence"] = "token",
+        choose_by: Literal["token", "sequence"] | None = None,
         gradient_scale: Callable[[], float] | None = None,
+        routing_prefix: int = 0,
     ) -> RemoteMixtureOfExperts:
-        """The mixture of one layer of the model, from 0. Raises SettingsError."""
+        """The mixture of one layer of the model, from 0, which routes as the manifest says unless `choose_by` is given.
+
+        Raises SettingsError.
+        """
         model = self._manifest.model
+        if choose_by is None:
+            routing_prefix = self._manifest.routing.prefix
+            choose_by = "sequence" if routing_prefix else "token"
         if not 0 <= layer < model.layers:
             raise SettingsError(f"layer {layer}: this swarm has layers 0 to {model.layers - 1}")
         return RemoteMixtureOfExperts(
@@ -49,4 +56,5 @@ class Mixtures:
             choose_by,
             self._routing,
             gradient_scale,
+            routing_prefix,
         )

@@ -36,6 +36,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         spec = manifest.model
         self.context = spec.context
+        self.first_scored = max(1, manifest.routing.prefix)
+        """The first token of a sequence, from 0, that the loss counts: those before it may say how it is routed."""
         seeded(spec.seed, partial(self._add_dense_part, spec, vocabulary))
         # a seed for each mixture: its gate doesn't depend on what else a mixture holds
         self.mixtures = nn.ModuleList(
@@ -60,9 +62,10 @@ class LanguageModel(nn.Module):
         return logits_BTV
 
     def loss(self, tokens_BT: Tensor) -> Tensor:
-        """Cross-entropy of every token but the first, in nats per token. int64 [B, T + 1] -> []"""
-        logits_BTV = self(tokens_BT[:, :-1]).float()
-        return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
+        """Cross-entropy of every token from `first_scored` on, in nats per token. int64 [B, T + 1] -> []"""
+        first = self.first_scored
+        logits_BTV = self(tokens_BT[:, :-1])[:, first - 1 :].float()
+        return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, first:].flatten())
 
     def balancing_loss(self) -> Tensor | None:
         """What the routers add to the loss of this thread's last forward pass in training; None if nothing. []"""

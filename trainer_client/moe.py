@@ -78,9 +78,11 @@ class RemoteMixtureOfExperts(nn.Module):
         choose_by: Literal["token", "sequence"] = "token",
         routing: Routing | None = None,
         gradient_scale: Callable[[], float] | None = None,
+        routing_prefix: int = 0,
     ) -> None:
-        """`choose_by="sequence"` sends all tokens of a sequence where their mean says: not for causal models, in which
-        a token may not know of later ones.
+        """`choose_by="sequence"` sends all tokens of a sequence where the mean of its first `routing_prefix` says, or
+        that of all with 0, which is not for causal models. With a prefix a model is causal from the prediction of the
+        token after it on: tokens of the prefix may not be predicted in the loss.
 
         `gradient_scale` is a GradScaler's `get_scale`, where one is used: experts are sent gradients without it.
         """
@@ -89,6 +91,7 @@ class RemoteMixtureOfExperts(nn.Module):
         self.hidden = hidden
         self.k = k
         self.choose_by = choose_by
+        self.routing_prefix = routing_prefix
         self._routing = routing = routing or Routing()
         self._router = routing.router
         scale = routing.gate_scale if self._router.starts_small else None
@@ -145,7 +148,10 @@ class RemoteMixtureOfExperts(nn.Module):
 
     def _route(self, x_BTD: Tensor, alive: PrefixTables) -> tuple[tuple[Tensor, ...], Selection]:
         """The scores, one [R, G_d] table per grid dimension, and the experts of each row."""
-        x_UD = x_BTD.flatten(0, 1) if self.choose_by == "token" else x_BTD.float().mean(dim=1)
+        if self.choose_by == "token":
+            x_UD = x_BTD.flatten(0, 1)
+        else:
+            x_UD = x_BTD[:, : self.routing_prefix or None].float().mean(dim=1)
         rng = self._rng if self.training else None
         scores: tuple[Tensor, ...] = self.gate(x_UD)
         if rng is not None and self._router.has_noise:

@@ -91,7 +91,8 @@ class Training:
         settings, began = self._settings, clock()
         validation = self._dataset.validation_batches(settings.batch_size, settings.validation_batches)
         tokens = settings.batch_size * settings.accumulate * self._dataset.context
-        record = Record(tokens, self._dataset.bytes_per_token(validation), self.history)
+        bytes_per_token = self._dataset.bytes_per_token(validation, self._model.first_scored)
+        record = Record(tokens, bytes_per_token, self.history)
         if not self.history.validated:
             record.add_validation(validation_loss(self._model, validation))
         last_end = clock()

@@ -45,7 +45,7 @@ def run_evaluate(
 
 
 def _evaluate(terminal: Terminal, trained: TrainedModel, corpus: Corpus) -> Evaluation:
-    with _shown(terminal, len(corpus.tokens) - 1) as show:
+    with _shown(terminal, len(corpus.tokens) - trained.model.first_scored) as show:
 
         def observe(done: int) -> bool:
             show(done)

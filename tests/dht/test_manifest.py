@@ -88,6 +88,10 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
         ('name = "Sauna!"', "name: small letters, digits and '-'"),
         ('name = "sauna"\n[model]\nlayers = 0', "model.layers"),
         ('name = "sauna"\n[model]\nlayers = "two"', "model.layers"),
+        (
+            'name = "sauna"\n[routing]\nprefix = 128',
+            "prefix (128) must be less than the model's context (128)",
+        ),
         ('name = "sauna"\n[model]\nhidden = 100\nheads = 3', "hidden (100)"),
         ('name = "sauna"\n[model]\nnorm = "batch"', "model.norm: Input should be 'layer' or 'rms'"),
         ('name = "sauna"\n[model]\nactivation = "relu"', "model.activation: Input should be 'gelu', "),

@@ -17,6 +17,7 @@ import pytest
 from commands import DEADLINE_S, assert_one_clear_line, wait_until
 from training_village import HOST, TEXT, Founder, founded, talkoot
 
+from dht.manifest import Manifest
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.loop import LoopThread
 
@@ -124,6 +125,24 @@ def test_versions_really_differ(release: Path) -> None:
         "keep a new release: CONTRIBUTING.md"
     )
     assert VERSION != SOFTWARE_VERSION
+
+
+def test_the_release_before_refuses_a_manifest_that_routes_by_a_prefix(release: Path) -> None:
+    """It would route each token by itself, and count the loss of the prefix."""
+    manifest = Manifest.model_validate({"name": "sauna", "routing": {"prefix": 8}})
+    program = "import sys; from dht.manifest import Manifest; Manifest.from_json(sys.argv[1].encode())"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, manifest.to_json().decode()],
+        cwd=release,
+        env=os.environ | {"PYTHONPATH": str(release)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode
+    assert "SwarmError: the swarm's manifest is not valid: unknown setting 'routing.prefix'" in done.stderr
+    assert "update this one" in done.stderr
 
 
 def test_nodes_and_trainers_of_both_releases_train_together(

@@ -208,13 +208,15 @@ def make_replica(uid: UID, peer_id: PeerID) -> Replica:
     return Replica(uid, peer_id, ReplicaState.SERVING, 0, 0, 0.0, math.inf)
 
 
-def make_manifest(grid: tuple[int, ...], k: int = 1, kind: str = "transformer", **model: int) -> Manifest:
+def make_manifest(
+    grid: tuple[int, ...], k: int = 1, kind: str = "transformer", prefix: int = 0, **model: int
+) -> Manifest:
     small = {"layers": 1, "hidden": 8, "heads": 2, "context": 16, "local_layers": 1, "feed_forward": 16}
     return Manifest(
         name="sauna",
         model=ModelSpec.model_validate(small | model),
         experts=ExpertSpec(grid=grid, kind=kind),
-        routing=RoutingSpec(top_k=k),
+        routing=RoutingSpec(top_k=k, prefix=prefix),
     )
 
 

@@ -54,6 +54,7 @@ def mixtures(
     name: RouterName,
     choose_by: Literal["token", "sequence"] = "token",
     gradient_scale: Callable[[], float] | None = None,
+    routing_prefix: int = 0,
     **routing: Any,
 ) -> Iterator[Callable[[int], RemoteMixtureOfExperts]]:
     """Makes the layers of a trainer that calls this swarm in virtual time."""
@@ -72,5 +73,6 @@ def mixtures(
             choose_by,
             Routing(name, **routing),
             gradient_scale,
+            routing_prefix,
         )
         runner.run(dispatcher.close())

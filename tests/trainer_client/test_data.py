@@ -102,4 +102,6 @@ def test_the_order_is_the_same_everywhere() -> None:
 
 def test_bytes_per_token_are_those_of_the_predicted_tokens() -> None:
     dataset = Dataset(np.zeros(40, np.uint16), context=2, token_bytes=[b"a", b"bcd", b"long one"])
-    assert dataset.bytes_per_token([torch.tensor([[2, 0, 1], [2, 1, 1]])]) == 10 / 4
+    batches = [torch.tensor([[2, 0, 1], [2, 1, 1]])]
+    assert dataset.bytes_per_token(batches) == 10 / 4
+    assert dataset.bytes_per_token(batches, first=2) == 6 / 2

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from expert_fakes import make_manifest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_samples import MANIFEST, TEXT
+from run_samples import TEXT
 from torch import nn
 
 from peer.errors import DataError
@@ -18,15 +19,18 @@ BYTES = [bytes([value]) for value in range(256)]
 TOKENS = np.frombuffer(TEXT.encode(), np.uint8)
 
 
-def make_model(vocabulary: int = 256) -> LanguageModel:
-    return LanguageModel(MANIFEST, lambda layer: nn.Identity(), vocabulary)
+def make_model(vocabulary: int = 256, prefix: int = 0) -> LanguageModel:
+    return LanguageModel(make_manifest((2, 3), prefix=prefix), lambda layer: nn.Identity(), vocabulary)
 
 
-@given(st.integers(2, 200), st.integers(1, 20), st.integers(1, 7))
-def test_every_token_but_the_first_is_predicted_once(length: int, context: int, batch_size: int) -> None:
-    batches = list(pieces(np.arange(length, dtype=np.uint16), context, batch_size))
-    predicted = [token for batch in batches for token in batch[:, 1:].flatten().tolist()]
-    assert predicted == list(range(1, length))
+@given(st.data(), st.integers(2, 200), st.integers(1, 20), st.integers(1, 7))
+def test_every_token_but_the_first_is_predicted_once(
+    data: st.DataObject, length: int, context: int, batch_size: int
+) -> None:
+    first = data.draw(st.integers(1, context))
+    batches = list(pieces(np.arange(length, dtype=np.uint16), context, batch_size, first))
+    predicted = [token for batch in batches for token in batch[:, first:].flatten().tolist()]
+    assert predicted == list(range(first, length))
     assert all(batch.shape[0] <= batch_size and batch.shape[1] <= context + 1 for batch in batches)
     assert all(torch.equal(batch[:, 1:], batch[:, :-1] + 1) for batch in batches)
 
@@ -61,10 +65,24 @@ def test_a_batch_that_does_not_count_is_computed_again() -> None:
     assert found == evaluate(make_model(), TOKENS[:49], BYTES, 1)
 
 
-@pytest.mark.parametrize("length", [0, 1])
-def test_a_text_with_nothing_to_predict_is_refused(length: int) -> None:
-    with pytest.raises(DataError, match="fewer than two tokens"):
-        evaluate(make_model(), TOKENS[:length], BYTES, 1)
+@pytest.mark.parametrize(("prefix", "length"), [(0, 0), (0, 1), (1, 1), (5, 5)])
+def test_a_text_with_nothing_to_predict_is_refused(prefix: int, length: int) -> None:
+    with pytest.raises(DataError, match=f"has {length} tokens.* number {max(1, prefix) + 1}: give a longer"):
+        evaluate(make_model(prefix=prefix), TOKENS[:length], BYTES, 1)
+
+
+def test_with_a_routing_prefix_every_token_after_it_is_predicted_from_as_much_at_least() -> None:
+    model, tokens = make_model(prefix=5), TOKENS[:70]
+    log_chances = [
+        model(torch.tensor(tokens[None, start : at + 1].astype(np.int64)))[0, -1].log_softmax(dim=-1)[
+            tokens[at + 1]
+        ]
+        for at in range(4, 69)
+        for start in [(at - 4) // 12 * 12]  # a piece predicts 12 of its 17 tokens
+    ]
+    found = evaluate(model, tokens, BYTES, batch_size=3)
+    assert found.tokens == found.bytes == 65
+    assert found.loss == pytest.approx(-torch.stack(log_chances).mean().item(), rel=1e-5)
 
 
 def test_evaluating_changes_no_parameter_and_draws_nothing() -> None:

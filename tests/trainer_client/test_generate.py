@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from expert_fakes import make_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from run_samples import MANIFEST
 from torch import Tensor, nn
 
-from peer.errors import SettingsError, UserError
+from peer.errors import DataError, SettingsError, UserError
 from trainer_client.generate import Sampling, decoded, generate, next_token
 from trainer_client.model import LanguageModel
 
@@ -29,8 +30,8 @@ def drawn(draws: int = 2000, **given: Any) -> Counter[int]:
     return Counter(next_token(LOGITS, how, generator) for _ in range(draws))
 
 
-def make_model() -> LanguageModel:
-    return LanguageModel(MANIFEST, lambda layer: nn.Identity())
+def make_model(prefix: int = 0) -> LanguageModel:
+    return LanguageModel(make_manifest((2, 3), prefix=prefix), lambda layer: nn.Identity())
 
 
 def test_tokens_are_drawn_as_likely_as_the_model_says() -> None:
@@ -123,6 +124,15 @@ def test_each_token_follows_from_as_many_before_it_as_the_context_holds() -> Non
     out = list(generate(model, prompt, sampling(max_tokens=3)))
     assert seen == [(prompt + out)[24 + i : 40 + i] for i in range(3)]
     assert not model.training
+
+
+def test_a_prompt_shorter_than_the_routing_prefix_is_refused() -> None:
+    """The model never learned to predict what follows fewer tokens."""
+    with pytest.raises(
+        DataError, match="has 3 tokens, and this swarm's models go on from 4 or more: give a longer"
+    ):
+        next(generate(make_model(prefix=4), [1, 2, 3], sampling()))
+    assert len(list(generate(make_model(prefix=4), [1, 2, 3, 4], sampling(max_tokens=30)))) == 30
 
 
 def test_a_token_that_does_not_count_is_computed_again() -> None:

@@ -11,6 +11,7 @@ from expert_fakes import make_manifest
 from router_fakes import LearningSwarm, every_router, k_of, mixtures
 from torch import Tensor, nn
 
+from dht.manifest import Manifest
 from dht.uid import UID
 from peer.errors import SettingsError
 from talkoot.local import LocalSwarm
@@ -22,8 +23,8 @@ TEXT = b"In the sauna one must behave as in church. " * 60
 MANIFEST = make_manifest((2, 3), k=3, layers=2, hidden=16, feed_forward=32)
 
 
-def losses(make_mixture: Callable[[int], nn.Module]) -> list[float]:
-    model = LanguageModel(MANIFEST, make_mixture)
+def losses(make_mixture: Callable[[int], nn.Module], manifest: Manifest = MANIFEST) -> list[float]:
+    model = LanguageModel(manifest, make_mixture)
     data = ByteDataset(TEXT, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     found = []
@@ -54,6 +55,19 @@ def test_a_model_learns_the_same_locally_and_in_a_swarm(name: RouterName) -> Non
     for uid, expert in here.dispatcher.experts.items():
         for one, other in zip(expert.block.parameters(), swarm.experts[uid].block.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_manifest_with_a_prefix_routes_whole_sequences_by_it() -> None:
+    manifest = make_manifest((2, 3), k=3, layers=2, hidden=16, feed_forward=32, prefix=6)
+    swarm, here = LearningSwarm(manifest), LocalSwarm(manifest, TrainerSettings())
+    with mixtures(swarm, "product-key", "sequence", routing_prefix=6) as make_mixture:
+        expected = losses(make_mixture, manifest)
+    found = losses(here.mixture, manifest)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found[-1] < found[0] - 0.5
+    # all 16 tokens of a sequence go to the same experts
+    lengths = {n for call in swarm.called("forward") for request in call.requests for n in request.lengths}
+    assert lengths == {16}
 
 
 def test_it_is_a_function_of_its_seed() -> None:

@@ -71,6 +71,15 @@ def test_the_loss_is_the_mean_of_minus_log_probability_in_nats() -> None:
     assert model.loss(tokens).item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_loss_leaves_the_tokens_of_the_routing_prefix_out() -> None:
+    manifest = Manifest.model_validate({**make_manifest().model_dump(), "routing": {"prefix": 3}})
+    model = LanguageModel(manifest, lambda layer: DenseMixture(32))
+    tokens = torch.randint(256, (2, 9))
+    predicted = model(tokens[:, :-1]).log_softmax(dim=-1)
+    chosen = [predicted[b, t, tokens[b, t + 1]] for b in range(2) for t in range(2, 8)]
+    torch.testing.assert_close(model.loss(tokens), -torch.stack(chosen).mean())
+
+
 def test_the_first_loss_is_near_that_of_guessing() -> None:
     loss = make_model().loss(torch.randint(256, (8, 17))).item()
     assert loss == pytest.approx(math.log(256), abs=0.6)

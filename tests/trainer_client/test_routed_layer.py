@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -233,18 +233,21 @@ def test_where_a_chosen_expert_has_gone_since_all_rows_ask_their_best() -> None:
 # Causality
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 5])
 @every_router
 @every_kind
 @settings(max_examples=6, deadline=None)
 @given(data=st.data(), grid=grids, seed=st.integers(0, 2**31 - 1))
-def test_a_changed_token_changes_no_logit_before_it(
-    name: RouterName, kind: str, data: st.DataObject, grid: tuple[int, ...], seed: int
+def test_a_changed_token_changes_no_logit_that_is_scored_before_it(
+    name: RouterName, kind: str, prefix: int, data: st.DataObject, grid: tuple[int, ...], seed: int
 ) -> None:
-    """In evaluation, where losses are scored. In training `base` is not causal: one row's expert depends on all
-    rows' scores, later ones' too, for that is what balancing them together means.
+    """Per token, and per sequence by a prefix.
+
+    In evaluation, where losses are scored. In training `base` is not causal: one row's expert depends on all rows'
+    scores, later ones' too, for that is what balancing them together means.
     """
     length = 12
-    swarm = FakeSwarm(make_manifest(grid, kind=kind, layers=2), peers=3)
+    swarm = FakeSwarm(make_manifest(grid, kind=kind, layers=2, prefix=prefix), peers=3)
     if k_of(name) > 1:
         swarm.behaviours[swarm.manifest.uids()[seed % 4]] = fails(StatusCode.NOT_FOUND)
     at = data.draw(st.integers(0, length - 1))
@@ -252,12 +255,28 @@ def test_a_changed_token_changes_no_logit_before_it(
     changed_BT = tokens_BT.clone()
     changed_BT[0, at] = (changed_BT[0, at] + data.draw(st.integers(1, 255))) % 256
     torch.manual_seed(seed)
-    with mixtures(swarm, name) as make_mixture, torch.no_grad():
+    choose_by: Literal["token", "sequence"] = "sequence" if prefix else "token"
+    with mixtures(swarm, name, choose_by, routing_prefix=prefix) as make_mixture, torch.no_grad():
         model = LanguageModel(swarm.manifest, lambda layer: sharpen(make_mixture(layer))).eval()
         before_BTV, after_BTV = model(tokens_BT), model(changed_BT)
-    torch.testing.assert_close(after_BTV[0, :at], before_BTV[0, :at], rtol=0, atol=1e-6)
+    # the logit of a position predicts the token after it
+    scored = slice(model.first_scored - 1, at)
+    torch.testing.assert_close(after_BTV[0, scored], before_BTV[0, scored], rtol=0, atol=1e-6)
     torch.testing.assert_close(after_BTV[1], before_BTV[1], rtol=0, atol=1e-6)
     assert not torch.allclose(after_BTV[0, at], before_BTV[0, at], atol=1e-3)
+
+
+@every_router
+def test_within_its_prefix_and_by_the_whole_a_sequence_does_tell_of_later_tokens(name: RouterName) -> None:
+    """What the test above leaves out is real."""
+    swarm = FakeSwarm(make_manifest((5,)))
+    x_BTD = random_rows(1, 8).detach()
+    for prefix, seen in ((4, 3), (0, 7)):
+        changed_BTD = x_BTD.clone()
+        changed_BTD[0, seen] += 5
+        with mixtures(swarm, name, "sequence", routing_prefix=prefix) as make_mixture, torch.no_grad():
+            mixture = sharpen(make_mixture(0)).eval()
+            assert not torch.allclose(mixture(changed_BTD)[0, 0], mixture(x_BTD)[0, 0], atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["product-key", "switch", "glam"])
