@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from hivemind.p2p import PeerID
 
 _LONGEST_BAN_S = 86400.0
+_FORGIVEN = 3
+"""Quick failures in a row. On a line that loses every tenth call four in a row are one in 10,000."""
 
 
 @dataclass
 class _Breaker:
     failures: int = 0
-    """In a row."""
-    forgiven: bool = False
+    """In a row, those forgiven not counted."""
+    forgiven: int = 0
     failed_until: float = 0.0
     busy_until: float = 0.0
     distrusted_until: float = 0.0
@@ -24,8 +26,8 @@ class CircuitBreakers:
     """One breaker for each peer that failed lately.
 
     After a failure a peer is avoided for `first_s`, after each further one twice as long, up to `longest_s`; once the
-    time is over it may be tried again (half-open), and a success closes the breaker. The first of failures in a row is
-    forgiven when it came quickly: one more try costs no time, and on a line that loses calls most peers are well.
+    time is over it may be tried again (half-open), and a success closes the breaker. The first three failures in a row
+    are forgiven when they came quickly: more tries cost no time, and on a line that loses calls most peers are well.
     """
 
     def __init__(self, first_s: float = 2.0, longest_s: float = 120.0, limit: int = 4096) -> None:
@@ -40,8 +42,8 @@ class CircuitBreakers:
         breaker = self._breaker(peer_id)
         if now < breaker.failed_until:
             return
-        if quickly and not (breaker.failures or breaker.forgiven):
-            breaker.forgiven = True
+        if quickly and not breaker.failures and breaker.forgiven < _FORGIVEN:
+            breaker.forgiven += 1
             return
         breaker.failures += 1
         wait = min(self._first_s * 2 ** min(breaker.failures - 1, 30), self._longest_s)

@@ -1,6 +1,7 @@
 """Circuit breakers, with a clock that is passed in."""
 
 import math
+import random
 
 import pytest
 from expert_fakes import make_peer_id
@@ -63,17 +64,31 @@ def test_half_open_peer_may_be_tried_and_one_more_failure_opens_for_longer() -> 
     assert breakers.open_at(3.5) == frozenset()
 
 
-def test_the_first_failure_in_a_row_is_forgiven_when_it_came_quickly() -> None:
+def test_the_first_three_failures_in_a_row_are_forgiven_when_they_came_quickly() -> None:
     breakers = CircuitBreakers(first_s=1.0)
-    breakers.failed(ANNA, 0.0, quickly=True)
-    assert breakers.open_at(0.0) == frozenset()
-    breakers.failed(ANNA, 0.1, quickly=True)
-    assert opened_for(breakers, 0.1) == 1.0
-    breakers.failed(ANNA, 1.2, quickly=True)
-    assert opened_for(breakers, 1.2) == 2.0
+    for at in (0.0, 0.1, 0.2):
+        breakers.failed(ANNA, at, quickly=True)
+        assert breakers.open_at(at) == frozenset()
+    breakers.failed(ANNA, 0.3, quickly=True)
+    assert opened_for(breakers, 0.3) == 1.0
+    breakers.failed(ANNA, 1.4, quickly=True)
+    assert opened_for(breakers, 1.4) == 2.0
     breakers.succeeded(ANNA)
     breakers.failed(ANNA, 5.0, quickly=True)
     assert breakers.open_at(5.0) == frozenset()
+
+
+def test_a_peer_whose_line_loses_every_tenth_call_is_hardly_ever_avoided() -> None:
+    breakers, rng = CircuitBreakers(first_s=2.0), random.Random(0)
+    avoided = 0
+    for call in range(10_000):
+        now = call * 0.05
+        avoided += ANNA in breakers.open_at(now)
+        if rng.random() < 0.1:
+            breakers.failed(ANNA, now, quickly=True)
+        else:
+            breakers.succeeded(ANNA)
+    assert avoided < 0.02 * 10_000
 
 
 def test_success_closes_the_breaker_and_forgets_the_failures() -> None:
