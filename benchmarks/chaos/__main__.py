@@ -24,9 +24,10 @@ import uvloop
 from rich.console import Console
 
 from benchmarks.chaos.accounts import losses
+from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.report import plot, show, verdicts
 from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
-from benchmarks.chaos.swarm import ChaosSwarm, Plan, until
+from benchmarks.chaos.swarm import ChaosSwarm, until
 from benchmarks.chaos.watching import Watcher
 from peer.processes import sweep_dead_sockets
 from talkoot.console import quiet_hivemind

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 import os
 import pydoc_data.topics
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 
 from benchmarks.chaos.links import PairLinks
+from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.schedule import FOUNDER, Deed, Event
 from dht.invite import Invite
 from talkoot.children import Child, Children
@@ -34,62 +34,6 @@ _HELD_OUT = 16384
 """Characters of the text that no trainer sees."""
 _GONE_WITHIN_S = 5.0
 """Longest that a dead node's children live on."""
-
-MANIFEST = """
-name = "chaos"
-[model]
-layers = {layers}
-hidden = 32
-heads = 2
-context = 64
-feed_forward = 64
-[experts]
-grid = [{grid[0]}, {grid[1]}]
-kind = "ffn"
-[routing]
-top_k = 2
-"""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How large a swarm, and how it is set."""
-
-    nodes: int = 8
-    trainers: int = 2
-    layers: int = 2
-    grid: tuple[int, int] = (4, 4)
-    replicas: float = 1.5
-    """Of each expert, on average, that there is room for: of every second one there are two."""
-    adopts: bool = True
-    every_s: float = 20.0
-    """Between deaths."""
-    announce_every_s: float = 5.0
-    checkpoint_every_s: float = 15.0
-    average_every_s: float = 15.0
-    standby_every_s: float = 10.0
-    drain_s: float = 5.0
-    """Longest that a node which leaves waits for heirs."""
-    call_deadline_s: float = 10.0
-    validate_every: int = 50
-
-    @property
-    def experts(self) -> int:
-        return self.layers * self.grid[0] * self.grid[1]
-
-    @property
-    def room(self) -> int:
-        """Of each node."""
-        return math.ceil(self.replicas * self.experts / self.nodes)
-
-    @property
-    def spare(self) -> int:
-        """Of each node: experts to adopt when their hosts have gone."""
-        return self.room if self.adopts else 0
-
-    @property
-    def manifest(self) -> str:
-        return MANIFEST.format(layers=self.layers, grid=self.grid)
 
 
 @dataclass

@@ -1,20 +1,19 @@
-"""Signed records and index entries: own ones pass, and whatever is exchanged, changed or invented does not."""
+"""Signed records: own ones pass, and whatever is exchanged, changed or invented does not."""
 
 import math
 import time
 
 import pytest
 from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from record_samples import EXPIRES_AT, NOW, UID_HERE, VALIDATOR, identity, keys, other, refused, stored
 
 from dht.records import (
     CLOCK_TOLERANCE_S,
-    INDEX_PIECE,
     MAX_LIFETIME_S,
     MAX_MANIFEST_LIFETIME_S,
     MAX_RECORD_BYTES,
@@ -30,35 +29,7 @@ from peer.errors import RecordError, WireError
 from peer.identity import Identity
 from peer.wire import records_pb2
 
-NOW = 1_800_000_000.0
-EXPIRES_AT = NOW + 30.0
-UID_HERE = UID(1, (2, 3))
-VALIDATOR = RecordValidator(lambda: NOW)
-
-
-@pytest.fixture(scope="module")
-def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "peer.key")
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return Identity.load_or_create(tmp_path_factory.mktemp("other") / "peer.key")
-
-
-@pytest.fixture(scope="module")
-def keys(identity: Identity) -> SwarmKeys:
-    return SwarmKeys("sauna", identity.peer_id)
-
-
-def stored(key: str, subkey: object, value: object, expires_at: float = EXPIRES_AT) -> DHTRecord:
-    """What hivemind hands to the validator."""
-    return DHTRecord(
-        DHTID.generate(source=key).to_bytes(),
-        MSGPackSerializer.dumps(subkey),
-        MSGPackSerializer.dumps(value),
-        expires_at,
-    )
+__all__ = ["identity", "keys", "other"]
 
 
 def announcement(key: str, expires_at: float = EXPIRES_AT) -> records_pb2.RecordPayload:
@@ -77,12 +48,6 @@ def announced(identity: Identity, keys: SwarmKeys) -> tuple[str, bytes, bytes]:
     """Key, subkey and value of a right announcement."""
     key = keys.expert(UID_HERE)
     return key, identity.peer_id.to_bytes(), seal(identity, announcement(key))
-
-
-def refused(record: DHTRecord, reason: str) -> None:
-    with pytest.raises(RecordError, match=reason):
-        VALIDATOR.check(record)
-    assert VALIDATOR.validate(record) is False
 
 
 # What passes
@@ -142,7 +107,7 @@ def test_expired_records_pass_so_that_they_do_not_spoil_a_whole_dictionary(
     VALIDATOR.check(stored(key, identity.peer_id.to_bytes(), seal(identity, announcement(key, past)), past))
 
 
-# What is refused: signed records
+# What is refused
 
 
 def test_an_unsigned_record_is_refused(identity: Identity, keys: SwarmKeys) -> None:
@@ -287,65 +252,6 @@ def test_a_plain_value_is_refused(identity: Identity, keys: SwarmKeys) -> None:
 @pytest.mark.parametrize("value", [None, 0, 1.5, True, [], {}, [b"bytes"], ("text",)])
 def test_a_value_that_is_neither_bytes_nor_text_is_refused(keys: SwarmKeys, value: object) -> None:
     refused(stored(keys.prefix(1), 2, value), "record .* or an index entry|can't be parsed")
-
-
-# What is refused: index entries
-
-
-def test_an_index_entry_under_a_wrong_key_is_refused(identity: Identity, keys: SwarmKeys) -> None:
-    refused(stored(keys.prefix(1), 2, keys.prefix(0)), "name of its key")
-    shard, _, another = shards_of(identity.peer_id)
-    subkey = identity.peer_id.to_bytes()
-    refused(stored(keys.node_shard(another), subkey, keys.node_shard(shard)), "name of its key")
-    refused(stored(keys.prefix(1), 2, keys.prefix(1) + " "), "name of its key")
-
-
-def test_an_index_entry_in_a_foreign_shard_is_refused(identity: Identity, keys: SwarmKeys) -> None:
-    subkey = identity.peer_id.to_bytes()
-    for shard in shards_of(identity.peer_id):
-        foreign = keys.node_shard(f"{shard[:-1]}{int(shard[-1], 16) ^ 1:x}")
-        refused(stored(foreign, subkey, foreign), "PeerIDs that fall into it")
-
-
-@pytest.mark.parametrize("subkey", [0, None, "text", b"", b"x", bytes(33), bytes(35), [bytes(34)]])
-def test_a_shard_takes_only_peer_ids(keys: SwarmKeys, subkey: object) -> None:
-    shard = keys.node_shard("00")
-    VALIDATOR.check(stored(shard, bytes(34), shard))
-    refused(stored(shard, subkey, shard), "PeerIDs that fall into it")
-
-
-@pytest.mark.parametrize(("piece_of", "coordinate"), [(0, 128), (128, 127), (4095, 0), (127, 4095)])
-def test_a_coordinate_belongs_in_its_own_piece_of_a_prefix(
-    keys: SwarmKeys, piece_of: int, coordinate: int
-) -> None:
-    prefix = keys.index(1, (2,), piece_of)
-    refused(stored(prefix, coordinate, prefix), "another piece")
-
-
-def test_no_piece_of_a_prefix_passes_32_kilobytes() -> None:
-    keys = SwarmKeys("n" * 32, PeerID(b"\x12\x20" + bytes(32)))
-    for coordinate in ((), (999,), (999_999,) * 3):
-        longest = keys.index(999_999, coordinate, 4095)
-        dictionary = DictionaryDHTValue()
-        for following in range(4095 - INDEX_PIECE + 1, 4096):
-            assert keys.index(999_999, coordinate, following) == longest
-            dictionary.store(following, MSGPackSerializer.dumps(longest), EXPIRES_AT)
-        assert len(MSGPackSerializer.dumps(dictionary)) < 32_000
-
-
-@pytest.mark.parametrize("subkey", [-1, 4096, 2**64 - 1, 1.0, True, False, None, "2", b"2", [2]])
-def test_a_prefix_takes_only_coordinates(keys: SwarmKeys, subkey: object) -> None:
-    refused(stored(keys.prefix(1), subkey, keys.prefix(1)), "subkeys are coordinates")
-
-
-@pytest.mark.parametrize("lifetime", [MAX_LIFETIME_S + CLOCK_TOLERANCE_S + 1, math.inf, math.nan])
-def test_an_index_entry_that_would_live_too_long_is_refused(keys: SwarmKeys, lifetime: float) -> None:
-    refused(stored(keys.prefix(1), 2, keys.prefix(1), NOW + lifetime), "live longer than 600 s")
-
-
-def test_a_long_index_entry_is_refused() -> None:
-    name = "x" * 200
-    refused(stored(name, 2, name), "name of its key")
 
 
 # Hostile bytes

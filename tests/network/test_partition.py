@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos.swarm import ChaosSwarm, Plan, until
+from benchmarks.chaos.plan import Plan
+from benchmarks.chaos.swarm import ChaosSwarm, until
 from peer.loop import LoopThread
 
 PLAN = Plan(nodes=2, trainers=2, layers=1, replicas=1.0, adopts=False, announce_every_s=2.0, drain_s=0.0)

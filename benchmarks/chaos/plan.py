@@ -1,0 +1,60 @@
+"""How large a chaos run's swarm is, and how its nodes and trainers are set."""
+
+import math
+from dataclasses import dataclass
+
+_MANIFEST = """
+name = "chaos"
+[model]
+layers = {layers}
+hidden = 32
+heads = 2
+context = 64
+feed_forward = 64
+[experts]
+grid = [{grid[0]}, {grid[1]}]
+kind = "ffn"
+[routing]
+top_k = 2
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large a swarm, and how it is set."""
+
+    nodes: int = 8
+    trainers: int = 2
+    layers: int = 2
+    grid: tuple[int, int] = (4, 4)
+    replicas: float = 1.5
+    """Of each expert, on average, that there is room for: of every second one there are two."""
+    adopts: bool = True
+    every_s: float = 20.0
+    """Between deaths."""
+    announce_every_s: float = 5.0
+    checkpoint_every_s: float = 15.0
+    average_every_s: float = 15.0
+    standby_every_s: float = 10.0
+    drain_s: float = 5.0
+    """Longest that a node which leaves waits for heirs."""
+    call_deadline_s: float = 10.0
+    validate_every: int = 50
+
+    @property
+    def experts(self) -> int:
+        return self.layers * self.grid[0] * self.grid[1]
+
+    @property
+    def room(self) -> int:
+        """Of each node."""
+        return math.ceil(self.replicas * self.experts / self.nodes)
+
+    @property
+    def spare(self) -> int:
+        """Of each node: experts to adopt when their hosts have gone."""
+        return self.room if self.adopts else 0
+
+    @property
+    def manifest(self) -> str:
+        return _MANIFEST.format(layers=self.layers, grid=self.grid)

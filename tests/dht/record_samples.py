@@ -1,0 +1,50 @@
+"""A record as hivemind hands it to the validator, whose clock stands still; two peers and a swarm's keys."""
+
+import pytest
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord
+from hivemind.utils import MSGPackSerializer
+
+from dht.records import (
+    RecordValidator,
+    SwarmKeys,
+)
+from dht.uid import UID
+from peer.errors import RecordError
+from peer.identity import Identity
+
+NOW = 1_800_000_000.0
+EXPIRES_AT = NOW + 30.0
+UID_HERE = UID(1, (2, 3))
+VALIDATOR = RecordValidator(lambda: NOW)
+
+
+@pytest.fixture(scope="module")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "peer.key")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return Identity.load_or_create(tmp_path_factory.mktemp("other") / "peer.key")
+
+
+@pytest.fixture(scope="module")
+def keys(identity: Identity) -> SwarmKeys:
+    return SwarmKeys("sauna", identity.peer_id)
+
+
+def stored(key: str, subkey: object, value: object, expires_at: float = EXPIRES_AT) -> DHTRecord:
+    """What hivemind hands to the validator."""
+    return DHTRecord(
+        DHTID.generate(source=key).to_bytes(),
+        MSGPackSerializer.dumps(subkey),
+        MSGPackSerializer.dumps(value),
+        expires_at,
+    )
+
+
+def refused(record: DHTRecord, reason: str) -> None:
+    with pytest.raises(RecordError, match=reason):
+        VALIDATOR.check(record)
+    assert VALIDATOR.validate(record) is False

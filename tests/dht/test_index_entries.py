@@ -1,0 +1,76 @@
+"""Index entries: whatever is not its own key's name, in its own place, is refused."""
+
+import math
+
+import pytest
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.p2p import PeerID
+from hivemind.utils import MSGPackSerializer
+from record_samples import EXPIRES_AT, NOW, VALIDATOR, identity, keys, refused, stored
+
+from dht.records import (
+    CLOCK_TOLERANCE_S,
+    INDEX_PIECE,
+    MAX_LIFETIME_S,
+    SwarmKeys,
+)
+from dht.shards import shards_of
+from peer.identity import Identity
+
+__all__ = ["identity", "keys"]
+
+
+def test_an_index_entry_under_a_wrong_key_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    refused(stored(keys.prefix(1), 2, keys.prefix(0)), "name of its key")
+    shard, _, another = shards_of(identity.peer_id)
+    subkey = identity.peer_id.to_bytes()
+    refused(stored(keys.node_shard(another), subkey, keys.node_shard(shard)), "name of its key")
+    refused(stored(keys.prefix(1), 2, keys.prefix(1) + " "), "name of its key")
+
+
+def test_an_index_entry_in_a_foreign_shard_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    subkey = identity.peer_id.to_bytes()
+    for shard in shards_of(identity.peer_id):
+        foreign = keys.node_shard(f"{shard[:-1]}{int(shard[-1], 16) ^ 1:x}")
+        refused(stored(foreign, subkey, foreign), "PeerIDs that fall into it")
+
+
+@pytest.mark.parametrize("subkey", [0, None, "text", b"", b"x", bytes(33), bytes(35), [bytes(34)]])
+def test_a_shard_takes_only_peer_ids(keys: SwarmKeys, subkey: object) -> None:
+    shard = keys.node_shard("00")
+    VALIDATOR.check(stored(shard, bytes(34), shard))
+    refused(stored(shard, subkey, shard), "PeerIDs that fall into it")
+
+
+@pytest.mark.parametrize(("piece_of", "coordinate"), [(0, 128), (128, 127), (4095, 0), (127, 4095)])
+def test_a_coordinate_belongs_in_its_own_piece_of_a_prefix(
+    keys: SwarmKeys, piece_of: int, coordinate: int
+) -> None:
+    prefix = keys.index(1, (2,), piece_of)
+    refused(stored(prefix, coordinate, prefix), "another piece")
+
+
+def test_no_piece_of_a_prefix_passes_32_kilobytes() -> None:
+    keys = SwarmKeys("n" * 32, PeerID(b"\x12\x20" + bytes(32)))
+    for coordinate in ((), (999,), (999_999,) * 3):
+        longest = keys.index(999_999, coordinate, 4095)
+        dictionary = DictionaryDHTValue()
+        for following in range(4095 - INDEX_PIECE + 1, 4096):
+            assert keys.index(999_999, coordinate, following) == longest
+            dictionary.store(following, MSGPackSerializer.dumps(longest), EXPIRES_AT)
+        assert len(MSGPackSerializer.dumps(dictionary)) < 32_000
+
+
+@pytest.mark.parametrize("subkey", [-1, 4096, 2**64 - 1, 1.0, True, False, None, "2", b"2", [2]])
+def test_a_prefix_takes_only_coordinates(keys: SwarmKeys, subkey: object) -> None:
+    refused(stored(keys.prefix(1), subkey, keys.prefix(1)), "subkeys are coordinates")
+
+
+@pytest.mark.parametrize("lifetime", [MAX_LIFETIME_S + CLOCK_TOLERANCE_S + 1, math.inf, math.nan])
+def test_an_index_entry_that_would_live_too_long_is_refused(keys: SwarmKeys, lifetime: float) -> None:
+    refused(stored(keys.prefix(1), 2, keys.prefix(1), NOW + lifetime), "live longer than 600 s")
+
+
+def test_a_long_index_entry_is_refused() -> None:
+    name = "x" * 200
+    refused(stored(name, 2, name), "name of its key")
