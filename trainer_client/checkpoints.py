@@ -130,7 +130,10 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
         else:
             return checkpoint
     if tried:
-        raise CheckpointError(f"no checkpoint in {path} is whole: train a new one, without --resume")
+        raise CheckpointError(
+            f"no checkpoint in {path} is whole: give another run's folder as --checkpoint, or train a new one, in "
+            "another folder and without --resume"
+        )
     raise CheckpointError(f"no checkpoint in {path}: give the folder that `talkoot train` named")
 
 
@@ -159,7 +162,10 @@ def newest_run_folder(runs: Path) -> Path:
     """The run that saved last. Raises CheckpointError when there is none."""
     newest = max(runs.glob("*/*.safetensors"), key=_written_at, default=None)
     if newest is None:
-        raise CheckpointError(f"no checkpoint of this swarm in {runs}: pass --checkpoint DIR")
+        raise CheckpointError(
+            f"no checkpoint of this swarm in {runs}: train first, without --resume, or pass the --checkpoint DIR or "
+            "--state DIR of a run"
+        )
     return newest.parent
 
 

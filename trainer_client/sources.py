@@ -137,13 +137,13 @@ def _of_line(line: bytes, field: str, where: str) -> str:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from error
+        raise DataError(f"{where} is not JSON: {error}; give a file with an object in each line") from error
     if not isinstance(values, dict):
-        raise DataError(f"{where} is not a JSON object with a field {field!r}")
+        raise DataError(f"{where} is not a JSON object: give a file with an object in each line")
     if field not in values:
         raise DataError(_no_field(field, where, values))
     if not isinstance(values[field], str):
-        raise DataError(f"{where}: the field {field!r} is no text")
+        raise DataError(f"{where}: the field {field!r} is no text: pass --field")
     text: str = values[field]
     return text.encode(errors="replace").decode()  # half of a surrogate pair is valid JSON, and no text
 
@@ -162,10 +162,10 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
                     if value is None:
                         continue
                     if not isinstance(value, str):
-                        raise DataError(f"{path}: the field {field!r} is no text")
+                        raise DataError(f"{path}: the field {field!r} is no text: pass --field")
                     yield value
     except ArrowException as error:
-        raise DataError(f"can't read {path}: {error}") from error
+        raise DataError(f"can't read {path}: {error}; give a whole Parquet file") from error
 
 
 def _no_field(field: str, where: str, names: Iterable[str]) -> str:

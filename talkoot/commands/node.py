@@ -115,6 +115,7 @@ def node(
     drain_timeout_s: Annotated[
         float | None,
         typer.Option(
+            "--drain-timeout-s",
             "--drain-timeout",
             help="Longest that it waits, when it leaves, for others to take its experts over, in seconds.  "
             "[default: 30]",

@@ -40,7 +40,9 @@ TextField = Annotated[
 WaitForExperts = Annotated[
     float | None,
     typer.Option(
-        "--wait-for-experts", help="Longest wait, in seconds, while no expert is live.  [default: 60]"
+        "--wait-for-experts-s",
+        "--wait-for-experts",
+        help="Longest wait, in seconds, while no expert is live.  [default: 60]",
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="What the swarm's dashboards call you.  [default: no name]")]

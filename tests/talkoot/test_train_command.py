@@ -318,7 +318,7 @@ def test_broken_and_foreign_checkpoints_are_one_clear_line(
     talkoot(*resume, "--join", other).is_one_clear_line("is of the swarm village-")
 
     path.write_bytes(path.read_bytes()[:-100])
-    talkoot(*resume).is_one_clear_line("no checkpoint in", "is whole: train a new one")
+    talkoot(*resume).is_one_clear_line("no checkpoint in", "is whole: give another run's folder")
     assert f"passing over the checkpoint {path}: it can't be read" in caplog.text
     talkoot("generate", "--join", founder.invite, "--checkpoint", path).is_one_clear_line(
         "is no whole checkpoint"

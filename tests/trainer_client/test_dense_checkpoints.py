@@ -122,7 +122,9 @@ def test_when_none_is_whole_that_is_said(tmp_path: Path) -> None:
     write(tmp_path, 3, 4)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: train a new one"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* is whole: .* in another folder and without --res"
+    ):
         load_checkpoint(tmp_path, SWARM)
     with pytest.raises(CheckpointError, match=r"3\.safetensors is no whole checkpoint: it can't be read"):
         load_checkpoint(tmp_path / "3.safetensors", SWARM)
@@ -206,3 +208,10 @@ def test_a_run_whose_checkpoint_is_removed_while_runs_are_compared_is_passed_ove
 
     monkeypatch.setattr(Path, "stat", removed_meanwhile)
     assert newest_run_folder(tmp_path) == tmp_path / "old"
+
+
+def test_without_any_run_the_way_on_is_said(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint of this swarm in .*: train first, without --resume, or"
+    ):
+        newest_run_folder(tmp_path / "runs")

@@ -134,27 +134,30 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no JSON": (
         lambda folder: write_bytes(folder / "x.jsonl", b'{"text": "a"}\n\nplain'),
-        r"line 3 of .*x\.jsonl is not JSON",
+        r"line 3 of .*x\.jsonl is not JSON: .*; give a file with an object in each line",
     ),
-    "no object": (lambda folder: write_lines(folder / "x.jsonl", ["a"]), "line 1 of .* is not a JSON object"),
+    "no object": (lambda folder: write_lines(folder / "x.jsonl", ["a"]), "is not a JSON object: give"),
     "binary lines": (lambda folder: write_bytes(folder / "x.jsonl", b"\xff\xfe\n"), "line 1 of .* not JSON"),
     "nested": (lambda folder: write_bytes(folder / "x.jsonl", b"[" * 10**5), "line 1 of .* is not JSON"),
     "another field": (
         lambda folder: write_lines(folder / "x.jsonl", {"text": "a"}, {"body": "b", "id": 2}),
         "line 2 of .* has no field 'text', its fields are 'body', 'id': pass --field",
     ),
-    "a number": (lambda folder: write_lines(folder / "x.jsonl", {"text": 3}), "the field 'text' is no text"),
+    "a number": (
+        lambda folder: write_lines(folder / "x.jsonl", {"text": 3}),
+        "the field 'text' is no text: pass --field",
+    ),
     "another column": (
         lambda folder: write_parquet(folder / "x.parquet", body=["a"]),
         "has no field 'text', its fields are 'body': pass --field",
     ),
     "a column of numbers": (
         lambda folder: write_parquet(folder / "x.parquet", text=[1]),
-        "the field 'text' is no text",
+        "the field 'text' is no text: pass --field",
     ),
     "no Parquet": (
         lambda folder: write_bytes(folder / "x.parquet", b"PAR1 or not"),
-        r"can't read .*x\.parquet",
+        r"can't read .*x\.parquet: .*; give a whole Parquet file",
     ),
     "empty Parquet": (lambda folder: (folder / "x.parquet").touch(), r"can't read .*x\.parquet"),
 }
