@@ -7,8 +7,8 @@ costs staleness in place of time.
 
     python -m benchmarks.digits [--quick] [--json FILE]
 
-The accuracy is that on the third of the 1,797 images that was held out, with the faults off. `--quick` trains for fewer
-steps with less delay, in under 60 seconds. Needs scikit-learn: pip install '.[benchmarks]'.
+The accuracy is that on the third of the 1,797 images that was held out, with the faults off: 6 images are one point.
+`--quick` trains for fewer steps with less delay, in under 60 seconds. Needs scikit-learn: pip install '.[benchmarks]'.
 """
 
 import argparse
@@ -88,7 +88,8 @@ class Plan:
         return MANIFEST.format(**values)
 
 
-QUICK = Plan(steps=100, hidden=32, nodes=1, delay_s=0.1, in_flight=4)
+QUICK = Plan(steps=150, nodes=1, delay_s=0.03, in_flight=3, learning_rate=1e-3, warmup=40)
+"""So long that it converges: after 100 steps at a hidden size of 32, 4 in flight alone cost 1 to 3 points."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,9 +146,12 @@ def loss_of(model: LanguageModel, plan: Plan, data: Part) -> float:
     return validation_loss(model, data.validation_batches(plan.batch, plan.validations))
 
 
-def run_trainer(plan: Plan, way: str, invite: str | None, state: Path, trainer: int) -> None:
-    """One trainer as a process: says "ready" and "trained", each time waits for a line, and prints what came out."""
+def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
+    """One trainer as a process: reads the invite, an empty line without a swarm; says "ready" and "trained", each time
+    waits for a line, and prints what came out.
+    """
     torch.set_num_threads(1)
+    invite = sys.stdin.readline().strip()
     # patient, so that a busy machine is not taken for a fault
     patience = {"call_deadline_s": 60.0, "least_deadline_s": 60.0, "grace_s": 60.0}
     averaging = {"average_every": plan.average_every, "average_host": "127.0.0.1"}
@@ -163,7 +166,7 @@ def run_trainer(plan: Plan, way: str, invite: str | None, state: Path, trainer: 
 
     with ExitStack() as stack:
         source: SwarmClient | LocalSwarm
-        if invite is None:
+        if not invite:
             manifest = state / "swarm.toml"
             manifest.write_text(plan.manifest())
             source = LocalSwarm(Manifest.from_toml(manifest), settings)
@@ -202,24 +205,26 @@ def _say_and_wait(word: str) -> None:
 def run_way(way: str, plan: Plan) -> dict[str, Any]:
     """The results of one way, its losses the mean over its trainers. Raises SystemExit when a trainer fails."""
     with ExitStack() as stack:
-        invite = None
-        if way == "local":
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-benchmark-")))
-        else:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-learning-")))
+        # first, so that they import while the nodes start
+        trainers = [_start(stack, way, plan, folder, number) for number in range(WAYS[way].trainers)]
+        invite = ""
+        if way != "local":
             options = ["--threads", "1", "--niceness", "0", "--spare", "0", "--drain-timeout", "0"]
-            village = stack.enter_context(
-                running_village(plan.manifest(WAYS[way].codec), plan.nodes, 32 // plan.nodes, options)
-            )
-            folder, invite = village.folder, str(village.invite)
-        trainers = [_start(stack, way, plan, invite, folder, number) for number in range(WAYS[way].trainers)]
+            manifest, experts = plan.manifest(WAYS[way].codec), 32 // plan.nodes
+            village = stack.enter_context(running_village(manifest, plan.nodes, experts, options))
+            invite = str(village.invite)
+        for trainer in trainers:
+            _tell(trainer, invite)
         for word in ("ready\n", "trained\n"):
             for trainer in trainers:
                 if (said := _pipe(trainer.stdout).readline()) != word:
                     raise SystemExit(f"a trainer of {way!r} failed: {said}")
             for trainer in trainers:
-                _pipe(trainer.stdin).write("\n")
-                _pipe(trainer.stdin).flush()
+                _tell(trainer, "")
         results = [json.loads(_pipe(trainer.stdout).readline()) for trainer in trainers]
+        for trainer in trainers:
+            trainer.kill()  # before the nodes stop, of which it would complain
     return {
         "validation_loss": statistics.fmean(result["validation_loss"] for result in results),
         "seconds": max(result["seconds"] for result in results),
@@ -227,15 +232,11 @@ def run_way(way: str, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _start(
-    stack: ExitStack, way: str, plan: Plan, invite: str | None, folder: Path, number: int
-) -> "subprocess.Popen[str]":
+def _start(stack: ExitStack, way: str, plan: Plan, folder: Path, number: int) -> "subprocess.Popen[str]":
     state = folder / f"trainer-{number}"
     state.mkdir()
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.learning", "--way", way]
     command += ["--plan", json.dumps(asdict(plan)), "--trainer", str(number), "--state", str(state)]
-    if invite is not None:
-        command += ["--invite", invite]
     process = subprocess.Popen(
         die_with_parent(command),
         stdin=subprocess.PIPE,
@@ -246,6 +247,11 @@ def _start(
     stack.callback(process.wait)
     stack.callback(process.kill)
     return process
+
+
+def _tell(trainer: "subprocess.Popen[str]", line: str) -> None:
+    _pipe(trainer.stdin).write(line + "\n")
+    _pipe(trainer.stdin).flush()
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
@@ -309,14 +315,13 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="only these")
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--invite", help=argparse.SUPPRESS)
     parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--trainer", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.resume and not options.json:
         parser.error("--resume takes the ways from --json FILE")
     if options.way:
-        run_trainer(Plan(**options.plan), options.way, options.invite, options.state, options.trainer)
+        run_trainer(Plan(**options.plan), options.way, options.state, options.trainer)
         return
     plan = QUICK if options.quick else Plan()
     asked = {"steps": options.steps, "delay_s": options.delay, "nodes": options.nodes}
