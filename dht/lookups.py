@@ -296,6 +296,14 @@ class _Run:
                 self._lookups.own(self._ask(call))
 
     async def _ask(self, call: _Call) -> None:
+        """Answers come whatever happens: a look-up waits for each."""
+        answers = None
+        try:
+            answers = await self._answers_of(call)
+        finally:
+            self._answers.put_nowait((call, answers))
+
+    async def _answers_of(self, call: _Call) -> Answers | None:
         peer, began = self._peers[call.node], self._clock()
         reply = await find(self._dht.protocol, peer, call.keys)
         if reply is not None:
@@ -305,7 +313,7 @@ class _Run:
             self._dht.blacklist.register_failure(peer)
         # a liar may have named this peer in another place than it has
         is_there = reply is not None and reply.node == call.node
-        self._answers.put_nowait((call, reply.answers if reply is not None and is_there else None))
+        return reply.answers if reply is not None and is_there else None
 
     async def _next_answers(self) -> list[tuple[_Call, Answers | None]]:
         """Those that have come since, at least one unless calls become late first."""

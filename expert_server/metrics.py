@@ -160,6 +160,11 @@ def _stored(counts: StoreCounts) -> Iterator[Metric]:
         "Messages that asked for or brought more than is allowed.",
         counts.refused,
     )
+    yield CounterMetricFamily(
+        "talkoot_dht_not_handed_over",
+        "Newcomers to the DHT that were handed nothing of what is stored here, since too many came before.",
+        counts.not_handed_over,
+    )
 
 
 def _sessions(node: NodeCounts) -> Iterator[Metric]:

@@ -23,6 +23,10 @@ from peer.store import BoundedStorage, StoreCounts
 
 _YIELD_AFTER = 64
 """Entries or keys that are looked at before other tasks get their turn."""
+_YIELD_AFTER_ANSWERS = 8
+"""The same, of keys that are asked for."""
+_HANDED_AT_ONCE_S = 16.0
+"""So much of its rate is handed over at once after a pause."""
 
 
 class DhtService:
@@ -34,6 +38,8 @@ class DhtService:
         self._validator = protocol.record_validator
         self._meet, self._ping = protocol.update_routing_table, protocol.rpc_ping
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._handed_until = 0.0
+        """When all that was handed over would have been sent at the rate for it."""
         protocol.storage = BoundedStorage(counts)
         protocol.update_routing_table = self.update_routing_table
         protocol.rpc_ping, protocol.rpc_store, protocol.rpc_find = (
@@ -74,12 +80,14 @@ class DhtService:
         await self._meet_sender(request.peer, context)
         sender = protocol.routing_table.get(peer_id=context.remote_id)
         room = self._counts.bounds.answer_bytes
-        for key in request.keys:
+        for number, key in enumerate(request.keys):
+            if number % _YIELD_AFTER_ANSWERS == _YIELD_AFTER_ANSWERS - 1:
+                await asyncio.sleep(0)
             if len(key) != DHTID.HASH_NBYTES:
                 return dht_pb2.FindResponse(peer=protocol.node_info)
             result, key_id = response.results.add(type=dht_pb2.NOT_FOUND), DHTID.from_bytes(key)
             stored = protocol.storage.get(key_id)
-            if stored is not None:
+            if stored is not None and room > 0:
                 value = MSGPackSerializer.dumps(stored.value)
                 room -= len(value)
                 if room >= 0:
@@ -107,9 +115,9 @@ class DhtService:
             if not is_rightful(node_id, peer_id.to_bytes()):
                 return  # nobody takes another's place
             del table[node_id]
-        if known is None:
+        if known is None and self._may_hand_over():
             self._own(self._hand_over(node_id, peer_id))
-        elif known != node_id:
+        elif known not in (None, node_id):
             del table[known]
         if (oldest := table.add_or_update_node(node_id, peer_id)) is not None:
             self._own(self._protocol.call_ping(oldest[1]))
@@ -139,6 +147,16 @@ class DhtService:
         await asyncio.sleep(0)  # every signature took some time
         stored = [storage.store_subkey(key_id, subkey, *entry) for subkey, entry in entries.items()]
         return any(stored)
+
+    def _may_hand_over(self) -> bool:
+        """Whether the rate allows it now; then it counts. What a newcomer does not get is announced to it anew."""
+        now = asyncio.get_running_loop().time()
+        if self._handed_until > now + _HANDED_AT_ONCE_S:
+            self._counts.not_handed_over += 1
+            return False
+        taken_s = self._counts.bytes / self._counts.bounds.handed_bytes_per_s
+        self._handed_until = max(now, self._handed_until) + taken_s
+        return True
 
     async def _hand_over(self, node_id: DHTID, peer_id: PeerID) -> None:
         """Of what is stored here, what the new node is nearer to than others, if this peer is the nearest of them."""

@@ -34,6 +34,8 @@ class StoreBounds:
     """One message with entries to store."""
     answer_bytes: int = 3 * 2**20
     """The values in one answer; the keys that come after have none. p2pd takes 4 MiB."""
+    handed_bytes_per_s: float = 256 * 2**10
+    """What newcomers are handed, counting all that is stored for each: that is looked through for it."""
 
 
 @dataclass
@@ -49,6 +51,8 @@ class StoreCounts:
     """Entries that others took the place of, as there was no more room."""
     refused: int = 0
     """Messages that asked for more, or brought more, than is allowed."""
+    not_handed_over: int = 0
+    """Newcomers that were handed nothing, since too many came before."""
 
 
 class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no types

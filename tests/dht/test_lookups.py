@@ -229,6 +229,26 @@ def test_a_second_look_starts_at_the_holders(world: VirtualLoop) -> None:
     play(world, scenario, nodes=24)
 
 
+def test_a_question_that_fails_by_a_mistake_counts_as_unanswered(
+    world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a look-up would wait for an answer that never comes."""
+
+    async def breaks(*question: object) -> None:
+        raise RuntimeError("a mistake")
+
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        client = await swarm.make_peer(serves_dht=False)
+        await swarm.join(client)
+        monkeypatch.setattr("dht.lookups.find", breaks)
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_exception_handler", lambda context: None)
+        async with asyncio.timeout(60):
+            with pytest.raises(UnreachableError, match="no DHT peer answered"):
+                await client.registry.replicas([HOME])
+
+    play(world, scenario)
+
+
 def test_patience_follows_the_round_trips() -> None:
     trips = RoundTrips()
     assert trips.patience_s == 1.0

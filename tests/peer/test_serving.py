@@ -19,6 +19,7 @@ from dht.records import seal
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
 from peer.answers import is_rightful
+from peer.store import StoreBounds
 from peer.wire import records_pb2
 
 HOME = UID(0, (0, 1))
@@ -234,5 +235,78 @@ def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(w
         assert isinstance(newcomer.dht.protocol, DHTProtocol)
         missing = [uid for uid in uids if not await held(newcomer, swarm.keys.expert(uid))]
         assert missing == []
+
+    play(world, scenario)
+
+
+async def turns_during(work: Awaitable[object]) -> int:
+    """How often another task gets its turn meanwhile."""
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    await work
+    counting.cancel()
+    return turns
+
+
+def test_a_question_for_many_keys_lets_others_take_turns(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        request = dht_pb2.FindRequest(keys=[DHTID(n).to_bytes() for n in range(256)])
+        assert await turns_during(send(peer, "find", request)) >= 256 / 8
+
+    play(world, scenario)
+
+
+def test_beyond_a_full_answer_no_values_are_packed(
+    world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        peer.dht.protocol.storage._counts.bounds = StoreBounds(answer_bytes=1000)
+        until = world.unix_time() + 60
+        names = [swarm.keys.prefix(layer) for layer in range(64)]
+        for name in names:
+            await send(peer, "store", store_request(name, 3, name, until))
+        request = dht_pb2.FindRequest(keys=[DHTID.generate(source=name).to_bytes() for name in names])
+        packed: list[object] = []
+
+        def pack(value: object) -> bytes:
+            packed.append(value)
+            return bytes(600)
+
+        monkeypatch.setattr("peer.serving.MSGPackSerializer.dumps", pack)
+        response = await send(peer, "find", request)
+        assert [result.type for result in response.results].count(dht_pb2.FOUND_DICTIONARY) == 1
+        assert len(packed) == 2
+
+    play(world, scenario)
+
+
+def test_strangers_make_a_node_send_what_it_stores_no_faster_than_a_rate(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        counts = peer.dht.protocol.storage._counts
+        counts.bounds = StoreBounds(handed_bytes_per_s=10_000.0)
+        uids = [UID(0, (n, n)) for n in range(100)]
+        await peer.registry.announce([Announced(uid, ReplicaState.SERVING) for uid in uids], 600.0)
+        sent, began = swarm.network.traffic.by_method["store"], world.time()
+        for _ in range(100):
+            newcomer = await swarm.make_peer()
+            node = dht_pb2.NodeInfo(node_id=newcomer.dht.node_id.to_bytes())
+            await send(peer, "ping", dht_pb2.PingRequest(peer=node), newcomer.peer_id)
+            await asyncio.sleep(0.1)
+        handed = swarm.network.traffic.by_method["store"] - sent
+        most = 1 + (world.time() - began + 16) * 10_000 / counts.bytes
+        assert 1 <= handed <= most
+        assert counts.not_handed_over >= 100 - most
+        await asyncio.sleep(60)
+        newcomer = await swarm.make_peer()
+        refused = counts.not_handed_over
+        await swarm.join(newcomer, [peer])
+        assert counts.not_handed_over == refused, "a while later newcomers get it again"
 
     play(world, scenario)
