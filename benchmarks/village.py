@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ class RunningNode:
     pid: int
     start_s: float
     """From the command to the experts being served and announced."""
+    leave: Callable[[], None]
+    """Asks it to stop. The end of the block does so too, and waits for it."""
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def running_node(manifest: str, experts: int, options: Sequence[str] = ()) -> It
         node = stack.enter_context(_process(folder / "node", experts, flags))
         _wait_for(folder / "invite", node, folder / "node.log")
         invite = Invite.parse((folder / "invite").read_text())
-        yield RunningNode(invite, folder, node.pid, time.monotonic() - began)
+        yield RunningNode(invite, folder, node.pid, time.monotonic() - began, node.terminate)
 
 
 @contextmanager
@@ -59,6 +61,8 @@ def running_village(
             joined.append((stack.enter_context(joining), file))
         for node, file in joined:
             _wait_for(file, node, file.with_name(file.name.replace("invite", "node") + ".log"))
+        for leave in (founder.leave, *(node.terminate for node, _ in joined)):
+            stack.callback(leave)  # all at once
         yield founder
 
 
