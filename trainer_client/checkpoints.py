@@ -150,7 +150,11 @@ def _read(path: Path, swarm_id: str) -> Checkpoint:
                 f"{path} is of the swarm {header.swarm_id}, and you join {swarm_id}: pass a --checkpoint of this one"
             )
 
-    return Checkpoint(*unseal(data, Header, check))
+    header, tensors = unseal(data, Header, check)
+    # a history may hold the loss of a step that was skipped
+    if not all(t.isfinite().all() for name, t in tensors.items() if not name.startswith("history.")):
+        raise StateError("it has numbers that are not finite")
+    return Checkpoint(header, tensors)
 
 
 def new_run_folder(runs: Path) -> Path:

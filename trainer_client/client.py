@@ -178,7 +178,7 @@ class SwarmClient:
                     f"no expert of this swarm answered in {limit_s:.0f} s: is a node running? "
                     "`talkoot status` shows who is there"
                 )
-            report(f"waiting for experts: {live} of {total} live")
+            report(f"waiting for experts, at most {limit_s:.0f} s: {live} of {total} live")
             self._loop.run(self._look_again())
 
     def close(self) -> None:

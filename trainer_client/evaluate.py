@@ -3,6 +3,7 @@
 Shapes: B sequences, T the model's context.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peer.errors import DataError
+from peer.errors import DataError, UserError
 from trainer_client.model import LanguageModel
 from trainer_client.record import bits_per_byte, perplexity
 from trainer_client.tokenizer import Tokens
@@ -38,7 +39,7 @@ def evaluate(
     """Predicts each token once, from those before it in its piece of the text, which is as long as the context.
 
     `observe` is told how many tokens are done after each batch, and says whether the batch counts: else it is
-    computed again. Raises DataError for a text of too few tokens.
+    computed again. Raises DataError for a text of too few tokens, and UserError for a loss that is not finite.
     """
     first = model.first_scored
     if len(tokens) <= first:
@@ -58,6 +59,8 @@ def evaluate(
         done += targets.size
         size += int(bytes_of[targets].sum())
     loss = nats / done
+    if not math.isfinite(loss):
+        raise UserError("the loss is not finite: the model's checkpoint or an expert is broken")
     return Evaluation(loss, perplexity(loss), bits_per_byte(loss, size / done), done, size)
 
 

@@ -64,6 +64,12 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert checkpoint.tensors["optimizer.a.step"].shape == ()
 
 
+def test_the_loss_of_a_skipped_step_may_be_not_finite(tmp_path: Path) -> None:
+    losses = {"history.losses": torch.tensor([5.5, torch.nan])}
+    assert CheckpointWriter(tmp_path, 1).save(header(2), TENSORS | losses)
+    assert load_checkpoint(tmp_path, SWARM).tensors["history.losses"].isnan().tolist() == [False, True]
+
+
 def test_any_tool_can_read_it(tmp_path: Path) -> None:
     write(tmp_path, 3)
     with safetensors.safe_open(tmp_path / "3.safetensors", framework="pt") as file:
@@ -95,6 +101,10 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "of another step": (
         lambda path: write(path.parent, 5) and (path.parent / "5.safetensors").rename(path),
         "step 5",
+    ),
+    "a weight that is not finite": (
+        lambda path: path.write_bytes(seal(header(4), TENSORS | {"model.a": torch.full((2, 3), torch.nan)})),
+        "numbers that are not finite",
     ),
     "an expert's": (
         lambda path: path.write_bytes(seal(SealedHeader(), TENSORS)),

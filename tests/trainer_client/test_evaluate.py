@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from run_samples import TEXT
 from torch import nn
 
-from peer.errors import DataError
+from peer.errors import DataError, UserError
 from trainer_client.evaluate import evaluate, pieces
 from trainer_client.model import LanguageModel
 
@@ -83,6 +83,13 @@ def test_with_a_routing_prefix_every_token_after_it_is_predicted_from_as_much_at
     found = evaluate(model, tokens, BYTES, batch_size=3)
     assert found.tokens == found.bytes == 65
     assert found.loss == pytest.approx(-torch.stack(log_chances).mean().item(), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    model = make_model()
+    nn.init.constant_(model.head.weight, math.nan)
+    with pytest.raises(UserError, match="not finite: the model's checkpoint or an expert is broken"):
+        evaluate(model, TOKENS[:70], BYTES, 1)
 
 
 def test_evaluating_changes_no_parameter_and_draws_nothing() -> None:
