@@ -16,10 +16,16 @@ from talkoot.commands.options import (
     Name,
     State,
     command,
+    given_settings,
 )
 from talkoot.console import LogFormat
 
 NOT_FIT_STATUS = 1
+NOT_SETTINGS = (
+    *("new", "join", "bootstrap", "config", "invite_file"),
+    *("check", "cached", "as_json", "log_format"),
+)
+"""Options of the command itself; all others are fields of the role's settings."""
 
 
 def node(
@@ -142,30 +148,7 @@ def node(
     log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Host experts, in a new swarm or in one that you were invited to."""
-    flags = {
-        "experts": experts,
-        "spare": spare,
-        "host": host,
-        "dht_port": dht_port,
-        "grpc_port": grpc_port,
-        "metrics_port": metrics_port,
-        "metrics_host": metrics_host,
-        "name": name,
-        "state": state,
-        "device": device,
-        "precision": precision,
-        "threads": threads,
-        "memory": memory,
-        "upload_mbit": upload_mbit,
-        "download_mbit": download_mbit,
-        "schedule": schedule,
-        "only_when_idle": only_when_idle,
-        "not_on_battery": not_on_battery,
-        "niceness": niceness,
-        "announce_every_s": announce_every_s,
-        "drain_timeout_s": drain_timeout_s,
-        "deny": deny or None,
-    }
+    flags = given_settings(locals(), NOT_SETTINGS)
     with command(LogFormat.JSON if as_json else log_format) as (terminal, _):
         from talkoot.node.run import Origin, run_node
 

@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -70,6 +70,11 @@ Checkpoint = Annotated[
     ),
 ]
 Format = Annotated[LogFormat, typer.Option(help="Lines for people, or JSON lines for programs.")]
+
+
+def given_settings(options: Mapping[str, Any], others: Collection[str]) -> dict[str, Any]:
+    """Of a command's options those that were given and are settings of its role, by their fields: all but `others`."""
+    return {name: value for name, value in options.items() if name not in others and value not in (None, [])}
 
 
 @contextmanager

@@ -18,8 +18,12 @@ from talkoot.commands.options import (
     Threads,
     WaitForExperts,
     command,
+    given_settings,
 )
 from talkoot.console import LogFormat
+
+NOT_SETTINGS = ("join", "local", "config", "resume", "json_file", "log_format")
+"""Options of the command itself; all others are fields of the role's settings."""
 
 
 def train(
@@ -163,43 +167,7 @@ def train(
     log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Train a language model on the experts of a swarm."""
-    flags = {
-        "data": data or None,
-        "field": field,
-        "tokenizer": tokenizer,
-        "vocabulary": vocabulary,
-        "steps": steps,
-        "batch_size": batch_size,
-        "accumulate": accumulate,
-        "in_flight": in_flight,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "precision": precision,
-        "seed": seed,
-        "preset": preset,
-        "router": router,
-        "top_k": top_k,
-        "validate_every": validate_every,
-        "call_deadline_s": call_deadline_s,
-        "grace_s": grace_s,
-        "k_min": k_min,
-        "wait_for_experts_s": wait_for_experts_s,
-        "checkpoint": checkpoint,
-        "checkpoint_every": checkpoint_every,
-        "average_every": average_every,
-        "average_host": average_host,
-        "average_port": average_port,
-        "start_from": start_from,
-        "log": log,
-        "tensorboard": tensorboard,
-        "plot": plot,
-        "threads": threads,
-        "metrics_port": metrics_port,
-        "metrics_host": metrics_host,
-        "name": name,
-        "state": state,
-        "deny": deny or None,
-    }
+    flags = given_settings(locals(), NOT_SETTINGS)
     with command(log_format) as (terminal, signals):
         from talkoot.train.run import run_train
 
