@@ -20,14 +20,13 @@ from expert_server.blocks import build_block, weightless_block
 from expert_server.devices import ComputeDevice
 from expert_server.guard import Guard
 from expert_server.optimizer import Optimizer
-from peer.errors import ExpertError, StateError
+from expert_server.state_form import BLOCK, block_tensors, check_numbers, check_state, moment_name
+from peer.errors import ExpertError
 from peer.snapshots import MAX_UPDATE_COUNT
 from peer.step_size import step_size
 
 State: TypeAlias = dict[str, Tensor]
 """What an expert is made of: `block.…` and `optimizer.…` tensors by name, on the CPU."""
-
-_BLOCK, _OPTIMIZER = "block.", "optimizer."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,12 +192,12 @@ class Expert:
         A parameter that has never had a gradient has no moments. Raises StateError when a number is not finite.
         """
         self.settle()
-        state = {_BLOCK + name: tensor for name, tensor in self._block_tensors().items()}
+        state = {BLOCK + name: tensor for name, tensor in block_tensors(self.block).items()}
         for name, parameter in self.block.named_parameters():
             for moment, tensor in self.optimizer.state.get(parameter, {}).items():
-                state[_moment_name(name, moment)] = tensor
+                state[moment_name(name, moment)] = tensor
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-        self._check_numbers(copies)
+        check_numbers(self.uid, copies)
         return copies
 
     def check_state(self, state: Mapping[str, Tensor], update_count: int) -> list[str]:
@@ -206,19 +205,7 @@ class Expert:
 
         Raises StateError when a name, shape or dtype is not this expert's or a number is not finite.
         """
-        block = self._block_tensors()
-        parameters = dict(self.block.named_parameters())
-        moments = self.optimizer.moments
-        stepped = [name for name in parameters if any(_moment_name(name, m) in state for m in moments)]
-        expected = {_BLOCK + name: tensor for name, tensor in block.items()}
-        for name in stepped:
-            number = torch.zeros((), dtype=torch.float32)
-            expected |= {_moment_name(name, m): number if m == "step" else parameters[name] for m in moments}
-        self._check_form(state, expected)
-        self._check_numbers(state)
-        if update_count < 0 or (moments and bool(update_count) != bool(stepped)):
-            raise StateError(f"{update_count} updates, and moments of {len(stepped)} parameters")
-        return stepped
+        return check_state(self.uid, state, update_count, self.block, self.optimizer.moments)
 
     def import_state(self, state: Mapping[str, Tensor], update_count: int) -> None:
         """Goes on from an exported state as if it had never stopped.
@@ -229,38 +216,17 @@ class Expert:
         stepped = self.check_state(state, update_count)
         parameters = dict(self.block.named_parameters())
         with torch.no_grad():
-            for name, tensor in self._block_tensors().items():
-                tensor.copy_(state[_BLOCK + name])
+            for name, tensor in block_tensors(self.block).items():
+                tensor.copy_(state[BLOCK + name])
         self.optimizer.state.clear()
         for name in stepped:
             self.optimizer.state[parameters[name]] = {
-                m: state[_moment_name(name, m)].to(self.device.torch_device, copy=True)
+                m: state[moment_name(name, m)].to(self.device.torch_device, copy=True)
                 for m in self.optimizer.moments
             }
         self.update_count = update_count
         self._imported = object()
         self.guard.keep()
-
-    def _block_tensors(self) -> State:
-        """The block's own tensors, not copies. A block may add other things to its state; they are left out."""
-        return {name: value for name, value in self.block.state_dict().items() if torch.is_tensor(value)}
-
-    def _check_form(self, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-        if different := state.keys() ^ expected.keys():
-            name = min(different)
-            problem = "lacks" if name in expected else "has the unknown"
-            raise StateError(f"the state of expert {self.uid} {problem} {name!r}")
-        for name, like in expected.items():
-            found, wanted = ((tuple(t.shape), t.dtype) for t in (state[name], like))
-            if found != wanted:
-                raise StateError(f"{name!r} of expert {self.uid} is {found}; expected {wanted}")
-
-    def _check_numbers(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                raise StateError(f"{name!r} of expert {self.uid} is not finite")
-            if name.endswith((".exp_avg_sq", ".step")) and name.startswith(_OPTIMIZER) and (tensor < 0).any():
-                raise StateError(f"{name!r} of expert {self.uid} is negative")
 
     def _prepare_step(self) -> None:
         """Makes the step due, unless the guard refuses it."""
@@ -287,10 +253,6 @@ class Expert:
             self.guard.check()
             raise ExpertError(StatusCode.INTERNAL, f"the {name} of expert {self.uid} are not finite")
         return fetched_RD
-
-
-def _moment_name(parameter: str, moment: str) -> str:
-    return f"{_OPTIMIZER}{parameter}.{moment}"
 
 
 def _run_backward(outputs: Tensor, gradients: Tensor) -> None:

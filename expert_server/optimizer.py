@@ -18,13 +18,18 @@ _MOMENTS = {
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
+def moments_of(spec: OptimizerSpec) -> tuple[str, ...]:
+    """The names of what is remembered of each parameter."""
+    return _MOMENTS[spec.name] if spec.moments else ()
+
+
 class Optimizer:
     """Steps parameters as torch's AdamW, Adam and SGD do, number for number. Vectors, as biases are, do not decay."""
 
     def __init__(self, parameters: Iterable[Tensor], spec: OptimizerSpec) -> None:
         self.learning_rate = spec.learning_rate
         """Of the next step."""
-        self.moments = _MOMENTS[spec.name] if spec.moments else ()
+        self.moments = moments_of(spec)
         """The names of what is remembered of each parameter; torch's optimizers call it so, too."""
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         """What is remembered of each parameter that has had a gradient."""

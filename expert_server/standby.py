@@ -2,16 +2,29 @@
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 
+from dht.registry import Replica
 from dht.swarm import Swarm
+from dht.uid import UID
 from dht.vacancies import lone
+from expert_server.blocks import weightless_block
 from expert_server.checkpoints import Checkpoints
 from expert_server.hosting import Hosting
+from expert_server.optimizer import moments_of
 from expert_server.settings import NodeSettings
+from expert_server.state_form import check_state
+from expert_server.state_format import Checkpoint
 from expert_server.transfer import StateClient
 from peer.errors import StateError, TransferError, UnreachableError
 
 logger = logging.getLogger(__name__)
+
+_MOVED = 1.01
+"""A copy is renewed when its host has taken so many times its updates,"""
+_OLD_ROUNDS = 6
+"""or when it is so many rounds old."""
 
 
 class Standby:
@@ -24,6 +37,7 @@ class Standby:
         hosting: Hosting,
         checkpoints: Checkpoints,
         client: StateClient,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.copied = 0
         """Copies made since the start, newer ones of the same experts too."""
@@ -32,6 +46,10 @@ class Standby:
         self._hosting = hosting
         self._checkpoints = checkpoints
         self._client = client
+        self._clock = clock
+        self._copied_at: dict[UID, float] = {}
+        self._form = weightless_block(swarm.manifest)
+        self._moments = moments_of(swarm.manifest.optimizer)
 
     async def run(self) -> None:
         """For ever; ends at once when it shall keep none."""
@@ -43,7 +61,9 @@ class Standby:
                 logger.info("%s", error)
 
     async def copy(self) -> None:
-        """Fetches what is newer than the copies here. Raises UnreachableError.
+        """Fetches what is clearly newer than the copies here; only a state of its expert takes their place.
+
+        Raises UnreachableError.
 
         At most so many experts are fetched each time, and copied in all, as the settings say: of a large grid each look
         sees others.
@@ -55,7 +75,8 @@ class Standby:
         wanted = lone(self._hosting.seen, self._swarm.host.peer_id)
         saved = await self._checkpoints.newest()
         held = {*self._hosting.taker.announced}  # some since the last look
-        stale = [r for uid, r in wanted.items() if uid not in held and r.update_count > saved.get(uid, 0)]
+        stale = [r for uid, r in wanted.items() if uid not in held and self._is_stale(r, saved.get(uid, 0))]
+        self._copied_at = {uid: at for uid, at in self._copied_at.items() if uid in wanted}
         stale.sort(key=lambda replica: replica.update_count - saved.get(replica.uid, 0), reverse=True)
         room = self._settings.max_standbys - len(saved.keys() - held)
         new = [replica for replica in stale if replica.uid not in saved][: max(room, 0)]
@@ -67,7 +88,21 @@ class Standby:
             if replica.peer_id in nodes:
                 try:
                     fetched = await self._client.fetch(nodes[replica.peer_id], replica.uid)
+                    await asyncio.to_thread(self._check, replica.uid, fetched.checkpoint)
                     await self._checkpoints.keep(replica.uid, fetched.checkpoint)
                     self.copied += 1
+                    self._copied_at[replica.uid] = self._clock()
                 except (TransferError, StateError, OSError) as error:
                     logger.info("no copy of expert %s: %s", replica.uid, error)
+
+    def _is_stale(self, replica: Replica, saved: int) -> bool:
+        """Whether what its host has is worth a transfer. A whole state travels for few updates as for many."""
+        old_at = (
+            self._copied_at.get(replica.uid, float("-inf")) + _OLD_ROUNDS * self._settings.standby_every_s
+        )
+        is_old = self._clock() >= old_at
+        return replica.update_count > saved and (is_old or replica.update_count >= _MOVED * saved)
+
+    def _check(self, uid: UID, checkpoint: Checkpoint) -> None:
+        """Raises StateError."""
+        check_state(uid, checkpoint.state, checkpoint.update_count, self._form, self._moments)

@@ -9,6 +9,7 @@ from village import UIDS, Play, Village, eventually, make_identities, playing
 
 from dht.registry import NodeInfo
 from dht.uid import UID
+from expert_server.expert import State
 from expert_server.node import Node
 from expert_server.transfer import Fetched
 from peer.identity import Identity
@@ -20,6 +21,42 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
     return make_identities(tmp_path_factory, 3)
+
+
+def lack(state: State) -> None:
+    del state[min(state)]
+
+
+def add(state: State) -> None:
+    state["block.more"] = torch.zeros(1)
+
+
+def reshape(state: State) -> None:
+    state[min(state)] = torch.zeros(3, 5, 7)
+
+
+def retype(state: State) -> None:
+    state[min(state)] = state[min(state)].double()
+
+
+def overflow(state: State) -> None:
+    state[min(state)].view(-1)[0] = torch.inf
+
+
+def negate(state: State) -> None:
+    state[next(name for name in state if name.endswith(".exp_avg_sq"))] -= 1
+
+
+def unstep(state: State) -> None:
+    for name in [name for name in state if name.startswith("optimizer.")]:
+        del state[name]
+
+
+def void(state: State) -> None:
+    state.clear()
+
+
+SPOILS = [lack, add, reshape, retype, overflow, negate, unstep, void]
 
 
 @pytest.fixture
@@ -97,6 +134,49 @@ def test_no_more_than_told_are_copied_the_stalest_first(play: Play) -> None:
         await host.hosting.announce()
         assert await copied(keeper) == 3, "only newer states of the same"
         assert await keeper.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 12}
+
+    play(scenario)
+
+
+def test_what_is_no_state_of_its_expert_takes_no_copys_place(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=0)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        assert await copied(keeper) == len(UIDS)
+        before = {uid: keeper.checkpoints._store.update_counts(uid) for uid in UIDS}
+        fetch, spoils = keeper.client.fetch, iter(2 * SPOILS)
+
+        async def fetch_spoilt(node: NodeInfo, uid: UID) -> Fetched:
+            fetched = await fetch(node, uid)
+            next(spoils)(fetched.checkpoint.state)
+            return fetched
+
+        monkeypatch.setattr(keeper.client, "fetch", fetch_spoilt)
+        for _ in range(2):
+            await train(host, dict.fromkeys(UIDS, 1))
+            await host.hosting.announce()
+            assert await copied(keeper) == len(UIDS)
+        assert {uid: keeper.checkpoints._store.update_counts(uid) for uid in UIDS} == before
+
+    play(scenario)
+
+
+def test_a_copy_is_renewed_when_its_host_has_moved_on_or_it_is_old(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        now = 1000.0
+        keeper = await village.found(experts=0, spare=0, max_standbys=1)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, {UIDS[0]: 200})
+        keeper._standby._clock = lambda: now
+        for more, later_s, copies in ((0, 0, 1), (1, 0, 1), (1, 0, 2), (1, 0, 2), (0, 1800, 3), (0, 1800, 3)):
+            await train(host, {UIDS[0]: more})
+            now += later_s
+            await host.hosting.announce()
+            assert await copied(keeper) == copies, (more, later_s)
 
     play(scenario)
 

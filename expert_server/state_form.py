@@ -1,0 +1,61 @@
+"""What the state of an expert must look like, whoever gives it: names, shapes, dtypes, numbers. Pure."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dht.uid import UID
+from peer.errors import StateError
+
+BLOCK, OPTIMIZER = "block.", "optimizer."
+
+
+def moment_name(parameter: str, moment: str) -> str:
+    return f"{OPTIMIZER}{parameter}.{moment}"
+
+
+def block_tensors(block: nn.Module) -> dict[str, Tensor]:
+    """The block's own tensors, not copies. A block may add other things to its state; they are left out."""
+    return {name: value for name, value in block.state_dict().items() if torch.is_tensor(value)}
+
+
+def check_state(
+    uid: UID, state: Mapping[str, Tensor], update_count: int, block: nn.Module, moments: Collection[str]
+) -> list[str]:
+    """Gives the names of the parameters that have moments.
+
+    `block`: one of this kind; only the form of its tensors is looked at. `moments`: what the optimizer remembers of a
+    parameter. Raises StateError when a name, shape or dtype is not this expert's or a number is not finite.
+    """
+    parameters = dict(block.named_parameters())
+    stepped = [name for name in parameters if any(moment_name(name, m) in state for m in moments)]
+    expected = {BLOCK + name: tensor for name, tensor in block_tensors(block).items()}
+    for name in stepped:
+        number = torch.zeros((), dtype=torch.float32)
+        expected |= {moment_name(name, m): number if m == "step" else parameters[name] for m in moments}
+    _check_form(uid, state, expected)
+    check_numbers(uid, state)
+    if update_count < 0 or (moments and bool(update_count) != bool(stepped)):
+        raise StateError(f"{update_count} updates, and moments of {len(stepped)} parameters")
+    return stepped
+
+
+def check_numbers(uid: UID, state: Mapping[str, Tensor]) -> None:
+    """Raises StateError when one is not finite, or negative where that can't be."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise StateError(f"{name!r} of expert {uid} is not finite")
+        if name.endswith((".exp_avg_sq", ".step")) and name.startswith(OPTIMIZER) and (tensor < 0).any():
+            raise StateError(f"{name!r} of expert {uid} is negative")
+
+
+def _check_form(uid: UID, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if different := state.keys() ^ expected.keys():
+        name = min(different)
+        problem = "lacks" if name in expected else "has the unknown"
+        raise StateError(f"the state of expert {uid} {problem} {name!r}")
+    for name, like in expected.items():
+        found, wanted = ((tuple(t.shape), t.dtype) for t in (state[name], like))
+        if found != wanted:
+            raise StateError(f"{name!r} of expert {uid} is {found}; expected {wanted}")
