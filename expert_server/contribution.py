@@ -58,6 +58,12 @@ class Account:
         except OSError as error:
             logger.warning("could not write %s: %s", self._path, error)
 
+    async def save_every(self, seconds: float, total: Callable[[], Contribution]) -> None:
+        """For ever."""
+        while True:
+            await asyncio.sleep(seconds)
+            await self.save(total())
+
     def _write(self, total: Contribution) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(self._path, total.model_dump_json().encode())

@@ -182,7 +182,7 @@ class Node:
             group.create_task(self.replication.run())
             group.create_task(self._standby.run())
             group.create_task(self._mind_manners())
-            group.create_task(self._keep_account())
+            group.create_task(self._account.save_every(_ACCOUNT_EVERY_S, self._contribution))
             if self._settings.checkpoint_every_s:
                 group.create_task(self.checkpoints.save_every(self._settings.checkpoint_every_s))
 
@@ -212,10 +212,11 @@ class Node:
         await tried(self._describe)
 
     async def _stay_announced(self) -> None:
+        stay_member = partial(self.swarm.membership.check, announced=True)
         while True:
             await self.swarm.host.pause(self._settings.announce_every_s)
             await self._rounds.run(
-                "announce", self.reaching.check, self.hosting.announce, self._describe, self._stay_member
+                "announce", self.reaching.check, self.hosting.announce, self._describe, stay_member
             )
             await self._rounds.run("admission", self._door.look)
 
@@ -233,14 +234,6 @@ class Node:
             await asyncio.sleep(self._settings.look_every_s)
             await self._rounds.run("manners", self._pauses.look)
             self._note_work()
-
-    async def _keep_account(self) -> None:
-        while True:
-            await asyncio.sleep(_ACCOUNT_EVERY_S)
-            await self._account.save(self._contribution())
-
-    async def _stay_member(self) -> None:
-        await self.swarm.membership.check(announced=True)
 
     async def stop(self) -> None:
         """Hands its experts over, saves them, withdraws, and ends. Stopping twice is harmless."""
@@ -353,13 +346,9 @@ class Node:
             health=HealthServicer(lambda: self.state is NodeState.SERVING),
         )
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
+        exit_path = self.swarm.host.tunnels.exit_path()
         self._server, self._port = await start_server(
-            services,
-            credentials,
-            host,
-            settings.grpc_port,
-            settings.max_calls,
-            self.swarm.host.tunnels.exit_path(),
+            services, credentials, host, settings.grpc_port, settings.max_calls, exit_path
         )
         await self.swarm.host.serve_tunnel(settings.max_tunnel_streams)
         self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)

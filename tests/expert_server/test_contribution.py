@@ -1,5 +1,8 @@
 """What a node has contributed is counted on over its runs, and no broken file stops it."""
 
+import asyncio
+import contextlib
+import itertools
 import logging
 from pathlib import Path
 
@@ -59,3 +62,25 @@ def test_a_disk_that_cannot_be_written_is_a_warning(
     loop.run(account.save(account.total(1, 1)), 10)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * len(caplog.records)
     assert "could not write" in caplog.text
+
+
+def test_it_is_saved_again_and_again(loop: LoopThread, tmp_path: Path) -> None:
+    path, saved = tmp_path / "contribution.json", asyncio.Event()
+    account, rows = Account(path), itertools.count(1)
+
+    def total() -> Contribution:
+        counted = account.total(next(rows), 0)
+        if counted.rows == 3:  # then two were written
+            saved.set()
+        return counted
+
+    async def scenario() -> None:
+        saving = asyncio.create_task(account.save_every(0.001, total))
+        async with asyncio.timeout(10):
+            await saved.wait()
+        saving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await saving
+
+    loop.run(scenario(), 20)
+    assert Contribution.model_validate_json(path.read_bytes()).rows >= 2
