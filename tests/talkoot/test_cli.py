@@ -6,6 +6,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,16 @@ def test_every_command_has_help(name: str) -> None:
 
 def test_version_names_software_and_protocol() -> None:
     assert run("--version").stdout == f"talkoot {SOFTWARE_VERSION}, protocol version {PROTOCOL_VERSION}\n"
+
+
+def test_a_command_ends_without_the_interpreters_own_end() -> None:
+    """In which threads of gRPC run on, and have crashed it."""
+    start = "import atexit, sys; from talkoot.cli import main; atexit.register(print, 'too late'); main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", start, "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stdout.startswith("talkoot ")
+    assert "too late" not in ended.stdout
 
 
 def test_example_manifest_is_the_demos() -> None:
