@@ -154,14 +154,15 @@ class Directory:
             self.view = View(self._manifest, self.view.replicas, nodes, self.view.read_at)
 
     async def keep_fresh(self) -> None:
-        """Refreshes for ever. When the DHT does not answer, the last view stays."""
+        """Refreshes for ever. When the DHT does not answer, the last view stays, and that is said once."""
         while True:
             await asyncio.sleep(self._refresh_every_s)
             try:
                 await self.refresh()
             except UnreachableError as error:
                 self.failures += 1
-                logger.warning("can't refresh the view of the swarm: %s", error)
+                if self.failures == 1:
+                    logger.warning("can't refresh the view of the swarm: %s", error)
 
     async def search(self, layer: int, scores: Sequence[Floats], k: int) -> View:
         """Brings the top-k experts of each row into the view, on a grid too large to know whole.

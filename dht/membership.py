@@ -56,7 +56,7 @@ class Membership:
         nobody answers.
         """
         if await self._is_cut_off(announced):
-            await self._join_again()
+            await self._join_again(announced)
             return
         self._lonely = 0
         await self._meet()
@@ -81,9 +81,12 @@ class Membership:
             return bool(self._acquaintances.addresses())
         return announced and await self._registry.is_seen_by_others() is False
 
-    async def _join_again(self) -> None:
-        """Raises UnreachableError, but not for ever: the last peer of a swarm goes on, and looks now and then."""
-        if self._lonely >= _LONELY_ROUNDS and not self._is_time_to_dial():
+    async def _join_again(self, announced: bool) -> None:
+        """Raises UnreachableError, but not for ever: the last peer of a swarm goes on, and looks now and then.
+
+        One that announces nothing is of no use alone, and looks each time: a trainer waits for its nodes to come back.
+        """
+        if announced and self._lonely >= _LONELY_ROUNDS and not self._is_time_to_dial():
             return
         joined = await self._host.join(self._acquaintances.addresses())
         if joined:
@@ -97,8 +100,8 @@ class Membership:
             raise UnreachableError("no other peer answers; is this machine's network connection up?")
         if self._lonely == _LONELY_ROUNDS:
             logger.warning(
-                "no other peer answers: this one goes on alone, and looks for them every %.0f s",
-                self._dial_every_s,
+                "no other peer answers: this one goes on alone, and looks for them %s",
+                f"every {self._dial_every_s:.0f} s" if announced else "again and again",
             )
 
     def _is_time_to_dial(self) -> bool:

@@ -268,3 +268,25 @@ def test_a_peer_that_is_not_known_can_be_forgotten() -> None:
     directory = make_directory(FakeRegistry([], []))
     directory.forget(FIRST)
     assert directory.view.live_experts() == 0
+
+
+def test_a_swarm_that_does_not_answer_is_said_once_until_it_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = iter([False, False, False, True, False, False])
+    directory = make_directory(None)
+    monkeypatch.setattr(directory, "_refresh_every_s", 0)
+
+    async def refresh() -> None:
+        match next(answers, None):
+            case True:
+                directory.failures = 0
+            case False:
+                raise UnreachableError("no DHT peer answered")
+            case _:
+                raise EOFError
+
+    monkeypatch.setattr(directory, "refresh", refresh)
+    with pytest.raises(EOFError):
+        asyncio.run(directory.keep_fresh())
+    assert caplog.text.count("can't refresh the view of the swarm: no DHT peer answered") == 2

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,6 +174,40 @@ def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_agai
         assert first.swarm.host.peer_id not in swarm.host.dht.blacklist
         await second._describe()
         await swarm.membership.check(announced=True)
+
+    play(scenario)
+
+
+def test_a_peer_that_announces_nothing_looks_each_time_for_those_that_were_lost(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer waits for experts a minute, and the nodes may be back before."""
+
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=2, spare=0)
+        second = await village.join(1, await first.swarm.invite(), experts=2, spare=0)
+        host, check = first.swarm.host, first.swarm.membership.check
+        await check(announced=True)
+        await second.swarm.host.stop()  # no farewell
+        tried = 0
+        join = host.join
+
+        async def counted(addresses: Sequence[str]) -> list[str]:
+            nonlocal tried
+            tried += 1
+            return await join(addresses)
+
+        for _ in range(3):  # so that it finds out that it is alone
+            with contextlib.suppress(UnreachableError):
+                await check(announced=True)
+        assert not host.peers()
+        monkeypatch.setattr(host, "join", counted)
+        for _ in range(3):
+            await check(announced=True)
+        assert tried == 0
+        for _ in range(3):
+            await check(announced=False)
+        assert tried == 3
 
     play(scenario)
 
