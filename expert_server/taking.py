@@ -58,6 +58,13 @@ class Taker:
         """The experts that it claims or serves, by what it said last."""
         return list(self._claimed_at)
 
+    @property
+    def claim_wait_s(self) -> float:
+        """How long to wait for claims of others, in seconds. Who knows no peer has nobody to wait for."""
+        host = self._swarm.host
+        is_alone = host.alive and not host.peers() and not self._swarm.acquaintances.addresses()
+        return 0.0 if is_alone else self._settings.claim_wait_s
+
     async def announce(self, uids: Collection[UID]) -> None:
         """Renews what it says of experts that it serves."""
         state = ReplicaState.LEAVING if self.leaving else ReplicaState.SERVING
@@ -106,10 +113,7 @@ class Taker:
         saved = await self._checkpoints.newest()
         claims = {uid: Announced(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at) for uid in wanted}
         await registry.announce(claims.values(), lifetime_s)
-        # who knows no peer has nobody to wait for
-        built = await self._build_for(
-            self._settings.claim_wait_s if self._swarm.host.peers() else 0.0, wanted
-        )
+        built = await self._build_for(self.claim_wait_s, wanted)
         replicas = await registry.replicas(wanted)
         lost = lost_claims(wanted, replicas, me, saved, enough)
         await self.withdraw(lost)

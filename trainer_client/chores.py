@@ -8,7 +8,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-"""Before a task begins again; each time twice as long."""
+"""Before a task begins again; each time twice as long, unless it has run for longer than the longest."""
 
 
 class Chores:
@@ -29,12 +29,15 @@ class Chores:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _keep(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        pause_s = self._first_pause_s
+        pause_s, now = self._first_pause_s, asyncio.get_running_loop().time
         while True:
+            began = now()
             try:
                 await run()
             except Exception:
                 self.failures += 1
+                if now() - began > _LONGEST_PAUSE_S:
+                    pause_s = self._first_pause_s
                 logger.exception("could not %s; trying again in %.0f s", name, pause_s)
             else:
                 return

@@ -156,6 +156,22 @@ def test_a_founder_waits_for_no_claims_of_others(play: Play) -> None:
     play(scenario)
 
 
+def test_while_p2pd_starts_again_claims_of_others_are_waited_for(play: Play) -> None:
+    """Then no peer is known either, though there are some."""
+
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=8, claim_wait_s=30)
+        taker, host = node.hosting.taker, node.swarm.host
+        assert taker.claim_wait_s == 0
+        host._ready = False
+        assert taker.claim_wait_s == 30
+        host._ready = True
+        await village.join(1, await node.swarm.invite(), experts=0)
+        assert taker.claim_wait_s == 30
+
+    play(scenario)
+
+
 def test_a_node_that_stops_politely_is_listed_no_more(play: Play) -> None:
     async def scenario(village: Village) -> None:
         first = await village.found(experts=4)

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from benchmarks.simulated_p2p import simulated_world
 from trainer_client.chores import Chores
 
 
@@ -32,6 +33,31 @@ def test_a_chore_that_fails_is_told_of_counted_and_begun_again(caplog: pytest.Lo
         asyncio.run(scenario())
     assert caplog.messages[0].startswith("could not announce this trainer")
     assert all(record.exc_info for record in caplog.records)
+
+
+def test_after_a_long_good_run_a_chore_begins_again_soon() -> None:
+    async def scenario() -> None:
+        now = asyncio.get_running_loop().time
+        chores, enough = Chores(), asyncio.Event()
+        begun: list[float] = []
+        failed: list[float] = []
+
+        async def announce() -> None:
+            begun.append(now())
+            if len(begun) == 11:
+                enough.set()
+            await asyncio.sleep(0 if len(begun) < 8 else 61)
+            failed.append(now())
+            raise KeyError("a mistake")
+
+        chores.begin("announce this trainer", announce)
+        await enough.wait()
+        await chores.end()
+        pauses = [round(began - before) for began, before in zip(begun[1:], failed, strict=False)]
+        assert pauses == [1, 2, 4, 8, 16, 32, 60, 1, 1, 1]
+
+    with simulated_world() as loop:
+        loop.run_until_complete(scenario())
 
 
 def test_a_chore_that_is_done_stays_so() -> None:
