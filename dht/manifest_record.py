@@ -1,14 +1,19 @@
 """The founder's signed record of the manifest: every peer keeps it alive, and the founder signs it anew half-way."""
 
+import logging
 import time
 from collections.abc import Callable
 
 from dht.registry import Registry
 
+logger = logging.getLogger(__name__)
+
 MANIFEST_LIFETIME_S = 30 * 86400.0
 _RENEW_AFTER_S = MANIFEST_LIFETIME_S / 2
 _LOOK_EVERY_S = 3600.0
 """How often the others look for a later record than theirs, in its second half."""
+EXPIRES_SOON_S = 7 * 86400.0
+"""The founder must come by before: then nobody can join."""
 
 
 class ManifestRecord:
@@ -25,6 +30,11 @@ class ManifestRecord:
         self._manifest_json = registry.manifest_json(data)
         self._looked_at = 0.0
 
+    @property
+    def expires_soon(self) -> bool:
+        """Whether the founder should have signed it anew long since."""
+        return self.expires_at - self._now() < EXPIRES_SOON_S
+
     async def keep(self) -> None:
         """Stores it again, so that it outlives the peers that held it. Raises UnreachableError."""
         keys, now = self._registry.keys, self._now()
@@ -40,4 +50,9 @@ class ManifestRecord:
             found = (await self._registry.find_manifests()).get(keys.author)
             if found is not None and found[1] > self.expires_at:
                 self.data, self.expires_at = found
+            if self.expires_soon:
+                logger.warning(
+                    "nobody can join this swarm in %.1f days, unless its founder runs a node with its key before",
+                    (self.expires_at - now) / 86400,
+                )
         await self._registry.republish(keys.manifest, self.data, self.expires_at)

@@ -140,14 +140,20 @@ class Check:
             self._skip("the swarm can't be joined", "clock", "bandwidth", "reachability")
             return None
         try:
-            seconds = time.monotonic() - began
-            self._note(
-                "swarm", Verdict.OK, f"joined {swarm.manifest.name} in {seconds:.1f} s", join_s=seconds
-            )
+            self._note_joined(swarm, time.monotonic() - began)
             await self._ask(swarm, stage)
             return swarm.manifest
         finally:
             await swarm.stop()
+
+    def _note_joined(self, swarm: Swarm, seconds: float) -> None:
+        says = f"joined {swarm.manifest.name} in {seconds:.1f} s"
+        if swarm.manifest_record.expires_soon:
+            says += "; its manifest expires in less than a week, then nobody can"
+            fix = "ask the swarm's founder to run a node with their key"
+            self._note("swarm", Verdict.WEAK, says, fix, join_s=seconds)
+        else:
+            self._note("swarm", Verdict.OK, says, join_s=seconds)
 
     async def _ask(self, swarm: Swarm, stage: Stage) -> None:
         stage("asking other nodes: clock, bandwidth, reachability")

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 from hivemind.p2p import PeerID
 
 from dht.manifest_record import MANIFEST_LIFETIME_S, ManifestRecord
@@ -90,6 +91,21 @@ def test_others_take_the_renewed_record_and_keep_it_alive_when_its_holders_have_
     records.held = b"", 0.0
     live(records, [other], 1)
     assert records.held == (founder.data, founder.expires_at)
+
+
+def test_others_warn_in_the_last_week_before_nobody_can_join(caplog: pytest.LogCaptureFixture) -> None:
+    records = Records()
+    founder, other = records.kept_by(FOUNDER), records.kept_by(OTHER)
+    live(records, [other], 22)
+    assert not caplog.messages
+    assert not other.expires_soon
+    live(records, [other], 2)
+    assert "unless its founder runs a node" in caplog.messages[-1]
+    assert other.expires_soon
+    live(records, [founder, other], 1)
+    caplog.clear()
+    live(records, [founder, other], 10)
+    assert not caplog.messages
 
 
 def test_a_founder_that_was_away_renews_when_it_is_back() -> None:

@@ -136,6 +136,28 @@ def test_swarm_that_does_not_answer_is_named(doctor: Doctor, invite: Invite) -> 
     assert "no bootstrap address answers" in found["swarm"].fix
 
 
+def test_manifest_that_expires_soon_is_named(
+    doctor: Doctor, invite: Invite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(*_: object) -> None:
+        pass
+
+    async def join(*_: object, **__: object) -> object:
+        record = SimpleNamespace(expires_soon=True)
+        return SimpleNamespace(manifest=Manifest(name="sauna"), manifest_record=record, stop=nothing)
+
+    monkeypatch.setattr(run, "join_swarm", join)
+    monkeypatch.setattr(
+        run.Check,
+        "_ask",
+        lambda check, *_: nothing(check._skip("a test", "clock", "bandwidth", "reachability")),
+    )
+    found = doctor(invite=invite)
+    assert found["swarm"].verdict is Verdict.WEAK
+    assert "its manifest expires" in found["swarm"].says
+    assert "the swarm's founder" in found["swarm"].fix
+
+
 def test_device_that_is_not_there_is_named(doctor: Doctor) -> None:
     found = doctor(device="cuda:99")
     assert problems(found) == {"device"}
