@@ -64,7 +64,12 @@ class NodeSettings(RoleSettings):
     name: PeerName | None = Field(
         default=None, description="what the swarm's dashboards call this node; unset: no name"
     )
-    dht_port: int = Field(default=0, ge=0, le=65535, description="TCP port of the DHT; 0: any free one")
+    dht_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="TCP port of the DHT; 0: that of the last start, or any free one",
+    )
     grpc_port: int = Field(
         default=0, ge=0, le=65535, description="TCP port of the expert service; 0: any free one"
     )

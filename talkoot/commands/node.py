@@ -48,7 +48,8 @@ def node(
         ),
     ] = None,
     dht_port: Annotated[
-        int | None, typer.Option(help="TCP port of the DHT.  [default: any free one]")
+        int | None,
+        typer.Option(help="TCP port of the DHT.  [default: that of the last start, or any free one]"),
     ] = None,
     grpc_port: Annotated[
         int | None, typer.Option(help="TCP port of the expert service.  [default: any free one]")

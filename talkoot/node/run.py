@@ -35,6 +35,7 @@ from talkoot.console import Terminal, log_file, quiet_hivemind
 from talkoot.node.advice import invite_advice
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm
+from talkoot.node.ports import last_port, remember_port
 from talkoot.node.view import Pace, PaceMeter, line, panel
 from talkoot.signals import Stopped, run_until_stopped
 
@@ -85,6 +86,7 @@ class SwarmStarter:
         self, identity: Identity, settings: NodeSettings, host: str, state: Path, stage: Stage
     ) -> Swarm:
         announce = announced_address(settings, host)
+        port = settings.dht_port or last_port(state, host)
         denylist = Denylist(settings.denylist or state / DENYLIST, settings.deny)
         maps_port = settings.upnp and announce is None and not host.startswith("127.")
         if self.manifest is not None:
@@ -92,7 +94,7 @@ class SwarmStarter:
                 identity,
                 self.manifest,
                 listen=host,
-                port=settings.dht_port,
+                port=port,
                 announce=announce,
                 maps_port=maps_port,
                 bootstrap=self.bootstrap,
@@ -106,7 +108,7 @@ class SwarmStarter:
             identity,
             self.invite,
             listen=host,
-            port=settings.dht_port,
+            port=port,
             announce=announce,
             maps_port=maps_port,
             state=state,
@@ -189,6 +191,7 @@ class _NodeCommand:
             # from here on the node stops the swarm
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
+            remember_port(self._state, swarm.host.position.port)
             self._control.steer(node)
             self._served = True
             self._node = node

@@ -354,6 +354,15 @@ def test_serving_node_leaves_at_once_and_leaves_nothing(tmp_path: Path, number: 
     assert not any(path.exists() for path in sockets)
 
 
+def test_a_founders_invite_holds_when_it_comes_back(tmp_path: Path) -> None:
+    with founding(tmp_path, "--experts", "1") as first:
+        first.process.send_signal(signal.SIGTERM)
+        first.process.communicate(timeout=16.0)
+    (tmp_path / "invite").unlink()
+    with founding(tmp_path, "--experts", "1") as second:
+        assert second.invite == first.invite
+
+
 @pytest.mark.parametrize(
     ("name", "number"), [("node", signal.SIGINT), ("train", signal.SIGTERM), ("status", signal.SIGINT)]
 )
