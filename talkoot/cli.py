@@ -48,7 +48,7 @@ def main() -> None:
     """The console entry. Ends the process as soon as the command has ended.
 
     All that a command opened it has closed by then. Python's own end takes a second and more, when torch is there, and
-    gRPC's threads run on meanwhile: on a busy machine they have ended a node with SIGSEGV that had left in order.
+    threads of gRPC run on in it.
     """
     try:
         app()

@@ -111,7 +111,7 @@ def test_version_names_software_and_protocol() -> None:
 
 
 def test_a_command_ends_without_the_interpreters_own_end() -> None:
-    """In which threads of gRPC run on, and have crashed it."""
+    """In which threads of gRPC run on."""
     start = "import atexit, sys; from talkoot.cli import main; atexit.register(print, 'too late'); main()"
     ended = subprocess.run(
         [sys.executable, "-c", start, "--version"], capture_output=True, text=True, timeout=60, check=True
