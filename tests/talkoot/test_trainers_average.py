@@ -107,7 +107,7 @@ def test_two_become_one_and_a_third_begins_there(village: str, tmp_path: Path) -
         merges = zip(first.training.part.take_merges(), second.training.part.take_merges(), strict=False)
         shares = [(ours.share, theirs.share) for ours, theirs in merges]
         assert len(shares) >= 2
-        assert all(one >= 0 and other >= 0 and one + other == pytest.approx(1) for one, other in shares)
+        assert all(0 <= min(pair) <= max(pair) == 0.5 for pair in shares), "who is behind takes half, at most"
         moved = (first.training.part.read().tensors["head.weight"] - LanguageModel(
             first.client.manifest, lambda layer: torch.nn.Identity()
         ).head.weight).abs().max()  # fmt: skip
