@@ -136,8 +136,17 @@ _FFN = Configuration("ffn top-1", 2, 2.0, "ffn", settings=_SWITCH, rival="dense-
 
 _THIN = replace(_TRANSFORMER, name="transformer top-1, thin", layers=2, feed_forward=1.0)
 
-CONFIGURATIONS = (Configuration("dense-2", 2), _TRANSFORMER, _FFN, _THIN)
-"""Their feed-forward blocks are of such a size that all compute as much for each token as two dense layers do."""
+CONFIGURATIONS = (
+    Configuration("dense-2", 2),
+    _TRANSFORMER,
+    _FFN,
+    _THIN,
+    Configuration("dense-3", 3),
+    replace(_THIN, name="transformer top-2, thin", top_k=2, settings=_GLAM, rival="dense-3"),
+    Configuration("dense-5", 5),
+    replace(_THIN, name="transformer top-4, thin", top_k=4, settings=_PRODUCT_KEY, rival="dense-5"),
+)
+"""Their feed-forward blocks are of such a size that all compute as much for each token as their rival does."""
 
 
 def _short(configuration: Configuration, rival: str | None = None, **changes: Any) -> Configuration:
@@ -171,8 +180,6 @@ VARIANTS = (
     _short(
         Configuration("transformer top-4", 1, 4.0, "transformer", 4, settings=_PRODUCT_KEY), "short, dense-5"
     ),
-    _short(replace(_THIN, name="transformer top-2, thin", top_k=2, settings=_GLAM), "short, dense-3"),
-    _short(replace(_THIN, name="transformer top-4, thin", top_k=4, settings=_PRODUCT_KEY), "short, dense-5"),
     _variant("expert dropout 0.1", settings={"expert_dropout": 0.1}),
     _variant("gate scale 1", settings={"gate_scale": 1.0}),
     _variant("experts' rate 0.001", optimizer={"learning_rate": 1e-3}),
