@@ -58,7 +58,8 @@ def started(folder: Path, manifest: str, **settings: object) -> Iterator[NodePro
         metrics = re.search(r"metrics at (http://\S+)", log.read_text())
         assert metrics is not None
         yield NodeProcess(process, Invite.parse(invite.read_text().strip()), metrics[1], log)
-        assert "Traceback" not in log.read_text(), log.read_text()[-5000:]
+        _, fault, what = log.read_text().partition("Traceback")
+        assert not fault, what[:5000]
     finally:
         process.terminate()
         process.wait(30)

@@ -115,7 +115,7 @@ def test_hostile_name_is_shown_as_text_alone(seen: Visit) -> None:
 def test_join_box_has_the_command(swarm: LiveSwarm, seen: Visit) -> None:
     assert seen.text("[data-command=node] code") == swarm.api("swarm")["join"]["node"]
     seen.page.locator("[data-command=node] button").click()
-    seen.until("document.querySelector('[data-command=node] button').textContent === 'Copied'")
+    seen.until("document.querySelector('[data-command=node] button')?.textContent === 'Copied'")
 
 
 def test_choice_of_colours_is_kept(seen: Visit) -> None:
@@ -156,7 +156,7 @@ def test_killed_node_turns_red_within_two_announcements(
     assert time.monotonic() - killed_at < 2 * ANNOUNCE_EVERY_S
     assert row.locator(".badge").inner_text() == "gone"
     assert row.evaluate("row => getComputedStyle(row).backgroundColor") != ground
-    seen.until("document.querySelector('#tile-nodes .figure').textContent === '2'")
+    seen.until("document.querySelector('#tile-nodes .figure')?.textContent === '2'")
     assert seen.text("#tile-nodes .sub") == "1 gone in a day"
     seen.page.screenshot(path=pictures / "killed.png")
 

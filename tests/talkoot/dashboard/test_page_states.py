@@ -88,7 +88,7 @@ def test_colours_tell_how_long_ago_experts_learned(browser: Browser, tmp_path: P
     asked = Asked(tmp_path, learned)
     with served(asked.app) as address, visit(browser, address) as seen:
         seen.page.get_by_role("button", name="Freshness").click()
-        seen.until("document.querySelector('#grid-side h3').textContent === 'Experts by last update'")
+        seen.until("document.querySelector('#grid-side h3')?.textContent === 'Experts by last update'")
         counts = seen.page.locator("#grid-side .bar-count").all_inner_texts()
         assert counts == ["1", "0", "0", "0", "0", "15", "0"]
         assert seen.text("#grid-side .edge li:first-child") == "0.0.1\nno update seen yet"
