@@ -48,7 +48,7 @@ class Restorer:
         Peers that are `unreachable` are left out, and those that do not answer become so.
         """
         others = sources(hosts, self._swarm.host.peer_id, self._rng)
-        most = most_believed([replica.update_count for replica in others]) if others else 0
+        most = most_believed([replica.update_count for replica in others])
         fresher = [replica for replica in others if saved is None or replica.update_count > saved]
         if await self._fetch_first(expert, fresher, most, unreachable):
             return True

@@ -83,8 +83,8 @@ def freshest_first(claims: Collection[T], count: Callable[[T], int], rng: random
 
 
 def most_believed(counts: Collection[int]) -> int:
-    """The largest update count that a state may bring when others announced `counts`; at least one of them."""
-    return median_high(counts) + int(_FASTEST_PER_S * _ANNOUNCED_S)
+    """The largest update count that a state may bring when others announced `counts`; 0 when nobody did."""
+    return median_high(counts) + int(_FASTEST_PER_S * _ANNOUNCED_S) if counts else 0
 
 
 def drawn(current: Tensor, base: Tensor, theirs: Tensor, share: float) -> Tensor:

@@ -175,7 +175,7 @@ class Averaging:
         """
         await self.look()
         reachable = [p for p in self.partners if _is_reachable(p) and p.dense_age > self.part.age]
-        most = most_believed([p.dense_age for p in self.partners]) if reachable else 0
+        most = most_believed([p.dense_age for p in self.partners])
         for partner in freshest_first(reachable, lambda p: p.dense_age, self._rng)[:_TAKE_ATTEMPTS]:
             try:
                 return await self._take(partner, most)
