@@ -54,7 +54,9 @@ class Invite:
                 words = file.read(_LONGEST_FILE).split()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InviteError(f"can't read the invite from {path}: {reason}") from error
+            raise InviteError(
+                f"can't read the invite from {path}: {reason}; pass the file that holds the line"
+            ) from error
         try:
             return cls.parse(next((word for word in words if word.startswith(_SCHEME)), "".join(words[:1])))
         except InviteError as error:
@@ -66,7 +68,8 @@ class Invite:
         text = text.strip()
         if not text.startswith("talkoot"):
             raise InviteError(
-                f"an invite starts with {_SCHEME!r}: copy the whole line that the founder's node printed"
+                f"an invite starts with {_SCHEME!r}: copy the whole line that you were given, or pass @FILE with "
+                "the file that holds it"
             )
         if not text.startswith(_SCHEME):
             raise InviteError(

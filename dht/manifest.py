@@ -223,7 +223,8 @@ class Manifest(_Part):
         version = values.get("protocol_version", PROTOCOL_VERSION)
         if version != PROTOCOL_VERSION:
             raise SwarmError(
-                f"the manifest asks for protocol version {version}, this software speaks {PROTOCOL_VERSION}"
+                f"the manifest asks for protocol version {version}, this software speaks {PROTOCOL_VERSION}: leave "
+                "protocol_version out of it"
             )
         return cls.model_validate(values)
 

@@ -172,7 +172,9 @@ async def join_swarm(
         record, expires_at = await _find_manifest(registry, invite)
         manifest = Manifest.from_json(registry.manifest_json(record))
         if manifest.name != invite.keys.name:
-            raise SwarmError(f"the manifest is of a swarm named {manifest.name!r}, not {invite.keys.name!r}")
+            raise SwarmError(
+                f"the manifest is of a swarm named {manifest.name!r}, not {invite.keys.name!r}: ask for a new invite"
+            )
         swarm = _member(host, registry, acquaintances, manifest, record, expires_at, validator, denylist)
         await _come_in(swarm, invite, roles)
         return swarm
@@ -269,6 +271,6 @@ async def _find_manifest(registry: Registry, invite: Invite) -> tuple[bytes, flo
         if time.monotonic() > deadline:
             raise SwarmError(
                 f"the peers at the invite's addresses know no manifest of swarm {invite.keys.name!r}: "
-                "is the invite of a swarm that still runs?"
+                "it has ended, or was founded anew; ask its founder for a new invite"
             )
         await asyncio.sleep(_RETRY_S)

@@ -190,7 +190,8 @@ class Host:
         """
         if self._supervisor is not None and self._supervisor.done():
             raise DaemonError(
-                f"the libp2p daemon died, and did not start again in {len(_RESTART_DELAYS_S)} tries"
+                f"the libp2p daemon died, and did not start again in {len(_RESTART_DELAYS_S)} tries: `talkoot doctor` "
+                "says why; then start this again"
             )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(longest_s):
@@ -250,7 +251,9 @@ class Host:
                 await self.tunnels.serve_on(daemon)
                 addresses = await self._visible() if position.listens else []
         except (*P2PD_ERRORS, UnreachableError) as error:
-            raise DaemonError("the libp2p daemon does not answer") from error
+            raise DaemonError(
+                "the libp2p daemon does not answer: is this machine very busy? Start this again"
+            ) from error
         own = (tcp_endpoint(address) for address in addresses if not is_relayed(address))
         if not position.port and (endpoint := next(filter(None, own), None)):
             self.position = replace(
@@ -336,7 +339,7 @@ def _addresses(greetings: Iterable[Greeting]) -> tuple[str, ...]:
 def _no_peer_answered(bootstrap: Sequence[str]) -> UnreachableError:
     return UnreachableError(
         f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}; "
-        "is the invite of a swarm that still runs?"
+        "other programs may have their ports now: ask for a new invite"
     )
 
 

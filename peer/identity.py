@@ -58,7 +58,9 @@ class Identity:
             message = crypto_pb2.PrivateKey.FromString(path.read_bytes())
             key = serialization.load_der_private_key(message.data, password=None)
         except OSError as error:
-            raise StartError(f"can't use the identity file {path}: {error.strerror}") from error
+            raise StartError(
+                f"can't use the identity file {path}: {error.strerror}; pass another --state"
+            ) from error
         except (DecodeError, *_NO_KEY) as error:
             raise StartError(f"{path} holds no libp2p RSA key: move it away to get a new identity") from error
         if not isinstance(key, rsa.RSAPrivateKey):

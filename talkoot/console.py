@@ -172,12 +172,24 @@ def _level(record: logging.LogRecord) -> str:
     return {logging.WARNING: "warning", logging.ERROR: "error"}.get(record.levelno, record.levelname.lower())
 
 
-def write_json(path: Path, text: str) -> None:
+def check_writable(path: Path, option: str) -> None:
+    """Better known now than at the end. What the file holds stays. Raises StartError."""
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise _not_written(path, option, error) from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """What `--json FILE` asks for. Raises StartError."""
     try:
-        path.write_text(text)
+        path.write_text(to_json(values) + "\n")
     except OSError as error:
-        raise StartError(f"can't write {path}: {error.strerror}; pass another --json FILE") from error
+        raise _not_written(path, "--json", error) from error
+
+
+def _not_written(path: Path, option: str, error: OSError) -> StartError:
+    return StartError(f"can't write {path}: {error.strerror}; pass another {option} FILE")
 
 
 def age_in_words(seconds: float) -> str:

@@ -8,6 +8,6 @@ def invite_of(join: str | None) -> Invite:
     """What was passed as --join. Raises SettingsError when nothing was, and InviteError."""
     if join is None:
         raise SettingsError(
-            "pass --join INVITE: the line that the founder's node printed, or @FILE with the file that holds it"
+            "pass --join INVITE: the line that you were given, or @FILE with the file that holds it"
         )
     return Invite.read(join)

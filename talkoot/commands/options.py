@@ -23,7 +23,9 @@ Join = Annotated[
 ]
 Config = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Settings as TOML; flags are stronger, then the environment."),
+    typer.Option(
+        metavar="FILE", help="Settings as TOML; the environment is stronger, and options are strongest."
+    ),
 ]
 State = Annotated[
     Path | None,

@@ -14,7 +14,7 @@ from peer.errors import DataError, SettingsError, SwarmError
 from peer.processes import sweep_dead_sockets
 from peer.words import counted
 from talkoot.children import Child, Children
-from talkoot.console import Terminal, to_json, write_json
+from talkoot.console import Terminal, check_writable, write_json
 from talkoot.demo.display import DemoDisplay, print_summary
 from talkoot.links import Link, Proxy, Wire, free_ports
 from talkoot.signals import run_until_stopped
@@ -84,13 +84,13 @@ def run_demo(terminal: Terminal, plan: DemoPlan, json_file: Path | None) -> None
     if plan.data is not None and not plan.data.exists():
         raise DataError(f"no file or folder {plan.data}: give one with text in it")
     if json_file is not None:
-        write_json(json_file, "")  # better known now than after the demo
+        check_writable(json_file, "--json")
     with tempfile.TemporaryDirectory(prefix="talkoot-demo-") as folder, asyncio.Runner() as runner:
         demo = _Demo(terminal, plan, Path(folder))
         result = runner.run(run_until_stopped(demo.run()))
     print_summary(terminal, asdict(result))
     if json_file is not None:
-        write_json(json_file, to_json(asdict(result)) + "\n")
+        write_json(json_file, asdict(result))
     _judge(result)
 
 

@@ -52,7 +52,7 @@ class Follower:
 
 
 def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool) -> None:
-    """Prints the last `count` lines. Raises DataError when there is no log."""
+    """Prints the last `count` lines. Raises DataError when there is no log, or it can't be read."""
     path = node_folder(state) / LOG_FILE
     if not path.exists():
         raise DataError(
@@ -67,6 +67,10 @@ def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool
         while follow:
             time.sleep(_LOOK_EVERY_S)
             _print(terminal, follower.lines())
+    except OSError as error:
+        raise DataError(
+            f"can't read {path}: {error.strerror}; run this as the user whose node it is"
+        ) from error
     finally:
         follower.close()
 

@@ -105,8 +105,8 @@ def run_install(
         _installed_state()  # raises when somebody else made it
     elif is_running(service.state):
         raise StartError(f"a node runs already with {service.state}: `talkoot stop` it first")
-    service.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(service.state, 0o700)
+    _make_folder(path.parent, 0o777)
     before = {file: _text(file) for file in (path, service.invite_file)}
     try:
         _write(service.invite_file, service.invite + "\n", 0o600)
@@ -283,6 +283,14 @@ def _quoted(argument: str) -> str:
 
 def _without_specifiers(text: str) -> str:
     return text.replace("%", "%%")
+
+
+def _make_folder(path: Path, mode: int) -> None:
+    """Raises StartError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=mode)
+    except OSError as error:
+        raise StartError(f"can't make the folder {path}: {error.strerror}") from error
 
 
 def _write(path: Path, text: str, mode: int) -> None:

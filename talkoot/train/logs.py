@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from peer.errors import StartError
-from talkoot.console import to_json
+from talkoot.console import check_writable, to_json
 from trainer_client.optional import require
 from trainer_client.record import History
 
@@ -36,12 +36,9 @@ def logs_written(log: Path | None, tensorboard: Path | None) -> Iterator[list[Wr
 
 
 def check_plot(path: Path) -> None:
-    """Better known now than after the training. Raises UserError."""
+    """Raises UserError when nothing can be drawn there."""
     require("matplotlib", "plot", "--plot")
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise StartError(f"can't write {path}: {error.strerror}; pass another --plot FILE") from error
+    check_writable(path, "--plot")
 
 
 def plot_losses(history: History, path: Path) -> None:

@@ -14,7 +14,7 @@ from dht.invite import Invite
 from dht.manifest import Manifest
 from peer.errors import SettingsError
 from peer.words import counted
-from talkoot.console import Terminal, quiet_hivemind, to_json, write_json
+from talkoot.console import Terminal, check_writable, quiet_hivemind, write_json
 from talkoot.local import LocalSwarm
 from talkoot.signals import StopSignals
 from talkoot.train.display import progress_shown, summary_table
@@ -53,26 +53,26 @@ def run_train(
     settings = TrainerSettings.load(config, **flags)
     if (join is None) == (local is None):
         raise SettingsError(
-            "pass --join INVITE, the line that the founder's node printed, or --local SWARM.TOML, not both"
+            "pass --join INVITE, the line that you were given or @FILE with the file that holds it, or "
+            "--local SWARM.TOML; not both"
         )
     if local is not None and (resume or settings.checkpoint is not None):
         raise SettingsError(
             "--local saves nothing, for its experts are in this process alone: leave --resume and --checkpoint out"
         )
     if json_file is not None:
-        # better known now than after the training
-        write_json(json_file, "")
+        check_writable(json_file, "--json")
     if settings.plot is not None:
         check_plot(settings.plot)
     where = Manifest.from_toml(local) if local is not None else Invite.read(join or "")
     with logs_written(settings.log, settings.tensorboard) as writers:
         values = _train(terminal, signals, where, settings, resume, writers)
-    if json_file is not None:
-        write_json(json_file, to_json(values) + "\n")
     if terminal.json:
         terminal.event("summary", values)
     else:
         terminal.out.print(summary_table(values))
+    if json_file is not None:
+        write_json(json_file, values)
     if signals.received is not None:
         raise signals.received
 

@@ -108,7 +108,7 @@ def test_garbage_with_a_right_checksum_raises_only_invite_error(data: bytes) -> 
     [
         ("", "an invite starts with 'talkoot1'"),
         ("hello", "an invite starts with 'talkoot1'"),
-        (LINE.removeprefix("talkoot"), "copy the whole line that the founder's node printed"),
+        (LINE.removeprefix("talkoot"), "copy the whole line that you were given, or pass @FILE"),
         (LINE.replace("talkoot1", "talkoot2", 1), "another version of Talkoot: update it, or ask for a new"),
         (LINE[:-1], "incomplete or mistyped"),
         ("talkoot1", "incomplete or mistyped"),

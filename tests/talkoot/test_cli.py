@@ -151,6 +151,15 @@ def test_invite_is_looked_for_in_the_file_that_is_named(arguments: list[str]) ->
     assert ended.stderr.rstrip().endswith("[T102]")
 
 
+def test_a_result_that_is_there_outlives_a_command_that_can_not_begin(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    ended = run_here("train", "--join", "hello", "--json", str(tmp_path / "result.json"))
+    assert_one_clear_line(ended, "an invite starts with 'talkoot1'")
+    assert (tmp_path / "result.json").read_text() == "{}"
+    ended = run_here("train", "--join", "hello", "--json", str(tmp_path / "no" / "such.json"))
+    assert_one_clear_line(ended, "can't write", "pass another --json FILE")
+
+
 def test_missing_invite_is_asked_for() -> None:
     assert_one_clear_line(run_here("train"), "--join")
 

@@ -95,6 +95,14 @@ def test_notebook_asks_for_an_invite() -> None:
         exec(compile(install, "cell", "exec"), names)
 
 
+def test_notebook_asks_where_talkoot_is_installed_from() -> None:
+    form, install, *_ = cells(INVITE="talkoot1abc")
+    names: dict[str, Any] = {}
+    exec(compile(form, "cell", "exec"), names)
+    with pytest.raises(SystemExit, match="put what pip installs into SOURCE"):
+        exec(compile(install, "cell", "exec"), names)
+
+
 def test_notebook_is_kept_without_what_it_printed() -> None:
     assert all(cell["outputs"] == [] for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")
     assert len({cell["id"] for cell in NOTEBOOK["cells"]}) == len(NOTEBOOK["cells"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import DEADLINE_S, HOST, command, run, run_here, wait_until
+from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, run_here, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -181,6 +181,12 @@ def test_last_lines_come_from_both_files(
     (tmp_path / "node.log").write_bytes(b"three\n\x1b[31mfour\xff\nunfinished")
     run_logs(Terminal(LogFormat.TEXT), tmp_path, 3, follow=False)
     assert capsys.readouterr().out == "two\nthree\n\\x1b[31mfour\\xff\n"
+
+
+def test_a_log_that_can_not_be_read_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "node.log").mkdir()
+    ended = run_here("logs", "--state", str(tmp_path))
+    assert_one_clear_line(ended, "can't read", "Is a directory", "as the user whose node it is")
 
 
 def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:

@@ -235,6 +235,13 @@ def test_state_folder_of_a_running_node_is_refused(machine: Machine, loop: LoopT
     assert not machine.unit_file.exists()
 
 
+def test_state_folder_that_can_not_be_made_is_told(machine: Machine) -> None:
+    machine.state.write_text("a file")
+    with pytest.raises(StartError, match=r"can't make the folder .*my state: File exists"):
+        machine.install()
+    assert not machine.unit_file.exists()
+
+
 def test_an_invite_is_read_from_its_file(machine: Machine, tmp_path: Path) -> None:
     file = tmp_path / "invite.txt"
     file.write_text(machine.invite + "\n")
