@@ -18,7 +18,7 @@ from grpc import StatusCode
 from torch import Tensor
 
 from dht.uid import UID
-from expert_server.expert import Graph
+from expert_server.graphs import Graph
 from peer.errors import ExpertError
 
 Direction: TypeAlias = Literal["forward", "backward"]
@@ -276,8 +276,7 @@ _Turn: TypeAlias = tuple[bool, float, int]
 class _Line:
     """Backward before forward, each by deadline, then by arrival. Those that left are passed over, in time forgotten.
 
-    A backward call first ends a step that has begun; the forward pass that was kept for it is of use until the expert's
-    next update.
+    A backward call ends a step that has begun: the sooner, the less old are its gradients.
     """
 
     __slots__ = ("_directions_alike", "_heap", "_waiting", "length")

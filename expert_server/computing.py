@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from expert_server.batching import Work
-from expert_server.expert import BackwardPart, Expert, Graph
+from expert_server.expert import BackwardPart, Expert
+from expert_server.graphs import Graph
 from peer.errors import ExpertError
 
 MOST_APART = 10.0
@@ -105,8 +106,8 @@ def _forward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
 
 def _backward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
     """Works with a good graph go by themselves, the others as one; all of them before one optimizer step."""
-    ready = [work for work in batch if expert.is_current(work.graph)]
-    others = [work for work in batch if not expert.is_current(work.graph)]
+    ready = [work for work in batch if expert.is_good(work.graph)]
+    others = [work for work in batch if not expert.is_good(work.graph)]
     parts = [_part([work], work.graph) for work in ready]
     if others:
         parts.append(_part(others, None))

@@ -12,12 +12,14 @@ from typing import TypeAlias
 import torch
 from grpc import StatusCode
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block, weightless_block
 from expert_server.devices import ComputeDevice
+from expert_server.graphs import Graph, Version
 from expert_server.guard import Guard
 from expert_server.optimizer import Optimizer
 from expert_server.state_form import BLOCK, block_tensors, check_numbers, check_state, moment_name
@@ -28,17 +30,8 @@ from peer.step_size import step_size
 State: TypeAlias = dict[str, Tensor]
 """What an expert is made of: `block.…` and `optimizer.…` tensors by name, on the CPU."""
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Graph:
-    """What autograd kept of one forward pass. Good for one backward pass, as long as the parameters stay the same."""
-
-    inputs: Tensor
-    outputs: Tensor
-    update_count: int
-    bytes: int
-    """Memory it holds, about; parameters not counted."""
-    generation: object = None
+_ROWS_WORTH_A_COPY = 64
+"""Rows whose outputs take longer to compute again than the parameters take to copy."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +66,8 @@ class Expert:
         self.optimizer = Optimizer(self._parameters, self._settings)
         self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
         self._step_is_due = False
+        self._version: Version | None = None
+        """Of the parameters as they are now, once a graph was made with them."""
 
     @property
     def step_is_due(self) -> bool:
@@ -84,6 +79,7 @@ class Expert:
         if not self._step_is_due:
             return
         self._step_is_due = False
+        self._leave_version()
         try:
             self.optimizer.step()
         finally:
@@ -105,26 +101,38 @@ class Expert:
         """As `forward`, and what `backward` needs so that it must not compute the outputs again."""
         self.settle()
         x_RD = self.device.load(x_RD.detach()).requires_grad_()
+        if self._version is None or self._version.generation != self.generation:
+            self._version = Version(self.block, self.generation)
         if self._graph_bytes_per_row is None:
-            y_RD = self._measure_graph(x_RD, lengths_S, positions_R)
+            y_RD = self._measure_graph(x_RD, lengths_S, positions_R, self._version)
         else:
-            y_RD = self._outputs(x_RD, lengths_S, positions_R)
+            y_RD = self._outputs(x_RD, lengths_S, positions_R, self._version)
         size = self._cast_bytes() + int(len(x_RD) * (self._graph_bytes_per_row or 0))
-        graph = Graph(x_RD, y_RD, self.update_count, size, self.generation)
+        graph = Graph(x_RD, y_RD, self._version, size)
+        self._version.add(graph)
         outputs_RD = self._fetched(y_RD.detach(), "outputs")
         self.device.wait()
         return outputs_RD, graph
 
-    def _outputs(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+    def _outputs(
+        self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: Version | None = None
+    ) -> Tensor:
+        arguments = x_RD, lengths_S, self.device.load(positions_R)
         with self.device.autocast():
-            y_RD: Tensor = self.block(x_RD, lengths_S, self.device.load(positions_R))
+            y_RD: Tensor
+            if version is None:
+                y_RD = self.block(*arguments)
+            else:
+                y_RD = functional_call(self.block, version.tensors, arguments)
         return y_RD.float()
 
-    def _measure_graph(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+    def _measure_graph(
+        self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: Version
+    ) -> Tensor:
         """Runs the block, and counts what autograd keeps of it. Once: counting takes as long as a small forward."""
         sizes: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(_count_into(sizes), _unchanged):
-            y_RD = self._outputs(x_RD, lengths_S, positions_R)
+            y_RD = self._outputs(x_RD, lengths_S, positions_R, version)
         for parameter in self._parameters:
             sizes.pop(parameter.untyped_storage().data_ptr(), None)
         self._graph_bytes_per_row = max(0, sum(sizes.values()) - self._cast_bytes()) / len(x_RD)
@@ -136,11 +144,9 @@ class Expert:
             return 0
         return sum(p.nbytes // 2 for p in self._parameters if p.dim() > 1)
 
-    def is_current(self, graph: "Graph | None") -> bool:
-        """Whether the parameters are still those that the graph was computed with."""
-        if graph is None:
-            return False
-        return (graph.update_count, graph.generation) == (self.update_count, self.generation)
+    def is_good(self, graph: Graph | None) -> bool:
+        """Whether the parameters that the graph was computed with are still there."""
+        return graph is not None and graph.version.is_whole and graph.version.generation == self.generation
 
     @property
     def generation(self) -> object:
@@ -170,15 +176,41 @@ class Expert:
     def _gradient_of_inputs(self, part: "BackwardPart") -> Tensor:
         """Adds to the gradients of the parameters. A graph can be used once."""
         graph = part.graph
-        if graph is not None and self.is_current(graph):
+        if graph is not None and self.is_good(graph):
             x_RD, y_RD = graph.inputs, graph.outputs
         else:
+            graph = None
             x_RD = self.device.load(part.inputs.detach()).requires_grad_()
             y_RD = self._outputs(x_RD, part.lengths, part.positions)
-        # loaded only now: the gradients travel while the outputs are computed
-        _run_backward(y_RD, self.device.load(part.gradients))
+        try:
+            # loaded only now: the gradients travel while the outputs are computed
+            _run_backward(y_RD, self.device.load(part.gradients))
+        finally:
+            if graph is not None:
+                graph.version.discard(graph)
+                self._take_gradients(graph.version)
         assert x_RD.grad is not None, "a block must use its input"
         return self._fetched(x_RD.grad, "gradients of the inputs")
+
+    def _take_gradients(self, version: Version) -> None:
+        for parameter, tensor in zip(self._parameters, version.tensors.values(), strict=True):
+            if parameter.grad is None:
+                parameter.grad = tensor.grad
+            elif tensor.grad is not None:
+                parameter.grad += tensor.grad
+            tensor.grad = None
+
+    def _leave_version(self) -> None:
+        """Before a step: it takes place on a copy of the parameters, where graphs are worth that."""
+        version, self._version = self._version, None
+        if version is None:
+            return
+        if version.generation != self.generation or version.rows < _ROWS_WORTH_A_COPY:
+            version.is_whole = False
+            return
+        for parameter in self._parameters:
+            parameter.data = parameter.data.clone()
+        version.bytes = sum(tensor.nbytes for tensor in version.tensors.values())
 
     @property
     def state_bytes(self) -> int:

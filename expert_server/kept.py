@@ -1,15 +1,15 @@
 """Forward passes kept until their backward call comes, within a memory budget. Pure: `now` is passed in.
 
-With them inputs need not travel twice, and outputs need not be computed twice while the parameters stay the same.
+With them inputs need not travel twice, and outputs need not be computed twice.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from dht.uid import UID
-from expert_server.expert import Graph
+from expert_server.graphs import Graph, Version
 
 KeptKey = tuple[str, bytes, int]
 """Who made the forward call, its request id, and which part of the call this was."""
@@ -39,7 +39,13 @@ class KeptForwards:
         self._budget_bytes = budget_bytes
         self._kept: OrderedDict[KeptKey, Kept] = OrderedDict()  # oldest first
         self._graphs: OrderedDict[KeptKey, None] = OrderedDict()  # keys whose graph is kept, oldest first
-        self.bytes = 0
+        self._versions: Counter[Version] = Counter()  # of those graphs
+        self._own_bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        """With older parameters of experts that are there for kept graphs alone."""
+        return self._own_bytes + sum(version.bytes for version in self._versions)
 
     def put(self, key: KeptKey, kept: Kept, now: float) -> bool:
         """Keeps it, unless it alone is over the budget even without its graph. Says whether it is kept."""
@@ -48,41 +54,62 @@ class KeptForwards:
             kept = replace(kept, graph=None)
         if kept.bytes > self._budget_bytes:
             return False
-        self.take(key)
+        self._remove(key)
         self._kept[key] = kept
+        self._own_bytes += kept.bytes
         if kept.graph is not None:
             self._graphs[key] = None
-        self.bytes += kept.bytes
-        while self.bytes > self._budget_bytes:
-            self._give_up_oldest()
+            self._versions[kept.graph.version] += 1
+        self._keep_to_budget()
         return key in self._kept
 
     def take(self, key: KeptKey) -> Kept | None:
         """Hands it over: it is kept no more."""
-        kept = self._kept.pop(key, None)
-        if kept is not None:
-            self._graphs.pop(key, None)
-            self.bytes -= kept.bytes
+        kept = self._remove(key)
+        self._keep_to_budget()
         return kept
 
     def clear(self) -> None:
         self._kept.clear()
         self._graphs.clear()
-        self.bytes = 0
+        self._versions.clear()
+        self._own_bytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
+    def _remove(self, key: KeptKey) -> Kept | None:
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            self._own_bytes -= kept.bytes
+            if kept.graph is not None:
+                self._forget(key, kept.graph)
+        return kept
+
+    def _keep_to_budget(self) -> None:
+        """Versions grow when experts step, at any time."""
+        while self.bytes > self._budget_bytes:
+            self._give_up_oldest()
+
     def _give_up_oldest(self) -> None:
         if self._graphs:
-            key, _ = self._graphs.popitem(last=False)
+            key = next(iter(self._graphs))
             kept = self._kept[key]
+            assert kept.graph is not None
             self._kept[key] = bare = replace(kept, graph=None)
-            self.bytes += bare.bytes - kept.bytes
+            self._own_bytes += bare.bytes - kept.bytes
+            self._forget(key, kept.graph)
         else:
-            self.take(next(iter(self._kept)))
+            self._remove(next(iter(self._kept)))
+
+    def _forget(self, key: KeptKey, graph: Graph) -> None:
+        del self._graphs[key]
+        version = graph.version
+        self._versions[version] -= 1
+        if not self._versions[version]:
+            del self._versions[version]
 
     def _drop_expired(self, now: float) -> None:
         """Entries come with equal lifetimes, so the oldest expire first."""
         while self._kept and next(iter(self._kept.values())).expires_at <= now:
-            self.take(next(iter(self._kept)))
+            self._remove(next(iter(self._kept)))

@@ -9,6 +9,7 @@ from expert_server.transfer import largest_state_bytes
 from peer.errors import SettingsError
 
 _KEPT_SHARE = _QUEUE_SHARE = _SNAPSHOT_SHARE = 1 / 8
+_KEPT_SHARE_OF_FREE = 1 / 16
 
 
 def row_bytes(manifest: Manifest) -> int:
@@ -16,11 +17,18 @@ def row_bytes(manifest: Manifest) -> int:
     return 2 * 4 * manifest.model.hidden + 8
 
 
-def most_bytes(settings: NodeSettings, manifest: Manifest, capacity: int) -> int:
+def kept_bytes_of(settings: NodeSettings, free_bytes: int) -> int:
+    """For kept forward passes. `free_bytes`: of the devices that compute."""
+    return (
+        int(free_bytes * _KEPT_SHARE_OF_FREE) if settings.max_kept_bytes is None else settings.max_kept_bytes
+    )
+
+
+def most_bytes(settings: NodeSettings, manifest: Manifest, capacity: int, kept_bytes: int) -> int:
     """What `capacity` experts, kept forward passes, waiting rows and snapshots take together, at most."""
     queue = settings.max_queued_rows * row_bytes(manifest)
     snapshots = settings.max_snapshots * largest_state_bytes(manifest)
-    return capacity * expert_bytes(manifest) + settings.max_kept_bytes + queue + snapshots
+    return capacity * expert_bytes(manifest) + kept_bytes + queue + snapshots
 
 
 def smallest_memory(manifest: Manifest) -> int:
@@ -47,7 +55,9 @@ def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
             f"memory: {bytes_in_words(memory)} is too little for one expert of this swarm: "
             f"the smallest that works is {smallest} bytes ({bytes_in_words(smallest)})"
         )
-    kept = min(settings.max_kept_bytes, int(memory * _KEPT_SHARE))
+    kept = int(memory * _KEPT_SHARE)
+    if settings.max_kept_bytes is not None:
+        kept = min(kept, settings.max_kept_bytes)
     queued_rows = min(settings.max_queued_rows, int(memory * _QUEUE_SHARE) // row_bytes(manifest))
     snapshot = largest_state_bytes(manifest)
     snapshots = min(settings.max_snapshots, max(1, int(memory * _SNAPSHOT_SHARE) // snapshot))

@@ -27,7 +27,7 @@ from expert_server.expert import expert_bytes
 from expert_server.health import HealthServicer
 from expert_server.hosting import Hosting
 from expert_server.machine import batch_rows_of, threads_of
-from expert_server.memory import most_bytes, row_bytes, within_memory
+from expert_server.memory import kept_bytes_of, most_bytes, row_bytes, within_memory
 from expert_server.metrics import NodeCollector, NodeCounts
 from expert_server.pauses import Pauses
 from expert_server.probe import ProbeServicer
@@ -105,11 +105,12 @@ class Node:
         self._pauses = Pauses(settings, self._take_experts, self._give_up_experts, now)
         self._account = Account(state / "contribution.json")
         self._expert_bytes = expert_bytes(swarm.manifest)
-        self._most_bytes = settings.memory or most_bytes(settings, swarm.manifest, self.hosting.capacity)
-        self._stopping = self._drained = False
-        limits = EdgeLimits(
-            settings.max_call_bytes, settings.max_call_s, settings.max_kept_bytes, budget=settings.budget
+        kept_bytes = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
+        self._most_bytes = settings.memory or most_bytes(
+            settings, swarm.manifest, self.hosting.capacity, kept_bytes
         )
+        self._stopping = self._drained = False
+        limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, kept_bytes, budget=settings.budget)
         self._door = Doorkeeper(swarm, state, settings.max_sessions, now)
         self.sessions = self._door.sessions
         self._servicer = ExpertServicer(

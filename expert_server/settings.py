@@ -270,11 +270,12 @@ class NodeSettings(RoleSettings):
         le=2**32,
         description="payload of one call, in bytes as fp32, however it is encoded",
     )
-    max_kept_bytes: int = Field(
-        default=256 * 2**20,
+    max_kept_bytes: int | None = Field(
+        default=None,
         ge=0,
         le=2**40,
-        description="memory for forward passes kept until their backward call, in bytes",
+        description="memory for forward passes kept until their backward call, in bytes; "
+        "unset: a sixteenth of the free memory",
     )
     max_dht_bytes: int = Field(
         default=StoreBounds.total_bytes,

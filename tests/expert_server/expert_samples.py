@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from dht.uid import UID
-from expert_server.expert import BackwardPart, Expert, Graph
+from expert_server.expert import BackwardPart, Expert
+from expert_server.graphs import Graph
 
 HIDDEN = 16
 ROWS = 12

@@ -226,18 +226,6 @@ def test_a_kept_graph_gives_what_computing_again_gives() -> None:
     torch.testing.assert_close(parameters_of(kept), parameters_of(plain))
 
 
-def test_a_graph_of_older_parameters_is_not_used() -> None:
-    expert, plain = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
-    _, graph = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
-    for one in (expert, plain):
-        backward(one, random_rows(2), random_rows(3))
-    assert not expert.is_current(graph)
-    torch.testing.assert_close(
-        backward(expert, random_rows(0), random_rows(1), graph),
-        backward(plain, random_rows(0), random_rows(1)),
-    )
-
-
 def test_parts_of_one_backward_take_one_step_on_the_sum_of_their_gradients() -> None:
     expert, plain = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
     _, graph = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)

@@ -118,10 +118,10 @@ def test_a_graph_from_before_a_rollback_is_not_used() -> None:
     expert = make_expert()
     train(expert, 1)
     _, graph = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
-    assert expert.is_current(graph)
+    assert expert.is_good(graph)
     poison(expert, lambda parameter: parameter * torch.nan)
     assert not expert.guard.check()
-    assert not expert.is_current(graph)
+    assert not expert.is_good(graph)
 
 
 def test_a_state_that_replaced_another_is_the_good_one_once_it_is_kept() -> None:

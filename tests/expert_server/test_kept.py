@@ -3,18 +3,27 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from dht.uid import UID
-from expert_server.expert import Graph
+from expert_server.graphs import Graph, Version
 from expert_server.kept import Kept, KeptForwards
 
 AN_UID = UID(0, (0, 0))
 BARE = 4 * 8 + 2 * 8  # bytes of inputs, length and position of `a_forward`
 
 
-def a_forward(graph_bytes: int | None = 100, expires_at: float = 60.0) -> Kept:
+def a_version(size: int = 0) -> Version:
+    version = Version(nn.Identity(), None)
+    version.bytes = size
+    return version
+
+
+def a_forward(
+    graph_bytes: int | None = 100, expires_at: float = 60.0, version: Version | None = None
+) -> Kept:
     inputs = torch.zeros(1, 8)
-    graph = None if graph_bytes is None else Graph(inputs, inputs, 0, graph_bytes)
+    graph = None if graph_bytes is None else Graph(inputs, inputs, version or a_version(), graph_bytes)
     return Kept(AN_UID, inputs, torch.tensor([1]), torch.tensor([0]), graph, expires_at)
 
 
@@ -71,19 +80,49 @@ def test_what_nobody_came_for_expires() -> None:
     assert store.take(key(2)) is not None
 
 
+def test_older_parameters_count_once_however_many_graphs_hold_them() -> None:
+    store, version = KeptForwards(10_000), a_version()
+    for number in range(2):
+        store.put(key(number), a_forward(version=version), now=0.0)
+    version.bytes = 1000
+    assert store.bytes == 1000 + 2 * (BARE + 100)
+    store.take(key(0))
+    assert store.bytes == 1000 + BARE + 100
+    store.take(key(1))
+    assert store.bytes == 0
+
+
+def test_graphs_go_when_steps_of_their_experts_brought_them_over_the_budget() -> None:
+    store, versions = KeptForwards(1500), [a_version(), a_version()]
+    for number, version in enumerate(versions):
+        store.put(key(number), a_forward(version=version), now=0.0)
+        version.bytes = 1000
+    store.take(key(2))
+    assert store.bytes == 1000 + 2 * BARE + 100
+    graphs = [kept.graph is not None for number in range(2) if (kept := store.take(key(number)))]
+    assert graphs == [False, True]
+
+
+VERSIONS = st.lists(st.integers(0, 500), min_size=3, max_size=3)
+
+
 @given(
     st.lists(
-        st.tuples(st.booleans(), st.integers(0, 5), st.one_of(st.none(), st.integers(0, 400))), max_size=60
+        st.tuples(
+            st.booleans(), st.integers(0, 5), st.one_of(st.none(), st.integers(0, 400)), st.integers(0, 2)
+        ),
+        max_size=60,
     ),
+    VERSIONS,
     st.integers(0, 800),
 )
 def test_the_budget_holds_and_bytes_are_those_of_what_is_kept(
-    steps: list[tuple[bool, int, int | None]], budget: int
+    steps: list[tuple[bool, int, int | None, int]], sizes: list[int], budget: int
 ) -> None:
-    store = KeptForwards(budget)
-    for puts, number, graph_bytes in steps:
+    store, versions = KeptForwards(budget), [a_version(size) for size in sizes]
+    for puts, number, graph_bytes, version in steps:
         if puts:
-            store.put(key(number), a_forward(graph_bytes), now=0.0)
+            store.put(key(number), a_forward(graph_bytes, version=versions[version]), now=0.0)
         else:
             store.take(key(number))
         assert store.bytes <= budget

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dht.manifest import Manifest
 from expert_server.expert import expert_bytes
-from expert_server.memory import most_bytes, smallest_memory, within_memory
+from expert_server.memory import kept_bytes_of, most_bytes, smallest_memory, within_memory
 from expert_server.settings import NodeSettings, bytes_in_words, parse_bytes
 from expert_server.transfer import largest_state_bytes
 from peer.errors import SettingsError
@@ -30,11 +30,11 @@ manifests = st.builds(manifest_of, st.sampled_from([8, 16, 64]), st.integers(2, 
     st.floats(1, 1000),
     st.none() | st.integers(0, 100),
     st.none() | st.integers(0, 100),
-    st.integers(0, 2**30),
+    st.none() | st.integers(0, 2**30),
     st.integers(1, 10**6),
 )
 def test_all_together_never_takes_more_than_is_allowed(
-    manifest: Manifest, times: float, experts: int | None, spare: int | None, kept: int, rows: int
+    manifest: Manifest, times: float, experts: int | None, spare: int | None, kept: int | None, rows: int
 ) -> None:
     memory = int(smallest_memory(manifest) * times)
     asked = NodeSettings(
@@ -43,11 +43,12 @@ def test_all_together_never_takes_more_than_is_allowed(
     fitted = within_memory(asked, manifest)
     assert fitted.experts is not None
     assert fitted.spare is not None
-    assert most_bytes(fitted, manifest, fitted.experts + fitted.spare) <= memory
+    kept_bytes = kept_bytes_of(fitted, 10**15)
+    assert most_bytes(fitted, manifest, fitted.experts + fitted.spare, kept_bytes) <= memory
     assert fitted.experts >= (1 if experts is None else min(1, experts))
     assert fitted.experts <= (manifest.experts_total if experts is None else experts)
     assert fitted.spare <= (fitted.spare if spare is None else spare)
-    assert fitted.max_kept_bytes <= kept
+    assert kept is None or kept_bytes <= kept
     assert 1 <= fitted.max_queued_rows <= rows
 
 
@@ -69,6 +70,11 @@ def test_what_is_left_is_for_experts_a_third_of_it_to_adopt() -> None:
     assert (fitted.experts, fitted.spare) == (6, 3)
     assert fitted.max_kept_bytes == memory // 8
     assert fitted.max_snapshots == memory // 8 // largest_state_bytes(manifest)
+
+
+def test_kept_forward_passes_have_what_is_asked_or_a_sixteenth_of_what_is_free() -> None:
+    assert kept_bytes_of(NodeSettings(max_kept_bytes=7), 1600) == 7
+    assert kept_bytes_of(NodeSettings(), 1600) == 100
 
 
 def test_without_a_limit_nothing_changes() -> None:
