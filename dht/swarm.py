@@ -183,6 +183,11 @@ async def join_swarm(
         raise
 
 
+def was_member(state: Path, keys: SwarmKeys) -> bool:
+    """Whether a peer with this folder has met others of the swarm."""
+    return bool(_acquaintances(state, keys).addresses())
+
+
 def _acquaintances(state: Path | None, keys: SwarmKeys) -> Acquaintances:
     return Acquaintances(None if state is None else state / "peers" / f"{keys.swarm_id}.json")
 

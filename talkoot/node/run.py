@@ -16,7 +16,8 @@ from rich.live import Live
 from dht.admission import Role
 from dht.invite import Invite
 from dht.manifest import Manifest
-from dht.swarm import Stage, Swarm, found_swarm, join_swarm
+from dht.records import SwarmKeys
+from dht.swarm import Stage, Swarm, found_swarm, join_swarm, was_member
 from expert_server.allocator import keep_freed_memory
 from expert_server.blocks import builder_of
 from expert_server.devices import check_devices
@@ -24,7 +25,7 @@ from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
 from peer.denylist import Denylist
-from peer.errors import SettingsError, StartError, UserError
+from peer.errors import SettingsError, StartError, UnreachableError, UserError
 from peer.files import write_whole
 from peer.host import default_listen_address
 from peer.identity import Identity
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 2.0, 60.0
+"""Between two tries to come back to a swarm of which nobody answers."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,13 @@ class SwarmStarter:
     manifest: Manifest | None
     invite: Invite | None
     bootstrap: tuple[str, ...]
+
+    def comes_back(self, identity: Identity, state: Path) -> bool:
+        """Whether the node was in this swarm before."""
+        if self.invite is not None:
+            return was_member(state, self.invite.keys)
+        assert self.manifest is not None
+        return was_member(state, SwarmKeys(self.manifest.name, identity.peer_id))
 
     async def start(
         self, identity: Identity, settings: NodeSettings, host: str, state: Path, stage: Stage
@@ -187,7 +197,7 @@ class _NodeCommand:
     async def _serve(self) -> None:
         with self._terminal.stages("making ready") as stage:
             identity = Identity.load_or_create(self._state / "identity.key")
-            swarm = await self._starter.start(identity, self._settings, self._host, self._state, stage)
+            swarm = await self._start_swarm(identity, stage)
             # from here on the node stops the swarm
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
@@ -204,6 +214,19 @@ class _NodeCommand:
                 what = "1 expert goes" if experts == 1 else f"{experts} experts go"
                 logger.info("leaving: %s to others with room; Ctrl-C again leaves at once", what)
             await node.stop()
+
+    async def _start_swarm(self, identity: Identity, stage: Stage) -> Swarm:
+        """A node that was in the swarm before is patient: the network may be down yet, or the others."""
+        wait_s = _FIRST_WAIT_S
+        while True:
+            try:
+                return await self._starter.start(identity, self._settings, self._host, self._state, stage)
+            except UnreachableError as error:
+                if not self._starter.comes_back(identity, self._state):
+                    raise
+                logger.warning("%s. Trying again in %.0f s", error, wait_s)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
     def _hurry(self) -> None:
         if self._node is not None:

@@ -1,0 +1,98 @@
+"""A node that was in a swarm before waits until somebody of it answers; a newcomer is told at once that nobody does."""
+
+import asyncio
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, wait_until
+
+from dht.acquaintances import Acquaintances
+from dht.invite import Invite
+from dht.records import SwarmKeys
+from dht.swarm import found_swarm
+from expert_server.settings import NodeSettings
+from peer.identity import Identity
+from peer.loop import LoopThread
+from talkoot.console import LogFormat, Terminal
+from talkoot.links import free_ports
+from talkoot.node import run as node_run
+from talkoot.node.run import Origin, _NodeCommand
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+MANIFEST = 'name = "patient"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n'
+STATED = ("--host", HOST, "--threads", "1", "--state")
+
+
+@pytest.fixture(scope="module")
+def founder(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return Identity.load_or_create(tmp_path_factory.mktemp("founder") / "identity.key")
+
+
+def invite_of(founder: Identity, port: int) -> Invite:
+    address = f"/ip4/{HOST}/tcp/{port}/p2p/{founder.peer_id.to_base58()}"
+    return Invite(SwarmKeys("patient", founder.peer_id), (address,))
+
+
+def remember(invite: Invite, state: Path) -> None:
+    acquaintances = Acquaintances(state / "peers" / f"{invite.keys.swarm_id}.json")
+    acquaintances.meet(invite.bootstrap, time.time())
+    acquaintances.save()
+
+
+def test_a_newcomer_is_told_at_once(founder: Identity, tmp_path: Path) -> None:
+    (port,) = free_ports(HOST, 1)
+    invite = invite_of(founder, port)
+    other = Invite(SwarmKeys("another", founder.peer_id), invite.bootstrap)
+    remember(other, tmp_path)
+    ended = run("node", "--join", str(invite), *STATED, str(tmp_path))
+    assert_one_clear_line(ended, "no bootstrap address answers", "network")
+
+
+def test_who_was_there_waits_and_leaves_at_once_when_told(founder: Identity, tmp_path: Path) -> None:
+    (port,) = free_ports(HOST, 1)
+    invite = invite_of(founder, port)
+    remember(invite, tmp_path)
+    log = tmp_path / "node.log"
+    with subprocess.Popen(
+        command("node", "--join", str(invite), *STATED, str(tmp_path)), stderr=subprocess.PIPE
+    ) as process:
+        try:
+            wait_until(lambda: log.exists() and "Trying again in 4 s" in log.read_text(), "the second try")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(DEADLINE_S) == 128 + signal.SIGINT
+        finally:
+            process.kill()
+
+
+def test_it_comes_back_when_others_do(
+    loop: LoopThread, founder: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_run, "_FIRST_WAIT_S", 0.05)
+    (port,) = free_ports(HOST, 1)
+    invite = invite_of(founder, port)
+    remember(invite, tmp_path)
+    origin = Origin(None, str(invite), ()).swarm_starter()
+    terminal = Terminal(LogFormat.TEXT)
+    node = _NodeCommand(terminal, origin, NodeSettings(), HOST, tmp_path, None)
+    (tmp_path / "swarm.toml").write_text(MANIFEST)
+    joining = Identity.load_or_create(tmp_path / "identity.key")
+    found = Origin(tmp_path / "swarm.toml", None, ()).swarm_starter()
+    manifest = found.manifest
+    assert manifest is not None
+
+    async def scenario() -> None:
+        coming = asyncio.create_task(node._start_swarm(joining, lambda text: None))
+        await asyncio.sleep(0.5)
+        assert not coming.done()
+        other = await found_swarm(founder, manifest, listen=HOST, port=port)
+        try:
+            swarm = await asyncio.wait_for(coming, DEADLINE_S)
+            await swarm.stop()
+        finally:
+            await other.stop()
+
+    loop.run(scenario())
