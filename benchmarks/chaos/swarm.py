@@ -218,7 +218,7 @@ class ChaosSwarm:
     def faults(self) -> list[str]:
         """After `stop`: who ended otherwise than told, and what was an error to them."""
         found = [
-            f"{child.name} ended with exit status {child.exit_status}"
+            str(child.failure())
             for child in self._all
             if child not in self._killed and child.exit_status not in (0, _STOPPED_AT_START, _STOPPED_TRAINER)
         ]
