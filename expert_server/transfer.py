@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import grpc
 import torch
@@ -23,11 +22,12 @@ from expert_server.runtime import Runtime
 from expert_server.state_format import Checkpoint, from_bytes, to_bytes
 from peer import PROTOCOL_VERSION
 from peer.channels import ChannelPool
-from peer.errors import ExpertError, StateError, TransferError, UnreachableError
+from peer.downloads import SnapshotService
+from peer.errors import ExpertError, StateError, TransferError
 from peer.own_sessions import OwnSessions
 from peer.rates import Rate
 from peer.sessions import Metadata
-from peer.snapshots import Incoming, Snapshots, download
+from peer.snapshots import Incoming, Snapshots
 from peer.tunnel import Tunnels
 from peer.wire import state_pb2, state_pb2_grpc
 
@@ -161,14 +161,17 @@ class StateClient:
         self.counts = TransferCounts()
         self._down = down
         self._swarm_id = swarm_id
-        self._sessions = sessions
-        self._max_transfer_s = max_transfer_s
-        self._max_bytes = largest_state_bytes(manifest)
-        self._channels = ChannelPool(_CHANNELS, tunnels)
+        self._service = SnapshotService(
+            state_pb2_grpc.StateServiceStub,
+            ChannelPool(_CHANNELS, tunnels),
+            sessions,
+            partial(Incoming, largest_state_bytes(manifest), self._count_received),
+            open_s=_ASK_S,
+            limit_s=max_transfer_s,
+        )
 
     async def close(self) -> None:
-        await self._sessions.close()
-        await self._channels.close()
+        await self._service.close()
 
     async def fetch(self, node: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:
         """The expert's state at that node: now, or at the snapshot with this checksum.
@@ -176,15 +179,13 @@ class StateClient:
         Raises TransferError when it did not come, and StateError when what came is not that expert's whole state.
         Names, shapes and numbers are for the expert to check.
         """
+        request = state_pb2.FetchRequest(
+            protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, uid=str(uid), sha256=sha256
+        )
+        what = f"expert {uid} of {node.peer_id}"
         try:
-            async with asyncio.timeout(self._max_transfer_s):
-                incoming = await self._download(node, uid, sha256)
-                fetched = await asyncio.to_thread(self._open, incoming, uid)
-        except TimeoutError:
-            self.counts.failed += 1
-            raise TransferError(
-                f"expert {uid} did not come from {node.peer_id} within {self._max_transfer_s:.0f} s"
-            ) from None
+            incoming = await self._service.download(node, "Fetch", request, what, self._down)
+            fetched = await asyncio.to_thread(self._open, incoming, uid)
         except TransferError:
             self.counts.failed += 1
             raise
@@ -213,43 +214,14 @@ class StateClient:
         )
         session: Metadata = ()
         try:
-            stub, session = await self._stub(node)
+            stub, session = await self._service.stub(node)
             reply = await stub.Ask(request, timeout=_ASK_S, metadata=session)
         except (grpc.aio.AioRpcError, TransferError, ExpertError) as error:
-            self._sessions.ended(node.peer_id, session)  # it may be for that; the next time opens another
+            # it may be for that; the next time opens another
+            self._service.sessions.ended(node.peer_id, session)
             logger.debug("%s was asked in vain: %s", node.peer_id, error)
             return 0
         return min(int(reply.accepted), len(uids))
-
-    async def _stub(self, node: NodeInfo) -> tuple[Any, Metadata]:
-        """With what its calls carry. Raises TransferError, and ExpertError when the node opens no session."""
-        try:
-            channel = await self._channels.reach(node)
-        except UnreachableError as error:
-            raise TransferError(str(error)) from error
-        session = await self._sessions.metadata(node.peer_id, channel, _ASK_S)
-        return state_pb2_grpc.StateServiceStub(channel), session
-
-    async def _download(self, node: NodeInfo, uid: UID, sha256: bytes) -> Incoming:
-        session: Metadata = ()
-
-        async def begin(sha256: bytes, offset: int) -> Any:
-            nonlocal session
-            self._sessions.ended(
-                node.peer_id, session
-            )  # of the attempt before, which may have failed for that
-            stub, session = await self._stub(node)
-            request = state_pb2.FetchRequest(
-                protocol_version=PROTOCOL_VERSION,
-                swarm_id=self._swarm_id,
-                uid=str(uid),
-                sha256=sha256,
-                offset=offset,
-            )
-            return stub.Fetch(request, timeout=self._max_transfer_s, metadata=session)
-
-        what = f"expert {uid} of {node.peer_id}"
-        return await download(begin, self._max_bytes, self._down, self._count_received, what, sha256)
 
     def _count_received(self, size: int) -> None:
         self.counts.bytes_received += size

@@ -1,7 +1,4 @@
-"""Snapshots of trained state on their way between peers: what they are, their bytes in chunks, and a checksum over all.
-
-Whoever was cut off goes on where it was, as long as the other keeps the snapshot.
-"""
+"""Snapshots of trained state on their way between peers: what they are, their bytes in chunks, their checksum."""
 
 import asyncio
 import hashlib
@@ -10,20 +7,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterab
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
-from grpc import StatusCode
 
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
-from peer.errors import ExpertError, StateError, TransferError
+from peer.errors import StateError
 from peer.rates import Rate
 from peer.wire import state_pb2
 
-_ATTEMPTS = 5
-"""How often a download is begun or resumed."""
-_BUSY_ATTEMPTS = 20
-"""How often it is tried at a peer that others keep busy."""
-_BACKOFF_S = 0.2
-"""Before the second attempt; it doubles with each, up to eight times."""
-_STALL_S = 30.0
+STALL_S = 30.0
 """Longest that the next message may take."""
 _CHUNK_S = 20.0
 """Longest that a receiver may take to read one chunk."""
@@ -130,51 +120,6 @@ class Incoming:
         return self.header, bytes(self._data)
 
 
-Begin = Callable[[bytes, int], Awaitable[Any]]
-"""Starts the call that gives the snapshot with this checksum (empty: as it is now), from this offset on. May raise
-ExpertError, such as when the other opens no session."""
-
-
-async def download(
-    begin: Begin, max_bytes: int, down: Rate, count: Callable[[int], None], what: str, sha256: bytes = b""
-) -> Incoming:
-    """Begins, and goes on where it was cut off, while the other keeps the snapshot. The caller sets the time limit.
-
-    `what`: for errors, such as "expert 0.1.2 of node Qm…". Raises TransferError, and StateError when what came can't be
-    right.
-    """
-    incoming = Incoming(max_bytes, count)
-    attempts = busy = 0
-    while True:
-        try:
-            await _receive(begin, incoming, down, what, sha256)
-            reason = "the stream ended early"
-        except (grpc.aio.AioRpcError, ExpertError) as error:
-            status = error.status if isinstance(error, ExpertError) else error.code()
-            reason = f"{status.name}: {error if isinstance(error, ExpertError) else error.details()}"
-            busy += status is StatusCode.RESOURCE_EXHAUSTED
-            if status is StatusCode.FAILED_PRECONDITION and incoming.header and not sha256:
-                incoming = Incoming(max_bytes, count)  # the snapshot is gone, as after a restart: begin anew
-            elif status not in _PASSING:
-                raise TransferError(f"{what} was not given: {reason}", True) from error
-        if incoming.is_whole:
-            return incoming
-        attempts += 1
-        if attempts - busy >= _ATTEMPTS or busy >= _BUSY_ATTEMPTS:
-            raise TransferError(f"{what} did not come: {reason}", answered=busy > 0)
-        await asyncio.sleep(_BACKOFF_S * 2 ** min(attempts - 1, 3))
-
-
-async def _receive(begin: Begin, incoming: Incoming, down: Rate, what: str, sha256: bytes) -> None:
-    call = await begin(incoming.header.sha256 if incoming.header is not None else sha256, incoming.offset)
-    try:
-        await receive(call, incoming, down, sha256)
-    except TimeoutError:
-        raise TransferError(f"{what} stalled on its way for {_STALL_S:.0f} s") from None
-    finally:
-        call.cancel()
-
-
 async def receive(
     call: Any,
     incoming: Incoming,
@@ -198,7 +143,7 @@ async def receive(
 
 async def in_time(message: Awaitable[M]) -> M:
     """The next message. Raises TimeoutError when it stalls."""
-    async with asyncio.timeout(_STALL_S):
+    async with asyncio.timeout(STALL_S):
         return await message
 
 
@@ -221,15 +166,3 @@ async def written(write: Callable[[Any], Any], message: Any) -> None:
     """Raises TimeoutError when the receiver does not read on."""
     async with asyncio.timeout(_CHUNK_S):
         await write(message)
-
-
-_PASSING = {
-    StatusCode.UNAUTHENTICATED,  # the session had ended: the next attempt opens another
-    StatusCode.UNAVAILABLE,
-    StatusCode.RESOURCE_EXHAUSTED,
-    StatusCode.DEADLINE_EXCEEDED,
-    StatusCode.CANCELLED,
-    StatusCode.INTERNAL,
-    StatusCode.UNKNOWN,
-}
-"""Of a download that is worth another attempt."""

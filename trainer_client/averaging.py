@@ -21,14 +21,15 @@ from dht.participants import TrainerInfo
 from dht.registry import Registry
 from peer import PROTOCOL_VERSION
 from peer.channels import SERVER_OPTIONS, ChannelPool, server_credentials
+from peer.downloads import SnapshotService
 from peer.errors import ExpertError, PortError, StateError, TransferError, UnreachableError
 from peer.host import require_free_port
 from peer.identity import Identity
 from peer.meetings import freshest_first, most_believed
 from peer.own_sessions import OwnSessions
 from peer.rates import Rate
-from peer.sessions import Metadata, Sessions, SessionServicer
-from peer.snapshots import Incoming, chunked, download, receive
+from peer.sessions import Sessions, SessionServicer
+from peer.snapshots import Incoming, chunked, receive
 from peer.tunnel import Tunnels
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc
 from trainer_client.dense import DenseForm
@@ -90,10 +91,16 @@ class Averaging:
         self._look_every_s = look_every_s
         self._deadline_s = deadline_s
         self._rng = rng or random.SystemRandom()
-        self._channels = ChannelPool(_MAX_CALLS, tunnels)
+        self._service = SnapshotService(
+            dense_pb2_grpc.DenseServiceStub,
+            ChannelPool(_MAX_CALLS, tunnels),
+            own_sessions,
+            self.meeting.incoming,
+            open_s=min(deadline_s, _OPEN_S),
+            limit_s=deadline_s,
+        )
         self._servicer = DenseServicer(self.meeting, identity.peer_id, sessions, deadline_s)
         self.sessions = sessions
-        self._own_sessions = own_sessions
         self._server: grpc.aio.Server | None = None
         self._stepped = asyncio.Event()
         self._rested_at = 0.0
@@ -139,8 +146,7 @@ class Averaging:
         await self._servicer.close()
         if self._server is not None:
             await self._server.stop(None)
-        await self._own_sessions.close()
-        await self._channels.close()
+        await self._service.close()
 
     async def look(self) -> None:
         """Finds those that train the same. Raises UnreachableError."""
@@ -185,29 +191,11 @@ class Averaging:
 
     async def _take(self, partner: TrainerInfo, most: int) -> int:
         """Gives its age, `most` at most."""
-        session: Metadata = ()
-
-        async def begin(sha256: bytes, offset: int) -> Any:
-            nonlocal session
-            self._own_sessions.ended(
-                partner.peer_id, session
-            )  # of the attempt before, which may have failed for that
-            stub, session = await self._stub(partner)
-            request = dense_pb2.TakeRequest(
-                protocol_version=PROTOCOL_VERSION,
-                swarm_id=self.form.swarm_id,
-                fingerprint=self.form.fingerprint,
-                sha256=sha256,
-                offset=offset,
-            )
-            return stub.Take(request, timeout=self._deadline_s, metadata=session)
-
-        what, count = f"the dense part of {partner.peer_id}", self.meeting.count_received
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                incoming = await download(begin, self.form.max_bytes, Rate(None), count, what)
-        except TimeoutError:
-            raise TransferError(f"{what} did not come in {self._deadline_s:.0f} s") from None
+        request = dense_pb2.TakeRequest(
+            protocol_version=PROTOCOL_VERSION, swarm_id=self.form.swarm_id, fingerprint=self.form.fingerprint
+        )
+        what = f"the dense part of {partner.peer_id}"
+        incoming = await self._service.download(partner, "Take", request, what, Rate(None))
         mine = await asyncio.to_thread(self.part.read)
         theirs = await self.meeting.look_through(mine, incoming)
         age = min(theirs.age, most)
@@ -217,7 +205,10 @@ class Averaging:
     async def _exchange(self, partner: TrainerInfo, mine: Snapshot) -> Incoming:
         """What came, not yet looked through."""
         began = self.meeting.clock()
-        stub, session = await self._stub(partner)
+        try:
+            stub, session = await self._service.stub(partner)
+        except ExpertError as error:
+            raise TransferError(f"{partner.peer_id} opens no session: {error}") from error
         call = stub.Exchange(timeout=self._deadline_s, metadata=session)
         accepted = asyncio.Event()
         sending = asyncio.create_task(self._send(call, mine, partner.peer_id, accepted))
@@ -227,7 +218,7 @@ class Averaging:
                 await receive(call, incoming, Rate(None), begun=accepted.set)
         except grpc.aio.AioRpcError as error:
             if error.code() is StatusCode.UNAUTHENTICATED:
-                self._own_sessions.ended(partner.peer_id, session)  # the next time opens another
+                self._service.sessions.ended(partner.peer_id, session)  # the next time opens another
             if error.code() is StatusCode.RESOURCE_EXHAUSTED:
                 raise ExpertError(error.code(), f"{partner.peer_id} averages with another") from error
             reason = f"{error.code().name}: {error.details()}"[:500]
@@ -255,19 +246,6 @@ class Averaging:
             await call.write(dense_pb2.ExchangeRequest(chunk=chunk))
             self.counts.bytes_sent += len(chunk)
         await call.done_writing()
-
-    async def _stub(self, partner: TrainerInfo) -> tuple[Any, Metadata]:
-        """With what its calls carry. Raises TransferError when the other can't be reached or opens no session."""
-        try:
-            channel = await self._channels.reach(partner)
-            session = await self._own_sessions.metadata(
-                partner.peer_id, channel, min(self._deadline_s, _OPEN_S)
-            )
-        except UnreachableError as error:
-            raise TransferError(str(error)) from error
-        except ExpertError as error:
-            raise TransferError(f"{partner.peer_id} opens no session: {error}") from error
-        return dense_pb2_grpc.DenseServiceStub(channel), session
 
     async def _look_around(self) -> None:
         """Soon again at first, when others may be about to come."""

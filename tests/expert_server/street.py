@@ -79,7 +79,7 @@ class Street:
         return runtime
 
     async def stub(self) -> InSession:
-        return InSession(*await self.client._stub(self.node))
+        return InSession(*await self.client._service.stub(self.node))
 
     def follow(self, hint: Hint) -> int:
         self.hints.append(hint)
@@ -102,7 +102,7 @@ def playing(
 ) -> Callable[[Scenario], None]:
     """Plays a scenario in a street of its own, with small chunks and short waits."""
     monkeypatch.setattr("peer.snapshots.CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr("peer.snapshots._BACKOFF_S", 0.01)
+    monkeypatch.setattr("peer.downloads._BACKOFF_S", 0.01)
 
     def run(scenario: Scenario) -> None:
         async def with_street() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from grpc import StatusCode
 from street import CHUNK, SWARM, Replies, Scenario, Street, header_of, packed, playing, read_all
 
 from expert_server.hints import Hint
-from peer import PROTOCOL_VERSION, snapshots
+from peer import PROTOCOL_VERSION, downloads, snapshots
 from peer.errors import StateError, TransferError
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -137,11 +138,12 @@ def test_a_fetch_that_stalls_ends_in_time(
             await asyncio.Event().wait()
 
         await street.serve(Liar(stall))
-        street.client._max_transfer_s = 0.5
+        service = street.client._service
+        street.client._service = replace(service, limit_s=0.5)
         with pytest.raises(TransferError, match="within"):
             await street.client.fetch(street.node, AN_UID)
-        monkeypatch.setattr("peer.snapshots._STALL_S", 0.3)
-        street.client._max_transfer_s = 20
+        monkeypatch.setattr("peer.snapshots.STALL_S", 0.3)
+        street.client._service = service
         with pytest.raises(TransferError, match="stalled"):
             await street.client.fetch(street.node, AN_UID)
 
@@ -207,7 +209,7 @@ def test_after_a_restart_of_the_server_a_fetch_begins_anew(
                     await street.host(after)
                 raise
 
-        monkeypatch.setattr(snapshots, "receive", receive_and_restart)  # cuts a real call
+        monkeypatch.setattr(downloads, "receive", receive_and_restart)  # cuts a real call
         fetched = await street.client.fetch(street.node, AN_UID)
         assert len(liar.requests) == 1
         assert fetched.checkpoint.update_count == 3

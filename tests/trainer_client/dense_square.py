@@ -127,7 +127,7 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch) -> Play:
-    monkeypatch.setattr("peer.snapshots._BACKOFF_S", 0.01)
+    monkeypatch.setattr("peer.downloads._BACKOFF_S", 0.01)
 
     def run(scenario: Scenario) -> None:
         async def on_a_square() -> None:

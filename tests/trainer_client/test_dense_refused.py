@@ -146,7 +146,7 @@ def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
         one = await square.trainer(trained(make_model(), 1), 10)
         before = one.part.read().tensors
         dying = await square.trainer(trained(make_model(), 2), 10)
-        stub, session = await dying._stub(square.info(one))
+        stub, session = await dying._service.stub(square.info(one))
         call = stub.Exchange(timeout=10, metadata=session)
         snapshot = await dying.meeting.snapshot()
         offer = dense_pb2.DenseOffer(
@@ -168,12 +168,12 @@ def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
 
 def test_a_caller_that_stalls_is_let_go_and_left_alone(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or it would keep others from meeting this trainer."""
-    monkeypatch.setattr("peer.snapshots._STALL_S", 0.2)
+    monkeypatch.setattr("peer.snapshots.STALL_S", 0.2)
 
     async def scenario(square: Square) -> None:
         one = await square.trainer(make_model(), 10)
         slow = await square.trainer(make_model(), 10)
-        stub, session = await slow._stub(square.info(one))
+        stub, session = await slow._service.stub(square.info(one))
         call = stub.Exchange(timeout=10, metadata=session)
         offer = dense_pb2.DenseOffer(
             protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, fingerprint=slow.form.fingerprint,
@@ -207,7 +207,7 @@ def test_others_calls_are_checked_before_they_cost_anything(play: Play) -> None:
     async def scenario(square: Square) -> None:
         one = await square.trainer(make_model(), 10)
         other = await square.trainer(make_model(), 10)
-        stub, session = await other._stub(square.info(one))
+        stub, session = await other._service.stub(square.info(one))
         header = (await other.meeting.snapshot()).header()
         right = dense_pb2.DenseOffer(
             protocol_version=PROTOCOL_VERSION, swarm_id=SWARM,
