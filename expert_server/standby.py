@@ -48,8 +48,6 @@ class Standby:
         self._client = client
         self._clock = clock
         self._copied_at: dict[UID, float] = {}
-        self._form = weightless_block(swarm.manifest)
-        self._moments = moments_of(swarm.manifest.optimizer)
 
     async def run(self) -> None:
         """For ever; ends at once when it shall keep none."""
@@ -105,4 +103,6 @@ class Standby:
 
     def _check(self, uid: UID, checkpoint: Checkpoint) -> None:
         """Raises StateError."""
-        check_state(uid, checkpoint.state, checkpoint.update_count, self._form, self._moments)
+        manifest = self._swarm.manifest
+        block, moments = weightless_block(manifest), moments_of(manifest.optimizer)
+        check_state(uid, checkpoint.state, checkpoint.update_count, block, moments)
