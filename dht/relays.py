@@ -1,6 +1,8 @@
-"""Which peers of a swarm can be relays for one that others can't connect to."""
+"""Which peers of a swarm can be relays for one that others can't connect to, and how long they are waited for."""
 
+import asyncio
 import random
+from contextlib import suppress
 
 from dht.participants import NodeInfo
 from dht.registry import Registry
@@ -10,6 +12,9 @@ from peer.multiaddresses import is_public, is_relayed
 
 _SAMPLED = 24
 """DHT peers of which it is looked whether they are nodes that could be asked, or relays."""
+_RELAY_S = 15.0
+"""How long a relay is waited for before the peer goes on without, and looks again later."""
+_LOOK_S = 0.2
 _FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 30.0, 480.0
 
 
@@ -57,3 +62,15 @@ async def find_relays(host: Host, registry: Registry, rng: random.Random, most: 
     by_peer = {address.rpartition("/p2p/")[2]: address for address in usable}
     by_peer.pop(host.peer_id.to_base58(), None)
     return rng.sample(list(by_peer.values()), min(most, len(by_peer)))
+
+
+async def relayed_addresses(host: Host) -> tuple[str, ...]:
+    """By which relays others reach this peer, at most 8. Waits a while for the first that lets itself be used."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_RELAY_S):
+            while True:  # p2pd tells of no change
+                with suppress(UnreachableError):
+                    if relayed := tuple(filter(is_relayed, await host.tunnel_addresses())):
+                        return relayed
+                await asyncio.sleep(_LOOK_S)
+    return ()

@@ -1,14 +1,13 @@
 """Keeps a node reached: lets others dial it back, and gets it relays when they can't."""
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
 from collections.abc import Callable, Sequence
 
 from dht.participants import NodeInfo, Reachability
-from dht.relays import RelayPatience, find_relays, some_nodes
+from dht.relays import RelayPatience, find_relays, relayed_addresses, some_nodes
 from dht.swarm import Stage, Swarm
 from expert_server.probing import call_dial_back
 from expert_server.reachability import DialledPorts, Judgement, Reach, advice, judge
@@ -21,9 +20,6 @@ logger = logging.getLogger(__name__)
 
 _ASKED = 3
 _RELAYS = 4
-_RELAY_S = 15.0
-"""How long a relay is waited for before the node goes on, and looks again at its next announcement."""
-_LOOK_S = 0.2
 _UNANSWERED = 2
 """Rounds without an answer, after which a machine with a private address takes itself for hidden."""
 _ASK_S = 20.0
@@ -170,10 +166,8 @@ class Reaching:
             self._patience.begin_anew()
         if relays or host.position.serves_dht:
             await self._move(False, relays)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_RELAY_S if relays else 0):
-                while not await host.tunnel_addresses():  # noqa: ASYNC110  # p2pd tells of no change
-                    await asyncio.sleep(_LOOK_S)
+        if relays:
+            await relayed_addresses(host)
 
     async def _dials(self) -> Sequence[DialledPorts]:
         some = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)

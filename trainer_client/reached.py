@@ -1,22 +1,16 @@
 """How other trainers reach one whose router lets nobody in: by relays, which are looked after."""
 
-import asyncio
-import contextlib
 import logging
 import random
 import time
 from collections.abc import Callable
 
-from dht.relays import RelayPatience, find_relays
+from dht.relays import RelayPatience, find_relays, relayed_addresses
 from dht.swarm import Swarm
 from peer.errors import DaemonError, UnreachableError
 from peer.multiaddresses import is_public, is_relayed, multiaddress
 
 logger = logging.getLogger(__name__)
-
-_RELAY_S = 15.0
-"""How long a relay is waited for before training goes on without."""
-_LOOK_S = 0.2
 
 
 def is_hidden(host: str) -> bool:
@@ -71,9 +65,4 @@ class Relayed:
         except DaemonError as error:  # the host tries again
             logger.warning("could not take relays: %s", error)
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_RELAY_S):
-                while not self.addresses:
-                    await asyncio.sleep(_LOOK_S)
-                    with contextlib.suppress(UnreachableError):
-                        self.addresses = tuple(filter(is_relayed, await host.tunnel_addresses()))
+        self.addresses = await relayed_addresses(host)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+import dht.relays
 from dht.participants import Reachability
-from expert_server import reaching as module
 from expert_server.probing import DialledBack
 from expert_server.reachability import DialledPorts
 from expert_server.reaching import Reaching
@@ -55,11 +55,6 @@ async def after_rounds(rounds: int, host: LonelyHost, address: str) -> Reaching:
     for _ in range(rounds - 1):
         await reaching.check()
     return reaching
-
-
-@pytest.fixture(scope="module")
-def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "key")
 
 
 def test_a_private_address_and_a_public_peer_are_enough_to_go_behind_relays(identity: Identity) -> None:
@@ -115,7 +110,7 @@ class HostWithoutEntrance(LonelyHost):
 def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
     identity: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_RELAY_S", 0.01)
+    monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
     host = HostWithoutEntrance(identity.peer_id, (PUBLIC,))
     swarm: Any = SimpleNamespace(host=host, registry=SimpleNamespace(nodes=nobody))
     every_ten_s = itertools.count(0.0, 10.0).__next__

@@ -12,6 +12,7 @@ from dense_square import Play, Square, assert_one, identities, play
 from hivemind.p2p import PeerID
 from test_dense import make_model, trained
 
+import dht.relays
 from dht.participants import read_trainer
 from peer.tunnel import Pipe, Tunnels
 from peer.wire import records_pb2
@@ -125,7 +126,7 @@ def swarm(monkeypatch: pytest.MonkeyPatch) -> FakeSwarm:
         return [RELAY] * most
 
     monkeypatch.setattr(reached, "find_relays", find_relays)
-    monkeypatch.setattr(reached, "_LOOK_S", 0.001)
+    monkeypatch.setattr(dht.relays, "_LOOK_S", 0.001)
     return FakeSwarm()
 
 
@@ -150,7 +151,7 @@ def test_other_relays_are_taken_after_half_a_minute_without_one(
     async def scenario() -> None:
         relayed = Relayed(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
         await relayed.begin(1)
-        monkeypatch.setattr(reached, "_RELAY_S", 0.01)
+        monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
         swarm.finds = False
         for moves in (1, 1, 1, 2):
             await relayed.look()
@@ -167,7 +168,7 @@ def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
     swarm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        monkeypatch.setattr(reached, "_RELAY_S", 0.01)
+        monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
         swarm.finds = False
         relayed = Relayed(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
         await relayed.begin(1)
