@@ -1,4 +1,4 @@
-"""Shared by all tests: one event loop for everything that uses the network, and one torch thread."""
+"""Shared by all tests: one event loop for everything that uses the network, one torch thread, and two peers' keys."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from peer.identity import Identity
 from peer.loop import LoopThread
 
 settings.register_profile("talkoot", deadline=None, derandomize=True, print_blob=True)
@@ -32,3 +33,13 @@ def loop() -> Iterator[LoopThread]:
     thread = LoopThread()
     yield thread
     thread.close()
+
+
+@pytest.fixture(scope="session")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "peer.key")
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return Identity.load_or_create(tmp_path_factory.mktemp("other") / "peer.key")

@@ -1,4 +1,4 @@
-"""A record as hivemind hands it to the validator, whose clock stands still; two peers and a swarm's keys."""
+"""A record as hivemind hands it to the validator, whose clock stands still; and a swarm's keys."""
 
 import pytest
 from hivemind.dht.routing import DHTID
@@ -17,16 +17,6 @@ NOW = 1_800_000_000.0
 EXPIRES_AT = NOW + 30.0
 UID_HERE = UID(1, (2, 3))
 VALIDATOR = RecordValidator(lambda: NOW)
-
-
-@pytest.fixture(scope="module")
-def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "peer.key")
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return Identity.load_or_create(tmp_path_factory.mktemp("other") / "peer.key")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
-from record_samples import EXPIRES_AT, NOW, VALIDATOR, identity, keys, refused, stored
+from record_samples import EXPIRES_AT, NOW, VALIDATOR, keys, refused, stored
 
 from dht.records import (
     CLOCK_TOLERANCE_S,
@@ -17,7 +17,7 @@ from dht.records import (
 from dht.shards import shards_of
 from peer.identity import Identity
 
-__all__ = ["identity", "keys"]
+__all__ = ["keys"]
 
 
 def test_an_index_entry_under_a_wrong_key_is_refused(identity: Identity, keys: SwarmKeys) -> None:

@@ -10,7 +10,7 @@ from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from record_samples import EXPIRES_AT, NOW, UID_HERE, VALIDATOR, identity, keys, other, refused, stored
+from record_samples import EXPIRES_AT, NOW, UID_HERE, VALIDATOR, keys, refused, stored
 
 from dht.records import (
     CLOCK_TOLERANCE_S,
@@ -29,7 +29,7 @@ from peer.errors import RecordError, WireError
 from peer.identity import Identity
 from peer.wire import records_pb2
 
-__all__ = ["identity", "keys", "other"]
+__all__ = ["keys"]
 
 
 def announcement(key: str, expires_at: float = EXPIRES_AT) -> records_pb2.RecordPayload:

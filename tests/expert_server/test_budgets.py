@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from callers import new_identity
 from edge import FIRST, MANIFEST, ROWS, Call, Edge, Runner, make, running
 from grpc import StatusCode
 from hypothesis import given
@@ -84,11 +83,6 @@ def test_when_to_come_back_is_told() -> None:
 
 
 # Over a socket
-
-
-@pytest.fixture(scope="module")
-def identity() -> Identity:
-    return new_identity()
 
 
 @pytest.fixture

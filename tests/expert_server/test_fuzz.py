@@ -14,7 +14,7 @@ import grpc
 import psutil
 import pytest
 import torch
-from callers import a_caller, new_identity
+from callers import a_caller
 from edge import (
     FIRST,
     SECOND,
@@ -37,11 +37,6 @@ from peer.wire import admission_pb2, expert_pb2, probe_pb2, session_pb2, state_p
 Frames = list[bytes]
 GROWTH_BYTES = 48 * 2**20
 """Of the process, which holds caller and server: less than 5 KB for each of 10,000 calls."""
-
-
-@pytest.fixture(scope="module")
-def identity() -> Identity:
-    return new_identity()
 
 
 @pytest.fixture

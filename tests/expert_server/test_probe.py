@@ -77,11 +77,6 @@ def request(sent: int = 0, wanted: int = 0, swarm_id: str = SWARM) -> Request:
     )
 
 
-@pytest.fixture(scope="module")
-def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "key")
-
-
 Play = Callable[[Callable[[Peers], Coroutine[Any, Any, None]], ProbeLimits], None]
 
 

@@ -39,11 +39,6 @@ from peer.loop import LoopThread
 from peer.wire import expert_pb2
 
 
-@pytest.fixture(scope="module")
-def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "peer.key")
-
-
 @pytest.fixture
 def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
     with running(loop, identity, caplog) as runner:

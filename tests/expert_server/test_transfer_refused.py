@@ -21,11 +21,6 @@ from peer.loop import LoopThread
 from peer.wire import state_pb2, state_pb2_grpc
 
 
-@pytest.fixture(scope="module")
-def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "a.key")
-
-
 @pytest.fixture
 def play(loop: LoopThread, identity: Identity, monkeypatch: pytest.MonkeyPatch) -> Callable[[Scenario], None]:
     return playing(loop, identity, monkeypatch)

@@ -16,16 +16,6 @@ from peer.errors import RecordError, StartError
 from peer.identity import TLS_NAME, Identity, certificate_pem, peer_id_of, verify
 
 
-@pytest.fixture(scope="module")
-def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "peer.key")
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return Identity.load_or_create(tmp_path_factory.mktemp("other") / "peer.key")
-
-
 def test_peer_id_is_the_one_that_hivemind_reads_from_the_file(identity: Identity) -> None:
     assert identity.peer_id == PeerID.from_identity(identity.path.read_bytes())
     assert peer_id_of(identity.public_key) == identity.peer_id
