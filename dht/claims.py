@@ -1,8 +1,13 @@
 """How long experts have been claimed: who claims one for ever, and never serves it, keeps nobody from serving it."""
 
-from hivemind.p2p import PeerID
+from __future__ import annotations  # hivemind is slow to import, and settings need the number alone
+
+from typing import TYPE_CHECKING
 
 from dht.uid import UID
+
+if TYPE_CHECKING:
+    from hivemind.p2p import PeerID
 
 MAX_CLAIM_S = 1800.0
 """A claim that lasts longer is ignored, unless told otherwise. Building many large experts from their checkpoints

@@ -17,11 +17,11 @@ from dht.membership import Membership
 from dht.records import RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry
 from dht.revocations import Revocations
+from peer.bounds import StoreBounds
 from peer.denylist import Denylist
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
-from peer.store import StoreBounds
 from peer.wire import admission_pb2
 
 logger = logging.getLogger(__name__)

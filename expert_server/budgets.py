@@ -13,6 +13,7 @@ from grpc import StatusCode
 
 from dht.uid import UID
 from expert_server.batching import Direction
+from expert_server.settings import NodeSettings
 from peer.errors import ExpertError
 
 _BURST_S = 5.0
@@ -30,6 +31,14 @@ class BudgetLimits:
     """Optimizer steps that its calls cause, of all experts together."""
     expert_updates_per_hour: float | None = None
     """Optimizer steps of one expert."""
+
+    @classmethod
+    def of(cls, settings: NodeSettings) -> "BudgetLimits":
+        return cls(
+            settings.caller_rows_per_s,
+            settings.caller_updates_per_s,
+            settings.caller_expert_updates_per_hour,
+        )
 
 
 @dataclass

@@ -13,10 +13,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from expert_server.settings import PrecisionSetting
 from peer.errors import SettingsError, StartError
 
 Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
-PrecisionSetting: TypeAlias = Literal["auto", "fp32", "tf32", "bf16"]
 
 _AMPERE = (8, 0)  # the first GPUs that compute in bfloat16
 

@@ -18,6 +18,7 @@ from dht.swarm import Stage, Swarm
 from dht.uid import UID
 from expert_server.allocator import return_freed_memory
 from expert_server.blocks import builder_of
+from expert_server.budgets import BudgetLimits
 from expert_server.checkpoints import Checkpoints, CheckpointStore
 from expert_server.contribution import Account, Contribution
 from expert_server.describing import Description
@@ -110,7 +111,9 @@ class Node:
             settings, swarm.manifest, self.hosting.capacity, kept_bytes
         )
         self._stopping = self._drained = False
-        limits = EdgeLimits(settings.max_call_bytes, settings.max_call_s, kept_bytes, budget=settings.budget)
+        limits = EdgeLimits(
+            settings.max_call_bytes, settings.max_call_s, kept_bytes, budget=BudgetLimits.of(settings)
+        )
         self._door = Doorkeeper(swarm, state, settings.max_sessions, now)
         self.sessions = self._door.sessions
         self._servicer = ExpertServicer(

@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
 from dht.claims import MAX_CLAIM_S
-from expert_server.budgets import BudgetLimits
-from expert_server.devices import PrecisionSetting
 from expert_server.schedule import Schedule
+from peer.bounds import StoreBounds
 from peer.settings import Denied, DenylistPath, MetricsHost, MetricsPort, PeerName, RoleSettings
-from peer.store import StoreBounds
+
+PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
 
@@ -59,7 +59,7 @@ class NodeSettings(RoleSettings):
         default=None,
         min_length=1,
         max_length=253,
-        description="address to listen on and to announce; unset: this machine's first",
+        description="IP address to listen on and to announce; unset: this machine's first",
     )
     name: PeerName | None = Field(
         default=None, description="what the swarm's dashboards call this node; unset: no name"
@@ -107,7 +107,9 @@ class NodeSettings(RoleSettings):
     )
     metrics_host: MetricsHost = "127.0.0.1"
     metrics_port: MetricsPort = 0
-    state: Path | None = Field(default=None, description="folder of the node's identity and state")
+    state: Path | None = Field(
+        default=None, description="folder of the node's identity and state; one process at a time uses it"
+    )
     replicas: int = Field(
         default=2,
         ge=1,
@@ -173,21 +175,26 @@ class NodeSettings(RoleSettings):
     device: str = Field(
         default="auto",
         max_length=200,
-        description="auto, cpu, cuda, cuda:N, mps, or several with commas; auto: all CUDA GPUs, else MPS, else the CPU",
+        description="devices to compute on: auto, cpu, cuda, cuda:1, mps, or several with commas; auto: all CUDA GPUs, "
+        "else MPS, else the CPU",
     )
     precision: PrecisionSetting = Field(
         default="auto",
         description="of the experts' computing; auto: bf16 on CUDA GPUs that have it, else fp32",
     )
     threads: int | None = Field(
-        default=None, ge=1, le=1024, description="torch threads, at most one for each core; unset: so many"
+        default=None,
+        ge=1,
+        le=1024,
+        description="torch threads, at most one for each core; unset: one for each core",
     )
     memory: Annotated[int, BeforeValidator(parse_bytes)] | None = Field(
         default=None,
         ge=1,
         le=2**50,
-        description="most that experts with their optimizers, kept forward passes and waiting rows take, in bytes "
-        "or as 2GB, 512MiB; it lowers `experts`, `spare`, `max_kept_bytes` and `max_queued_rows`; unset: no bound",
+        description="most that experts with their optimizers, kept forward passes and waiting rows take, by lowering "
+        "`experts`, `spare`, `max_kept_bytes` and `max_queued_rows`: in bytes, or such as 2GB or 512MiB; "
+        "unset: no bound",
     )
     upload_mbit: float | None = Field(
         default=None,
@@ -332,13 +339,6 @@ class NodeSettings(RoleSettings):
         if self.announce_grpc_port and not self.grpc_port:
             raise ValueError("grpc_port must be given too: a port is forwarded to it")
         return self
-
-    @property
-    def budget(self) -> BudgetLimits:
-        """Of each caller."""
-        return BudgetLimits(
-            self.caller_rows_per_s, self.caller_updates_per_s, self.caller_expert_updates_per_hour
-        )
 
     @property
     def store_bounds(self) -> StoreBounds:

@@ -15,13 +15,14 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 
+from peer.bounds import StoreBounds
 from peer.daemon import P2PD_ERRORS, START_DEADLINE_S, Daemon, Position, start_daemon, start_dht
 from peer.errors import DaemonError, PortError, UnreachableError, UserError
 from peer.greeting import Greeting, check_greetings, greet
 from peer.identity import Identity
 from peer.multiaddresses import is_public, is_relayed, tcp_endpoint
 from peer.processes import sweep_dead_sockets
-from peer.store import StoreBounds, StoreCounts
+from peer.store import StoreCounts
 from peer.tunnel import Pipe, Tunnels
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from talkoot.commands.evaluate import evaluate
 from talkoot.commands.generate import generate
 from talkoot.commands.invite import invite
 from talkoot.commands.node import node
+from talkoot.commands.options import DashboardCommand, NodeCommand, TrainerCommand
 from talkoot.commands.service import service
 from talkoot.commands.status import status
 from talkoot.commands.steer import logs, pause, resume, stop
@@ -82,17 +83,17 @@ def _talkoot(
         typer.echo(WELCOME)
 
 
-app.command()(node)
-app.command()(train)
+app.command(cls=NodeCommand)(node)
+app.command(cls=TrainerCommand)(train)
 app.command()(status)
-app.command()(dashboard)
+app.command(cls=DashboardCommand)(dashboard)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="[NODE OPTIONS]",
 )(doctor)
 app.command()(demo)
-app.command()(generate)
-app.command()(evaluate)
+app.command(cls=TrainerCommand)(generate)
+app.command(cls=TrainerCommand)(evaluate)
 app.command()(pause)
 app.command()(resume)
 app.command()(stop)

@@ -4,7 +4,19 @@ with SwarmClient.join(invite) as swarm:
     layer = swarm.mixture(layer=0)  # an nn.Module from [..., D] to [..., D]
 """
 
-from trainer_client.client import SwarmClient
-from trainer_client.moe import RemoteMixtureOfExperts
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __all__ = ["RemoteMixtureOfExperts", "SwarmClient"]
+
+if TYPE_CHECKING:
+    from trainer_client.client import SwarmClient
+    from trainer_client.moe import RemoteMixtureOfExperts
+else:
+    _HOMES = {"SwarmClient": "trainer_client.client", "RemoteMixtureOfExperts": "trainer_client.moe"}
+
+    def __getattr__(name: str) -> object:
+        """Imports torch and hivemind, which take seconds, only for who uses them."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)

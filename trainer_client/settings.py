@@ -41,14 +41,17 @@ class TrainerSettings(RoleSettings):
     env_prefix: ClassVar[str] = "TALKOOT_TRAIN_"
 
     data: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
-        default=(), description="text files, folders and globs; none: the help in Python itself"
+        default=(),
+        description="text, .jsonl and .parquet files, folders of them, and globs; unset: Python's own help",
     )
     field: str = Field(default="text", description="which field of .jsonl and .parquet files is the text")
     validation_share: float = Field(
         default=0.1, gt=0, lt=1, description="part of the text, its last, that is kept to validate on"
     )
     tokenizer: str = Field(
-        default="bytes", min_length=1, description="bytes; bpe, byte pairs learned from the data; or a file"
+        default="bytes",
+        min_length=1,
+        description="what makes tokens: bytes; bpe, byte pairs learned from the data; or a tokenizer.json",
     )
     vocabulary: int = Field(
         default=4096, ge=257, le=65536, description="tokens that bpe learns, 256 of them bytes"
@@ -247,7 +250,9 @@ class TrainerSettings(RoleSettings):
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
     )
-    state: Path | None = Field(default=None, description="folder of the trainer's identity and state")
+    state: Path | None = Field(
+        default=None, description="folder of the trainer's identity and state; one process at a time uses it"
+    )
 
     @model_validator(mode="before")
     @classmethod

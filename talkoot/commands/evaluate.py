@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from talkoot.commands.options import Checkpoint, Join, State, TextField, Threads, WaitForExperts, command
+from talkoot.commands.options import (
+    Checkpoint,
+    Join,
+    State,
+    TextField,
+    TrainerCommand,
+    WaitForExperts,
+    command,
+    given_settings,
+)
 from talkoot.console import LogFormat
 
 
@@ -15,20 +24,14 @@ def evaluate(
     checkpoint: Checkpoint = None,
     field: TextField = None,
     wait_for_experts_s: WaitForExperts = None,
-    threads: Threads = None,
+    threads: int | None = None,
     state: State = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,
 ) -> None:
     """Measure how well a trained model knows a text: loss, perplexity, bits per byte."""
-    flags = {
-        "checkpoint": checkpoint,
-        "field": field,
-        "wait_for_experts_s": wait_for_experts_s,
-        "threads": threads,
-        "state": state,
-    }
+    flags = given_settings(locals(), TrainerCommand.role())
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
         from talkoot.train.evaluating import run_evaluate
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from talkoot.commands.options import Checkpoint, Join, State, Threads, WaitForExperts, command
+from talkoot.commands.options import Checkpoint, Join, State, WaitForExperts, command
 from talkoot.console import LogFormat
 
 
@@ -28,7 +28,7 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds draw alike.  [default: any]")] = None,
     wait_for_experts_s: WaitForExperts = None,
-    threads: Threads = None,
+    threads: int | None = None,
     state: State = None,
 ) -> None:
     """Print the text that a trained model makes of a prompt, as it comes."""

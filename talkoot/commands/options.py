@@ -2,16 +2,22 @@
 
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from peer.errors import InstallationError, UserError
 from talkoot.console import LogFormat, Terminal, set_up_logging
 from talkoot.signals import Stopped, StopSignals
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from peer.settings import RoleSettings
 
 USER_ERROR_STATUS = 2
 _OWN = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
@@ -27,43 +33,12 @@ Config = Annotated[
         metavar="FILE", help="Settings as TOML; the environment is stronger, and options are strongest."
     ),
 ]
-State = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Folder of identity and state; one process at a time uses it."),
-]
+State = Annotated[Path | None, typer.Option(metavar="DIR")]
 NodeState = Annotated[Path | None, typer.Option(metavar="DIR", help="The node's state folder.")]
-Threads = Annotated[int | None, typer.Option(help="Torch threads.  [default: one for each core]")]
-TextField = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="Which field of .jsonl and .parquet files is the text.  [default: text]"
-    ),
-]
-WaitForExperts = Annotated[
-    float | None,
-    typer.Option(
-        "--wait-for-experts-s",
-        "--wait-for-experts",
-        help="Longest wait, in seconds, while no expert is live.  [default: 60]",
-    ),
-]
-Name = Annotated[str | None, typer.Option(help="What the swarm's dashboards call you.  [default: no name]")]
-MetricsPort = Annotated[int | None, typer.Option(help="TCP port of /metrics.  [default: any free one]")]
-MetricsHost = Annotated[
-    str | None,
-    typer.Option(
-        metavar="A",
-        help="IP address of /metrics; any but loopback is announced to the swarm.  [default: 127.0.0.1]",
-    ),
-]
-Deny = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PEERID",
-        help="Have nothing to do with this peer, as with those in the file `denylist` in the state folder. May be "
-        "given several times.",
-    ),
-]
+TextField = Annotated[str | None, typer.Option(metavar="NAME")]
+WaitForExperts = Annotated[float | None, typer.Option("--wait-for-experts-s", "--wait-for-experts")]
+MetricsHost = Annotated[str | None, typer.Option(metavar="A")]
+Deny = Annotated[list[str] | None, typer.Option(metavar="PEERID")]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
@@ -74,9 +49,74 @@ Checkpoint = Annotated[
 Format = Annotated[LogFormat, typer.Option(help="Lines for people, or JSON lines for programs.")]
 
 
-def given_settings(options: Mapping[str, Any], others: Collection[str]) -> dict[str, Any]:
-    """Of a command's options those that were given and are settings of its role, by their fields: all but `others`."""
-    return {name: value for name, value in options.items() if name not in others and value not in (None, [])}
+class SettingsCommand(TyperCommand):
+    """A command with options that are settings of its role: what they are stands there, and in their help from there.
+
+    Only who asks a command for its options imports the settings: `talkoot --help` does without.
+    """
+
+    @staticmethod
+    def role() -> "type[RoleSettings]":
+        raise NotImplementedError
+
+    def get_params(self, ctx: Any) -> Any:
+        fields = self.role().model_fields
+        for option in self.params:
+            if option.name in fields and isinstance(option, TyperOption) and option.help is None:
+                option.help = help_of(fields[option.name], several=option.multiple)
+                option.metavar = option.metavar or "|".join(_choices(fields[option.name].annotation)) or None
+        return super().get_params(ctx)
+
+
+class NodeCommand(SettingsCommand):
+    @staticmethod
+    def role() -> "type[RoleSettings]":
+        from expert_server.settings import NodeSettings
+
+        return NodeSettings
+
+
+class TrainerCommand(SettingsCommand):
+    @staticmethod
+    def role() -> "type[RoleSettings]":
+        from trainer_client.settings import TrainerSettings
+
+        return TrainerSettings
+
+
+class DashboardCommand(SettingsCommand):
+    @staticmethod
+    def role() -> "type[RoleSettings]":
+        from talkoot.dashboard.settings import DashboardSettings
+
+        return DashboardSettings
+
+
+def help_of(field: "FieldInfo", *, several: bool) -> str:
+    """What the setting is, and its default: in words, where the value says nothing."""
+    assert field.description is not None, "every setting has one"
+    text, _, default = field.description.partition("; unset: ")
+    if field.default not in (None, ()):
+        default = _shown(field.default)
+    more = " May be given several times." if several else ""
+    return f"{text[0].upper()}{text[1:]}.{more}" + (f"  [default: {default}]" if default else "")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _choices(kind: Any) -> list[str]:
+    """Of a setting that has one of some words, those words."""
+    words = get_args(kind) if get_origin(kind) is Literal else ()
+    return [*words, *(word for part in get_args(kind) for word in _choices(part))]
+
+
+def given_settings(options: Mapping[str, Any], role: "type[RoleSettings]") -> dict[str, Any]:
+    """Of a command's options those that were given and are settings of its role."""
+    return {name: options[name] for name in role.model_fields if options.get(name) not in (None, [])}
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from talkoot.commands.doctor import node_command
-from talkoot.commands.options import Join, State, command
+from talkoot.commands.options import Join, NodeState, command
 from talkoot.console import LogFormat
 
 service = typer.Typer(
@@ -22,7 +22,7 @@ def install(
     context: typer.Context,
     *,
     join: Join = None,
-    state: State = None,
+    state: NodeState = None,
     as_root: Annotated[bool, typer.Option("--as-root", help="Let the node run as root.")] = False,
     print_only: Annotated[
         bool, typer.Option("--print", help="Print the unit file, and install nothing.")

@@ -20,7 +20,10 @@ class DashboardSettings(RoleSettings):
         description="address to listen on; anybody who reaches it sees the page and its invite",
     )
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port of the page; 0: any free one")
-    state: Path | None = Field(default=None, description="folder of the dashboard's identity and history")
+    state: Path | None = Field(
+        default=None,
+        description="folder of the dashboard's identity and history; one process at a time uses it",
+    )
     refresh_s: float = Field(
         default=2.0, ge=0.1, le=600, allow_inf_nan=False, description="seconds between two looks at the swarm"
     )

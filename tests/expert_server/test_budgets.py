@@ -68,7 +68,7 @@ def test_the_steps_of_one_expert_are_bounded_and_others_are_not_touched() -> Non
 def test_without_limits_nothing_is_counted() -> None:
     budgets = Budgets(BudgetLimits())
     assert all(takes(budgets, str(n), 0.0, 10**9) for n in range(100))
-    assert NodeSettings.load().budget == BudgetLimits()
+    assert BudgetLimits.of(NodeSettings.load()) == BudgetLimits()
 
 
 @given(st.text(max_size=20))

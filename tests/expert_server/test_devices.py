@@ -12,7 +12,6 @@ from expert_server import devices
 from expert_server.devices import (
     ComputeDevice,
     Found,
-    PrecisionSetting,
     check_devices,
     choose_devices,
     choose_precision,
@@ -20,7 +19,7 @@ from expert_server.devices import (
     roomiest,
 )
 from expert_server.machine import batch_rows_of
-from expert_server.settings import NodeSettings
+from expert_server.settings import NodeSettings, PrecisionSetting
 from peer.errors import SettingsError, StartError
 
 needs_cuda = pytest.mark.skipif(

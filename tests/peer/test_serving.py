@@ -19,7 +19,7 @@ from dht.records import seal
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
 from peer.answers import is_rightful
-from peer.store import StoreBounds
+from peer.bounds import StoreBounds
 from peer.wire import records_pb2
 
 HOME = UID(0, (0, 1))

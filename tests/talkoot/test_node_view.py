@@ -231,10 +231,11 @@ def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(tmp_path: Pa
             process.wait(20)
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("name", ["node", "train", "dashboard"])
+def test_help_imports_nothing_heavy(name: str) -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom talkoot.cli import app\n"
-        "assert CliRunner().invoke(app, ['node', '--help']).exit_code == 0\n"
+        f"assert CliRunner().invoke(app, ['{name}', '--help']).exit_code == 0\n"
         "print(sorted({'torch', 'hivemind', 'grpc', 'psutil', 'numpy'} & set(sys.modules)))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -1,6 +1,6 @@
 """Options and the settings of the same names."""
 
-from types import ModuleType
+from typing import Any
 
 import pytest
 import typer.main
@@ -8,13 +8,19 @@ import typer.main
 from expert_server.settings import NodeSettings
 from peer.settings import RoleSettings
 from talkoot.cli import app
-from talkoot.commands import node, train
-from talkoot.commands.options import given_settings
+from talkoot.commands.options import given_settings, help_of
 from talkoot.dashboard.settings import DashboardSettings
 from trainer_client.settings import TrainerSettings
 
+COMMANDS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # of a group
 _SWARM = {"join", "new", "bootstrap", "local"}
 _OF_ONE_CALL = {"config", "resume", "check", "cached", "invite-file", "json", "log-format"}
+
+
+def options_of(name: str) -> list[Any]:
+    command = COMMANDS[name]
+    options: list[Any] = command.get_params(typer.Context(command))
+    return options
 
 
 @pytest.mark.parametrize(
@@ -22,43 +28,47 @@ _OF_ONE_CALL = {"config", "resume", "check", "cached", "invite-file", "json", "l
     [("node", NodeSettings), ("train", TrainerSettings), ("dashboard", DashboardSettings)],
 )
 def test_every_option_of_a_role_is_a_setting_of_that_name(name: str, settings: type[RoleSettings]) -> None:
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]  # of a group
-    first = {parameter.opts[0].removeprefix("--") for parameter in command.params}
+    first = {parameter.opts[0].removeprefix("--") for parameter in COMMANDS[name].params}
     known = {setting.replace("_", "-") for setting in settings.model_fields}
     assert first - known <= _SWARM | _OF_ONE_CALL
 
 
+@pytest.mark.parametrize("name", ["node", "train", "dashboard", "generate", "evaluate"])
+def test_every_option_says_what_it_is(name: str) -> None:
+    assert [option.name for option in options_of(name) if not option.help] == []
+
+
 @pytest.mark.parametrize(
-    ("name", "module", "settings"), [("node", node, NodeSettings), ("train", train, TrainerSettings)]
+    ("settings", "name", "said"),
+    [
+        (NodeSettings, "experts", "Experts to host.  [default: a quarter of the free memory]"),
+        (NodeSettings, "grpc_port", "TCP port of the expert service; 0: any free one.  [default: 0]"),
+        (NodeSettings, "only_when_idle", "Pause while other programs need the processor.  [default: no]"),
+        (NodeSettings, "max_calls", "Calls served at the same time.  [default: 64]"),
+        (TrainerSettings, "learning_rate", "Highest step size of the dense part.  [default: 0.002]"),
+        (TrainerSettings, "log", "File that gets a JSON line for each step."),
+    ],
 )
-def test_options_are_taken_for_settings_unless_they_are_the_commands_own(
-    name: str, module: ModuleType, settings: type[RoleSettings]
+def test_an_option_says_what_its_setting_is_and_its_default(
+    settings: type[RoleSettings], name: str, said: str
 ) -> None:
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]  # of a group
-    names = {parameter.name for parameter in command.params}
-    assert names - set(module.NOT_SETTINGS) <= set(settings.model_fields)
-    assert set(module.NOT_SETTINGS) <= names
+    assert help_of(settings.model_fields[name], several=False) == said
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [("node", NodeSettings), ("train", TrainerSettings), ("dashboard", DashboardSettings)],
-)
-def test_a_default_in_an_options_help_is_the_settings_own(name: str, settings: type[RoleSettings]) -> None:
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]  # of a group
-    told = 0
-    for parameter in command.params:
-        field = settings.model_fields.get(parameter.name)
-        if field is None or "[default: " not in parameter.help:
-            continue
-        shown = parameter.help.partition("[default: ")[2].removesuffix("]").partition(",")[0]
-        if field.default in (None, 0, ()):  # what stands for nothing is said in words
-            assert not shown[0].isdigit(), parameter.name
-        else:
-            told += 1
-            default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
-            assert shown == default, parameter.name
-    assert told
+def test_an_option_that_may_come_several_times_says_so() -> None:
+    assert "the denylist. May be given several times." in help_of(
+        NodeSettings.model_fields["deny"], several=True
+    )
+
+
+def test_the_words_that_a_setting_may_be_are_shown() -> None:
+    (router,) = (option for option in options_of("train") if option.name == "router")
+    assert router.metavar == "product-key|noisy-top-k|switch|base|glam"
+
+
+def test_an_option_of_the_commands_own_is_not_the_setting_of_its_name() -> None:
+    (top_k,) = (option for option in options_of("generate") if option.name == "top_k")
+    assert top_k.help == "Draw from the k likeliest tokens.  [default: all]"
 
 
 def test_what_was_not_given_is_no_setting() -> None:
@@ -69,4 +79,4 @@ def test_what_was_not_given_is_no_setting() -> None:
         "only_when_idle": False,
         "join": "x",
     }
-    assert given_settings(options, ("join",)) == {"experts": 0, "only_when_idle": False}
+    assert given_settings(options, NodeSettings) == {"experts": 0, "only_when_idle": False}
