@@ -23,7 +23,7 @@ from expert_server.runtime import Runtime
 from expert_server.seen import SeenRequests
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import encode, encoded_bytes
-from peer.edge import require_same_swarm, retry_metadata
+from peer.edge import refusing, require_same_swarm
 from peer.errors import ExpertError, WireError
 from peer.rates import Traffic
 from peer.sessions import Sessions
@@ -87,10 +87,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         request: expert_pb2.InfoRequest,
         context: grpc.aio.ServicerContext[expert_pb2.InfoRequest, expert_pb2.InfoReply],
     ) -> expert_pb2.InfoReply:
-        try:
+        async with refusing(context):
             require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
-        except ExpertError as error:
-            await context.abort(error.status, str(error))
         return expert_pb2.InfoReply(
             protocol_version=PROTOCOL_VERSION,
             software_version=SOFTWARE_VERSION,
@@ -106,16 +104,9 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         seconds = min(
             self._limits.max_call_s, remaining if remaining is not None else self._limits.max_call_s
         )
-        try:
+        async with refusing(context, seconds, f"the call lasted longer than {seconds:.1f} s"):
             caller = self._sessions.require(context, _RIGHTS[direction]).name
-            async with asyncio.timeout(seconds):
-                await self._answer_call(direction, requests, context, caller, time.monotonic() + seconds)
-        except WireError as error:
-            await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
-        except ExpertError as error:
-            await context.abort(error.status, str(error), retry_metadata(error.retry_after_s))
-        except TimeoutError:
-            await context.abort(StatusCode.DEADLINE_EXCEEDED, f"the call lasted longer than {seconds:.1f} s")
+            await self._answer_call(direction, requests, context, caller, time.monotonic() + seconds)
 
     async def _answer_call(
         self, direction: Direction, requests: Requests, context: Context, caller: str, deadline: float

@@ -1,6 +1,5 @@
 """The gRPC edge for experts' states: others fetch them here, and ask this node to fetch."""
 
-import asyncio
 import logging
 from collections.abc import Callable
 
@@ -13,8 +12,8 @@ from dht.uid import UID
 from expert_server.edge import parse_uid
 from expert_server.hints import Hint
 from expert_server.transfer import Snapshot, SnapshotTaker, TransferCounts
-from peer.edge import require_same_swarm
-from peer.errors import ExpertError, StateError, WireError
+from peer.edge import refusing, require_same_swarm
+from peer.errors import ExpertError, WireError
 from peer.rates import Rate
 from peer.sessions import Sessions
 from peer.snapshots import outgoing, written
@@ -59,28 +58,15 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         self._transfers = 0
 
     async def Fetch(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
-        try:
-            async with asyncio.timeout(self._max_transfer_s):
-                await self._give(request, context)
-        except WireError as error:
-            await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
-        except ExpertError as error:
-            await context.abort(error.status, str(error))
-        except StateError as error:
-            await context.abort(StatusCode.FAILED_PRECONDITION, str(error))
-        except TimeoutError:
-            await context.abort(StatusCode.DEADLINE_EXCEEDED, "the state was not read in time")
+        async with refusing(context, self._max_transfer_s, "the state was not read in time"):
+            await self._give(request, context)
 
     async def Ask(self, request: state_pb2.AskRequest, context: AskContext) -> state_pb2.AskReply:
-        try:
+        async with refusing(context):
             caller = self._sessions.require(context, session_pb2.RIGHT_FETCH).caller
             require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
-            hint = self._hint(request, caller)
-        except WireError as error:
-            await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
-        except ExpertError as error:
-            await context.abort(error.status, str(error))
-        return state_pb2.AskReply(accepted=self._follow(hint))
+            return state_pb2.AskReply(accepted=self._follow(self._hint(request, caller)))
+        raise AssertionError("abort raises")
 
     async def _give(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
         caller = self._sessions.require(context, session_pb2.RIGHT_FETCH).caller

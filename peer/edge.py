@@ -1,12 +1,16 @@
-"""What every call between two peers must get right: the protocol version and the swarm. And when to come back."""
+"""What every call between two peers must get right: the protocol version and the swarm. How a call is refused."""
 
+import asyncio
 import math
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
 
+import grpc
 from grpc import StatusCode
 
 from peer import PROTOCOL_VERSION
-from peer.errors import ExpertError
+from peer.errors import ExpertError, StateError, WireError
 
 _RETRY_KEY = "talkoot-retry-after-s"
 _LONGEST_RETRY_S = 3600.0
@@ -41,3 +45,24 @@ def require_same_swarm(own_swarm_id: str, protocol_version: int, swarm_id: str) 
             StatusCode.FAILED_PRECONDITION,
             f"this node belongs to swarm {own_swarm_id}, the call is for {swarm_id[:64]!r}",
         )
+
+
+@asynccontextmanager
+async def refusing(
+    context: grpc.aio.ServicerContext[Any, Any], longest_s: float | None = None, late: str = ""
+) -> AsyncIterator[None]:
+    """Around what answers a call: an error there ends the call with its status.
+
+    `late`: what is said when it takes longer than `longest_s`.
+    """
+    try:
+        async with asyncio.timeout(longest_s):
+            yield
+    except WireError as error:
+        await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
+    except ExpertError as error:
+        await context.abort(error.status, str(error), retry_metadata(error.retry_after_s))
+    except StateError as error:
+        await context.abort(StatusCode.FAILED_PRECONDITION, str(error))
+    except TimeoutError:
+        await context.abort(StatusCode.DEADLINE_EXCEEDED, late)

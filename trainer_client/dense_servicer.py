@@ -7,7 +7,7 @@ import grpc
 from grpc import StatusCode
 from hivemind.p2p import PeerID
 
-from peer.edge import require_same_swarm
+from peer.edge import refusing, require_same_swarm
 from peer.errors import ExpertError, StateError, WireError
 from peer.messages import Messages
 from peer.rates import Rate
@@ -36,26 +36,12 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         self._merging: set[asyncio.Task[None]] = set()
 
     async def Exchange(self, requests: Requests, context: ExchangeContext) -> None:
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                await self._exchange(Messages(requests), context)
-        except WireError as error:
-            await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
-        except ExpertError as error:
-            await context.abort(error.status, str(error))
-        except TimeoutError:
-            await context.abort(StatusCode.DEADLINE_EXCEEDED, "the dense parts did not come over in time")
+        async with refusing(context, self._deadline_s, "the dense parts did not come over in time"):
+            await self._exchange(Messages(requests), context)
 
     async def Take(self, request: dense_pb2.TakeRequest, context: TakeContext) -> None:
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                await self._give(request, context)
-        except WireError as error:
-            await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
-        except ExpertError as error:
-            await context.abort(error.status, str(error))
-        except TimeoutError:
-            await context.abort(StatusCode.DEADLINE_EXCEEDED, "the dense part was not read in time")
+        async with refusing(context, self._deadline_s, "the dense part was not read in time"):
+            await self._give(request, context)
 
     async def close(self) -> None:
         """What waits for the end of a step waits no more."""
