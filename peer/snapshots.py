@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
-from peer.errors import StateError
+from peer.errors import StateError, WireError
 from peer.rates import Rate
 from peer.wire import state_pb2
 
@@ -150,7 +150,9 @@ async def in_time(message: Awaitable[M]) -> M:
 async def outgoing(
     header: state_pb2.StateHeader, data: bytes, offset: int, up: Rate
 ) -> AsyncIterator[state_pb2.FetchReply]:
-    """The replies that give a snapshot from an offset on, as fast as `up` lets them."""
+    """The replies that give a snapshot from an offset on, as fast as `up` lets. Raises WireError beyond its end."""
+    if offset > len(data):
+        raise WireError(f"offset {offset} of {len(data)} bytes")
     yield state_pb2.FetchReply(header=header)
     for chunk in chunked(data, offset):
         await up.take(len(chunk))
