@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dense_square import Play, Square, assert_one, identities, play
+from dense_square import Play, Square, are_one, identities, play
 from hivemind.p2p import PeerID
 from test_dense import make_model, trained
 
@@ -69,7 +69,7 @@ def test_dense_parts_are_averaged_through_a_tunnel(play: Play, tmp_path: Path) -
         assert partner is not None
         await square.stepping(other.meet(partner), hidden.part, other.part)
         await square.until(lambda: hidden.counts.averaged == 1, hidden.part)
-        assert_one(hidden.part, other.part)
+        assert are_one(hidden.part, other.part)
         assert {peer_id for peer_id, _ in asked} == {hidden.peer_id}
         assert set(asked[0][1]) == {circuit(hidden.peer_id)}
 
