@@ -12,6 +12,7 @@ import grpc
 
 from peer import PROTOCOL_VERSION
 from peer.errors import UnreachableError
+from peer.garbage import make_stub
 from peer.wire import probe_pb2, probe_pb2_grpc
 
 _ROUND_TRIPS = 4
@@ -49,7 +50,7 @@ class DialledBack:
 
 async def call_probe(channel: grpc.aio.Channel, swarm_id: str, now: Callable[[], float] = time.time) -> Link:
     """Measures by way of one call, in which about 4 MiB travel. Raises UnreachableError with the cause."""
-    stub: Any = probe_pb2_grpc.ProbeServiceStub(channel)
+    stub = make_stub(probe_pb2_grpc.ProbeServiceStub, channel)
     probe = _Probe(stub.Probe(timeout=_PROBE_DEADLINE_S), swarm_id)
     try:
         return await _measure(probe, now)
@@ -61,7 +62,7 @@ async def call_probe(channel: grpc.aio.Channel, swarm_id: str, now: Callable[[],
 
 async def call_dial_back(channel: grpc.aio.Channel, swarm_id: str, port: int) -> DialledBack:
     """Lets the node connect to `port` of this machine. Raises UnreachableError when it does not try."""
-    stub: Any = probe_pb2_grpc.ProbeServiceStub(channel)
+    stub = make_stub(probe_pb2_grpc.ProbeServiceStub, channel)
     request = probe_pb2.DialBackRequest(protocol_version=PROTOCOL_VERSION, swarm_id=swarm_id, port=port)
     try:
         reply: probe_pb2.DialBackReply = await stub.DialBack(request, timeout=_DIAL_DEADLINE_S)

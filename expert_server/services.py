@@ -11,7 +11,7 @@ from expert_server.probe import ProbeServicer
 from expert_server.reaching import endpoint
 from expert_server.servicer import ExpertServicer
 from expert_server.state_servicer import StateServicer
-from peer.channels import SERVER_OPTIONS
+from peer.channels import make_server
 from peer.errors import PortError
 from peer.host import require_free_port
 from peer.sessions import SessionServicer
@@ -42,7 +42,7 @@ async def start_server(
     `port`: 0 for one that is free. `max_calls`: at once, of all services. Raises PortError when it can't listen there.
     """
     require_free_port(host, port)
-    server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls)
+    server = make_server(max_calls)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(services.experts, server)
     state_pb2_grpc.add_StateServiceServicer_to_server(services.states, server)
     session_pb2_grpc.add_SessionServiceServicer_to_server(services.sessions, server)

@@ -10,6 +10,7 @@ from grpc import StatusCode
 
 from peer.channels import ChannelPool, Contact
 from peer.errors import ExpertError, TransferError, UnreachableError
+from peer.garbage import make_stub
 from peer.own_sessions import OwnSessions
 from peer.rates import Rate
 from peer.sessions import Metadata
@@ -37,7 +38,8 @@ _PASSING = {
 class SnapshotService:
     """A gRPC service of other peers that gives snapshots. Close it when done."""
 
-    make_stub: Callable[[grpc.aio.Channel], Any]
+    stub_class: Callable[[Any], Any]
+    """The generated one."""
     channels: ChannelPool
     sessions: OwnSessions
     """What shows others who calls."""
@@ -58,7 +60,8 @@ class SnapshotService:
             channel = await self.channels.reach(peer)
         except UnreachableError as error:
             raise TransferError(str(error)) from error
-        return self.make_stub(channel), await self.sessions.metadata(peer.peer_id, channel, self.open_s)
+        stub = make_stub(self.stub_class, channel)
+        return stub, await self.sessions.metadata(peer.peer_id, channel, self.open_s)
 
     async def download(self, peer: Contact, method: str, request: Any, what: str, down: Rate) -> Incoming:
         """By calls of the method, each from where the last was cut off.

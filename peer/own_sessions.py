@@ -13,6 +13,7 @@ from hivemind.p2p import PeerID
 
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError
+from peer.garbage import make_stub
 from peer.identity import SESSION_DOMAIN, Identity
 from peer.sessions import NONCE_BYTES, SESSION_KEY, Metadata, Right
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
@@ -90,7 +91,7 @@ class OwnSessions:
         await asyncio.gather(*opening, return_exceptions=True)
 
     async def _open(self, server: PeerID, channel: grpc.aio.Channel, deadline_s: float) -> Metadata:
-        stub: Any = session_pb2_grpc.SessionServiceStub(channel)
+        stub = make_stub(session_pb2_grpc.SessionServiceStub, channel)
         try:
             reply: session_pb2.OpenReply = await stub.Open(self.statement(server), timeout=deadline_s)
         except grpc.aio.AioRpcError as error:

@@ -20,7 +20,7 @@ from hivemind.p2p import PeerID
 from dht.participants import TrainerInfo
 from dht.registry import Registry
 from peer import PROTOCOL_VERSION
-from peer.channels import SERVER_OPTIONS, ChannelPool, server_credentials
+from peer.channels import ChannelPool, make_server, server_credentials
 from peer.downloads import SnapshotService
 from peer.errors import ExpertError, PortError, StateError, TransferError, UnreachableError
 from peer.host import require_free_port
@@ -119,7 +119,7 @@ class Averaging:
         """Serves on `host`, and at the unix socket to which this peer's tunnel leads. Raises PortError."""
         require_free_port(host, port)
         self.certificate = self._identity.make_certificate()
-        self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
+        self._server = make_server(_MAX_CALLS)
         dense_pb2_grpc.add_DenseServiceServicer_to_server(self._servicer, self._server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.sessions), self._server)
         credentials = server_credentials(self._identity, self.certificate)

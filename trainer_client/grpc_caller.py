@@ -17,6 +17,7 @@ from peer.channels import ChannelPool
 from peer.codec import Floats, chunks, encode
 from peer.edge import retry_after_s
 from peer.errors import ExpertError, UnreachableError, WireError
+from peer.garbage import make_stub
 from peer.own_sessions import OwnSessions
 from peer.sessions import Metadata
 from peer.wire import expert_pb2, expert_pb2_grpc
@@ -166,7 +167,7 @@ class GrpcCaller:
         requests: Sequence[Request],
         deadline_s: float,
     ) -> AsyncGenerator[Answer, None]:
-        stub = expert_pb2_grpc.ExpertServiceStub(channel)
+        stub = make_stub(expert_pb2_grpc.ExpertServiceStub, channel)
         method = stub.Forward if direction == "forward" else stub.Backward
         stream: Stream = method(timeout=deadline_s, metadata=session)
         try:

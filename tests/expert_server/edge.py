@@ -28,7 +28,7 @@ from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.state_servicer import StateServicer
 from expert_server.transfer import SnapshotTaker, TransferCounts
 from peer import PROTOCOL_VERSION
-from peer.channels import CLIENT_OPTIONS, SERVER_OPTIONS, server_credentials
+from peer.channels import CLIENT_OPTIONS, make_server, server_credentials
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
@@ -105,7 +105,7 @@ async def serving(
     runtime = Runtime(experts, max_queued_rows=max_queued_rows, max_batch_rows=max_batch_rows, threads=1)
     await runtime.start()
     certificate = identity.make_certificate()
-    server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=64)
+    server = make_server(64)
     sessions = Sessions(SWARM, identity.peer_id)
     limits = EdgeLimits(max_call_bytes, max_call_s, budget=budget or BudgetLimits())
     servicer = ExpertServicer(runtime, MANIFEST, SWARM, limits, sessions)

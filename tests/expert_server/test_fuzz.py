@@ -151,9 +151,7 @@ NOT_ALLOWED = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.
 @pytest.mark.parametrize(
     "count", [1000, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 )
-def test_no_frames_stop_a_node_make_it_grow_or_spoil_its_experts(
-    run: Runner, caplog: pytest.LogCaptureFixture, count: int
-) -> None:
+def test_no_frames_stop_a_node_make_it_grow_or_spoil_its_experts(run: Runner, count: int) -> None:
     async def scenario(edge: Edge) -> None:
         await check_it_goes_on(edge)
         tasks, seen = len(asyncio.all_tasks()), await asyncio.to_thread(attack, edge, 200, 0)
@@ -161,7 +159,6 @@ def test_no_frames_stop_a_node_make_it_grow_or_spoil_its_experts(
         seen = Counter[StatusCode]()
         for part in range(count // 1000):
             seen += await asyncio.to_thread(attack, edge, 1000, 1 + part)
-            caplog.clear()  # grpc logs what is no protobuf, with a traceback, which holds what came
         assert not NOT_ALLOWED & seen.keys(), seen
         assert sum(seen.values()) == count
         assert len({StatusCode.INVALID_ARGUMENT, StatusCode.UNAUTHENTICATED} & seen.keys()) == 2, seen
@@ -182,7 +179,6 @@ def test_no_frames_stop_a_node_make_it_grow_or_spoil_its_experts(
         return seen
 
     run(scenario, max_call_s=5.0)
-    caplog.clear()
 
 
 def test_a_flood_of_one_peer_over_many_connections_leaves_another_its_share(

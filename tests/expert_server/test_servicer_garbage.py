@@ -9,9 +9,21 @@ from typing import Any
 import grpc
 import pytest
 from callers import new_identity
-from edge import SWARM, Call, Edge, Runner, check_it_goes_on, make, running, serving
+from edge import (
+    SWARM,
+    Call,
+    Edge,
+    Runner,
+    both_directions,
+    check_it_goes_on,
+    header_of,
+    make,
+    piece,
+    running,
+)
 from grpc import StatusCode
 
+from expert_server.batching import Direction
 from peer import PROTOCOL_VERSION
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
@@ -75,21 +87,47 @@ def test_a_caller_that_pins_another_certificate_does_not_call(run: Runner) -> No
     run(scenario)
 
 
-def test_messages_that_are_no_protobuf_are_refused(
-    loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture
+METHODS = [
+    *("ExpertService/Forward", "ExpertService/Backward", "ExpertService/Info", "StateService/Fetch"),
+    *("StateService/Ask", "ProbeService/Probe", "ProbeService/DialBack", "SessionService/Open"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_messages_that_are_no_protobuf_are_refused_and_leave_no_trace_in_the_log(
+    run: Runner, caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
     rng = random.Random(1)
 
-    async def scenario() -> None:
-        async with serving(identity) as edge:
-            for name in ("Forward", "Backward"):
-                method: Any = edge.channel.stream_stream(f"/talkoot.v1.ExpertService/{name}")
-                for size in (1, 10, 1000):
-                    stream = method(timeout=10, metadata=edge.session)
-                    await stream.write(b"\xff" + rng.randbytes(size))
-                    await stream.done_writing()
-                    assert await stream.code() is not StatusCode.OK
-            await check_it_goes_on(edge)
+    async def scenario(edge: Edge) -> None:
+        call: Any = edge.channel.stream_stream(f"/talkoot.v1.{method}")
+        for size in (1, 10, 1000):
+            stream = call(timeout=10, metadata=edge.session)
+            await stream.write(b"\xff" + rng.randbytes(size))
+            await stream.done_writing()
+            assert await stream.code() in (StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION)
+        await check_it_goes_on(edge)
 
-    loop.run(scenario(), 60)
-    caplog.clear()  # grpc logs each with a traceback
+    run(scenario)
+    assert caplog.messages == []
+
+
+@both_directions
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_bytes_that_are_no_message_spoil_the_call_wherever_they_come(
+    run: Runner, direction: Direction, at: int
+) -> None:
+    call = Call(direction)
+    half = len(call.payload) // 2
+    sent = [header_of(call), piece(call.payload[:half]), piece(call.payload[half:])]
+    frames = [message.SerializeToString() for message in sent]
+    frames.insert(at, b"\xff\xff\xff")
+
+    async def scenario(edge: Edge) -> None:
+        method: Any = edge.channel.stream_stream(f"/talkoot.v1.ExpertService/{direction.title()}")
+        stream = method(iter(frames), timeout=10, metadata=edge.session)
+        assert await stream.code() is StatusCode.INVALID_ARGUMENT
+        assert edge.updates() == 0
+        await check_it_goes_on(edge)
+
+    run(scenario)

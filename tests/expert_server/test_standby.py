@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from garbage_server import garbage_server
 from test_restart import train
 from village import UIDS, Play, Village, eventually, make_identities, playing
 
@@ -163,6 +164,24 @@ def test_what_is_no_state_of_its_expert_takes_no_copys_place(
         assert {uid: keeper.checkpoints._store.update_counts(uid) for uid in UIDS} == before
 
     play(scenario)
+
+
+def test_a_host_that_answers_with_no_messages_does_not_end_who_copies_its_experts(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=0)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        assert host._server is not None
+        await host._server.stop(None)
+        async with garbage_server(host.swarm.host.identity, host._certificate, host._port):
+            assert await copied(keeper) == 0
+        assert keeper.client.counts.broken == len(UIDS)
+
+    play(scenario)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_copy_is_renewed_when_its_host_has_moved_on_or_it_is_old(play: Play) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import grpc
 import pytest
 from checkpoint_samples import AN_UID, OTHER_UID, assert_same, make_expert
+from garbage_server import garbage_server
 from grpc import StatusCode
 from street import CHUNK, SWARM, Replies, Scenario, Street, header_of, packed, playing, read_all
 
 from expert_server.hints import Hint
+from expert_server.probing import call_dial_back, call_probe
 from peer import PROTOCOL_VERSION, downloads, snapshots
-from peer.errors import StateError, TransferError
+from peer.errors import StateError, TransferError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.wire import state_pb2, state_pb2_grpc
@@ -110,6 +112,24 @@ def test_what_is_not_that_experts_state_is_refused(
         assert (counts.fetched, counts.failed, counts.broken) == (0, 0, 1)
 
     play(scenario)
+
+
+def test_a_peer_that_answers_with_no_messages_is_refused_and_leaves_no_trace_in_the_log(
+    play: Callable[[Scenario], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(street: Street) -> None:
+        async with garbage_server(street.identity, street.certificate) as street.port:
+            with pytest.raises(StateError, match="must begin with its header"):
+                await street.client.fetch(street.node, AN_UID)
+            assert not await street.client.ask(street.node, state_pb2.ASK_REASON_ADOPT, [AN_UID])
+            channel = await street.client._service.channels.reach(street.node)
+            with pytest.raises(UnreachableError):
+                await call_probe(channel, SWARM)
+            with pytest.raises(UnreachableError, match="no IP address"):
+                await call_dial_back(channel, SWARM, 4711)
+
+    play(scenario)
+    assert caplog.messages == []
 
 
 def test_a_stream_that_always_ends_early_is_given_up(play: Callable[[Scenario], None]) -> None:

@@ -11,6 +11,7 @@ import grpc
 import pytest
 import torch
 from dense_square import LOCAL, SWARM, Play, Square, identities, play
+from garbage_server import garbage_server
 from grpc import StatusCode
 from test_dense import make_model, take_step, trained
 from torch import nn
@@ -126,6 +127,24 @@ def test_what_is_no_dense_part_is_refused(
         assert not victim.meeting.is_on
 
     play(scenario)
+
+
+def test_a_trainer_that_answers_with_no_messages_is_refused(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(square: Square) -> None:
+        liar = await square.trainer(make_model(), 10)
+        victim = await square.trainer(make_model(), 3)
+        async with garbage_server(square.identities[0], liar.certificate) as port:
+            liar.addresses = (f"{LOCAL}:{port}",)
+            square.announce(liar)
+            with pytest.raises(StateError, match="must begin with its header"):
+                await victim.meet(square.info(liar))
+            assert await victim.take_freshest() is None
+        assert not victim.meeting.is_on
+
+    play(scenario)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_who_hangs_is_waited_for_so_long_and_no_longer(play: Play) -> None:

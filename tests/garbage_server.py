@@ -1,0 +1,31 @@
+"""A server that answers every call with bytes that are no message, for tests."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from peer.channels import SERVER_OPTIONS, server_credentials
+from peer.identity import Identity
+
+
+class _Garbage(grpc.GenericRpcHandler):
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        return grpc.stream_stream_rpc_method_handler(_answer)
+
+
+async def _answer(requests: Any, context: Any) -> AsyncIterator[bytes]:
+    yield b"\xff\xff\xff"
+
+
+@contextlib.asynccontextmanager
+async def garbage_server(identity: Identity, certificate: bytes, port: int = 0) -> AsyncIterator[int]:
+    """Gives its port at 127.0.0.1. `port` 0: one that is free."""
+    server = grpc.aio.server(handlers=[_Garbage()], options=SERVER_OPTIONS)
+    port = server.add_secure_port(f"127.0.0.1:{port}", server_credentials(identity, certificate))
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(None)
