@@ -11,27 +11,28 @@ _PIECE_S = 0.05
 
 
 class Bucket:
-    """In any span of `t` seconds it lets pass at most rate × t + burst bytes; one take may be as large as the burst.
+    """In any span of `t` seconds it lets pass at most rate × t + burst bytes, and what one take has beyond the burst.
 
     Pure: `now` is passed in, and never goes back.
     """
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
-        """`rate` in bytes per second, `burst` in bytes."""
+        """`rate` in bytes per second, `burst` in bytes; or in whatever is taken."""
         assert rate > 0, "a bucket that never fills lets nothing pass"
         self._rate = rate
         self._burst = burst
         self._level = burst
         self._at = now
 
-    def take(self, size: int, now: float) -> float:
-        """Takes `size` bytes, after those before. Says how many seconds to wait until they may pass."""
-        assert size <= self._burst, "more at once than may pass at once"
+    def take(self, size: float, now: float) -> float:
+        """Takes `size` bytes, after those before. Says how many seconds to wait until they may pass; of no bytes: until
+        those before may.
+        """
         self._level = min(self._burst, self._level + (now - self._at) * self._rate) - size
         self._at = now
         return max(0.0, -self._level / self._rate)
 
-    def give_back(self, size: int) -> None:
+    def give_back(self, size: float) -> None:
         """Undoes the last take, of bytes that did not pass."""
         self._level += size
 

@@ -19,6 +19,7 @@ from hivemind.utils import MSGPackSerializer
 from peer.answers import is_rightful, keep_valid
 from peer.errors import WireError
 from peer.packing import unpack
+from peer.rates import Bucket
 from peer.store import BoundedStorage, StoreCounts
 
 _YIELD_AFTER = 64
@@ -38,8 +39,8 @@ class DhtService:
         self._validator = protocol.record_validator
         self._meet, self._ping = protocol.update_routing_table, protocol.rpc_ping
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._handed_until = 0.0
-        """When all that was handed over would have been sent at the rate for it."""
+        self._handed = Bucket(1.0, _HANDED_AT_ONCE_S, 0.0)
+        """In seconds of the rate for it."""
         protocol.storage = BoundedStorage(counts)
         protocol.update_routing_table = self.update_routing_table
         protocol.rpc_ping, protocol.rpc_store, protocol.rpc_find = (
@@ -151,11 +152,10 @@ class DhtService:
     def _may_hand_over(self) -> bool:
         """Whether the rate allows it now; then it counts. What a newcomer does not get is announced to it anew."""
         now = asyncio.get_running_loop().time()
-        if self._handed_until > now + _HANDED_AT_ONCE_S:
+        if self._handed.take(0.0, now):
             self._counts.not_handed_over += 1
             return False
-        taken_s = self._counts.bytes / self._counts.bounds.handed_bytes_per_s
-        self._handed_until = max(now, self._handed_until) + taken_s
+        self._handed.take(self._counts.bytes / self._counts.bounds.handed_bytes_per_s, now)
         return True
 
     async def _hand_over(self, node_id: DHTID, peer_id: PeerID) -> None:

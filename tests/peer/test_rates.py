@@ -67,6 +67,14 @@ def test_what_did_not_pass_is_given_back() -> None:
     assert bucket.take(100, 0.0) == pytest.approx(1.0)
 
 
+def test_more_than_the_burst_passes_at_once_and_what_follows_waits_for_it() -> None:
+    bucket = Bucket(10.0, 100.0, 0.0)
+    assert bucket.take(0, 0.0) == 0.0
+    assert bucket.take(500, 0.0) == pytest.approx(40.0)
+    assert bucket.take(0, 30.0) == pytest.approx(10.0)
+    assert bucket.take(0, 40.0) == bucket.take(100, 50.0) == 0.0
+
+
 # Callers on a loop
 
 
