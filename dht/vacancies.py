@@ -4,16 +4,22 @@ import hashlib
 import random
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from itertools import chain
+from statistics import median_low
 from types import MappingProxyType
 
 from hivemind.p2p import PeerID
 
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID
-from peer.meetings import freshest_first
+from peer.meetings import freshest_first, most_believed
+from peer.snapshots import MAX_UPDATE_COUNT
 
 _BEHIND = 0.9
 """Replicas that average differ less in their updates: with fewer than this part one began anew."""
+
+_OUTLIER = 10
+"""So many times the updates of a middling node's experts the most popular one may have taken."""
 
 _NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
 
@@ -138,6 +144,15 @@ def sources(hosts: Collection[Replica], besides: PeerID, rng: random.Random) -> 
     """The replicas of others whose state can be fetched, the freshest first, whatever a single one claims."""
     able = [r for r in hosts if r.state is not ReplicaState.CLAIMED and r.peer_id != besides]
     return freshest_first(able, lambda replica: replica.update_count, rng)
+
+
+def plausible_updates(replicas: Mapping[UID, Collection[Replica]]) -> int:
+    """The most updates that an expert can have taken, by what all nodes announce. Half of them can't raise it."""
+    most: dict[PeerID, int] = {}
+    for replica in chain.from_iterable(replicas.values()):
+        if replica.state is not ReplicaState.CLAIMED:
+            most[replica.peer_id] = max(replica.update_count, most.get(replica.peer_id, 0))
+    return most_believed([_OUTLIER * median_low(most.values())]) if most else MAX_UPDATE_COUNT
 
 
 def heirs(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[UID, PeerID]:

@@ -15,7 +15,7 @@ from dht.registry import Replica, ReplicaState
 from dht.survey import Survey
 from dht.swarm import Swarm
 from dht.uid import UID
-from dht.vacancies import behind, choose, staying, surplus, thin, vacant
+from dht.vacancies import behind, choose, plausible_updates, staying, surplus, thin, vacant
 from expert_server.checkpoints import Checkpoints
 from expert_server.devices import ComputeDevice
 from expert_server.expert import Expert, expert_bytes
@@ -77,7 +77,7 @@ class Hosting:
         self._checkpoints = checkpoints
         self._client = client
         self._meetings = meetings
-        restorer = Restorer(swarm, runtime, checkpoints, client, meetings)
+        restorer = Restorer(swarm, runtime, checkpoints, client, meetings, lambda: self.plausible_updates)
         self.taker = Taker(settings, swarm, runtime, checkpoints, devices, restorer, now)
         self._now = now
         self._room = _room(settings, swarm.manifest, devices)
@@ -96,6 +96,11 @@ class Hosting:
     def capacity(self) -> int:
         """Experts it would host at most, those it would adopt included."""
         return self._room + self._spare
+
+    @property
+    def plausible_updates(self) -> int:
+        """The most that an expert of another can have taken, by the last look."""
+        return plausible_updates(self.seen)
 
     @property
     def is_leaving(self) -> bool:

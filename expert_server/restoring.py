@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from hivemind.p2p import PeerID
@@ -31,12 +31,15 @@ class Restorer:
         checkpoints: Checkpoints,
         client: StateClient,
         meetings: Meetings[UID],
+        plausible: Callable[[], int],
     ) -> None:
+        """`plausible`: gives the most updates that a state of others is believed to have taken."""
         self._swarm = swarm
         self._runtime = runtime
         self._checkpoints = checkpoints
         self._client = client
         self._meetings = meetings
+        self._plausible = plausible
         self._rng = random.SystemRandom()
 
     async def restore(
@@ -49,6 +52,7 @@ class Restorer:
         """
         others = sources(hosts, self._swarm.host.peer_id, self._rng)
         most = most_believed([replica.update_count for replica in others])
+        most = min(most, max(self._plausible(), saved or 0))
         fresher = [replica for replica in others if saved is None or replica.update_count > saved]
         if await self._fetch_first(expert, fresher, most, unreachable):
             return True

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
-from dht.registry import Replica
+from dht.registry import NodeInfo, Replica
 from dht.swarm import Swarm
 from dht.uid import UID
 from dht.vacancies import lone
@@ -73,9 +74,15 @@ class Standby:
         wanted = lone(self._hosting.seen, self._swarm.host.peer_id)
         saved = await self._checkpoints.newest()
         held = {*self._hosting.taker.announced}  # some since the last look
-        stale = [r for uid, r in wanted.items() if uid not in held and self._is_stale(r, saved.get(uid, 0))]
+        plausible = self._hosting.plausible_updates
+        most = {uid: max(plausible, saved.get(uid, 0)) for uid in wanted}
+        stale = [
+            r
+            for uid, r in wanted.items()
+            if uid not in held and self._is_stale(r, saved.get(uid, 0), most[uid])
+        ]
         self._copied_at = {uid: at for uid, at in self._copied_at.items() if uid in wanted}
-        stale.sort(key=lambda replica: replica.update_count - saved.get(replica.uid, 0), reverse=True)
+        stale.sort(key=lambda r: min(r.update_count, most[r.uid]) - saved.get(r.uid, 0), reverse=True)
         room = self._settings.max_standbys - len(saved.keys() - held)
         new = [replica for replica in stale if replica.uid not in saved][: max(room, 0)]
         some = [r for r in stale if r.uid in saved or r in new][: self._settings.max_standbys]
@@ -85,21 +92,28 @@ class Standby:
                 return
             if replica.peer_id in nodes:
                 try:
-                    fetched = await self._client.fetch(nodes[replica.peer_id], replica.uid)
-                    await asyncio.to_thread(self._check, replica.uid, fetched.checkpoint)
-                    await self._checkpoints.keep(replica.uid, fetched.checkpoint)
+                    await self._fetch(nodes[replica.peer_id], replica.uid, most[replica.uid])
                     self.copied += 1
                     self._copied_at[replica.uid] = self._clock()
                 except (TransferError, StateError, OSError) as error:
                     logger.info("no copy of expert %s: %s", replica.uid, error)
 
-    def _is_stale(self, replica: Replica, saved: int) -> bool:
-        """Whether what its host has is worth a transfer. A whole state travels for few updates as for many."""
+    async def _fetch(self, node: NodeInfo, uid: UID, most: int) -> None:
+        """Counts `most` updates at most. Raises TransferError, StateError or OSError."""
+        checkpoint = (await self._client.fetch(node, uid)).checkpoint
+        await asyncio.to_thread(self._check, uid, checkpoint)
+        believed = min(checkpoint.update_count, most)
+        await self._checkpoints.keep(uid, replace(checkpoint, update_count=believed))
+
+    def _is_stale(self, replica: Replica, saved: int, most: int) -> bool:
+        """Whether what its host has is worth a transfer: a whole state travels for few updates as for many, of which
+        `most` are believed.
+        """
         old_at = (
             self._copied_at.get(replica.uid, float("-inf")) + _OLD_ROUNDS * self._settings.standby_every_s
         )
         is_old = self._clock() >= old_at
-        return replica.update_count > saved and (is_old or replica.update_count >= _MOVED * saved)
+        return replica.update_count > saved and (is_old or min(replica.update_count, most) >= _MOVED * saved)
 
     def _check(self, uid: UID, checkpoint: Checkpoint) -> None:
         """Raises StateError."""

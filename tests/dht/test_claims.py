@@ -1,14 +1,21 @@
 """How long a claim may last, whatever it says of itself."""
 
+import asyncio
 import math
+from collections.abc import Iterator
 
 import pytest
 from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
+from benchmarks.simulated_swarm import SimulatedSwarm
 from dht.claims import MAX_CLAIM_S, ClaimAges
+from dht.registry import Announced, ReplicaState
 from dht.uid import UID
+from dht.vacancies import lost_claims, vacant
+from peer.snapshots import MAX_UPDATE_COUNT
 
 HERE = UID(0, (1, 2))
 CLAIMANT, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
@@ -58,3 +65,34 @@ def test_the_claims_of_many_peers_take_bounded_memory(monkeypatch: pytest.Monkey
     for n in range(100):
         ages.is_stale(UID(0, (n,)), CLAIMANT, START, START)
     assert len(ages._seen) == 10
+
+
+@pytest.fixture
+def world() -> Iterator[VirtualLoop]:
+    with simulated_world() as loop:
+        yield loop
+
+
+@pytest.mark.parametrize("update_count", [0, MAX_UPDATE_COUNT])
+def test_a_claim_that_is_not_made_good_keeps_others_away_as_long_whatever_it_counts(
+    world: VirtualLoop, update_count: int
+) -> None:
+    """A count that nobody can beat wins from who claims at the same time; who claims first needs none."""
+    saved = {HERE: 5000}
+
+    async def run() -> None:
+        swarm = await SimulatedSwarm.start(world, 2, 4, Link(rtt_s=0.1), seed=1)
+        honest, liar = swarm.peers
+        began = world.unix_time()
+        for minute in range(120):
+            now = world.unix_time()
+            claim = Announced(HERE, ReplicaState.CLAIMED, update_count, claimed_at=now)
+            await liar.registry.announce([claim], 90.0)
+            found = await honest.registry.replicas([HERE])
+            counts = now <= began + MAX_CLAIM_S
+            assert vacant(found) == ([] if counts else [HERE]), minute
+            wins = counts and update_count > 0
+            assert lost_claims([HERE], found, honest.peer_id, saved) == ([HERE] if wins else []), minute
+            await asyncio.sleep(60)
+
+    world.run_until_complete(run())

@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
-from dht.vacancies import behind, choose, heirs, lone, lost_claims, preference, sources, surplus, thin, vacant
+from dht.vacancies import (
+    behind,
+    choose,
+    heirs,
+    lone,
+    lost_claims,
+    plausible_updates,
+    preference,
+    sources,
+    surplus,
+    thin,
+    vacant,
+)
+from peer.snapshots import MAX_UPDATE_COUNT
 
 CLAIMED, SERVING, LEAVING = ReplicaState.CLAIMED, ReplicaState.SERVING, ReplicaState.LEAVING
 
@@ -290,3 +303,40 @@ def test_replicas_that_are_claimed_or_leave_take_nothing_off_a_host() -> None:
         replicas = {uid: [replica(uid, me, SERVING), replica(uid, other, state)]}
         assert surplus(replicas, [uid], me, 5) == given_up
         assert surplus(replicas, [uid], other, 5) == []
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=4), min_size=1, max_size=6),
+    st.data(),
+)
+def test_half_of_the_nodes_cant_make_more_updates_plausible(
+    honest: list[list[int]], data: st.DataObject
+) -> None:
+    lies = data.draw(st.lists(st.lists(st.integers(0, 10**15), max_size=4), max_size=len(honest)))
+    counts = [*honest, *lies]
+    peers = seeded_peers(len(counts))
+    announced = [(peer_id, count) for peer_id, some in zip(peers, counts, strict=True) for count in some]
+    seen = {
+        uid: [replica(uid, peer_id, SERVING, count)]
+        for uid, (peer_id, count) in zip(GRID, announced, strict=False)
+    }
+    assert plausible_updates(seen) <= 10 * max(map(max, honest)) + 30_000
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=8), st.integers(1, 10))
+def test_an_expert_with_ten_times_the_updates_of_most_nodes_experts_is_plausible(
+    counts: list[int], popularity: int
+) -> None:
+    peers = seeded_peers(len(counts) + 1)
+    seen = {
+        uid: [replica(uid, peer_id, SERVING, count)]
+        for uid, peer_id, count in zip(GRID, peers, [popularity * min(counts), *counts], strict=False)
+    }
+    assert plausible_updates(seen) >= popularity * min(counts)
+
+
+def test_where_nobody_serves_anything_any_count_is_plausible() -> None:
+    (peer_id,) = seeded_peers(1)
+    assert (
+        plausible_updates({GRID[0]: [replica(GRID[0], peer_id, CLAIMED, 5)], GRID[1]: []}) == MAX_UPDATE_COUNT
+    )
