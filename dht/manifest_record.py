@@ -31,28 +31,38 @@ class ManifestRecord:
         self._looked_at = 0.0
 
     @property
-    def expires_soon(self) -> bool:
-        """Whether the founder should have signed it anew long since."""
-        return self.expires_at - self._now() < EXPIRES_SOON_S
+    def warning(self) -> str:
+        """In words, when the founder should have signed it anew long since; else empty."""
+        left_s = self.expires_at - self._now()
+        if left_s >= EXPIRES_SOON_S:
+            return ""
+        return (
+            f"nobody can join this swarm in {max(left_s, 0.0) / 86400:.1f} days, "
+            "unless its founder runs a node with its key before"
+        )
 
     async def keep(self) -> None:
         """Stores it again, so that it outlives the peers that held it. Raises UnreachableError."""
         keys, now = self._registry.keys, self._now()
-        if now < self.expires_at - _RENEW_AFTER_S:
-            pass
-        elif self._registry.peer_id == keys.author:
+        if self._registry.peer_id == keys.author and now >= self.expires_at - _RENEW_AFTER_S:
             expires_at = now + MANIFEST_LIFETIME_S
             self.data = await self._registry.publish_manifest(self._manifest_json, expires_at)
             self.expires_at = expires_at
             return
-        elif now >= self._looked_at + _LOOK_EVERY_S:
-            self._looked_at = now
-            found = (await self._registry.find_manifests()).get(keys.author)
-            if found is not None and found[1] > self.expires_at:
-                self.data, self.expires_at = found
-            if self.expires_soon:
-                logger.warning(
-                    "nobody can join this swarm in %.1f days, unless its founder runs a node with its key before",
-                    (self.expires_at - now) / 86400,
-                )
+        if await self.look() and (warning := self.warning):
+            logger.warning("%s", warning)
         await self._registry.republish(keys.manifest, self.data, self.expires_at)
+
+    async def look(self) -> bool:
+        """Takes a later record when there is one. Says whether it looked: once in a while, in this one's second half.
+
+        Raises UnreachableError.
+        """
+        now = self._now()
+        if now < max(self.expires_at - _RENEW_AFTER_S, self._looked_at + _LOOK_EVERY_S):
+            return False
+        self._looked_at = now
+        found = (await self._registry.find_manifests()).get(self._registry.keys.author)
+        if found is not None and found[1] > self.expires_at:
+            self.data, self.expires_at = found
+        return True

@@ -27,6 +27,8 @@ class Reading:
     nodes: dict[PeerID, NodeInfo]
     """Nodes that host nothing included."""
     trainers: dict[PeerID, TrainerInfo] = field(default_factory=dict)
+    warning: str = ""
+    """That the manifest expires soon."""
 
     def to_dict(self) -> dict[str, Any]:
         """The form of `talkoot status --json`. Ages and times in seconds."""
@@ -34,6 +36,7 @@ class Reading:
         return {
             "swarm": self.swarm,
             "read_at": self.view.read_at,
+            "warning": self.warning or None,
             "nodes": [_node_dict(node, self.view.read_at) for node in self.nodes.values()],
             "trainers": [_trainer_dict(trainer, self.view.read_at) for trainer in self.trainers.values()],
             "experts": {
@@ -78,7 +81,10 @@ class SwarmReader:
             await self._list()
         others = await self._nodes(self._idle - set(view.nodes))
         trainers = await registry.trainers(await registry.trainer_ids())
-        return Reading(self._swarm.keys.swarm_id, view, {**view.nodes, **others}, trainers)
+        record = self._swarm.manifest_record
+        await record.look()
+        nodes = {**view.nodes, **others}
+        return Reading(self._swarm.keys.swarm_id, view, nodes, trainers, record.warning)
 
     async def _list(self) -> None:
         """Anybody can list peers that are not there: they are looked up seldom, and no more than `most_nodes`."""

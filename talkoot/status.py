@@ -97,6 +97,7 @@ def _renderables(reading: Reading) -> list[RenderableType]:
     layers = [_layer_table(view, layer) for layer in range(view.manifest.model.layers)]
     return [
         Text(head),
+        *([Text(f"warning: {reading.warning}", style="yellow")] if reading.warning else []),
         _nodes_table(reading),
         *([_trainers_table(reading)] if reading.trainers else []),
         *layers,

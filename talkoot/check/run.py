@@ -148,10 +148,9 @@ class Check:
 
     def _note_joined(self, swarm: Swarm, seconds: float) -> None:
         says = f"joined {swarm.manifest.name} in {seconds:.1f} s"
-        if swarm.manifest_record.expires_soon:
-            says += "; its manifest expires in less than a week, then nobody can"
+        if warning := swarm.manifest_record.warning:
             fix = "ask the swarm's founder to run a node with their key"
-            self._note("swarm", Verdict.WEAK, says, fix, join_s=seconds)
+            self._note("swarm", Verdict.WEAK, f"{says}; {warning}", fix, join_s=seconds)
         else:
             self._note("swarm", Verdict.OK, says, join_s=seconds)
 

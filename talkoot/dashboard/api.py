@@ -67,6 +67,7 @@ def swarm(sight: Sight) -> Json:
         "age_s": None if read_at is None else max(0.0, sight.now - read_at),
         "unreachable_since": sight.unreachable_since,
         "state": state(sight),
+        "warning": figures.get("warning"),
         "nodes": figures.get("nodes", {"live": None, "gone": None}),
         "experts": figures.get("experts", {"live": None, "total": None}),
         "replicas": figures.get("replicas"),

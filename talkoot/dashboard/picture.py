@@ -81,6 +81,7 @@ def paint(
     pace: Pace,
     most_cells: int,
     before: Picture | None = None,
+    warning: str = "",
 ) -> Picture:
     """The picture of what was noted last. `before`: the picture before this one, to tell whose updates rise."""
     live_nodes, live_trainers = nodes.live(), trainers.live()
@@ -100,6 +101,7 @@ def paint(
         "live": sum(any(r["state"] == "serving" for r in rows) for rows in replicas.values()),
         "total": view.manifest.experts_total,
     }
+    figures["warning"] = warning or None
     figures["replicas"] = sum(r["state"] == "serving" for rows in replicas.values() for r in rows)
     return Picture(
         view.read_at,

@@ -140,9 +140,8 @@ class Watcher:
         self._nodes.note(reading.nodes, now)
         self._trainers.note(reading.trainers, now)
         pace = self._paces.note(self._trainers)
-        picture = paint(
-            reading.view, self._nodes, self._trainers, pace, self._settings.most_cells, self.picture
-        )
+        cells = self._settings.most_cells
+        picture = paint(reading.view, self._nodes, self._trainers, pace, cells, self.picture, reading.warning)
         self.picture = picture.with_earlier(
             self._earlier, self._settings.most_gone, self._settings.gone_kept_s
         )

@@ -98,10 +98,10 @@ def test_others_warn_in_the_last_week_before_nobody_can_join(caplog: pytest.LogC
     founder, other = records.kept_by(FOUNDER), records.kept_by(OTHER)
     live(records, [other], 22)
     assert not caplog.messages
-    assert not other.expires_soon
+    assert not other.warning
     live(records, [other], 2)
     assert "unless its founder runs a node" in caplog.messages[-1]
-    assert other.expires_soon
+    assert other.warning == caplog.messages[-1]
     live(records, [founder, other], 1)
     caplog.clear()
     live(records, [founder, other], 10)

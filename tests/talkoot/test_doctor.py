@@ -143,7 +143,7 @@ def test_manifest_that_expires_soon_is_named(
         pass
 
     async def join(*_: object, **__: object) -> object:
-        record = SimpleNamespace(expires_soon=True)
+        record = SimpleNamespace(warning="nobody can join")
         return SimpleNamespace(manifest=Manifest(name="sauna"), manifest_record=record, stop=nothing)
 
     monkeypatch.setattr(run, "join_swarm", join)
@@ -154,7 +154,7 @@ def test_manifest_that_expires_soon_is_named(
     )
     found = doctor(invite=invite)
     assert found["swarm"].verdict is Verdict.WEAK
-    assert "its manifest expires" in found["swarm"].says
+    assert "nobody can join" in found["swarm"].says
     assert "the swarm's founder" in found["swarm"].fix
 
 

@@ -50,8 +50,12 @@ function trouble() {
     };
   }
   const since = reading.swarm?.unreachable_since ?? null;
-  if (since === null) return { words: "", ages: "" };
+  if (since === null) return { words: sentence(reading.swarm?.warning), ages: "" };
   return { words: `The swarm has been out of reach since ${format.clock(since)}.`, ages: old };
+}
+
+function sentence(words) {
+  return words ? `${words[0].toUpperCase()}${words.slice(1)}.` : "";
 }
 
 byId("banner-retry").addEventListener("click", () => readings.connect());

@@ -82,6 +82,7 @@ def picture_of(
     gone: Sequence[NodeInfo] = (),
     now: float = NOW,
     before: Picture | None = None,
+    warning: str = "",
 ) -> Picture:
     """What the dashboard shows after one reading; `gone` were seen for the last time long before."""
     seen: Census[NodeInfo] = Census(1.5, 20_000, 1000, 86400.0)
@@ -93,7 +94,7 @@ def picture_of(
     for one in replicas:
         by_uid[one.uid] = (*by_uid.get(one.uid, ()), one)
     view = View(swarm or manifest(), by_uid, {info.peer_id: info for info in nodes}, now)
-    return paint(view, seen, training, Paces().note(training), 65536, before)
+    return paint(view, seen, training, Paces().note(training), 65536, before, warning)
 
 
 def large_swarm(nodes: int, trainers: int = 20, grid: Sequence[int] = (64, 64)) -> Picture:

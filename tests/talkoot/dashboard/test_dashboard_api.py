@@ -54,6 +54,13 @@ def test_a_swarm_in_which_all_experts_have_a_host_is_healthy() -> None:
     assert shown["join"]["node"] == f"talkoot node --join {INVITE}"
 
 
+def test_a_warning_stands_beside_the_state() -> None:
+    shown = api.swarm(sight(healthy(warning="nobody can join this swarm in 3.0 days")))
+    assert shown["warning"] == "nobody can join this swarm in 3.0 days"
+    assert shown["state"]["level"] == "ok"
+    assert api.swarm(sight(healthy()))["warning"] is api.swarm(sight(None))["warning"] is None
+
+
 @pytest.mark.parametrize(
     ("hosted", "level", "words"),
     [

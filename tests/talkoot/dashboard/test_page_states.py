@@ -39,6 +39,15 @@ def test_unreachable_swarm_is_told_and_its_last_state_stays(browser: Browser, tm
     asked.history.close()
 
 
+def test_manifest_that_expires_soon_is_told(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, picture_of([node(1)], warning="nobody can join this swarm in 3.0 days"))
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.page.locator("#banner").wait_for()
+        assert seen.text("#banner-words") == "Nobody can join this swarm in 3.0 days."
+        assert seen.page.locator("#banner-retry").is_hidden()
+    asked.history.close()
+
+
 def test_swarm_that_was_never_seen_has_no_figures(browser: Browser, tmp_path: Path) -> None:
     asked = Asked(tmp_path, None)
     with served(asked.app) as address, visit(browser, address, was_read=False) as seen:

@@ -13,7 +13,9 @@ from rich.console import Console
 from simulated import NOW, manifest, node, peer, replica, trainer
 
 from dht.directory import View
+from dht.manifest_record import MANIFEST_LIFETIME_S, ManifestRecord
 from dht.participants import TrainerInfo
+from dht.records import SwarmKeys
 from dht.registry import NodeInfo
 from dht.swarm import Swarm
 from dht.uid import UID
@@ -33,6 +35,16 @@ class FakeRegistry:
         self.listed = set(listed)
         self.asked: list[int] = []
         self.lists = 0
+        self.expires_at = NOW + MANIFEST_LIFETIME_S
+        """Of the manifest."""
+
+    keys = SwarmKeys("sauna", peer(-1))
+
+    def manifest_json(self, data: bytes) -> bytes:
+        return data
+
+    async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
+        return {peer(-1): (b"", self.expires_at)}
 
     async def prefixes(self, prefixes: Collection[Any], size: int) -> dict[Any, frozenset[int]]:
         return {prefix: frozenset({0, 1}) for prefix in prefixes}
@@ -56,7 +68,13 @@ class FakeRegistry:
 
 
 def reader_of(registry: FakeRegistry, clock: list[float]) -> SwarmReader:
-    swarm = SimpleNamespace(registry=registry, manifest=MODEL, keys=SimpleNamespace(swarm_id="sauna-x"))
+    found: Any = registry
+    swarm = SimpleNamespace(
+        registry=registry,
+        manifest=MODEL,
+        manifest_record=ManifestRecord(found, b"", registry.expires_at, now=lambda: clock[0]),
+        keys=SimpleNamespace(swarm_id="sauna-x"),
+    )
     return SwarmReader(cast(Swarm, swarm), list_every_s=30.0, now=lambda: clock[0])
 
 
@@ -86,6 +104,28 @@ def test_thousands_of_dead_entries_are_looked_up_once_in_a_while() -> None:
     assert registry.lists == 4
     clock[0] = NOW + 1000
     assert asyncio.run(read(1)) >= 4999
+
+
+def test_a_manifest_that_expires_within_a_week_is_told_until_its_founder_signs_it_anew() -> None:
+    registry, clock = FakeRegistry([node(0)], [peer(0)]), [NOW]
+    reader = reader_of(registry, clock)
+
+    def warning_at(day: float) -> str:
+        clock[0] = NOW + 86400 * day
+        return asyncio.run(reader.read()).warning
+
+    assert warning_at(22) == ""
+    assert warning_at(26).startswith("nobody can join this swarm in 4.0 days, unless its founder")
+    registry.expires_at += 20 * 86400
+    assert warning_at(26.1) == ""
+
+
+def test_status_warns_of_a_manifest_that_expires_soon() -> None:
+    shown = reading(warning="nobody can join")
+    assert "warning: nobody can join" in status_text(shown)
+    assert shown.to_dict()["warning"] == "nobody can join"
+    assert "warning" not in status_text(reading())
+    assert reading().to_dict()["warning"] is None
 
 
 def status_text(reading: Reading, width: int = 200) -> str:
