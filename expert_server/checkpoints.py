@@ -201,7 +201,7 @@ class Checkpoints:
                 "could not save %s, such as %s: %s; their checkpoints before this stay",
                 counted(len(failures), "expert"),
                 uid,
-                reason,
+                reason.strerror if isinstance(reason, OSError) and reason.strerror else reason,
             )
 
     async def save_all_within(self, seconds: float, experts: Collection[Expert] | None = None) -> None:

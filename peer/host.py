@@ -327,9 +327,12 @@ def require_free_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise PortError(
+                    f"can't listen on {host}, which is no address of this machine: pass one that `ip address` shows"
+                ) from error
             raise PortError(
-                f"can't listen on {host} port {port}: {error.strerror}; pass another "
-                + ("address" if error.errno == errno.EADDRNOTAVAIL else "port")
+                f"can't listen on {host} port {port}: {error.strerror}; pass another port"
             ) from error
 
 

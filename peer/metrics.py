@@ -1,5 +1,6 @@
 """Serves Prometheus metrics over HTTP, on loopback unless told otherwise."""
 
+import errno
 import ipaddress
 
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
@@ -11,13 +12,14 @@ class MetricsServer:
     """An HTTP server on a thread of its own. Close it when done."""
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        """Port 0 takes a free one. Raises PortError when the port is taken."""
+        """Port 0 takes a free one. Raises PortError when the port is taken or the address is not this machine's."""
         ProcessCollector(registry=registry)
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry)
         except OSError as error:
+            other = "--metrics-port" if error.errno == errno.EADDRINUSE else "--metrics-host"
             raise PortError(
-                f"can't serve metrics on {host} port {port}: {error.strerror}; pass another --metrics-port"
+                f"can't serve metrics on {host} port {port}: {error.strerror}; pass another {other}"
             ) from error
         self._host, self._port = host, int(self._server.server_port)
         self.address = f"http://{_endpoint(host, self._port)}/metrics"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from peer.errors import SettingsError
 
@@ -52,6 +53,28 @@ DENYLIST = "denylist"
 """Its name in a state folder."""
 
 
+_IN_WORDS = {
+    "missing": "must be given",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "literal_error": "must be {expected}",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+    # all patterns are of names
+    "string_pattern_mismatch": "small letters, digits and '-' between them make a name, such as 'our-swarm-2'",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    **dict.fromkeys(("model_type", "model_attributes_type"), "must be a table"),
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "finite_number": "must be finite",
+}
+"""What pydantic's kinds of errors are called here; of others its own message is told."""
+
+
 class RoleSettings(BaseModel):
     """Base of a role's settings. A subclass sets `env_prefix`, and gives each field a unit, bounds, a description."""
 
@@ -93,24 +116,39 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"no file {path}: pass the path of one that is there") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"can't read {path}: {error}") from error
+    except OSError as error:
+        raise SettingsError(f"can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is no TOML file: it is not text in UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path} is no TOML file: {error}") from error
 
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
     """One line that names each key of the model that is wrong."""
-    parts = []
+    parts: list[str] = []
+    said: dict[str, list[str]] = {}
     for problem in error.errors():
-        key = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
+            key = ".".join(map(str, problem["loc"]))
             parts.append(f"unknown setting {key!r}{_nearest(key, _keys(model))}")
-        elif problem["type"] == "string_pattern_mismatch":  # all patterns are of names
-            parts.append(
-                f"{key}: small letters, digits and '-' between them make a name, such as 'our-swarm-2'"
-            )
         else:
-            parts.append(f"{key}: {problem['msg']}".removeprefix(": ").replace("Value error, ", "", 1))
+            # what is no identifier names one kind of several that a value may be
+            places = [
+                str(part) for part in problem["loc"] if str(part).isidentifier() or isinstance(part, int)
+            ]
+            said.setdefault(".".join(places), []).append(_in_words(problem))
+    parts += [f"{key}: {' or '.join(words)}".removeprefix(": ") for key, words in said.items()]
     return "; ".join(parts)
+
+
+def _in_words(problem: ErrorDetails) -> str:
+    bounds = {
+        name: f"{bound:g}" if isinstance(bound, float) else bound
+        for name, bound in problem.get("ctx", {}).items()
+    }
+    words = _IN_WORDS.get(problem["type"])
+    return problem["msg"].removeprefix("Value error, ") if words is None else words.format(**bounds)
 
 
 def _keys(model: type[BaseModel], above: str = "") -> Iterator[str]:

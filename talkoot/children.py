@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from peer.processes import die_with_parent
 
 _LEAVES_WITHIN_S = 10.0
 _LINES_SHOWN = 8
+_CODE = re.compile(r" \[T[0-9]{3}\]$")
 
 
 class Children:
@@ -109,6 +111,7 @@ class Child:
         said = [_message(line) for line in lines if line]
         clear = [line for line in said if line.startswith("error: ")]
         reason = clear[-1].removeprefix("error: ") if clear else " | ".join(said) or "it said nothing"
+        reason = _CODE.sub("", reason)  # this error has its own
         return StartError(f"{self.name} ended early with exit status {self.exit_status}: {reason}")
 
     async def stop(self) -> None:

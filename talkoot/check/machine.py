@@ -1,5 +1,6 @@
 """What of this machine can be checked without a network: speed, memory, cores and disk."""
 
+import errno
 import os
 import shutil
 import time
@@ -88,7 +89,7 @@ def check_disk(state: Path, settings: NodeSettings, manifest: Manifest, experts:
             name="disk",
             verdict=Verdict.PROBLEM,
             says=f"can't write in {state}: {error.strerror}",
-            fix="make room there, or pass another --state",
+            fix=("make room there, or " if error.errno == errno.ENOSPC else "") + "pass another --state",
         )
     needed = experts * (settings.checkpoints_kept + 1) * expert_bytes(manifest)
     says = f"{bytes_in_words(free)} free in {state}, {bytes_in_words(speed)}/s"

@@ -71,7 +71,7 @@ class Report(BaseModel):
     def load(cls, state: Path) -> "Report":
         """Raises DataError when there is none that this version can read."""
         path = state / REPORT_FILE
-        again = "run `talkoot node --check` without --cached"
+        again = "run `talkoot doctor` without --cached"
         try:
             with path.open("rb") as file:
                 report = cls.model_validate_json(file.read(_MAX_BYTES))

@@ -20,7 +20,8 @@ def demo(
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="A text file, or a folder of .txt files.  [default: Python's own help]"
+            metavar="PATH",
+            help="A file or folder of text, as `talkoot train --data`.  [default: Python's own help]",
         ),
     ] = None,
     link: Annotated[

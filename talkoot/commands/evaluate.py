@@ -18,7 +18,7 @@ from talkoot.console import LogFormat
 
 
 def evaluate(
-    paths: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text, as `talkoot train --data`.")],
+    paths: Annotated[list[str], typer.Argument(metavar="FILE", help="Text, as `talkoot train --data`.")],
     *,
     join: Join = None,
     checkpoint: Checkpoint = None,

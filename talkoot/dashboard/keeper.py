@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PICTURE = "picture"
+_SAY_EVERY_S = 600.0
+"""A full disk fails each write, every few seconds."""
 
 
 class Keeper:
@@ -25,6 +28,7 @@ class Keeper:
         """Calls that failed, as of a full disk."""
         self._history = history
         self._lock = asyncio.Lock()
+        self._say_at = 0.0
 
     async def add(self, samples: Sequence[Sample], now: float) -> None:
         await self._run(partial(self._history.add, samples, now), None)
@@ -70,5 +74,7 @@ class Keeper:
                 self.failures += 1  # the history said so
             except sqlite3.Error as error:
                 self.failures += 1
-                logger.warning("the history can't be used: %s", error)
+                if time.monotonic() >= self._say_at:
+                    self._say_at = time.monotonic() + _SAY_EVERY_S
+                    logger.warning("the history can't be used: %s", error)
         return otherwise

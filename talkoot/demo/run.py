@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dht.manifest import Manifest
-from peer.errors import DataError, SettingsError, SwarmError
+from peer.errors import SettingsError, SwarmError
 from peer.processes import sweep_dead_sockets
 from peer.words import counted
 from talkoot.children import Child, Children
@@ -18,6 +18,7 @@ from talkoot.console import Terminal, check_writable, write_json
 from talkoot.demo.display import DemoDisplay, print_summary
 from talkoot.links import Link, Proxy, Wire, free_ports
 from talkoot.signals import run_until_stopped
+from trainer_client.sources import find_files
 
 _HOST = "127.0.0.1"
 _ANNOUNCE_EVERY_S = 2.0
@@ -81,8 +82,8 @@ def run_demo(terminal: Terminal, plan: DemoPlan, json_file: Path | None) -> None
     """Raises UserError when a part of it did not do what it should, and Stopped after a signal."""
     if plan.kill and plan.nodes < 2:
         raise SettingsError("a swarm of one node can't lose it: pass --nodes 2 or more, or --no-kill")
-    if plan.data is not None and not plan.data.exists():
-        raise DataError(f"no file or folder {plan.data}: give one with text in it")
+    if plan.data is not None:
+        find_files([str(plan.data)])  # better known now than when the trainer starts
     if json_file is not None:
         check_writable(json_file, "--json")
     with tempfile.TemporaryDirectory(prefix="talkoot-demo-") as folder, asyncio.Runner() as runner:

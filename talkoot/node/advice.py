@@ -6,14 +6,22 @@ from collections.abc import Sequence
 from peer.multiaddresses import tcp_endpoint
 
 
-def invite_advice(bootstrap: Sequence[str], host: str, dht_port: int, grpc_port: int) -> str:
-    """Empty when somebody elsewhere can join by one of these multiaddresses, or when the founder is on loopback.
+def invite_advice(
+    bootstrap: Sequence[str], host: str, dht_port: int, grpc_port: int, *, chosen: bool = True
+) -> str:
+    """Empty when somebody elsewhere can join by one of these multiaddresses, or when the founder chose loopback.
 
-    `host`: where the founder listens. A port is 0 when each run has another.
+    `host`: where the founder listens; not `chosen`: the machine's first. A port is 0 when each run has another.
     """
     hosts = [endpoint[0] for endpoint in map(tcp_endpoint, bootstrap) if endpoint is not None]
-    if not all(map(_is_private, hosts)) or ipaddress.ip_address(host).is_loopback:
+    if not all(map(_is_private, hosts)):
         return ""
+    if ipaddress.ip_address(host).is_loopback:
+        return (
+            ""
+            if chosen
+            else "nobody else can join by this invite: no network is up here. Start again once one is"
+        )
     named = (
         f"it names only private addresses ({', '.join(dict.fromkeys(hosts))})"
         if hosts

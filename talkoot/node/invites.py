@@ -115,8 +115,10 @@ def run_list(terminal: Terminal, state: Path | None, now: Callable[[], float] = 
     issued = Ledger(node_folder(state)).read()
     if terminal.json:
         terminal.event("invites", {"invites": [_values(each) for each in issued]})
-    else:
+    elif issued:
         terminal.out.print(_table(issued, now()))
+    else:
+        terminal.line(f"no invites were made with the state folder {node_folder(state)}")
 
 
 def run_revoke(

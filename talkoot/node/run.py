@@ -21,6 +21,7 @@ from dht.swarm import Stage, Swarm, found_swarm, join_swarm, was_member
 from expert_server.allocator import keep_freed_memory
 from expert_server.blocks import builder_of
 from expert_server.devices import check_devices
+from expert_server.memory import within_memory
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
@@ -142,6 +143,8 @@ def run_node(
     settings = NodeSettings.load(config, **flags)
     check_devices(settings.device, settings.precision)  # better known before others are bothered
     starter = origin.swarm_starter()
+    if starter.manifest is not None:
+        within_memory(settings, starter.manifest)  # better known before it is published
     host = listen_address(settings)
     _be_nice(settings.niceness)
     folder = StateFolder(node_folder(settings.state))
@@ -253,7 +256,13 @@ class _NodeCommand:
                 self._terminal.err.rule()
         settings = self._settings
         if self._starter.manifest is not None and (
-            narrow := invite_advice(made.bootstrap, self._host, settings.dht_port, settings.grpc_port)
+            narrow := invite_advice(
+                made.bootstrap,
+                self._host,
+                settings.dht_port,
+                settings.grpc_port,
+                chosen=settings.host is not None,
+            )
         ):
             logger.warning("%s", narrow)
         logger.info("peer %s serves on %s; metrics at %s", peer_id, node.address, node.metrics_address)

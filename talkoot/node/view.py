@@ -1,5 +1,6 @@
 """What `talkoot node` shows of itself: a panel when somebody watches, else a line now and then."""
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from peer.words import counted
 
 WIDTH = 80
 _BAR = 20
+_WORDS = 66
+"""Columns that the panel has beside its labels."""
 _STYLES = {
     NodeState.SERVING: "green",
     NodeState.PAUSED: "yellow",
@@ -61,20 +64,22 @@ def state_in_words(status: NodeStatus) -> str:
 
 
 def panel(swarm: str, status: NodeStatus, pace: Pace) -> Panel:
-    """Eleven lines of at most `WIDTH` columns."""
+    """Eleven or twelve lines of at most `WIDTH` columns."""
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     state = Text(state_in_words(status), style=_STYLES.get(status.state, ""))
     grid.add_row("state", state)
-    grid.add_row("experts", _bar(status.experts, status.capacity, _experts(status)))
+    experts = f"{status.experts} of {status.capacity}, {_moved(status)}"
+    grid.add_row("experts", _bar(status.experts, status.capacity, experts))
     grid.add_row(
         "work",
         f"{pace.calls:.1f} requests/s   {pace.rows:,.0f} rows/s   "
         f"{counted(status.queued_rows, 'row', ',')} waiting",
     )
     grid.add_row("network", _network(status, pace))
-    grid.add_row("reached", _reached(status))
+    reached = textwrap.wrap(_reached(status), _WORDS, max_lines=2, placeholder="…")
+    grid.add_row("reached", "\n".join(reached))
     grid.add_row(
         "compute", _bar(pace.busy, 1.0, f"{pace.busy:.0%} busy, {counted(status.threads, 'thread')}")
     )
@@ -93,7 +98,8 @@ def line(status: NodeStatus, pace: Pace) -> str:
 
 
 def _parts(status: NodeStatus, pace: Pace) -> Iterator[str]:
-    yield f"{state_in_words(status)}: {_experts(status)}"
+    yield f"{state_in_words(status)}: {status.experts} of at most {counted(status.capacity, 'expert')}"
+    yield _moved(status)
     yield counted(status.updates, "update")
     yield f"{pace.calls:.1f} requests/s"
     yield f"{pace.rows:.0f} rows/s"
@@ -106,11 +112,9 @@ def _parts(status: NodeStatus, pace: Pace) -> Iterator[str]:
     yield f"in all runs {_so_far(status)}"
 
 
-def _experts(status: NodeStatus) -> str:
-    words = f"{status.experts} of at most {counted(status.capacity, 'expert')}, {status.adopted} adopted"
-    if status.handed_over:
-        return f"{words}, {status.handed_over} handed over"
-    return f"{words}, {status.replicated} shared"
+def _moved(status: NodeStatus) -> str:
+    handed_over, shared = f"{status.handed_over} handed over", f"{status.replicated} shared"
+    return f"{status.adopted} adopted, {handed_over if status.handed_over else shared}"
 
 
 def _network(status: NodeStatus, pace: Pace) -> str:

@@ -98,7 +98,7 @@ def _train(
     try:
         run = _Run(terminal, signals, client, start)
         values = asdict(run.train(writers)) | _dispatched(client) | {"averagings": run.averagings}
-        folder = None if run.saver is None else str(run.saver.folder)
+        folder = None if run.saver is None or not run.saver.saved_step else str(run.saver.folder)
         return values | {"checkpoint": folder, "stopped": signals.received is not None}
     finally:
         signals.ignore()

@@ -90,5 +90,7 @@ def test_metrics_are_offered_where_others_can_scrape(host: str, reached_at: str 
         assert server.offered(reached_at) == (f"{offered}:{port}" if offered else "")
         with pytest.raises(StartError, match="pass another --metrics-port"):
             MetricsServer(CollectorRegistry(), host, int(port))
+        with pytest.raises(StartError, match="pass another --metrics-host"):
+            MetricsServer(CollectorRegistry(), "192.0.2.1", 0)
     finally:
         server.close()

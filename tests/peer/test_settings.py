@@ -1,7 +1,7 @@
 """Settings: which source wins, and how a wrong one is named."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field, ValidationError
@@ -17,6 +17,8 @@ class SaunaSettings(RoleSettings):
     wait_s: float = Field(default=1.0, gt=0, description="seconds")
     stove: Path | None = Field(default=None, description="its folder")
     guests: tuple[str, ...] = Field(default=(), description="who comes")
+    towels: Annotated[int, Field(ge=1, le=9)] | Literal["auto"] = Field(default=1, description="for each")
+    open: bool = Field(default=True, description="for guests")
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,45 @@ def test_two_files_do_not_mix(config: Path, tmp_path: Path) -> None:
     assert SaunaSettings.load().heat == 80
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"heat": -3}, "heat: must be at least 0"),
+        ({"heat": 111}, "heat: must be at most 110"),
+        ({"heat": "hot"}, "heat: must be a whole number"),
+        ({"heat": 80.5}, "heat: must be a whole number"),
+        ({"wait_s": 0}, "wait_s: must be more than 0"),
+        ({"wait_s": "long"}, "wait_s: must be a number"),
+        ({"towels": "x"}, "towels: must be a whole number or must be 'auto'"),
+        ({"open": "perhaps"}, "open: must be true or false"),
+        ({"guests": 3}, "guests: must be a list"),
+        ({"heat": -3, "wait_s": 0}, "heat: must be at least 0; wait_s: must be more than 0"),
+    ],
+)
+def test_what_a_setting_may_be_is_told_in_plain_words(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        SaunaSettings.load(**given)
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"heat = hot", "is no TOML file: Invalid value"),
+        (b"\xff", "is no TOML file: it is not text in UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_toml_is_named(config: Path, data: bytes, said: str) -> None:
+    config.write_bytes(data)
+    with pytest.raises(SettingsError, match=f"sauna.toml {said}"):
+        SaunaSettings.load(config)
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"can't read /\S+: Is a directory$"):
+        SaunaSettings.load(tmp_path)
+
+
 def test_an_unknown_key_in_the_file_is_named(config: Path) -> None:
     config.write_text("heet = 60\n", encoding="utf-8")
     with pytest.raises(SettingsError, match="unknown setting 'heet'"):
@@ -117,7 +158,7 @@ def test_a_missing_file_and_one_that_does_not_parse_are_named(config: Path, tmp_
     with pytest.raises(SettingsError, match=r"no file .*absent"):
         SaunaSettings.load(tmp_path / "absent.toml")
     config.write_text("heat = = 60", encoding="utf-8")
-    with pytest.raises(SettingsError, match=r"can't read .*sauna\.toml"):
+    with pytest.raises(SettingsError, match=r"sauna\.toml is no TOML file: Invalid value"):
         SaunaSettings.load(config)
 
 

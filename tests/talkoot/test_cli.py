@@ -164,6 +164,22 @@ def test_missing_invite_is_asked_for() -> None:
     assert_one_clear_line(run_here("train"), "--join")
 
 
+def test_a_demo_of_no_text_does_not_begin(tmp_path: Path) -> None:
+    ended = run_here("demo", "--data", str(tmp_path))
+    assert_one_clear_line(ended, "no .txt, .jsonl or .parquet file in", "[T111]")
+    assert "starts" not in ended.stderr
+
+
+def test_a_founder_with_too_little_memory_publishes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "swarm.toml").write_text('name = "sauna"')
+    state = tmp_path / "state"
+    ended = run_here("node", "--new", str(tmp_path / "swarm.toml"), "--memory", "1MB", "--state", str(state))
+    assert_one_clear_line(
+        ended, "1 MB is too little for one expert of this swarm: the smallest that works is"
+    )
+    assert not state.exists()
+
+
 def test_a_link_that_is_none_is_told_with_an_example() -> None:
     assert_one_clear_line(run_here("demo", "--link", "fast"), "'fast' is no part of a link", "100mbit,80ms")
 

@@ -188,5 +188,6 @@ def test_child_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
         said = demo.log.read_text()
         assert demo.process.returncode == 2, said
         assert "error: trainer ended early with exit status 2: the text has 9 bytes" in said
+        assert said.count("[T") == 1
         assert not demo.processes()
     assert not list(demo.temporary.iterdir())

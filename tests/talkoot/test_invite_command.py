@@ -46,6 +46,11 @@ def test_an_invite_is_made_listed_and_revoked(tmp_path: Path) -> None:
     assert invite.token.hex() not in (tmp_path / "invites.json").read_bytes().hex()
 
 
+def test_a_list_of_no_invites_says_so(tmp_path: Path) -> None:
+    listed = run_here("invite", "--list", "--state", str(tmp_path))
+    assert " ".join(listed.stdout.split()) == f"no invites were made with the state folder {tmp_path}"
+
+
 def test_an_invite_for_people_says_what_it_is_worth(tmp_path: Path) -> None:
     founded(tmp_path)
     made = run_here("invite", "--state", str(tmp_path))

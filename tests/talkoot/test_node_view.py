@@ -93,21 +93,37 @@ def shown(status: NodeStatus, pace: Pace, width: int = WIDTH) -> list[str]:
 def test_a_glance_tells_what_a_node_does_and_gave() -> None:
     meter = PaceMeter()
     meter.note(STATUS, 100.0)
-    lines = shown(LATER, meter.note(LATER, 110.0))[-11:]
+    lines = shown(LATER, meter.note(LATER, 110.0))[-12:]
     text = "\n".join(lines)
     for said in (
         "talkoot node in sauna",
         "state     serving",
-        "12 of at most 18 experts, 2 adopted",
+        "12 of 18, 2 adopted, 3 shared",
         "3.1 requests/s   412 rows/s   512 rows waiting",
         "up 1.2 of 8 Mbit/s   down 0.8 Mbit/s",
         "34% busy, 2 threads",
         "600 MB of 2 GB",
         "reached   relayed by 2 relays; forward TCP ports 1 and 2 on your router",
+        "│           192.168.1.2 ",
         "9 known by the DHT   1,234 updates since the start",
         "all runs  7,000,000 rows, 34,567 updates, 12.3 hours served",
     ):
         assert said in text
+
+
+def test_nothing_is_cut_off_for_a_node_of_a_hundred_experts() -> None:
+    status = replace(
+        STATUS,
+        experts=128,
+        capacity=192,
+        adopted=64,
+        handed_over=128,
+        reach_advice="pass --dht-port and --grpc-port, and forward both TCP ports on your router to 192.168.178.123",
+    )
+    text = "\n".join(shown(status, Pace()))
+    assert "128 of 192, 64 adopted, 128 handed over" in text
+    assert "on your router to 192.168.178.123" in " ".join(text.replace("│", "").split())
+    assert "…" not in text
 
 
 @settings(max_examples=25)

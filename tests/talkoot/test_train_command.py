@@ -1,5 +1,6 @@
 """Training, evaluating and generating as people do it."""
 
+import errno
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from torch import Tensor
 from training_village import TEXT, Founder, founded, talkoot
 
 from dht.invite import Invite
+from peer import numbered
 from peer.loop import LoopThread
 from talkoot.train import run as train_run
 from trainer_client.client import SwarmClient
@@ -259,6 +261,24 @@ def test_ctrl_c_saves_the_last_whole_step(
     assert ended.status == 128 + signal.SIGINT
     saved = 2 if stuck_s else 3
     assert f"checkpoint of step {saved} in " in caplog.text
+
+
+def test_a_run_that_could_save_nothing_names_no_checkpoint(
+    founder: Founder,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(numbered, "write_whole", full)
+    result = tmp_path / "result.json"
+    ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 2, "--json", result))
+    assert ended.status == 0, ended.err
+    assert "could not save step 2" in caplog.text
+    assert json.loads(result.read_text())["checkpoint"] is None
 
 
 def test_a_loss_that_stays_not_finite_is_one_clear_line(

@@ -66,5 +66,5 @@ def test_a_resumed_run_keeps_what_was_set_beside_its_preset() -> None:
 
 
 def test_an_unknown_preset_is_named() -> None:
-    with pytest.raises(SettingsError, match="preset: Input should be 'transformer' or 'ffn'"):
+    with pytest.raises(SettingsError, match="preset: must be 'transformer' or 'ffn'"):
         TrainerSettings.load(preset="dense")

@@ -197,6 +197,24 @@ def test_the_last_picture_is_kept(tmp_path: Path) -> None:
     assert asyncio.run(keep()) == picture
 
 
+def test_a_full_disk_is_said_once_and_not_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*anything: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    async def use() -> int:
+        keeper = Keeper(opened(tmp_path))
+        monkeypatch.setattr(History, "add", full)
+        for second in range(5):
+            await keeper.add([Sample("loss", "a", 2.0)], NOW + second)
+        await keeper.close()
+        return keeper.failures
+
+    assert asyncio.run(use()) == 5
+    assert caplog.text.count("the history can't be used: database or disk is full") == 1
+
+
 @pytest.mark.parametrize("kept", [None, 3, [], {}, {"form": 1}, {"form": 2}, {"form": 1, "replicas": 7}])
 def test_a_picture_of_another_form_is_not_read(tmp_path: Path, kept: object) -> None:
     async def read() -> Picture | None:
