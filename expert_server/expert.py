@@ -4,6 +4,7 @@ Shape suffixes: R = rows, S = segments, D = hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from math import isfinite
@@ -12,14 +13,13 @@ from typing import TypeAlias
 import torch
 from grpc import StatusCode
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block, weightless_block
 from expert_server.devices import ComputeDevice
-from expert_server.graphs import Graph, Version
+from expert_server.graphs import Graph, Places, Version
 from expert_server.guard import Guard
 from expert_server.optimizer import Optimizer
 from expert_server.state_form import BLOCK, block_tensors, check_numbers, check_state, moment_name
@@ -63,6 +63,7 @@ class Expert:
         self.block = build_block(manifest, uid).to(self.device.torch_device)
         self._settings = manifest.optimizer
         self._parameters = list(self.block.parameters())  # to walk through a block takes long
+        self._places = Places(self.block)
         self.optimizer = Optimizer(self._parameters, self._settings)
         self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
         self._step_is_due = False
@@ -102,7 +103,7 @@ class Expert:
         self.settle()
         x_RD = self.device.load(x_RD.detach()).requires_grad_()
         if self._version is None or self._version.generation != self.generation:
-            self._version = Version(self.block, self.generation)
+            self._version = Version(self._parameters, self.generation)
         if self._graph_bytes_per_row is None:
             y_RD = self._measure_graph(x_RD, lengths_S, positions_R, self._version)
         else:
@@ -117,13 +118,8 @@ class Expert:
     def _outputs(
         self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: Version | None = None
     ) -> Tensor:
-        arguments = x_RD, lengths_S, self.device.load(positions_R)
-        with self.device.autocast():
-            y_RD: Tensor
-            if version is None:
-                y_RD = self.block(*arguments)
-            else:
-                y_RD = functional_call(self.block, version.tensors, arguments)
+        with self.device.autocast(), nullcontext() if version is None else self._places.hold(version):
+            y_RD: Tensor = self.block(x_RD, lengths_S, self.device.load(positions_R))
         return y_RD.float()
 
     def _measure_graph(
@@ -193,12 +189,12 @@ class Expert:
         return self._fetched(x_RD.grad, "gradients of the inputs")
 
     def _take_gradients(self, version: Version) -> None:
-        for parameter, tensor in zip(self._parameters, version.tensors.values(), strict=True):
+        for parameter, its in zip(self._parameters, version.parameters, strict=True):
             if parameter.grad is None:
-                parameter.grad = tensor.grad
-            elif tensor.grad is not None:
-                parameter.grad += tensor.grad
-            tensor.grad = None
+                parameter.grad = its.grad
+            elif its.grad is not None:
+                parameter.grad += its.grad
+            its.grad = None
 
     def _leave_version(self) -> None:
         """Before a step: it takes place on a copy of the parameters, where graphs are worth that."""
@@ -210,7 +206,7 @@ class Expert:
             return
         for parameter in self._parameters:
             parameter.data = parameter.data.clone()
-        version.bytes = sum(tensor.nbytes for tensor in version.tensors.values())
+        version.bytes = sum(parameter.nbytes for parameter in version.parameters)
 
     @property
     def state_bytes(self) -> int:

@@ -106,13 +106,12 @@ class Node:
         self._pauses = Pauses(settings, self._take_experts, self._give_up_experts, now)
         self._account = Account(state / "contribution.json")
         self._expert_bytes = expert_bytes(swarm.manifest)
-        kept_bytes = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
-        self._most_bytes = settings.memory or most_bytes(
-            settings, swarm.manifest, self.hosting.capacity, kept_bytes
-        )
+        kept = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
+        capacity = self.hosting.capacity
+        self._most_bytes = settings.memory or most_bytes(settings, swarm.manifest, capacity, kept)
         self._stopping = self._drained = False
         limits = EdgeLimits(
-            settings.max_call_bytes, settings.max_call_s, kept_bytes, budget=BudgetLimits.of(settings)
+            settings.max_call_bytes, settings.max_call_s, kept, budget=BudgetLimits.of(settings)
         )
         self._door = Doorkeeper(swarm, state, settings.max_sessions, now)
         self.sessions = self._door.sessions

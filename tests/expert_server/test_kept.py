@@ -3,7 +3,6 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from dht.uid import UID
 from expert_server.graphs import Graph, Version
@@ -14,7 +13,7 @@ BARE = 4 * 8 + 2 * 8  # bytes of inputs, length and position of `a_forward`
 
 
 def a_version(size: int = 0) -> Version:
-    version = Version(nn.Identity(), None)
+    version = Version([], None)
     version.bytes = size
     return version
 
