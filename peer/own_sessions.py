@@ -5,7 +5,6 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
 
 import grpc
 from grpc import StatusCode
@@ -17,8 +16,6 @@ from peer.garbage import make_stub
 from peer.identity import SESSION_DOMAIN, Identity
 from peer.sessions import NONCE_BYTES, SESSION_KEY, Metadata, Right
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
-
-OpenCall: TypeAlias = Callable[[session_pb2.OpenRequest], Any]
 
 _RENEW_AT = 0.8
 """Of a session's lifetime: after that a new one is opened before it ends."""
