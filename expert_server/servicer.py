@@ -1,10 +1,8 @@
 """The gRPC edge of a node: reads calls, refuses what is wrong before it is queued, streams answers as they come."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import grpc
@@ -75,12 +73,10 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self._traffic = traffic or Traffic()
 
     async def Forward(self, requests: Requests, context: Context) -> None:
-        with _ending_with_the_call():
-            await self._serve("forward", requests, context)
+        await self._serve("forward", requests, context)
 
     async def Backward(self, requests: Requests, context: Context) -> None:
-        with _ending_with_the_call():
-            await self._serve("backward", requests, context)
+        await self._serve("backward", requests, context)
 
     async def Info(
         self,
@@ -218,12 +214,3 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
 def _lost(part: LostPart) -> ExpertError:
     message = f"the forward pass of expert {part.uid} is kept no more: send its inputs"
     return ExpertError(StatusCode.FAILED_PRECONDITION, message)
-
-
-@contextlib.contextmanager
-def _ending_with_the_call() -> Iterator[None]:
-    """A caller who has gone while it was answered or refused is no error of ours: as if gRPC had cancelled us."""
-    try:
-        yield
-    except grpc.aio.InternalError as error:
-        raise asyncio.CancelledError from error

@@ -11,9 +11,9 @@ from expert_server.probe import ProbeServicer
 from expert_server.reaching import endpoint
 from expert_server.servicer import ExpertServicer
 from expert_server.state_servicer import StateServicer
-from peer.channels import make_server
 from peer.errors import PortError
 from peer.host import require_free_port
+from peer.server import make_server
 from peer.sessions import SessionServicer
 from peer.wire import expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
 

@@ -13,7 +13,6 @@ from hivemind.p2p import PeerID
 
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import UnreachableError
-from peer.garbage import GarbageInterceptor
 from peer.identity import TLS_NAME, Identity
 from peer.tunnel import Tunnels
 
@@ -49,13 +48,6 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
 _SILENT = {grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE}
-
-
-def make_server(max_calls: int) -> grpc.aio.Server:
-    """`max_calls`: at once, of all services; more are refused."""
-    return grpc.aio.server(
-        interceptors=[GarbageInterceptor()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls
-    )
 
 
 def server_credentials(identity: Identity, certificate: bytes) -> grpc.ServerCredentials:

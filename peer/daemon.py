@@ -26,6 +26,7 @@ from peer.answers import filter_answers
 from peer.errors import DaemonError
 from peer.identity import Identity
 from peer.multiaddresses import multiaddress, multiaddress_bytes
+from peer.p2pd_calls import mend
 from peer.processes import die_with_parent
 from peer.serving import guard
 from peer.store import StoreCounts
@@ -217,6 +218,7 @@ async def start_daemon(identity: Identity, position: Position) -> Daemon:
         )
         if task.cancelling() > cancels:  # hivemind's wait_for drops it on Python 3.11
             raise asyncio.CancelledError
+        mend(created._client.control)
         daemon = created
     except P2PDaemonError as error:
         raise DaemonError(f"the libp2p daemon did not start: {error}; {_REINSTALL}") from error

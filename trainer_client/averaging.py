@@ -20,7 +20,7 @@ from hivemind.p2p import PeerID
 from dht.participants import TrainerInfo
 from dht.registry import Registry
 from peer import PROTOCOL_VERSION
-from peer.channels import ChannelPool, make_server, server_credentials
+from peer.channels import ChannelPool, server_credentials
 from peer.downloads import SnapshotService
 from peer.errors import ExpertError, PortError, StateError, TransferError, UnreachableError
 from peer.host import require_free_port
@@ -28,6 +28,7 @@ from peer.identity import Identity
 from peer.meetings import freshest_first, most_believed
 from peer.own_sessions import OwnSessions
 from peer.rates import Rate
+from peer.server import make_server
 from peer.sessions import Sessions, SessionServicer
 from peer.snapshots import Incoming, chunked, receive
 from peer.tunnel import Tunnels

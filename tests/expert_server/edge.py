@@ -28,11 +28,12 @@ from expert_server.servicer import EdgeLimits, ExpertServicer
 from expert_server.state_servicer import StateServicer
 from expert_server.transfer import SnapshotTaker, TransferCounts
 from peer import PROTOCOL_VERSION
-from peer.channels import CLIENT_OPTIONS, make_server, server_credentials
+from peer.channels import CLIENT_OPTIONS, server_credentials
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rates import Rate, Traffic
+from peer.server import make_server
 from peer.sessions import Metadata, Sessions, SessionServicer
 from peer.snapshots import Snapshots
 from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
@@ -159,7 +160,7 @@ class Runner:
 def running(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
     """Fails the test when the server logs an error: a wrong call is not one."""
     yield Runner(loop, identity)
-    errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    errors = [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
     assert errors == []
 
 

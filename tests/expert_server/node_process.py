@@ -58,11 +58,11 @@ def started(folder: Path, manifest: str, **settings: object) -> Iterator[NodePro
         metrics = re.search(r"metrics at (http://\S+)", log.read_text())
         assert metrics is not None
         yield NodeProcess(process, Invite.parse(invite.read_text().strip()), metrics[1], log)
-        _, fault, what = log.read_text().partition("Traceback")
-        assert not fault, what[:5000]
     finally:
         process.terminate()
         process.wait(30)
+    _, fault, what = log.read_text().partition("Traceback")
+    assert not fault, what[:5000]
 
 
 @contextlib.asynccontextmanager

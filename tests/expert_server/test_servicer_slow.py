@@ -3,7 +3,9 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
+import grpc
 import pytest
 import torch
 from edge import (
@@ -16,6 +18,7 @@ from edge import (
     Edge,
     Runner,
     answers,
+    both_directions,
     check_it_goes_on,
     exchange,
     header_of,
@@ -30,6 +33,7 @@ from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expert_server.batching import Direction
 from expert_server.expert import Expert
 from expert_server.reading import Reader
 from expert_server.seen import SeenRequests
@@ -172,6 +176,44 @@ def test_a_call_that_is_given_up_leaves_nothing_queued(run: Runner, way: str) ->
         assert edge.runtime.stats.rows - rows <= ROWS
         assert edge.updates() <= 1
         await make(edge, Call(seed=5))
+
+    run(scenario)
+
+
+class LateFuture(asyncio.Future[Any]):
+    """Tells its result after a while."""
+
+    def set_result(self, result: Any) -> None:
+        self.get_loop().call_later(0.1, super().set_result, result)
+
+
+@both_directions
+@pytest.mark.parametrize("way", ["answered", "refused"])
+def test_a_caller_who_goes_while_its_status_is_sent_is_no_error(
+    run: Runner, loop: LoopThread, monkeypatch: pytest.MonkeyPatch, way: str, direction: Direction
+) -> None:
+    """gRPC may be told that a call has ended after it was told that the status could not be sent."""
+    make_future = loop.loop.create_future
+
+    def create_future() -> asyncio.Future[Any]:
+        task = asyncio.current_task()
+        waits_for_the_end = task is not None and task.get_name() == "rpc_task"  # gRPC's
+        return LateFuture() if waits_for_the_end else make_future()
+
+    async def scenario(edge: Edge) -> None:
+        monkeypatch.setattr(loop.loop, "create_future", create_future)
+        tasks = len(asyncio.all_tasks())
+        call = Call(direction)
+        stream = getattr(edge.stub, call.direction.title())(timeout=30)
+        if way == "answered":
+            for request in call.requests:
+                await stream.write(request)
+            assert await stream.read() is not grpc.aio.EOF
+        else:
+            await stream.write(header_of(call))
+            await stream.write(piece(b"1"))
+        stream.cancel()
+        await wait_until(lambda: len(asyncio.all_tasks()) <= tasks)
 
     run(scenario)
 
