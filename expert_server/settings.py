@@ -108,7 +108,9 @@ class NodeSettings(RoleSettings):
     metrics_host: MetricsHost = "127.0.0.1"
     metrics_port: MetricsPort = 0
     state: Path | None = Field(
-        default=None, description="folder of the node's identity and state; one process at a time uses it"
+        default=None,
+        description="folder of the node's identity and state; one process at a time uses it; unset: "
+        "~/.local/state/talkoot/node",
     )
     replicas: int = Field(
         default=2,

@@ -46,8 +46,8 @@ class Summary:
     loss_last: float | None
     validation_loss_first: float
     validation_loss_last: float | None  # the last measured after a step; None: stopped before that
-    perplexity: float  # of the last validation, as the next
-    bits_per_byte: float
+    perplexity: float | None  # of that validation, as the next
+    bits_per_byte: float | None
     tokens_per_s: float  # over all steps of this run, validation left out
     longest_stall_s: float  # see `longest_stall`
     seconds: float  # validation included
@@ -145,15 +145,16 @@ class Record:
     def summary(self, seconds: float) -> Summary:
         finite = [loss for loss in self.history.losses if math.isfinite(loss)]
         validation_losses = self.history.validation_losses
+        validated = validation_losses[-1] if self.history.validated[-1] else None
         return Summary(
             steps=self.steps,
             resumed_at=self._resumed_at,
             loss_first=finite[0] if finite else None,
             loss_last=finite[-1] if finite else None,
             validation_loss_first=validation_losses[0],
-            validation_loss_last=validation_losses[-1] if self.history.validated[-1] else None,
-            perplexity=perplexity(validation_losses[-1]),
-            bits_per_byte=self._bits_per_byte(validation_losses[-1]),
+            validation_loss_last=validated,
+            perplexity=None if validated is None else perplexity(validated),
+            bits_per_byte=None if validated is None else self._bits_per_byte(validated),
             tokens_per_s=self._rate(self._intervals_s),
             longest_stall_s=longest_stall(self._intervals_s[1:]),  # the first step has no step before it
             seconds=seconds,

@@ -185,7 +185,7 @@ class TrainerSettings(RoleSettings):
         ge=0,
         le=7 * 86400,
         allow_inf_nan=False,
-        description="seconds: the longest that training waits while no expert is live, before it ends",
+        description="seconds: the longest wait while no expert is live, before the command ends",
     )
     checkpoint: Path | None = Field(
         default=None, description="folder of checkpoints; unset: one for each run, in the state folder"
@@ -251,7 +251,9 @@ class TrainerSettings(RoleSettings):
         default=None, ge=1, le=1024, description="torch threads; unset: one for each core"
     )
     state: Path | None = Field(
-        default=None, description="folder of the trainer's identity and state; one process at a time uses it"
+        default=None,
+        description="folder of the trainer's identity and state; one process at a time uses it; unset: "
+        "~/.local/state/talkoot/trainer",
     )
 
     @model_validator(mode="before")

@@ -7,8 +7,8 @@ import typer
 from talkoot.commands.options import (
     Checkpoint,
     Join,
-    State,
     TextField,
+    TrainedState,
     TrainerCommand,
     WaitForExperts,
     command,
@@ -25,7 +25,7 @@ def evaluate(
     field: TextField = None,
     wait_for_experts_s: WaitForExperts = None,
     threads: int | None = None,
-    state: State = None,
+    state: TrainedState = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,

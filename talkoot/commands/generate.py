@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from talkoot.commands.options import Checkpoint, Join, State, WaitForExperts, command
+from talkoot.commands.options import Checkpoint, Join, TrainedState, WaitForExperts, command
 from talkoot.console import LogFormat
 
 
@@ -29,7 +29,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Equal seeds draw alike.  [default: any]")] = None,
     wait_for_experts_s: WaitForExperts = None,
     threads: int | None = None,
-    state: State = None,
+    state: TrainedState = None,
 ) -> None:
     """Print the text that a trained model makes of a prompt, as it comes."""
     flags = {

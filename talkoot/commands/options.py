@@ -34,7 +34,17 @@ Config = Annotated[
     ),
 ]
 State = Annotated[Path | None, typer.Option(metavar="DIR")]
-NodeState = Annotated[Path | None, typer.Option(metavar="DIR", help="The node's state folder.")]
+NodeState = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="The node's state folder.  [default: ~/.local/state/talkoot/node]"),
+]
+TrainedState = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="The trainer's state folder, where its checkpoints are.  [default: ~/.local/state/talkoot/trainer]",
+    ),
+]
 TextField = Annotated[str | None, typer.Option(metavar="NAME")]
 WaitForExperts = Annotated[float | None, typer.Option("--wait-for-experts-s", "--wait-for-experts")]
 MetricsHost = Annotated[str | None, typer.Option(metavar="A")]

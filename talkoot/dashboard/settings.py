@@ -22,7 +22,8 @@ class DashboardSettings(RoleSettings):
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port of the page; 0: any free one")
     state: Path | None = Field(
         default=None,
-        description="folder of the dashboard's identity and history; one process at a time uses it",
+        description="folder of the dashboard's identity and history; one process at a time uses it; unset: "
+        "~/.local/state/talkoot/dashboard",
     )
     refresh_s: float = Field(
         default=2.0, ge=0.1, le=600, allow_inf_nan=False, description="seconds between two looks at the swarm"

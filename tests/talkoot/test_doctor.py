@@ -80,6 +80,15 @@ def test_sound_machine_has_no_problem(doctor: Doctor, tmp_path: Path) -> None:
     assert Report.load(tmp_path / "state").can_serve
 
 
+def test_a_machine_whose_first_address_is_loopback_has_no_network() -> None:
+    found = setup.check_ports(NodeSettings(), HOST)
+    assert (found.verdict, found.fix) == (
+        Verdict.WEAK,
+        "no network is up here: nobody else could reach a node",
+    )
+    assert setup.check_ports(NodeSettings(host=HOST), HOST).verdict is Verdict.OK
+
+
 @pytest.mark.parametrize("option", ["dht_port", "grpc_port", "metrics_port"])
 def test_port_that_is_taken_is_named_with_its_option(doctor: Doctor, option: str) -> None:
     with socket.create_server((HOST, 0)) as taken:

@@ -1,7 +1,9 @@
 """Options and the settings of the same names."""
 
+from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 import typer.main
 
@@ -69,6 +71,24 @@ def test_the_words_that_a_setting_may_be_are_shown() -> None:
 def test_an_option_of_the_commands_own_is_not_the_setting_of_its_name() -> None:
     (top_k,) = (option for option in options_of("generate") if option.name == "top_k")
     assert top_k.help == "Draw from the k likeliest tokens.  [default: all]"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        *((name, "node") for name in ("node", "pause", "resume", "stop", "logs", "invite")),
+        *((name, "trainer") for name in ("train", "generate", "evaluate")),
+        ("dashboard", "dashboard"),
+    ],
+)
+def test_each_state_folder_says_where_it_is_by_default(
+    name: str, folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (state,) = (option for option in options_of(name) if option.name == "state")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = platformdirs.user_state_path("talkoot") / folder
+    assert f"[default: {str(expected).replace(str(tmp_path), '~')}]" in state.help
 
 
 def test_what_was_not_given_is_no_setting() -> None:

@@ -348,6 +348,8 @@ def test_perplexity_and_bits_per_byte_are_of_the_held_out_text() -> None:
     assert summary.perplexity == pytest.approx(math.exp(summary.validation_loss_last))
     assert summary.bits_per_byte == pytest.approx(summary.validation_loss_last / math.log(2))
     assert seen[-1].perplexity == summary.perplexity
+    stopped, _ = run(make_settings(steps=6), stop_after=2)
+    assert (stopped.validation_loss_last, stopped.perplexity, stopped.bits_per_byte) == (None, None, None)
 
 
 def test_progress_tells_how_long_it_takes_and_how_often_the_text_was_seen() -> None:
