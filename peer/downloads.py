@@ -93,6 +93,8 @@ class SnapshotService:
                 status = error.status if isinstance(error, ExpertError) else error.code()
                 reason = f"{status.name}: {error if isinstance(error, ExpertError) else error.details()}"
                 busy += status is StatusCode.RESOURCE_EXHAUSTED
+                if status is StatusCode.DEADLINE_EXCEEDED and incoming.header is None:
+                    raise TransferError(f"{what} did not come: {reason}") from error  # the peer says nothing
                 if status is StatusCode.FAILED_PRECONDITION and incoming.header and not wanted:
                     incoming = self.incoming()  # the snapshot is gone, as after a restart: begin anew
                 elif status not in _PASSING:

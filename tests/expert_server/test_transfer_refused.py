@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from peer import PROTOCOL_VERSION, downloads, snapshots
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.sessions import Metadata
 from peer.wire import state_pb2, state_pb2_grpc
 
 
@@ -161,6 +163,29 @@ def test_a_fetch_that_stalls_ends_in_time(
         street.client._service = service
         with pytest.raises(TransferError, match="stalled"):
             await street.client.fetch(street.node, AN_UID)
+
+    play(scenario)
+
+
+def test_a_node_that_says_nothing_is_asked_once(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(street: Street) -> None:
+        service = street.client._service
+        open_session, asked = service.sessions.metadata, 0
+
+        async def count(*arguments: Any) -> Metadata:
+            nonlocal asked
+            asked += 1
+            return await open_session(*arguments)
+
+        monkeypatch.setattr(service.sessions, "metadata", count)
+        street.client._service = replace(service, open_s=0.5)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            street.port = silent.getsockname()[1]
+            with pytest.raises(TransferError, match="did not come: DEADLINE_EXCEEDED"):
+                await street.client.fetch(street.node, AN_UID)
+        assert asked == 1
 
     play(scenario)
 
