@@ -55,6 +55,7 @@ class Presence:
         self._dispatcher = dispatcher
         self._caller = caller
         self._chores = chores
+        self._loop = loop
         self._progress: Progress | None = None
         self._validated: Progress | None = None
         self._started_at = now()
@@ -71,7 +72,9 @@ class Presence:
         return self._metrics.address
 
     def note(self, progress: Progress) -> None:
-        """How it goes, after a step. May be called on any thread."""
+        """How it goes, after a step; the first is told at once. May be called on any thread."""
+        if self._progress is None:
+            self._loop.loop.call_soon_threadsafe(self._news.set)
         self._progress = progress
         if progress.validation_loss is not None:
             self._validated = progress
