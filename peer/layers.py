@@ -91,8 +91,12 @@ class TransformerLayer(nn.Module):
         self.feed_forward_norm = make_norm(norm, hidden)
         self.feed_forward = make_feed_forward(hidden, feed_forward, activation)
         width = hidden // heads
-        exponents_C = torch.arange(0, width, 2, dtype=torch.float32) / width
-        self.register_buffer("frequencies_C", _ROTARY_BASE**-exponents_C, persistent=False)
+        # computed on the CPU: on the device "meta" a division imports torch's compiler, which takes a second
+        exponents_C = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+        frequencies = (_ROTARY_BASE**-exponents_C).tolist()
+        self.register_buffer(
+            "frequencies_C", torch.tensor(frequencies, dtype=torch.float32), persistent=False
+        )
 
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
         """Gives [R, D]. `lengths_S`: int64, on the CPU, each at least 1, R in all. `positions_R`: int64."""

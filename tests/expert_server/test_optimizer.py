@@ -100,10 +100,12 @@ import torch
 import talkoot.node.run
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
-from expert_server.expert import BackwardPart, Expert
+from expert_server.expert import BackwardPart, Expert, expert_bytes
 
 model = ModelSpec(hidden=16, heads=2, feed_forward=32)
-expert = Expert(UID(0, (0, 0)), Manifest(name="test", model=model, experts=ExpertSpec(kind="transformer")))
+manifest = Manifest(name="test", model=model, experts=ExpertSpec(kind="transformer"))
+assert expert_bytes(manifest) > 0
+expert = Expert(UID(0, (0, 0)), manifest)
 rows, positions = torch.ones(3, 16), torch.arange(3)
 _, graph = expert.forward_with_graph(rows, torch.tensor([3]), positions)
 expert.backward([BackwardPart(rows, 1e3 * rows, torch.tensor([3]), positions, graph)])
