@@ -66,6 +66,8 @@ class Terminal:
 def set_up_logging(terminal: Terminal) -> None:
     """Sends all log records to the terminal's standard error. Call it before anything imports hivemind."""
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
+    # else whoever connects and speaks no TLS, such as a port scanner, makes gRPC write a line to standard error
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # hivemind's import uses torch.jit, which torch has deprecated
     warnings.filterwarnings("ignore", message=r".*torch\.jit.*")
     handler = _TerminalHandler(terminal.err)

@@ -270,6 +270,7 @@ def test_a_node_holds_no_more_after_a_little_trouble(
     """The allocator takes more and more at first; what is not given back makes every round grow."""
     grown = loop.run(rounds(node, tmp_path, 2.5, most=8), 110)
     assert grown[-1] <= FLAT_MB, f"MB that each round added: {grown}"
+    assert "Handshake failed" not in node.log.read_text()
 
 
 @pytest.mark.slow
