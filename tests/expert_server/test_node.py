@@ -142,7 +142,7 @@ def test_two_joiners_at_once_never_host_the_same_expert(
         hosted = Counter(uid for node in (first, *others) for uid in node.runtime.experts)
         assert hosted == ONCE_EACH
         assert await serving(first.swarm) == ONCE_EACH
-        assert all(1 <= len(node.runtime.experts) <= each for node in others)
+        assert all(len(node.runtime.experts) <= each for node in others)
 
     play(scenario)
 

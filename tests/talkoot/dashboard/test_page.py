@@ -149,13 +149,18 @@ def test_killed_node_turns_red_within_two_announcements(
 ) -> None:
     row = seen.page.locator("#nodes-table tr", has_text="doomed")
     assert row.locator(".badge").inner_text() == "serving"
-    ground = row.evaluate("row => getComputedStyle(row).backgroundColor")
+    # in one go: rows are made anew with every picture, and one that has just gone has no colour
+    found = (
+        "[...document.querySelectorAll('#nodes-table tr')].find(row => row.textContent.includes('doomed'))"
+    )
+    colour = f"getComputedStyle({found}).backgroundColor"
+    ground = seen.page.evaluate(colour)
     killed_at = time.monotonic()
     swarm.nodes["doomed"].kill()
     seen.page.locator("#nodes-table tr.lost", has_text="doomed").wait_for()
     assert time.monotonic() - killed_at < 2 * ANNOUNCE_EVERY_S
     assert row.locator(".badge").inner_text() == "gone"
-    assert row.evaluate("row => getComputedStyle(row).backgroundColor") != ground
+    assert seen.page.evaluate(colour) != ground
     seen.until("document.querySelector('#tile-nodes .figure')?.textContent === '2'")
     assert seen.text("#tile-nodes .sub") == "1 gone in a day"
     seen.page.screenshot(path=pictures / "killed.png")
