@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from peer.words import counted
 from talkoot.console import Terminal
+from talkoot.progress import StepBar
 
 _NEWS_SHOWN = 8
 _LINE_EVERY_STEPS = 10
@@ -29,8 +29,7 @@ class DemoDisplay:
         self._began = time.monotonic()
         self._nodes: dict[str, tuple[str, ...]] = {}
         self._news: deque[str] = deque(maxlen=_NEWS_SHOWN)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._bar = Progress(*columns, auto_refresh=False)
+        self._bar = StepBar(auto_refresh=False)
         self._task = self._bar.add_task("the trainer has not begun", total=steps)
 
     @contextmanager

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from peer.words import counted
 from talkoot.console import Terminal
+from talkoot.progress import StepBar
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +47,7 @@ def progress_shown(terminal: Terminal, steps: int, done: int) -> Iterator[Callab
     if not terminal.live:
         yield _log_step
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with ProgressBar(*columns, console=terminal.err) as bar:
+    with StepBar(console=terminal.err) as bar:
         first = "going on" if done else "validating before the first step"
         task = bar.add_task(first, total=steps, completed=done)
         yield lambda values: bar.update(task, completed=values["step"], description=describe(values))

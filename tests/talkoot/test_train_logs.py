@@ -1,5 +1,6 @@
 """What training writes for other tools."""
 
+import io
 import json
 import logging
 import math
@@ -8,10 +9,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peer.errors import SettingsError, StartError
-from talkoot.train.display import describe
+from talkoot.console import LogFormat, Terminal
+from talkoot.train.display import describe, progress_shown
 from talkoot.train.logs import check_plot, logs_written, plot_losses
 from trainer_client import optional
 from trainer_client.record import History
@@ -96,6 +99,28 @@ def test_a_plot_that_can_not_be_written_is_known_before(
         logs_written(None, tmp_path),
     ):
         pass
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_watched_step_is_told_whole_on_a_narrow_terminal(width: int) -> None:
+    terminal = Terminal(LogFormat.TEXT)
+    terminal.live = True
+    terminal.err = Console(
+        file=io.StringIO(),
+        width=width,
+        height=25,
+        force_terminal=True,
+        soft_wrap=True,
+        markup=False,
+        record=True,
+    )
+    values = VALUES | {"in_flight": 3, "staleness": 2, "averagings": 5, "failures": {"deadline_exceeded": 3}}
+    with progress_shown(terminal, 4000, 0) as show:
+        show(values | {"step": 1234})
+    bar, *words = terminal.err.export_text().rpartition("first step")[2].splitlines()
+    assert all(len(line.rstrip()) <= width for line in (bar, *words))
+    assert "1234/4000" in bar
+    assert " ".join(" ".join(words).split()) == describe(values)
 
 
 def test_a_step_is_told_in_one_line() -> None:
