@@ -44,8 +44,8 @@ class KeptForwards:
 
     @property
     def bytes(self) -> int:
-        """With older parameters of experts that are there for kept graphs alone."""
-        return self._own_bytes + sum(version.bytes for version in self._versions)
+        """With older parameters of experts that are there for kept graphs alone. Any thread may ask."""
+        return self._own_bytes + sum(version.bytes for version in list(self._versions))
 
     def put(self, key: KeptKey, kept: Kept, now: float) -> bool:
         """Keeps it, unless it alone is over the budget even without its graph. Says whether it is kept."""

@@ -2,10 +2,14 @@
 
 import errno
 import ipaddress
+import logging
+from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
 from peer.errors import PortError
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsServer:
@@ -21,6 +25,7 @@ class MetricsServer:
             raise PortError(
                 f"can't serve metrics on {host} port {port}: {error.strerror}; pass another {other}"
             ) from error
+        self._server.handle_error = _note_broken_off  # type: ignore[method-assign]  # its own prints a traceback
         self._host, self._port = host, int(self._server.server_port)
         self.address = f"http://{_endpoint(host, self._port)}/metrics"
 
@@ -41,6 +46,10 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _note_broken_off(request: Any, client_address: Any) -> None:
+    logger.debug("a scrape by %s broke off", client_address, exc_info=True)
 
 
 def _address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -44,13 +43,13 @@ class Snapshots(Generic[S]):
     def __init__(self, limit: int, lifetime_s: float) -> None:
         self.lifetime_s = lifetime_s
         self._limit = limit
-        self._kept: OrderedDict[tuple[Hashable, bytes], S] = OrderedDict()  # oldest first
+        self._kept: dict[tuple[Hashable, bytes], S] = {}  # oldest first
 
     def put(self, snapshot: S, now: float) -> None:
         self._drop_expired(now)
         self._kept[snapshot.key, snapshot.sha256] = snapshot
         while len(self._kept) > self._limit:
-            self._kept.popitem(last=False)
+            del self._kept[next(iter(self._kept))]
 
     def find(self, key: Hashable, sha256: bytes, now: float) -> S | None:
         self._drop_expired(now)
@@ -59,6 +58,11 @@ class Snapshots(Generic[S]):
     def all(self, now: float) -> Iterable[S]:
         self._drop_expired(now)
         return self._kept.values()
+
+    @property
+    def in_memory(self) -> list[S]:
+        """Also those that have expired since anybody looked. Any thread may ask."""
+        return list(self._kept.values())
 
     def __len__(self) -> int:
         return len(self._kept)

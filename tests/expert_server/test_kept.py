@@ -1,5 +1,9 @@
 """Forward passes kept for their backward call: the budget holds, and what is oldest goes first."""
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,3 +132,29 @@ def test_the_budget_holds_and_bytes_are_those_of_what_is_kept(
     taken = [kept.bytes for number in range(6) if (kept := store.take(key(number)))]
     assert store.bytes == 0
     assert sum(taken) <= budget
+
+
+def test_any_thread_may_ask_for_the_bytes() -> None:
+    store, versions = KeptForwards(10**9), [a_version(1) for _ in range(200)]
+    for number, version in enumerate(versions):
+        store.put(key(number), a_forward(version=version), now=0.0)
+    interval, enough = sys.getswitchinterval(), threading.Event()
+    sys.setswitchinterval(1e-6)
+
+    def ask() -> int:
+        asked = 0
+        while not enough.is_set():
+            assert store.bytes > 0
+            asked += 1
+        return asked
+
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(ask)
+        try:
+            for turn in range(3000):
+                store.take(key(turn % 200))
+                store.put(key(turn % 200), a_forward(version=versions[turn % 200]), now=0.0)
+        finally:
+            enough.set()
+            sys.setswitchinterval(interval)
+        assert asking.result() > 0
