@@ -18,6 +18,7 @@ from talkoot.commands.options import (
     given_settings,
 )
 from talkoot.console import LogFormat
+from talkoot.lasting import lasting_imports
 
 NOT_FIT_STATUS = 1
 
@@ -72,7 +73,8 @@ def node(
     """Host experts, in a new swarm or in one that you were invited to."""
     flags = given_settings(locals(), NodeCommand.role())
     with command(LogFormat.JSON if as_json else log_format) as (terminal, _):
-        from talkoot.node.run import Origin, run_node
+        with lasting_imports():
+            from talkoot.node.run import Origin, run_node
 
         origin = Origin(new, join, tuple(bootstrap or ()))
         if check:

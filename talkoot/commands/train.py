@@ -19,6 +19,7 @@ from talkoot.commands.options import (
     given_settings,
 )
 from talkoot.console import LogFormat
+from talkoot.lasting import lasting_imports
 
 
 def train(
@@ -81,6 +82,7 @@ def train(
     """Train a language model on the experts of a swarm."""
     flags = given_settings(locals(), TrainerCommand.role())
     with command(log_format) as (terminal, signals):
-        from talkoot.train.run import run_train
+        with lasting_imports():
+            from talkoot.train.run import run_train
 
         run_train(terminal, signals, join, local, config, flags, resume=resume, json_file=json_file)
