@@ -171,11 +171,10 @@ class Expert:
 
     def _gradient_of_inputs(self, part: "BackwardPart") -> Tensor:
         """Adds to the gradients of the parameters. A graph can be used once."""
-        graph = part.graph
-        if graph is not None and self.is_good(graph):
+        graph = part.graph if self.is_good(part.graph) else None
+        if graph is not None:
             x_RD, y_RD = graph.inputs, graph.outputs
         else:
-            graph = None
             x_RD = self.device.load(part.inputs.detach()).requires_grad_()
             y_RD = self._outputs(x_RD, part.lengths, part.positions)
         try:

@@ -38,8 +38,8 @@ class KeptForwards:
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
         self._kept: OrderedDict[KeptKey, Kept] = OrderedDict()  # oldest first
-        self._graphs: OrderedDict[KeptKey, None] = OrderedDict()  # keys whose graph is kept, oldest first
-        self._versions: Counter[Version] = Counter()  # of those graphs
+        self._graphs: dict[KeptKey, Version] = {}  # keys whose graph is kept, oldest first, with its version
+        self._versions: Counter[Version] = Counter()  # how many of those graphs each has
         self._own_bytes = 0
 
     @property
@@ -58,7 +58,7 @@ class KeptForwards:
         self._kept[key] = kept
         self._own_bytes += kept.bytes
         if kept.graph is not None:
-            self._graphs[key] = None
+            self._graphs[key] = kept.graph.version
             self._versions[kept.graph.version] += 1
         self._keep_to_budget()
         return key in self._kept
@@ -82,8 +82,7 @@ class KeptForwards:
         kept = self._kept.pop(key, None)
         if kept is not None:
             self._own_bytes -= kept.bytes
-            if kept.graph is not None:
-                self._forget(key, kept.graph)
+            self._forget_graph(key)
         return kept
 
     def _keep_to_budget(self) -> None:
@@ -95,16 +94,17 @@ class KeptForwards:
         if self._graphs:
             key = next(iter(self._graphs))
             kept = self._kept[key]
-            assert kept.graph is not None
             self._kept[key] = bare = replace(kept, graph=None)
             self._own_bytes += bare.bytes - kept.bytes
-            self._forget(key, kept.graph)
+            self._forget_graph(key)
         else:
             self._remove(next(iter(self._kept)))
 
-    def _forget(self, key: KeptKey, graph: Graph) -> None:
-        del self._graphs[key]
-        version = graph.version
+    def _forget_graph(self, key: KeptKey) -> None:
+        """Nothing, when none is kept."""
+        version = self._graphs.pop(key, None)
+        if version is None:
+            return
         self._versions[version] -= 1
         if not self._versions[version]:
             del self._versions[version]
