@@ -35,10 +35,10 @@ from benchmarks.faults import FaultyCaller
 from benchmarks.village import START_LIMIT_S, running_village
 from peer.layers import seeded
 from peer.step_size import step_size
-from talkoot.console import quiet_hivemind
+from talkoot.terminal import quiet_hivemind
 from trainer_client.calls import ExpertCaller
 from trainer_client.client import SwarmClient
-from trainer_client.in_flight import InFlight
+from trainer_client.training.in_flight import InFlight
 from trainer_client.settings import TrainerSettings
 
 LAYERS = 4

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from hivemind.p2p import PeerID
 
-from dht.beam import select_experts
+from dht.beam_search import select_experts
 from dht.directory import Directory
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys

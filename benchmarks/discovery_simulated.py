@@ -18,13 +18,13 @@ from hivemind.p2p import PeerID
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, SimulatedPeer, SimulatedSwarm
-from dht.beam import Floats, Selection, select_experts
+from dht.beam_search import Floats, Selection, select_experts
 from dht.directory import Directory
 from dht.registry import NodeInfo
 from dht.uid import UID
 from peer.errors import ExpertError
 from trainer_client.calls import Answer, Direction, Request
-from trainer_client.dispatch import Dispatcher
+from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.waiting import WaitPolicy
 
 TOP_K = 4

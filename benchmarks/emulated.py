@@ -18,7 +18,7 @@ import uvloop
 
 from benchmarks.namespaces import Machine
 from peer.processes import die_with_parent
-from talkoot.links import Link, Proxy, Wire
+from talkoot.demo.links import Link, Proxy, Wire
 
 _HOST = "127.0.0.1"
 

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from dht.search import DEFAULT_BREADTH, Breadth, Search
+from peer.kademlia.search import DEFAULT_BREADTH, Breadth, Search
 
 BUCKET = 20
 HOLDERS = 5

@@ -35,16 +35,16 @@ from torch import Tensor
 
 from benchmarks.faults import FaultyCaller
 from benchmarks.village import START_LIMIT_S, running_village
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.manifest import Manifest
 from peer.processes import die_with_parent
-from talkoot.local import LocalSwarm
+from talkoot.train.local import LocalSwarm
 from trainer_client.calls import ExpertCaller
 from trainer_client.client import SwarmClient
-from trainer_client.data import ByteDataset, load_text
+from trainer_client.data.corpus import ByteDataset, load_text
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
-from trainer_client.training import Training, validation_loss
+from trainer_client.training.loop import Training, validation_loss
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from benchmarks.recipe_configurations import Configuration, Size
 from benchmarks.recipe_texts import BYTE_KINDS, Mixed, byte_kinds
 from dht.uid import UID
-from expert_server.expert import Expert
-from talkoot.local import LocalSwarm
+from expert_server.experts.expert import Expert
+from talkoot.train.local import LocalSwarm
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
-from trainer_client.record import Progress
+from trainer_client.training.record import Progress
 from trainer_client.routers import ROUTERS
-from trainer_client.shares import Integers
-from trainer_client.training import Training, validation_loss
+from trainer_client.dispatch.batches import Integers
+from trainer_client.training.loop import Training, validation_loss
 
 SAVE_EVERY = 250
 _FINAL_BATCHES = 64

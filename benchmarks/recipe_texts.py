@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer_client.data import Dataset
+from trainer_client.data.corpus import Dataset
 
 MOST_BYTES = 6_000_000
 """Of one domain."""

@@ -173,7 +173,7 @@ def simulated_world() -> Iterator[VirtualLoop]:
         "hivemind.dht.protocol.PeerID": PeerIds(),
         "dht.records.peer_id_of": _peer_id_of,
         "dht.records.verify": _verify,
-        "dht.participants.certificate_pem": lambda certificate, peer_id: certificate,
+        "dht.announcements.certificate_pem": lambda certificate, peer_id: certificate,
     }
     clocks = [f"hivemind.dht.{module}.get_dht_time" for module in ("protocol", "routing", "node")]
     with ExitStack() as stack:

@@ -21,14 +21,14 @@ from hivemind.utils import MSGPackSerializer
 
 from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedP2P, VirtualLoop
 from dht.contacts import Contacts
-from dht.lookups import Found, Item, Lookups
+from peer.kademlia.lookups import Found, Item, Lookups
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Announced, Registry, ReplicaState
-from dht.search import DEFAULT_BREADTH, Breadth, Search
+from peer.kademlia.search import DEFAULT_BREADTH, Breadth, Search
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.daemon import start_dht
+from peer.transport.p2pd import start_dht
 from peer.wire import records_pb2
 
 LIFETIME_S = 600.0

@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks.emulated import emulated_links
 from benchmarks.homes import START_S, Program, Village
 from benchmarks.namespaces import Internet, Machine, internet, why_not
-from talkoot.links import Link
+from talkoot.demo.links import Link
 
 SITES = ("direct", "tunnel")
 LEAST_SHARE = 0.50

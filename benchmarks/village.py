@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.rival_blocks import make_package
-from dht.invite import Invite
+from dht.invites import Invite
 from peer.processes import die_with_parent
 
 START_LIMIT_S = 60.0

@@ -30,9 +30,9 @@ from benchmarks.wan_pace import Carried, Turns, auto_pace_of, pace_of
 from dht.registry import NodeInfo
 from peer.codec import codec_of
 from peer.errors import ExpertError
-from talkoot.links import free_ports
+from talkoot.demo.links import free_ports
 from trainer_client.calls import Answer, Direction, Request
-from trainer_client.grpc_caller import GrpcCaller
+from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 if TYPE_CHECKING:
     from trainer_client.client import SwarmClient

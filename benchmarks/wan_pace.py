@@ -13,7 +13,7 @@ from statistics import linear_regression
 
 from torch import nn
 
-from trainer_client.in_flight import EnoughInFlight, InFlight
+from trainer_client.training.in_flight import EnoughInFlight, InFlight
 
 Carried = Callable[[], tuple[int, int]]
 """Gives the bytes sent and received since the start."""

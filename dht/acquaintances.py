@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from peer.files import write_whole
-from peer.multiaddresses import is_multiaddress
+from peer.transport.addresses import is_multiaddress
 
 logger = logging.getLogger(__name__)
 

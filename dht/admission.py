@@ -22,7 +22,7 @@ from hivemind.p2p import PeerID
 from peer.denylist import Denylist
 from peer.errors import ExpertError, RecordError
 from peer.identity import GRANT_DOMAIN, Identity, peer_id_of, verify
-from peer.sessions import Admitted, Right
+from peer.rpc.sessions import Admitted, Right
 from peer.wire import admission_pb2, records_pb2, session_pb2
 
 Mode = Literal["open", "token"]

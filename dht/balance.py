@@ -7,7 +7,7 @@ from hivemind.p2p import PeerID
 
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID
-from dht.vacancies import preference, staying
+from expert_server.hosting.placement import preference, staying
 
 BUSY_ROWS = 512
 """An expert is overloaded when at least so many rows wait at each of its hosts,"""

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from dht.beam import Floats, select_experts
+from dht.beam_search import Floats, select_experts
 
 Coordinate = tuple[int, ...]
 

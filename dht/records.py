@@ -20,8 +20,8 @@ from dht.shards import digits_of
 from dht.uid import UID
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, peer_id_of, verify
-from peer.packing import unpack
-from peer.snapshots import MAX_UPDATE_COUNT
+from peer.kademlia.validation import unpack
+from peer.rpc.transfer import MAX_UPDATE_COUNT
 from peer.wire import records_pb2
 
 MAX_RECORD_BYTES = 16 * 1024

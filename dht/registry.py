@@ -14,9 +14,9 @@ from hivemind.p2p import PeerID
 from dht.admission import SwarmAdmission
 from dht.claims import ClaimAges
 from dht.counts import DhtCounts
-from dht.lookups import Item, Lookups
-from dht.participants import NodeInfo as NodeInfo
-from dht.participants import TrainerInfo, read_node, read_trainer
+from peer.kademlia.lookups import Item, Lookups
+from dht.announcements import NodeInfo as NodeInfo
+from dht.announcements import TrainerInfo, read_node, read_trainer
 from dht.records import (
     INDEX_PIECE,
     SwarmKeys,
@@ -34,7 +34,7 @@ from dht.uid import UID
 from peer.distribution import Distribution
 from peer.errors import RecordError, UnreachableError, WireError
 from peer.identity import Identity
-from peer.packing import unpack
+from peer.kademlia.validation import unpack
 from peer.wire import admission_pb2, records_pb2
 
 logger = logging.getLogger(__name__)

@@ -4,11 +4,11 @@ import asyncio
 import random
 from contextlib import suppress
 
-from dht.participants import NodeInfo
+from dht.announcements import NodeInfo
 from dht.registry import Registry
 from peer.errors import UnreachableError
 from peer.host import Host
-from peer.multiaddresses import is_public, is_relayed
+from peer.transport.addresses import is_public, is_relayed
 
 _SAMPLED = 24
 """DHT peers of which it is looked whether they are nodes that could be asked, or relays."""

@@ -15,7 +15,7 @@ from hivemind.p2p import PeerID
 from dht.manifest import Manifest
 from dht.registry import Prefix, Registry, Replica
 from dht.uid import UID
-from dht.vacancies import preference
+from expert_server.hosting.placement import preference
 
 READ_WHOLE = 1024
 """Grids with so many experts are read whole."""

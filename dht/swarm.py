@@ -10,9 +10,9 @@ from pathlib import Path
 
 from dht.acquaintances import Acquaintances
 from dht.admission import Role, SwarmAdmission, read_grant
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.manifest import Manifest
-from dht.manifest_record import MANIFEST_LIFETIME_S, ManifestRecord
+from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord
 from dht.membership import Membership
 from dht.records import RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry

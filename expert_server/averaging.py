@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from expert_server.expert import State
-from peer.meetings import drawn
+from expert_server.experts.expert import State
+from peer.averaging import drawn
 
 
 def averaged(current: State, base: State, theirs: State, share: float) -> State:

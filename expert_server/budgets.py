@@ -12,7 +12,7 @@ from operator import itemgetter
 from grpc import StatusCode
 
 from dht.uid import UID
-from expert_server.batching import Direction
+from expert_server.serving.batching import Direction
 from expert_server.settings import NodeSettings
 from peer.errors import ExpertError
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dht.participants import Activity, Reachability
+from dht.announcements import Activity, Reachability
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION

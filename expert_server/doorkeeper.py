@@ -8,7 +8,7 @@ from pathlib import Path
 from dht.ledger import Ledger
 from dht.swarm import Swarm
 from peer.errors import RecordError, StartError
-from peer.sessions import Sessions
+from peer.rpc.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from hivemind.p2p import PeerID
 from dht.registry import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
-from dht.vacancies import heirs
-from expert_server.state_servicer import MAX_UIDS_IN_ASK
-from expert_server.transfer import StateClient
+from expert_server.hosting.placement import heirs
+from expert_server.state.servicer import MAX_UIDS_IN_ASK
+from expert_server.state.transfer import StateClient
 from peer.wire import state_pb2
 
 _LOOK_EVERY_S = 0.2

@@ -9,13 +9,13 @@ from prometheus_client.registry import Collector
 
 from dht.counts import DhtCounts
 from dht.metrics import dht_metrics
-from dht.participants import Reachability
-from expert_server.checkpoints import CheckpointCounts
-from expert_server.runtime import RuntimeStats
-from expert_server.transfer import TransferCounts
-from peer.sessions import SessionCounts
-from peer.store import StoreCounts
-from peer.tunnel import TunnelCounts
+from dht.announcements import Reachability
+from expert_server.state.checkpoints import CheckpointCounts
+from expert_server.serving.runtime import RuntimeStats
+from expert_server.state.transfer import TransferCounts
+from peer.rpc.sessions import SessionCounts
+from peer.kademlia.storage import StoreCounts
+from peer.transport.tunnel import TunnelCounts
 
 
 @dataclass(frozen=True)

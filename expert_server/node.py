@@ -13,44 +13,44 @@ import grpc
 from prometheus_client import CollectorRegistry
 
 from dht.admission import RIGHTS, Role
-from dht.participants import Activity
+from dht.announcements import Activity
 from dht.swarm import Stage, Swarm
 from dht.uid import UID
 from expert_server.allocator import return_freed_memory
 from expert_server.blocks import builder_of
 from expert_server.budgets import BudgetLimits
-from expert_server.checkpoints import Checkpoints, CheckpointStore
+from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from expert_server.contribution import Account, Contribution
 from expert_server.describing import Description
-from expert_server.devices import ComputeDevice, open_devices
+from expert_server.experts.devices import ComputeDevice, open_devices
 from expert_server.doorkeeper import Doorkeeper
-from expert_server.expert import expert_bytes
+from expert_server.experts.expert import expert_bytes
 from expert_server.health import HealthServicer
-from expert_server.hosting import Hosting
+from expert_server.hosting.manager import Hosting
 from expert_server.machine import batch_rows_of, threads_of
-from expert_server.memory import kept_bytes_of, most_bytes, row_bytes, within_memory
+from expert_server.resources import kept_bytes_of, most_bytes, row_bytes, within_memory
 from expert_server.metrics import NodeCollector, NodeCounts
 from expert_server.pauses import Pauses
 from expert_server.probe import ProbeServicer
 from expert_server.reaching import Reaching, endpoint
-from expert_server.replication import Replication
+from expert_server.hosting.averaging import Replication
 from expert_server.rounds import Rounds, tried
-from expert_server.runtime import Runtime
-from expert_server.servicer import EdgeLimits, ExpertServicer
-from expert_server.services import Services, start_server
+from expert_server.serving.runtime import Runtime
+from expert_server.serving.servicer import EdgeLimits, ExpertServicer
+from expert_server.server import Services, start_server
 from expert_server.settings import NodeSettings
-from expert_server.standby import Standby
-from expert_server.state_servicer import StateServicer
+from expert_server.hosting.standby import Standby
+from expert_server.state.servicer import StateServicer
 from expert_server.status import NodeState, NodeStatus
-from expert_server.transfer import Snapshot, SnapshotTaker, StateClient
-from peer.channels import server_credentials
+from expert_server.state.transfer import Snapshot, SnapshotTaker, StateClient
+from peer.rpc.channels import server_credentials
 from peer.errors import UnreachableError, UserError
-from peer.meetings import Meetings
+from peer.averaging import Meetings
 from peer.metrics import MetricsServer
 from peer.own_sessions import OwnSessions
 from peer.rates import Traffic
-from peer.sessions import SessionServicer
-from peer.snapshots import Snapshots
+from peer.rpc.sessions import SessionServicer
+from peer.rpc.transfer import Snapshots
 
 logger = logging.getLogger(__name__)
 

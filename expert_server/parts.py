@@ -10,9 +10,9 @@ import torch
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.batching import Direction
+from expert_server.serving.batching import Direction
 from expert_server.edge import parse_uid
-from expert_server.kept import Kept
+from expert_server.serving.forward_cache import Kept
 from peer.errors import WireError
 from peer.wire import expert_pb2
 

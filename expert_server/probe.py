@@ -19,9 +19,9 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from peer.codec import MAX_CHUNK_BYTES
-from peer.edge import require_same_swarm
+from peer.rpc.calls import require_same_swarm
 from peer.errors import ExpertError, WireError
-from peer.multiaddresses import IpAddress, ip_address
+from peer.transport.addresses import IpAddress, ip_address
 from peer.rates import Traffic
 from peer.wire import probe_pb2, probe_pb2_grpc
 

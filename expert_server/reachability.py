@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dht.participants import Reachability
+from dht.announcements import Reachability
 from expert_server.probing import DialledBack
 
 

@@ -6,15 +6,15 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
-from dht.participants import NodeInfo, Reachability
+from dht.announcements import NodeInfo, Reachability
 from dht.relays import RelayPatience, find_relays, relayed_addresses, some_nodes
 from dht.swarm import Stage, Swarm
 from expert_server.probing import call_dial_back
 from expert_server.reachability import DialledPorts, Judgement, Reach, advice, judge
 from expert_server.settings import NodeSettings
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.errors import DaemonError, UnreachableError
-from peer.multiaddresses import is_public, is_relayed, multiaddress
+from peer.transport.addresses import is_public, is_relayed, multiaddress
 
 logger = logging.getLogger(__name__)
 

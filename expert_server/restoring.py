@@ -10,13 +10,13 @@ from hivemind.p2p import PeerID
 from dht.registry import Replica
 from dht.swarm import Swarm
 from dht.uid import UID
-from dht.vacancies import sources
-from expert_server.checkpoints import Checkpoints
-from expert_server.expert import Expert
-from expert_server.runtime import Runtime
-from expert_server.transfer import StateClient
+from expert_server.hosting.placement import sources
+from expert_server.state.checkpoints import Checkpoints
+from expert_server.experts.expert import Expert
+from expert_server.serving.runtime import Runtime
+from expert_server.state.transfer import StateClient
 from peer.errors import StateError, TransferError
-from peer.meetings import Meetings, most_believed
+from peer.averaging import Meetings, most_believed
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from dht.uid import UID
-from expert_server.expert import State
+from expert_server.experts.expert import State
 from peer.errors import StateError
-from peer.sealed import SealedHeader, seal, unseal
+from peer.checkpoints import SealedHeader, seal, unseal
 
 
 class Header(SealedHeader):

@@ -14,7 +14,7 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import HeapEntry
 
-from peer.packing import StrictSerializer
+from peer.kademlia.validation import StrictSerializer
 
 # hivemind compares subkeys where two entries expire at the same moment. A record's is bytes and an index entry's a
 # number, and both may come under one key: comparing them fails, and with it the store, or the whole answer.

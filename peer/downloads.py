@@ -8,13 +8,13 @@ from typing import Any
 import grpc
 from grpc import StatusCode
 
-from peer.channels import ChannelPool, Contact
+from peer.rpc.channels import ChannelPool, Contact
 from peer.errors import ExpertError, TransferError, UnreachableError
 from peer.garbage import make_stub
 from peer.own_sessions import OwnSessions
 from peer.rates import Rate
-from peer.sessions import Metadata
-from peer.snapshots import STALL_S, Incoming, receive
+from peer.rpc.sessions import Metadata
+from peer.rpc.transfer import STALL_S, Incoming, receive
 
 _ATTEMPTS = 5
 """How often a download is begun or resumed."""

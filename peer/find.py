@@ -14,9 +14,9 @@ from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 
 from peer.answers import keep_valid
-from peer.daemon import P2PD_ERRORS
+from peer.transport.p2pd import P2PD_ERRORS
 from peer.errors import WireError
-from peer.packing import unpack
+from peer.kademlia.validation import unpack
 
 _MAX_PEER_ID_BYTES = 64
 

@@ -11,9 +11,9 @@ from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 
-from peer.daemon import P2PD_ERRORS, Daemon
+from peer.transport.p2pd import P2PD_ERRORS, Daemon
 from peer.errors import ClockError, HiddenError
-from peer.words import counted
+from peer.formatting import counted
 
 CLOCK_TOLERANCE_S = 3.0
 """hivemind's own bound: with larger differences records expire too early for some, or are refused."""

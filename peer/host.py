@@ -16,14 +16,14 @@ from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 
 from peer.bounds import StoreBounds
-from peer.daemon import P2PD_ERRORS, START_DEADLINE_S, Daemon, Position, start_daemon, start_dht
+from peer.transport.p2pd import P2PD_ERRORS, START_DEADLINE_S, Daemon, Position, start_daemon, start_dht
 from peer.errors import DaemonError, PortError, UnreachableError, UserError
 from peer.greeting import Greeting, check_greetings, greet
 from peer.identity import Identity
-from peer.multiaddresses import is_public, is_relayed, tcp_endpoint
+from peer.transport.addresses import is_public, is_relayed, tcp_endpoint
 from peer.processes import sweep_dead_sockets
-from peer.store import StoreCounts
-from peer.tunnel import Pipe, Tunnels
+from peer.kademlia.storage import StoreCounts
+from peer.transport.tunnel import Pipe, Tunnels
 
 logger = logging.getLogger(__name__)
 

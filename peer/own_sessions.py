@@ -14,7 +14,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError
 from peer.garbage import make_stub
 from peer.identity import SESSION_DOMAIN, Identity
-from peer.sessions import NONCE_BYTES, SESSION_KEY, Metadata, Right
+from peer.rpc.sessions import NONCE_BYTES, SESSION_KEY, Metadata, Right
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
 _RENEW_AT = 0.8

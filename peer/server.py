@@ -4,7 +4,7 @@ import logging
 
 import grpc
 
-from peer.channels import SERVER_OPTIONS
+from peer.rpc.channels import SERVER_OPTIONS
 from peer.garbage import GarbageInterceptor
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from talkoot.commands.evaluate import evaluate
 from talkoot.commands.generate import generate
 from talkoot.commands.invite import invite
 from talkoot.commands.node import node
-from talkoot.commands.options import DashboardCommand, NodeCommand, TrainerCommand
+from talkoot.options import DashboardCommand, NodeCommand, TrainerCommand
 from talkoot.commands.service import service
 from talkoot.commands.status import status
 from talkoot.commands.steer import logs, pause, resume, stop

@@ -1,6 +1,6 @@
 """Which swarm a command is for."""
 
-from dht.invite import Invite
+from dht.invites import Invite
 from peer.errors import SettingsError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from hivemind.p2p import PeerID
 
 from dht.directory import Directory, View
-from dht.participants import TrainerInfo
+from dht.announcements import TrainerInfo
 from dht.registry import NodeInfo, Replica
 from dht.swarm import Swarm
 

@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from dht.directory import View
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.swarm import Stage, Swarm, join_swarm
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.identity import Identity
-from peer.words import counted
-from talkoot.console import Terminal, age_in_words, quiet_hivemind
+from peer.formatting import counted
+from talkoot.terminal import Terminal, age_in_words, quiet_hivemind
 from talkoot.fitting import FittingTable
 from talkoot.joining import invite_of
 from talkoot.reading import Reading, SwarmReader

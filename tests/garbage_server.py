@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from peer.channels import SERVER_OPTIONS, server_credentials
+from peer.rpc.channels import SERVER_OPTIONS, server_credentials
 from peer.identity import Identity
 
 

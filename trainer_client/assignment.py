@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from peer.codec import Floats
-from trainer_client.shares import Integers
+from trainer_client.dispatch.batches import Integers
 
 _LIMIT = np.float32(1e15)  # its square is far from overflow
 _SOLVED_WHOLE = 256  # rows

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dht.beam import Selection
+from dht.beam_search import Selection
 from dht.directory import PrefixTables
 
 

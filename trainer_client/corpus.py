@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from peer.errors import DataError, StartError
-from trainer_client.sources import read_text
-from trainer_client.tokenizer import BYTES, Tokenizer, Tokens, digest
+from trainer_client.data.sources import read_text
+from trainer_client.data.tokenizer import BYTES, Tokenizer, Tokens, digest
 
 _AT_ONCE = 32
 """Pieces that are encoded together, so that all cores have some."""

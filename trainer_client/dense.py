@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peer.errors import StateError
-from peer.sealed import SealedHeader, seal, unseal
+from peer.checkpoints import SealedHeader, seal, unseal
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 

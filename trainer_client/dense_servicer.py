@@ -7,14 +7,14 @@ import grpc
 from grpc import StatusCode
 from hivemind.p2p import PeerID
 
-from peer.edge import refusing, require_same_swarm
+from peer.rpc.calls import refusing, require_same_swarm
 from peer.errors import ExpertError, StateError, WireError
 from peer.messages import Messages
 from peer.rates import Rate
-from peer.sessions import Sessions
-from peer.snapshots import Incoming, in_time, outgoing, written
+from peer.rpc.sessions import Sessions
+from peer.rpc.transfer import Incoming, in_time, outgoing, written
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, state_pb2
-from trainer_client.meeting import Meeting, Snapshot, Theirs
+from trainer_client.averaging.exchange import Meeting, Snapshot, Theirs
 
 Requests = AsyncIterator[dense_pb2.ExchangeRequest]
 ExchangeContext = grpc.aio.ServicerContext[dense_pb2.ExchangeRequest, state_pb2.FetchReply]

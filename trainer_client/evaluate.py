@@ -13,8 +13,8 @@ from torch import Tensor
 
 from peer.errors import DataError, UserError
 from trainer_client.model import LanguageModel
-from trainer_client.record import bits_per_byte, perplexity
-from trainer_client.tokenizer import Tokens
+from trainer_client.training.record import bits_per_byte, perplexity
+from trainer_client.data.tokenizer import Tokens
 
 
 @dataclass(frozen=True)

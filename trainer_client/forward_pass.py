@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from hivemind.p2p import PeerID
 
-from dht.beam import Selection
+from dht.beam_search import Selection
 from peer.codec import Floats
 from trainer_client.calls import KeptAt, Request
-from trainer_client.shares import Booleans, Integers, Share
+from trainer_client.dispatch.batches import Booleans, Integers, Share
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hivemind.p2p import PeerID
 
 from dht.directory import Directory
 from dht.registry import NodeInfo
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.errors import ExpertError, UnreachableError
 from peer.own_sessions import OwnSessions
 

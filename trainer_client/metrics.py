@@ -10,9 +10,9 @@ from prometheus_client.registry import Collector
 from dht.counts import DhtCounts
 from dht.metrics import dht_metrics
 from trainer_client.latencies import Latencies
-from trainer_client.meeting import AveragingCounts
-from trainer_client.outgoing import DispatchStats
-from trainer_client.record import Progress
+from trainer_client.averaging.exchange import AveragingCounts
+from trainer_client.dispatch.calls import DispatchStats
+from trainer_client.training.record import Progress
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dht.beam import Selection
+from dht.beam_search import Selection
 from dht.directory import PrefixTables
 from peer.codec import Floats
 from trainer_client.balancing import LoadSpread, balancing_loss, load_spread

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dht.relays import RelayPatience, find_relays, relayed_addresses
 from dht.swarm import Swarm
 from peer.errors import DaemonError, UnreachableError
-from peer.multiaddresses import is_public, is_relayed, multiaddress
+from peer.transport.addresses import is_public, is_relayed, multiaddress
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dht.beam import Selection, default_beam_size, select_experts
+from dht.beam_search import Selection, default_beam_size, select_experts
 from dht.directory import PrefixTables
 from dht.manifest import Manifest
 from peer.codec import Floats

@@ -10,26 +10,12 @@ from pathlib import Path
 from dht.manifest import Manifest
 from peer.errors import CheckpointError, DataError, SettingsError, StateError
 from peer.processes import StateFolder
-from trainer_client.checkpoints import (
-    Checkpoint,
-    CheckpointWriter,
-    Header,
-    load_checkpoint,
-    manifest_sha256,
-    new_run_folder,
-    newest_run_folder,
-)
+from trainer_client.training.checkpoints import Checkpoint, CheckpointWriter, Header, load_checkpoint, manifest_sha256, new_run_folder, newest_run_folder
 from trainer_client.corpus import Corpus, prepare
 from trainer_client.settings import TrainerSettings
-from trainer_client.sources import find_files, read_text
-from trainer_client.tokenizer import (
-    BytePairTokenizer,
-    ByteTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    read_tokenizer,
-)
-from trainer_client.training import Training
+from trainer_client.data.sources import find_files, read_text
+from trainer_client.data.tokenizer import BytePairTokenizer, ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer
+from trainer_client.training.loop import Training
 
 logger = logging.getLogger(__name__)
 

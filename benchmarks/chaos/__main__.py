@@ -30,7 +30,7 @@ from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
 from benchmarks.chaos.swarm import ChaosSwarm, until
 from benchmarks.chaos.watching import Watcher
 from peer.processes import sweep_dead_sockets
-from talkoot.console import quiet_hivemind
+from talkoot.terminal import quiet_hivemind
 
 PARTS = ("calm", "chaos")
 _ALL_SERVED_S = 60.0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from talkoot.links import Link, Proxy, Wire, free_ports
+from talkoot.demo.links import Link, Proxy, Wire, free_ports
 
 _HOST = "127.0.0.1"
 _LISTENS = "0A"

@@ -17,9 +17,9 @@ import psutil
 from benchmarks.chaos.links import PairLinks
 from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.schedule import FOUNDER, Deed, Event
-from dht.invite import Invite
-from talkoot.children import Child, Children
-from talkoot.links import Link
+from dht.invites import Invite
+from talkoot.demo.processes import Child, Children
+from talkoot.demo.links import Link
 
 HOST = "127.0.0.1"
 _START_LIMIT_S = 300.0

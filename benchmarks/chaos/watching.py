@@ -12,19 +12,19 @@ from hivemind.p2p import PeerID
 
 from benchmarks.chaos.accounts import Death, Observation
 from benchmarks.chaos.swarm import HOST, ChaosSwarm, Node
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.registry import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm, join_swarm
 from dht.uid import UID
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.codec import Floats
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity
 from peer.own_sessions import OwnSessions
 from peer.wire import session_pb2
 from trainer_client.calls import Request
-from trainer_client.grpc_caller import GrpcCaller
-from trainer_client.spot_checks import TOLERANCE, difference
+from trainer_client.dispatch.grpc_caller import GrpcCaller
+from trainer_client.dispatch.spot_checks import TOLERANCE, difference
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ import psutil
 import torch
 
 from dht.manifest import Manifest
-from expert_server.expert import BackwardPart, Expert, expert_bytes
+from expert_server.experts.expert import BackwardPart, Expert, expert_bytes
 from expert_server.machine import usable_cores
-from expert_server.memory import within_memory
+from expert_server.resources import within_memory
 from expert_server.settings import NodeSettings, bytes_in_words
 from peer.errors import SettingsError
-from peer.words import counted
+from peer.formatting import counted
 from talkoot.check.report import Finding, Verdict
 
 _SLOW_ROWS_PER_S = 200.0

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from peer.errors import DataError, StartError
 from peer.files import write_whole
-from talkoot.console import Terminal, age_in_words
+from talkoot.terminal import Terminal, age_in_words
 
 REPORT_FILE = "check.json"
 _REPORT_VERSION = 1

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from talkoot.commands.options import Config, DashboardCommand, Format, Join, State, command, given_settings
-from talkoot.console import LogFormat
+from talkoot.options import Config, DashboardCommand, Format, Join, State, command, given_settings
+from talkoot.terminal import LogFormat
 
 
 def dashboard(
@@ -20,6 +20,6 @@ def dashboard(
     """Show a swarm on a web page, and to Prometheus and other programs."""
     flags = given_settings(locals(), DashboardCommand.role())
     with command(log_format) as (terminal, _):
-        from talkoot.dashboard.run import run_dashboard
+        from talkoot.dashboard.server import run_dashboard
 
         run_dashboard(terminal, join, config, flags)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from talkoot.commands.options import command
-from talkoot.console import LogFormat
+from talkoot.options import command
+from talkoot.terminal import LogFormat
 
 
 def demo(
@@ -35,8 +35,8 @@ def demo(
 ) -> None:
     """Start a swarm on this machine, train on it, kill a node, and watch it go on."""
     with command(LogFormat.TEXT) as (terminal, _):
-        from talkoot.demo.run import DemoPlan, run_demo
-        from talkoot.links import Link
+        from talkoot.demo.scenario import DemoPlan, run_demo
+        from talkoot.demo.links import Link
 
         before = None if link is None else Link.parse(link)
         run_demo(terminal, DemoPlan(nodes, steps, kill, data, link=before), json_file)

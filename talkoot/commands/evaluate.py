@@ -4,17 +4,8 @@ from typing import Annotated
 
 import typer
 
-from talkoot.commands.options import (
-    Checkpoint,
-    Join,
-    TextField,
-    TrainedState,
-    TrainerCommand,
-    WaitForExperts,
-    command,
-    given_settings,
-)
-from talkoot.console import LogFormat
+from talkoot.options import Checkpoint, Join, TextField, TrainedState, TrainerCommand, WaitForExperts, command, given_settings
+from talkoot.terminal import LogFormat
 
 
 def evaluate(

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from talkoot.commands.options import Checkpoint, Join, TrainedState, WaitForExperts, command
-from talkoot.console import LogFormat
+from talkoot.options import Checkpoint, Join, TrainedState, WaitForExperts, command
+from talkoot.terminal import LogFormat
 
 
 def generate(

@@ -6,18 +6,8 @@ from typing import Annotated
 import typer
 
 from peer.errors import SettingsError
-from talkoot.commands.options import (
-    Config,
-    Deny,
-    Format,
-    Join,
-    MetricsHost,
-    NodeCommand,
-    State,
-    command,
-    given_settings,
-)
-from talkoot.console import LogFormat
+from talkoot.options import Config, Deny, Format, Join, MetricsHost, NodeCommand, State, command, given_settings
+from talkoot.terminal import LogFormat
 from talkoot.lasting import lasting_imports
 
 NOT_FIT_STATUS = 1
@@ -74,11 +64,11 @@ def node(
     flags = given_settings(locals(), NodeCommand.role())
     with command(LogFormat.JSON if as_json else log_format) as (terminal, _):
         with lasting_imports():
-            from talkoot.node.run import Origin, run_node
+            from talkoot.node.launch import Origin, run_node
 
         origin = Origin(new, join, tuple(bootstrap or ()))
         if check:
-            from talkoot.check.run import run_check
+            from talkoot.doctor.examination import run_check
 
             if not run_check(terminal, origin, config, flags, cached=cached):
                 raise typer.Exit(NOT_FIT_STATUS)

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from talkoot.commands.doctor import node_command
-from talkoot.commands.options import Join, NodeState, command
-from talkoot.console import LogFormat
+from talkoot.options import Join, NodeState, command
+from talkoot.terminal import LogFormat
 
 service = typer.Typer(
     help="Run a node as a systemd service of this user.", no_args_is_help=True, rich_markup_mode=None

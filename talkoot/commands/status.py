@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from talkoot.commands.options import Join, command
-from talkoot.console import LogFormat
+from talkoot.options import Join, command
+from talkoot.terminal import LogFormat
 
 
 def status(

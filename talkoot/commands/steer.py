@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from talkoot.commands.options import NodeState, command
-from talkoot.console import LogFormat
+from talkoot.options import NodeState, command
+from talkoot.terminal import LogFormat
 
 
 def pause(
@@ -18,7 +18,7 @@ def pause(
 ) -> None:
     """Let a running node host nothing, until resumed or restarted."""
     with command(LogFormat.TEXT) as (terminal, _):
-        from talkoot.node.steering import run_pause
+        from talkoot.node.remote import run_pause
 
         run_pause(terminal, state, duration)
 
@@ -26,7 +26,7 @@ def pause(
 def resume(*, state: NodeState = None) -> None:
     """Let a paused node go on."""
     with command(LogFormat.TEXT) as (terminal, _):
-        from talkoot.node.steering import run_resume
+        from talkoot.node.remote import run_resume
 
         run_resume(terminal, state)
 
@@ -40,7 +40,7 @@ def stop(
 ) -> None:
     """Let a running node leave its swarm in order, and end."""
     with command(LogFormat.TEXT) as (terminal, _):
-        from talkoot.node.steering import run_stop
+        from talkoot.node.remote import run_stop
 
         run_stop(terminal, state, wait=wait)
 

@@ -5,20 +5,8 @@ from typing import Annotated
 
 import typer
 
-from talkoot.commands.options import (
-    Config,
-    Deny,
-    Format,
-    Join,
-    MetricsHost,
-    State,
-    TextField,
-    TrainerCommand,
-    WaitForExperts,
-    command,
-    given_settings,
-)
-from talkoot.console import LogFormat
+from talkoot.options import Config, Deny, Format, Join, MetricsHost, State, TextField, TrainerCommand, WaitForExperts, command, given_settings
+from talkoot.terminal import LogFormat
 from talkoot.lasting import lasting_imports
 
 
@@ -83,6 +71,6 @@ def train(
     flags = given_settings(locals(), TrainerCommand.role())
     with command(log_format) as (terminal, signals):
         with lasting_imports():
-            from talkoot.train.run import run_train
+            from talkoot.train.session import run_train
 
         run_train(terminal, signals, join, local, config, flags, resume=resume, json_file=json_file)

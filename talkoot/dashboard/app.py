@@ -22,7 +22,7 @@ from talkoot.dashboard import api
 from talkoot.dashboard.discovery import targets
 from talkoot.dashboard.keeper import Keeper
 from talkoot.dashboard.settings import DashboardSettings
-from talkoot.dashboard.watch import Watcher
+from talkoot.dashboard.watcher import Watcher
 
 FOLDER = Path(__file__).parent
 STATIC = FOLDER / "static"

@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 from hivemind.p2p import PeerID
 
-from dht.participants import TrainerInfo
+from dht.announcements import TrainerInfo
 
 
 class Renewed(Protocol):

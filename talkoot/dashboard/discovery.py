@@ -8,7 +8,7 @@ the network behind it.
 from collections.abc import Iterable
 from enum import IntEnum
 
-from peer.multiaddresses import ip_address
+from peer.transport.addresses import ip_address
 from talkoot.dashboard.picture import Json, Picture
 
 

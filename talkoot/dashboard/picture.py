@@ -9,7 +9,7 @@ from hivemind.p2p import PeerID
 
 from dht.directory import View
 from dht.manifest import Manifest
-from dht.participants import Activity, Latency, Reachability, TrainerInfo
+from dht.announcements import Activity, Latency, Reachability, TrainerInfo
 from dht.registry import NodeInfo, Replica, ReplicaState
 from talkoot.dashboard.census import Census, Pace, Seen
 

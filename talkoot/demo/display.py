@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from peer.words import counted
-from talkoot.console import Terminal
+from peer.formatting import counted
+from talkoot.terminal import Terminal
 from talkoot.progress import StepBar
 
 _NEWS_SHOWN = 8

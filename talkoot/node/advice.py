@@ -3,7 +3,7 @@
 import ipaddress
 from collections.abc import Sequence
 
-from peer.multiaddresses import tcp_endpoint
+from peer.transport.addresses import tcp_endpoint
 
 
 def invite_advice(

@@ -9,14 +9,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from dht.admission import Mode, Role, make_token, new_serial
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.ledger import Issued, Ledger
 from peer.errors import SettingsError, StartError
 from peer.files import write_whole
 from peer.identity import Identity
-from talkoot.console import Terminal
+from talkoot.terminal import Terminal
 from talkoot.node.control import node_folder
-from talkoot.node.steering import parse_duration_s
+from talkoot.node.remote import parse_duration_s
 
 _FILE = "swarm.json"
 _LONGEST_NAME = 64

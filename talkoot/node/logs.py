@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO
 
 from peer.errors import DataError
-from talkoot.console import Terminal
+from talkoot.terminal import Terminal
 from talkoot.node.control import LOG_FILE, node_folder
 
 _LOOK_EVERY_S = 0.2

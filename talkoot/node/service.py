@@ -13,10 +13,10 @@ from typing import Any
 
 from peer.errors import SettingsError, StartError
 from peer.files import write_whole
-from peer.words import counted
-from talkoot.console import Terminal
+from peer.formatting import counted
+from talkoot.terminal import Terminal
 from talkoot.node.control import Control, is_running, node_folder
-from talkoot.node.steering import words
+from talkoot.node.remote import words
 
 UNIT = "talkoot-node.service"
 INVITE_FILE = "invite"

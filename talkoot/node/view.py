@@ -11,7 +11,7 @@ from rich.text import Text
 
 from expert_server.settings import bytes_in_words
 from expert_server.status import NodeState, NodeStatus
-from peer.words import counted
+from peer.formatting import counted
 
 WIDTH = 80
 _BAR = 20

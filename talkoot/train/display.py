@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from peer.words import counted
-from talkoot.console import Terminal
+from peer.formatting import counted
+from talkoot.terminal import Terminal
 from talkoot.progress import StepBar
 
 logger = logging.getLogger(__name__)

@@ -10,14 +10,14 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from talkoot.console import Terminal, to_json
+from talkoot.terminal import Terminal, to_json
 from talkoot.signals import StopSignals
-from talkoot.train.model import TrainedModel, trained_model
+from talkoot.train.trained import TrainedModel, trained_model
 from trainer_client.corpus import Corpus, prepare
 from trainer_client.evaluate import Evaluation, evaluate
 from trainer_client.settings import TrainerSettings
-from trainer_client.sources import find_files
-from trainer_client.tokenizer import Tokenizer
+from trainer_client.data.sources import find_files
+from trainer_client.data.tokenizer import Tokenizer
 
 
 def run_evaluate(

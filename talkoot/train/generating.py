@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peer.errors import DataError
-from peer.words import counted
-from talkoot.console import Terminal
+from peer.formatting import counted
+from talkoot.terminal import Terminal
 from talkoot.signals import StopSignals
-from talkoot.train.model import TrainedModel, trained_model
-from trainer_client.generate import Sampling, decoded, generate
+from talkoot.train.trained import TrainedModel, trained_model
+from trainer_client.inference import Sampling, decoded, generate
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import IO, Any
 import numpy as np
 
 from peer.errors import StartError
-from talkoot.console import check_writable, to_json
+from talkoot.terminal import check_writable, to_json
 from trainer_client.optional import require
-from trainer_client.record import History
+from trainer_client.training.record import History
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.digits import Classifier, Digits, Plan, accuracy, train
 from dht.manifest import Manifest
-from talkoot.local import LocalSwarm
+from talkoot.train.local import LocalSwarm
 from trainer_client.settings import TrainerSettings
 
 

@@ -14,7 +14,7 @@ from benchmarks.discovery_simulated import make_trainer, measure_crawl, measure_
 from benchmarks.kademlia_walk import DrawnNetwork, measure, walk
 from benchmarks.simulated_p2p import Link, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, SimulatedSwarm, grid_of
-from dht.lookups import Lookups
+from peer.kademlia.lookups import Lookups
 
 NODES = 30
 

@@ -23,13 +23,13 @@ from dht.admission import (
     make_badge,
     make_token,
 )
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.ledger import Issued, Ledger
 from dht.records import RecordValidator, SwarmKeys, seal
 from peer.denylist import Denylist
 from peer.errors import ExpertError, RecordError, SettingsError, StartError, UserError
 from peer.identity import Identity
-from peer.sessions import Admitted, Right
+from peer.rpc.sessions import Admitted, Right
 from peer.wire import admission_pb2, records_pb2, session_pb2
 
 NOW, LATER = 1000.0, 2000.0

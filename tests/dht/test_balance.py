@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dht.balance import BUSIER, BUSY_ROWS, Exchange, Resolve, exchange
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID
-from dht.vacancies import preference
+from expert_server.hosting.placement import preference
 
 SERVING = ReplicaState.SERVING
 Hosts = dict[UID, set[PeerID]]

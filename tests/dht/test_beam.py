@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.beam import Booleans, Floats, Selection, default_beam_size, select_experts
+from dht.beam_search import Booleans, Floats, Selection, default_beam_size, select_experts
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from benchmarks.simulated_swarm import SimulatedSwarm
 from dht.claims import MAX_CLAIM_S, ClaimAges
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
-from dht.vacancies import lost_claims, vacant
-from peer.snapshots import MAX_UPDATE_COUNT
+from expert_server.hosting.placement import lost_claims, vacant
+from peer.rpc.transfer import MAX_UPDATE_COUNT
 
 HERE = UID(0, (1, 2))
 CLAIMANT, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))

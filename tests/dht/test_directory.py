@@ -12,7 +12,7 @@ from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.beam import Floats, select_experts
+from dht.beam_search import Floats, select_experts
 from dht.directory import Directory, View
 from dht.layer_index import LayerIndex
 from dht.manifest import Manifest

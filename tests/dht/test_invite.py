@@ -9,7 +9,7 @@ from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.records import SwarmKeys
 from peer.errors import InviteError
 from peer.identity import Identity

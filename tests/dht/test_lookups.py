@@ -240,7 +240,7 @@ def test_a_question_that_fails_by_a_mistake_counts_as_unanswered(
     async def scenario(swarm: SimulatedSwarm) -> None:
         client = await swarm.make_peer(serves_dht=False)
         await swarm.join(client)
-        monkeypatch.setattr("dht.lookups.find", breaks)
+        monkeypatch.setattr("peer.kademlia.lookups.find", breaks)
         monkeypatch.setattr(asyncio.get_running_loop(), "call_exception_handler", lambda context: None)
         async with asyncio.timeout(60):
             with pytest.raises(UnreachableError, match="no DHT peer answered"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hivemind.p2p import PeerID
 
-from dht.manifest_record import MANIFEST_LIFETIME_S, ManifestRecord
+from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord
 from dht.records import SwarmKeys
 
 FOUNDER, OTHER = PeerID(b"\x12\x20" + bytes(32)), PeerID(b"\x12\x20" + bytes([1]) * 32)

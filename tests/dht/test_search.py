@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.search import Breadth, Search
+from peer.kademlia.search import Breadth, Search
 
 NODES = st.sets(st.integers(0, 2**16 - 1), min_size=1, max_size=60)
 KEY = st.integers(0, 2**16 - 1)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.checkpoints import CheckpointStore
-from expert_server.expert import BackwardPart, Expert, State
+from expert_server.state.checkpoints import CheckpointStore
+from expert_server.experts.expert import BackwardPart, Expert, State
 from expert_server.state_format import Checkpoint
 
 MANIFEST = Manifest.model_validate(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from dht.uid import UID
-from expert_server.expert import BackwardPart, Expert
-from expert_server.graphs import Graph
+from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.graphs import Graph
 
 HIDDEN = 16
 ROWS = 12

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from village import LOCAL
 
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from dht.swarm import join_swarm

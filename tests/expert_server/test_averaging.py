@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dht.uid import UID
 from expert_server.averaging import averaged
-from expert_server.expert import State
-from peer.meetings import Meetings, freshest_first, most_believed, their_share
+from expert_server.experts.expert import State
+from peer.averaging import Meetings, freshest_first, most_believed, their_share
 
 counts = st.integers(0, 10**6)
 numbers = st.floats(-(2.0**20), 2.0**20, width=32)

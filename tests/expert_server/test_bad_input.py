@@ -48,7 +48,7 @@ from grpc import StatusCode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expert_server.batching import Direction
+from expert_server.serving.batching import Direction
 from peer.codec import CHUNK_BYTES
 from peer.identity import Identity
 from peer.loop import LoopThread

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.uid import UID
-from expert_server.batching import BatchQueue, Direction, Entry, Work
+from expert_server.serving.batching import BatchQueue, Direction, Entry, Work
 from peer.errors import ExpertError
 
 FIRST, SECOND = UID(0, (0, 0)), UID(0, (0, 1))

@@ -28,9 +28,9 @@ from checkpoint_samples import (
 )
 
 from dht.uid import UID
-from expert_server.checkpoints import Checkpoints, CheckpointStore
-from expert_server.expert import Expert, State
-from expert_server.runtime import Runtime
+from expert_server.state.checkpoints import Checkpoints, CheckpointStore
+from expert_server.experts.expert import Expert, State
+from expert_server.serving.runtime import Runtime
 from expert_server.state_format import Checkpoint
 from peer.loop import LoopThread
 

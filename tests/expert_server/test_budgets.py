@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.uid import UID
-from expert_server.batching import Direction, Work
+from expert_server.serving.batching import Direction, Work
 from expert_server.budgets import BudgetLimits, Budgets
-from expert_server.computing import MOST_APART, Result, by_size, compute
-from expert_server.expert import Expert
+from expert_server.serving.compute import MOST_APART, Result, by_size, compute
+from expert_server.experts.expert import Expert
 from expert_server.settings import NodeSettings
-from peer.edge import retry_after_s, retry_metadata
+from peer.rpc.calls import retry_after_s, retry_metadata
 from peer.errors import ExpertError
 from peer.identity import Identity
 from peer.loop import LoopThread

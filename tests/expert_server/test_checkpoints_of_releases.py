@@ -6,7 +6,7 @@ import pytest
 from checkpoint_samples import AN_UID, SWARM, assert_same, make_store, step
 
 from dht.manifest import Manifest
-from expert_server.expert import Expert
+from expert_server.experts.expert import Expert
 
 RELEASES = sorted((Path(__file__).parents[1] / "releases").glob("*/node"))
 

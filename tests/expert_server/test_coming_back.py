@@ -24,7 +24,7 @@ from village import (
 )
 
 from dht.acquaintances import Acquaintances
-from dht.lookups import Lookups
+from peer.kademlia.lookups import Lookups
 from dht.membership import Membership
 from dht.records import RecordValidator
 from dht.registry import Registry

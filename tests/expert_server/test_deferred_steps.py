@@ -18,8 +18,8 @@ from expert_samples import (
 from runtime_samples import FIRST, MANIFEST, SECOND, make_runtime, make_work, with_runtime
 
 from dht.uid import UID
-from expert_server.expert import BackwardPart, Expert
-from expert_server.guard import CHECK_EVERY_UPDATES
+from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.optimizer import CHECK_EVERY_UPDATES
 
 Read = Callable[[Expert], object]
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from dht.participants import Activity
+from dht.announcements import Activity
 from expert_server.describing import Description
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeState, NodeStatus

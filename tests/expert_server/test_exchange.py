@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from village import UIDS, Play, Village, eventually, make_identities, playing, serving
 
-from dht.vacancies import preference
+from expert_server.hosting.placement import preference
 from expert_server.node import Node
 from peer.identity import Identity
 from peer.loop import LoopThread

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dht.uid import UID
 from expert_server.blocks import build_block
-from expert_server.expert import BackwardPart, Expert, expert_bytes
+from expert_server.experts.expert import BackwardPart, Expert, expert_bytes
 from peer.errors import ExpertError
 
 

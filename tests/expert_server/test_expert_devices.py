@@ -21,8 +21,8 @@ from expert_samples import (
 from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
-from expert_server.devices import ComputeDevice
-from expert_server.expert import BackwardPart, Expert, expert_bytes
+from expert_server.experts.devices import ComputeDevice
+from expert_server.experts.expert import BackwardPart, Expert, expert_bytes
 from peer.errors import ExpertError
 from peer.layers import Activation, Norm
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.expert import BackwardPart, Expert, expert_bytes
+from expert_server.experts.expert import BackwardPart, Expert, expert_bytes
 
 GUIDE = Path(__file__).parents[2] / "docs" / "expert-kinds.md"
 LENGTHS, POSITIONS = torch.tensor([3, 2]), torch.tensor([0, 2, 3, 1, 5])

@@ -8,7 +8,7 @@ from expert_samples import AN_UID, backward, make_manifest, random_rows
 from torch import Tensor
 
 from dht.manifest import OptimizerSpec
-from expert_server.expert import Expert, State
+from expert_server.experts.expert import Expert, State
 from peer.errors import StateError
 
 

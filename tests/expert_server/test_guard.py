@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from dht.uid import UID
-from expert_server.expert import BackwardPart, Expert
-from expert_server.guard import CHECK_EVERY_UPDATES, KEEP_EVERY_UPDATES
+from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.optimizer import CHECK_EVERY_UPDATES, KEEP_EVERY_UPDATES
 from peer.errors import ExpertError
 
 HIDDEN, ROWS = 16, 12

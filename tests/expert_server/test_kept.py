@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.uid import UID
-from expert_server.graphs import Graph, Version
-from expert_server.kept import Kept, KeptForwards
+from expert_server.experts.graphs import Graph, Version
+from expert_server.serving.forward_cache import Kept, KeptForwards
 
 AN_UID = UID(0, (0, 0))
 BARE = 4 * 8 + 2 * 8  # bytes of inputs, length and position of `a_forward`

@@ -14,9 +14,9 @@ from village import MANIFEST, UIDS, Play, Village, eventually, make_identities, 
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.machine import usable_cores
-from expert_server.memory import smallest_memory
+from expert_server.resources import smallest_memory
 from peer import PROTOCOL_VERSION
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.errors import SettingsError
 from peer.identity import Identity
 from peer.loop import LoopThread

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.manifest import Manifest
-from expert_server.expert import expert_bytes
-from expert_server.memory import kept_bytes_of, most_bytes, smallest_memory, within_memory
+from expert_server.experts.expert import expert_bytes
+from expert_server.resources import kept_bytes_of, most_bytes, smallest_memory, within_memory
 from expert_server.settings import NodeSettings, bytes_in_words, parse_bytes
-from expert_server.transfer import largest_state_bytes
+from expert_server.state.transfer import largest_state_bytes
 from peer.errors import SettingsError
 
 

@@ -36,8 +36,8 @@ from dht.uid import UID
 from expert_server.node import Node
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
-from peer.channels import ChannelPool
-from peer.daemon import Daemon
+from peer.rpc.channels import ChannelPool
+from peer.transport.p2pd import Daemon
 from peer.errors import StartError
 from peer.identity import Identity
 from peer.loop import LoopThread

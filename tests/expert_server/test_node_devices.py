@@ -8,8 +8,8 @@ from village import LOCAL, MANIFEST, Play, Village, node_settings, playing
 
 from dht.swarm import found_swarm
 from expert_server import node as node_module
-from expert_server.devices import ComputeDevice
-from expert_server.expert import expert_bytes
+from expert_server.experts.devices import ComputeDevice
+from expert_server.experts.expert import expert_bytes
 from expert_server.node import Node
 from peer.errors import SettingsError
 from peer.identity import Identity

@@ -42,7 +42,7 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Path]
         used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
         return die_with_parent(arguments)
 
-    monkeypatch.setattr("peer.daemon.die_with_parent", note_socket)
+    monkeypatch.setattr("peer.transport.p2pd.die_with_parent", note_socket)
     yield lambda: [path for name in used for path in Path("/tmp").glob(f"hivemind-*-{name}")]
     assert used, "no host was started"
 

@@ -97,7 +97,7 @@ def test_gradients_are_gone_after_zero_grad() -> None:
 A_NODES_WORK = """
 import sys
 import torch
-import talkoot.node.run
+import talkoot.node.launch
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
 from expert_server.expert import BackwardPart, Expert, expert_bytes

@@ -17,11 +17,11 @@ import psutil
 import pytest
 from village import LOCAL, ONCE_EACH, UIDS, Village, eventually, serving
 
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.swarm import Swarm
 from expert_server.node import Node
 from expert_server.status import NodeState
-from peer.daemon import Daemon
+from peer.transport.p2pd import Daemon
 from peer.errors import StartError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity

@@ -20,11 +20,11 @@ from village import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, make_i
 from dht.registry import NodeInfo
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
-from expert_server.expert import BackwardPart, Expert
+from expert_server.experts.expert import BackwardPart, Expert
 from expert_server.node import Node
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.errors import UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread

@@ -27,7 +27,7 @@ from expert_server.probe import (
 )
 from expert_server.probing import call_dial_back, call_probe
 from peer import PROTOCOL_VERSION
-from peer.channels import SERVER_OPTIONS, ChannelPool, server_credentials
+from peer.rpc.channels import SERVER_OPTIONS, ChannelPool, server_credentials
 from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import UnreachableError
 from peer.identity import Identity, certificate_pem

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.participants import Reachability
+from dht.announcements import Reachability
 from expert_server.probing import DialledBack
 from expert_server.reachability import DialledPorts, Reach, advice, judge
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dht.relays
-from dht.participants import Reachability
+from dht.announcements import Reachability
 from expert_server.probing import DialledBack
 from expert_server.reachability import DialledPorts
 from expert_server.reaching import Reaching

@@ -19,7 +19,7 @@ from runtime_samples import (
     with_runtime,
 )
 
-from expert_server.expert import Expert
+from expert_server.experts.expert import Expert
 from peer.errors import ExpertError
 
 

@@ -22,7 +22,7 @@ from runtime_samples import (
 )
 from torch import Tensor
 
-from expert_server.expert import Expert
+from expert_server.experts.expert import Expert
 from peer.errors import ExpertError
 
 

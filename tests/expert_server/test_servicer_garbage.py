@@ -23,7 +23,7 @@ from edge import (
 )
 from grpc import StatusCode
 
-from expert_server.batching import Direction
+from expert_server.serving.batching import Direction
 from peer import PROTOCOL_VERSION
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread

@@ -31,16 +31,16 @@ from hivemind.p2p import PeerID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_server.batching import Direction
+from expert_server.serving.batching import Direction
 from expert_server.parts import make_part
-from expert_server.runtime import Runtime
-from expert_server.servicer import EdgeLimits, ExpertServicer
+from expert_server.serving.runtime import Runtime
+from expert_server.serving.servicer import EdgeLimits, ExpertServicer
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError, WireError
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.sessions import Sessions
+from peer.rpc.sessions import Sessions
 from peer.wire import expert_pb2
 
 

@@ -33,8 +33,8 @@ from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_server.batching import Direction
-from expert_server.expert import Expert
+from expert_server.serving.batching import Direction
+from expert_server.experts.expert import Expert
 from expert_server.reading import Reader
 from expert_server.seen import SeenRequests
 from peer.identity import Identity

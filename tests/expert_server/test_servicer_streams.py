@@ -24,7 +24,7 @@ from edge import (
 )
 from grpc import StatusCode
 
-from expert_server.batching import Direction
+from expert_server.serving.batching import Direction
 from peer.codec import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from peer.identity import Identity
 from peer.loop import LoopThread

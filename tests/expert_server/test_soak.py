@@ -24,11 +24,11 @@ from village import eventually
 from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from dht.uid import UID
-from expert_server.expert import BackwardPart, Expert
-from peer.channels import ChannelPool
+from expert_server.experts.expert import BackwardPart, Expert
+from peer.rpc.channels import ChannelPool
 from peer.loop import LoopThread
 from trainer_client.calls import Answer, Direction, KeptAt, Request
-from trainer_client.grpc_caller import GrpcCaller
+from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

@@ -11,7 +11,7 @@ from grpc import StatusCode
 from street import CHUNK, SWARM, Scenario, Street, packed, playing, read_all
 
 from expert_server.hints import Hint
-from expert_server.transfer import largest_state_bytes
+from expert_server.state.transfer import largest_state_bytes
 from peer import PROTOCOL_VERSION
 from peer.errors import TransferError
 from peer.identity import Identity

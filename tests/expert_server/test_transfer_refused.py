@@ -17,11 +17,12 @@ from street import CHUNK, SWARM, Replies, Scenario, Street, header_of, packed, p
 
 from expert_server.hints import Hint
 from expert_server.probing import call_dial_back, call_probe
-from peer import PROTOCOL_VERSION, downloads, snapshots
+from peer import PROTOCOL_VERSION, downloads
+from peer.rpc import transfer as snapshots
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.sessions import Metadata
+from peer.rpc.sessions import Metadata
 from peer.wire import state_pb2, state_pb2_grpc
 
 
@@ -159,7 +160,7 @@ def test_a_fetch_that_stalls_ends_in_time(
         street.client._service = replace(service, limit_s=0.5)
         with pytest.raises(TransferError, match="within"):
             await street.client.fetch(street.node, AN_UID)
-        monkeypatch.setattr("peer.snapshots.STALL_S", 0.3)
+        monkeypatch.setattr("peer.rpc.transfer.STALL_S", 0.3)
         street.client._service = service
         with pytest.raises(TransferError, match="stalled"):
             await street.client.fetch(street.node, AN_UID)

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_server import expert as expert_module
-from expert_server.expert import BackwardPart, Expert
-from expert_server.graphs import Graph
+from expert_server.experts import expert as expert_module
+from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.graphs import Graph
 
 
 @pytest.fixture(autouse=True)

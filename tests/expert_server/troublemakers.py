@@ -16,9 +16,9 @@ from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
-from peer.channels import CLIENT_OPTIONS
+from peer.rpc.channels import CLIENT_OPTIONS
 from peer.codec import CHUNK_BYTES
-from peer.sessions import Metadata
+from peer.rpc.sessions import Metadata
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 WRONG = (StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION)

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.registry import ReplicaState
 from dht.swarm import Swarm, found_swarm, join_swarm

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from talkoot.links import Link, Proxy, Wire
+from talkoot.demo.links import Link, Proxy, Wire
 
 LOCAL = "127.0.0.1"
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]

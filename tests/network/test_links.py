@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import SettingsError
-from talkoot.links import Direction, Link, Proxy, Wire
+from talkoot.demo.links import Direction, Link, Proxy, Wire
 
 
 def run(scenario: Coroutine[Any, Any, None], limit_s: float = 60.0) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.homes import START_S, Village
 from benchmarks.namespaces import Machine, internet, why_not
-from dht.invite import Invite
+from dht.invites import Invite
 
 STEPS = 4
 MANIFEST = """

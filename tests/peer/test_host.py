@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.daemon import Daemon
+from peer.transport.p2pd import Daemon
 from peer.errors import StartError, UnreachableError, UserError
 from peer.host import Host, default_listen_address, require_free_port
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.multiaddresses import is_multiaddress
+from peer.transport.addresses import is_multiaddress
 from peer.processes import _is_unbound, die_with_parent
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -65,7 +65,7 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Path]]:
         used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
         return die_with_parent(arguments)
 
-    monkeypatch.setattr("peer.daemon.die_with_parent", note_socket)
+    monkeypatch.setattr("peer.transport.p2pd.die_with_parent", note_socket)
 
     def left() -> list[Path]:
         assert used, "no host was started"

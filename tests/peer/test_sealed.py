@@ -6,7 +6,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from peer.errors import StateError
-from peer.sealed import SealedHeader, seal, unseal
+from peer.checkpoints import SealedHeader, seal, unseal
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3)}
 

@@ -279,7 +279,7 @@ def test_beyond_a_full_answer_no_values_are_packed(
             packed.append(value)
             return bytes(600)
 
-        monkeypatch.setattr("peer.serving.MSGPackSerializer.dumps", pack)
+        monkeypatch.setattr("peer.kademlia.node.MSGPackSerializer.dumps", pack)
         response = await send(peer, "find", request)
         assert [result.type for result in response.results].count(dht_pb2.FOUND_DICTIONARY) == 1
         assert len(packed) == 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peer.words import counted
+from peer.formatting import counted
 
 
 @pytest.mark.parametrize(

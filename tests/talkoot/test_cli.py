@@ -16,7 +16,7 @@ import psutil
 import pytest
 from commands import HOST, assert_one_clear_line, command, run, run_here, sockets_of, wait_until
 
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.manifest import Manifest
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import SettingsError
-from talkoot import console
+from talkoot import terminal as console
 from talkoot.check.report import Finding, Report, Verdict
-from talkoot.console import LogFormat, Terminal, log_file
+from talkoot.terminal import LogFormat, Terminal, log_file
 from talkoot.node.control import Control
 from talkoot.node.logs import Follower, run_logs
-from talkoot.node.steering import parse_duration_s
+from talkoot.node.remote import parse_duration_s
 
 
 @dataclass(frozen=True)

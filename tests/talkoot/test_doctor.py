@@ -15,7 +15,7 @@ import hivemind.p2p.p2p_daemon
 import pytest
 from commands import HOST, run_here
 
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from expert_server.settings import NodeSettings
@@ -23,10 +23,11 @@ from peer.errors import ClockError, UserError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import StateFolder
-from talkoot.check import machine, run, setup
+from talkoot.check import machine, setup
+from talkoot.doctor import examination as run
 from talkoot.check.report import Finding, Report, Verdict
-from talkoot.check.run import Check
-from talkoot.node.run import SwarmStarter
+from talkoot.doctor.examination import Check
+from talkoot.node.launch import SwarmStarter
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -230,11 +231,11 @@ def test_error_line_ends_with_the_code() -> None:
 
 
 def test_broken_installation_is_an_error_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "talkoot.node.run", None)
+    monkeypatch.setitem(sys.modules, "talkoot.node.launch", None)
     with pytest.raises(ModuleNotFoundError):  # a fault of ours, whose traceback is wanted
         run_here("doctor")
     monkeypatch.undo()
-    monkeypatch.delitem(sys.modules, "talkoot.node.run")
+    monkeypatch.delitem(sys.modules, "talkoot.node.launch")
     monkeypatch.setitem(sys.modules, "uvloop", None)
     ended = run_here("doctor")
     assert ended.returncode == 2

@@ -8,7 +8,7 @@ import pytest
 from commands import run_here
 
 from dht.admission import Mode, Role, SwarmAdmission, read_grant
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.records import SwarmKeys
 from peer.identity import Identity
 from peer.wire import admission_pb2

@@ -19,7 +19,7 @@ from rich.live import Live
 
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeState, NodeStatus
-from talkoot.console import to_json
+from talkoot.terminal import to_json
 from talkoot.node.view import WIDTH, Pace, PaceMeter, line, panel, state_in_words
 
 STATUS = NodeStatus(

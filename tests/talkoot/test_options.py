@@ -10,7 +10,7 @@ import typer.main
 from expert_server.settings import NodeSettings
 from peer.settings import RoleSettings
 from talkoot.cli import app
-from talkoot.commands.options import given_settings, help_of
+from talkoot.options import given_settings, help_of
 from talkoot.dashboard.settings import DashboardSettings
 from trainer_client.settings import TrainerSettings
 

@@ -10,16 +10,16 @@ import pytest
 from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, wait_until
 
 from dht.acquaintances import Acquaintances
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.records import SwarmKeys
 from dht.swarm import found_swarm
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
-from talkoot.console import LogFormat, Terminal
-from talkoot.links import free_ports
-from talkoot.node import run as node_run
-from talkoot.node.run import Origin, _NodeCommand
+from talkoot.terminal import LogFormat, Terminal
+from talkoot.demo.links import free_ports
+from talkoot.node import launch as node_run
+from talkoot.node.launch import Origin, _NodeCommand
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from commands import run_here
 
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.records import SwarmKeys
 from peer.errors import InviteError, SettingsError, StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
-from talkoot.console import LogFormat, Terminal
+from talkoot.terminal import LogFormat, Terminal
 from talkoot.node.control import ControlServer
-from talkoot.node.run import Origin
+from talkoot.node.launch import Origin
 from talkoot.node.service import UNIT, Service, make_service, run_install, run_remove, run_status
 
 _STAND_IN = """#!/bin/sh

@@ -18,10 +18,10 @@ import pytest
 from torch import Tensor
 from training_village import TEXT, Founder, founded, talkoot
 
-from dht.invite import Invite
+from dht.invites import Invite
 from peer import numbered
 from peer.loop import LoopThread
-from talkoot.train import run as train_run
+from talkoot.train import session as train_run
 from trainer_client.client import SwarmClient
 from trainer_client.model import LanguageModel
 
@@ -223,7 +223,7 @@ def test_experts_lost_while_text_comes_end_it_in_time(
                 founder.pause()
             return super().forward(tokens_BT)
 
-    monkeypatch.setattr("talkoot.train.model.LanguageModel", Losing)
+    monkeypatch.setattr("talkoot.train.trained.LanguageModel", Losing)
     short = ("--wait-for-experts", 0.5, "--max-tokens", 10_000)
     try:
         ended = talkoot("generate", "--join", founder.invite, "--state", trained, "--prompt", "In", *short)

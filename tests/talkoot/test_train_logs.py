@@ -13,11 +13,11 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peer.errors import SettingsError, StartError
-from talkoot.console import LogFormat, Terminal
+from talkoot.terminal import LogFormat, Terminal
 from talkoot.train.display import describe, progress_shown
 from talkoot.train.logs import check_plot, logs_written, plot_losses
 from trainer_client import optional
-from trainer_client.record import History
+from trainer_client.training.record import History
 
 VALUES: dict[str, Any] = {
     "step": 1, "steps": 4, "loss": 2.0, "validation_loss": None, "tokens_per_s": 10.0, "in_flight": 1, "averagings": 0,

@@ -7,10 +7,10 @@ import pytest
 from commands import wait_until
 from training_village import Founder, founded
 
-from dht.invite import Invite
+from dht.invites import Invite
 from peer.loop import LoopThread
 from trainer_client.client import SwarmClient
-from trainer_client.record import Progress
+from trainer_client.training.record import Progress
 from trainer_client.settings import TrainerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

@@ -13,15 +13,15 @@ import pytest
 import torch
 from training_village import TEXT, founded
 
-from dht.invite import Invite
+from dht.invites import Invite
 from peer.loop import LoopThread
-from trainer_client.averaging import Averaging
+from trainer_client.averaging.averager import Averaging
 from trainer_client.client import SwarmClient
-from trainer_client.data import ByteDataset
+from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
-from trainer_client.record import Progress
+from trainer_client.training.record import Progress
 from trainer_client.settings import TrainerSettings
-from trainer_client.training import Training
+from trainer_client.training.loop import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

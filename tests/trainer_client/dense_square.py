@@ -15,18 +15,18 @@ from test_announcing import counts as trainer_counts
 from test_dense import take_step
 from torch import nn
 
-from dht.participants import TrainerInfo, read_trainer
+from dht.announcements import TrainerInfo, read_trainer
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.own_sessions import OwnSessions
-from peer.sessions import Sessions
-from peer.tunnel import Tunnels
+from peer.rpc.sessions import Sessions
+from peer.transport.tunnel import Tunnels
 from peer.wire import records_pb2, session_pb2
-from trainer_client.announcing import set_dense, trainer_record
-from trainer_client.averaging import Averaging
+from trainer_client.announcer import set_dense, trainer_record
+from trainer_client.averaging.averager import Averaging
 from trainer_client.dense import DenseForm
 from trainer_client.settings import TrainerSettings
-from trainer_client.shared import SharedPart
+from trainer_client.averaging.dense_part import SharedPart
 
 SWARM = "sauna-QmFounder"
 LOCAL = "127.0.0.1"

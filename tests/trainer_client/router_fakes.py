@@ -9,10 +9,10 @@ import torch
 from expert_fakes import FakeSwarm, virtual_time
 
 from dht.manifest import Manifest
-from expert_server.expert import BackwardPart, Expert
+from expert_server.experts.expert import BackwardPart, Expert
 from peer.codec import Floats
 from trainer_client.calls import Direction, Request
-from trainer_client.dispatch import Dispatcher
+from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS, Routing
 from trainer_client.settings import RouterName

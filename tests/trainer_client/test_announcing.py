@@ -8,13 +8,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from test_latencies import peer
 
 from dht.counts import DhtCounts
-from dht.participants import FAILURE_CAUSES, Latency, TrainerInfo, read_trainer
+from dht.announcements import FAILURE_CAUSES, Latency, TrainerInfo, read_trainer
 from peer.wire import records_pb2
-from trainer_client.announcing import trainer_record
+from trainer_client.announcer import trainer_record
 from trainer_client.latencies import Latencies
 from trainer_client.metrics import TrainerCollector, TrainerCounts
-from trainer_client.outgoing import DispatchStats
-from trainer_client.record import Progress
+from trainer_client.dispatch.calls import DispatchStats
+from trainer_client.training.record import Progress
 from trainer_client.settings import TrainerSettings
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dht.beam import Selection
+from dht.beam_search import Selection
 from dht.directory import PrefixTables
 from trainer_client.balancing import LoadSpread, balancing_loss, load_spread
 from trainer_client.routers import best

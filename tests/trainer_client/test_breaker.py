@@ -8,7 +8,7 @@ from expert_fakes import make_peer_id
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer_client.breaker import CircuitBreakers
+from trainer_client.dispatch.policy import CircuitBreakers
 
 ANNA, BERT, CARL = map(make_peer_id, range(3))
 

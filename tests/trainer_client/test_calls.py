@@ -25,12 +25,12 @@ from wayward_node import (
 
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.wire import expert_pb2
 from trainer_client.calls import Request
-from trainer_client.grpc_caller import GrpcCaller
+from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from callers import a_caller
 from grpc import StatusCode
 from real_node import GENEROUS, HIDDEN, UIDS, a_node, ask, request, rows
 
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.errors import ExpertError
 from peer.loop import LoopThread
-from peer.sessions import SESSION_KEY
+from peer.rpc.sessions import SESSION_KEY
 from peer.wire import session_pb2
-from trainer_client.grpc_caller import GrpcCaller
+from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 STALE = ((SESSION_KEY, bytes(16)),)
 

@@ -9,11 +9,11 @@ from callers import a_caller
 from real_node import GENEROUS, HIDDEN, ROWS, UIDS, a_node, ask, request, rows
 
 from dht.manifest import Manifest, WireSpec
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.codec import CodecName, Floats, codec_of, encoded_bytes
 from peer.errors import ExpertError
 from peer.loop import LoopThread
-from trainer_client.grpc_caller import GrpcCaller
+from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 CLOSE = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.003, "int8": 0.04}

@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 from peer.errors import DataError, SettingsError, StartError
 from trainer_client import optional
 from trainer_client.corpus import Corpus, prepare
-from trainer_client.tokenizer import (
-    BytePairTokenizer,
-    ByteTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    read_tokenizer,
-)
+from trainer_client.data.tokenizer import BytePairTokenizer, ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 
 TEXT = "In the sauna one must behave as in church. Saunassa on lämmin. " * 20
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer.errors import DataError
-from trainer_client.data import VOCABULARY, ByteDataset, Dataset, shuffled
+from trainer_client.data.corpus import VOCABULARY, ByteDataset, Dataset, shuffled
 
 TEXT = bytes(range(256)) * 8
 

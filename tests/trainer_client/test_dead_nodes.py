@@ -20,7 +20,7 @@ from grpc import StatusCode
 
 from dht.registry import NodeInfo
 from peer.codec import Floats
-from trainer_client.dispatch import Dispatcher
+from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.waiting import WaitPolicy
 
 DEADLINE, ROWS, LENGTH, K = 8.0, 64, 16, 4

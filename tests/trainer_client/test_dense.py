@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from peer.errors import StateError
-from peer.meetings import their_share
+from peer.averaging import their_share
 from trainer_client.dense import MAX_AGE, DenseForm, require_near
-from trainer_client.shared import DensePart, SharedPart
+from trainer_client.averaging.dense_part import DensePart, SharedPart
 
 SWARM = "sauna-QmFounder"
 

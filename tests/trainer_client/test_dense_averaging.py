@@ -8,7 +8,7 @@ from dense_square import Play, Square, are_one, identities, play
 from test_dense import make_model, take_step, trained
 
 from peer.errors import ExpertError, TransferError
-from trainer_client.shared import Merge
+from trainer_client.averaging.dense_part import Merge
 
 __all__ = ["identities", "play"]
 

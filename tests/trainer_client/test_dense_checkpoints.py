@@ -13,15 +13,8 @@ import torch
 from run_samples import MANIFEST, SWARM
 
 from peer.errors import CheckpointError
-from peer.sealed import SealedHeader, seal
-from trainer_client.checkpoints import (
-    Checkpoint,
-    CheckpointWriter,
-    Header,
-    load_checkpoint,
-    manifest_sha256,
-    newest_run_folder,
-)
+from peer.checkpoints import SealedHeader, seal
+from trainer_client.training.checkpoints import Checkpoint, CheckpointWriter, Header, load_checkpoint, manifest_sha256, newest_run_folder
 
 TENSORS = {"model.a": torch.arange(6.0).view(2, 3), "optimizer.a.step": torch.tensor(3.0)}
 

@@ -16,14 +16,14 @@ from grpc import StatusCode
 from test_dense import make_model, take_step, trained
 from torch import nn
 
-from dht.participants import TrainerInfo
+from dht.announcements import TrainerInfo
 from peer import PROTOCOL_VERSION
-from peer.channels import server_credentials
+from peer.rpc.channels import server_credentials
 from peer.errors import StateError, TransferError
-from peer.sessions import Metadata, SessionServicer
+from peer.rpc.sessions import Metadata, SessionServicer
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc, state_pb2
-from trainer_client.averaging import choose_partner
-from trainer_client.meeting import Theirs
+from trainer_client.averaging.averager import choose_partner
+from trainer_client.averaging.exchange import Theirs
 
 __all__ = ["identities", "play"]
 
@@ -187,7 +187,7 @@ def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
 
 def test_a_caller_that_stalls_is_let_go_and_left_alone(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or it would keep others from meeting this trainer."""
-    monkeypatch.setattr("peer.snapshots.STALL_S", 0.2)
+    monkeypatch.setattr("peer.rpc.transfer.STALL_S", 0.2)
 
     async def scenario(square: Square) -> None:
         one = await square.trainer(make_model(), 10)

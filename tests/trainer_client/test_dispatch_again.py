@@ -25,7 +25,7 @@ from expert_fakes import (
     random_rows,
 )
 
-from trainer_client.breaker import CircuitBreakers
+from trainer_client.dispatch.policy import CircuitBreakers
 
 
 def test_rows_of_a_dead_peer_are_given_to_the_next_best_experts() -> None:

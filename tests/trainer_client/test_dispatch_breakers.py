@@ -23,7 +23,7 @@ from expert_fakes import (
 )
 from grpc import StatusCode
 
-from trainer_client.breaker import CircuitBreakers
+from trainer_client.dispatch.policy import CircuitBreakers
 
 
 def test_dead_peer_is_left_alone_until_its_breaker_lets_it_be_tried_again() -> None:

@@ -22,7 +22,7 @@ from dht.registry import NodeInfo
 from dht.uid import UID
 from peer.codec import Floats
 from trainer_client.calls import Answer, Direction, Request
-from trainer_client.dispatch import Dispatcher
+from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.waiting import LEAST_KNOWN, WaitPolicy
 
 LENGTH, ROWS = 4, 8

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer_client.in_flight import EnoughInFlight, InFlight, bearable
+from trainer_client.training.in_flight import EnoughInFlight, InFlight, bearable
 
 
 def simulate(

@@ -7,10 +7,10 @@ import pytest
 from callers import a_caller
 from real_node import GENEROUS, HIDDEN, ROWS, UIDS, a_node, ask, request, rows
 
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.codec import Floats
 from peer.loop import LoopThread
-from trainer_client.grpc_caller import GrpcCaller
+from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
 async def forward_and_backward(path: Path, keep: bool, max_kept_bytes: int) -> tuple[list[Floats], int]:

@@ -12,7 +12,7 @@ from router_fakes import every_router, mixtures
 from torch import Tensor
 
 from peer.loop import LoopThread
-from trainer_client.dispatch import Dispatcher
+from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.settings import RouterName
 from trainer_client.waiting import WaitPolicy

@@ -15,7 +15,7 @@ from router_fakes import every_kind, every_router, k_of, mixtures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dht.beam import Selection
+from dht.beam_search import Selection
 from dht.uid import UID
 from trainer_client.gate import Gate
 from trainer_client.moe import RemoteMixtureOfExperts

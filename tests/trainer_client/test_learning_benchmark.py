@@ -13,9 +13,9 @@ from benchmarks.faults import FaultyCaller
 from benchmarks.learning import QUICK, QUICK_WAYS, WAYS, Part, Plan, loss_of, make_training, show
 from dht.manifest import Manifest
 from peer.errors import ExpertError
-from talkoot.local import LocalSwarm
+from talkoot.train.local import LocalSwarm
 from trainer_client.calls import Request
-from trainer_client.data import load_text
+from trainer_client.data.corpus import load_text
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 

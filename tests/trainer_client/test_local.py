@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dht.manifest import Manifest
 from dht.uid import UID
 from peer.errors import SettingsError
-from talkoot.local import LocalSwarm
-from trainer_client.data import ByteDataset
+from talkoot.train.local import LocalSwarm
+from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName, TrainerSettings
 

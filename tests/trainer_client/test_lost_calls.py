@@ -13,7 +13,7 @@ from benchmarks.faults import FaultyCaller
 from dht.registry import NodeInfo
 from peer.errors import ExpertError
 from trainer_client.calls import Answer, Direction, Request
-from trainer_client.dispatch import Dispatcher
+from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.waiting import WaitPolicy
 
 OTHER = make_peer_id(9)

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dht.beam import default_beam_size, select_experts
+from dht.beam_search import default_beam_size, select_experts
 from dht.uid import UID
 from peer.loop import LoopThread
-from trainer_client.dispatch import Dispatcher
+from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.gate import Gate
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from expert_server.blocks import build_block
 from peer.codec import CodecName, Floats, codec_of, decode, encode
-from trainer_client.breaker import CircuitBreakers
+from trainer_client.dispatch.policy import CircuitBreakers
 from trainer_client.calls import Direction, Request
-from trainer_client.dispatch import Dispatcher
+from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.poison import MOST_GRADIENT_GROWTH, MOST_GROWTH, PoisonTest
 from trainer_client.waiting import WaitPolicy
 

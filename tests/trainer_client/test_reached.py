@@ -13,11 +13,11 @@ from hivemind.p2p import PeerID
 from test_dense import make_model, trained
 
 import dht.relays
-from dht.participants import read_trainer
-from peer.tunnel import Pipe, Tunnels
+from dht.announcements import read_trainer
+from peer.transport.tunnel import Pipe, Tunnels
 from peer.wire import records_pb2
 from trainer_client import reached
-from trainer_client.averaging import choose_partner
+from trainer_client.averaging.averager import choose_partner
 from trainer_client.reached import Relayed, is_hidden
 
 __all__ = ["identities", "play"]

@@ -11,12 +11,12 @@ from grpc import StatusCode
 from real_node import GENEROUS, HIDDEN, UIDS, a_node, ask, request, rows
 
 from dht.registry import NodeInfo
-from expert_server.runtime import Runtime
-from peer.channels import ChannelPool
+from expert_server.serving.runtime import Runtime
+from peer.rpc.channels import ChannelPool
 from peer.errors import ExpertError
 from peer.loop import LoopThread
 from trainer_client.calls import Direction
-from trainer_client.grpc_caller import GrpcCaller
+from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 UNAVAILABLE = ExpertError(StatusCode.UNAVAILABLE, "cut off")
 
@@ -60,7 +60,7 @@ def updates(runtime: Runtime) -> list[int]:
 
 @pytest.fixture
 def run(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> Callable[[Coroutine[Any, Any, None]], None]:
-    monkeypatch.setattr("trainer_client.grpc_caller._REPEAT_AFTER_S", 0.01)
+    monkeypatch.setattr("trainer_client.dispatch.grpc_caller._REPEAT_AFTER_S", 0.01)
     return lambda scenario: loop.run(scenario, 30)
 
 
@@ -124,7 +124,7 @@ def test_without_time_nothing_is_repeated(
     run: Callable[[Coroutine[Any, Any, None]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "trainer_client.grpc_caller._REPEAT_AFTER_S", 11.0
+        "trainer_client.dispatch.grpc_caller._REPEAT_AFTER_S", 11.0
     )  # of 20 s, more than half must be left
 
     async def scenario() -> None:

@@ -24,11 +24,11 @@ from torch import nn
 
 from peer.errors import CheckpointError, StartError, UserError
 from peer.processes import StateFolder
-from trainer_client.data import Dataset
+from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.run import checkpoint_folder
 from trainer_client.settings import RouterName
-from trainer_client.training import Training
+from trainer_client.training.loop import Training
 
 
 def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> str:
@@ -122,7 +122,7 @@ def test_a_router_of_other_parameters_does_not_fit(tmp_path: Path) -> None:
 def test_nothing_is_lost_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = str(write_text(tmp_path))
     times = iter(["20260101-120000", "20260101-120100"])
-    monkeypatch.setattr("trainer_client.checkpoints.time.strftime", lambda form: next(times))
+    monkeypatch.setattr("trainer_client.training.checkpoints.time.strftime", lambda form: next(times))
     first = train_dense(start(tmp_path, make_settings(data=text)), 2)
     second = train_dense(start(tmp_path, make_settings(data=text, seed=1)), 2)
     assert first.folder == tmp_path / "runs" / SWARM / "20260101-120000"

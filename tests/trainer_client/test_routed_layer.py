@@ -15,11 +15,11 @@ from router_fakes import every_kind, every_router, k_of, mixtures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dht.beam import Selection
+from dht.beam_search import Selection
 from dht.registry import NodeInfo
 from dht.uid import UID
 from trainer_client.calls import Answer, Direction, Request
-from trainer_client.dispatch import Dispatcher
+from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.settings import RouterName

@@ -8,11 +8,11 @@ import torch
 from expert_fakes import FakeSwarm, make_manifest
 from router_fakes import LearningSwarm, every_router, mixtures
 
-from trainer_client.data import ByteDataset
+from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
-from trainer_client.record import Progress, Summary
+from trainer_client.training.record import Progress, Summary
 from trainer_client.settings import RouterName, TrainerSettings
-from trainer_client.training import train
+from trainer_client.training.loop import train
 
 TEXT = b"In the sauna one must behave as in church. " * 60
 

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.beam import Selection
+from dht.beam_search import Selection
 from dht.uid import UID
-from trainer_client.shares import Booleans, Integers, Share, make_shares, refill, sure_first
+from trainer_client.dispatch.batches import Booleans, Integers, Share, make_shares, refill, sure_first
 
 grids = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 seeds = st.integers(0, 2**32 - 1)

@@ -28,11 +28,11 @@ from wayward_node import (
 )
 
 from dht.registry import NodeInfo
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.wire.expert_pb2 import CallReply
-from trainer_client.grpc_caller import GrpcCaller
+from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
 @pytest.fixture(scope="module")

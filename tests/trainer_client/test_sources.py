@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import DataError, SettingsError
-from trainer_client import optional, sources
-from trainer_client.data import load_text
-from trainer_client.sources import find_files, read_text
+from trainer_client import optional
+from trainer_client.data import sources
+from trainer_client.data.corpus import load_text
+from trainer_client.data.sources import find_files, read_text
 
 
 def text_of(*paths: Path, field: str = "text") -> str:

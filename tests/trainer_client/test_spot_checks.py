@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from dht.registry import NodeInfo
 from peer.codec import Floats
-from trainer_client.breaker import CircuitBreakers
+from trainer_client.dispatch.policy import CircuitBreakers
 from trainer_client.calls import Answer, Direction, Request
-from trainer_client.dispatch import Dispatcher
-from trainer_client.spot_checks import TOLERANCE, difference, odd_one
+from trainer_client.dispatch.dispatcher import Dispatcher
+from trainer_client.dispatch.spot_checks import TOLERANCE, difference, odd_one
 from trainer_client.waiting import WaitPolicy
 
 ROWS, LENGTH = 8, 4

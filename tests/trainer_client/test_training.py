@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from dht.manifest import Manifest
 from peer.errors import UserError
-from trainer_client.data import ByteDataset
+from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
-from trainer_client.record import Progress, Summary, longest_stall
+from trainer_client.training.record import Progress, Summary, longest_stall
 from trainer_client.settings import TrainerSettings
-from trainer_client.training import Training, learning_rate, train, validation_loss
+from trainer_client.training.loop import Training, learning_rate, train, validation_loss
 
 TEXT = b"In the sauna one must behave as in church. " * 60
 

@@ -26,12 +26,12 @@ from wayward_node import (
     until,
 )
 
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.codec import MAX_CHUNK_BYTES
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.wire.expert_pb2 import CallReply, ExpertReply
-from trainer_client.grpc_caller import GrpcCaller
+from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
 @pytest.fixture(scope="module")

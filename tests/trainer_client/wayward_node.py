@@ -15,7 +15,7 @@ from grpc import StatusCode
 
 from dht.registry import NodeInfo
 from dht.uid import UID
-from peer.channels import SERVER_OPTIONS, ChannelPool, server_credentials
+from peer.rpc.channels import SERVER_OPTIONS, ChannelPool, server_credentials
 from peer.codec import CHUNK_BYTES, Floats
 from peer.errors import ExpertError
 from peer.identity import Identity, certificate_pem
@@ -23,7 +23,7 @@ from peer.loop import LoopThread
 from peer.wire import expert_pb2
 from peer.wire.expert_pb2 import CallReply, CallRequest, ExpertReply
 from trainer_client.calls import Answer, Direction, Request
-from trainer_client.grpc_caller import GrpcCaller
+from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 WIDTH = 8
 BYTES = 4 * 3 * WIDTH  # of three rows

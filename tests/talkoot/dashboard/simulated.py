@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
 from dht.directory import View
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.manifest import Manifest
-from dht.participants import Activity, Latency, TrainerInfo
+from dht.announcements import Activity, Latency, TrainerInfo
 from dht.records import SwarmKeys
 from dht.registry import NodeInfo, Replica, ReplicaState
 from talkoot.dashboard.app import Streams, make_app
@@ -25,7 +25,7 @@ from talkoot.dashboard.history import History
 from talkoot.dashboard.keeper import Keeper
 from talkoot.dashboard.picture import Picture, paint
 from talkoot.dashboard.settings import DashboardSettings
-from talkoot.dashboard.watch import Watcher
+from talkoot.dashboard.watcher import Watcher
 
 NOW = 1_700_000_000.0
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import NOW, node, peer, trainer
 
-from dht.participants import TrainerInfo
+from dht.announcements import TrainerInfo
 from dht.registry import NodeInfo
 from talkoot.dashboard.census import Census, Pace, Paces
 

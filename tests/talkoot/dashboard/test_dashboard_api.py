@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import INVITE, NOW, Asked, large_swarm, manifest, node, peer, picture_of, replica, trainer
 
-from dht.participants import Activity, Reachability
+from dht.announcements import Activity, Reachability
 from dht.registry import ReplicaState
 from dht.uid import UID
 from talkoot.dashboard import api

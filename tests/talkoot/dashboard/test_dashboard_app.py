@@ -14,7 +14,7 @@ from talkoot.dashboard.app import OPENAPI, is_loopback
 from talkoot.dashboard.discovery import targets
 from talkoot.dashboard.history import Sample
 from talkoot.dashboard.picture import Picture
-from talkoot.dashboard.watch import expert_samples_of, samples_of
+from talkoot.dashboard.watcher import expert_samples_of, samples_of
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 

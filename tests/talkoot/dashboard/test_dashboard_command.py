@@ -16,10 +16,10 @@ import psutil
 import pytest
 from simulated import peer
 
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.records import SwarmKeys
 from peer.errors import StartError
-from talkoot.dashboard.run import address_of, listen
+from talkoot.dashboard.server import address_of, listen
 
 LIMIT_S = 90.0
 

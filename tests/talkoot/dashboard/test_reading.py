@@ -13,8 +13,8 @@ from rich.console import Console
 from simulated import NOW, manifest, node, peer, replica, trainer
 
 from dht.directory import View
-from dht.manifest_record import MANIFEST_LIFETIME_S, ManifestRecord
-from dht.participants import TrainerInfo
+from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord
+from dht.announcements import TrainerInfo
 from dht.records import SwarmKeys
 from dht.registry import NodeInfo
 from dht.swarm import Swarm

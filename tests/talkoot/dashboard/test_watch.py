@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from simulated import INVITE, Asked, node, picture_of
 
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.swarm import Swarm
 from peer.errors import SwarmError, UnreachableError
 from peer.wire import admission_pb2
-from talkoot.dashboard import watch
+from talkoot.dashboard import watcher as watch
 from talkoot.dashboard.picture import Picture
-from talkoot.dashboard.watch import Watcher
+from talkoot.dashboard.watcher import Watcher
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

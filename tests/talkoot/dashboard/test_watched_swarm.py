@@ -19,21 +19,21 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from dht.invite import Invite
+from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import found_swarm, join_swarm
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
-from peer.channels import ChannelPool
+from peer.rpc.channels import ChannelPool
 from peer.identity import Identity
 from peer.loop import LoopThread
-from talkoot.dashboard.run import address_of, dashboard, listen
+from talkoot.dashboard.server import address_of, dashboard, listen
 from talkoot.dashboard.settings import DashboardSettings
 from trainer_client.client import SwarmClient
-from trainer_client.data import ByteDataset
+from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
-from trainer_client.training import train
+from trainer_client.training.loop import train
 
 LOCAL = "127.0.0.1"
 LIMIT_S = 60.0

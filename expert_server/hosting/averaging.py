@@ -1,0 +1,240 @@
+"""Keeping replicas together: now and then each meets another of the same expert, and both become their average."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from hivemind.p2p import PeerID
+
+from dht.registry import NodeInfo, Replica, ReplicaState
+from dht.swarm import Swarm
+from dht.uid import UID
+from expert_server.averaging import averaged
+from expert_server.state.checkpoints import Checkpoints
+from expert_server.experts.expert import Expert
+from expert_server.hints import Hint, HintQueue
+from expert_server.hosting.manager import Hosting
+from expert_server.leaving import serving_elsewhere
+from expert_server.serving.runtime import Runtime
+from expert_server.settings import NodeSettings
+from expert_server.state_format import Checkpoint, from_bytes
+from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker, StateClient
+from peer.errors import ExpertError, StateError, TransferError, UnreachableError
+from peer.averaging import Meetings, their_share
+from peer.rpc.transfer import MAX_UPDATE_COUNT
+from peer.wire import state_pb2
+
+logger = logging.getLogger(__name__)
+
+_TAKES_INITIATIVE = 0.5
+"""Share of its replicated experts for which a node seeks a meeting: with those that others seek, about one each."""
+_PART_S = 5.0
+"""Longest that a node which gives its experts up averages them with others' replicas."""
+
+
+class Replication:
+    """Averages one node's replicas with those of others, and follows what others ask it to fetch. Run it."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        swarm: Swarm,
+        runtime: Runtime,
+        checkpoints: Checkpoints,
+        hosting: Hosting,
+        client: StateClient,
+        snapshots: SnapshotTaker,
+        meetings: Meetings[UID],
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.averagings = 0
+        """Meetings after which this node's replica became the average."""
+        self._settings = settings
+        self._swarm = swarm
+        self._runtime = runtime
+        self._checkpoints = checkpoints
+        self._hosting = hosting
+        self._client = client
+        self._snapshots = snapshots
+        self._meetings = meetings
+        self._rng = rng
+        self._clock = clock
+        self._hints = HintQueue(settings.max_hints, settings.average_every_s / 10)
+        self._hinted = asyncio.Event()
+        self._runs = False
+        self._parting: asyncio.Task[None] | None = None
+        self._meeting = asyncio.Lock()
+        """One meeting at a time: a base that was handed out must stay one."""
+
+    def follow(self, hint: Hint) -> int:
+        """Takes a hint; says how many of its experts will be looked at, from the first on. None unless it runs."""
+        wanted = self._settings.average_every_s > 0 if hint.is_average else not self._hosting.is_leaving
+        if not self._runs or not wanted:
+            return 0
+        accepted = self._hints.put(hint, self._clock())
+        self._hinted.set()
+        return accepted
+
+    async def run(self) -> None:
+        """For ever."""
+        self._runs = True
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._follow_hints())
+                if self._settings.average_every_s:
+                    group.create_task(self._average_now_and_then())
+        finally:
+            self._runs = False
+
+    async def average_some(self) -> None:
+        """Seeks a meeting for about half of the experts that others serve too. Raises UnreachableError."""
+        replicas = await self._swarm.registry.replicas(self._runtime.experts)
+        partners = choose_partners(replicas, self._swarm.host.peer_id, self._rng)
+        nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
+        for replica in partners:
+            if replica.peer_id in nodes and not self._is_idle(replica):
+                await self._tried(self.meet(replica.uid, nodes[replica.peer_id]))
+
+    async def part(self, limit_s: float) -> None:
+        """Before its experts are given up: averages them a last time, so that no update is lost with this node's.
+
+        Returns when the others have what they need of this node, which must be announced as serving till then.
+        """
+        if not self._settings.average_every_s:
+            return
+        self._parting = asyncio.create_task(self._tried(self._part()), name="part")
+        await asyncio.wait({self._parting}, timeout=min(_PART_S, limit_s))
+        self._parting.cancel()
+        (problem,) = await asyncio.gather(self._parting, return_exceptions=True)
+        if isinstance(problem, Exception):
+            raise problem
+
+    def hurry(self) -> None:
+        if self._parting is not None:
+            self._parting.cancel()
+
+    async def _part(self) -> None:
+        replicas = await self._swarm.registry.replicas(self._runtime.experts)
+        me = self._swarm.host.peer_id
+        partners = [self._rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
+        nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
+        for replica in partners:
+            if replica.peer_id in nodes and not self._is_idle(replica):
+                await self._tried(self._part_from(replica.uid, nodes[replica.peer_id]))
+
+    async def _part_from(self, uid: UID, node: NodeInfo) -> None:
+        given = await self.meet(uid, node)
+        if given is not None:
+            await given.wait()
+
+    async def meet(self, uid: UID, node: NodeInfo) -> asyncio.Event | None:
+        """Averages with the replica of another node, and asks it to do the same.
+
+        Gives the event that it has fetched what it needs for that, or None when it won't. Raises TransferError,
+        StateError or ExpertError when that can't be; this replica is as it was then.
+        """
+        async with self._meeting:
+            base = await self._snapshots.take(uid)
+            fetched = await self._client.fetch(node, uid)
+            await self._average(base, fetched, node.peer_id)
+        given = base.given.setdefault(node.peer_id, asyncio.Event())
+        accepted = await self._client.ask(
+            node, state_pb2.ASK_REASON_AVERAGE, [uid], base.sha256, base_sha256=fetched.sha256
+        )
+        return given if accepted else None
+
+    async def _answer(self, hint: Hint, node: NodeInfo) -> None:
+        """The other half of a meeting, with the two snapshots of the first half.
+
+        When this replica has met others since, or that peer by itself, there is nothing to add to.
+        """
+        (uid,) = hint.uids
+        async with self._meeting:
+            base = self._snapshots.find(uid, hint.base_sha256)
+            expert = self._runtime.experts.get(uid)
+            if base is None or expert is None or base.generation != expert.generation:
+                return
+            fetched = await self._client.fetch(node, uid, hint.sha256)
+            await self._average(base, fetched, node.peer_id)
+
+    async def _average(self, base: Snapshot, fetched: Fetched, peer_id: PeerID) -> None:
+        claimed = fetched.checkpoint.update_count
+        believed = self._meetings.believed(base.uid, base.update_count, claimed)
+        theirs = replace(fetched.checkpoint, update_count=believed)
+        met = max(base.met.get(peer_id, 0), fetched.met_update_count)
+        share = their_share(base.update_count, believed, met)
+        expert = self._runtime.experts.get(base.uid)
+        if expert is None:
+            return  # given up meanwhile
+        await self._runtime.run(partial(average_into, expert, base, theirs, self._swarm.keys.swarm_id, share))
+        self._meetings.note(base.uid, peer_id, max(base.update_count, believed))
+        self._checkpoints.note_replaced(base.uid)
+        self.averagings += 1
+        logger.debug("averaged %s with %s, whose share was %.2f", base.uid, peer_id, share)
+
+    def _is_idle(self, replica: Replica) -> bool:
+        """Whether neither took an update since the two met."""
+        met = self._meetings.of(replica.uid).get(replica.peer_id)
+        expert = self._runtime.experts.get(replica.uid)
+        return expert is None or met == replica.update_count == expert.update_count
+
+    async def _average_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.average_every_s * self._rng.uniform(0.5, 1.5))
+            await self._tried(self.average_some())
+
+    async def _follow_hints(self) -> None:
+        while True:
+            hint = self._hints.pop()
+            if hint is None:
+                self._hinted.clear()
+                await self._hinted.wait()
+            elif hint.is_average:
+                await self._tried(self._follow_average(hint))
+            else:
+                await self._tried(self._hosting.adopt_from(hint.peer_id, hint.uids))
+
+    async def _follow_average(self, hint: Hint) -> None:
+        """Only with a peer that, by the DHT, serves that expert."""
+        replicas = await self._swarm.registry.replicas(hint.uids)
+        hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
+        if hint.peer_id in hosts and set(hint.uids) <= self._runtime.experts.keys():
+            nodes = await self._swarm.registry.nodes([hint.peer_id])
+            if hint.peer_id in nodes:
+                await self._answer(hint, nodes[hint.peer_id])
+
+    async def _tried(self, work: Coroutine[Any, Any, Any]) -> None:
+        try:
+            await work
+        except (UnreachableError, TransferError, StateError, ExpertError) as error:
+            logger.info("%s", error)
+
+
+def choose_partners(
+    replicas: Mapping[UID, Collection[Replica]], me: PeerID, rng: random.Random
+) -> list[Replica]:
+    """For about half of the experts that others serve too, one of those others."""
+    found = [serving_elsewhere(hosts, me) for _, hosts in sorted(replicas.items())]
+    return [rng.choice(others) for others in found if others and rng.random() < _TAKES_INITIATIVE]
+
+
+def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: str, share: float) -> None:
+    """Makes the expert the average of its state at `base` and `theirs`; updates since `base` are kept.
+
+    Raises StateError, and changes nothing, when the state since `base` came by anything but updates, or a state is
+    not this expert's or not finite.
+    """
+    if expert.generation != base.generation:
+        raise StateError(f"expert {expert.uid} was replaced or rolled back while it was averaged")
+    expert.check_state(theirs.state, theirs.update_count)
+    before = from_bytes(base.data, swarm_id, base.uid, base.update_count)
+    state = averaged(expert.export_state(), before.state, theirs.state, share)
+    since = expert.update_count - base.update_count
+    updates = max(base.update_count, theirs.update_count) + since
+    expert.import_state(state, min(updates, MAX_UPDATE_COUNT))

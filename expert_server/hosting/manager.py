@@ -1,0 +1,323 @@
+"""The experts that a node hosts: it claims, takes, announces and adopts them, and gives them up when it leaves."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from hivemind.p2p import PeerID
+
+from dht.balance import Resolve, exchange
+from dht.manifest import Manifest
+from dht.registry import Replica, ReplicaState
+from dht.survey import Survey
+from dht.swarm import Swarm
+from dht.uid import UID
+from expert_server.hosting.placement import behind, choose, plausible_updates, staying, surplus, thin, vacant
+from expert_server.state.checkpoints import Checkpoints
+from expert_server.experts.devices import ComputeDevice
+from expert_server.experts.expert import Expert, expert_bytes
+from expert_server.leaving import Departure, serving_elsewhere
+from expert_server.restoring import Restorer
+from expert_server.serving.runtime import Runtime
+from expert_server.settings import NodeSettings
+from expert_server.hosting.replicas import Taker
+from expert_server.state.transfer import StateClient
+from peer.errors import UnreachableError
+from peer.averaging import Meetings
+from peer.formatting import counted
+
+logger = logging.getLogger(__name__)
+
+_FREE_MEMORY_SHARE = 0.25
+_CLAIM_ROUNDS = 5
+_WITHDRAW_S = 2.0
+"""Longest that a node which gives its experts up tries to withdraw its announcements."""
+_QUEUE_S = 2.0
+"""Longest that it lets work that waits be computed."""
+_LOOKS = 2
+"""In a row that must find an expert vacant before it is adopted."""
+_LOOKS_WITHOUT = 3
+"""As many by a node that would have to begin it anew, though it was hosted."""
+_FIRM_LOOKS = 4
+"""Looks in a row that must find the same replica to spare. Announcements live three periods."""
+_SAVE_S = 10.0
+"""Longest that it saves them."""
+
+
+class Hosting:
+    """Which experts one node hosts, and what the swarm knows of it."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        swarm: Swarm,
+        runtime: Runtime,
+        checkpoints: Checkpoints,
+        devices: Sequence[ComputeDevice],
+        client: StateClient,
+        meetings: Meetings[UID],
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.adopted = 0
+        """Experts taken over because nobody hosted them, or their only host left."""
+        self.handed_over = 0
+        """Experts that others took over because this node left."""
+        self.replicated = 0
+        """Of the experts hosted, those that others served too at the last look."""
+        self.exchanged = 0
+        """Replicas given up for ones that were needed more."""
+        self.seen: Mapping[UID, tuple[Replica, ...]] = {}
+        """The replicas found at the last look."""
+        self._settings = settings
+        self._swarm = swarm
+        self._runtime = runtime
+        self._checkpoints = checkpoints
+        self._client = client
+        self._meetings = meetings
+        restorer = Restorer(swarm, runtime, checkpoints, client, meetings, lambda: self.plausible_updates)
+        self.taker = Taker(settings, swarm, runtime, checkpoints, devices, restorer, now)
+        self._now = now
+        self._room = _room(settings, swarm.manifest, devices)
+        self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
+        self._vacant_looks: Counter[UID] = Counter()
+        """In how many looks in a row nobody hosted it."""
+        self._resolve = Resolve(_FIRM_LOOKS, settings.exchange_every_s)
+        swarm.registry.claims.longest_s = settings.max_claim_s
+        self._survey = Survey(swarm.registry, swarm.manifest, swarm.host.peer_id)
+        self._hurried = False
+        self._changing = asyncio.Lock()
+        """Held while experts are taken or given up."""
+        self._departing: asyncio.Task[None] | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Experts it would host at most, those it would adopt included."""
+        return self._room + self._spare
+
+    @property
+    def plausible_updates(self) -> int:
+        """The most that an expert of another can have taken, by the last look."""
+        return plausible_updates(self.seen)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it gives, or gave, its experts up."""
+        return self.taker.leaving
+
+    async def take_first(self) -> None:
+        """Fills the room with experts that nobody hosts."""
+        self.taker.leaving = self._hurried = False
+        self._runtime.refuse(False)
+        for _ in range(_CLAIM_ROUNDS):
+            async with self._changing:
+                unserved = await self._take_vacant()
+            if self.taker.leaving or self._room <= len(self._runtime.experts) or not unserved:
+                break
+            await asyncio.sleep(self._settings.claim_wait_s)  # others give up claims that they lost
+
+    async def announce(self) -> None:
+        """Renews what this node says of its replicas, and the manifest."""
+        await self.taker.announce(self._runtime.experts)
+        await self._swarm.keep_manifest()
+
+    async def look(self) -> None:
+        """Adopts experts that nobody hosts, and takes further replicas into the room that is left."""
+        async with self._changing:
+            replicas = await self._read()
+            me, mine = self._swarm.host.peer_id, self._runtime.experts
+            if not self.taker.leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
+                raise UnreachableError("the DHT does not give back this node's own announcements")
+            await self._adopt(replicas)
+            await self._replicate(replicas)
+            await self._exchange(replicas)
+
+    async def replicate(self) -> None:
+        """Takes further replicas of the experts with the fewest, as far as there is room."""
+        async with self._changing:
+            await self._replicate(await self._read())
+
+    async def adopt_from(self, leaving: PeerID, uids: Collection[UID]) -> None:
+        """Takes those of the experts that have, by the DHT, no host but this peer, who leaves."""
+        async with self._changing:
+            replicas = await self._swarm.registry.replicas(uids)
+            me, mine = self._swarm.host.peer_id, self._runtime.experts
+            wanted = [
+                uid
+                for uid in uids
+                if uid not in mine
+                and not serving_elsewhere(replicas[uid], me)
+                and any(r.peer_id == leaving and r.state is ReplicaState.LEAVING for r in replicas[uid])
+            ]
+            if taken := await self.taker.take(wanted[: max(0, self.capacity - len(mine))]):
+                self.adopted += len(taken)
+                logger.info("adopted %s of %s, which leaves", counted(len(taken), "expert"), leaving)
+
+    async def release(self, timeout_s: float) -> int:
+        """Gives up all experts; for at most `timeout_s` others adopt those that nobody else serves.
+
+        Says how many experts nobody else hosts now: they are in this node's checkpoints, as far as those could be
+        written. `take_first` begins again.
+        """
+        self.taker.leave()
+        self._runtime.refuse()
+        async with self._changing:
+            experts = list(self._runtime.experts.values())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_QUEUE_S):
+                    await self._runtime.settle()
+            departure = Departure(self._swarm, self._client, [expert.uid for expert in experts])
+            if experts and timeout_s and not self._hurried:
+                await self._hand_over(departure, timeout_s)
+            with contextlib.suppress(UnreachableError, TimeoutError):
+                async with asyncio.timeout(_WITHDRAW_S):
+                    await self.taker.withdraw(self.taker.announced)
+            self._forget(experts)
+            await self._checkpoints.save_all_within(_SAVE_S, experts)
+        alone = len(departure.alone)
+        if experts:
+            logger.info(
+                "gave up %s: others host %d, %d are in this node's checkpoints alone",
+                *(counted(len(experts), "expert"), len(experts) - alone, alone),
+            )
+        return alone
+
+    def hurry(self) -> None:
+        """Waits no longer for others to adopt what this node gives up."""
+        self._hurried = True
+        if self._departing is not None:
+            self._departing.cancel()
+
+    async def _hand_over(self, departure: Departure, timeout_s: float) -> None:
+        async def announce_and_hand_over() -> None:
+            await self.taker.announce(self._runtime.experts)
+            await departure.hand_over(self.taker.withdraw)
+
+        self._departing = asyncio.create_task(announce_and_hand_over(), name="hand over")
+        try:
+            await asyncio.wait({self._departing}, timeout=timeout_s)
+        finally:
+            self._departing.cancel()
+            (outcome,) = await asyncio.gather(self._departing, return_exceptions=True)
+            self._departing = None
+            self.handed_over += departure.handed_over
+        if isinstance(outcome, UnreachableError):
+            logger.warning("could not hand experts over: %s", outcome)
+        elif isinstance(outcome, Exception):
+            raise outcome
+
+    def _forget(self, experts: Collection[Expert]) -> None:
+        """Before they are saved: nothing steps them afterwards."""
+        for expert in experts:
+            self._runtime.remove(expert.uid)
+            self._meetings.forget(expert.uid)
+        self.taker.forget()
+        self._vacant_looks.clear()
+        self.replicated = 0
+
+    async def _read(self) -> Mapping[UID, tuple[Replica, ...]]:
+        """The replicas of experts that may need this node."""
+        self.seen = await self._survey.read({*self._runtime.experts, *await self._checkpoints.newest()})
+        return self.seen
+
+    async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+        """Takes experts that had no host at the last look either; before that they may be just changing hands.
+
+        Who has no checkpoint of one that was hosted lets those who have come first, for another look.
+        The spare room is for those that had a host once: a founder alone leaves the others to those who join.
+        """
+        self._vacant_looks = Counter({uid: self._vacant_looks[uid] + 1 for uid in self._vacant(replicas)})
+        me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
+        had_host = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
+        lasting = {
+            uid
+            for uid, looks in self._vacant_looks.items()
+            if looks >= (_LOOKS_WITHOUT if uid in had_host and uid not in saved else _LOOKS)
+        }
+        orphans = lasting & (had_host | saved.keys())
+        room = self._room - len(self._runtime.experts)
+        kept = self._kept_here_alone(replicas, saved)
+        lacking = len(orphans | kept.keys()) - room - self._spare
+        if gone := surplus(replicas, self._runtime.experts, me, lacking):
+            await self._give_up(gone)
+            room += len(gone)
+            logger.info(
+                "gave up %s that others host too: nobody hosts %d others",
+                counted(len(gone), "expert"),
+                lacking,
+            )
+        wanted = choose(orphans | kept.keys(), room + self._spare, me, {**saved, **kept})
+        wanted += choose(lasting - orphans, room - len(wanted), me, saved)
+        if taken := await self.taker.take(wanted):
+            self.adopted += len(taken)
+            logger.info(
+                "adopted %s that nobody hosted, or that others had begun anew", counted(len(taken), "expert")
+            )
+
+    async def _give_up(self, uids: Collection[UID]) -> None:
+        """Serves them no more; they are saved first."""
+        experts = [self._runtime.experts[uid] for uid in uids]
+        await self.taker.withdraw(uids)
+        for uid in uids:
+            self._runtime.remove(uid)
+            self._meetings.forget(uid)
+        await self._checkpoints.save_all_within(_SAVE_S, experts)
+
+    async def _exchange(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+        """Without room for more, gives up a replica that others host often enough for one that is needed more.
+
+        The new one comes first, into the spare room.
+        """
+        mine, enough = self._runtime.experts, self._settings.replicas
+        is_full = self._room <= len(mine) < self.capacity
+        wish = exchange(replicas, mine, self._swarm.host.peer_id, enough) if is_full else None
+        if not self._resolve.is_firm(wish, self._now()) or wish is None:
+            return
+        self._resolve.done(self._now())
+        if await self.taker.take([wish.takes], max(enough, staying(replicas[wish.takes]) + 1)):
+            await self._give_up([wish.gives])
+            self.exchanged += 1
+            logger.info("exchanged expert %s, which others host, for %s", wish.gives, wish.takes)
+
+    async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+        me, mine = self._swarm.host.peer_id, self._runtime.experts
+        self.replicated = sum(bool(serving_elsewhere(replicas[uid], me)) for uid in mine)
+        others = {uid: hosts for uid, hosts in replicas.items() if uid not in mine}
+        enough = self._settings.replicas
+        if taken := await self.taker.take(thin(others, self._room - len(mine), me, enough), enough):
+            self.replicated += len(taken)
+            logger.info("took further replicas of %s", counted(len(taken), "expert"))
+
+    async def _take_vacant(self) -> set[UID]:
+        """Gives the experts that nobody serves even so: others may have claimed them, and may lose their claims."""
+        replicas = await self._read()
+        me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
+        room = self._room - len(self._runtime.experts)
+        kept = self._kept_here_alone(replicas, saved)
+        await self.taker.take(choose({*self._vacant(replicas), *kept}, room, me, {**saved, **kept}))
+        unserved = {uid for uid, hosts in replicas.items() if not serving_elsewhere(hosts, me)}
+        return unserved - self._runtime.experts.keys()
+
+    def _vacant(self, replicas: Mapping[UID, Collection[Replica]]) -> list[UID]:
+        """What nobody else hosts: what this node hosted before it was killed may still be announced."""
+        me, mine = self._swarm.host.peer_id, self._runtime.experts
+        return [uid for uid in vacant(replicas, besides=me) if uid not in mine]
+
+    def _kept_here_alone(
+        self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]
+    ) -> dict[UID, int]:
+        """What others had to begin anew while this node was away, and how many updates its checkpoints bring back."""
+        mine = self._runtime.experts
+        found = behind(replicas, saved, self._swarm.host.peer_id)
+        return {uid: gain for uid, gain in found.items() if uid not in mine}
+
+
+def _room(settings: NodeSettings, manifest: Manifest, devices: Sequence[ComputeDevice]) -> int:
+    """Experts to host: as asked, else as many as fit in a quarter of the free memory of each device."""
+    if settings.experts is not None:
+        return settings.experts
+    size = expert_bytes(manifest)
+    fitting = sum(int(_FREE_MEMORY_SHARE * device.memory_bytes / size) for device in devices)
+    return min(max(1, fitting), manifest.experts_total)

@@ -1,0 +1,318 @@
+"""Which work is computed next: the policy that merges work into batches, fair to every caller.
+
+Start-time fair queueing (Goyal, Vin & Cheng 1996) over callers, by rows. Each caller has a virtual time, the rows
+computed for it. Whose is least chooses the expert and direction of the next batch: backward before forward, and by
+deadline. Others join in the same order. Experts that are busy with a batch are passed over. Nothing here reads a clock
+or does I/O.
+
+Shape suffixes: R = rows, S = segments, D = hidden.
+"""
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import count, islice
+from typing import Literal, TypeAlias
+
+from grpc import StatusCode
+from torch import Tensor
+
+from dht.uid import UID
+from expert_server.experts.graphs import Graph
+from peer.errors import ExpertError
+
+Direction: TypeAlias = Literal["forward", "backward"]
+Key: TypeAlias = tuple[UID, Direction]
+
+_RATE_MEMORY = 0.9  # weight that the measured rate keeps at each new batch
+_RETRY_UNMEASURED_S = 1.0
+_RETRY_LEAST_S, _RETRY_MOST_S = 0.05, 30.0
+_REMEMBERED_CALLERS = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """One expert's part of one call, validated. Floats are float32, integers int64."""
+
+    uid: UID
+    direction: Direction
+    inputs: Tensor
+    """[R, D]"""
+    gradients: Tensor | None
+    """[R, D], of the outputs; none in forward."""
+    lengths: Tensor
+    """[S], each at least 1, summing to R."""
+    positions: Tensor
+    """[R]"""
+    deadline: float
+    """Monotonic seconds, after which nobody waits for the result."""
+    caller: str
+    """Who asks: the queue is fair to each, and the log names it."""
+    keep: bool = False
+    """In forward: whether a backward call is meant to follow."""
+    graph: Graph | None = None
+    """In backward: what the forward pass kept, if anything."""
+
+    def __post_init__(self) -> None:
+        assert (self.gradients is None) == (self.direction == "forward"), "gradients belong to backward alone"
+
+    @property
+    def rows(self) -> int:
+        return self.inputs.shape[0]
+
+    @property
+    def key(self) -> Key:
+        return self.uid, self.direction
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """Work in the queue, known by identity; `order` counts arrivals."""
+
+    work: Work
+    order: int
+
+
+class BatchQueue:
+    """Bounded queue that merges work of one expert and direction into batches, and is fair to every caller.
+
+    Among callers that always have work waiting, no one is ever ahead of another by more rows than one batch or one
+    work has, whichever is larger. A caller that comes (back) starts with the callers that are furthest behind.
+    """
+
+    def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
+        self.rows = 0
+        self._max_queued_rows = max_queued_rows
+        self._max_batch_rows = max_batch_rows
+        self._share = (max_queued_rows + 1) // 2
+        """Rows that one caller may have waiting while others wait."""
+        self._order = count()
+        self._waiting: dict[int, Entry] = {}
+        """What waits, by order."""
+        self._by_deadline = _Line(self._waiting, directions_alike=True)
+        self._by_key: dict[Key, dict[str, _Line]] = {}
+        """A line for each caller with work for that key; none is empty."""
+        self._callers: dict[str, _Caller] = {}
+        """Those with work waiting."""
+        self._ahead: dict[str, int] = {}
+        """Virtual times of callers that left when they were ahead of others."""
+        self._virtual_time = 0
+        """The least of all callers when the last batch was chosen: no caller's is less."""
+        self._measured_rows = self._measured_s = 0.0
+
+    def make_room(self, work: Work) -> list[Entry]:
+        """Takes out what one caller has beyond its share, latest deadlines first, when this work has room only then.
+
+        A caller can have more than its share only if it was alone when it came, and one at most has: it is half of all.
+        """
+        if self.rows + work.rows <= self._max_queued_rows or self._is_beyond_share(work):
+            return []
+        others = (caller for name, caller in self._callers.items() if name != work.caller)
+        large = next((caller for caller in others if caller.rows > self._share), None)
+        if large is None:
+            return []
+        beyond, left = list[Entry](), large.rows
+        for _, _, order in sorted(large.line.items(), reverse=True):
+            if left <= self._share:
+                break
+            beyond.append(self._waiting[order])
+            left -= beyond[-1].work.rows
+        if self.rows - large.rows + left + work.rows > self._max_queued_rows:
+            return []
+        return [self._take(entry) for entry in beyond]
+
+    def push(self, work: Work) -> Entry:
+        """Raises ExpertError (RESOURCE_EXHAUSTED) when the rows don't fit beside those that wait."""
+        if self._is_beyond_share(work):
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED,
+                f"no room for {work.rows} rows: {self._rows_of(work.caller)} of yours wait, "
+                f"and while others wait you may have {self._share}",
+                retry_after_s=self.retry_after_s(work.caller),
+            )
+        if self.rows + work.rows > self._max_queued_rows:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED,
+                f"no room for {work.rows} rows: {self.rows} of at most {self._max_queued_rows} wait already",
+                retry_after_s=self.retry_after_s(),
+            )
+        entry = Entry(work, next(self._order))
+        self._waiting[entry.order] = entry
+        self.rows += work.rows
+        caller = self._callers.get(work.caller) or self._enter(work.caller)
+        caller.rows += work.rows
+        lines = self._by_key.setdefault(work.key, {})
+        if work.caller not in lines:
+            lines[work.caller] = _Line(self._waiting)
+        for line in (self._by_deadline, caller.line, lines[work.caller]):
+            line.push(entry)
+        return entry
+
+    def pop(self, now: float, busy: Set[UID] = frozenset()) -> tuple[list[Entry], list[Entry]]:
+        """Takes the next batch, of no busy expert, and apart from it all work whose deadline has passed."""
+        expired: list[Entry] = []
+        while self._waiting:
+            _, deadline, order = self._by_deadline.first()
+            if deadline > now:
+                return self._take_batch(busy), expired
+            expired.append(self._take(self._waiting[order]))
+        return [], expired
+
+    def discard(self, entry: Entry) -> None:
+        """Takes out work that nobody waits for; no matter if it is out already."""
+        if entry.order in self._waiting:
+            self._take(entry)
+
+    def remove(self, uid: UID) -> list[Entry]:
+        """Takes out all work for one expert."""
+        directions: tuple[Direction, ...] = ("forward", "backward")
+        lines = [line for d in directions for line in self._by_key.get((uid, d), {}).values()]
+        orders = [order for line in lines for _, _, order in line.items()]
+        return [self._take(self._waiting[order]) for order in orders]
+
+    def clear(self) -> list[Entry]:
+        """Takes out everything."""
+        return [self._take(entry) for entry in list(self._waiting.values())]
+
+    def measure(self, rows: int, seconds: float) -> None:
+        """Notes how long a batch took."""
+        self._measured_rows = _RATE_MEMORY * self._measured_rows + rows
+        self._measured_s = _RATE_MEMORY * self._measured_s + seconds
+
+    def retry_after_s(self, caller: str | None = None) -> float:
+        """Estimates when the work that waits now, of all or of one caller, will be done, from the measured rate."""
+        if not self._measured_rows:
+            return _RETRY_UNMEASURED_S
+        rows = self.rows
+        if caller is not None:  # it has its turn with the others
+            rows = min(rows, self._rows_of(caller) * len(self._callers))
+        estimate = rows * self._measured_s / self._measured_rows
+        return min(max(estimate, _RETRY_LEAST_S), _RETRY_MOST_S)
+
+    def _is_beyond_share(self, work: Work) -> bool:
+        own = self._rows_of(work.caller)
+        return self.rows > own and own + work.rows > self._share
+
+    def _rows_of(self, caller: str) -> int:
+        return self._callers[caller].rows if caller in self._callers else 0
+
+    def _take_batch(self, busy: Set[UID]) -> list[Entry]:
+        """Nobody joins who would be more than a batch ahead of the caller whose turn it is."""
+        callers = self._callers.values()
+        choosers = [
+            (caller.virtual_time, *first) for caller in callers if (first := self._first(caller, busy))
+        ]
+        if not choosers:
+            return []
+        self._virtual_time = min(caller.virtual_time for caller in callers)
+        virtual_time, _, _, order = min(choosers)
+        most = virtual_time + self._max_batch_rows
+        lines = self._by_key[self._waiting[order].work.key]
+        turns = [(self._callers[name].virtual_time, line.first(), name) for name, line in lines.items()]
+        heapify(turns)  # the chooser's is first
+        batch: list[Entry] = []
+        rows = 0
+        while turns:
+            virtual_time, (_, _, order), name = turns[0]
+            entry = self._waiting[order]
+            rows += entry.work.rows
+            virtual_time += entry.work.rows
+            if batch and (rows > self._max_batch_rows or virtual_time > most):
+                break
+            self._callers[name].virtual_time = virtual_time
+            batch.append(self._take(entry))
+            if name in lines:
+                heapreplace(turns, (virtual_time, lines[name].first(), name))
+            else:
+                heappop(turns)
+        return batch
+
+    def _first(self, caller: "_Caller", busy: Set[UID]) -> "_Turn | None":
+        """Of what the caller wants first, busy experts left out."""
+        first = caller.line.first()
+        if self._waiting[first[-1]].work.uid not in busy:
+            return first
+        lines = (lines.get(caller.name) for (uid, _), lines in self._by_key.items() if uid not in busy)
+        return min((line.first() for line in lines if line), default=None)
+
+    def _take(self, entry: Entry) -> Entry:
+        work = entry.work
+        del self._waiting[entry.order]
+        self.rows -= work.rows
+        caller, lines = self._callers[work.caller], self._by_key[work.key]
+        caller.rows -= work.rows
+        for line in (self._by_deadline, caller.line, lines[work.caller]):
+            line.note_left()
+        if not lines[work.caller].length:
+            del lines[work.caller]
+            if not lines:
+                del self._by_key[work.key]
+        if not caller.line.length:
+            self._leave(caller)
+        return entry
+
+    def _enter(self, name: str) -> "_Caller":
+        virtual_time = max(self._ahead.pop(name, 0), self._virtual_time)
+        caller = self._callers[name] = _Caller(name, virtual_time, _Line(self._waiting))
+        return caller
+
+    def _leave(self, caller: "_Caller") -> None:
+        """Remembers how far ahead it was, as long as that matters: else it would gain by leaving."""
+        del self._callers[caller.name]
+        if not self._callers:
+            self._ahead.clear()
+            self._virtual_time = 0
+            return
+        self._ahead[caller.name] = caller.virtual_time
+        if len(self._ahead) > _REMEMBERED_CALLERS:
+            ahead = {name: time for name, time in self._ahead.items() if time > self._virtual_time}
+            self._ahead = dict(islice(ahead.items(), max(0, len(ahead) - _REMEMBERED_CALLERS // 2), None))
+
+
+_Turn: TypeAlias = tuple[bool, float, int]
+"""What is compared: whether it can wait for all others, its deadline, its order of arrival."""
+
+
+class _Line:
+    """Backward before forward, each by deadline, then by arrival. Those that left are passed over, in time forgotten.
+
+    A backward call ends a step that has begun: the sooner, the less old are its gradients.
+    """
+
+    __slots__ = ("_directions_alike", "_heap", "_waiting", "length")
+
+    def __init__(self, waiting: Mapping[int, Entry], directions_alike: bool = False) -> None:
+        self.length = 0
+        """Entries that wait."""
+        self._waiting = waiting
+        self._directions_alike = directions_alike
+        self._heap: list[_Turn] = []
+
+    def push(self, entry: Entry) -> None:
+        can_wait = entry.work.direction == "forward" and not self._directions_alike
+        heappush(self._heap, (can_wait, entry.work.deadline, entry.order))
+        self.length += 1
+
+    def first(self) -> _Turn:
+        """Of a line that is not empty."""
+        while self._heap[0][-1] not in self._waiting:
+            heappop(self._heap)
+        return self._heap[0]
+
+    def items(self) -> Iterator[_Turn]:
+        """In no order."""
+        return (item for item in self._heap if item[-1] in self._waiting)
+
+    def note_left(self) -> None:
+        self.length -= 1
+        if len(self._heap) > 2 * self.length + 64:
+            self._heap = list(self.items())
+            heapify(self._heap)
+
+
+@dataclass(slots=True)
+class _Caller:
+    name: str
+    virtual_time: int
+    line: _Line
+    rows: int = 0

@@ -1,0 +1,158 @@
+"""One call while it is answered: its work to the runtime, and the answers to the caller as they become ready."""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+import torch
+
+from expert_server.serving.batching import Direction, Work
+from expert_server.serving.compute import Result
+from expert_server.parts import Part
+from expert_server.serving.runtime import Enqueued
+from peer.codec import CHUNK_BYTES, decode
+from peer.errors import ExpertError
+from peer.messages import note_failure
+from peer.rates import Rate
+from peer.wire import expert_pb2
+
+Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
+
+_SETTLE_S = 1.0
+"""Longest that a call which has failed waits for a caller who does not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One expert's part, computed or failed."""
+
+    index: int
+    work: Work
+    future: "asyncio.Future[Result]"
+
+
+Reply: TypeAlias = tuple[expert_pb2.ExpertReply, memoryview]
+"""One expert's answer, and its tensor."""
+
+
+class Call:
+    """One call while it is answered: what its header says, what is computed for it, and what is to be written."""
+
+    def __init__(
+        self,
+        direction: Direction,
+        header: expert_pb2.CallHeader,
+        deadline: float,
+        context: Context,
+        caller: str,
+        uploads: Rate,
+    ) -> None:
+        self.header = header
+        self.caller = caller
+        self._direction = direction
+        self._deadline = deadline
+        self._context = context
+        self._uploads = uploads
+        self._computing: dict[int, Enqueued] = {}
+        """By the index of their parts."""
+        self._came: list[Done | Reply] = []
+        self._has_come = asyncio.Event()
+        self._ready: deque[tuple[expert_pb2.ExpertReply | None, memoryview]] = deque()
+        """What is to be written: answers with their tensors, and first maybe the rest of a tensor."""
+        self._sending: asyncio.Future[None] | None = None
+
+    def begin(self, index: int, work: Work, enqueued: Enqueued) -> None:
+        self._computing[index] = enqueued
+        enqueued.future.add_done_callback(lambda future: self._end(Done(index, work, future)))
+
+    def refuse(self, index: int, error: ExpertError) -> None:
+        self._note(error_reply(index, error))
+
+    def cancel(self) -> None:
+        """Nobody waits any more for what is not computed yet."""
+        for enqueued in self._computing.values():
+            enqueued.cancel()
+
+    async def come(self) -> list[Done | Reply]:
+        """Waits for the next answers."""
+        await self._has_come.wait()
+        self._has_come.clear()
+        came, self._came = self._came, []
+        return came
+
+    def put(self, reply: expert_pb2.ExpertReply, data: memoryview) -> None:
+        """Takes an answer to be written."""
+        self._ready.append((reply, data))
+
+    async def write_ready(self) -> None:
+        while self._ready:
+            message = self._next_message()
+            await self._uploads.take(len(message.chunk))
+            await self._send(message)
+
+    def _end(self, done: Done) -> None:
+        self._computing.pop(done.index, None)
+        if not done.future.cancelled():
+            done.future.exception()  # seen, also when the call ends before it is answered
+            self._note(done)
+
+    def _note(self, answer: Done | Reply) -> None:
+        self._came.append(answer)
+        self._has_come.set()
+
+    def work(self, part: Part, inputs: bytearray | None, gradients: bytearray | None) -> Work:
+        """Raises WireError when a number is not finite."""
+        if inputs is not None:
+            inputs_RD = self._tensor(inputs)
+        else:
+            assert part.kept is not None, "inputs come in the payload or were kept"
+            inputs_RD = part.kept.inputs
+        return Work(
+            uid=part.uid,
+            direction=self._direction,
+            inputs=inputs_RD,
+            gradients=None if gradients is None else self._tensor(gradients),
+            lengths=part.lengths,
+            positions=part.positions,
+            deadline=self._deadline,
+            caller=self.caller,
+            keep=self.header.keep and self._direction == "forward",
+            graph=part.kept.graph if part.kept else None,
+        )
+
+    def _next_message(self) -> expert_pb2.CallReply:
+        experts: list[expert_pb2.ExpertReply] = []
+        pieces: list[memoryview] = []
+        room = CHUNK_BYTES
+        while room and self._ready:
+            reply, data = self._ready.popleft()
+            if reply is not None:
+                experts.append(reply)
+            pieces.append(data[:room])
+            if len(data) > room:
+                self._ready.appendleft((None, data[room:]))
+            room -= len(pieces[-1])
+        return expert_pb2.CallReply(experts=experts, chunk=b"".join(pieces))
+
+    async def settle(self) -> None:
+        """Waits for the message that was on its way when its answer was cancelled: before, gRPC takes no status."""
+        if self._sending is not None:
+            await asyncio.wait([self._sending], timeout=_SETTLE_S)
+
+    async def _send(self, message: expert_pb2.CallReply) -> None:
+        self._sending = asyncio.ensure_future(self._context.write(message))
+        self._sending.add_done_callback(note_failure)
+        await asyncio.shield(self._sending)
+
+    def _tensor(self, data: bytearray) -> torch.Tensor:
+        return torch.from_numpy(decode(data, self.header.width, self.header.codec))
+
+
+def error_reply(index: int, error: ExpertError) -> Reply:
+    status: int = error.status.value[0]
+    reply = expert_pb2.ExpertReply(
+        index=index, status=status, message=str(error), retry_after_s=error.retry_after_s
+    )
+    return reply, memoryview(b"")

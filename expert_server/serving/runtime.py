@@ -1,0 +1,397 @@
+"""From requests to batches to the compute threads.
+
+`Runtime` is the shell around the policy in `batching.py`: the event loop's thread brings work, and a few threads take
+it in batches, each for another expert. A thread that has ended a batch starts the next itself: a turn through the loop
+would leave it idle, and the loop is busiest when work waits. Optimizer steps are taken when no batch waits, or before
+the expert's next batch: no answer needs them.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from grpc import StatusCode
+
+from dht.uid import UID
+from expert_server.serving.batching import BatchQueue, Entry, Work
+from expert_server.serving.compute import Result, compute
+from expert_server.experts.expert import Expert
+from peer.distribution import SECONDS, Distribution
+from peer.errors import ExpertError
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_MOST_AT_ONCE = 4
+"""Batches: more would keep more tensors in memory and gain little."""
+_GATHER_S = 0.005
+"""How long results wait for others while more is computed: waking the loop for each costs the threads their cores."""
+_BATCH_ROWS = tuple(4.0**power for power in range(8))
+_STOPPING = "this node is stopping"
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """What one batch brought: a result for each work, and how long it took and what it changed."""
+
+    results: Sequence[Result | ExpertError]
+    seconds: float
+    updates: int
+    skipped_updates: int
+    rollbacks: int
+
+
+class _Task:
+    """A function that `run` was given, and its result to come."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.future: Future[Any] = Future()
+        self._function = function
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._function()
+        except BaseException as error:  # noqa: BLE001  # it goes on where the result is awaited
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+    def refuse(self) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(ExpertError(StatusCode.UNAVAILABLE, _STOPPING))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Enqueued:
+    """Work that was taken, and its result to come."""
+
+    future: "asyncio.Future[Result]"
+    discard: Callable[[], None]
+
+    def cancel(self) -> None:
+        """Takes the work out of the queue at once: it may be computed in this turn of the loop."""
+        self.discard()
+        self.future.cancel()
+
+
+@dataclass(slots=True)
+class RuntimeStats:
+    """Counts since the start; only `queued_rows` is of now. `failed` counts works of batches that failed."""
+
+    batches: int = 0
+    rows: int = 0
+    updates: int = 0
+    skipped_updates: int = 0
+    rollbacks: int = 0
+    expired: int = 0
+    refused: int = 0
+    failed: int = 0
+    queued_rows: int = 0
+    busy_s: float = 0.0
+    """That all threads together were busy, as if they were one."""
+    batch_rows: Distribution = field(default_factory=lambda: Distribution(_BATCH_ROWS), compare=False)
+    batch_s: Distribution = field(default_factory=lambda: Distribution(SECONDS), compare=False)
+
+
+class Runtime:
+    """Computes work for the experts of one node, in batches, each expert's one after another.
+
+    Experts with work share the threads: many small batches run beside each other, one large one gets all threads.
+    All public methods belong to the event loop's thread, and none of them blocks it.
+    """
+
+    def __init__(
+        self,
+        experts: dict[UID, Expert],
+        *,
+        max_queued_rows: int,
+        max_batch_rows: int,
+        threads: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`threads`: of all batches together. `clock`: what deadlines are measured by."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        """Of what all threads use: the queue, the experts in service, and what is under way."""
+        self._queue = BatchQueue(max_queued_rows, max_batch_rows)
+        self._experts = dict(experts)
+        self._busy: set[UID] = set()
+        """Experts that have a batch under way."""
+        self._tasks: deque[_Task] = deque()
+        """Of `run`: each waits until nothing is under way."""
+        self._exclusive = self._stopped = False
+        self._due: dict[UID, None] = {}
+        """Experts whose optimizer step is due, oldest first."""
+        self._computing = 0
+        """Batches under way."""
+        self._done: list[tuple[Sequence[Entry], _Computed, float]] = []
+        """Batches whose results the loop has not delivered yet, with how long all threads were busy for each."""
+        self._is_told = self._is_starting = False
+        """Whether the loop is about to deliver, and to start what waits."""
+        self._waiting: dict[Entry, asyncio.Future[Result]] = {}
+        self._leaving = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stats = RuntimeStats()
+        self._threads = threads
+        self._at_once = min(threads, _MOST_AT_ONCE)
+        self._pool = ThreadPoolExecutor(max_workers=self._at_once, thread_name_prefix="compute")
+
+    @property
+    def experts(self) -> Mapping[UID, Expert]:
+        """The experts in service; `add` and `remove` change them."""
+        return MappingProxyType(self._experts)
+
+    @property
+    def stats(self) -> RuntimeStats:
+        """The counters as they are now."""
+        return replace(self._stats, queued_rows=self._queue.rows)
+
+    async def start(self) -> None:
+        assert self._loop is None, "a runtime starts once"
+        self._loop = asyncio.get_running_loop()
+
+    async def stop(self) -> None:
+        """Fails what waits, lets what is under way end, and ends the threads."""
+        with self._lock:
+            self._stopped = True
+            waiting, tasks = self._queue.clear(), list(self._tasks)
+            self._tasks.clear()
+        self._fail(waiting, StatusCode.UNAVAILABLE, _STOPPING)
+        for task in tasks:
+            task.refuse()
+        await asyncio.to_thread(self._pool.shutdown)
+
+    async def submit(self, work: Work) -> Result:
+        """Waits for the result; when cancelled, takes the work out of the queue.
+
+        Raises ExpertError: NOT_FOUND, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, UNAVAILABLE or INTERNAL.
+        """
+        return await self.enqueue(work).future
+
+    def enqueue(self, work: Work) -> "Enqueued":
+        """As `submit`, without waiting."""
+        if self._loop is None or self._stopped:
+            raise ExpertError(StatusCode.UNAVAILABLE, "this node is not serving")
+        if work.uid not in self._experts:
+            raise ExpertError(StatusCode.NOT_FOUND, _not_hosted(work.uid))
+        if self._leaving:
+            raise ExpertError(StatusCode.UNAVAILABLE, "this node is leaving")
+        entry = self._push(work)
+        future = self._waiting[entry] = self._loop.create_future()
+        future.add_done_callback(partial(self._forget, entry))
+        if not self._is_starting:  # not now: what else this turn of the loop brings may join
+            self._is_starting = True
+            self._loop.call_soon(self._start_enqueued)
+        return Enqueued(future, partial(self._discard, entry))
+
+    def refuse(self, leaving: bool = True) -> None:
+        """From now on new work is refused with UNAVAILABLE; with False it is taken again."""
+        self._leaving = leaving
+
+    async def settle(self) -> None:
+        """Waits for the work that was taken to be done."""
+        while self._waiting:
+            await asyncio.wait(list(self._waiting.values()))
+
+    def add(self, expert: Expert) -> None:
+        """Takes an expert into service, in place of one with the same UID."""
+        with self._lock:
+            self._experts[expert.uid] = expert
+
+    def remove(self, uid: UID) -> None:
+        """Takes an expert out of service; the work that waits for it fails with NOT_FOUND."""
+        with self._lock:
+            del self._experts[uid]
+            self._due.pop(uid, None)
+            waiting = self._queue.remove(uid)
+        self._fail(waiting, StatusCode.NOT_FOUND, _not_hosted(uid))
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Runs a function on a compute thread while no batch is under way, before those that wait.
+
+        Whatever reads or writes an expert's tensors goes this way.
+        """
+        task = _Task(function)
+        with self._lock:
+            if self._stopped:
+                raise ExpertError(StatusCode.UNAVAILABLE, _STOPPING)
+            self._tasks.append(task)
+        self._start()
+        result: T = await asyncio.wrap_future(task.future)
+        return result
+
+    def _push(self, work: Work) -> Entry:
+        try:
+            with self._lock:
+                displaced = self._queue.make_room(work)
+                retry_after_s = [self._queue.retry_after_s(other.work.caller) for other in displaced]
+                entry = self._queue.push(work)
+        except ExpertError:
+            self._stats.refused += 1
+            raise
+        self._stats.refused += len(displaced)
+        message = "no room: others wait, and more than your share of the queue was yours"
+        for other, seconds in zip(displaced, retry_after_s, strict=True):
+            self._fail([other], StatusCode.RESOURCE_EXHAUSTED, message, seconds)
+        return entry
+
+    def _forget(self, entry: Entry, future: "asyncio.Future[Result]") -> None:
+        del self._waiting[entry]
+        if future.cancelled():
+            self._discard(entry)
+
+    def _discard(self, entry: Entry) -> None:
+        with self._lock:
+            self._queue.discard(entry)
+
+    def _start_enqueued(self) -> None:
+        self._is_starting = False
+        self._start()
+
+    def _start(self) -> None:
+        """Starts what can be started now. Called whenever something came or ended, on any thread."""
+        with self._lock:
+            if self._tasks:
+                if not (self._busy or self._exclusive):
+                    self._exclusive = True
+                    self._pool.submit(self._run_task, self._tasks.popleft())
+                return
+            jobs: list[tuple[Expert, list[Entry]]] = []
+            while not (self._exclusive or self._stopped) and len(self._busy) < self._at_once:
+                batch, expired = self._queue.pop(self._clock(), self._busy)
+                if expired and self._loop is not None:
+                    self._loop.call_soon_threadsafe(self._expire, expired)
+                uid = batch[0].work.uid if batch else self._free_step()
+                if uid is None:
+                    break
+                self._due.pop(uid, None)
+                self._busy.add(uid)
+                self._computing += bool(batch)
+                jobs.append((self._experts[uid], batch))
+            threads = max(1, self._threads // max(1, len(self._busy)))
+            for expert, batch in jobs:
+                self._pool.submit(self._run_batch if batch else self._run_step, expert, batch, threads)
+
+    def _free_step(self) -> UID | None:
+        """An expert whose step is due and which has no batch under way."""
+        return next((uid for uid in self._due if uid not in self._busy), None)
+
+    def _run_task(self, task: "_Task") -> None:
+        torch.set_num_threads(self._threads)
+        task.run()
+        with self._lock:
+            self._exclusive = False
+        self._start()
+
+    def _run_batch(self, expert: Expert, batch: Sequence[Entry], threads: int) -> None:
+        assert self._loop is not None, "the runtime was started"
+        torch.set_num_threads(threads)  # of this thread alone
+        computed = self._compute(expert, batch)
+        rows = sum(entry.work.rows for entry in batch)
+        with self._lock:
+            self._queue.measure(rows, computed.seconds / len(self._busy))
+            self._computing -= 1
+            self._end(expert)
+            self._done.append((batch, computed, computed.seconds * threads / self._threads))
+            is_last, is_told, self._is_told = not self._computing, self._is_told, True
+        self._start()
+        if is_last:
+            self._loop.call_soon_threadsafe(self._deliver)
+        elif not is_told:
+            self._loop.call_soon_threadsafe(self._loop.call_later, _GATHER_S, self._deliver)
+
+    def _run_step(self, expert: Expert, _: Sequence[Entry], threads: int) -> None:
+        torch.set_num_threads(threads)
+        began = self._clock()
+        try:
+            expert.settle()
+        except Exception:  # the outermost loop of the role, as in `_compute`
+            logger.exception("expert %s failed in an optimizer step", expert.uid)
+        with self._lock:
+            self._stats.busy_s += (self._clock() - began) * threads / self._threads
+            self._end(expert)
+        self._start()
+
+    def _end(self, expert: Expert) -> None:
+        self._busy.remove(expert.uid)
+        if expert.step_is_due and self._experts.get(expert.uid) is expert:
+            self._due[expert.uid] = None
+
+    def _compute(self, expert: Expert, batch: Sequence[Entry]) -> "_Computed":
+        updates, skipped, rollbacks = expert.update_count, expert.skipped_updates, expert.guard.rollbacks
+        start = self._clock()
+        try:
+            results = compute(expert, [entry.work for entry in batch])
+        except Exception as error:
+            # the outermost loop of the role: one broken batch must not end the others
+            callers = ", ".join(sorted({entry.work.caller for entry in batch}))
+            logger.exception("expert %s failed on a batch from %s", expert.uid, callers)
+            message = f"expert {expert.uid} failed: {type(error).__name__}"
+            results = [ExpertError(StatusCode.INTERNAL, message) for _ in batch]
+        return _Computed(
+            results,
+            self._clock() - start,
+            expert.update_count - updates,
+            expert.skipped_updates - skipped,
+            expert.guard.rollbacks - rollbacks,
+        )
+
+    def _expire(self, entries: Sequence[Entry]) -> None:
+        self._stats.expired += len(entries)
+        self._fail(entries, StatusCode.DEADLINE_EXCEEDED, "the deadline passed while this work waited")
+
+    def _deliver(self) -> None:
+        with self._lock:
+            done, self._done = self._done, []
+            self._is_told = False
+            for batch, computed, busy_s in done:
+                self._count(batch, computed, busy_s)
+        for batch, computed, _ in done:
+            self._give(batch, computed.results)
+
+    def _count(self, batch: Sequence[Entry], computed: "_Computed", busy_s: float) -> None:
+        stats = self._stats
+        stats.batches += 1
+        rows = sum(entry.work.rows for entry in batch)
+        stats.rows += rows
+        stats.batch_rows.note(rows)
+        stats.batch_s.note(computed.seconds)
+        stats.failed += sum(isinstance(result, ExpertError) for result in computed.results)
+        stats.busy_s += busy_s
+        stats.updates += computed.updates
+        stats.skipped_updates += computed.skipped_updates
+        stats.rollbacks += computed.rollbacks
+
+    def _give(self, batch: Sequence[Entry], results: Sequence[Result | ExpertError]) -> None:
+        for entry, result in zip(batch, results, strict=True):
+            future = self._waiting.get(entry)
+            if future is None or future.done():
+                continue
+            if isinstance(result, ExpertError):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+    def _fail(
+        self, entries: Iterable[Entry], status: StatusCode, message: str, retry_after_s: float = 0.0
+    ) -> None:
+        for entry in entries:
+            future = self._waiting.get(entry)
+            if future is not None and not future.done():
+                future.set_exception(ExpertError(status, message, retry_after_s=retry_after_s))
+
+
+def _not_hosted(uid: UID) -> str:
+    return f"expert {uid} is not hosted here"

@@ -1,0 +1,227 @@
+"""Checkpoints: experts' states on disk, so that a node that restarts goes on where it was.
+
+`CheckpointStore` is the folder: it knows files and nothing of experts in service. `Checkpoints` is the shell around it:
+it saves and restores the experts of one runtime without holding up what they compute.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dht.uid import UID
+from expert_server.experts.expert import Expert
+from expert_server.serving.runtime import Runtime
+from expert_server.state_format import Checkpoint, from_bytes, to_bytes
+from peer.errors import ExpertError, StateError, WireError
+from peer.numbered import NumberedFiles
+from peer.formatting import counted
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints of one swarm's experts: `<folder>/<swarm_id>/<uid>/<update_count>.safetensors`.
+
+    A file is whole or not there: it is written under another name, synced, and renamed. One process at a time uses
+    the folder; within it, any thread.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        swarm_id: str,
+        keep: int,
+        now: Callable[[], float] = time.time,
+        holds: Callable[[UID], bool] = lambda uid: True,
+    ) -> None:
+        """`keep`: how many checkpoints of each expert stay. `holds`: whether an expert lies on the swarm's grid."""
+        self._folder = folder / swarm_id
+        self._swarm_id = swarm_id
+        self._keep = keep
+        self._now = now
+        self._holds = holds
+        self._strays: set[UID] = set()
+        self._writing = threading.Lock()
+
+    def sweep(self) -> None:
+        """Removes what writers that were killed have left."""
+        for path in self._folder.glob("*/"):
+            NumberedFiles(path, self._keep).sweep()
+
+    def newest(self) -> dict[UID, int]:
+        """The update count of each expert's newest checkpoint, by the file names alone."""
+        try:
+            names = os.listdir(self._folder)
+        except OSError:
+            return {}
+        found = {}
+        for name in names:
+            with suppress(WireError):  # not a folder of ours
+                uid = UID.parse(name)
+                if not self._holds(uid):
+                    self._pass_over_stray(uid)
+                elif counts := self.update_counts(uid):
+                    found[uid] = counts[0]
+        return found
+
+    def _pass_over_stray(self, uid: UID) -> None:
+        """Says so once. The swarm was founded anew with another grid, or the folder is another swarm's."""
+        if uid not in self._strays:
+            self._strays.add(uid)
+            logger.warning(
+                "passing over the checkpoints in %s: the swarm's grid has no such expert",
+                self._folder / str(uid),
+            )
+
+    def update_counts(self, uid: UID) -> list[int]:
+        """Of an expert's checkpoints, newest first, by the file names alone."""
+        return self._files(uid).numbers()
+
+    def path(self, uid: UID, update_count: int) -> Path:
+        return self._files(uid).path(update_count)
+
+    def save(self, uid: UID, checkpoint: Checkpoint) -> None:
+        """Returns when the checkpoint is safely on disk. Raises OSError; the checkpoints before it stay then."""
+        data = to_bytes(checkpoint, self._swarm_id, uid, self._now())
+        with self._writing:
+            self._files(uid).write(checkpoint.update_count, data)
+
+    def load_newest(self, uid: UID, below: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint that is whole and this expert's, of those with fewer than `below` updates if given.
+
+        Others are passed over, with a line in the log that says why.
+        """
+        for update_count in self.update_counts(uid):
+            if below is None or update_count < below:
+                try:
+                    return self._load(uid, update_count)
+                except StateError as error:
+                    self.pass_over(uid, update_count, error)
+        return None
+
+    def pass_over(self, uid: UID, update_count: int, reason: StateError) -> None:
+        """Says so. The file stays, for people to look at, until newer ones take its place."""
+        logger.warning("passing over the checkpoint %s: %s", self.path(uid, update_count), reason)
+
+    def _load(self, uid: UID, update_count: int) -> Checkpoint:
+        """Raises StateError when the file is not what its place says, or not as it was written."""
+        try:
+            data = self.path(uid, update_count).read_bytes()
+        except OSError as error:
+            raise StateError(f"it can't be read: {error}") from error
+        return from_bytes(data, self._swarm_id, uid, update_count)
+
+    def _files(self, uid: UID) -> NumberedFiles:
+        return NumberedFiles(self._folder / str(uid), self._keep)
+
+
+@dataclass
+class CheckpointCounts:
+    """Counts since the start."""
+
+    saved: int = 0
+    failed: int = 0
+    restored: int = 0
+
+
+class Checkpoints:
+    """Saves and restores the experts of one runtime: tensors on its compute thread, files on other threads."""
+
+    def __init__(self, store: CheckpointStore, runtime: Runtime) -> None:
+        self.counts = CheckpointCounts()
+        self._store = store
+        self._runtime = runtime
+        self._on_disk: dict[UID, int] = {}
+        """The update count that each expert was saved or restored with."""
+
+    async def open(self) -> None:
+        """Tidies the folder."""
+        await asyncio.to_thread(self._store.sweep)
+
+    async def newest(self) -> dict[UID, int]:
+        """The update count of each expert's newest checkpoint, not yet verified."""
+        return await asyncio.to_thread(self._store.newest)
+
+    async def restore(self, expert: Expert) -> bool:
+        """Loads the newest valid checkpoint into an expert that does not serve yet. Says whether there was one."""
+        below: int | None = None
+        while checkpoint := await asyncio.to_thread(self._store.load_newest, expert.uid, below):
+            state, below = checkpoint.state, checkpoint.update_count
+            try:
+                await self._runtime.run(partial(expert.import_state, state, below))
+            except StateError as error:
+                self._store.pass_over(expert.uid, below, error)
+                continue
+            self._on_disk[expert.uid] = below
+            self.counts.restored += 1
+            return True
+        self._on_disk.pop(expert.uid, None)
+        return False
+
+    async def keep(self, uid: UID, checkpoint: Checkpoint) -> None:
+        """Saves the state of an expert that is served elsewhere. Raises OSError."""
+        await asyncio.to_thread(self._store.save, uid, checkpoint)
+
+    async def save_every(self, seconds: float) -> None:
+        """Saves what changed, again and again, for ever."""
+        while True:
+            await asyncio.sleep(seconds)
+            await self.save_changed()
+
+    async def save_changed(self, experts: Collection[Expert] | None = None) -> None:
+        """Saves those that took updates since they were last saved, one by one: of `experts`, else of all that serve.
+
+        What fails is tried next time.
+        """
+        failures: list[tuple[UID, StateError | OSError]] = []
+        for expert in list(self._runtime.experts.values() if experts is None else experts):
+            if not self._is_changed(expert):
+                continue
+            try:
+                checkpoint = await self._runtime.run(partial(_export, expert))
+                await asyncio.to_thread(self._store.save, expert.uid, checkpoint)
+            except ExpertError:
+                return  # the runtime was stopped
+            except (StateError, OSError) as error:
+                failures.append((expert.uid, error))
+            else:
+                self.counts.saved += 1
+                self._on_disk[expert.uid] = checkpoint.update_count
+        if failures:
+            self.counts.failed += len(failures)
+            uid, reason = failures[0]
+            logger.warning(
+                "could not save %s, such as %s: %s; their checkpoints before this stay",
+                counted(len(failures), "expert"),
+                uid,
+                reason.strerror if isinstance(reason, OSError) and reason.strerror else reason,
+            )
+
+    async def save_all_within(self, seconds: float, experts: Collection[Expert] | None = None) -> None:
+        """Saves what changed before the experts go, or as much of it as there is time for."""
+        if experts is None:
+            experts = list(self._runtime.experts.values())
+        try:
+            async with asyncio.timeout(seconds):
+                await self.save_changed(experts)
+        except TimeoutError:
+            left = sum(map(self._is_changed, experts))
+            logger.warning("no time to save %s; their checkpoints before this stay", counted(left, "expert"))
+
+    def note_replaced(self, uid: UID) -> None:
+        """The expert's state is another one, though it may have as many updates: it needs saving."""
+        self._on_disk.pop(uid, None)
+
+    def _is_changed(self, expert: Expert) -> bool:
+        return expert.update_count != self._on_disk.get(expert.uid, 0)
+
+
+def _export(expert: Expert) -> Checkpoint:
+    return Checkpoint(expert.export_state(), expert.update_count)

@@ -1,0 +1,240 @@
+"""Fetching experts' states from other nodes, and the snapshots that others fetch from here."""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import grpc
+import torch
+from grpc import StatusCode
+from hivemind.p2p import PeerID
+
+from dht.manifest import Manifest
+from dht.registry import NodeInfo
+from dht.uid import UID
+from expert_server.blocks import weightless_block
+from expert_server.experts.expert import Expert
+from expert_server.serving.runtime import Runtime
+from expert_server.state_format import Checkpoint, from_bytes, to_bytes
+from peer import PROTOCOL_VERSION
+from peer.rpc.channels import ChannelPool
+from peer.downloads import SnapshotService
+from peer.errors import ExpertError, StateError, TransferError
+from peer.own_sessions import OwnSessions
+from peer.rates import Rate
+from peer.rpc.sessions import Metadata
+from peer.rpc.transfer import Incoming, Snapshots
+from peer.transport.tunnel import Tunnels
+from peer.wire import state_pb2, state_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_ASK_S = 5.0
+"""Longest that a peer may take to answer an Ask."""
+_CHANNELS = 64
+
+
+@dataclass
+class TransferCounts:
+    """Counts since the start."""
+
+    fetched: int = 0
+    failed: int = 0
+    """Fetches that ended without the whole state."""
+    broken: int = 0
+    """States that came and were refused."""
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One expert's state at one moment, as others fetch it."""
+
+    uid: UID
+    update_count: int
+    generation: object
+    """Of the expert at that moment."""
+    met: Mapping[PeerID, int]
+    """The meetings at that moment."""
+    data: bytes
+    sha256: bytes
+    expires_at: float
+    given: dict[PeerID, asyncio.Event] = field(default_factory=dict)
+    """Set when that peer has fetched it; of the peers that are waited for."""
+
+    @property
+    def key(self) -> UID:
+        return self.uid
+
+
+class SnapshotTaker:
+    """Takes snapshots of the experts of one runtime: tensors on its compute thread, the rest on another."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        snapshots: Snapshots[Snapshot],
+        swarm_id: str,
+        met: Callable[[UID], Mapping[PeerID, int]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runtime = runtime
+        self._snapshots = snapshots
+        self._swarm_id = swarm_id
+        self._met = met
+        self._clock = clock
+        self._taking = asyncio.Lock()
+
+    async def take(self, uid: UID) -> Snapshot:
+        """Of the expert as it is now. Raises ExpertError (NOT_FOUND), and StateError when a number is not finite."""
+        async with self._taking:
+            expert = self._runtime.experts.get(uid)
+            if expert is None:
+                raise ExpertError(StatusCode.NOT_FOUND, f"expert {uid} is not hosted here")
+            met = self._met(uid)
+            snapshot = self._current(expert, met)
+            if snapshot is None:
+                checkpoint, generation = await self._runtime.run(partial(_export, expert))
+                data, sha256 = await asyncio.to_thread(_seal, checkpoint, self._swarm_id, uid)
+                expires_at = self._clock() + self._snapshots.lifetime_s
+                snapshot = Snapshot(uid, checkpoint.update_count, generation, met, data, sha256, expires_at)
+                self._snapshots.put(snapshot, self._clock())
+            return snapshot
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the snapshots that are kept. Any thread may ask."""
+        return sum(len(snapshot.data) for snapshot in self._snapshots.in_memory)
+
+    def find(self, uid: UID, sha256: bytes) -> Snapshot | None:
+        """One that was taken before, while it is kept."""
+        return self._snapshots.find(uid, sha256, self._clock())
+
+    def _current(self, expert: Expert, met: Mapping[PeerID, int]) -> Snapshot | None:
+        """One that is kept of the expert as it is now."""
+        state = expert.uid, expert.update_count, expert.generation, met
+        for kept in self._snapshots.all(self._clock()):
+            if (kept.uid, kept.update_count, kept.generation, kept.met) == state:
+                return kept
+        return None
+
+
+def _export(expert: Expert) -> tuple[Checkpoint, object]:
+    return Checkpoint(expert.export_state(), expert.update_count), expert.generation
+
+
+def _seal(checkpoint: Checkpoint, swarm_id: str, uid: UID) -> tuple[bytes, bytes]:
+    data = to_bytes(checkpoint, swarm_id, uid, time.time())
+    return data, hashlib.sha256(data).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Fetched:
+    """What another node gave."""
+
+    checkpoint: Checkpoint
+    sha256: bytes
+    met_update_count: int
+    """Of the last meeting with this peer, as the other remembers it."""
+
+
+class StateClient:
+    """Fetches states from the nodes of one swarm, whose certificates it pins. Close it when done."""
+
+    def __init__(
+        self,
+        swarm_id: str,
+        manifest: Manifest,
+        sessions: OwnSessions,
+        down: Rate,
+        max_transfer_s: float,
+        tunnels: Tunnels | None = None,
+    ) -> None:
+        """`sessions`: what shows nodes who fetches. `down`: how fast states may come. `max_transfer_s`: longest that
+        one may take, all attempts together.
+        """
+        self.counts = TransferCounts()
+        self._down = down
+        self._swarm_id = swarm_id
+        self._service = SnapshotService(
+            state_pb2_grpc.StateServiceStub,
+            ChannelPool(_CHANNELS, tunnels),
+            sessions,
+            partial(Incoming, largest_state_bytes(manifest), self._count_received),
+            open_s=_ASK_S,
+            limit_s=max_transfer_s,
+        )
+
+    async def close(self) -> None:
+        await self._service.close()
+
+    async def fetch(self, node: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:
+        """The expert's state at that node: now, or at the snapshot with this checksum.
+
+        Raises TransferError when it did not come, and StateError when what came is not that expert's whole state.
+        Names, shapes and numbers are for the expert to check.
+        """
+        request = state_pb2.FetchRequest(
+            protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, uid=str(uid), sha256=sha256
+        )
+        what = f"expert {uid} of {node.peer_id}"
+        try:
+            incoming = await self._service.download(node, "Fetch", request, what, self._down)
+            fetched = await asyncio.to_thread(self._open, incoming, uid)
+        except TransferError:
+            self.counts.failed += 1
+            raise
+        except StateError:
+            self.counts.broken += 1
+            raise
+        self.counts.fetched += 1
+        return fetched
+
+    async def ask(
+        self,
+        node: NodeInfo,
+        reason: "state_pb2.AskReason",
+        uids: Collection[UID],
+        sha256: bytes = b"",
+        base_sha256: bytes = b"",
+    ) -> int:
+        """How many of the experts the node will look at, from the first on; 0 when it does not answer."""
+        request = state_pb2.AskRequest(
+            protocol_version=PROTOCOL_VERSION,
+            swarm_id=self._swarm_id,
+            reason=reason,
+            uids=map(str, uids),
+            sha256=sha256,
+            base_sha256=base_sha256,
+        )
+        session: Metadata = ()
+        try:
+            stub, session = await self._service.stub(node)
+            reply = await stub.Ask(request, timeout=_ASK_S, metadata=session)
+        except (grpc.aio.AioRpcError, TransferError, ExpertError) as error:
+            # it may be for that; the next time opens another
+            self._service.sessions.ended(node.peer_id, session)
+            logger.debug("%s was asked in vain: %s", node.peer_id, error)
+            return 0
+        return min(int(reply.accepted), len(uids))
+
+    def _count_received(self, size: int) -> None:
+        self.counts.bytes_received += size
+
+    def _open(self, incoming: Incoming, uid: UID) -> Fetched:
+        header, data = incoming.whole()
+        checkpoint = from_bytes(data, self._swarm_id, uid, header.update_count)
+        return Fetched(checkpoint, header.sha256, header.met_update_count)
+
+
+def largest_state_bytes(manifest: Manifest) -> int:
+    """What the state of one expert may have on the wire, names and header included. Allocates nothing."""
+    block = weightless_block(manifest)
+    tensors = [tensor for tensor in block.state_dict().values() if torch.is_tensor(tensor)]
+    numbers = sum(tensor.nbytes for tensor in tensors) * (1 + manifest.optimizer.moments)
+    return numbers + 1024 * (len(tensors) * (2 + manifest.optimizer.moments) + 4)

@@ -1,0 +1,365 @@
+"""Look-ups and stores of many keys at once, over the DHT node's own calls.
+
+hivemind's `get_many` and `store_many` ask four peers at a time, wait three seconds for each dead one, and end all
+keys together. Here every key asks its nearest nodes at once, what goes to one peer travels in one call, and a peer
+that is slower than peers here are is passed over until it answers.
+"""
+
+import asyncio
+import contextlib
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.dht.validation import DHTRecord
+from hivemind.p2p import PeerID
+from hivemind.utils import MSGPackSerializer
+
+from dht.contacts import Contacts, Hearsay, RoundTrips
+from peer.kademlia.search import DEFAULT_BREADTH, Breadth, Search
+from peer.find import Answer, find
+
+Answers = Mapping[DHTID, Answer]
+
+_NEAREST = Breadth(quorum=2**31)
+"""For a writer, to whom values tell nothing."""
+_KEYS_PER_CALL = 32
+_ITEMS_PER_CALL = 32
+"""Most that one store carries: about 25 KB of records."""
+_REMEMBERED_KEYS = 4096
+
+
+class Entry(NamedTuple):
+    """What stands under one subkey of a key."""
+
+    value: bytes
+    """As it is stored: packed with msgpack."""
+    expires_at: float
+
+
+class Item(NamedTuple):
+    """Something to store."""
+
+    key: str
+    subkey: int | bytes
+    value: str | bytes
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look-up brought."""
+
+    search: Search
+    peers: Contacts = field(repr=False)
+    entries: dict[object, Entry] = field(default_factory=dict)
+    """By subkey; of several answers the one that expires last. Expired ones may be among them."""
+
+    def take(self, value: object) -> bool:
+        """Merges a holder's answer; False when nothing is in it. A plain value is nothing: nobody should store one."""
+        if not isinstance(value, DictionaryDHTValue):
+            return False
+        items = list(value.items())
+        for subkey, (data, expires_at) in items:
+            known = self.entries.get(subkey)
+            if known is None or known.expires_at < expires_at:
+                self.entries[subkey] = Entry(data, expires_at)
+        return bool(items)
+
+    @property
+    def someone_answered(self) -> bool:
+        return bool(self.search.nearest())
+
+
+class Lookups:
+    """A peer's access to the keys of the DHT."""
+
+    def __init__(self, dht: Callable[[], DHTNode], *, parallel_calls: int = 512) -> None:
+        """`dht` gives the DHT node of now. `parallel_calls`: most at a time in one look-up, late ones not counted."""
+        self._dht = dht
+        self.parallel_calls = parallel_calls
+        self.round_trips = RoundTrips()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.hearsay = Hearsay()
+        self._near: dict[DHTID, dict[int, PeerID]] = {}
+        """Who answered last time for a key, the key that was looked up last at the end."""
+
+    async def find(
+        self, keys: Collection[DHTID], breadth: Breadth = DEFAULT_BREADTH, besides_self: bool = False
+    ) -> dict[DHTID, Found]:
+        """Looks all keys up. `besides_self`: what this peer stores itself does not count."""
+        run = _Run(self, self._dht(), keys, breadth, besides_self)
+        await run.until_finished()
+        for key, found in run.found.items():
+            self._remember(key, found)
+        return run.found
+
+    def near(self, key: DHTID) -> Mapping[int, PeerID]:
+        """Nodes near the key, from the last look-up: the next one starts there, and mostly needs one round."""
+        return self._near.get(key, {})
+
+    def _remember(self, key: DHTID, found: Found) -> None:
+        self._near.pop(key, None)
+        nearest = found.search.nearest()[: DEFAULT_BREADTH.front]
+        self._near[key] = {node: found.peers[node] for node in nearest}
+        if len(self._near) > _REMEMBERED_KEYS:
+            del self._near[next(iter(self._near))]
+
+    async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
+        """Stores each item at the live nodes nearest to its key; gives key and subkey of those that any accepted."""
+        dht = self._dht()
+        by_key: dict[DHTID, list[Item]] = {}
+        for item in items:
+            by_key.setdefault(DHTID.generate(source=item.key), []).append(item)
+        found = await self.find(list(by_key), _NEAREST)
+        candidates = {key: deque(found[key].search.nearest()) for key in by_key}
+        missing = dict.fromkeys(by_key, dht.num_replicas)
+        accepted: set[tuple[str, int | bytes]] = set()
+        while any(missing[key] and candidates[key] for key in by_key):
+            by_node: dict[int, list[DHTID]] = {}
+            peers: dict[int, PeerID] = {}
+            for key in by_key:
+                for _ in range(min(missing[key], len(candidates[key]))):
+                    node = candidates[key].popleft()
+                    by_node.setdefault(node, []).append(key)
+                    peers[node] = found[key].peers[node]
+            stores = [
+                self.own(self._store_at(dht, peers[node], part, by_key, accepted))
+                for node, its_keys in by_node.items()
+                for part in _parts(its_keys, by_key)
+            ]
+            await asyncio.wait(stores)
+            for store in stores:
+                for key in store.result():
+                    missing[key] -= 1
+        return accepted
+
+    async def _store_at(
+        self,
+        dht: DHTNode,
+        peer: PeerID,
+        keys: Sequence[DHTID],
+        by_key: Mapping[DHTID, Sequence[Item]],
+        accepted: set[tuple[str, int | bytes]],
+    ) -> Sequence[DHTID]:
+        """Gives the keys again when the peer answered, whether it accepted them or not."""
+        items = [(key, item) for key in keys for item in by_key[key]]
+        values = [MSGPackSerializer.dumps(item.value) for _, item in items]
+        if peer == dht.peer_id:
+            stored = [
+                _store_here(dht, key, item, value) for (key, item), value in zip(items, values, strict=True)
+            ]
+        else:
+            stored = await dht.protocol.call_store(
+                peer,
+                [key for key, _ in items],
+                values,
+                [item.expires_at for _, item in items],
+                [item.subkey for _, item in items],
+            )
+        if not stored:
+            return []
+        accepted.update(
+            (item.key, item.subkey) for (_, item), ok in zip(items, stored, strict=False) if ok
+        )  # a peer may answer with too few
+        return keys
+
+    def own(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that outlives a look-up which does not wait for it: it ends at hivemind's own deadline.
+
+        It is not cancelled then, because hivemind leaves the connection of a cancelled call open.
+        """
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _parts(keys: Sequence[DHTID], by_key: Mapping[DHTID, Sequence[Item]]) -> Iterator[Sequence[DHTID]]:
+    """In order, so that no part has more than the most items; a key's items stay together."""
+    part: list[DHTID] = []
+    count = 0
+    for key in keys:
+        if part and count + len(by_key[key]) > _ITEMS_PER_CALL:
+            yield part
+            part, count = [], 0
+        part.append(key)
+        count += len(by_key[key])
+    yield part
+
+
+def _store_here(dht: DHTNode, key: DHTID, item: Item, value: bytes) -> bool:
+    validator = dht.protocol.record_validator
+    if validator is not None:
+        subkey = MSGPackSerializer.dumps(item.subkey)
+        if not validator.validate(DHTRecord(key.to_bytes(), subkey, value, item.expires_at)):
+            return False
+    return bool(dht.protocol.storage.store(key, value, item.expires_at, subkey=item.subkey))
+
+
+@dataclass(eq=False)
+class _Call:
+    node: int
+    keys: Sequence[DHTID]
+    late_at: float
+    is_answered: bool = False
+    is_late: bool = False
+
+
+class _Run:
+    """Look-ups of several keys while they last."""
+
+    def __init__(
+        self,
+        lookups: Lookups,
+        dht: DHTNode,
+        keys: Collection[DHTID],
+        breadth: Breadth,
+        besides_self: bool,
+    ) -> None:
+        self._lookups = lookups
+        self._dht = dht
+        self._clock = asyncio.get_running_loop().time
+        self._peers = Contacts()
+        self._queue: dict[int, list[DHTID]] = {}
+        """What each node is to be asked."""
+        self._waiting: deque[_Call] = deque()
+        """Calls without an answer, the oldest first; also those answered already, until they come to the front."""
+        self._active = 0
+        self._overdue: Counter[DHTID] = Counter()
+        """Late answers of each key, for which a look-up that has too few others waits after all."""
+        self._answers: asyncio.Queue[tuple[_Call, Answers | None]] = asyncio.Queue()
+        self._answering: set[int] = set()
+        """Nodes that have answered any of the keys."""
+        self.found: dict[DHTID, Found] = {}
+        for key in keys:
+            self.found[key] = Found(Search(key, self._start(key), breadth), self._peers)
+            if not besides_self and not dht.protocol.client_mode:
+                self._ask_self(key)
+        self._unfinished = set(keys)
+
+    def _start(self, key: DHTID) -> list[int]:
+        """The nodes nearest to the key that this peer knows."""
+        protocol, me = self._dht.protocol, self._dht.node_id
+        table = protocol.routing_table.get_nearest_neighbors(key, protocol.bucket_size, exclude=me)
+        known = {**dict(table), **self._lookups.near(key)}
+        heard = self._lookups.hearsay.near(key)
+        self._peers.know(known)
+        self._peers.hear(heard)
+        return [node for node in {*known, *heard} if node != me]
+
+    async def until_finished(self) -> None:
+        self._advance(self.found)
+        while self._unfinished:
+            self._send()
+            for call, answers in await self._next_answers():
+                self._settle(call, answers)
+
+    def _ask_self(self, key: DHTID) -> None:
+        found, stored = self.found[key], self._dht.protocol.storage.get(key)
+        self._peers.know({self._dht.node_id: self._dht.peer_id})
+        found.search.holds(self._dht.node_id, stored is not None and found.take(stored.value))
+
+    def _advance(self, keys: Iterable[DHTID]) -> None:
+        """Lets these searches ask on."""
+        for key in keys:
+            search = self.found[key].search
+            heard = self._lookups.hearsay.near(key)
+            self._peers.hear(heard)
+            search.learn(heard)
+            if search.is_stranded:
+                search.learn(self._answering)
+            while wanted := search.ask():
+                for node in wanted:
+                    if self._peers[node] in self._dht.blacklist and not search.asks_again:
+                        search.failed(node)
+                    else:
+                        self._queue.setdefault(node, []).append(key)
+            if search.finished and not (search.is_thin and self._overdue[key] > 0):
+                self._unfinished.discard(key)
+
+    def _send(self) -> None:
+        while self._queue and self._active < self._lookups.parallel_calls:
+            node = next(iter(self._queue))
+            keys = [key for key in self._queue.pop(node) if key in self._unfinished]
+            if len(keys) > _KEYS_PER_CALL:
+                self._queue[node] = keys[_KEYS_PER_CALL:]
+            if keys:
+                late_at = self._clock() + self._lookups.round_trips.patience_s
+                call = _Call(node, keys[:_KEYS_PER_CALL], late_at)
+                self._waiting.append(call)
+                self._active += 1
+                self._lookups.own(self._ask(call))
+
+    async def _ask(self, call: _Call) -> None:
+        """Answers come whatever happens: a look-up waits for each."""
+        answers = None
+        try:
+            answers = await self._answers_of(call)
+        finally:
+            self._answers.put_nowait((call, answers))
+
+    async def _answers_of(self, call: _Call) -> Answers | None:
+        peer, began = self._peers[call.node], self._clock()
+        reply = await find(self._dht.protocol, peer, call.keys)
+        if reply is not None:
+            self._dht.blacklist.register_success(peer)
+            self._lookups.round_trips.note(self._clock() - began)
+        else:
+            self._dht.blacklist.register_failure(peer)
+        # a liar may have named this peer in another place than it has
+        is_there = reply is not None and reply.node == call.node
+        return reply.answers if reply is not None and is_there else None
+
+    async def _next_answers(self) -> list[tuple[_Call, Answers | None]]:
+        """Those that have come since, at least one unless calls become late first."""
+        came: list[tuple[_Call, Answers | None]] = []
+        while not came and not self._give_up_late():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._waiting[0].late_at if self._waiting else None):
+                    came.append(await self._answers.get())
+        while not self._answers.empty():
+            came.append(self._answers.get_nowait())
+        return came
+
+    def _give_up_late(self) -> bool:
+        """Whether there were any whose time is over."""
+        gave_up = False
+        while self._waiting and (self._waiting[0].is_answered or self._waiting[0].late_at <= self._clock()):
+            call = self._waiting.popleft()
+            if not call.is_answered:
+                call.is_late = gave_up = True
+                self._active -= 1
+                self._overdue.update(call.keys)
+                self._fail(call)
+        return gave_up
+
+    def _fail(self, call: _Call) -> None:
+        self._lookups.hearsay.forget(call.node)
+        for key in call.keys:
+            self.found[key].search.failed(call.node)
+        self._advance(call.keys)
+
+    def _settle(self, call: _Call, answers: Answers | None) -> None:
+        call.is_answered = True
+        if call.is_late:
+            self._overdue.subtract(call.keys)
+        else:
+            self._active -= 1
+        if answers is None:
+            self._fail(call)
+            return
+        self._answering.add(call.node)
+        named: dict[int, bytes] = {}
+        for key in call.keys:
+            answer, found = answers[key], self.found[key]
+            answer.nearer.pop(self._dht.node_id, None)
+            named.update(answer.nearer)
+            found.search.answered(call.node, answer.nearer, found.take(answer.value))
+        self._peers.hear(named)
+        self._lookups.hearsay.note(named)
+        self._advance(call.keys)

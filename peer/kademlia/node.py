@@ -1,0 +1,197 @@
+"""How this peer serves the DHT to others: hivemind's handlers, with bounds, and with one Kademlia ID for each peer.
+
+hivemind takes any ID that a peer claims, has no bound on what one message asks or brings, gives up a dictionary at its
+first old entry, and lets what was stored as cached hide the rest of a key.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.dht.validation import DHTRecord
+from hivemind.p2p import P2PContext, PeerID
+from hivemind.proto import dht_pb2
+from hivemind.utils import MSGPackSerializer
+
+from peer.answers import is_rightful, keep_valid
+from peer.errors import WireError
+from peer.kademlia.validation import unpack
+from peer.rates import Bucket
+from peer.kademlia.storage import BoundedStorage, StoreCounts
+
+_YIELD_AFTER = 64
+"""Entries or keys that are looked at before other tasks get their turn."""
+_YIELD_AFTER_ANSWERS = 8
+"""The same, of keys that are asked for."""
+_HANDED_AT_ONCE_S = 16.0
+"""So much of its rate is handed over at once after a pause."""
+
+
+class DhtService:
+    """Stands before a DHT node's protocol. What is wrong gets an empty answer: an error would fill the log."""
+
+    def __init__(self, protocol: DHTProtocol, counts: StoreCounts) -> None:
+        self._protocol = protocol
+        self._counts = counts
+        self._validator = protocol.record_validator
+        self._meet, self._ping = protocol.update_routing_table, protocol.rpc_ping
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._handed = Bucket(1.0, _HANDED_AT_ONCE_S, 0.0)
+        """In seconds of the rate for it."""
+        protocol.storage = BoundedStorage(counts)
+        protocol.update_routing_table = self.update_routing_table
+        protocol.rpc_ping, protocol.rpc_store, protocol.rpc_find = (
+            self.rpc_ping,
+            self.rpc_store,
+            self.rpc_find,
+        )
+
+    async def rpc_ping(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
+        if len(request.peer.node_id) != DHTID.HASH_NBYTES:  # a client has none
+            request = dht_pb2.PingRequest()
+        return await self._ping(request, context)
+
+    async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
+        """Says of each entry whether it was stored."""
+        items = list(
+            zip(request.keys, request.subkeys, request.values, request.expiration_time, strict=False)
+        )
+        response = dht_pb2.StoreResponse(store_ok=[False] * len(request.keys), peer=self._protocol.node_info)
+        if request.ByteSize() > self._counts.bounds.message_bytes or len(items) != len(request.keys):
+            self._counts.refused += 1
+            return response
+        await self._meet_sender(request.peer, context)
+        cached = list(request.in_cache) or [False] * len(items)
+        for number, (item, is_cached) in enumerate(zip(items, cached, strict=False)):
+            # no honest peer stores in caches: they would only be more to keep
+            response.store_ok[number] = not is_cached and await self._store(*item)
+            if number % _YIELD_AFTER == _YIELD_AFTER - 1:
+                await asyncio.sleep(0)
+        return response
+
+    async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
+        """For each key what is stored here, and the nearest nodes that this peer knows."""
+        response, protocol = dht_pb2.FindResponse(peer=self._protocol.node_info), self._protocol
+        if len(request.keys) > self._counts.bounds.find_keys:
+            self._counts.refused += 1
+            return response
+        await self._meet_sender(request.peer, context)
+        sender = protocol.routing_table.get(peer_id=context.remote_id)
+        room = self._counts.bounds.answer_bytes
+        for number, key in enumerate(request.keys):
+            if number % _YIELD_AFTER_ANSWERS == _YIELD_AFTER_ANSWERS - 1:
+                await asyncio.sleep(0)
+            if len(key) != DHTID.HASH_NBYTES:
+                return dht_pb2.FindResponse(peer=protocol.node_info)
+            result, key_id = response.results.add(type=dht_pb2.NOT_FOUND), DHTID.from_bytes(key)
+            stored = protocol.storage.get(key_id)
+            if stored is not None and room > 0:
+                value = MSGPackSerializer.dumps(stored.value)
+                room -= len(value)
+                if room >= 0:
+                    result.type, result.value = dht_pb2.FOUND_DICTIONARY, value
+                    result.expiration_time = stored.expiration_time
+            for node, peer in protocol.routing_table.get_nearest_neighbors(
+                key_id, k=protocol.bucket_size, exclude=sender
+            ):
+                result.nearest_node_ids.append(node.to_bytes())
+                result.nearest_peer_ids.append(peer.to_bytes())
+        return response
+
+    async def update_routing_table(
+        self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True
+    ) -> None:
+        """Notes the one place that a peer has now, and hands a new one what it should store."""
+        table = self._protocol.routing_table
+        if not responded:
+            await self._meet(node_id, peer_id, responded=False)
+            return
+        known = table.get(peer_id=peer_id)
+        if node_id is None or node_id == self._protocol.node_id:
+            return
+        if table.get(node_id=node_id, default=peer_id) != peer_id:
+            if not is_rightful(node_id, peer_id.to_bytes()):
+                return  # nobody takes another's place
+            del table[node_id]
+        if known is None and self._may_hand_over():
+            self._own(self._hand_over(node_id, peer_id))
+        elif known not in (None, node_id):
+            del table[known]
+        if (oldest := table.add_or_update_node(node_id, peer_id)) is not None:
+            self._own(self._protocol.call_ping(oldest[1]))
+
+    async def _meet_sender(self, sender: dht_pb2.NodeInfo, context: P2PContext) -> None:
+        if len(sender.node_id) == DHTID.HASH_NBYTES:  # a client has none
+            await self.update_routing_table(DHTID.from_bytes(sender.node_id), context.remote_id)
+
+    async def _store(self, key: bytes, tag: bytes, value: bytes, expires_at: float) -> bool:
+        """Whether anything of it was new. `tag`: the subkey, or that the value is a dictionary."""
+        if len(key) != DHTID.HASH_NBYTES:
+            return False
+        key_id, storage = DHTID.from_bytes(key), self._protocol.storage
+        if tag == self._protocol.IS_REGULAR_VALUE:
+            return False  # nobody should store plain values
+        if tag != self._protocol.IS_DICTIONARY:
+            if not self._validator.validate(DHTRecord(key, tag, value, expires_at)):
+                return False
+            return bool(storage.store_subkey(key_id, unpack(tag), value, expires_at))
+        try:
+            entries = unpack(value)
+        except WireError:
+            return False
+        if not isinstance(entries, DictionaryDHTValue):
+            return False
+        keep_valid(self._validator, key, entries)
+        await asyncio.sleep(0)  # every signature took some time
+        stored = [storage.store_subkey(key_id, subkey, *entry) for subkey, entry in entries.items()]
+        return any(stored)
+
+    def _may_hand_over(self) -> bool:
+        """Whether the rate allows it now; then it counts. What a newcomer does not get is announced to it anew."""
+        now = asyncio.get_running_loop().time()
+        if self._handed.take(0.0, now):
+            self._counts.not_handed_over += 1
+            return False
+        self._handed.take(self._counts.bytes / self._counts.bounds.handed_bytes_per_s, now)
+        return True
+
+    async def _hand_over(self, node_id: DHTID, peer_id: PeerID) -> None:
+        """Of what is stored here, what the new node is nearer to than others, if this peer is the nearest of them."""
+        protocol, size = self._protocol, 0
+        part: list[tuple[DHTID, DictionaryDHTValue, float]] = []
+        for number, (key, item) in enumerate(list(protocol.storage.items())):
+            if number % _YIELD_AFTER == _YIELD_AFTER - 1:
+                await asyncio.sleep(0)
+            nearest = protocol.routing_table.get_nearest_neighbors(
+                key, protocol.num_replicas, exclude=node_id
+            )
+            distances = [key.xor_distance(node) for node, _ in nearest]
+            if distances and not (
+                key.xor_distance(node_id) < distances[-1]
+                and key.xor_distance(protocol.node_id) < distances[0]
+            ):
+                continue
+            taken = protocol.storage.size(key)
+            if part and size + taken > self._counts.bounds.message_bytes // 2:
+                await protocol.call_store(peer_id, *zip(*part, strict=True))
+                part, size = [], 0
+            part.append((key, item.value, item.expiration_time))
+            size += taken
+        if part:
+            await protocol.call_store(peer_id, *zip(*part, strict=True))
+
+    def _own(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def guard(protocol: DHTProtocol, counts: StoreCounts) -> None:
+    """Bounds what others may store and ask at this DHT node, which must have a validator and be new."""
+    DhtService(protocol, counts)
+    if not protocol.client_mode:
+        await protocol.remove_p2p_handlers(protocol.p2p)
+        await protocol.add_p2p_handlers(protocol.p2p)

@@ -1,0 +1,207 @@
+"""gRPC over TLS with pinned certificates: the server's credentials, and a pool of client channels."""
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from hivemind.p2p import PeerID
+
+from peer.codec import MAX_MESSAGE_BYTES
+from peer.errors import UnreachableError
+from peer.identity import TLS_NAME, Identity
+from peer.transport.tunnel import Tunnels
+
+_TUNNEL = "tunnel"
+"""Stands for a peer's tunnel among its addresses."""
+_HEAD_START_S = 1.0
+"""How long one way is tried alone before the next is tried, too."""
+_TRY_S = 20.0
+_BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
+
+WINDOW_BYTES = 16 * 2**20
+"""What may be under way to a reader, in each direction: 100 Mbit/s at a round trip of over a second."""
+
+_COMMON_OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+    ("grpc.http2.bdp_probe", 0),  # its guesses fall far behind on busy machines with a second of delay
+]
+SERVER_OPTIONS: list[tuple[str, int | str]] = [
+    *_COMMON_OPTIONS,
+    ("grpc.so_reuseport", 0),  # else a second server silently shares the port
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+CLIENT_OPTIONS: list[tuple[str, int | str]] = [
+    *_COMMON_OPTIONS,
+    ("grpc.ssl_target_name_override", TLS_NAME),
+    ("grpc.use_local_subchannel_pool", 1),  # channels to one address may pin different certificates
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+]
+_SILENT = {grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE}
+
+
+def server_credentials(identity: Identity, certificate: bytes) -> grpc.ServerCredentials:
+    """TLS with this peer's key and its DER certificate."""
+    pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
+    return grpc.ssl_server_credentials([(identity.private_key_pem(), pem)])
+
+
+class Contact(Protocol):
+    """What must be known of a peer to call it."""
+
+    @property
+    def peer_id(self) -> PeerID: ...
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """`host:port`, the best first."""
+
+    @property
+    def tunnel_addresses(self) -> Sequence[str]:
+        """Multiaddresses by which its tunnel is reached; empty: it has none."""
+
+    @property
+    def certificate_pem(self) -> bytes: ...
+
+
+class ChannelPool:
+    """Open channels, one per address and pinned certificate; the least recently used is closed when full.
+
+    A peer that is reached in several ways is called by the one that worked last. All are tried again when that fails,
+    its tunnel last.
+    """
+
+    def __init__(self, limit: int = 256, tunnels: Tunnels | None = None) -> None:
+        self._limit = limit
+        self._tunnels = tunnels
+        self._channels: OrderedDict[tuple[str, bytes], grpc.aio.Channel] = OrderedDict()
+        self._worked: OrderedDict[PeerID, str] = OrderedDict()
+        self._tries: dict[PeerID, asyncio.Task[grpc.aio.Channel]] = {}
+
+    async def get(self, address: str, certificate_pem: bytes) -> grpc.aio.Channel:
+        """A channel to `host:port` that accepts exactly this certificate. Opening one does no I/O yet."""
+        key = (address, certificate_pem)
+        channel = self._channels.get(key)
+        if channel is None:
+            credentials = grpc.ssl_channel_credentials(root_certificates=certificate_pem)
+            channel = self._channels[key] = grpc.aio.secure_channel(address, credentials, CLIENT_OPTIONS)
+        self._channels.move_to_end(key)
+        while len(self._channels) > self._limit:
+            _, oldest = self._channels.popitem(last=False)
+            await oldest.close()
+        return channel
+
+    def is_silent(self, peer: Contact) -> bool:
+        """Whether a connection to the peer is being tried, or failed; not so when nobody has called it."""
+        if peer.peer_id in self._tries:
+            return True
+        ways = self._ways(peer)
+        way = self._worked.get(peer.peer_id, ways[0] if ways else "")
+        address = way if way != _TUNNEL or self._tunnels is None else self._tunnels.address_of(peer.peer_id)
+        channel = self._channels.get((address, peer.certificate_pem))
+        return channel is not None and channel.get_state() in _SILENT
+
+    async def reach(self, peer: Contact) -> grpc.aio.Channel:
+        """A channel to a peer. Does I/O only when there are several ways and none is known to work.
+
+        It may not be connected: then a call by it says why. Raises UnreachableError when the peer gives no address
+        that can be called from here.
+        """
+        ways = self._ways(peer)
+        if not ways:
+            raise UnreachableError(f"node {peer.peer_id} gives no address")
+        if len(ways) == 1:
+            return await self._open(peer, ways[0])
+        worked = self._worked.get(peer.peer_id)
+        if worked in ways:
+            channel = await self._open(peer, worked)
+            if channel.get_state() not in _BROKEN:
+                return channel
+        trying = self._tries.get(peer.peer_id)
+        if trying is None:
+            trying = self._tries[peer.peer_id] = asyncio.create_task(self._try(peer, ways))
+            trying.add_done_callback(lambda _: self._tries.pop(peer.peer_id, None))
+        return await asyncio.shield(trying)  # the other callers still wait for it
+
+    async def close(self) -> None:
+        tries = list(self._tries.values())
+        for trying in tries:
+            trying.cancel()
+        await asyncio.gather(*tries, return_exceptions=True)
+        while self._channels:
+            _, channel = self._channels.popitem()
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await channel.close()
+
+    def _ways(self, peer: Contact) -> list[str]:
+        tunnel = [_TUNNEL] if self._tunnels is not None and peer.tunnel_addresses else []
+        return [*peer.addresses, *tunnel]
+
+    async def _open(self, peer: Contact, way: str) -> grpc.aio.Channel:
+        if way == _TUNNEL:
+            assert self._tunnels is not None
+            way = await self._tunnels.to(peer.peer_id, peer.tunnel_addresses)
+        return await self.get(way, peer.certificate_pem)
+
+    async def _try(self, peer: Contact, ways: Sequence[str]) -> grpc.aio.Channel:
+        """Connects in one way after the other; a way that takes long goes on beside the next."""
+        connecting: dict[asyncio.Task[bool], tuple[str, grpc.aio.Channel]] = {}
+        try:
+            async with asyncio.timeout(_TRY_S):
+                for way in (*ways, None):
+                    if way is not None:
+                        channel = await self._open(peer, way)
+                        connecting[asyncio.create_task(_connects(channel))] = way, channel
+                    if found := await self._first(connecting, None if way is None else _HEAD_START_S):
+                        self._remember(peer.peer_id, found[0])
+                        return found[1]
+        except TimeoutError:
+            pass
+        finally:
+            for task in connecting:
+                task.cancel()
+            await asyncio.gather(*connecting, return_exceptions=True)
+        return await self._open(peer, ways[-1])
+
+    async def _first(
+        self, connecting: dict["asyncio.Task[bool]", tuple[str, grpc.aio.Channel]], longest_s: float | None
+    ) -> tuple[str, grpc.aio.Channel] | None:
+        """The first that connects; None when the time is over or all have failed. Those that failed are dropped."""
+        ends = None if longest_s is None else asyncio.get_running_loop().time() + longest_s
+        while connecting:
+            left = None if ends is None else ends - asyncio.get_running_loop().time()
+            done, _ = await asyncio.wait(connecting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                return None
+            for task in done:
+                way = connecting.pop(task)
+                if task.result():
+                    return way
+        return None
+
+    def _remember(self, peer_id: PeerID, way: str) -> None:
+        self._worked[peer_id] = way
+        self._worked.move_to_end(peer_id)
+        while len(self._worked) > self._limit:
+            self._worked.popitem(last=False)
+
+
+async def _connects(channel: grpc.aio.Channel) -> bool:
+    """Waits until it is connected, or the first attempt has failed."""
+    state = channel.get_state(try_to_connect=True)
+    while state is not grpc.ChannelConnectivity.READY:
+        await channel.wait_for_state_change(state)
+        last, state = state, channel.get_state(try_to_connect=True)
+        if state in _BROKEN and last is not state:
+            return False
+    return True

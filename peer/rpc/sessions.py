@@ -1,0 +1,288 @@
+"""Sessions that others open with this peer: they prove once who they are, and their calls then only name the session.
+
+The proof is a signed statement that names this server, so that no other can pass it on. TLS is pinned to this server's
+certificate, so a session's name, once given, is known to the two of them alone.
+"""
+
+import secrets
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Any, Protocol, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc import StatusCode
+from hivemind.p2p import PeerID
+
+from peer.rpc.calls import require_same_swarm
+from peer.errors import ExpertError, RecordError
+from peer.identity import SESSION_DOMAIN, peer_id_of, verify
+from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
+
+Right: TypeAlias = "session_pb2.Right"
+Metadata: TypeAlias = tuple[tuple[str, bytes], ...]
+
+SESSION_KEY = "talkoot-session-bin"
+"""Of the gRPC metadata in which a call names its session."""
+CLOCK_WINDOW_S = 60.0
+"""By how much a statement's time may differ from the server's."""
+NONCE_BYTES = 16
+_SESSION_BYTES = 16
+_MAX_REQUEST_BYTES = 4096
+_MAX_RIGHTS = 16
+_REMEMBERED_STATEMENTS = 16_384
+_STATEMENTS_OF_CALLER = 256
+"""Of those, most of one caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What let a caller in."""
+
+    serial: int = 0
+    """Of its grant; 0 where none is needed."""
+    expires_at: float = float("inf")
+
+
+class Admission(Protocol):
+    """Who may do what. `dht.admission` has the rules of a swarm."""
+
+    def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
+        """Raises ExpertError (PERMISSION_DENIED) that says what is missing."""
+        ...
+
+    def still_admits(self, caller: PeerID, serial: int) -> bool:
+        """Whether one that was admitted is not denied or revoked by now."""
+        ...
+
+
+class Everybody:
+    """Admits whoever proves who it is."""
+
+    def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
+        return Admitted()
+
+    def still_admits(self, caller: PeerID, serial: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A caller that has proved who it is."""
+
+    caller: PeerID
+    name: str
+    """The caller's PeerID in base58."""
+    rights: frozenset[Right]
+    serial: int
+    expires_at: float
+
+
+@dataclass
+class SessionCounts:
+    """Counts since the start."""
+
+    opened: int = 0
+    refused: int = 0
+    """Statements that opened none."""
+    unknown: int = 0
+    """Calls in no session, or in one that has ended."""
+    evicted: int = 0
+    """Sessions that ended early, to make room for others."""
+
+
+class ReplayWindow:
+    """Takes each caller's statement once. Pure and bounded: `now` is passed in.
+
+    When it is full it forgets the statement with the earliest time, and takes none of that time or earlier any more:
+    so none is ever taken twice. One caller can't fill it: that would shut out the others.
+    """
+
+    def __init__(
+        self,
+        window_s: float = CLOCK_WINDOW_S,
+        limit: int = _REMEMBERED_STATEMENTS,
+        limit_of_caller: int = _STATEMENTS_OF_CALLER,
+    ) -> None:
+        self._window_s = window_s
+        self._limit = limit
+        self._limit_of_caller = limit_of_caller
+        self._seen: set[tuple[bytes, bytes]] = set()
+        self._by_time: list[tuple[float, bytes, bytes]] = []
+        self._of_caller: Counter[bytes] = Counter()
+        self._floor = float("-inf")
+
+    def take(self, caller: bytes, nonce: bytes, at: float, now: float) -> None:
+        """Raises ExpertError: UNAUTHENTICATED, or RESOURCE_EXHAUSTED when the caller sent too many lately."""
+        if not abs(at - now) <= self._window_s:  # also refuses NaN
+            raise ExpertError(
+                StatusCode.UNAUTHENTICATED,
+                f"the caller's clock differs by more than {self._window_s:.0f} s from this node's",
+            )
+        while self._by_time and self._by_time[0][0] < now - self._window_s:
+            self._forget_earliest()
+        if (caller, nonce) in self._seen or at <= self._floor:
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "this statement was seen before: sign a new one")
+        if self._of_caller[caller] >= self._limit_of_caller:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED,
+                f"at most {self._limit_of_caller} sessions of one caller in {2 * self._window_s:.0f} s",
+            )
+        self._seen.add((caller, nonce))
+        self._of_caller[caller] += 1
+        heappush(self._by_time, (at, caller, nonce))
+        if len(self._by_time) > self._limit:
+            self._floor = max(self._floor, self._forget_earliest())
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def _forget_earliest(self) -> float:
+        at, caller, nonce = heappop(self._by_time)
+        self._seen.remove((caller, nonce))
+        self._of_caller[caller] -= 1
+        if not self._of_caller[caller]:
+            del self._of_caller[caller]
+        return at
+
+
+class Sessions:
+    """The sessions of one server, one for each caller; the one used longest ago ends when there are too many."""
+
+    def __init__(
+        self,
+        swarm_id: str,
+        server: PeerID,
+        admission: Admission | None = None,
+        *,
+        limit: int = 4096,
+        lifetime_s: float = 3600.0,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """`admission`: everybody by default."""
+        self.counts = SessionCounts()
+        self._swarm_id = swarm_id
+        self._server = server
+        self._admission = admission or Everybody()
+        self._limit = limit
+        self._lifetime_s = lifetime_s
+        self._now = now
+        self._window = ReplayWindow()
+        self._sessions: OrderedDict[bytes, Session] = OrderedDict()  # used longest ago first
+        self._by_caller: dict[PeerID, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def all(self) -> list[Session]:
+        return list(self._sessions.values())
+
+    def open(self, request: session_pb2.OpenRequest) -> session_pb2.OpenReply:
+        """Raises ExpertError."""
+        try:
+            statement, caller = self._proved(request)
+            rights = frozenset(statement.rights)
+            badge = statement.badge if statement.HasField("badge") else None
+            admitted = self._admission.admit(caller, rights, badge)
+            self._window.take(statement.caller, statement.nonce, statement.time, self._now())
+        except ExpertError:
+            self.counts.refused += 1
+            raise
+        self._end(caller)
+        key, now = secrets.token_bytes(_SESSION_BYTES), self._now()
+        expires_at = min(now + self._lifetime_s, admitted.expires_at)
+        self._sessions[key] = Session(caller, caller.to_base58(), rights, admitted.serial, expires_at)
+        self._by_caller[caller] = key
+        if len(self._sessions) > self._limit:
+            self.counts.evicted += 1
+            self._end(next(iter(self._sessions.values())).caller)
+        self.counts.opened += 1
+        return session_pb2.OpenReply(session=key, lifetime_s=max(0.0, expires_at - now))
+
+    def require(self, context: "grpc.aio.ServicerContext[Any, Any]", right: Right) -> Session:
+        """Who calls, once it is known that they may. Raises ExpertError: UNAUTHENTICATED or PERMISSION_DENIED."""
+        return self.find(session_named(context), right)
+
+    def find(self, key: bytes, right: Right) -> Session:
+        """As `require`, for the session's name."""
+        session = self._sessions.get(key)
+        if session is None or session.expires_at <= self._now():
+            self.counts.unknown += 1
+            raise ExpertError(
+                StatusCode.UNAUTHENTICATED, "the call is in no session that is open here: open one"
+            )
+        self._sessions.move_to_end(key)
+        if right not in session.rights:
+            name = session_pb2.Right.Name(right)
+            raise ExpertError(StatusCode.PERMISSION_DENIED, f"the session was opened without {name}")
+        return session
+
+    def recheck(self) -> None:
+        """Ends the sessions of callers that are denied or revoked by now, and those that have expired."""
+        now = self._now()
+        for session in self.all():
+            gone = session.expires_at <= now
+            if gone or not self._admission.still_admits(session.caller, session.serial):
+                self._end(session.caller)
+
+    def _end(self, caller: PeerID) -> None:
+        key = self._by_caller.pop(caller, None)
+        if key is not None:
+            del self._sessions[key]
+
+    def _proved(self, request: session_pb2.OpenRequest) -> tuple[session_pb2.OpenStatement, PeerID]:
+        """The statement and its caller, once it is known to be the caller's and for this server."""
+        if request.ByteSize() > _MAX_REQUEST_BYTES:
+            raise ExpertError(
+                StatusCode.INVALID_ARGUMENT, f"at most {_MAX_REQUEST_BYTES} bytes open a session"
+            )
+        statement = session_pb2.OpenStatement()
+        try:
+            statement.ParseFromString(request.statement)
+        except DecodeError:
+            raise ExpertError(StatusCode.INVALID_ARGUMENT, "the statement can't be parsed") from None
+        require_same_swarm(self._swarm_id, statement.protocol_version, statement.swarm_id)
+        if len(statement.nonce) != NONCE_BYTES or not 1 <= len(statement.rights) <= _MAX_RIGHTS:
+            raise ExpertError(
+                StatusCode.INVALID_ARGUMENT,
+                f"a statement has a nonce of {NONCE_BYTES} bytes and 1 to {_MAX_RIGHTS} rights",
+            )
+        if statement.server != self._server.to_bytes():
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "the statement is for another server")
+        caller = peer_id_of(request.public_key)
+        if statement.caller != caller.to_bytes():
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "the key is not that of the caller named")
+        try:
+            verify(request.public_key, request.statement, request.signature, SESSION_DOMAIN)
+        except RecordError:
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "the statement's signature is wrong") from None
+        return statement, caller
+
+
+def session_named(context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
+    """The session that a call says it is in; empty when it names none."""
+    for key, value in context.invocation_metadata() or ():
+        if key == SESSION_KEY and isinstance(value, bytes):
+            return value
+    return b""
+
+
+class SessionServicer(session_pb2_grpc.SessionServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+    """Opens sessions for those who prove who they are."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    async def Open(
+        self,
+        request: session_pb2.OpenRequest,
+        context: grpc.aio.ServicerContext[session_pb2.OpenRequest, session_pb2.OpenReply],
+    ) -> session_pb2.OpenReply:
+        try:
+            return self._sessions.open(request)
+        except ExpertError as error:
+            await context.abort(error.status, str(error))
+        raise AssertionError("abort raises")

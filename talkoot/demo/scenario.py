@@ -1,0 +1,286 @@
+"""`talkoot demo`: a real swarm on this machine. Nodes and a trainer as processes; one node is killed half-way."""
+
+import asyncio
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dht.manifest import Manifest
+from peer.errors import SettingsError, SwarmError
+from peer.processes import sweep_dead_sockets
+from peer.formatting import counted
+from talkoot.demo.processes import Child, Children
+from talkoot.terminal import Terminal, check_writable, write_json
+from talkoot.demo.display import DemoDisplay, print_summary
+from talkoot.demo.links import Link, Proxy, Wire, free_ports
+from talkoot.signals import run_until_stopped
+from trainer_client.data.sources import find_files
+
+_HOST = "127.0.0.1"
+_ANNOUNCE_EVERY_S = 2.0
+"""Short, so that a dead node is noticed within the demo: announcements live three times as long."""
+_FOUNDER_ANNOUNCES_EVERY_S = 4.0
+"""Longer: while the others start, the founder shall not adopt what they are going to host."""
+_START_LIMIT_S = 90.0
+_SILENCE_LIMIT_S = 60.0
+"""Longest that the trainer may be silent."""
+_ADOPTION_LIMIT_S = 30.0
+"""After training: longest that the swarm has left to serve all experts again."""
+_CALL_DEADLINE_S = 10.0
+"""For the trainer's calls, and so the longest that training may stand still."""
+_NEEDED_FALL = 0.25
+"""Of the validation loss, for the demo to have worked."""
+
+_OF_THE_TRAINER = (
+    "steps",
+    "loss_first",
+    "loss_last",
+    "validation_loss_first",
+    "validation_loss_last",
+    "tokens_per_s",
+    "longest_stall_s",
+)
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """What the demo shall do."""
+
+    nodes: int
+    steps: int
+    kill: bool
+    data: Path | None
+    victim: int = -1
+    """Which node is killed: an index into the nodes, in the order of their start."""
+    link: Link | None = None
+    """What lies before every node."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured, in the form that --json writes. Losses are in nats per byte."""
+
+    steps: int
+    loss_first: float
+    loss_last: float
+    validation_loss_first: float
+    validation_loss_last: float
+    nodes_started: int
+    nodes_killed: int
+    experts_total: int
+    experts_alive_end: int
+    tokens_per_s: float
+    longest_stall_s: float
+    seconds: float
+
+
+def run_demo(terminal: Terminal, plan: DemoPlan, json_file: Path | None) -> None:
+    """Raises UserError when a part of it did not do what it should, and Stopped after a signal."""
+    if plan.kill and plan.nodes < 2:
+        raise SettingsError("a swarm of one node can't lose it: pass --nodes 2 or more, or --no-kill")
+    if plan.data is not None:
+        find_files([str(plan.data)])  # better known now than when the trainer starts
+    if json_file is not None:
+        check_writable(json_file, "--json")
+    with tempfile.TemporaryDirectory(prefix="talkoot-demo-") as folder, asyncio.Runner() as runner:
+        demo = _Demo(terminal, plan, Path(folder))
+        result = runner.run(run_until_stopped(demo.run()))
+    print_summary(terminal, asdict(result))
+    if json_file is not None:
+        write_json(json_file, asdict(result))
+    _judge(result)
+
+
+def _judge(result: DemoResult) -> None:
+    fall = 1 - result.validation_loss_last / result.validation_loss_first
+    if not fall >= _NEEDED_FALL:
+        raise SwarmError(
+            f"the validation loss fell by {fall:.0%}, less than {_NEEDED_FALL:.0%}: pass more --steps, or more --data"
+        )
+    if result.longest_stall_s > _CALL_DEADLINE_S:
+        raise SwarmError(
+            f"training stood still for {result.longest_stall_s:.1f} s, longer than the call deadline of "
+            f"{_CALL_DEADLINE_S:.0f} s: is this machine busy with other work?"
+        )
+    if result.experts_alive_end != result.experts_total:
+        raise SwarmError(
+            f"only {result.experts_alive_end} of {result.experts_total} experts are alive at the end: "
+            "is this machine busy with other work?"
+        )
+
+
+class _Demo:
+    """One run of the demo."""
+
+    def __init__(self, terminal: Terminal, plan: DemoPlan, folder: Path) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._display = DemoDisplay(terminal, plan.steps)
+        self._children = Children(folder, self._on_event)
+        self._nodes: list[Child] = []
+        self._proxies: list[Proxy] = []
+        self._invites: dict[Child, Mapping[str, Any]] = {}
+        self._states: dict[Child, Mapping[str, Any]] = {}
+        self._step = 0
+        self._summary: Mapping[str, Any] | None = None
+        self._reading: Mapping[str, Any] | None = None
+        self._experts_total = Manifest(name="demo").experts_total
+
+    async def run(self) -> DemoResult:
+        began = time.monotonic()
+        try:
+            with self._display.shown():
+                await self._start_swarm()
+                summary = await self._train()
+                alive = await self._count_alive()
+                killed = sum(node.killed for node in self._nodes)  # stopping may kill slow ones too
+        finally:
+            await self._children.stop()
+            for proxy in self._proxies:
+                await proxy.close()
+            sweep_dead_sockets()  # those of the killed node
+        return DemoResult(
+            **{name: summary[name] for name in _OF_THE_TRAINER},
+            nodes_started=len(self._nodes),
+            nodes_killed=killed,
+            experts_total=self._experts_total,
+            experts_alive_end=alive,
+            seconds=time.monotonic() - began,
+        )
+
+    async def _start_swarm(self) -> None:
+        manifest = self._folder / "swarm.toml"
+        manifest.write_text('name = "demo"\n')  # all else has its default
+        founder = await self._start_node(_FOUNDER_ANNOUNCES_EVERY_S, "--new", str(manifest))
+        await self._children.until(lambda: founder in self._invites, _START_LIMIT_S, "the founder's invite")
+        invite = self._invites[founder]["invite"]
+        for _ in range(1, self._plan.nodes):
+            await self._start_node(_ANNOUNCE_EVERY_S, "--join", invite)
+        await self._start_trainer(invite)
+        await self._children.until(
+            lambda: len(self._states) == self._plan.nodes and self._step > 0, _START_LIMIT_S, "the first step"
+        )
+
+    async def _train(self) -> Mapping[str, Any]:
+        """Until the trainer's summary comes; kills a node when half of the steps are done."""
+        if self._plan.kill:
+            await self._until_step(math.ceil(self._plan.steps / 2))
+            self._kill(self._nodes[self._plan.victim])
+        await self._until_step(self._plan.steps)
+        await self._children.until(
+            lambda: self._summary is not None, _SILENCE_LIMIT_S, "the trainer's summary"
+        )
+        assert self._summary is not None
+        self._display.tell("the trainer is done")
+        return self._summary
+
+    async def _until_step(self, awaited: int) -> None:
+        while self._step < awaited:
+            await self._children.until(
+                self._step_is_beyond(self._step), _SILENCE_LIMIT_S, "the trainer's next step"
+            )
+
+    def _step_is_beyond(self, step: int) -> Callable[[], bool]:
+        return lambda: self._step > step
+
+    async def _count_alive(self) -> int:
+        """The experts that living nodes serve, as a newcomer finds them in the DHT."""
+        deadline = time.monotonic() + _ADOPTION_LIMIT_S
+        survivor = next(node for node in self._nodes if not node.killed)
+        while True:
+            self._reading = None
+            await self._start("status", "status", "--json", "--join", self._invites[survivor]["invite"])
+            await self._children.until(
+                lambda: self._reading is not None, _START_LIMIT_S, "the swarm's status"
+            )
+            assert self._reading is not None
+            alive = self._alive(self._reading)
+            self._display.tell(f"{alive} of {self._experts_total} experts are served by nodes that live")
+            if alive == self._experts_total or time.monotonic() > deadline:
+                return alive
+
+    def _alive(self, reading: Mapping[str, Any]) -> int:
+        dead = {self._invites[node]["peer_id"] for node in self._nodes if node.killed}
+        return sum(
+            any(r["state"] == "serving" and r["peer_id"] not in dead for r in expert["replicas"])
+            for expert in reading["experts"]["list"]
+        )
+
+    async def _start_node(self, announce_every_s: float, *origin: str) -> Child:
+        name = f"node {len(self._nodes) + 1}"
+        experts = str(math.ceil(self._experts_total / self._plan.nodes))
+        child = await self._start(
+            name,
+            *("node", *origin, "--host", _HOST, "--device", "cpu", "--threads", "1"),
+            *await self._behind_link(name),
+            *("--log-format", "json"),
+            *("--state", str(self._folder / name.replace(" ", "-"))),
+            *("--experts", experts, "--spare", experts),  # room for all that the killed node hosts
+            *("--announce-every-s", str(announce_every_s), "--niceness", "0"),  # their owner watches
+            *("--drain-timeout", "0"),  # all leave together: nobody stays to take over
+        )
+        self._nodes.append(child)
+        self._display.show_node_state(name, child.pid, "starting")
+        return child
+
+    async def _behind_link(self, name: str) -> Sequence[str]:
+        """Puts a link before a node that is to be started; gives the flags by which the others see it there."""
+        if self._plan.link is None:
+            return ()
+        wire, (dht_port, grpc_port) = Wire(self._plan.link, seed=len(self._nodes)), free_ports(_HOST, 2)
+        dht, grpc = [await Proxy.start(wire, (_HOST, port), _HOST) for port in (dht_port, grpc_port)]
+        self._proxies += [dht, grpc]
+        config = self._folder / f"{name}.toml"
+        config.write_text(f"announce_dht_port = {dht.port}\nannounce_grpc_port = {grpc.port}\n")
+        return "--config", str(config), "--dht-port", str(dht_port), "--grpc-port", str(grpc_port)
+
+    async def _start_trainer(self, invite: str) -> None:
+        data = () if self._plan.data is None else ("--data", str(self._plan.data))
+        await self._start(
+            "trainer",
+            *("train", "--join", invite, "--steps", str(self._plan.steps), *data),
+            *("--threads", "1", "--log-format", "json", "--state", str(self._folder / "trainer")),
+            *("--call-deadline-s", str(_CALL_DEADLINE_S), "--seed", "0"),
+        )
+
+    async def _start(self, name: str, *arguments: str) -> Child:
+        child = await self._children.start(name, arguments)
+        self._display.tell(f"{name} starts, process {child.pid}")
+        return child
+
+    def _kill(self, node: Child) -> None:
+        node.kill()
+        self._display.show_node_state(node.name, node.pid, "killed")
+        experts = self._states[node]["experts"]
+        self._display.tell(
+            f"{node.name} is killed with SIGKILL at step {self._step}; it hosted {counted(experts, 'expert')}"
+        )
+
+    def _on_event(self, child: Child, event: Mapping[str, Any]) -> None:
+        kind = event.get("event")
+        if kind == "invite":
+            self._invites[child] = event
+        elif kind == "state" and not child.killed:
+            self._on_state(child, event)
+        elif kind == "step":
+            self._step = event["step"]
+            self._display.show_step(event)
+        elif kind == "summary":
+            self._summary = event
+        elif kind == "status":
+            self._reading = event
+
+    def _on_state(self, node: Child, state: Mapping[str, Any]) -> None:
+        before = self._states.get(node)
+        if before is None:
+            self._display.tell(f"{node.name} serves {counted(state['experts'], 'expert')}")
+        elif state["adopted"] > before["adopted"]:
+            self._display.tell(
+                f"{node.name} adopts {counted(state['adopted'] - before['adopted'], 'expert')}"
+            )
+        self._states[node] = state
+        self._display.show_node(node.name, node.pid, state)

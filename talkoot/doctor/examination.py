@@ -1,0 +1,187 @@
+"""`talkoot doctor` and `talkoot node --check`: measure whether this machine can host experts, before it does."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from dht.manifest import Manifest
+from dht.swarm import Stage, Swarm, join_swarm
+from expert_server.settings import NodeSettings
+from peer.errors import ClockError, StartError, UserError
+from peer.host import Host
+from peer.identity import Identity
+from peer.processes import StateFolder
+from talkoot.check.machine import check_cores, check_disk, check_memory, check_speed
+from talkoot.check.report import Finding, Report, Verdict, show
+from talkoot.check.setup import check_clock_keeping, check_device, check_ports, check_software, check_state
+from talkoot.doctor.checks import ask_peers
+from talkoot.terminal import Terminal, quiet_hivemind
+from talkoot.node.control import node_folder
+from talkoot.node.launch import Origin, SwarmStarter, listen_address
+from talkoot.signals import run_until_stopped
+
+logger = logging.getLogger(__name__)
+
+
+def run_check(
+    terminal: Terminal, origin: Origin, config: Path | None, flags: Mapping[str, Any], *, cached: bool
+) -> bool:
+    """Prints what it finds, and keeps it in the state folder. Says whether this machine can serve.
+
+    `cached`: prints what was found the last time instead. Raises UserError when it can't check anything.
+    """
+    quiet_hivemind()
+    settings = NodeSettings.load(config, **flags)
+    folder = node_folder(settings.state)
+    if cached:
+        report = Report.load(folder)
+    else:
+        starter = (
+            origin.swarm_starter()
+            if origin.join or origin.new
+            else SwarmStarter(Manifest(name="demo"), None, ())
+        )
+        report = _check(terminal, starter, settings, folder)
+    show(terminal, report, cached=cached)
+    return report.can_serve
+
+
+def _check(terminal: Terminal, starter: SwarmStarter, settings: NodeSettings, path: Path) -> Report:
+    check = Check(starter, settings, listen_address(settings), path)
+    with (
+        terminal.stages("making ready") as stage,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        return runner.run(run_until_stopped(check.run(stage)))
+
+
+class Check:
+    """One check of this machine."""
+
+    def __init__(self, starter: SwarmStarter, settings: NodeSettings, host: str, state: Path) -> None:
+        self._starter = starter
+        self._settings = settings
+        self._host = host
+        self._state = state
+        self._findings: list[Finding] = []
+
+    async def run(self, stage: Stage) -> Report:
+        """Keeps the report in the state folder, if that can be used."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(contextlib.closing(StateFolder(self._state)))
+                identity = Identity.load_or_create(self._state / "identity.key")
+            except StartError as error:
+                self._findings.append(check_state(self._state, error))
+                elsewhere = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-")))
+                identity = Identity.load_or_create(elsewhere / "identity.key")
+                return await self._check(identity, stage)
+            self._findings.append(check_state(self._state, None))
+            report = await self._check(identity, stage)
+            report.save(self._state)
+            return report
+
+    async def _check(self, identity: Identity, stage: Stage) -> Report:
+        self._findings += [
+            check_software(),
+            await asyncio.to_thread(check_device, self._settings),
+            check_ports(self._settings, self._host),
+        ]
+        stage("starting p2pd, the libp2p daemon")
+        starts = await self._start_daemon(identity)
+        manifest, swarm_id = self._starter.manifest, None
+        if self._starter.invite is None:
+            why = "pass --join INVITE to check against a swarm"
+            self._skip(why, "swarm", "bandwidth", "reachability")
+            self._findings.append(check_clock_keeping())
+        elif not starts:
+            self._skip("p2pd does not start", "swarm", "clock", "bandwidth", "reachability")
+        else:
+            swarm_id = self._starter.invite.keys.swarm_id
+            manifest = await self._meet_swarm(identity, stage)
+        await self._check_machine(manifest or Manifest(name="demo"), stage)
+        return Report(checked_at=time.time(), swarm=swarm_id, findings=tuple(self._findings))
+
+    async def _start_daemon(self, identity: Identity) -> bool:
+        """As a node does, with a DHT of its own."""
+        began = time.monotonic()
+        try:
+            host = await Host.start(identity, listen=self._host)
+            await host.stop()
+        except UserError as error:
+            self._note("p2pd", Verdict.PROBLEM, "it does not start", fix=str(error))
+            return False
+        seconds = time.monotonic() - began
+        self._note("p2pd", Verdict.OK, f"starts, in {seconds:.1f} s", start_s=seconds)
+        return True
+
+    async def _meet_swarm(self, identity: Identity, stage: Stage) -> Manifest | None:
+        assert self._starter.invite is not None
+        began = time.monotonic()
+        try:
+            # hosts no DHT keys: it stays for a moment only
+            swarm = await join_swarm(
+                identity, self._starter.invite, listen=self._host, serves_dht=False, stage=stage
+            )
+        except ClockError as error:
+            self._note("clock", Verdict.PROBLEM, "it is wrong", fix=str(error))
+            self._skip("the clock is wrong", "swarm", "bandwidth", "reachability")
+            return None
+        except UserError as error:
+            self._note("swarm", Verdict.PROBLEM, "it can't be joined", fix=str(error))
+            self._skip("the swarm can't be joined", "clock", "bandwidth", "reachability")
+            return None
+        try:
+            self._note_joined(swarm, time.monotonic() - began)
+            await self._ask(swarm, stage)
+            return swarm.manifest
+        finally:
+            await swarm.stop()
+
+    def _note_joined(self, swarm: Swarm, seconds: float) -> None:
+        says = f"joined {swarm.manifest.name} in {seconds:.1f} s"
+        if warning := swarm.manifest_record.warning:
+            fix = "ask the swarm's founder to run a node with their key"
+            self._note("swarm", Verdict.WEAK, f"{says}; {warning}", fix, join_s=seconds)
+        else:
+            self._note("swarm", Verdict.OK, says, join_s=seconds)
+
+    async def _ask(self, swarm: Swarm, stage: Stage) -> None:
+        stage("asking other nodes: clock, bandwidth, reachability")
+        try:
+            rng = random.Random()  # noqa: S311  # whom to ask
+            self._findings += await ask_peers(swarm, self._host, self._settings.grpc_port, rng)
+        except StartError as error:
+            self._note("reachability", Verdict.PROBLEM, "nobody can listen there", fix=str(error))
+            self._skip("nobody was asked", "clock", "bandwidth")
+        except UserError as error:
+            self._skip(str(error), "clock", "bandwidth", "reachability")
+
+    async def _check_machine(self, manifest: Manifest, stage: Stage) -> None:
+        stage("training one expert for a moment")
+        try:
+            self._findings.append(await asyncio.to_thread(check_speed, self._settings, manifest))
+            memory = check_memory(self._settings, manifest)
+        except UserError as error:
+            self._note("experts", Verdict.PROBLEM, "they can't be built here", fix=str(error))
+            return
+        self._findings += [memory, check_cores()]
+        stage("writing to the state folder")
+        experts = int(memory.values.get("experts", 1))
+        disk = await asyncio.to_thread(check_disk, self._state, self._settings, manifest, experts)
+        self._findings.append(disk)
+
+    def _note(self, name: str, verdict: Verdict, says: str, fix: str = "", **values: float) -> None:
+        self._findings.append(Finding(name=name, verdict=verdict, says=says, fix=fix, values=values))
+
+    def _skip(self, why: str, *names: str) -> None:
+        for name in names:
+            self._note(name, Verdict.SKIPPED, why)

@@ -1,0 +1,98 @@
+"""`talkoot pause`, `resume` and `stop`: steer a running node."""
+
+import os
+import re
+import select
+import time
+from pathlib import Path
+
+from peer.errors import SettingsError, UnreachableError, UserError
+from peer.formatting import counted
+from talkoot.terminal import Terminal
+from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, Control, Standing, node_folder
+from talkoot.node.logs import Follower
+
+_LEAVES_WITHIN_S = 90.0
+"""Longest that a node may take to leave: it finishes calls, saves its experts and says goodbye, all with deadlines."""
+_LOOK_EVERY_S = 0.2
+_UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> None:
+    """Raises UserError when no node runs there, or it can't."""
+    for_s = None if duration is None else parse_duration_s(duration)
+    with Control(node_folder(state)) as control:
+        terminal.line(words(control.ask("pause", for_s=for_s)))
+
+
+def run_resume(terminal: Terminal, state: Path | None) -> None:
+    """Raises UserError when no node runs there, or it can't."""
+    with Control(node_folder(state)) as control:
+        terminal.line(words(control.ask("resume")))
+
+
+def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
+    """Raises UserError when no node runs there, or when its process does not end."""
+    folder = node_folder(state)
+    with Control(folder) as control:
+        log = Follower(folder / LOG_FILE)
+        process = _handle(control.pid, folder)
+        try:
+            log.lines()  # what was before is of no interest
+            standing = control.ask("stop")
+            if not wait:
+                terminal.line(f"asked process {control.pid} to leave; {words(standing)}")
+                return
+            _wait_until_gone(terminal, process, control.pid, log)
+        finally:
+            os.close(process)
+            log.close()
+    terminal.line(f"stopped; its identity and checkpoints stay in {folder}")
+
+
+def words(standing: Standing) -> str:
+    """What a node does now, in a line."""
+    state = standing.why if standing.state == "paused" and standing.why else standing.state
+    return (
+        f"{state}; {standing.experts} of at most {counted(standing.capacity, 'expert')}, "
+        f"{counted(standing.updates, 'update')}, {counted(standing.peers, 'DHT peer')}"
+    )
+
+
+def parse_duration_s(text: str, option: str = "--for", longest_s: float = MAX_PAUSE_S) -> float:
+    """Seconds in a text such as 90s, 30m, 1h30m or 2d. Raises SettingsError."""
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip(), re.ASCII)
+    seconds = sum(
+        int(number[:9]) * unit_s  # a longer one is too long anyway
+        for number, unit_s in zip(parts.groups() if parts else (), _UNITS_S.values(), strict=False)
+        if number
+    )
+    if not 0 < seconds <= longest_s:
+        raise SettingsError(
+            f"{option} {text}: pass a time such as 30m, 2h or 1d, at most {longest_s / 86400:.0f}d"
+        )
+    return float(seconds)
+
+
+def _handle(pid: int, folder: Path) -> int:
+    """A descriptor of the process, which stays that of this process when the number is given to another."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise UserError(f"the node of {folder} runs in another container: stop it there") from error
+
+
+def _wait_until_gone(terminal: Terminal, process: int, pid: int, log: Follower) -> None:
+    """Shows meanwhile what the node logs."""
+    end = select.poll()
+    end.register(process, select.POLLIN)
+    deadline = time.monotonic() + _LEAVES_WITHIN_S
+    with terminal.stages("leaving the swarm") as stage:
+        while not end.poll(_LOOK_EVERY_S * 1000):
+            if time.monotonic() > deadline:
+                raise UnreachableError(
+                    f"process {pid} is still there after {_LEAVES_WITHIN_S:.0f} s: `talkoot logs` shows what it does; "
+                    f"`kill -9 {pid}` ends it, and costs what it has not saved"
+                )
+            for line in log.lines()[-1:]:
+                stage(line.split(" ", 2)[-1])  # without its date and time

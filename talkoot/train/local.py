@@ -1,0 +1,168 @@
+"""Local mode: all experts of a manifest in this process, without a swarm. What a swarm's training is measured by.
+
+Experts are the nodes' own: they start by UID, take one optimizer step for each backward call, clip and guard alike.
+
+Shapes: R rows, K experts for each row, D hidden size.
+"""
+
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from dht.beam_search import Selection, default_beam_size, select_experts
+from dht.directory import PrefixTables
+from dht.manifest import Manifest
+from expert_server.experts.expert import BackwardPart, Expert
+from peer.codec import Floats
+from peer.errors import ExpertError
+from trainer_client.forward_pass import ForwardPass
+from trainer_client.mixtures import Mixtures
+from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.dispatch.calls import DispatchStats
+from trainer_client.training.record import Progress
+from trainer_client.settings import TrainerSettings
+from trainer_client.dispatch.batches import Share, make_shares
+
+T = TypeVar("T")
+
+_OWN_SEED = 0
+
+
+class LocalSwarm:
+    """Stands in for a `SwarmClient`: the same model, settings and experts, and nobody to join."""
+
+    own_seed = _OWN_SEED
+
+    def __init__(self, manifest: Manifest, settings: TrainerSettings) -> None:
+        """Raises UserError when the settings or the experts' kind do not fit."""
+        self.manifest = manifest
+        self.dispatcher = LocalExperts(manifest)
+        self._mixtures = Mixtures(manifest, settings, _OWN_SEED, self.dispatcher, run_at_once)
+
+    def mixture(
+        self, layer: int, choose_by: Literal["token", "sequence"] | None = None
+    ) -> RemoteMixtureOfExperts:
+        """The mixture of the experts in one layer of the model, from 0. Raises SettingsError."""
+        return self._mixtures.make(layer, choose_by)
+
+    def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
+        """They are all here."""
+
+    def note(self, progress: Progress) -> None:
+        """Nobody else wants to know."""
+
+    def close(self) -> None:
+        """There is nothing to leave."""
+
+
+def run_at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    raise AssertionError("the coroutine waits for something")
+
+
+@dataclass
+class LocalForward(ForwardPass):
+    """With what the experts need for their backward pass."""
+
+    parts: list[tuple[Share, BackwardPart]] = field(default_factory=list)
+    """The gradients in them are not there yet."""
+
+
+class LocalExperts:
+    """All experts of a manifest, as the layer sees them. Several threads may use it, one at a time computes."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        grid = manifest.experts.grid
+        self.stats = DispatchStats()
+        self.experts = {uid: Expert(uid, manifest) for uid in manifest.uids()}
+        self._tables = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
+        self._grid = grid
+        self._lock = threading.Lock()
+
+    def live_experts(self) -> int:
+        return len(self.experts)
+
+    async def alive(self, layer: int) -> PrefixTables:
+        return self._tables
+
+    async def forward(
+        self,
+        layer: int,
+        inputs: Floats,
+        scores: Sequence[Floats],
+        k: int,
+        sequence_length: int,
+        keep: bool = False,
+        first: Selection | None = None,
+    ) -> ForwardPass:
+        """As the dispatcher's, but no row is sent elsewhere when an expert's outputs are not finite."""
+        chosen = first or select_experts(scores, self._tables, k, default_beam_size(k))
+        result = LocalForward(
+            layer,
+            sequence_length,
+            inputs,
+            np.zeros((*chosen.valid.shape, inputs.shape[1]), dtype=np.float32),
+            np.zeros_like(chosen.valid),
+            chosen.coordinates,
+        )
+        with self._lock, torch.set_grad_enabled(keep), torch.autocast("cpu", enabled=False):
+            for share in make_shares(layer, chosen.coordinates, chosen.valid, self._grid, sequence_length):
+                self._compute(share, result, keep)
+        self.stats.unanswered_rows += int((~result.answered.any(axis=1)).sum())
+        return result
+
+    def _compute(self, share: Share, result: LocalForward, keep: bool) -> None:
+        expert = self.experts[share.uid]
+        x_RD = torch.from_numpy(result.inputs[share.rows])
+        lengths, positions = torch.from_numpy(share.lengths), torch.from_numpy(share.positions)
+        graph = None
+        try:
+            if keep:
+                y_RD, graph = expert.forward_with_graph(x_RD, lengths, positions)
+            else:
+                y_RD = expert.forward(x_RD, lengths, positions)
+        except ExpertError as error:
+            self._note_failure(error)
+            return
+        result.outputs[share.rows, share.slots] = y_RD.numpy()
+        result.answered[share.rows, share.slots] = True
+        if keep:
+            result.parts.append((share, BackwardPart(x_RD, x_RD, lengths, positions, graph)))
+
+    async def backward(self, forward: ForwardPass, gradients: Floats) -> Floats:
+        """As the dispatcher's: each expert steps once, after all its rows."""
+        assert isinstance(forward, LocalForward), "of another swarm"
+        total = np.zeros_like(forward.inputs)
+        with self._lock, torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            for share, part in forward.parts:
+                own = torch.from_numpy(gradients[share.rows, share.slots])
+                total[share.rows] += self._step(
+                    self.experts[share.uid],
+                    BackwardPart(part.inputs, own, part.lengths, part.positions, part.graph),
+                )
+        return total
+
+    def _step(self, expert: Expert, part: BackwardPart) -> Floats:
+        """The gradient of the inputs; zeros when it is not finite."""
+        skipped, rolled_back = expert.skipped_updates, expert.guard.rollbacks
+        try:
+            (gradient,) = expert.backward([part])
+            answer: Floats = gradient.numpy()
+        except ExpertError as error:
+            self._note_failure(error)
+            answer = np.zeros_like(part.inputs.detach().numpy())
+        self.stats.skipped_updates += expert.skipped_updates - skipped
+        self.stats.rollbacks += expert.guard.rollbacks - rolled_back
+        return answer
+
+    def _note_failure(self, error: ExpertError) -> None:
+        self.stats.failures[error.status.name.lower()] += 1

@@ -1,0 +1,242 @@
+"""`talkoot train`: joins a swarm, trains, and shows how it goes."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import platformdirs
+
+from dht.invites import Invite
+from dht.manifest import Manifest
+from peer.errors import SettingsError
+from peer.formatting import counted
+from talkoot.terminal import Terminal, check_writable, quiet_hivemind, write_json
+from talkoot.train.local import LocalSwarm
+from talkoot.signals import StopSignals
+from talkoot.train.display import progress_shown, summary_table
+from talkoot.train.logs import Write, check_plot, logs_written, plot_losses
+from trainer_client.averaging.averager import Averaging
+from trainer_client.client import SwarmClient
+from trainer_client.data.corpus import Dataset
+from trainer_client.model import LanguageModel
+from trainer_client.training.record import Progress, Summary
+from trainer_client.run import Saver, Start, start_run
+from trainer_client.settings import TrainerSettings
+from trainer_client.averaging.dense_part import SharedPart
+from trainer_client.training.loop import Training
+
+logger = logging.getLogger(__name__)
+
+Client: TypeAlias = SwarmClient | LocalSwarm
+
+_ALL_EXPERTS_WITHIN_S = 60.0
+"""Longest that training waits for the rest once an expert is live."""
+
+
+def run_train(
+    terminal: Terminal,
+    signals: StopSignals,
+    join: str | None,
+    local: Path | None,
+    config: Path | None,
+    flags: Mapping[str, Any],
+    *,
+    resume: bool,
+    json_file: Path | None,
+) -> None:
+    """Raises UserError when it can't train, and Stopped after a signal; a run that was stopped has its summary too."""
+    quiet_hivemind()
+    settings = TrainerSettings.load(config, **flags)
+    if (join is None) == (local is None):
+        raise SettingsError(
+            "pass --join INVITE, the line that you were given or @FILE with the file that holds it, or "
+            "--local SWARM.TOML; not both"
+        )
+    if local is not None and (resume or settings.checkpoint is not None):
+        raise SettingsError(
+            "--local saves nothing, for its experts are in this process alone: leave --resume and --checkpoint out"
+        )
+    if json_file is not None:
+        check_writable(json_file, "--json")
+    if settings.plot is not None:
+        check_plot(settings.plot)
+    where = Manifest.from_toml(local) if local is not None else Invite.read(join or "")
+    with logs_written(settings.log, settings.tensorboard) as writers:
+        values = _train(terminal, signals, where, settings, resume, writers)
+    if terminal.json:
+        terminal.event("summary", values)
+    else:
+        terminal.out.print(summary_table(values))
+    if json_file is not None:
+        write_json(json_file, values)
+    if signals.received is not None:
+        raise signals.received
+
+
+def _train(
+    terminal: Terminal,
+    signals: StopSignals,
+    where: Invite | Manifest,
+    settings: TrainerSettings,
+    resume: bool,
+    writers: Sequence[Write],
+) -> dict[str, Any]:
+    """Gives the summary's values. `where`: in a swarm, or by a manifest in this process alone."""
+    state = trainer_state(settings)
+    client: Client
+    with terminal.stages("making ready") as stage:
+        swarm = where.name if isinstance(where, Manifest) else where.keys.swarm_id
+        start = start_run(settings, resume, swarm, state, stage)
+        if isinstance(where, Manifest):
+            client = LocalSwarm(where, start.settings)
+        else:
+            client = SwarmClient(where, start.settings, state, stage=stage)
+    try:
+        run = _Run(terminal, signals, client, start)
+        values = asdict(run.train(writers)) | _dispatched(client) | {"averagings": run.averagings}
+        folder = None if run.saver is None or not run.saver.saved_step else str(run.saver.folder)
+        return values | {"checkpoint": folder, "stopped": signals.received is not None}
+    finally:
+        signals.ignore()
+        client.close()
+
+
+def trainer_state(settings: TrainerSettings) -> Path:
+    """The folder of a trainer's identity, text and checkpoints."""
+    return settings.state or platformdirs.user_state_path("talkoot") / "trainer"
+
+
+class _Run:
+    """A run in a swarm that was joined."""
+
+    def __init__(self, terminal: Terminal, signals: StopSignals, client: Client, start: Start) -> None:
+        """Waits for experts. Raises UserError."""
+        self._terminal = terminal
+        self._signals = signals
+        self._client = client
+        self._settings = settings = start.settings
+        self._stop = threading.Event()
+        manifest, token_bytes = client.manifest, start.tokenizer.token_bytes
+        if start.checkpoint is not None:
+            start.checkpoint.check_manifest(manifest)
+        seed = client.own_seed if settings.seed is None else settings.seed
+        dataset = Dataset(
+            start.corpus.tokens, manifest.model.context, seed, settings.validation_share, token_bytes
+        )
+        with terminal.stages("looking for experts") as stage:
+            say = once(stage)
+            client.wait_for_experts(settings.wait_for_experts_s, say, share=1 / manifest.experts_total)
+            client.wait_for_experts(min(_ALL_EXPERTS_WITHIN_S, settings.wait_for_experts_s), say)
+        make_model = partial(LanguageModel, manifest, client.mixture, len(token_bytes))
+        self._training = Training(make_model(), dataset, settings, make_model)
+        start.restore(self._training)
+        self._averaging = _begin_averaging(client, self._training.part, start)
+        self.saver = None if isinstance(client, LocalSwarm) else Saver(start, self._training, manifest, seed)
+        """None in local mode: without its experts a dense part is of no use."""
+
+    @property
+    def averagings(self) -> int:
+        """Since the start of this run."""
+        return 0 if self._averaging is None else self._averaging.counts.averaged
+
+    def train(self, writers: Sequence[Write]) -> Summary:
+        """However it ends, its last whole step is saved. `writers` are told of each step."""
+        settings = self._settings
+        try:
+            with (
+                progress_shown(self._terminal, settings.steps, self._training.step) as show,
+                self._signals.gently(self._stop),
+            ):
+
+                def observe(progress: Progress) -> None:
+                    self._client.note(progress)
+                    values = asdict(progress) | _swarm_now(self._client) | self._averaged()
+                    for write in (show, *writers):
+                        write(values)
+                    if self.saver is not None:
+                        self.saver.save_if_due()
+                    self._pause_without_experts()
+
+                return self._training.run(observe, self._stop)
+        finally:
+            self._signals.ignore()
+            if self.saver is not None:
+                self.saver.save()
+            if self.saver is not None and (step := self.saver.saved_step):
+                more = "" if step == settings.steps else ": --resume goes on from there"
+                logger.info("checkpoint of step %d in %s%s", step, self.saver.folder, more)
+            if settings.plot is not None:
+                plot_losses(self._training.history, settings.plot)
+
+    def _averaged(self) -> dict[str, Any]:
+        """How many averagings there were, and what each was since the step before."""
+        merges = self._training.part.take_merges()
+        return {"averagings": self.averagings, "averaged": [asdict(merge) for merge in merges]}
+
+    def _pause_without_experts(self) -> None:
+        """Without experts only the dense part would learn. Raises SwarmError when none comes back in time."""
+        client, limit_s = self._client, self._settings.wait_for_experts_s
+        if client.dispatcher.live_experts() or self._stop.is_set():
+            return
+        logger.warning("no expert answers: training pauses until one does, at most %.0f s", limit_s)
+        client.wait_for_experts(limit_s, lambda text: None, share=1 / client.manifest.experts_total)
+        logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
+
+
+def _begin_averaging(client: Client, part: SharedPart, start: Start) -> Averaging | None:
+    """A new run begins with what others have trained, if there is any and it shall. Raises UserError."""
+    settings = start.settings
+    if isinstance(client, LocalSwarm) or not settings.average_every:
+        return None
+    averaging = client.average(part, start.tokenizer.to_json(), settings.router)
+    if start.checkpoint is None and settings.start_from == "swarm":
+        age = client.take_freshest(averaging)
+        if age is not None:
+            logger.info(
+                "begins with the freshest dense part in the swarm, which has %s behind it",
+                counted(age, "step"),
+            )
+    return averaging
+
+
+def once(stage: Callable[[str], None]) -> Callable[[str], None]:
+    """Leaves out what was just said."""
+    said = [""]
+
+    def say(text: str) -> None:
+        if text != said[0]:
+            said[0] = text
+            stage(text)
+
+    return say
+
+
+def _swarm_now(client: Client) -> dict[str, Any]:
+    return {
+        "experts_live": client.dispatcher.live_experts(),
+        "experts_total": client.manifest.experts_total,
+        "failures": dict(client.dispatcher.stats.failures),
+    }
+
+
+def _dispatched(client: Client) -> dict[str, Any]:
+    stats = client.dispatcher.stats
+    return _swarm_now(client) | {
+        "calls": stats.calls,
+        "hedged_calls": stats.hedged_calls,
+        "hedges_won": stats.hedges_won,
+        "repeated_forward": stats.repeated_forward,
+        "reselected_rows": stats.reselected_rows,
+        "unanswered_rows": stats.unanswered_rows,
+        "late_backward": stats.late_backward,
+        "spot_checks": stats.spot_checks,
+        "differing_answers": stats.differing_answers,
+        "odd_answers": stats.odd_answers,
+        "wrong_answers": stats.wrong_answers,
+        "skipped_updates": stats.skipped_updates,
+        "rollbacks": stats.rollbacks,
+    }

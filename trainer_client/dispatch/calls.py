@@ -1,0 +1,235 @@
+"""Calls under way: starts calls to nodes, notes how they went, and hands over the outcome of every share."""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from grpc import StatusCode
+from hivemind.p2p import PeerID
+
+from dht.registry import NodeInfo
+from peer.errors import ExpertError
+from trainer_client.dispatch.policy import CircuitBreakers
+from trainer_client.calls import Answer, Direction, ExpertCaller, Request
+from trainer_client.latencies import Latencies
+from trainer_client.poison import PoisonTest
+from trainer_client.dispatch.batches import Share
+from trainer_client.waiting import CallTimes
+
+logger = logging.getLogger(__name__)
+
+# an expert's own status, after which the peer that hosts it is as good as before
+_NOT_THE_PEERS_FAULT = {StatusCode.NOT_FOUND, StatusCode.INTERNAL, StatusCode.INVALID_ARGUMENT}
+
+_LOST = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
+_PROVEN_S = 30.0
+"""A peer that answered so lately is most probably there."""
+_HEARD = 4096
+"""Peers of which it is known when they answered last, at most."""
+
+
+@dataclass
+class DispatchStats:
+    """Counted since the start."""
+
+    calls: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    """By cause: the gRPC status in small letters."""
+    reselected_rows: int = 0
+    unanswered_rows: int = 0
+    """Rows that went on with no expert at all."""
+    hedged_calls: int = 0
+    """Forward calls that were sent to a second replica too, because the first was slow or silent."""
+    hedges_won: int = 0
+    """Shares that the second replica answered first."""
+    repeated_forward: int = 0
+    """Forward calls that were made once more, as the first broke off or came to its deadline."""
+    late_backward: int = 0
+    """Shares whose gradient did not come in time."""
+    spot_checks: int = 0
+    """Answers compared with those of another replica."""
+    differing_answers: int = 0
+    """Spot checks in which the two differed grossly."""
+    odd_answers: int = 0
+    """Those of them in which a third replica showed which was wrong."""
+    wrong_answers: int = 0
+    """Calls, and parts of them, whose answer no honest node gives."""
+    skipped_updates: int = 0
+    """Optimizer steps that experts' guards refused."""
+    rollbacks: int = 0
+    """Times that experts went back to their last good state."""
+
+
+@dataclass
+class Outcome:
+    """One share's end: its answer, or None when it failed."""
+
+    share: Share
+    peer_id: PeerID
+    answer: Answer | None
+    lost: bool = False
+    """Failed as the call broke off or came to its deadline, not by what the node said of the expert."""
+
+
+Outcomes = asyncio.Queue[list[Outcome]]
+
+
+@dataclass(frozen=True)
+class NodeCall:
+    """One call to one node, and where the outcomes of its shares go."""
+
+    node: NodeInfo
+    direction: Direction
+    shares: Sequence[Share]
+    requests: Sequence[Request]
+    """One for each share."""
+    deadline_s: float
+    outcomes: Outcomes
+
+    def fail(self, shares: Sequence[Share], lost: bool = False) -> None:
+        self.outcomes.put_nowait([Outcome(share, self.node.peer_id, None, lost) for share in shares])
+
+
+class Outgoing:
+    """The calls of one trainer. Its methods belong to the loop's thread."""
+
+    def __init__(
+        self,
+        caller: ExpertCaller,
+        breakers: CircuitBreakers,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        is_silent: Callable[[NodeInfo], bool] = lambda node: False,
+        gone: Callable[[PeerID], None] = lambda peer_id: None,
+    ) -> None:
+        """`is_silent`: whether a connection to the node was tried and does not stand. `gone` is told of peers whose
+        call failed so.
+        """
+        self.stats = DispatchStats()
+        self.latencies = Latencies()
+        self.breakers = breakers
+        self.now = clock
+        self.call_times: dict[Direction, CallTimes] = {"forward": CallTimes(), "backward": CallTimes()}
+        self._caller = caller
+        self.is_silent = is_silent
+        self._gone = gone
+        self._heard_at: dict[PeerID, float] = {}
+        """When each peer answered last, the last one at the end."""
+        self._poison = PoisonTest()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def avoided(self) -> frozenset[PeerID]:
+        """The peers to leave alone now."""
+        return self.breakers.open_at(self.now())
+
+    def proven(self) -> frozenset[PeerID]:
+        """The peers that answered lately."""
+        since = self.now() - _PROVEN_S
+        return frozenset(peer_id for peer_id, heard_at in self._heard_at.items() if heard_at > since)
+
+    def start(self, call: NodeCall) -> None:
+        """Starts a call that puts the outcome of every share into its queue, also when nobody reads them any more."""
+        if self._closed:
+            call.fail(call.shares)
+            return
+        task = asyncio.create_task(self._call(call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Ends the calls that are still under way; whoever waits for one goes on as if it had failed."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _call(self, call: NodeCall) -> None:
+        self.stats.calls += 1
+        peer_id = call.node.peer_id
+        call_times = self.call_times[call.direction]
+        waiting = dict(enumerate(call.shares))
+        did_well, lost, began = True, False, self.now()
+        try:
+            async for answer in self._caller.call(call.node, call.direction, call.requests, call.deadline_s):
+                if len(waiting) == len(call.shares):
+                    self.latencies.note_node(peer_id, self.now() - began)
+                    self._hear(peer_id)
+                share = waiting.pop(answer.index)
+                answer = self._examined(call, answer)
+                if answer.error is not None:
+                    self._note_failure(peer_id, answer.error)
+                    did_well &= answer.error.status in _NOT_THE_PEERS_FAULT
+                self._note_guard(share, peer_id, answer)
+                call.outcomes.put_nowait([Outcome(share, peer_id, answer if answer.error is None else None)])
+            if did_well:
+                self.breakers.succeeded(peer_id)
+                call_times.add(self.now() - began)
+                self.latencies.note(call.direction, self.now() - began)
+        except ExpertError as error:
+            lost_quickly = error.status is StatusCode.UNAVAILABLE and self.now() - began < call.deadline_s / 2
+            self._note_failure(peer_id, error, lost_quickly)
+            if error.status is StatusCode.DEADLINE_EXCEEDED:
+                call_times.add_unfinished(self.now() - began)
+            lost = error.status in _LOST
+            if lost and self.is_silent(call.node):
+                self._gone(peer_id)
+        finally:
+            if waiting:  # no empty list: that would look like a time-out
+                call.fail(list(waiting.values()), lost)
+
+    def _examined(self, call: NodeCall, answer: Answer) -> Answer:
+        """An answer that can't be an honest expert's counts as none, and its peer is banned for a while."""
+        if answer.tensor is None:
+            return answer
+        peer_id, request = call.node.peer_id, call.requests[answer.index]
+        if request.gradients is not None:
+            fault = self._poison.fault_of_gradient(request.gradients, answer.tensor)
+        else:
+            fault = self._poison.fault(peer_id, request.inputs, answer.tensor)
+        if fault is None:
+            return answer
+        error = ExpertError(StatusCode.DATA_LOSS, f"expert {request.uid} gave a {fault} answer")
+        logger.warning("node %s: %s: banned for a while", peer_id, error)
+        return Answer(answer.index, None, error)
+
+    def _hear(self, peer_id: PeerID) -> None:
+        self._heard_at.pop(peer_id, None)
+        self._heard_at[peer_id] = self.now()
+        if len(self._heard_at) > _HEARD:
+            del self._heard_at[next(iter(self._heard_at))]
+
+    def _note_guard(self, share: Share, peer_id: PeerID, answer: Answer) -> None:
+        self.stats.skipped_updates += answer.skipped_update
+        self.stats.rollbacks += answer.rolled_back
+        if answer.rolled_back:
+            logger.warning("expert %s of node %s went back to its last good state", share.uid, peer_id)
+
+    def _note_failure(self, peer_id: PeerID, error: ExpertError, lost_quickly: bool = False) -> None:
+        self.stats.failures[error.status.name.lower()] += 1
+        now = self.now()
+        if error.status is StatusCode.DATA_LOSS:
+            self.stats.wrong_answers += 1
+            self.breakers.distrust(peer_id, now)
+        elif error.status is StatusCode.RESOURCE_EXHAUSTED:
+            self.breakers.busy(peer_id, now, error.retry_after_s)
+        elif error.status not in _NOT_THE_PEERS_FAULT:
+            self.breakers.failed(peer_id, now, quickly=lost_quickly)
+        logger.debug("node %s: %s: %s", peer_id, error.status.name, error)
+
+
+async def next_outcomes(outcomes: Outcomes, timeout_s: float) -> list[Outcome]:
+    """All outcomes that are there, or the next; none when the time is over."""
+    if outcomes.empty():
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await outcomes.get()
+        except TimeoutError:
+            return []
+    found: list[Outcome] = []
+    while not outcomes.empty():
+        found += outcomes.get_nowait()
+    return found

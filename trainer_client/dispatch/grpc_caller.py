@@ -1,0 +1,279 @@
+"""One call to one node over gRPC: its header and payload out, the answers of its experts in, as they are ready."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TypeAlias
+
+import grpc
+from grpc import StatusCode
+
+from dht.registry import NodeInfo
+from peer import PROTOCOL_VERSION
+from peer.rpc.channels import ChannelPool
+from peer.codec import Floats, chunks, encode
+from peer.rpc.calls import retry_after_s
+from peer.errors import ExpertError, UnreachableError, WireError
+from peer.garbage import make_stub
+from peer.own_sessions import OwnSessions
+from peer.rpc.sessions import Metadata
+from peer.wire import expert_pb2, expert_pb2_grpc
+from trainer_client.calls import Answer, Direction, Request
+from trainer_client.replies import Replies
+
+Stream: TypeAlias = "grpc.aio.StreamStreamCall[expert_pb2.CallRequest, expert_pb2.CallReply]"
+
+_BROKE_OFF = "the call broke off"
+_REPEAT_AFTER_S = 0.2
+"""Before a backward call is made once more."""
+_BUSY_S = 1.0
+"""How long a node is left alone that refused a whole call as too much and gave no time."""
+
+
+class GrpcCaller:
+    """Calls nodes over pinned TLS channels."""
+
+    def __init__(
+        self,
+        channels: ChannelPool,
+        swarm_id: str,
+        width: int,
+        codec: "expert_pb2.Codec" = expert_pb2.CODEC_FP32,
+        sessions: OwnSessions | None = None,
+    ) -> None:
+        """`sessions`: what shows nodes who calls; None for nodes that ask nobody."""
+        self._channels = channels
+        self._swarm_id = swarm_id
+        self._width = width
+        self._codec = codec
+        self._sessions = sessions
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.fp32_bytes_sent = 0
+        self.fp32_bytes_received = 0
+        """What the same rows would take as fp32."""
+        self.repeated = 0
+        """Backward calls that were made once more, since they broke off."""
+
+    async def call(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncIterator[Answer]:
+        if deadline_s <= 0:
+            raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no time was left for the call")
+        ends = time.monotonic() + deadline_s
+        lost = []  # the node had to give up what it kept
+        async with aclosing(self._call_or_repeat(node, direction, requests, deadline_s)) as answers:
+            async for answer in answers:
+                if requests[answer.index].kept and _is_lost(answer):
+                    lost.append(answer.index)
+                else:
+                    yield answer
+        if lost:
+            whole = [replace(requests[index], kept=None) for index in lost]
+            left = max(ends - time.monotonic(), 0.001)
+            async with aclosing(self._call_or_repeat(node, direction, whole, left)) as answers:
+                async for answer in answers:
+                    yield replace(answer, index=lost[answer.index])
+
+    def is_silent(self, node: NodeInfo) -> bool:
+        """Whether a connection to the node was tried and does not stand: it is being made, or was refused."""
+        return self._channels.is_silent(node)
+
+    async def _call_or_repeat(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncGenerator[Answer, None]:
+        """A backward call that breaks off before any answer came is made once more, while there is time, with the same
+        id: a node that has seen it applies nothing twice.
+        """
+        request_id, ends, answered = secrets.token_bytes(16), time.monotonic() + deadline_s, False
+        try:
+            async with aclosing(self._call_once(node, direction, request_id, requests, ends)) as answers:
+                async for answer in answers:
+                    answered = True
+                    yield answer
+            return
+        except ExpertError as error:
+            broke_off = error.status is StatusCode.UNAVAILABLE and not answered
+            in_time = ends - time.monotonic() > deadline_s / 2 + _REPEAT_AFTER_S
+            if direction == "forward" or not broke_off or not in_time:
+                raise
+            first = error
+        await asyncio.sleep(_REPEAT_AFTER_S)
+        self.repeated += 1
+        try:
+            async with aclosing(self._call_once(node, direction, request_id, requests, ends)) as answers:
+                async for answer in answers:
+                    yield answer
+        except ExpertError as error:
+            # where it was applied before, only its answer is lost
+            raise (first if error.status is StatusCode.ALREADY_EXISTS else error) from error
+
+    async def _call_once(
+        self,
+        node: NodeInfo,
+        direction: Direction,
+        request_id: bytes,
+        requests: Sequence[Request],
+        ends: float,
+    ) -> AsyncGenerator[Answer, None]:
+        channel = await self._channel(node, max(ends - time.monotonic(), 0.001))
+        for may_repeat in (True, False):
+            session = await self._session(node, channel, ends - time.monotonic())
+            left = max(ends - time.monotonic(), 0.001)
+            try:
+                async with aclosing(
+                    self._call_in(session, channel, node, direction, request_id, requests, left)
+                ) as answers:
+                    async for answer in answers:
+                        yield answer
+                return
+            except ExpertError as error:
+                unknown = error.status is StatusCode.UNAUTHENTICATED
+                if self._sessions is None or session is None or not (unknown or _is_hidden(error)):
+                    raise
+                self._sessions.ended(node.peer_id, session)
+                if not (unknown and may_repeat):  # if it may, nothing was done yet
+                    raise
+
+    async def _channel(self, node: NodeInfo, deadline_s: float) -> grpc.aio.Channel:
+        """Raises ExpertError."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._channels.reach(node)
+        except UnreachableError as error:
+            raise ExpertError(StatusCode.UNAVAILABLE, str(error)) from error
+        except TimeoutError as error:
+            raise ExpertError(
+                StatusCode.DEADLINE_EXCEEDED, f"no way led to {node.peer_id} in time"
+            ) from error
+
+    async def _session(self, node: NodeInfo, channel: grpc.aio.Channel, deadline_s: float) -> Metadata | None:
+        """Costs a round trip with each node once. Raises ExpertError."""
+        if self._sessions is None:
+            return None
+        known = self._sessions.known(node.peer_id)
+        return known or await self._sessions.metadata(node.peer_id, channel, deadline_s)
+
+    async def _call_in(
+        self,
+        session: Metadata | None,
+        channel: grpc.aio.Channel,
+        node: NodeInfo,
+        direction: Direction,
+        request_id: bytes,
+        requests: Sequence[Request],
+        deadline_s: float,
+    ) -> AsyncGenerator[Answer, None]:
+        stub = make_stub(expert_pb2_grpc.ExpertServiceStub, channel)
+        method = stub.Forward if direction == "forward" else stub.Backward
+        stream: Stream = method(timeout=deadline_s, metadata=session)
+        try:
+            await self._send(stream, request_id, requests)
+            async with aclosing(self._answers(stream, request_id, requests)) as answers:
+                async for answer in answers:
+                    yield answer
+        except grpc.aio.AioRpcError as error:
+            retry_s = retry_after_s(error.trailing_metadata(), _BUSY_S)
+            raise _call_error(error.code(), error.details(), retry_s) from error
+        except (asyncio.InvalidStateError, grpc.aio.InternalError) as error:
+            # the call ended while we were still sending
+            raise _call_error(await stream.code(), await stream.details()) from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # not we are cancelled, but the call: the pool closed its channel to make room for others
+            raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call") from error
+        except WireError as error:
+            raise ExpertError(
+                StatusCode.DATA_LOSS, f"node {node.peer_id} answered wrongly: {error}"
+            ) from error
+        finally:
+            stream.cancel()  # no effect on a call that has ended
+
+    async def _send(self, stream: Stream, request_id: bytes, requests: Sequence[Request]) -> None:
+        header = expert_pb2.CallHeader(
+            protocol_version=PROTOCOL_VERSION,
+            swarm_id=self._swarm_id,
+            request_id=request_id,
+            width=self._width,
+            codec=self._codec,
+            experts=map(_expert_rows, requests),
+            keep=any(request.keep for request in requests),
+        )
+        payload = chunks(encode(tensor, self._codec) for tensor in _tensors(requests))
+        first = next(payload, b"")
+        await stream.write(expert_pb2.CallRequest(header=header, chunk=first))
+        self.bytes_sent += len(first)
+        for chunk in payload:
+            await stream.write(expert_pb2.CallRequest(chunk=chunk))
+            self.bytes_sent += len(chunk)
+        self.fp32_bytes_sent += sum(tensor.nbytes for tensor in _tensors(requests))
+        await stream.done_writing()
+
+    async def _answers(
+        self, stream: Stream, request_id: bytes, requests: Sequence[Request]
+    ) -> AsyncGenerator[Answer, None]:
+        """Raises WireError for whatever a correct node would not send. Reads to the stream's end: calls that are
+        cancelled leak (grpc issue 43360).
+        """
+        replies = Replies(request_id, requests, self._width, self._codec)
+        while not replies.complete:
+            reply = await stream.read()
+            if not isinstance(reply, expert_pb2.CallReply):
+                # the end, with status OK: any other was raised by read()
+                raise WireError("the stream ended before all experts had answered")
+            self.bytes_received += len(reply.chunk)
+            for answer in replies.take(reply):
+                if answer.tensor is not None:
+                    self.fp32_bytes_received += answer.tensor.nbytes
+                yield answer
+        if await stream.read() is not grpc.aio.EOF:
+            raise WireError("more than all experts' answers")
+
+
+def _tensors(requests: Sequence[Request]) -> Iterator[Floats]:
+    """In the order of the payload."""
+    for request in requests:
+        if not request.kept:
+            yield request.inputs
+        if request.gradients is not None:
+            yield request.gradients
+
+
+def _expert_rows(request: Request) -> expert_pb2.ExpertRows:
+    if request.kept is not None:
+        return expert_pb2.ExpertRows(
+            uid=str(request.uid),
+            kept_request_id=request.kept.request_id,
+            kept_index=request.kept.index,
+            kept_rows=len(request.positions),
+        )
+    return expert_pb2.ExpertRows(
+        uid=str(request.uid), segment_lengths=request.lengths, positions=request.positions
+    )
+
+
+def _is_lost(answer: Answer) -> bool:
+    return answer.error is not None and answer.error.status is StatusCode.FAILED_PRECONDITION
+
+
+def _is_hidden(error: ExpertError) -> bool:
+    """Whether the node's own status is not known: it may have been that the session has ended."""
+    return str(error).startswith(_BROKE_OFF)
+
+
+def _call_error(status: StatusCode, details: str | None, retry_s: float = _BUSY_S) -> ExpertError:
+    """Why a call failed as a whole."""
+    if status is StatusCode.OK:
+        return ExpertError(StatusCode.DATA_LOSS, "the node ended the call before it had all rows")
+    if status is StatusCode.CANCELLED:
+        return ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call")
+    if status is StatusCode.INTERNAL:
+        # what grpc.aio makes of every status that comes while it writes a message
+        return ExpertError(StatusCode.UNAVAILABLE, f"{_BROKE_OFF}: {details}"[:500])
+    busy = status is StatusCode.RESOURCE_EXHAUSTED
+    return ExpertError(status, (details or "")[:500], retry_s if busy else 0.0)

@@ -1,0 +1,286 @@
+"""The training loop: AdamW with warm-up and cosine over the dense part of a model."""
+
+import math
+import statistics
+import threading
+import time
+from array import array
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peer.errors import StateError
+from peer.step_size import step_size
+from trainer_client.balancing import LoadSpread
+from trainer_client.data.corpus import Dataset
+from trainer_client.training.in_flight import EnoughInFlight, InFlight, bearable
+from trainer_client.model import LanguageModel
+from trainer_client.training.record import History, Progress, Record, Summary
+from trainer_client.settings import TrainerSettings
+from trainer_client.averaging.dense_part import SharedPart
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step whose gradients were applied, or which was skipped: then its loss is not finite."""
+
+    loss: float
+    spread: LoadSpread | None
+    staleness: int = 0
+    in_flight: int = 1
+
+
+def train(
+    model: LanguageModel,
+    dataset: Dataset,
+    settings: TrainerSettings,
+    *,
+    observe: Callable[[Progress], None],
+    stop: threading.Event,
+    clock: Callable[[], float] = time.monotonic,
+) -> Summary:
+    """Trains from the first step: see `Training.run`."""
+    return Training(model, dataset, settings).run(observe, stop, clock)
+
+
+class Training:
+    """A model, its optimizer and how far they are. Goes on exactly where its state was taken."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        dataset: Dataset,
+        settings: TrainerSettings,
+        make_copy: Callable[[], LanguageModel] | None = None,
+    ) -> None:
+        """`make_copy` gives another model of the same form, for steps in flight; None: one step at a time."""
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.history = History()
+        self.part = SharedPart(model)
+        """The model's parameters, as those see them who average them with others'."""
+        self._model = model
+        self._dataset = dataset
+        self._settings = settings
+        self._make_copy = make_copy if settings.in_flight != 1 else None
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = _make_optimizer(model, settings)
+        self._is_whole = True
+
+    @property
+    def step(self) -> int:
+        """How many are done."""
+        return len(self.history.losses)
+
+    def run(
+        self,
+        observe: Callable[[Progress], None],
+        stop: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Summary:
+        """Trains until `settings.steps` are done or `stop` is set, which is looked at between steps.
+
+        Validates on fixed batches before the first step, after the last and every `validate_every` steps. A step
+        whose loss or gradient is not finite is skipped; raises UserError after 10 of them in a row.
+        """
+        settings, began = self._settings, clock()
+        validation = self._dataset.validation_batches(settings.batch_size, settings.validation_batches)
+        tokens = settings.batch_size * settings.accumulate * self._dataset.context
+        bytes_per_token = self._dataset.bytes_per_token(validation, self._model.first_scored)
+        record = Record(tokens, bytes_per_token, self.history)
+        if not self.history.validated:
+            record.add_validation(validation_loss(self._model, validation))
+        last_end = clock()
+        with closing(self._one_by_one() if self._make_copy is None else self._in_flight()) as steps:
+            while self.step < settings.steps and not stop.is_set():
+                step = next(steps)
+                ended = clock()
+                record.add_step(step.loss, ended - last_end, step.spread, step.staleness, step.in_flight)
+                self._is_whole = True
+                last_end = ended
+                if self.step == settings.steps or (
+                    settings.validate_every and self.step % settings.validate_every == 0
+                ):
+                    record.add_validation(validation_loss(self._model, validation))
+                    last_end = clock()
+                seen = self.step * settings.batch_size * settings.accumulate
+                observe(record.progress(settings.steps, step.loss, seen / self._dataset.sequences))
+        return record.summary(clock() - began)
+
+    def export_state(self) -> dict[str, Tensor] | None:
+        """After the last whole step; None when the optimizer's part of a step was broken off."""
+        if not self._is_whole:
+            return None
+        tensors = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
+        for name, parameter in self._parameters.items():
+            moments = self._optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{name}.{key}": moment for key, moment in moments.items()}
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        return tensors | _history_tensors(self.history)
+
+    def import_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises StateError when they are of another model; then nothing has changed."""
+        tensors = dict(tensors)
+        history = _take_history(tensors)
+        model, moments = _split(tensors, self._parameters)
+        _check(model, self._model.state_dict())
+        for name, state in moments.items():
+            parameter = self._parameters[name]
+            _check(state, {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter})
+        self._model.load_state_dict(model)
+        for name, state in moments.items():
+            self._optimizer.state[self._parameters[name]] = {
+                key: moment.clone() for key, moment in state.items()
+            }
+        self.history = history
+
+    def _one_by_one(self) -> Generator[_Step, None, None]:
+        while True:
+            computed = self._compute(self.step, self._model)
+            yield _Step(self._apply(self._model, computed.loss), computed.spread)
+
+    def _in_flight(self) -> Generator[_Step, None, None]:
+        """Steps in the order in which they end. Those still under way when it is closed are lost."""
+        settings, make_copy = self._settings, self._make_copy
+        assert make_copy is not None
+        limit = settings.in_flight_limit if settings.in_flight == "auto" else settings.in_flight
+        enough = EnoughInFlight(limit) if settings.in_flight == "auto" else None
+        steps: InFlight[LanguageModel, _Step] = InFlight(self._model, make_copy, limit)
+        begun = self.step
+        try:
+            while True:
+                wanted = limit if enough is None else min(enough.count, bearable(self.step))
+                while len(steps) < wanted and begun < settings.steps:
+                    steps.begin(partial(self._compute, begun))
+                    begun += 1
+                in_flight, finished = len(steps), steps.next()
+                loss = self._apply(finished.copy, finished.result.loss)
+                steps.release(finished, updated=math.isfinite(loss))
+                if enough is not None:
+                    enough.note(finished.seconds, finished.ended_at, finished.alone)
+                yield _Step(loss, finished.result.spread, finished.staleness, in_flight)
+        finally:
+            steps.close()
+
+    def _compute(self, number: int, model: LanguageModel) -> _Step:
+        """The gradients of step `number` (from 0) with this model's parameters: they are in its parameters then."""
+        settings, losses = self._settings, []
+        model.zero_grad()
+        model.begin_step(number)
+        for part in range(settings.accumulate):
+            tokens = self._dataset.batch(number * settings.accumulate + part, settings.batch_size)
+            losses.append(self._add_gradients(model, tokens))
+            if not math.isfinite(losses[-1]):
+                return _Step(losses[-1], model.load_spread())
+        return _Step(statistics.fmean(losses), model.load_spread())
+
+    def _apply(self, computed: LanguageModel, loss: float) -> float:
+        """Takes the optimizer's step with the gradients of `computed`, and gives the loss: NaN where the gradient is
+        not finite. Then, and where the loss is not, nothing changes.
+        """
+        rate = learning_rate(self.step, self._settings)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if not math.isfinite(loss):
+            return loss
+        norm: float = nn.utils.clip_grad_norm_(computed.parameters(), self._settings.clip_norm).item()
+        if not math.isfinite(norm):
+            return math.nan
+        for own, other in zip(self._model.parameters(), computed.parameters(), strict=True):
+            own.grad = other.grad
+        self._is_whole = False  # until the step is recorded
+        with self.part.stepping():
+            self._optimizer.step()
+        return loss
+
+    def _add_gradients(self, model: LanguageModel, tokens: Tensor) -> float:
+        """Gives the loss of a batch. No backward where it isn't finite: experts would be sent what they must refuse."""
+        settings = self._settings
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            loss = model.loss(tokens)
+        value: float = loss.item()
+        if math.isfinite(value):
+            balancing = model.balancing_loss()
+            total = loss if balancing is None else loss + balancing
+            torch.autograd.backward(total / settings.accumulate)
+        return value
+
+
+def learning_rate(step: int, settings: TrainerSettings) -> float:
+    """Of the step (from 0): rises linearly in `warmup_steps`, then falls as a cosine to a tenth."""
+    return step_size(step, settings.learning_rate, settings.warmup_steps, settings.steps)
+
+
+@torch.no_grad()
+def validation_loss(model: LanguageModel, batches: Sequence[Tensor]) -> float:
+    """Mean over the batches, in nats per token."""
+    model.eval()
+    losses = [model.loss(tokens).item() for tokens in batches]
+    model.train()
+    return statistics.fmean(losses)
+
+
+def _make_optimizer(model: nn.Module, settings: TrainerSettings) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+
+
+def _history_tensors(history: History) -> dict[str, Tensor]:
+    return {
+        "history.losses": torch.from_numpy(np.array(history.losses, np.float64)),
+        "history.validated": torch.from_numpy(np.array(history.validated, np.int64)),
+        "history.validation_losses": torch.from_numpy(np.array(history.validation_losses, np.float64)),
+    }
+
+
+def _take_history(tensors: dict[str, Tensor]) -> History:
+    """Takes them out. Raises StateError."""
+    losses, validated, validation_losses = (
+        tensors.pop(f"history.{name}", torch.empty(0))
+        for name in ("losses", "validated", "validation_losses")
+    )
+    if len(validated) != len(validation_losses) or not len(validated):
+        raise StateError("its history is not whole")
+    return History(
+        array("d", losses.tolist()), array("q", validated.tolist()), array("d", validation_losses.tolist())
+    )
+
+
+def _split(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The model's tensors, and the optimizer's for each parameter. Raises StateError."""
+    model: dict[str, Tensor] = {}
+    moments: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        kind, _, name = full_name.partition(".")
+        if kind == "model":
+            model[name] = tensor
+            continue
+        name, _, key = name.rpartition(".")
+        if kind != "optimizer" or name not in parameters:
+            raise StateError(f"it has {full_name!r:.80}, which this model has not")
+        moments.setdefault(name, {})[key] = tensor
+    return model, moments
+
+
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises StateError."""
+    if other := tensors.keys() ^ expected.keys():
+        raise StateError(f"it and this model differ in {min(other)!r:.80}")
+    for name, tensor in tensors.items():
+        found, wanted = (tensor.shape, tensor.dtype), (expected[name].shape, expected[name].dtype)
+        if found != wanted:
+            raise StateError(
+                f"its {name} is {tuple(found[0])} of {found[1]}, this model's {tuple(wanted[0])}"
+            )
