@@ -33,13 +33,12 @@ from torch.nn import functional as F
 
 from benchmarks.faults import FaultyCaller
 from benchmarks.village import START_LIMIT_S, running_village
-from peer.layers import seeded
-from peer.step_size import step_size
+from peer.layers import seeded, step_size
 from talkoot.terminal import quiet_hivemind
-from trainer_client.calls import ExpertCaller
 from trainer_client.client import SwarmClient
-from trainer_client.training.in_flight import InFlight
+from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.settings import TrainerSettings
+from trainer_client.training.in_flight import InFlight
 
 LAYERS = 4
 FAILING = 0.1

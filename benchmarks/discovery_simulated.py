@@ -23,9 +23,9 @@ from dht.directory import Directory
 from dht.registry import NodeInfo
 from dht.uid import UID
 from peer.errors import ExpertError
-from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.waiting import WaitPolicy
+from trainer_client.dispatch.policy import WaitPolicy
 
 TOP_K = 4
 BATCH = 64

@@ -8,7 +8,7 @@ from grpc import StatusCode
 
 from dht.registry import NodeInfo
 from peer.errors import ExpertError
-from trainer_client.calls import Answer, Direction, ExpertCaller, Request
+from trainer_client.dispatch.batches import Answer, Direction, ExpertCaller, Request
 
 
 class FaultyCaller:

@@ -39,9 +39,9 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from peer.processes import die_with_parent
 from talkoot.train.local import LocalSwarm
-from trainer_client.calls import ExpertCaller
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import ByteDataset, load_text
+from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training, validation_loss

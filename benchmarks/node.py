@@ -30,11 +30,11 @@ from benchmarks.village import START_LIMIT_S, running_node
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import join_swarm
-from peer.rpc.channels import ChannelPool
 from peer.identity import Identity
-from peer.own_sessions import OwnSessions
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import OwnSessions
 from peer.wire import session_pb2
-from trainer_client.calls import Request
+from trainer_client.dispatch.batches import Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 TRAINERS = 8

@@ -23,12 +23,12 @@ from benchmarks.recipe_texts import BYTE_KINDS, Mixed, byte_kinds
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from talkoot.train.local import LocalSwarm
+from trainer_client.dispatch.batches import Integers
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
-from trainer_client.training.record import Progress
 from trainer_client.routers import ROUTERS
-from trainer_client.dispatch.batches import Integers
 from trainer_client.training.loop import Training, validation_loss
+from trainer_client.training.record import Progress
 
 SAVE_EVERY = 250
 _FINAL_BATCHES = 64

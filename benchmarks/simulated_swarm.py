@@ -20,15 +20,14 @@ from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
 from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedP2P, VirtualLoop
-from dht.contacts import Contacts
-from peer.kademlia.lookups import Found, Item, Lookups
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Announced, Registry, ReplicaState
-from peer.kademlia.search import DEFAULT_BREADTH, Breadth, Search
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.transport.p2pd import start_dht
+from peer.kademlia.lookups import Found, Item, Lookups
+from peer.kademlia.node import start_dht
+from peer.kademlia.search import DEFAULT_BREADTH, Breadth, Contacts, Search
 from peer.wire import records_pb2
 
 LIFETIME_S = 600.0
@@ -100,7 +99,7 @@ class SimulatedSwarm:
         return SimulatedPeer(identity, dht, registry)
 
     async def join(self, peer: SimulatedPeer, by: Sequence[SimulatedPeer] = ()) -> None:
-        """Greets one of these, or of all, and looks for its own neighbours, as `peer.greeting` does."""
+        """Greets one of these, or of all, and looks for its own neighbours, as `peer.kademlia.node` does."""
         bootstrap = self.rng.choice(by or self.peers)
         while await peer.dht.protocol.call_ping(bootstrap.peer_id) is None:
             pass  # lost: whoever starts a peer tries again

@@ -31,7 +31,7 @@ from dht.registry import NodeInfo
 from peer.codec import codec_of
 from peer.errors import ExpertError
 from talkoot.demo.links import free_ports
-from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 if TYPE_CHECKING:

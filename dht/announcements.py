@@ -2,6 +2,10 @@
 
 A signed record proves who wrote it, not that it is true. So texts are short and printable, numbers finite and in their
 range, and whatever is not so counts as not said.
+
+How long experts have been claimed: who claims one for ever, and never serves it, keeps nobody from serving it.
+
+What nodes say of their replicas.
 """
 
 import math
@@ -14,6 +18,8 @@ from typing import Self
 from grpc import StatusCode
 from hivemind.p2p import PeerID
 
+from dht.uid import UID
+from peer.errors import RecordError
 from peer.identity import certificate_pem
 from peer.transport.addresses import ip_address, tunnel_addresses_of
 from peer.wire import records_pb2
@@ -256,3 +262,94 @@ def _node_latencies(nodes: "list[records_pb2.NodeLatency]") -> dict[PeerID, floa
         for node in nodes
         if len(node.peer_id) == 34 and (mean_s := number(node.mean_s, _LONGEST_CALL_S)) is not None
     }
+
+
+MAX_CLAIM_S = 1800.0
+"""A claim that lasts longer is ignored, unless told otherwise. Building many large experts from their checkpoints
+takes minutes.
+"""
+_MAX_CLAIMS = 65536
+"""Claims remembered; beyond that those are forgotten that were seen longest ago."""
+
+
+class ClaimAges:
+    """Since when this peer has seen each claim. The claims themselves say it too, and may lie."""
+
+    def __init__(self, longest_s: float = MAX_CLAIM_S) -> None:
+        self.longest_s = longest_s
+        self._seen: dict[tuple[UID, PeerID], tuple[float, float]] = {}
+        """First and last time that a claim was seen, the one seen last at the end."""
+
+    def is_stale(self, uid: UID, peer_id: PeerID, claimed_at: float, now: float) -> bool:
+        """Notes the claim. A pause in it shorter than the longest claim does not make it a new one."""
+        first, last = self._seen.pop((uid, peer_id), (now, now))
+        if now > last + self.longest_s:
+            first = now
+        self._seen[uid, peer_id] = first, now
+        while len(self._seen) > _MAX_CLAIMS:
+            del self._seen[next(iter(self._seen))]
+        since = claimed_at if 0 < claimed_at < first else first  # 0: it does not say; also right for NaN
+        return now > since + self.longest_s
+
+    def forget(self, uid: UID, peer_id: PeerID) -> None:
+        """The claim was made good: the peer serves the expert."""
+        self._seen.pop((uid, peer_id), None)
+
+
+class ReplicaState(Enum):
+    """How far a replica has got."""
+
+    CLAIMED = records_pb2.REPLICA_STATE_CLAIMED
+    SERVING = records_pb2.REPLICA_STATE_SERVING
+    WITHDRAWN = records_pb2.REPLICA_STATE_WITHDRAWN
+    LEAVING = records_pb2.REPLICA_STATE_LEAVING
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One node's copy of an expert, as the node announced it."""
+
+    uid: UID
+    peer_id: PeerID
+    state: ReplicaState
+    update_count: int
+    queued_rows: int
+    claimed_at: float
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What a node says of one of its replicas."""
+
+    uid: UID
+    state: ReplicaState
+    update_count: int = 0
+    claimed_at: float = 0.0
+
+    def message(self, queued_rows: int) -> records_pb2.Announcement:
+        """`queued_rows`: that wait at the node, for all its experts."""
+        return records_pb2.Announcement(
+            state=self.state.value,
+            update_count=self.update_count,
+            queued_rows=queued_rows,
+            claimed_at=self.claimed_at,
+        )
+
+
+def read_replica(payload: records_pb2.RecordPayload, uid: UID, peer_id: PeerID) -> Replica:
+    """What a node's checked announcement says. Raises RecordError for a state that is not known."""
+    announcement = payload.announcement
+    try:
+        state = ReplicaState(announcement.state)
+    except ValueError as error:
+        raise RecordError(f"a replica in state {announcement.state}") from error
+    return Replica(
+        uid,
+        peer_id,
+        state,
+        announcement.update_count,
+        announcement.queued_rows,
+        announcement.claimed_at,
+        payload.expires_at,
+    )

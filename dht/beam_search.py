@@ -4,10 +4,12 @@ Ryabinin & Gusev 2020 (arXiv 2002.04013), appendix "SelectExperts". An expert's 
 number per grid dimension (product keys), so the search goes by prefixes, not by experts.
 
 Shapes: R rows, G_d size of grid dimension d, W prefixes in the beam, C candidates, k experts for each row.
+
+What a peer knows of one layer's prefixes, on a grid that it can't know whole.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -189,3 +191,44 @@ def _largest(keys_RC: Integers, count: int) -> Integers:
 def _selection(keys_Rk: Integers, grid: tuple[int, ...]) -> Selection:
     scores, experts, valid = _read_keys(keys_Rk)
     return Selection(np.stack(np.unravel_index(experts, grid), axis=-1), scores, valid)
+
+
+Coordinate = tuple[int, ...]
+
+
+class LayerIndex:
+    """Prefix tables that are filled as prefixes are read. What was read and is empty is known as well."""
+
+    def __init__(self, grid: tuple[int, ...]) -> None:
+        self.alive = [np.zeros(grid[: d + 1], dtype=bool) for d in range(len(grid))]
+        """For each grid dimension, of shape grid[:d+1]: True where the prefix is known to be active."""
+        self._known = [np.zeros(grid[:d], dtype=bool) for d in range(len(grid))]
+
+    def knows(self, prefix: Coordinate) -> bool:
+        return len(prefix) < len(self._known) and bool(self._known[len(prefix)][prefix])
+
+    def knows_all_of(self, length: int) -> bool:
+        """Whether every active prefix of so many coordinates is known."""
+        return length > 0 and bool(self._known[length][self.alive[length - 1]].all())
+
+    def note(self, prefix: Coordinate, active: Collection[int]) -> None:
+        """These coordinates after the prefix are active, and no others."""
+        row = self.alive[len(prefix)][prefix]
+        row[:] = False
+        row[list(active)] = True
+        self._known[len(prefix)][prefix] = True
+
+    def drop(self, expert: Coordinate) -> None:
+        """Nobody hosts the expert, whatever its prefix says; until the prefix is read again."""
+        self.alive[-1][expert] = False
+
+    def best(self, scores: Sequence[Floats], width: int, everything: bool = False) -> list[Coordinate]:
+        """The prefixes in the beams of all rows: the `width` best active ones of each.
+
+        `scores` has one float32 [R, G_d] for each dimension of these prefixes. `everything`: as if all were active.
+        """
+        tables = self.alive[: len(scores)]
+        if everything:
+            tables = [np.ones_like(table) for table in tables]
+        chosen = select_experts(scores, tables, width, width)
+        return [tuple(c) for c in np.unique(chosen.coordinates[chosen.valid], axis=0).tolist()]

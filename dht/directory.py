@@ -12,8 +12,7 @@ from types import MappingProxyType
 import numpy as np
 from hivemind.p2p import PeerID
 
-from dht.beam_search import Floats, Integers, default_beam_size, select_experts
-from dht.layer_index import LayerIndex
+from dht.beam_search import Floats, Integers, LayerIndex, default_beam_size, select_experts
 from dht.manifest import Manifest
 from dht.registry import NodeInfo, Prefix, Registry, Replica, ReplicaState
 from dht.uid import UID

@@ -1,15 +1,19 @@
-"""The founder's signed record of the manifest: every peer keeps it alive, and the founder signs it anew half-way."""
+"""The founder's signed record of the manifest: every peer keeps it alive, and the founder signs it anew half-way.
+
+Which tokens hold no more: a small record that the founder signs, and that every node keeps alive.
+"""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+from dht.admission import MAX_REVOKED, SwarmAdmission
 from dht.registry import Registry
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_LIFETIME_S = 30 * 86400.0
-_RENEW_AFTER_S = MANIFEST_LIFETIME_S / 2
+_MANIFEST_RENEW_AFTER_S = MANIFEST_LIFETIME_S / 2
 _LOOK_EVERY_S = 3600.0
 """How often the others look for a later record than theirs, in its second half."""
 EXPIRES_SOON_S = 7 * 86400.0
@@ -44,7 +48,7 @@ class ManifestRecord:
     async def keep(self) -> None:
         """Stores it again, so that it outlives the peers that held it. Raises UnreachableError."""
         keys, now = self._registry.keys, self._now()
-        if self._registry.peer_id == keys.author and now >= self.expires_at - _RENEW_AFTER_S:
+        if self._registry.peer_id == keys.author and now >= self.expires_at - _MANIFEST_RENEW_AFTER_S:
             expires_at = now + MANIFEST_LIFETIME_S
             self.data = await self._registry.publish_manifest(self._manifest_json, expires_at)
             self.expires_at = expires_at
@@ -59,10 +63,61 @@ class ManifestRecord:
         Raises UnreachableError.
         """
         now = self._now()
-        if now < max(self.expires_at - _RENEW_AFTER_S, self._looked_at + _LOOK_EVERY_S):
+        if now < max(self.expires_at - _MANIFEST_RENEW_AFTER_S, self._looked_at + _LOOK_EVERY_S):
             return False
         self._looked_at = now
         found = (await self._registry.find_manifests()).get(self._registry.keys.author)
         if found is not None and found[1] > self.expires_at:
             self.data, self.expires_at = found
         return True
+
+
+LIFETIME_S = 30 * 86400.0
+"""Of the record: it outlives a founder that is away."""
+_REVOCATIONS_RENEW_AFTER_S = LIFETIME_S / 2
+
+
+class Revocations:
+    """A peer's knowledge of them. Does nothing in an open swarm."""
+
+    def __init__(
+        self, registry: Registry, admission: SwarmAdmission, now: Callable[[], float] = time.time
+    ) -> None:
+        self._registry = registry
+        self._admission = admission
+        self._now = now
+        self._record: tuple[bytes, float] | None = None
+        """As it is stored, and its expiry."""
+        self._published: frozenset[int] = frozenset()
+
+    async def read(self) -> None:
+        """What the founder says now. Raises UnreachableError."""
+        if self._admission.mode == "open":
+            return
+        found = await self._registry.find_revocations()
+        if found is None:
+            return
+        serials, record, expires_at = found
+        self._admission.revoke(serials)
+        if self._record is None or expires_at > self._record[1]:
+            self._record = record, expires_at
+            self._published = frozenset(serials)
+
+    async def keep(self) -> None:
+        """Stores the founder's record again, so that it outlives the peers that held it. Raises UnreachableError."""
+        if self._record is not None:
+            await self._registry.republish(self._registry.keys.revocations, *self._record)
+
+    async def publish(self, serials: Collection[int]) -> None:
+        """By the founder: writes them, when that is news or the record is half-way to its end.
+
+        Raises UnreachableError.
+        """
+        self._admission.revoke(serials)
+        wanted = frozenset(sorted(serials)[:MAX_REVOKED])
+        fresh = self._record is not None and self._record[1] > self._now() + _REVOCATIONS_RENEW_AFTER_S
+        if self._admission.mode == "open" or (wanted <= self._published and (fresh or not wanted)):
+            return
+        expires_at = self._now() + LIFETIME_S
+        self._record = await self._registry.publish_revocations(wanted, expires_at), expires_at
+        self._published = wanted

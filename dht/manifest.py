@@ -1,4 +1,7 @@
-"""The manifest: the description of the model that every peer of a swarm shares, signed by its author."""
+"""The manifest: the description of the model that every peer of a swarm shares, signed by its author.
+
+What calls about experts must get right: the experts that they name.
+"""
 
 import json
 from pathlib import Path
@@ -9,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dht.uid import UID, grid_coordinates
 from peer import PROTOCOL_VERSION
 from peer.codec import CodecName
-from peer.errors import SettingsError, SwarmError
+from peer.errors import SettingsError, SwarmError, WireError
 from peer.layers import Activation, Norm
 from peer.settings import describe_validation_error, read_toml
 
@@ -254,3 +257,13 @@ class _Versioned(BaseModel):
     """Only the version, so that a manifest of another one is told from a broken one."""
 
     protocol_version: int
+
+
+def parse_uid(text: str, manifest: Manifest) -> UID:
+    """Raises WireError when it is no UID, or one off the swarm's grid."""
+    uid = UID.parse(text)
+    if not manifest.holds(uid):
+        raise WireError(
+            f"{uid} is not on this swarm's grid of {manifest.model.layers} × {manifest.experts.grid}"
+        )
+    return uid

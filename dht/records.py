@@ -3,11 +3,17 @@
 A record is signed by the peer that writes it; its key, its owner and its expiry stand inside the signed bytes, so none
 of them can be exchanged. An index entry only says where to look (which coordinates are active, which peers a shard
 has); it is unsigned and small, and what it points to is signed.
+
+Where the nodes of a swarm are listed: in shards that split as they fill up. Pure functions.
+
+A shard is named by hex digits, two at least; a node belongs into every shard whose digits begin its own. It is listed
+in the first one that has room, and readers look further where a shard is well filled. So no key outgrows 32 KB: about
+330 entries of 95 bytes. Four digits hold 13 million nodes.
 """
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,13 +22,45 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import PeerID
 
-from dht.shards import digits_of
 from dht.uid import UID
+from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, peer_id_of, verify
 from peer.kademlia.validation import unpack
-from peer.rpc.transfer import MAX_UPDATE_COUNT
 from peer.wire import records_pb2
+
+FEWEST_DIGITS, MOST_DIGITS = 2, 4
+FULL = 192
+"""Nodes in a shard beyond which new ones go into the shards below it; some more come in at the same moment."""
+
+
+def digits_of(peer_id: bytes) -> str:
+    """The digits that begin with those of each shard that the peer belongs into. They are from a hash."""
+    return bytes(reversed(peer_id[-MOST_DIGITS // 2 :])).hex()
+
+
+def shards_of(peer_id: PeerID) -> list[str]:
+    """All shards that a node may be listed in, the largest first."""
+    digits = digits_of(peer_id.to_bytes())
+    return [digits[:count] for count in range(FEWEST_DIGITS, MOST_DIGITS + 1)]
+
+
+def first_shards() -> list[str]:
+    return [f"{number:0{FEWEST_DIGITS}x}" for number in range(16**FEWEST_DIGITS)]
+
+
+def below(shard: str, listed: int) -> Iterator[str]:
+    """The shards to read after this one, which lists so many. From half full: it may have been full just now."""
+    if 2 * listed >= FULL and len(shard) < MOST_DIGITS:
+        for digit in range(16):
+            yield f"{shard}{digit:x}"
+
+
+def choose(peer_id: PeerID, others: Mapping[str, int]) -> str:
+    """The shard to be listed in, where `others` says how many other nodes each of `shards_of` lists."""
+    shards = shards_of(peer_id)
+    return next((shard for shard in shards if others.get(shard, 0) < FULL), shards[-1])
+
 
 MAX_RECORD_BYTES = 16 * 1024
 MAX_LIFETIME_S = 600.0

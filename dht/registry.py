@@ -1,41 +1,66 @@
-"""Announce, look up, expire: what a swarm's peers write to the DHT and read from it."""
+"""Announce, look up, expire: what a swarm's peers write to the DHT and read from it.
+
+What a peer asked of the DHT since it started.
+
+A peer's Prometheus metrics of the DHT, the same for nodes and trainers.
+"""
 
 import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
 
 from dht.admission import SwarmAdmission
-from dht.claims import ClaimAges
-from dht.counts import DhtCounts
-from peer.kademlia.lookups import Item, Lookups
+from dht.announcements import Announced as Announced
+from dht.announcements import ClaimAges, TrainerInfo, read_node, read_replica, read_trainer
 from dht.announcements import NodeInfo as NodeInfo
-from dht.announcements import TrainerInfo, read_node, read_trainer
+from dht.announcements import Replica as Replica
+from dht.announcements import ReplicaState as ReplicaState
 from dht.records import (
     INDEX_PIECE,
     SwarmKeys,
+    below,
+    choose,
+    digits_of,
+    first_shards,
     parse_peer_id,
     seal,
+    shards_of,
     trainer_shard_of,
     unseal,
 )
-from dht.replicas import Announced as Announced
-from dht.replicas import Replica as Replica
-from dht.replicas import ReplicaState as ReplicaState
-from dht.replicas import read_replica
-from dht.shards import below, choose, digits_of, first_shards, shards_of
 from dht.uid import UID
-from peer.distribution import Distribution
 from peer.errors import RecordError, UnreachableError, WireError
 from peer.identity import Identity
+from peer.kademlia.lookups import Item, Lookups
 from peer.kademlia.validation import unpack
+from peer.metrics import SECONDS, Distribution
 from peer.wire import admission_pb2, records_pb2
+
+_HOPS = (0, 1, 2, 3, 4, 5, 6, 8, 12)
+
+
+@dataclass
+class DhtCounts:
+    """One look-up or store may be for many keys. Those that failed took as long as their deadline."""
+
+    keys_read: int = 0
+    records_stored: int = 0
+    gets: Distribution = field(default_factory=lambda: Distribution(SECONDS))
+    """Seconds that look-ups took."""
+    hops: Distribution = field(default_factory=lambda: Distribution(_HOPS))
+    """Of each key that was looked up: the longest chain of questions."""
+    stores: Distribution = field(default_factory=lambda: Distribution(SECONDS))
+
 
 logger = logging.getLogger(__name__)
 
@@ -375,3 +400,21 @@ class Registry:
         finally:
             if took is not None:
                 took.note(time.monotonic() - began)
+
+
+def dht_metrics(counts: DhtCounts) -> Iterator[Metric]:
+    yield CounterMetricFamily("talkoot_dht_keys_read", "Keys looked up in the DHT.", counts.keys_read)
+    yield CounterMetricFamily("talkoot_dht_records_stored", "Records written to it.", counts.records_stored)
+    took = HistogramMetricFamily(
+        "talkoot_dht_seconds", "Time of a DHT operation, which may be for many keys.", labels=["operation"]
+    )
+    for operation, seen in (("get", counts.gets), ("store", counts.stores)):
+        took.add_metric([operation], seen.buckets(), seen.total)
+    yield took
+    hops = counts.hops
+    yield HistogramMetricFamily(
+        "talkoot_dht_hops",
+        "Questions one after another that the look-up of a key took; none when this peer holds it.",
+        buckets=hops.buckets(),
+        sum_value=hops.total,
+    )

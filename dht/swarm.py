@@ -8,20 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dht.acquaintances import Acquaintances
-from dht.admission import Role, SwarmAdmission, read_grant
+from dht.admission import Denylist, Role, SwarmAdmission, read_grant
+from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord, Revocations
 from dht.invites import Invite
 from dht.manifest import Manifest
-from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord
-from dht.membership import Membership
+from dht.membership import Acquaintances, Membership
 from dht.records import RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry
-from dht.revocations import Revocations
-from peer.bounds import StoreBounds
-from peer.denylist import Denylist
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
+from peer.kademlia.storage import StoreBounds
 from peer.wire import admission_pb2
 
 logger = logging.getLogger(__name__)

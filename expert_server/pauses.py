@@ -1,15 +1,187 @@
-"""Pauses of a node: it gives up its experts and stays in the swarm, until it may go on."""
+"""Pauses of a node: it gives up its experts and stays in the swarm, until it may go on.
+
+The manners of a node: why it should pause now. Pure: times, samples and settings are passed in.
+
+What a node sees of the machine it runs on.
+"""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum
 from typing import Any
 
-from expert_server.machine import Machine
-from expert_server.manners import Cause, MachineState, OwnersWord, reasons_to_pause
+import psutil
+
 from expert_server.settings import NodeSettings
+
+
+class Cause(Enum):
+    """What lets a node pause, beside its owner's word."""
+
+    SCHEDULE = "schedule"
+    BATTERY = "battery"
+    BUSY = "busy"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What other programs used of all cores between two moments, in monotonic seconds."""
+
+    start: float
+    end: float
+    percent: float
+
+
+class OtherUse:
+    """Whether other programs need the machine. It begins as not busy.
+
+    It becomes busy when their mean load over `busy_after_s` reaches `busy_percent`, and idle again when that over
+    `idle_after_s` is at most `idle_percent`. Each window begins anew when it changes, so it never changes faster.
+    """
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self.busy = False
+        self._settings = settings
+        self._loads: deque[Load] = deque()
+        """Of the window, oldest first."""
+
+    def note(self, load: Load) -> bool:
+        """Takes the load since the last look. Says whether the machine is busy now."""
+        settings = self._settings
+        self._loads.append(load)
+        start = load.end - (settings.idle_after_s if self.busy else settings.busy_after_s)
+        while self._loads[0].end <= start:
+            self._loads.popleft()
+        if self._loads[0].start <= start:  # the loads reach back far enough
+            mean = _mean(self._loads, start)
+            busy = mean > settings.idle_percent if self.busy else mean >= settings.busy_percent
+            if busy is not self.busy:
+                self.busy = busy
+                self._loads.clear()
+        return self.busy
+
+
+def _mean(loads: Collection[Load], start: float) -> float:
+    """Percent, from `start` on."""
+    parts = [(load.percent, load.end - max(load.start, start)) for load in loads]
+    return sum(percent * seconds for percent, seconds in parts) / sum(seconds for _, seconds in parts)
+
+
+@dataclass(frozen=True)
+class MachineState:
+    """How the machine is now."""
+
+    on_battery: bool = False
+    busy: bool = False
+    """With other programs."""
+
+
+def reasons_to_pause(settings: NodeSettings, when: datetime, machine: MachineState) -> dict[Cause, str]:
+    """In words that follow `paused`. `when`: local time."""
+    found = {}
+    if settings.schedule is not None and not settings.schedule.allows(when):
+        found[Cause.SCHEDULE] = f"until {settings.schedule.next_start(when)}"
+    if settings.not_on_battery and machine.on_battery:
+        found[Cause.BATTERY] = "on battery"
+    if settings.only_when_idle and machine.busy:
+        found[Cause.BUSY] = "while other programs need the machine"
+    return found
+
+
+class OwnersWord:
+    """What the owner said last. It wins over every setting.
+
+    A pause lasts until its time or the next word. Going on sets aside the reasons to pause that there are at that
+    moment, each until it has passed: nobody has to remember to take it back.
+    """
+
+    def __init__(self) -> None:
+        self._pause: str | None = None
+        self._until: float | None = None
+        self._set_aside: set[Cause] = set()
+
+    def pause(self, reason: str, until: float | None = None) -> None:
+        """`reason`: in words that follow `paused`; `until`: Unix time in seconds, None: the next word."""
+        self._pause, self._until = reason, until
+        self._set_aside.clear()
+
+    def go_on(self, causes: Collection[Cause]) -> None:
+        """`causes`: of the settings, that there are now."""
+        self._pause = None
+        self._set_aside = set(causes)
+
+    def judge(self, reasons: Mapping[Cause, str], now: float) -> list[str]:
+        """Why to pause now, the owner's word before the settings'. Forgets what has passed."""
+        if self._until is not None and now >= self._until:
+            self._pause = self._until = None
+        self._set_aside &= reasons.keys()
+        own = [] if self._pause is None else [self._pause]
+        return own + [words for cause, words in reasons.items() if cause not in self._set_aside]
+
+    def set_aside(self, reasons: Mapping[Cause, str]) -> list[str]:
+        """The reasons to pause that the owner has set aside."""
+        return [words for cause, words in reasons.items() if cause in self._set_aside]
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Clocks of the processor, all in seconds."""
+
+    at: float
+    total: float
+    """Of all cores."""
+    busy: float
+    own: float
+    """Of this process and its children."""
+
+
+class Machine:
+    """Looks at the machine now and then. A look takes some milliseconds, and belongs on no event loop."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self._settings = settings
+        self._use = OtherUse(settings)
+        self._process = psutil.Process()
+        self._last = self._times()
+
+    def look(self) -> MachineState:
+        return MachineState(
+            on_battery=self._settings.not_on_battery and _on_battery(),
+            busy=self._settings.only_when_idle and self._use.note(self._load()),
+        )
+
+    def _load(self) -> Load:
+        before, self._last = self._last, self._times()
+        total = self._last.total - before.total
+        others = (self._last.busy - before.busy) - (self._last.own - before.own)
+        percent = 100 * min(1.0, max(0.0, others) / total) if total > 0 else 0.0
+        return Load(before.at, self._last.at, percent)
+
+    def _times(self) -> _Times:
+        machine = psutil.cpu_times()
+        total = sum(machine) - machine.guest - machine.guest_nice  # Linux counts guests as user, too
+        own = 0.0
+        for process in (self._process, *self._process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it has ended
+                used = process.cpu_times()
+                own += used.user + used.system
+        return _Times(time.monotonic(), total, total - machine.idle - machine.iowait, own)
+
+
+def _on_battery() -> bool:
+    """A machine that does not tell is plugged in."""
+    try:
+        battery = psutil.sensors_battery()
+    except OSError:
+        return False
+    return battery is not None and battery.power_plugged is False
+
 
 logger = logging.getLogger(__name__)
 

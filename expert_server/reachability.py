@@ -1,12 +1,25 @@
-"""Whether others reach this node, by what they tell of dialling it back. Pure: what they said is passed in."""
+"""Whether others reach this node, by what they tell of dialling it back. Pure: what they said is passed in.
 
+Keeps a node reached: lets others dial it back, and gets it relays when they can't.
+"""
+
+import asyncio
 import ipaddress
+import logging
+import random
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dht.announcements import Reachability
-from expert_server.probing import DialledBack
+from dht.announcements import NodeInfo, Reachability
+from dht.relays import RelayPatience, find_relays, relayed_addresses, some_nodes
+from dht.swarm import Stage, Swarm
+from expert_server.probe import DialledBack, call_dial_back
+from expert_server.settings import NodeSettings
+from peer.errors import DaemonError, UnreachableError
+from peer.rpc.channels import ChannelPool
+from peer.transport.addresses import endpoint, is_public, is_relayed, multiaddress
 
 
 @dataclass(frozen=True)
@@ -83,3 +96,196 @@ def _is_public(host: str) -> bool:
         return ipaddress.ip_address(host).is_global
     except ValueError:
         return False
+
+
+logger = logging.getLogger(__name__)
+
+_ASKED = 3
+_RELAYS = 4
+_UNANSWERED = 2
+"""Rounds without an answer, after which a machine with a private address takes itself for hidden."""
+_ASK_S = 20.0
+"""Longest that asking all of them may take."""
+
+
+class Reaching:
+    """How others reach this node, and what it says of that. One per node; `check` now and then."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        swarm: Swarm,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.reach = Reach()
+        self.tunnel_addresses: tuple[str, ...] = ()
+        self._settings = settings
+        self._swarm = swarm
+        self._host = ""
+        self._port = 0
+        self._addresses: tuple[str, ...] = ()
+        self._rng = rng
+        self._clock = clock
+        self._next_at = float("-inf")
+        self._patience = RelayPatience()
+        self._unanswered = 0
+        """How often in a row nobody was there to ask, or nobody answered."""
+        self._doubts = 0
+        """How often in a row others said that this node, which they reached before, is not reached any more."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """`host:port` of the expert service, as it is announced."""
+        return self._addresses
+
+    @property
+    def advice(self) -> str:
+        """What would let others connect directly; empty when they do."""
+        settings = self._settings
+        return advice(self.reach, self._host, settings.dht_port, settings.grpc_port)
+
+    async def begin(self, host: str, port: int, stage: Stage = logger.info) -> None:
+        """Finds out how others reach the expert service on this address and port. Raises UnreachableError."""
+        self._host, self._port = host, port
+        self._addresses = (self._own_address,)
+        await self.check(stage)
+        logger.info("others reach this node: %s", self.reach.in_words)
+
+    async def check(self, stage: Stage = logger.info) -> None:
+        """Asks others when it is time, and looks for relays when there are none. Raises UnreachableError."""
+        mode = self._settings.reachability
+        if mode == "public" or (mode == "auto" and self._host.startswith(("127.", "::1"))):
+            await self._be(Reach(Reachability.DIRECT))
+        elif mode == "private":
+            await self._hide(Judgement(0, service=False, dht=False, reached_at=()), stage)
+        elif self._clock() >= self._next_at:
+            await self._ask(stage)
+        if self.reach.kind in {Reachability.PUNCHED, Reachability.RELAYED}:
+            await self._note_relays(stage)
+
+    async def _ask(self, stage: Stage) -> None:
+        stage("asking others whether they reach this machine")
+        judgement = judge(await self._dials())
+        if not judgement.asked:
+            self._unanswered += 1
+            # what others told once holds until others tell anything else: the line may be down for a while
+            if self._unanswered >= _UNANSWERED and not self.reach.asked and self._is_inside():
+                await self._hide(judgement, stage)
+            return  # the next announcement tries again
+        self._unanswered = 0
+        self._next_at = self._clock() + self._settings.reachability_every_s
+        if judgement.service:
+            self._doubts = 0
+            self._addresses = self._announced(judgement)
+            await self._be(Reach(Reachability.DIRECT, asked=judgement.asked), serves_dht=judgement.dht)
+            return
+        self._doubts += 1
+        if self.reach.kind is Reachability.DIRECT and self._doubts == 1:
+            self._next_at = float(
+                "-inf"
+            )  # who was asked may have been wrong: ask others before all is changed
+            return
+        await self._hide(judgement, stage)
+
+    def _is_inside(self) -> bool:
+        """Whether this machine's address is one that the public peers whom it knows can't dial."""
+        host = self._swarm.host
+        own = multiaddress(self._settings.announce_host or self._host, self._port)
+        return not is_public(own) and any(map(is_public, (*host.joined_by, *host.known)))
+
+    def _announced(self, judgement: Judgement) -> tuple[str, ...]:
+        if self._settings.announce_host:
+            return (self._own_address,)
+        seen = (endpoint(address, self._announced_port) for address in judgement.reached_at)
+        return tuple(dict.fromkeys((*seen, self._own_address)))[:8]
+
+    async def _be(self, reach: Reach, serves_dht: bool = True) -> None:
+        """Needs no relays. Whose DHT port nobody reaches hosts no keys."""
+        self.reach = reach
+        self.tunnel_addresses = ()
+        if self._swarm.host.position.serves_dht is not serves_dht:
+            await self._move(serves_dht)
+
+    async def _move(self, serves_dht: bool, relays: Sequence[str] = ()) -> None:
+        try:
+            await self._swarm.host.move(serves_dht=serves_dht, relays=relays)
+        except DaemonError as error:  # the host tries again
+            raise UnreachableError(str(error)) from error
+
+    async def _hide(self, judgement: Judgement, stage: Stage) -> None:
+        """Is reached by its tunnel: by relays, or directly where others reach the DHT port."""
+        self._addresses = tuple(endpoint(a, self._announced_port) for a in judgement.reached_at)
+        host = self._swarm.host
+        if judgement.dht:
+            await self._be(Reach(Reachability.PUNCHED, asked=judgement.asked))
+        elif host.position.serves_dht or not host.position.relays:
+            await self._find_relays(stage)
+        self.reach = Reach(self._tunnelled_kind(), asked=judgement.asked)
+
+    def _tunnelled_kind(self) -> Reachability:
+        """By the stream that another peer opened last."""
+        directly = self._swarm.host.position.serves_dht or self._swarm.host.tunnels.last_relayed is False
+        return Reachability.PUNCHED if directly else Reachability.RELAYED
+
+    async def _note_relays(self, stage: Stage) -> None:
+        host = self._swarm.host
+        addresses = tuple(await host.tunnel_addresses())
+        relayed = [address for address in addresses if is_relayed(address)]
+        if addresses:
+            self._patience.begin_anew()
+        elif self._patience.is_over(self._clock()):
+            await self._find_relays(stage)
+        self.tunnel_addresses = addresses
+        self.reach = Reach(self._tunnelled_kind(), len(relayed), not addresses, self.reach.asked)
+
+    async def _find_relays(self, stage: Stage) -> None:
+        """Takes other peers as relays, and waits a while for the first that lets itself be used."""
+        stage("looking for a relay")
+        host, registry = self._swarm.host, self._swarm.registry
+        relays = await find_relays(host, registry, self._rng, _RELAYS)
+        if not relays:
+            self._patience.begin_anew()
+        if relays or host.position.serves_dht:
+            await self._move(False, relays)
+        if relays:
+            await relayed_addresses(host)
+
+    async def _dials(self) -> Sequence[DialledPorts]:
+        some = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)
+        nodes = [node for node in some if node.addresses]
+        nodes.sort(key=lambda node: not is_public(_multiaddress_of(node)))  # those of the internet first
+        pool = ChannelPool()
+        try:
+            async with asyncio.timeout(_ASK_S):
+                dials = await asyncio.gather(*(self._dial(pool, node) for node in nodes[:_ASKED]))
+        except TimeoutError:
+            return []
+        finally:
+            await pool.close()
+        return [dial for dial in dials if dial is not None]
+
+    async def _dial(self, pool: ChannelPool, node: NodeInfo) -> DialledPorts | None:
+        swarm_id, settings = self._swarm.keys.swarm_id, self._settings
+        dht_port = settings.announce_dht_port or self._swarm.host.position.port
+        try:
+            channel = await pool.reach(node)
+            return DialledPorts(
+                await call_dial_back(channel, swarm_id, self._announced_port),
+                await call_dial_back(channel, swarm_id, dht_port),
+            )
+        except UnreachableError as error:
+            logger.debug("%s did not dial back: %s", node.peer_id, error)
+            return None
+
+    @property
+    def _announced_port(self) -> int:
+        return self._settings.announce_grpc_port or self._port
+
+    @property
+    def _own_address(self) -> str:
+        return endpoint(self._settings.announce_host or self._host, self._announced_port)
+
+
+def _multiaddress_of(node: NodeInfo) -> str:
+    return multiaddress(node.addresses[0].rpartition(":")[0].strip("[]"), 0)

@@ -1,21 +1,51 @@
-"""The gRPC server of a node: its services, behind one port and behind the tunnel's exit."""
+"""The gRPC server of a node: its services, behind one port and behind the tunnel's exit.
 
+The standard gRPC health service, by which load balancers and orchestrators ask whether a node serves.
+
+Who may call this node: keeps what it knows of that up to date, and lets nobody in on what no longer holds.
+"""
+
+import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from expert_server.health import HealthServicer
+from dht.invites import Ledger
+from dht.swarm import Swarm
 from expert_server.probe import ProbeServicer
-from expert_server.reaching import endpoint
 from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
-from peer.errors import PortError
-from peer.host import require_free_port
-from peer.server import make_server
-from peer.rpc.sessions import SessionServicer
-from peer.wire import expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
+from peer.errors import PortError, RecordError, StartError
+from peer.rpc.calls import make_server
+from peer.rpc.sessions import Sessions, SessionServicer
+from peer.transport.addresses import endpoint, require_free_port
+from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
+
+_SERVICES = ("", expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name)
+"""The node as a whole, and the service that trainers call."""
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_health has no types
+    """Says SERVING while the node serves experts, and NOT_SERVING before, in pauses and when it leaves."""
+
+    def __init__(self, serves: Callable[[], bool]) -> None:
+        self._serves = serves
+
+    async def Check(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+        """NOT_FOUND for a service that is not known, as the protocol has it."""
+        if request.service not in _SERVICES:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"health is known of {_SERVICES[1]!r} and of ''")
+        status = health_pb2.HealthCheckResponse
+        return status(status=status.SERVING if self._serves() else status.NOT_SERVING)
+
+    async def Watch(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+        """Refused, and clients fall back to Check: streams without end would take the places of calls."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
 
 
 @dataclass(frozen=True)
@@ -55,3 +85,50 @@ async def start_server(
         raise PortError(f"can't listen on {host} port {port}: pass another port") from error
     await server.start()
     return server, bound
+
+
+logger = logging.getLogger(__name__)
+
+
+class Doorkeeper:
+    """One node's. `look` once in every announcement period."""
+
+    def __init__(
+        self, swarm: Swarm, state: Path, max_sessions: int, now: Callable[[], float] = time.time
+    ) -> None:
+        """`state`: the node's folder, where the founder's has the list of the invites it made."""
+        self.sessions = Sessions(
+            swarm.keys.swarm_id, swarm.host.peer_id, swarm.admission, limit=max_sessions, now=now
+        )
+        self._swarm = swarm
+        self._ledger = Ledger(state) if swarm.host.peer_id == swarm.keys.author else None
+        self._now = now
+        self._own_problem = ""
+
+    async def look(self) -> None:
+        """Reads the denylist and what is revoked, and ends the sessions of those it names.
+
+        The founder's node publishes what its owner has revoked. Raises UnreachableError.
+        """
+        try:
+            if self._ledger is not None:
+                await self._swarm.revocations.publish(self._ledger.revoked(self._now()))
+        except StartError as error:
+            logger.warning("%s; until then nothing more is revoked", error)
+        try:
+            await self._swarm.refresh_admission()
+        finally:
+            self.sessions.recheck()
+        self._look_at_own()
+
+    def _look_at_own(self) -> None:
+        """A node whose own token ends serves nobody any more; its owner should know why."""
+        badge = self._swarm.registry.badge
+        if badge is None:
+            return
+        try:
+            self._swarm.admission.check_own(badge, self._swarm.host.peer_id)
+        except RecordError as error:
+            if str(error) != self._own_problem:
+                logger.error("others ignore this node: %s; ask the swarm's founder for another invite", error)
+            self._own_problem = str(error)

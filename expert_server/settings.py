@@ -1,40 +1,15 @@
 """The node's settings, from a TOML file, the environment (`TALKOOT_NODE_…`) and flags."""
 
-import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 
-from dht.claims import MAX_CLAIM_S
 from expert_server.schedule import Schedule
-from peer.bounds import StoreBounds
+from peer.formatting import parse_bytes
 from peer.settings import Denied, DenylistPath, MetricsHost, MetricsPort, PeerName, RoleSettings
 
 PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
-
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
-
-
-def parse_bytes(value: object) -> object:
-    """Bytes from `2GB`, `512MiB` or `1.5g`; what is no text stays as it is. Raises ValueError."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f"{value!r} is no size: write for example 2GB or 512MiB")
-    number, prefix, binary = match.groups()
-    unit = (1024 if binary else 1000) ** " kmgt".index((prefix or " ").lower())
-    return int(float(number) * unit)
-
-
-def bytes_in_words(size: float) -> str:
-    """Such as `512 MB`, to three digits."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _parse_schedule(value: object) -> object:
@@ -253,13 +228,6 @@ class NodeSettings(RoleSettings):
         le=30,
         description="seconds for others to see a claim before the expert is served",
     )
-    max_claim_s: float = Field(
-        default=MAX_CLAIM_S,
-        ge=10,
-        le=86400,
-        allow_inf_nan=False,
-        description="seconds after which another node's claim counts no more, when it still does not serve the expert",
-    )
     max_queued_rows: int = Field(
         default=65536,
         ge=1,
@@ -287,13 +255,13 @@ class NodeSettings(RoleSettings):
         "unset: a sixteenth of the free memory",
     )
     max_dht_bytes: int = Field(
-        default=StoreBounds.total_bytes,
+        default=64 * 2**20,
         ge=2**20,
         le=2**36,
         description="memory for what others store in this node's part of the DHT, in bytes",
     )
     max_dht_key_bytes: int = Field(
-        default=StoreBounds.key_bytes,
+        default=96 * 2**10,
         ge=32 * 2**10,
         le=2**20,
         description="of that, most under one key, in bytes",
@@ -341,11 +309,6 @@ class NodeSettings(RoleSettings):
         if self.announce_grpc_port and not self.grpc_port:
             raise ValueError("grpc_port must be given too: a port is forwarded to it")
         return self
-
-    @property
-    def store_bounds(self) -> StoreBounds:
-        """Of the node's part of the DHT."""
-        return StoreBounds(self.max_dht_bytes, self.max_dht_key_bytes)
 
     @property
     def lifetime_s(self) -> float:

@@ -1,7 +1,25 @@
-"""What a node does now, and what it shows of itself."""
+"""What a node does now, and what it shows of itself.
 
+What a node has contributed, over all its runs: a small file in its state folder.
+
+What a node says of itself in the DHT. Pure: `now` and the node's status are passed in.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dht.announcements import Activity, Reachability
+from expert_server.settings import NodeSettings
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.files import write_whole
+from peer.wire import records_pb2
 
 
 class NodeState(Enum):
@@ -57,3 +75,141 @@ class NodeStatus:
     """How others reach it, in words, such as `direct` or `relayed by 3 relays`."""
     reach_advice: str = ""
     """What would let them connect directly; empty when they do."""
+
+
+logger = logging.getLogger(__name__)
+
+_MAX_FILE_BYTES = 4096
+
+
+class Contribution(BaseModel):
+    """Rows computed, optimizer steps taken, and seconds served."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rows: int = Field(default=0, ge=0, lt=2**63)
+    updates: int = Field(default=0, ge=0, lt=2**63)
+    served_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+class Account:
+    """Counts on from what the file says. One process at a time uses it."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._before = _read(path)
+        self._served_s = 0.0
+        self._serves_since: float | None = None
+
+    def note(self, *, serves: bool) -> None:
+        """Whether the node serves from now on."""
+        now = self._clock()
+        if self._serves_since is not None:
+            self._served_s += now - self._serves_since
+        self._serves_since = now if serves else None
+
+    def total(self, rows: int, updates: int) -> Contribution:
+        """`rows` and `updates`: of this run."""
+        before = self._before
+        return Contribution(
+            rows=before.rows + rows,
+            updates=before.updates + updates,
+            served_s=before.served_s + self._served_s,
+        )
+
+    async def save(self, total: Contribution) -> None:
+        """Whole or not at all. A disk that is full is a warning."""
+        try:
+            await asyncio.to_thread(self._write, total)
+        except OSError as error:
+            logger.warning("could not write %s: %s", self._path, error)
+
+    async def save_every(self, seconds: float, total: Callable[[], Contribution]) -> None:
+        """For ever."""
+        while True:
+            await asyncio.sleep(seconds)
+            await self.save(total())
+
+    def _write(self, total: Contribution) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(self._path, total.model_dump_json().encode())
+
+
+def _read(path: Path) -> Contribution:
+    """What is not there, or not as it was written, counts as nothing."""
+    try:
+        with path.open("rb") as file:
+            return Contribution.model_validate_json(file.read(_MAX_FILE_BYTES))
+    except FileNotFoundError:
+        return Contribution()
+    except (OSError, ValidationError) as error:
+        logger.warning(
+            "%s can't be read, the contribution is counted anew: %s", path, str(error).split("\n")[0]
+        )
+        return Contribution()
+
+
+_RATE_OVER_S = 5.0
+"""Shortest time over which rows per second are counted."""
+
+
+class Description:
+    """Makes a node's records, one after the other, and remembers what the next one is compared with."""
+
+    def __init__(self, settings: NodeSettings, certificate: bytes, started_at: float) -> None:
+        self._settings = settings
+        self._certificate = certificate
+        self._started_at = started_at
+        self._said_at: float | None = None
+        self._rows_at = (started_at, 0)
+        self._rows_per_s = 0.0
+
+    def record(
+        self,
+        status: NodeStatus,
+        activity: Activity,
+        now: float,
+        *,
+        addresses: Sequence[str],
+        bootstrap_addresses: Sequence[str],
+        metrics_address: str,
+        reachability: Reachability = Reachability.UNKNOWN,
+        tunnel_addresses: Sequence[str] = (),
+    ) -> records_pb2.NodeRecord:
+        """The record that is true now. A node that pauses or leaves offers no room."""
+        self._count(status.rows, now)
+        return records_pb2.NodeRecord(
+            addresses=addresses,
+            certificate=self._certificate,
+            protocol_version=PROTOCOL_VERSION,
+            software_version=SOFTWARE_VERSION,
+            expert_count=status.experts,
+            expert_capacity=status.capacity if activity is Activity.SERVING else 0,
+            rows_processed=status.rows,
+            updates=status.updates,
+            started_at=self._started_at,
+            bootstrap_addresses=bootstrap_addresses,
+            name=self._settings.name or "",
+            activity=activity.value,
+            metrics_address=metrics_address,
+            rows_per_s=self._rows_per_s,
+            renew_every_s=self._renewal(now),
+            contributed_rows=status.contributed_rows,
+            contributed_updates=status.contributed_updates,
+            contributed_s=status.contributed_hours * 3600,
+            reachability=reachability.value,
+            tunnel_addresses=tunnel_addresses,
+        )
+
+    def _count(self, rows: int, now: float) -> None:
+        then, before = self._rows_at
+        if now - then >= _RATE_OVER_S:
+            self._rows_per_s = (rows - before) / (now - then)
+            self._rows_at = (now, rows)
+
+    def _renewal(self, now: float) -> float:
+        """As long as the last time: a round of announcements takes time too."""
+        last, self._said_at = self._said_at, now
+        took_s = 0.0 if last is None else now - last
+        return min(max(self._settings.announce_every_s, took_s), self._settings.lifetime_s)

@@ -14,6 +14,9 @@ from typing import Generic, TypeVar
 from hivemind.p2p import PeerID
 from torch import Tensor
 
+MAX_UPDATE_COUNT = 10**15
+"""An expert that has taken so many steps counts no further, and nobody may say that it has."""
+
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 

@@ -1,8 +1,37 @@
 """Files that are whole or not there, whatever happens to the writer."""
 
+import fcntl
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
+
+from peer.errors import StateFolderError
+
+
+class StateFolder:
+    """A peer's folder on disk, held by one process at a time; the kernel lets go of it when the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises StateFolderError when the folder can't be used or another process uses it."""
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock: IO[str] = (path / "lock").open("w")
+        except OSError as error:
+            raise StateFolderError(
+                f"can't use the state folder {path}: {error.strerror}; pass another --state"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise StateFolderError(
+                f"another process uses the state folder {path}: stop it, or pass another --state"
+            ) from None
+
+    def close(self) -> None:
+        self._lock.close()
 
 
 def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:

@@ -1,5 +1,38 @@
 """Counts as people read them."""
 
+import re
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
+
+
+def parse_bytes(value: object) -> object:
+    """Bytes from `2GB`, `512MiB` or `1.5g`; what is no text stays as it is. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is no size: write for example 2GB or 512MiB")
+    number, prefix, binary = match.groups()
+    unit = (1024 if binary else 1000) ** " kmgt".index((prefix or " ").lower())
+    return int(float(number) * unit)
+
+
+def bytes_in_words(size: float) -> str:
+    """Such as `512 MB`, to three digits."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def age_in_words(seconds: float) -> str:
+    """Such as `90 s`, `12 min`, `5 h` or `3 days`."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
 
 def counted(number: int, noun: str, form: str = "") -> str:
     """Such as `1 expert`, `1234 rows`, or with `,` as its form `1,234 rows`."""

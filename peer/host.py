@@ -2,27 +2,23 @@
 
 import asyncio
 import contextlib
-import errno
 import logging
-import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Self
 
-import psutil
 from hivemind.dht.node import DHTNode
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 
-from peer.bounds import StoreBounds
-from peer.transport.p2pd import P2PD_ERRORS, START_DEADLINE_S, Daemon, Position, start_daemon, start_dht
-from peer.errors import DaemonError, PortError, UnreachableError, UserError
-from peer.greeting import Greeting, check_greetings, greet
+from peer.errors import DaemonError, UnreachableError, UserError
 from peer.identity import Identity
-from peer.transport.addresses import is_public, is_relayed, tcp_endpoint
+from peer.kademlia.node import Greeting, check_greetings, greet, start_dht
+from peer.kademlia.storage import StoreBounds, StoreCounts
 from peer.processes import sweep_dead_sockets
-from peer.kademlia.storage import StoreCounts
+from peer.transport.addresses import is_public, is_relayed, require_free_port, tcp_endpoint
+from peer.transport.p2pd import P2PD_ERRORS, START_DEADLINE_S, Daemon, Position, start_daemon
 from peer.transport.tunnel import Pipe, Tunnels
 
 logger = logging.getLogger(__name__)
@@ -308,32 +304,6 @@ class Host:
         self._restarted.set()
         logger.warning("the libp2p daemon runs again and has joined by %d known addresses", len(joined))
         return True
-
-
-def default_listen_address() -> str:
-    """The first IPv4 address of a network interface that is up, loopback when there is none."""
-    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    for name, addresses in sorted(psutil.net_if_addrs().items()):
-        for address in addresses:
-            if name in up and address.family == socket.AF_INET and not address.address.startswith("127."):
-                return str(address.address)
-    return "127.0.0.1"
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Raises PortError when the port is taken or the address is not this machine's. Port 0 is always free."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                raise PortError(
-                    f"can't listen on {host}, which is no address of this machine: pass one that `ip address` shows"
-                ) from error
-            raise PortError(
-                f"can't listen on {host} port {port}: {error.strerror}; pass another port"
-            ) from error
 
 
 def _addresses(greetings: Iterable[Greeting]) -> tuple[str, ...]:

@@ -1,12 +1,20 @@
-"""The one asyncio loop of a process: on the main thread of a node, on a thread of its own beside torch."""
+"""The one asyncio loop of a process: on the main thread of a node, on a thread of its own beside torch.
+
+The rounds that a running node makes again and again, and what the DHT did not do in them.
+
+What a trainer does beside training: each task begins again when it fails, and says so.
+"""
 
 import asyncio
+import logging
 import threading
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import uvloop
+
+from peer.errors import UnreachableError
 
 T = TypeVar("T")
 
@@ -53,3 +61,81 @@ class LoopThread:
         self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
+
+
+logger = logging.getLogger(__name__)
+
+Step: TypeAlias = Callable[[], Awaitable[None]]
+
+
+class Rounds:
+    """Runs steps by the name of their round, and remembers which rounds failed the last time."""
+
+    def __init__(self, again_s: float) -> None:
+        """`again_s`: until the next round, in seconds, for the log."""
+        self.failures = 0
+        """Rounds that failed, since the start."""
+        self._again_s = again_s
+        self._failing: set[str] = set()
+
+    @property
+    def are_failing(self) -> bool:
+        """Whether one of them failed the last time."""
+        return bool(self._failing)
+
+    async def run(self, name: str, *steps: Step) -> None:
+        """Runs all steps, also when the DHT does not answer in one of them."""
+        failures = [error for step in steps if (error := await tried(step))]
+        if failures:
+            self.failures += 1
+            self._failing.add(name)
+            logger.warning("%s; trying again in %.0f s", failures[0], self._again_s)
+        else:
+            self._failing.discard(name)
+
+
+async def tried(step: Step) -> UnreachableError | None:
+    """Runs it; gives back what the DHT did not do."""
+    try:
+        await step()
+    except UnreachableError as error:
+        return error
+    return None
+
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+"""Before a task begins again; each time twice as long, unless it has run for longer than the longest."""
+
+
+class Chores:
+    """Tasks of one loop. They fail by mistakes in the program alone: what peers do, each handles itself."""
+
+    def __init__(self, first_pause_s: float = _FIRST_PAUSE_S) -> None:
+        self.failures = 0
+        self._first_pause_s = first_pause_s
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def begin(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._tasks.append(asyncio.create_task(self._keep(name, run), name=name))
+
+    async def end(self) -> None:
+        """Ending twice is harmless."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _keep(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        pause_s, now = self._first_pause_s, asyncio.get_running_loop().time
+        while True:
+            began = now()
+            try:
+                await run()
+            except Exception:
+                self.failures += 1
+                if now() - began > _LONGEST_PAUSE_S:
+                    pause_s = self._first_pause_s
+                logger.exception("could not %s; trying again in %.0f s", name, pause_s)
+            else:
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -1,7 +1,6 @@
 """Child processes that never outlive their parent, what killed ones leave, and state folders for one process."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import socket
@@ -9,9 +8,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
-
-from peer.errors import StateFolderError
 
 _SOCKET_FOLDER = Path("/tmp")  # noqa: S108  # hivemind puts its sockets there, whatever TMPDIR says
 _LONGEST_FOLDER = 55
@@ -71,28 +67,3 @@ def _is_unbound(path: Path) -> bool:
         except OSError:
             return False  # not ours to judge
     return False
-
-
-class StateFolder:
-    """A peer's folder on disk, held by one process at a time; the kernel lets go of it when the process ends."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises StateFolderError when the folder can't be used or another process uses it."""
-        self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock: IO[str] = (path / "lock").open("w")
-        except OSError as error:
-            raise StateFolderError(
-                f"can't use the state folder {path}: {error.strerror}; pass another --state"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise StateFolderError(
-                f"another process uses the state folder {path}: stop it, or pass another --state"
-            ) from None
-
-    def close(self) -> None:
-        self._lock.close()

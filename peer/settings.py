@@ -1,9 +1,13 @@
-"""Settings: one pydantic model per role, from a TOML file, the environment and flags; flags are strongest."""
+"""Settings: one pydantic model per role, from a TOML file, the environment and flags; flags are strongest.
+
+What some options need and not everybody installs.
+"""
 
 import os
 import tomllib
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -160,3 +164,9 @@ def _keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     return "".join(f" (did you mean {each}?)" for each in get_close_matches(name, list(known), 1))
+
+
+def require(module: str, extra: str, purpose: str) -> None:
+    """Raises SettingsError that says how to install it."""
+    if find_spec(module) is None:
+        raise SettingsError(f"{purpose} needs the package {module}: pip install 'talkoot[{extra}]'")

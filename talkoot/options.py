@@ -11,8 +11,8 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from peer.errors import InstallationError, UserError
-from talkoot.terminal import LogFormat, Terminal, set_up_logging
 from talkoot.signals import Stopped, StopSignals
+from talkoot.terminal import LogFormat, Terminal, set_up_logging
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo

@@ -1,4 +1,9 @@
-"""What a command shows: log lines for people or as JSON, stages of starting, and JSON lines for programs."""
+"""What a command shows: log lines for people or as JSON, stages of starting, and JSON lines for programs.
+
+Tables that fit on the terminal.
+
+The bar of a training, with what its last step brought.
+"""
 
 import json
 import logging
@@ -6,14 +11,17 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from peer.errors import StartError, UserError
 
@@ -194,9 +202,46 @@ def _not_written(path: Path, option: str, error: OSError) -> StartError:
     return StartError(f"can't write {path}: {error.strerror}; pass another {option} FILE")
 
 
-def age_in_words(seconds: float) -> str:
-    """Such as `90 s`, `12 min`, `5 h` or `3 days`."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
+_WIDE = 10_000
+
+
+class FittingTable:
+    """A table that leaves out the columns that matter least, rather than break words, where all would be too wide."""
+
+    def __init__(self, title: str, columns: Sequence[str], first_to_go: Sequence[str]) -> None:
+        self._title, self._columns, self._first_to_go = title, tuple(columns), tuple(first_to_go)
+        self._rows: list[tuple[str, ...]] = []
+
+    def add_row(self, *cells: str) -> None:
+        """One cell for each column."""
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for left_out in range(len(self._first_to_go) + 1):
+            table = self._table(self._first_to_go[:left_out])
+            if console.measure(table, options=options.update(width=_WIDE)).maximum <= options.max_width:
+                break
+        yield table
+
+    def _table(self, without: Sequence[str]) -> Table:
+        shown = [n for n, column in enumerate(self._columns) if column not in without]
+        gone = f" (too narrow for: {', '.join(without)})" if without else ""
+        table = Table(title=self._title + gone)
+        for n in shown:
+            table.add_column(self._columns[n], overflow="fold")
+        for row in self._rows:
+            table.add_row(*(row[n] for n in shown))
+        return table
+
+
+class StepBar(Progress):
+    """A bar, and below it a task's description, which takes several lines where the terminal is narrow."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            # the terminal's console leaves lines whole unless told otherwise
+            yield Text(task.description, no_wrap=False, overflow="fold")

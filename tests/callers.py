@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peer.identity import Identity
-from peer.own_sessions import OwnSessions
-from peer.rpc.sessions import Metadata, Right, Sessions
+from peer.rpc.sessions import Metadata, OwnSessions, Right, Sessions
 from peer.wire import session_pb2
 
 RIGHTS: tuple[Right, ...] = (

@@ -6,8 +6,9 @@ from typing import Any
 
 import grpc
 
-from peer.rpc.channels import SERVER_OPTIONS, server_credentials
 from peer.identity import Identity
+from peer.rpc.calls import server_credentials
+from peer.rpc.channels import SERVER_OPTIONS
 
 
 class _Garbage(grpc.GenericRpcHandler):

@@ -11,40 +11,32 @@ from typing import Any, Literal, Self
 
 import platformdirs
 
-from dht.admission import RIGHTS, Role
+from dht.admission import RIGHTS, Denylist, Role
 from dht.directory import Directory
 from dht.invites import Invite
 from dht.manifest import Manifest
+from dht.relays import Relayed, is_hidden
 from dht.swarm import Stage, Swarm, join_swarm
-from peer.rpc.channels import ChannelPool
 from peer.codec import codec_of
-from peer.denylist import Denylist
 from peer.errors import SwarmError, UnreachableError
-from peer.host import default_listen_address
+from peer.files import StateFolder
 from peer.identity import Identity
-from peer.loop import LoopThread
-from peer.transport.addresses import tcp_endpoint
-from peer.own_sessions import OwnSessions
-from peer.processes import StateFolder
-from peer.rpc.sessions import Sessions
+from peer.loop import Chores, LoopThread
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import OwnSessions, Sessions
 from peer.settings import DENYLIST
+from peer.transport.addresses import default_listen_address, tcp_endpoint
 from peer.wire import session_pb2
 from trainer_client.announcer import Presence, reached_at
 from trainer_client.averaging.averager import Averaging
-from trainer_client.dispatch.policy import CircuitBreakers
-from trainer_client.calls import ExpertCaller
-from trainer_client.chores import Chores
-from trainer_client.dense import DenseForm
+from trainer_client.averaging.dense_part import DenseForm, SharedPart
+from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.dispatch.grpc_caller import GrpcCaller
-from trainer_client.introductions import Introductions
-from trainer_client.mixtures import Mixtures
-from trainer_client.moe import RemoteMixtureOfExperts
-from trainer_client.reached import Relayed, is_hidden
-from trainer_client.training.record import Progress
+from trainer_client.dispatch.grpc_caller import GrpcCaller, Introductions
+from trainer_client.dispatch.policy import CircuitBreakers, WaitPolicy
+from trainer_client.moe import Mixtures, RemoteMixtureOfExperts
 from trainer_client.settings import TrainerSettings
-from trainer_client.averaging.dense_part import SharedPart
-from trainer_client.waiting import WaitPolicy
+from trainer_client.training.record import Progress
 
 _LOOK_AGAIN_S = 0.5
 _CHECK_EVERY_S = 10.0

@@ -5,6 +5,8 @@ experts, and which weights, the router says.
 
 Shapes: B sequences, T positions, R = B * T rows, U rows that are routed (tokens, or whole sequences), K experts for
 each row, D hidden size.
+
+The mixture layers of one trainer, as its settings and the manifest want them.
 """
 
 import threading
@@ -19,11 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from dht.beam_search import Selection
 from dht.directory import PrefixTables
+from dht.manifest import Manifest
 from peer.codec import Floats
+from peer.errors import SettingsError
 from trainer_client.balancing import LoadSpread, balancing_loss, load_spread
-from trainer_client.forward_pass import ForwardPass
-from trainer_client.gate import Gate
-from trainer_client.routers import Routing, noisy_scores
+from trainer_client.dispatch.batches import ForwardPass
+from trainer_client.routers import Gate, Routing, experts_for_each_row, noisy_scores
+from trainer_client.settings import TrainerSettings
 
 T = TypeVar("T")
 
@@ -244,3 +248,53 @@ class _CallExperts(torch.autograd.Function):
         numbers = np.ascontiguousarray(gradients_RKD.detach().cpu().numpy())
         total_RD = ctx.mixture.call_backward(ctx.forward_pass, numbers)
         return torch.from_numpy(total_RD).to(gradients_RKD.device), None, None, None
+
+
+class Mixtures:
+    """Makes them, all with the same experts behind them."""
+
+    def __init__(
+        self, manifest: Manifest, settings: TrainerSettings, own_seed: int, experts: Experts, run: "Run[Any]"
+    ) -> None:
+        """`own_seed` is taken where the settings have none. Raises SettingsError when the router doesn't fit."""
+        self._manifest = manifest
+        self._k = experts_for_each_row(settings.router, settings.top_k, manifest)
+        self._routing = Routing(
+            settings.router,
+            settings.balance_weight,
+            settings.expert_dropout,
+            settings.gate_scale,
+            own_seed if settings.seed is None else settings.seed,
+        )
+        self._experts = experts
+        self._run = run
+
+    def make(
+        self,
+        layer: int,
+        choose_by: Literal["token", "sequence"] | None = None,
+        gradient_scale: Callable[[], float] | None = None,
+        routing_prefix: int = 0,
+    ) -> RemoteMixtureOfExperts:
+        """The mixture of one layer of the model, from 0, which routes as the manifest says unless `choose_by` is given.
+
+        Raises SettingsError.
+        """
+        model = self._manifest.model
+        if choose_by is None:
+            routing_prefix = self._manifest.routing.prefix
+            choose_by = "sequence" if routing_prefix else "token"
+        if not 0 <= layer < model.layers:
+            raise SettingsError(f"layer {layer}: this swarm has layers 0 to {model.layers - 1}")
+        return RemoteMixtureOfExperts(
+            layer,
+            model.hidden,
+            self._manifest.experts.grid,
+            self._k,
+            self._experts,
+            self._run,
+            choose_by,
+            self._routing,
+            gradient_scale,
+            routing_prefix,
+        )

@@ -1,9 +1,15 @@
-"""The trainer's settings, from a TOML file, the environment (`TALKOOT_TRAIN_…`) and flags."""
+"""The trainer's settings, from a TOML file, the environment (`TALKOOT_TRAIN_…`) and flags.
+
+Presets: what a trainer sets for each kind of experts, as `benchmarks.recipe` found it (docs/recipe.md).
+
+The manifests that go with them are in deploy/presets/. What a person sets is stronger than a preset.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from peer.errors import SettingsError
@@ -16,7 +22,52 @@ from peer.settings import (
     RoleSettings,
     describe_validation_error,
 )
-from trainer_client.presets import PresetName, with_preset
+
+
+class Sampling(RoleSettings):
+    """How the next token is drawn from what the model expects."""
+
+    env_prefix: ClassVar[str] = "TALKOOT_GENERATE_"
+
+    temperature: float = Field(
+        default=0.8, ge=0, le=100, allow_inf_nan=False, description="0 takes the likeliest token always"
+    )
+    top_k: int | None = Field(default=None, ge=1, description="only the k likeliest tokens; unset: all")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="only the likeliest tokens that make up this probability"
+    )
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="unset: other text each time")
+    max_tokens: int = Field(default=200, ge=1, le=10**7, description="tokens to generate")
+
+    def generator(self) -> torch.Generator:
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+PresetName = Literal["transformer", "ffn"]
+
+_ONE_EXPERT: dict[str, Any] = {
+    "router": "switch",
+    "balance_weight": 0.01,
+    "gate_scale": 0.1,
+    # no text was seen twice, so nothing was learned by heart
+    "expert_dropout": 0.0,
+    "learning_rate": 2e-3,
+    "warmup_steps": 20,
+}
+
+PRESETS: dict[PresetName, dict[str, Any]] = {"transformer": _ONE_EXPERT, "ffn": _ONE_EXPERT}
+
+
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, and those of the preset that they name where they have none. An unknown name is left as it is."""
+    preset = PRESETS.get(values.get("preset"))  # type: ignore[arg-type]  # whatever was given
+    return dict(values) if preset is None else {**preset, **values}
+
 
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
 Precision = Literal["fp32", "bf16"]

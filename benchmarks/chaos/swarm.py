@@ -18,8 +18,8 @@ from benchmarks.chaos.links import PairLinks
 from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.schedule import FOUNDER, Deed, Event
 from dht.invites import Invite
-from talkoot.demo.processes import Child, Children
 from talkoot.demo.links import Link
+from talkoot.demo.processes import Child, Children
 
 HOST = "127.0.0.1"
 _START_LIMIT_S = 300.0

@@ -16,13 +16,13 @@ from dht.invites import Invite
 from dht.registry import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm, join_swarm
 from dht.uid import UID
-from peer.rpc.channels import ChannelPool
 from peer.codec import Floats
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity
-from peer.own_sessions import OwnSessions
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import OwnSessions
 from peer.wire import session_pb2
-from trainer_client.calls import Request
+from trainer_client.dispatch.batches import Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 from trainer_client.dispatch.spot_checks import TOLERANCE, difference
 

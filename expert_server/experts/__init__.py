@@ -1,0 +1,1 @@
+"""One expert: its module, optimizer, state and device."""

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from math import isfinite
-from typing import TypeAlias
 
 import torch
 from grpc import StatusCode
@@ -19,16 +18,12 @@ from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block, weightless_block
 from expert_server.experts.devices import ComputeDevice
+from expert_server.experts.format import BLOCK, State, block_tensors, check_numbers, check_state, moment_name
 from expert_server.experts.graphs import Graph, Places, Version
-from expert_server.experts.optimizer import Guard
-from expert_server.optimizer import Optimizer
-from expert_server.experts.format import BLOCK, block_tensors, check_numbers, check_state, moment_name
+from expert_server.experts.optimizer import Guard, Optimizer
+from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import ExpertError
-from peer.rpc.transfer import MAX_UPDATE_COUNT
-from peer.step_size import step_size
-
-State: TypeAlias = dict[str, Tensor]
-"""What an expert is made of: `block.…` and `optimizer.…` tensors by name, on the CPU."""
+from peer.layers import step_size
 
 _ROWS_WORTH_A_COPY = 64
 """Rows whose outputs take longer to compute again than the parameters take to copy."""

@@ -1,0 +1,1 @@
+"""Which experts a node hosts, and how their replicas are kept alike."""

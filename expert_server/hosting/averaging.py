@@ -1,4 +1,7 @@
-"""Keeping replicas together: now and then each meets another of the same expert, and both become their average."""
+"""Keeping replicas together: now and then each meets another of the same expert, and both become their average.
+
+How two replicas of an expert become one state again. Pure.
+"""
 
 import asyncio
 import logging
@@ -9,25 +12,53 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from hivemind.p2p import PeerID
+from torch import Tensor
 
 from dht.registry import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
-from expert_server.averaging import averaged
-from expert_server.state.checkpoints import Checkpoints
 from expert_server.experts.expert import Expert
-from expert_server.hints import Hint, HintQueue
-from expert_server.hosting.manager import Hosting
-from expert_server.leaving import serving_elsewhere
+from expert_server.experts.format import Checkpoint, State, from_bytes
+from expert_server.hosting.manager import Hosting, serving_elsewhere
 from expert_server.serving.runtime import Runtime
 from expert_server.settings import NodeSettings
-from expert_server.state_format import Checkpoint, from_bytes
+from expert_server.state.checkpoints import Checkpoints
+from expert_server.state.servicer import Hint, HintQueue
 from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker, StateClient
+from peer.averaging import MAX_UPDATE_COUNT, Meetings, drawn, their_share
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
-from peer.averaging import Meetings, their_share
-from peer.rpc.transfer import MAX_UPDATE_COUNT
 from peer.wire import state_pb2
+
+
+def averaged(current: State, base: State, theirs: State, share: float) -> State:
+    """The state `current` after `base`, from which it came, was averaged with `theirs`.
+
+    So updates that were taken since `base` are kept. A moment that one side lacks counts as zeros there.
+    """
+    names = current.keys() | theirs.keys()
+    return {
+        name: _averaged(name, current.get(name), base.get(name), theirs.get(name), share)
+        for name in sorted(names)
+    }
+
+
+def _averaged(
+    name: str, current: Tensor | None, base: Tensor | None, theirs: Tensor | None, share: float
+) -> Tensor:
+    like = current if current is not None else theirs
+    assert like is not None, "one of the two states has it"
+    now, then, other = (torch.zeros_like(like) if t is None else t for t in (current, base, theirs))
+    if not like.is_floating_point():
+        return torch.maximum(now, other)
+    if name.endswith(".step"):  # of the optimizer: a count, for the correction of its bias
+        return now + (torch.maximum(then, other) - then)
+    result = drawn(now, then, other, share)
+    if name.endswith(".exp_avg_sq"):
+        result.clamp_(min=0)
+    return result.to(like.dtype)
+
 
 logger = logging.getLogger(__name__)
 

@@ -1,19 +1,30 @@
-"""Which experts need a host or a replica most, and who of several volunteers takes one. Pure functions."""
+"""Which experts need a host or a replica most, and who of several volunteers takes one. Pure functions.
+
+When a full node exchanges a replica that others host often enough for one that is needed more. Pure functions.
+
+Which experts need somebody, as one node sees it: all of a small grid, and of a large one as much as it can read.
+
+Reading every expert of a large grid in each announcement period costs more than hosting some. A prefix says at once
+which coordinates after it are active: so the prefixes are read first, and then only the experts of this node, the
+vacant ones, and some of the others.
+"""
 
 import hashlib
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from statistics import median_low
 from types import MappingProxyType
 
+import numpy as np
 from hivemind.p2p import PeerID
 
-from dht.registry import Replica, ReplicaState
+from dht.manifest import Manifest
+from dht.registry import Prefix, Registry, Replica, ReplicaState
 from dht.uid import UID
-from peer.averaging import freshest_first, most_believed
-from peer.rpc.transfer import MAX_UPDATE_COUNT
+from peer.averaging import MAX_UPDATE_COUNT, freshest_first, most_believed
 
 _BEHIND = 0.9
 """Replicas that average differ less in their updates: with fewer than this part one began anew."""
@@ -200,3 +211,171 @@ def _outranks(other: Replica, update_count: int, peer_id: PeerID) -> bool:
         return other.state is ReplicaState.SERVING and not _is_behind(other.update_count, update_count)
     theirs = other.update_count, preference(other.uid, other.peer_id)
     return theirs > (update_count, preference(other.uid, peer_id))
+
+
+BUSY_ROWS = 512
+"""An expert is overloaded when at least so many rows wait at each of its hosts,"""
+BUSIER = 4
+"""and so many times as many as at the hosts of the expert that is given for it."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a node gives up, and what it hosts in its place."""
+
+    gives: UID
+    takes: UID
+
+
+def exchange(
+    replicas: Mapping[UID, Collection[Replica]], mine: Collection[UID], peer_id: PeerID, enough: int
+) -> Exchange | None:
+    """The exchange that helps most, by what all peers see; None when none pays.
+
+    Only an expert with more than `enough` serving replicas is given up, and never by the `enough` hosts that prefer it
+    most: so whoever else exchanges at the same moment, those keep it. It goes for an expert with fewer than `enough`
+    replicas, or else for one whose hosts are all overloaded while those of this one are not. Only what some host can
+    give is taken.
+    """
+    given = [uid for uid in mine if _can_go(replicas.get(uid, ()), uid, peer_id, enough)]
+    if not given:
+        return None
+    gives = min(
+        given, key=lambda uid: (_queue(replicas[uid]), -staying(replicas[uid]), preference(uid, peer_id))
+    )
+    others = [uid for uid, hosts in replicas.items() if uid not in mine and _serving(hosts)]
+    thin = [uid for uid in others if staying(replicas[uid]) < enough]
+    if thin:
+        takes = min(thin, key=lambda uid: (staying(replicas[uid]), preference(uid, peer_id)))
+        return Exchange(gives, takes)
+    least = max(BUSY_ROWS, BUSIER * _queue(replicas[gives]))
+    busy = [uid for uid in others if _queue(replicas[uid]) >= least]
+    if not busy:
+        return None
+    return Exchange(gives, max(busy, key=lambda uid: (_queue(replicas[uid]), preference(uid, peer_id))))
+
+
+class Resolve:
+    """Lets an exchange happen only when it has been wished for long enough, and the last one is long ago."""
+
+    def __init__(self, looks: int, pause_s: float) -> None:
+        """`looks` in a row must wish to give up the same expert: longer than announcements live, so that a host
+        which died is not counted on. `pause_s` lies between two exchanges at least; 0: there is none.
+        """
+        self._looks = looks
+        self._pause_s = pause_s
+        self._gives: UID | None = None
+        self._seen = 0
+        self._last: float | None = None
+
+    def is_firm(self, wish: Exchange | None, now: float) -> bool:
+        """Notes what one look wished for. Whether it may be done now."""
+        gives = wish.gives if wish is not None else None
+        self._seen = self._seen + 1 if gives == self._gives else 1
+        self._gives = gives
+        if gives is None or self._seen < self._looks or not self._pause_s:
+            return False
+        return self._last is None or now >= self._last + self._pause_s
+
+    def done(self, now: float) -> None:
+        """An exchange was made or tried."""
+        self._last, self._seen = now, 0
+
+
+def _can_go(hosts: Collection[Replica], uid: UID, peer_id: PeerID, enough: int) -> bool:
+    own = preference(uid, peer_id)
+    before = [replica for replica in _serving(hosts) if preference(uid, replica.peer_id) > own]
+    return len(before) >= max(1, enough)
+
+
+def _serving(hosts: Collection[Replica]) -> list[Replica]:
+    return [replica for replica in hosts if replica.state is ReplicaState.SERVING]
+
+
+def _queue(hosts: Collection[Replica]) -> int:
+    """Rows that wait at the least loaded host."""
+    return min((replica.queued_rows for replica in _serving(hosts)), default=0)
+
+
+READ_WHOLE = 1024
+"""Grids with so many experts are read whole."""
+MOST_PREFIXES = 1024
+"""Of a grid with more rows than that some are read, others after a while."""
+_ROWS_FOR = 6
+"""Looks at the same rows of such a grid: what is vacant must be so twice before it is adopted."""
+MOST_VACANT = 512
+SAMPLED = 256
+"""Active experts that are read to see which have few replicas: other nodes see others."""
+
+
+class Survey:
+    """What one node reads of its swarm in each announcement period."""
+
+    def __init__(
+        self, registry: Registry, manifest: Manifest, peer_id: PeerID, rng: random.Random | None = None
+    ) -> None:
+        self._registry = registry
+        self._manifest = manifest
+        self._peer_id = peer_id
+        self._rng = rng or random.SystemRandom()
+        self._had_host = np.zeros((manifest.model.layers, *manifest.experts.grid), dtype=bool)
+        self._looks = 0
+
+    async def read(self, mine: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+        """The replicas of this node's experts and of others that matter. Raises UnreachableError."""
+        if self._manifest.experts_total <= READ_WHOLE:
+            return self._noted(await self._registry.replicas(self._manifest.uids()))
+        rows = self._rows()
+        active = await self._registry.prefixes(rows, self._manifest.experts.grid[-1])
+        vacant = self._preferred(self._vacant(rows, active))
+        others = [UID(layer, (*row, last)) for (layer, row), some in active.items() for last in some]
+        sample = self._rng.sample(others, min(SAMPLED, len(others)))
+        return self._noted(await self._registry.replicas({*mine, *vacant, *sample}))
+
+    def had_host(self, uid: UID) -> bool:
+        """Whether anybody was seen to host the expert or to claim it."""
+        return bool(self._had_host[uid.layer, *uid.coordinate])
+
+    def _noted(self, replicas: dict[UID, tuple[Replica, ...]]) -> dict[UID, tuple[Replica, ...]]:
+        for uid, hosts in replicas.items():
+            if hosts and self._manifest.holds(uid):
+                self._had_host[uid.layer, *uid.coordinate] = True
+        return replicas
+
+    def _rows(self) -> list[Prefix]:
+        """All prefixes that lack the last coordinate, or as many of them as are read now."""
+        shape = (self._manifest.model.layers, *self._manifest.experts.grid[:-1])
+        count = int(np.prod(shape))
+        numbers = np.arange(count)
+        if count > MOST_PREFIXES:
+            # the same for some looks, and other nodes look at others
+            turn = random.Random(f"{self._peer_id} {self._looks // _ROWS_FOR}")  # noqa: S311  # no secret
+            numbers = np.random.default_rng(turn.getrandbits(64)).permutation(count)
+            # first rows where somebody was: who died there may have left no prefix
+            was_used = self._had_host.any(axis=-1).ravel()[numbers]
+            used = numbers[was_used][: MOST_PREFIXES // 2]
+            numbers = np.concatenate([used, np.setdiff1d(numbers, used, assume_unique=True)])[:MOST_PREFIXES]
+        self._looks += 1
+        return [
+            (int(layer), tuple(map(int, row)))
+            for layer, *row in zip(*np.unravel_index(numbers, shape), strict=True)
+        ]
+
+    def _vacant(self, rows: Collection[Prefix], active: dict[Prefix, frozenset[int]]) -> Iterator[UID]:
+        """Those that had a host first."""
+        for layer, row in rows:
+            self._had_host[layer][row][list(active[layer, row])] = True
+        for had_host in (True, False):
+            for layer, row in rows:
+                for last in np.flatnonzero(self._had_host[layer, *row] == had_host).tolist():
+                    if last not in active[layer, row]:
+                        yield UID(layer, (*row, last))
+
+    def _preferred(self, vacant: Iterator[UID]) -> list[UID]:
+        """Those that had a host first, then by this peer's preference, which is the same in each look."""
+        ranked = sorted(
+            islice(vacant, 64 * MOST_VACANT),
+            key=lambda uid: (self.had_host(uid), preference(uid, self._peer_id)),
+            reverse=True,
+        )
+        return ranked[:MOST_VACANT]

@@ -9,14 +9,13 @@ from dataclasses import replace
 from dht.registry import NodeInfo, Replica
 from dht.swarm import Swarm
 from dht.uid import UID
-from expert_server.hosting.placement import lone
 from expert_server.blocks import weightless_block
-from expert_server.state.checkpoints import Checkpoints
+from expert_server.experts.format import Checkpoint, check_state
+from expert_server.experts.optimizer import moments_of
 from expert_server.hosting.manager import Hosting
-from expert_server.optimizer import moments_of
+from expert_server.hosting.placement import lone
 from expert_server.settings import NodeSettings
-from expert_server.experts.format import check_state
-from expert_server.state_format import Checkpoint
+from expert_server.state.checkpoints import Checkpoints
 from expert_server.state.transfer import StateClient
 from peer.errors import StateError, TransferError, UnreachableError
 

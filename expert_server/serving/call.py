@@ -1,22 +1,87 @@
-"""One call while it is answered: its work to the runtime, and the answers to the caller as they become ready."""
+"""One call while it is answered: its work to the runtime, and the answers to the caller as they become ready.
+
+The parts of a call, one for each expert, as its header describes them.
+
+Shape suffixes: S = segments, R = rows.
+
+A call's requests, message by message, and the payload in them, tensor by tensor.
+"""
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import grpc
+import numpy as np
 import torch
 
+from dht.manifest import Manifest, parse_uid
+from dht.uid import UID
 from expert_server.serving.batching import Direction, Work
 from expert_server.serving.compute import Result
-from expert_server.parts import Part
+from expert_server.serving.forward_cache import Kept
 from expert_server.serving.runtime import Enqueued
-from peer.codec import CHUNK_BYTES, decode
-from peer.errors import ExpertError
-from peer.messages import note_failure
+from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode
+from peer.errors import ExpertError, WireError
 from peer.rates import Rate
+from peer.rpc.calls import Messages, note_failure
 from peer.wire import expert_pb2
+
+
+@dataclass(frozen=True)
+class Part:
+    """One expert's part of a call, as its header describes it: valid but for the tensors."""
+
+    uid: UID
+    lengths: torch.Tensor
+    """int64 [S]"""
+    positions: torch.Tensor
+    """int64 [R]"""
+    kept: Kept | None = None
+    """In backward: what the forward call left here."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.positions)
+
+
+@dataclass(frozen=True)
+class LostPart:
+    """One expert's part of a backward call whose forward pass is kept no more."""
+
+    uid: UID
+    rows: int
+
+
+def make_part(expert: expert_pb2.ExpertRows, manifest: Manifest) -> Part:
+    """Checks one expert's segments and positions. Raises WireError."""
+    uid = parse_uid(expert.uid, manifest)
+    lengths = np.array(expert.segment_lengths, dtype=np.int64)
+    positions = np.array(expert.positions, dtype=np.int64)
+    if not len(positions):
+        raise WireError(f"no rows for expert {uid}")
+    if not len(lengths) or lengths.min() < 1 or lengths.sum() != len(positions):
+        raise WireError(f"segments of {lengths.sum()} rows for the {len(positions)} rows of expert {uid}")
+    if positions.max() >= manifest.model.context:
+        raise WireError(
+            f"position {positions.max()}; this swarm's context is {manifest.model.context} tokens"
+        )
+    starts = np.cumsum(lengths)[:-1]
+    rising = np.diff(positions) > 0
+    rising[starts - 1] = True  # between two segments positions may fall
+    if not rising.all():
+        raise WireError(f"positions of expert {uid} do not rise within a segment")
+    return Part(uid, torch.from_numpy(lengths), torch.from_numpy(positions))
+
+
+def tensor_rows(expert: expert_pb2.ExpertRows, direction: Direction) -> int:
+    """Rows of payload, inputs and gradients together."""
+    if expert.kept_request_id:
+        return expert.kept_rows
+    return len(expert.positions) * (2 if direction == "backward" else 1)
+
 
 Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
 
@@ -156,3 +221,64 @@ def error_reply(index: int, error: ExpertError) -> Reply:
         index=index, status=status, message=str(error), retry_after_s=error.retry_after_s
     )
     return reply, memoryview(b"")
+
+
+Requests = AsyncIterator[expert_pb2.CallRequest]
+
+
+class Reader:
+    """Reads the messages of one call."""
+
+    def __init__(self, requests: Requests, downloads: Rate) -> None:
+        self._messages = Messages(requests)
+        self._downloads = downloads
+
+    async def header(self) -> tuple[expert_pb2.CallHeader, bytes]:
+        """The header, and the payload's first bytes."""
+        request = await self.next()
+        if request is None or not request.HasField("header"):
+            raise WireError("a call must begin with its header")
+        return request.header, _checked(request.chunk, least=0)
+
+    async def next(self) -> expert_pb2.CallRequest | None:
+        """None at the end."""
+        request = await self._messages.next()
+        if request is not None:
+            await self._downloads.take(len(request.chunk))  # gRPC reads on only then: the sender slows down
+        return request
+
+
+def _checked(chunk: bytes, least: int) -> bytes:
+    if not least <= len(chunk) <= MAX_CHUNK_BYTES:
+        raise WireError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
+    return chunk
+
+
+class Payload:
+    """Reads exact numbers of bytes from a stream of chunks. Never holds more than was asked for and one chunk."""
+
+    def __init__(self, reader: Reader, first: bytes) -> None:
+        self._reader = reader
+        self._chunk = memoryview(first)
+
+    async def read(self, size: int) -> bytearray:
+        """The next `size` bytes. Raises WireError when the stream ends before."""
+        data = bytearray()
+        while len(data) < size:
+            if not self._chunk:
+                self._chunk = memoryview(await self._next_chunk(size - len(data)))
+            missing = size - len(data)
+            data += self._chunk[:missing]
+            self._chunk = self._chunk[missing:]
+        return data
+
+    async def expect_end(self) -> None:
+        """Raises WireError when there is more than the header said."""
+        if self._chunk or await self._reader.next() is not None:
+            raise WireError("the payload is longer than the header says")
+
+    async def _next_chunk(self, missing: int) -> bytes:
+        request = await self._reader.next()
+        if request is None:
+            raise WireError(f"the payload ended {missing} bytes before what the header says")
+        return _checked(b"" if request.HasField("header") else request.chunk, least=1)

@@ -11,9 +11,9 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from expert_server.serving.batching import Work
 from expert_server.experts.expert import BackwardPart, Expert
 from expert_server.experts.graphs import Graph
+from expert_server.serving.batching import Work
 from peer.errors import ExpertError
 
 MOST_APART = 10.0

@@ -22,11 +22,11 @@ import torch
 from grpc import StatusCode
 
 from dht.uid import UID
+from expert_server.experts.expert import Expert
 from expert_server.serving.batching import BatchQueue, Entry, Work
 from expert_server.serving.compute import Result, compute
-from expert_server.experts.expert import Expert
-from peer.distribution import SECONDS, Distribution
 from peer.errors import ExpertError
+from peer.metrics import SECONDS, Distribution
 
 T = TypeVar("T")
 

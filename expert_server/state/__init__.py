@@ -1,0 +1,1 @@
+"""Checkpoints of experts on disk, and state passed between nodes."""

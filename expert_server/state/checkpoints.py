@@ -17,10 +17,10 @@ from pathlib import Path
 
 from dht.uid import UID
 from expert_server.experts.expert import Expert
+from expert_server.experts.format import Checkpoint, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
-from expert_server.state_format import Checkpoint, from_bytes, to_bytes
+from peer.checkpoints import NumberedFiles
 from peer.errors import ExpertError, StateError, WireError
-from peer.numbered import NumberedFiles
 from peer.formatting import counted
 
 logger = logging.getLogger(__name__)

@@ -1,23 +1,81 @@
-"""The gRPC edge for experts' states: others fetch them here, and ask this node to fetch."""
+"""The gRPC edge for experts' states: others fetch them here, and ask this node to fetch.
+
+What others ask this node to fetch, until it does: a bounded queue that no asker can fill with much. Pure.
+"""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import grpc
 from grpc import StatusCode
 from hivemind.p2p import PeerID
 
-from dht.manifest import Manifest
+from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
-from expert_server.edge import parse_uid
-from expert_server.hints import Hint
 from expert_server.state.transfer import Snapshot, SnapshotTaker, TransferCounts
-from peer.rpc.calls import refusing, require_same_swarm
 from peer.errors import ExpertError, WireError
 from peer.rates import Rate
+from peer.rpc.calls import refusing, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import outgoing, written
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
+
+_REMEMBERED = 4096
+_ADOPT_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Hint:
+    """Peer `peer_id` would like this node to fetch these experts from it. Not to be believed."""
+
+    peer_id: PeerID
+    uids: tuple[UID, ...]
+    sha256: bytes = b""
+    """For an average: of that peer's snapshot; empty when it asks for adoption."""
+    base_sha256: bytes = b""
+    """For an average: of this node's snapshot."""
+
+    @property
+    def is_average(self) -> bool:
+        return bool(self.sha256)
+
+
+class HintQueue:
+    """At most `limit` experts wait, and none of them comes again too soon."""
+
+    def __init__(self, limit: int, average_every_s: float) -> None:
+        self._limit = limit
+        self._average_every_s = average_every_s
+        self._waiting: list[Hint] = []
+        self._taken_at: OrderedDict[tuple[UID, bool], float] = OrderedDict()
+
+    def put(self, hint: Hint, now: float) -> int:
+        """How many of its experts were taken, from the first on."""
+        taken: list[UID] = []
+        every_s = self._average_every_s if hint.is_average else _ADOPT_EVERY_S
+        room = self._limit - sum(len(waiting.uids) for waiting in self._waiting)
+        for uid in hint.uids[: max(room, 0)]:
+            key = uid, hint.is_average
+            if now < self._taken_at.get(key, float("-inf")) + every_s:
+                break
+            self._taken_at[key] = now
+            self._taken_at.move_to_end(key)
+            taken.append(uid)
+        while len(self._taken_at) > _REMEMBERED:
+            self._taken_at.popitem(last=False)
+        if taken:
+            self._waiting.append(replace(hint, uids=tuple(taken)))
+        return len(taken)
+
+    def pop(self) -> Hint | None:
+        """The oldest; adoptions go first, because their askers are leaving."""
+        if not self._waiting:
+            return None
+        first = min(range(len(self._waiting)), key=lambda n: self._waiting[n].is_average)
+        return self._waiting.pop(first)
+
 
 logger = logging.getLogger(__name__)
 

@@ -18,16 +18,14 @@ from dht.registry import NodeInfo
 from dht.uid import UID
 from expert_server.blocks import weightless_block
 from expert_server.experts.expert import Expert
+from expert_server.experts.format import Checkpoint, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
-from expert_server.state_format import Checkpoint, from_bytes, to_bytes
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import ChannelPool
-from peer.downloads import SnapshotService
 from peer.errors import ExpertError, StateError, TransferError
-from peer.own_sessions import OwnSessions
 from peer.rates import Rate
-from peer.rpc.sessions import Metadata
-from peer.rpc.transfer import Incoming, Snapshots
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import Metadata, OwnSessions
+from peer.rpc.transfer import Incoming, Snapshots, SnapshotService
 from peer.transport.tunnel import Tunnels
 from peer.wire import state_pb2, state_pb2_grpc
 

@@ -1,0 +1,1 @@
+"""gRPC between peers: pinned channels, sessions, and chunked transfer of state."""

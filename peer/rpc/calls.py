@@ -1,16 +1,38 @@
-"""What every call between two peers must get right: the protocol version and the swarm. How a call is refused."""
+"""What every call between two peers must get right: the protocol version and the swarm. How a call is refused.
+
+Bytes that came as a message and are none: they count as an empty message, which whoever reads it refuses.
+
+gRPC by itself writes a traceback into the log for each, and the caller gets None in place of a reply.
+
+Messages of a gRPC stream, read one after another.
+
+gRPC servers, whose log does not fill with callers that have gone.
+"""
 
 import asyncio
+import logging
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, WireError
+from peer.identity import Identity
+from peer.rpc.channels import SERVER_OPTIONS
+
+
+def server_credentials(identity: Identity, certificate: bytes) -> grpc.ServerCredentials:
+    """TLS with this peer's key and its DER certificate."""
+    pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
+    return grpc.ssl_server_credentials([(identity.private_key_pem(), pem)])
+
 
 _RETRY_KEY = "talkoot-retry-after-s"
 _LONGEST_RETRY_S = 3600.0
@@ -66,3 +88,103 @@ async def refusing(
         await context.abort(StatusCode.FAILED_PRECONDITION, str(error))
     except TimeoutError:
         await context.abort(StatusCode.DEADLINE_EXCEEDED, late)
+
+
+M = TypeVar("M")
+Parse = Callable[[bytes], M]
+
+
+class GarbageInterceptor(grpc.aio.ServerInterceptor):
+    """For servers: of requests."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:  # no such method
+            return None
+        return handler._replace(request_deserializer=_or_empty(handler.request_deserializer))
+
+
+def make_stub(stub: Callable[[Any], Any], channel: grpc.aio.Channel) -> Any:
+    """For clients: a generated stub, of replies."""
+    return stub(_Calls(channel))
+
+
+class _Calls:
+    """What a generated stub asks of a channel."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+
+    def __getattr__(self, kind: str) -> Callable[..., Any]:
+        """`kind`: such as `unary_unary`."""
+        make_call = getattr(self._channel, kind)
+
+        def make(method: str, *, response_deserializer: Parse[Any], **more: Any) -> Any:
+            return make_call(method, response_deserializer=_or_empty(response_deserializer), **more)
+
+        return make
+
+
+def _or_empty(parse: Parse[M]) -> Parse[M]:
+    def parsed(data: bytes) -> M:
+        try:
+            return parse(data)
+        except DecodeError:
+            return parse(b"")
+
+    return parsed
+
+
+logger = logging.getLogger(__name__)
+
+
+def note_failure(transfer: "asyncio.Future[Any]") -> None:
+    """Nobody may be waiting for it any more."""
+    if not transfer.cancelled() and (error := transfer.exception()) is not None:
+        logger.debug("a message was not read or written: %s", error)
+
+
+class Messages(Generic[M]):
+    """Those that one call sends.
+
+    A read that has begun is never cancelled, and ends with the call: gRPC does not free the message of a read that
+    nobody waits for (grpc issue 43360).
+    """
+
+    def __init__(self, stream: AsyncIterator[M]) -> None:
+        self._stream = stream
+        self._reading: asyncio.Future[M | None] | None = None
+
+    async def next(self) -> M | None:
+        """None at the end."""
+        self._reading = asyncio.ensure_future(anext(self._stream, None))
+        self._reading.add_done_callback(note_failure)
+        return await asyncio.shield(self._reading)
+
+
+_GRPC = logging.getLogger("grpc._cython.cygrpc")
+
+
+def make_server(max_calls: int) -> grpc.aio.Server:
+    """Without services and ports. `max_calls`: at once, of all services; more are refused."""
+    _GRPC.addFilter(_is_of_ours)
+    return grpc.aio.server(
+        interceptors=[GarbageInterceptor()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls
+    )
+
+
+def _is_of_ours(record: logging.LogRecord) -> bool:
+    """Not so when gRPC took no message or status for a caller.
+
+    The caller has gone, or does not read. gRPC itself passes over it once it knows that the call has ended; on a busy
+    machine it may learn that after the error, which it then logs with its traceback.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, grpc.aio.InternalError):
+        logger.debug("a call ended before its answer: %s", error)
+        return False
+    return True

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from hivemind.p2p import PeerID
 
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import UnreachableError
-from peer.identity import TLS_NAME, Identity
+from peer.identity import TLS_NAME
 from peer.transport.tunnel import Tunnels
 
 _TUNNEL = "tunnel"
@@ -48,12 +46,6 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
 _SILENT = {grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE}
-
-
-def server_credentials(identity: Identity, certificate: bytes) -> grpc.ServerCredentials:
-    """TLS with this peer's key and its DER certificate."""
-    pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
-    return grpc.ssl_server_credentials([(identity.private_key_pem(), pem)])
 
 
 class Contact(Protocol):

@@ -1,11 +1,48 @@
 """libp2p's addresses, such as /ip4/192.0.2.7/tcp/31337/p2p/Qm…: where a peer is, and by which relay it is reached."""
 
+import errno
 import ipaddress
+import socket
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import psutil
 from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
+
+from peer.errors import PortError
+
+
+def default_listen_address() -> str:
+    """The first IPv4 address of a network interface that is up, loopback when there is none."""
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    for name, addresses in sorted(psutil.net_if_addrs().items()):
+        for address in addresses:
+            if name in up and address.family == socket.AF_INET and not address.address.startswith("127."):
+                return str(address.address)
+    return "127.0.0.1"
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises PortError when the port is taken or the address is not this machine's. Port 0 is always free."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise PortError(
+                    f"can't listen on {host}, which is no address of this machine: pass one that `ip address` shows"
+                ) from error
+            raise PortError(
+                f"can't listen on {host} port {port}: {error.strerror}; pass another port"
+            ) from error
+
+
+def endpoint(host: str, port: int) -> str:
+    """`host:port`, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
 
 _CIRCUIT = "p2p-circuit"
 _CIRCUIT_BYTES = b"\xa2\x02"

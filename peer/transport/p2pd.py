@@ -1,4 +1,7 @@
-"""p2pd, the libp2p daemon: the one child process of a peer, and the tasks that hivemind runs for it."""
+"""p2pd, the libp2p daemon: the one child process of a peer, and the tasks that hivemind runs for it.
+
+What hivemind's connection to p2pd notes of calls, so that one that is broken off harms no other.
+"""
 
 import asyncio
 import contextlib
@@ -7,11 +10,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from google.protobuf.message import DecodeError
-from hivemind.dht.node import DHTNode
-from hivemind.dht.routing import DHTID
-from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import (
     P2PDaemonError,
@@ -22,14 +23,35 @@ from hivemind.p2p.p2p_daemon_bindings.utils import (
 )
 from hivemind.proto import p2pd_pb2
 
-from peer.answers import filter_answers
 from peer.errors import DaemonError
 from peer.identity import Identity
-from peer.transport.addresses import multiaddress, multiaddress_bytes
-from peer.p2pd_calls import mend
 from peer.processes import die_with_parent
-from peer.kademlia.node import guard
-from peer.kademlia.storage import StoreCounts
+from peer.transport.addresses import multiaddress, multiaddress_bytes
+
+
+class PendingCalls(dict[UUID, "asyncio.Future[Any]"]):
+    """Calls of this peer, by id.
+
+    Says that it has none that has ended: when the answer comes in the turn of the loop in which the call is broken off,
+    hivemind's reader would set its result, and end by the error. No later call would get an answer.
+    """
+
+    def __contains__(self, call_id: object) -> bool:
+        return super().__contains__(call_id) and not self[call_id].done()  # type: ignore[index]  # a UUID
+
+
+class HandlerTasks(dict[UUID, "asyncio.Task[None]"]):
+    """Calls of others, by id, while they are answered: hivemind forgets none that is broken off."""
+
+    def __setitem__(self, call_id: UUID, task: "asyncio.Task[None]") -> None:
+        super().__setitem__(call_id, task)
+        task.add_done_callback(lambda _: self.pop(call_id, None))
+
+
+def mend(control: Any) -> None:
+    """Gives a hivemind ControlClient, on which no calls are under way, these tables in place of its own."""
+    control._pending_calls, control._handler_tasks = PendingCalls(), HandlerTasks()
+
 
 START_DEADLINE_S = 60.0
 _REINSTALL = (
@@ -240,27 +262,3 @@ def _relaying(position: Position) -> dict[str, Any]:
         "relayTimeLimit": _RELAYED_FOR,
         "relayDiscovery": False,  # else p2pd uses no relay for 3 minutes when it knows fewer than four
     }
-
-
-async def start_dht(
-    daemon: Daemon,
-    validator: RecordValidatorBase | None,
-    serves_dht: bool,
-    counts: StoreCounts | None = None,
-) -> DHTNode:
-    """A DHT node that knows no peers yet. `counts`: of what others store here, and within which bounds."""
-    dht = await DHTNode.create(
-        p2p=daemon,
-        # from the PeerID, else a peer that restarts stands twice in the routing tables of the others
-        node_id=DHTID.generate(source=daemon.peer_id.to_bytes()),
-        record_validator=validator,
-        client_mode=not serves_dht,
-        cache_locally=False,  # `directory` is the cache, with rules of its own
-        cache_nearest=0,
-        cache_on_store=False,
-        cache_refresh_before_expiry=0,
-    )
-    if validator is not None:
-        filter_answers(dht.protocol)
-        await guard(dht.protocol, counts or StoreCounts())
-    return dht

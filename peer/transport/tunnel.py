@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 from hivemind.p2p import PeerID
 
 from peer.errors import UnreachableError
-from peer.transport.addresses import is_relayed
 from peer.processes import socket_folder, sweep_dead_folders
+from peer.transport.addresses import is_relayed
 
 logger = logging.getLogger(__name__)
 

@@ -7,19 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dht.invites import Invite
 from dht.announcements import TrainerInfo
+from dht.invites import Invite
 from dht.registry import NodeInfo
 from dht.swarm import Swarm, join_swarm
 from peer.errors import StartError, SwarmError, UnreachableError
 from peer.identity import Identity
 from talkoot.dashboard.api import Sight
-from talkoot.dashboard.census import Census, Paces
-from talkoot.dashboard.history import Sample
-from talkoot.dashboard.keeper import Keeper
-from talkoot.dashboard.picture import Picture, paint
+from talkoot.dashboard.history import Keeper, Sample
+from talkoot.dashboard.picture import Census, Paces, Picture, paint
 from talkoot.dashboard.settings import DashboardSettings
-from talkoot.reading import Reading, SwarmReader
+from talkoot.status import Reading, SwarmReader
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,9 @@
-"""`talkoot invite`: makes, lists and revokes tokens with the founder's key. It needs no running node."""
+"""`talkoot invite`: makes, lists and revokes tokens with the founder's key. It needs no running node.
 
+Whether an invite lets people in from anywhere, and what its founder can do when it does not. Pure.
+"""
+
+import ipaddress
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,14 +13,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from dht.admission import Mode, Role, make_token, new_serial
-from dht.invites import Invite
-from dht.ledger import Issued, Ledger
+from dht.invites import Invite, Issued, Ledger
 from peer.errors import SettingsError, StartError
 from peer.files import write_whole
 from peer.identity import Identity
-from talkoot.terminal import Terminal
+from peer.transport.addresses import tcp_endpoint
 from talkoot.node.control import node_folder
 from talkoot.node.remote import parse_duration_s
+from talkoot.terminal import Terminal
 
 _FILE = "swarm.json"
 _LONGEST_NAME = 64
@@ -155,3 +159,42 @@ def _table(issued: Sequence[Issued], now: float) -> Table:
 
 def _day(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
+def invite_advice(
+    bootstrap: Sequence[str], host: str, dht_port: int, grpc_port: int, *, chosen: bool = True
+) -> str:
+    """Empty when somebody elsewhere can join by one of these multiaddresses, or when the founder chose loopback.
+
+    `host`: where the founder listens; not `chosen`: the machine's first. A port is 0 when each run has another.
+    """
+    hosts = [endpoint[0] for endpoint in map(tcp_endpoint, bootstrap) if endpoint is not None]
+    if not all(map(_is_private, hosts)):
+        return ""
+    if ipaddress.ip_address(host).is_loopback:
+        return (
+            ""
+            if chosen
+            else "nobody else can join by this invite: no network is up here. Start again once one is"
+        )
+    named = (
+        f"it names only private addresses ({', '.join(dict.fromkeys(hosts))})"
+        if hosts
+        else "it names no address"
+    )
+    ports = f"TCP ports {dht_port} and {grpc_port}" if dht_port and grpc_port else "both TCP ports"
+    fix = "" if dht_port and grpc_port else "pass --dht-port and --grpc-port, "
+    return (
+        f"nobody outside this network can join by this invite: {named}. Start again once others reach this machine "
+        f"({fix}forward {ports} on your router to {host}, and set announce_host to the router's public address), "
+        "found the swarm on a machine with a public address, or pass --bootstrap with the address of any DHT peer that "
+        "has one: then others come in and are reached through it"
+    )
+
+
+def _is_private(host: str) -> bool:
+    """A name is taken for public: whoever passes one knows why."""
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False

@@ -1,4 +1,7 @@
-"""`talkoot node`: starts a node, shows what it does, and stops it."""
+"""`talkoot node`: starts a node, shows what it does, and stops it.
+
+The port that a node's DHT had last, so that it comes back to where invites and other peers' memories lead.
+"""
 
 import asyncio
 import ipaddress
@@ -13,33 +16,44 @@ from typing import Any
 import uvloop
 from rich.live import Live
 
-from dht.admission import Role
+from dht.admission import Denylist, Role
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm, was_member
-from expert_server.allocator import keep_freed_memory
 from expert_server.blocks import builder_of
 from expert_server.experts.devices import check_devices
-from expert_server.resources import within_memory
 from expert_server.node import Node
+from expert_server.resources import keep_freed_memory, within_memory
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
-from peer.denylist import Denylist
-from peer.errors import SettingsError, StartError, UnreachableError, UserError
-from peer.files import write_whole
-from peer.host import default_listen_address
+from peer.errors import PortError, SettingsError, StartError, UnreachableError, UserError
+from peer.files import StateFolder, write_whole
 from peer.identity import Identity
-from peer.transport.addresses import is_multiaddress, multiaddress
-from peer.processes import StateFolder
 from peer.settings import DENYLIST
-from talkoot.terminal import Terminal, log_file, quiet_hivemind
-from talkoot.node.advice import invite_advice
+from peer.transport.addresses import default_listen_address, is_multiaddress, multiaddress, require_free_port
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
-from talkoot.node.invites import FoundedSwarm
-from talkoot.node.ports import last_port, remember_port
+from talkoot.node.invites import FoundedSwarm, invite_advice
 from talkoot.node.view import Pace, PaceMeter, line, panel
 from talkoot.signals import Stopped, run_until_stopped
+from talkoot.terminal import Terminal, log_file, quiet_hivemind
+
+_LAST_PORT = "dht-port"
+
+
+def last_port(state: Path, host: str) -> int:
+    """0 when there is none, or when it is taken."""
+    try:
+        port = int((state / _LAST_PORT).read_text())
+        require_free_port(host, port)
+    except (OSError, ValueError, OverflowError, PortError):
+        return 0
+    return port
+
+
+def remember_port(state: Path, port: int) -> None:
+    write_whole(state / _LAST_PORT, f"{port}\n".encode())
+
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +125,7 @@ class SwarmStarter:
                 bootstrap=self.bootstrap,
                 state=state,
                 denylist=denylist,
-                store_bounds=settings.store_bounds,
+                store_bounds=StoreBounds(settings.max_dht_bytes, settings.max_dht_key_bytes),
                 stage=stage,
             )
         assert self.invite is not None
@@ -125,7 +139,7 @@ class SwarmStarter:
             state=state,
             roles=(Role.NODE,),
             denylist=denylist,
-            store_bounds=settings.store_bounds,
+            store_bounds=StoreBounds(settings.max_dht_bytes, settings.max_dht_key_bytes),
             stage=stage,
         )
 

@@ -14,9 +14,9 @@ from typing import Any
 from peer.errors import SettingsError, StartError
 from peer.files import write_whole
 from peer.formatting import counted
-from talkoot.terminal import Terminal
 from talkoot.node.control import Control, is_running, node_folder
 from talkoot.node.remote import words
+from talkoot.terminal import Terminal
 
 UNIT = "talkoot-node.service"
 INVITE_FILE = "invite"
@@ -148,7 +148,7 @@ def run_status(terminal: Terminal) -> bool:
 
 def make_service(options: Mapping[str, Any], join: str | None, state: Path | None) -> Service:
     """From options of `talkoot node` by their flags, True for a switch. Raises UserError when one can't be."""
-    from talkoot.joining import invite_of
+    from dht.invites import invite_of
 
     invite = str(invite_of(join))
     given: list[str] = []

@@ -9,9 +9,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from expert_server.settings import bytes_in_words
 from expert_server.status import NodeState, NodeStatus
-from peer.formatting import counted
+from peer.formatting import bytes_in_words, counted
 
 WIDTH = 80
 _BAR = 20

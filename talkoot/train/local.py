@@ -19,13 +19,11 @@ from dht.manifest import Manifest
 from expert_server.experts.expert import BackwardPart, Expert
 from peer.codec import Floats
 from peer.errors import ExpertError
-from trainer_client.forward_pass import ForwardPass
-from trainer_client.mixtures import Mixtures
-from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.dispatch.batches import ForwardPass, Share, make_shares
 from trainer_client.dispatch.calls import DispatchStats
-from trainer_client.training.record import Progress
+from trainer_client.moe import Mixtures, RemoteMixtureOfExperts
 from trainer_client.settings import TrainerSettings
-from trainer_client.dispatch.batches import Share, make_shares
+from trainer_client.training.record import Progress
 
 T = TypeVar("T")
 

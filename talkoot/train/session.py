@@ -14,20 +14,19 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from peer.errors import SettingsError
 from peer.formatting import counted
-from talkoot.terminal import Terminal, check_writable, quiet_hivemind, write_json
-from talkoot.train.local import LocalSwarm
 from talkoot.signals import StopSignals
-from talkoot.train.display import progress_shown, summary_table
-from talkoot.train.logs import Write, check_plot, logs_written, plot_losses
+from talkoot.terminal import Terminal, check_writable, quiet_hivemind, write_json
+from talkoot.train.display import Write, check_plot, logs_written, plot_losses, progress_shown, summary_table
+from talkoot.train.local import LocalSwarm
 from trainer_client.averaging.averager import Averaging
+from trainer_client.averaging.dense_part import SharedPart
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
-from trainer_client.training.record import Progress, Summary
-from trainer_client.run import Saver, Start, start_run
 from trainer_client.settings import TrainerSettings
-from trainer_client.averaging.dense_part import SharedPart
+from trainer_client.training.checkpoints import Saver, Start, start_run
 from trainer_client.training.loop import Training
+from trainer_client.training.record import Progress, Summary
 
 logger = logging.getLogger(__name__)
 

@@ -1,24 +1,39 @@
-"""A trained model in its swarm: the dense part is from a checkpoint, the experts are called where they are."""
+"""A trained model in its swarm: the dense part is from a checkpoint, the experts are called where they are.
+
+`talkoot evaluate`: how well a trained model knows a text.
+
+`talkoot generate`: text from a trained model, as it comes.
+"""
 
 import logging
+import os
+import re
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peer.errors import CheckpointError
-from talkoot.terminal import Terminal, quiet_hivemind
-from talkoot.joining import invite_of
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+
+from dht.invites import invite_of
+from peer.errors import CheckpointError, DataError
+from peer.formatting import counted
 from talkoot.signals import StopSignals
+from talkoot.terminal import Terminal, quiet_hivemind, to_json
 from talkoot.train.session import once, trainer_state
-from trainer_client.training.checkpoints import load_checkpoint
 from trainer_client.client import SwarmClient
-from trainer_client.model import LanguageModel
-from trainer_client.run import checkpoint_folder
-from trainer_client.settings import TrainerSettings
+from trainer_client.data.corpus import Corpus, prepare
+from trainer_client.data.sources import find_files
 from trainer_client.data.tokenizer import Tokenizer, load_tokenizer
+from trainer_client.inference import Evaluation, decoded, evaluate, generate
+from trainer_client.model import LanguageModel
+from trainer_client.settings import Sampling, TrainerSettings
+from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -88,3 +103,122 @@ def trained_model(
         finally:
             signals.ignore()
             client.close()
+
+
+def run_evaluate(
+    terminal: Terminal,
+    signals: StopSignals,
+    join: str | None,
+    paths: Sequence[str],
+    flags: Mapping[str, Any],
+) -> None:
+    """Raises UserError when it can't, and Stopped after a signal."""
+    files = find_files(paths)
+    read: list[Corpus] = []
+
+    def read_files(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
+        read.append(prepare(files, settings.field, tokenizer, folder / "text"))
+
+    with trained_model(terminal, signals, join, flags, read_files) as trained:
+        evaluation = _evaluate(terminal, trained, read[0])
+        unanswered = trained.client.dispatcher.stats.unanswered_rows
+    values = asdict(evaluation) | {"step": trained.step, "unanswered_rows": unanswered}
+    if terminal.json:
+        terminal.line(to_json(values))
+    else:
+        terminal.out.print(_table(values))
+
+
+def _evaluate(terminal: Terminal, trained: TrainedModel, corpus: Corpus) -> Evaluation:
+    with _shown(terminal, len(corpus.tokens) - trained.model.first_scored) as show:
+
+        def observe(done: int) -> bool:
+            show(done)
+            return trained.has_experts()
+
+        return evaluate(
+            trained.model,
+            corpus.tokens,
+            trained.tokenizer.token_bytes,
+            trained.settings.batch_size,
+            observe,
+        )
+
+
+@contextmanager
+def _shown(terminal: Terminal, total: int) -> Iterator[Callable[[int], None]]:
+    if not terminal.live:
+        yield lambda done: None
+        return
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed:.0f} of {task.total:.0f} tokens"),
+        TimeRemainingColumn(),
+    )
+    with ProgressBar(*columns, console=terminal.err, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _table(values: Mapping[str, Any]) -> Table:
+    table = Table(show_header=False)
+    for name, value in values.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), shown)
+    return table
+
+
+_LONGEST_PROMPT = 2**24
+"""Bytes that are read of standard input."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that could steer a terminal: experts have a say in what comes out."""
+
+
+def run_generate(
+    terminal: Terminal,
+    signals: StopSignals,
+    join: str | None,
+    prompt: str,
+    flags: Mapping[str, Any],
+    sampling_flags: Mapping[str, Any],
+) -> None:
+    """Raises UserError when it can't, and Stopped after a signal."""
+    sampling = Sampling.load(None, **sampling_flags)
+    text = _read_prompt() if prompt == "-" else prompt.encode(errors="replace").decode()
+    with trained_model(terminal, signals, join, flags, lambda *_: None) as trained:
+        try:
+            for piece in _text(trained, text, sampling):
+                sys.stdout.write(_CONTROL.sub("\ufffd", piece))
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        except BrokenPipeError:  # who read it has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if rows := trained.client.dispatcher.stats.unanswered_rows:
+            logger.warning(
+                "no expert answered for %s, so the text is worse than it could be", counted(rows, "row")
+            )
+
+
+def _text(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[str]:
+    tokens = trained.tokenizer.encode(prompt or "\n").tolist()
+    context = trained.model.context
+    if len(tokens) > context:
+        logger.warning(
+            "the prompt has %d tokens and the model's context %d: its beginning, %s, is left out",
+            len(tokens),
+            context,
+            counted(len(tokens) - context, "token"),
+        )
+    following = generate(trained.model, tokens, sampling, trained.has_experts)
+    return decoded(following, trained.tokenizer.token_bytes)
+
+
+def _read_prompt() -> str:
+    data = sys.stdin.buffer.read(_LONGEST_PROMPT + 1)
+    if len(data) > _LONGEST_PROMPT:
+        raise DataError(f"the prompt on standard input is longer than {_LONGEST_PROMPT >> 20} MiB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the prompt on standard input is not text in UTF-8: {error}") from error

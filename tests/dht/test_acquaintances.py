@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.acquaintances import Acquaintances
+from dht.membership import Acquaintances
 
 
 def peer(number: int) -> str:

@@ -17,16 +17,15 @@ from hypothesis import strategies as st
 from dht.admission import (
     MAX_REVOKED,
     RIGHTS,
+    Denylist,
     Mode,
     Role,
     SwarmAdmission,
     make_badge,
     make_token,
 )
-from dht.invites import Invite
-from dht.ledger import Issued, Ledger
+from dht.invites import Invite, Issued, Ledger
 from dht.records import RecordValidator, SwarmKeys, seal
-from peer.denylist import Denylist
 from peer.errors import ExpertError, RecordError, SettingsError, StartError, UserError
 from peer.identity import Identity
 from peer.rpc.sessions import Admitted, Right

@@ -7,10 +7,9 @@ from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.balance import BUSIER, BUSY_ROWS, Exchange, Resolve, exchange
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID
-from expert_server.hosting.placement import preference
+from expert_server.hosting.placement import BUSIER, BUSY_ROWS, Exchange, Resolve, exchange, preference
 
 SERVING = ReplicaState.SERVING
 Hosts = dict[UID, set[PeerID]]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
-from dht.claims import MAX_CLAIM_S, ClaimAges
+from dht.announcements import MAX_CLAIM_S, ClaimAges
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
 from expert_server.hosting.placement import lost_claims, vacant
-from peer.rpc.transfer import MAX_UPDATE_COUNT
+from peer.averaging import MAX_UPDATE_COUNT
 
 HERE = UID(0, (1, 2))
 CLAIMANT, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
@@ -60,7 +60,7 @@ def test_a_claim_that_was_made_good_or_given_up_long_ago_starts_anew() -> None:
 
 
 def test_the_claims_of_many_peers_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dht.claims._MAX_CLAIMS", 10)
+    monkeypatch.setattr("dht.announcements._MAX_CLAIMS", 10)
     ages = ClaimAges()
     for n in range(100):
         ages.is_stale(UID(0, (n,)), CLAIMANT, START, START)

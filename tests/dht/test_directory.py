@@ -12,9 +12,8 @@ from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.beam_search import Floats, select_experts
+from dht.beam_search import Floats, LayerIndex, select_experts
 from dht.directory import Directory, View
-from dht.layer_index import LayerIndex
 from dht.manifest import Manifest
 from dht.registry import NodeInfo, Prefix, Replica, ReplicaState
 from dht.uid import UID

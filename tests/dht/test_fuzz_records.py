@@ -11,8 +11,7 @@ from hivemind.dht.validation import DHTRecord
 from hivemind.utils import MSGPackSerializer
 
 from dht.admission import Role, SwarmAdmission, make_badge, make_token
-from dht.records import RecordValidator, SwarmKeys, seal
-from dht.shards import digits_of
+from dht.records import RecordValidator, SwarmKeys, digits_of, seal
 from peer.identity import Identity
 from peer.wire import admission_pb2, records_pb2
 

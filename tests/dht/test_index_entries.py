@@ -13,8 +13,8 @@ from dht.records import (
     INDEX_PIECE,
     MAX_LIFETIME_S,
     SwarmKeys,
+    shards_of,
 )
-from dht.shards import shards_of
 from peer.identity import Identity
 
 __all__ = ["keys"]

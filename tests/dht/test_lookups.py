@@ -10,10 +10,10 @@ from hivemind.proto import dht_pb2
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
-from dht.contacts import Contacts, Hearsay, RoundTrips
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
+from peer.kademlia.search import Contacts, Hearsay, RoundTrips
 
 HOME = UID(0, (0, 1))
 

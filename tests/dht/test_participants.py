@@ -11,7 +11,18 @@ from hivemind.utils import MSGPackSerializer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.announcements import FAILURE_CAUSES, MAX_LATENCIES, Activity, Latency, TrainerInfo, metrics_endpoint, number, read_trainer, renewal, short_text
+from dht.announcements import (
+    FAILURE_CAUSES,
+    MAX_LATENCIES,
+    Activity,
+    Latency,
+    TrainerInfo,
+    metrics_endpoint,
+    number,
+    read_trainer,
+    renewal,
+    short_text,
+)
 from dht.records import RecordValidator, SwarmKeys, trainer_shard_of
 from peer.errors import RecordError
 from peer.identity import Identity

@@ -21,9 +21,9 @@ from dht.records import (
     SwarmKeys,
     parse_peer_id,
     seal,
+    shards_of,
     unseal,
 )
-from dht.shards import shards_of
 from dht.uid import UID
 from peer.errors import RecordError, WireError
 from peer.identity import Identity

@@ -12,8 +12,8 @@ from hivemind.utils import MSGPackSerializer
 
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
+from dht.records import FULL, MOST_DIGITS, below, choose, digits_of, first_shards, shards_of
 from dht.registry import Registry
-from dht.shards import FULL, MOST_DIGITS, below, choose, digits_of, first_shards, shards_of
 from peer.wire import records_pb2
 
 PEER = PeerID(b"\x12\x20" + bytes(30) + b"\xcd\xab")
@@ -68,7 +68,7 @@ def test_no_shard_of_a_large_swarm_passes_32_kilobytes_and_every_node_is_found(n
 def test_nodes_of_a_full_shard_are_listed_below_it_and_come_back_when_there_is_room(
     world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dht.shards.FULL", 4)
+    monkeypatch.setattr("dht.records.FULL", 4)
 
     async def scenario() -> None:
         swarm = await SimulatedSwarm.start(world, 5, 5, Link(), seed=1)

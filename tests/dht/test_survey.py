@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dht.manifest import Manifest
 from dht.registry import Prefix, Replica, ReplicaState
-from dht.survey import MOST_PREFIXES, MOST_VACANT, READ_WHOLE, SAMPLED, Survey
 from dht.uid import UID
+from expert_server.hosting.placement import MOST_PREFIXES, MOST_VACANT, READ_WHOLE, SAMPLED, Survey
 
 ME, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
 
@@ -108,7 +108,7 @@ def test_a_huge_grid_costs_no_more_and_what_is_vacant_is_seen_twice() -> None:
 def test_an_expert_that_died_alone_in_its_row_is_seen_however_large_the_grid(
     grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dht.survey.MOST_VACANT", 16)
+    monkeypatch.setattr("expert_server.hosting.placement.MOST_VACANT", 16)
     lonely = UID(1, (grid[0] - 1, 999))
     registry = FakeRegistry([lonely])
     survey = make_survey(grid, registry)

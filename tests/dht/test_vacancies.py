@@ -10,8 +10,20 @@ from hypothesis import strategies as st
 
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
-from expert_server.hosting.placement import behind, choose, heirs, lone, lost_claims, plausible_updates, preference, sources, surplus, thin, vacant
-from peer.rpc.transfer import MAX_UPDATE_COUNT
+from expert_server.hosting.placement import (
+    behind,
+    choose,
+    heirs,
+    lone,
+    lost_claims,
+    plausible_updates,
+    preference,
+    sources,
+    surplus,
+    thin,
+    vacant,
+)
+from peer.averaging import MAX_UPDATE_COUNT
 
 CLAIMED, SERVING, LEAVING = ReplicaState.CLAIMED, ReplicaState.SERVING, ReplicaState.LEAVING
 

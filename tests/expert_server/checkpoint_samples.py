@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
+from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.format import Checkpoint, State
 from expert_server.state.checkpoints import CheckpointStore
-from expert_server.experts.expert import BackwardPart, Expert, State
-from expert_server.state_format import Checkpoint
 
 MANIFEST = Manifest.model_validate(
     {

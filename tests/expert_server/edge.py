@@ -19,21 +19,20 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.serving.batching import Direction
-from expert_server.budgets import BudgetLimits
 from expert_server.experts.expert import BackwardPart, Expert
 from expert_server.probe import ProbeServicer
+from expert_server.serving.batching import Direction
 from expert_server.serving.runtime import Runtime
-from expert_server.serving.servicer import EdgeLimits, ExpertServicer
+from expert_server.serving.servicer import BudgetLimits, EdgeLimits, ExpertServicer
 from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import SnapshotTaker, TransferCounts
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import CLIENT_OPTIONS, server_credentials
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rates import Rate, Traffic
-from peer.server import make_server
+from peer.rpc.calls import make_server, server_credentials
+from peer.rpc.channels import CLIENT_OPTIONS
 from peer.rpc.sessions import Metadata, Sessions, SessionServicer
 from peer.rpc.transfer import Snapshots
 from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
+from expert_server.experts.expert import BackwardPart, Expert
 from expert_server.serving.batching import Direction, Work
 from expert_server.serving.compute import Result
-from expert_server.experts.expert import BackwardPart, Expert
 from expert_server.serving.runtime import Runtime
 from peer.errors import ExpertError
 

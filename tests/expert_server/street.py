@@ -14,17 +14,17 @@ from checkpoint_samples import AN_UID, MANIFEST
 from dht.registry import NodeInfo
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.hints import Hint
+from expert_server.experts.format import Checkpoint, to_bytes
 from expert_server.serving.runtime import Runtime
-from expert_server.state_format import Checkpoint, to_bytes
-from expert_server.state.servicer import StateServicer
+from expert_server.state.servicer import Hint, StateServicer
 from expert_server.state.transfer import SnapshotTaker, StateClient
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import SERVER_OPTIONS, server_credentials
+from peer.averaging import Meetings
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
-from peer.averaging import Meetings
 from peer.rates import Rate
+from peer.rpc.calls import server_credentials
+from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.sessions import Sessions, SessionServicer
 from peer.rpc.transfer import Snapshots
 from peer.wire import session_pb2_grpc, state_pb2, state_pb2_grpc
@@ -102,7 +102,7 @@ def playing(
 ) -> Callable[[Scenario], None]:
     """Plays a scenario in a street of its own, with small chunks and short waits."""
     monkeypatch.setattr("peer.rpc.transfer.CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr("peer.downloads._BACKOFF_S", 0.01)
+    monkeypatch.setattr("peer.rpc.transfer._BACKOFF_S", 0.01)
 
     def run(scenario: Scenario) -> None:
         async def with_street() -> None:

@@ -10,11 +10,11 @@ from test_standby import copied
 from village import Play, Village, make_identities, playing
 
 from dht.uid import UID
-from expert_server.experts.expert import State
+from expert_server.experts.format import State
 from expert_server.node import Node
+from peer.averaging import MAX_UPDATE_COUNT
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.rpc.transfer import MAX_UPDATE_COUNT
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

@@ -10,19 +10,16 @@ from grpc import StatusCode
 from hivemind.p2p import PeerID
 from village import LOCAL, MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
 
-from dht.admission import RIGHTS, Role, make_token, new_serial
-from dht.invites import Invite
-from dht.ledger import Issued, Ledger
+from dht.admission import RIGHTS, Denylist, Role, make_token, new_serial
+from dht.invites import Invite, Issued, Ledger
 from dht.manifest import AdmissionSpec
 from dht.swarm import Swarm, join_swarm
 from expert_server.node import Node
-from peer.rpc.channels import ChannelPool
-from peer.denylist import Denylist
 from peer.errors import ExpertError, InviteError
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.own_sessions import OwnSessions
-from peer.rpc.sessions import Right
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import OwnSessions, Right
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

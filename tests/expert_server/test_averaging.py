@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dht.uid import UID
-from expert_server.averaging import averaged
-from expert_server.experts.expert import State
+from expert_server.experts.format import State
+from expert_server.hosting.averaging import averaged
 from peer.averaging import Meetings, freshest_first, most_believed, their_share
 
 counts = st.integers(0, 10**6)

@@ -20,11 +20,11 @@ from dht.registry import NodeInfo
 from dht.swarm import join_swarm
 from dht.uid import UID
 from expert_server.state.checkpoints import CheckpointStore
-from peer.rpc.channels import ChannelPool
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from peer.wire import records_pb2
-from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

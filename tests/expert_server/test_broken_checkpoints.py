@@ -28,10 +28,10 @@ from checkpoint_samples import (
 )
 
 from dht.uid import UID
-from expert_server.state.checkpoints import Checkpoints, CheckpointStore
-from expert_server.experts.expert import Expert, State
+from expert_server.experts.expert import Expert
+from expert_server.experts.format import Checkpoint, State
 from expert_server.serving.runtime import Runtime
-from expert_server.state_format import Checkpoint
+from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from peer.loop import LoopThread
 
 

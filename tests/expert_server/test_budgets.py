@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.uid import UID
-from expert_server.serving.batching import Direction, Work
-from expert_server.budgets import BudgetLimits, Budgets
-from expert_server.serving.compute import MOST_APART, Result, by_size, compute
 from expert_server.experts.expert import Expert
+from expert_server.serving.batching import Direction, Work
+from expert_server.serving.compute import MOST_APART, Result, by_size, compute
+from expert_server.serving.servicer import BudgetLimits, Budgets
 from expert_server.settings import NodeSettings
-from peer.rpc.calls import retry_after_s, retry_metadata
 from peer.errors import ExpertError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.rpc.calls import retry_after_s, retry_metadata
 
 EXPERT = UID(0, (0, 0))
 

@@ -29,9 +29,9 @@ from checkpoint_samples import (
     warnings_in,
 )
 
-from expert_server.state.checkpoints import CheckpointCounts, Checkpoints, CheckpointStore
 from expert_server.experts.expert import Expert
 from expert_server.serving.runtime import Runtime
+from expert_server.state.checkpoints import CheckpointCounts, Checkpoints, CheckpointStore
 from peer.loop import LoopThread
 
 # The store

@@ -23,9 +23,7 @@ from village import (
     serving,
 )
 
-from dht.acquaintances import Acquaintances
-from peer.kademlia.lookups import Lookups
-from dht.membership import Membership
+from dht.membership import Acquaintances, Membership
 from dht.records import RecordValidator
 from dht.registry import Registry
 from dht.swarm import Swarm, found_swarm, join_swarm
@@ -34,6 +32,7 @@ from expert_server.status import NodeState
 from peer.errors import SwarmError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
+from peer.kademlia.lookups import Lookups
 from peer.loop import LoopThread
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

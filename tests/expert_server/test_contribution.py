@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expert_server.contribution import Account, Contribution
+from expert_server.status import Account, Contribution
 from peer.loop import LoopThread
 
 

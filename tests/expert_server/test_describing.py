@@ -6,9 +6,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from dht.announcements import Activity
-from expert_server.describing import Description
 from expert_server.settings import NodeSettings
-from expert_server.status import NodeState, NodeStatus
+from expert_server.status import Description, NodeState, NodeStatus
 from peer.errors import StartError
 from peer.metrics import MetricsServer
 from peer.wire import records_pb2

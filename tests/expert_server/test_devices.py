@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_server.experts import devices
-from expert_server.experts.devices import ComputeDevice, Found, check_devices, choose_devices, choose_precision, open_devices, roomiest
-from expert_server.machine import batch_rows_of
+from expert_server.experts.devices import (
+    ComputeDevice,
+    Found,
+    check_devices,
+    choose_devices,
+    choose_precision,
+    open_devices,
+    roomiest,
+)
+from expert_server.resources import batch_rows_of
 from expert_server.settings import NodeSettings, PrecisionSetting
 from peer.errors import SettingsError, StartError
 

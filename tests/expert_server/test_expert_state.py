@@ -8,7 +8,8 @@ from expert_samples import AN_UID, backward, make_manifest, random_rows
 from torch import Tensor
 
 from dht.manifest import OptimizerSpec
-from expert_server.experts.expert import Expert, State
+from expert_server.experts.expert import Expert
+from expert_server.experts.format import State
 from peer.errors import StateError
 
 

@@ -3,7 +3,7 @@
 from hivemind.p2p import PeerID
 
 from dht.uid import UID
-from expert_server.hints import Hint, HintQueue
+from expert_server.state.servicer import Hint, HintQueue
 
 ASKER, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
 UIDS = tuple(UID(0, (n, 0)) for n in range(10))

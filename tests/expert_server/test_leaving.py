@@ -15,9 +15,9 @@ from village import UIDS, Play, Village, end, eventually, make_identities, playi
 from dht.directory import Directory
 from dht.registry import ReplicaState
 from dht.uid import UID
-from expert_server.serving.batching import Work
-from expert_server.experts.expert import State
+from expert_server.experts.format import State
 from expert_server.node import Node
+from expert_server.serving.batching import Work
 from expert_server.status import NodeState
 from peer.errors import ExpertError
 from peer.identity import Identity

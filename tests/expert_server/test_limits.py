@@ -13,13 +13,12 @@ from village import MANIFEST, UIDS, Play, Village, eventually, make_identities, 
 
 from dht.swarm import Swarm
 from dht.uid import UID
-from expert_server.machine import usable_cores
-from expert_server.resources import smallest_memory
+from expert_server.resources import smallest_memory, usable_cores
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import ChannelPool
 from peer.errors import SettingsError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

@@ -12,9 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_server.machine import Machine
-from expert_server.manners import Cause, Load, MachineState, OtherUse, OwnersWord, reasons_to_pause
-from expert_server.pauses import paused_in_words
+from expert_server.pauses import (
+    Cause,
+    Load,
+    Machine,
+    MachineState,
+    OtherUse,
+    OwnersWord,
+    paused_in_words,
+    reasons_to_pause,
+)
 from expert_server.settings import NodeSettings
 
 SETTINGS = NodeSettings(busy_percent=25, busy_after_s=10, idle_percent=10, idle_after_s=120)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from dht.manifest import Manifest
 from expert_server.experts.expert import expert_bytes
 from expert_server.resources import kept_bytes_of, most_bytes, smallest_memory, within_memory
-from expert_server.settings import NodeSettings, bytes_in_words, parse_bytes
+from expert_server.settings import NodeSettings
 from expert_server.state.transfer import largest_state_bytes
 from peer.errors import SettingsError
+from peer.formatting import bytes_in_words, parse_bytes
 
 
 def manifest_of(hidden: int, context: int) -> Manifest:

@@ -36,11 +36,11 @@ from dht.uid import UID
 from expert_server.node import Node
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import ChannelPool
-from peer.transport.p2pd import Daemon
 from peer.errors import StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
+from peer.transport.p2pd import Daemon
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

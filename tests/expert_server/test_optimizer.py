@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dht.manifest import OptimizerSpec
-from expert_server.optimizer import Optimizer
+from expert_server.experts.optimizer import Optimizer
 
 SHAPES = [(7, 5), (5,), (3, 2, 2), (1,), ()]
 

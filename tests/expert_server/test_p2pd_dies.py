@@ -21,11 +21,11 @@ from dht.invites import Invite
 from dht.swarm import Swarm
 from expert_server.node import Node
 from expert_server.status import NodeState
-from peer.transport.p2pd import Daemon
 from peer.errors import StartError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.p2pd import Daemon
 from trainer_client.client import SwarmClient
 from trainer_client.settings import TrainerSettings
 

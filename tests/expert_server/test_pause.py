@@ -24,10 +24,10 @@ from expert_server.experts.expert import BackwardPart, Expert
 from expert_server.node import Node
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import ChannelPool
 from peer.errors import UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

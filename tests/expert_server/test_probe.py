@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from village import eventually
 
-from expert_server import probing
+from expert_server import probe as probing
 from expert_server.probe import (
     MAX_PROBE_BYTES,
     MAX_PROBE_REQUESTS,
@@ -24,15 +24,17 @@ from expert_server.probe import (
     ProbeLimits,
     ProbeServicer,
     address_of,
+    call_dial_back,
+    call_probe,
 )
-from expert_server.probing import call_dial_back, call_probe
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import SERVER_OPTIONS, ChannelPool, server_credentials
 from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import UnreachableError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rates import Traffic
+from peer.rpc.calls import server_credentials
+from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.wire import probe_pb2, probe_pb2_grpc
 
 LOCAL = "127.0.0.1"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.announcements import Reachability
-from expert_server.probing import DialledBack
+from expert_server.probe import DialledBack
 from expert_server.reachability import DialledPorts, Reach, advice, judge
 
 HOME, OUTSIDE = "192.168.1.5", "198.51.100.1"

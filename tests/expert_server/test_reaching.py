@@ -11,9 +11,8 @@ import pytest
 
 import dht.relays
 from dht.announcements import Reachability
-from expert_server.probing import DialledBack
-from expert_server.reachability import DialledPorts
-from expert_server.reaching import Reaching
+from expert_server.probe import DialledBack
+from expert_server.reachability import DialledPorts, Reaching
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 

@@ -13,9 +13,10 @@ from village import LOCAL, UIDS, Play, Village, eventually, make_identities, pla
 from dht.registry import Replica, ReplicaState
 from dht.swarm import join_swarm
 from dht.uid import UID
-from expert_server.experts.expert import Expert, State
-from expert_server.node import Node
+from expert_server.experts.expert import Expert
+from expert_server.experts.format import State
 from expert_server.hosting.averaging import choose_partners
+from expert_server.node import Node
 from peer.errors import StateError
 from peer.identity import Identity
 from peer.loop import LoopThread

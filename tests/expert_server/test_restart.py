@@ -10,7 +10,8 @@ from village import LOCAL, UIDS, Play, Village, end, eventually, make_identities
 
 from dht.swarm import found_swarm
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert, State
+from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.format import State
 from expert_server.node import Node
 from peer.identity import Identity
 from peer.loop import LoopThread

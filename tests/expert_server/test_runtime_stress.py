@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
-from expert_server.serving.batching import Work
 from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.serving.batching import Work
 from expert_server.serving.runtime import Runtime
 from peer.errors import ExpertError
 

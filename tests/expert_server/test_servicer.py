@@ -30,8 +30,8 @@ from edge import (
 )
 from grpc import StatusCode
 
-from expert_server.serving.batching import Direction
 from expert_server.experts.expert import Expert
+from expert_server.serving.batching import Direction
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import CHUNK_BYTES
 from peer.identity import Identity

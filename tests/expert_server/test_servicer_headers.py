@@ -32,7 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_server.serving.batching import Direction
-from expert_server.parts import make_part
+from expert_server.serving.call import make_part
 from expert_server.serving.runtime import Runtime
 from expert_server.serving.servicer import EdgeLimits, ExpertServicer
 from peer import PROTOCOL_VERSION

@@ -33,10 +33,10 @@ from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_server.serving.batching import Direction
 from expert_server.experts.expert import Expert
-from expert_server.reading import Reader
-from expert_server.seen import SeenRequests
+from expert_server.serving.batching import Direction
+from expert_server.serving.call import Reader
+from expert_server.serving.forward_cache import SeenRequests
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rates import Rate

@@ -25,9 +25,9 @@ from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from dht.uid import UID
 from expert_server.experts.expert import BackwardPart, Expert
-from peer.rpc.channels import ChannelPool
 from peer.loop import LoopThread
-from trainer_client.calls import Answer, Direction, KeptAt, Request
+from peer.rpc.channels import ChannelPool
+from trainer_client.dispatch.batches import Answer, Direction, KeptAt, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

@@ -10,7 +10,7 @@ from village import UIDS, Play, Village, eventually, make_identities, playing
 
 from dht.registry import NodeInfo
 from dht.uid import UID
-from expert_server.experts.expert import State
+from expert_server.experts.format import State
 from expert_server.node import Node
 from expert_server.state.transfer import Fetched
 from peer.identity import Identity

@@ -10,7 +10,7 @@ from checkpoint_samples import AN_UID, MANIFEST, OTHER_UID, assert_same, make_ex
 from grpc import StatusCode
 from street import CHUNK, SWARM, Scenario, Street, packed, playing, read_all
 
-from expert_server.hints import Hint
+from expert_server.state.servicer import Hint
 from expert_server.state.transfer import largest_state_bytes
 from peer import PROTOCOL_VERSION
 from peer.errors import TransferError

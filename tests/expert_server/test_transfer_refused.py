@@ -15,13 +15,14 @@ from garbage_server import garbage_server
 from grpc import StatusCode
 from street import CHUNK, SWARM, Replies, Scenario, Street, header_of, packed, playing, read_all
 
-from expert_server.hints import Hint
-from expert_server.probing import call_dial_back, call_probe
-from peer import PROTOCOL_VERSION, downloads
-from peer.rpc import transfer as snapshots
+from expert_server.probe import call_dial_back, call_probe
+from expert_server.state.servicer import Hint
+from peer import PROTOCOL_VERSION
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.rpc import transfer as downloads
+from peer.rpc import transfer as snapshots
 from peer.rpc.sessions import Metadata
 from peer.wire import state_pb2, state_pb2_grpc
 

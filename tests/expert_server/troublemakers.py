@@ -16,8 +16,8 @@ from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import CLIENT_OPTIONS
 from peer.codec import CHUNK_BYTES
+from peer.rpc.channels import CLIENT_OPTIONS
 from peer.rpc.sessions import Metadata
 from peer.wire import expert_pb2, expert_pb2_grpc
 

@@ -13,13 +13,13 @@ from dht.manifest import Manifest
 from dht.swarm import found_swarm, join_swarm
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
-from peer.rpc.channels import ChannelPool
 from peer.errors import ExpertError, SettingsError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import multiaddress
 from talkoot.demo.links import Link, Proxy, Wire, free_ports
-from trainer_client.calls import Request
+from trainer_client.dispatch.batches import Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

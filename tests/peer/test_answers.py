@@ -8,7 +8,7 @@ from typing import Any
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 
-from peer.answers import MAX_ENTRIES, filter_answers, keep_valid
+from peer.kademlia.validation import MAX_ENTRIES, filter_answers, keep_valid
 
 
 class OnlyGood(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types

@@ -15,7 +15,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
-from peer.find import Answer, find
+from peer.kademlia.lookups import Answer, find
 
 KEY = DHTID.generate(source="key")
 SOMEBODY = PeerID(b"\x12\x20" + bytes(32))

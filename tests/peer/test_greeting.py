@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import StartError
-from peer.greeting import CLOCK_TOLERANCE_S, Greeting, check_greetings
+from peer.kademlia.node import CLOCK_TOLERANCE_S, Greeting, check_greetings
 
 right = st.floats(-CLOCK_TOLERANCE_S, CLOCK_TOLERANCE_S)
 wrong = st.just(math.nan) | st.floats(CLOCK_TOLERANCE_S + 0.1) | st.floats(max_value=-CLOCK_TOLERANCE_S - 0.1)

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.transport.p2pd import Daemon
 from peer.errors import StartError, UnreachableError, UserError
-from peer.host import Host, default_listen_address, require_free_port
+from peer.host import Host
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.transport.addresses import is_multiaddress
 from peer.processes import _is_unbound, die_with_parent
+from peer.transport.addresses import default_listen_address, is_multiaddress, require_free_port
+from peer.transport.p2pd import Daemon
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

@@ -20,7 +20,7 @@ from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.loop import LoopThread
-from peer.p2pd_calls import mend
+from peer.transport.p2pd import mend
 
 OTHER = PeerID.from_base58("QmNLei78zWmzUdbeRB3CiUfAizWUrbeeZh5K1rhAQKCh51")
 

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from peer.errors import StartError
-from peer.processes import StateFolder, die_with_parent, socket_folder, sweep_dead_sockets
+from peer.files import StateFolder
+from peer.processes import die_with_parent, socket_folder, sweep_dead_sockets
 
 SLEEP = shutil.which("sleep") or "/bin/sleep"
 

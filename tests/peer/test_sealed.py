@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from peer.errors import StateError
 from peer.checkpoints import SealedHeader, seal, unseal
+from peer.errors import StateError
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3)}
 

@@ -18,8 +18,8 @@ from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.records import seal
 from dht.registry import Announced, ReplicaState
 from dht.uid import UID
-from peer.answers import is_rightful
-from peer.bounds import StoreBounds
+from peer.kademlia.storage import StoreBounds
+from peer.kademlia.validation import is_rightful
 from peer.wire import records_pb2
 
 HOME = UID(0, (0, 1))

@@ -14,12 +14,12 @@ from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS, server_credentials
 from peer.errors import ExpertError
 from peer.identity import SESSION_DOMAIN, Identity, certificate_pem
 from peer.loop import LoopThread
-from peer.own_sessions import OwnSessions
-from peer.rpc.sessions import Admitted, ReplayWindow, Right, Sessions, SessionServicer
+from peer.rpc.calls import server_credentials
+from peer.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS
+from peer.rpc.sessions import Admitted, OwnSessions, ReplayWindow, Right, Sessions, SessionServicer
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
 SWARM = "sauna-abcdefghijkl"

@@ -9,8 +9,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.utils import timed_storage
 
 from peer.kademlia import storage as store
-from peer.bounds import StoreBounds
-from peer.kademlia.storage import BoundedStorage, StoreCounts, size_of
+from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreCounts, size_of
 
 KEY, OTHER = DHTID.generate(source="key"), DHTID.generate(source="other")
 NOW = 1_800_000_000.0

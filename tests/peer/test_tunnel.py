@@ -14,13 +14,14 @@ import grpc
 import pytest
 from hivemind.p2p import PeerID
 
-from peer.rpc.channels import SERVER_OPTIONS, ChannelPool, server_credentials
-from peer.transport.p2pd import Position
 from peer.errors import UnreachableError
 from peer.host import Host
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
+from peer.rpc.calls import server_credentials
+from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.transport.addresses import multiaddress
+from peer.transport.p2pd import Position
 from peer.transport.tunnel import TunnelLimits, Tunnels
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

@@ -16,21 +16,32 @@ from hypothesis import strategies as st
 from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from expert_server.experts.expert import expert_bytes
-from expert_server.probe import ProbeServicer
-from expert_server.probing import DialledBack, Link
+from expert_server.probe import DialledBack, Link, ProbeServicer
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import SERVER_OPTIONS, server_credentials
 from peer.errors import DataError, StartError
+from peer.formatting import age_in_words
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rates import Traffic
+from peer.rpc.calls import server_credentials
+from peer.rpc.channels import SERVER_OPTIONS
 from peer.wire import probe_pb2_grpc
-from talkoot.check import machine
-from talkoot.check.machine import check_cores, check_disk, check_memory, check_speed
-from talkoot.check.report import Finding, Report, Verdict, show
-from talkoot.doctor.checks import ask_peers, judge_bandwidth, judge_clock, judge_reachability
-from talkoot.terminal import LogFormat, Terminal, age_in_words
+from talkoot.doctor import checks as machine
+from talkoot.doctor.checks import (
+    Finding,
+    Verdict,
+    ask_peers,
+    check_cores,
+    check_disk,
+    check_memory,
+    check_speed,
+    judge_bandwidth,
+    judge_clock,
+    judge_reachability,
+)
+from talkoot.doctor.examination import Report, show
+from talkoot.terminal import LogFormat, Terminal
 
 LOCAL = "127.0.0.1"
 SWARM = "sauna-1"

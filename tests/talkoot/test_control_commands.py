@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from peer.errors import SettingsError
 from talkoot import terminal as console
-from talkoot.check.report import Finding, Report, Verdict
-from talkoot.terminal import LogFormat, Terminal, log_file
+from talkoot.doctor.checks import Finding, Verdict
+from talkoot.doctor.examination import Report
 from talkoot.node.control import Control
-from talkoot.node.logs import Follower, run_logs
-from talkoot.node.remote import parse_duration_s
+from talkoot.node.remote import Follower, parse_duration_s, run_logs
+from talkoot.terminal import LogFormat, Terminal, log_file
 
 
 @dataclass(frozen=True)

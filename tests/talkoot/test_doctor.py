@@ -20,13 +20,14 @@ from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from expert_server.settings import NodeSettings
 from peer.errors import ClockError, UserError
+from peer.files import StateFolder
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.processes import StateFolder
-from talkoot.check import machine, setup
+from talkoot.doctor import checks as machine
+from talkoot.doctor import checks as setup
 from talkoot.doctor import examination as run
-from talkoot.check.report import Finding, Report, Verdict
-from talkoot.doctor.examination import Check
+from talkoot.doctor.checks import Finding, Verdict
+from talkoot.doctor.examination import Check, Report
 from talkoot.node.launch import SwarmStarter
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

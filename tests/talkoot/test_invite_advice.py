@@ -2,7 +2,7 @@
 
 import pytest
 
-from talkoot.node.advice import invite_advice
+from talkoot.node.invites import invite_advice
 
 PEER = "/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 HOME, PUBLIC = f"/ip4/192.168.1.2/tcp/31337{PEER}", f"/ip4/44.1.1.1/tcp/31337{PEER}"

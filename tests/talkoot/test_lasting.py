@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from talkoot.lasting import lasting_imports
+from talkoot.cli import lasting_imports
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ from rich.live import Live
 
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeState, NodeStatus
-from talkoot.terminal import to_json
 from talkoot.node.view import WIDTH, Pace, PaceMeter, line, panel, state_in_words
+from talkoot.terminal import to_json
 
 STATUS = NodeStatus(
     state=NodeState.SERVING,

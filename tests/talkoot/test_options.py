@@ -10,8 +10,8 @@ import typer.main
 from expert_server.settings import NodeSettings
 from peer.settings import RoleSettings
 from talkoot.cli import app
-from talkoot.options import given_settings, help_of
 from talkoot.dashboard.settings import DashboardSettings
+from talkoot.options import given_settings, help_of
 from trainer_client.settings import TrainerSettings
 
 COMMANDS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # of a group

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, wait_until
 
-from dht.acquaintances import Acquaintances
 from dht.invites import Invite
+from dht.membership import Acquaintances
 from dht.records import SwarmKeys
 from dht.swarm import found_swarm
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
-from talkoot.terminal import LogFormat, Terminal
 from talkoot.demo.links import free_ports
 from talkoot.node import launch as node_run
 from talkoot.node.launch import Origin, _NodeCommand
+from talkoot.terminal import LogFormat, Terminal
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

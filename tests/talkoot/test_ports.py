@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from talkoot.demo.links import free_ports
-from talkoot.node.ports import last_port, remember_port
+from talkoot.node.launch import last_port, remember_port
 
 HOST = "127.0.0.1"
 

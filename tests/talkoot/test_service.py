@@ -18,10 +18,10 @@ from dht.records import SwarmKeys
 from peer.errors import InviteError, SettingsError, StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
-from talkoot.terminal import LogFormat, Terminal
 from talkoot.node.control import ControlServer
 from talkoot.node.launch import Origin
 from talkoot.node.service import UNIT, Service, make_service, run_install, run_remove, run_status
+from talkoot.terminal import LogFormat, Terminal
 
 _STAND_IN = """#!/bin/sh
 echo "$(basename "$0") $*" >> "{folder}/calls"

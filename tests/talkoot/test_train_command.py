@@ -19,7 +19,7 @@ from torch import Tensor
 from training_village import TEXT, Founder, founded, talkoot
 
 from dht.invites import Invite
-from peer import numbered
+from peer import checkpoints as numbered
 from peer.loop import LoopThread
 from talkoot.train import session as train_run
 from trainer_client.client import SwarmClient

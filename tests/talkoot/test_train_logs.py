@@ -12,11 +12,10 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from peer import settings as optional
 from peer.errors import SettingsError, StartError
 from talkoot.terminal import LogFormat, Terminal
-from talkoot.train.display import describe, progress_shown
-from talkoot.train.logs import check_plot, logs_written, plot_losses
-from trainer_client import optional
+from talkoot.train.display import check_plot, describe, logs_written, plot_losses, progress_shown
 from trainer_client.training.record import History
 
 VALUES: dict[str, Any] = {

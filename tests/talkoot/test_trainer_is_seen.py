@@ -10,8 +10,8 @@ from training_village import Founder, founded
 from dht.invites import Invite
 from peer.loop import LoopThread
 from trainer_client.client import SwarmClient
-from trainer_client.training.record import Progress
 from trainer_client.settings import TrainerSettings
+from trainer_client.training.record import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

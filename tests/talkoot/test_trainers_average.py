@@ -19,9 +19,9 @@ from trainer_client.averaging.averager import Averaging
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
-from trainer_client.training.record import Progress
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
+from trainer_client.training.record import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

@@ -18,15 +18,13 @@ from torch import nn
 from dht.announcements import TrainerInfo, read_trainer
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.own_sessions import OwnSessions
-from peer.rpc.sessions import Sessions
+from peer.rpc.sessions import OwnSessions, Sessions
 from peer.transport.tunnel import Tunnels
 from peer.wire import records_pb2, session_pb2
 from trainer_client.announcer import set_dense, trainer_record
 from trainer_client.averaging.averager import Averaging
-from trainer_client.dense import DenseForm
+from trainer_client.averaging.dense_part import DenseForm, SharedPart
 from trainer_client.settings import TrainerSettings
-from trainer_client.averaging.dense_part import SharedPart
 
 SWARM = "sauna-QmFounder"
 LOCAL = "127.0.0.1"
@@ -127,7 +125,7 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch) -> Play:
-    monkeypatch.setattr("peer.downloads._BACKOFF_S", 0.01)
+    monkeypatch.setattr("peer.rpc.transfer._BACKOFF_S", 0.01)
 
     def run(scenario: Scenario) -> None:
         async def on_a_square() -> None:

@@ -16,11 +16,9 @@ from expert_fakes import (
 
 from dht.uid import UID
 from peer.codec import Floats
-from trainer_client.dispatch.policy import CircuitBreakers
-from trainer_client.calls import Request
+from trainer_client.dispatch.batches import ForwardPass, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.forward_pass import ForwardPass
-from trainer_client.waiting import WaitPolicy
+from trainer_client.dispatch.policy import CircuitBreakers, WaitPolicy
 
 DEADLINE, GRACE = 10.0, 1.0
 LENGTH = 4

@@ -20,7 +20,7 @@ from dht.uid import UID
 from expert_server.blocks import build_block
 from peer.codec import Floats
 from peer.errors import ExpertError
-from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, Request
 
 
 class _Selector(selectors.DefaultSelector):

@@ -14,12 +14,13 @@ from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.serving.runtime import Runtime
 from expert_server.serving.servicer import EdgeLimits, ExpertServicer
-from peer.rpc.channels import SERVER_OPTIONS, server_credentials
 from peer.codec import Floats
 from peer.identity import Identity, certificate_pem
+from peer.rpc.calls import server_credentials
+from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.sessions import Sessions, SessionServicer
 from peer.wire import expert_pb2_grpc, session_pb2_grpc
-from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 HIDDEN, ROWS = 16, 6

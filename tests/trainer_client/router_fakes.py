@@ -11,12 +11,12 @@ from expert_fakes import FakeSwarm, virtual_time
 from dht.manifest import Manifest
 from expert_server.experts.expert import BackwardPart, Expert
 from peer.codec import Floats
-from trainer_client.calls import Direction, Request
+from trainer_client.dispatch.batches import Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
+from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS, Routing
 from trainer_client.settings import RouterName
-from trainer_client.waiting import WaitPolicy
 
 every_router = pytest.mark.parametrize("name", get_args(RouterName))
 every_kind = pytest.mark.parametrize("kind", ["transformer", "ffn"])

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
-from trainer_client.training.record import Progress, Summary
-from trainer_client.run import Saver, Start, start_run
 from trainer_client.settings import RouterName, TrainerSettings
+from trainer_client.training.checkpoints import Saver, Start, start_run
 from trainer_client.training.loop import Training
+from trainer_client.training.record import Progress, Summary
 
 TEXT = "In the sauna one must behave as in church. " * 60
 SWARM = "sauna-QmFounder"

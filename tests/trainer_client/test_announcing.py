@@ -7,15 +7,14 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from test_latencies import peer
 
-from dht.counts import DhtCounts
 from dht.announcements import FAILURE_CAUSES, Latency, TrainerInfo, read_trainer
+from dht.registry import DhtCounts
 from peer.wire import records_pb2
-from trainer_client.announcer import trainer_record
-from trainer_client.latencies import Latencies
-from trainer_client.metrics import TrainerCollector, TrainerCounts
+from trainer_client.announcer import TrainerCollector, TrainerCounts, trainer_record
 from trainer_client.dispatch.calls import DispatchStats
-from trainer_client.training.record import Progress
+from trainer_client.dispatch.policy import Latencies
 from trainer_client.settings import TrainerSettings
+from trainer_client.training.record import Progress
 
 
 def progress(**changes: Any) -> Progress:

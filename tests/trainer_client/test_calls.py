@@ -25,11 +25,11 @@ from wayward_node import (
 
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import ChannelPool
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2
-from trainer_client.calls import Request
+from trainer_client.dispatch.batches import Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 

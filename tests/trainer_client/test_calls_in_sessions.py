@@ -7,9 +7,9 @@ from callers import a_caller
 from grpc import StatusCode
 from real_node import GENEROUS, HIDDEN, UIDS, a_node, ask, request, rows
 
-from peer.rpc.channels import ChannelPool
 from peer.errors import ExpertError
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SESSION_KEY
 from peer.wire import session_pb2
 from trainer_client.dispatch.grpc_caller import GrpcCaller

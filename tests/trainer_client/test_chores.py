@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from benchmarks.simulated_p2p import simulated_world
-from trainer_client.chores import Chores
+from peer.loop import Chores
 
 
 def test_a_chore_that_fails_is_told_of_counted_and_begun_again(caplog: pytest.LogCaptureFixture) -> None:

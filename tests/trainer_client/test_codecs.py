@@ -9,10 +9,10 @@ from callers import a_caller
 from real_node import GENEROUS, HIDDEN, ROWS, UIDS, a_node, ask, request, rows
 
 from dht.manifest import Manifest, WireSpec
-from peer.rpc.channels import ChannelPool
 from peer.codec import CodecName, Floats, codec_of, encoded_bytes
 from peer.errors import ExpertError
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 CODECS: tuple[CodecName, ...] = get_args(CodecName)

@@ -9,10 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer import settings as optional
 from peer.errors import DataError, SettingsError, StartError
-from trainer_client import optional
-from trainer_client.corpus import Corpus, prepare
-from trainer_client.data.tokenizer import BytePairTokenizer, ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer
+from trainer_client.data.corpus import Corpus, prepare
+from trainer_client.data.tokenizer import (
+    BytePairTokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+)
 
 TEXT = "In the sauna one must behave as in church. Saunassa on lämmin. " * 20
 

@@ -21,7 +21,7 @@ from grpc import StatusCode
 from dht.registry import NodeInfo
 from peer.codec import Floats
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.waiting import WaitPolicy
+from trainer_client.dispatch.policy import WaitPolicy
 
 DEADLINE, ROWS, LENGTH, K = 8.0, 64, 16, 4
 EXPERTS = 200

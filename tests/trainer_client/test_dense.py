@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peer.errors import StateError
 from peer.averaging import their_share
-from trainer_client.dense import MAX_AGE, DenseForm, require_near
-from trainer_client.averaging.dense_part import DensePart, SharedPart
+from peer.errors import StateError
+from trainer_client.averaging.dense_part import MAX_AGE, DenseForm, DensePart, SharedPart, require_near
 
 SWARM = "sauna-QmFounder"
 

@@ -12,9 +12,16 @@ import safetensors
 import torch
 from run_samples import MANIFEST, SWARM
 
-from peer.errors import CheckpointError
 from peer.checkpoints import SealedHeader, seal
-from trainer_client.training.checkpoints import Checkpoint, CheckpointWriter, Header, load_checkpoint, manifest_sha256, newest_run_folder
+from peer.errors import CheckpointError
+from trainer_client.training.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    Header,
+    load_checkpoint,
+    manifest_sha256,
+    newest_run_folder,
+)
 
 TENSORS = {"model.a": torch.arange(6.0).view(2, 3), "optimizer.a.step": torch.tensor(3.0)}
 

@@ -18,8 +18,8 @@ from torch import nn
 
 from dht.announcements import TrainerInfo
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import server_credentials
 from peer.errors import StateError, TransferError
+from peer.rpc.calls import server_credentials
 from peer.rpc.sessions import Metadata, SessionServicer
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc, state_pb2
 from trainer_client.averaging.averager import choose_partner

@@ -31,8 +31,7 @@ from expert_fakes import (
 from grpc import StatusCode
 
 from peer.codec import Floats
-from trainer_client.calls import Request
-from trainer_client.forward_pass import ForwardPass
+from trainer_client.dispatch.batches import ForwardPass, Request
 
 
 def gradients_of(swarm: FakeSwarm, result: ForwardPass, gradients: Floats, without: Sequence[int]) -> Floats:

@@ -12,7 +12,7 @@ from run_samples import TEXT
 from torch import nn
 
 from peer.errors import DataError, UserError
-from trainer_client.evaluate import evaluate, pieces
+from trainer_client.inference import evaluate, pieces
 from trainer_client.model import LanguageModel
 
 BYTES = [bytes([value]) for value in range(256)]

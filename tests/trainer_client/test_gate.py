@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_client.gate import Gate, mixture_weights
+from trainer_client.routers import Gate, mixture_weights
 
 GRID = (3, 4)
 

@@ -13,8 +13,9 @@ from run_samples import MANIFEST
 from torch import Tensor, nn
 
 from peer.errors import DataError, SettingsError, UserError
-from trainer_client.inference import Sampling, decoded, generate, next_token
+from trainer_client.inference import decoded, generate, next_token
 from trainer_client.model import LanguageModel
+from trainer_client.settings import Sampling
 
 LOGITS = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
 BYTES = [bytes([value]) for value in range(256)]

@@ -21,9 +21,9 @@ from grpc import StatusCode
 from dht.registry import NodeInfo
 from dht.uid import UID
 from peer.codec import Floats
-from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.waiting import LEAST_KNOWN, WaitPolicy
+from trainer_client.dispatch.policy import LEAST_KNOWN, WaitPolicy
 
 LENGTH, ROWS = 4, 8
 SCORES = [np.zeros((ROWS, 3), np.float32)]

@@ -7,9 +7,9 @@ import pytest
 from callers import a_caller
 from real_node import GENEROUS, HIDDEN, ROWS, UIDS, a_node, ask, request, rows
 
-from peer.rpc.channels import ChannelPool
 from peer.codec import Floats
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 

@@ -5,8 +5,8 @@ from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.distribution import SECONDS, Distribution
-from trainer_client.latencies import Durations, Latencies, Quantiles
+from peer.metrics import SECONDS, Distribution
+from trainer_client.dispatch.policy import Durations, Latencies, Quantiles
 
 
 def peer(number: int) -> PeerID:

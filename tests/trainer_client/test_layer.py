@@ -13,9 +13,9 @@ from torch import Tensor
 
 from peer.loop import LoopThread
 from trainer_client.dispatch.dispatcher import Dispatcher
+from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.settings import RouterName
-from trainer_client.waiting import WaitPolicy
 
 HIDDEN = 8
 both_halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

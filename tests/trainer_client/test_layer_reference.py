@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from dht.beam_search import Selection
 from dht.uid import UID
-from trainer_client.gate import Gate
 from trainer_client.moe import RemoteMixtureOfExperts
-from trainer_client.routers import ROUTERS
+from trainer_client.routers import ROUTERS, Gate
 from trainer_client.settings import RouterName
 
 HIDDEN = 8

@@ -14,8 +14,8 @@ from benchmarks.learning import QUICK, QUICK_WAYS, WAYS, Part, Plan, loss_of, ma
 from dht.manifest import Manifest
 from peer.errors import ExpertError
 from talkoot.train.local import LocalSwarm
-from trainer_client.calls import Request
 from trainer_client.data.corpus import load_text
+from trainer_client.dispatch.batches import Request
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 

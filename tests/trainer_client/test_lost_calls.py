@@ -12,9 +12,9 @@ from grpc import StatusCode
 from benchmarks.faults import FaultyCaller
 from dht.registry import NodeInfo
 from peer.errors import ExpertError
-from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.waiting import WaitPolicy
+from trainer_client.dispatch.policy import WaitPolicy
 
 OTHER = make_peer_id(9)
 FAILING = 0.1

@@ -22,10 +22,10 @@ from dht.beam_search import default_beam_size, select_experts
 from dht.uid import UID
 from peer.loop import LoopThread
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.gate import Gate
+from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
-from trainer_client.waiting import WaitPolicy
+from trainer_client.routers import Gate
 
 HIDDEN = 8
 SENT_LATE = Behaviour(after_s=2.0)

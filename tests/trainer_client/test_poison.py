@@ -17,11 +17,15 @@ from hypothesis import strategies as st
 
 from expert_server.blocks import build_block
 from peer.codec import CodecName, Floats, codec_of, decode, encode
-from trainer_client.dispatch.policy import CircuitBreakers
-from trainer_client.calls import Direction, Request
+from trainer_client.dispatch.batches import Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.poison import MOST_GRADIENT_GROWTH, MOST_GROWTH, PoisonTest
-from trainer_client.waiting import WaitPolicy
+from trainer_client.dispatch.policy import (
+    MOST_GRADIENT_GROWTH,
+    MOST_GROWTH,
+    CircuitBreakers,
+    PoisonTest,
+    WaitPolicy,
+)
 
 PEER, OTHER = make_peer_id(1), make_peer_id(2)
 MANIFEST = make_manifest((2, 2), k=2)

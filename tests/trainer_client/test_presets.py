@@ -8,9 +8,8 @@ import pytest
 from benchmarks.recipe_configurations import CONFIGURATIONS, Size
 from dht.manifest import Manifest
 from peer.errors import SettingsError
-from trainer_client.presets import PRESETS, PresetName
 from trainer_client.routers import experts_for_each_row
-from trainer_client.settings import TrainerSettings
+from trainer_client.settings import PRESETS, PresetName, TrainerSettings
 
 MANIFESTS = Path(__file__).parents[2] / "deploy" / "presets"
 

@@ -13,12 +13,12 @@ from hivemind.p2p import PeerID
 from test_dense import make_model, trained
 
 import dht.relays
+from dht import relays as reached
 from dht.announcements import read_trainer
+from dht.relays import Relayed, is_hidden
 from peer.transport.tunnel import Pipe, Tunnels
 from peer.wire import records_pb2
-from trainer_client import reached
 from trainer_client.averaging.averager import choose_partner
-from trainer_client.reached import Relayed, is_hidden
 
 __all__ = ["identities", "play"]
 

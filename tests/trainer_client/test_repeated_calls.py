@@ -12,10 +12,10 @@ from real_node import GENEROUS, HIDDEN, UIDS, a_node, ask, request, rows
 
 from dht.registry import NodeInfo
 from expert_server.serving.runtime import Runtime
-from peer.rpc.channels import ChannelPool
 from peer.errors import ExpertError
 from peer.loop import LoopThread
-from trainer_client.calls import Direction
+from peer.rpc.channels import ChannelPool
+from trainer_client.dispatch.batches import Direction
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 UNAVAILABLE = ExpertError(StatusCode.UNAVAILABLE, "cut off")

@@ -23,11 +23,11 @@ from run_samples import (
 from torch import nn
 
 from peer.errors import CheckpointError, StartError, UserError
-from peer.processes import StateFolder
+from peer.files import StateFolder
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
-from trainer_client.run import checkpoint_folder
 from trainer_client.settings import RouterName
+from trainer_client.training.checkpoints import checkpoint_folder
 from trainer_client.training.loop import Training
 
 

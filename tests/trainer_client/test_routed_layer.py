@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from dht.beam_search import Selection
 from dht.registry import NodeInfo
 from dht.uid import UID
-from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
+from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.settings import RouterName
-from trainer_client.waiting import WaitPolicy
 
 HIDDEN = 8
 

@@ -10,9 +10,9 @@ from router_fakes import LearningSwarm, every_router, mixtures
 
 from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
-from trainer_client.training.record import Progress, Summary
 from trainer_client.settings import RouterName, TrainerSettings
 from trainer_client.training.loop import train
+from trainer_client.training.record import Progress, Summary
 
 TEXT = b"In the sauna one must behave as in church. " * 60
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from dht.directory import PrefixTables
 from peer.codec import Floats
 from peer.errors import SettingsError
-from trainer_client.gate import Gate
 from trainer_client.routers import (
     ROUTERS,
+    Gate,
     balanced,
     best,
     best_others_by_chance,

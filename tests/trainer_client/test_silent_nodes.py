@@ -28,9 +28,9 @@ from wayward_node import (
 )
 
 from dht.registry import NodeInfo
-from peer.rpc.channels import ChannelPool
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from peer.wire.expert_pb2 import CallReply
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 

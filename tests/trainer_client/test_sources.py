@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer import settings as optional
 from peer.errors import DataError, SettingsError
-from trainer_client import optional
 from trainer_client.data import sources
 from trainer_client.data.corpus import load_text
 from trainer_client.data.sources import find_files, read_text

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from dht.registry import NodeInfo
 from peer.codec import Floats
-from trainer_client.dispatch.policy import CircuitBreakers
-from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
+from trainer_client.dispatch.policy import CircuitBreakers, WaitPolicy
 from trainer_client.dispatch.spot_checks import TOLERANCE, difference, odd_one
-from trainer_client.waiting import WaitPolicy
 
 ROWS, LENGTH = 8, 4
 LIAR = 0

@@ -16,9 +16,9 @@ from dht.manifest import Manifest
 from peer.errors import UserError
 from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
-from trainer_client.training.record import Progress, Summary, longest_stall
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training, learning_rate, train, validation_loss
+from trainer_client.training.record import Progress, Summary, longest_stall
 
 TEXT = b"In the sauna one must behave as in church. " * 60
 

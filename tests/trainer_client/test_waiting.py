@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer_client.waiting import LEAST_KNOWN, CallTimes, WaitPolicy
+from trainer_client.dispatch.policy import LEAST_KNOWN, CallTimes, WaitPolicy
 
 seconds = st.floats(0.001, 100)
 many = st.lists(seconds, min_size=LEAST_KNOWN, max_size=300)

@@ -26,10 +26,10 @@ from wayward_node import (
     until,
 )
 
-from peer.rpc.channels import ChannelPool
 from peer.codec import MAX_CHUNK_BYTES
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from peer.wire.expert_pb2 import CallReply, ExpertReply
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 

@@ -15,14 +15,15 @@ from grpc import StatusCode
 
 from dht.registry import NodeInfo
 from dht.uid import UID
-from peer.rpc.channels import SERVER_OPTIONS, ChannelPool, server_credentials
 from peer.codec import CHUNK_BYTES, Floats
 from peer.errors import ExpertError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
+from peer.rpc.calls import server_credentials
+from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.wire import expert_pb2
 from peer.wire.expert_pb2 import CallReply, CallRequest, ExpertReply
-from trainer_client.calls import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 WIDTH = 8

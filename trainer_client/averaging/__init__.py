@@ -1,0 +1,1 @@
+"""Trainers average their dense parts in pairs."""

@@ -19,25 +19,21 @@ from hivemind.p2p import PeerID
 
 from dht.announcements import TrainerInfo
 from dht.registry import Registry
+from dht.relays import Relayed
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import ChannelPool, server_credentials
-from peer.downloads import SnapshotService
-from peer.errors import ExpertError, PortError, StateError, TransferError, UnreachableError
-from peer.host import require_free_port
-from peer.identity import Identity
 from peer.averaging import freshest_first, most_believed
-from peer.own_sessions import OwnSessions
+from peer.errors import ExpertError, PortError, StateError, TransferError, UnreachableError
+from peer.identity import Identity
 from peer.rates import Rate
-from peer.server import make_server
-from peer.rpc.sessions import Sessions, SessionServicer
-from peer.rpc.transfer import Incoming, chunked, receive
+from peer.rpc.calls import make_server, server_credentials
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import OwnSessions, Sessions, SessionServicer
+from peer.rpc.transfer import Incoming, SnapshotService, chunked, receive
+from peer.transport.addresses import require_free_port
 from peer.transport.tunnel import Tunnels
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc
-from trainer_client.dense import DenseForm
-from trainer_client.dense_servicer import DenseServicer
-from trainer_client.averaging.exchange import AveragingCounts, Meeting, Snapshot
-from trainer_client.reached import Relayed
-from trainer_client.averaging.dense_part import Merge, SharedPart
+from trainer_client.averaging.dense_part import DenseForm, Merge, SharedPart
+from trainer_client.averaging.exchange import AveragingCounts, DenseServicer, Meeting, Snapshot
 
 logger = logging.getLogger(__name__)
 

@@ -1,17 +1,122 @@
-"""The dense part between the thread that trains it and those who average it: read at any time, changed after a step."""
+"""The dense part between the thread that trains it and those who average it: read at any time, changed after a step.
+
+The dense part of a model as trainers give it to each other: its form, its bytes, and which of another's are taken.
+
+Pure. A dense part is the parameters alone, without the optimizer's moments.
+"""
 
 import contextlib
+import hashlib
+import json
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Self, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from peer.averaging import drawn
-from trainer_client.dense import MAX_AGE, Tensors
+from peer.checkpoints import SealedHeader, seal, unseal
+from peer.errors import StateError
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+
+MAX_AGE = 10**12
+"""Nobody trains so long: what claims to be older counts as so old, so that lies do not add up."""
+_MOST_SCALE = 4.0
+"""Times what one's own numbers measure, or a part of it, that another's may."""
+_LEAST_LIKENESS = 0.25
+"""Cosine between another's dense part and one's own. They begin equal: training away from there by three times what
+the start measures leaves 0.3; noise or a turned sign have 0 or less."""
+
+
+class Header(SealedHeader):
+    """What a dense part says of itself."""
+
+    swarm_id: str
+    fingerprint: str
+    age: int = Field(ge=0)
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """What two dense parts have in common that can be averaged."""
+
+    swarm_id: str
+    fingerprint: bytes
+    """SHA-256 over it all, 32 bytes."""
+    kinds: Mapping[str, tuple[torch.Size, torch.dtype]]
+    """Of each parameter, by its name."""
+
+    @classmethod
+    def of(cls, model: nn.Module, swarm_id: str, *meanings: str) -> Self:
+        """`meanings`: what shapes don't tell, such as which token each row of the embedding is of."""
+        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters()}
+        told = sorted((name, list(shape), str(dtype)) for name, (shape, dtype) in kinds.items())
+        text = json.dumps([swarm_id, told, meanings])
+        return cls(swarm_id, hashlib.sha256(text.encode()).digest(), kinds)
+
+    @property
+    def max_bytes(self) -> int:
+        """What a dense part may have on the wire, names and header included."""
+        numbers = sum(shape.numel() * dtype.itemsize for shape, dtype in self.kinds.values())
+        return numbers + 1024 * (len(self.kinds) + 4)
+
+    def to_bytes(self, tensors: Tensors, age: int) -> bytes:
+        """Tensors on the CPU, contiguous."""
+        header = Header(swarm_id=self.swarm_id, fingerprint=self.fingerprint.hex(), age=age)
+        return seal(header, dict(tensors))
+
+    def from_bytes(self, data: bytes, age: int) -> dict[str, Tensor]:
+        """Raises StateError when they are no dense part of this form and age, and when a number is not finite."""
+
+        def check(header: Header) -> None:
+            said = (header.swarm_id, header.fingerprint, header.age)
+            if said != (self.swarm_id, self.fingerprint.hex(), age):
+                raise StateError("it is another dense part than was offered")
+
+        _, tensors = unseal(data, Header, check)
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        if found != dict(self.kinds):
+            raise StateError("its tensors are not those of this model")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise StateError("it has numbers that are not finite")
+        return tensors
+
+
+def require_near(mine: Tensors, theirs: Tensors) -> float:
+    """How far the two are from each other, as a part of what mine measures. Both of one form, and finite.
+
+    Raises StateError when theirs can't come from the same beginning by training: another scale, in the whole or in one
+    tensor, or another direction. This keeps out what is broken, not who lies well.
+    """
+    own, other, product = _square(mine), _square(theirs), 0.0
+    count = max(1, sum(tensor.numel() for tensor in mine.values()))
+    for name, tensor in mine.items():
+        product += float((tensor.double() * theirs[name].double()).sum())
+        # tensors that begin as zeros may grow to what the others measure
+        usual = max(_mean_square(tensor), own / count)
+        if _mean_square(theirs[name]) > _MOST_SCALE**2 * usual:
+            raise StateError(f"its {name:.80} is far larger than this trainer's")
+    if not own / _MOST_SCALE**2 <= other <= own * _MOST_SCALE**2:
+        raise StateError("its numbers are of another magnitude than this trainer's")
+    if product < _LEAST_LIKENESS * math.sqrt(own * other):
+        raise StateError("it is no kin of this trainer's: the two did not begin alike")
+    return math.sqrt(max(0.0, own + other - 2 * product) / own) if own else 0.0
+
+
+def _square(tensors: Tensors) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors.values())
+
+
+def _mean_square(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean()) if tensor.numel() else 0.0
+
 
 _MERGES_REMEMBERED = 64
 """Until somebody asks for them."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from peer.errors import DataError
-from trainer_client.optional import require
+from peer.settings import require
 
 PIECE_BYTES = 2**16
 """Of plain text, read at once."""

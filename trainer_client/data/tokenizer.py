@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peer.errors import DataError
-from trainer_client.optional import require
+from peer.settings import require
 
 BYTES = 256
 """The vocabulary of bytes."""

@@ -1,17 +1,28 @@
 """Who gets which rows: groups a layer's chosen experts into one share of rows for each. Pure functions on arrays.
 
 Shapes: R rows (all tokens of a batch, sequence after sequence), K experts for each row, r rows of one share.
+
+What one expert is asked and answers, and the network as dispatch sees it: tests put a function in its place.
+
+What is sent in one forward pass of one layer, and what it brought.
+
+Shapes: R rows, K experts for each row, D hidden size.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
+from hivemind.p2p import PeerID
 from numpy.typing import NDArray
 
 from dht.beam_search import Selection
+from dht.registry import NodeInfo
 from dht.uid import UID
+from peer.codec import Floats
+from peer.errors import ExpertError
 
 Integers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]
@@ -87,3 +98,129 @@ def refill(coordinates: Integers, taken: Booleans, fresh: Selection) -> tuple[In
     source = match.argmax(axis=-1)  # (n, K)
     chosen = np.take_along_axis(fresh.coordinates, source[:, :, None], axis=1)
     return np.where(filled[:, :, None], chosen, coordinates), filled
+
+
+Direction: TypeAlias = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one expert is asked: its rows in segments, inputs and, backward, the gradients of its outputs."""
+
+    uid: UID
+    lengths: Sequence[int]
+    """Rows of each segment."""
+    positions: Sequence[int]
+    """Of each row in its sequence."""
+    inputs: Floats
+    """[R, D]"""
+    gradients: Floats | None
+    """[R, D], or None in forward."""
+    keep: bool = False
+    """In forward: whether a backward call is meant to follow."""
+    kept: "KeptAt | None" = None
+    """In backward: where the node keeps the inputs, so that they need not be sent again."""
+
+
+@dataclass(frozen=True)
+class KeptAt:
+    """How to name a forward pass that the node that answered it has kept."""
+
+    request_id: bytes
+    index: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one expert answered: a tensor [R, D], or why it did not."""
+
+    index: int
+    """Which of the requests this answers."""
+    tensor: Floats | None
+    error: ExpertError | None = None
+    update_count: int = 0
+    """Optimizer steps the replica has taken."""
+    kept: KeptAt | None = None
+    """In forward: set when the node has kept what it was sent."""
+    skipped_update: bool = False
+    """In backward: the expert's guard refused the step."""
+    rolled_back: bool = False
+    """In backward: the expert went back to its last good state."""
+
+
+class ExpertCaller(Protocol):
+    """The network, as dispatch sees it."""
+
+    def call(
+        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
+    ) -> AsyncIterator[Answer]:
+        """Yields answers in any order. Raises ExpertError when the call as a whole failed; then no more come."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """What is sent in one forward pass, and the scores by which each row chooses its k experts."""
+
+    layer: int
+    inputs: Floats  # [R, D]
+    scores: Sequence[Floats]  # one [R, G_d] per grid dimension
+    k: int
+    sequence_length: int
+    keep: bool
+    first: Selection | None
+    """Whom to ask first; None: the best. Where one of them has gone since, all rows ask their best."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return tuple(table.shape[1] for table in self.scores)
+
+
+@dataclass(frozen=True)
+class AnsweredShare:
+    """A share that was answered, by whom, and for which of its rows [r] the answer counts."""
+
+    share: Share
+    peer_id: PeerID
+    counts: Booleans
+    kept: KeptAt | None = None
+
+    def request(self, inputs: Floats, gradients: Floats) -> Request:
+        """Its backward request: the gradients [R, K, D] of its rows, zero where the slot has another's answer."""
+        own = gradients[self.share.rows, self.share.slots]
+        if not self.counts.all():
+            own[~self.counts] = 0
+        return request_of(self.share, inputs, own, kept=self.kept)
+
+
+@dataclass
+class ForwardPass:
+    """What the forward calls of one layer brought, and what the backward calls need."""
+
+    layer: int
+    sequence_length: int
+    inputs: Floats  # [R, D]
+    outputs: Floats  # [R, K, D]; zeros where nobody answered
+    answered: Booleans  # [R, K]
+    coordinates: Integers  # [R, K, dims], of the expert in each slot
+    answers: list[AnsweredShare] = field(default_factory=list)
+
+
+def request_of(
+    share: Share,
+    inputs: Floats,
+    gradients: Floats | None,
+    *,
+    keep: bool = False,
+    kept: KeptAt | None = None,
+) -> Request:
+    """What the expert of a share is asked, of the pass's inputs [R, D]."""
+    return Request(
+        share.uid,
+        share.lengths.tolist(),
+        share.positions.tolist(),
+        inputs[share.rows],
+        gradients,
+        keep,
+        kept,
+    )

@@ -12,12 +12,8 @@ from hivemind.p2p import PeerID
 
 from dht.registry import NodeInfo
 from peer.errors import ExpertError
-from trainer_client.dispatch.policy import CircuitBreakers
-from trainer_client.calls import Answer, Direction, ExpertCaller, Request
-from trainer_client.latencies import Latencies
-from trainer_client.poison import PoisonTest
-from trainer_client.dispatch.batches import Share
-from trainer_client.waiting import CallTimes
+from trainer_client.dispatch.batches import Answer, Direction, ExpertCaller, Request, Share
+from trainer_client.dispatch.policy import CallTimes, CircuitBreakers, Latencies, PoisonTest
 
 logger = logging.getLogger(__name__)
 

@@ -18,14 +18,11 @@ from dht.directory import Directory, PrefixTables
 from dht.registry import NodeInfo
 from peer.codec import Floats
 from peer.errors import UnreachableError
-from trainer_client.dispatch.policy import CircuitBreakers
-from trainer_client.calls import ExpertCaller
-from trainer_client.dispatch.forward import ForwardFanOut, Reach
-from trainer_client.forward_pass import AnsweredShare, ForwardPass, RoutedRows
-from trainer_client.latencies import Latencies
+from trainer_client.dispatch.batches import AnsweredShare, ExpertCaller, ForwardPass, RoutedRows
 from trainer_client.dispatch.calls import DispatchStats, NodeCall, Outcomes, Outgoing, next_outcomes
+from trainer_client.dispatch.forward import ForwardFanOut, Reach
+from trainer_client.dispatch.policy import CircuitBreakers, Latencies, WaitPolicy
 from trainer_client.dispatch.spot_checks import SpotChecks
-from trainer_client.waiting import WaitPolicy
 
 
 class Dispatcher:

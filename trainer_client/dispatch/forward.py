@@ -16,12 +16,22 @@ from dht.beam_search import Selection, default_beam_size, select_experts
 from dht.directory import Directory, PrefixTables, View
 from dht.registry import NodeInfo
 from dht.uid import UID
-from trainer_client.calls import Direction
-from trainer_client.forward_pass import AnsweredShare, ForwardPass, RoutedRows, request_of
+from trainer_client.dispatch.batches import (
+    AnsweredShare,
+    Booleans,
+    Direction,
+    ForwardPass,
+    Integers,
+    RoutedRows,
+    Share,
+    make_shares,
+    refill,
+    request_of,
+    sure_first,
+)
 from trainer_client.dispatch.calls import NodeCall, Outcome, Outcomes, Outgoing, next_outcomes
-from trainer_client.dispatch.batches import Booleans, Integers, Share, make_shares, refill, sure_first
+from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.dispatch.spot_checks import SpotChecks
-from trainer_client.waiting import WaitPolicy
 
 _MAX_ROUNDS = 8
 """Times that a row's experts are chosen in one call."""

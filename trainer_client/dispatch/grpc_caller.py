@@ -1,28 +1,113 @@
-"""One call to one node over gRPC: its header and payload out, the answers of its experts in, as they are ready."""
+"""One call to one node over gRPC: its header and payload out, the answers of its experts in, as they are ready.
+
+Puts the answers of one call together, message by message. Does no I/O.
+
+Introduces a trainer to nodes before it calls them: a first call then costs no more than any other.
+"""
 
 import asyncio
+import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeAlias
 
 import grpc
 from grpc import StatusCode
+from hivemind.p2p import PeerID
 
+from dht.directory import Directory
 from dht.registry import NodeInfo
 from peer import PROTOCOL_VERSION
-from peer.rpc.channels import ChannelPool
-from peer.codec import Floats, chunks, encode
-from peer.rpc.calls import retry_after_s
+from peer.codec import MAX_CHUNK_BYTES, Floats, chunks, decode, encode, encoded_bytes
 from peer.errors import ExpertError, UnreachableError, WireError
-from peer.garbage import make_stub
-from peer.own_sessions import OwnSessions
-from peer.rpc.sessions import Metadata
+from peer.rpc.calls import make_stub, retry_after_s
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import Metadata, OwnSessions
 from peer.wire import expert_pb2, expert_pb2_grpc
-from trainer_client.calls import Answer, Direction, Request
-from trainer_client.replies import Replies
+from trainer_client.dispatch.batches import Answer, Direction, KeptAt, Request
+
+_STATUS = {status.value[0]: status for status in StatusCode}
+
+
+class Replies:
+    """Of one call, to which these requests were sent under that id."""
+
+    def __init__(
+        self, request_id: bytes, requests: Sequence[Request], width: int, codec: "expert_pb2.Codec"
+    ) -> None:
+        self._request_id = request_id
+        self._requests = requests
+        self._width = width
+        self._codec = codec
+        self._waiting = set(range(len(requests)))
+        self._due: deque[expert_pb2.ExpertReply] = deque()
+        """Answers whose tensors have not come in whole."""
+        self._data = bytearray()
+        """Of the first that is due."""
+        self._missing = 0
+        """Bytes that all answers still lack."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expert has answered."""
+        return not (self._waiting or self._due)
+
+    def take(self, reply: expert_pb2.CallReply) -> Iterator[Answer]:
+        """The answers that are whole with this message. Raises WireError when it is not what must come next."""
+        chunk = memoryview(reply.chunk)
+        if not (reply.experts or chunk) or len(chunk) > MAX_CHUNK_BYTES:
+            raise WireError(f"a message of {len(reply.experts)} answers and {len(chunk)} bytes")
+        for expert in reply.experts:
+            self._expect(expert)
+        if len(chunk) > self._missing:
+            raise WireError(f"{len(chunk) - self._missing} bytes more than the answers' tensors have")
+        self._missing -= len(chunk)
+        while self._due:
+            expert = self._due[0]
+            missing = expert.payload_bytes - len(self._data)
+            self._data += chunk[:missing]
+            chunk = chunk[missing:]
+            if len(self._data) < expert.payload_bytes:
+                return
+            self._due.popleft()
+            yield self._answer(expert, self._data)
+            self._data = bytearray()
+
+    def _expect(self, expert: expert_pb2.ExpertReply) -> None:
+        if expert.index not in self._waiting:
+            raise WireError(f"an answer for part {expert.index}, which is not waited for")
+        size = 0
+        if not expert.status:
+            rows = len(self._requests[expert.index].inputs)
+            size = encoded_bytes(rows, self._width, self._codec)
+        if expert.payload_bytes != size:
+            raise WireError(f"a tensor of {expert.payload_bytes} bytes; expected {size}")
+        self._waiting.remove(expert.index)
+        self._due.append(expert)
+        self._missing += size
+
+    def _answer(self, expert: expert_pb2.ExpertReply, data: bytearray) -> Answer:
+        if expert.status:
+            status = _STATUS.get(expert.status, StatusCode.UNKNOWN)
+            return Answer(
+                expert.index,
+                None,
+                ExpertError(status, expert.message[:500], max(0.0, expert.retry_after_s)),
+            )
+        kept = KeptAt(self._request_id, expert.index) if expert.kept else None
+        return Answer(
+            expert.index,
+            decode(data, self._width, self._codec),
+            update_count=expert.update_count,
+            kept=kept,
+            skipped_update=expert.skipped_update,
+            rolled_back=expert.rolled_back,
+        )
+
 
 Stream: TypeAlias = "grpc.aio.StreamStreamCall[expert_pb2.CallRequest, expert_pb2.CallReply]"
 
@@ -277,3 +362,55 @@ def _call_error(status: StatusCode, details: str | None, retry_s: float = _BUSY_
         return ExpertError(StatusCode.UNAVAILABLE, f"{_BROKE_OFF}: {details}"[:500])
     busy = status is StatusCode.RESOURCE_EXHAUSTED
     return ExpertError(status, (details or "")[:500], retry_s if busy else 0.0)
+
+
+logger = logging.getLogger(__name__)
+
+_MOST = 64
+"""Nodes that are known in advance; others are when they are first called."""
+_AT_ONCE = 8
+_DEADLINE_S = 10.0
+_LOOK_EVERY_S = 1.0
+_TRY_AGAIN_S = 60.0
+
+
+class Introductions:
+    """`run` it as a task of the loop that owns the sessions."""
+
+    def __init__(
+        self, sessions: OwnSessions, channels: ChannelPool, directory: Directory, clock: Callable[[], float]
+    ) -> None:
+        self._sessions = sessions
+        self._channels = channels
+        self._directory = directory
+        self._clock = clock
+        self._tried_at: dict[PeerID, float] = {}
+
+    async def run(self) -> None:
+        """For ever. Sessions that come to their end are renewed in time, too."""
+        while True:
+            async with asyncio.TaskGroup() as group:
+                for node in self.due():
+                    group.create_task(self._introduce(node))
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def due(self) -> list[NodeInfo]:
+        """The nodes to be introduced to now."""
+        nodes = list(self._directory.view.nodes.values())[:_MOST]
+        self._tried_at = {n.peer_id: t for n in nodes if (t := self._tried_at.get(n.peer_id)) is not None}
+        now = self._clock()
+        return [
+            node
+            for node in nodes
+            if self._sessions.known(node.peer_id) is None
+            and self._tried_at.get(node.peer_id, -_TRY_AGAIN_S) <= now - _TRY_AGAIN_S
+        ][:_AT_ONCE]
+
+    async def _introduce(self, node: NodeInfo) -> None:
+        self._tried_at[node.peer_id] = self._clock()
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                channel = await self._channels.reach(node)
+                await self._sessions.metadata(node.peer_id, channel, _DEADLINE_S)
+        except (ExpertError, UnreachableError, TimeoutError) as error:
+            logger.debug("node %s opens no session: %s", node.peer_id, error)

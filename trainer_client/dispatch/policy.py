@@ -1,9 +1,27 @@
-"""Circuit breakers: peers that failed are left alone for a while, each time longer. Pure: `now` is passed in."""
+"""Circuit breakers: peers that failed are left alone for a while, each time longer. Pure: `now` is passed in.
 
-from collections import OrderedDict
+How long calls to nodes took: the last ones for quantiles, all of them for a histogram, and a mean of each node.
+
+Answers that no honest expert gives: seen by the answer alone, with no second opinion. Pure and bounded.
+
+Experts carry their own residual connection: what they answer stays near its input in size and follows it. Wrong shapes
+and numbers that are not finite are refused before, where a call is read.
+
+Shapes: R rows, D hidden size.
+
+How long to wait for experts: deadlines that follow from how long calls took lately. Pure: reads no clock.
+"""
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from hivemind.p2p import PeerID
+
+from peer.codec import Floats
+from peer.metrics import SECONDS, Distribution
 
 _LONGEST_BAN_S = 86400.0
 _FORGIVEN = 3
@@ -90,3 +108,204 @@ class CircuitBreakers:
         if len(self._breakers) > self._limit:
             self._breakers.popitem(last=False)
         return breaker
+
+
+_RECENT = 512
+"""Calls of each direction that quantiles are taken from."""
+_NODES = 4096
+"""Nodes whose mean is kept, those that answered last."""
+_WEIGHT = 0.25
+"""Of a new call in its node's mean."""
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """In seconds."""
+
+    p50_s: float
+    p99_s: float
+
+
+class Durations:
+    """Of one direction."""
+
+    def __init__(self) -> None:
+        self.all = Distribution(SECONDS)
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+
+    def note(self, seconds: float) -> None:
+        self.all.note(seconds)
+        self._recent.append(seconds)
+
+    def quantiles(self) -> Quantiles | None:
+        """Of the last calls; None before the first."""
+        ordered = sorted(self._recent)
+        return Quantiles(_nearest(ordered, 0.5), _nearest(ordered, 0.99)) if ordered else None
+
+
+class Latencies:
+    """Of one trainer's calls that went well. Bounded, however many calls and nodes there are."""
+
+    def __init__(self) -> None:
+        self.forward = Durations()
+        self.backward = Durations()
+        self.nodes: dict[PeerID, float] = {}
+        """Seconds until each node's first answer to a call, a moving mean; the node that answered last at the end."""
+
+    def note(self, direction: str, seconds: float) -> None:
+        """One call that a node answered in full."""
+        (self.forward if direction == "forward" else self.backward).note(seconds)
+
+    def note_node(self, peer_id: PeerID, seconds: float) -> None:
+        """A node's first answer to a call."""
+        mean = self.nodes.pop(peer_id, seconds)
+        self.nodes[peer_id] = mean + _WEIGHT * (seconds - mean)
+        if len(self.nodes) > _NODES:
+            del self.nodes[next(iter(self.nodes))]
+
+
+def _nearest(ordered: Sequence[float], share: float) -> float:
+    """The nearest-rank quantile: at least `share` of all are no larger."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+MOST_GROWTH = 1000.0
+"""An answer's largest number, against one and the largest that it was computed from."""
+MOST_GRADIENT_GROWTH = 1e6
+"""The same for gradients: the norm of a row whose numbers are nearly equal makes them large, by 1/√ε at most."""
+_APART = 0.1
+"""How far two rows must be apart, against their size, that no expert and no codec makes one of them."""
+_COMPARED = 64
+"""Columns of a row that are kept to compare it."""
+_REMEMBERED_ROWS = 8
+_REMEMBERED_PEERS = 256
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The first row of an answer, and of what it was computed from."""
+
+    answer: bytes
+    inputs: Floats
+
+
+class PoisonTest:
+    """What is wrong with answers, by each one alone and by those that the same peer gave lately."""
+
+    def __init__(self) -> None:
+        self._lately: OrderedDict[PeerID, list[_Kept]] = OrderedDict()
+
+    def fault_of_gradient(self, gradients_RD: Floats, answer_RD: Floats) -> str | None:
+        """In a word, or None. Small gradients may well become zeros on their way, and so equal."""
+        return "huge" if is_huge(gradients_RD, answer_RD, MOST_GRADIENT_GROWTH) else None
+
+    def fault(self, peer_id: PeerID, inputs_RD: Floats, answer_RD: Floats) -> str | None:
+        """In a word, or None."""
+        if is_huge(inputs_RD, answer_RD):
+            return "huge"
+        if is_constant(inputs_RD, answer_RD):
+            return "constant"
+        return "replayed" if self._is_replayed(peer_id, inputs_RD[0], answer_RD[0]) else None
+
+    def _is_replayed(self, peer_id: PeerID, inputs_D: Floats, answer_D: Floats) -> bool:
+        """Whether the answer's first row came lately, for other inputs. Also remembers it."""
+        lately = self._lately.setdefault(peer_id, [])
+        self._lately.move_to_end(peer_id)
+        if len(self._lately) > _REMEMBERED_PEERS:
+            self._lately.popitem(last=False)
+        row, compared = answer_D.tobytes(), inputs_D[:_COMPARED].copy()
+        for kept in lately:
+            if kept.answer == row:
+                return are_apart(kept.inputs, compared)
+        lately.append(_Kept(row, compared))
+        del lately[:-_REMEMBERED_ROWS]
+        return False
+
+
+def is_huge(inputs_RD: Floats, answer_RD: Floats, most_growth: float = MOST_GROWTH) -> bool:
+    return _largest(answer_RD) > most_growth * (1.0 + _largest(inputs_RD))
+
+
+def is_constant(inputs_RD: Floats, answer_RD: Floats) -> bool:
+    """Whether rows that are far apart were all given the same answer."""
+    if len(answer_RD) < 2 or not np.array_equal(answer_RD[0], answer_RD[-1]):
+        return False
+    return are_apart(inputs_RD[0], inputs_RD[-1]) and bool((answer_RD == answer_RD[0]).all())
+
+
+def are_apart(one_D: Floats, other_D: Floats) -> bool:
+    size = max(float(np.linalg.norm(one_D)), float(np.linalg.norm(other_D)))
+    return float(np.linalg.norm(one_D - other_D)) > _APART * size
+
+
+def _largest(numbers_RD: Floats) -> float:
+    return max(float(numbers_RD.max(initial=0.0)), -float(numbers_RD.min(initial=0.0)))
+
+
+LEAST_KNOWN = 32
+"""With fewer calls than that nothing is said about how long they take."""
+
+_WINDOW = 256
+_USUAL, _SLOW = 0.9, 0.95
+_DEADLINE_FACTOR = 4.0
+_LEAST_HEDGE_S = 0.05
+"""Quicker answers are not worth a second call."""
+
+
+class CallTimes:
+    """How long the last 256 calls in one direction took, in seconds."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=_WINDOW)
+
+    def add(self, seconds: float) -> None:
+        self._last.append(seconds)
+
+    def add_unfinished(self, seconds: float) -> None:
+        """Of a call that was given up after so long. It counts as at least as slow as most, so that a deadline that
+        is too short for many calls gets longer.
+        """
+        self.add(max(seconds, self.quantile(_USUAL) or 0.0))
+
+    def quantile(self, part: float) -> float | None:
+        """What `part` of the calls did not exceed; None while too few are known."""
+        if len(self._last) < LEAST_KNOWN:
+            return None
+        return sorted(self._last)[min(int(part * len(self._last)), len(self._last) - 1)]
+
+
+@dataclass(frozen=True)
+class WaitPolicy:
+    """How long to wait for experts. Times in seconds."""
+
+    call_deadline_s: float
+    """No call lasts longer."""
+    grace_s: float
+    """How long to wait for the rest once every row has `k_min` answers."""
+    k_min: int
+    """A row with fewer answers has its experts chosen again."""
+    least_deadline_s: float = 3.0
+    """The deadline becomes no shorter than that."""
+    most_hedged: float = 0.1
+    """Calls sent to a second replica, as a part of all calls, at most."""
+
+    def deadline_s(self, call_times: CallTimes) -> float:
+        """Of the next call: four times what nine in ten took lately, between the bounds."""
+        usual = call_times.quantile(_USUAL)
+        if usual is None:
+            return self.call_deadline_s
+        return min(self.call_deadline_s, max(self.least_deadline_s, _DEADLINE_FACTOR * usual))
+
+    def hedge_after_s(self, call_times: CallTimes) -> float:
+        """When a forward call is slow enough to ask another replica too: when 19 in 20 would have answered, and at
+        the latest after a third of the deadline.
+
+        "The Tail at Scale" (Dean and Barroso, 2013) asks after the 95th percentile.
+        """
+        latest = self.deadline_s(call_times) / 3
+        slow = call_times.quantile(_SLOW)
+        return latest if slow is None else min(max(slow, _LEAST_HEDGE_S), latest)
+
+    def may_hedge(self, hedged: int, calls: int) -> bool:
+        """Whether one call more of `calls` may be sent twice, after `hedged`."""
+        return hedged < self.most_hedged * calls

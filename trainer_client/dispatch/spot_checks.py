@@ -16,9 +16,8 @@ from hivemind.p2p import PeerID
 
 from dht.directory import View
 from peer.codec import Floats
-from trainer_client.calls import Answer, Request
+from trainer_client.dispatch.batches import Answer, Request, Share
 from trainer_client.dispatch.calls import NodeCall, Outcome, Outcomes, Outgoing, next_outcomes
-from trainer_client.dispatch.batches import Share
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from peer.errors import StateError
-from peer.step_size import step_size
+from peer.layers import step_size
+from trainer_client.averaging.dense_part import SharedPart
 from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import Dataset
-from trainer_client.training.in_flight import EnoughInFlight, InFlight, bearable
 from trainer_client.model import LanguageModel
-from trainer_client.training.record import History, Progress, Record, Summary
 from trainer_client.settings import TrainerSettings
-from trainer_client.averaging.dense_part import SharedPart
+from trainer_client.training.in_flight import EnoughInFlight, InFlight, bearable
+from trainer_client.training.record import History, Progress, Record, Summary
 
 
 @dataclass(frozen=True)

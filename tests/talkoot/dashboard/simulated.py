@@ -13,17 +13,15 @@ from hivemind.p2p import PeerID
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
+from dht.announcements import Activity, Latency, TrainerInfo
 from dht.directory import View
 from dht.invites import Invite
 from dht.manifest import Manifest
-from dht.announcements import Activity, Latency, TrainerInfo
 from dht.records import SwarmKeys
 from dht.registry import NodeInfo, Replica, ReplicaState
 from talkoot.dashboard.app import Streams, make_app
-from talkoot.dashboard.census import Census, Paces
-from talkoot.dashboard.history import History
-from talkoot.dashboard.keeper import Keeper
-from talkoot.dashboard.picture import Picture, paint
+from talkoot.dashboard.history import History, Keeper
+from talkoot.dashboard.picture import Census, Paces, Picture, paint
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import Watcher
 

@@ -10,7 +10,7 @@ from simulated import NOW, node, peer, trainer
 
 from dht.announcements import TrainerInfo
 from dht.registry import NodeInfo
-from talkoot.dashboard.census import Census, Pace, Paces
+from talkoot.dashboard.picture import Census, Pace, Paces
 
 
 def census(most: int = 100, most_gone: int = 10, kept_s: float = 86400.0) -> Census[NodeInfo]:

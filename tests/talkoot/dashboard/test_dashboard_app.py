@@ -10,8 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from simulated import NOW, Answer, Asked, manifest, node, peer, picture_of, replica, trainer
 
-from talkoot.dashboard.app import OPENAPI, is_loopback
-from talkoot.dashboard.discovery import targets
+from talkoot.dashboard.app import OPENAPI, is_loopback, targets
 from talkoot.dashboard.history import Sample
 from talkoot.dashboard.picture import Picture
 from talkoot.dashboard.watcher import expert_samples_of, samples_of

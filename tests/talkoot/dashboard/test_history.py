@@ -9,8 +9,7 @@ import pytest
 from simulated import NOW, large_swarm
 
 from peer.errors import StartError
-from talkoot.dashboard.history import EXPERT_TIERS, TIERS, History, Sample
-from talkoot.dashboard.keeper import Keeper
+from talkoot.dashboard.history import EXPERT_TIERS, TIERS, History, Keeper, Sample
 from talkoot.dashboard.picture import Picture
 
 

@@ -12,16 +12,15 @@ from hivemind.p2p import PeerID
 from rich.console import Console
 from simulated import NOW, manifest, node, peer, replica, trainer
 
+from dht.announcements import TrainerInfo
 from dht.directory import View
 from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord
-from dht.announcements import TrainerInfo
 from dht.records import SwarmKeys
 from dht.registry import NodeInfo
 from dht.swarm import Swarm
 from dht.uid import UID
 from peer.errors import SettingsError
-from talkoot.reading import Reading, SwarmReader
-from talkoot.status import _renderables
+from talkoot.status import Reading, SwarmReader, _renderables
 from trainer_client.settings import TrainerSettings
 
 MODEL = manifest((2, 2), layers=1)

@@ -24,9 +24,9 @@ from dht.manifest import Manifest
 from dht.swarm import found_swarm, join_swarm
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
-from peer.rpc.channels import ChannelPool
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
 from talkoot.dashboard.server import address_of, dashboard, listen
 from talkoot.dashboard.settings import DashboardSettings
 from trainer_client.client import SwarmClient
