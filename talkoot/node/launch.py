@@ -30,6 +30,7 @@ from expert_server.status import NodeStatus
 from peer.errors import PortError, SettingsError, StartError, UnreachableError, UserError
 from peer.files import StateFolder, write_whole
 from peer.identity import Identity
+from peer.kademlia.storage import StoreBounds
 from peer.settings import DENYLIST
 from peer.transport.addresses import default_listen_address, is_multiaddress, multiaddress, require_free_port
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder

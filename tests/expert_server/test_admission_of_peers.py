@@ -8,7 +8,7 @@ import pytest
 from callers import InSession
 from grpc import StatusCode
 from hivemind.p2p import PeerID
-from village import LOCAL, MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
+from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
 
 from dht.admission import RIGHTS, Denylist, Role, make_token, new_serial
 from dht.invites import Invite, Issued, Ledger

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from callers import a_caller
 from node_process import NodeProcess, found_by_a_trainer, started
-from village import LOCAL, MANIFEST, UIDS, Village, eventually
+from real_swarm import LOCAL, MANIFEST, UIDS, Village, eventually
 
 from dht.records import SwarmKeys, seal
 from dht.registry import NodeInfo

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 from callers import a_caller
-from edge import (
+from grpc import StatusCode
+from tls_expert_server import (
     FIRST,
     SECOND,
     SWARM,
@@ -27,7 +28,6 @@ from edge import (
     running,
     wait_until,
 )
-from grpc import StatusCode
 
 from peer import PROTOCOL_VERSION
 from peer.identity import Identity

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 from callers import InSession, opened
-from village import MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
+from real_swarm import MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
 
 from dht.swarm import Swarm
 from dht.uid import UID

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from village import (
+from real_swarm import (
     LOCAL,
     MANIFEST,
     ONCE_EACH,

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from village import LOCAL, MANIFEST, Play, Village, node_settings, playing
+from real_swarm import LOCAL, MANIFEST, Play, Village, node_settings, playing
 
 from dht.swarm import found_swarm
 from expert_server import node as node_module

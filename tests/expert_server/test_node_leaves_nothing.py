@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from village import (
+from real_swarm import (
     LOCAL,
     MANIFEST,
     children,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from village import (
+from real_swarm import (
     LOCAL,
     MANIFEST,
     Play,

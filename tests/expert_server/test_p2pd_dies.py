@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from village import LOCAL, ONCE_EACH, UIDS, Village, eventually, serving
+from real_swarm import LOCAL, ONCE_EACH, UIDS, Village, eventually, serving
 
 from dht.invites import Invite
 from dht.swarm import Swarm

@@ -15,7 +15,7 @@ import torch
 from callers import InSession, opened
 from grpc import StatusCode
 from hivemind.p2p import PeerID
-from village import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, make_identities, playing, serving
+from real_swarm import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, make_identities, playing, serving
 
 from dht.registry import NodeInfo
 from dht.swarm import Swarm, found_swarm, join_swarm

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from village import LOCAL, MANIFEST, ONCE_EACH, UIDS, Village, eventually, serving
+from real_swarm import LOCAL, MANIFEST, ONCE_EACH, UIDS, Village, eventually, serving
 
 from dht.directory import Directory
 from dht.swarm import Swarm, found_swarm, join_swarm

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from village import eventually
+from real_swarm import eventually
 
 from expert_server import probe as probing
 from expert_server.probe import (

@@ -17,9 +17,9 @@ import psutil
 import pytest
 import torch
 from callers import a_caller
+from hostile_callers import Troublemakers
 from node_process import NodeProcess, found_by_a_trainer, started
-from troublemakers import Troublemakers
-from village import eventually
+from real_swarm import eventually
 
 from dht.manifest import Manifest
 from dht.registry import NodeInfo

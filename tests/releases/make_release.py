@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
 SOURCES = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
-sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("expert_server", "trainer_client"))]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 
 def build_wheel(version: str) -> None:

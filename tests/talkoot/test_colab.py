@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from commands import wait_until
-from training_village import HOST, Founder, founded
+from training_swarm import HOST, Founder, founded
 
 from peer.loop import LoopThread
 

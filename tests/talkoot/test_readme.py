@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from commands import wait_until
-from training_village import TEXT, talkoot
+from training_swarm import TEXT, talkoot
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),  # hivemind's, on 3.11

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from commands import DEADLINE_S, assert_one_clear_line, wait_until
-from training_village import HOST, TEXT, Founder, founded, talkoot
+from training_swarm import HOST, TEXT, Founder, founded, talkoot
 
 from dht.manifest import Manifest
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import NOW, node, peer, trainer
+from simulated_readings import NOW, node, peer, trainer
 
 from dht.announcements import TrainerInfo
 from dht.registry import NodeInfo

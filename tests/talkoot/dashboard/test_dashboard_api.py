@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import INVITE, NOW, Asked, large_swarm, manifest, node, peer, picture_of, replica, trainer
+from simulated_readings import (
+    INVITE,
+    NOW,
+    Asked,
+    large_swarm,
+    manifest,
+    node,
+    peer,
+    picture_of,
+    replica,
+    trainer,
+)
 
 from dht.announcements import Activity, Reachability
 from dht.registry import ReplicaState

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from simulated import NOW, Answer, Asked, manifest, node, peer, picture_of, replica, trainer
+from simulated_readings import NOW, Answer, Asked, manifest, node, peer, picture_of, replica, trainer
 
 from talkoot.dashboard.app import OPENAPI, is_loopback, targets
 from talkoot.dashboard.history import Sample

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from simulated import peer
+from simulated_readings import peer
 
 from dht.invites import Invite
 from dht.records import SwarmKeys

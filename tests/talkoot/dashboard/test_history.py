@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from simulated import NOW, large_swarm
+from simulated_readings import NOW, large_swarm
 
 from peer.errors import StartError
 from talkoot.dashboard.history import EXPERT_TIERS, TIERS, History, Keeper, Sample

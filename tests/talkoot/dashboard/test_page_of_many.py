@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from browser import Visit, chromium, needs_chromium, served, visit
 from playwright.sync_api import Browser
-from simulated import Asked, large_swarm
+from simulated_readings import Asked, large_swarm
 
 pytestmark = [needs_chromium, pytest.mark.timeout(300)]
 

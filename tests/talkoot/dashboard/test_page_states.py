@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from browser import Visit, chromium, needs_chromium, served, visit
 from playwright.sync_api import Browser
-from simulated import NOW, Asked, manifest, node, picture_of, replica, trainer
+from simulated_readings import NOW, Asked, manifest, node, picture_of, replica, trainer
 
 pytestmark = [needs_chromium, pytest.mark.timeout(300)]
 

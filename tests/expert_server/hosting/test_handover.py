@@ -1,0 +1,203 @@
+"""No expert is lost that another node can still reach: who leaves hands over, who is killed leaves replicas behind."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_swarm import UIDS, Play, Village, end, eventually, make_identities, playing, serving
+from test_restart import announced, train
+
+from dht.directory import Directory
+from dht.registry import ReplicaState
+from dht.uid import UID
+from expert_server.experts.format import State
+from expert_server.node import Node
+from expert_server.serving.batching import Work
+from expert_server.status import NodeState
+from peer.errors import ExpertError
+from peer.identity import Identity
+from peer.loop import LoopThread
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+LEAVES: dict[str, Any] = {"drain_timeout_s": 20, "announce_every_s": 3.0}
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    return make_identities(tmp_path_factory, 4)
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    return playing(loop, identities, tmp_path, 90)
+
+
+async def assert_hosted(nodes: list[Node], states: Mapping[UID, State], updates: Mapping[UID, int]) -> None:
+    """The nodes have these experts once, in these states."""
+    found = {uid: (node, expert) for node in nodes for uid, expert in node.runtime.experts.items()}
+    assert sum(len(node.runtime.experts) for node in nodes) == len(found)
+    assert {uid: found[uid][1].update_count for uid in updates} == updates
+    for uid, state in states.items():
+        node, expert = found[uid]
+        torch.testing.assert_close(await node.runtime.run(expert.export_state), state, atol=0, rtol=0)
+
+
+def test_a_node_that_leaves_hands_its_experts_over_with_their_updates(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        invite = await leaver.swarm.invite()
+        heirs = [await village.join(n, invite, experts=0, spare=4, announce_every_s=3.0) for n in (1, 2)]
+        for heir in heirs:
+            await village.run(heir)
+        updates = {uid: n % 4 for n, uid in enumerate(UIDS)}
+        running = await village.run(leaver)
+        states = await train(leaver, updates)
+        await end(running)
+        await leaver.stop()
+        assert all(len(heir.runtime.experts) == 4 for heir in heirs)
+        await assert_hosted(heirs, states, updates)
+        assert leaver.hosting.handed_over == sum(heir.status().adopted for heir in heirs) == 8
+        assert set(await serving(heirs[0].swarm)) == set(UIDS)
+        assert leaver.client.counts.bytes_sent == sum(heir.client.counts.bytes_received for heir in heirs)
+
+    play(scenario)
+    assert "gave up 8 experts: others host 8, 0 are in this node's checkpoints alone" in caplog.messages
+
+
+def test_the_only_node_of_a_swarm_leaves_at_once(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=8, **LEAVES)
+        states = await train(node, dict.fromkeys(UIDS, 1))
+        begin = time.monotonic()
+        await node.stop()
+        assert time.monotonic() - begin < 8
+        again = await village.found(experts=8)
+        await assert_hosted([again], states, dict.fromkeys(UIDS, 1))
+
+    play(scenario)
+
+
+def test_what_nobody_has_room_for_stays_in_the_checkpoints(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        heir = await village.join(1, await leaver.swarm.invite(), experts=0, spare=3, announce_every_s=3.0)
+        for node in (leaver, heir):
+            await village.run(node)
+        await train(leaver, dict.fromkeys(UIDS, 2))
+        begin = time.monotonic()
+        alone = await leaver.hosting.release(20)
+        assert time.monotonic() - begin < 15
+        assert alone == 5
+        assert len(heir.runtime.experts) == leaver.hosting.handed_over == 3
+        assert await leaver.checkpoints.newest() == dict.fromkeys(UIDS, 2)
+        assert not leaver.runtime.experts
+
+    play(scenario)
+
+
+def test_a_peer_that_does_not_answer_keeps_nobody_longer_than_the_timeout(play: Play) -> None:
+    """It is announced, and it has room, but it does not follow hints."""
+
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        invite = await leaver.swarm.invite()
+        deaf = await village.join(1, invite, experts=0, spare=8)
+        begin = time.monotonic()
+        deaf.replication.follow = lambda hint: len(hint.uids)  # type: ignore[method-assign]  # says yes, does nothing
+        deaf.replication._runs = True
+        assert await leaver.hosting.release(1.0) == 8
+        assert time.monotonic() - begin < 8
+
+    play(scenario)
+
+
+def test_a_hurried_node_waits_for_nobody(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        invite = await leaver.swarm.invite()
+        await village.join(1, invite, experts=0, spare=8)
+        asked = asyncio.Event()
+
+        async def never(*_: Any, **__: Any) -> int:
+            asked.set()
+            await asyncio.Event().wait()
+            return 0
+
+        leaver.client.ask = never  # type: ignore[method-assign]
+        stopping = asyncio.create_task(leaver.stop())
+        await asyncio.wait_for(asked.wait(), 20)
+        assert leaver.status().state is NodeState.DRAINING
+        begin = time.monotonic()
+        leaver.hurry()
+        await stopping
+        assert time.monotonic() - begin < 8
+
+    play(scenario)
+
+
+def test_a_leaving_replica_is_called_no_more_and_still_counts_as_a_host(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=8, **LEAVES)
+        observer = await village.observe(1, await node.swarm.invite())
+        node.hosting.taker.leave()
+        node.runtime.refuse()
+        await node.hosting.announce()
+        view = await Directory(observer.registry, observer.manifest, refresh_every_s=60).refresh()
+        assert view.live_experts() == 0
+        assert {r.state for hosts in view.replicas.values() for r in hosts} == {ReplicaState.LEAVING}
+        rows = torch.ones(1, 8), torch.tensor([1]), torch.tensor([0])
+        work = Work(UIDS[0], "forward", rows[0], None, rows[1], rows[2], deadline=1e12, caller="test")
+        with pytest.raises(ExpertError, match="this node is leaving"):
+            await node.runtime.submit(work)
+
+    play(scenario)
+
+
+def test_experts_that_were_given_up_are_taken_again(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=5, **LEAVES)
+        updates = dict.fromkeys(node.runtime.experts, 3)
+        states = await train(node, updates)
+        assert await node.hosting.release(5) == 5
+        assert not node.runtime.experts
+        assert await announced(node, UIDS) == {}
+        await node.hosting.look()
+        assert not node.runtime.experts
+        await node.hosting.take_first()
+        assert set(node.runtime.experts) == set(updates)
+        await assert_hosted([node], states, updates)
+        assert await announced(node, UIDS) == updates
+
+    play(scenario)
+
+
+def test_after_a_node_was_killed_the_others_still_have_what_it_replicated(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=8, replicas=2, announce_every_s=4.0)
+        running = await village.run(first)
+        states = await train(first, dict.fromkeys(UIDS, 2))
+        await first.hosting.announce()
+        second = await village.join(
+            1, await first.swarm.invite(), experts=8, replicas=2, announce_every_s=4.0
+        )
+        assert not second.runtime.experts
+        await village.run(second)
+
+        async def replicated() -> bool:
+            return len(second.runtime.experts) == 8
+
+        await eventually(replicated, 20)
+        await end(running)
+        await first.swarm.host.stop()  # no farewell
+        await assert_hosted([second], states, dict.fromkeys(UIDS, 2))
+
+    play(scenario)

@@ -1,0 +1,312 @@
+"""Replicas of one expert on real nodes: they take different updates, meet, and are one state again."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hivemind.p2p import PeerID
+from real_swarm import LOCAL, UIDS, Play, Village, eventually, make_identities, playing, serving
+from test_restart import step, train
+
+from dht.registry import Replica, ReplicaState
+from dht.swarm import join_swarm
+from dht.uid import UID
+from expert_server.experts.expert import Expert
+from expert_server.experts.format import State
+from expert_server.hosting.averaging import choose_partners
+from expert_server.node import Node
+from peer.errors import StateError
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.wire import state_pb2
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+TWICE: dict[str, Any] = {"experts": 8, "replicas": 2}
+AN_UID, OTHER_UID = UIDS[0], UIDS[5]
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    return make_identities(tmp_path_factory, 4)
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    return playing(loop, identities, tmp_path, 90)
+
+
+async def couple(village: Village, updates: int, **settings: Any) -> tuple[Node, Node]:
+    """Two nodes that host the same experts, which took updates before the second came."""
+    first = await village.found(**TWICE, **settings)
+    await train(first, dict.fromkeys(UIDS, updates))
+    await first.hosting.announce()
+    second = await village.join(1, await first.swarm.invite(), **TWICE, **settings)
+    await second.hosting.replicate()
+    return first, second
+
+
+async def state_of(node: Node, uid: UID) -> State:
+    return await node.runtime.run(node.runtime.experts[uid].export_state)
+
+
+async def different_step(node: Node, uid: UID) -> None:
+    def take() -> None:
+        expert = node.runtime.experts[uid]
+        with torch.no_grad():
+            next(expert.block.parameters()).add_(0.01)
+        step(expert)
+
+    await node.runtime.run(take)
+
+
+async def meet(node: Node, other: Node, uid: UID) -> None:
+    (info,) = (await node.swarm.registry.nodes([other.swarm.host.peer_id])).values()
+    await node.replication.meet(uid, info)
+
+
+def test_a_joiner_replicates_what_has_one_replica_with_its_updates(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 3)
+        assert set(second.runtime.experts) == set(UIDS)
+        for uid in UIDS:
+            torch.testing.assert_close(
+                await state_of(second, uid), await state_of(first, uid), atol=0, rtol=0
+            )
+        assert {e.update_count for e in second.runtime.experts.values()} == {3}
+        assert set((await serving(first.swarm)).values()) == {2}
+        assert second.status().replicated == 8
+        assert second.client.counts.fetched == 8
+        third = await village.join(2, await first.swarm.invite(), **TWICE)
+        await third.hosting.replicate()
+        assert not third.runtime.experts, "two replicas of each are enough"
+
+    play(scenario)
+
+
+def test_replicas_of_the_fewest_come_first_and_fill_the_room_alone(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(**TWICE)
+        invite = await first.swarm.invite()
+        second = await village.join(1, invite, experts=5, spare=3, replicas=3)
+        await second.hosting.replicate()
+        assert len(second.runtime.experts) == 5, "spare room is for orphans"
+        third = await village.join(2, invite, experts=4, replicas=3)
+        await third.hosting.replicate()
+        assert set(third.runtime.experts) >= set(UIDS) - set(second.runtime.experts)
+        assert len(third.runtime.experts) == 4
+
+    play(scenario)
+
+
+def test_two_replicas_that_took_different_updates_meet_and_come_together(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2, average_every_s=60)
+        await village.run(second)
+        for _ in range(3):
+            await different_step(first, AN_UID)
+        await train(second, {AN_UID: 1})
+        before = await state_of(first, AN_UID), await state_of(second, AN_UID)
+        await meet(first, second, AN_UID)
+
+        async def averaged() -> bool:
+            return second.replication.averagings == 1
+
+        await eventually(averaged, 20)
+        after = await state_of(first, AN_UID), await state_of(second, AN_UID)
+        name = "block.attention_input.weight"
+        # 3 updates and 1 since the second fetched; nobody is more than half of another's average
+        for found, share in zip(after, (0.25, 0.5), strict=True):
+            expected = (1 - share) * before[0][name] + share * before[1][name]
+            torch.testing.assert_close(found[name], expected)
+        assert not torch.allclose(before[0][name], before[1][name])
+        counts = [node.runtime.experts[AN_UID].update_count for node in (first, second)]
+        assert counts == [5, 5]
+        assert first.replication.averagings == 1
+
+        await second.hosting.announce()
+        seen = first.client.counts.fetched
+        first.replication._rng = random.Random(4)
+        for _ in range(4):
+            await first.replication.average_some()
+        assert first.client.counts.fetched - seen < 8, "the one that has just met is left out"
+
+    play(scenario)
+
+
+def test_updates_since_the_last_meeting_stay_when_their_node_leaves(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2, average_every_s=60, drain_timeout_s=20)
+        await village.run(second)
+        for _ in range(3):
+            await different_step(first, AN_UID)
+        await train(second, {AN_UID: 1})
+        before = await state_of(first, AN_UID), await state_of(second, AN_UID)
+        await first.hosting.announce()
+        await first.stop()
+
+        async def averaged() -> bool:
+            return second.runtime.experts[AN_UID].update_count == 5
+
+        await eventually(averaged, 20)
+        name = "block.attention_input.weight"
+        expected = (before[0][name] + before[1][name]) / 2
+        torch.testing.assert_close((await state_of(second, AN_UID))[name], expected)
+
+    play(scenario)
+
+
+def test_full_nodes_drop_what_others_host_too_for_what_nobody_hosts(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        brief: dict[str, Any] = {"experts": 4, "spare": 0, "replicas": 2, "announce_every_s": 2.0}
+        first = await village.found(**brief)
+        invite = await first.swarm.invite()
+        second = await village.join(1, invite, **brief)
+        third = await village.join(2, invite, **brief)
+        assert len(second.runtime.experts) == 4
+        await third.hosting.replicate()
+        assert len(third.runtime.experts) == 4
+        staying = first, third
+        for node in staying:
+            await village.run(node)
+        await second.swarm.host.stop()  # no farewell
+
+        async def all_are_hosted() -> bool:
+            return {uid for node in staying for uid in node.runtime.experts} == set(UIDS)
+
+        await eventually(all_are_hosted, 60)
+
+    play(scenario)
+
+
+def test_updates_taken_while_two_meet_are_not_lost(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2)
+        await train(second, {AN_UID: 1})
+        theirs = await state_of(second, AN_UID)
+        fetch = first.client.fetch
+
+        async def train_and_fetch(*arguments: Any) -> Any:
+            await train(first, {AN_UID: 4})
+            return await fetch(*arguments)
+
+        first.client.fetch = train_and_fetch  # type: ignore[method-assign, assignment]
+        begun = await state_of(first, AN_UID)
+        await meet(first, second, AN_UID)
+        expert = first.runtime.experts[AN_UID]
+        assert expert.update_count == 3 + 4
+        alone = Expert(AN_UID, first.swarm.manifest)
+        alone.import_state(begun, 2)
+        for _ in range(4):
+            step(alone)
+        name = "block.attention_input.weight"
+        found, stepped = await state_of(first, AN_UID), alone.export_state()
+        # the other alone took an update since they met, so it is half of the average
+        torch.testing.assert_close(found[name], stepped[name] + (theirs[name] - begun[name]) / 2)
+
+    play(scenario)
+
+
+def test_a_replica_that_was_rolled_back_meanwhile_is_not_averaged(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2)
+        await train(second, {AN_UID: 1})
+        fetch = first.client.fetch
+
+        async def roll_back_and_fetch(*arguments: Any) -> Any:
+            await first.runtime.run(first.runtime.experts[AN_UID].guard._roll_back)
+            return await fetch(*arguments)
+
+        first.client.fetch = roll_back_and_fetch  # type: ignore[method-assign, assignment]
+        with pytest.raises(StateError, match="replaced or rolled back while"):
+            await meet(first, second, AN_UID)
+        assert first.runtime.experts[AN_UID].update_count == 2
+
+    play(scenario)
+
+
+def test_a_hint_that_the_dht_does_not_confirm_moves_nothing(play: Play) -> None:
+    """A stranger asks in its own name, and in that of a node that does not leave."""
+
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=3, replicas=2, average_every_s=60)
+        invite = await first.swarm.invite()
+        second = await village.join(1, invite, experts=0, spare=8, average_every_s=60)
+        await village.run(second)
+        await village.run(first)
+        (info,) = (await first.swarm.registry.nodes([second.swarm.host.peer_id])).values()
+        hosted = list(first.runtime.experts)
+        states = {uid: await state_of(first, uid) for uid in hosted}
+        assert await first.client.ask(info, state_pb2.ASK_REASON_ADOPT, hosted) == 3
+        vacant = sorted(set(UIDS) - set(hosted))
+        assert await first.client.ask(info, state_pb2.ASK_REASON_ADOPT, vacant) == 5
+        (info,) = (await second.swarm.registry.nodes([first.swarm.host.peer_id])).values()
+        accepted = await second.client.ask(
+            info, state_pb2.ASK_REASON_AVERAGE, hosted[:1], b"a" * 32, b"b" * 32
+        )
+        assert accepted == 1
+
+        async def followed() -> bool:
+            return not first.replication._hints._waiting and not second.replication._hints._waiting
+
+        await eventually(followed, 10)
+        async with second.hosting._changing:  # whatever it began is over
+            assert not second.runtime.experts
+        for uid, state in states.items():
+            torch.testing.assert_close(await state_of(first, uid), state, atol=0, rtol=0)
+        assert first.client.counts.fetched == second.client.counts.fetched == 0
+
+    play(scenario)
+
+
+def test_a_node_that_restarts_goes_on_from_a_fresher_replica(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2)
+        await second.stop()
+        states = await train(first, {AN_UID: 3})
+        await first.hosting.announce()
+        back = await village.join(1, await first.swarm.invite(), **TWICE)
+        await back.hosting.replicate()
+        counts = {uid: expert.update_count for uid, expert in back.runtime.experts.items()}
+        assert counts == dict.fromkeys(UIDS, 2) | {AN_UID: 5}
+        torch.testing.assert_close(await state_of(back, AN_UID), states[AN_UID], atol=0, rtol=0)
+        assert back.client.counts.fetched == 1, "the others were on its disk"
+        assert back.checkpoints.counts.restored == 7
+
+    play(scenario)
+
+
+def test_when_no_replica_gives_its_state_none_is_made_up(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(**TWICE, announce_every_s=30)
+        await train(first, dict.fromkeys(UIDS, 1))
+        await first.hosting.announce()
+        swarm = await join_swarm(village.identities[1], await first.swarm.invite(), listen=LOCAL)
+        second = await village.start(swarm, TWICE)
+        assert first._server is not None
+        await first._server.stop(None)  # it is still announced
+        await second.hosting.replicate()
+        assert not second.runtime.experts
+        assert second.client.counts.failed >= 1
+        assert set((await serving(second.swarm)).values()) == {1}
+
+    play(scenario)
+
+
+def test_partners_are_others_that_serve_and_about_half_of_the_experts_seek_one() -> None:
+    me, *others = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in range(4))
+
+    def hosts(uid: UID, *states: ReplicaState) -> list[Replica]:
+        found = zip((me, *others), (ReplicaState.SERVING, *states), strict=False)
+        return [Replica(uid, peer, state, 0, 0, 0.0, 1.0) for peer, state in found]
+
+    uids = [UID(0, (n, 0)) for n in range(400)]
+    serving_twice = {uid: hosts(uid, ReplicaState.SERVING, ReplicaState.SERVING) for uid in uids}
+    partners = choose_partners(serving_twice, me, random.Random(0))
+    assert {replica.peer_id for replica in partners} == set(others[:2])
+    assert 150 < len(partners) < 250
+    assert len({replica.uid for replica in partners}) == len(partners)
+    for state in (ReplicaState.LEAVING, ReplicaState.CLAIMED):
+        assert choose_partners({uid: hosts(uid, state) for uid in uids}, me, random.Random(0)) == []
+    assert choose_partners({uid: hosts(uid) for uid in uids}, me, random.Random(0)) == []

@@ -1,0 +1,252 @@
+"""An expert with one host lives on from another node's disk when that host dies for good."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from garbage_server import garbage_server
+from real_swarm import UIDS, Play, Village, eventually, make_identities, playing
+from test_restart import train
+
+from dht.registry import NodeInfo
+from dht.uid import UID
+from expert_server.experts.format import State
+from expert_server.node import Node
+from expert_server.state.transfer import Fetched
+from peer.identity import Identity
+from peer.loop import LoopThread
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    return make_identities(tmp_path_factory, 3)
+
+
+def lack(state: State) -> None:
+    del state[min(state)]
+
+
+def add(state: State) -> None:
+    state["block.more"] = torch.zeros(1)
+
+
+def reshape(state: State) -> None:
+    state[min(state)] = torch.zeros(3, 5, 7)
+
+
+def retype(state: State) -> None:
+    state[min(state)] = state[min(state)].double()
+
+
+def overflow(state: State) -> None:
+    state[min(state)].view(-1)[0] = torch.inf
+
+
+def negate(state: State) -> None:
+    state[next(name for name in state if name.endswith(".exp_avg_sq"))] -= 1
+
+
+def unstep(state: State) -> None:
+    for name in [name for name in state if name.startswith("optimizer.")]:
+        del state[name]
+
+
+def void(state: State) -> None:
+    state.clear()
+
+
+SPOILS = [lack, add, reshape, retype, overflow, negate, unstep, void]
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    return playing(loop, identities, tmp_path, 90)
+
+
+async def copied(node: Node) -> int:
+    """Looks, and copies; gives the copies since the start."""
+    await node.hosting.announce()
+    await node.hosting.look()
+    await node._standby.copy()
+    return node._standby.copied
+
+
+def test_an_orphan_goes_on_from_the_copy_on_another_nodes_disk(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8, announce_every_s=1)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8, announce_every_s=1)
+        states = await train(host, dict.fromkeys(UIDS, 3))
+        await host.hosting.announce()
+        assert await copied(keeper) == len(UIDS)
+        assert not keeper.runtime.experts, "it keeps states, and serves nothing"
+        assert await copied(keeper) == len(UIDS), "nothing has changed"
+
+        host.swarm.host.p2p._child.kill()  # its announcements expire, and its disk is out of reach
+        await host.swarm.stop()
+        await village.run(keeper)
+
+        async def adopted() -> bool:
+            return set(keeper.runtime.experts) == set(UIDS)
+
+        await eventually(adopted, 60)
+        for uid, state in states.items():
+            expert = keeper.runtime.experts[uid]
+            assert expert.update_count == 3
+            torch.testing.assert_close(await keeper.runtime.run(expert.export_state), state)
+
+    play(scenario)
+
+
+def test_who_has_a_copy_is_let_go_first(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8)
+        invite = await keeper.swarm.invite()
+        other = await village.join(1, invite, experts=0, spare=8)
+        host = await village.join(2, invite, experts=8)
+        await train(host, dict.fromkeys(UIDS, 3))
+        await host.hosting.announce()
+        await copied(keeper)
+        await other.hosting.look()  # it has seen them hosted
+        await host.swarm.registry.withdraw(UIDS, 60)
+        for _ in range(2):
+            await other.hosting.look()
+        assert not other.runtime.experts
+        for _ in range(2):
+            await keeper.hosting.look()
+        assert [expert.update_count for expert in keeper.runtime.experts.values()] == [3] * len(UIDS)
+        await other.hosting.look()
+        assert not other.runtime.experts
+
+    play(scenario)
+
+
+def test_no_more_than_told_are_copied_the_stalest_first(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=0, max_standbys=2)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, {uid: 1 + number for number, uid in enumerate(UIDS)})
+        await host.hosting.announce()
+        assert await copied(keeper) == 2
+        assert await keeper.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 7}
+        assert await copied(keeper) == 2, "and no others later"
+        await train(host, {UIDS[-2]: 5})
+        await host.hosting.announce()
+        assert await copied(keeper) == 3, "only newer states of the same"
+        assert await keeper.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 12}
+
+    play(scenario)
+
+
+def test_what_is_no_state_of_its_expert_takes_no_copys_place(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=0)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        assert await copied(keeper) == len(UIDS)
+        before = {uid: keeper.checkpoints._store.update_counts(uid) for uid in UIDS}
+        fetch, spoils = keeper.client.fetch, iter(2 * SPOILS)
+
+        async def fetch_spoilt(node: NodeInfo, uid: UID) -> Fetched:
+            fetched = await fetch(node, uid)
+            next(spoils)(fetched.checkpoint.state)
+            return fetched
+
+        monkeypatch.setattr(keeper.client, "fetch", fetch_spoilt)
+        for _ in range(2):
+            await train(host, dict.fromkeys(UIDS, 1))
+            await host.hosting.announce()
+            assert await copied(keeper) == len(UIDS)
+        assert {uid: keeper.checkpoints._store.update_counts(uid) for uid in UIDS} == before
+
+    play(scenario)
+
+
+def test_a_host_that_answers_with_no_messages_does_not_end_who_copies_its_experts(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=0)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        assert host._server is not None
+        await host._server.stop(None)
+        async with garbage_server(host.swarm.host.identity, host._certificate, host._port):
+            assert await copied(keeper) == 0
+        assert keeper.client.counts.broken == len(UIDS)
+
+    play(scenario)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_copy_is_renewed_when_its_host_has_moved_on_or_it_is_old(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        now = 1000.0
+        keeper = await village.found(experts=0, spare=0, max_standbys=1)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, {UIDS[0]: 200})
+        keeper._standby._clock = lambda: now
+        for more, later_s, copies in ((0, 0, 1), (1, 0, 1), (1, 0, 2), (1, 0, 2), (0, 1800, 3), (0, 1800, 3)):
+            await train(host, {UIDS[0]: more})
+            now += later_s
+            await host.hosting.announce()
+            assert await copied(keeper) == copies, (more, later_s)
+
+    play(scenario)
+
+
+def test_a_paused_node_copies_nothing(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        await keeper.pause()
+        assert await copied(keeper) == 0
+        await keeper.resume()
+        assert await copied(keeper) == len(UIDS)
+
+    play(scenario)
+
+
+def test_a_pause_ends_the_copying_that_is_under_way(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        fetch = keeper.client.fetch
+
+        async def fetch_and_pause(node: NodeInfo, uid: UID) -> Fetched:
+            await keeper.pause()
+            return await fetch(node, uid)
+
+        monkeypatch.setattr(keeper.client, "fetch", fetch_and_pause)
+        assert await copied(keeper) == 1
+
+    play(scenario)
+
+
+def test_what_a_node_hosts_since_its_last_look_it_does_not_copy(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        host = await village.found(experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        keeper = await village.join(1, await host.swarm.invite(), experts=8, replicas=2)
+        assert await copied(keeper) == 0
+        assert set(keeper.runtime.experts) == set(UIDS), "further replicas"
+
+    play(scenario)
+
+
+def test_a_node_that_shall_keep_no_copies_keeps_none(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=8, standby_every_s=0)
+        await node._standby.run()  # ends
+
+    play(scenario)

@@ -1,0 +1,240 @@
+"""Calls that are slow, repeated or given up, over real TLS."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc import StatusCode
+from hypothesis import given
+from hypothesis import strategies as st
+from tls_expert_server import (
+    FIRST,
+    MANIFEST,
+    ROWS,
+    SECOND,
+    THIRD,
+    Call,
+    Edge,
+    Runner,
+    answers,
+    both_directions,
+    check_it_goes_on,
+    exchange,
+    header_of,
+    make,
+    open_channel,
+    piece,
+    refused,
+    running,
+    wait_until,
+)
+
+from expert_server.experts.expert import Expert
+from expert_server.serving.batching import Direction
+from expert_server.serving.call import Reader
+from expert_server.serving.forward_cache import SeenRequests
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.rates import Rate
+from peer.wire import expert_pb2
+
+
+@pytest.fixture
+def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
+    with running(loop, identity, caplog) as runner:
+        yield runner
+
+
+SLOW: dict[str, Callable[[Call], list[expert_pb2.CallRequest]]] = {
+    "nothing": lambda call: [],
+    "only a header": lambda call: call.requests[:1],
+    "half the payload": lambda call: [header_of(call), piece(call.payload[:100])],
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_caller_that_stops_sending_is_let_go_after_the_longest_call(run: Runner, name: str) -> None:
+    async def scenario(edge: Edge) -> None:
+        outcome = await exchange(edge, "forward", SLOW[name](Call()), ends=False, timeout_s=None)
+        refused(outcome, StatusCode.DEADLINE_EXCEEDED, "the call lasted longer than 0.3 s")
+        assert 0.3 <= outcome.seconds < 5
+
+    run(scenario, max_call_s=0.3)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_caller_that_stops_sending_is_let_go_at_its_deadline(run: Runner, name: str) -> None:
+    async def scenario(edge: Edge) -> None:
+        tasks = len(asyncio.all_tasks())
+        outcome = await exchange(edge, "forward", SLOW[name](Call()), ends=False, timeout_s=0.3)
+        assert outcome.code is StatusCode.DEADLINE_EXCEEDED
+        await wait_until(lambda: len(asyncio.all_tasks()) <= tasks)
+        await check_it_goes_on(edge)
+
+    run(scenario)
+
+
+def test_a_caller_that_never_closes_its_side_gets_its_answer_before_it_is_let_go(run: Runner) -> None:
+    call = Call()
+
+    async def scenario(edge: Edge) -> None:
+        outcome = await make(edge, call, ends=False)
+        assert outcome.code is StatusCode.DEADLINE_EXCEEDED
+        ((_, tensor),) = answers(outcome).values()
+        torch.testing.assert_close(tensor, call.expected(Expert(FIRST, MANIFEST)))
+
+    run(scenario, max_call_s=1.0)
+
+
+def test_a_repeated_backward_call_is_applied_once(run: Runner) -> None:
+    call = Call("backward", uids=[FIRST, SECOND])
+
+    async def scenario(edge: Edge) -> None:
+        assert (await make(edge, call)).code is StatusCode.OK
+        expert = edge.runtime.experts[FIRST]
+        await edge.runtime.run(expert.settle)  # the optimizer step comes after the answer
+        before = [p.clone() for p in expert.block.parameters()]
+        refused(await make(edge, call), StatusCode.ALREADY_EXISTS, "this request id was seen before")
+        await edge.runtime.run(expert.settle)
+        assert edge.updates() == 2
+        assert all(map(torch.equal, before, expert.block.parameters()))
+        call.header.request_id = b"another".ljust(16)
+        assert (await make(edge, call)).code is StatusCode.OK
+        assert edge.updates() == 4
+
+    run(scenario)
+
+
+def test_of_two_equal_backward_calls_at_once_one_is_applied(run: Runner) -> None:
+    call = Call("backward")
+
+    async def scenario(edge: Edge) -> None:
+        outcomes = await asyncio.gather(*(make(edge, call) for _ in range(4)))
+        codes = sorted(outcome.code.name for outcome in outcomes)
+        assert codes == ["ALREADY_EXISTS"] * 3 + ["OK"]
+        assert edge.updates() == 1
+
+    run(scenario)
+
+
+def test_a_repeated_forward_call_is_answered_again(run: Runner) -> None:
+    async def scenario(edge: Edge) -> None:
+        for _ in range(2):
+            assert (await make(edge, Call())).code is StatusCode.OK
+
+    run(scenario)
+
+
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 5))
+def test_the_memory_of_requests_is_bounded_and_forgets_the_oldest(ids: list[int], limit: int) -> None:
+    seen, remembered = SeenRequests(limit), list[int]()
+    for number in ids:
+        assert seen.is_new("QmA", bytes([number])) is (number not in remembered)
+        if number not in remembered:
+            remembered = [*remembered, number][-limit:]
+
+
+def test_a_caller_that_makes_up_ids_pushes_out_only_its_own() -> None:
+    seen = SeenRequests(100)
+    assert all(seen.is_new("honest", bytes([number])) for number in range(40))
+    for number in range(1000):
+        assert seen.is_new("flood", number.to_bytes(4, "big"))
+        assert len(seen) <= 100
+    assert not any(seen.is_new("honest", bytes([number])) for number in range(40))
+    for number in range(200):  # and so do many callers with one each
+        assert seen.is_new(f"sybil {number}", bytes(1))
+    assert len(seen) == 100
+
+
+@pytest.mark.parametrize("way", ["cancelled", "disconnected"])
+def test_a_call_that_is_given_up_leaves_nothing_queued(run: Runner, way: str) -> None:
+    release = threading.Event()
+
+    async def scenario(edge: Edge) -> None:
+        await check_it_goes_on(edge)
+        tasks, rows = len(asyncio.all_tasks()), edge.runtime.stats.rows
+        blocked = asyncio.create_task(edge.runtime.run(release.wait))
+        try:
+            async with open_channel(edge.address, edge.pem) as channel:
+                stream = edge.stub_on(channel).Backward(timeout=30)
+                for request in Call("backward", [FIRST, SECOND, THIRD]).requests:
+                    await stream.write(request)
+                # the first may be on its way to the compute thread, the others wait
+                await wait_until(lambda: edge.runtime.stats.queued_rows >= 2 * ROWS)
+                if way == "cancelled":
+                    assert stream.cancel()
+                    await wait_until(lambda: edge.runtime.stats.queued_rows == 0)
+            await wait_until(lambda: edge.runtime.stats.queued_rows == 0)
+        finally:
+            release.set()
+        await blocked
+        await wait_until(lambda: len(asyncio.all_tasks()) <= tasks)
+        assert edge.runtime.stats.rows - rows <= ROWS
+        assert edge.updates() <= 1
+        await make(edge, Call(seed=5))
+
+    run(scenario)
+
+
+class LateFuture(asyncio.Future[Any]):
+    """Tells its result after a while."""
+
+    def set_result(self, result: Any) -> None:
+        self.get_loop().call_later(0.1, super().set_result, result)
+
+
+@both_directions
+@pytest.mark.parametrize("way", ["answered", "refused"])
+def test_a_caller_who_goes_while_its_status_is_sent_is_no_error(
+    run: Runner, loop: LoopThread, monkeypatch: pytest.MonkeyPatch, way: str, direction: Direction
+) -> None:
+    """gRPC may be told that a call has ended after it was told that the status could not be sent."""
+    make_future = loop.loop.create_future
+
+    def create_future() -> asyncio.Future[Any]:
+        task = asyncio.current_task()
+        waits_for_the_end = task is not None and task.get_name() == "rpc_task"  # gRPC's
+        return LateFuture() if waits_for_the_end else make_future()
+
+    async def scenario(edge: Edge) -> None:
+        monkeypatch.setattr(loop.loop, "create_future", create_future)
+        tasks = len(asyncio.all_tasks())
+        call = Call(direction)
+        stream = getattr(edge.stub, call.direction.title())(timeout=30)
+        if way == "answered":
+            for request in call.requests:
+                await stream.write(request)
+            assert await stream.read() is not grpc.aio.EOF
+        else:
+            await stream.write(header_of(call))
+            await stream.write(piece(b"1"))
+        stream.cancel()
+        await wait_until(lambda: len(asyncio.all_tasks()) <= tasks)
+
+    run(scenario)
+
+
+def test_a_read_that_has_begun_is_not_cancelled_with_its_call(loop: LoopThread) -> None:
+    """gRPC would not free what it reads then (issue 43360)."""
+
+    async def scenario() -> None:
+        arrives, ended = asyncio.Event(), asyncio.Event()
+
+        async def requests() -> AsyncIterator[expert_pb2.CallRequest]:
+            await arrives.wait()
+            ended.set()
+            yield expert_pb2.CallRequest()
+
+        reading = asyncio.create_task(Reader(requests(), Rate(None)).next())
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        assert reading.cancelled()
+        arrives.set()
+        await asyncio.wait_for(ended.wait(), 5)
+
+    loop.run(scenario(), 10)

@@ -1,0 +1,151 @@
+"""Wrong streams of requests, over real TLS: each is refused, and nothing of it is computed."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+from grpc import StatusCode
+from tls_expert_server import (
+    CONTEXT,
+    FIRST,
+    HIDDEN,
+    Call,
+    Edge,
+    Runner,
+    answers,
+    both_directions,
+    check_it_goes_on,
+    exchange,
+    header_of,
+    make,
+    piece,
+    refused,
+    running,
+    with_payload,
+)
+
+from expert_server.serving.batching import Direction
+from peer.codec import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.wire import expert_pb2
+
+
+@pytest.fixture
+def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
+    with running(loop, identity, caplog) as runner:
+        yield runner
+
+
+TOO_LONG = "the payload is longer than the header says"
+NOT_A_CHUNK = "after the header come chunks of 1 to 1048576 bytes"
+NO_HEADER = "a call must begin with its header"
+
+WRONG_STREAMS: dict[str, tuple[Callable[[Call], list[expert_pb2.CallRequest]], str]] = {
+    "no message at all": (lambda call: [], NO_HEADER),
+    "an empty message": (lambda call: [expert_pb2.CallRequest()], NO_HEADER),
+    "a chunk before the header": (lambda call: [piece(call.payload), header_of(call)], NO_HEADER),
+    "a header with a part of the payload, then too much": (
+        lambda call: [with_payload(call, call.payload[:8]), piece(call.payload)],
+        "longer than the header says",
+    ),
+    "an oversized chunk beside the header": (
+        lambda call: [with_payload(call, bytes(MAX_CHUNK_BYTES + 1))],
+        NOT_A_CHUNK,
+    ),
+    "a second header": (lambda call: [header_of(call), header_of(call)], NOT_A_CHUNK),
+    "an empty chunk": (lambda call: [header_of(call), piece(b""), piece(call.payload)], NOT_A_CHUNK),
+    "a message with nothing in it": (lambda call: [header_of(call), expert_pb2.CallRequest()], NOT_A_CHUNK),
+    "an oversized chunk": (lambda call: [header_of(call), piece(bytes(MAX_CHUNK_BYTES + 1))], NOT_A_CHUNK),
+    "no payload": (lambda call: [header_of(call)], "the payload ended 320 bytes before"),
+    "a byte too few": (lambda call: [header_of(call), piece(call.payload[:-1])], "ended 1 bytes before"),
+}
+
+
+@both_directions
+@pytest.mark.parametrize("name", WRONG_STREAMS)
+def test_a_wrong_stream_is_refused_saying_what_is_wrong(run: Runner, name: str, direction: Direction) -> None:
+    spoil, said = WRONG_STREAMS[name]
+
+    async def scenario(edge: Edge) -> None:
+        outcome = await exchange(edge, direction, spoil(Call(direction)))
+        refused(outcome, StatusCode.INVALID_ARGUMENT, said)
+        assert edge.updates() == edge.runtime.stats.rows == 0
+        await check_it_goes_on(edge)
+
+    run(scenario)
+
+
+@both_directions
+@pytest.mark.parametrize("more", [b"x", bytes(1000), b""])
+def test_a_payload_longer_than_the_header_says_is_refused(
+    run: Runner, direction: Direction, more: bytes
+) -> None:
+    call = Call(direction)
+
+    async def scenario(edge: Edge) -> None:
+        for requests in ([header_of(call), piece(call.payload + more)], [*call.requests, piece(more)]):
+            call.header.request_id = bytes([len(requests)]) * 16
+            requests[0] = header_of(call)
+            if more or len(requests) == 3:
+                outcome = await exchange(edge, direction, requests)
+                assert outcome.code is StatusCode.INVALID_ARGUMENT
+                assert outcome.details == TOO_LONG
+        await check_it_goes_on(edge)
+
+    run(scenario)
+
+
+def test_a_message_over_the_limit_is_refused_by_grpc(run: Runner) -> None:
+    call = Call()
+
+    async def scenario(edge: Edge) -> None:
+        outcome = await exchange(edge, "forward", [header_of(call), piece(bytes(2 * MAX_MESSAGE_BYTES))])
+        refused(outcome, StatusCode.RESOURCE_EXHAUSTED)
+        await check_it_goes_on(edge)
+
+    run(scenario)
+
+
+def test_a_claim_of_megabytes_with_a_kilobyte_behind_it_is_refused(run: Runner) -> None:
+    segments = 4 * 2**20 // (4 * HIDDEN * CONTEXT)
+    call = Call(lengths=[CONTEXT] * segments, positions=list(range(CONTEXT)) * segments)
+
+    async def scenario(edge: Edge) -> None:
+        outcome = await exchange(edge, "forward", [header_of(call), piece(bytes(1024))])
+        refused(outcome, StatusCode.INVALID_ARGUMENT, f"the payload ended {4 * 2**20 - 1024} bytes before")
+        await check_it_goes_on(edge)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("direction", "which"), [("forward", 0), ("backward", 0), ("backward", 1)])
+def test_numbers_that_are_not_finite_are_refused(
+    run: Runner, direction: Direction, which: int, bad: float
+) -> None:
+    call = Call(direction)
+    call.tensors[which][2, 3] = bad
+
+    async def scenario(edge: Edge) -> None:
+        refused(await make(edge, call), StatusCode.INVALID_ARGUMENT, "numbers that are not finite")
+        assert edge.updates() == edge.runtime.stats.rows == 0
+        await check_it_goes_on(edge)
+
+    run(scenario)
+
+
+def test_finite_numbers_too_large_for_the_expert_spoil_nothing(run: Runner) -> None:
+    call = Call("backward")
+    call.tensors[1].fill_(3e38)
+
+    async def scenario(edge: Edge) -> None:
+        outcome = await make(edge, call)
+        assert outcome.code is StatusCode.OK, outcome.details
+        for _, tensor in answers(outcome).values():
+            assert tensor is None or tensor.isfinite().all()
+        expert = edge.runtime.experts[FIRST]
+        assert all(parameter.isfinite().all() for parameter in expert.block.parameters())
+        await check_it_goes_on(edge)
+
+    run(scenario)

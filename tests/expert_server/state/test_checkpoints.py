@@ -1,0 +1,319 @@
+"""Checkpoints on disk: what was saved comes back, whoever is killed meanwhile and however full the disk is."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from checkpoint_samples import (
+    AN_UID,
+    OTHER_UID,
+    SWARM,
+    assert_same,
+    filled_with,
+    make_expert,
+    make_store,
+    save,
+    step,
+    warnings_in,
+)
+
+from expert_server.experts.expert import Expert
+from expert_server.serving.runtime import Runtime
+from expert_server.state.checkpoints import CheckpointCounts, Checkpoints, CheckpointStore
+from peer.loop import LoopThread
+
+# The store
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_what_was_saved_is_loaded(tmp_path: Path, steps: int) -> None:
+    expert, store = make_expert(steps), make_store(tmp_path)
+    path = save(store, expert)
+    assert path == tmp_path / SWARM / "1.0.1" / f"{steps}.safetensors"
+    checkpoint = make_store(tmp_path).load_newest(AN_UID)
+    assert checkpoint is not None
+    assert checkpoint.update_count == steps
+    assert_same(checkpoint.state, expert.export_state())
+
+
+def test_what_was_never_saved_is_none(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "not there")
+    store.sweep()
+    assert store.load_newest(AN_UID) is None
+    assert store.newest() == {}
+
+
+def test_any_tool_can_read_a_checkpoint_and_its_header(tmp_path: Path) -> None:
+    path = save(make_store(tmp_path), make_expert(3))
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["talkoot"])
+    sha256 = header.pop("sha256")
+    assert len(sha256) == 64
+    assert header == {
+        "format_version": 1, "swarm_id": SWARM, "uid": "1.0.1", "update_count": 3, "saved_at": 1000.5,
+    }  # fmt: skip
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    store, expert = make_store(tmp_path, keep=3), make_expert()
+    for _ in range(12):  # 9 and 10: by number, not by name
+        save(store, step(expert))
+    save(store, make_expert(1, OTHER_UID))
+    assert store.update_counts(AN_UID) == [12, 11, 10]
+    assert store.newest() == {AN_UID: 12, OTHER_UID: 1}
+
+
+def test_checkpoints_off_the_grid_are_passed_over_and_said_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, SWARM, 2, holds=lambda uid: uid == AN_UID)
+    save(store, make_expert())
+    save(store, make_expert(1, OTHER_UID))
+    for _ in range(2):
+        assert store.newest() == {AN_UID: 0}
+    (warning,) = warnings_in(caplog)
+    assert f"{tmp_path / SWARM / str(OTHER_UID)}: the swarm's grid has no such expert" in warning
+    assert store.update_counts(OTHER_UID) == [1], "it is left where it is"
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    store, expert = make_store(tmp_path, keep=1), make_expert()
+    path = save(store, step(expert))
+    for name in ("notes.txt", "07.safetensors", "9.safetensors.bak"):
+        (path.parent / name).write_text("mine")
+        (path.parent.parent / name).write_text("mine")
+    save(store, step(expert))
+    assert sorted(os.listdir(path.parent)) == [
+        "07.safetensors", "2.safetensors", "9.safetensors.bak", "notes.txt",
+    ]  # fmt: skip
+    assert store.newest() == {AN_UID: 2}
+
+
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    path = save(store, make_expert(1))
+    (path.parent / ".2.safetensors.new").write_bytes(b"half")
+    store.sweep()
+    assert os.listdir(path.parent) == ["1.safetensors"]
+
+
+# Writers that die and disks that are full
+
+
+_WRITERS = """
+import os, sys
+from pathlib import Path
+import torch
+from checkpoint_samples import AN_UID, filled_with, make_store
+
+torch.set_num_threads(1)  # so that this process has one thread, and can fork
+while sys.stdin.readline():
+    if writer := os.fork():
+        os.waitpid(writer, 0)
+        print("dead", flush=True)
+        continue
+    store = make_store(Path(sys.argv[1]))
+    newest = store.load_newest(AN_UID)
+    update_count = newest.update_count if newest else 0
+    print(os.getpid(), flush=True)
+    while True:
+        update_count += 1
+        store.save(AN_UID, filled_with(update_count))
+        os.write(1, b"%d\\n" % update_count)  # in one piece, unlike print
+"""
+"""Starts a writer for each line it reads, one after another."""
+
+
+def test_a_writer_killed_at_any_moment_loses_nothing_that_was_saved(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests" / "support")])}
+    store, rng, last_saved = make_store(tmp_path / "state"), random.Random(2), 0
+    with subprocess.Popen(
+        [sys.executable, "-c", _WRITERS, str(tmp_path / "state")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as writers:
+        assert writers.stdin is not None
+        assert writers.stdout is not None
+        for _ in range(20):
+            print(file=writers.stdin, flush=True)
+            pid = int(writers.stdout.readline())
+            time.sleep(rng.uniform(0, 0.1))  # the random moment: nothing is waited for
+            os.kill(pid, signal.SIGKILL)
+            while (line := writers.stdout.readline()) != "dead\n":
+                last_saved = int(line)
+            checkpoint = store.load_newest(AN_UID)
+            update_count = checkpoint.update_count if checkpoint else 0
+            assert update_count in (last_saved, last_saved + 1)  # it may be saved and not said yet
+            if checkpoint is not None:
+                assert_same(checkpoint.state, filled_with(update_count).state)
+            last_saved = update_count
+        writers.stdin.close()
+    assert last_saved > 20
+    store.sweep()
+    assert not list(tmp_path.rglob("*.new"))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program runs after it."""
+
+
+def test_a_save_that_ends_before_any_of_its_system_calls_leaves_a_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls_left = 0
+
+    def mortal(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            nonlocal calls_left
+            calls_left -= 1
+            if calls_left < 0:
+                raise Killed
+            return call(*arguments)
+
+        return run
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, mortal(getattr(os, name)))
+    monkeypatch.setattr(Path, "unlink", mortal(Path.unlink))
+    for ends_after in range(10):
+        calls_left = 100
+        store, expert = make_store(tmp_path / str(ends_after), keep=1), make_expert(2)
+        save(store, expert)
+        step(expert)
+        calls_left = ends_after
+        try:
+            save(store, expert)
+        except Killed:
+            is_whole = False
+        else:
+            is_whole = True
+        checkpoint = store.load_newest(AN_UID)
+        assert checkpoint is not None
+        assert checkpoint.update_count == 3 if is_whole else checkpoint.update_count in (2, 3)
+        if is_whole:
+            break
+    assert ends_after == 4, "file, rename, folder, and the one before removed"
+
+
+Scenario = Callable[[Checkpoints, Expert], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def play(loop: LoopThread, tmp_path: Path) -> Callable[[Scenario], None]:
+    """Plays a scenario with one expert in service, saved once, that has taken another update since."""
+
+    def run(scenario: Scenario) -> None:
+        async def with_runtime() -> None:
+            runtime = Runtime({}, max_queued_rows=100, max_batch_rows=100, threads=1)
+            try:
+                checkpoints, expert = Checkpoints(make_store(tmp_path), runtime), make_expert(1)
+                runtime.add(expert)
+                await checkpoints.save_changed()
+                assert checkpoints.counts == CheckpointCounts(saved=1)
+                await runtime.run(lambda: step(expert))
+                await scenario(checkpoints, expert)
+            finally:
+                await runtime.stop()
+
+        loop.run(with_runtime(), 30)
+
+    return run
+
+
+Play = Callable[[Scenario], None]
+
+
+def test_an_expert_is_saved_again_only_when_it_has_changed(play: Play, tmp_path: Path) -> None:
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        for _ in range(3):
+            await checkpoints.save_changed()
+        assert checkpoints.counts.saved == 2
+        assert make_store(tmp_path).update_counts(AN_UID) == [2, 1]
+
+    play(scenario)
+
+
+def full_disk(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_costs_no_checkpoint_and_is_tried_again(
+    play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    store = make_store(tmp_path)
+
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        with monkeypatch.context() as full:
+            full.setattr(os, call, full_disk)
+            await checkpoints.save_changed()
+        assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
+        (line,) = warnings_in(caplog)
+        assert "could not save 1 expert, such as 1.0.1" in line
+        assert "No space left on device" in line
+        assert os.listdir(store.path(AN_UID, 1).parent) == ["1.safetensors"]
+        await checkpoints.save_changed()
+        assert checkpoints.counts == CheckpointCounts(saved=2, failed=1)
+
+    play(scenario)
+    assert store.newest() == {AN_UID: 2}
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    play: Play, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        (tmp_path / SWARM).rename(tmp_path / "moved")
+        (tmp_path / SWARM).write_text("a file in the folder's place")
+        await checkpoints.open()
+        assert await checkpoints.newest() == {}
+        assert not await checkpoints.restore(make_expert())
+        await checkpoints.save_changed()
+        assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
+
+    play(scenario)
+    assert "could not save 1 expert" in warnings_in(caplog)[0]
+
+
+def test_an_expert_that_is_not_finite_never_takes_the_place_of_a_good_checkpoint(
+    play: Play, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        with torch.no_grad():
+            next(expert.block.parameters()).fill_(float("inf"))
+        await checkpoints.save_changed()
+        assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
+
+    play(scenario)
+    assert make_store(tmp_path).newest() == {AN_UID: 1}
+    assert "is not finite" in warnings_in(caplog)[0]
+
+
+def test_the_last_save_is_bounded_in_time(
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        released = threading.Event()
+        monkeypatch.setattr(CheckpointStore, "save", lambda *_: released.wait(20))
+        begin = time.monotonic()
+        await checkpoints.save_all_within(0.1)
+        assert time.monotonic() - begin < 5
+        released.set()
+
+    play(scenario)
+    assert "no time to save 1 expert" in warnings_in(caplog)[0]

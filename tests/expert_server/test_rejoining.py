@@ -1,0 +1,264 @@
+"""A peer comes back to its swarm: by remembered peers, after an outage, and from another half of it."""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from real_swarm import (
+    LOCAL,
+    MANIFEST,
+    ONCE_EACH,
+    UIDS,
+    Play,
+    Village,
+    end,
+    eventually,
+    make_identities,
+    playing,
+    serving,
+)
+
+from dht.membership import Acquaintances, Membership
+from dht.records import RecordValidator
+from dht.registry import Registry
+from dht.swarm import Swarm, found_swarm, join_swarm
+from expert_server.node import Node
+from expert_server.status import NodeState
+from peer.errors import SwarmError, UnreachableError
+from peer.host import Host
+from peer.identity import Identity
+from peer.kademlia.lookups import Lookups
+from peer.loop import LoopThread
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    return make_identities(tmp_path_factory, 4)
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
+    return playing(loop, identities, tmp_path, 90)
+
+
+async def knows(node: Node, other: Node) -> bool:
+    return any(a.endswith(other.swarm.host.peer_id.to_base58()) for a in node.swarm.host.known)
+
+
+async def at_least_once(swarm: Swarm) -> bool:
+    return set(await serving(swarm)) == set(UIDS)
+
+
+def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        async def found() -> Node:
+            state = village.folder / "founder"
+            swarm = await found_swarm(village.identities[0], MANIFEST, listen=LOCAL, port=0, state=state)
+            return await village.start(swarm, {"experts": 4, "announce_every_s": 0.5})
+
+        async def join(number: int) -> Node:
+            state = village.folder / str(number)
+            swarm = await join_swarm(village.identities[number], invite, listen=LOCAL, state=state)
+            return await village.start(swarm, {"experts": 4, "spare": 4, "announce_every_s": 0.5})
+
+        founder = await found()
+        invite = await founder.swarm.invite()
+        others = [await join(n) for n in (1, 2)]
+        running = [await village.run(node) for node in (founder, *others)]
+        for node, other in ((founder, others[0]), (others[1], others[0])):
+            await eventually(lambda node=node, other=other: knows(node, other), 15)  # type: ignore[misc]
+        record = founder.swarm.manifest_record.data
+        assert len((await others[0].swarm.invite()).bootstrap) > len(invite.bootstrap)
+
+        await end(running[0])
+        await founder.swarm.host.stop()  # no farewell
+        await end(running[2])
+        await others[1].stop()
+        late = await join(2)  # by an invite that names only the dead founder
+        await village.run(late)
+        assert late.swarm.host.peers() == {others[0].swarm.host.peer_id}
+
+        back = await found()
+        await village.run(back)
+        assert back.swarm.manifest_record.data == record
+        assert back.swarm.manifest_record.expires_at == founder.swarm.manifest_record.expires_at
+        await eventually(lambda: at_least_once(back.swarm), 15)
+        for node in (others[0], late):
+            await eventually(lambda node=node: at_least_once(node.swarm), 15)  # type: ignore[misc]
+            listed = await node.swarm.registry.node_ids()
+            assert listed == {n.swarm.host.peer_id for n in (back, others[0], late)}
+
+        await back.stop()
+        changed = MANIFEST.model_copy(update={"routing": MANIFEST.routing.model_copy(update={"top_k": 1})})
+        with pytest.raises(SwarmError, match="still runs, with another manifest"):
+            await found_swarm(
+                village.identities[0], changed, listen=LOCAL, port=0, state=village.folder / "founder"
+            )
+
+    play(scenario)
+
+
+async def other_half(village: Village, swarm: Swarm) -> Swarm:
+    """Another peer of the same swarm, which knows nobody, and remembers where this one is."""
+    identity = village.identities[1]
+    host = await Host.start(identity, listen=LOCAL, validator=RecordValidator())
+    registry = Registry(lambda: host.dht, swarm.keys, identity)
+    acquaintances = Acquaintances(None)
+    acquaintances.meet(await swarm.host.bootstrap_addresses(), time.time())
+    membership = Membership(host, registry, acquaintances, dial_every_s=0.0)
+    return replace(swarm, host=host, registry=registry, membership=membership, acquaintances=acquaintances)
+
+
+def test_two_halves_of_a_swarm_find_each_other(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=4, spare=0, announce_every_s=0.5)
+        apart = await other_half(village, first.swarm)
+        second = await village.start(apart, {"experts": 8, "announce_every_s": 0.5})
+        await village.run(first)
+        assert first.swarm.host.peers() == second.swarm.host.peers() == frozenset()
+        assert set(second.runtime.experts) == set(UIDS), "nothing is known of the other half"
+
+        with pytest.raises(UnreachableError, match="joined again by 1 addresses"):
+            await apart.membership.check(announced=True)
+        await village.run(second)
+        both = Counter([*first.runtime.experts, *second.runtime.experts])
+
+        async def are_one() -> bool:
+            return await serving(first.swarm) == await serving(second.swarm) == both
+
+        await eventually(are_one, 15)
+        assert second.status().state is NodeState.SERVING
+
+    play(scenario)
+
+
+def test_a_remembered_peer_is_dialled_now_and_then_even_when_all_looks_well(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        halves = [await village.found(experts=1, spare=0)]
+        apart = await other_half(village, halves[0].swarm)
+        village.stack.push_async_callback(apart.stop)
+        third = await join_swarm(village.identities[2], await apart.invite(), listen=LOCAL)
+        village.stack.push_async_callback(third.stop)
+        assert apart.host.peers() == {third.host.peer_id}
+        await apart.membership.check(announced=False)
+
+        async def are_one() -> bool:
+            return halves[0].swarm.host.peer_id in apart.host.peers()
+
+        await eventually(are_one, 5)
+
+    play(scenario)
+
+
+def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_again(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=2, spare=0)
+        second = await village.join(1, await first.swarm.invite(), experts=2, spare=0)
+        swarm = second.swarm
+        assert await swarm.registry.is_seen_by_others()
+        first.swarm.host.dht.protocol.storage.clear()
+        swarm.host.dht.blacklist.register_failure(first.swarm.host.peer_id)  # as after a call that failed
+        assert await swarm.registry.nodes([swarm.host.peer_id]), "its own store answers"
+        assert not await swarm.registry.is_seen_by_others()
+        with pytest.raises(UnreachableError, match=r"no other peer gave back .* joined again by"):
+            await swarm.membership.check(announced=True)
+        assert swarm.membership.rejoined == 1
+        assert first.swarm.host.peer_id not in swarm.host.dht.blacklist
+        await second._describe()
+        await swarm.membership.check(announced=True)
+
+    play(scenario)
+
+
+def test_a_peer_that_announces_nothing_looks_each_time_for_those_that_were_lost(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer waits for experts a minute, and the nodes may be back before."""
+
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=2, spare=0)
+        second = await village.join(1, await first.swarm.invite(), experts=2, spare=0)
+        host, check = first.swarm.host, first.swarm.membership.check
+        await check(announced=True)
+        await second.swarm.host.stop()  # no farewell
+        tried = 0
+        join = host.join
+
+        async def counted(addresses: Sequence[str]) -> list[str]:
+            nonlocal tried
+            tried += 1
+            return await join(addresses)
+
+        for _ in range(3):  # so that it finds out that it is alone
+            with contextlib.suppress(UnreachableError):
+                await check(announced=True)
+        assert not host.peers()
+        monkeypatch.setattr(host, "join", counted)
+        for _ in range(3):
+            await check(announced=True)
+        assert tried == 0
+        for _ in range(3):
+            await check(announced=False)
+        assert tried == 3
+
+    play(scenario)
+
+
+def test_the_last_peer_says_that_nobody_answers_and_goes_on_alone(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=2, spare=0)
+        second = await village.join(1, await first.swarm.invite(), experts=2, spare=0)
+        check = first.swarm.membership.check
+        await check(announced=True)
+        await second.swarm.host.stop()  # no farewell
+        for _ in range(2):
+            with pytest.raises(UnreachableError, match="no other peer answers"):
+                await check(announced=True)
+        for _ in range(3):
+            await check(announced=True)
+        assert caplog.text.count("this one goes on alone") == 1
+        await village.join(1, await first.swarm.invite(), experts=2, spare=0)
+        await first._describe()
+        await check(announced=True)
+
+    play(scenario)
+
+
+def test_a_trainer_that_forgot_everybody_in_an_outage_finds_them_again(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=8)
+        trainer = await village.observe(1, await node.swarm.invite())
+        assert await serving(trainer) == ONCE_EACH
+        table = trainer.host.dht.protocol.routing_table
+
+        async def has_forgotten() -> bool:
+            for node_id in list(table.uid_to_peer_id):
+                del table[node_id]
+            trainer.registry.lookups = Lookups(lambda: trainer.host.dht)
+            with contextlib.suppress(UnreachableError):
+                await serving(trainer)
+            return not trainer.host.peers()
+
+        await eventually(has_forgotten, 5)  # answers on their way bring peers back
+        keeping = asyncio.create_task(trainer.membership.keep(0.1))
+        try:
+            await eventually(lambda: sees_all(trainer), 10)
+        finally:
+            await end(keeping)
+
+    play(scenario)
+
+
+async def sees_all(swarm: Swarm) -> bool:
+    with contextlib.suppress(UnreachableError):
+        return await serving(swarm) == ONCE_EACH
+    return False

@@ -1,0 +1,145 @@
+"""A square of trainers on real sockets, and a board of their records in place of a DHT. For tests."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from hivemind.p2p import PeerID
+from test_announcer import counts as trainer_counts
+from test_dense_part import take_step
+from torch import nn
+
+from dht.announcements import TrainerInfo, read_trainer
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.rpc.sessions import OwnSessions, Sessions
+from peer.transport.tunnel import Tunnels
+from peer.wire import records_pb2, session_pb2
+from trainer_client.announcer import set_dense, trainer_record
+from trainer_client.averaging.averager import Averaging
+from trainer_client.averaging.dense_part import DenseForm, SharedPart
+from trainer_client.settings import TrainerSettings
+
+SWARM = "sauna-QmFounder"
+LOCAL = "127.0.0.1"
+LIMIT_S = 30.0
+
+T = TypeVar("T")
+
+
+class Board:
+    """What the DHT would hold of the trainers."""
+
+    def __init__(self) -> None:
+        self.records: dict[PeerID, records_pb2.TrainerRecord] = {}
+
+    async def trainer_ids(self) -> frozenset[PeerID]:
+        return frozenset(self.records)
+
+    async def trainers(self, peer_ids: Any) -> dict[PeerID, TrainerInfo]:
+        return {peer_id: self.info(peer_id) for peer_id in peer_ids}
+
+    def info(self, peer_id: PeerID) -> TrainerInfo:
+        payload = records_pb2.RecordPayload(trainer=self.records[peer_id], expires_at=1e12)
+        info = read_trainer(payload, peer_id)
+        assert info is not None
+        return info
+
+
+@dataclass
+class Square:
+    """Trainers on one loop."""
+
+    identities: list[Identity]
+    stack: contextlib.AsyncExitStack
+    board: Board = field(default_factory=Board)
+    made: list[Averaging] = field(default_factory=list)
+
+    async def trainer(
+        self,
+        model: nn.Module,
+        age: int,
+        *,
+        every: int = 10,
+        reachable: bool = True,
+        deadline_s: float = 10,
+        tunnels: Tunnels | None = None,
+        exit_path: Path | None = None,
+    ) -> Averaging:
+        identity = self.identities[len(self.made)]
+        part = SharedPart(model)
+        part.age = age
+        registry: Any = self.board
+        averaging = Averaging(
+            part, DenseForm.of(model, SWARM), identity, registry, Sessions(SWARM, identity.peer_id),
+            OwnSessions(identity, SWARM, (session_pb2.RIGHT_AVERAGE,)), every=every, look_every_s=0.05,
+            deadline_s=deadline_s, tunnels=tunnels, rng=random.Random(len(self.made)),
+        )  # fmt: skip
+        await averaging.start(LOCAL, 0, asyncio.get_running_loop(), exit_path)
+        self.stack.push_async_callback(averaging.close)
+        self.made.append(averaging)
+        self.announce(averaging, reachable)
+        return averaging
+
+    def announce(self, averaging: Averaging, reachable: bool = True) -> None:
+        record = trainer_record(trainer_counts(), TrainerSettings.load(), 0.0, "")
+        set_dense(record, averaging)
+        if not reachable:
+            del record.addresses[:]
+        self.board.records[averaging.peer_id] = record
+
+    def info(self, averaging: Averaging) -> TrainerInfo:
+        return self.board.info(averaging.peer_id)
+
+    async def stepping(self, done: Awaitable[T], *parts: SharedPart) -> T:
+        """The result of what waits for steps of these."""
+        task = asyncio.ensure_future(done)
+        async with asyncio.timeout(LIMIT_S):
+            while not task.done():
+                for part in parts:
+                    take_step(part)
+                await asyncio.sleep(0.005)
+        return await task
+
+    async def until(self, condition: Callable[[], bool], *parts: SharedPart) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            while not condition():
+                await self.stepping(asyncio.sleep(0.005), *parts)
+
+
+Scenario = Callable[[Square], Coroutine[Any, Any, None]]
+Play = Callable[[Scenario], None]
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
+
+
+@pytest.fixture
+def play(loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch) -> Play:
+    monkeypatch.setattr("peer.rpc.transfer._BACKOFF_S", 0.01)
+
+    def run(scenario: Scenario) -> None:
+        async def on_a_square() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                await scenario(Square(identities, stack))
+
+        loop.run(on_a_square(), 60)
+
+    return run
+
+
+def are_one(part: SharedPart, other: SharedPart) -> bool:
+    tensors = other.read().tensors
+    return all(
+        torch.allclose(tensor, tensors[name], rtol=1.3e-6, atol=1e-5)
+        for name, tensor in part.read().tensors.items()
+    )

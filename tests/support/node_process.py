@@ -1,0 +1,80 @@
+"""A real `talkoot node` in a process of its own, for tests."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from real_swarm import LOCAL
+
+from dht.invites import Invite
+from dht.manifest import Manifest
+from dht.registry import NodeInfo
+from dht.swarm import join_swarm
+from peer.identity import Identity
+
+
+@dataclass(frozen=True)
+class NodeProcess:
+    process: subprocess.Popen[bytes]
+    invite: Invite
+    metrics_address: str
+    log: Path
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(self.metrics_address, timeout=10) as response:
+            found = re.search(rf"^{name} (\S+)$", response.read().decode(), re.MULTILINE)
+        assert found is not None, name
+        return float(found[1])
+
+
+@contextlib.contextmanager
+def started(folder: Path, manifest: str, **settings: object) -> Iterator[NodeProcess]:
+    """Founds a swarm; with the same folder it comes back. Afterwards nothing may be in its log that is a fault."""
+    toml, invite, log = folder / "swarm.toml", folder / "invite", folder / "log"
+    toml.write_text(manifest)
+    invite.unlink(missing_ok=True)
+    arguments = ["--new", toml, "--host", LOCAL, "--state", folder / "state", "--invite-file", invite]
+    environment = {f"TALKOOT_NODE_{name.upper()}": str(value) for name, value in settings.items()}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "talkoot.cli", "node", *map(str, arguments)],
+            stdout=output,
+            stderr=output,
+            env=os.environ | environment,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while "metrics at" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        metrics = re.search(r"metrics at (http://\S+)", log.read_text())
+        assert metrics is not None
+        yield NodeProcess(process, Invite.parse(invite.read_text().strip()), metrics[1], log)
+    finally:
+        process.terminate()
+        process.wait(30)
+    _, fault, what = log.read_text().partition("Traceback")
+    assert not fault, what[:5000]
+
+
+@contextlib.asynccontextmanager
+async def found_by_a_trainer(
+    node: NodeProcess, folder: Path
+) -> AsyncIterator[tuple[NodeInfo, Manifest, str]]:
+    """The node, the manifest and the swarm's id, as the DHT gives them."""
+    swarm = await join_swarm(
+        Identity.load_or_create(folder / "trainer.key"), node.invite, listen=LOCAL, serves_dht=False
+    )
+    try:
+        (info,) = (await swarm.registry.nodes([node.invite.keys.author])).values()
+        yield info, swarm.manifest, swarm.keys.swarm_id
+    finally:
+        await swarm.stop()

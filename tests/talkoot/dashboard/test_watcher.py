@@ -1,0 +1,87 @@
+"""What the watcher does when it can't join: it gives up on a wrong invite, and waits for a swarm that it knows."""
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulated_readings import INVITE, Asked, node, picture_of
+
+from dht.invites import Invite
+from dht.swarm import Swarm
+from peer.errors import SwarmError, UnreachableError
+from peer.wire import admission_pb2
+from talkoot.dashboard import watcher as watch
+from talkoot.dashboard.picture import Picture
+from talkoot.dashboard.watcher import Watcher
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    async def join(*_: Any, **__: Any) -> Swarm:
+        raise error
+
+    monkeypatch.setattr(watch, "join_swarm", join)
+
+
+async def until_told(watcher: Watcher) -> None:
+    """Runs it until there is news."""
+    running = asyncio.create_task(watcher.run())
+    told = asyncio.create_task(watcher.news())
+    try:
+        async with asyncio.timeout(30):
+            await asyncio.wait({running, told}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            await running
+    finally:
+        for task in (running, told):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, SwarmError):
+                await task
+
+
+def watched(folder: Path, picture: Picture | None) -> Watcher:
+    asked = Asked(folder, picture)
+    asked.history.close()  # nothing is kept here
+    return asked.watcher
+
+
+def test_who_sees_the_page_does_not_see_the_token(tmp_path: Path) -> None:
+    token = admission_pb2.Token(grant=b"secret", signature=b"secret").SerializeToString()
+    asked = Asked(tmp_path, picture_of([node(0)]))
+    secret = replace(INVITE, token=token)
+    watcher = Watcher(secret, asked.settings, tmp_path, asked.keeper, None)
+    assert Invite.parse(watcher.sight().invite) == INVITE
+    asked.history.close()
+
+
+def test_an_invite_of_no_swarm_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, SwarmError("know no manifest"))
+    with pytest.raises(SwarmError, match="know no manifest"):
+        asyncio.run(until_told(watched(tmp_path, None)))
+
+
+@pytest.mark.parametrize("error", [SwarmError("know no manifest"), UnreachableError("nobody answers")])
+def test_a_swarm_that_was_seen_before_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing(monkeypatch, error)
+    picture = picture_of([node(0)])
+    watcher = watched(tmp_path, picture)
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(until_told(watcher))
+    assert watcher.unreachable_since is not None
+    assert watcher.picture is picture
+    assert f"cannot reach the swarm: {error}" in caplog.text
+
+
+def test_a_swarm_that_was_never_seen_is_waited_for_when_nobody_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, UnreachableError("nobody answers"))
+    watcher = watched(tmp_path, None)
+    asyncio.run(until_told(watcher))
+    assert (watcher.picture, watcher.failures) == (None, 1)
+    assert watcher.unreachable_since is not None

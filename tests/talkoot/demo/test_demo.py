@@ -1,0 +1,193 @@
+"""The demo as people run it: a swarm of real processes on loopback, on the smallest number of steps that learns.
+
+Once from the wheel, installed in an environment of its own.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+import venv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import sockets_of
+
+from peer import SOFTWARE_VERSION
+
+MARK = "TEST_OF_THE_DEMO"
+ROOT = Path(__file__).parents[3]
+FLOORS = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A demo, and all processes that it started: the environment marks them."""
+
+    process: subprocess.Popen[bytes]
+    mark: str
+    temporary: Path
+    log: Path
+
+    def processes(self) -> list[str]:
+        return [process.info["name"] for process in self._marked()]
+
+    def sockets(self) -> set[Path]:
+        return sockets_of(self._marked())
+
+    def _marked(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter(["name"]) if is_marked(process, self.mark)]
+
+
+def is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
+    except psutil.Error:
+        return False
+
+
+@contextmanager
+def running_demo(tmp_path: Path, *options: str, python: str | Path = sys.executable) -> Iterator[Running]:
+    temporary, log, mark = tmp_path / "tmp", tmp_path / "log", uuid.uuid4().hex
+    temporary.mkdir()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [str(python), "-m", "talkoot.cli", "demo", *options],
+            stdout=file,
+            stderr=file,
+            cwd=tmp_path,
+            env=os.environ | {"TMPDIR": str(temporary), MARK: mark},
+        )
+    try:
+        yield Running(process, mark, temporary, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float, log: Path) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has this wheel, and of everything else what is here."""
+    folder = tmp_path_factory.mktemp("installed")
+    source, environment = folder / "source", folder / "environment"
+    for name in FLOORS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source))
+    venv.create(environment, symlinks=True)
+    python = environment / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
+    run("-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps", str(wheel))
+    (packages,) = environment.glob("lib/python*/site-packages")
+    there = [path for path in sys.path if path.endswith("-packages")]
+    # files that lead to the sources, as those of editable installs, are not followed from here
+    (packages / "others.pth").write_text("".join(f"{path}\n" for path in there))
+    return python
+
+
+def run(*arguments: str) -> None:
+    ended = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_environment_has_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
+    look = "import peer, talkoot.cli, trainer_client; print(peer.__file__, peer.SOFTWARE_VERSION)"
+    ended = subprocess.run(
+        [str(installed), "-W", "ignore", "-c", look], capture_output=True, text=True, cwd=tmp_path
+    )
+    file, version = ended.stdout.split()
+    assert Path(file).is_relative_to(installed.parents[1])
+    assert version == SOFTWARE_VERSION
+    talkoot = subprocess.run(
+        [str(installed.with_name("talkoot")), "--version"], capture_output=True, text=True
+    )
+    assert talkoot.stdout.startswith(f"talkoot {SOFTWARE_VERSION}, ")
+
+
+@pytest.mark.timeout(240)
+def test_demo_learns_loses_a_node_and_serves_its_experts_again(installed: Path, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    sockets: set[Path] = set()
+
+    def has_ended() -> bool:
+        sockets.update(demo.sockets())
+        return demo.process.poll() is not None
+
+    with running_demo(tmp_path, "--steps", "10", "--json", str(result), python=installed) as demo:
+        wait_until(has_ended, 200, demo.log)
+        assert demo.process.returncode == 0, demo.log.read_text()
+        assert not demo.processes()
+    values = json.loads(result.read_text())
+    assert list(values) == [
+        "steps",
+        "loss_first",
+        "loss_last",
+        "validation_loss_first",
+        "validation_loss_last",
+        "nodes_started",
+        "nodes_killed",
+        "experts_total",
+        "experts_alive_end",
+        "tokens_per_s",
+        "longest_stall_s",
+        "seconds",
+    ]
+    assert values["steps"] == 10
+    assert values["validation_loss_last"] < 0.75 * values["validation_loss_first"]
+    assert (values["nodes_started"], values["nodes_killed"]) == (3, 1)
+    assert values["experts_alive_end"] == values["experts_total"] == 32
+    assert values["longest_stall_s"] < 10
+    assert "is killed with SIGKILL" in demo.log.read_text()
+    assert not list(demo.temporary.iterdir())
+    assert len(sockets) >= 4  # of three nodes and a trainer
+    assert not any(path.exists() for path in sockets)
+
+
+def test_interrupted_demo_over_links_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    with running_demo(tmp_path, "--nodes", "2", "--link", "100mbit,5ms") as demo:
+        wait_until(lambda: demo.processes().count("p2pd") >= 2, 60, demo.log)
+        sockets = demo.sockets()
+        demo.process.send_signal(signal.SIGINT)
+        demo.process.wait(15)
+        assert demo.process.returncode == 128 + signal.SIGINT, demo.log.read_text()
+        assert not demo.processes()
+    assert "Traceback" not in demo.log.read_text()
+    assert not list(demo.temporary.iterdir())
+    assert not any(path.exists() for path in sockets)
+
+
+def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
+    with running_demo(tmp_path, "--nodes", "2") as demo:
+        wait_until(lambda: demo.processes().count("p2pd") >= 2, 60, demo.log)
+        demo.process.kill()
+        demo.process.wait()
+        wait_until(lambda: not demo.processes(), 10, demo.log)
+
+
+def test_child_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    with running_demo(tmp_path, "--nodes", "1", "--no-kill", "--data", str(text)) as demo:
+        demo.process.wait(60)
+        said = demo.log.read_text()
+        assert demo.process.returncode == 2, said
+        assert "error: trainer ended early with exit status 2: the text has 9 bytes" in said
+        assert said.count("[T") == 1
+        assert not demo.processes()
+    assert not list(demo.temporary.iterdir())

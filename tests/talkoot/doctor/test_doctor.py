@@ -1,0 +1,264 @@
+"""A machine on which something is broken: `talkoot doctor` names each fault, and checks all the rest."""
+
+import ctypes
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import hivemind.p2p.p2p_daemon
+import pytest
+from commands import HOST, run_here
+
+from dht.invites import Invite
+from dht.manifest import Manifest
+from dht.records import SwarmKeys
+from expert_server.settings import NodeSettings
+from peer.errors import ClockError, UserError
+from peer.files import StateFolder
+from peer.identity import Identity
+from peer.loop import LoopThread
+from talkoot.doctor import checks as machine
+from talkoot.doctor import checks as setup
+from talkoot.doctor import examination as run
+from talkoot.doctor.checks import Finding, Verdict
+from talkoot.doctor.examination import Check, Report
+from talkoot.node.launch import SwarmStarter
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+SMALL = Manifest.model_validate(
+    {"name": "sauna", "model": {"hidden": 8, "heads": 2, "context": 8, "feed_forward": 8}}
+)
+ALL = {
+    *("state folder", "software", "device", "ports", "p2pd", "swarm", "clock", "bandwidth", "reachability"),
+    *("speed", "memory", "cores", "disk"),
+}
+
+Doctor = Callable[..., dict[str, Finding]]
+
+
+@pytest.fixture
+def doctor(loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Doctor:
+    """Checks this machine with these settings, and gives what was found by its name."""
+    monkeypatch.setattr(machine, "_MEASURE_S", 0.01)
+    monkeypatch.setattr(machine, "_SLOW_ROWS_PER_S", 0.0)
+
+    def check(
+        state: Path = tmp_path / "state", invite: Invite | None = None, **settings: object
+    ) -> dict[str, Finding]:
+        starter = SwarmStarter(None if invite else SMALL, invite, ())
+        chosen = NodeSettings.model_validate({"threads": 1, **settings})
+        report = loop.run(Check(starter, chosen, HOST, state).run(lambda stage: None), 60)
+        assert len(report.findings) == len(ALL)
+        return {finding.name: finding for finding in report.findings}
+
+    return check
+
+
+def problems(found: dict[str, Finding]) -> set[str]:
+    assert set(found) == ALL
+    return {name for name, finding in found.items() if finding.verdict is Verdict.PROBLEM}
+
+
+@pytest.fixture
+def invite(tmp_path: Path) -> Invite:
+    author = Identity.load_or_create(tmp_path / "author").peer_id
+    return Invite(SwarmKeys("sauna", author), (f"/ip4/{HOST}/tcp/1/p2p/{author.to_base58()}",))
+
+
+def test_sound_machine_has_no_problem(doctor: Doctor, tmp_path: Path) -> None:
+    found = doctor()
+    assert problems(found) == set()
+    assert f"Python {sys.version.split()[0]}, torch" in found["software"].says
+    assert "cpu" in found["device"].says or "cuda" in found["device"].says
+    assert "any free one" in found["ports"].says
+    assert "--join" in found["reachability"].says
+    assert Report.load(tmp_path / "state").can_serve
+
+
+def test_a_machine_whose_first_address_is_loopback_has_no_network() -> None:
+    found = setup.check_ports(NodeSettings(), HOST)
+    assert (found.verdict, found.fix) == (
+        Verdict.WEAK,
+        "no network is up here: nobody else could reach a node",
+    )
+    assert setup.check_ports(NodeSettings(host=HOST), HOST).verdict is Verdict.OK
+
+
+@pytest.mark.parametrize("option", ["dht_port", "grpc_port", "metrics_port"])
+def test_port_that_is_taken_is_named_with_its_option(doctor: Doctor, option: str) -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        found = doctor(**{option: port})
+    assert problems(found) == {"ports"}
+    flag = option.replace("_", "-")
+    assert found["ports"].fix.startswith(f"--{flag}: can't listen on {HOST} port {port}")
+
+
+def test_folder_that_can_not_be_written_is_named(doctor: Doctor, tmp_path: Path) -> None:
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):  # root may write everywhere, but not into a file
+        folder.rmdir()
+        folder.touch()
+    found = doctor(state=folder / "state")
+    assert problems(found) == {"state folder", "disk"}
+    assert f"can't use the state folder {folder}" in found["state folder"].fix
+    assert "pass another --state" in found["state folder"].fix
+
+
+def test_folder_of_a_running_node_is_named(doctor: Doctor, tmp_path: Path) -> None:
+    held = StateFolder(tmp_path / "state")
+    try:
+        assert problems(found := doctor()) == {"state folder"}
+    finally:
+        held.close()
+    assert "another process uses the state folder" in found["state folder"].fix
+
+
+def test_missing_p2pd_is_named(doctor: Doctor, invite: Invite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hivemind.p2p.p2p_daemon, "P2PD_FILENAME", "no-such-p2pd")
+    found = doctor(invite=invite)
+    assert problems(found) == {"p2pd"}
+    assert "p2pd is missing" in found["p2pd"].fix
+    assert "pip install --force-reinstall" in found["p2pd"].fix
+    assert found["clock"].says == "p2pd does not start"
+
+
+def test_clock_that_is_off_is_named(doctor: Doctor, invite: Invite, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def join(*_: object, **__: object) -> None:
+        raise ClockError("this machine's clock is 60 s behind those of most of the 3 peers asked")
+
+    monkeypatch.setattr(run, "join_swarm", join)
+    found = doctor(invite=invite)
+    assert problems(found) == {"clock"}
+    assert "60 s behind" in found["clock"].fix
+
+
+def test_swarm_that_does_not_answer_is_named(doctor: Doctor, invite: Invite) -> None:
+    found = doctor(invite=invite)
+    assert problems(found) == {"swarm"}
+    assert "no bootstrap address answers" in found["swarm"].fix
+
+
+def test_manifest_that_expires_soon_is_named(
+    doctor: Doctor, invite: Invite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(*_: object) -> None:
+        pass
+
+    async def join(*_: object, **__: object) -> object:
+        record = SimpleNamespace(warning="nobody can join")
+        return SimpleNamespace(manifest=Manifest(name="sauna"), manifest_record=record, stop=nothing)
+
+    monkeypatch.setattr(run, "join_swarm", join)
+    monkeypatch.setattr(
+        run.Check,
+        "_ask",
+        lambda check, *_: nothing(check._skip("a test", "clock", "bandwidth", "reachability")),
+    )
+    found = doctor(invite=invite)
+    assert found["swarm"].verdict is Verdict.WEAK
+    assert "nobody can join" in found["swarm"].says
+    assert "the swarm's founder" in found["swarm"].fix
+
+
+def test_device_that_is_not_there_is_named(doctor: Doctor) -> None:
+    found = doctor(device="cuda:99")
+    assert problems(found) == {"device"}
+    assert "device cuda:99: torch finds" in found["device"].fix
+
+
+@pytest.mark.parametrize(
+    ("system", "python", "verdict"),
+    [
+        ("Linux", (3, 11), Verdict.OK),
+        ("Linux", (3, 14), Verdict.WEAK),
+        ("Darwin", (3, 11), Verdict.PROBLEM),
+    ],
+)
+def test_platforms_and_pythons_that_were_not_tried_are_named(
+    system: str, python: tuple[int, int], verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(setup, "sys", SimpleNamespace(version_info=(*python, 0)))
+    found = setup.check_software()
+    assert (found.verdict, bool(found.fix)) == (verdict, verdict is not Verdict.OK)
+
+
+@pytest.mark.parametrize(("answer", "verdict"), [(0, Verdict.OK), (5, Verdict.WEAK), (-1, Verdict.SKIPPED)])
+def test_kernel_says_what_keeps_the_clock(
+    answer: int, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libc = SimpleNamespace(adjtimex=lambda buffer: answer)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
+    assert setup.check_clock_keeping().verdict is verdict
+
+
+def test_doctor_takes_the_options_of_a_node(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    finding = Finding(name="disk", verdict=Verdict.PROBLEM, says="full", fix="make room")
+    Report(checked_at=0.0, swarm=None, findings=(finding,)).save(tmp_path / "state")
+    checked = run_here("doctor", "--cached", "--state", str(tmp_path / "state"))
+    assert (checked.returncode, "make room" in checked.stdout) == (1, True)
+    wrong = run_here("doctor", "--colour", "3")
+    assert (wrong.returncode, "--colour" in wrong.stderr) == (2, True)
+
+
+# Codes of errors
+
+
+def user_errors(base: type[UserError] = UserError) -> list[type[UserError]]:
+    return [base, *(each for child in base.__subclasses__() for each in user_errors(child))]
+
+
+def test_every_error_has_a_code_of_its_own_that_the_documentation_explains() -> None:
+    codes = {error.__name__: error.code for error in user_errors() if "code" in vars(error)}
+    assert set(codes) == {error.__name__ for error in user_errors() if error.__module__ == "peer.errors"}
+    assert len(set(codes.values())) == len(codes)
+    page = (Path(__file__).parents[3] / "docs" / "troubleshooting.md").read_text()
+    assert re.findall(r"^### (T\d+)$", page, re.MULTILINE) == sorted(codes.values())
+
+
+def test_error_line_ends_with_the_code() -> None:
+    ended = run_here("node", "--join", "hello")
+    assert ended.stderr.endswith(" [T102]\n")
+
+
+def test_broken_installation_is_an_error_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "talkoot.node.launch", None)
+    with pytest.raises(ModuleNotFoundError):  # a fault of ours, whose traceback is wanted
+        run_here("doctor")
+    monkeypatch.undo()
+    monkeypatch.delitem(sys.modules, "talkoot.node.launch")
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    ended = run_here("doctor")
+    assert ended.returncode == 2
+    assert "error: can't import uvloop" in ended.stderr
+    assert ended.stderr.endswith(" [T112]\n")
+
+
+def test_talkoot_alone_says_what_one_can_do() -> None:
+    ended = run_here()
+    assert ended.returncode == 0
+    for said in ("talkoot node --join", "talkoot train --join", "talkoot dashboard --join", "talkoot doctor"):
+        assert said in ended.stdout
+
+
+def test_shell_completes_commands_and_options() -> None:
+    for typed, completed in (("talkoot doc", "doctor"), ("talkoot train --k-", "--k-min")):
+        completing = {"_TALKOOT_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+        ended = subprocess.run(
+            [sys.executable, "-c", "import sys; sys.argv = ['talkoot']; from talkoot import cli; cli.main()"],
+            env=os.environ | completing | {"COMP_CWORD": str(typed.count(" "))},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert ended.stdout.split() == [completed], ended.stderr

@@ -1,0 +1,174 @@
+"""How a swarm is read, again and again, at a cost that strangers can't raise; and what `talkoot status` shows of it."""
+
+import asyncio
+import io
+import json
+from collections.abc import Collection
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hivemind.p2p import PeerID
+from rich.console import Console
+from simulated_readings import NOW, manifest, node, peer, replica, trainer
+
+from dht.announcements import TrainerInfo
+from dht.directory import View
+from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord
+from dht.records import SwarmKeys
+from dht.registry import NodeInfo
+from dht.swarm import Swarm
+from dht.uid import UID
+from peer.errors import SettingsError
+from talkoot.status import Reading, SwarmReader, _renderables
+from trainer_client.settings import TrainerSettings
+
+MODEL = manifest((2, 2), layers=1)
+
+
+class FakeRegistry:
+    """Knows some nodes; counts what it is asked."""
+
+    def __init__(self, nodes: Collection[NodeInfo], listed: Collection[PeerID]) -> None:
+        self.known = {info.peer_id: info for info in nodes}
+        self.listed = set(listed)
+        self.asked: list[int] = []
+        self.lists = 0
+        self.expires_at = NOW + MANIFEST_LIFETIME_S
+        """Of the manifest."""
+
+    keys = SwarmKeys("sauna", peer(-1))
+
+    def manifest_json(self, data: bytes) -> bytes:
+        return data
+
+    async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
+        return {peer(-1): (b"", self.expires_at)}
+
+    async def prefixes(self, prefixes: Collection[Any], size: int) -> dict[Any, frozenset[int]]:
+        return {prefix: frozenset({0, 1}) for prefix in prefixes}
+
+    async def replicas(self, uids: Collection[UID]) -> dict[UID, Any]:
+        return {uid: (replica(uid, 0),) for uid in uids}
+
+    async def nodes(self, peers: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+        self.asked.append(len(peers))
+        return {peer_id: self.known[peer_id] for peer_id in peers if peer_id in self.known}
+
+    async def node_ids(self, most: int) -> frozenset[PeerID]:
+        self.lists += 1
+        return frozenset(self.listed)
+
+    async def trainer_ids(self) -> frozenset[PeerID]:
+        return frozenset({peer(1_000_000)})
+
+    async def trainers(self, peers: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
+        return {peer_id: trainer(0) for peer_id in peers}
+
+
+def reader_of(registry: FakeRegistry, clock: list[float]) -> SwarmReader:
+    found: Any = registry
+    swarm = SimpleNamespace(
+        registry=registry,
+        manifest=MODEL,
+        manifest_record=ManifestRecord(found, b"", registry.expires_at, now=lambda: clock[0]),
+        keys=SimpleNamespace(swarm_id="sauna-x"),
+    )
+    return SwarmReader(cast(Swarm, swarm), list_every_s=30.0, now=lambda: clock[0])
+
+
+def test_nodes_that_host_nothing_are_read_too() -> None:
+    registry = FakeRegistry([node(0), node(1)], [peer(0), peer(1)])
+    reading = asyncio.run(reader_of(registry, [NOW]).read())
+    assert reading.nodes.keys() == {peer(0), peer(1)}
+    assert reading.trainers.keys() == {peer(1_000_000)}
+    assert reading.view.live_experts() == 4
+
+
+def test_thousands_of_dead_entries_are_looked_up_once_in_a_while() -> None:
+    registry = FakeRegistry([node(0), node(1)], [peer(n) for n in range(5000)])
+    clock = [NOW]
+    reader = reader_of(registry, clock)
+
+    async def read(times: int) -> int:
+        registry.asked.clear()
+        for _ in range(times):
+            await reader.read()
+            clock[0] += 2
+        return sum(registry.asked)
+
+    assert asyncio.run(read(1)) >= 4999
+    assert max(registry.asked) <= 512
+    assert asyncio.run(read(50)) <= 4 * 50  # the host and the idle node of each reading
+    assert registry.lists == 4
+    clock[0] = NOW + 1000
+    assert asyncio.run(read(1)) >= 4999
+
+
+def test_a_manifest_that_expires_within_a_week_is_told_until_its_founder_signs_it_anew() -> None:
+    registry, clock = FakeRegistry([node(0)], [peer(0)]), [NOW]
+    reader = reader_of(registry, clock)
+
+    def warning_at(day: float) -> str:
+        clock[0] = NOW + 86400 * day
+        return asyncio.run(reader.read()).warning
+
+    assert warning_at(22) == ""
+    assert warning_at(26).startswith("nobody can join this swarm in 4.0 days, unless its founder")
+    registry.expires_at += 20 * 86400
+    assert warning_at(26.1) == ""
+
+
+def test_status_warns_of_a_manifest_that_expires_soon() -> None:
+    shown = reading(warning="nobody can join")
+    assert "warning: nobody can join" in status_text(shown)
+    assert shown.to_dict()["warning"] == "nobody can join"
+    assert "warning" not in status_text(reading())
+    assert reading().to_dict()["warning"] is None
+
+
+def status_text(reading: Reading, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+    for part in _renderables(reading):
+        console.print(part)
+    return cast(io.StringIO, console.file).getvalue()
+
+
+def reading(**changes: Any) -> Reading:
+    view = View(MODEL, {MODEL.uids()[0]: (replica(MODEL.uids()[0], 0),)}, {peer(0): node(0)}, NOW)
+    values: dict[str, Any] = {"nodes": {peer(0): node(0, name="[red]kuusi[/red]")}, "trainers": {}} | changes
+    return Reading("sauna-x", view, **values)
+
+
+def test_status_shows_nodes_trainers_and_experts() -> None:
+    shown = status_text(reading(trainers={peer(5): trainer(5, tokens_per_s=None)}))
+    assert "swarm sauna-x: 1 node, 1 of 4 experts alive, 1 trainer" in shown
+    assert "[red]kuusi[/red]" in shown
+    assert "trainer 5" in shown
+    assert "7/100" in shown
+    assert "?" in shown  # of tokens/s, which were not measured
+
+
+def test_status_leaves_out_columns_that_do_not_fit_and_breaks_no_word() -> None:
+    wide, narrow = (status_text(reading(trainers={peer(5): trainer(5)}), width) for width in (200, 80))
+    assert "too narrow" not in wide
+    assert "too narrow for: expires, rows" in narrow
+    for word in ("experts", "serving", "trainer 5", "7/100", "validation loss", "[red]kuusi[/red]"):
+        assert word in narrow
+
+
+def test_status_without_trainers_has_no_table_of_them() -> None:
+    assert "tokens/s" not in status_text(reading())
+
+
+def test_status_for_programs_has_trainers() -> None:
+    shown = json.loads(json.dumps(reading(trainers={peer(5): trainer(5)}).to_dict()))
+    assert shown["trainers"][0]["name"] == "trainer 5"
+    assert shown["nodes"][0]["activity"] == "serving"
+    assert shown["experts"]["alive"] == 1
+
+
+@pytest.mark.parametrize("name", ["", "x" * 33, "two\nlines", "\x1b[31m"])
+def test_a_name_is_one_short_printable_line(name: str) -> None:
+    with pytest.raises(SettingsError, match="name"):
+        TrainerSettings.load(name=name)

@@ -1,0 +1,377 @@
+"""Training, evaluating and generating as people do it."""
+
+import errno
+import io
+import json
+import logging
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+from training_swarm import TEXT, Founder, founded, talkoot
+
+from dht.invites import Invite
+from peer import checkpoints as numbered
+from peer.loop import LoopThread
+from talkoot.train import session as train_run
+from trainer_client.client import SwarmClient
+from trainer_client.model import LanguageModel
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def founder(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Founder]:
+    with founded(loop, tmp_path_factory.mktemp("founder"), experts=8) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _all_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "sauna.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def train(founder: Founder, state: Path, *options: object) -> list[object]:
+    quick = ("--batch-size", 2, "--threads", 1, "--call-deadline-s", 60)
+    return ["train", "--join", founder.invite, "--state", state, *quick, *options]
+
+
+@pytest.fixture(scope="module")
+def run_of_two_steps(founder: Founder, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state = tmp_path_factory.mktemp("trained")
+    assert talkoot(*train(founder, state, "--data", text, "--steps", 2)).status == 0
+    return state
+
+
+@pytest.fixture
+def trained(run_of_two_steps: Path, tmp_path: Path) -> Path:
+    """A state folder with a run of two steps."""
+    return shutil.copytree(run_of_two_steps, tmp_path / "state")
+
+
+def test_a_run_is_saved_resumed_evaluated_and_speaks(
+    founder: Founder, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state, checkpoint, log = tmp_path / "state", tmp_path / "mine", tmp_path / "log.jsonl"
+    kept = ("--checkpoint", checkpoint, "--log", log)
+    first = talkoot(
+        *train(founder, state, "--data", text, "--tokenizer", "bpe", "--vocabulary", 300, "--steps", 3, *kept)
+    )
+    assert first.status == 0, first.err
+    assert f"checkpoint of step 3 in {checkpoint}" in caplog.text
+    plot, result = tmp_path / "loss.png", tmp_path / "result.json"
+    again = talkoot(*train(founder, state, "--resume", "--steps", 5, *kept, "--plot", plot, "--json", result))
+    assert again.status == 0, again.err
+    assert "goes on after step 3" in caplog.text
+    summary = json.loads(result.read_text())
+    assert (summary["steps"], summary["resumed_at"], summary["checkpoint"]) == (5, 3, str(checkpoint))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert {line["experts_live"] for line in lines} == {8}
+    assert plot.read_bytes().startswith(PNG)
+
+    evaluated = talkoot("evaluate", text, "--join", founder.invite, "--checkpoint", checkpoint, "--json")
+    values = json.loads(evaluated.out.splitlines()[-1])
+    assert values["bytes"] == len(TEXT) - len("In"), "nothing predicts the first token"
+    assert values["tokens"] < values["bytes"]
+    assert values["step"] == 5
+    assert values["loss"] == pytest.approx(summary["validation_loss_last"], abs=0.5)
+
+    generate = (
+        "generate",
+        "--join",
+        founder.invite,
+        "--checkpoint",
+        checkpoint,
+        "--max-tokens",
+        5,
+        "--seed",
+        1,
+    )
+    said = talkoot(*generate, "--prompt", "In the sauna")
+    assert said.status == 0, said.err
+    assert said.out.endswith("\n")
+    assert said.out.strip()
+
+
+def test_the_newest_run_is_taken_by_default(founder: Founder, trained: Path, text: Path) -> None:
+    ended = talkoot("evaluate", text, "--join", founder.invite, "--state", trained)
+    assert ended.status == 0, ended.err
+    assert "perplexity" in ended.out
+
+
+def test_a_prompt_longer_than_the_context_is_cut_with_a_word(
+    founder: Founder,
+    trained: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 20)))
+    join = ("--join", founder.invite, "--state", trained, "--max-tokens", 1)
+    assert talkoot("generate", *join, "--prompt", "-").status == 0
+    assert (
+        "the prompt has 20 tokens and the model's context 16: its beginning, 4 tokens, is left out"
+        in caplog.text
+    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    talkoot("generate", *join, "--prompt", "-").is_one_clear_line("standard input is not text in UTF-8")
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_when_all_experts_are_lost_training_waits_and_loses_no_step(
+    founder: Founder,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    in_flight: int,
+) -> None:
+    class ComesBack(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "training pauses" in record.getMessage():
+                founder.resume()
+
+    lose_experts_after(2, founder, monkeypatch)
+    comes_back, log = ComesBack(), tmp_path / "log"
+    train_run.logger.addHandler(comes_back)
+    try:
+        options = ("--data", text, "--steps", 6, "--in-flight", in_flight, "--log", log)
+        ended = talkoot(*train(founder, tmp_path / "state", *options))
+    finally:
+        train_run.logger.removeHandler(comes_back)
+        founder.resume()
+    assert ended.status == 0, ended.err
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert "training goes on with" in caplog.text
+
+
+def test_when_all_experts_stay_away_training_ends_with_what_it_has(
+    founder: Founder,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lose_experts_after(2, founder, monkeypatch)
+    try:
+        ended = talkoot(
+            *train(founder, tmp_path / "state", "--data", text, "--steps", 9, "--wait-for-experts", 0.5)
+        )
+    finally:
+        founder.resume()
+    ended.is_one_clear_line("no expert of this swarm answered in 0 s")
+    assert "training pauses until one does, at most 0 s" in caplog.text
+    assert "checkpoint of step 2 in" in caplog.text
+    assert ": --resume goes on from there" in caplog.text
+
+
+def lose_experts_after(step: int, founder: Founder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer knows it at once."""
+    steps = 0
+
+    def swarm_now(client: SwarmClient) -> dict[str, Any]:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            founder.pause()
+            while client.dispatcher.live_experts():
+                client._loop.run(client._look_again(), 10)
+        return real(client)
+
+    real = train_run._swarm_now
+    monkeypatch.setattr(train_run, "_swarm_now", swarm_now)
+
+
+def test_without_a_live_expert_nothing_begins(founder: Founder, trained: Path) -> None:
+    said = "no expert of this swarm answered in 0 s: is a node running?"
+    join = ("--join", founder.invite, "--state", trained, "--wait-for-experts", 0.2)
+    founder.pause()
+    try:
+        talkoot(*train(founder, trained, "--wait-for-experts", 0.2)).is_one_clear_line(said)
+        talkoot("generate", *join, "--prompt", "In").is_one_clear_line(said)
+    finally:
+        founder.resume()
+
+
+def test_experts_lost_while_text_comes_end_it_in_time(
+    founder: Founder, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = 0
+
+    class Losing(LanguageModel):
+        def forward(self, tokens_BT: Tensor) -> Tensor:
+            nonlocal computed
+            computed += 1
+            if computed == 3:
+                founder.pause()
+            return super().forward(tokens_BT)
+
+    monkeypatch.setattr("talkoot.train.trained.LanguageModel", Losing)
+    short = ("--wait-for-experts", 0.5, "--max-tokens", 10_000)
+    try:
+        ended = talkoot("generate", "--join", founder.invite, "--state", trained, "--prompt", "In", *short)
+    finally:
+        founder.resume()
+    ended.is_one_clear_line("no expert of this swarm answered")
+    assert computed < 10_000
+
+
+# Ending
+
+
+@pytest.mark.parametrize("stuck_s", [0.0, 20.0])
+def test_ctrl_c_saves_the_last_whole_step(
+    founder: Founder,
+    text: Path,
+    tmp_path: Path,
+    stuck_s: float,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps = 0
+
+    class Interrupted(LanguageModel):
+        def loss(self, tokens_BT: Tensor) -> Tensor:
+            nonlocal steps
+            steps += self.training
+            if steps == 3 and self.training:
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(stuck_s)  # longer than a command waits
+            return super().loss(tokens_BT)
+
+    monkeypatch.setattr(train_run, "LanguageModel", Interrupted)
+    ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 50))
+    assert ended.status == 128 + signal.SIGINT
+    saved = 2 if stuck_s else 3
+    assert f"checkpoint of step {saved} in " in caplog.text
+
+
+def test_a_run_that_could_save_nothing_names_no_checkpoint(
+    founder: Founder,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(numbered, "write_whole", full)
+    result = tmp_path / "result.json"
+    ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 2, "--json", result))
+    assert ended.status == 0, ended.err
+    assert "could not save step 2" in caplog.text
+    assert json.loads(result.read_text())["checkpoint"] is None
+
+
+def test_a_loss_that_stays_not_finite_is_one_clear_line(
+    founder: Founder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(LanguageModel):
+        def loss(self, tokens_BT: Tensor) -> Tensor:
+            return super().loss(tokens_BT) * math.nan
+
+    monkeypatch.setattr(train_run, "LanguageModel", Broken)
+    ended = talkoot(*train(founder, tmp_path, "--data", text, "--steps", 50))
+    ended.is_one_clear_line(
+        "not finite in 10 steps in a row, up to step 10: train with a smaller learning_rate"
+    )
+
+
+# Bad input, known before anything is dialled
+
+
+BAD_TEXT: dict[str, tuple[str, bytes, str]] = {
+    "binary": ("x.bin", b"\x7fELF\0\0", "is not text: byte 4 is 0"),
+    "empty": ("x.txt", b"", "x.txt is empty: give"),
+    "a wrong field": (
+        "x.jsonl",
+        b'{"body": "a"}\n',
+        "has no field 'text', its fields are 'body': pass --field",
+    ),
+    "latin 1": ("x.txt", b"s\xe4", "is not text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXT)
+def test_what_is_no_text_is_one_clear_line(founder: Founder, tmp_path: Path, name: str) -> None:
+    file, data, said = BAD_TEXT[name]
+    (tmp_path / file).write_bytes(data)
+    talkoot(*train(founder, tmp_path / "state", "--data", tmp_path / file)).is_one_clear_line(said)
+
+
+def test_one_line_is_too_short_to_learn_from(founder: Founder, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("just one line")
+    ended = talkoot(*train(founder, tmp_path / "state", "--data", tmp_path / "x.txt"))
+    ended.is_one_clear_line("the text has 13 bytes and needs 34 or more")
+
+
+def test_broken_and_foreign_checkpoints_are_one_clear_line(
+    founder: Founder, trained: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = trained.glob("runs/*/*/2.safetensors")
+    invite = Invite.parse(founder.invite)
+    other = replace(invite, keys=replace(invite.keys, name="other"))
+    given = ("--checkpoint", path.parent)
+    talkoot("generate", "--join", other, *given).is_one_clear_line(
+        "is of the swarm village-", "and you join other-"
+    )
+    talkoot("evaluate", text, "--join", other, *given).is_one_clear_line("is of the swarm village-")
+    resume = train(founder, trained, "--resume", *given)
+    talkoot(*resume, "--join", other).is_one_clear_line("is of the swarm village-")
+
+    path.write_bytes(path.read_bytes()[:-100])
+    talkoot(*resume).is_one_clear_line("no checkpoint in", "is whole: give another run's folder")
+    assert f"passing over the checkpoint {path}: it can't be read" in caplog.text
+    talkoot("generate", "--join", founder.invite, "--checkpoint", path).is_one_clear_line(
+        "is no whole checkpoint"
+    )
+    path.unlink()
+    talkoot(*resume).is_one_clear_line("no checkpoint in", "give the folder that `talkoot train` named")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--precision", "fp8"), "precision"),
+        (("--tokenizer", "nowhere.json"), "no tokenizer nowhere.json: give bytes, bpe"),
+        (("--vocabulary", 100), "vocabulary"),
+        (
+            ("--log", "/nowhere/log"),
+            "can't write /nowhere/log: No such file or directory; pass another --log",
+        ),
+        (("--plot", "/nowhere/plot"), "can't write /nowhere/plot"),
+        (("--tensorboard", "/dev/null/x"), "can't write /dev/null/x"),
+    ],
+)
+def test_options_that_can_not_be_are_one_clear_line(
+    founder: Founder, text: Path, tmp_path: Path, options: tuple[object, ...], said: str
+) -> None:
+    talkoot(*train(founder, tmp_path, "--data", text, *options)).is_one_clear_line(said)
+
+
+def test_sampling_that_can_not_be_is_one_clear_line(founder: Founder) -> None:
+    ended = talkoot("generate", "--join", founder.invite, "--top-p", 2, "--temperature", -1)
+    ended.is_one_clear_line("top_p", "temperature")
+
+
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate"])
+def test_an_invite_is_asked_for(name: str, text: Path) -> None:
+    talkoot(name, *([text] if name == "evaluate" else [])).is_one_clear_line("--join INVITE")

@@ -1,0 +1,129 @@
+"""Trainers of a real swarm come to one dense part, and one that joins goes on from there."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from training_swarm import TEXT, founded
+
+from dht.invites import Invite
+from peer.loop import LoopThread
+from trainer_client.averaging.averager import Averaging
+from trainer_client.client import SwarmClient
+from trainer_client.data.corpus import ByteDataset
+from trainer_client.model import LanguageModel
+from trainer_client.settings import TrainerSettings
+from trainer_client.training.loop import Training
+from trainer_client.training.record import Progress
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+LIMIT_S = 60.0
+
+
+@dataclass
+class Trainer:
+    """As `talkoot train` makes one."""
+
+    client: SwarmClient
+    training: Training
+    averaging: Averaging
+
+    def train_until(self, condition: threading.Event) -> None:
+        """Until the condition is set, and no longer than there are steps."""
+        self.training.run(lambda progress: None, condition)
+
+
+@contextlib.contextmanager
+def trainer(invite: str, state: Path, seed: int, in_flight: int = 1) -> Iterator[Trainer]:
+    settings = TrainerSettings.load(
+        seed=seed, steps=2000, batch_size=2, validation_batches=2, warmup_steps=2, average_every=2,
+        announce_every_s=0.5, spot_checks=0, in_flight=in_flight,
+    )  # fmt: skip
+    with SwarmClient(Invite.parse(invite), settings, state) as client:
+        client.wait_for_experts(LIMIT_S, lambda text: None)
+        dataset = ByteDataset(TEXT.encode(), client.manifest.model.context, seed)
+        make = partial(LanguageModel, client.manifest, client.mixture)
+        training = Training(make(), dataset, settings, make)
+        yield Trainer(client, training, client.average(training.part, "bytes", settings.router))
+
+
+def distance(one: Trainer, other: Trainer) -> float:
+    mine, theirs = one.training.part.read().tensors, other.training.part.read().tensors
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
+
+
+def wait_for_ages(watcher: Trainer, *others: Trainer) -> None:
+    """Until the DHT tells how old the others' dense parts are now."""
+    ages = {other.averaging.peer_id: other.training.part.age for other in others}
+    deadline = time.monotonic() + LIMIT_S
+    while {partner.peer_id: partner.dense_age for partner in watcher.averaging.partners} != ages:
+        assert time.monotonic() < deadline, watcher.averaging.partners
+        watcher.client._loop.run(watcher.averaging.look(), LIMIT_S)
+
+
+def train_together(*trainers: Trainer, meetings: int) -> None:
+    """Until each has met so often. Each trains on a thread of its own."""
+    enough = threading.Event()
+    short = set(range(len(trainers)))
+
+    def watch(number: int, trainer: Trainer, _: Progress) -> None:
+        if trainer.averaging.counts.averaged >= meetings:
+            short.discard(number)
+        if not short:
+            enough.set()
+
+    with ThreadPoolExecutor(len(trainers)) as threads:
+        runs = [
+            threads.submit(trainer.training.run, partial(watch, number, trainer), enough)
+            for number, trainer in enumerate(trainers)
+        ]
+        for run in runs:
+            run.result(LIMIT_S)
+
+
+@pytest.fixture
+def village(loop: LoopThread, tmp_path: Path) -> Iterator[str]:
+    with founded(loop, tmp_path, experts=8) as founder:
+        yield founder.invite
+
+
+def test_two_become_one_and_a_third_begins_there(village: str, tmp_path: Path) -> None:
+    with (
+        trainer(village, tmp_path / "a", 1) as first,
+        trainer(village, tmp_path / "b", 2, in_flight=2) as second,
+    ):
+        assert distance(first, second) == 0, "both begin by the manifest's seed"
+        train_together(first, second, meetings=2)
+        assert first.averaging.counts.refused == second.averaging.counts.refused == 0
+        # of the same meetings, but for a last one that only one side has finished
+        merges = zip(first.training.part.take_merges(), second.training.part.take_merges(), strict=False)
+        shares = [(ours.share, theirs.share) for ours, theirs in merges]
+        assert len(shares) >= 2
+        assert all(0 <= min(pair) <= max(pair) == 0.5 for pair in shares), "who is behind takes half, at most"
+        moved = (first.training.part.read().tensors["head.weight"] - LanguageModel(
+            first.client.manifest, lambda layer: torch.nn.Identity()
+        ).head.weight).abs().max()  # fmt: skip
+        assert distance(first, second) < moved, "what each learned since they met, and no more"
+
+        with trainer(village, tmp_path / "c", 3) as third:
+            wait_for_ages(third, first, second)
+            age = third.client.take_freshest(third.averaging)
+            # after a meeting both may be of one age
+            oldest = min((first, second), key=lambda t: (-t.training.part.age, distance(third, t)))
+            assert age == oldest.training.part.age == third.training.part.age
+            assert distance(third, oldest) == 0
+            ready = threading.Event()
+            ready.set()
+            third.train_until(ready)
+            begun = third.training.history.validation_losses[0]
+            again = Training(oldest.training._model, third.training._dataset, third.training._settings)
+            again.run(lambda progress: None, ready)
+            assert begun == again.history.validation_losses[0]

@@ -1,0 +1,273 @@
+"""Trainers that break off, hang or lie cost the others nothing, over real sockets."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from dense_trainers import LOCAL, SWARM, Play, Square, identities, play
+from garbage_server import garbage_server
+from grpc import StatusCode
+from test_dense_part import make_model, take_step, trained
+from torch import nn
+
+from dht.announcements import TrainerInfo
+from peer import PROTOCOL_VERSION
+from peer.errors import StateError, TransferError
+from peer.rpc.calls import server_credentials
+from peer.rpc.sessions import Metadata, SessionServicer
+from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc, state_pb2
+from trainer_client.averaging.averager import choose_partner
+from trainer_client.averaging.exchange import Theirs
+
+__all__ = ["identities", "play"]
+
+
+def hostile(change: Callable[[nn.Module], object]) -> nn.Module:
+    model = trained(make_model(), 1)
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+HOSTILE: dict[str, Callable[[nn.Module], object]] = {
+    "NaN": lambda model: next(model.parameters()).fill_(torch.nan),
+    "blown up": lambda model: next(model.parameters()).mul_(1e6),
+    "the sign turned": lambda model: [parameter.neg_() for parameter in model.parameters()],
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_dense_part_is_refused_whoever_calls(
+    play: Play, change: Callable[[nn.Module], object]
+) -> None:
+    async def scenario(square: Square) -> None:
+        victim = await square.trainer(trained(make_model(), 2), 10)
+        villain = await square.trainer(hostile(change), 10**9)
+        villain.meeting._open = lambda mine, _: Theirs(mine.tensors, 0, 0.0)  # type: ignore[method-assign, assignment]  # takes all
+        before = victim.part.read().tensors
+        with pytest.raises(StateError) as refused:
+            await square.stepping(victim.meet(square.info(villain)), victim.part)
+        victim._note_failure(villain.peer_id, refused.value)
+        assert victim.counts.refused == 1
+        avoided = victim.meeting.breakers.open_at(time.monotonic())
+        assert choose_partner([square.info(villain)], avoided, random.Random(0)) is None
+        await square.until(lambda: not villain.meeting.is_on, villain.part)
+        with pytest.raises(TransferError, match="PERMISSION_DENIED"):
+            await villain.meet(square.info(victim))
+        victim.meeting.breakers.succeeded(villain.peer_id)
+        with pytest.raises(TransferError, match="INVALID_ARGUMENT"):
+            await villain.meet(square.info(victim))
+        assert victim.counts.refused == 2
+        assert not victim.meeting.is_on
+        take_step(victim.part)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in victim.part.read().tensors.items())
+
+    play(scenario)
+
+
+class Liar(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
+    """Answers an offer with what it was given, and hears out who goes on then."""
+
+    def __init__(self, replies: list[state_pb2.FetchReply], hangs: bool = False) -> None:
+        self.replies = replies
+        self.hangs = hangs
+
+    async def Exchange(self, requests: Any, context: Any) -> Any:
+        await anext(aiter(requests))
+        for reply in self.replies:
+            yield reply
+        if self.replies:
+            async for _ in requests:
+                pass
+        if self.hangs:
+            await asyncio.Event().wait()
+
+
+HEADER = state_pb2.StateHeader(update_count=3, total_bytes=500, sha256=bytes(32))
+LIES: dict[str, tuple[list[state_pb2.FetchReply], str]] = {
+    "nothing": ([], "must begin with its header"),
+    "no header": ([state_pb2.FetchReply(chunk=b"1")], "must begin with its header"),
+    "1 GB": ([state_pb2.FetchReply(header=state_pb2.StateHeader(total_bytes=2**30, sha256=bytes(32)))], "at most"),
+    "too short": ([state_pb2.FetchReply(header=HEADER), state_pb2.FetchReply(chunk=b"1")], "before it was whole"),
+    "too long": ([state_pb2.FetchReply(header=HEADER), state_pb2.FetchReply(chunk=b"1" * 501)], "longer"),
+    "garbage": ([state_pb2.FetchReply(header=HEADER), state_pb2.FetchReply(chunk=b"1" * 500)], "checksum"),
+}  # fmt: skip
+
+
+async def lying(square: Square, liar: Liar) -> TrainerInfo:
+    """A trainer's record that leads to the liar."""
+    honest = await square.trainer(make_model(), 10)
+    assert honest._server is not None
+    await honest._server.stop(None)
+    server = grpc.aio.server()
+    opener = SessionServicer(honest.sessions)
+    session_pb2_grpc.add_SessionServiceServicer_to_server(opener, server)
+    dense_pb2_grpc.add_DenseServiceServicer_to_server(liar, server)
+    port = server.add_secure_port(f"{LOCAL}:0", server_credentials(square.identities[0], honest.certificate))
+    await server.start()
+    square.stack.push_async_callback(server.stop, None)
+    return replace(square.info(honest), addresses=(f"{LOCAL}:{port}",))
+
+
+@pytest.mark.parametrize(("replies", "reason"), LIES.values(), ids=LIES)
+def test_what_is_no_dense_part_is_refused(
+    play: Play, replies: list[state_pb2.FetchReply], reason: str
+) -> None:
+    async def scenario(square: Square) -> None:
+        info = await lying(square, Liar(replies))
+        victim = await square.trainer(make_model(), 10)
+        with pytest.raises(StateError, match=reason):
+            await victim.meet(info)
+        assert not victim.meeting.is_on
+
+    play(scenario)
+
+
+def test_a_trainer_that_answers_with_no_messages_is_refused(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(square: Square) -> None:
+        liar = await square.trainer(make_model(), 10)
+        victim = await square.trainer(make_model(), 3)
+        async with garbage_server(square.identities[0], liar.certificate) as port:
+            liar.addresses = (f"{LOCAL}:{port}",)
+            square.announce(liar)
+            with pytest.raises(StateError, match="must begin with its header"):
+                await victim.meet(square.info(liar))
+            assert await victim.take_freshest() is None
+        assert not victim.meeting.is_on
+
+    play(scenario)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_who_hangs_is_waited_for_so_long_and_no_longer(play: Play) -> None:
+    async def scenario(square: Square) -> None:
+        info = await lying(square, Liar([state_pb2.FetchReply(header=HEADER)], hangs=True))
+        victim = await square.trainer(make_model(), 10, deadline_s=0.3)
+        with pytest.raises(TransferError):
+            await victim.meet(info)
+        assert not victim.meeting.is_on
+
+    play(scenario)
+
+
+def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
+    """And the other is free for the next."""
+
+    async def scenario(square: Square) -> None:
+        one = await square.trainer(trained(make_model(), 1), 10)
+        before = one.part.read().tensors
+        dying = await square.trainer(trained(make_model(), 2), 10)
+        stub, session = await dying._service.stub(square.info(one))
+        call = stub.Exchange(timeout=10, metadata=session)
+        snapshot = await dying.meeting.snapshot()
+        offer = dense_pb2.DenseOffer(
+            protocol_version=PROTOCOL_VERSION, swarm_id=SWARM,
+            fingerprint=dying.form.fingerprint, header=snapshot.header(),
+        )  # fmt: skip
+        await call.write(dense_pb2.ExchangeRequest(offer=offer))
+        await call.write(dense_pb2.ExchangeRequest(chunk=snapshot.data[:100]))
+        assert (await call.read()).header.update_count == 10
+        assert one.meeting.is_on
+        call.cancel()
+        await square.until(lambda: not one.meeting.is_on, one.part)
+        one.meeting.breakers.succeeded(dying.peer_id)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in one.part.read().tensors.items())
+        await square.stepping(dying.meet(square.info(one)), one.part, dying.part)
+
+    play(scenario)
+
+
+def test_a_caller_that_stalls_is_let_go_and_left_alone(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would keep others from meeting this trainer."""
+    monkeypatch.setattr("peer.rpc.transfer.STALL_S", 0.2)
+
+    async def scenario(square: Square) -> None:
+        one = await square.trainer(make_model(), 10)
+        slow = await square.trainer(make_model(), 10)
+        stub, session = await slow._service.stub(square.info(one))
+        call = stub.Exchange(timeout=10, metadata=session)
+        offer = dense_pb2.DenseOffer(
+            protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, fingerprint=slow.form.fingerprint,
+            header=(await slow.meeting.snapshot()).header(),
+        )  # fmt: skip
+        await call.write(dense_pb2.ExchangeRequest(offer=offer))
+        with pytest.raises(grpc.aio.AioRpcError, match="did not come over in time"):
+            await read_all(call)
+        assert not one.meeting.is_on
+        assert slow.peer_id in one.meeting.breakers.open_at(time.monotonic())
+
+    play(scenario)
+
+
+def test_an_answerer_that_dies_in_the_middle_is_passed_over(play: Play) -> None:
+    async def scenario(square: Square) -> None:
+        one = await square.trainer(trained(make_model(), 1), 10, every=1)
+        await one.close()
+        other = await square.trainer(trained(make_model(), 2), 10, every=1)
+        running = asyncio.create_task(other.run())
+        square.stack.callback(running.cancel)
+        await square.until(lambda: other.counts.failed == 1, other.part)
+        third = await square.trainer(trained(make_model(), 3), 10, reachable=True)
+        await square.until(lambda: other.counts.averaged == 1, other.part, third.part)
+        assert other.counts.failed == 1
+
+    play(scenario)
+
+
+def test_others_calls_are_checked_before_they_cost_anything(play: Play) -> None:
+    async def scenario(square: Square) -> None:
+        one = await square.trainer(make_model(), 10)
+        other = await square.trainer(make_model(), 10)
+        stub, session = await other._service.stub(square.info(one))
+        header = (await other.meeting.snapshot()).header()
+        right = dense_pb2.DenseOffer(
+            protocol_version=PROTOCOL_VERSION, swarm_id=SWARM,
+            fingerprint=other.form.fingerprint, header=header,
+        )  # fmt: skip
+        wrong: dict[StatusCode, list[dict[str, Any]]] = {
+            StatusCode.FAILED_PRECONDITION: [
+                {"protocol_version": 99},
+                {"swarm_id": "banya"},
+                {"fingerprint": b""},
+            ],
+            StatusCode.INVALID_ARGUMENT: [{"header": state_pb2.StateHeader()}],
+        }
+        for status, changes in wrong.items():
+            for change in changes:
+                offer = dense_pb2.DenseOffer.FromString(right.SerializeToString())
+                for name, value in change.items():
+                    offer.ClearField(name)
+                    offer.MergeFrom(dense_pb2.DenseOffer(**{name: value}))
+                assert await refused(stub, session, dense_pb2.ExchangeRequest(offer=offer)) is status, change
+        assert (
+            await refused(stub, session, dense_pb2.ExchangeRequest(chunk=b"1")) is StatusCode.INVALID_ARGUMENT
+        )
+        assert await refused(stub, session, None) is StatusCode.INVALID_ARGUMENT
+        assert await refused(stub, (), None) is StatusCode.UNAUTHENTICATED
+        assert not one.meeting.is_on
+
+    play(scenario)
+
+
+async def read_all(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def refused(stub: Any, session: Metadata, request: dense_pb2.ExchangeRequest | None) -> StatusCode:
+    call = stub.Exchange(timeout=10, metadata=session)
+    if request is not None:
+        await call.write(request)
+    await call.done_writing()
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await read_all(call)
+    code: StatusCode = error.value.code()
+    return code

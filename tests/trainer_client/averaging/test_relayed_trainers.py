@@ -1,0 +1,206 @@
+"""A trainer behind a router is reached by relays; those are looked after, and others average with it by its tunnel."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dense_trainers import Play, Square, are_one, identities, play
+from hivemind.p2p import PeerID
+from test_dense_part import make_model, trained
+
+import dht.relays
+from dht import relays as reached
+from dht.announcements import read_trainer
+from dht.relays import Relayed, is_hidden
+from peer.transport.tunnel import Pipe, Tunnels
+from peer.wire import records_pb2
+from trainer_client.averaging.averager import choose_partner
+
+__all__ = ["identities", "play"]
+
+RELAY = "/ip4/44.1.1.1/tcp/31337/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+
+
+def circuit(peer_id: PeerID, relay: str = RELAY) -> str:
+    return f"{relay}/p2p-circuit/p2p/{peer_id.to_base58()}"
+
+
+@pytest.mark.parametrize(
+    ("host", "hidden"),
+    [
+        ("127.0.0.1", False),
+        ("::1", False),
+        ("localhost", False),
+        ("44.1.1.1", False),
+        ("192.168.1.7", True),
+        ("10.0.0.4", True),
+        ("100.64.3.3", True),
+        ("fe80::1", True),
+    ],
+)
+def test_who_has_no_public_address_is_hidden(host: str, hidden: bool) -> None:
+    assert is_hidden(host) is hidden
+
+
+def test_dense_parts_are_averaged_through_a_tunnel(play: Play, tmp_path: Path) -> None:
+    async def scenario(square: Square) -> None:
+        asked: list[tuple[PeerID, Sequence[str]]] = []
+
+        async def open_stream(
+            peer_id: PeerID, addresses: Sequence[str], protocol: str, deadline_s: float
+        ) -> Pipe:
+            asked.append((peer_id, addresses))
+            return await asyncio.open_unix_connection(str(tmp_path / "exit"))
+
+        tunnels = Tunnels(open_stream)
+        square.stack.push_async_callback(tunnels.close)
+        hidden = await square.trainer(trained(make_model(), 1), 30, exit_path=tmp_path / "exit")
+        hidden.relayed = Relayed(Any, 1, random.Random(0))  # type: ignore[arg-type]  # its addresses alone are read
+        hidden.relayed.addresses = (circuit(hidden.peer_id),)
+        square.announce(hidden, reachable=False)
+        other = await square.trainer(trained(make_model(), 2), 10, reachable=False, tunnels=tunnels)
+        assert await other.take_freshest() == 30
+        await other.look()
+        partner = choose_partner(other.partners, (), random.Random(0))
+        assert partner is not None
+        await square.stepping(other.meet(partner), hidden.part, other.part)
+        await square.until(lambda: hidden.counts.averaged == 1, hidden.part)
+        assert are_one(hidden.part, other.part)
+        assert {peer_id for peer_id, _ in asked} == {hidden.peer_id}
+        assert set(asked[0][1]) == {circuit(hidden.peer_id)}
+
+    play(scenario)
+
+
+def test_a_record_names_eight_addresses_of_a_tunnel_at_most_and_its_own_alone(play: Play) -> None:
+    async def scenario(square: Square) -> None:
+        one = await square.trainer(make_model(), 1)
+        record = square.board.records[one.peer_id]
+        own = [circuit(one.peer_id, RELAY.replace("31337", str(port))) for port in range(1000, 1012)]
+        record.tunnel_addresses.extend([circuit(PeerID(b"\x12\x20" + bytes(32))), "nonsense", *own])
+        payload = records_pb2.RecordPayload(trainer=record, expires_at=1e12)
+        info = read_trainer(payload, one.peer_id)
+        assert info is not None
+        assert info.tunnel_addresses == tuple(own[:6]), "of the first eight, those of itself"
+        record.certificate = b""
+        info = read_trainer(payload.__class__(trainer=record, expires_at=1e12), one.peer_id)
+        assert info is not None
+        assert info.tunnel_addresses == (), "it serves nothing"
+
+    play(scenario)
+
+
+class FakeSwarm:
+    """A host that finds a relay at the second look after a move, as long as it is told so."""
+
+    registry = None
+
+    def __init__(self) -> None:
+        self.host = self
+        self.moves: list[Sequence[str]] = []
+        self.tunnel: list[str] = []
+        self.finds = True
+        self._looks = 0
+
+    async def serve_tunnel(self, most_streams: int) -> None:
+        self.most_streams = most_streams
+
+    async def move(self, *, serves_dht: bool, relays: Sequence[str]) -> None:
+        assert not serves_dht
+        self.moves.append(relays)
+        self._looks = 0
+
+    async def tunnel_addresses(self) -> list[str]:
+        self._looks += 1
+        is_found = self.finds and self.moves and self._looks > 1
+        return [f"{RELAY}/p2p-circuit/p2p/Qm", "/ip4/44.1.1.9/tcp/1/p2p/Qm"] if is_found else []
+
+
+@pytest.fixture
+def swarm(monkeypatch: pytest.MonkeyPatch) -> FakeSwarm:
+    async def find_relays(host: Any, registry: Any, rng: random.Random, most: int) -> list[str]:
+        return [RELAY] * most
+
+    monkeypatch.setattr(reached, "find_relays", find_relays)
+    monkeypatch.setattr(dht.relays, "_LOOK_S", 0.001)
+    return FakeSwarm()
+
+
+def test_relays_are_taken_and_waited_for(swarm: Any) -> None:
+    async def scenario() -> None:
+        relayed = Relayed(swarm, 2, random.Random(0))
+        await relayed.begin(most_streams=5)
+        assert (swarm.moves, swarm.most_streams) == ([[RELAY, RELAY]], 5)
+        assert relayed.addresses == (f"{RELAY}/p2p-circuit/p2p/Qm",)
+
+    asyncio.run(scenario())
+
+
+def ten_seconds_apart() -> Iterator[float]:
+    """When looks are."""
+    return itertools.count(0.0, 10.0)
+
+
+def test_other_relays_are_taken_after_half_a_minute_without_one(
+    swarm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        relayed = Relayed(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
+        await relayed.begin(1)
+        monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
+        swarm.finds = False
+        for moves in (1, 1, 1, 2):
+            await relayed.look()
+            assert len(swarm.moves) == moves
+            assert relayed.addresses == ()
+        swarm.finds = True
+        await relayed.look()
+        assert relayed.addresses
+
+    asyncio.run(scenario())
+
+
+def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
+    swarm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
+        swarm.finds = False
+        relayed = Relayed(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
+        await relayed.begin(1)
+        for looks in (4, 6, 12):
+            before = len(swarm.moves)
+            for _ in range(looks - 1):
+                await relayed.look()
+            assert len(swarm.moves) == before
+            await relayed.look()
+            assert len(swarm.moves) == before + 1
+
+    asyncio.run(scenario())
+
+
+def test_where_nobody_can_be_a_relay_the_daemon_is_left_alone(
+    swarm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = 0
+
+    async def find_none(*arguments: Any) -> list[str]:
+        nonlocal searches
+        searches += 1
+        return []
+
+    monkeypatch.setattr(reached, "find_relays", find_none)
+
+    async def scenario() -> None:
+        relayed = Relayed(swarm, 4, random.Random(0), ten_seconds_apart().__next__)
+        await relayed.begin(1)
+        assert (swarm.moves, relayed.addresses, searches) == ([], (), 1)
+        for _ in range(12):
+            await relayed.look()
+        assert (swarm.moves, searches) == ([], 4), "looked for every half minute: nothing is cut by that"
+
+    asyncio.run(scenario())

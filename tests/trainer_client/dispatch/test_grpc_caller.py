@@ -1,0 +1,188 @@
+"""GrpcCaller against a real TLS server: what is sent, right answers, and who is at the other end."""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from expert_fakes import random_rows
+from grpc import StatusCode
+from misbehaving_node import (
+    BYTES,
+    LONG,
+    WIDTH,
+    Context,
+    Server,
+    answer_all,
+    collect,
+    left_as_it_was,
+    open_pool,
+    requests_for,
+    running_server,
+)
+
+from dht.uid import UID
+from peer import PROTOCOL_VERSION
+from peer.identity import Identity, certificate_pem
+from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
+from peer.wire import expert_pb2
+from trainer_client.dispatch.batches import Request
+from trainer_client.dispatch.grpc_caller import GrpcCaller
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / name) for name in ("own.key", "other.key")]
+
+
+@pytest.fixture(scope="module")
+def running(loop: LoopThread, identities: list[Identity]) -> Iterator[Server]:
+    with running_server(loop, identities[0]) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: Server, loop: LoopThread) -> Iterator[Server]:
+    with left_as_it_was(loop, running) as server:
+        yield server
+
+
+@pytest.fixture
+def pool(loop: LoopThread) -> Iterator[ChannelPool]:
+    with open_pool(loop) as pool:
+        yield pool
+
+
+@pytest.fixture
+def caller(server: Server, pool: ChannelPool) -> GrpcCaller:
+    """Its channels are closed before the server looks at what is left."""
+    return GrpcCaller(pool, "sauna-1234", WIDTH)
+
+
+# What is sent, and right answers
+
+
+def test_every_expert_is_answered_with_its_own_tensor(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    requests = requests_for(4, 7, 9)
+    collected = loop.run(collect(caller, server.info, requests))
+    assert collected.error is None
+    assert [answer.index for answer in collected.answers] == [2, 1, 0]
+    for answer in collected.answers:
+        assert answer.error is None
+        assert answer.tensor is not None
+        np.testing.assert_array_equal(answer.tensor, 2 * requests[answer.index].inputs)
+    assert caller.bytes_sent == caller.bytes_received == 3 * BYTES
+
+
+def test_the_header_says_what_follows_and_each_call_has_an_id_of_its_own(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    ids = set()
+    requests = [
+        Request(UID(2, (1, 3)), [1, 2], [5, 0, 7], random_rows(3), random_rows(3, seed=1)),
+        Request(UID(2, (0, 0)), [1], [3], random_rows(1, seed=2), random_rows(1, seed=3)),
+    ]
+    for _ in range(3):
+        collected = loop.run(collect(caller, server.info, requests, direction="backward"))
+        assert len(collected.answers) == 2
+        header = server.header
+        assert header is not None
+        ids.add(header.request_id)
+        assert len(header.request_id) == 16
+        assert (header.protocol_version, header.swarm_id) == (PROTOCOL_VERSION, "sauna-1234")
+        assert (header.width, header.codec) == (WIDTH, expert_pb2.CODEC_FP32)
+        assert [(e.uid, list(e.segment_lengths), list(e.positions)) for e in header.experts] == [
+            ("2.1.3", [1, 2], [5, 0, 7]),
+            ("2.0.0", [1], [3]),
+        ]
+        tensors = [t for request in requests for t in (request.inputs, request.gradients) if t is not None]
+        assert bytes(server.payload) == b"".join(tensor.tobytes() for tensor in tensors)
+    assert len(ids) == 3
+
+
+def test_tensors_of_many_chunks_go_both_ways(loop: LoopThread, server: Server, pool: ChannelPool) -> None:
+    requests = requests_for(0, 1, rows=2000, width=512)  # 4 MB each
+    collected = loop.run(collect(GrpcCaller(pool, "s", 512), server.info, requests))
+    assert collected.error is None
+    for answer in collected.answers:
+        assert answer.tensor is not None
+        np.testing.assert_array_equal(answer.tensor, 2 * requests[answer.index].inputs)
+
+
+def test_a_call_that_went_well_is_not_cancelled_at_the_server(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    """Cancelled calls leak (grpc issue 43360), so that no call is cut off behind its last answer."""
+    ended: list[str] = []
+
+    async def behave(server: Server, context: Context) -> None:
+        try:
+            await answer_all(server, context)
+            for _ in range(50):  # a cancellation would come meanwhile
+                await asyncio.sleep(0.001)
+            ended.append("well")
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    server.behave = behave
+    assert loop.run(collect(caller, server.info, requests_for(0))).error is None
+    assert ended == ["well"]
+
+
+# Who is at the other end
+
+
+def test_node_with_another_certificate_than_the_pinned_is_unavailable_and_sent_nothing(
+    loop: LoopThread, server: Server, caller: GrpcCaller, identities: list[Identity]
+) -> None:
+    other = identities[1]
+    pem = certificate_pem(other.make_certificate(), other.peer_id)
+    node = replace(server.info, certificate_pem=pem)
+    collected = loop.run(collect(caller, node, requests_for(0)))
+    assert collected.status is StatusCode.UNAVAILABLE
+    assert not collected.answers
+    assert server.calls == 0
+    assert caller.bytes_sent == 0
+    assert collected.seconds < LONG / 3
+
+
+def test_right_and_wrong_certificate_for_one_address_do_not_share_a_channel(
+    loop: LoopThread, server: Server, caller: GrpcCaller, identities: list[Identity]
+) -> None:
+    pem = certificate_pem(identities[1].make_certificate(), identities[1].peer_id)
+    wrong = replace(server.info, certificate_pem=pem)
+    statuses = [loop.run(collect(caller, node, requests_for(0))).status for node in (server.info, wrong) * 2]
+    assert statuses == [None, StatusCode.UNAVAILABLE] * 2
+
+
+def test_nobody_listening_is_unavailable(loop: LoopThread, server: Server, caller: GrpcCaller) -> None:
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        node = replace(server.info, addresses=(f"127.0.0.1:{taken.getsockname()[1]}",))
+        collected = loop.run(collect(caller, node, requests_for(0)))
+    assert collected.status is StatusCode.UNAVAILABLE
+    assert collected.seconds < LONG / 3
+
+
+@pytest.mark.parametrize(
+    "address", ["", ":", "nonsense", "127.0.0.1:99999", "ä\0ö:1", "unix:/nowhere", "ipv4:1"]
+)
+def test_address_that_is_none_is_an_error_of_the_call(
+    loop: LoopThread, server: Server, caller: GrpcCaller, address: str
+) -> None:
+    node = replace(server.info, addresses=(address,))
+    collected = loop.run(collect(caller, node, requests_for(0), deadline_s=2.0))
+    assert collected.error is not None
+    assert collected.seconds < LONG / 3
+
+
+def test_node_without_address_is_unavailable(loop: LoopThread, server: Server, caller: GrpcCaller) -> None:
+    collected = loop.run(collect(caller, replace(server.info, addresses=()), requests_for(0)))
+    assert collected.status is StatusCode.UNAVAILABLE

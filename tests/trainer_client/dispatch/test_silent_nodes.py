@@ -1,0 +1,230 @@
+"""GrpcCaller against a real TLS server that falls silent, and callers that give up."""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from grpc import StatusCode
+from misbehaving_node import (
+    ANSWERED_0,
+    LONG,
+    SHORT,
+    WIDTH,
+    Behaviour,
+    Collected,
+    Context,
+    Server,
+    answer_all,
+    collect,
+    left_as_it_was,
+    open_pool,
+    reply,
+    requests_for,
+    running_server,
+    sends,
+    until,
+)
+
+from dht.registry import NodeInfo
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.rpc.channels import ChannelPool
+from peer.wire.expert_pb2 import CallReply
+from trainer_client.dispatch.grpc_caller import GrpcCaller
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
+    folder = tmp_path_factory.mktemp("identities")
+    return [Identity.load_or_create(folder / name) for name in ("own.key", "other.key")]
+
+
+@pytest.fixture(scope="module")
+def running(loop: LoopThread, identities: list[Identity]) -> Iterator[Server]:
+    with running_server(loop, identities[0]) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: Server, loop: LoopThread) -> Iterator[Server]:
+    with left_as_it_was(loop, running) as server:
+        yield server
+
+
+@pytest.fixture
+def pool(loop: LoopThread) -> Iterator[ChannelPool]:
+    with open_pool(loop) as pool:
+        yield pool
+
+
+@pytest.fixture
+def caller(server: Server, pool: ChannelPool) -> GrpcCaller:
+    """Its channels are closed before the server looks at what is left."""
+    return GrpcCaller(pool, "sauna-1234", WIDTH)
+
+
+# Silence and interruption
+
+
+async def says_nothing(server: Server, context: Context) -> None:
+    await server.read(context)
+    await asyncio.sleep(LONG)
+
+
+async def stops_after_one_answer(server: Server, context: Context) -> None:
+    await sends(*ANSWERED_0)(server, context)
+    await asyncio.sleep(LONG)
+
+
+async def trickles(server: Server, context: Context) -> None:
+    await sends(reply(0))(server, context)
+    while True:
+        await context.write(CallReply(chunk=b"\0"))
+        await asyncio.sleep(SHORT / 4)
+
+
+async def reads_nothing(server: Server, context: Context) -> None:
+    await asyncio.sleep(LONG)
+
+
+async def does_not_end(server: Server, context: Context) -> None:
+    await answer_all(server, context)
+    await asyncio.sleep(LONG)
+
+
+@pytest.mark.parametrize(
+    ("behave", "answered"),
+    [
+        (says_nothing, []),
+        (stops_after_one_answer, [0]),
+        (trickles, []),
+        (reads_nothing, []),
+        (does_not_end, [1, 0]),
+    ],
+)
+def test_silence_ends_at_the_deadline(
+    loop: LoopThread, server: Server, caller: GrpcCaller, behave: Behaviour, answered: list[int]
+) -> None:
+    server.behave = behave
+    collected = loop.run(collect(caller, server.info, requests_for(0, 1), deadline_s=SHORT))
+    assert collected.status is StatusCode.DEADLINE_EXCEEDED
+    assert [answer.index for answer in collected.answers] == answered
+    assert SHORT * 0.9 <= collected.seconds < LONG / 3
+
+
+def test_node_that_takes_no_payload_ends_at_the_deadline(
+    loop: LoopThread, server: Server, pool: ChannelPool
+) -> None:
+    server.behave = reads_nothing
+    requests = requests_for(0, rows=16000, width=512)  # 32 MB, more than the transport takes in by itself
+    caller = GrpcCaller(pool, "s", 512)
+    collected = loop.run(collect(caller, server.info, requests, deadline_s=SHORT))
+    assert collected.status in (StatusCode.DEADLINE_EXCEEDED, StatusCode.UNAVAILABLE)
+    assert collected.seconds < LONG / 3
+    assert caller.bytes_sent < requests[0].inputs.nbytes
+
+
+def test_no_time_left_is_deadline_exceeded(loop: LoopThread, server: Server, caller: GrpcCaller) -> None:
+    collected = loop.run(collect(caller, server.info, requests_for(0), deadline_s=-1.0))
+    assert collected.status is StatusCode.DEADLINE_EXCEEDED
+    assert not collected.answers
+
+
+@pytest.mark.parametrize("behave", [says_nothing, reads_nothing])
+def test_channel_that_the_pool_closes_ends_its_calls_with_unavailable(
+    loop: LoopThread, server: Server, behave: Behaviour
+) -> None:
+    server.behave = behave
+    pool = ChannelPool(limit=1)
+    rows = 8000 if behave is reads_nothing else 3
+    caller = GrpcCaller(pool, "s", 512)
+
+    async def scenario() -> Collected:
+        call = asyncio.create_task(collect(caller, server.info, requests_for(0, rows=rows, width=512)))
+        await until(lambda: server.running == 1)
+        await pool.get("127.0.0.1:1", server.info.certificate_pem)  # takes the only place
+        return await call
+
+    collected = loop.run(scenario())
+    assert collected.status is StatusCode.UNAVAILABLE
+    assert collected.seconds < LONG / 3
+    loop.run(pool.close())
+
+
+@pytest.mark.parametrize("behave", [says_nothing, stops_after_one_answer, reads_nothing])
+def test_cancelling_the_caller_is_felt_as_such_and_ends_the_call_at_the_server(
+    loop: LoopThread, server: Server, caller: GrpcCaller, behave: Behaviour
+) -> None:
+    server.behave = behave
+
+    async def scenario() -> bool:
+        call = asyncio.create_task(collect(caller, server.info, requests_for(0, 1)))
+        await until(lambda: server.running == 1)
+        call.cancel()
+        await asyncio.wait([call])
+        await until(lambda: server.running == 0)
+        return call.cancelled()
+
+    assert loop.run(scenario())
+
+
+def test_consumer_that_stops_early_ends_the_call_at_the_server(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    server.behave = stops_after_one_answer
+
+    async def scenario() -> None:
+        answers = caller.call(server.info, "forward", requests_for(0, 1), LONG)
+        assert (await anext(answers)).index == 0
+        await answers.aclose()  # type: ignore[attr-defined]  # it is a generator, though promised is an iterator
+        await until(lambda: server.running == 0)
+
+    loop.run(scenario())
+
+
+# Connections
+
+
+async def call_in_vain(caller: GrpcCaller, node: NodeInfo) -> StatusCode | None:
+    return (await collect(caller, node, requests_for(0), deadline_s=SHORT)).status
+
+
+def test_a_node_that_accepts_and_says_nothing_is_silent_and_one_that_computes_is_not(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    server.behave = says_nothing
+
+    async def scenario(frozen: socket.socket) -> None:
+        node = replace(server.info, addresses=(f"127.0.0.1:{frozen.getsockname()[1]}",))
+        assert not caller.is_silent(node), "nobody has called it yet"
+        both = [
+            asyncio.create_task(collect(caller, info, requests_for(0), deadline_s=LONG))
+            for info in (node, server.info)
+        ]
+        await until(lambda: server.running == 1)
+        assert caller.is_silent(node)
+        assert not caller.is_silent(server.info)
+        for call in both:
+            call.cancel()
+        await asyncio.wait(both)
+
+    with socket.create_server(("127.0.0.1", 0)) as frozen:  # the kernel accepts for it
+        loop.run(scenario(frozen))
+
+
+def test_a_node_that_refuses_the_connection_is_silent(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    node = replace(server.info, addresses=(f"127.0.0.1:{closed_port()}",))
+    assert loop.run(call_in_vain(caller, node)) is StatusCode.UNAVAILABLE
+    assert caller.is_silent(node)
+    assert not caller.is_silent(replace(server.info, addresses=()))
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,33 @@
+"""Checkpoints that trainers of every release so far have written: a run goes on from them."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import run_samples
+
+from dht.manifest import Manifest
+from trainer_client.settings import TrainerSettings
+
+RELEASES = sorted((Path(__file__).parents[2] / "releases").glob("*/run"))
+
+
+def test_there_is_a_release() -> None:
+    assert RELEASES
+
+
+@pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.parent.name)
+def test_a_run_of_a_release_goes_on(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = shutil.copytree(folder, tmp_path / "run")
+    settings = TrainerSettings.load(checkpoint=copy, steps=6, data=str(run_samples.write_text(tmp_path)))
+    began = run_samples.start(tmp_path, settings, resume=True)
+    assert began.checkpoint is not None
+    began.checkpoint.check_manifest(Manifest.from_json((folder / "manifest.json").read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        ran = run_samples.train_dense(began)
+    assert ran.summary.steps == 6
+    assert len(ran.losses) == 2
+    assert ran.losses[-1] < 5.5, "it has learned something in the first four steps"
+    assert (copy / "6.safetensors").exists()
+    assert "not the one that the checkpoint was trained on" not in caplog.text
