@@ -29,7 +29,7 @@ from dht.beam_search import select_experts
 from dht.directory import Directory
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
-from dht.registry import Announced, Registry, ReplicaState
+from dht.registry import Registry, ReplicaAnnouncement, ReplicaState
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
 from peer.identity import Identity
@@ -70,7 +70,7 @@ async def talkoot_village(folder: Path, nodes: int) -> list[str]:
     for n, host in enumerate(hosts):
         registry = _registry(host, keys)
         uids = manifest.uids()[n::nodes]
-        await registry.announce([Announced(uid, ReplicaState.SERVING) for uid in uids], _LIFETIME_S)
+        await registry.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], _LIFETIME_S)
         record = records_pb2.NodeRecord(
             addresses=["127.0.0.1:1"],
             certificate=host.identity.make_certificate(),

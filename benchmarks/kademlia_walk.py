@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from peer.kademlia.search import DEFAULT_BREADTH, Breadth, Search
+from peer.kademlia.search import DEFAULT_BREADTH, IterativeSearch, SearchLimits
 
 BUCKET = 20
 HOLDERS = 5
@@ -24,10 +24,10 @@ Answer = Callable[[int], Sequence[int]]
 
 
 def walk(
-    key: int, start: Sequence[int], holders: set[int], answer: Answer, breadth: Breadth = DEFAULT_BREADTH
-) -> tuple[Search, int]:
+    key: int, start: Sequence[int], holders: set[int], answer: Answer, breadth: SearchLimits = DEFAULT_BREADTH
+) -> tuple[IterativeSearch, int]:
     """One look-up, and how many questions it took."""
-    search = Search(key, start, breadth)
+    search = IterativeSearch(key, start, breadth)
     questions = 0
     while wanted := search.ask():
         questions += len(wanted)

@@ -32,7 +32,7 @@ from dht.manifest import Manifest
 from dht.swarm import join_swarm
 from peer.identity import Identity
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import OwnSessions
+from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
 from trainer_client.dispatch.batches import Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -159,7 +159,7 @@ async def step_all(invite: Invite, state: Path) -> int:
         rows = np.random.default_rng(0).standard_normal((4, hidden)).astype(np.float32)
         requests = [Request(uid, [1] * 4, [0] * 4, rows, rows) for uid in uids]
         rights = (session_pb2.RIGHT_BACKWARD,)
-        sessions = OwnSessions(swarm.host.identity, invite.keys.swarm_id, rights)
+        sessions = SessionClient(swarm.host.identity, invite.keys.swarm_id, rights)
         caller = GrpcCaller(channels, invite.keys.swarm_id, hidden, sessions=sessions)
         answers = [answer async for answer in caller.call(node, "backward", requests, 60.0)]
         return sum(answer.tensor is not None for answer in answers)

@@ -22,12 +22,12 @@ from hivemind.utils import MSGPackSerializer
 from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedP2P, VirtualLoop
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
-from dht.registry import Announced, Registry, ReplicaState
+from dht.registry import Registry, ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.kademlia.lookups import Found, Item, Lookups
 from peer.kademlia.node import start_dht
-from peer.kademlia.search import DEFAULT_BREADTH, Breadth, Contacts, Search
+from peer.kademlia.search import DEFAULT_BREADTH, ContactBook, IterativeSearch, SearchLimits
 from peer.wire import records_pb2
 
 LIFETIME_S = 600.0
@@ -137,7 +137,7 @@ class SimulatedSwarm:
 
     async def announce(self, peer: SimulatedPeer, hosted: Sequence[UID], lifetime_s: float) -> None:
         now = self._loop.unix_time()
-        announced = [Announced(uid, ReplicaState.SERVING, 1, now) for uid in hosted]
+        announced = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 1, now) for uid in hosted]
         await peer.registry.announce(announced, lifetime_s)
         await peer.registry.publish_node(_node_record(peer, len(hosted)), lifetime_s)
 
@@ -176,13 +176,13 @@ class _Placing(Lookups):
         return {(item.key, item.subkey) for item in items}
 
     async def find(
-        self, keys: Collection[DHTID], breadth: Breadth = DEFAULT_BREADTH, besides_self: bool = False
+        self, keys: Collection[DHTID], breadth: SearchLimits = DEFAULT_BREADTH, besides_self: bool = False
     ) -> dict[DHTID, Found]:
         """What the nearest node stores."""
         found = {}
         for key in keys:
             nearest = self._nearest_to(key)[0]
-            found[key] = Found(Search(key, []), Contacts())
+            found[key] = Found(IterativeSearch(key, []), ContactBook())
             stored = nearest.protocol.storage.get(key)
             has_value = stored is not None and found[key].take(stored.value)
             found[key].search.holds(nearest.node_id, has_value)

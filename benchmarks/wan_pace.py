@@ -13,7 +13,7 @@ from statistics import linear_regression
 
 from torch import nn
 
-from trainer_client.training.in_flight import EnoughInFlight, InFlight
+from trainer_client.training.in_flight import InFlight, InFlightController
 
 Carried = Callable[[], tuple[int, int]]
 """Gives the bytes sent and received since the start."""
@@ -68,7 +68,7 @@ def auto_pace_of(
 ) -> dict[str, float]:
     """As a trainer with `--in-flight auto`: each step on a copy of the model, and so many at once as `auto` says."""
     steps: InFlight[nn.Module, None] = InFlight(make_model(), make_model, limit)
-    enough = EnoughInFlight(limit)
+    enough = InFlightController(limit)
     least = 3 if seconds < _BRIEF_S else 10
     began = warm_until = time.monotonic()
     ends: list[float] = []

@@ -42,7 +42,7 @@ _ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}")
 FAILURE_CAUSES = frozenset(status.name.lower() for status in StatusCode if status is not StatusCode.OK)
 
 
-class _Said(Enum):
+class _WireEnum(Enum):
     """What a record says by a number."""
 
     @classmethod
@@ -54,7 +54,7 @@ class _Said(Enum):
             return cls["UNKNOWN"]
 
 
-class Reachability(_Said):
+class Reachability(_WireEnum):
     """How others reach a node, as it says."""
 
     UNKNOWN = records_pb2.REACHABILITY_UNSPECIFIED
@@ -63,7 +63,7 @@ class Reachability(_Said):
     RELAYED = records_pb2.REACHABILITY_RELAYED
 
 
-class Activity(_Said):
+class Activity(_WireEnum):
     """What a node says it does now."""
 
     UNKNOWN = records_pb2.NODE_ACTIVITY_UNSPECIFIED
@@ -319,7 +319,7 @@ class Replica:
 
 
 @dataclass(frozen=True)
-class Announced:
+class ReplicaAnnouncement:
     """What a node says of one of its replicas."""
 
     uid: UID

@@ -196,7 +196,7 @@ def _selection(keys_Rk: Integers, grid: tuple[int, ...]) -> Selection:
 Coordinate = tuple[int, ...]
 
 
-class LayerIndex:
+class PrefixIndex:
     """Prefix tables that are filled as prefixes are read. What was read and is empty is known as well."""
 
     def __init__(self, grid: tuple[int, ...]) -> None:

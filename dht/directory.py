@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 from hivemind.p2p import PeerID
 
-from dht.beam_search import Floats, Integers, LayerIndex, default_beam_size, select_experts
+from dht.beam_search import Floats, Integers, PrefixIndex, default_beam_size, select_experts
 from dht.manifest import Manifest
 from dht.registry import NodeInfo, Prefix, Registry, Replica, ReplicaState
 from dht.uid import UID
@@ -119,7 +119,7 @@ class Directory:
         self._refresh_every_s = refresh_every_s
         self._now = now
         self._rng = rng or random.SystemRandom()
-        self._indices: dict[int, LayerIndex] = {}
+        self._indices: dict[int, PrefixIndex] = {}
         self._gone: dict[PeerID, float] = {}
         """Peers that were found dead, and when the node record that they had then expires."""
 
@@ -182,7 +182,7 @@ class Directory:
                 index.drop(uid.coordinate)
         return self.view
 
-    def _chosen(self, index: LayerIndex, scores: Sequence[Floats], k: int) -> Integers:
+    def _chosen(self, index: PrefixIndex, scores: Sequence[Floats], k: int) -> Integers:
         """The experts that any row chooses, as numbers in the grid."""
         chosen = select_experts(scores, index.alive, k)
         coordinates = chosen.coordinates[chosen.valid]
@@ -194,7 +194,7 @@ class Directory:
         missing = np.unravel_index(experts[~live], self._manifest.experts.grid)
         return [UID(layer, coordinate) for coordinate in zip(*(c.tolist() for c in missing), strict=True)]
 
-    async def _read_way(self, layer: int, index: LayerIndex, scores: Sequence[Floats], width: int) -> None:
+    async def _read_way(self, layer: int, index: PrefixIndex, scores: Sequence[Floats], width: int) -> None:
         """Level by level the prefixes that are not known yet; the first two levels together, to save a round trip."""
         ahead = [] if index.knows(()) else index.best(scores[:1], width, everything=True)
         for depth in range(len(scores)):
@@ -230,8 +230,8 @@ class Directory:
             peer_id: node for peer_id, node in nodes.items() if node.expires_at > self._gone.get(peer_id, 0)
         }
 
-    def _index(self, layer: int) -> LayerIndex:
-        return self._indices.setdefault(layer, LayerIndex(self._manifest.experts.grid))
+    def _index(self, layer: int) -> PrefixIndex:
+        return self._indices.setdefault(layer, PrefixIndex(self._manifest.experts.grid))
 
     def _size_after(self, prefix: Prefix) -> int:
         return self._manifest.experts.grid[len(prefix[1])]

@@ -45,7 +45,7 @@ class ManifestRecord:
             "unless its founder runs a node with its key before"
         )
 
-    async def keep(self) -> None:
+    async def republish(self) -> None:
         """Stores it again, so that it outlives the peers that held it. Raises UnreachableError."""
         keys, now = self._registry.keys, self._now()
         if self._registry.peer_id == keys.author and now >= self.expires_at - _MANIFEST_RENEW_AFTER_S:

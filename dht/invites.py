@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dht.admission import MAX_REVOKED, Role
 from dht.records import SwarmKeys, parse_peer_id
 from peer.errors import InviteError, SettingsError, StartError, UserError, WireError
-from peer.files import write_whole
+from peer.files import write_atomically
 from peer.transport.addresses import is_multiaddress
 from peer.wire import admission_pb2, records_pb2
 
@@ -126,7 +126,7 @@ def _expanded(path: str) -> Path:
 FILE = "invites.json"
 
 
-class Issued(BaseModel):
+class IssuedInvite(BaseModel):
     """One token that was made. The token itself is not kept."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -148,16 +148,16 @@ class Issued(BaseModel):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    issued: tuple[Issued, ...] = ()
+    issued: tuple[IssuedInvite, ...] = ()
 
 
-class Ledger:
+class InviteLedger:
     """Read and written by the command and by the founder's running node, which need not know of each other."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
 
-    def read(self) -> tuple[Issued, ...]:
+    def read(self) -> tuple[IssuedInvite, ...]:
         """None made yet: empty. Raises StartError when the file is broken."""
         try:
             return _File.model_validate_json(self._path.read_bytes()).issued
@@ -168,12 +168,12 @@ class Ledger:
                 f"can't read {self._path}, the list of your invites: restore it from a copy, or move it away"
             ) from error
 
-    def add(self, issued: Issued) -> None:
+    def add(self, issued: IssuedInvite) -> None:
         """Raises StartError."""
         with self._locked():
             self._write((*self.read(), issued))
 
-    def revoke(self, number: str, now: float) -> Issued:
+    def revoke(self, number: str, now: float) -> IssuedInvite:
         """Raises UserError when there is none, or when too many are revoked."""
         with self._locked():
             listed = self.read()
@@ -192,9 +192,9 @@ class Ledger:
         """The serials to publish: what has expired need not be revoked. Raises StartError."""
         return revoked_in(self.read(), now)
 
-    def _write(self, issued: tuple[Issued, ...]) -> None:
+    def _write(self, issued: tuple[IssuedInvite, ...]) -> None:
         try:
-            write_whole(self._path, _File(issued=issued).model_dump_json(indent=1).encode(), mode=0o600)
+            write_atomically(self._path, _File(issued=issued).model_dump_json(indent=1).encode(), mode=0o600)
         except OSError as error:
             raise StartError(f"can't write {self._path}: {error.strerror}") from error
 
@@ -212,7 +212,7 @@ class Ledger:
             os.close(descriptor)
 
 
-def revoked_in(issued: tuple[Issued, ...], now: float) -> list[int]:
+def revoked_in(issued: tuple[IssuedInvite, ...], now: float) -> list[int]:
     return [each.serial for each in issued if each.revoked and each.expires_at > now]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dht.registry import Registry
 from peer.errors import StartError, UnreachableError
-from peer.files import write_whole
+from peer.files import write_atomically
 from peer.host import Host
 from peer.transport.addresses import is_multiaddress
 
@@ -28,7 +28,7 @@ _MAX_CHARACTERS = 256
 _MAX_FILE_BYTES = 1 << 20
 
 
-class Acquaintances:
+class PeerStore:
     """Addresses of the peers that were met last, newest first."""
 
     def __init__(self, path: Path | None) -> None:
@@ -40,7 +40,7 @@ class Acquaintances:
             self._met = _read(path)
             self._saved = frozenset(self.addresses())
 
-    def meet(self, addresses: Iterable[str], now: float) -> None:
+    def add(self, addresses: Iterable[str], now: float) -> None:
         """Notes addresses at which peers were alive at this Unix time. What is no multiaddress is left out."""
         by_peer: dict[str, list[str]] = {}
         for address in addresses:
@@ -60,7 +60,7 @@ class Acquaintances:
         """When the peer (PeerID in base58) was met last; minus infinity for a stranger."""
         return self._met[peer][1] if peer in self._met else -math.inf
 
-    def strangers(self, known: Collection[str]) -> list[list[str]]:
+    def absent(self, known: Collection[str]) -> list[list[str]]:
         """The addresses of each peer that was met once and is not among the `known` (PeerIDs in base58) now."""
         return [list(listed) for peer, (listed, _) in self._met.items() if peer not in known]
 
@@ -73,7 +73,7 @@ class Acquaintances:
         ]
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, json.dumps({"peers": peers}, indent=1).encode())
+            write_atomically(self._path, json.dumps({"peers": peers}, indent=1).encode())
         except OSError as error:
             logger.warning("can't keep the peers that were met in %s: %s", self._path, error.strerror)
             return
@@ -82,12 +82,12 @@ class Acquaintances:
 
 def _read(path: Path) -> dict[str, tuple[tuple[str, ...], float]]:
     """Whoever edits the file can only make this peer dial others, and those are checked as any."""
-    acquaintances = Acquaintances(None)
+    acquaintances = PeerStore(None)
     try:
         with path.open("rb") as file:
             peers = json.loads(file.read(_MAX_FILE_BYTES))["peers"]
         for peer in reversed(peers[:_MAX_PEERS]):
-            acquaintances.meet(map(str, peer["addresses"]), float(peer["met_at"]))
+            acquaintances.add(map(str, peer["addresses"]), float(peer["met_at"]))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, LookupError) as error:
@@ -118,7 +118,7 @@ class Membership:
         self,
         host: Host,
         registry: Registry,
-        acquaintances: Acquaintances,
+        acquaintances: PeerStore,
         *,
         dial_every_s: float = _DIAL_EVERY_S,
         now: Callable[[], float] = time.time,
@@ -155,7 +155,7 @@ class Membership:
         """Checks until p2pd is given up. For a peer that announces nothing."""
         while True:
             try:
-                await self._host.pause(every_s)
+                await self._host.wait_for_restart(every_s)
                 await self.check(announced=False)
             except UnreachableError as error:
                 logger.warning("%s", error)
@@ -208,13 +208,13 @@ class Membership:
         met = await self._registry.nodes(self._rng.sample(due, min(_MEETINGS, len(due))))
         for node in met.values():
             own = f"/p2p/{node.peer_id.to_base58()}"
-            self._acquaintances.meet([a for a in node.bootstrap_addresses if a.endswith(own)], self._now())
-        self._host.known = tuple(self._acquaintances.addresses())
+            self._acquaintances.add([a for a in node.bootstrap_addresses if a.endswith(own)], self._now())
+        self._host.bootstrap_candidates = tuple(self._acquaintances.addresses())
         await asyncio.to_thread(self._acquaintances.save)
 
     async def _dial_one(self) -> None:
         """Dials a remembered peer that the DHT does not know: it may live in another half of the swarm."""
         known = {peer.to_base58() for peer in self._host.peers()} | {self._host.peer_id.to_base58()}
-        strangers = self._acquaintances.strangers(known)
+        strangers = self._acquaintances.absent(known)
         if strangers and (joined := await self._host.join(self._rng.choice(strangers))):
             logger.info("found a remembered peer again: %s", joined[0])

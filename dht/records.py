@@ -127,7 +127,7 @@ def trainer_shard_of(peer_id: PeerID) -> int:
     return int(digits_of(peer_id.to_bytes())[0], 16)
 
 
-def seal(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
+def sign_record(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
     """Fills in the writer and signs. The result is what is stored under `payload.key`."""
     payload.peer_id = identity.peer_id.to_bytes()
     data = payload.SerializeToString()
@@ -137,7 +137,7 @@ def seal(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
     return record.SerializeToString()
 
 
-def unseal(data: object, key: str, peer_id: PeerID, now: float) -> records_pb2.RecordPayload:
+def open_record(data: object, key: str, peer_id: PeerID, now: float) -> records_pb2.RecordPayload:
     """The payload of a stored value, once all of it is known to be right. Raises RecordError."""
     if not isinstance(data, bytes):
         raise RecordError("a record must be bytes")

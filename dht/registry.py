@@ -20,10 +20,10 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from dht.admission import SwarmAdmission
-from dht.announcements import Announced as Announced
 from dht.announcements import ClaimAges, TrainerInfo, read_node, read_replica, read_trainer
 from dht.announcements import NodeInfo as NodeInfo
 from dht.announcements import Replica as Replica
+from dht.announcements import ReplicaAnnouncement as ReplicaAnnouncement
 from dht.announcements import ReplicaState as ReplicaState
 from dht.records import (
     INDEX_PIECE,
@@ -32,11 +32,11 @@ from dht.records import (
     choose,
     digits_of,
     first_shards,
+    open_record,
     parse_peer_id,
-    seal,
     shards_of,
+    sign_record,
     trainer_shard_of,
-    unseal,
 )
 from dht.uid import UID
 from peer.errors import RecordError, UnreachableError, WireError
@@ -124,7 +124,7 @@ class Registry:
         payload = records_pb2.RecordPayload(
             key=self.keys.manifest, expires_at=expires_at, manifest_json=manifest_json
         )
-        record = seal(self._identity, payload)
+        record = sign_record(self._identity, payload)
         await self.republish(self.keys.manifest, record, expires_at)
         return record
 
@@ -143,7 +143,7 @@ class Registry:
             expires_at=expires_at,
             revocations=admission_pb2.Revocations(serials=sorted(serials)),
         )
-        record = seal(self._identity, payload)
+        record = sign_record(self._identity, payload)
         await self.republish(payload.key, record, expires_at)
         return record
 
@@ -152,7 +152,7 @@ class Registry:
         key, author = self.keys.revocations, self.keys.author
         value, expires_at = (await self._get([key]))[key].get(author.to_bytes(), (None, 0.0))
         try:
-            payload = unseal(value, key, author, self._now())
+            payload = open_record(value, key, author, self._now())
         except RecordError:
             return None  # or there is none
         return tuple(payload.revocations.serials), value, expires_at
@@ -164,7 +164,7 @@ class Registry:
         for subkey, (value, expires_at) in found[self.keys.manifest].items():
             try:
                 author = parse_peer_id(subkey)
-                unseal(value, self.keys.manifest, author, self._now())
+                open_record(value, self.keys.manifest, author, self._now())
             except (RecordError, WireError) as error:
                 logger.debug("left out a manifest: %s", error)
                 continue
@@ -173,10 +173,10 @@ class Registry:
 
     def manifest_json(self, record: bytes) -> bytes:
         """The manifest inside the author's record."""
-        return unseal(record, self.keys.manifest, self.keys.author, self._now()).manifest_json
+        return open_record(record, self.keys.manifest, self.keys.author, self._now()).manifest_json
 
     async def announce(
-        self, replicas: Collection[Announced], lifetime_s: float, queued_rows: int = 0
+        self, replicas: Collection[ReplicaAnnouncement], lifetime_s: float, queued_rows: int = 0
     ) -> None:
         """Writes each replica under its expert's key, and every coordinate on the way there as active."""
         expires_at = self._now() + lifetime_s
@@ -197,7 +197,7 @@ class Registry:
 
     async def withdraw(self, uids: Iterable[UID], lifetime_s: float) -> None:
         """Says that this peer hosts these experts no more."""
-        await self.announce([Announced(uid, ReplicaState.WITHDRAWN) for uid in uids], lifetime_s)
+        await self.announce([ReplicaAnnouncement(uid, ReplicaState.WITHDRAWN) for uid in uids], lifetime_s)
 
     async def leave(self, lifetime_s: float) -> None:
         """Says that this peer is no node of the swarm any more."""
@@ -341,11 +341,11 @@ class Registry:
         """With this peer's badge, if it has one."""
         if self.badge is not None:
             payload.badge.CopyFrom(self.badge)
-        return seal(self._identity, payload)
+        return sign_record(self._identity, payload)
 
     def _unseal(self, value: object, key: str, peer_id: PeerID) -> records_pb2.RecordPayload:
         """Raises RecordError also when the swarm's rules do not let that peer write this."""
-        payload = unseal(value, key, peer_id, self._now())
+        payload = open_record(value, key, peer_id, self._now())
         if self.admission is not None:
             self.admission.check_record(payload, peer_id)
         return payload

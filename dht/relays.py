@@ -25,7 +25,7 @@ _LOOK_S = 0.2
 _FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 30.0, 480.0
 
 
-class RelayPatience:
+class RelayBackoff:
     """How long relays that let nobody in are borne: each time twice as long, for a change cuts all tunnels.
 
     Pure: `now` is passed in, in seconds of a clock that never goes back.
@@ -65,7 +65,11 @@ async def find_relays(host: Host, registry: Registry, rng: random.Random, most: 
     """Addresses of some peers that others reach, one of each. libp2p relays over public addresses only."""
     nodes = await some_nodes(host, registry, rng)
     listed = [address for node in nodes for address in node.bootstrap_addresses]
-    usable = [a for a in (*listed, *host.joined_by, *host.known) if is_public(a) and not is_relayed(a)]
+    usable = [
+        a
+        for a in (*listed, *host.bootstrapped_from, *host.bootstrap_candidates)
+        if is_public(a) and not is_relayed(a)
+    ]
     by_peer = {address.rpartition("/p2p/")[2]: address for address in usable}
     by_peer.pop(host.peer_id.to_base58(), None)
     return rng.sample(list(by_peer.values()), min(most, len(by_peer)))
@@ -91,7 +95,7 @@ def is_hidden(host: str) -> bool:
     return not (host.startswith(("127.", "::1")) or host == "localhost" or is_public(multiaddress(host, 0)))
 
 
-class Relayed:
+class RelayKeeper:
     """This trainer's tunnel. `begin` when it has something to serve, then `look` now and then."""
 
     def __init__(
@@ -108,7 +112,7 @@ class Relayed:
         self._relays = relays
         self._rng = rng
         self._clock = clock
-        self._patience = RelayPatience()
+        self._patience = RelayBackoff()
 
     async def begin(self, most_streams: int) -> None:
         """Lets others in and takes relays; gives up waiting for one after a while."""
@@ -134,7 +138,7 @@ class Relayed:
             self._patience.begin_anew()
             return
         try:
-            await host.move(serves_dht=False, relays=relays)
+            await host.restart_as(serves_dht=False, relays=relays)
         except DaemonError as error:  # the host tries again
             logger.warning("could not take relays: %s", error)
             return

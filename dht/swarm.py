@@ -12,7 +12,7 @@ from dht.admission import Denylist, Role, SwarmAdmission, read_grant
 from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord, Revocations
 from dht.invites import Invite
 from dht.manifest import Manifest
-from dht.membership import Acquaintances, Membership
+from dht.membership import Membership, PeerStore
 from dht.records import RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
@@ -45,7 +45,7 @@ class Swarm:
     manifest: Manifest
     manifest_record: ManifestRecord
     membership: Membership
-    acquaintances: Acquaintances
+    acquaintances: PeerStore
     admission: SwarmAdmission
     revocations: Revocations
 
@@ -60,7 +60,7 @@ class Swarm:
 
     async def keep_manifest(self) -> None:
         """Stores what the author signed again, so that it outlives the peers that held it; the author renews it."""
-        await self.manifest_record.keep()
+        await self.manifest_record.republish()
         await self.revocations.keep()
 
     async def refresh_admission(self) -> None:
@@ -120,7 +120,9 @@ async def found_swarm(
     try:
         registry = Registry(lambda: host.dht, keys, identity)
         stage("publishing the manifest")
-        record, expires_at = await _own_manifest(registry, manifest, _FOUNDER_LOOKS if host.joined_by else 1)
+        record, expires_at = await _own_manifest(
+            registry, manifest, _FOUNDER_LOOKS if host.bootstrapped_from else 1
+        )
         return _member(host, registry, acquaintances, manifest, record, expires_at, validator, denylist)
     except BaseException:
         await host.stop()
@@ -173,7 +175,7 @@ async def join_swarm(
                 f"the manifest is of a swarm named {manifest.name!r}, not {invite.keys.name!r}: ask for a new invite"
             )
         swarm = _member(host, registry, acquaintances, manifest, record, expires_at, validator, denylist)
-        await _come_in(swarm, invite, roles)
+        await _present_token(swarm, invite, roles)
         return swarm
     except BaseException:
         await host.stop()
@@ -185,21 +187,21 @@ def was_member(state: Path, keys: SwarmKeys) -> bool:
     return bool(_acquaintances(state, keys).addresses())
 
 
-def _acquaintances(state: Path | None, keys: SwarmKeys) -> Acquaintances:
-    return Acquaintances(None if state is None else state / "peers" / f"{keys.swarm_id}.json")
+def _acquaintances(state: Path | None, keys: SwarmKeys) -> PeerStore:
+    return PeerStore(None if state is None else state / "peers" / f"{keys.swarm_id}.json")
 
 
 def _member(
     host: Host,
     registry: Registry,
-    acquaintances: Acquaintances,
+    acquaintances: PeerStore,
     manifest: Manifest,
     record: bytes,
     expires_at: float,
     validator: RecordValidator,
     denylist: Denylist | None,
 ) -> Swarm:
-    acquaintances.meet(host.joined_by, time.time())
+    acquaintances.add(host.bootstrapped_from, time.time())
     membership = Membership(host, registry, acquaintances)
     swarm_id = registry.keys.swarm_id
     admission = SwarmAdmission(swarm_id, writers_key(record), manifest.admission.mode, denylist)
@@ -210,7 +212,7 @@ def _member(
     return Swarm(host, registry, manifest, manifest_record, membership, acquaintances, admission, revocations)
 
 
-async def _come_in(swarm: Swarm, invite: Invite, roles: Sequence[Role]) -> None:
+async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) -> None:
     """Makes this peer's badge of the invite's token, where it needs one. Raises InviteError."""
     if swarm.admission.mode == "open" or swarm.host.peer_id == swarm.keys.author:
         return

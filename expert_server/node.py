@@ -27,12 +27,12 @@ from dht.uid import UID
 from expert_server.blocks import builder_of
 from expert_server.experts.devices import ComputeDevice, open_devices
 from expert_server.experts.expert import expert_bytes
-from expert_server.hosting.averaging import Replication
-from expert_server.hosting.manager import Hosting
-from expert_server.hosting.standby import Standby
-from expert_server.pauses import Pauses
+from expert_server.hosting.averaging import ReplicaAveraging
+from expert_server.hosting.manager import HostingManager
+from expert_server.hosting.standby import StandbyCopies
+from expert_server.pauses import PauseController
 from expert_server.probe import ProbeServicer
-from expert_server.reachability import Reaching
+from expert_server.reachability import ReachabilityMonitor
 from expert_server.resources import (
     batch_rows_of,
     kept_bytes_of,
@@ -42,23 +42,23 @@ from expert_server.resources import (
     threads_of,
     within_memory,
 )
-from expert_server.server import Doorkeeper, HealthServicer, Services, start_server
+from expert_server.server import AccessControl, HealthServicer, Services, start_server
 from expert_server.serving.runtime import Runtime, RuntimeStats
-from expert_server.serving.servicer import BudgetLimits, EdgeLimits, ExpertServicer
+from expert_server.serving.servicer import BudgetLimits, CallLimits, ExpertServicer
 from expert_server.settings import NodeSettings
 from expert_server.state.checkpoints import CheckpointCounts, Checkpoints, CheckpointStore
 from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import Snapshot, SnapshotTaker, StateClient, TransferCounts
-from expert_server.status import Account, Contribution, Description, NodeState, NodeStatus
-from peer.averaging import Meetings
+from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
+from peer.averaging import AveragingHistory
 from peer.errors import UnreachableError, UserError
 from peer.kademlia.storage import StoreCounts
-from peer.loop import Rounds, tried
+from peer.loop import RetryingRounds, attempt
 from peer.metrics import MetricsServer
-from peer.rates import Traffic
+from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
-from peer.rpc.sessions import OwnSessions, SessionCounts, SessionServicer
-from peer.rpc.transfer import Snapshots
+from peer.rpc.sessions import SessionClient, SessionCounts, SessionServicer
+from peer.rpc.transfer import SnapshotCache
 from peer.transport.addresses import endpoint
 from peer.transport.tunnel import TunnelCounts
 
@@ -277,46 +277,46 @@ class Node:
             state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept, holds=swarm.manifest.holds
         )
         self.checkpoints = Checkpoints(store, runtime)
-        meetings: Meetings[UID] = Meetings()
+        meetings: AveragingHistory[UID] = AveragingHistory()
         swarm_id = swarm.keys.swarm_id
-        self.traffic = Traffic(settings.upload_mbit, settings.download_mbit)
-        own_sessions = OwnSessions(
+        self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit)
+        own_sessions = SessionClient(
             swarm.host.identity, swarm_id, sorted(RIGHTS[Role.NODE]), swarm.registry.badge
         )
         self.client = StateClient(
             swarm_id, swarm.manifest, own_sessions, self.traffic.down, settings.max_transfer_s,
             swarm.host.tunnels,
         )  # fmt: skip
-        self.hosting = Hosting(
+        self.hosting = HostingManager(
             settings, swarm, runtime, self.checkpoints, devices, self.client, meetings, now
         )  # fmt: skip
-        snapshots: Snapshots[Snapshot] = Snapshots(settings.max_snapshots, settings.snapshot_s)
+        snapshots: SnapshotCache[Snapshot] = SnapshotCache(settings.max_snapshots, settings.snapshot_s)
         self._snapshots = SnapshotTaker(runtime, snapshots, swarm_id, meetings.of)
-        self.replication = Replication(
+        self.replication = ReplicaAveraging(
             settings, swarm, runtime, self.checkpoints, self.hosting, self.client, self._snapshots, meetings,
             random.Random(swarm.host.peer_id.to_bytes()),  # noqa: S311  # whom to average with is no secret
         )  # fmt: skip
-        self._standby = Standby(settings, swarm, self.hosting, self.checkpoints, self.client)
-        self._pauses = Pauses(settings, self._take_experts, self._give_up_experts, now)
-        self._account = Account(state / "contribution.json")
+        self._standby = StandbyCopies(settings, swarm, self.hosting, self.checkpoints, self.client)
+        self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, now)
+        self._account = ContributionAccount(state / "contribution.json")
         self._expert_bytes = expert_bytes(swarm.manifest)
         kept = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
         capacity = self.hosting.capacity
         self._most_bytes = settings.memory or most_bytes(settings, swarm.manifest, capacity, kept)
         self._stopping = self._drained = False
-        limits = EdgeLimits(
+        limits = CallLimits(
             settings.max_call_bytes, settings.max_call_s, kept, budget=BudgetLimits.of(settings)
         )
-        self._door = Doorkeeper(swarm, state, settings.max_sessions, now)
+        self._door = AccessControl(swarm, state, settings.max_sessions, now)
         self.sessions = self._door.sessions
         self._servicer = ExpertServicer(
             runtime, swarm.manifest, swarm_id, limits, self.sessions, self.traffic
         )
-        self._rounds = Rounds(settings.announce_every_s)
+        self._rounds = RetryingRounds(settings.announce_every_s)
         self._certificate = swarm.host.identity.make_certificate()
-        self._description = Description(settings, self._certificate, now())
+        self._description = NodeRecordBuilder(settings, self._certificate, now())
         self._host = ""
-        self.reaching = Reaching(settings, swarm, random.Random(swarm.host.peer_id.to_bytes()))  # noqa: S311
+        self.reaching = ReachabilityMonitor(settings, swarm, random.Random(swarm.host.peer_id.to_bytes()))  # noqa: S311
         self._server: grpc.aio.Server | None = None
         self._port = 0
         self._metrics: MetricsServer | None = None
@@ -349,7 +349,7 @@ class Node:
             await node.checkpoints.open()
             await runtime.start()
             await node._serve(host)
-            await tried(partial(node.reaching.begin, host, node._port, stage))
+            await attempt(partial(node.reaching.begin, host, node._port, stage))
             stage("looking for experts that need a host")
             await node._pauses.look()
             if not node._pauses.hosts:
@@ -406,12 +406,12 @@ class Node:
         await self._release(self._settings.drain_timeout_s)
         self._servicer.kept.clear()
         await asyncio.to_thread(return_freed_memory)
-        await tried(self._describe)
+        await attempt(self._describe)
 
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
         while True:
-            await self.swarm.host.pause(self._settings.announce_every_s)
+            await self.swarm.host.wait_for_restart(self._settings.announce_every_s)
             await self._rounds.run(
                 "announce", self.reaching.check, self.hosting.announce, self._describe, stay_member
             )
@@ -465,11 +465,11 @@ class Node:
         began = time.monotonic()
         if limit_s and self.runtime.experts:
             self.runtime.refuse()
-            await self.replication.part(limit_s)
+            await self.replication.average_before_leaving(limit_s)
         await self.hosting.release(max(0.0, limit_s - (time.monotonic() - began)))
 
     async def _stay_announced_as_leaving(self) -> None:
-        await tried(self._describe)  # at once: others that leave must not ask this node to take theirs
+        await attempt(self._describe)  # at once: others that leave must not ask this node to take theirs
         await self._stay_announced()
 
     def hurry(self) -> None:
@@ -532,7 +532,7 @@ class Node:
         self._host = host
         states = StateServicer(
             self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.client.counts,
-            self.replication.follow, self.traffic.up, self.sessions,
+            self.replication.accept_hint, self.traffic.up, self.sessions,
             max_transfers=settings.max_transfers, max_transfer_s=settings.max_transfer_s,
         )  # fmt: skip
         services = Services(

@@ -21,7 +21,7 @@ import psutil
 from expert_server.settings import NodeSettings
 
 
-class Cause(Enum):
+class PauseCause(Enum):
     """What lets a node pause, beside its owner's word."""
 
     SCHEDULE = "schedule"
@@ -38,7 +38,7 @@ class Load:
     percent: float
 
 
-class OtherUse:
+class LoadMonitor:
     """Whether other programs need the machine. It begins as not busy.
 
     It becomes busy when their mean load over `busy_after_s` reaches `busy_percent`, and idle again when that over
@@ -82,19 +82,19 @@ class MachineState:
     """With other programs."""
 
 
-def reasons_to_pause(settings: NodeSettings, when: datetime, machine: MachineState) -> dict[Cause, str]:
+def reasons_to_pause(settings: NodeSettings, when: datetime, machine: MachineState) -> dict[PauseCause, str]:
     """In words that follow `paused`. `when`: local time."""
     found = {}
     if settings.schedule is not None and not settings.schedule.allows(when):
-        found[Cause.SCHEDULE] = f"until {settings.schedule.next_start(when)}"
+        found[PauseCause.SCHEDULE] = f"until {settings.schedule.next_start(when)}"
     if settings.not_on_battery and machine.on_battery:
-        found[Cause.BATTERY] = "on battery"
+        found[PauseCause.BATTERY] = "on battery"
     if settings.only_when_idle and machine.busy:
-        found[Cause.BUSY] = "while other programs need the machine"
+        found[PauseCause.BUSY] = "while other programs need the machine"
     return found
 
 
-class OwnersWord:
+class OwnerOverride:
     """What the owner said last. It wins over every setting.
 
     A pause lasts until its time or the next word. Going on sets aside the reasons to pause that there are at that
@@ -104,19 +104,19 @@ class OwnersWord:
     def __init__(self) -> None:
         self._pause: str | None = None
         self._until: float | None = None
-        self._set_aside: set[Cause] = set()
+        self._set_aside: set[PauseCause] = set()
 
     def pause(self, reason: str, until: float | None = None) -> None:
         """`reason`: in words that follow `paused`; `until`: Unix time in seconds, None: the next word."""
         self._pause, self._until = reason, until
         self._set_aside.clear()
 
-    def go_on(self, causes: Collection[Cause]) -> None:
+    def go_on(self, causes: Collection[PauseCause]) -> None:
         """`causes`: of the settings, that there are now."""
         self._pause = None
         self._set_aside = set(causes)
 
-    def judge(self, reasons: Mapping[Cause, str], now: float) -> list[str]:
+    def judge(self, reasons: Mapping[PauseCause, str], now: float) -> list[str]:
         """Why to pause now, the owner's word before the settings'. Forgets what has passed."""
         if self._until is not None and now >= self._until:
             self._pause = self._until = None
@@ -124,7 +124,7 @@ class OwnersWord:
         own = [] if self._pause is None else [self._pause]
         return own + [words for cause, words in reasons.items() if cause not in self._set_aside]
 
-    def set_aside(self, reasons: Mapping[Cause, str]) -> list[str]:
+    def set_aside(self, reasons: Mapping[PauseCause, str]) -> list[str]:
         """The reasons to pause that the owner has set aside."""
         return [words for cause, words in reasons.items() if cause in self._set_aside]
 
@@ -146,7 +146,7 @@ class Machine:
 
     def __init__(self, settings: NodeSettings) -> None:
         self._settings = settings
-        self._use = OtherUse(settings)
+        self._use = LoadMonitor(settings)
         self._process = psutil.Process()
         self._last = self._times()
 
@@ -188,7 +188,7 @@ logger = logging.getLogger(__name__)
 Step = Callable[[], Coroutine[Any, Any, None]]
 
 
-class Pauses:
+class PauseController:
     """Whether a node hosts experts now, by its settings and its owner's word. One change at a time.
 
     A pause breaks off what takes experts. What was broken off must leave nothing that `release` does not give up.
@@ -208,8 +208,8 @@ class Pauses:
         self._take, self._release = take, release
         self._now = now
         self._machine = Machine(settings)
-        self._reasons: dict[Cause, str] = {}
-        self._word = OwnersWord()
+        self._reasons: dict[PauseCause, str] = {}
+        self._word = OwnerOverride()
         self._changing = asyncio.Lock()
         self._running: asyncio.Timeout | None = None
         """Around what a pause breaks off."""

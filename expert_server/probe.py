@@ -25,7 +25,7 @@ from grpc import StatusCode
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import ExpertError, UnreachableError, WireError
-from peer.rates import Traffic
+from peer.rates import Bandwidth
 from peer.rpc.calls import make_stub, require_same_swarm
 from peer.transport.addresses import IpAddress, ip_address
 from peer.wire import probe_pb2, probe_pb2_grpc
@@ -92,7 +92,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc] 
     def __init__(
         self,
         swarm_id: str,
-        traffic: Traffic,
+        traffic: Bandwidth,
         limits: ProbeLimits = ProbeLimits(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dht.announcements import NodeInfo, Reachability
-from dht.relays import RelayPatience, find_relays, relayed_addresses, some_nodes
+from dht.relays import RelayBackoff, find_relays, relayed_addresses, some_nodes
 from dht.swarm import Stage, Swarm
 from expert_server.probe import DialledBack, call_dial_back
 from expert_server.settings import NodeSettings
@@ -56,7 +56,7 @@ def judge(dials: Sequence[DialledPorts]) -> Judgement:
 
 
 @dataclass(frozen=True)
-class Reach:
+class ReachabilityStatus:
     """How others reach this node now."""
 
     kind: Reachability = Reachability.UNKNOWN
@@ -79,7 +79,7 @@ class Reach:
         return self.kind.name.lower()
 
 
-def advice(reach: Reach, host: str, dht_port: int, grpc_port: int) -> str:
+def advice(reach: ReachabilityStatus, host: str, dht_port: int, grpc_port: int) -> str:
     """What would let others connect directly; empty when they do. A port is 0 when each run has another."""
     if reach.kind in {Reachability.UNKNOWN, Reachability.DIRECT}:
         return ""
@@ -108,7 +108,7 @@ _ASK_S = 20.0
 """Longest that asking all of them may take."""
 
 
-class Reaching:
+class ReachabilityMonitor:
     """How others reach this node, and what it says of that. One per node; `check` now and then."""
 
     def __init__(
@@ -118,7 +118,7 @@ class Reaching:
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.reach = Reach()
+        self.reach = ReachabilityStatus()
         self.tunnel_addresses: tuple[str, ...] = ()
         self._settings = settings
         self._swarm = swarm
@@ -128,7 +128,7 @@ class Reaching:
         self._rng = rng
         self._clock = clock
         self._next_at = float("-inf")
-        self._patience = RelayPatience()
+        self._patience = RelayBackoff()
         self._unanswered = 0
         """How often in a row nobody was there to ask, or nobody answered."""
         self._doubts = 0
@@ -156,7 +156,7 @@ class Reaching:
         """Asks others when it is time, and looks for relays when there are none. Raises UnreachableError."""
         mode = self._settings.reachability
         if mode == "public" or (mode == "auto" and self._host.startswith(("127.", "::1"))):
-            await self._be(Reach(Reachability.DIRECT))
+            await self._be(ReachabilityStatus(Reachability.DIRECT))
         elif mode == "private":
             await self._hide(Judgement(0, service=False, dht=False, reached_at=()), stage)
         elif self._clock() >= self._next_at:
@@ -178,7 +178,9 @@ class Reaching:
         if judgement.service:
             self._doubts = 0
             self._addresses = self._announced(judgement)
-            await self._be(Reach(Reachability.DIRECT, asked=judgement.asked), serves_dht=judgement.dht)
+            await self._be(
+                ReachabilityStatus(Reachability.DIRECT, asked=judgement.asked), serves_dht=judgement.dht
+            )
             return
         self._doubts += 1
         if self.reach.kind is Reachability.DIRECT and self._doubts == 1:
@@ -192,7 +194,9 @@ class Reaching:
         """Whether this machine's address is one that the public peers whom it knows can't dial."""
         host = self._swarm.host
         own = multiaddress(self._settings.announce_host or self._host, self._port)
-        return not is_public(own) and any(map(is_public, (*host.joined_by, *host.known)))
+        return not is_public(own) and any(
+            map(is_public, (*host.bootstrapped_from, *host.bootstrap_candidates))
+        )
 
     def _announced(self, judgement: Judgement) -> tuple[str, ...]:
         if self._settings.announce_host:
@@ -200,7 +204,7 @@ class Reaching:
         seen = (endpoint(address, self._announced_port) for address in judgement.reached_at)
         return tuple(dict.fromkeys((*seen, self._own_address)))[:8]
 
-    async def _be(self, reach: Reach, serves_dht: bool = True) -> None:
+    async def _be(self, reach: ReachabilityStatus, serves_dht: bool = True) -> None:
         """Needs no relays. Whose DHT port nobody reaches hosts no keys."""
         self.reach = reach
         self.tunnel_addresses = ()
@@ -209,7 +213,7 @@ class Reaching:
 
     async def _move(self, serves_dht: bool, relays: Sequence[str] = ()) -> None:
         try:
-            await self._swarm.host.move(serves_dht=serves_dht, relays=relays)
+            await self._swarm.host.restart_as(serves_dht=serves_dht, relays=relays)
         except DaemonError as error:  # the host tries again
             raise UnreachableError(str(error)) from error
 
@@ -218,10 +222,10 @@ class Reaching:
         self._addresses = tuple(endpoint(a, self._announced_port) for a in judgement.reached_at)
         host = self._swarm.host
         if judgement.dht:
-            await self._be(Reach(Reachability.PUNCHED, asked=judgement.asked))
+            await self._be(ReachabilityStatus(Reachability.PUNCHED, asked=judgement.asked))
         elif host.position.serves_dht or not host.position.relays:
             await self._find_relays(stage)
-        self.reach = Reach(self._tunnelled_kind(), asked=judgement.asked)
+        self.reach = ReachabilityStatus(self._tunnelled_kind(), asked=judgement.asked)
 
     def _tunnelled_kind(self) -> Reachability:
         """By the stream that another peer opened last."""
@@ -237,7 +241,7 @@ class Reaching:
         elif self._patience.is_over(self._clock()):
             await self._find_relays(stage)
         self.tunnel_addresses = addresses
-        self.reach = Reach(self._tunnelled_kind(), len(relayed), not addresses, self.reach.asked)
+        self.reach = ReachabilityStatus(self._tunnelled_kind(), len(relayed), not addresses, self.reach.asked)
 
     async def _find_relays(self, stage: Stage) -> None:
         """Takes other peers as relays, and waits a while for the first that lets itself be used."""

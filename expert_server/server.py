@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from dht.invites import Ledger
+from dht.invites import InviteLedger
 from dht.swarm import Swarm
 from expert_server.probe import ProbeServicer
 from expert_server.serving.servicer import ExpertServicer
@@ -90,7 +90,7 @@ async def start_server(
 logger = logging.getLogger(__name__)
 
 
-class Doorkeeper:
+class AccessControl:
     """One node's. `look` once in every announcement period."""
 
     def __init__(
@@ -101,7 +101,7 @@ class Doorkeeper:
             swarm.keys.swarm_id, swarm.host.peer_id, swarm.admission, limit=max_sessions, now=now
         )
         self._swarm = swarm
-        self._ledger = Ledger(state) if swarm.host.peer_id == swarm.keys.author else None
+        self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None
         self._now = now
         self._own_problem = ""
 

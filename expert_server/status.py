@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dht.announcements import Activity, Reachability
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.files import write_whole
+from peer.files import write_atomically
 from peer.wire import records_pb2
 
 
@@ -92,7 +92,7 @@ class Contribution(BaseModel):
     served_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
-class Account:
+class ContributionAccount:
     """Counts on from what the file says. One process at a time uses it."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -133,7 +133,7 @@ class Account:
 
     def _write(self, total: Contribution) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_whole(self._path, total.model_dump_json().encode())
+        write_atomically(self._path, total.model_dump_json().encode())
 
 
 def _read(path: Path) -> Contribution:
@@ -154,7 +154,7 @@ _RATE_OVER_S = 5.0
 """Shortest time over which rows per second are counted."""
 
 
-class Description:
+class NodeRecordBuilder:
     """Makes a node's records, one after the other, and remembers what the next one is compared with."""
 
     def __init__(self, settings: NodeSettings, certificate: bytes, started_at: float) -> None:

@@ -31,7 +31,7 @@ _ANNOUNCED_S = 300.0
 """Longest that an announcement is behind what it announces."""
 
 
-class Meetings(Generic[K]):
+class AveragingHistory(Generic[K]):
     """The update count that two states of one thing had when they last met: this peer's, and that of another."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,7 +40,7 @@ class Meetings(Generic[K]):
         self._began_at = clock()
         self._noted_at: dict[K, float] = {}
 
-    def note(self, thing: K, peer_id: PeerID, update_count: int) -> None:
+    def record(self, thing: K, peer_id: PeerID, update_count: int) -> None:
         self._noted_at[thing] = self._clock()
         peers = self._met.setdefault(thing, OrderedDict())
         peers[peer_id] = update_count
@@ -56,7 +56,7 @@ class Meetings(Generic[K]):
         self._met.pop(thing, None)
         self._noted_at.pop(thing, None)
 
-    def believed(self, thing: K, update_count: int, claimed: int) -> int:
+    def capped_claim(self, thing: K, update_count: int, claimed: int) -> int:
         """What another's claim counts as: no more than anybody could have taken beyond `update_count`, which is this
         peer's, since this peer last met any other.
         """
@@ -64,7 +64,7 @@ class Meetings(Generic[K]):
         return min(claimed, update_count + int(_FASTEST_PER_S * since_s))
 
 
-def their_share(update_count: int, their_update_count: int, met_update_count: int) -> float:
+def partner_weight(update_count: int, their_update_count: int, met_update_count: int) -> float:
     """What part of the average the other is: as many of the updates since the meeting as are its own, but
     never more than a half, whatever it says. A half when neither took an update.
     """
@@ -85,12 +85,12 @@ def freshest_first(claims: Collection[T], count: Callable[[T], int], rng: random
     return sorted(drawn_order, key=lambda claim: min(count(claim), median), reverse=True)
 
 
-def most_believed(counts: Collection[int]) -> int:
+def max_plausible_updates(counts: Collection[int]) -> int:
     """The largest update count that a state may bring when others announced `counts`; 0 when nobody did."""
     return median_high(counts) + int(_FASTEST_PER_S * _ANNOUNCED_S) if counts else 0
 
 
-def drawn(current: Tensor, base: Tensor, theirs: Tensor, share: float) -> Tensor:
+def interpolate(current: Tensor, base: Tensor, theirs: Tensor, share: float) -> Tensor:
     """`current` after `base`, from which it came, was averaged with `theirs`: what changed since `base` is kept.
 
     In float64, so that equal states stay equal.

@@ -20,7 +20,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from peer.errors import StateError
-from peer.files import sync_folder, write_whole
+from peer.files import sync_folder, write_atomically
 
 FORMAT_VERSION = 1
 
@@ -32,7 +32,7 @@ _KNOWN_TYPES = {
 }
 
 
-class SealedHeader(BaseModel):
+class CheckpointHeader(BaseModel):
     """What a file of tensors says of itself. A subclass adds what it is of.
 
     A later release may add keys with defaults at the end of a subclass, and this software then ignores them; what it
@@ -46,17 +46,17 @@ class SealedHeader(BaseModel):
     """Over the rest of the header and all tensors."""
 
 
-H = TypeVar("H", bound=SealedHeader)
+H = TypeVar("H", bound=CheckpointHeader)
 
 
-def seal(header: H, tensors: dict[str, Tensor]) -> bytes:
+def encode_checkpoint(header: H, tensors: dict[str, Tensor]) -> bytes:
     """Tensors on the CPU, contiguous, and the header with their checksum."""
     digest = _digest(header.model_dump_json(exclude={"sha256"}), tensors)
     header = header.model_copy(update={"sha256": digest})
     return to_safetensors(tensors, {_HEADER_KEY: header.model_dump_json()})
 
 
-def unseal(data: bytes, kind: type[H], check: Callable[[H], None]) -> tuple[H, dict[str, Tensor]]:
+def decode_checkpoint(data: bytes, kind: type[H], check: Callable[[H], None]) -> tuple[H, dict[str, Tensor]]:
     """`check` looks at the header before the checksum is computed, and raises StateError where it is another one.
 
     Raises StateError when the bytes are not such a file, or not as they were written.
@@ -117,7 +117,7 @@ _FILE_NAME = re.compile(r"(0|[1-9][0-9]{0,17})\.safetensors")
 _TEMPORARY = ".*.new"
 
 
-class NumberedFiles:
+class RotatingFiles:
     """One folder of them. Other files in it are left alone."""
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -142,7 +142,7 @@ class NumberedFiles:
     def write(self, number: int, data: bytes) -> None:
         """Returns when the file is safely on disk. Raises OSError; the files before it stay then."""
         self._make_folder()
-        write_whole(self.path(number), data)
+        write_atomically(self.path(number), data)
         self._prune(number)
 
     def sweep(self) -> None:

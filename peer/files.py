@@ -34,7 +34,7 @@ class StateFolder:
         self._lock.close()
 
 
-def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Writes under another name (`.NAME.new`), syncs, and renames: who reads the file never sees half of it.
 
     `mode`: what the file may be used for at most, less what the umask takes. Raises OSError; what was there stays then.

@@ -14,11 +14,11 @@ from hivemind.p2p import P2P, PeerID
 
 from peer.errors import DaemonError, UnreachableError, UserError
 from peer.identity import Identity
-from peer.kademlia.node import Greeting, check_greetings, greet, start_dht
+from peer.kademlia.node import BootstrapReply, bootstrap, check_bootstrap, start_dht
 from peer.kademlia.storage import StoreBounds, StoreCounts
 from peer.processes import sweep_dead_sockets
 from peer.transport.addresses import is_public, is_relayed, require_free_port, tcp_endpoint
-from peer.transport.p2pd import P2PD_ERRORS, START_DEADLINE_S, Daemon, Position, start_daemon
+from peer.transport.p2pd import START_DEADLINE_S, TRANSPORT_ERRORS, Daemon, NetworkConfig, start_daemon
 from peer.transport.tunnel import Pipe, Tunnels
 
 logger = logging.getLogger(__name__)
@@ -37,16 +37,16 @@ class Host:
     def __init__(
         self,
         identity: Identity,
-        position: Position,
+        position: NetworkConfig,
         validator: RecordValidatorBase | None,
         store_bounds: StoreBounds | None = None,
     ) -> None:
         self.identity = identity
         self.position = position
         self.tunnels = Tunnels(self._open_stream)
-        self.known: tuple[str, ...] = ()
+        self.bootstrap_candidates: tuple[str, ...] = ()
         """Multiaddresses of peers by which to join when p2pd was started again."""
-        self.joined_by: tuple[str, ...] = ()
+        self.bootstrapped_from: tuple[str, ...] = ()
         """Those that answered at the start."""
         self.restarts = 0
         """How often p2pd was started again."""
@@ -90,7 +90,7 @@ class Host:
                 f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine "
                 "have a network connection? If it has, they may be gone for good: ask for a new invite"
             )
-        position = Position(listen, port, announce, serves_dht, maps_port=maps_port)
+        position = NetworkConfig(listen, port, announce, serves_dht, maps_port=maps_port)
         host = cls(identity, position, validator, store_bounds)
         try:
             await host._start()
@@ -99,12 +99,12 @@ class Host:
             if bootstrap and not greetings:
                 raise _no_peer_answered(bootstrap)
             if greetings:
-                check_greetings(greetings, serves_dht)
+                check_bootstrap(greetings, serves_dht)
         except BaseException:
             await host.stop()
             raise
-        host.known = (*bootstrap, *remembered)
-        host.joined_by = _addresses(greetings)
+        host.bootstrap_candidates = (*bootstrap, *remembered)
+        host.bootstrapped_from = _addresses(greetings)
         host._ready = True
         host._supervisor = asyncio.create_task(host._supervise())
         return host
@@ -115,7 +115,7 @@ class Host:
         await self.tunnels.close()
         await self._end()
 
-    async def move(self, *, serves_dht: bool, relays: Sequence[str] = ()) -> None:
+    async def restart_as(self, *, serves_dht: bool, relays: Sequence[str] = ()) -> None:
         """Starts p2pd anew on its port: as a peer to which others connect, or as a client that they reach by relays.
 
         Raises DaemonError when it does not start; then it is tried again as if it had died.
@@ -125,7 +125,7 @@ class Host:
         self.position = replace(self.position, serves_dht=serves_dht, relays=tuple(relays))
         try:
             await self._start()
-            await self.join(self.known)
+            await self.join(self.bootstrap_candidates)
             self._ready = True
             self._restarted.set()
         except BaseException:
@@ -136,10 +136,10 @@ class Host:
 
     async def serve_tunnel(self, most_streams: int = 256) -> None:
         """Lets other peers' gRPC in through libp2p, to a server that listens on `tunnels.exit_path()`."""
-        self.tunnels.lead_to(self.tunnels.exit_path(), most_streams)
+        self.tunnels.set_exit(self.tunnels.exit_path(), most_streams)
         try:
             await self.tunnels.serve_on(self.p2p)
-        except (UnreachableError, *P2PD_ERRORS) as error:
+        except (UnreachableError, *TRANSPORT_ERRORS) as error:
             logger.warning("the tunnel is served when the libp2p daemon runs again: %s", error)
 
     async def _dismiss_supervisor(self) -> None:
@@ -180,7 +180,7 @@ class Host:
         """Dials peers, and enters their DHT with this peer's own; gives the addresses of those that answered."""
         return list(_addresses(await self._greet(await _answering(addresses))))
 
-    async def pause(self, longest_s: float) -> None:
+    async def wait_for_restart(self, longest_s: float) -> None:
         """Sleeps, but not beyond a restart of p2pd: then all has to be announced again.
 
         Raises DaemonError when p2pd could not be started again.
@@ -222,7 +222,7 @@ class Host:
                 return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
         except ValueError:  # there are none
             return []
-        except P2PD_ERRORS as error:
+        except TRANSPORT_ERRORS as error:
             raise UnreachableError("the libp2p daemon does not answer") from error
 
     async def _open_stream(
@@ -232,10 +232,10 @@ class Host:
         if self._daemon is None:
             raise UnreachableError(_DOWN)
         try:
-            with contextlib.suppress(*P2PD_ERRORS):  # they may be connected by other addresses
+            with contextlib.suppress(*TRANSPORT_ERRORS):  # they may be connected by other addresses
                 await self._daemon.connect(peer_id, addresses, deadline_s)
             return await self._daemon.open_stream(peer_id, protocol, deadline_s)
-        except P2PD_ERRORS as error:
+        except TRANSPORT_ERRORS as error:
             raise UnreachableError(f"no stream to {peer_id}: {error}") from error
 
     async def _start(self) -> None:
@@ -247,7 +247,7 @@ class Host:
                 self._dht = await start_dht(daemon, self._validator, position.serves_dht, self.stored)
                 await self.tunnels.serve_on(daemon)
                 addresses = await self._visible() if position.listens else []
-        except (*P2PD_ERRORS, UnreachableError) as error:
+        except (*TRANSPORT_ERRORS, UnreachableError) as error:
             raise DaemonError(
                 "the libp2p daemon does not answer: is this machine very busy? Start this again"
             ) from error
@@ -268,10 +268,10 @@ class Host:
             await self._daemon.shutdown()
             self._daemon = None
 
-    async def _greet(self, addresses: Sequence[str]) -> list[Greeting]:
+    async def _greet(self, addresses: Sequence[str]) -> list[BootstrapReply]:
         if self._daemon is None or self._dht is None:
             raise UnreachableError(_DOWN)
-        return await greet(self._daemon, self._dht, addresses, DIAL_DEADLINE_S)
+        return await bootstrap(self._daemon, self._dht, addresses, DIAL_DEADLINE_S)
 
     async def _supervise(self) -> None:
         """Starts p2pd again whenever it ends, until that has failed too often."""
@@ -294,8 +294,8 @@ class Host:
     async def _is_started_again(self) -> bool:
         try:
             await self._start()
-            joined = await self.join(self.known)
-        except (*P2PD_ERRORS, UserError) as error:
+            joined = await self.join(self.bootstrap_candidates)
+        except (*TRANSPORT_ERRORS, UserError) as error:
             logger.warning("the libp2p daemon can't be started again: %s", error)
             await self._end()
             return False
@@ -306,7 +306,7 @@ class Host:
         return True
 
 
-def _addresses(greetings: Iterable[Greeting]) -> tuple[str, ...]:
+def _addresses(greetings: Iterable[BootstrapReply]) -> tuple[str, ...]:
     return tuple(address for greeting in greetings for address in greeting.addresses)
 
 

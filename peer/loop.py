@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 Step: TypeAlias = Callable[[], Awaitable[None]]
 
 
-class Rounds:
+class RetryingRounds:
     """Runs steps by the name of their round, and remembers which rounds failed the last time."""
 
     def __init__(self, again_s: float) -> None:
@@ -85,7 +85,7 @@ class Rounds:
 
     async def run(self, name: str, *steps: Step) -> None:
         """Runs all steps, also when the DHT does not answer in one of them."""
-        failures = [error for step in steps if (error := await tried(step))]
+        failures = [error for step in steps if (error := await attempt(step))]
         if failures:
             self.failures += 1
             self._failing.add(name)
@@ -94,7 +94,7 @@ class Rounds:
             self._failing.discard(name)
 
 
-async def tried(step: Step) -> UnreachableError | None:
+async def attempt(step: Step) -> UnreachableError | None:
     """Runs it; gives back what the DHT did not do."""
     try:
         await step()
@@ -107,7 +107,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 """Before a task begins again; each time twice as long, unless it has run for longer than the longest."""
 
 
-class Chores:
+class BackgroundTasks:
     """Tasks of one loop. They fail by mistakes in the program alone: what peers do, each handles itself."""
 
     def __init__(self, first_pause_s: float = _FIRST_PAUSE_S) -> None:

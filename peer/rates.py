@@ -10,7 +10,7 @@ _PIECE_S = 0.05
 """Callers take turns after so much of the rate, so that a short message need not wait for long ones to end."""
 
 
-class Bucket:
+class TokenBucket:
     """In any span of `t` seconds it lets pass at most rate × t + burst bytes, and what one take has beyond the burst.
 
     Pure: `now` is passed in, and never goes back.
@@ -37,7 +37,7 @@ class Bucket:
         self._level += size
 
 
-class Rate:
+class RateLimit:
     """How fast bytes may pass, whoever sends them: first come, first served, by small pieces. Counts them, too.
 
     For one event loop.
@@ -49,7 +49,7 @@ class Rate:
         """That have passed since the start."""
         self._clock = clock
         self._turn = asyncio.Lock()  # first come, first served
-        self._bucket = None if limit is None else Bucket(limit, max(1.0, limit * BURST_S), clock())
+        self._bucket = None if limit is None else TokenBucket(limit, max(1.0, limit * BURST_S), clock())
         self._piece = None if limit is None else max(1, int(limit * _PIECE_S))
 
     async def take(self, size: int) -> None:
@@ -65,7 +65,7 @@ class Rate:
             self.bytes += piece
             left -= piece
 
-    async def _wait(self, bucket: Bucket, size: int) -> None:
+    async def _wait(self, bucket: TokenBucket, size: int) -> None:
         if not (delay_s := bucket.take(size, self._clock())):
             return
         try:
@@ -75,13 +75,13 @@ class Rate:
             raise
 
 
-class Traffic:
+class Bandwidth:
     """What passes up and down, all calls together."""
 
     def __init__(self, up_mbit: float | None = None, down_mbit: float | None = None) -> None:
         """Limits in Mbit/s; None: none."""
-        self.up = Rate(_bytes_per_s(up_mbit))
-        self.down = Rate(_bytes_per_s(down_mbit))
+        self.up = RateLimit(_bytes_per_s(up_mbit))
+        self.down = RateLimit(_bytes_per_s(down_mbit))
 
 
 def _bytes_per_s(mbit: float | None) -> float | None:

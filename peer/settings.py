@@ -166,7 +166,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return "".join(f" (did you mean {each}?)" for each in get_close_matches(name, list(known), 1))
 
 
-def require(module: str, extra: str, purpose: str) -> None:
+def require_extra(module: str, extra: str, purpose: str) -> None:
     """Raises SettingsError that says how to install it."""
     if find_spec(module) is None:
         raise SettingsError(f"{purpose} needs the package {module}: pip install 'talkoot[{extra}]'")

@@ -213,18 +213,18 @@ def invite(
 ) -> None:
     """Make an invite for a swarm that you founded, which admits by token. It is a secret until it expires."""
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, _):
-        from talkoot.node.invites import Wish, run_invite, run_list, run_revoke
+        from talkoot.node.invites import InviteRequest, run_invite, run_list, run_revoke
 
         if listed:
             run_list(terminal, state)
         elif revoke is not None:
             run_revoke(terminal, state, revoke)
         else:
-            run_invite(terminal, state, Wish.parse(role, expires, name))
+            run_invite(terminal, state, InviteRequest.parse(role, expires, name))
 
 
 @contextmanager
-def lasting_imports() -> Iterator[None]:
+def imports_without_gc() -> Iterator[None]:
     """No garbage collection looks through what is imported inside, neither meanwhile nor later."""
     gc.disable()
     try:
@@ -287,7 +287,7 @@ def node(
     """Host experts, in a new swarm or in one that you were invited to."""
     flags = given_settings(locals(), NodeCommand.role())
     with command(LogFormat.JSON if as_json else log_format) as (terminal, _):
-        with lasting_imports():
+        with imports_without_gc():
             from talkoot.node.launch import Origin, run_node
 
         origin = Origin(new, join, tuple(bootstrap or ()))
@@ -489,7 +489,7 @@ def train(
     """Train a language model on the experts of a swarm."""
     flags = given_settings(locals(), TrainerCommand.role())
     with command(log_format) as (terminal, signals):
-        with lasting_imports():
+        with imports_without_gc():
             from talkoot.train.session import run_train
 
         run_train(terminal, signals, join, local, config, flags, resume=resume, json_file=json_file)

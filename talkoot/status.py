@@ -37,7 +37,7 @@ _LOOK_AGAIN_S = 300.0
 
 
 @dataclass(frozen=True)
-class Reading:
+class SwarmReading:
     """A swarm at one moment, as the DHT knows it."""
 
     swarm: str
@@ -91,7 +91,7 @@ class SwarmReader:
         self._not_there: dict[PeerID, float] = {}
         """Peers that were listed and had no record: when to look again."""
 
-    async def read(self) -> Reading:
+    async def read(self) -> SwarmReading:
         """Raises UnreachableError when the DHT does not answer in time."""
         registry = self._swarm.registry
         view = await self._directory.refresh()
@@ -102,7 +102,7 @@ class SwarmReader:
         record = self._swarm.manifest_record
         await record.look()
         nodes = {**view.nodes, **others}
-        return Reading(self._swarm.keys.swarm_id, view, nodes, trainers, record.warning)
+        return SwarmReading(self._swarm.keys.swarm_id, view, nodes, trainers, record.warning)
 
     async def _list(self) -> None:
         """Anybody can list peers that are not there: they are looked up seldom, and no more than `most_nodes`."""
@@ -223,7 +223,7 @@ async def _show_live(terminal: Terminal, reader: SwarmReader) -> None:
                 trouble = f"cannot reach the swarm: {error}"
 
 
-def _show(terminal: Terminal, reading: Reading) -> None:
+def _show(terminal: Terminal, reading: SwarmReading) -> None:
     if terminal.json:
         terminal.event("status", reading.to_dict())
         return
@@ -232,7 +232,7 @@ def _show(terminal: Terminal, reading: Reading) -> None:
     terminal.out.file.flush()
 
 
-def _renderables(reading: Reading) -> list[RenderableType]:
+def _renderables(reading: SwarmReading) -> list[RenderableType]:
     view = reading.view
     head = (
         f"swarm {reading.swarm}: {counted(len(reading.nodes), 'node')}, {view.live_experts()} of "
@@ -249,7 +249,7 @@ def _renderables(reading: Reading) -> list[RenderableType]:
     ]
 
 
-def _nodes_table(reading: Reading) -> FittingTable:
+def _nodes_table(reading: SwarmReading) -> FittingTable:
     columns = (
         "peer",
         "name",
@@ -285,7 +285,7 @@ def _nodes_table(reading: Reading) -> FittingTable:
     return table
 
 
-def _trainers_table(reading: Reading) -> FittingTable:
+def _trainers_table(reading: SwarmReading) -> FittingTable:
     columns = (
         "peer",
         "name",

@@ -22,7 +22,7 @@ from dht.registry import DhtCounts, dht_metrics
 from dht.swarm import Swarm
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import UnreachableError
-from peer.loop import Chores, LoopThread
+from peer.loop import BackgroundTasks, LoopThread
 from peer.metrics import MetricsServer
 from peer.transport.addresses import default_listen_address
 from peer.wire import records_pb2
@@ -215,7 +215,7 @@ _FAREWELL_S = 2.0
 _SCRAPE_DEADLINE_S = 5.0
 
 
-class Presence:
+class TrainerAnnouncer:
     """One trainer's metrics and announcements. `run` it as a task of the loop, and `close` it at the end."""
 
     def __init__(
@@ -225,7 +225,7 @@ class Presence:
         settings: TrainerSettings,
         dispatcher: Dispatcher,
         caller: GrpcCaller,
-        chores: Chores,
+        chores: BackgroundTasks,
         loop: LoopThread,
         now: Callable[[], float] = time.time,
     ) -> None:

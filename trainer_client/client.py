@@ -15,24 +15,24 @@ from dht.admission import RIGHTS, Denylist, Role
 from dht.directory import Directory
 from dht.invites import Invite
 from dht.manifest import Manifest
-from dht.relays import Relayed, is_hidden
+from dht.relays import RelayKeeper, is_hidden
 from dht.swarm import Stage, Swarm, join_swarm
 from peer.codec import codec_of
 from peer.errors import SwarmError, UnreachableError
 from peer.files import StateFolder
 from peer.identity import Identity
-from peer.loop import Chores, LoopThread
+from peer.loop import BackgroundTasks, LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import OwnSessions, Sessions
+from peer.rpc.sessions import SessionClient, Sessions
 from peer.settings import DENYLIST
 from peer.transport.addresses import default_listen_address, tcp_endpoint
 from peer.wire import session_pb2
-from trainer_client.announcer import Presence, reached_at
+from trainer_client.announcer import TrainerAnnouncer, reached_at
 from trainer_client.averaging.averager import Averaging
-from trainer_client.averaging.dense_part import DenseForm, SharedPart
+from trainer_client.averaging.dense_part import DenseForm, SharedParameters
 from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.dispatch.grpc_caller import GrpcCaller, Introductions
+from trainer_client.dispatch.grpc_caller import GrpcCaller, SessionWarmer
 from trainer_client.dispatch.policy import CircuitBreakers, WaitPolicy
 from trainer_client.moe import Mixtures, RemoteMixtureOfExperts
 from trainer_client.settings import TrainerSettings
@@ -64,9 +64,9 @@ class SwarmClient:
         self._loop = LoopThread()
         self._swarm: Swarm | None = None
         self._channels: ChannelPool | None = None
-        self._sessions: OwnSessions | None = None
-        self._chores = Chores()
-        self._presence: Presence | None = None
+        self._sessions: SessionClient | None = None
+        self._chores = BackgroundTasks()
+        self._presence: TrainerAnnouncer | None = None
         self._averagings: list[Averaging] = []
         self._invite = invite
         self._settings = settings
@@ -118,7 +118,7 @@ class SwarmClient:
         assert self._presence is not None
         self._presence.note(progress)
 
-    def average(self, part: SharedPart, *meanings: str) -> Averaging:
+    def average(self, part: SharedParameters, *meanings: str) -> Averaging:
         """From now on the parameters of a model are averaged with those of other trainers that have one of the same
         form, after steps that are taken inside `part.stepping()`.
 
@@ -212,7 +212,7 @@ class SwarmClient:
         self._channels = ChannelPool(tunnels=self._swarm.host.tunnels)
         rights = RIGHTS[Role.READER if self._reads_only else Role.TRAINER]
         badge = self._swarm.registry.badge
-        self._sessions = OwnSessions(identity, invite.keys.swarm_id, sorted(rights), badge)
+        self._sessions = SessionClient(identity, invite.keys.swarm_id, sorted(rights), badge)
         caller = GrpcCaller(
             self._channels,
             invite.keys.swarm_id,
@@ -236,14 +236,14 @@ class SwarmClient:
             seed=random.SystemRandom().getrandbits(32),
             is_silent=caller.is_silent,
         )
-        self._presence = Presence(
+        self._presence = TrainerAnnouncer(
             self._swarm, invite, settings, self.dispatcher, caller, self._chores, self._loop
         )
-        introductions = Introductions(self._sessions, self._channels, self._directory, time.monotonic)
+        introductions = SessionWarmer(self._sessions, self._channels, self._directory, time.monotonic)
         self._chores.begin("announce this trainer", self._presence.run)
         self._chores.begin("be introduced to nodes", introductions.run)
 
-    async def _average(self, part: SharedPart, form: DenseForm) -> Averaging:
+    async def _average(self, part: SharedParameters, form: DenseForm) -> Averaging:
         assert self._swarm is not None
         assert self._presence is not None
         settings = self._settings
@@ -253,7 +253,7 @@ class SwarmClient:
             self._swarm.host.identity,
             self._swarm.registry,
             Sessions(form.swarm_id, self._swarm.host.peer_id, self._swarm.admission),
-            OwnSessions(
+            SessionClient(
                 self._swarm.host.identity,
                 form.swarm_id,
                 (session_pb2.RIGHT_AVERAGE,),
@@ -272,7 +272,7 @@ class SwarmClient:
         await averaging.start(host, settings.average_port, self._loop.loop, exit_path)
         if is_relayed:
             self._stage("looking for a relay")
-            averaging.relayed = Relayed(self._swarm, settings.average_relays, random.SystemRandom())
+            averaging.relayed = RelayKeeper(self._swarm, settings.average_relays, random.SystemRandom())
             await averaging.relayed.begin(settings.average_tunnel_streams)
         self._chores.begin("average with other trainers", averaging.run)
         self._presence.averages(averaging)

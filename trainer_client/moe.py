@@ -31,7 +31,7 @@ from trainer_client.settings import TrainerSettings
 
 T = TypeVar("T")
 
-Run = Callable[[Coroutine[Any, Any, T]], T]
+RunOnLoop = Callable[[Coroutine[Any, Any, T]], T]
 """Runs a coroutine on the loop's thread and waits for it."""
 
 
@@ -78,7 +78,7 @@ class RemoteMixtureOfExperts(nn.Module):
         grid: tuple[int, ...],
         k: int,
         experts: Experts,
-        run: "Run[Any]",
+        run: "RunOnLoop[Any]",
         choose_by: Literal["token", "sequence"] = "token",
         routing: Routing | None = None,
         gradient_scale: Callable[[], float] | None = None,
@@ -254,7 +254,12 @@ class Mixtures:
     """Makes them, all with the same experts behind them."""
 
     def __init__(
-        self, manifest: Manifest, settings: TrainerSettings, own_seed: int, experts: Experts, run: "Run[Any]"
+        self,
+        manifest: Manifest,
+        settings: TrainerSettings,
+        own_seed: int,
+        experts: Experts,
+        run: "RunOnLoop[Any]",
     ) -> None:
         """`own_seed` is taken where the settings have none. Raises SettingsError when the router doesn't fit."""
         self._manifest = manifest

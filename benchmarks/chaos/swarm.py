@@ -19,7 +19,7 @@ from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.schedule import FOUNDER, Deed, Event
 from dht.invites import Invite
 from talkoot.demo.links import Link
-from talkoot.demo.processes import Child, Children
+from talkoot.demo.processes import DemoProcess, DemoProcesses
 
 HOST = "127.0.0.1"
 _START_LIMIT_S = 300.0
@@ -44,7 +44,7 @@ class Node:
     folder: Path
     ports: tuple[tuple[int, int], tuple[int, int]]
     """Where it listens, and where others dial it."""
-    child: Child | None = None
+    child: DemoProcess | None = None
     lives: int = 0
     peer_id: str | None = None
     serves: bool = False
@@ -106,10 +106,10 @@ class ChaosSwarm:
         self._folder = folder
         self.final_losses: dict[str, float] = {}
         """Of each trainer's model, on text that it was not trained on."""
-        self._children = Children(folder, self._hear)
-        self._trainers: list[Child] = []
-        self._all: list[Child] = []
-        self._killed: set[Child] = set()
+        self._children = DemoProcesses(folder, self._hear)
+        self._trainers: list[DemoProcess] = []
+        self._all: list[DemoProcess] = []
+        self._killed: set[DemoProcess] = set()
         self._pids: dict[int, float] = {}
         """Of all processes ever, with the times of their start."""
         self._sockets: set[Path] = set()
@@ -294,7 +294,7 @@ class ChaosSwarm:
         )
         self._all.append(node.child)
 
-    def _hear(self, child: Child, event: Mapping[str, Any]) -> None:
+    def _hear(self, child: DemoProcess, event: Mapping[str, Any]) -> None:
         if child.name in self.trainers:
             self.trainers[child.name].hear(event, time.monotonic())
         elif child.name.startswith(_EVALUATES):
@@ -311,7 +311,7 @@ class ChaosSwarm:
             if child is not None and child.exit_status is None:
                 yield name, child.pid
 
-    def _note(self, child: Child) -> None:
+    def _note(self, child: DemoProcess) -> None:
         """Which processes and sockets it has, before it dies."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(child.pid)

@@ -20,7 +20,7 @@ from peer.codec import Floats
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import OwnSessions
+from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
 from trainer_client.dispatch.batches import Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -54,7 +54,7 @@ class Watcher:
         self._channels = ChannelPool()
         hidden = swarm.manifest.model.hidden
         swarm_id = swarm.keys.swarm_id
-        sessions = OwnSessions(swarm.host.identity, swarm_id, (session_pb2.RIGHT_FORWARD,))
+        sessions = SessionClient(swarm.host.identity, swarm_id, (session_pb2.RIGHT_FORWARD,))
         self._caller = GrpcCaller(self._channels, swarm_id, hidden, sessions=sessions)
         self._rows: Floats = np.random.default_rng(0).standard_normal((_ROWS, hidden)).astype(np.float32)
         self._known: dict[str, dict[str, int]] = {}

@@ -19,7 +19,7 @@ from dht.uid import UID
 from expert_server.blocks import build_block, weightless_block
 from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.format import BLOCK, State, block_tensors, check_numbers, check_state, moment_name
-from expert_server.experts.graphs import Graph, Places, Version
+from expert_server.experts.graphs import ForwardGraph, ParameterSlots, WeightVersion
 from expert_server.experts.optimizer import Guard, Optimizer
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import ExpertError
@@ -37,7 +37,7 @@ class BackwardPart:
     gradients: Tensor
     lengths: Tensor
     positions: Tensor
-    graph: Graph | None = None
+    graph: ForwardGraph | None = None
 
 
 class Expert:
@@ -58,11 +58,11 @@ class Expert:
         self.block = build_block(manifest, uid).to(self.device.torch_device)
         self._settings = manifest.optimizer
         self._parameters = list(self.block.parameters())  # to walk through a block takes long
-        self._places = Places(self.block)
+        self._places = ParameterSlots(self.block)
         self.optimizer = Optimizer(self._parameters, self._settings)
         self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
         self._step_is_due = False
-        self._version: Version | None = None
+        self._version: WeightVersion | None = None
         """Of the parameters as they are now, once a graph was made with them."""
 
     @property
@@ -93,32 +93,32 @@ class Expert:
 
     def forward_with_graph(
         self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor
-    ) -> tuple[Tensor, "Graph"]:
+    ) -> tuple[Tensor, "ForwardGraph"]:
         """As `forward`, and what `backward` needs so that it must not compute the outputs again."""
         self.settle()
         x_RD = self.device.load(x_RD.detach()).requires_grad_()
         if self._version is None or self._version.generation != self.generation:
-            self._version = Version(self._parameters, self.generation)
+            self._version = WeightVersion(self._parameters, self.generation)
         if self._graph_bytes_per_row is None:
             y_RD = self._measure_graph(x_RD, lengths_S, positions_R, self._version)
         else:
             y_RD = self._outputs(x_RD, lengths_S, positions_R, self._version)
         size = self._cast_bytes() + int(len(x_RD) * (self._graph_bytes_per_row or 0))
-        graph = Graph(x_RD, y_RD, self._version, size)
+        graph = ForwardGraph(x_RD, y_RD, self._version, size)
         self._version.add(graph)
         outputs_RD = self._fetched(y_RD.detach(), "outputs")
         self.device.wait()
         return outputs_RD, graph
 
     def _outputs(
-        self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: Version | None = None
+        self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: WeightVersion | None = None
     ) -> Tensor:
         with self.device.autocast(), nullcontext() if version is None else self._places.hold(version):
             y_RD: Tensor = self.block(x_RD, lengths_S, self.device.load(positions_R))
         return y_RD.float()
 
     def _measure_graph(
-        self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: Version
+        self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: WeightVersion
     ) -> Tensor:
         """Runs the block, and counts what autograd keeps of it. Once: counting takes as long as a small forward."""
         sizes: dict[int, int] = {}
@@ -135,7 +135,7 @@ class Expert:
             return 0
         return sum(p.nbytes // 2 for p in self._parameters if p.dim() > 1)
 
-    def is_good(self, graph: Graph | None) -> bool:
+    def is_good(self, graph: ForwardGraph | None) -> bool:
         """Whether the parameters that the graph was computed with are still there."""
         return graph is not None and graph.version.is_whole and graph.version.generation == self.generation
 
@@ -182,7 +182,7 @@ class Expert:
         assert x_RD.grad is not None, "a block must use its input"
         return self._fetched(x_RD.grad, "gradients of the inputs")
 
-    def _take_gradients(self, version: Version) -> None:
+    def _take_gradients(self, version: WeightVersion) -> None:
         for parameter, its in zip(self._parameters, version.parameters, strict=True):
             if parameter.grad is None:
                 parameter.grad = its.grad

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dht.uid import UID
-from peer.checkpoints import SealedHeader, seal, unseal
+from peer.checkpoints import CheckpointHeader, decode_checkpoint, encode_checkpoint
 from peer.errors import StateError
 
 State: TypeAlias = dict[str, Tensor]
@@ -71,7 +71,7 @@ def _check_form(uid: UID, state: Mapping[str, Tensor], expected: Mapping[str, Te
             raise StateError(f"{name!r} of expert {uid} is {found}; expected {wanted}")
 
 
-class Header(SealedHeader):
+class Header(CheckpointHeader):
     """What a state says of itself."""
 
     swarm_id: str
@@ -92,7 +92,7 @@ class Checkpoint:
 def to_bytes(checkpoint: Checkpoint, swarm_id: str, uid: UID, saved_at: float) -> bytes:
     """`saved_at`: Unix time in seconds."""
     header = Header(swarm_id=swarm_id, uid=str(uid), update_count=checkpoint.update_count, saved_at=saved_at)
-    return seal(header, checkpoint.state)
+    return encode_checkpoint(header, checkpoint.state)
 
 
 def from_bytes(data: bytes, swarm_id: str, uid: UID, update_count: int) -> Checkpoint:
@@ -107,5 +107,5 @@ def from_bytes(data: bytes, swarm_id: str, uid: UID, update_count: int) -> Check
             if found != expected:
                 raise StateError(f"it is of {name} {found}, not {expected}")
 
-    _, state = unseal(data, Header, check)
+    _, state = decode_checkpoint(data, Header, check)
     return Checkpoint(state, update_count)

@@ -13,7 +13,7 @@ from weakref import ref
 from torch import Tensor, nn
 
 
-class Version:
+class WeightVersion:
     """The parameters as they are between two optimizer steps, for the graphs of forward passes that used them."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], generation: object) -> None:
@@ -24,12 +24,12 @@ class Version:
         """Memory that is held for the graphs alone, after a step that spared it."""
         self.is_whole = True
         """Whether no step has overwritten it."""
-        self._graphs: set[ref[Graph]] = set()
+        self._graphs: set[ref[ForwardGraph]] = set()
 
-    def add(self, graph: "Graph") -> None:
+    def add(self, graph: "ForwardGraph") -> None:
         self._graphs.add(ref(graph, self._graphs.discard))
 
-    def discard(self, graph: "Graph") -> None:
+    def discard(self, graph: "ForwardGraph") -> None:
         """Of a graph that was used up."""
         self._graphs.discard(ref(graph))
 
@@ -41,17 +41,17 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class Graph:
+class ForwardGraph:
     """What autograd kept of one forward pass. Good for one backward pass."""
 
     inputs: Tensor
     outputs: Tensor
-    version: Version
+    version: WeightVersion
     bytes: int
     """Memory it holds, about; parameters not counted."""
 
 
-class Places:
+class ParameterSlots:
     """Where a block's parameters are, to put a version's there for one pass. torch's functional_call takes 0.1 ms."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -65,7 +65,7 @@ class Places:
         ]
 
     @contextmanager
-    def hold(self, version: Version) -> Iterator[None]:
+    def hold(self, version: WeightVersion) -> Iterator[None]:
         self._put(version.parameters)
         try:
             yield

@@ -21,13 +21,13 @@ from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import Checkpoint, State, from_bytes
-from expert_server.hosting.manager import Hosting, serving_elsewhere
+from expert_server.hosting.manager import HostingManager, serving_elsewhere
 from expert_server.serving.runtime import Runtime
 from expert_server.settings import NodeSettings
 from expert_server.state.checkpoints import Checkpoints
-from expert_server.state.servicer import Hint, HintQueue
+from expert_server.state.servicer import FetchHint, HintQueue
 from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker, StateClient
-from peer.averaging import MAX_UPDATE_COUNT, Meetings, drawn, their_share
+from peer.averaging import MAX_UPDATE_COUNT, AveragingHistory, interpolate, partner_weight
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.wire import state_pb2
 
@@ -54,7 +54,7 @@ def _averaged(
         return torch.maximum(now, other)
     if name.endswith(".step"):  # of the optimizer: a count, for the correction of its bias
         return now + (torch.maximum(then, other) - then)
-    result = drawn(now, then, other, share)
+    result = interpolate(now, then, other, share)
     if name.endswith(".exp_avg_sq"):
         result.clamp_(min=0)
     return result.to(like.dtype)
@@ -68,7 +68,7 @@ _PART_S = 5.0
 """Longest that a node which gives its experts up averages them with others' replicas."""
 
 
-class Replication:
+class ReplicaAveraging:
     """Averages one node's replicas with those of others, and follows what others ask it to fetch. Run it."""
 
     def __init__(
@@ -77,10 +77,10 @@ class Replication:
         swarm: Swarm,
         runtime: Runtime,
         checkpoints: Checkpoints,
-        hosting: Hosting,
+        hosting: HostingManager,
         client: StateClient,
         snapshots: SnapshotTaker,
-        meetings: Meetings[UID],
+        meetings: AveragingHistory[UID],
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -103,7 +103,7 @@ class Replication:
         self._meeting = asyncio.Lock()
         """One meeting at a time: a base that was handed out must stay one."""
 
-    def follow(self, hint: Hint) -> int:
+    def accept_hint(self, hint: FetchHint) -> int:
         """Takes a hint; says how many of its experts will be looked at, from the first on. None unless it runs."""
         wanted = self._settings.average_every_s > 0 if hint.is_average else not self._hosting.is_leaving
         if not self._runs or not wanted:
@@ -132,7 +132,7 @@ class Replication:
             if replica.peer_id in nodes and not self._is_idle(replica):
                 await self._tried(self.meet(replica.uid, nodes[replica.peer_id]))
 
-    async def part(self, limit_s: float) -> None:
+    async def average_before_leaving(self, limit_s: float) -> None:
         """Before its experts are given up: averages them a last time, so that no update is lost with this node's.
 
         Returns when the others have what they need of this node, which must be announced as serving till then.
@@ -180,7 +180,7 @@ class Replication:
         )
         return given if accepted else None
 
-    async def _answer(self, hint: Hint, node: NodeInfo) -> None:
+    async def _answer(self, hint: FetchHint, node: NodeInfo) -> None:
         """The other half of a meeting, with the two snapshots of the first half.
 
         When this replica has met others since, or that peer by itself, there is nothing to add to.
@@ -196,15 +196,15 @@ class Replication:
 
     async def _average(self, base: Snapshot, fetched: Fetched, peer_id: PeerID) -> None:
         claimed = fetched.checkpoint.update_count
-        believed = self._meetings.believed(base.uid, base.update_count, claimed)
+        believed = self._meetings.capped_claim(base.uid, base.update_count, claimed)
         theirs = replace(fetched.checkpoint, update_count=believed)
         met = max(base.met.get(peer_id, 0), fetched.met_update_count)
-        share = their_share(base.update_count, believed, met)
+        share = partner_weight(base.update_count, believed, met)
         expert = self._runtime.experts.get(base.uid)
         if expert is None:
             return  # given up meanwhile
         await self._runtime.run(partial(average_into, expert, base, theirs, self._swarm.keys.swarm_id, share))
-        self._meetings.note(base.uid, peer_id, max(base.update_count, believed))
+        self._meetings.record(base.uid, peer_id, max(base.update_count, believed))
         self._checkpoints.note_replaced(base.uid)
         self.averagings += 1
         logger.debug("averaged %s with %s, whose share was %.2f", base.uid, peer_id, share)
@@ -231,7 +231,7 @@ class Replication:
             else:
                 await self._tried(self._hosting.adopt_from(hint.peer_id, hint.uids))
 
-    async def _follow_average(self, hint: Hint) -> None:
+    async def _follow_average(self, hint: FetchHint) -> None:
         """Only with a peer that, by the DHT, serves that expert."""
         replicas = await self._swarm.registry.replicas(hint.uids)
         hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}

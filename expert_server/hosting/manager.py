@@ -20,16 +20,16 @@ from dht.uid import UID
 from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.hosting.placement import (
-    Resolve,
-    Survey,
-    behind,
-    choose,
+    ExchangeHysteresis,
+    HostingSurvey,
+    assign_orphans,
     exchange,
-    heirs,
+    lasting_replicas,
     plausible_updates,
-    staying,
-    surplus,
-    thin,
+    rank_vacancies,
+    regressed,
+    releasable,
+    under_replicated,
     vacant,
 )
 from expert_server.hosting.replicas import Restorer, Taker
@@ -38,7 +38,7 @@ from expert_server.settings import NodeSettings
 from expert_server.state.checkpoints import Checkpoints
 from expert_server.state.servicer import MAX_UIDS_IN_ASK
 from expert_server.state.transfer import StateClient
-from peer.averaging import Meetings
+from peer.averaging import AveragingHistory
 from peer.errors import UnreachableError
 from peer.formatting import counted
 from peer.wire import state_pb2
@@ -48,7 +48,7 @@ _CLAIM_WITHIN_S = 10.0
 """After that an heir that has not claimed what it was given is passed over: it may be leaving too."""
 
 
-class Departure:
+class Handover:
     """One leave. It asks nodes with room to adopt what nobody else serves, and sees in the DHT that they do."""
 
     def __init__(
@@ -112,7 +112,7 @@ class Departure:
             left = [uid for uid in left if uid not in self._asked]
 
     def _shares(self, uids: Collection[UID]) -> list[tuple[PeerID, list[UID]]]:
-        found = heirs(uids, self._rooms)
+        found = assign_orphans(uids, self._rooms)
         by_heir = groupby(sorted(found, key=lambda uid: (found[uid].to_bytes(), uid)), key=found.__getitem__)
         return [(heir, list(share)[:MAX_UIDS_IN_ASK]) for heir, share in by_heir]
 
@@ -155,7 +155,7 @@ _SAVE_S = 10.0
 """Longest that it saves them."""
 
 
-class Hosting:
+class HostingManager:
     """Which experts one node hosts, and what the swarm knows of it."""
 
     def __init__(
@@ -166,7 +166,7 @@ class Hosting:
         checkpoints: Checkpoints,
         devices: Sequence[ComputeDevice],
         client: StateClient,
-        meetings: Meetings[UID],
+        meetings: AveragingHistory[UID],
         now: Callable[[], float] = time.time,
     ) -> None:
         self.adopted = 0
@@ -192,8 +192,8 @@ class Hosting:
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._vacant_looks: Counter[UID] = Counter()
         """In how many looks in a row nobody hosted it."""
-        self._resolve = Resolve(_FIRM_LOOKS, settings.exchange_every_s)
-        self._survey = Survey(swarm.registry, swarm.manifest, swarm.host.peer_id)
+        self._resolve = ExchangeHysteresis(_FIRM_LOOKS, settings.exchange_every_s)
+        self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._hurried = False
         self._changing = asyncio.Lock()
         """Held while experts are taken or given up."""
@@ -275,7 +275,7 @@ class Hosting:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_QUEUE_S):
                     await self._runtime.settle()
-            departure = Departure(self._swarm, self._client, [expert.uid for expert in experts])
+            departure = Handover(self._swarm, self._client, [expert.uid for expert in experts])
             if experts and timeout_s and not self._hurried:
                 await self._hand_over(departure, timeout_s)
             with contextlib.suppress(UnreachableError, TimeoutError):
@@ -297,7 +297,7 @@ class Hosting:
         if self._departing is not None:
             self._departing.cancel()
 
-    async def _hand_over(self, departure: Departure, timeout_s: float) -> None:
+    async def _hand_over(self, departure: Handover, timeout_s: float) -> None:
         async def announce_and_hand_over() -> None:
             await self.taker.announce(self._runtime.experts)
             await departure.hand_over(self.taker.withdraw)
@@ -347,7 +347,7 @@ class Hosting:
         room = self._room - len(self._runtime.experts)
         kept = self._kept_here_alone(replicas, saved)
         lacking = len(orphans | kept.keys()) - room - self._spare
-        if gone := surplus(replicas, self._runtime.experts, me, lacking):
+        if gone := releasable(replicas, self._runtime.experts, me, lacking):
             await self._give_up(gone)
             room += len(gone)
             logger.info(
@@ -355,8 +355,8 @@ class Hosting:
                 counted(len(gone), "expert"),
                 lacking,
             )
-        wanted = choose(orphans | kept.keys(), room + self._spare, me, {**saved, **kept})
-        wanted += choose(lasting - orphans, room - len(wanted), me, saved)
+        wanted = rank_vacancies(orphans | kept.keys(), room + self._spare, me, {**saved, **kept})
+        wanted += rank_vacancies(lasting - orphans, room - len(wanted), me, saved)
         if taken := await self.taker.take(wanted):
             self.adopted += len(taken)
             logger.info(
@@ -380,10 +380,10 @@ class Hosting:
         mine, enough = self._runtime.experts, self._settings.replicas
         is_full = self._room <= len(mine) < self.capacity
         wish = exchange(replicas, mine, self._swarm.host.peer_id, enough) if is_full else None
-        if not self._resolve.is_firm(wish, self._now()) or wish is None:
+        if not self._resolve.is_due(wish, self._now()) or wish is None:
             return
         self._resolve.done(self._now())
-        if await self.taker.take([wish.takes], max(enough, staying(replicas[wish.takes]) + 1)):
+        if await self.taker.take([wish.takes], max(enough, lasting_replicas(replicas[wish.takes]) + 1)):
             await self._give_up([wish.gives])
             self.exchanged += 1
             logger.info("exchanged expert %s, which others host, for %s", wish.gives, wish.takes)
@@ -393,7 +393,9 @@ class Hosting:
         self.replicated = sum(bool(serving_elsewhere(replicas[uid], me)) for uid in mine)
         others = {uid: hosts for uid, hosts in replicas.items() if uid not in mine}
         enough = self._settings.replicas
-        if taken := await self.taker.take(thin(others, self._room - len(mine), me, enough), enough):
+        if taken := await self.taker.take(
+            under_replicated(others, self._room - len(mine), me, enough), enough
+        ):
             self.replicated += len(taken)
             logger.info("took further replicas of %s", counted(len(taken), "expert"))
 
@@ -403,7 +405,7 @@ class Hosting:
         me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
         room = self._room - len(self._runtime.experts)
         kept = self._kept_here_alone(replicas, saved)
-        await self.taker.take(choose({*self._vacant(replicas), *kept}, room, me, {**saved, **kept}))
+        await self.taker.take(rank_vacancies({*self._vacant(replicas), *kept}, room, me, {**saved, **kept}))
         unserved = {uid for uid, hosts in replicas.items() if not serving_elsewhere(hosts, me)}
         return unserved - self._runtime.experts.keys()
 
@@ -417,7 +419,7 @@ class Hosting:
     ) -> dict[UID, int]:
         """What others had to begin anew while this node was away, and how many updates its checkpoints bring back."""
         mine = self._runtime.experts
-        found = behind(replicas, saved, self._swarm.host.peer_id)
+        found = regressed(replicas, saved, self._swarm.host.peer_id)
         return {uid: gain for uid, gain in found.items() if uid not in mine}
 
 

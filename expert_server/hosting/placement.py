@@ -24,7 +24,7 @@ from hivemind.p2p import PeerID
 from dht.manifest import Manifest
 from dht.registry import Prefix, Registry, Replica, ReplicaState
 from dht.uid import UID
-from peer.averaging import MAX_UPDATE_COUNT, freshest_first, most_believed
+from peer.averaging import MAX_UPDATE_COUNT, freshest_first, max_plausible_updates
 
 _BEHIND = 0.9
 """Replicas that average differ less in their updates: with fewer than this part one began anew."""
@@ -48,7 +48,7 @@ def vacant(replicas: Mapping[UID, Collection[Replica]], besides: PeerID | None =
     return [uid for uid, hosts in replicas.items() if all(replica.peer_id == besides for replica in hosts)]
 
 
-def behind(
+def regressed(
     replicas: Mapping[UID, Collection[Replica]], checkpoints: Mapping[UID, int], peer_id: PeerID
 ) -> dict[UID, int]:
     """The experts that others serve, all of them with far fewer updates than this peer's checkpoint has, and how many
@@ -70,7 +70,7 @@ def _is_behind(update_count: int, saved: int) -> bool:
     return update_count < _BEHIND * saved
 
 
-def choose(
+def rank_vacancies(
     vacancies: Collection[UID],
     room: int,
     peer_id: PeerID,
@@ -84,7 +84,7 @@ def choose(
     return sorted(vacancies, key=rank, reverse=True)[: max(room, 0)]
 
 
-def thin(
+def under_replicated(
     replicas: Mapping[UID, Collection[Replica]],
     room: int,
     peer_id: PeerID,
@@ -97,19 +97,19 @@ def thin(
     """
 
     def rank(uid: UID) -> tuple[int, bytes]:
-        return -staying(replicas[uid]), preference(uid, peer_id)
+        return -lasting_replicas(replicas[uid]), preference(uid, peer_id)
 
     wanting = [
         uid
         for uid, hosts in replicas.items()
-        if staying(hosts) < enough
+        if lasting_replicas(hosts) < enough
         and peer_id not in {replica.peer_id for replica in hosts}
         and any(replica.state is not ReplicaState.CLAIMED for replica in hosts)
     ]
     return sorted(wanting, key=rank, reverse=True)[: max(room, 0)]
 
 
-def lone(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) -> dict[UID, Replica]:
+def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) -> dict[UID, Replica]:
     """The experts that one other peer hosts alone and of which this peer should keep a copy, with that replica.
 
     Of all peers that host anything, the one that prefers the expert most keeps it, besides its host.
@@ -126,7 +126,7 @@ def lone(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) -> dict[U
     return wanted
 
 
-def surplus(
+def releasable(
     replicas: Mapping[UID, Collection[Replica]], mine: Collection[UID], peer_id: PeerID, count: int
 ) -> list[UID]:
     """At most `count` of the experts that this peer hosts and can give up: those with the most replicas first.
@@ -146,12 +146,12 @@ def surplus(
     return sorted(able, key=lambda uid: (-len(others(uid)), preference(uid, peer_id)))[: max(count, 0)]
 
 
-def staying(hosts: Collection[Replica]) -> int:
+def lasting_replicas(hosts: Collection[Replica]) -> int:
     """Of these replicas, those whose peers do not leave."""
     return sum(replica.state is not ReplicaState.LEAVING for replica in hosts)
 
 
-def sources(hosts: Collection[Replica], besides: PeerID, rng: random.Random) -> list[Replica]:
+def state_sources(hosts: Collection[Replica], besides: PeerID, rng: random.Random) -> list[Replica]:
     """The replicas of others whose state can be fetched, the freshest first, whatever a single one claims."""
     able = [r for r in hosts if r.state is not ReplicaState.CLAIMED and r.peer_id != besides]
     return freshest_first(able, lambda replica: replica.update_count, rng)
@@ -163,10 +163,10 @@ def plausible_updates(replicas: Mapping[UID, Collection[Replica]]) -> int:
     for replica in chain.from_iterable(replicas.values()):
         if replica.state is not ReplicaState.CLAIMED:
             most[replica.peer_id] = max(replica.update_count, most.get(replica.peer_id, 0))
-    return most_believed([_OUTLIER * median_low(most.values())]) if most else MAX_UPDATE_COUNT
+    return max_plausible_updates([_OUTLIER * median_low(most.values())]) if most else MAX_UPDATE_COUNT
 
 
-def heirs(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[UID, PeerID]:
+def assign_orphans(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[UID, PeerID]:
     """Who shall adopt which expert: always the peer with most room left, of several the one that prefers it most.
 
     Experts for which no peer has room are left out.
@@ -241,12 +241,13 @@ def exchange(
     if not given:
         return None
     gives = min(
-        given, key=lambda uid: (_queue(replicas[uid]), -staying(replicas[uid]), preference(uid, peer_id))
+        given,
+        key=lambda uid: (_queue(replicas[uid]), -lasting_replicas(replicas[uid]), preference(uid, peer_id)),
     )
     others = [uid for uid, hosts in replicas.items() if uid not in mine and _serving(hosts)]
-    thin = [uid for uid in others if staying(replicas[uid]) < enough]
+    thin = [uid for uid in others if lasting_replicas(replicas[uid]) < enough]
     if thin:
-        takes = min(thin, key=lambda uid: (staying(replicas[uid]), preference(uid, peer_id)))
+        takes = min(thin, key=lambda uid: (lasting_replicas(replicas[uid]), preference(uid, peer_id)))
         return Exchange(gives, takes)
     least = max(BUSY_ROWS, BUSIER * _queue(replicas[gives]))
     busy = [uid for uid in others if _queue(replicas[uid]) >= least]
@@ -255,7 +256,7 @@ def exchange(
     return Exchange(gives, max(busy, key=lambda uid: (_queue(replicas[uid]), preference(uid, peer_id))))
 
 
-class Resolve:
+class ExchangeHysteresis:
     """Lets an exchange happen only when it has been wished for long enough, and the last one is long ago."""
 
     def __init__(self, looks: int, pause_s: float) -> None:
@@ -268,7 +269,7 @@ class Resolve:
         self._seen = 0
         self._last: float | None = None
 
-    def is_firm(self, wish: Exchange | None, now: float) -> bool:
+    def is_due(self, wish: Exchange | None, now: float) -> bool:
         """Notes what one look wished for. Whether it may be done now."""
         gives = wish.gives if wish is not None else None
         self._seen = self._seen + 1 if gives == self._gives else 1
@@ -308,7 +309,7 @@ SAMPLED = 256
 """Active experts that are read to see which have few replicas: other nodes see others."""
 
 
-class Survey:
+class HostingSurvey:
     """What one node reads of its swarm in each announcement period."""
 
     def __init__(

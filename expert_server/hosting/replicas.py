@@ -13,17 +13,17 @@ from functools import partial
 
 from hivemind.p2p import PeerID
 
-from dht.registry import Announced, Replica, ReplicaState
+from dht.registry import Replica, ReplicaAnnouncement, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.devices import ComputeDevice, roomiest
 from expert_server.experts.expert import Expert
-from expert_server.hosting.placement import lost_claims, sources
+from expert_server.hosting.placement import lost_claims, state_sources
 from expert_server.serving.runtime import Runtime
 from expert_server.settings import NodeSettings
 from expert_server.state.checkpoints import Checkpoints
 from expert_server.state.transfer import StateClient
-from peer.averaging import Meetings, most_believed
+from peer.averaging import AveragingHistory, max_plausible_updates
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.formatting import counted
 
@@ -39,7 +39,7 @@ class Restorer:
         runtime: Runtime,
         checkpoints: Checkpoints,
         client: StateClient,
-        meetings: Meetings[UID],
+        meetings: AveragingHistory[UID],
         plausible: Callable[[], int],
     ) -> None:
         """`plausible`: gives the most updates that a state of others is believed to have taken."""
@@ -59,8 +59,8 @@ class Restorer:
         An expert that nobody has keeps its first parameters. False when others have it and none of them gave it.
         Peers that are `unreachable` are left out, and those that do not answer become so.
         """
-        others = sources(hosts, self._swarm.host.peer_id, self._rng)
-        most = most_believed([replica.update_count for replica in others])
+        others = state_sources(hosts, self._swarm.host.peer_id, self._rng)
+        most = max_plausible_updates([replica.update_count for replica in others])
         most = min(most, max(self._plausible(), saved or 0))
         fresher = [replica for replica in others if saved is None or replica.update_count > saved]
         if await self._fetch_first(expert, fresher, most, unreachable):
@@ -95,7 +95,7 @@ class Restorer:
             except StateError as error:
                 logger.warning("refused the state of %s by %s: %s", expert.uid, replica.peer_id, error)
                 continue
-            self._meetings.note(expert.uid, replica.peer_id, update_count)
+            self._meetings.record(expert.uid, replica.peer_id, update_count)
             return True
         return False
 
@@ -146,7 +146,7 @@ class Taker:
         state = ReplicaState.LEAVING if self.leaving else ReplicaState.SERVING
         experts = self._runtime.experts
         announced = [
-            Announced(uid, state, experts[uid].update_count, self._claimed_at[uid])
+            ReplicaAnnouncement(uid, state, experts[uid].update_count, self._claimed_at[uid])
             for uid in uids
             if uid in self._claimed_at  # else it was withdrawn already
         ]
@@ -187,7 +187,10 @@ class Taker:
         lifetime_s, claimed_at = self._settings.lifetime_s, self._now()
         self._claimed_at |= dict.fromkeys(wanted, claimed_at)
         saved = await self._checkpoints.newest()
-        claims = {uid: Announced(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at) for uid in wanted}
+        claims = {
+            uid: ReplicaAnnouncement(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at)
+            for uid in wanted
+        }
         await registry.announce(claims.values(), lifetime_s)
         built = await self._build_for(self.claim_wait_s, wanted)
         replicas = await registry.replicas(wanted)
@@ -224,7 +227,7 @@ class Taker:
 
     async def _serve(
         self,
-        claims: Mapping[UID, Announced],
+        claims: Mapping[UID, ReplicaAnnouncement],
         built: dict[UID, Expert],
         replicas: Mapping[UID, tuple[Replica, ...]],
         saved: Mapping[UID, int],
@@ -254,7 +257,7 @@ class Taker:
         return taken
 
     async def _keep_claimed(
-        self, claims: Mapping[UID, Announced], taken: list[UID], failed: list[UID]
+        self, claims: Mapping[UID, ReplicaAnnouncement], taken: list[UID], failed: list[UID]
     ) -> None:
         announced = 0
         while True:

@@ -12,8 +12,8 @@ from dht.uid import UID
 from expert_server.blocks import weightless_block
 from expert_server.experts.format import Checkpoint, check_state
 from expert_server.experts.optimizer import moments_of
-from expert_server.hosting.manager import Hosting
-from expert_server.hosting.placement import lone
+from expert_server.hosting.manager import HostingManager
+from expert_server.hosting.placement import single_hosted
 from expert_server.settings import NodeSettings
 from expert_server.state.checkpoints import Checkpoints
 from expert_server.state.transfer import StateClient
@@ -27,14 +27,14 @@ _OLD_ROUNDS = 6
 """or when it is so many rounds old."""
 
 
-class Standby:
+class StandbyCopies:
     """Keeps the copies fresh. Run it. They are checkpoints like others: who has one is first to take an orphan."""
 
     def __init__(
         self,
         settings: NodeSettings,
         swarm: Swarm,
-        hosting: Hosting,
+        hosting: HostingManager,
         checkpoints: Checkpoints,
         client: StateClient,
         clock: Callable[[], float] = time.monotonic,
@@ -70,7 +70,7 @@ class Standby:
         """
         if self._hosting.is_leaving:
             return
-        wanted = lone(self._hosting.seen, self._swarm.host.peer_id)
+        wanted = single_hosted(self._hosting.seen, self._swarm.host.peer_id)
         saved = await self._checkpoints.newest()
         held = {*self._hosting.taker.announced}  # some since the last look
         plausible = self._hosting.plausible_updates

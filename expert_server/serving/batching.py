@@ -18,7 +18,7 @@ from grpc import StatusCode
 from torch import Tensor
 
 from dht.uid import UID
-from expert_server.experts.graphs import Graph
+from expert_server.experts.graphs import ForwardGraph
 from peer.errors import ExpertError
 
 Direction: TypeAlias = Literal["forward", "backward"]
@@ -31,7 +31,7 @@ _REMEMBERED_CALLERS = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Work:
+class WorkItem:
     """One expert's part of one call, validated. Floats are float32, integers int64."""
 
     uid: UID
@@ -50,7 +50,7 @@ class Work:
     """Who asks: the queue is fair to each, and the log names it."""
     keep: bool = False
     """In forward: whether a backward call is meant to follow."""
-    graph: Graph | None = None
+    graph: ForwardGraph | None = None
     """In backward: what the forward pass kept, if anything."""
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Work:
 class Entry:
     """Work in the queue, known by identity; `order` counts arrivals."""
 
-    work: Work
+    work: WorkItem
     order: int
 
 
@@ -100,7 +100,7 @@ class BatchQueue:
         """The least of all callers when the last batch was chosen: no caller's is less."""
         self._measured_rows = self._measured_s = 0.0
 
-    def make_room(self, work: Work) -> list[Entry]:
+    def make_room(self, work: WorkItem) -> list[Entry]:
         """Takes out what one caller has beyond its share, latest deadlines first, when this work has room only then.
 
         A caller can have more than its share only if it was alone when it came, and one at most has: it is half of all.
@@ -121,7 +121,7 @@ class BatchQueue:
             return []
         return [self._take(entry) for entry in beyond]
 
-    def push(self, work: Work) -> Entry:
+    def push(self, work: WorkItem) -> Entry:
         """Raises ExpertError (RESOURCE_EXHAUSTED) when the rows don't fit beside those that wait."""
         if self._is_beyond_share(work):
             raise ExpertError(
@@ -189,7 +189,7 @@ class BatchQueue:
         estimate = rows * self._measured_s / self._measured_rows
         return min(max(estimate, _RETRY_LEAST_S), _RETRY_MOST_S)
 
-    def _is_beyond_share(self, work: Work) -> bool:
+    def _is_beyond_share(self, work: WorkItem) -> bool:
         own = self._rows_of(work.caller)
         return self.rows > own and own + work.rows > self._share
 

@@ -19,14 +19,14 @@ import torch
 
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
-from expert_server.serving.batching import Direction, Work
+from expert_server.serving.batching import Direction, WorkItem
 from expert_server.serving.compute import Result
-from expert_server.serving.forward_cache import Kept
+from expert_server.serving.forward_cache import CachedForward
 from expert_server.serving.runtime import Enqueued
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode
 from peer.errors import ExpertError, WireError
-from peer.rates import Rate
-from peer.rpc.calls import Messages, note_failure
+from peer.rates import RateLimit
+from peer.rpc.calls import RequestReader, note_failure
 from peer.wire import expert_pb2
 
 
@@ -39,7 +39,7 @@ class Part:
     """int64 [S]"""
     positions: torch.Tensor
     """int64 [R]"""
-    kept: Kept | None = None
+    kept: CachedForward | None = None
     """In backward: what the forward call left here."""
 
     @property
@@ -94,7 +94,7 @@ class Done:
     """One expert's part, computed or failed."""
 
     index: int
-    work: Work
+    work: WorkItem
     future: "asyncio.Future[Result]"
 
 
@@ -112,7 +112,7 @@ class Call:
         deadline: float,
         context: Context,
         caller: str,
-        uploads: Rate,
+        uploads: RateLimit,
     ) -> None:
         self.header = header
         self.caller = caller
@@ -128,7 +128,7 @@ class Call:
         """What is to be written: answers with their tensors, and first maybe the rest of a tensor."""
         self._sending: asyncio.Future[None] | None = None
 
-    def begin(self, index: int, work: Work, enqueued: Enqueued) -> None:
+    def begin(self, index: int, work: WorkItem, enqueued: Enqueued) -> None:
         self._computing[index] = enqueued
         enqueued.future.add_done_callback(lambda future: self._end(Done(index, work, future)))
 
@@ -167,14 +167,14 @@ class Call:
         self._came.append(answer)
         self._has_come.set()
 
-    def work(self, part: Part, inputs: bytearray | None, gradients: bytearray | None) -> Work:
+    def work(self, part: Part, inputs: bytearray | None, gradients: bytearray | None) -> WorkItem:
         """Raises WireError when a number is not finite."""
         if inputs is not None:
             inputs_RD = self._tensor(inputs)
         else:
             assert part.kept is not None, "inputs come in the payload or were kept"
             inputs_RD = part.kept.inputs
-        return Work(
+        return WorkItem(
             uid=part.uid,
             direction=self._direction,
             inputs=inputs_RD,
@@ -229,8 +229,8 @@ Requests = AsyncIterator[expert_pb2.CallRequest]
 class Reader:
     """Reads the messages of one call."""
 
-    def __init__(self, requests: Requests, downloads: Rate) -> None:
-        self._messages = Messages(requests)
+    def __init__(self, requests: Requests, downloads: RateLimit) -> None:
+        self._messages = RequestReader(requests)
         self._downloads = downloads
 
     async def header(self) -> tuple[expert_pb2.CallHeader, bytes]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from expert_server.experts.expert import BackwardPart, Expert
-from expert_server.experts.graphs import Graph
-from expert_server.serving.batching import Work
+from expert_server.experts.graphs import ForwardGraph
+from expert_server.serving.batching import WorkItem
 from peer.errors import ExpertError
 
 MOST_APART = 10.0
@@ -26,7 +26,7 @@ class Result:
 
     tensor: Tensor
     update_count: int
-    graph: Graph | None = None
+    graph: ForwardGraph | None = None
     """Of a forward pass that was to be kept, unless it was merged with others."""
     skipped_update: bool = False
     """In backward: the guard refused the step."""
@@ -34,7 +34,7 @@ class Result:
     """In backward: the expert went back to its last good state."""
 
 
-def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]:
+def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:
     """Computes work of one expert and direction as one batch, in backward with one optimizer step.
 
     When the batch fails each work is computed by itself, so that one caller's numbers spoil no other's. For the same
@@ -51,14 +51,14 @@ def compute(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]
     return _computed(expert, batch)
 
 
-def by_size(batch: Sequence[Work]) -> list[list[Work]]:
+def by_size(batch: Sequence[WorkItem]) -> list[list[WorkItem]]:
     """Groups of works whose callers' gradients are alike in size: root mean squares within a factor of MOST_APART."""
-    callers: dict[str, list[Work]] = {}
+    callers: dict[str, list[WorkItem]] = {}
     for work in batch:
         callers.setdefault(work.caller, []).append(work)
     if len(callers) == 1:
         return [list(batch)]
-    groups: list[list[Work]] = []
+    groups: list[list[WorkItem]] = []
     least = -inf
     for size, works in sorted(((_size_of(works), works) for works in callers.values()), key=itemgetter(0)):
         if not groups or not size <= MOST_APART * least:  # NaN stands alone, too
@@ -68,14 +68,14 @@ def by_size(batch: Sequence[Work]) -> list[list[Work]]:
     return groups
 
 
-def _size_of(works: Sequence[Work]) -> float:
+def _size_of(works: Sequence[WorkItem]) -> float:
     """Root mean square of the gradients, over all rows of one caller."""
     gradients = [work.gradients for work in works if work.gradients is not None]
     squares = sum(float(gradient.square().sum()) for gradient in gradients)
     return sqrt(squares / max(1, sum(gradient.numel() for gradient in gradients)))
 
 
-def _computed(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertError]:
+def _computed(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:
     step = _forward if batch[0].direction == "forward" else _backward
     skipped = expert.skipped_updates
     try:
@@ -90,7 +90,7 @@ def _computed(expert: Expert, batch: Sequence[Work]) -> list[Result | ExpertErro
     return [result for work in alone for result in _computed(expert, [work])]
 
 
-def _forward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
+def _forward(expert: Expert, batch: Sequence[WorkItem]) -> list[Result]:
     if len(batch) == 1 and batch[0].keep:
         work = batch[0]
         output_RD, graph = expert.forward_with_graph(work.inputs, work.lengths, work.positions)
@@ -104,7 +104,7 @@ def _forward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
     return [Result(part, expert.update_count) for part in parts]
 
 
-def _backward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
+def _backward(expert: Expert, batch: Sequence[WorkItem]) -> list[Result]:
     """Works with a good graph go by themselves, the others as one; all of them before one optimizer step."""
     ready = [work for work in batch if expert.is_good(work.graph)]
     others = [work for work in batch if not expert.is_good(work.graph)]
@@ -121,7 +121,7 @@ def _backward(expert: Expert, batch: Sequence[Work]) -> list[Result]:
     return [Result(by_work[work], expert.update_count, None, *guard) for work in batch]
 
 
-def _part(works: Sequence[Work], graph: Graph | None) -> BackwardPart:
+def _part(works: Sequence[WorkItem], graph: ForwardGraph | None) -> BackwardPart:
     return BackwardPart(
         _joined([work.inputs for work in works]),
         _joined([work.gradients for work in works if work.gradients is not None]),

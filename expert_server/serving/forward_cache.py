@@ -11,21 +11,21 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from dht.uid import UID
-from expert_server.experts.graphs import Graph, Version
+from expert_server.experts.graphs import ForwardGraph, WeightVersion
 
 KeptKey = tuple[str, bytes, int]
 """Who made the forward call, its request id, and which part of the call this was."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class CachedForward:
     """What one expert was given in a forward call, and its graph if there is room for it."""
 
     uid: UID
     inputs: Tensor
     lengths: Tensor
     positions: Tensor
-    graph: Graph | None
+    graph: ForwardGraph | None
     expires_at: float
 
     @property
@@ -34,14 +34,16 @@ class Kept:
         return without_graph + (0 if self.graph is None else self.graph.bytes)
 
 
-class KeptForwards:
+class ForwardCache:
     """When full, gives up the oldest graphs first, then the oldest inputs."""
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
-        self._kept: OrderedDict[KeptKey, Kept] = OrderedDict()  # oldest first
-        self._graphs: dict[KeptKey, Version] = {}  # keys whose graph is kept, oldest first, with its version
-        self._versions: Counter[Version] = Counter()  # how many of those graphs each has
+        self._kept: OrderedDict[KeptKey, CachedForward] = OrderedDict()  # oldest first
+        self._graphs: dict[
+            KeptKey, WeightVersion
+        ] = {}  # keys whose graph is kept, oldest first, with its version
+        self._versions: Counter[WeightVersion] = Counter()  # how many of those graphs each has
         self._own_bytes = 0
 
     @property
@@ -49,7 +51,7 @@ class KeptForwards:
         """With older parameters of experts that are there for kept graphs alone. Any thread may ask."""
         return self._own_bytes + sum(version.bytes for version in list(self._versions))
 
-    def put(self, key: KeptKey, kept: Kept, now: float) -> bool:
+    def put(self, key: KeptKey, kept: CachedForward, now: float) -> bool:
         """Keeps it, unless it alone is over the budget even without its graph. Says whether it is kept."""
         self._drop_expired(now)
         if kept.bytes > self._budget_bytes:
@@ -65,7 +67,7 @@ class KeptForwards:
         self._keep_to_budget()
         return key in self._kept
 
-    def take(self, key: KeptKey) -> Kept | None:
+    def take(self, key: KeptKey) -> CachedForward | None:
         """Hands it over: it is kept no more."""
         kept = self._remove(key)
         self._keep_to_budget()
@@ -80,7 +82,7 @@ class KeptForwards:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def _remove(self, key: KeptKey) -> Kept | None:
+    def _remove(self, key: KeptKey) -> CachedForward | None:
         kept = self._kept.pop(key, None)
         if kept is not None:
             self._own_bytes -= kept.bytes

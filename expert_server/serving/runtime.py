@@ -23,7 +23,7 @@ from grpc import StatusCode
 
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.serving.batching import BatchQueue, Entry, Work
+from expert_server.serving.batching import BatchQueue, Entry, WorkItem
 from expert_server.serving.compute import Result, compute
 from peer.errors import ExpertError
 from peer.metrics import SECONDS, Distribution
@@ -173,14 +173,14 @@ class Runtime:
             task.refuse()
         await asyncio.to_thread(self._pool.shutdown)
 
-    async def submit(self, work: Work) -> Result:
+    async def submit(self, work: WorkItem) -> Result:
         """Waits for the result; when cancelled, takes the work out of the queue.
 
         Raises ExpertError: NOT_FOUND, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, UNAVAILABLE or INTERNAL.
         """
         return await self.enqueue(work).future
 
-    def enqueue(self, work: Work) -> "Enqueued":
+    def enqueue(self, work: WorkItem) -> "Enqueued":
         """As `submit`, without waiting."""
         if self._loop is None or self._stopped:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is not serving")
@@ -232,7 +232,7 @@ class Runtime:
         result: T = await asyncio.wrap_future(task.future)
         return result
 
-    def _push(self, work: Work) -> Entry:
+    def _push(self, work: WorkItem) -> Entry:
         try:
             with self._lock:
                 displaced = self._queue.make_room(work)

@@ -19,7 +19,7 @@ from grpc import StatusCode
 
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
-from expert_server.serving.batching import Direction, Work
+from expert_server.serving.batching import Direction, WorkItem
 from expert_server.serving.call import (
     Call,
     Context,
@@ -35,14 +35,14 @@ from expert_server.serving.call import (
     tensor_rows,
 )
 from expert_server.serving.compute import Result
-from expert_server.serving.forward_cache import Kept, KeptForwards, SeenRequests
+from expert_server.serving.forward_cache import CachedForward, ForwardCache, SeenRequests
 from expert_server.serving.runtime import Runtime
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import encode, encoded_bytes
 from peer.errors import ExpertError, WireError
-from peer.rates import Traffic
-from peer.rpc.calls import refusing, require_same_swarm
+from peer.rates import Bandwidth
+from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
@@ -140,7 +140,7 @@ _RIGHTS = {"forward": session_pb2.RIGHT_FORWARD, "backward": session_pb2.RIGHT_B
 
 
 @dataclass(frozen=True)
-class EdgeLimits:
+class CallLimits:
     """What one call may ask for."""
 
     max_call_bytes: int
@@ -162,13 +162,13 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         runtime: Runtime,
         manifest: Manifest,
         swarm_id: str,
-        limits: EdgeLimits,
+        limits: CallLimits,
         sessions: Sessions,
-        traffic: Traffic | None = None,
+        traffic: Bandwidth | None = None,
     ) -> None:
         self.calls = 0
         """Forward and backward, since the start."""
-        self.kept = KeptForwards(limits.max_kept_bytes)
+        self.kept = ForwardCache(limits.max_kept_bytes)
         self.budgets = Budgets(limits.budget)
         self._runtime = runtime
         self._manifest = manifest
@@ -176,7 +176,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self._limits = limits
         self._sessions = sessions
         self._seen = SeenRequests(limits.remembered_requests)
-        self._traffic = traffic or Traffic()
+        self._traffic = traffic or Bandwidth()
 
     async def Forward(self, requests: Requests, context: Context) -> None:
         await self._serve("forward", requests, context)
@@ -189,7 +189,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         request: expert_pb2.InfoRequest,
         context: grpc.aio.ServicerContext[expert_pb2.InfoRequest, expert_pb2.InfoReply],
     ) -> expert_pb2.InfoReply:
-        async with refusing(context):
+        async with abort_on_error(context):
             require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
         return expert_pb2.InfoReply(
             protocol_version=PROTOCOL_VERSION,
@@ -206,7 +206,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         seconds = min(
             self._limits.max_call_s, remaining if remaining is not None else self._limits.max_call_s
         )
-        async with refusing(context, seconds, f"the call lasted longer than {seconds:.1f} s"):
+        async with abort_on_error(context, seconds, f"the call lasted longer than {seconds:.1f} s"):
             caller = self._sessions.require(context, _RIGHTS[direction]).name
             await self._answer_call(direction, requests, context, caller, time.monotonic() + seconds)
 
@@ -241,7 +241,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
             await asyncio.gather(writing, return_exceptions=True)
             await call.settle()
 
-    def _begin(self, call: Call, index: int, work: Work) -> None:
+    def _begin(self, call: Call, index: int, work: WorkItem) -> None:
         try:
             call.begin(index, work, self._runtime.enqueue(work))
         except ExpertError as error:
@@ -272,11 +272,11 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         )
         return reply, data
 
-    def _keep(self, call: Call, index: int, work: Work, result: Result) -> bool:
+    def _keep(self, call: Call, index: int, work: WorkItem, result: Result) -> bool:
         if work.uid not in self._runtime.experts:  # given up meanwhile
             return False
         now = time.monotonic()
-        kept = Kept(
+        kept = CachedForward(
             work.uid, work.inputs, work.lengths, work.positions, result.graph, now + self._limits.max_call_s
         )
         return self.kept.put((call.caller, call.header.request_id, index), kept, now)

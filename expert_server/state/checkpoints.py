@@ -19,7 +19,7 @@ from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import Checkpoint, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
-from peer.checkpoints import NumberedFiles
+from peer.checkpoints import RotatingFiles
 from peer.errors import ExpertError, StateError, WireError
 from peer.formatting import counted
 
@@ -53,7 +53,7 @@ class CheckpointStore:
     def sweep(self) -> None:
         """Removes what writers that were killed have left."""
         for path in self._folder.glob("*/"):
-            NumberedFiles(path, self._keep).sweep()
+            RotatingFiles(path, self._keep).sweep()
 
     def newest(self) -> dict[UID, int]:
         """The update count of each expert's newest checkpoint, by the file names alone."""
@@ -118,8 +118,8 @@ class CheckpointStore:
             raise StateError(f"it can't be read: {error}") from error
         return from_bytes(data, self._swarm_id, uid, update_count)
 
-    def _files(self, uid: UID) -> NumberedFiles:
-        return NumberedFiles(self._folder / str(uid), self._keep)
+    def _files(self, uid: UID) -> RotatingFiles:
+        return RotatingFiles(self._folder / str(uid), self._keep)
 
 
 @dataclass

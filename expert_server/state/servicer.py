@@ -16,8 +16,8 @@ from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
 from expert_server.state.transfer import Snapshot, SnapshotTaker, TransferCounts
 from peer.errors import ExpertError, WireError
-from peer.rates import Rate
-from peer.rpc.calls import refusing, require_same_swarm
+from peer.rates import RateLimit
+from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import outgoing, written
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
@@ -27,7 +27,7 @@ _ADOPT_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
-class Hint:
+class FetchHint:
     """Peer `peer_id` would like this node to fetch these experts from it. Not to be believed."""
 
     peer_id: PeerID
@@ -48,10 +48,10 @@ class HintQueue:
     def __init__(self, limit: int, average_every_s: float) -> None:
         self._limit = limit
         self._average_every_s = average_every_s
-        self._waiting: list[Hint] = []
+        self._waiting: list[FetchHint] = []
         self._taken_at: OrderedDict[tuple[UID, bool], float] = OrderedDict()
 
-    def put(self, hint: Hint, now: float) -> int:
+    def put(self, hint: FetchHint, now: float) -> int:
         """How many of its experts were taken, from the first on."""
         taken: list[UID] = []
         every_s = self._average_every_s if hint.is_average else _ADOPT_EVERY_S
@@ -69,7 +69,7 @@ class HintQueue:
             self._waiting.append(replace(hint, uids=tuple(taken)))
         return len(taken)
 
-    def pop(self) -> Hint | None:
+    def pop(self) -> FetchHint | None:
         """The oldest; adoptions go first, because their askers are leaving."""
         if not self._waiting:
             return None
@@ -94,8 +94,8 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         manifest: Manifest,
         swarm_id: str,
         counts: TransferCounts,
-        follow: Callable[[Hint], int],
-        up: Rate,
+        follow: Callable[[FetchHint], int],
+        up: RateLimit,
         sessions: Sessions,
         *,
         max_transfers: int,
@@ -116,11 +116,11 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         self._transfers = 0
 
     async def Fetch(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
-        async with refusing(context, self._max_transfer_s, "the state was not read in time"):
+        async with abort_on_error(context, self._max_transfer_s, "the state was not read in time"):
             await self._give(request, context)
 
     async def Ask(self, request: state_pb2.AskRequest, context: AskContext) -> state_pb2.AskReply:
-        async with refusing(context):
+        async with abort_on_error(context):
             caller = self._sessions.require(context, session_pb2.RIGHT_FETCH).caller
             require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
             return state_pb2.AskReply(accepted=self._follow(self._hint(request, caller)))
@@ -167,16 +167,16 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         if caller in snapshot.given:
             snapshot.given[caller].set()
 
-    def _hint(self, request: state_pb2.AskRequest, caller: PeerID) -> Hint:
+    def _hint(self, request: state_pb2.AskRequest, caller: PeerID) -> FetchHint:
         if not 1 <= len(request.uids) <= MAX_UIDS_IN_ASK:
             raise WireError(f"{len(request.uids)} experts; expected 1 to {MAX_UIDS_IN_ASK}")
         uids = tuple(parse_uid(uid, self._manifest) for uid in request.uids)
         match request.reason:
             case state_pb2.ASK_REASON_ADOPT:
-                return Hint(caller, uids)
+                return FetchHint(caller, uids)
             case state_pb2.ASK_REASON_AVERAGE:
                 if len(uids) != 1 or len(request.sha256) != 32 or len(request.base_sha256) != 32:
                     raise WireError("an average is of one expert and two snapshots")
-                return Hint(caller, uids, request.sha256, request.base_sha256)
+                return FetchHint(caller, uids, request.sha256, request.base_sha256)
             case _:
                 raise WireError(f"reason {request.reason} is not known here")

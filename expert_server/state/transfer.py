@@ -22,10 +22,10 @@ from expert_server.experts.format import Checkpoint, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, TransferError
-from peer.rates import Rate
+from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import Metadata, OwnSessions
-from peer.rpc.transfer import Incoming, Snapshots, SnapshotService
+from peer.rpc.sessions import Metadata, SessionClient
+from peer.rpc.transfer import SnapshotCache, SnapshotClient, SnapshotReceiver
 from peer.transport.tunnel import Tunnels
 from peer.wire import state_pb2, state_pb2_grpc
 
@@ -76,7 +76,7 @@ class SnapshotTaker:
     def __init__(
         self,
         runtime: Runtime,
-        snapshots: Snapshots[Snapshot],
+        snapshots: SnapshotCache[Snapshot],
         swarm_id: str,
         met: Callable[[UID], Mapping[PeerID, int]],
         clock: Callable[[], float] = time.monotonic,
@@ -148,8 +148,8 @@ class StateClient:
         self,
         swarm_id: str,
         manifest: Manifest,
-        sessions: OwnSessions,
-        down: Rate,
+        sessions: SessionClient,
+        down: RateLimit,
         max_transfer_s: float,
         tunnels: Tunnels | None = None,
     ) -> None:
@@ -159,11 +159,11 @@ class StateClient:
         self.counts = TransferCounts()
         self._down = down
         self._swarm_id = swarm_id
-        self._service = SnapshotService(
+        self._service = SnapshotClient(
             state_pb2_grpc.StateServiceStub,
             ChannelPool(_CHANNELS, tunnels),
             sessions,
-            partial(Incoming, largest_state_bytes(manifest), self._count_received),
+            partial(SnapshotReceiver, largest_state_bytes(manifest), self._count_received),
             open_s=_ASK_S,
             limit_s=max_transfer_s,
         )
@@ -224,7 +224,7 @@ class StateClient:
     def _count_received(self, size: int) -> None:
         self.counts.bytes_received += size
 
-    def _open(self, incoming: Incoming, uid: UID) -> Fetched:
+    def _open(self, incoming: SnapshotReceiver, uid: UID) -> Fetched:
         header, data = incoming.whole()
         checkpoint = from_bytes(data, self._swarm_id, uid, header.update_count)
         return Fetched(checkpoint, header.sha256, header.met_update_count)

@@ -27,15 +27,22 @@ from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
 from peer.errors import WireError
-from peer.kademlia.search import DEFAULT_BREADTH, Breadth, Contacts, Hearsay, RoundTrips, Search
-from peer.kademlia.validation import keep_valid, unpack
-from peer.transport.p2pd import P2PD_ERRORS
+from peer.kademlia.search import (
+    DEFAULT_BREADTH,
+    ContactBook,
+    IterativeSearch,
+    RttEstimator,
+    SearchLimits,
+    UnverifiedNodes,
+)
+from peer.kademlia.validation import drop_invalid_entries, unpack
+from peer.transport.p2pd import TRANSPORT_ERRORS
 
 _MAX_PEER_ID_BYTES = 64
 
 
 @dataclass(frozen=True)
-class Answer:
+class FindResult:
     """What a peer said of one key."""
 
     value: DictionaryDHTValue | None
@@ -45,20 +52,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Reply:
+class FindReply:
     """What a peer said."""
 
     node: int | None
     """The Kademlia ID that it has; others may have named it by another. None for a client."""
-    answers: dict[DHTID, Answer]
+    answers: dict[DHTID, FindResult]
 
 
-async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> Reply | None:
+async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> FindReply | None:
     """None when the peer does not answer within hivemind's `wait_timeout`, or not what was asked."""
     request = dht_pb2.FindRequest(keys=[key.to_bytes() for key in keys], peer=protocol.node_info)
     try:
         response = await protocol.get_stub(peer).rpc_find(request, timeout=protocol.wait_timeout)
-    except P2PD_ERRORS:
+    except TRANSPORT_ERRORS:
         response = None
     if response is None or len(response.results) != len(keys):
         await protocol.update_routing_table(None, peer, responded=False)
@@ -68,10 +75,10 @@ async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> Re
         node = DHTID.from_bytes(response.peer.node_id)
         await protocol.update_routing_table(node, peer)
     results = zip(keys, response.results, strict=True)
-    return Reply(node, {key: _answer(protocol, key, result) for key, result in results})
+    return FindReply(node, {key: _answer(protocol, key, result) for key, result in results})
 
 
-def _answer(protocol: DHTProtocol, key: DHTID, result: dht_pb2.FindResult) -> Answer:
+def _answer(protocol: DHTProtocol, key: DHTID, result: dht_pb2.FindResult) -> FindResult:
     named = list(zip(result.nearest_node_ids, result.nearest_peer_ids, strict=False))[: protocol.bucket_size]
     once = {
         peer: int.from_bytes(node, "big")
@@ -80,21 +87,21 @@ def _answer(protocol: DHTProtocol, key: DHTID, result: dht_pb2.FindResult) -> An
     }
     nearer = {node: peer for peer, node in once.items()}
     if result.type != dht_pb2.FOUND_DICTIONARY:
-        return Answer(None, nearer)  # nobody should store plain values
+        return FindResult(None, nearer)  # nobody should store plain values
     try:
         value = unpack(result.value)
     except WireError:
-        return Answer(None, nearer)
+        return FindResult(None, nearer)
     if not isinstance(value, DictionaryDHTValue):
-        return Answer(None, nearer)
+        return FindResult(None, nearer)
     if protocol.record_validator is not None:
-        keep_valid(protocol.record_validator, key.to_bytes(), value)
-    return Answer(value, nearer)
+        drop_invalid_entries(protocol.record_validator, key.to_bytes(), value)
+    return FindResult(value, nearer)
 
 
-Answers = Mapping[DHTID, Answer]
+Answers = Mapping[DHTID, FindResult]
 
-_NEAREST = Breadth(quorum=2**31)
+_NEAREST = SearchLimits(quorum=2**31)
 """For a writer, to whom values tell nothing."""
 _KEYS_PER_CALL = 32
 _ITEMS_PER_CALL = 32
@@ -123,8 +130,8 @@ class Item(NamedTuple):
 class Found:
     """What a look-up brought."""
 
-    search: Search
-    peers: Contacts = field(repr=False)
+    search: IterativeSearch
+    peers: ContactBook = field(repr=False)
     entries: dict[object, Entry] = field(default_factory=dict)
     """By subkey; of several answers the one that expires last. Expired ones may be among them."""
 
@@ -151,14 +158,14 @@ class Lookups:
         """`dht` gives the DHT node of now. `parallel_calls`: most at a time in one look-up, late ones not counted."""
         self._dht = dht
         self.parallel_calls = parallel_calls
-        self.round_trips = RoundTrips()
+        self.round_trips = RttEstimator()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.hearsay = Hearsay()
+        self.hearsay = UnverifiedNodes()
         self._near: dict[DHTID, dict[int, PeerID]] = {}
         """Who answered last time for a key, the key that was looked up last at the end."""
 
     async def find(
-        self, keys: Collection[DHTID], breadth: Breadth = DEFAULT_BREADTH, besides_self: bool = False
+        self, keys: Collection[DHTID], breadth: SearchLimits = DEFAULT_BREADTH, besides_self: bool = False
     ) -> dict[DHTID, Found]:
         """Looks all keys up. `besides_self`: what this peer stores itself does not count."""
         run = _Run(self, self._dht(), keys, breadth, besides_self)
@@ -287,13 +294,13 @@ class _Run:
         lookups: Lookups,
         dht: DHTNode,
         keys: Collection[DHTID],
-        breadth: Breadth,
+        breadth: SearchLimits,
         besides_self: bool,
     ) -> None:
         self._lookups = lookups
         self._dht = dht
         self._clock = asyncio.get_running_loop().time
-        self._peers = Contacts()
+        self._peers = ContactBook()
         self._queue: dict[int, list[DHTID]] = {}
         """What each node is to be asked."""
         self._waiting: deque[_Call] = deque()
@@ -306,7 +313,7 @@ class _Run:
         """Nodes that have answered any of the keys."""
         self.found: dict[DHTID, Found] = {}
         for key in keys:
-            self.found[key] = Found(Search(key, self._start(key), breadth), self._peers)
+            self.found[key] = Found(IterativeSearch(key, self._start(key), breadth), self._peers)
             if not besides_self and not dht.protocol.client_mode:
                 self._ask_self(key)
         self._unfinished = set(keys)

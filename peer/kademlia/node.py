@@ -25,9 +25,9 @@ from hivemind.utils import MSGPackSerializer
 from peer.errors import ClockError, HiddenError, WireError
 from peer.formatting import counted
 from peer.kademlia.storage import BoundedStorage, StoreCounts
-from peer.kademlia.validation import filter_answers, is_rightful, keep_valid, unpack
-from peer.rates import Bucket
-from peer.transport.p2pd import P2PD_ERRORS, Daemon
+from peer.kademlia.validation import drop_invalid_entries, owns_node_id, patch_validation, unpack
+from peer.rates import TokenBucket
+from peer.transport.p2pd import TRANSPORT_ERRORS, Daemon
 
 
 async def start_dht(
@@ -49,8 +49,8 @@ async def start_dht(
         cache_refresh_before_expiry=0,
     )
     if validator is not None:
-        filter_answers(dht.protocol)
-        await guard(dht.protocol, counts or StoreCounts())
+        patch_validation(dht.protocol)
+        await install_handlers(dht.protocol, counts or StoreCounts())
     return dht
 
 
@@ -62,7 +62,7 @@ _HANDED_AT_ONCE_S = 16.0
 """So much of its rate is handed over at once after a pause."""
 
 
-class DhtService:
+class BoundedDHTHandlers:
     """Stands before a DHT node's protocol. What is wrong gets an empty answer: an error would fill the log."""
 
     def __init__(self, protocol: DHTProtocol, counts: StoreCounts) -> None:
@@ -71,7 +71,7 @@ class DhtService:
         self._validator = protocol.record_validator
         self._meet, self._ping = protocol.update_routing_table, protocol.rpc_ping
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._handed = Bucket(1.0, _HANDED_AT_ONCE_S, 0.0)
+        self._handed = TokenBucket(1.0, _HANDED_AT_ONCE_S, 0.0)
         """In seconds of the rate for it."""
         protocol.storage = BoundedStorage(counts)
         protocol.update_routing_table = self.update_routing_table
@@ -145,7 +145,7 @@ class DhtService:
         if node_id is None or node_id == self._protocol.node_id:
             return
         if table.get(node_id=node_id, default=peer_id) != peer_id:
-            if not is_rightful(node_id, peer_id.to_bytes()):
+            if not owns_node_id(node_id, peer_id.to_bytes()):
                 return  # nobody takes another's place
             del table[node_id]
         if known is None and self._may_hand_over():
@@ -176,7 +176,7 @@ class DhtService:
             return False
         if not isinstance(entries, DictionaryDHTValue):
             return False
-        keep_valid(self._validator, key, entries)
+        drop_invalid_entries(self._validator, key, entries)
         await asyncio.sleep(0)  # every signature took some time
         stored = [storage.store_subkey(key_id, subkey, *entry) for subkey, entry in entries.items()]
         return any(stored)
@@ -221,9 +221,9 @@ class DhtService:
         task.add_done_callback(self._tasks.discard)
 
 
-async def guard(protocol: DHTProtocol, counts: StoreCounts) -> None:
+async def install_handlers(protocol: DHTProtocol, counts: StoreCounts) -> None:
     """Bounds what others may store and ask at this DHT node, which must have a validator and be new."""
-    DhtService(protocol, counts)
+    BoundedDHTHandlers(protocol, counts)
     if not protocol.client_mode:
         await protocol.remove_p2p_handlers(protocol.p2p)
         await protocol.add_p2p_handlers(protocol.p2p)
@@ -234,7 +234,7 @@ CLOCK_TOLERANCE_S = 3.0
 
 
 @dataclass(frozen=True)
-class Greeting:
+class BootstrapReply:
     """What a peer said when it was greeted."""
 
     addresses: tuple[str, ...]
@@ -245,7 +245,9 @@ class Greeting:
     """Whether it could dial back."""
 
 
-async def greet(daemon: Daemon, dht: DHTNode, addresses: Sequence[str], deadline_s: float) -> list[Greeting]:
+async def bootstrap(
+    daemon: Daemon, dht: DHTNode, addresses: Sequence[str], deadline_s: float
+) -> list[BootstrapReply]:
     """Greets the peers at these addresses, all at once; then looks for this peer's neighbours among theirs.
 
     `deadline_s` is for each dial, each greeting and the look. Gives what those said who answered.
@@ -268,7 +270,7 @@ async def greet(daemon: Daemon, dht: DHTNode, addresses: Sequence[str], deadline
 
 async def _greet_one(
     daemon: Daemon, dht: DHTNode, peer_id: PeerID, addresses: Sequence[str], deadline_s: float
-) -> Greeting | None:
+) -> BootstrapReply | None:
     protocol = dht.protocol
     try:
         await daemon.connect(peer_id, addresses, deadline_s)
@@ -276,7 +278,7 @@ async def _greet_one(
         request = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
         answer = await protocol.get_stub(peer_id).rpc_ping(request, timeout=deadline_s)
         took_s = time.time() - asked_at
-    except P2PD_ERRORS:
+    except TRANSPORT_ERRORS:
         return None
     if len(answer.peer.node_id) != DHTID.HASH_NBYTES:
         return None  # it serves no DHT keys
@@ -284,10 +286,10 @@ async def _greet_one(
     dht.blacklist.register_success(peer_id)  # it may stand there since before it was started again
     await protocol.update_routing_table(node_id, peer_id)
     offset_s = answer.dht_time - asked_at - took_s / 2
-    return Greeting(tuple(addresses), node_id, offset_s, answer.available)
+    return BootstrapReply(tuple(addresses), node_id, offset_s, answer.available)
 
 
-def check_greetings(greetings: Collection[Greeting], serves_dht: bool) -> None:
+def check_bootstrap(greetings: Collection[BootstrapReply], serves_dht: bool) -> None:
     """Raises ClockError when this clock is wrong by most others', HiddenError when nobody reaches this peer."""
     offsets = (greeting.clock_offset_s for greeting in greetings)
     by_size = sorted((math.inf if math.isnan(offset) else offset for offset in offsets), key=abs)

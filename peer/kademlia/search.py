@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 
-from peer.kademlia.validation import is_rightful
+from peer.kademlia.validation import owns_node_id
 
 
 @dataclass(frozen=True)
-class Breadth:
+class SearchLimits:
     """How many nodes a look-up asks."""
 
     front: int = 7
@@ -35,13 +35,13 @@ class Breadth:
     """How often a node is asked as long as nobody has answered: one who knows few nodes may lose all questions."""
 
 
-DEFAULT_BREADTH = Breadth()
+DEFAULT_BREADTH = SearchLimits()
 
 
-class Search:
+class IterativeSearch:
     """A look-up of one key. Nodes are named by their Kademlia IDs, as integers."""
 
-    def __init__(self, key: int, known: Iterable[int], breadth: Breadth = DEFAULT_BREADTH) -> None:
+    def __init__(self, key: int, known: Iterable[int], breadth: SearchLimits = DEFAULT_BREADTH) -> None:
         self.key = key
         self.found_after: int | None = None
         """Rounds of questions, one after another, until the first value; None while there is none."""
@@ -187,7 +187,7 @@ _HEARSAY_BUCKET = 16
 """Nodes remembered for each first byte of their IDs, those that were named last."""
 
 
-class Contacts:
+class ContactBook:
     """Kademlia ID → PeerID of the nodes that some look-ups heard of. A PeerID is made when it is needed."""
 
     def __init__(self) -> None:
@@ -209,12 +209,12 @@ class Contacts:
             known = self._heard.get(node)
             if known is None and node not in self._made:
                 self._heard[node] = peer
-            elif known not in (None, peer) and is_rightful(node, peer):
+            elif known not in (None, peer) and owns_node_id(node, peer):
                 self._heard[node] = peer
                 self._made.pop(node, None)
 
 
-class RoundTrips:
+class RttEstimator:
     """How long a call takes, by the calls before: the estimate by which TCP sends again (RFC 6298)."""
 
     def __init__(self) -> None:
@@ -236,7 +236,7 @@ class RoundTrips:
         return min(max(self._mean_s + 4 * self._deviation_s, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
 
 
-class Hearsay:
+class UnverifiedNodes:
     """Nodes that others named lately. Not asked yet, so not for the routing table, but good places to start from."""
 
     def __init__(self) -> None:
@@ -246,7 +246,7 @@ class Hearsay:
         for node, peer in peers.items():
             bucket = self._buckets.setdefault(node >> _HEARSAY_SHIFT, {})
             known = bucket.pop(node, peer)
-            bucket[node] = peer if known == peer or is_rightful(node, peer) else known
+            bucket[node] = peer if known == peer or owns_node_id(node, peer) else known
             if len(bucket) > _HEARSAY_BUCKET:
                 del bucket[next(iter(bucket))]
 

@@ -90,18 +90,18 @@ MAX_ENTRIES = 4096
 """Of one dictionary in one answer; of more, some are drawn, so that nobody can choose which are lost."""
 
 
-def is_rightful(node: int, peer_id: bytes) -> bool:
+def owns_node_id(node: int, peer_id: bytes) -> bool:
     """Whether this Kademlia ID is the one that peers of ours take: the hash of the PeerID. Others draw theirs."""
     return hashlib.sha1(peer_id, usedforsecurity=False).digest() == node.to_bytes(DHTID.HASH_NBYTES, "big")
 
 
-def filter_answers(protocol: DHTProtocol) -> None:
+def patch_validation(protocol: DHTProtocol) -> None:
     """Makes this DHT node use the good entries of dictionaries that hold bad ones too. It must have a validator."""
     protocol.serializer = StrictSerializer
-    protocol._validate_dictionary = partial(keep_valid, protocol.record_validator)
+    protocol._validate_dictionary = partial(drop_invalid_entries, protocol.record_validator)
 
 
-def keep_valid(validator: RecordValidatorBase, key: bytes, dictionary: DictionaryDHTValue) -> bool:
+def drop_invalid_entries(validator: RecordValidatorBase, key: bytes, dictionary: DictionaryDHTValue) -> bool:
     """Takes out what the validator refuses, and what is too much."""
     with dictionary.freeze():
         entries = list(dictionary.items())

@@ -70,7 +70,7 @@ def require_same_swarm(own_swarm_id: str, protocol_version: int, swarm_id: str) 
 
 
 @asynccontextmanager
-async def refusing(
+async def abort_on_error(
     context: grpc.aio.ServicerContext[Any, Any], longest_s: float | None = None, late: str = ""
 ) -> AsyncIterator[None]:
     """Around what answers a call: an error there ends the call with its status.
@@ -94,7 +94,7 @@ M = TypeVar("M")
 Parse = Callable[[bytes], M]
 
 
-class GarbageInterceptor(grpc.aio.ServerInterceptor):
+class TolerantInterceptor(grpc.aio.ServerInterceptor):
     """For servers: of requests."""
 
     async def intercept_service(
@@ -148,7 +148,7 @@ def note_failure(transfer: "asyncio.Future[Any]") -> None:
         logger.debug("a message was not read or written: %s", error)
 
 
-class Messages(Generic[M]):
+class RequestReader(Generic[M]):
     """Those that one call sends.
 
     A read that has begun is never cancelled, and ends with the call: gRPC does not free the message of a read that
@@ -173,7 +173,7 @@ def make_server(max_calls: int) -> grpc.aio.Server:
     """Without services and ports. `max_calls`: at once, of all services; more are refused."""
     _GRPC.addFilter(_is_of_ours)
     return grpc.aio.server(
-        interceptors=[GarbageInterceptor()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls
+        interceptors=[TolerantInterceptor()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls
     )
 
 

@@ -142,7 +142,7 @@ class ChannelPool:
     async def _open(self, peer: Contact, way: str) -> grpc.aio.Channel:
         if way == _TUNNEL:
             assert self._tunnels is not None
-            way = await self._tunnels.to(peer.peer_id, peer.tunnel_addresses)
+            way = await self._tunnels.open_to(peer.peer_id, peer.tunnel_addresses)
         return await self.get(way, peer.certificate_pem)
 
     async def _try(self, peer: Contact, ways: Sequence[str]) -> grpc.aio.Channel:

@@ -63,7 +63,7 @@ class Admission(Protocol):
         ...
 
 
-class Everybody:
+class AllowAll:
     """Admits whoever proves who it is."""
 
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
@@ -170,7 +170,7 @@ class Sessions:
         self.counts = SessionCounts()
         self._swarm_id = swarm_id
         self._server = server
-        self._admission = admission or Everybody()
+        self._admission = admission or AllowAll()
         self._limit = limit
         self._lifetime_s = lifetime_s
         self._now = now
@@ -298,7 +298,7 @@ _LONGEST_LIFETIME_S = 7 * 86400.0
 _MAX_SESSION_BYTES = 64
 
 
-class OwnSessions:
+class SessionClient:
     """Opens sessions when they are needed, one with each server, and remembers them. For one event loop.
 
     A session that a server does not know any more is told by `ended`; the call can then be repeated, for a server looks

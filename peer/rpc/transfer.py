@@ -15,10 +15,10 @@ from grpc import StatusCode
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError, WireError
-from peer.rates import Rate
+from peer.rates import RateLimit
 from peer.rpc.calls import make_stub
 from peer.rpc.channels import ChannelPool, Contact
-from peer.rpc.sessions import Metadata, OwnSessions
+from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import state_pb2
 
 STALL_S = 30.0
@@ -27,7 +27,7 @@ _CHUNK_S = 20.0
 """Longest that a receiver may take to read one chunk."""
 
 
-class Kept(Protocol):
+class CachedSnapshot(Protocol):
     """A snapshot that others may fetch."""
 
     @property
@@ -40,11 +40,11 @@ class Kept(Protocol):
     def expires_at(self) -> float: ...
 
 
-S = TypeVar("S", bound=Kept)
+S = TypeVar("S", bound=CachedSnapshot)
 M = TypeVar("M")
 
 
-class Snapshots(Generic[S]):
+class SnapshotCache(Generic[S]):
     """A bounded memory of them. Pure: `now` is passed in."""
 
     def __init__(self, limit: int, lifetime_s: float) -> None:
@@ -79,7 +79,7 @@ class Snapshots(Generic[S]):
             del self._kept[key]
 
 
-class Incoming:
+class SnapshotReceiver:
     """What of a snapshot has come so far. Does no I/O, and takes nothing but what was announced."""
 
     def __init__(self, max_bytes: int, count: Callable[[int], None]) -> None:
@@ -133,8 +133,8 @@ class Incoming:
 
 async def receive(
     call: Any,
-    incoming: Incoming,
-    down: Rate,
+    incoming: SnapshotReceiver,
+    down: RateLimit,
     sha256: bytes = b"",
     begun: Callable[[], None] = lambda: None,
 ) -> None:
@@ -159,7 +159,7 @@ async def in_time(message: Awaitable[M]) -> M:
 
 
 async def outgoing(
-    header: state_pb2.StateHeader, data: bytes, offset: int, up: Rate
+    header: state_pb2.StateHeader, data: bytes, offset: int, up: RateLimit
 ) -> AsyncIterator[state_pb2.FetchReply]:
     """The replies that give a snapshot from an offset on, as fast as `up` lets. Raises WireError beyond its end."""
     if offset > len(data):
@@ -200,15 +200,15 @@ _PASSING = {
 
 
 @dataclass(frozen=True)
-class SnapshotService:
+class SnapshotClient:
     """A gRPC service of other peers that gives snapshots. Close it when done."""
 
     stub_class: Callable[[Any], Any]
     """The generated one."""
     channels: ChannelPool
-    sessions: OwnSessions
+    sessions: SessionClient
     """What shows others who calls."""
-    incoming: Callable[[], Incoming]
+    incoming: Callable[[], SnapshotReceiver]
     """Where a snapshot goes, from its beginning on."""
     open_s: float
     """Longest that opening a session may take."""
@@ -228,7 +228,9 @@ class SnapshotService:
         stub = make_stub(self.stub_class, channel)
         return stub, await self.sessions.metadata(peer.peer_id, channel, self.open_s)
 
-    async def download(self, peer: Contact, method: str, request: Any, what: str, down: Rate) -> Incoming:
+    async def download(
+        self, peer: Contact, method: str, request: Any, what: str, down: RateLimit
+    ) -> SnapshotReceiver:
         """By calls of the method, each from where the last was cut off.
 
         `request`: whose `sha256` and `offset` are set for each; its first `sha256`: of the snapshot that is wanted,
@@ -241,7 +243,9 @@ class SnapshotService:
         except TimeoutError:
             raise TransferError(f"{what} did not come within {self.limit_s:.0f} s") from None
 
-    async def _download(self, peer: Contact, method: str, request: Any, what: str, down: Rate) -> Incoming:
+    async def _download(
+        self, peer: Contact, method: str, request: Any, what: str, down: RateLimit
+    ) -> SnapshotReceiver:
         wanted: bytes = request.sha256
         incoming = self.incoming()
         session: Metadata = ()
@@ -273,7 +277,7 @@ class SnapshotService:
             self.sessions.ended(peer.peer_id, session)  # the attempt may have failed for that
 
 
-async def _receive(call: Any, incoming: Incoming, down: Rate, what: str, wanted: bytes) -> None:
+async def _receive(call: Any, incoming: SnapshotReceiver, down: RateLimit, what: str, wanted: bytes) -> None:
     try:
         await receive(call, incoming, down, wanted)
     except TimeoutError:

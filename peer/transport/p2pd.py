@@ -48,7 +48,7 @@ class HandlerTasks(dict[UUID, "asyncio.Task[None]"]):
         task.add_done_callback(lambda _: self.pop(call_id, None))
 
 
-def mend(control: Any) -> None:
+def patch_control_client(control: Any) -> None:
     """Gives a hivemind ControlClient, on which no calls are under way, these tables in place of its own."""
     control._pending_calls, control._handler_tasks = PendingCalls(), HandlerTasks()
 
@@ -72,7 +72,7 @@ limits above, or one that ends each connection after 128 KiB. On several process
 """
 
 # what hivemind's calls raise when p2pd or the other peer does not do what was asked
-P2PD_ERRORS = (
+TRANSPORT_ERRORS = (
     P2PDaemonError,
     P2PHandlerError,
     OSError,  # of it is TimeoutError
@@ -82,7 +82,7 @@ P2PD_ERRORS = (
 
 
 @dataclass(frozen=True)
-class Position:
+class NetworkConfig:
     """How a peer stands to the network."""
 
     listen: str
@@ -202,7 +202,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         return [task for task in tasks if task is not None]
 
 
-async def start_daemon(identity: Identity, position: Position) -> Daemon:
+async def start_daemon(identity: Identity, position: NetworkConfig) -> Daemon:
     """Starts p2pd. Raises DaemonError when this machine can't."""
     started: list[Daemon] = []
 
@@ -240,7 +240,7 @@ async def start_daemon(identity: Identity, position: Position) -> Daemon:
         )
         if task.cancelling() > cancels:  # hivemind's wait_for drops it on Python 3.11
             raise asyncio.CancelledError
-        mend(created._client.control)
+        patch_control_client(created._client.control)
         daemon = created
     except P2PDaemonError as error:
         raise DaemonError(f"the libp2p daemon did not start: {error}; {_REINSTALL}") from error
@@ -253,7 +253,7 @@ async def start_daemon(identity: Identity, position: Position) -> Daemon:
     return daemon
 
 
-def _relaying(position: Position) -> dict[str, Any]:
+def _relaying(position: NetworkConfig) -> dict[str, Any]:
     """What p2pd takes, and hivemind has no arguments for."""
     return {
         "relayService": position.serves_dht,

@@ -77,7 +77,7 @@ class Tunnels:
         self._open_stream = open_stream
         self._limits = limits
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._entrances: OrderedDict[PeerID, _Entrance] = OrderedDict()  # least recently used first
+        self._entrances: OrderedDict[PeerID, _Listener] = OrderedDict()  # least recently used first
         self._exit: Path | None = None
         self._incoming: Counter[PeerID] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -86,7 +86,7 @@ class Tunnels:
         """Where this peer's gRPC server is to listen, to be reached by tunnels."""
         return self._path("exit")
 
-    def lead_to(self, path: Path, most_streams: int) -> None:
+    def set_exit(self, path: Path, most_streams: int) -> None:
         """From now on streams of other peers lead to this unix socket. Before, none is accepted."""
         self._exit = path
         self._limits = replace(self._limits, streams=most_streams)
@@ -96,7 +96,7 @@ class Tunnels:
         if self._exit is not None:
             await daemon.add_binary_stream_handler(PROTOCOL, self._accept)
 
-    async def to(self, peer_id: PeerID, addresses: Sequence[str]) -> str:
+    async def open_to(self, peer_id: PeerID, addresses: Sequence[str]) -> str:
         """Where gRPC dials that peer through a tunnel; nothing is dialled yet.
 
         `addresses`: multiaddresses of the peer, such as it announces now. Raises UnreachableError when this machine has
@@ -110,8 +110,8 @@ class Tunnels:
             oldest.close()
         return _grpc_name(entrance.path)
 
-    async def _entrance_to(self, peer_id: PeerID) -> "_Entrance":
-        entrance = self._entrances[peer_id] = _Entrance(self._path(_file_name(peer_id)))
+    async def _entrance_to(self, peer_id: PeerID) -> "_Listener":
+        entrance = self._entrances[peer_id] = _Listener(self._path(_file_name(peer_id)))
         try:
             entrance.server = await asyncio.start_unix_server(
                 lambda reader, writer: self._dig(peer_id, entrance, (reader, writer)),
@@ -167,7 +167,7 @@ class Tunnels:
     async def _connect(self, path: Path) -> Pipe:
         return await asyncio.open_unix_connection(str(path), limit=_PIECE_BYTES)
 
-    async def _dig(self, peer_id: PeerID, entrance: "_Entrance", accepted: Pipe) -> None:
+    async def _dig(self, peer_id: PeerID, entrance: "_Listener", accepted: Pipe) -> None:
         """For a connection of this process's own gRPC."""
         if self.counts.open >= 2 * self._limits.streams:
             accepted[1].close()
@@ -242,7 +242,7 @@ def _grpc_name(path: Path) -> str:
     return f"unix:{path}"
 
 
-class _Entrance:
+class _Listener:
     """A unix socket by which gRPC reaches one peer."""
 
     def __init__(self, path: Path) -> None:

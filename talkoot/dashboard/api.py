@@ -43,7 +43,7 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
-class Sight:
+class DashboardState:
     """How well the swarm is seen now, beside the last picture of it."""
 
     picture: Picture | None
@@ -55,7 +55,7 @@ class Sight:
     now: float
 
 
-def swarm(sight: Sight) -> Json:
+def swarm(sight: DashboardState) -> Json:
     """What stands at the head of the page."""
     figures = {} if sight.picture is None else sight.picture.figures
     read_at = None if sight.picture is None else sight.picture.read_at
@@ -90,7 +90,7 @@ def swarm(sight: Sight) -> Json:
     }  # fmt: skip
 
 
-def state(sight: Sight) -> Json:
+def state(sight: DashboardState) -> Json:
     """How the swarm does, in one word for programs and in some for people."""
     if sight.unreachable_since is not None:
         return {"level": "unknown", "words": "cannot reach the swarm"}

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peer.transport.addresses import ip_address
 from talkoot.dashboard import api
-from talkoot.dashboard.history import Keeper
+from talkoot.dashboard.history import HistoryStore
 from talkoot.dashboard.picture import Json, Picture
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import Watcher
@@ -114,7 +114,7 @@ class Streams:
 
 def make_app(
     watcher: Watcher,
-    keeper: Keeper,
+    keeper: HistoryStore,
     settings: DashboardSettings,
     registry: CollectorRegistry,
     streams: Streams,
@@ -145,7 +145,7 @@ def make_app(
 
 
 class _Endpoints:
-    def __init__(self, watcher: Watcher, keeper: Keeper, registry: CollectorRegistry) -> None:
+    def __init__(self, watcher: Watcher, keeper: HistoryStore, registry: CollectorRegistry) -> None:
         self._watcher = watcher
         self._keeper = keeper
         self._registry = registry

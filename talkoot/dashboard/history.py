@@ -306,7 +306,7 @@ _SAY_EVERY_S = 600.0
 """A full disk fails each write, every few seconds."""
 
 
-class Keeper:
+class HistoryStore:
     """Owns the history. Close it when done."""
 
     def __init__(self, history: History) -> None:

@@ -78,7 +78,7 @@ class Census(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Pace:
+class NodeRates:
     """What all live trainers do together; None: cannot be told yet."""
 
     calls_per_s: float | None = None
@@ -92,7 +92,7 @@ class _Counted:
 
     trainer: TrainerInfo
     at: float
-    pace: Pace | None = None
+    pace: NodeRates | None = None
 
 
 class Paces:
@@ -101,7 +101,7 @@ class Paces:
     def __init__(self) -> None:
         self._counted: dict[PeerID, _Counted] = {}
 
-    def note(self, trainers: Census[TrainerInfo]) -> Pace:
+    def note(self, trainers: Census[TrainerInfo]) -> NodeRates:
         """The pace of all live trainers."""
         live = {peer_id: seen for peer_id, seen in trainers.seen.items() if not seen.gone}
         for gone in self._counted.keys() - live.keys():
@@ -116,26 +116,26 @@ class Paces:
         return _together([counted.pace for counted in self._counted.values() if counted.pace is not None])
 
 
-def _pace(before: TrainerInfo, now: TrainerInfo, seconds: float) -> Pace:
+def _pace(before: TrainerInfo, now: TrainerInfo, seconds: float) -> NodeRates:
     def grown(later: int, earlier: int) -> float:
         return max(0, later - earlier) / seconds
 
     moved = now.bytes_sent + now.bytes_received, before.bytes_sent + before.bytes_received
-    return Pace(
+    return NodeRates(
         grown(now.calls, before.calls),
         grown(*moved),
         {cause: 60 * grown(n, before.failures.get(cause, 0)) for cause, n in now.failures.items()},
     )
 
 
-def _together(paces: list[Pace]) -> Pace:
+def _together(paces: list[NodeRates]) -> NodeRates:
     if not paces:
-        return Pace()
+        return NodeRates()
     failures: Counter[str] = Counter()
     for pace in paces:
         for cause, rate in pace.failures_per_min.items():
             failures[cause] += rate  # type: ignore[assignment]  # a Counter adds floats as well
-    return Pace(
+    return NodeRates(
         sum(pace.calls_per_s or 0.0 for pace in paces),
         sum(pace.bytes_per_s or 0.0 for pace in paces),
         dict(failures),
@@ -207,7 +207,7 @@ def paint(
     view: View,
     nodes: Census[NodeInfo],
     trainers: Census[TrainerInfo],
-    pace: Pace,
+    pace: NodeRates,
     most_cells: int,
     before: Picture | None = None,
     warning: str = "",
@@ -242,7 +242,9 @@ def paint(
     )
 
 
-def _figures(manifest: Manifest, nodes: Sequence[NodeInfo], live: Sequence[TrainerInfo], pace: Pace) -> Json:
+def _figures(
+    manifest: Manifest, nodes: Sequence[NodeInfo], live: Sequence[TrainerInfo], pace: NodeRates
+) -> Json:
     """`nodes` and trainers that are `live`."""
     speeds = [t.tokens_per_s for t in live if t.tokens_per_s is not None]
     losses = [(t.validation_loss, t.bits_per_byte) for t in live if t.validation_loss is not None]

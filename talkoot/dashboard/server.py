@@ -25,7 +25,7 @@ from dht.invites import Invite, invite_of
 from peer.errors import PortError
 from peer.files import StateFolder
 from talkoot.dashboard.app import Streams, make_app
-from talkoot.dashboard.history import History, Keeper
+from talkoot.dashboard.history import History, HistoryStore
 from talkoot.dashboard.picture import Json, Picture
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import Watcher
@@ -154,7 +154,7 @@ async def dashboard(
         settings.history_series,
         2 * settings.history_experts,
     )
-    keeper = Keeper(history)
+    keeper = HistoryStore(history)
     watcher = Watcher(invite, settings, folder, keeper, await keeper.kept_picture())
     streams = Streams(settings.max_streams)
     app = make_app(watcher, keeper, settings, _registry(watcher, keeper, streams), streams)
@@ -212,7 +212,7 @@ def address_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-def _registry(watcher: Watcher, keeper: Keeper, streams: Streams) -> CollectorRegistry:
+def _registry(watcher: Watcher, keeper: HistoryStore, streams: Streams) -> CollectorRegistry:
     def counts() -> DashboardCounts:
         return DashboardCounts(
             watcher.picture,

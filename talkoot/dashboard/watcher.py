@@ -13,11 +13,11 @@ from dht.registry import NodeInfo
 from dht.swarm import Swarm, join_swarm
 from peer.errors import StartError, SwarmError, UnreachableError
 from peer.identity import Identity
-from talkoot.dashboard.api import Sight
-from talkoot.dashboard.history import Keeper, Sample
+from talkoot.dashboard.api import DashboardState
+from talkoot.dashboard.history import HistoryStore, Sample
 from talkoot.dashboard.picture import Census, Paces, Picture, paint
 from talkoot.dashboard.settings import DashboardSettings
-from talkoot.status import Reading, SwarmReader
+from talkoot.status import SwarmReader, SwarmReading
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Watcher:
         invite: Invite,
         settings: DashboardSettings,
         folder: Path,
-        keeper: Keeper,
+        keeper: HistoryStore,
         kept: Picture | None,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -64,8 +64,8 @@ class Watcher:
         self._earlier = [] if kept is None else kept.nodes
         self._experts_at = self._kept_at = float("-inf")
 
-    def sight(self) -> Sight:
-        return Sight(
+    def sight(self) -> DashboardState:
+        return DashboardState(
             self.picture,
             self._invite.keys.swarm_id,
             self._invite.keys.name,
@@ -129,7 +129,7 @@ class Watcher:
             member.cancel()
             await asyncio.gather(member, return_exceptions=True)
 
-    async def _note(self, reading: Reading) -> None:
+    async def _note(self, reading: SwarmReading) -> None:
         if self.unreachable_since is not None:
             logger.info("the swarm can be reached again")
         self.unreachable_since, self._failed_in_a_row = None, 0

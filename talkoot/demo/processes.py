@@ -18,19 +18,19 @@ _LINES_SHOWN = 8
 _CODE = re.compile(r" \[T[0-9]{3}\]$")
 
 
-class Children:
+class DemoProcesses:
     """All processes of the demo. Stop them when done."""
 
-    def __init__(self, folder: Path, on_event: Callable[["Child", Mapping[str, Any]], None]) -> None:
+    def __init__(self, folder: Path, on_event: Callable[["DemoProcess", Mapping[str, Any]], None]) -> None:
         """`on_event` gets each JSON line of each child. Log lines go to files in `folder`."""
         self._folder = folder
         self._on_event = on_event
         self._changed = asyncio.Event()
-        self._all: list[Child] = []
+        self._all: list[DemoProcess] = []
 
-    async def start(self, name: str, arguments: Sequence[str]) -> "Child":
+    async def start(self, name: str, arguments: Sequence[str]) -> "DemoProcess":
         """Runs `talkoot` with the arguments."""
-        child = await Child.start(name, arguments, self._folder, self._hear)
+        child = await DemoProcess.start(name, arguments, self._folder, self._hear)
         self._all.append(child)
         return child
 
@@ -53,13 +53,13 @@ class Children:
         """Ends all of them at once. Stopping twice is harmless."""
         await asyncio.gather(*(child.stop() for child in self._all))
 
-    def _hear(self, child: "Child", event: Mapping[str, Any] | None) -> None:
+    def _hear(self, child: "DemoProcess", event: Mapping[str, Any] | None) -> None:
         if event is not None:
             self._on_event(child, event)
         self._changed.set()
 
 
-class Child:
+class DemoProcess:
     """A `talkoot` command in a process of its own, which ends with this process, however it ends."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, errors: Path) -> None:
@@ -76,7 +76,7 @@ class Child:
         name: str,
         arguments: Sequence[str],
         folder: Path,
-        hear: Callable[["Child", Mapping[str, Any] | None], None],
+        hear: Callable[["DemoProcess", Mapping[str, Any] | None], None],
     ) -> Self:
         """Runs `talkoot` with the arguments. `hear` gets each JSON line, and None when the process has ended."""
         errors = folder / f"{name.replace(' ', '-')}.log"
@@ -126,7 +126,7 @@ class Child:
         if self._reading is not None:
             await self._reading
 
-    async def _read(self, hear: Callable[["Child", Mapping[str, Any] | None], None]) -> None:
+    async def _read(self, hear: Callable[["DemoProcess", Mapping[str, Any] | None], None]) -> None:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
             hear(self, json.loads(line))

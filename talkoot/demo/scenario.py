@@ -24,7 +24,7 @@ from peer.errors import SettingsError, SwarmError
 from peer.formatting import counted
 from peer.processes import sweep_dead_sockets
 from talkoot.demo.links import Link, Proxy, Wire, free_ports
-from talkoot.demo.processes import Child, Children
+from talkoot.demo.processes import DemoProcess, DemoProcesses
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import StepBar, Terminal, check_writable, write_json
 from trainer_client.data.sources import find_files
@@ -207,11 +207,11 @@ class _Demo:
         self._plan = plan
         self._folder = folder
         self._display = DemoDisplay(terminal, plan.steps)
-        self._children = Children(folder, self._on_event)
-        self._nodes: list[Child] = []
+        self._children = DemoProcesses(folder, self._on_event)
+        self._nodes: list[DemoProcess] = []
         self._proxies: list[Proxy] = []
-        self._invites: dict[Child, Mapping[str, Any]] = {}
-        self._states: dict[Child, Mapping[str, Any]] = {}
+        self._invites: dict[DemoProcess, Mapping[str, Any]] = {}
+        self._states: dict[DemoProcess, Mapping[str, Any]] = {}
         self._step = 0
         self._summary: Mapping[str, Any] | None = None
         self._reading: Mapping[str, Any] | None = None
@@ -297,7 +297,7 @@ class _Demo:
             for expert in reading["experts"]["list"]
         )
 
-    async def _start_node(self, announce_every_s: float, *origin: str) -> Child:
+    async def _start_node(self, announce_every_s: float, *origin: str) -> DemoProcess:
         name = f"node {len(self._nodes) + 1}"
         experts = str(math.ceil(self._experts_total / self._plan.nodes))
         child = await self._start(
@@ -334,12 +334,12 @@ class _Demo:
             *("--call-deadline-s", str(_CALL_DEADLINE_S), "--seed", "0"),
         )
 
-    async def _start(self, name: str, *arguments: str) -> Child:
+    async def _start(self, name: str, *arguments: str) -> DemoProcess:
         child = await self._children.start(name, arguments)
         self._display.tell(f"{name} starts, process {child.pid}")
         return child
 
-    def _kill(self, node: Child) -> None:
+    def _kill(self, node: DemoProcess) -> None:
         node.kill()
         self._display.show_node_state(node.name, node.pid, "killed")
         experts = self._states[node]["experts"]
@@ -347,7 +347,7 @@ class _Demo:
             f"{node.name} is killed with SIGKILL at step {self._step}; it hosted {counted(experts, 'expert')}"
         )
 
-    def _on_event(self, child: Child, event: Mapping[str, Any]) -> None:
+    def _on_event(self, child: DemoProcess, event: Mapping[str, Any]) -> None:
         kind = event.get("event")
         if kind == "invite":
             self._invites[child] = event
@@ -361,7 +361,7 @@ class _Demo:
         elif kind == "status":
             self._reading = event
 
-    def _on_state(self, node: Child, state: Mapping[str, Any]) -> None:
+    def _on_state(self, node: DemoProcess, state: Mapping[str, Any]) -> None:
         before = self._states.get(node)
         if before is None:
             self._display.tell(f"{node.name} serves {counted(state['experts'], 'expert')}")

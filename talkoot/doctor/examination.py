@@ -21,7 +21,7 @@ from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from expert_server.settings import NodeSettings
 from peer.errors import ClockError, DataError, StartError, UserError
-from peer.files import StateFolder, write_whole
+from peer.files import StateFolder, write_atomically
 from peer.formatting import age_in_words
 from peer.host import Host
 from peer.identity import Identity
@@ -69,7 +69,7 @@ class Report(BaseModel):
         """Raises StartError."""
         path = state / REPORT_FILE
         try:
-            write_whole(path, (self.model_dump_json(indent=1) + "\n").encode())
+            write_atomically(path, (self.model_dump_json(indent=1) + "\n").encode())
         except OSError as error:
             raise StartError(f"can't write {path}: {error.strerror}; pass another --state") from error
 

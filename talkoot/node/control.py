@@ -43,10 +43,10 @@ _SOCKET = "control.sock"
 _UCRED = struct.Struct("3i")
 """Linux's `struct ucred`: pid, uid, gid."""
 
-Deed = Literal["status", "pause", "resume", "stop"]
+ControlCommand = Literal["status", "pause", "resume", "stop"]
 
 
-class Steerable(Protocol):
+class ControllableNode(Protocol):
     """What the control socket needs of a node."""
 
     async def pause(self, reason: str, for_s: float | None) -> None: ...
@@ -68,12 +68,12 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: int = CONTROL_VERSION
-    deed: Deed
+    deed: ControlCommand
     for_s: float | None = Field(default=None, gt=0, le=MAX_PAUSE_S, allow_inf_nan=False)
     """How long a pause lasts, in seconds; None: until resumed."""
 
 
-class Standing(BaseModel):
+class ControlStatus(BaseModel):
     """What a node does now. Fields that a newer node adds are left out."""
 
     state: str
@@ -92,7 +92,7 @@ class Reply(BaseModel):
 
     version: int = CONTROL_VERSION
     error: str = ""
-    standing: Standing | None = None
+    standing: ControlStatus | None = None
 
 
 class ControlServer:
@@ -102,9 +102,9 @@ class ControlServer:
         """`state` must be held by this process. `stop`: asks the process to leave in order."""
         self._state = state
         self._stop = stop or _send_sigterm
-        self._node: Steerable | None = None
+        self._node: ControllableNode | None = None
         self._clients: set[asyncio.Task[None]] = set()
-        self._deeds: set[asyncio.Task[Standing]] = set()
+        self._deeds: set[asyncio.Task[ControlStatus]] = set()
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
@@ -136,7 +136,7 @@ class ControlServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._server.wait_closed()
 
-    def steer(self, node: Steerable) -> None:
+    def steer(self, node: ControllableNode) -> None:
         """From now on requests go to this node. Before, it is still joining."""
         self._node = node
 
@@ -185,7 +185,7 @@ class ControlServer:
         except TimeoutError:
             return Reply(error="it is still at it: `talkoot logs` shows how far")
 
-    async def _do(self, request: Request) -> Standing:
+    async def _do(self, request: Request) -> ControlStatus:
         if request.deed == "stop":
             logger.info("asked to stop")
             self._stop()
@@ -198,16 +198,16 @@ class ControlServer:
                 await self._node.resume()
         return self._standing()
 
-    def _standing(self) -> Standing:
+    def _standing(self) -> ControlStatus:
         if self._node is None:
-            return Standing(state="joining", pid=os.getpid())
+            return ControlStatus(state="joining", pid=os.getpid())
         status = self._node.status()
-        return Standing.model_validate(
+        return ControlStatus.model_validate(
             asdict(status) | {"state": status.state.value, "pid": os.getpid()}, extra="ignore"
         )
 
 
-class Control:
+class ControlClient:
     """A client's connection to a running node, good for one request. A context manager; it blocks."""
 
     def __init__(self, state: Path) -> None:
@@ -235,7 +235,7 @@ class Control:
     def __exit__(self, *error: object) -> None:
         self._socket.close()
 
-    def ask(self, deed: Deed, *, for_s: float | None = None) -> Standing:
+    def ask(self, deed: ControlCommand, *, for_s: float | None = None) -> ControlStatus:
         """Raises UserError with what the node said when it did not do it."""
         request = Request(deed=deed, for_s=for_s)
         try:
@@ -267,7 +267,7 @@ def node_folder(state: Path | None) -> Path:
 def is_running(state: Path) -> bool:
     """Whether a node runs with this state folder."""
     try:
-        Control(state).__exit__()
+        ControlClient(state).__exit__()
     except UnreachableError:
         return False
     return True

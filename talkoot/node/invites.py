@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from dht.admission import Mode, Role, make_token, new_serial
-from dht.invites import Invite, Issued, Ledger
+from dht.invites import Invite, InviteLedger, IssuedInvite
 from peer.errors import SettingsError, StartError
-from peer.files import write_whole
+from peer.files import write_atomically
 from peer.identity import Identity
 from peer.transport.addresses import tcp_endpoint
 from talkoot.node.control import node_folder
@@ -39,7 +39,7 @@ class FoundedSwarm(BaseModel):
     def save(self, folder: Path) -> None:
         """Raises StartError."""
         try:
-            write_whole(folder / _FILE, self.model_dump_json().encode(), mode=0o600)
+            write_atomically(folder / _FILE, self.model_dump_json().encode(), mode=0o600)
         except OSError as error:
             raise StartError(f"can't write {folder / _FILE}: {error.strerror}") from error
 
@@ -60,7 +60,7 @@ class FoundedSwarm(BaseModel):
 
 
 @dataclass(frozen=True)
-class Wish:
+class InviteRequest:
     """What an invite shall be."""
 
     role: Role
@@ -68,7 +68,7 @@ class Wish:
     name: str
 
     @classmethod
-    def parse(cls, role: str | None, expires: str | None, name: str | None) -> "Wish":
+    def parse(cls, role: str | None, expires: str | None, name: str | None) -> "InviteRequest":
         """Raises SettingsError."""
         roles = {each.word: each for each in Role}
         word = role or Role.TRAINER.word
@@ -80,7 +80,7 @@ class Wish:
 
 
 def run_invite(
-    terminal: Terminal, state: Path | None, wish: Wish, now: Callable[[], float] = time.time
+    terminal: Terminal, state: Path | None, wish: InviteRequest, now: Callable[[], float] = time.time
 ) -> None:
     """Raises UserError when it is not the founder's folder, or the swarm is open."""
     folder = node_folder(state)
@@ -94,7 +94,7 @@ def run_invite(
     founder = Identity.load_or_create(folder / "identity.key")
     if founder.peer_id != plain.keys.author:
         raise SettingsError(f"{folder} has not the key of the swarm's founder, so it can make no invites")
-    issued = Issued(
+    issued = IssuedInvite(
         serial=new_serial(),
         role=wish.role,
         name=wish.name,
@@ -102,7 +102,7 @@ def run_invite(
         expires_at=now() + wish.lasts_s,
     )
     token = make_token(founder, plain.keys.swarm_id, wish.role, issued.expires_at, issued.serial)
-    Ledger(folder).add(issued)
+    InviteLedger(folder).add(issued)
     invite = str(replace(plain, token=token.SerializeToString()))
     if terminal.json:
         terminal.event("invite", {"invite": invite, **_values(issued)})
@@ -116,7 +116,7 @@ def run_invite(
 
 def run_list(terminal: Terminal, state: Path | None, now: Callable[[], float] = time.time) -> None:
     """Raises UserError."""
-    issued = Ledger(node_folder(state)).read()
+    issued = InviteLedger(node_folder(state)).read()
     if terminal.json:
         terminal.event("invites", {"invites": [_values(each) for each in issued]})
     elif issued:
@@ -129,7 +129,7 @@ def run_revoke(
     terminal: Terminal, state: Path | None, number: str, now: Callable[[], float] = time.time
 ) -> None:
     """Raises UserError."""
-    revoked = Ledger(node_folder(state)).revoke(number, now())
+    revoked = InviteLedger(node_folder(state)).revoke(number, now())
     if terminal.json:
         terminal.event("revoked", _values(revoked))
     else:
@@ -139,14 +139,14 @@ def run_revoke(
         )
 
 
-def _values(issued: Issued) -> dict[str, object]:
+def _values(issued: IssuedInvite) -> dict[str, object]:
     return issued.model_dump(mode="json", exclude={"serial", "role"}) | {
         "serial": issued.number,
         "role": issued.role.word,
     }
 
 
-def _table(issued: Sequence[Issued], now: float) -> Table:
+def _table(issued: Sequence[IssuedInvite], now: float) -> Table:
     table = Table(title="invites")
     for column in ("serial", "role", "name", "made", "until", "state"):
         table.add_column(column, overflow="fold")

@@ -28,7 +28,7 @@ from expert_server.resources import keep_freed_memory, within_memory
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
 from peer.errors import PortError, SettingsError, StartError, UnreachableError, UserError
-from peer.files import StateFolder, write_whole
+from peer.files import StateFolder, write_atomically
 from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
 from peer.settings import DENYLIST
@@ -53,7 +53,7 @@ def last_port(state: Path, host: str) -> int:
 
 
 def remember_port(state: Path, port: int) -> None:
-    write_whole(state / _LAST_PORT, f"{port}\n".encode())
+    write_atomically(state / _LAST_PORT, f"{port}\n".encode())
 
 
 logger = logging.getLogger(__name__)
@@ -348,6 +348,6 @@ def listen_address(settings: NodeSettings) -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_whole(path, text.encode())
+        write_atomically(path, text.encode())
     except OSError as error:
         raise StartError(f"can't write {path}: {error.strerror}; pass another --invite-file") from error

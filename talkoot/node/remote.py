@@ -12,7 +12,7 @@ from typing import IO
 
 from peer.errors import DataError, SettingsError, UnreachableError, UserError
 from peer.formatting import counted
-from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, Control, Standing, node_folder
+from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, ControlClient, ControlStatus, node_folder
 from talkoot.terminal import Terminal
 
 
@@ -108,20 +108,20 @@ _UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> None:
     """Raises UserError when no node runs there, or it can't."""
     for_s = None if duration is None else parse_duration_s(duration)
-    with Control(node_folder(state)) as control:
+    with ControlClient(node_folder(state)) as control:
         terminal.line(words(control.ask("pause", for_s=for_s)))
 
 
 def run_resume(terminal: Terminal, state: Path | None) -> None:
     """Raises UserError when no node runs there, or it can't."""
-    with Control(node_folder(state)) as control:
+    with ControlClient(node_folder(state)) as control:
         terminal.line(words(control.ask("resume")))
 
 
 def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
     """Raises UserError when no node runs there, or when its process does not end."""
     folder = node_folder(state)
-    with Control(folder) as control:
+    with ControlClient(folder) as control:
         log = Follower(folder / LOG_FILE)
         process = _handle(control.pid, folder)
         try:
@@ -137,7 +137,7 @@ def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
     terminal.line(f"stopped; its identity and checkpoints stay in {folder}")
 
 
-def words(standing: Standing) -> str:
+def words(standing: ControlStatus) -> str:
     """What a node does now, in a line."""
     state = standing.why if standing.state == "paused" and standing.why else standing.state
     return (

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from peer.errors import SettingsError, StartError
-from peer.files import write_whole
+from peer.files import write_atomically
 from peer.formatting import counted
-from talkoot.node.control import Control, is_running, node_folder
+from talkoot.node.control import ControlClient, is_running, node_folder
 from talkoot.node.remote import words
 from talkoot.terminal import Terminal
 
@@ -141,7 +141,7 @@ def run_status(terminal: Terminal) -> bool:
     terminal.line(_service_words(values))
     terminal.line(f"state folder {state}; `talkoot logs --state {state}` shows what the node logs")
     if is_running(state):
-        with Control(state) as control:
+        with ControlClient(state) as control:
             terminal.line(f"node: {words(control.ask('status'))}")
     return values.get("ActiveState") == "active"
 
@@ -296,6 +296,6 @@ def _make_folder(path: Path, mode: int) -> None:
 def _write(path: Path, text: str, mode: int) -> None:
     """Whole or not at all, and never readable for more than `mode` says. Raises StartError."""
     try:
-        write_whole(path, text.encode(), mode)
+        write_atomically(path, text.encode(), mode)
     except OSError as error:
         raise StartError(f"can't write {path}: {error.strerror}") from error

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from peer.errors import StartError
 from peer.formatting import counted
-from peer.settings import require
+from peer.settings import require_extra
 from talkoot.terminal import StepBar, Terminal, check_writable, to_json
 from trainer_client.training.record import History
 
@@ -129,7 +129,7 @@ def logs_written(log: Path | None, tensorboard: Path | None) -> Iterator[list[Wr
 
 def check_plot(path: Path) -> None:
     """Raises UserError when nothing can be drawn there."""
-    require("matplotlib", "plot", "--plot")
+    require_extra("matplotlib", "plot", "--plot")
     check_writable(path, "--plot")
 
 
@@ -202,7 +202,7 @@ class _JsonLines:
 
 @contextmanager
 def _tensorboard(folder: Path) -> Iterator[Write]:
-    require("tensorboard", "tensorboard", "--tensorboard")
+    require_extra("tensorboard", "tensorboard", "--tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     try:

@@ -19,7 +19,7 @@ from dht.manifest import Manifest
 from expert_server.experts.expert import BackwardPart, Expert
 from peer.codec import Floats
 from peer.errors import ExpertError
-from trainer_client.dispatch.batches import ForwardPass, Share, make_shares
+from trainer_client.dispatch.batches import ExpertBatch, ForwardPass, group_by_expert
 from trainer_client.dispatch.calls import DispatchStats
 from trainer_client.moe import Mixtures, RemoteMixtureOfExperts
 from trainer_client.settings import TrainerSettings
@@ -71,7 +71,7 @@ def run_at_once(coroutine: Coroutine[Any, Any, T]) -> T:
 class LocalForward(ForwardPass):
     """With what the experts need for their backward pass."""
 
-    parts: list[tuple[Share, BackwardPart]] = field(default_factory=list)
+    parts: list[tuple[ExpertBatch, BackwardPart]] = field(default_factory=list)
     """The gradients in them are not there yet."""
 
 
@@ -113,12 +113,14 @@ class LocalExperts:
             chosen.coordinates,
         )
         with self._lock, torch.set_grad_enabled(keep), torch.autocast("cpu", enabled=False):
-            for share in make_shares(layer, chosen.coordinates, chosen.valid, self._grid, sequence_length):
+            for share in group_by_expert(
+                layer, chosen.coordinates, chosen.valid, self._grid, sequence_length
+            ):
                 self._compute(share, result, keep)
         self.stats.unanswered_rows += int((~result.answered.any(axis=1)).sum())
         return result
 
-    def _compute(self, share: Share, result: LocalForward, keep: bool) -> None:
+    def _compute(self, share: ExpertBatch, result: LocalForward, keep: bool) -> None:
         expert = self.experts[share.uid]
         x_RD = torch.from_numpy(result.inputs[share.rows])
         lengths, positions = torch.from_numpy(share.lengths), torch.from_numpy(share.positions)

@@ -19,12 +19,12 @@ from talkoot.terminal import Terminal, check_writable, quiet_hivemind, write_jso
 from talkoot.train.display import Write, check_plot, logs_written, plot_losses, progress_shown, summary_table
 from talkoot.train.local import LocalSwarm
 from trainer_client.averaging.averager import Averaging
-from trainer_client.averaging.dense_part import SharedPart
+from trainer_client.averaging.dense_part import SharedParameters
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.checkpoints import Saver, Start, start_run
+from trainer_client.training.checkpoints import CheckpointSaver, RunStart, prepare_run
 from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress, Summary
 
@@ -89,7 +89,7 @@ def _train(
     client: Client
     with terminal.stages("making ready") as stage:
         swarm = where.name if isinstance(where, Manifest) else where.keys.swarm_id
-        start = start_run(settings, resume, swarm, state, stage)
+        start = prepare_run(settings, resume, swarm, state, stage)
         if isinstance(where, Manifest):
             client = LocalSwarm(where, start.settings)
         else:
@@ -112,7 +112,7 @@ def trainer_state(settings: TrainerSettings) -> Path:
 class _Run:
     """A run in a swarm that was joined."""
 
-    def __init__(self, terminal: Terminal, signals: StopSignals, client: Client, start: Start) -> None:
+    def __init__(self, terminal: Terminal, signals: StopSignals, client: Client, start: RunStart) -> None:
         """Waits for experts. Raises UserError."""
         self._terminal = terminal
         self._signals = signals
@@ -134,7 +134,9 @@ class _Run:
         self._training = Training(make_model(), dataset, settings, make_model)
         start.restore(self._training)
         self._averaging = _begin_averaging(client, self._training.part, start)
-        self.saver = None if isinstance(client, LocalSwarm) else Saver(start, self._training, manifest, seed)
+        self.saver = (
+            None if isinstance(client, LocalSwarm) else CheckpointSaver(start, self._training, manifest, seed)
+        )
         """None in local mode: without its experts a dense part is of no use."""
 
     @property
@@ -186,7 +188,7 @@ class _Run:
         logger.info("training goes on with %d live experts", client.dispatcher.live_experts())
 
 
-def _begin_averaging(client: Client, part: SharedPart, start: Start) -> Averaging | None:
+def _begin_averaging(client: Client, part: SharedParameters, start: RunStart) -> Averaging | None:
     """A new run begins with what others have trained, if there is any and it shall. Raises UserError."""
     settings = start.settings
     if isinstance(client, LocalSwarm) or not settings.average_every:

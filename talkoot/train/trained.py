@@ -27,7 +27,7 @@ from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, quiet_hivemind, to_json
 from talkoot.train.session import once, trainer_state
 from trainer_client.client import SwarmClient
-from trainer_client.data.corpus import Corpus, prepare
+from trainer_client.data.corpus import Corpus, encode_corpus
 from trainer_client.data.sources import find_files
 from trainer_client.data.tokenizer import Tokenizer, load_tokenizer
 from trainer_client.inference import Evaluation, decoded, evaluate, generate
@@ -117,7 +117,7 @@ def run_evaluate(
     read: list[Corpus] = []
 
     def read_files(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
-        read.append(prepare(files, settings.field, tokenizer, folder / "text"))
+        read.append(encode_corpus(files, settings.field, tokenizer, folder / "text"))
 
     with trained_model(terminal, signals, join, flags, read_files) as trained:
         evaluation = _evaluate(terminal, trained, read[0])

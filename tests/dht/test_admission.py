@@ -24,8 +24,8 @@ from dht.admission import (
     make_badge,
     make_token,
 )
-from dht.invites import Invite, Issued, Ledger
-from dht.records import RecordValidator, SwarmKeys, seal
+from dht.invites import Invite, InviteLedger, IssuedInvite
+from dht.records import RecordValidator, SwarmKeys, sign_record
 from peer.errors import ExpertError, RecordError, SettingsError, StartError, UserError
 from peer.identity import Identity
 from peer.rpc.sessions import Admitted, Right
@@ -156,7 +156,7 @@ def a_record(
     stored = DHTRecord(
         DHTID.generate(source=key).to_bytes(),
         MSGPackSerializer.dumps(writer.peer_id.to_bytes()),
-        MSGPackSerializer.dumps(seal(writer, payload)),
+        MSGPackSerializer.dumps(sign_record(writer, payload)),
         payload.expires_at,
     )
     return payload, stored
@@ -198,7 +198,7 @@ def test_long_lives_are_for_manifests_and_revocations_under_their_own_keys(found
         stored = DHTRecord(
             DHTID.generate(source=key).to_bytes(),
             MSGPackSerializer.dumps(founder.peer_id.to_bytes()),
-            MSGPackSerializer.dumps(seal(founder, payload)),
+            MSGPackSerializer.dumps(sign_record(founder, payload)),
             payload.expires_at,
         )
         assert validator.validate(stored) is fits
@@ -217,17 +217,17 @@ def test_an_invite_carries_a_token_and_does_not_show_it_by_chance(founder: Ident
     assert Invite.parse(str(Invite(keys_of(founder), (address,)))).token == b""
 
 
-def issued(serial: int, expires_at: float = LATER) -> Issued:
-    return Issued(serial=serial, role=Role.NODE, name="bob", made_at=NOW, expires_at=expires_at)
+def issued(serial: int, expires_at: float = LATER) -> IssuedInvite:
+    return IssuedInvite(serial=serial, role=Role.NODE, name="bob", made_at=NOW, expires_at=expires_at)
 
 
 def test_the_list_knows_what_was_made_and_what_is_revoked(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = InviteLedger(tmp_path)
     assert ledger.read() == ()
     ledger.add(issued(1))
     ledger.add(issued(2))
     assert ledger.revoke("00000002", NOW).revoked
-    assert Ledger(tmp_path).revoked(NOW) == [2]
+    assert InviteLedger(tmp_path).revoked(NOW) == [2]
     assert ledger.revoked(LATER) == []  # expired by itself
     with pytest.raises(UserError, match="--list"):
         ledger.revoke("00000003", NOW)

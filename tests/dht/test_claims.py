@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
 from dht.announcements import MAX_CLAIM_S, ClaimAges
-from dht.registry import Announced, ReplicaState
+from dht.registry import ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from expert_server.hosting.placement import lost_claims, vacant
 from peer.averaging import MAX_UPDATE_COUNT
@@ -86,7 +86,7 @@ def test_a_claim_that_is_not_made_good_keeps_others_away_as_long_whatever_it_cou
         began = world.unix_time()
         for minute in range(120):
             now = world.unix_time()
-            claim = Announced(HERE, ReplicaState.CLAIMED, update_count, claimed_at=now)
+            claim = ReplicaAnnouncement(HERE, ReplicaState.CLAIMED, update_count, claimed_at=now)
             await liar.registry.announce([claim], 90.0)
             found = await honest.registry.replicas([HERE])
             counts = now <= began + MAX_CLAIM_S

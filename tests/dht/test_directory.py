@@ -12,7 +12,7 @@ from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.beam_search import Floats, LayerIndex, select_experts
+from dht.beam_search import Floats, PrefixIndex, select_experts
 from dht.directory import Directory, View
 from dht.manifest import Manifest
 from dht.registry import NodeInfo, Prefix, Replica, ReplicaState
@@ -193,7 +193,7 @@ def test_a_search_that_nobody_answers_leaves_the_view() -> None:
 
 @given(st.integers(0, 2**32), st.integers(1, 6))
 def test_the_index_names_the_prefixes_of_all_rows_beams(seed: int, width: int) -> None:
-    index, rng = LayerIndex((6, 5)), np.random.default_rng(seed)
+    index, rng = PrefixIndex((6, 5)), np.random.default_rng(seed)
     active = np.flatnonzero(rng.random(6) < 0.5).tolist()
     index.note((), active)
     scores = rng.standard_normal((3, 6)).astype(np.float32)

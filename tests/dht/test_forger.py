@@ -20,8 +20,8 @@ from hivemind.utils import MSGPackSerializer
 
 from dht.directory import Directory
 from dht.manifest import Manifest
-from dht.records import RecordValidator, SwarmKeys, seal
-from dht.registry import Announced, NodeInfo, Prefix, Registry, Replica, ReplicaState
+from dht.records import RecordValidator, SwarmKeys, sign_record
+from dht.registry import NodeInfo, Prefix, Registry, Replica, ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
@@ -85,7 +85,7 @@ def run(loop: LoopThread, swarm: Swarm) -> Any:
 
     async def announce() -> None:
         honest = swarm.registry(0)
-        await honest.announce([Announced(uid, ReplicaState.SERVING, 7) for uid in UIDS], LIFETIME_S)
+        await honest.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING, 7) for uid in UIDS], LIFETIME_S)
         await honest.publish_node(node_record(swarm.hosts[0].identity), LIFETIME_S)
 
     run(announce())
@@ -153,7 +153,7 @@ def test_a_record_that_expires_with_the_entries_of_a_prefix_does_not_hide_them(
         for key in (swarm.keys.prefix(0), swarm.keys.prefix(0, (0,)), swarm.keys.prefix(0, (1,))):
             found = await swarm.hosts[2].dht.get(key, latest=True)
             for _, expires_at in list(found.value.values()):
-                record = seal(forger, announcement(key, expires_at, 2))
+                record = sign_record(forger, announcement(key, expires_at, 2))
                 await swarm.forge(key, forger.peer_id.to_bytes(), record, expires_at)
         await see_only_honest(swarm)
 
@@ -171,12 +171,12 @@ def test_a_forged_or_exchanged_announcement_is_believed_by_nobody(
         own = await swarm.hosts[1].dht.get(other, latest=True)
         genuine = own.value[victim.peer_id.to_bytes()].value
         withdrawn = announcement(key, until, records_pb2.REPLICA_STATE_WITHDRAWN)
-        for value in (seal(forger.identity, withdrawn), genuine, genuine[:-1] + b"\0"):
+        for value in (sign_record(forger.identity, withdrawn), genuine, genuine[:-1] + b"\0"):
             await swarm.forge(key, victim.peer_id.to_bytes(), value, until)
         left = records_pb2.RecordPayload(
             key=swarm.keys.node(victim.peer_id), expires_at=until, node=records_pb2.NodeRecord(left=True)
         )
-        await swarm.forge(left.key, victim.peer_id.to_bytes(), seal(forger.identity, left), until)
+        await swarm.forge(left.key, victim.peer_id.to_bytes(), sign_record(forger.identity, left), until)
         await see_only_honest(swarm)
 
     run(scenario())
@@ -186,7 +186,9 @@ def test_a_forger_with_the_victims_address_or_certificate_is_not_taken_for_it(sw
     async def scenario() -> None:
         victim, forger = swarm.hosts[0], swarm.hosts[2]
         registry = swarm.registry(2)
-        await registry.announce([Announced(uid, ReplicaState.SERVING, 10**6) for uid in UIDS[:2]], LIFETIME_S)
+        await registry.announce(
+            [ReplicaAnnouncement(uid, ReplicaState.SERVING, 10**6) for uid in UIDS[:2]], LIFETIME_S
+        )
         for certificate in (victim.identity.make_certificate(), forger.identity.make_certificate()):
             await registry.publish_node(node_record(forger.identity, certificate=certificate), LIFETIME_S)
             await see_only_honest(swarm)
@@ -276,7 +278,7 @@ def test_a_claim_renewed_for_ever_leaves_the_expert_vacant(swarm: Swarm, run: An
         seen = []
         for _ in range(3):
             await claimant.announce(
-                [Announced(uid, ReplicaState.CLAIMED, claimed_at=time.time())], LIFETIME_S
+                [ReplicaAnnouncement(uid, ReplicaState.CLAIMED, claimed_at=time.time())], LIFETIME_S
             )
             seen.append(len((await reader.replicas([uid]))[uid]))
             reader.claims._seen = {  # as if seen for the first time long ago

@@ -62,7 +62,7 @@ def live(records: Records, peers: Iterable[ManifestRecord], days: int) -> None:
         for _ in range(24 * days):
             records.now += DAY_S / 24
             for peer in peers:
-                await peer.keep()
+                await peer.republish()
 
     asyncio.run(run())
 

@@ -11,7 +11,7 @@ from hivemind.dht.validation import DHTRecord
 from hivemind.utils import MSGPackSerializer
 
 from dht.admission import Role, SwarmAdmission, make_badge, make_token
-from dht.records import RecordValidator, SwarmKeys, digits_of, seal
+from dht.records import RecordValidator, SwarmKeys, digits_of, sign_record
 from peer.identity import Identity
 from peer.wire import admission_pb2, records_pb2
 
@@ -49,7 +49,7 @@ def right_records(keys: SwarmKeys, founder: Identity, node: Identity) -> list[DH
         payload.expires_at = NOW + 60
         if writer is node:
             payload.badge.CopyFrom(badge)
-        records.append(stored(payload.key, writer.peer_id.to_bytes(), seal(writer, payload)))
+        records.append(stored(payload.key, writer.peer_id.to_bytes(), sign_record(writer, payload)))
     records.append(stored(keys.prefix(0), 3, keys.prefix(0)))
     shard = keys.node_shard(digits_of(node.peer_id.to_bytes())[:2])
     records.append(stored(shard, node.peer_id.to_bytes(), shard))

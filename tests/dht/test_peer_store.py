@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.membership import Acquaintances
+from dht.membership import PeerStore
 
 
 def peer(number: int) -> str:
@@ -23,30 +23,30 @@ def address(number: int, port: int = 31337) -> str:
 
 def test_what_was_met_is_there_after_a_restart_newest_first(tmp_path: Path) -> None:
     path = tmp_path / "peers" / "sauna.json"
-    first = Acquaintances(path)
+    first = PeerStore(path)
     for n in range(3):
-        first.meet([address(n)], now=100.0 + n)
-    first.meet([address(0), address(0, 4001)], now=200.0)
+        first.add([address(n)], now=100.0 + n)
+    first.add([address(0), address(0, 4001)], now=200.0)
     first.save()
-    again = Acquaintances(path)
+    again = PeerStore(path)
     assert again.addresses() == first.addresses() == [address(0), address(0, 4001), address(2), address(1)]
     assert (again.met_at(peer(0)), again.met_at(peer(1)), again.met_at(peer(9))) == (200.0, 101.0, -math.inf)
-    assert again.strangers({peer(0), peer(1)}) == [[address(2)]]
+    assert again.absent({peer(0), peer(1)}) == [[address(2)]]
     assert list(path.parent.iterdir()) == [path], "no temporary file is left"
 
 
 @given(st.lists(st.integers(0, 200), max_size=300))
 def test_only_the_newest_64_peers_are_kept(numbers: list[int]) -> None:
-    acquaintances = Acquaintances(None)
+    acquaintances = PeerStore(None)
     for n in numbers:
-        acquaintances.meet([address(n)], now=0.0)
+        acquaintances.add([address(n)], now=0.0)
     newest = list(dict.fromkeys(reversed(numbers)))[:64]
     assert acquaintances.addresses() == [address(n) for n in newest]
 
 
 def test_a_peer_has_at_most_four_addresses() -> None:
-    acquaintances = Acquaintances(None)
-    acquaintances.meet([address(1, port) for port in range(1000, 1100)], now=0.0)
+    acquaintances = PeerStore(None)
+    acquaintances.add([address(1, port) for port in range(1000, 1100)], now=0.0)
     assert len(acquaintances.addresses()) == 4
 
 
@@ -55,8 +55,8 @@ def test_a_peer_has_at_most_four_addresses() -> None:
     ["", "x", "/ip4/1.2.3.4/tcp/1", "/p2p/" + peer(1), "/ip4/1.2.3.4/tcp/1/p2p/0", address(1) + "/" * 300],
 )
 def test_what_is_no_address_of_a_peer_is_left_out(bad: str) -> None:
-    acquaintances = Acquaintances(None)
-    acquaintances.meet([bad, address(2)], now=0.0)
+    acquaintances = PeerStore(None)
+    acquaintances.add([bad, address(2)], now=0.0)
     assert acquaintances.addresses() == [address(2)]
 
 
@@ -76,24 +76,24 @@ def test_what_is_no_address_of_a_peer_is_left_out(bad: str) -> None:
 def test_a_broken_file_is_as_good_as_none_and_is_written_anew(tmp_path: Path, text: str) -> None:
     path = tmp_path / "peers.json"
     path.write_text(text)
-    acquaintances = Acquaintances(path)
+    acquaintances = PeerStore(path)
     assert acquaintances.addresses() == []
-    acquaintances.meet([address(1)], now=0.0)
+    acquaintances.add([address(1)], now=0.0)
     acquaintances.save()
-    assert Acquaintances(path).addresses() == [address(1)]
+    assert PeerStore(path).addresses() == [address(1)]
 
 
 def test_a_file_with_too_many_peers_is_read_in_part(tmp_path: Path) -> None:
     path = tmp_path / "peers.json"
     path.write_text(json.dumps({"peers": [{"addresses": [address(n)], "met_at": -n} for n in range(100)]}))
-    assert Acquaintances(path).addresses() == [address(n) for n in range(64)]
+    assert PeerStore(path).addresses() == [address(n) for n in range(64)]
 
 
 def test_a_folder_that_can_not_be_written_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "peers").write_text("a file where the folder should be")
-    acquaintances = Acquaintances(tmp_path / "peers" / "sauna.json")
-    acquaintances.meet([address(1)], now=0.0)
+    acquaintances = PeerStore(tmp_path / "peers" / "sauna.json")
+    acquaintances.add([address(1)], now=0.0)
     acquaintances.save()
     assert "can't keep the peers that were met" in caplog.text

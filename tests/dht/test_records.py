@@ -19,10 +19,10 @@ from dht.records import (
     MAX_RECORD_BYTES,
     RecordValidator,
     SwarmKeys,
+    open_record,
     parse_peer_id,
-    seal,
     shards_of,
-    unseal,
+    sign_record,
 )
 from dht.uid import UID
 from peer.errors import RecordError, WireError
@@ -47,7 +47,7 @@ def manifest(keys: SwarmKeys, expires_at: float) -> records_pb2.RecordPayload:
 def announced(identity: Identity, keys: SwarmKeys) -> tuple[str, bytes, bytes]:
     """Key, subkey and value of a right announcement."""
     key = keys.expert(UID_HERE)
-    return key, identity.peer_id.to_bytes(), seal(identity, announcement(key))
+    return key, identity.peer_id.to_bytes(), sign_record(identity, announcement(key))
 
 
 # What passes
@@ -72,7 +72,7 @@ def test_unsealing_gives_back_what_was_sealed(
     key = keys.expert(UID_HERE)
     payload = announcement(key, NOW + lifetime)
     payload.announcement.update_count, payload.announcement.queued_rows = updates, rows
-    unsealed = unseal(seal(identity, payload), key, identity.peer_id, NOW - 1e-3)
+    unsealed = open_record(sign_record(identity, payload), key, identity.peer_id, NOW - 1e-3)
     assert unsealed.announcement == payload.announcement
     assert unsealed.peer_id == identity.peer_id.to_bytes()
 
@@ -90,7 +90,7 @@ def test_the_validator_accepts_every_kind_of_own_record(identity: Identity, keys
     )
     days = NOW + MAX_MANIFEST_LIFETIME_S
     for payload in (announcement(keys.expert(UID_HERE)), node, manifest(keys, days)):
-        VALIDATOR.check(stored(payload.key, subkey, seal(identity, payload), payload.expires_at))
+        VALIDATOR.check(stored(payload.key, subkey, sign_record(identity, payload), payload.expires_at))
     for digits in shards_of(identity.peer_id):
         shard = keys.node_shard(digits)
         VALIDATOR.check(stored(shard, subkey, shard))
@@ -104,7 +104,9 @@ def test_expired_records_pass_so_that_they_do_not_spoil_a_whole_dictionary(
 ) -> None:
     key = keys.expert(UID_HERE)
     past = NOW - 5
-    VALIDATOR.check(stored(key, identity.peer_id.to_bytes(), seal(identity, announcement(key, past)), past))
+    VALIDATOR.check(
+        stored(key, identity.peer_id.to_bytes(), sign_record(identity, announcement(key, past)), past)
+    )
 
 
 # What is refused
@@ -126,7 +128,7 @@ def test_a_changed_payload_is_refused(identity: Identity, keys: SwarmKeys) -> No
     record.payload = payload.SerializeToString()
     refused(stored(key, subkey, record.SerializeToString()), "signature is wrong")
     with pytest.raises(RecordError, match="signature is wrong"):
-        unseal(record.SerializeToString(), key, identity.peer_id, NOW)
+        open_record(record.SerializeToString(), key, identity.peer_id, NOW)
 
 
 def test_a_record_signed_with_another_key_is_refused(
@@ -145,7 +147,7 @@ def test_a_record_under_another_key_is_refused(identity: Identity, keys: SwarmKe
     elsewhere = keys.expert(UID(1, (2, 2)))
     refused(stored(elsewhere, subkey, value), "another key or subkey")
     with pytest.raises(RecordError, match="belongs under"):
-        unseal(value, elsewhere, identity.peer_id, NOW)
+        open_record(value, elsewhere, identity.peer_id, NOW)
 
 
 def test_a_record_of_another_swarm_is_refused(identity: Identity, other: Identity, keys: SwarmKeys) -> None:
@@ -161,7 +163,7 @@ def test_a_record_under_another_peers_subkey_is_refused(
     for subkey in (other.peer_id.to_bytes(), "text", 0, None, [identity.peer_id.to_bytes()]):
         refused(stored(key, subkey, value), "another key or subkey")
     with pytest.raises(RecordError, match="another peer's"):
-        unseal(value, key, other.peer_id, NOW)
+        open_record(value, key, other.peer_id, NOW)
 
 
 def test_a_record_that_names_another_writer_is_refused(
@@ -190,31 +192,31 @@ def test_a_record_that_would_live_too_long_is_refused(
     identity: Identity, keys: SwarmKeys, lifetime: float
 ) -> None:
     key, until = keys.expert(UID_HERE), NOW + lifetime
-    value = seal(identity, announcement(key, until))
+    value = sign_record(identity, announcement(key, until))
     refused(stored(key, identity.peer_id.to_bytes(), value, until), "live longer than 600 s")
     with pytest.raises(RecordError, match="live longer"):
-        unseal(value, key, identity.peer_id, NOW)
+        open_record(value, key, identity.peer_id, NOW)
 
 
 def test_a_manifest_that_would_live_too_long_is_refused(identity: Identity, keys: SwarmKeys) -> None:
     until = NOW + MAX_MANIFEST_LIFETIME_S + CLOCK_TOLERANCE_S + 1
-    value = seal(identity, manifest(keys, until))
+    value = sign_record(identity, manifest(keys, until))
     refused(stored(keys.manifest, identity.peer_id.to_bytes(), value, until), "live longer")
 
 
 def test_a_signed_expiry_that_is_no_number_is_refused(identity: Identity, keys: SwarmKeys) -> None:
     key = keys.expert(UID_HERE)
-    value = seal(identity, announcement(key, math.nan))
+    value = sign_record(identity, announcement(key, math.nan))
     refused(stored(key, identity.peer_id.to_bytes(), value, math.nan), "not the signed one")
     with pytest.raises(RecordError, match="live longer"):
-        unseal(value, key, identity.peer_id, NOW)
+        open_record(value, key, identity.peer_id, NOW)
 
 
 def test_an_expired_record_is_not_unsealed(identity: Identity, keys: SwarmKeys) -> None:
     key, _, value = announced(identity, keys)
     for now in (EXPIRES_AT, EXPIRES_AT + 1):
         with pytest.raises(RecordError, match="has expired"):
-            unseal(value, key, identity.peer_id, now)
+            open_record(value, key, identity.peer_id, now)
 
 
 def test_an_announcement_after_more_updates_than_anybody_takes_is_refused(
@@ -223,21 +225,21 @@ def test_an_announcement_after_more_updates_than_anybody_takes_is_refused(
     for updates in (10**15 + 1, 2**63, 2**64 - 1):
         payload = announcement(keys.expert(UID_HERE))
         payload.announcement.update_count = updates
-        record = seal(identity, payload)
+        record = sign_record(identity, payload)
         refused(stored(payload.key, identity.peer_id.to_bytes(), record), "nobody takes so many")
         with pytest.raises(RecordError, match="nobody takes so many"):
-            unseal(record, payload.key, identity.peer_id, NOW)
+            open_record(record, payload.key, identity.peer_id, NOW)
 
 
 def test_an_oversized_record_is_refused(identity: Identity, keys: SwarmKeys) -> None:
     payload = manifest(keys, EXPIRES_AT)
     payload.manifest_json = bytes(MAX_RECORD_BYTES)
-    value = seal(identity, payload)
+    value = sign_record(identity, payload)
     refused(stored(keys.manifest, identity.peer_id.to_bytes(), value), "too large")
     with pytest.raises(RecordError, match=f"at most {MAX_RECORD_BYTES}"):
-        unseal(value, keys.manifest, identity.peer_id, NOW)
+        open_record(value, keys.manifest, identity.peer_id, NOW)
     payload.manifest_json = bytes(MAX_RECORD_BYTES - 1000)
-    VALIDATOR.check(stored(keys.manifest, identity.peer_id.to_bytes(), seal(identity, payload)))
+    VALIDATOR.check(stored(keys.manifest, identity.peer_id.to_bytes(), sign_record(identity, payload)))
 
 
 def test_a_plain_value_is_refused(identity: Identity, keys: SwarmKeys) -> None:
@@ -288,7 +290,7 @@ def test_a_record_with_any_one_byte_changed_is_refused(
 @given(st.one_of(st.binary(max_size=300), st.none(), st.text(), st.integers(), st.lists(st.binary())))
 def test_unsealing_something_else_raises_only_record_error(identity: Identity, data: object) -> None:
     with pytest.raises(RecordError):
-        unseal(data, "key", identity.peer_id, NOW)
+        open_record(data, "key", identity.peer_id, NOW)
 
 
 @given(st.binary(max_size=60), st.binary(max_size=60), st.binary(max_size=60))
@@ -297,7 +299,7 @@ def test_unsealing_a_record_of_hostile_fields_raises_only_record_error(
 ) -> None:
     record = records_pb2.SignedRecord(payload=payload, public_key=public_key, signature=signature)
     with pytest.raises(RecordError):
-        unseal(record.SerializeToString(), "key", identity.peer_id, NOW)
+        open_record(record.SerializeToString(), "key", identity.peer_id, NOW)
 
 
 @given(st.one_of(st.binary(max_size=40), st.text(), st.integers(), st.none()))
@@ -312,6 +314,6 @@ def test_only_peer_ids_of_rsa_keys_are_parsed(identity: Identity, value: object)
 
 def test_the_clock_is_the_real_one_when_none_is_given(identity: Identity, keys: SwarmKeys) -> None:
     key, until = keys.expert(UID_HERE), time.time() + 30
-    record = stored(key, identity.peer_id.to_bytes(), seal(identity, announcement(key, until)), until)
+    record = stored(key, identity.peer_id.to_bytes(), sign_record(identity, announcement(key, until)), until)
     assert RecordValidator().validate(record)
     assert not RecordValidator(lambda: until - MAX_LIFETIME_S - 60).validate(record)

@@ -23,8 +23,8 @@ from three_hosts import (
 
 from dht.directory import Directory
 from dht.manifest import Manifest
-from dht.records import SwarmKeys, unseal
-from dht.registry import Announced, Registry, Replica
+from dht.records import SwarmKeys, open_record
+from dht.registry import Registry, Replica, ReplicaAnnouncement
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.errors import RecordError, UnreachableError
@@ -56,7 +56,7 @@ async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float = 1
 def test_another_peer_sees_what_was_announced(swarm: Swarm) -> None:
     async def scenario() -> None:
         before = time.time()
-        announced = [Announced(FIRST, SERVING, 41, before), Announced(THIRD, CLAIMED)]
+        announced = [ReplicaAnnouncement(FIRST, SERVING, 41, before), ReplicaAnnouncement(THIRD, CLAIMED)]
         await swarm.registry(1).announce(announced, LIFETIME_S, queued_rows=12)
         found = await swarm.registry(2).replicas([FIRST, SECOND, THIRD])
         (first,), second, (third,) = found[FIRST], found[SECOND], found[THIRD]
@@ -72,8 +72,10 @@ def test_another_peer_sees_what_was_announced(swarm: Swarm) -> None:
 def test_prefixes_are_the_active_coordinates_of_all_peers(swarm: Swarm) -> None:
     async def scenario() -> None:
         await asyncio.gather(
-            swarm.registry(1).announce([Announced(FIRST, SERVING), Announced(THIRD, CLAIMED)], LIFETIME_S),
-            swarm.registry(2).announce([Announced(SECOND, SERVING)], LIFETIME_S),
+            swarm.registry(1).announce(
+                [ReplicaAnnouncement(FIRST, SERVING), ReplicaAnnouncement(THIRD, CLAIMED)], LIFETIME_S
+            ),
+            swarm.registry(2).announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S),
         )
         found = await swarm.registry(0).prefixes([(0, ()), (1, ()), (0, (0,)), (0, (1,)), (0, (2,))], 4)
         assert found == {(0, ()): {0, 2}, (1, ()): {1}, (0, (0,)): {1}, (0, (1,)): set(), (0, (2,)): {3}}
@@ -84,9 +86,9 @@ def test_prefixes_are_the_active_coordinates_of_all_peers(swarm: Swarm) -> None:
 def test_a_renewed_announcement_takes_the_place_of_the_old(swarm: Swarm) -> None:
     async def scenario() -> None:
         registry = swarm.registry(1)
-        await registry.announce([Announced(FIRST, CLAIMED)], LIFETIME_S)
-        await registry.announce([Announced(FIRST, SERVING, 3)], LIFETIME_S)
-        await swarm.registry(2).announce([Announced(FIRST, SERVING, 5)], LIFETIME_S)
+        await registry.announce([ReplicaAnnouncement(FIRST, CLAIMED)], LIFETIME_S)
+        await registry.announce([ReplicaAnnouncement(FIRST, SERVING, 3)], LIFETIME_S)
+        await swarm.registry(2).announce([ReplicaAnnouncement(FIRST, SERVING, 5)], LIFETIME_S)
         found = (await swarm.registry(0).replicas([FIRST]))[FIRST]
         counts = {replica.peer_id: (replica.state, replica.update_count) for replica in found}
         assert counts == {swarm.hosts[1].peer_id: (SERVING, 3), swarm.hosts[2].peer_id: (SERVING, 5)}
@@ -99,7 +101,7 @@ def test_withdrawn_replicas_are_gone_at_once_and_the_others_stay(swarm: Swarm) -
     async def scenario() -> None:
         for n in (1, 2):
             await swarm.registry(n).announce(
-                [Announced(FIRST, SERVING), Announced(SECOND, SERVING)], LIFETIME_S
+                [ReplicaAnnouncement(FIRST, SERVING), ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S
             )
         await swarm.registry(1).withdraw([FIRST], LIFETIME_S)
         found = await swarm.registry(0).replicas([FIRST, SECOND])
@@ -150,8 +152,10 @@ def test_all_nodes_are_listed_through_their_shards(swarm: Swarm) -> None:
 
 def test_an_expired_announcement_disappears(swarm: Swarm) -> None:
     async def scenario() -> None:
-        await swarm.registry(1).announce([Announced(FIRST, SERVING), Announced(SECOND, SERVING)], 1.0)
-        await swarm.registry(2).announce([Announced(SECOND, SERVING)], LIFETIME_S)
+        await swarm.registry(1).announce(
+            [ReplicaAnnouncement(FIRST, SERVING), ReplicaAnnouncement(SECOND, SERVING)], 1.0
+        )
+        await swarm.registry(2).announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S)
         reader = swarm.registry(0)
 
         async def is_gone() -> bool:
@@ -165,7 +169,7 @@ def test_an_expired_announcement_disappears(swarm: Swarm) -> None:
 
 def test_a_reader_leaves_out_what_has_expired_by_its_own_clock(swarm: Swarm) -> None:
     async def scenario() -> None:
-        await swarm.registry(1).announce([Announced(FIRST, SERVING)], LIFETIME_S)
+        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
         await swarm.registry(1).publish_node(node_record(swarm.hosts[1]), LIFETIME_S)
         later = swarm.registry(0, now=lambda: time.time() + LIFETIME_S)
         assert await later.replicas([FIRST]) == {FIRST: ()}
@@ -190,7 +194,10 @@ def test_a_dht_that_does_not_answer_is_unreachable_in_bounded_time(swarm: Swarm)
     async def scenario() -> None:
         host = swarm.hosts[1]
         hurried = Registry(lambda: host.dht, swarm.keys, host.identity, deadline_s=0.0)
-        for call in (hurried.replicas([FIRST]), hurried.announce([Announced(FIRST, SERVING)], LIFETIME_S)):
+        for call in (
+            hurried.replicas([FIRST]),
+            hurried.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S),
+        ):
             with pytest.raises(UnreachableError, match="did not answer within 0 s"):
                 await call
 
@@ -201,11 +208,11 @@ def test_the_directory_of_another_peer_has_consistent_tables(swarm: Swarm) -> No
     async def scenario() -> None:
         nodes = {1: [FIRST, SECOND], 2: [SECOND, THIRD]}
         for n, uids in nodes.items():
-            await swarm.registry(n).announce([Announced(uid, SERVING) for uid in uids], LIFETIME_S)
+            await swarm.registry(n).announce([ReplicaAnnouncement(uid, SERVING) for uid in uids], LIFETIME_S)
             await swarm.registry(n).publish_node(node_record(swarm.hosts[n]), LIFETIME_S)
         # hosted by a peer without a node record, so nobody can call it; and merely claimed
-        await swarm.registry(0).announce([Announced(UID(1, (2, 2)), SERVING)], LIFETIME_S)
-        await swarm.registry(1).announce([Announced(UID(1, (0, 3)), CLAIMED)], LIFETIME_S)
+        await swarm.registry(0).announce([ReplicaAnnouncement(UID(1, (2, 2)), SERVING)], LIFETIME_S)
+        await swarm.registry(1).announce([ReplicaAnnouncement(UID(1, (0, 3)), CLAIMED)], LIFETIME_S)
 
         directory = Directory(swarm.registry(0), MANIFEST, refresh_every_s=60)
         assert directory.view.live_experts() == 0
@@ -268,10 +275,10 @@ def test_two_authors_of_one_name_are_both_listed(swarm: Swarm) -> None:
 
 def test_what_is_stored_can_be_unsealed_by_anyone(swarm: Swarm) -> None:
     async def scenario() -> None:
-        await swarm.registry(1).announce([Announced(FIRST, SERVING, 9)], LIFETIME_S)
+        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING, 9)], LIFETIME_S)
         key, peer_id = swarm.keys.expert(FIRST), swarm.hosts[1].peer_id
         found = await swarm.hosts[2].dht.get(key, latest=True)
-        payload = unseal(found.value[peer_id.to_bytes()].value, key, peer_id, time.time())
+        payload = open_record(found.value[peer_id.to_bytes()].value, key, peer_id, time.time())
         assert payload.announcement.update_count == 9
 
     swarm.run(scenario())

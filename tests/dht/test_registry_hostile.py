@@ -17,8 +17,8 @@ from three_hosts import (
 )
 
 from dht.directory import Directory
-from dht.records import seal
-from dht.registry import Announced
+from dht.records import sign_record
+from dht.registry import ReplicaAnnouncement
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.host import Host
@@ -66,9 +66,9 @@ def announcement(key: str, expires_at: float) -> records_pb2.RecordPayload:
 def test_a_peer_cannot_announce_for_another(swarm: Swarm) -> None:
     async def scenario() -> None:
         victim, liar = swarm.hosts[1], swarm.hosts[2]
-        await swarm.registry(1).announce([Announced(FIRST, SERVING, 7)], LIFETIME_S)
+        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING, 7)], LIFETIME_S)
         key, until = swarm.keys.expert(FIRST), time.time() + 2 * LIFETIME_S
-        forged = seal(liar.identity, announcement(key, until))
+        forged = sign_record(liar.identity, announcement(key, until))
         assert not await swarm.store(2, key, victim.peer_id.to_bytes(), forged, until)
         assert not await swarm.store(2, swarm.keys.expert(SECOND), victim.peer_id.to_bytes(), forged, until)
         found = await swarm.registry(0).replicas([FIRST, SECOND])
@@ -81,7 +81,7 @@ def test_a_peer_cannot_announce_for_another(swarm: Swarm) -> None:
 
 def test_a_plain_value_does_not_hide_the_announcements(swarm: Swarm) -> None:
     async def scenario() -> None:
-        await swarm.registry(1).announce([Announced(FIRST, SERVING)], LIFETIME_S)
+        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
         until = time.time() + 500
         for key in (swarm.keys.expert(FIRST), swarm.keys.prefix(0), swarm.keys.prefix(0, (0,))):
             assert not await swarm.store(2, key, None, b"mine", until)
@@ -97,7 +97,7 @@ def test_what_is_no_coordinate_does_not_get_into_a_prefix(swarm: Swarm, subkey: 
     async def scenario() -> None:
         prefix = swarm.keys.prefix(0, (0,))
         assert not await swarm.store(2, prefix, subkey, prefix, time.time() + 500)
-        await swarm.registry(1).announce([Announced(FIRST, SERVING)], LIFETIME_S)
+        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
         (active,) = (await swarm.registry(0).prefixes([(0, (0,))], 4096)).values()
         assert [type(coordinate) for coordinate in active] == [int]
         assert active == {1}
@@ -108,7 +108,7 @@ def test_what_is_no_coordinate_does_not_get_into_a_prefix(swarm: Swarm, subkey: 
 def test_records_that_live_too_long_are_accepted_by_nobody_and_the_writer_is_told(swarm: Swarm) -> None:
     async def scenario() -> None:
         with pytest.raises(UnreachableError, match="no DHT peer accepted our records"):
-            await swarm.registry(1).announce([Announced(FIRST, SERVING)], 10_000.0)
+            await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING)], 10_000.0)
         assert await swarm.registry(0).replicas([FIRST]) == {FIRST: ()}
 
     swarm.run(scenario())
@@ -118,8 +118,8 @@ def test_experts_off_the_manifests_grid_do_not_disturb_the_directory(swarm: Swar
     async def scenario() -> None:
         # beyond the grid of the manifest, and of grids with one dimension more or less
         off = [(2, 99), (77, 0), (2,), (2, 3, 0)]
-        stray = [Announced(UID(0, coordinate), SERVING) for coordinate in off]
-        await swarm.registry(1).announce([Announced(SECOND, SERVING), *stray], LIFETIME_S)
+        stray = [ReplicaAnnouncement(UID(0, coordinate), SERVING) for coordinate in off]
+        await swarm.registry(1).announce([ReplicaAnnouncement(SECOND, SERVING), *stray], LIFETIME_S)
         await swarm.registry(1).publish_node(node_record(swarm.hosts[1]), LIFETIME_S)
         directory = Directory(swarm.registry(0), MANIFEST, refresh_every_s=60)
         for view in (await directory.refresh(), await directory.refresh()):  # the second by its prefixes
@@ -135,7 +135,7 @@ def test_a_manifest_under_a_foreign_subkey_is_not_stored(swarm: Swarm) -> None:
         payload = records_pb2.RecordPayload(
             key=swarm.keys.manifest, expires_at=until, manifest_json=b"the liar's"
         )
-        forged = seal(swarm.hosts[1].identity, payload)
+        forged = sign_record(swarm.hosts[1].identity, payload)
         assert not await swarm.store(1, swarm.keys.manifest, swarm.keys.author.to_bytes(), forged, until)
         assert await swarm.registry(2).find_manifests() == {}
 

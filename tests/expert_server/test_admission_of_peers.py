@@ -11,7 +11,7 @@ from hivemind.p2p import PeerID
 from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
 
 from dht.admission import RIGHTS, Denylist, Role, make_token, new_serial
-from dht.invites import Invite, Issued, Ledger
+from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.manifest import AdmissionSpec
 from dht.swarm import Swarm, join_swarm
 from expert_server.node import Node
@@ -19,7 +19,7 @@ from peer.errors import ExpertError, InviteError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import OwnSessions, Right
+from peer.rpc.sessions import Right, SessionClient
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -36,14 +36,14 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
     return playing(loop, identities, tmp_path, 90)
 
 
-async def invited(village: Village, founder: Node, role: Role) -> tuple[Invite, Issued]:
+async def invited(village: Village, founder: Node, role: Role) -> tuple[Invite, IssuedInvite]:
     """An invite as `talkoot invite` makes it, in the founder's list."""
     now = time.time()
-    issued = Issued(serial=new_serial(), role=role, name="", made_at=now, expires_at=now + 3600)
+    issued = IssuedInvite(serial=new_serial(), role=role, name="", made_at=now, expires_at=now + 3600)
     swarm = founder.swarm
     token = make_token(swarm.host.identity, swarm.keys.swarm_id, role, issued.expires_at, issued.serial)
     village.state(swarm).mkdir(exist_ok=True)
-    Ledger(village.state(swarm)).add(issued)
+    InviteLedger(village.state(swarm)).add(issued)
     return replace(await swarm.invite(), token=token.SerializeToString()), issued
 
 
@@ -62,7 +62,7 @@ async def ask(swarm: Swarm, node: Node, *rights: Right) -> StatusCode:
     try:
         (info,) = (await swarm.registry.nodes([node.swarm.host.peer_id])).values()
         channel = await pool.get(info.addresses[0], info.certificate_pem)
-        sessions = OwnSessions(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.registry.badge)
+        sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.registry.badge)
         stub = InSession(
             expert_pb2_grpc.ExpertServiceStub(channel), await sessions.metadata(info.peer_id, channel, 10.0)
         )
@@ -101,7 +101,7 @@ def test_nodes_and_trainers_come_in_by_token_until_it_is_revoked(play: Play) -> 
         assert await ask(node.swarm, founder, forward) is StatusCode.PERMISSION_DENIED
 
         assert len(node.sessions) >= 1
-        Ledger(village.state(founder.swarm)).revoke(issued.number, time.time())
+        InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
 
         async def is_out() -> bool:
             return trainer.host.peer_id not in {s.caller for s in node.sessions.all()}

@@ -15,7 +15,7 @@ from callers import a_caller
 from node_process import NodeProcess, found_by_a_trainer, started
 from real_swarm import LOCAL, MANIFEST, UIDS, Village, eventually
 
-from dht.records import SwarmKeys, seal
+from dht.records import SwarmKeys, sign_record
 from dht.registry import NodeInfo
 from dht.swarm import join_swarm
 from dht.uid import UID
@@ -162,7 +162,7 @@ def test_another_swarms_records_are_not_taken_for_this_swarms(
             there = SwarmKeys(MANIFEST.name, identities[1].peer_id).expert(UIDS[0])
             until = time.time() + 60
             announced = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING, update_count=99)
-            foreign = seal(
+            foreign = sign_record(
                 identities[1],
                 records_pb2.RecordPayload(key=there, expires_at=until, announcement=announced),
             )

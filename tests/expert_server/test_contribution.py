@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expert_server.status import Account, Contribution
+from expert_server.status import Contribution, ContributionAccount
 from peer.loop import LoopThread
 
 
@@ -23,7 +23,7 @@ class Clock:
 def test_it_is_counted_on_over_runs(loop: LoopThread, tmp_path: Path) -> None:
     path, clock = tmp_path / "state" / "contribution.json", Clock()
     for run in (1, 2, 3):
-        account = Account(path, clock)
+        account = ContributionAccount(path, clock)
         account.note(serves=True)
         clock.now += 3600
         account.note(serves=True)
@@ -45,7 +45,7 @@ def test_a_broken_file_counts_as_nothing(
 ) -> None:
     path = tmp_path / "contribution.json"
     path.write_bytes(broken)
-    total = Account(path).total(rows=1, updates=1)
+    total = ContributionAccount(path).total(rows=1, updates=1)
     if broken.endswith(b"x"):  # what lies beyond the bound is not read
         assert total.rows == 2
     else:
@@ -58,7 +58,7 @@ def test_a_disk_that_cannot_be_written_is_a_warning(
 ) -> None:
     path = tmp_path / "file" / "contribution.json"
     path.parent.write_text("a file in the folder's place")
-    account = Account(path)
+    account = ContributionAccount(path)
     loop.run(account.save(account.total(1, 1)), 10)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * len(caplog.records)
     assert "could not write" in caplog.text
@@ -66,7 +66,7 @@ def test_a_disk_that_cannot_be_written_is_a_warning(
 
 def test_it_is_saved_again_and_again(loop: LoopThread, tmp_path: Path) -> None:
     path, saved = tmp_path / "contribution.json", asyncio.Event()
-    account, rows = Account(path), itertools.count(1)
+    account, rows = ContributionAccount(path), itertools.count(1)
 
     def total() -> Contribution:
         counted = account.total(next(rows), 0)

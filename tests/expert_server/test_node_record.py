@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 
 from dht.announcements import Activity
 from expert_server.settings import NodeSettings
-from expert_server.status import Description, NodeState, NodeStatus
+from expert_server.status import NodeRecordBuilder, NodeState, NodeStatus
 from peer.errors import StartError
 from peer.metrics import MetricsServer
 from peer.wire import records_pb2
@@ -25,7 +25,7 @@ def status(rows: int = 0, **changes: Any) -> NodeStatus:
 
 
 def describe(
-    description: Description, now: float, rows: int = 0, activity: Activity = Activity.SERVING
+    description: NodeRecordBuilder, now: float, rows: int = 0, activity: Activity = Activity.SERVING
 ) -> records_pb2.NodeRecord:
     return description.record(
         status(rows),
@@ -37,8 +37,8 @@ def describe(
     )
 
 
-def description(**settings: Any) -> Description:
-    return Description(NodeSettings.load(**{"announce_every_s": 10.0} | settings), b"pem", 100.0)
+def description(**settings: Any) -> NodeRecordBuilder:
+    return NodeRecordBuilder(NodeSettings.load(**{"announce_every_s": 10.0} | settings), b"pem", 100.0)
 
 
 def test_it_says_its_name_and_what_it_contributed() -> None:

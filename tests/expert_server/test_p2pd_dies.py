@@ -117,7 +117,9 @@ def test_killed_p2pds_are_started_again_and_everything_is_found_again(
 
 async def knows(node: Node, other: Node) -> bool:
     """Whether it remembers where the other is."""
-    return any(other.swarm.host.peer_id.to_base58() in address for address in node.swarm.host.known)
+    return any(
+        other.swarm.host.peer_id.to_base58() in address for address in node.swarm.host.bootstrap_candidates
+    )
 
 
 async def has_children(expected: list[psutil.Process]) -> bool:
@@ -229,7 +231,7 @@ def test_a_p2pd_that_never_starts_again_is_given_up_after_bounded_tries(
 
 async def pause_for_ever(host: Host) -> None:
     while True:
-        await host.pause(0.05)
+        await host.wait_for_restart(0.05)
 
 
 def test_stopping_while_p2pd_is_being_started_leaves_nothing(

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_server.pauses import (
-    Cause,
     Load,
+    LoadMonitor,
     Machine,
     MachineState,
-    OtherUse,
-    OwnersWord,
+    OwnerOverride,
+    PauseCause,
     paused_in_words,
     reasons_to_pause,
 )
@@ -40,7 +40,7 @@ def loads(steps: Sequence[tuple[float, float]]) -> list[Load]:
     return found
 
 
-def noted(use: OtherUse, steps: Sequence[tuple[float, float]]) -> list[bool]:
+def noted(use: LoadMonitor, steps: Sequence[tuple[float, float]]) -> list[bool]:
     return [use.note(load) for load in loads(steps)]
 
 
@@ -49,7 +49,7 @@ def noted(use: OtherUse, steps: Sequence[tuple[float, float]]) -> list[bool]:
 
 @given(looks)
 def test_it_changes_no_faster_than_its_windows(steps: list[tuple[float, float]]) -> None:
-    use, changed_at = OtherUse(SETTINGS), 0.0
+    use, changed_at = LoadMonitor(SETTINGS), 0.0
     for load in loads(steps):
         before = use.busy
         if use.note(load) is not before:
@@ -64,7 +64,7 @@ def test_a_load_that_stays_high_makes_it_busy(
 ) -> None:
     """Whatever came before, which may make it idle for a while first."""
     steps = [*steps, *[(seconds, percent)] * (int(BOTH_WINDOWS_S / seconds) + 4)]
-    assert noted(OtherUse(SETTINGS), steps)[-1]
+    assert noted(LoadMonitor(SETTINGS), steps)[-1]
 
 
 @given(looks, st.floats(0, 10), st.floats(1, 5))
@@ -72,23 +72,23 @@ def test_a_load_that_stays_low_makes_it_idle(
     steps: list[tuple[float, float]], percent: float, seconds: float
 ) -> None:
     steps = [*steps, *[(seconds, percent)] * (int(BOTH_WINDOWS_S / seconds) + 4)]
-    assert not noted(OtherUse(SETTINGS), steps)[-1]
+    assert not noted(LoadMonitor(SETTINGS), steps)[-1]
 
 
 @given(st.booleans(), st.lists(st.tuples(st.floats(0.1, 60), st.floats(11, 24)), min_size=1, max_size=60))
 def test_between_the_thresholds_it_stays_as_it_is(busy: bool, steps: list[tuple[float, float]]) -> None:
-    use = OtherUse(SETTINGS)
+    use = LoadMonitor(SETTINGS)
     use.busy = busy
     assert set(noted(use, steps)) == {busy}
 
 
 def test_a_short_burst_is_no_reason() -> None:
-    assert not any(noted(OtherUse(SETTINGS), [(2, 0)] * 10 + [(2, 100)] + [(2, 0)] * 10))
+    assert not any(noted(LoadMonitor(SETTINGS), [(2, 0)] * 10 + [(2, 100)] + [(2, 0)] * 10))
 
 
 @given(looks)
 def test_it_remembers_no_more_than_its_window(steps: list[tuple[float, float]]) -> None:
-    use = OtherUse(SETTINGS)
+    use = LoadMonitor(SETTINGS)
     for load in loads(steps * 5):
         use.note(load)
         assert all(old.end > load.end - SETTINGS.idle_after_s for old in use._loads)
@@ -136,9 +136,9 @@ def test_what_the_owner_did_not_ask_for_is_no_reason(
     schedule = "22:00-07:00" if hours else None
     settings = NodeSettings.load(only_when_idle=idle, not_on_battery=plugged, schedule=schedule)
     found = reasons_to_pause(settings, MONDAY_NOON, MachineState(on_battery, busy))
-    assert (Cause.SCHEDULE in found) is hours
-    assert (Cause.BATTERY in found) is (plugged and on_battery)
-    assert (Cause.BUSY in found) is (idle and busy)
+    assert (PauseCause.SCHEDULE in found) is hours
+    assert (PauseCause.BATTERY in found) is (plugged and on_battery)
+    assert (PauseCause.BUSY in found) is (idle and busy)
 
 
 def test_reasons_are_words_for_people() -> None:
@@ -155,14 +155,14 @@ def test_reasons_are_words_for_people() -> None:
 
 # The owner's word
 
-causes = st.dictionaries(st.sampled_from(Cause), st.sampled_from(["so", "or so"]))
+causes = st.dictionaries(st.sampled_from(PauseCause), st.sampled_from(["so", "or so"]))
 
 
 @given(st.lists(causes, max_size=10), causes)
 def test_a_pause_by_the_owner_holds_whatever_the_settings_say(
-    before: list[dict[Cause, str]], reasons: dict[Cause, str]
+    before: list[dict[PauseCause, str]], reasons: dict[PauseCause, str]
 ) -> None:
-    word = OwnersWord()
+    word = OwnerOverride()
     word.go_on(before[0] if before else ())
     word.pause("by its owner")
     for moment, found in enumerate([*before, reasons]):
@@ -171,9 +171,9 @@ def test_a_pause_by_the_owner_holds_whatever_the_settings_say(
 
 @given(causes, causes)
 def test_going_on_sets_aside_the_reasons_of_that_moment_and_no_others(
-    now: dict[Cause, str], later: dict[Cause, str]
+    now: dict[PauseCause, str], later: dict[PauseCause, str]
 ) -> None:
-    word = OwnersWord()
+    word = OwnerOverride()
     word.pause("by its owner")
     word.go_on(now)
     assert word.judge(now, 0) == []
@@ -182,23 +182,23 @@ def test_going_on_sets_aside_the_reasons_of_that_moment_and_no_others(
 
 
 @given(causes)
-def test_a_reason_that_comes_back_counts_again(now: dict[Cause, str]) -> None:
-    word = OwnersWord()
+def test_a_reason_that_comes_back_counts_again(now: dict[PauseCause, str]) -> None:
+    word = OwnerOverride()
     word.go_on(now)
     assert word.judge({}, 0) == []
     assert word.judge(now, 1) == list(now.values())
 
 
 def test_a_pause_for_a_time_ends_and_the_settings_hold_again() -> None:
-    word = OwnersWord()
+    word = OwnerOverride()
     word.pause("by its owner until 18:30", until=100)
     assert word.judge({}, 99) == ["by its owner until 18:30"]
-    assert word.judge({Cause.BATTERY: "on battery"}, 100) == ["on battery"]
+    assert word.judge({PauseCause.BATTERY: "on battery"}, 100) == ["on battery"]
     assert word.judge({}, 101) == []
 
 
 def test_the_last_word_counts() -> None:
-    word = OwnersWord()
+    word = OwnerOverride()
     word.pause("for a while", until=100)
     word.pause("for good")
     assert word.judge({}, 1000) == ["for good"]

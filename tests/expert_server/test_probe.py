@@ -32,7 +32,7 @@ from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import UnreachableError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
-from peer.rates import Traffic
+from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.wire import probe_pb2, probe_pb2_grpc
@@ -86,7 +86,7 @@ Play = Callable[[Callable[[Peers], Coroutine[Any, Any, None]], ProbeLimits], Non
 def play(loop: LoopThread, identity: Identity, tmp_path: Path) -> Play:
     @asynccontextmanager
     async def serving(limits: ProbeLimits) -> AsyncIterator[Peers]:
-        servicer = ProbeServicer(SWARM, Traffic(), limits)
+        servicer = ProbeServicer(SWARM, Bandwidth(), limits)
         server = grpc.aio.server(options=SERVER_OPTIONS)
         probe_pb2_grpc.add_ProbeServiceServicer_to_server(servicer, server)
         certificate = identity.make_certificate()
@@ -126,7 +126,7 @@ def test_probe_measures_clock_and_bandwidth(play: Play) -> None:
 
 def test_probe_respects_the_limits_of_bandwidth(play: Play) -> None:
     async def scenario(peers: Peers) -> None:
-        peers.servicer._traffic = Traffic(up_mbit=20.0, down_mbit=40.0)
+        peers.servicer._traffic = Bandwidth(up_mbit=20.0, down_mbit=40.0)
         link = await call_probe(peers.channel, SWARM)
         assert link.download_mbit < 2 * 20
         assert link.upload_mbit < 2 * 40

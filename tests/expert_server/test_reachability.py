@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dht.announcements import Reachability
 from expert_server.probe import DialledBack
-from expert_server.reachability import DialledPorts, Reach, advice, judge
+from expert_server.reachability import DialledPorts, ReachabilityStatus, advice, judge
 
 HOME, OUTSIDE = "192.168.1.5", "198.51.100.1"
 
@@ -64,12 +64,12 @@ def test_one_liar_among_three_changes_nothing(truth: list[bool]) -> None:
 def test_advice_names_the_ports_to_forward(
     kind: Reachability, host: str, ports: tuple[int, int], said: str
 ) -> None:
-    told = advice(Reach(kind), host, *ports)
+    told = advice(ReachabilityStatus(kind), host, *ports)
     assert told.startswith(said) if said != "firewall" else said in told
     assert bool(told) is bool(said)
 
 
 def test_a_reach_is_told_in_words() -> None:
-    assert Reach(Reachability.RELAYED, relays=1).in_words == "relayed by 1 relay"
-    assert Reach(Reachability.RELAYED, looking=True).in_words == "looking for a relay"
-    assert "no other node to ask" in Reach().in_words
+    assert ReachabilityStatus(Reachability.RELAYED, relays=1).in_words == "relayed by 1 relay"
+    assert ReachabilityStatus(Reachability.RELAYED, looking=True).in_words == "looking for a relay"
+    assert "no other node to ask" in ReachabilityStatus().in_words

@@ -12,7 +12,7 @@ import pytest
 import dht.relays
 from dht.announcements import Reachability
 from expert_server.probe import DialledBack
-from expert_server.reachability import DialledPorts, Reaching
+from expert_server.reachability import DialledPorts, ReachabilityMonitor
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 
@@ -46,10 +46,12 @@ async def nobody(peers: object) -> dict[Any, Any]:
     return {}
 
 
-async def after_rounds(rounds: int, host: LonelyHost, address: str) -> Reaching:
+async def after_rounds(rounds: int, host: LonelyHost, address: str) -> ReachabilityMonitor:
     """Rounds in which it is time to ask."""
     swarm: Any = SimpleNamespace(host=host, registry=SimpleNamespace(nodes=nobody))
-    reaching = Reaching(NodeSettings.load(), swarm, random.Random(0), iter(range(0, 10**6, 1000)).__next__)
+    reaching = ReachabilityMonitor(
+        NodeSettings.load(), swarm, random.Random(0), iter(range(0, 10**6, 1000)).__next__
+    )
     await reaching.begin(address, 2)
     for _ in range(rounds - 1):
         await reaching.check()
@@ -82,10 +84,10 @@ def test_what_others_told_holds_while_nobody_can_be_asked(
     reached = DialledBack(True, "44.1.1.2", "")
     answers = [[DialledPorts(service=reached, dht=reached)]]
 
-    async def dials(_: Reaching) -> list[DialledPorts]:
+    async def dials(_: ReachabilityMonitor) -> list[DialledPorts]:
         return answers.pop() if answers else []
 
-    monkeypatch.setattr(Reaching, "_dials", dials)
+    monkeypatch.setattr(ReachabilityMonitor, "_dials", dials)
     host = LonelyHost(identity.peer_id, (PUBLIC,))
     reaching = asyncio.run(after_rounds(4, host, "192.168.1.2"))
     assert reaching.reach.kind is Reachability.DIRECT
@@ -116,7 +118,7 @@ def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
     settings = NodeSettings.load(reachability="private")
 
     async def scenario() -> None:
-        reaching = Reaching(settings, swarm, random.Random(0), every_ten_s)
+        reaching = ReachabilityMonitor(settings, swarm, random.Random(0), every_ten_s)
         await reaching.begin("192.168.1.2", 2)
         moved_at = []
         for look in range(1, 23):

@@ -23,7 +23,7 @@ from real_swarm import (
     serving,
 )
 
-from dht.membership import Acquaintances, Membership
+from dht.membership import Membership, PeerStore
 from dht.records import RecordValidator
 from dht.registry import Registry
 from dht.swarm import Swarm, found_swarm, join_swarm
@@ -49,7 +49,7 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 
 async def knows(node: Node, other: Node) -> bool:
-    return any(a.endswith(other.swarm.host.peer_id.to_base58()) for a in node.swarm.host.known)
+    return any(a.endswith(other.swarm.host.peer_id.to_base58()) for a in node.swarm.host.bootstrap_candidates)
 
 
 async def at_least_once(swarm: Swarm) -> bool:
@@ -110,8 +110,8 @@ async def other_half(village: Village, swarm: Swarm) -> Swarm:
     identity = village.identities[1]
     host = await Host.start(identity, listen=LOCAL, validator=RecordValidator())
     registry = Registry(lambda: host.dht, swarm.keys, identity)
-    acquaintances = Acquaintances(None)
-    acquaintances.meet(await swarm.host.bootstrap_addresses(), time.time())
+    acquaintances = PeerStore(None)
+    acquaintances.add(await swarm.host.bootstrap_addresses(), time.time())
     membership = Membership(host, registry, acquaintances, dial_every_s=0.0)
     return replace(swarm, host=host, registry=registry, membership=membership, acquaintances=acquaintances)
 

@@ -27,7 +27,7 @@ from dht.uid import UID
 from expert_server.experts.expert import BackwardPart, Expert
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from trainer_client.dispatch.batches import Answer, Direction, KeptAt, Request
+from trainer_client.dispatch.batches import Answer, Direction, KeptForward, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -125,7 +125,7 @@ class RightCaller:
         inputs: torch.Tensor,
         gradients: torch.Tensor | None,
         keep: bool = False,
-        kept: KeptAt | None = None,
+        kept: KeptForward | None = None,
     ) -> Answer:
         request = Request(
             OWN,

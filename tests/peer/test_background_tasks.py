@@ -6,12 +6,12 @@ import logging
 import pytest
 
 from benchmarks.simulated_p2p import simulated_world
-from peer.loop import Chores
+from peer.loop import BackgroundTasks
 
 
 def test_a_chore_that_fails_is_told_of_counted_and_begun_again(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        chores, runs, well = Chores(first_pause_s=0.001), 0, asyncio.Event()
+        chores, runs, well = BackgroundTasks(first_pause_s=0.001), 0, asyncio.Event()
 
         async def announce() -> None:
             nonlocal runs
@@ -38,7 +38,7 @@ def test_a_chore_that_fails_is_told_of_counted_and_begun_again(caplog: pytest.Lo
 def test_after_a_long_good_run_a_chore_begins_again_soon() -> None:
     async def scenario() -> None:
         now = asyncio.get_running_loop().time
-        chores, enough = Chores(), asyncio.Event()
+        chores, enough = BackgroundTasks(), asyncio.Event()
         begun: list[float] = []
         failed: list[float] = []
 
@@ -62,7 +62,7 @@ def test_after_a_long_good_run_a_chore_begins_again_soon() -> None:
 
 def test_a_chore_that_is_done_stays_so() -> None:
     async def scenario() -> None:
-        chores, runs = Chores(first_pause_s=0.001), 0
+        chores, runs = BackgroundTasks(first_pause_s=0.001), 0
 
         async def give_up() -> None:
             nonlocal runs

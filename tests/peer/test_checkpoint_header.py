@@ -5,13 +5,13 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from peer.checkpoints import SealedHeader, seal, unseal
+from peer.checkpoints import CheckpointHeader, decode_checkpoint, encode_checkpoint
 from peer.errors import StateError
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3)}
 
 
-class Header(SealedHeader):
+class Header(CheckpointHeader):
     uid: str
 
 
@@ -20,7 +20,7 @@ class LaterHeader(Header):
     score: float = 0.0
 
 
-def accept(header: SealedHeader) -> None:
+def accept(header: CheckpointHeader) -> None:
     pass
 
 
@@ -30,24 +30,24 @@ def assert_is_whole(tensors: dict[str, Tensor]) -> None:
 
 
 def test_a_later_release_reads_what_an_earlier_one_wrote() -> None:
-    header, tensors = unseal(seal(Header(uid="0.1"), TENSORS), LaterHeader, accept)
+    header, tensors = decode_checkpoint(encode_checkpoint(Header(uid="0.1"), TENSORS), LaterHeader, accept)
     assert (header.uid, header.saved_by) == ("0.1", "")
     assert_is_whole(tensors)
 
 
 def test_an_earlier_release_reads_what_a_later_one_wrote() -> None:
-    written = seal(LaterHeader(uid="0.1", saved_by="0.2.0", score=1e-17), TENSORS)
-    header, tensors = unseal(written, Header, accept)
+    written = encode_checkpoint(LaterHeader(uid="0.1", saved_by="0.2.0", score=1e-17), TENSORS)
+    header, tensors = decode_checkpoint(written, Header, accept)
     assert header.uid == "0.1"
     assert_is_whole(tensors)
 
 
 @pytest.mark.parametrize("kind", [Header, LaterHeader])
 def test_no_key_can_be_changed_unseen(kind: type[Header]) -> None:
-    written = seal(LaterHeader(uid="0.1", saved_by="0.2.0"), TENSORS)
+    written = encode_checkpoint(LaterHeader(uid="0.1", saved_by="0.2.0"), TENSORS)
     for key, changed in ((b"0.1", b"0.2"), (b"0.2.0", b"0.3.0"), (b"saved_by", b"saved_at")):
         with pytest.raises(StateError, match="checksum does not match"):
-            unseal(written.replace(key, changed), kind, accept)
+            decode_checkpoint(written.replace(key, changed), kind, accept)
 
 
 @pytest.mark.parametrize(
@@ -57,4 +57,4 @@ def test_a_header_that_nobody_can_have_written_is_refused(odd: str) -> None:
     """JSON takes what can't be written again, and whoever fetches a state must not end by it."""
     text = f'{{"format_version": 1, "sha256": "", "uid": "0.1", "odd": {odd}}}'
     with pytest.raises(StateError):
-        unseal(to_safetensors(TENSORS, {"talkoot": text}), Header, accept)
+        decode_checkpoint(to_safetensors(TENSORS, {"talkoot": text}), Header, accept)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.loop import LoopThread
-from peer.rates import BURST_S, Bucket, Rate, Traffic
+from peer.rates import BURST_S, Bandwidth, RateLimit, TokenBucket
 
 RATES = st.floats(1.0, 1e6)
 STEPS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 1.0)), min_size=1, max_size=40)
@@ -19,7 +19,7 @@ STEPS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 1.0)), min_size=
 def play(rate: float, steps: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """When how many bytes pass; who takes waits before the next takes, as in `Rate`."""
     burst = rate * BURST_S
-    bucket, now = Bucket(rate, burst, 0.0), 0.0
+    bucket, now = TokenBucket(rate, burst, 0.0), 0.0
     passed: list[tuple[float, float]] = []
     for pause, share in steps:
         now += pause
@@ -54,13 +54,13 @@ def test_time_never_goes_back_and_an_idle_bucket_lets_pass_at_once(
 ) -> None:
     passed = play(rate, steps)
     assert all(before <= after for (before, _), (after, _) in pairwise(passed))
-    bucket = Bucket(rate, rate * BURST_S, 0.0)
+    bucket = TokenBucket(rate, rate * BURST_S, 0.0)
     bucket.take(int(rate * BURST_S), 0.0)
     assert bucket.take(int(rate * BURST_S), 2 * BURST_S) == 0.0
 
 
 def test_what_did_not_pass_is_given_back() -> None:
-    bucket = Bucket(100.0, 100.0, 0.0)
+    bucket = TokenBucket(100.0, 100.0, 0.0)
     bucket.take(100, 0.0)
     assert bucket.take(50, 0.0) == pytest.approx(0.5)
     bucket.give_back(50)
@@ -68,7 +68,7 @@ def test_what_did_not_pass_is_given_back() -> None:
 
 
 def test_more_than_the_burst_passes_at_once_and_what_follows_waits_for_it() -> None:
-    bucket = Bucket(10.0, 100.0, 0.0)
+    bucket = TokenBucket(10.0, 100.0, 0.0)
     assert bucket.take(0, 0.0) == 0.0
     assert bucket.take(500, 0.0) == pytest.approx(40.0)
     assert bucket.take(0, 30.0) == pytest.approx(10.0)
@@ -80,7 +80,7 @@ def test_more_than_the_burst_passes_at_once_and_what_follows_waits_for_it() -> N
 
 def test_without_a_limit_nobody_waits_and_bytes_are_counted(loop: LoopThread) -> None:
     async def scenario() -> int:
-        rate = Rate(None)
+        rate = RateLimit(None)
         for _ in range(1000):
             await rate.take(10**9)
         return rate.bytes
@@ -90,7 +90,7 @@ def test_without_a_limit_nobody_waits_and_bytes_are_counted(loop: LoopThread) ->
 
 def test_a_large_message_takes_the_time_that_it_must(loop: LoopThread) -> None:
     async def scenario() -> tuple[float, int]:
-        rate = Traffic(up_mbit=8.0).up  # 1 MB/s, 200 kB at once
+        rate = Bandwidth(up_mbit=8.0).up  # 1 MB/s, 200 kB at once
         begin = time.monotonic()
         await rate.take(500_000)
         return time.monotonic() - begin, rate.bytes
@@ -102,7 +102,7 @@ def test_a_large_message_takes_the_time_that_it_must(loop: LoopThread) -> None:
 
 def test_a_short_message_does_not_wait_for_a_long_one_to_end(loop: LoopThread) -> None:
     async def scenario() -> list[str]:
-        rate, ended = Rate(1e6), []
+        rate, ended = RateLimit(1e6), []
 
         async def send(name: str, size: int) -> None:
             await rate.take(size)
@@ -120,7 +120,7 @@ def test_a_short_message_does_not_wait_for_a_long_one_to_end(loop: LoopThread) -
 
 def test_who_gives_up_leaves_its_turn_and_its_bytes(loop: LoopThread) -> None:
     async def scenario() -> float:
-        rate = Rate(1000.0)
+        rate = RateLimit(1000.0)
         await rate.take(200)  # the burst
         sending = asyncio.create_task(rate.take(10**6))
         waiting = asyncio.create_task(rate.take(10**6))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peer.identity import Identity
-from peer.rpc.sessions import Metadata, OwnSessions, Right, Sessions
+from peer.rpc.sessions import Metadata, Right, SessionClient, Sessions
 from peer.wire import session_pb2
 
 RIGHTS: tuple[Right, ...] = (
@@ -23,9 +23,9 @@ def new_identity() -> Identity:
 
 def a_caller(
     swarm_id: str, identity: Identity | None = None, rights: Sequence[Right] = RIGHTS
-) -> OwnSessions:
+) -> SessionClient:
     """`identity`: a new one unless given."""
-    return OwnSessions(identity or new_identity(), swarm_id, rights)
+    return SessionClient(identity or new_identity(), swarm_id, rights)
 
 
 class InSession:

@@ -18,12 +18,12 @@ from torch import nn
 from dht.announcements import TrainerInfo, read_trainer
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.rpc.sessions import OwnSessions, Sessions
+from peer.rpc.sessions import SessionClient, Sessions
 from peer.transport.tunnel import Tunnels
 from peer.wire import records_pb2, session_pb2
 from trainer_client.announcer import set_dense, trainer_record
 from trainer_client.averaging.averager import Averaging
-from trainer_client.averaging.dense_part import DenseForm, SharedPart
+from trainer_client.averaging.dense_part import DenseForm, SharedParameters
 from trainer_client.settings import TrainerSettings
 
 SWARM = "sauna-QmFounder"
@@ -73,12 +73,12 @@ class Square:
         exit_path: Path | None = None,
     ) -> Averaging:
         identity = self.identities[len(self.made)]
-        part = SharedPart(model)
+        part = SharedParameters(model)
         part.age = age
         registry: Any = self.board
         averaging = Averaging(
             part, DenseForm.of(model, SWARM), identity, registry, Sessions(SWARM, identity.peer_id),
-            OwnSessions(identity, SWARM, (session_pb2.RIGHT_AVERAGE,)), every=every, look_every_s=0.05,
+            SessionClient(identity, SWARM, (session_pb2.RIGHT_AVERAGE,)), every=every, look_every_s=0.05,
             deadline_s=deadline_s, tunnels=tunnels, rng=random.Random(len(self.made)),
         )  # fmt: skip
         await averaging.start(LOCAL, 0, asyncio.get_running_loop(), exit_path)
@@ -97,7 +97,7 @@ class Square:
     def info(self, averaging: Averaging) -> TrainerInfo:
         return self.board.info(averaging.peer_id)
 
-    async def stepping(self, done: Awaitable[T], *parts: SharedPart) -> T:
+    async def stepping(self, done: Awaitable[T], *parts: SharedParameters) -> T:
         """The result of what waits for steps of these."""
         task = asyncio.ensure_future(done)
         async with asyncio.timeout(LIMIT_S):
@@ -107,7 +107,7 @@ class Square:
                 await asyncio.sleep(0.005)
         return await task
 
-    async def until(self, condition: Callable[[], bool], *parts: SharedPart) -> None:
+    async def until(self, condition: Callable[[], bool], *parts: SharedParameters) -> None:
         async with asyncio.timeout(LIMIT_S):
             while not condition():
                 await self.stepping(asyncio.sleep(0.005), *parts)
@@ -137,7 +137,7 @@ def play(loop: LoopThread, identities: list[Identity], monkeypatch: pytest.Monke
     return run
 
 
-def are_one(part: SharedPart, other: SharedPart) -> bool:
+def are_one(part: SharedParameters, other: SharedParameters) -> bool:
     tensors = other.read().tensors
     return all(
         torch.allclose(tensor, tensors[name], rtol=1.3e-6, atol=1e-5)

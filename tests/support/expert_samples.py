@@ -8,7 +8,7 @@ from torch import Tensor
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from dht.uid import UID
 from expert_server.experts.expert import BackwardPart, Expert
-from expert_server.experts.graphs import Graph
+from expert_server.experts.graphs import ForwardGraph
 
 HIDDEN = 16
 ROWS = 12
@@ -47,7 +47,7 @@ def random_rows(seed: int) -> Tensor:
     return torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
-def backward(expert: Expert, inputs: Tensor, gradients: Tensor, graph: Graph | None = None) -> Tensor:
+def backward(expert: Expert, inputs: Tensor, gradients: Tensor, graph: ForwardGraph | None = None) -> Tensor:
     return expert.backward([BackwardPart(inputs, gradients, LENGTHS, POSITIONS, graph)])[0]
 
 

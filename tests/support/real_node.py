@@ -13,7 +13,7 @@ from dht.registry import NodeInfo
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.serving.runtime import Runtime
-from expert_server.serving.servicer import EdgeLimits, ExpertServicer
+from expert_server.serving.servicer import CallLimits, ExpertServicer
 from peer.codec import Floats
 from peer.identity import Identity, certificate_pem
 from peer.rpc.calls import server_credentials
@@ -51,7 +51,7 @@ async def a_node(path: Path, max_kept_bytes: int) -> AsyncIterator[tuple[NodeInf
     )
     await runtime.start()
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    limits = EdgeLimits(max_call_bytes=2**20, max_call_s=30.0, max_kept_bytes=max_kept_bytes)
+    limits = CallLimits(max_call_bytes=2**20, max_call_s=30.0, max_kept_bytes=max_kept_bytes)
     sessions = Sessions("kept-swarm", identity.peer_id)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(
         ExpertServicer(runtime, MANIFEST, "kept-swarm", limits, sessions), server

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName, TrainerSettings
-from trainer_client.training.checkpoints import Saver, Start, start_run
+from trainer_client.training.checkpoints import CheckpointSaver, RunStart, prepare_run
 from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress, Summary
 
@@ -44,18 +44,18 @@ def make_settings(**given: Any) -> TrainerSettings:
     return TrainerSettings.load(**(small | given))
 
 
-def start(state: Path, settings: TrainerSettings, resume: bool = False) -> Start:
-    return start_run(settings, resume, SWARM, state, lambda text: None)
+def start(state: Path, settings: TrainerSettings, resume: bool = False) -> RunStart:
+    return prepare_run(settings, resume, SWARM, state, lambda text: None)
 
 
-def train_from(began: Start, model: LanguageModel, stop_after: int | None = None) -> Ran:
+def train_from(began: RunStart, model: LanguageModel, stop_after: int | None = None) -> Ran:
     """Saves at the end, as the command does."""
     settings, stop = began.settings, threading.Event()
     seed = settings.seed or 0
     dataset = Dataset(began.corpus.tokens, 16, seed, settings.validation_share, began.tokenizer.token_bytes)
     training = Training(model, dataset, settings)
     began.restore(training)
-    saver = Saver(began, training, MANIFEST, seed)
+    saver = CheckpointSaver(began, training, MANIFEST, seed)
     losses: list[float] = []
 
     def observe(progress: Progress) -> None:
@@ -70,13 +70,13 @@ def train_from(began: Start, model: LanguageModel, stop_after: int | None = None
     return Ran(summary, losses, parameters, saver.folder)
 
 
-def train_dense(began: Start, stop_after: int | None = None) -> Ran:
+def train_dense(began: RunStart, stop_after: int | None = None) -> Ran:
     """Without experts."""
     model = LanguageModel(MANIFEST, lambda layer: nn.Identity(), len(began.tokenizer.token_bytes))
     return train_from(began, model, stop_after)
 
 
-def train_on(swarm: LearningSwarm, router: RouterName, began: Start, stop_after: int | None = None) -> Ran:
+def train_on(swarm: LearningSwarm, router: RouterName, began: RunStart, stop_after: int | None = None) -> Ran:
     with mixtures(swarm, router) as make_mixture:
         model = LanguageModel(MANIFEST, make_mixture, len(began.tokenizer.token_bytes))
         return train_from(began, model, stop_after)

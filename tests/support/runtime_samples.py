@@ -13,7 +13,7 @@ from torch import Tensor
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
 from expert_server.experts.expert import BackwardPart, Expert
-from expert_server.serving.batching import Direction, Work
+from expert_server.serving.batching import Direction, WorkItem
 from expert_server.serving.compute import Result
 from expert_server.serving.runtime import Runtime
 from peer.errors import ExpertError
@@ -35,16 +35,18 @@ def make_work(
     deadline: float = NEVER,
     seed: int = 0,
     caller: str = "a trainer",
-) -> Work:
+) -> WorkItem:
     generator = torch.Generator().manual_seed(seed)
     inputs, gradients = torch.randn(2, rows, HIDDEN, generator=generator).unbind()
     lengths = torch.tensor([rows] if rows < 3 else [2, rows - 2])
     positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
     backward = direction == "backward"
-    return Work(uid, direction, inputs, gradients if backward else None, lengths, positions, deadline, caller)
+    return WorkItem(
+        uid, direction, inputs, gradients if backward else None, lengths, positions, deadline, caller
+    )
 
 
-def backward_alone(work: Work) -> Tensor:
+def backward_alone(work: WorkItem) -> Tensor:
     assert work.gradients is not None
     expert = Expert(work.uid, MANIFEST)
     return expert.backward([BackwardPart(work.inputs, work.gradients, work.lengths, work.positions)])[0]
@@ -119,7 +121,7 @@ class HeldExpert(Expert):
         self._release.set()
 
 
-async def submit_in_order(runtime: Runtime, *works: Work) -> list[asyncio.Task[Result]]:
+async def submit_in_order(runtime: Runtime, *works: WorkItem) -> list[asyncio.Task[Result]]:
     """Starts the calls, and returns once all of them are queued."""
     tasks = [asyncio.create_task(runtime.submit(work)) for work in works]
     await asyncio.sleep(0)

@@ -20,7 +20,7 @@ from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from dht.registry import NodeInfo, Replica, ReplicaState
 from talkoot.dashboard.app import Streams, make_app
-from talkoot.dashboard.history import History, Keeper
+from talkoot.dashboard.history import History, HistoryStore
 from talkoot.dashboard.picture import Census, Paces, Picture, paint
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import Watcher
@@ -124,7 +124,7 @@ class Asked:
     def __init__(self, folder: Path, picture: Picture | None, **settings: Any) -> None:
         self.settings = DashboardSettings.load(**settings)
         self.history = History(folder / "history.sqlite", 64, 64)
-        self.keeper = Keeper(self.history)
+        self.keeper = HistoryStore(self.history)
         self.watcher = Watcher(INVITE, self.settings, folder, self.keeper, picture, lambda: NOW + 1)
         self.streams = Streams(self.settings.max_streams)
         self.app: Starlette = make_app(

@@ -16,17 +16,17 @@ from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import Checkpoint, to_bytes
 from expert_server.serving.runtime import Runtime
-from expert_server.state.servicer import Hint, StateServicer
+from expert_server.state.servicer import FetchHint, StateServicer
 from expert_server.state.transfer import SnapshotTaker, StateClient
 from peer import PROTOCOL_VERSION
-from peer.averaging import Meetings
+from peer.averaging import AveragingHistory
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
-from peer.rates import Rate
+from peer.rates import RateLimit
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.sessions import Sessions, SessionServicer
-from peer.rpc.transfer import Snapshots
+from peer.rpc.transfer import SnapshotCache
 from peer.wire import session_pb2_grpc, state_pb2, state_pb2_grpc
 
 SWARM = "sauna-QmFounder"
@@ -43,10 +43,10 @@ class Street:
     stack: contextlib.AsyncExitStack
     certificate: bytes
     client: StateClient
-    down: Rate
+    down: RateLimit
     sessions: Sessions
     port: int = 0
-    hints: list[Hint] = field(default_factory=list)
+    hints: list[FetchHint] = field(default_factory=list)
 
     async def serve(self, servicer: Any) -> grpc.aio.Server:
         server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -59,7 +59,12 @@ class Street:
         return server
 
     async def host(
-        self, *experts: Expert, max_transfers: int = 4, limit: int = 4, up: Rate | None = None, **met: int
+        self,
+        *experts: Expert,
+        max_transfers: int = 4,
+        limit: int = 4,
+        up: RateLimit | None = None,
+        **met: int,
     ) -> Runtime:
         """A server of these experts as a node has it."""
         runtime = Runtime(
@@ -67,12 +72,12 @@ class Street:
         )
         await runtime.start()
         self.stack.push_async_callback(runtime.stop)
-        meetings: Meetings[UID] = Meetings()
+        meetings: AveragingHistory[UID] = AveragingHistory()
         for update_count in met.values():
-            meetings.note(AN_UID, self.identity.peer_id, update_count)
-        taker = SnapshotTaker(runtime, Snapshots(limit, 60), SWARM, meetings.of)
+            meetings.record(AN_UID, self.identity.peer_id, update_count)
+        taker = SnapshotTaker(runtime, SnapshotCache(limit, 60), SWARM, meetings.of)
         servicer = StateServicer(
-            taker, MANIFEST, SWARM, self.client.counts, self.follow, up or Rate(None), self.sessions,
+            taker, MANIFEST, SWARM, self.client.counts, self.follow, up or RateLimit(None), self.sessions,
             max_transfers=max_transfers, max_transfer_s=30,
         )  # fmt: skip
         await self.serve(servicer)
@@ -81,7 +86,7 @@ class Street:
     async def stub(self) -> InSession:
         return InSession(*await self.client._service.stub(self.node))
 
-    def follow(self, hint: Hint) -> int:
+    def follow(self, hint: FetchHint) -> int:
         self.hints.append(hint)
         return 1
 
@@ -107,7 +112,7 @@ def playing(
     def run(scenario: Scenario) -> None:
         async def with_street() -> None:
             async with contextlib.AsyncExitStack() as stack:
-                down = Rate(None)
+                down = RateLimit(None)
                 client = StateClient(SWARM, MANIFEST, a_caller(SWARM, identity), down, max_transfer_s=20)
                 stack.push_async_callback(client.close)
                 sessions = Sessions(SWARM, identity.peer_id)

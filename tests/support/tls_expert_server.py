@@ -23,18 +23,18 @@ from expert_server.experts.expert import BackwardPart, Expert
 from expert_server.probe import ProbeServicer
 from expert_server.serving.batching import Direction
 from expert_server.serving.runtime import Runtime
-from expert_server.serving.servicer import BudgetLimits, EdgeLimits, ExpertServicer
+from expert_server.serving.servicer import BudgetLimits, CallLimits, ExpertServicer
 from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import SnapshotTaker, TransferCounts
 from peer import PROTOCOL_VERSION
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
-from peer.rates import Rate, Traffic
+from peer.rates import Bandwidth, RateLimit
 from peer.rpc.calls import make_server, server_credentials
 from peer.rpc.channels import CLIENT_OPTIONS
 from peer.rpc.sessions import Metadata, Sessions, SessionServicer
-from peer.rpc.transfer import Snapshots
+from peer.rpc.transfer import SnapshotCache
 from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
 
 HIDDEN, CONTEXT = 16, 16
@@ -107,16 +107,16 @@ async def serving(
     certificate = identity.make_certificate()
     server = make_server(64)
     sessions = Sessions(SWARM, identity.peer_id)
-    limits = EdgeLimits(max_call_bytes, max_call_s, budget=budget or BudgetLimits())
+    limits = CallLimits(max_call_bytes, max_call_s, budget=budget or BudgetLimits())
     servicer = ExpertServicer(runtime, MANIFEST, SWARM, limits, sessions)
     session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
     states = StateServicer(
-        SnapshotTaker(runtime, Snapshots(4, 60), SWARM, lambda uid: {}), MANIFEST, SWARM, TransferCounts(),
-        lambda hint: len(hint.uids), Rate(None), sessions, max_transfers=4, max_transfer_s=max_call_s,
+        SnapshotTaker(runtime, SnapshotCache(4, 60), SWARM, lambda uid: {}), MANIFEST, SWARM, TransferCounts(),
+        lambda hint: len(hint.uids), RateLimit(None), sessions, max_transfers=4, max_transfer_s=max_call_s,
     )  # fmt: skip
     state_pb2_grpc.add_StateServiceServicer_to_server(states, server)
-    probe_pb2_grpc.add_ProbeServiceServicer_to_server(ProbeServicer(SWARM, Traffic()), server)
+    probe_pb2_grpc.add_ProbeServiceServicer_to_server(ProbeServicer(SWARM, Bandwidth()), server)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
     await server.start()
     address, pem = f"127.0.0.1:{port}", certificate_pem(certificate, identity.peer_id)

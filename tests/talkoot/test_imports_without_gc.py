@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from talkoot.cli import lasting_imports
+from talkoot.cli import imports_without_gc
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,7 @@ def unfrozen() -> Iterator[None]:
 
 
 def test_no_collection_runs_meanwhile_and_none_looks_at_it_later() -> None:
-    with lasting_imports():
+    with imports_without_gc():
         assert not gc.isenabled()
         imported: list[object] = []
         imported.append(imported)
@@ -24,6 +24,6 @@ def test_no_collection_runs_meanwhile_and_none_looks_at_it_later() -> None:
 
 
 def test_collections_go_on_when_an_import_fails() -> None:
-    with pytest.raises(ModuleNotFoundError), lasting_imports():
+    with pytest.raises(ModuleNotFoundError), imports_without_gc():
         import no_such_module  # type: ignore[import-not-found]  # noqa: F401
     assert gc.isenabled()

@@ -20,7 +20,7 @@ from dht.registry import NodeInfo
 from dht.swarm import Swarm
 from dht.uid import UID
 from peer.errors import SettingsError
-from talkoot.status import Reading, SwarmReader, _renderables
+from talkoot.status import SwarmReader, SwarmReading, _renderables
 from trainer_client.settings import TrainerSettings
 
 MODEL = manifest((2, 2), layers=1)
@@ -127,17 +127,17 @@ def test_status_warns_of_a_manifest_that_expires_soon() -> None:
     assert reading().to_dict()["warning"] is None
 
 
-def status_text(reading: Reading, width: int = 200) -> str:
+def status_text(reading: SwarmReading, width: int = 200) -> str:
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
     for part in _renderables(reading):
         console.print(part)
     return cast(io.StringIO, console.file).getvalue()
 
 
-def reading(**changes: Any) -> Reading:
+def reading(**changes: Any) -> SwarmReading:
     view = View(MODEL, {MODEL.uids()[0]: (replica(MODEL.uids()[0], 0),)}, {peer(0): node(0)}, NOW)
     values: dict[str, Any] = {"nodes": {peer(0): node(0, name="[red]kuusi[/red]")}, "trainers": {}} | changes
-    return Reading("sauna-x", view, **values)
+    return SwarmReading("sauna-x", view, **values)
 
 
 def test_status_shows_nodes_trainers_and_experts() -> None:

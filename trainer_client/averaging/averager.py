@@ -19,21 +19,21 @@ from hivemind.p2p import PeerID
 
 from dht.announcements import TrainerInfo
 from dht.registry import Registry
-from dht.relays import Relayed
+from dht.relays import RelayKeeper
 from peer import PROTOCOL_VERSION
-from peer.averaging import freshest_first, most_believed
+from peer.averaging import freshest_first, max_plausible_updates
 from peer.errors import ExpertError, PortError, StateError, TransferError, UnreachableError
 from peer.identity import Identity
-from peer.rates import Rate
+from peer.rates import RateLimit
 from peer.rpc.calls import make_server, server_credentials
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import OwnSessions, Sessions, SessionServicer
-from peer.rpc.transfer import Incoming, SnapshotService, chunked, receive
+from peer.rpc.sessions import SessionClient, Sessions, SessionServicer
+from peer.rpc.transfer import SnapshotClient, SnapshotReceiver, chunked, receive
 from peer.transport.addresses import require_free_port
 from peer.transport.tunnel import Tunnels
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc
-from trainer_client.averaging.dense_part import DenseForm, Merge, SharedPart
-from trainer_client.averaging.exchange import AveragingCounts, DenseServicer, Meeting, Snapshot
+from trainer_client.averaging.dense_part import DenseForm, DenseMerge, SharedParameters
+from trainer_client.averaging.exchange import AveragingCounts, DenseExchange, DenseServicer, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ class Averaging:
 
     def __init__(
         self,
-        part: SharedPart,
+        part: SharedParameters,
         form: DenseForm,
         identity: Identity,
         registry: Registry,
         sessions: Sessions,
-        own_sessions: OwnSessions,
+        own_sessions: SessionClient,
         *,
         every: int,
         look_every_s: float,
@@ -73,12 +73,12 @@ class Averaging:
         `every`: steps from one averaging to the next. `look_every_s`: seconds between looks at who is there.
         `deadline_s`: longest that an exchange may take. `tunnels`: by which it calls others behind routers.
         """
-        self.meeting = Meeting(form, part)
+        self.meeting = DenseExchange(form, part)
         self.partners: tuple[TrainerInfo, ...] = ()
         """Trainers that train the same, as the DHT named them last."""
         self.certificate = b""
         self.addresses: tuple[str, ...] = ()
-        self.relayed: Relayed | None = None
+        self.relayed: RelayKeeper | None = None
         """None: it is reached at its addresses, or not at all."""
         self.part = part
         self.form = form
@@ -88,7 +88,7 @@ class Averaging:
         self._look_every_s = look_every_s
         self._deadline_s = deadline_s
         self._rng = rng or random.SystemRandom()
-        self._service = SnapshotService(
+        self._service = SnapshotClient(
             dense_pb2_grpc.DenseServiceStub,
             ChannelPool(_MAX_CALLS, tunnels),
             own_sessions,
@@ -155,7 +155,7 @@ class Averaging:
             trainer for trainer in found.values() if trainer.dense_fingerprint == self.form.fingerprint
         )
 
-    async def meet(self, partner: TrainerInfo) -> Merge:
+    async def meet(self, partner: TrainerInfo) -> DenseMerge:
         """Exchanges dense parts, and waits until this one is the average.
 
         Raises ExpertError, when one of the two averages with another, TransferError and StateError; then it stays.
@@ -178,7 +178,7 @@ class Averaging:
         """
         await self.look()
         reachable = [p for p in self.partners if _is_reachable(p) and p.dense_age > self.part.age]
-        most = most_believed([p.dense_age for p in self.partners])
+        most = max_plausible_updates([p.dense_age for p in self.partners])
         for partner in freshest_first(reachable, lambda p: p.dense_age, self._rng)[:_TAKE_ATTEMPTS]:
             try:
                 return await self._take(partner, most)
@@ -192,14 +192,14 @@ class Averaging:
             protocol_version=PROTOCOL_VERSION, swarm_id=self.form.swarm_id, fingerprint=self.form.fingerprint
         )
         what = f"the dense part of {partner.peer_id}"
-        incoming = await self._service.download(partner, "Take", request, what, Rate(None))
+        incoming = await self._service.download(partner, "Take", request, what, RateLimit(None))
         mine = await asyncio.to_thread(self.part.read)
         theirs = await self.meeting.look_through(mine, incoming)
         age = min(theirs.age, most)
         self.part.replace(theirs.tensors, age)
         return age
 
-    async def _exchange(self, partner: TrainerInfo, mine: Snapshot) -> Incoming:
+    async def _exchange(self, partner: TrainerInfo, mine: Snapshot) -> SnapshotReceiver:
         """What came, not yet looked through."""
         began = self.meeting.clock()
         try:
@@ -212,7 +212,7 @@ class Averaging:
         incoming = self.meeting.incoming()
         try:
             async with asyncio.timeout(self._deadline_s):
-                await receive(call, incoming, Rate(None), begun=accepted.set)
+                await receive(call, incoming, RateLimit(None), begun=accepted.set)
         except grpc.aio.AioRpcError as error:
             if error.code() is StatusCode.UNAUTHENTICATED:
                 self._service.sessions.ended(partner.peer_id, session)  # the next time opens another

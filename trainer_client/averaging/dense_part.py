@@ -20,8 +20,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peer.averaging import drawn
-from peer.checkpoints import SealedHeader, seal, unseal
+from peer.averaging import interpolate
+from peer.checkpoints import CheckpointHeader, decode_checkpoint, encode_checkpoint
 from peer.errors import StateError
 
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -35,7 +35,7 @@ _LEAST_LIKENESS = 0.25
 the start measures leaves 0.3; noise or a turned sign have 0 or less."""
 
 
-class Header(SealedHeader):
+class Header(CheckpointHeader):
     """What a dense part says of itself."""
 
     swarm_id: str
@@ -70,7 +70,7 @@ class DenseForm:
     def to_bytes(self, tensors: Tensors, age: int) -> bytes:
         """Tensors on the CPU, contiguous."""
         header = Header(swarm_id=self.swarm_id, fingerprint=self.fingerprint.hex(), age=age)
-        return seal(header, dict(tensors))
+        return encode_checkpoint(header, dict(tensors))
 
     def from_bytes(self, data: bytes, age: int) -> dict[str, Tensor]:
         """Raises StateError when they are no dense part of this form and age, and when a number is not finite."""
@@ -80,7 +80,7 @@ class DenseForm:
             if said != (self.swarm_id, self.fingerprint.hex(), age):
                 raise StateError("it is another dense part than was offered")
 
-        _, tensors = unseal(data, Header, check)
+        _, tensors = decode_checkpoint(data, Header, check)
         found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         if found != dict(self.kinds):
             raise StateError("its tensors are not those of this model")
@@ -132,7 +132,7 @@ class DensePart:
 
 
 @dataclass(frozen=True)
-class Merge:
+class DenseMerge:
     """One averaging, as this trainer sees it."""
 
     peer: str
@@ -153,10 +153,10 @@ class _Waiting:
     their_age: int
     share: float
     difference: float
-    done: "Future[Merge]" = field(default_factory=Future)
+    done: "Future[DenseMerge]" = field(default_factory=Future)
 
 
-class SharedPart:
+class SharedParameters:
     """A model's parameters. One thread takes optimizer steps, inside `stepping`; others read, and hand in what is to be
     merged, which happens at the end of the next step: so no step ever waits, and no forward pass sees a change.
     """
@@ -172,7 +172,7 @@ class SharedPart:
         self._parameters = dict(model.named_parameters())
         self._changing = threading.Lock()
         self._waiting: deque[_Waiting] = deque()
-        self._merges: deque[Merge] = deque(maxlen=_MERGES_REMEMBERED)
+        self._merges: deque[DenseMerge] = deque(maxlen=_MERGES_REMEMBERED)
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
@@ -193,7 +193,7 @@ class SharedPart:
 
     def merge(
         self, peer: str, base: DensePart, theirs: Tensors, their_age: int, share: float, difference: float
-    ) -> "Future[Merge]":
+    ) -> "Future[DenseMerge]":
         """At the end of the next step the parameters move by `share` of the way from `base`, which was read here, to
         what another trainer had then. Any thread may call this.
         """
@@ -209,7 +209,7 @@ class SharedPart:
                 parameter.copy_(tensors[name])
             self.age = min(age, MAX_AGE)
 
-    def take_merges(self) -> list[Merge]:
+    def take_merges(self) -> list[DenseMerge]:
         """Those since the last time, oldest first."""
         with self._changing:
             merges = list(self._merges)
@@ -223,8 +223,8 @@ class SharedPart:
         base = waiting.base
         for name, parameter in self._parameters.items():
             current, then = parameter.cpu(), base.tensors[name]
-            parameter.copy_(drawn(current, then, waiting.theirs[name], waiting.share))
+            parameter.copy_(interpolate(current, then, waiting.theirs[name], waiting.share))
         self.age = min(max(base.age, waiting.their_age) + self.age - base.age, MAX_AGE)
-        merge = Merge(waiting.peer, waiting.share, self.age, waiting.difference)
+        merge = DenseMerge(waiting.peer, waiting.share, self.age, waiting.difference)
         self._merges.append(merge)
         waiting.done.set_result(merge)

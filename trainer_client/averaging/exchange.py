@@ -14,19 +14,19 @@ import grpc
 from grpc import StatusCode
 from hivemind.p2p import PeerID
 
-from peer.averaging import Meetings, their_share
+from peer.averaging import AveragingHistory, partner_weight
 from peer.errors import ExpertError, StateError, WireError
-from peer.rates import Rate
-from peer.rpc.calls import Messages, refusing, require_same_swarm
+from peer.rates import RateLimit
+from peer.rpc.calls import RequestReader, abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
-from peer.rpc.transfer import Incoming, Snapshots, in_time, outgoing, written
+from peer.rpc.transfer import SnapshotCache, SnapshotReceiver, in_time, outgoing, written
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, state_pb2
 from trainer_client.averaging.dense_part import (
     MAX_AGE,
     DenseForm,
+    DenseMerge,
     DensePart,
-    Merge,
-    SharedPart,
+    SharedParameters,
     Tensors,
     require_near,
 )
@@ -79,7 +79,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, eq=False)
-class Theirs:
+class PeerDensePart:
     """Another trainer's dense part, looked through."""
 
     tensors: Tensors
@@ -87,11 +87,11 @@ class Theirs:
     difference: float
 
 
-class Meeting:
+class DenseExchange:
     """What a trainer has for its meetings, of which one is at a time. For the loop's thread."""
 
     def __init__(
-        self, form: DenseForm, part: SharedPart, clock: Callable[[], float] = time.monotonic
+        self, form: DenseForm, part: SharedParameters, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.form = form
         self.part = part
@@ -101,8 +101,8 @@ class Meeting:
         self.ended_at_step = 0
         """Steps of this trainer when its last meeting ended, whoever began it."""
         self.is_on = False
-        self._meetings: Meetings[bytes] = Meetings(clock)
-        self._snapshots: Snapshots[Snapshot] = Snapshots(_KEPT, _KEPT_S)
+        self._meetings: AveragingHistory[bytes] = AveragingHistory(clock)
+        self._snapshots: SnapshotCache[Snapshot] = SnapshotCache(_KEPT, _KEPT_S)
 
     def begin(self) -> None:
         """Raises ExpertError (RESOURCE_EXHAUSTED) while another meeting is on."""
@@ -142,7 +142,7 @@ class Meeting:
         self._snapshots.put(snapshot, self.clock())
         return snapshot
 
-    async def look_through(self, mine: DensePart, incoming: Incoming) -> Theirs:
+    async def look_through(self, mine: DensePart, incoming: SnapshotReceiver) -> PeerDensePart:
         """Raises StateError when what came is not to be averaged with."""
         return await asyncio.to_thread(self._open, mine, incoming)
 
@@ -156,22 +156,24 @@ class Meeting:
         """For a while, each time longer."""
         self.breakers.failed(peer_id, self.clock())
 
-    async def merge(self, base: Snapshot, theirs: Theirs, met_update_count: int, peer_id: PeerID) -> Merge:
+    async def merge(
+        self, base: Snapshot, theirs: PeerDensePart, met_update_count: int, peer_id: PeerID
+    ) -> DenseMerge:
         """Waits for the end of the next step."""
         met = max(base.met.get(peer_id, 0), met_update_count)
-        their_age = self._meetings.believed(self.form.fingerprint, base.part.age, theirs.age)
-        share = their_share(base.part.age, their_age, met)
+        their_age = self._meetings.capped_claim(self.form.fingerprint, base.part.age, theirs.age)
+        share = partner_weight(base.part.age, their_age, met)
         done = self.part.merge(
             peer_id.to_base58(), base.part, theirs.tensors, their_age, share, theirs.difference
         )
         merge = await asyncio.wrap_future(done)
-        self._meetings.note(self.form.fingerprint, peer_id, max(base.part.age, their_age))
+        self._meetings.record(self.form.fingerprint, peer_id, max(base.part.age, their_age))
         self.breakers.succeeded(peer_id)
         self.counts.averaged += 1
         return merge
 
-    def incoming(self) -> Incoming:
-        return Incoming(self.form.max_bytes, self.count_received)
+    def incoming(self) -> SnapshotReceiver:
+        return SnapshotReceiver(self.form.max_bytes, self.count_received)
 
     def count_received(self, size: int) -> None:
         self.counts.bytes_received += size
@@ -181,11 +183,11 @@ class Meeting:
         data = self.form.to_bytes(part.tensors, part.age)
         return part, data, hashlib.sha256(data).digest()
 
-    def _open(self, mine: DensePart, incoming: Incoming) -> Theirs:
+    def _open(self, mine: DensePart, incoming: SnapshotReceiver) -> PeerDensePart:
         header, data = incoming.whole()
         tensors = self.form.from_bytes(data, header.update_count)
         difference = require_near(mine.tensors, tensors)
-        return Theirs(tensors, min(header.update_count, MAX_AGE), difference)
+        return PeerDensePart(tensors, min(header.update_count, MAX_AGE), difference)
 
 
 Requests = AsyncIterator[dense_pb2.ExchangeRequest]
@@ -198,7 +200,7 @@ _MAX_TAKERS = 2
 class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
     """Gives one trainer's dense part to trainers of its swarm that train the same."""
 
-    def __init__(self, meeting: Meeting, me: PeerID, sessions: Sessions, deadline_s: float) -> None:
+    def __init__(self, meeting: DenseExchange, me: PeerID, sessions: Sessions, deadline_s: float) -> None:
         """`sessions`: who may call. `deadline_s`: longest that a call may take."""
         self._meeting = meeting
         self._me = me
@@ -208,11 +210,11 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         self._merging: set[asyncio.Task[None]] = set()
 
     async def Exchange(self, requests: Requests, context: ExchangeContext) -> None:
-        async with refusing(context, self._deadline_s, "the dense parts did not come over in time"):
-            await self._exchange(Messages(requests), context)
+        async with abort_on_error(context, self._deadline_s, "the dense parts did not come over in time"):
+            await self._exchange(RequestReader(requests), context)
 
     async def Take(self, request: dense_pb2.TakeRequest, context: TakeContext) -> None:
-        async with refusing(context, self._deadline_s, "the dense part was not read in time"):
+        async with abort_on_error(context, self._deadline_s, "the dense part was not read in time"):
             await self._give(request, context)
 
     async def close(self) -> None:
@@ -222,7 +224,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         await asyncio.gather(*self._merging, return_exceptions=True)
 
     async def _exchange(
-        self, messages: Messages[dense_pb2.ExchangeRequest], context: ExchangeContext
+        self, messages: RequestReader[dense_pb2.ExchangeRequest], context: ExchangeContext
     ) -> None:
         caller = self._sessions.require(context, session_pb2.RIGHT_AVERAGE).caller
         request = await messages.next()
@@ -255,9 +257,9 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
     async def _swap(
         self,
         mine: Snapshot,
-        incoming: Incoming,
+        incoming: SnapshotReceiver,
         caller: PeerID,
-        messages: Messages[dense_pb2.ExchangeRequest],
+        messages: RequestReader[dense_pb2.ExchangeRequest],
         context: ExchangeContext,
     ) -> None:
         """Both directions at once. Raises StateError when what comes is not what was offered."""
@@ -270,7 +272,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
-    async def _merge(self, mine: Snapshot, theirs: Theirs, met: int, caller: PeerID) -> None:
+    async def _merge(self, mine: Snapshot, theirs: PeerDensePart, met: int, caller: PeerID) -> None:
         try:
             await self._meeting.merge(mine, theirs, met, caller)
         finally:
@@ -297,7 +299,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
     async def _send(
         self, snapshot: Snapshot, to: PeerID | None, offset: int, context: ExchangeContext | TakeContext
     ) -> None:
-        async for reply in outgoing(snapshot.header(to), snapshot.data, offset, Rate(None)):
+        async for reply in outgoing(snapshot.header(to), snapshot.data, offset, RateLimit(None)):
             await written(context.write, reply)
             self._meeting.counts.bytes_sent += len(reply.chunk)
 

@@ -148,7 +148,7 @@ class Corpus:
     """Of the tokens, the first half: two corpora with the same give the same batches."""
 
 
-def prepare(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path) -> Corpus:
+def encode_corpus(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path) -> Corpus:
     """Encodes the text of the files into `folder`, where the last text stays, and is taken when nothing has changed.
     One process at a time may do so.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from peer.errors import DataError
-from peer.settings import require
+from peer.settings import require_extra
 
 PIECE_BYTES = 2**16
 """Of plain text, read at once."""
@@ -29,7 +29,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     for path in paths:
         found.update(dict.fromkeys(_find(path)))
     if any(file.suffix == ".parquet" for file in found):
-        require("pyarrow", "parquet", "reading .parquet files")
+        require_extra("pyarrow", "parquet", "reading .parquet files")
     return list(found)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peer.errors import DataError
-from peer.settings import require
+from peer.settings import require_extra
 
 BYTES = 256
 """The vocabulary of bytes."""
@@ -57,7 +57,7 @@ class BytePairTokenizer:
 
     def __init__(self, json: str) -> None:
         """Raises DataError when it is no such tokenizer."""
-        require("tokenizers", "bpe", "a tokenizer of byte pairs")
+        require_extra("tokenizers", "bpe", "a tokenizer of byte pairs")
         from tokenizers import Tokenizer as Library
         from tokenizers.pre_tokenizers import ByteLevel
 
@@ -80,7 +80,7 @@ class BytePairTokenizer:
     @classmethod
     def learn(cls, text: Iterable[str], characters: int, vocabulary: int) -> "BytePairTokenizer":
         """`text` of about so many characters in all. Learns fewer than `vocabulary` tokens from a short one."""
-        require("tokenizers", "bpe", "a tokenizer of byte pairs")
+        require_extra("tokenizers", "bpe", "a tokenizer of byte pairs")
         from tokenizers import Tokenizer as Library
         from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -29,7 +29,7 @@ Booleans = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Share:
+class ExpertBatch:
     """The rows that go to one expert, in order of sequence and position, and the slot each came from."""
 
     uid: UID
@@ -39,9 +39,9 @@ class Share:
     positions: Integers  # [r], in their sequences
 
 
-def make_shares(
+def group_by_expert(
     layer: int, coordinates: Integers, wanted: Booleans, grid: tuple[int, ...], sequence_length: int
-) -> Iterator[Share]:
+) -> Iterator[ExpertBatch]:
     """One share for each expert that `wanted` [R, K] slots name in `coordinates` [R, K, dims]."""
     rows, slots = np.nonzero(wanted)  # in order of rows
     experts = np.ravel_multi_index(tuple(coordinates[rows, slots].T), grid)
@@ -57,7 +57,9 @@ def make_shares(
     segment_bounds = pairwise([*np.searchsorted(begins, starts), len(begins)])
     for place, (start, end), (first, last) in zip(places, share_bounds, segment_bounds, strict=True):
         part = slice(start, end)
-        yield Share(UID(layer, tuple(place)), rows[part], slots[part], lengths[first:last], positions[part])
+        yield ExpertBatch(
+            UID(layer, tuple(place)), rows[part], slots[part], lengths[first:last], positions[part]
+        )
 
 
 def _changes(numbers: Integers) -> Booleans:
@@ -67,7 +69,7 @@ def _changes(numbers: Integers) -> Booleans:
     return changes
 
 
-def sure_first(sure: Selection, others: Selection, wary: Booleans) -> Selection:
+def prefer_proven(sure: Selection, others: Selection, wary: Booleans) -> Selection:
     """For the `wary` rows [n] the `sure` experts come before the `others`; each expert once."""
     same = (others.coordinates[:, :, None, :] == sure.coordinates[:, None, :, :]).all(
         axis=-1
@@ -118,12 +120,12 @@ class Request:
     """[R, D], or None in forward."""
     keep: bool = False
     """In forward: whether a backward call is meant to follow."""
-    kept: "KeptAt | None" = None
+    kept: "KeptForward | None" = None
     """In backward: where the node keeps the inputs, so that they need not be sent again."""
 
 
 @dataclass(frozen=True)
-class KeptAt:
+class KeptForward:
     """How to name a forward pass that the node that answered it has kept."""
 
     request_id: bytes
@@ -140,7 +142,7 @@ class Answer:
     error: ExpertError | None = None
     update_count: int = 0
     """Optimizer steps the replica has taken."""
-    kept: KeptAt | None = None
+    kept: KeptForward | None = None
     """In forward: set when the node has kept what it was sent."""
     skipped_update: bool = False
     """In backward: the expert's guard refused the step."""
@@ -180,10 +182,10 @@ class RoutedRows:
 class AnsweredShare:
     """A share that was answered, by whom, and for which of its rows [r] the answer counts."""
 
-    share: Share
+    share: ExpertBatch
     peer_id: PeerID
     counts: Booleans
-    kept: KeptAt | None = None
+    kept: KeptForward | None = None
 
     def request(self, inputs: Floats, gradients: Floats) -> Request:
         """Its backward request: the gradients [R, K, D] of its rows, zero where the slot has another's answer."""
@@ -207,12 +209,12 @@ class ForwardPass:
 
 
 def request_of(
-    share: Share,
+    share: ExpertBatch,
     inputs: Floats,
     gradients: Floats | None,
     *,
     keep: bool = False,
-    kept: KeptAt | None = None,
+    kept: KeptForward | None = None,
 ) -> Request:
     """What the expert of a share is asked, of the pass's inputs [R, D]."""
     return Request(

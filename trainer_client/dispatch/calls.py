@@ -12,8 +12,8 @@ from hivemind.p2p import PeerID
 
 from dht.registry import NodeInfo
 from peer.errors import ExpertError
-from trainer_client.dispatch.batches import Answer, Direction, ExpertCaller, Request, Share
-from trainer_client.dispatch.policy import CallTimes, CircuitBreakers, Latencies, PoisonTest
+from trainer_client.dispatch.batches import Answer, Direction, ExpertBatch, ExpertCaller, Request
+from trainer_client.dispatch.policy import AnswerScreening, CallTimes, CircuitBreakers, Latencies
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class DispatchStats:
 class Outcome:
     """One share's end: its answer, or None when it failed."""
 
-    share: Share
+    share: ExpertBatch
     peer_id: PeerID
     answer: Answer | None
     lost: bool = False
@@ -79,17 +79,17 @@ class NodeCall:
 
     node: NodeInfo
     direction: Direction
-    shares: Sequence[Share]
+    shares: Sequence[ExpertBatch]
     requests: Sequence[Request]
     """One for each share."""
     deadline_s: float
     outcomes: Outcomes
 
-    def fail(self, shares: Sequence[Share], lost: bool = False) -> None:
+    def fail(self, shares: Sequence[ExpertBatch], lost: bool = False) -> None:
         self.outcomes.put_nowait([Outcome(share, self.node.peer_id, None, lost) for share in shares])
 
 
-class Outgoing:
+class CallTracker:
     """The calls of one trainer. Its methods belong to the loop's thread."""
 
     def __init__(
@@ -114,7 +114,7 @@ class Outgoing:
         self._gone = gone
         self._heard_at: dict[PeerID, float] = {}
         """When each peer answered last, the last one at the end."""
-        self._poison = PoisonTest()
+        self._poison = AnswerScreening()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -185,7 +185,7 @@ class Outgoing:
         if request.gradients is not None:
             fault = self._poison.fault_of_gradient(request.gradients, answer.tensor)
         else:
-            fault = self._poison.fault(peer_id, request.inputs, answer.tensor)
+            fault = self._poison.find_fault(peer_id, request.inputs, answer.tensor)
         if fault is None:
             return answer
         error = ExpertError(StatusCode.DATA_LOSS, f"expert {request.uid} gave a {fault} answer")
@@ -198,7 +198,7 @@ class Outgoing:
         if len(self._heard_at) > _HEARD:
             del self._heard_at[next(iter(self._heard_at))]
 
-    def _note_guard(self, share: Share, peer_id: PeerID, answer: Answer) -> None:
+    def _note_guard(self, share: ExpertBatch, peer_id: PeerID, answer: Answer) -> None:
         self.stats.skipped_updates += answer.skipped_update
         self.stats.rollbacks += answer.rolled_back
         if answer.rolled_back:

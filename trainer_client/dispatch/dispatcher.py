@@ -19,8 +19,8 @@ from dht.registry import NodeInfo
 from peer.codec import Floats
 from peer.errors import UnreachableError
 from trainer_client.dispatch.batches import AnsweredShare, ExpertCaller, ForwardPass, RoutedRows
-from trainer_client.dispatch.calls import DispatchStats, NodeCall, Outcomes, Outgoing, next_outcomes
-from trainer_client.dispatch.forward import ForwardFanOut, Reach
+from trainer_client.dispatch.calls import CallTracker, DispatchStats, NodeCall, Outcomes, next_outcomes
+from trainer_client.dispatch.forward import ForwardRun, Reach
 from trainer_client.dispatch.policy import CircuitBreakers, Latencies, WaitPolicy
 from trainer_client.dispatch.spot_checks import SpotChecks
 
@@ -43,7 +43,7 @@ class Dispatcher:
         """`spot_checks`: part of the answers that are compared with another replica's. All that is left to chance
         follows from `seed`. `is_silent`: whether a connection to the node was tried and does not stand.
         """
-        self._outgoing = Outgoing(
+        self._outgoing = CallTracker(
             caller, breakers or CircuitBreakers(), clock, is_silent=is_silent, gone=directory.forget
         )
         rng = random.Random(seed)  # noqa: S311  # spreads load, keeps no secret
@@ -105,7 +105,7 @@ class Dispatcher:
             with contextlib.suppress(UnreachableError):  # then they must do
                 await directory.search(layer, scores, k)
         rows = RoutedRows(layer, inputs, scores, k, sequence_length, keep, first)
-        run = ForwardFanOut(self._reach, rows)
+        run = ForwardRun(self._reach, rows)
         await run.until_enough()
         result = run.result
         self.stats.unanswered_rows += int((~result.answered.any(axis=1)).sum())

@@ -20,16 +20,16 @@ from trainer_client.dispatch.batches import (
     AnsweredShare,
     Booleans,
     Direction,
+    ExpertBatch,
     ForwardPass,
     Integers,
     RoutedRows,
-    Share,
-    make_shares,
+    group_by_expert,
+    prefer_proven,
     refill,
     request_of,
-    sure_first,
 )
-from trainer_client.dispatch.calls import NodeCall, Outcome, Outcomes, Outgoing, next_outcomes
+from trainer_client.dispatch.calls import CallTracker, NodeCall, Outcome, Outcomes, next_outcomes
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.dispatch.spot_checks import SpotChecks
 
@@ -44,7 +44,7 @@ class Reach:
     """How a trainer reaches experts."""
 
     directory: Directory
-    outgoing: Outgoing
+    outgoing: CallTracker
     policy: WaitPolicy
     rng: random.Random
     checks: SpotChecks
@@ -58,7 +58,7 @@ class Reach:
 class _Asked:
     """A share that was sent, and who has still to answer it: one peer, or two when the first was slow."""
 
-    share: Share
+    share: ExpertBatch
     peers: list[PeerID]
     calls: int = 0
     hedge: PeerID | None = None
@@ -66,7 +66,7 @@ class _Asked:
     """Answered, or failed by all."""
 
 
-class ForwardFanOut:
+class ForwardRun:
     """One forward pass of one layer, while it lasts. Belongs to the loop's thread."""
 
     def __init__(self, reach: Reach, rows: RoutedRows) -> None:
@@ -134,7 +134,7 @@ class ForwardFanOut:
     def _call_again(self, lost: Sequence[Outcome]) -> None:
         """Makes calls that were lost once more: a forward call changes nothing at the node."""
         outgoing, view = self._reach.outgoing, self._reach.directory.view
-        by_peer: dict[PeerID, list[Share]] = defaultdict(list)
+        by_peer: dict[PeerID, list[ExpertBatch]] = defaultdict(list)
         for outcome in lost:
             if (peer_id := self._peer_to_repeat(view, outcome)) is None:
                 self._fail(self._asked[id(outcome.share)])
@@ -227,7 +227,7 @@ class ForwardFanOut:
     ) -> list[_Asked]:
         """Calls another replica of each expert too; gives those that have no other."""
         outgoing, view = self._reach.outgoing, self._reach.directory.view
-        by_peer: dict[PeerID, list[Share]] = defaultdict(list)
+        by_peer: dict[PeerID, list[ExpertBatch]] = defaultdict(list)
         alone = []
         for asked in some:
             avoided = outgoing.avoided() | set(asked.peers)
@@ -260,7 +260,7 @@ class ForwardFanOut:
         often = self._rounds[rows] > _FREE_ROUNDS
         if often.any():
             unproven = view.nodes.keys() - self._reach.outgoing.proven()
-            fresh = sure_first(self._best(rows, self._tables(view, avoided | unproven)), fresh, often)
+            fresh = prefer_proven(self._best(rows, self._tables(view, avoided | unproven)), fresh, often)
         coordinates, filled = refill(self.result.coordinates[rows], taken, fresh)
         self.result.coordinates[rows] = coordinates
         wanted = np.zeros_like(self._pending)
@@ -287,8 +287,8 @@ class ForwardFanOut:
     def _send(self, wanted: Booleans, view: View, avoided: frozenset[PeerID]) -> None:
         """One call to each server, with all shares of its experts."""
         reach, result = self._reach, self.result
-        by_peer: dict[PeerID, list[Share]] = defaultdict(list)
-        for share in make_shares(
+        by_peer: dict[PeerID, list[ExpertBatch]] = defaultdict(list)
+        for share in group_by_expert(
             result.layer, result.coordinates, wanted, self._rows.grid, result.sequence_length
         ):
             replica = view.replica(share.uid, reach.rng, avoided, reach.outgoing.latencies.nodes)
@@ -298,7 +298,7 @@ class ForwardFanOut:
         for peer_id, shares in by_peer.items():
             self._call(view, peer_id, shares)
 
-    def _call(self, view: View, peer_id: PeerID, shares: Sequence[Share]) -> None:
+    def _call(self, view: View, peer_id: PeerID, shares: Sequence[ExpertBatch]) -> None:
         for share in shares:
             asked = self._asked.setdefault(id(share), _Asked(share, []))
             asked.peers.append(peer_id)
@@ -345,7 +345,7 @@ class ForwardFanOut:
         self._pending[self._own_slots(asked.share)] = False
         self._failed.add(asked.share.uid)
 
-    def _own_slots(self, share: Share) -> tuple[Integers, Integers]:
+    def _own_slots(self, share: ExpertBatch) -> tuple[Integers, Integers]:
         """The rows and slots that are still this share's, and no other expert's."""
         own = (self.result.coordinates[share.rows, share.slots] == share.uid.coordinate).all(axis=-1)
         return share.rows[own], share.slots[own]

@@ -26,14 +26,14 @@ from peer.codec import MAX_CHUNK_BYTES, Floats, chunks, decode, encode, encoded_
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.rpc.calls import make_stub, retry_after_s
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import Metadata, OwnSessions
+from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import expert_pb2, expert_pb2_grpc
-from trainer_client.dispatch.batches import Answer, Direction, KeptAt, Request
+from trainer_client.dispatch.batches import Answer, Direction, KeptForward, Request
 
 _STATUS = {status.value[0]: status for status in StatusCode}
 
 
-class Replies:
+class ReplyAssembler:
     """Of one call, to which these requests were sent under that id."""
 
     def __init__(
@@ -98,7 +98,7 @@ class Replies:
                 None,
                 ExpertError(status, expert.message[:500], max(0.0, expert.retry_after_s)),
             )
-        kept = KeptAt(self._request_id, expert.index) if expert.kept else None
+        kept = KeptForward(self._request_id, expert.index) if expert.kept else None
         return Answer(
             expert.index,
             decode(data, self._width, self._codec),
@@ -127,7 +127,7 @@ class GrpcCaller:
         swarm_id: str,
         width: int,
         codec: "expert_pb2.Codec" = expert_pb2.CODEC_FP32,
-        sessions: OwnSessions | None = None,
+        sessions: SessionClient | None = None,
     ) -> None:
         """`sessions`: what shows nodes who calls; None for nodes that ask nobody."""
         self._channels = channels
@@ -305,7 +305,7 @@ class GrpcCaller:
         """Raises WireError for whatever a correct node would not send. Reads to the stream's end: calls that are
         cancelled leak (grpc issue 43360).
         """
-        replies = Replies(request_id, requests, self._width, self._codec)
+        replies = ReplyAssembler(request_id, requests, self._width, self._codec)
         while not replies.complete:
             reply = await stream.read()
             if not isinstance(reply, expert_pb2.CallReply):
@@ -374,11 +374,11 @@ _LOOK_EVERY_S = 1.0
 _TRY_AGAIN_S = 60.0
 
 
-class Introductions:
+class SessionWarmer:
     """`run` it as a task of the loop that owns the sessions."""
 
     def __init__(
-        self, sessions: OwnSessions, channels: ChannelPool, directory: Directory, clock: Callable[[], float]
+        self, sessions: SessionClient, channels: ChannelPool, directory: Directory, clock: Callable[[], float]
     ) -> None:
         self._sessions = sessions
         self._channels = channels

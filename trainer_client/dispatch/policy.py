@@ -189,7 +189,7 @@ class _Kept:
     inputs: Floats
 
 
-class PoisonTest:
+class AnswerScreening:
     """What is wrong with answers, by each one alone and by those that the same peer gave lately."""
 
     def __init__(self) -> None:
@@ -199,7 +199,7 @@ class PoisonTest:
         """In a word, or None. Small gradients may well become zeros on their way, and so equal."""
         return "huge" if is_huge(gradients_RD, answer_RD, MOST_GRADIENT_GROWTH) else None
 
-    def fault(self, peer_id: PeerID, inputs_RD: Floats, answer_RD: Floats) -> str | None:
+    def find_fault(self, peer_id: PeerID, inputs_RD: Floats, answer_RD: Floats) -> str | None:
         """In a word, or None."""
         if is_huge(inputs_RD, answer_RD):
             return "huge"

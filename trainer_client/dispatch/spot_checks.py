@@ -16,8 +16,8 @@ from hivemind.p2p import PeerID
 
 from dht.directory import View
 from peer.codec import Floats
-from trainer_client.dispatch.batches import Answer, Request, Share
-from trainer_client.dispatch.calls import NodeCall, Outcome, Outcomes, Outgoing, next_outcomes
+from trainer_client.dispatch.batches import Answer, ExpertBatch, Request
+from trainer_client.dispatch.calls import CallTracker, NodeCall, Outcome, Outcomes, next_outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def difference(inputs: Floats, one: Floats, other: Floats) -> float:
     return float(np.linalg.norm(one - other)) / max(largest, _LEAST_ADDED)
 
 
-def odd_one(inputs: Floats, answers: Sequence[Floats]) -> int | None:
+def outlier(inputs: Floats, answers: Sequence[Floats]) -> int | None:
     """Which of three answers differs from both others, which agree; None when that is no one."""
     a, b, c = answers
     agree = [difference(inputs, *pair) <= TOLERANCE for pair in ((b, c), (a, c), (a, b))]
@@ -56,7 +56,7 @@ class _Opinion:
 class SpotChecks:
     """Those of one trainer. Its methods belong to the loop's thread."""
 
-    def __init__(self, outgoing: Outgoing, part: float, rng: random.Random) -> None:
+    def __init__(self, outgoing: CallTracker, part: float, rng: random.Random) -> None:
         """`part`: of the answers of experts that have another replica."""
         self._outgoing = outgoing
         self._part = part
@@ -87,7 +87,10 @@ class SpotChecks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _check(
-        self, first: _Opinion, inputs: Floats, calls: Sequence[tuple[View, Share, Request, PeerID, float]]
+        self,
+        first: _Opinion,
+        inputs: Floats,
+        calls: Sequence[tuple[View, ExpertBatch, Request, PeerID, float]],
     ) -> None:
         stats = self._outgoing.stats
         opinions = [first]
@@ -110,14 +113,14 @@ class SpotChecks:
             self._judge(inputs, opinions)
 
     def _judge(self, inputs: Floats, opinions: Sequence[_Opinion]) -> None:
-        odd = odd_one(inputs, [opinion.tensor for opinion in opinions])
+        odd = outlier(inputs, [opinion.tensor for opinion in opinions])
         if odd is not None:
             self._outgoing.stats.odd_answers += 1
             self._outgoing.breakers.distrust(opinions[odd].peer_id, self._outgoing.now())
             logger.warning("node %s answers otherwise than two others: left alone", opinions[odd].peer_id)
 
     async def _ask(
-        self, view: View, share: Share, request: Request, peer_id: PeerID, deadline_s: float
+        self, view: View, share: ExpertBatch, request: Request, peer_id: PeerID, deadline_s: float
     ) -> _Opinion | None:
         outcomes: Outcomes = asyncio.Queue()
         self._outgoing.start(

@@ -19,10 +19,10 @@ from pydantic import Field
 from torch import Tensor
 
 from dht.manifest import Manifest
-from peer.checkpoints import NumberedFiles, SealedHeader, seal, unseal
+from peer.checkpoints import CheckpointHeader, RotatingFiles, decode_checkpoint, encode_checkpoint
 from peer.errors import CheckpointError, DataError, SettingsError, StateError
 from peer.files import StateFolder
-from trainer_client.data.corpus import Corpus, prepare
+from trainer_client.data.corpus import Corpus, encode_corpus
 from trainer_client.data.sources import find_files, read_text
 from trainer_client.data.tokenizer import (
     BytePairTokenizer,
@@ -37,7 +37,7 @@ from trainer_client.training.loop import Training
 logger = logging.getLogger(__name__)
 
 
-class Header(SealedHeader):
+class Header(CheckpointHeader):
     """What a checkpoint says of itself."""
 
     swarm_id: str
@@ -90,7 +90,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
-        self._files = NumberedFiles(folder, keep)
+        self._files = RotatingFiles(folder, keep)
 
     def open(self, resumes: bool) -> None:
         """Makes the folder. Raises CheckpointError when it can't, or when the checkpoints there are of another run."""
@@ -110,7 +110,7 @@ class CheckpointWriter:
     def save(self, header: Header, tensors: dict[str, Tensor]) -> bool:
         """Returns when it is safely on disk. What fails is said and costs no checkpoint before it; gives False then."""
         try:
-            self._files.write(header.step, seal(header, tensors))
+            self._files.write(header.step, encode_checkpoint(header, tensors))
         except OSError as error:
             logger.warning(
                 "could not save step %d in %s: %s; the checkpoints before it stay",
@@ -132,7 +132,7 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
             return _read(path, swarm_id)
         except StateError as error:
             raise CheckpointError(f"{path} is no whole checkpoint: {error}") from error
-    files, tried = NumberedFiles(path, keep=1), set[int]()
+    files, tried = RotatingFiles(path, keep=1), set[int]()
     # looks each time anew: a trainer that goes on removes the older ones meanwhile
     while untried := [number for number in files.numbers() if number not in tried]:
         tried.add(number := untried[0])
@@ -165,7 +165,7 @@ def _read(path: Path, swarm_id: str) -> Checkpoint:
                 f"{path} is of the swarm {header.swarm_id}, and you join {swarm_id}: pass a --checkpoint of this one"
             )
 
-    header, tensors = unseal(data, Header, check)
+    header, tensors = decode_checkpoint(data, Header, check)
     # a history may hold the loss of a step that was skipped
     if not all(t.isfinite().all() for name, t in tensors.items() if not name.startswith("history.")):
         raise StateError("it has numbers that are not finite")
@@ -200,7 +200,7 @@ _FIXED = ("tokenizer", "vocabulary")
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class RunStart:
     """What a run starts from. All of it is known before the swarm is joined."""
 
     settings: TrainerSettings
@@ -224,9 +224,9 @@ class Start:
         logger.info("goes on after step %d", header.step)
 
 
-def start_run(
+def prepare_run(
     settings: TrainerSettings, resume: bool, swarm_id: str, state: Path, stage: Callable[[str], None]
-) -> Start:
+) -> RunStart:
     """`state`: the trainer's state folder. `stage` is told what happens. Raises UserError."""
     with closing(StateFolder(state)):
         folder = checkpoint_folder(settings.checkpoint, state, swarm_id, newest=resume)
@@ -244,10 +244,10 @@ def start_run(
             tokenizer = _make_tokenizer(settings, files, stage)
         else:
             tokenizer = load_tokenizer(checkpoint.header.tokenizer)
-        corpus = prepare(files, settings.field, tokenizer, state / "text")
+        corpus = encode_corpus(files, settings.field, tokenizer, state / "text")
     if checkpoint is not None and checkpoint.header.data_sha256 != corpus.sha256:
         logger.warning("the text is not the one that the checkpoint was trained on")
-    return Start(settings, swarm_id, checkpoint, writer, tokenizer, corpus)
+    return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus)
 
 
 def checkpoint_folder(given: Path | None, state: Path, swarm_id: str, *, newest: bool) -> Path:
@@ -261,10 +261,10 @@ def checkpoint_folder(given: Path | None, state: Path, swarm_id: str, *, newest:
     return newest_run_folder(runs) if newest else new_run_folder(runs)
 
 
-class Saver:
+class CheckpointSaver:
     """Saves a run's checkpoints: every so many steps, and at the end."""
 
-    def __init__(self, start: Start, training: Training, manifest: Manifest, seed: int) -> None:
+    def __init__(self, start: RunStart, training: Training, manifest: Manifest, seed: int) -> None:
         self.folder = start.writer.folder
         self.saved_step = training.step
         """Of the newest checkpoint of this run; the one it began with before there is any."""

@@ -25,7 +25,7 @@ _PROBE_AFTER = 50.0
 _STEPS_FOR_ONE_MORE = 4
 
 
-def bearable(step: int) -> int:
+def staleness_limit(step: int) -> int:
     """How many steps in flight the gradients of a run bear that has done `step`: few at first, one more every 4 steps.
 
     A gradient is as many updates old as there were others in flight. At the beginning the parameters move fast, and
@@ -34,7 +34,7 @@ def bearable(step: int) -> int:
     return 1 + step // _STEPS_FOR_ONE_MORE
 
 
-class EnoughInFlight:
+class InFlightController:
     """How many steps at once keep the slowest part of the way busy.
 
     On average its rate times the time of a step alone are under way (as in BBR: Cardwell et al. 2016, ACM Queue 14(5));

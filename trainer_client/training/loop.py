@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from peer.errors import StateError
 from peer.layers import step_size
-from trainer_client.averaging.dense_part import SharedPart
+from trainer_client.averaging.dense_part import SharedParameters
 from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.in_flight import EnoughInFlight, InFlight, bearable
-from trainer_client.training.record import History, Progress, Record, Summary
+from trainer_client.training.in_flight import InFlight, InFlightController, staleness_limit
+from trainer_client.training.record import History, Progress, Summary, TrainingRecord
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Training:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.history = History()
-        self.part = SharedPart(model)
+        self.part = SharedParameters(model)
         """The model's parameters, as those see them who average them with others'."""
         self._model = model
         self._dataset = dataset
@@ -92,7 +92,7 @@ class Training:
         validation = self._dataset.validation_batches(settings.batch_size, settings.validation_batches)
         tokens = settings.batch_size * settings.accumulate * self._dataset.context
         bytes_per_token = self._dataset.bytes_per_token(validation, self._model.first_scored)
-        record = Record(tokens, bytes_per_token, self.history)
+        record = TrainingRecord(tokens, bytes_per_token, self.history)
         if not self.history.validated:
             record.add_validation(validation_loss(self._model, validation))
         last_end = clock()
@@ -149,12 +149,12 @@ class Training:
         settings, make_copy = self._settings, self._make_copy
         assert make_copy is not None
         limit = settings.in_flight_limit if settings.in_flight == "auto" else settings.in_flight
-        enough = EnoughInFlight(limit) if settings.in_flight == "auto" else None
+        enough = InFlightController(limit) if settings.in_flight == "auto" else None
         steps: InFlight[LanguageModel, _Step] = InFlight(self._model, make_copy, limit)
         begun = self.step
         try:
             while True:
-                wanted = limit if enough is None else min(enough.count, bearable(self.step))
+                wanted = limit if enough is None else min(enough.count, staleness_limit(self.step))
                 while len(steps) < wanted and begun < settings.steps:
                     steps.begin(partial(self._compute, begun))
                     begun += 1

@@ -72,7 +72,7 @@ class History:
         return self.validation_losses[-1] if measured else None
 
 
-class Record:
+class TrainingRecord:
     """What has been measured so far."""
 
     def __init__(self, tokens_in_a_step: int, bytes_per_token: float, history: History) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from expert_server.experts import expert as expert_module
 from expert_server.experts.expert import BackwardPart, Expert
-from expert_server.experts.graphs import Graph
+from expert_server.experts.graphs import ForwardGraph
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +30,11 @@ def every_graph_is_worth_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_module, "_ROWS_WORTH_A_COPY", ROWS)
 
 
-def forward(expert: Expert, seed: int) -> Graph:
+def forward(expert: Expert, seed: int) -> ForwardGraph:
     return expert.forward_with_graph(random_rows(seed), LENGTHS, POSITIONS)[1]
 
 
-def part(seed: int, graph: Graph | None) -> BackwardPart:
+def part(seed: int, graph: ForwardGraph | None) -> BackwardPart:
     return BackwardPart(random_rows(seed), random_rows(seed + 100), LENGTHS, POSITIONS, graph)
 
 
@@ -172,7 +172,7 @@ def test_any_order_of_passes_gives_what_whole_copies_give(
     actions: list[tuple[str, int | set[int]]], may_defer: bool
 ) -> None:
     expert, reference = Expert(AN_UID, make_manifest()), Reference()
-    graphs: dict[int, tuple[Graph, list[Tensor]]] = {}
+    graphs: dict[int, tuple[ForwardGraph, list[Tensor]]] = {}
     for action, what in actions:
         if isinstance(what, set):
             made, parts = [], []

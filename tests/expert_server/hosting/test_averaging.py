@@ -12,7 +12,7 @@ from torch import Tensor
 from dht.uid import UID
 from expert_server.experts.format import State
 from expert_server.hosting.averaging import averaged
-from peer.averaging import Meetings, freshest_first, most_believed, their_share
+from peer.averaging import AveragingHistory, freshest_first, max_plausible_updates, partner_weight
 
 counts = st.integers(0, 10**6)
 numbers = st.floats(-(2.0**20), 2.0**20, width=32)
@@ -35,9 +35,9 @@ states = st.fixed_dictionaries({name: st.lists(numbers, min_size=3, max_size=3) 
 
 @given(counts, counts, counts)
 def test_whatever_another_claims_it_is_half_of_an_average_at_most(mine: int, theirs: int, met: int) -> None:
-    share = their_share(mine, theirs, met)
+    share = partner_weight(mine, theirs, met)
     assert 0 <= share <= 0.5
-    assert 0.5 <= share + their_share(theirs, mine, met) <= 1, "the two come nearer"
+    assert 0.5 <= share + partner_weight(theirs, mine, met) <= 1, "the two come nearer"
 
 
 @given(counts, st.integers(0, 10**15), st.lists(st.floats(0, 100), max_size=20))
@@ -45,13 +45,13 @@ def test_claims_grow_an_update_count_no_faster_than_anybody_trains(
     mine: int, claimed: int, pauses: list[float]
 ) -> None:
     now, count = 0.0, mine
-    meetings: Meetings[UID] = Meetings(lambda: now)
+    meetings: AveragingHistory[UID] = AveragingHistory(lambda: now)
     for pause_s in pauses:
         now += pause_s
-        believed = meetings.believed(AN_UID, count, claimed)
+        believed = meetings.capped_claim(AN_UID, count, claimed)
         assert believed <= claimed
         count = max(count, believed)
-        meetings.note(AN_UID, PeerID(b"\x12\x20" + bytes(32)), count)
+        meetings.record(AN_UID, PeerID(b"\x12\x20" + bytes(32)), count)
     assert count <= mine + 100 * sum(max(pause_s, 10) for pause_s in pauses)
 
 
@@ -62,23 +62,23 @@ def test_of_three_none_is_the_freshest_for_claiming_most(honest: list[int], more
     first = {freshest_first(claims, int, rng)[0] for _ in range(64)}
     assert first - {liar}, "an honest one may be the first"
     assert min(first) >= min(honest)
-    assert most_believed(claims) <= max(honest) + 30_000
+    assert max_plausible_updates(claims) <= max(honest) + 30_000
 
 
 def test_who_took_more_updates_since_the_meeting_weighs_more() -> None:
-    assert their_share(130, 110, 100) == 0.25
-    assert their_share(110, 120, 100) == 0.5
-    assert their_share(110, 100, 100) == 0
-    assert their_share(5, 5, 0) == their_share(0, 0, 0) == their_share(7, 7, 7) == 0.5
-    assert their_share(9, 3, 50) == 0, "one that went back to an older checkpoint has taken none since"
+    assert partner_weight(130, 110, 100) == 0.25
+    assert partner_weight(110, 120, 100) == 0.5
+    assert partner_weight(110, 100, 100) == 0
+    assert partner_weight(5, 5, 0) == partner_weight(0, 0, 0) == partner_weight(7, 7, 7) == 0.5
+    assert partner_weight(9, 3, 50) == 0, "one that went back to an older checkpoint has taken none since"
 
 
 @given(states, states, counts, counts, counts)
 def test_both_sides_come_nearer_and_to_the_same_state_after_as_many_updates(
     mine: State, theirs: State, a: int, b: int, met: int
 ) -> None:
-    here = averaged(mine, mine, theirs, their_share(a, b, met))
-    there = averaged(theirs, theirs, mine, their_share(b, a, met))
+    here = averaged(mine, mine, theirs, partner_weight(a, b, met))
+    there = averaged(theirs, theirs, mine, partner_weight(b, a, met))
     if a == b:
         torch.testing.assert_close(here, there)
     for name in ("block.w", "optimizer.w.exp_avg"):
@@ -123,7 +123,7 @@ def test_the_optimizers_count_of_steps_is_the_larger_and_what_came_since() -> No
 def test_one_that_never_stepped_counts_for_nothing() -> None:
     fresh, trained = make_expert(), make_expert(3)
     mine, theirs = fresh.export_state(), trained.export_state()
-    share = their_share(trained.update_count, fresh.update_count, 0)
+    share = partner_weight(trained.update_count, fresh.update_count, 0)
     torch.testing.assert_close(averaged(theirs, theirs, mine, share), theirs)
     fresh.import_state(averaged(mine, mine, theirs, 0.5), trained.update_count)
     step(fresh)
@@ -140,10 +140,10 @@ def test_an_expert_goes_on_from_an_average() -> None:
 
 
 def test_the_memory_of_meetings_is_bounded() -> None:
-    meetings: Meetings[UID] = Meetings()
+    meetings: AveragingHistory[UID] = AveragingHistory()
     peers = [PeerID(b"\x12\x20" + bytes([n]) * 32) for n in range(100)]
     for n, peer_id in enumerate(peers):
-        meetings.note(AN_UID, peer_id, n)
+        meetings.record(AN_UID, peer_id, n)
     assert meetings.of(AN_UID) == {peer_id: n for n, peer_id in enumerate(peers) if n >= 68}
     assert meetings.of(OTHER_UID) == {}
     meetings.forget(AN_UID)

@@ -17,7 +17,7 @@ from dht.registry import ReplicaState
 from dht.uid import UID
 from expert_server.experts.format import State
 from expert_server.node import Node
-from expert_server.serving.batching import Work
+from expert_server.serving.batching import WorkItem
 from expert_server.status import NodeState
 from peer.errors import ExpertError
 from peer.identity import Identity
@@ -112,7 +112,7 @@ def test_a_peer_that_does_not_answer_keeps_nobody_longer_than_the_timeout(play: 
         invite = await leaver.swarm.invite()
         deaf = await village.join(1, invite, experts=0, spare=8)
         begin = time.monotonic()
-        deaf.replication.follow = lambda hint: len(hint.uids)  # type: ignore[method-assign]  # says yes, does nothing
+        deaf.replication.accept_hint = lambda hint: len(hint.uids)  # type: ignore[method-assign]  # says yes, does nothing
         deaf.replication._runs = True
         assert await leaver.hosting.release(1.0) == 8
         assert time.monotonic() - begin < 8
@@ -155,7 +155,7 @@ def test_a_leaving_replica_is_called_no_more_and_still_counts_as_a_host(play: Pl
         assert view.live_experts() == 0
         assert {r.state for hosts in view.replicas.values() for r in hosts} == {ReplicaState.LEAVING}
         rows = torch.ones(1, 8), torch.tensor([1]), torch.tensor([0])
-        work = Work(UIDS[0], "forward", rows[0], None, rows[1], rows[2], deadline=1e12, caller="test")
+        work = WorkItem(UIDS[0], "forward", rows[0], None, rows[1], rows[2], deadline=1e12, caller="test")
         with pytest.raises(ExpertError, match="this node is leaving"):
             await node.runtime.submit(work)
 

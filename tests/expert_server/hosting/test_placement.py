@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
 from expert_server.hosting.placement import (
-    behind,
-    choose,
-    heirs,
-    lone,
+    assign_orphans,
     lost_claims,
     plausible_updates,
     preference,
-    sources,
-    surplus,
-    thin,
+    rank_vacancies,
+    regressed,
+    releasable,
+    single_hosted,
+    state_sources,
+    under_replicated,
     vacant,
 )
 from peer.averaging import MAX_UPDATE_COUNT
@@ -62,7 +62,7 @@ def test_each_expert_with_one_host_is_copied_by_one_other_peer(
     hosts = {uid: rng.sample(peers, rng.randint(1, 2)) for uid in sorted(experts)}
     hosts |= {UID(9, (number,)): peers for number in range(2)}  # each peer hosts something
     replicas = {uid: tuple(replica(uid, peer, SERVING, 7) for peer in some) for uid, some in hosts.items()}
-    copies = {peer: lone(replicas, peer) for peer in peers}
+    copies = {peer: single_hosted(replicas, peer) for peer in peers}
     for uid, some in hosts.items():
         keepers = [peer for peer in peers if uid in copies[peer]]
         assert len(keepers) == (1 if len(some) == 1 else 0)
@@ -72,16 +72,18 @@ def test_each_expert_with_one_host_is_copied_by_one_other_peer(
 
 def test_what_is_only_claimed_or_has_an_heir_is_not_copied() -> None:
     (uid,), (first, second, third) = GRID[:1], seeded_peers(3)
-    assert not lone({uid: (replica(uid, first, CLAIMED),)}, second)
-    assert not lone({uid: (replica(uid, first, LEAVING), replica(uid, second, SERVING))}, third)
-    assert lone({uid: (replica(uid, first, LEAVING),)}, third), "who leaves may not come to hand it over"
+    assert not single_hosted({uid: (replica(uid, first, CLAIMED),)}, second)
+    assert not single_hosted({uid: (replica(uid, first, LEAVING), replica(uid, second, SERVING))}, third)
+    assert single_hosted({uid: (replica(uid, first, LEAVING),)}, third), (
+        "who leaves may not come to hand it over"
+    )
 
 
 @given(st.sets(uids, max_size=30), st.integers(-3, 40), peer_ids)
 def test_a_choice_is_bounded_and_of_the_most_preferred(
     vacancies: set[UID], room: int, peer_id: PeerID
 ) -> None:
-    chosen = choose(vacancies, room, peer_id)
+    chosen = rank_vacancies(vacancies, room, peer_id)
     assert len(chosen) == len(set(chosen)) == min(max(room, 0), len(vacancies))
     assert set(chosen) <= vacancies
     left = vacancies - set(chosen)
@@ -96,10 +98,10 @@ def test_a_choice_is_bounded_and_of_the_most_preferred(
 def test_a_choice_depends_on_nothing_but_the_vacancies_and_the_peer(
     vacancies: list[UID], room: int, peer_id: PeerID, rng: random.Random
 ) -> None:
-    chosen = choose(vacancies, room, peer_id)
+    chosen = rank_vacancies(vacancies, room, peer_id)
     shuffled = list(vacancies)
     rng.shuffle(shuffled)
-    assert choose(shuffled, room, PeerID(peer_id.to_bytes())) == chosen
+    assert rank_vacancies(shuffled, room, PeerID(peer_id.to_bytes())) == chosen
 
 
 def test_preference_is_the_same_on_every_machine() -> None:
@@ -110,7 +112,7 @@ def test_preference_is_the_same_on_every_machine() -> None:
 
 def test_peers_that_choose_at_once_mostly_choose_differently() -> None:
     peers = seeded_peers(16)
-    choices = [choose(GRID, 8, peer_id) for peer_id in peers]
+    choices = [rank_vacancies(GRID, 8, peer_id) for peer_id in peers]
     distinct = {uid for chosen in choices for uid in chosen}
     # 128 draws of 512 experts at random give 113 distinct ones on average
     assert len(distinct) > 100
@@ -157,9 +159,9 @@ def test_a_claim_that_no_other_contests_is_kept(claims: list[UID], peer_id: Peer
 
 def test_a_choice_begins_with_the_checkpoints_of_most_updates() -> None:
     (peer_id,) = seeded_peers(1)
-    plain = choose(GRID[:20], 20, peer_id)
+    plain = rank_vacancies(GRID[:20], 20, peer_id)
     checkpoints = {plain[7]: 3, plain[15]: 40, plain[19]: 3, GRID[30]: 9}
-    assert choose(GRID[:20], 5, peer_id, checkpoints) == [plain[n] for n in (15, 7, 19, 0, 1)]
+    assert rank_vacancies(GRID[:20], 5, peer_id, checkpoints) == [plain[n] for n in (15, 7, 19, 0, 1)]
 
 
 @given(uids, st.dictionaries(peer_ids, st.integers(0, 3), min_size=1, max_size=8))
@@ -191,13 +193,13 @@ def test_what_all_others_began_anew_is_behind_and_its_checkpoint_beats_them(
 ) -> None:
     uid, (me, *others) = GRID[0], seeded_peers(len(counts) + 1)
     hosts = [replica(uid, p, SERVING, count) for p, count in zip(others, counts, strict=True)]
-    found = behind({uid: hosts}, {uid: saved}, me)
+    found = regressed({uid: hosts}, {uid: saved}, me)
     is_behind = max(counts) < 0.9 * saved
     assert found == ({uid: saved - max(counts)} if is_behind else {})
     assert lost_claims([uid], {uid: hosts}, me, {uid: saved}) == ([] if is_behind else [uid])
-    assert behind({uid: [*hosts, replica(uid, me, SERVING, saved)]}, {uid: saved}, me) == found
-    assert behind({uid: [*hosts, replica(uid, me, CLAIMED)]}, {uid: saved}, others[0]) == {}
-    assert behind({uid: []}, {uid: saved}, me) == behind({}, {uid: saved}, me) == {}
+    assert regressed({uid: [*hosts, replica(uid, me, SERVING, saved)]}, {uid: saved}, me) == found
+    assert regressed({uid: [*hosts, replica(uid, me, CLAIMED)]}, {uid: saved}, others[0]) == {}
+    assert regressed({uid: []}, {uid: saved}, me) == regressed({}, {uid: saved}, me) == {}
 
 
 def test_an_expert_whose_only_host_leaves_is_not_vacant() -> None:
@@ -210,7 +212,7 @@ def test_replicas_are_taken_of_the_experts_with_the_fewest(
     hosted: dict[UID, dict[PeerID, ReplicaState]], room: int, peer_id: PeerID, enough: int
 ) -> None:
     seen = swarm_of(hosted)
-    chosen = thin(seen, room, peer_id, enough)
+    chosen = under_replicated(seen, room, peer_id, enough)
     counts = [count_staying(seen[uid]) for uid in chosen]
     assert len(set(chosen)) == len(chosen) <= max(room, 0)
     assert counts == sorted(counts)
@@ -218,21 +220,21 @@ def test_replicas_are_taken_of_the_experts_with_the_fewest(
     for uid in chosen:
         assert peer_id not in hosted[uid]
         assert {SERVING, LEAVING} & set(hosted[uid].values()), "nobody could give it"
-    everything = thin(seen, len(seen), peer_id, enough)
+    everything = under_replicated(seen, len(seen), peer_id, enough)
     assert everything[: max(room, 0)] == chosen
 
 
 def test_of_experts_with_as_many_replicas_a_peer_takes_those_it_prefers() -> None:
     me, other = seeded_peers(2)
     seen = {uid: [replica(uid, other, SERVING)] for uid in GRID[:50]}
-    assert thin(seen, 10, me, 2) == choose(GRID[:50], 10, me)
+    assert under_replicated(seen, 10, me, 2) == rank_vacancies(GRID[:50], 10, me)
 
 
 def test_with_enough_replicas_of_all_nothing_is_taken() -> None:
     me, *others = seeded_peers(3)
     seen = {uid: [replica(uid, p, SERVING) for p in others] for uid in GRID[:5]}
-    assert thin(seen, 5, me, 2) == []
-    assert len(thin(seen, 5, me, 3)) == 5
+    assert under_replicated(seen, 5, me, 2) == []
+    assert len(under_replicated(seen, 5, me, 3)) == 5
 
 
 @given(uids, st.sets(peer_ids, min_size=1, max_size=8), st.integers(0, 4), st.integers(1, 4))
@@ -256,7 +258,7 @@ def test_who_leaves_takes_no_claim_away(uid: UID, peer_id: PeerID, leaving: set[
 def test_the_freshest_replica_is_fetched_first(
     uid: UID, hosted: dict[PeerID, tuple[ReplicaState, int]], me: PeerID
 ) -> None:
-    found = sources([replica(uid, p, *what) for p, what in hosted.items()], me, random.Random(1))
+    found = state_sources([replica(uid, p, *what) for p, what in hosted.items()], me, random.Random(1))
     counts = [r.update_count for r in found]
     as_believed = [min(count, median_high(counts)) for count in counts]
     assert as_believed == sorted(as_believed, reverse=True), "none is before others for claiming most"
@@ -268,7 +270,7 @@ def test_the_freshest_replica_is_fetched_first(
 def test_heirs_get_no_more_than_they_have_room_for_and_share_evenly(
     wanted: list[UID], rooms: dict[PeerID, int]
 ) -> None:
-    found = heirs(wanted, rooms)
+    found = assign_orphans(wanted, rooms)
     given_to = Counter(found.values())
     total = sum(max(room, 0) for room in rooms.values())
     assert set(found) <= set(wanted)
@@ -289,7 +291,7 @@ def test_no_expert_loses_its_last_host_when_all_give_up_their_surplus_at_once(
     left = {uid: set(those) for uid, those in hosts.items()}
     for peer_id in peers:
         mine = [uid for uid, those in hosts.items() if peer_id in those]
-        given_up = surplus(replicas, mine, peer_id, most)
+        given_up = releasable(replicas, mine, peer_id, most)
         assert len(given_up) <= most
         for uid in given_up:
             left[uid].remove(peer_id)
@@ -301,8 +303,8 @@ def test_replicas_that_are_claimed_or_leave_take_nothing_off_a_host() -> None:
     me, other = sorted(seeded_peers(2), key=lambda peer_id: preference(uid, peer_id))
     for state, given_up in ((SERVING, [uid]), (LEAVING, []), (CLAIMED, [])):
         replicas = {uid: [replica(uid, me, SERVING), replica(uid, other, state)]}
-        assert surplus(replicas, [uid], me, 5) == given_up
-        assert surplus(replicas, [uid], other, 5) == []
+        assert releasable(replicas, [uid], me, 5) == given_up
+        assert releasable(replicas, [uid], other, 5) == []
 
 
 @given(

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from dht.registry import Replica, ReplicaState
 from dht.uid import UID
-from expert_server.hosting.placement import BUSIER, BUSY_ROWS, Exchange, Resolve, exchange, preference
+from expert_server.hosting.placement import (
+    BUSIER,
+    BUSY_ROWS,
+    Exchange,
+    ExchangeHysteresis,
+    exchange,
+    preference,
+)
 
 SERVING = ReplicaState.SERVING
 Hosts = dict[UID, set[PeerID]]
@@ -117,15 +124,15 @@ def test_what_nobody_can_give_is_not_taken_and_what_leaves_is_not_counted_on() -
 
 
 def test_a_wish_must_last_and_exchanges_are_far_apart() -> None:
-    resolve, wish = Resolve(looks=3, pause_s=100.0), Exchange(uid(0), uid(1))
-    assert [resolve.is_firm(wish, now) for now in (1, 2, 3)] == [False, False, True]
+    resolve, wish = ExchangeHysteresis(looks=3, pause_s=100.0), Exchange(uid(0), uid(1))
+    assert [resolve.is_due(wish, now) for now in (1, 2, 3)] == [False, False, True]
     resolve.done(3)
-    assert [resolve.is_firm(wish, now) for now in (4, 5, 6, 102, 103)] == [False, False, False, False, True]
+    assert [resolve.is_due(wish, now) for now in (4, 5, 6, 102, 103)] == [False, False, False, False, True]
     resolve.done(103)
-    assert not any(resolve.is_firm(w, 300) for w in (wish, wish, None, wish, wish)), "it was interrupted"
-    assert resolve.is_firm(Exchange(uid(0), uid(7)), 301), "what is taken may change"
+    assert not any(resolve.is_due(w, 300) for w in (wish, wish, None, wish, wish)), "it was interrupted"
+    assert resolve.is_due(Exchange(uid(0), uid(7)), 301), "what is taken may change"
 
 
 def test_no_pause_means_no_exchange() -> None:
-    resolve = Resolve(looks=1, pause_s=0.0)
-    assert not resolve.is_firm(Exchange(uid(0), uid(1)), 1.0)
+    resolve = ExchangeHysteresis(looks=1, pause_s=0.0)
+    assert not resolve.is_due(Exchange(uid(0), uid(1)), 1.0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dht.manifest import Manifest
 from dht.registry import Prefix, Replica, ReplicaState
 from dht.uid import UID
-from expert_server.hosting.placement import MOST_PREFIXES, MOST_VACANT, READ_WHOLE, SAMPLED, Survey
+from expert_server.hosting.placement import MOST_PREFIXES, MOST_VACANT, READ_WHOLE, SAMPLED, HostingSurvey
 
 ME, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
 
@@ -40,9 +40,9 @@ class FakeRegistry:
         return {uid: (Replica(uid, OTHER, *replica),) if uid in self.hosted else () for uid in uids}
 
 
-def make_survey(grid: tuple[int, ...], registry: FakeRegistry, seed: int = 0) -> Survey:
+def make_survey(grid: tuple[int, ...], registry: FakeRegistry, seed: int = 0) -> HostingSurvey:
     manifest = Manifest.model_validate({"name": "swarm", "model": {"layers": 2}, "experts": {"grid": grid}})
-    return Survey(registry, manifest, ME, random.Random(seed))  # type: ignore[arg-type]  # a stand-in
+    return HostingSurvey(registry, manifest, ME, random.Random(seed))  # type: ignore[arg-type]  # a stand-in
 
 
 def all_uids(grid: tuple[int, int]) -> list[UID]:

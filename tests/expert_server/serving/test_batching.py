@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.uid import UID
-from expert_server.serving.batching import BatchQueue, Direction, Entry, Work
+from expert_server.serving.batching import BatchQueue, Direction, Entry, WorkItem
 from peer.errors import ExpertError
 
 FIRST, SECOND = UID(0, (0, 0)), UID(0, (0, 1))
@@ -25,14 +25,14 @@ def make_work(
     direction: Direction = "forward",
     deadline: float = NEVER,
     caller: str = "a trainer",
-) -> Work:
+) -> WorkItem:
     inputs = torch.empty(rows, 1)
     gradients = inputs if direction == "backward" else None
     positions = torch.empty(rows, dtype=torch.int64)
-    return Work(uid, direction, inputs, gradients, torch.tensor([rows]), positions, deadline, caller)
+    return WorkItem(uid, direction, inputs, gradients, torch.tensor([rows]), positions, deadline, caller)
 
 
-def push(queue: BatchQueue, work: Work) -> tuple[Entry, list[Entry]]:
+def push(queue: BatchQueue, work: WorkItem) -> tuple[Entry, list[Entry]]:
     """As the runtime does; and what had to make room."""
     displaced = queue.make_room(work)
     return queue.push(work), displaced
@@ -55,7 +55,7 @@ class ModelQueue:
     def rows_of(self, caller: str | None) -> int:
         return sum(entry.work.rows for entry in self.entries if caller in (None, entry.work.caller))
 
-    def displaced_by(self, work: Work) -> list[Entry]:
+    def displaced_by(self, work: WorkItem) -> list[Entry]:
         displaced: list[Entry] = []
         if self.rows + work.rows > self.max_queued_rows and not self.is_beyond_share(work):
             for entry in sorted(self.entries, key=self.place, reverse=True):
@@ -65,11 +65,11 @@ class ModelQueue:
         left = self.rows - sum(entry.work.rows for entry in displaced)
         return displaced if left + work.rows <= self.max_queued_rows else []
 
-    def is_beyond_share(self, work: Work) -> bool:
+    def is_beyond_share(self, work: WorkItem) -> bool:
         own = self.rows_of(work.caller)
         return self.rows > own and own + work.rows > self.share
 
-    def refuses(self, work: Work) -> bool:
+    def refuses(self, work: WorkItem) -> bool:
         return self.is_beyond_share(work) or self.rows + work.rows > self.max_queued_rows
 
     def add(self, entry: Entry) -> None:
@@ -130,7 +130,7 @@ def test_queue_does_what_full_scans_would(steps: list[object]) -> None:
     pushed: list[Entry] = []
     for step in steps:
         match step:
-            case Work():
+            case WorkItem():
                 displaced = model.displaced_by(step)
                 assert queue.make_room(step) == displaced
                 model.take(displaced)
@@ -247,7 +247,7 @@ def test_served_rows_of_waiting_callers_stay_within_one_batch_or_work(
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(works, st.booleans()), max_size=40))
 def test_nothing_is_lost_or_computed_twice_and_nothing_expired_is_computed(
-    steps: list[tuple[Work, bool]],
+    steps: list[tuple[WorkItem, bool]],
 ) -> None:
     queue, clock = BatchQueue(10**6, MAX_BATCH_ROWS), count()
     pushed: list[Entry] = []

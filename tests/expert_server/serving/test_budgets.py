@@ -12,7 +12,7 @@ from tls_expert_server import FIRST, MANIFEST, ROWS, Call, Edge, Runner, make, r
 
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.serving.batching import Direction, Work
+from expert_server.serving.batching import Direction, WorkItem
 from expert_server.serving.compute import MOST_APART, Result, by_size, compute
 from expert_server.serving.servicer import BudgetLimits, Budgets
 from expert_server.settings import NodeSettings
@@ -108,14 +108,16 @@ def test_a_caller_beyond_its_budget_is_refused_and_another_is_served(run: Runner
 # Gradients of several callers in one batch
 
 
-def work(caller: str, size: float, seed: int = 0) -> Work:
+def work(caller: str, size: float, seed: int = 0) -> WorkItem:
     generator = torch.Generator().manual_seed(seed)
     width = MANIFEST.model.hidden
     inputs, gradients = (torch.randn(4, width, generator=generator) for _ in range(2))
-    return Work(FIRST, "backward", inputs, size * gradients, torch.tensor([4]), torch.arange(4), 1e9, caller)
+    return WorkItem(
+        FIRST, "backward", inputs, size * gradients, torch.tensor([4]), torch.arange(4), 1e9, caller
+    )
 
 
-def change(batch: list[Work]) -> torch.Tensor:
+def change(batch: list[WorkItem]) -> torch.Tensor:
     """What a batch does to the first expert's parameters."""
     expert = Expert(FIRST, MANIFEST)
     before = torch.cat([p.detach().clone().flatten() for p in expert.block.parameters()])

@@ -9,25 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.uid import UID
-from expert_server.experts.graphs import Graph, Version
-from expert_server.serving.forward_cache import Kept, KeptForwards
+from expert_server.experts.graphs import ForwardGraph, WeightVersion
+from expert_server.serving.forward_cache import CachedForward, ForwardCache
 
 AN_UID = UID(0, (0, 0))
 BARE = 4 * 8 + 2 * 8  # bytes of inputs, length and position of `a_forward`
 
 
-def a_version(size: int = 0) -> Version:
-    version = Version([], None)
+def a_version(size: int = 0) -> WeightVersion:
+    version = WeightVersion([], None)
     version.bytes = size
     return version
 
 
 def a_forward(
-    graph_bytes: int | None = 100, expires_at: float = 60.0, version: Version | None = None
-) -> Kept:
+    graph_bytes: int | None = 100, expires_at: float = 60.0, version: WeightVersion | None = None
+) -> CachedForward:
     inputs = torch.zeros(1, 8)
-    graph = None if graph_bytes is None else Graph(inputs, inputs, version or a_version(), graph_bytes)
-    return Kept(AN_UID, inputs, torch.tensor([1]), torch.tensor([0]), graph, expires_at)
+    graph = None if graph_bytes is None else ForwardGraph(inputs, inputs, version or a_version(), graph_bytes)
+    return CachedForward(AN_UID, inputs, torch.tensor([1]), torch.tensor([0]), graph, expires_at)
 
 
 def key(number: int, caller: str = "QmA") -> tuple[str, bytes, int]:
@@ -35,7 +35,7 @@ def key(number: int, caller: str = "QmA") -> tuple[str, bytes, int]:
 
 
 def test_a_forward_is_handed_over_once() -> None:
-    store, forward = KeptForwards(1000), a_forward()
+    store, forward = ForwardCache(1000), a_forward()
     assert store.put(key(1), forward, now=0.0)
     assert store.take(key(1)) is forward
     assert store.take(key(1)) is None
@@ -43,7 +43,7 @@ def test_a_forward_is_handed_over_once() -> None:
 
 
 def test_another_caller_cannot_take_it() -> None:
-    store = KeptForwards(1000)
+    store = ForwardCache(1000)
     store.put(key(1), a_forward(), now=0.0)
     assert store.take(key(2)) is None
     assert store.take((*key(1)[:2], 1)) is None
@@ -52,7 +52,7 @@ def test_another_caller_cannot_take_it() -> None:
 
 
 def test_when_full_the_oldest_graph_goes_first_and_its_inputs_stay() -> None:
-    store = KeptForwards(3 * BARE + 2 * 100)
+    store = ForwardCache(3 * BARE + 2 * 100)
     for number in range(3):
         assert store.put(key(number), a_forward(), now=0.0)
     graphs = [kept.graph is not None for number in range(3) if (kept := store.take(key(number)))]
@@ -60,15 +60,15 @@ def test_when_full_the_oldest_graph_goes_first_and_its_inputs_stay() -> None:
 
 
 def test_when_only_inputs_are_left_the_oldest_go() -> None:
-    store = KeptForwards(2 * BARE)
+    store = ForwardCache(2 * BARE)
     for number in range(3):
         assert store.put(key(number), a_forward(None), now=0.0)
     assert [store.take(key(number)) is not None for number in range(3)] == [False, True, True]
 
 
 def test_what_is_over_the_budget_by_itself_is_not_kept() -> None:
-    store = KeptForwards(BARE)
-    assert not KeptForwards(BARE - 1).put(key(1), a_forward(), now=0.0)
+    store = ForwardCache(BARE)
+    assert not ForwardCache(BARE - 1).put(key(1), a_forward(), now=0.0)
     assert store.put(key(1), a_forward(graph_bytes=10**9), now=0.0)
     kept = store.take(key(1))
     assert kept is not None
@@ -76,7 +76,7 @@ def test_what_is_over_the_budget_by_itself_is_not_kept() -> None:
 
 
 def test_what_nobody_came_for_expires() -> None:
-    store = KeptForwards(10_000)
+    store = ForwardCache(10_000)
     store.put(key(1), a_forward(expires_at=10.0), now=0.0)
     store.put(key(2), a_forward(expires_at=20.0), now=10.0)
     assert store.take(key(1)) is None
@@ -84,7 +84,7 @@ def test_what_nobody_came_for_expires() -> None:
 
 
 def test_older_parameters_count_once_however_many_graphs_hold_them() -> None:
-    store, version = KeptForwards(10_000), a_version()
+    store, version = ForwardCache(10_000), a_version()
     for number in range(2):
         store.put(key(number), a_forward(version=version), now=0.0)
     version.bytes = 1000
@@ -96,7 +96,7 @@ def test_older_parameters_count_once_however_many_graphs_hold_them() -> None:
 
 
 def test_graphs_go_when_steps_of_their_experts_brought_them_over_the_budget() -> None:
-    store, versions = KeptForwards(1500), [a_version(), a_version()]
+    store, versions = ForwardCache(1500), [a_version(), a_version()]
     for number, version in enumerate(versions):
         store.put(key(number), a_forward(version=version), now=0.0)
         version.bytes = 1000
@@ -122,7 +122,7 @@ VERSIONS = st.lists(st.integers(0, 500), min_size=3, max_size=3)
 def test_the_budget_holds_and_bytes_are_those_of_what_is_kept(
     steps: list[tuple[bool, int, int | None, int]], sizes: list[int], budget: int
 ) -> None:
-    store, versions = KeptForwards(budget), [a_version(size) for size in sizes]
+    store, versions = ForwardCache(budget), [a_version(size) for size in sizes]
     for puts, number, graph_bytes, version in steps:
         if puts:
             store.put(key(number), a_forward(graph_bytes, version=versions[version]), now=0.0)
@@ -135,7 +135,7 @@ def test_the_budget_holds_and_bytes_are_those_of_what_is_kept(
 
 
 def test_any_thread_may_ask_for_the_bytes() -> None:
-    store, versions = KeptForwards(10**9), [a_version(1) for _ in range(200)]
+    store, versions = ForwardCache(10**9), [a_version(1) for _ in range(200)]
     for number, version in enumerate(versions):
         store.put(key(number), a_forward(version=version), now=0.0)
     interval, enough = sys.getswitchinterval(), threading.Event()

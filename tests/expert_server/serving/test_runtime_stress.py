@@ -18,7 +18,7 @@ from torch import Tensor
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
 from expert_server.experts.expert import BackwardPart, Expert
-from expert_server.serving.batching import Work
+from expert_server.serving.batching import WorkItem
 from expert_server.serving.runtime import Runtime
 from peer.errors import ExpertError
 
@@ -137,7 +137,7 @@ class Stress:
             if self.ends[number] is StatusCode.UNAVAILABLE:
                 return
 
-    async def _submit(self, number: int, work: Work) -> None:
+    async def _submit(self, number: int, work: WorkItem) -> None:
         try:
             result = await self.runtime.submit(work)
         except ExpertError as error:
@@ -146,13 +146,13 @@ class Stress:
             torch.testing.assert_close(result.tensor, (1 if work.gradients is None else 2) * work.inputs)
             self.ends[number] = StatusCode.OK
 
-    def _work(self, caller: str) -> Work:
+    def _work(self, caller: str) -> WorkItem:
         rows, backward = self._rng.randint(1, MAX_ROWS), self._rng.random() < 0.4
         number = len(self.rows)
         self.rows[number] = rows
         inputs = torch.full((rows, WIDTH), float(number))
         deadline = time.monotonic() + self._rng.choice([0.002, 0.02, float("inf")])
-        return Work(
+        return WorkItem(
             uid=self._rng.choice(UIDS),
             direction="backward" if backward else "forward",
             inputs=inputs,

@@ -34,7 +34,7 @@ from tls_expert_server import (
 from expert_server.serving.batching import Direction
 from expert_server.serving.call import make_part
 from expert_server.serving.runtime import Runtime
-from expert_server.serving.servicer import EdgeLimits, ExpertServicer
+from expert_server.serving.servicer import CallLimits, ExpertServicer
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError, WireError
@@ -262,7 +262,7 @@ def test_a_header_is_right_or_refused_with_an_error_of_the_edge(
     header: expert_pb2.CallHeader, direction: Direction
 ) -> None:
     runtime = Runtime({}, max_queued_rows=1, max_batch_rows=1, threads=1)
-    limits, sessions = EdgeLimits(max_call_bytes=800, max_call_s=1), Sessions(SWARM, PeerID(bytes(34)))
+    limits, sessions = CallLimits(max_call_bytes=800, max_call_s=1), Sessions(SWARM, PeerID(bytes(34)))
     servicer = ExpertServicer(runtime, MANIFEST, SWARM, limits, sessions)
     size = 4 * HIDDEN * sum(len(rows.positions) for rows in header.experts) * (1 + (direction == "backward"))
     right = (

@@ -39,7 +39,7 @@ from expert_server.serving.call import Reader
 from expert_server.serving.forward_cache import SeenRequests
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.rates import Rate
+from peer.rates import RateLimit
 from peer.wire import expert_pb2
 
 
@@ -229,7 +229,7 @@ def test_a_read_that_has_begun_is_not_cancelled_with_its_call(loop: LoopThread) 
             ended.set()
             yield expert_pb2.CallRequest()
 
-        reading = asyncio.create_task(Reader(requests(), Rate(None)).next())
+        reading = asyncio.create_task(Reader(requests(), RateLimit(None)).next())
         await asyncio.sleep(0)
         reading.cancel()
         await asyncio.wait([reading])

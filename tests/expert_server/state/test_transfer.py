@@ -10,13 +10,13 @@ from checkpoint_samples import AN_UID, MANIFEST, OTHER_UID, assert_same, make_ex
 from grpc import StatusCode
 from state_peers import CHUNK, SWARM, Scenario, Street, packed, playing, read_all
 
-from expert_server.state.servicer import Hint
+from expert_server.state.servicer import FetchHint
 from expert_server.state.transfer import largest_state_bytes
 from peer import PROTOCOL_VERSION
 from peer.errors import TransferError
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.rates import BURST_S, Rate
+from peer.rates import BURST_S, RateLimit
 from peer.wire import state_pb2
 
 
@@ -29,7 +29,7 @@ def test_a_state_goes_no_faster_than_its_node_may_send(play: Callable[[Scenario]
     async def scenario(street: Street) -> None:
         expert = make_expert(1)
         size = len(packed(expert))
-        up = Rate(size / 0.5)
+        up = RateLimit(size / 0.5)
         await street.host(expert, up=up)
         began = time.monotonic()
         await street.client.fetch(street.node, expert.uid)
@@ -108,7 +108,7 @@ def test_a_hint_is_passed_on_once_it_is_well_formed(play: Callable[[Scenario], N
         me = street.identity.peer_id
         assert await ask(street.node, state_pb2.ASK_REASON_ADOPT, [AN_UID, OTHER_UID]) == 1
         assert await ask(street.node, state_pb2.ASK_REASON_AVERAGE, [AN_UID], b"a" * 32, b"b" * 32) == 1
-        right = [Hint(me, (AN_UID, OTHER_UID)), Hint(me, (AN_UID,), b"a" * 32, b"b" * 32)]
+        right = [FetchHint(me, (AN_UID, OTHER_UID)), FetchHint(me, (AN_UID,), b"a" * 32, b"b" * 32)]
         assert street.hints == right
         assert await ask(street.node, state_pb2.ASK_REASON_AVERAGE, [AN_UID], b"short", b"b" * 32) == 0
         assert await ask(street.node, state_pb2.ASK_REASON_UNSPECIFIED, [AN_UID]) == 0

@@ -16,7 +16,7 @@ from grpc import StatusCode
 from state_peers import CHUNK, SWARM, Replies, Scenario, Street, header_of, packed, playing, read_all
 
 from expert_server.probe import call_dial_back, call_probe
-from expert_server.state.servicer import Hint
+from expert_server.state.servicer import FetchHint
 from peer import PROTOCOL_VERSION
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.identity import Identity
@@ -246,7 +246,7 @@ def test_after_a_restart_of_the_server_a_fetch_begins_anew(
                 await receive(*arguments)
             except grpc.aio.AioRpcError:
                 if len(street.hints) == 0:
-                    street.hints.append(Hint(street.identity.peer_id, ()))
+                    street.hints.append(FetchHint(street.identity.peer_id, ()))
                     await server.stop(None)
                     await street.host(after)
                 raise

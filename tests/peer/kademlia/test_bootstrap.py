@@ -8,25 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import StartError
-from peer.kademlia.node import CLOCK_TOLERANCE_S, Greeting, check_greetings
+from peer.kademlia.node import CLOCK_TOLERANCE_S, BootstrapReply, check_bootstrap
 
 right = st.floats(-CLOCK_TOLERANCE_S, CLOCK_TOLERANCE_S)
 wrong = st.just(math.nan) | st.floats(CLOCK_TOLERANCE_S + 0.1) | st.floats(max_value=-CLOCK_TOLERANCE_S - 0.1)
 
 
-def said(offset_s: float, reaches_us: bool = True) -> Greeting:
-    return Greeting(("/ip4/192.0.2.1/tcp/1/p2p/Qm",), DHTID(1), offset_s, reaches_us)
+def said(offset_s: float, reaches_us: bool = True) -> BootstrapReply:
+    return BootstrapReply(("/ip4/192.0.2.1/tcp/1/p2p/Qm",), DHTID(1), offset_s, reaches_us)
 
 
 @given(st.lists(right, min_size=1, max_size=9), st.lists(wrong, max_size=9))
 def test_a_minority_with_wrong_clocks_keeps_nobody_out(good: list[float], bad: list[float]) -> None:
-    check_greetings([said(offset) for offset in (bad[: len(good)] + good)], serves_dht=True)
+    check_bootstrap([said(offset) for offset in (bad[: len(good)] + good)], serves_dht=True)
 
 
 @given(st.lists(right, max_size=9), st.lists(wrong, min_size=1, max_size=9))
 def test_a_clock_that_most_find_wrong_is_an_error(good: list[float], bad: list[float]) -> None:
     with pytest.raises(StartError, match="set it right"):
-        check_greetings([said(offset) for offset in (good[: len(bad) - 1] + bad)], serves_dht=True)
+        check_bootstrap([said(offset) for offset in (good[: len(bad) - 1] + bad)], serves_dht=True)
 
 
 @pytest.mark.parametrize(
@@ -34,12 +34,12 @@ def test_a_clock_that_most_find_wrong_is_an_error(good: list[float], bad: list[f
 )
 def test_the_error_says_which_way_the_clock_is_off(offset_s: float, words: str) -> None:
     with pytest.raises(StartError, match=words):
-        check_greetings([said(offset_s)], serves_dht=False)
+        check_bootstrap([said(offset_s)], serves_dht=False)
 
 
 def test_a_peer_that_nobody_reaches_is_told_so_unless_it_serves_nothing() -> None:
     unreached = [said(0.1, reaches_us=False), said(0.2, reaches_us=False)]
     with pytest.raises(StartError, match="none of the 2 peers asked can reach this one"):
-        check_greetings(unreached, serves_dht=True)
-    check_greetings(unreached, serves_dht=False)
-    check_greetings([*unreached, said(0.0)], serves_dht=True)
+        check_bootstrap(unreached, serves_dht=True)
+    check_bootstrap(unreached, serves_dht=False)
+    check_bootstrap([*unreached, said(0.0)], serves_dht=True)

@@ -15,11 +15,11 @@ from hivemind.utils import MSGPackSerializer
 
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
-from dht.records import seal
-from dht.registry import Announced, ReplicaState
+from dht.records import sign_record
+from dht.registry import ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from peer.kademlia.storage import StoreBounds
-from peer.kademlia.validation import is_rightful
+from peer.kademlia.validation import owns_node_id
 from peer.wire import records_pb2
 
 HOME = UID(0, (0, 1))
@@ -84,7 +84,7 @@ async def held(peer: SimulatedPeer, key: str) -> dict[object, tuple[bytes, float
 
 def announced_by(identity: Any, key: str, expires_at: float) -> bytes:
     body = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING)
-    return seal(identity, records_pb2.RecordPayload(key=key, expires_at=expires_at, announcement=body))
+    return sign_record(identity, records_pb2.RecordPayload(key=key, expires_at=expires_at, announcement=body))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_nobody_takes_the_place_of_another(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         table, other = peer.dht.protocol.routing_table, await swarm.make_peer()
         place = other.dht.node_id
-        assert is_rightful(place, other.peer_id.to_bytes())
+        assert owns_node_id(place, other.peer_id.to_bytes())
         for sender in (STRANGER.peer_id, other.peer_id, STRANGER.peer_id):
             node = dht_pb2.NodeInfo(node_id=place.to_bytes())
             await send(peer, "ping", dht_pb2.PingRequest(peer=node), sender)
@@ -228,7 +228,7 @@ def test_nobody_takes_the_place_of_the_peer_itself(world: VirtualLoop) -> None:
 def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         uids = [UID(0, (n, n)) for n in range(1000)]
-        await peer.registry.announce([Announced(uid, ReplicaState.SERVING) for uid in uids], 600.0)
+        await peer.registry.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], 600.0)
         newcomer = await swarm.make_peer()
         await swarm.join(newcomer)
         await asyncio.sleep(10)
@@ -292,7 +292,7 @@ def test_strangers_make_a_node_send_what_it_stores_no_faster_than_a_rate(world: 
         counts = peer.dht.protocol.storage._counts
         counts.bounds = StoreBounds(handed_bytes_per_s=10_000.0)
         uids = [UID(0, (n, n)) for n in range(100)]
-        await peer.registry.announce([Announced(uid, ReplicaState.SERVING) for uid in uids], 600.0)
+        await peer.registry.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], 600.0)
         sent, began = swarm.network.traffic.by_method["store"], world.time()
         for _ in range(100):
             newcomer = await swarm.make_peer()

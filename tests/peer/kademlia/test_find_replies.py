@@ -15,7 +15,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
-from peer.kademlia.lookups import Answer, find
+from peer.kademlia.lookups import FindResult, find
 
 KEY = DHTID.generate(source="key")
 SOMEBODY = PeerID(b"\x12\x20" + bytes(32))
@@ -52,7 +52,7 @@ class Protocol:
         self.met.append((node, responded))
 
 
-def ask(protocol: Any) -> dict[DHTID, Answer] | None:
+def ask(protocol: Any) -> dict[DHTID, FindResult] | None:
     reply = asyncio.run(find(protocol, SOMEBODY, [KEY]))
     return None if reply is None else reply.answers
 
@@ -90,11 +90,11 @@ def test_good_entries_and_neighbours_are_taken_and_the_peer_is_remembered() -> N
 )
 def test_a_value_that_is_no_dictionary_is_none(value: bytes) -> None:
     answers = ask(Protocol(response(type=dht_pb2.FOUND_DICTIONARY, value=value)))
-    assert answers == {KEY: Answer(None, {})}
+    assert answers == {KEY: FindResult(None, {})}
 
 
 def test_a_plain_value_is_none() -> None:
-    assert ask(Protocol(response(type=dht_pb2.FOUND_REGULAR, value=b"good"))) == {KEY: Answer(None, {})}
+    assert ask(Protocol(response(type=dht_pb2.FOUND_REGULAR, value=b"good"))) == {KEY: FindResult(None, {})}
 
 
 def test_neighbours_with_wrong_names_and_those_beyond_20_are_left_out() -> None:
@@ -142,5 +142,5 @@ def test_a_peer_that_does_not_answer_what_was_asked_is_forgotten(said: Any) -> N
 
 def test_a_client_that_answers_is_not_remembered() -> None:
     protocol = Protocol(response(node_id=b""))
-    assert ask(protocol) == {KEY: Answer(None, {})}
+    assert ask(protocol) == {KEY: FindResult(None, {})}
     assert protocol.met == []

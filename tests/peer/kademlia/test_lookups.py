@@ -10,10 +10,10 @@ from hivemind.proto import dht_pb2
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
-from dht.registry import Announced, ReplicaState
+from dht.registry import ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
-from peer.kademlia.search import Contacts, Hearsay, RoundTrips
+from peer.kademlia.search import ContactBook, RttEstimator, UnverifiedNodes
 
 HOME = UID(0, (0, 1))
 
@@ -59,7 +59,7 @@ def test_slow_peers_are_waited_for_when_there_are_no_others(world: VirtualLoop) 
         swarm.network.link = Link(rtt_s=2.0)
         found = await reader.registry.replicas(swarm.manifest.uids())
         assert all(found.values())
-        await reader.registry.announce([Announced(HOME, ReplicaState.SERVING)], 60.0)
+        await reader.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
 
     play(world, scenario, nodes=3)
 
@@ -124,12 +124,12 @@ def test_a_peer_that_is_named_in_another_place_than_its_own_does_not_count(world
 def test_what_others_say_of_a_place_does_not_count_against_its_owner() -> None:
     owner, liar = b"\x12\x20" + bytes(32), b"\x12\x20" + bytes([1]) * 32
     place = int(DHTID.generate(source=owner))
-    contacts, hearsay = Contacts(), Hearsay()
+    contacts, hearsay = ContactBook(), UnverifiedNodes()
     for peer in (liar, owner, liar):
         contacts.hear({place: peer})
         hearsay.note({place: peer})
     assert contacts[place].to_bytes() == hearsay.near(place)[place] == owner
-    met = Contacts()
+    met = ContactBook()
     met.know({place: PeerID(liar)})
     met.hear({place: owner})
     assert met[place].to_bytes() == liar, "who was met there is there"
@@ -148,7 +148,7 @@ def test_many_keys_travel_in_few_calls(world: VirtualLoop) -> None:
 def test_256_experts_are_renewed_with_a_bounded_number_of_stores(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         peer = swarm.peers[0]
-        announced = [Announced(uid, ReplicaState.SERVING, 1) for uid in swarm.manifest.uids()]
+        announced = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 1) for uid in swarm.manifest.uids()]
         await peer.registry.announce(announced, 300.0)
         calls = swarm.network.traffic.by_method
         finds, stores, began = calls["find"], calls["store"], world.time()
@@ -180,7 +180,7 @@ def test_a_client_whose_peers_are_all_silent_is_told_so(world: VirtualLoop) -> N
         with pytest.raises(UnreachableError, match="no DHT peer answered"):
             await client.registry.replicas([HOME])
         with pytest.raises(UnreachableError, match="no DHT peer accepted"):
-            await client.registry.announce([Announced(HOME, ReplicaState.SERVING)], 60.0)
+            await client.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
 
     play(world, scenario)
 
@@ -190,7 +190,7 @@ def test_a_bootstrap_that_answers_and_knows_nobody_is_enough_for_two(world: Virt
         lonely, newcomer = await swarm.make_peer(), await swarm.make_peer()
         await swarm.join(newcomer, [lonely])
         assert await newcomer.registry.replicas([HOME]) == {HOME: ()}
-        await lonely.registry.announce([Announced(HOME, ReplicaState.SERVING)], 60.0)
+        await lonely.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
         (replica,) = (await newcomer.registry.replicas([HOME]))[HOME]
         assert replica.peer_id == lonely.peer_id
         assert await newcomer.registry.prefixes([(0, ()), (0, (0,))], 1000) == {(0, ()): {0}, (0, (0,)): {1}}
@@ -205,7 +205,7 @@ def test_every_coordinate_of_a_large_grid_is_read_and_no_value_passes_32_kilobyt
         for first in range(0, 1000, 250):
             uids = [UID(1, (coordinate, 999)) for coordinate in range(first, first + 250)]
             await swarm.peers[0].registry.announce(
-                [Announced(uid, ReplicaState.SERVING) for uid in uids], 60.0
+                [ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], 60.0
             )
         swarm.network.traffic.largest = 0
         found = await swarm.peers[1].registry.prefixes([(1, ()), (1, (7,))], 1000)
@@ -250,7 +250,7 @@ def test_a_question_that_fails_by_a_mistake_counts_as_unanswered(
 
 
 def test_patience_follows_the_round_trips() -> None:
-    trips = RoundTrips()
+    trips = RttEstimator()
     assert trips.patience_s == 1.0
     for _ in range(50):
         trips.note(0.1)

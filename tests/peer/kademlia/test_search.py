@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.kademlia.search import Breadth, Search
+from peer.kademlia.search import IterativeSearch, SearchLimits
 
 NODES = st.sets(st.integers(0, 2**16 - 1), min_size=1, max_size=60)
 KEY = st.integers(0, 2**16 - 1)
@@ -32,7 +32,7 @@ def test_a_search_that_finds_no_value_ends_when_the_nearest_it_heard_of_have_ans
     nodes: set[int], key: int, seed: int
 ) -> None:
     rng, known = random.Random(seed), ring(nodes)
-    search = Search(key, [rng.choice(sorted(nodes))], Breadth(front=5))
+    search = IterativeSearch(key, [rng.choice(sorted(nodes))], SearchLimits(front=5))
     heard, waiting = set(search.nearest()), search.ask()
     while waiting:
         node = waiting.pop(rng.randrange(len(waiting)))  # answers come in any order
@@ -50,7 +50,7 @@ def test_no_node_is_asked_twice_once_others_answer_and_failed_ones_are_not_among
 ) -> None:
     rng = random.Random(seed)
     failing = {node for node in sorted(nodes) if rng.random() < dead}
-    search = Search(key, sorted(nodes)[:20])
+    search = IterativeSearch(key, sorted(nodes)[:20])
     asked: list[int] = []
     while wanted := search.ask():
         asked += wanted
@@ -65,7 +65,7 @@ def test_no_node_is_asked_twice_once_others_answer_and_failed_ones_are_not_among
 
 
 def test_three_holders_are_enough_and_the_rounds_are_counted() -> None:
-    search = Search(0, [100, 101, 102])
+    search = IterativeSearch(0, [100, 101, 102])
     assert search.ask() == [100, 101, 102]
     search.answered(100, [1, 2, 3, 4, 5], has_value=False)
     assert search.ask() == [1, 2, 3, 4, 5]
@@ -80,7 +80,7 @@ def test_three_holders_are_enough_and_the_rounds_are_counted() -> None:
 
 
 def test_one_holder_more_is_asked_than_must_give_its_value() -> None:
-    search = Search(0, [1, 2, 3, 4, 5, 6, 7])
+    search = IterativeSearch(0, [1, 2, 3, 4, 5, 6, 7])
     assert search.ask() == [1, 2, 3, 4]
     search.answered(1, [], has_value=True)
     assert search.ask() == [], "three others may be enough"
@@ -94,7 +94,7 @@ def test_one_holder_more_is_asked_than_must_give_its_value() -> None:
 
 
 def test_the_front_is_asked_when_too_few_of_the_holders_had_the_value() -> None:
-    search = Search(0, [1, 2, 3, 4, 5, 6, 7, 8])
+    search = IterativeSearch(0, [1, 2, 3, 4, 5, 6, 7, 8])
     search.ask()
     search.answered(1, [], has_value=True)
     for node in (2, 3, 4):
@@ -103,7 +103,7 @@ def test_the_front_is_asked_when_too_few_of_the_holders_had_the_value() -> None:
 
 
 def test_values_of_nodes_that_are_not_the_nearest_are_not_enough() -> None:
-    search = Search(0, [1, 2, 3, 4, 5, 6, 7])
+    search = IterativeSearch(0, [1, 2, 3, 4, 5, 6, 7])
     search.ask()
     search.answered(4, [], has_value=True)
     search.ask()
@@ -115,7 +115,7 @@ def test_values_of_nodes_that_are_not_the_nearest_are_not_enough() -> None:
 
 
 def test_a_late_answer_still_counts() -> None:
-    search = Search(0, [1, 2], Breadth(front=2))
+    search = IterativeSearch(0, [1, 2], SearchLimits(front=2))
     assert search.ask() == [1, 2]
     search.failed(1)
     search.answered(2, [], has_value=False)
@@ -126,14 +126,14 @@ def test_a_late_answer_still_counts() -> None:
 
 
 def test_this_peer_counts_without_being_asked() -> None:
-    search = Search(0, [1, 2], Breadth(front=3, quorum=1))
+    search = IterativeSearch(0, [1, 2], SearchLimits(front=3, quorum=1))
     search.holds(5, has_value=True)
     assert search.finished
     assert search.found_after == 0
 
 
 def test_a_liar_who_names_nearer_nodes_for_ever_is_given_up() -> None:
-    search, asked, node = Search(0, [2**200]), 0, 2**200
+    search, asked, node = IterativeSearch(0, [2**200]), 0, 2**200
     while wanted := search.ask():
         asked += len(wanted)
         for node in wanted:
@@ -143,7 +143,7 @@ def test_a_liar_who_names_nearer_nodes_for_ever_is_given_up() -> None:
 
 
 def test_who_knows_one_node_asks_it_again_when_the_question_is_lost() -> None:
-    search = Search(0, [9])
+    search = IterativeSearch(0, [9])
     assert search.ask() == [9]
     search.failed(9)
     assert not search.finished
@@ -154,7 +154,7 @@ def test_who_knows_one_node_asks_it_again_when_the_question_is_lost() -> None:
 
 
 def test_a_node_is_not_asked_again_when_another_has_answered() -> None:
-    search = Search(0, [1, 2])
+    search = IterativeSearch(0, [1, 2])
     search.ask()
     search.answered(2, [], has_value=False)
     search.failed(1)
@@ -163,7 +163,7 @@ def test_a_node_is_not_asked_again_when_another_has_answered() -> None:
 
 
 def test_this_peers_own_answer_does_not_stand_for_that_of_others() -> None:
-    search = Search(0, [9])
+    search = IterativeSearch(0, [9])
     search.holds(5, has_value=False)
     search.ask()
     search.failed(9)
@@ -171,7 +171,7 @@ def test_this_peers_own_answer_does_not_stand_for_that_of_others() -> None:
 
 
 def test_whoever_answered_other_keys_is_asked_when_nobody_else_answers() -> None:
-    search = Search(0, [9])
+    search = IterativeSearch(0, [9])
     search.ask()
     search.failed(9)
     assert search.is_stranded
@@ -182,7 +182,7 @@ def test_whoever_answered_other_keys_is_asked_when_nobody_else_answers() -> None
 
 @pytest.mark.parametrize("known", [[], [7]])
 def test_a_peer_that_knows_nobody_or_only_the_dead_is_finished(known: list[int]) -> None:
-    search, asked = Search(0, known), 0
+    search, asked = IterativeSearch(0, known), 0
     while wanted := search.ask():
         asked += len(wanted)
         for node in wanted:

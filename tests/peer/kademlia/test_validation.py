@@ -8,7 +8,7 @@ from typing import Any
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 
-from peer.kademlia.validation import MAX_ENTRIES, filter_answers, keep_valid
+from peer.kademlia.validation import MAX_ENTRIES, drop_invalid_entries, patch_validation
 
 
 class OnlyGood(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
@@ -27,7 +27,7 @@ def test_a_dictionary_that_is_handed_over_loses_its_bad_entries() -> None:
     now = time.time()
     entries = {1: (b"good", now + 10), 2: (b"bad", now + 99), 3: (b"good", now + 20), 4: (b"bad", math.inf)}
     handed_over, protocol = dictionary(entries), SimpleNamespace(record_validator=OnlyGood())  # type: ignore[arg-type]
-    filter_answers(protocol)
+    patch_validation(protocol)
     assert protocol._validate_dictionary(b"key", handed_over)
     assert {subkey: entry.value for subkey, entry in handed_over.items()} == {1: b"good", 3: b"good"}
 
@@ -37,7 +37,7 @@ def test_too_many_entries_are_cut_to_some_that_are_drawn() -> None:
     lost = set()
     for _ in range(2):
         many = dictionary(dict.fromkeys(range(MAX_ENTRIES + 500), (b"good", until)))
-        assert keep_valid(OnlyGood(), b"key", many)
+        assert drop_invalid_entries(OnlyGood(), b"key", many)
         kept = {subkey for subkey, _ in many.items()}
         assert len(kept) == MAX_ENTRIES
         lost |= set(range(MAX_ENTRIES + 500)) - kept

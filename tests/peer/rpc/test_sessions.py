@@ -19,7 +19,7 @@ from peer.identity import SESSION_DOMAIN, Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS
-from peer.rpc.sessions import Admitted, OwnSessions, ReplayWindow, Right, Sessions, SessionServicer
+from peer.rpc.sessions import Admitted, ReplayWindow, Right, SessionClient, Sessions, SessionServicer
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
 SWARM = "sauna-abcdefghijkl"
@@ -48,7 +48,7 @@ def make_sessions(server: Identity, **options: Any) -> Sessions:
 def statement_of(
     caller: Identity, server: Identity, now: float = 1000.0, rights: tuple[Right, ...] = RIGHTS
 ) -> session_pb2.OpenRequest:
-    return OwnSessions(caller, SWARM, rights, now=lambda: now).statement(server.peer_id)
+    return SessionClient(caller, SWARM, rights, now=lambda: now).statement(server.peer_id)
 
 
 def refused(sessions: Sessions, request: session_pb2.OpenRequest, status: StatusCode, said: str) -> None:

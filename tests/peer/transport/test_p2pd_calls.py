@@ -20,7 +20,7 @@ from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.loop import LoopThread
-from peer.transport.p2pd import mend
+from peer.transport.p2pd import patch_control_client
 
 OTHER = PeerID.from_base58("QmNLei78zWmzUdbeRB3CiUfAizWUrbeeZh5K1rhAQKCh51")
 
@@ -70,7 +70,7 @@ def p2pd(tmp_path: Path) -> Iterator[StandIn]:
 
 async def connected(p2pd: StandIn) -> Any:
     control = await ControlClient.create(DaemonConnector(Multiaddr(f"/unix{p2pd.path}")))
-    mend(control)
+    patch_control_client(control)
     return control
 
 

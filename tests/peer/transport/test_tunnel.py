@@ -21,7 +21,7 @@ from peer.loop import LoopThread
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.transport.addresses import multiaddress
-from peer.transport.p2pd import Position
+from peer.transport.p2pd import NetworkConfig
 from peer.transport.tunnel import TunnelLimits, Tunnels
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -260,8 +260,8 @@ def test_a_machine_without_sockets_left_digs_the_tunnel_when_it_has_some_again(
             patched.setattr(asyncio, "start_unix_server", has_none_left)
             for _ in range(2):
                 with pytest.raises(UnreachableError, match="Too many open files"):
-                    await tunnels.to(peer_id, ())
-        name = (await tunnels.to(peer_id, ())).removeprefix("unix:")
+                    await tunnels.open_to(peer_id, ())
+        name = (await tunnels.open_to(peer_id, ())).removeprefix("unix:")
         try:
             _, writer = await asyncio.open_unix_connection(name)
             writer.close()
@@ -280,7 +280,7 @@ def test_p2pd_that_dies_while_the_tunnel_is_begun_ends_nobody(
             raise ConnectionResetError("p2pd has gone")
 
     async def scenario() -> None:
-        host = Host(identities[1], Position(LOCAL, 0), None)
+        host = Host(identities[1], NetworkConfig(LOCAL, 0), None)
         host._daemon = Dying()  # type: ignore[assignment]
         try:
             await host.serve_tunnel()

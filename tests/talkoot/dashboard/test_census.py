@@ -10,7 +10,7 @@ from simulated_readings import NOW, node, peer, trainer
 
 from dht.announcements import TrainerInfo
 from dht.registry import NodeInfo
-from talkoot.dashboard.picture import Census, Pace, Paces
+from talkoot.dashboard.picture import Census, NodeRates, Paces
 
 
 def census(most: int = 100, most_gone: int = 10, kept_s: float = 86400.0) -> Census[NodeInfo]:
@@ -81,9 +81,9 @@ def test_a_crowd_takes_no_more_room_than_it_may() -> None:
     assert len(seen.seen) <= 7
 
 
-def pace_of(*moments: tuple[float, list[TrainerInfo]]) -> Pace:
+def pace_of(*moments: tuple[float, list[TrainerInfo]]) -> NodeRates:
     training: Census[TrainerInfo] = Census(1.5, 100, 10, 86400.0)
-    paces, pace = Paces(), Pace()
+    paces, pace = Paces(), NodeRates()
     for now, trainers in moments:
         training.note({info.peer_id: info for info in trainers}, now)
         pace = paces.note(training)
@@ -95,7 +95,7 @@ def test_pace_is_of_counters_between_two_records() -> None:
     later = replace(
         first, calls=30, bytes_sent=300, bytes_received=400, failures={"unavailable": 3}, expires_at=NOW + 40
     )
-    assert pace_of((NOW, [first])) == Pace()
+    assert pace_of((NOW, [first])) == NodeRates()
     pace = pace_of((NOW, [first]), (NOW + 10, [later]))
     assert (pace.calls_per_s, pace.bytes_per_s) == (2.0, 50.0)
     assert pace.failures_per_min == {"unavailable": pytest.approx(12.0)}
@@ -105,13 +105,13 @@ def test_pace_stays_until_the_next_record_and_ends_with_the_trainer() -> None:
     first = trainer(1, calls=10)
     later = replace(first, calls=30, expires_at=NOW + 40)
     assert pace_of((NOW, [first]), (NOW + 10, [later]), (NOW + 12, [later])).calls_per_s == 2.0
-    assert pace_of((NOW, [first]), (NOW + 10, [later]), (NOW + 60, [])) == Pace()
+    assert pace_of((NOW, [first]), (NOW + 10, [later]), (NOW + 60, [])) == NodeRates()
 
 
 def test_a_trainer_that_started_again_is_counted_anew() -> None:
     first = trainer(1, calls=1000)
     again = replace(first, calls=5, started_at=NOW, expires_at=NOW + 40)
-    assert pace_of((NOW, [first]), (NOW + 10, [again])) == Pace()
+    assert pace_of((NOW, [first]), (NOW + 10, [again])) == NodeRates()
 
 
 def test_all_trainers_count_together() -> None:

@@ -26,7 +26,7 @@ from dht.announcements import Activity, Reachability
 from dht.registry import ReplicaState
 from dht.uid import UID
 from talkoot.dashboard import api
-from talkoot.dashboard.api import ApiError, Sight
+from talkoot.dashboard.api import ApiError, DashboardState
 from talkoot.dashboard.picture import Picture
 
 API_S = 0.1
@@ -41,8 +41,10 @@ def large() -> Picture:
     return large_swarm(10_000)
 
 
-def sight(picture: Picture | None, unreachable_since: float | None = None, now: float = NOW + 1) -> Sight:
-    return Sight(picture, "sauna-x", "sauna", str(INVITE), unreachable_since, 2.0, now)
+def sight(
+    picture: Picture | None, unreachable_since: float | None = None, now: float = NOW + 1
+) -> DashboardState:
+    return DashboardState(picture, "sauna-x", "sauna", str(INVITE), unreachable_since, 2.0, now)
 
 
 def healthy(**changes: Any) -> Picture:

@@ -9,7 +9,7 @@ import pytest
 from simulated_readings import NOW, large_swarm
 
 from peer.errors import StartError
-from talkoot.dashboard.history import EXPERT_TIERS, TIERS, History, Keeper, Sample
+from talkoot.dashboard.history import EXPERT_TIERS, TIERS, History, HistoryStore, Sample
 from talkoot.dashboard.picture import Picture
 
 
@@ -152,7 +152,7 @@ def test_a_file_that_breaks_while_it_is_used_is_set_aside(tmp_path: Path) -> Non
         file.write(b"\xff" * 6_000_000)
 
     async def use() -> int:
-        keeper = Keeper(history)
+        keeper = HistoryStore(history)
         assert await keeper.kept_picture() is None
         await keeper.add([Sample("loss", "after", 2.0)], NOW)
         found = await keeper.read("loss", NOW - 1, NOW + 1, 300, 8)
@@ -183,11 +183,11 @@ def test_the_last_picture_is_kept(tmp_path: Path) -> None:
     picture = large_swarm(50, grid=(4, 4))
 
     async def keep() -> Picture | None:
-        keeper = Keeper(opened(tmp_path))
+        keeper = HistoryStore(opened(tmp_path))
         assert await keeper.kept_picture() is None
         await keeper.keep_picture(picture)
         await keeper.close()
-        keeper = Keeper(opened(tmp_path))
+        keeper = HistoryStore(opened(tmp_path))
         try:
             return await keeper.kept_picture()
         finally:
@@ -203,7 +203,7 @@ def test_a_full_disk_is_said_once_and_not_each_time(
         raise sqlite3.OperationalError("database or disk is full")
 
     async def use() -> int:
-        keeper = Keeper(opened(tmp_path))
+        keeper = HistoryStore(opened(tmp_path))
         monkeypatch.setattr(History, "add", full)
         for second in range(5):
             await keeper.add([Sample("loss", "a", 2.0)], NOW + second)
@@ -219,7 +219,7 @@ def test_a_picture_of_another_form_is_not_read(tmp_path: Path, kept: object) -> 
     async def read() -> Picture | None:
         history = opened(tmp_path)
         history.keep("picture", kept)
-        keeper = Keeper(history)
+        keeper = HistoryStore(history)
         try:
             return await keeper.kept_picture()
         finally:

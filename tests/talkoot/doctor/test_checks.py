@@ -23,7 +23,7 @@ from peer.errors import DataError, StartError
 from peer.formatting import age_in_words
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
-from peer.rates import Traffic
+from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.wire import probe_pb2_grpc
@@ -127,7 +127,7 @@ class Swarm:
 
     async def start(self) -> None:
         self.server = grpc.aio.server(options=SERVER_OPTIONS)
-        probe_pb2_grpc.add_ProbeServiceServicer_to_server(ProbeServicer(SWARM, Traffic()), self.server)
+        probe_pb2_grpc.add_ProbeServiceServicer_to_server(ProbeServicer(SWARM, Bandwidth()), self.server)
         certificate = self.identity.make_certificate()
         port = self.server.add_secure_port(f"{LOCAL}:0", server_credentials(self.identity, certificate))
         await self.server.start()

@@ -21,7 +21,14 @@ from expert_server.status import NodeState, NodeStatus
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.loop import LoopThread
 from talkoot.node import control
-from talkoot.node.control import MAX_CLIENTS, MAX_LINE_BYTES, Control, ControlServer, is_running, node_folder
+from talkoot.node.control import (
+    MAX_CLIENTS,
+    MAX_LINE_BYTES,
+    ControlClient,
+    ControlServer,
+    is_running,
+    node_folder,
+)
 
 DEADLINE_S = 10.0
 
@@ -69,8 +76,8 @@ class Running:
     def close(self) -> None:
         self.loop.run(self.server.__aexit__(), DEADLINE_S)
 
-    def ask(self, *arguments: Any, **options: Any) -> control.Standing:
-        with Control(self.state) as client:
+    def ask(self, *arguments: Any, **options: Any) -> control.ControlStatus:
+        with ControlClient(self.state) as client:
             return client.ask(*arguments, **options)
 
 
@@ -134,7 +141,7 @@ def test_state_after_a_deed_is_told(running: Running) -> None:
 
 
 def test_client_knows_the_process_by_the_kernel(running: Running) -> None:
-    with Control(running.state) as client:
+    with ControlClient(running.state) as client:
         assert client.pid == os.getpid()
 
 
@@ -305,14 +312,14 @@ def test_without_a_node_the_client_says_what_to_do(tmp_path: Path, folder: str) 
     with pytest.raises(
         UnreachableError, match=f"no node runs with .*{folder}: start one with `talkoot node`"
     ):
-        Control(tmp_path / folder)
+        ControlClient(tmp_path / folder)
 
 
 def test_socket_of_a_killed_node_is_replaced(loop: LoopThread, tmp_path: Path) -> None:
     with closing(socket.socket(socket.AF_UNIX)) as dead:
         dead.bind(str(tmp_path / "control.sock"))
     with pytest.raises(UnreachableError, match="no node runs"):
-        Control(tmp_path)
+        ControlClient(tmp_path)
     server = Running(loop, tmp_path)
     server.start()
     try:

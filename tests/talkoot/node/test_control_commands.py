@@ -17,7 +17,7 @@ from peer.errors import SettingsError
 from talkoot import terminal as console
 from talkoot.doctor.checks import Finding, Verdict
 from talkoot.doctor.examination import Report
-from talkoot.node.control import Control
+from talkoot.node.control import ControlClient
 from talkoot.node.remote import Follower, parse_duration_s, run_logs
 from talkoot.terminal import LogFormat, Terminal, log_file
 
@@ -62,7 +62,7 @@ def test_running_node_is_paused_and_resumed(node: RunningNode) -> None:
     assert (paused.returncode, paused.stderr) == (0, "")
     assert paused.stdout.startswith("paused: by its owner until ")
     assert "0 of at most 6 experts" in paused.stdout
-    with Control(node.state) as control:
+    with ControlClient(node.state) as control:
         assert control.pid == node.process.pid
     resumed = node.say("resume")
     assert resumed.returncode == 0, resumed.stderr

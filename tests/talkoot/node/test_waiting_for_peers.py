@@ -10,7 +10,7 @@ import pytest
 from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, wait_until
 
 from dht.invites import Invite
-from dht.membership import Acquaintances
+from dht.membership import PeerStore
 from dht.records import SwarmKeys
 from dht.swarm import found_swarm
 from expert_server.settings import NodeSettings
@@ -38,8 +38,8 @@ def invite_of(founder: Identity, port: int) -> Invite:
 
 
 def remember(invite: Invite, state: Path) -> None:
-    acquaintances = Acquaintances(state / "peers" / f"{invite.keys.swarm_id}.json")
-    acquaintances.meet(invite.bootstrap, time.time())
+    acquaintances = PeerStore(state / "peers" / f"{invite.keys.swarm_id}.json")
+    acquaintances.add(invite.bootstrap, time.time())
     acquaintances.save()
 
 

@@ -8,7 +8,7 @@ from dense_trainers import Play, Square, are_one, identities, play
 from test_dense_part import make_model, take_step, trained
 
 from peer.errors import ExpertError, TransferError
-from trainer_client.averaging.dense_part import Merge
+from trainer_client.averaging.dense_part import DenseMerge
 
 __all__ = ["identities", "play"]
 
@@ -154,7 +154,7 @@ def test_merges_are_told_once(play: Play) -> None:
         one = await square.trainer(trained(make_model(), 1), 10)
         other = await square.trainer(trained(make_model(), 2), 10)
         await square.stepping(other.meet(square.info(one)), one.part, other.part)
-        told: list[Merge] = other.part.take_merges()
+        told: list[DenseMerge] = other.part.take_merges()
         assert [merge.peer for merge in told] == [one.peer_id.to_base58()]
         assert other.part.take_merges() == []
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peer.averaging import their_share
+from peer.averaging import partner_weight
 from peer.errors import StateError
-from trainer_client.averaging.dense_part import MAX_AGE, DenseForm, DensePart, SharedPart, require_near
+from trainer_client.averaging.dense_part import MAX_AGE, DenseForm, DensePart, SharedParameters, require_near
 
 SWARM = "sauna-QmFounder"
 
@@ -25,7 +25,7 @@ def make_model(seed: int = 0, width: int = 5) -> nn.Module:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    return SharedPart(model).read().tensors
+    return SharedParameters(model).read().tensors
 
 
 def trained(model: nn.Module, seed: int, scale: float = 0.1) -> nn.Module:
@@ -36,21 +36,21 @@ def trained(model: nn.Module, seed: int, scale: float = 0.1) -> nn.Module:
     return model
 
 
-def take_step(part: SharedPart, move: float = 0.0) -> None:
+def take_step(part: SharedParameters, move: float = 0.0) -> None:
     with part.stepping(), torch.no_grad():
         for parameter in part.model.parameters():
             parameter.add_(move)
 
 
-def meet(one: SharedPart, other: SharedPart, met: int = 0) -> None:
+def meet(one: SharedParameters, other: SharedParameters, met: int = 0) -> None:
     """Both sides of a meeting, as the wire would have it."""
     mine, theirs = one.read(), other.read()
-    one.merge("other", mine, theirs.tensors, theirs.age, their_share(mine.age, theirs.age, met), 0.0)
-    other.merge("one", theirs, mine.tensors, mine.age, their_share(theirs.age, mine.age, met), 0.0)
+    one.merge("other", mine, theirs.tensors, theirs.age, partner_weight(mine.age, theirs.age, met), 0.0)
+    other.merge("one", theirs, mine.tensors, mine.age, partner_weight(theirs.age, mine.age, met), 0.0)
 
 
-def part_of(seed: int, age: int) -> SharedPart:
-    part = SharedPart(trained(make_model(), seed))
+def part_of(seed: int, age: int) -> SharedParameters:
+    part = SharedParameters(trained(make_model(), seed))
     part.age = age
     return part
 
@@ -64,7 +64,7 @@ def test_two_that_met_are_the_same_age_and_nearer(first: int, second: int, a: in
     take_step(other)
     here, there = one.read(), other.read()
     assert here.age == there.age == max(a, b) + 1
-    for found, share in ((here, their_share(a, b, 0)), (there, 1 - their_share(b, a, 0))):
+    for found, share in ((here, partner_weight(a, b, 0)), (there, 1 - partner_weight(b, a, 0))):
         for name in here.tensors:
             expected = (1 - share) * before[0].tensors[name] + share * before[1].tensors[name]
             torch.testing.assert_close(found.tensors[name], expected)

@@ -23,7 +23,7 @@ from peer.rpc.calls import server_credentials
 from peer.rpc.sessions import Metadata, SessionServicer
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc, state_pb2
 from trainer_client.averaging.averager import choose_partner
-from trainer_client.averaging.exchange import Theirs
+from trainer_client.averaging.exchange import PeerDensePart
 
 __all__ = ["identities", "play"]
 
@@ -49,7 +49,7 @@ def test_a_hostile_dense_part_is_refused_whoever_calls(
     async def scenario(square: Square) -> None:
         victim = await square.trainer(trained(make_model(), 2), 10)
         villain = await square.trainer(hostile(change), 10**9)
-        villain.meeting._open = lambda mine, _: Theirs(mine.tensors, 0, 0.0)  # type: ignore[method-assign, assignment]  # takes all
+        villain.meeting._open = lambda mine, _: PeerDensePart(mine.tensors, 0, 0.0)  # type: ignore[method-assign, assignment]  # takes all
         before = victim.part.read().tensors
         with pytest.raises(StateError) as refused:
             await square.stepping(victim.meet(square.info(villain)), victim.part)

@@ -15,7 +15,7 @@ from test_dense_part import make_model, trained
 import dht.relays
 from dht import relays as reached
 from dht.announcements import read_trainer
-from dht.relays import Relayed, is_hidden
+from dht.relays import RelayKeeper, is_hidden
 from peer.transport.tunnel import Pipe, Tunnels
 from peer.wire import records_pb2
 from trainer_client.averaging.averager import choose_partner
@@ -59,7 +59,7 @@ def test_dense_parts_are_averaged_through_a_tunnel(play: Play, tmp_path: Path) -
         tunnels = Tunnels(open_stream)
         square.stack.push_async_callback(tunnels.close)
         hidden = await square.trainer(trained(make_model(), 1), 30, exit_path=tmp_path / "exit")
-        hidden.relayed = Relayed(Any, 1, random.Random(0))  # type: ignore[arg-type]  # its addresses alone are read
+        hidden.relayed = RelayKeeper(Any, 1, random.Random(0))  # type: ignore[arg-type]  # its addresses alone are read
         hidden.relayed.addresses = (circuit(hidden.peer_id),)
         square.announce(hidden, reachable=False)
         other = await square.trainer(trained(make_model(), 2), 10, reachable=False, tunnels=tunnels)
@@ -132,7 +132,7 @@ def swarm(monkeypatch: pytest.MonkeyPatch) -> FakeSwarm:
 
 def test_relays_are_taken_and_waited_for(swarm: Any) -> None:
     async def scenario() -> None:
-        relayed = Relayed(swarm, 2, random.Random(0))
+        relayed = RelayKeeper(swarm, 2, random.Random(0))
         await relayed.begin(most_streams=5)
         assert (swarm.moves, swarm.most_streams) == ([[RELAY, RELAY]], 5)
         assert relayed.addresses == (f"{RELAY}/p2p-circuit/p2p/Qm",)
@@ -149,7 +149,7 @@ def test_other_relays_are_taken_after_half_a_minute_without_one(
     swarm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        relayed = Relayed(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
+        relayed = RelayKeeper(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
         await relayed.begin(1)
         monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
         swarm.finds = False
@@ -170,7 +170,7 @@ def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
     async def scenario() -> None:
         monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
         swarm.finds = False
-        relayed = Relayed(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
+        relayed = RelayKeeper(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
         await relayed.begin(1)
         for looks in (4, 6, 12):
             before = len(swarm.moves)
@@ -196,7 +196,7 @@ def test_where_nobody_can_be_a_relay_the_daemon_is_left_alone(
     monkeypatch.setattr(reached, "find_relays", find_none)
 
     async def scenario() -> None:
-        relayed = Relayed(swarm, 4, random.Random(0), ten_seconds_apart().__next__)
+        relayed = RelayKeeper(swarm, 4, random.Random(0), ten_seconds_apart().__next__)
         await relayed.begin(1)
         assert (swarm.moves, relayed.addresses, searches) == ([], (), 1)
         for _ in range(12):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peer import settings as optional
 from peer.errors import DataError, SettingsError, StartError
-from trainer_client.data.corpus import Corpus, prepare
+from trainer_client.data.corpus import Corpus, encode_corpus
 from trainer_client.data.tokenizer import (
     BytePairTokenizer,
     ByteTokenizer,
@@ -35,7 +35,7 @@ def prepared(folder: Path, text: str = TEXT, tokenizer: Tokenizer = PAIRS) -> Co
     path = folder / "text.txt"
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
-    return prepare([path], "text", tokenizer, folder / "text")
+    return encode_corpus([path], "text", tokenizer, folder / "text")
 
 
 def files_in(folder: Path) -> list[str]:
@@ -145,4 +145,4 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_help_in_python_is_a_corpus_too(tmp_path: Path) -> None:
-    assert len(prepare([], "text", ByteTokenizer(), tmp_path).tokens) > 200_000
+    assert len(encode_corpus([], "text", ByteTokenizer(), tmp_path).tokens) > 200_000

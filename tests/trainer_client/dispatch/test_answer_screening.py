@@ -22,8 +22,8 @@ from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import (
     MOST_GRADIENT_GROWTH,
     MOST_GROWTH,
+    AnswerScreening,
     CircuitBreakers,
-    PoisonTest,
     WaitPolicy,
 )
 
@@ -40,14 +40,14 @@ def sent(rows: Floats, codec: CodecName) -> Floats:
 def test_what_honest_experts_answer_is_let_through(
     rows: int, seed: int, codec: CodecName, size: float
 ) -> None:
-    test, block = PoisonTest(), build_block(MANIFEST, MANIFEST.uids()[0])
+    test, block = AnswerScreening(), build_block(MANIFEST, MANIFEST.uids()[0])
     inputs = np.float32(size) * random_rows(rows, seed=seed)
     for _ in range(3):  # a trainer moves on by little
         with torch.no_grad():
             answer = block(
                 torch.from_numpy(sent(inputs, codec)), torch.tensor([rows]), torch.arange(rows)
             ).numpy()
-        assert test.fault(PEER, inputs, sent(answer, codec)) is None
+        assert test.find_fault(PEER, inputs, sent(answer, codec)) is None
         inputs = inputs * np.float32(1.0001)
 
 
@@ -55,43 +55,43 @@ def test_huge_answers_are_seen() -> None:
     inputs = random_rows(4)
     answer = inputs.copy()
     answer[2, 3] = -2 * MOST_GROWTH * (1 + np.abs(inputs).max())
-    assert PoisonTest().fault(PEER, inputs, answer) == "huge"
+    assert AnswerScreening().find_fault(PEER, inputs, answer) == "huge"
 
 
 def test_huge_gradients_are_seen_and_those_of_a_nearly_constant_row_are_not() -> None:
     gradients = random_rows(4)
-    assert PoisonTest().fault_of_gradient(gradients, gradients) is None
+    assert AnswerScreening().fault_of_gradient(gradients, gradients) is None
     norm = torch.nn.LayerNorm(8)
     row = torch.full((4, 8), 0.5).requires_grad_()
     torch.autograd.backward(norm(row), torch.from_numpy(gradients))
     assert row.grad is not None
-    assert PoisonTest().fault_of_gradient(gradients, 100 * row.grad.numpy()) is None
+    assert AnswerScreening().fault_of_gradient(gradients, 100 * row.grad.numpy()) is None
     answer = gradients.copy()
     answer[2, 3] = -2 * MOST_GRADIENT_GROWTH * (1 + np.abs(gradients).max())
-    assert PoisonTest().fault_of_gradient(gradients, answer) == "huge"
+    assert AnswerScreening().fault_of_gradient(gradients, answer) == "huge"
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_the_same_answer_for_all_rows_is_seen(value: float) -> None:
     inputs = random_rows(4)
-    assert PoisonTest().fault(PEER, inputs, np.full_like(inputs, value)) == "constant"
+    assert AnswerScreening().find_fault(PEER, inputs, np.full_like(inputs, value)) == "constant"
     same = np.repeat(inputs[:1], 4, axis=0)  # and is right for rows that are alike
-    assert PoisonTest().fault(PEER, same, 2 * same) is None
+    assert AnswerScreening().find_fault(PEER, same, 2 * same) is None
 
 
 def test_an_answer_that_is_given_again_for_other_inputs_is_seen() -> None:
-    test, answer = PoisonTest(), random_rows(4, seed=9)
-    assert test.fault(PEER, random_rows(4, seed=1), answer) is None
-    assert test.fault(PEER, random_rows(4, seed=1), answer) is None  # the same was asked
-    assert test.fault(OTHER, random_rows(4, seed=2), answer) is None
-    assert test.fault(PEER, random_rows(4, seed=2), answer) == "replayed"
+    test, answer = AnswerScreening(), random_rows(4, seed=9)
+    assert test.find_fault(PEER, random_rows(4, seed=1), answer) is None
+    assert test.find_fault(PEER, random_rows(4, seed=1), answer) is None  # the same was asked
+    assert test.find_fault(OTHER, random_rows(4, seed=2), answer) is None
+    assert test.find_fault(PEER, random_rows(4, seed=2), answer) == "replayed"
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    test = PoisonTest()
+    test = AnswerScreening()
     for number in range(600):
         for seed in range(10):
-            test.fault(make_peer_id(number), random_rows(1, seed=seed), random_rows(1, seed=seed))
+            test.find_fault(make_peer_id(number), random_rows(1, seed=seed), random_rows(1, seed=seed))
     assert len(test._lately) == 256
     assert max(map(len, test._lately.values())) == 8
 

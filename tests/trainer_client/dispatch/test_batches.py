@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from dht.beam_search import Selection
 from dht.uid import UID
-from trainer_client.dispatch.batches import Booleans, Integers, Share, make_shares, refill, sure_first
+from trainer_client.dispatch.batches import (
+    Booleans,
+    ExpertBatch,
+    Integers,
+    group_by_expert,
+    prefer_proven,
+    refill,
+)
 
 grids = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 seeds = st.integers(0, 2**32 - 1)
@@ -38,7 +45,7 @@ def test_shares_cover_the_wanted_slots_each_once_with_whole_sequences_as_segment
             if wanted[row, slot]:
                 expected[UID(3, tuple(coordinates[row, slot].tolist()))].append((row, slot))
 
-    shares = list(make_shares(3, coordinates, wanted, grid, length))
+    shares = list(group_by_expert(3, coordinates, wanted, grid, length))
 
     assert sorted(share.uid for share in shares) == sorted(expected)  # and so none twice
     for share in shares:
@@ -54,7 +61,7 @@ def test_shares_cover_the_wanted_slots_each_once_with_whole_sequences_as_segment
 def test_share_of_two_sequences_by_hand() -> None:
     coordinates = np.array([[[0, 1], [1, 0]]] * 6)
     wanted = np.array([[1, 0], [0, 1], [1, 1], [1, 0], [0, 0], [1, 0]], dtype=bool)
-    first, second = make_shares(0, coordinates, wanted, (2, 2), 3)
+    first, second = group_by_expert(0, coordinates, wanted, (2, 2), 3)
     assert first.uid == UID(0, (0, 1))
     assert first.rows.tolist() == [0, 2, 3, 5]
     assert first.slots.tolist() == [0, 0, 0, 0]
@@ -66,13 +73,13 @@ def test_share_of_two_sequences_by_hand() -> None:
 
 
 def test_where_nothing_is_wanted_there_are_no_shares() -> None:
-    assert list(make_shares(0, np.zeros((4, 2, 2), np.int64), np.zeros((4, 2), bool), (3, 3), 2)) == []
-    assert list(make_shares(0, np.zeros((0, 2, 2), np.int64), np.zeros((0, 2), bool), (3, 3), 2)) == []
+    assert list(group_by_expert(0, np.zeros((4, 2, 2), np.int64), np.zeros((4, 2), bool), (3, 3), 2)) == []
+    assert list(group_by_expert(0, np.zeros((0, 2, 2), np.int64), np.zeros((0, 2), bool), (3, 3), 2)) == []
 
 
 def test_coordinates_of_slots_that_are_not_wanted_may_be_anything() -> None:
     coordinates = np.array([[[0], [99]], [[-5], [1]]])
-    shares = list(make_shares(0, coordinates, np.array([[True, False], [False, True]]), (2,), 2))
+    shares = list(group_by_expert(0, coordinates, np.array([[True, False], [False, True]]), (2,), 2))
     assert [(share.uid.coordinate, share.rows.tolist()) for share in shares] == [((0,), [0]), ((1,), [1])]
 
 
@@ -149,7 +156,7 @@ def test_shares_after_a_refill_hold_only_the_filled_slots() -> None:
     coordinates = np.array([[[0], [1]], [[0], [1]]])
     fresh = Selection(np.array([[[2]], [[1]]]), np.zeros((2, 1), np.float32), np.array([[True], [True]]))
     new, filled = refill(coordinates, np.array([[True, False], [False, True]]), fresh)
-    shares: list[Share] = list(make_shares(0, new, filled, (3,), 2))
+    shares: list[ExpertBatch] = list(group_by_expert(0, new, filled, (3,), 2))
     assert [(share.uid.coordinate, share.rows.tolist()) for share in shares] == [((2,), [0])]
 
 
@@ -163,7 +170,7 @@ def test_wary_rows_take_the_sure_experts_first_and_each_expert_once(
     if sure.coordinates.shape[2] != others.coordinates.shape[2]:
         others = sure
     wary = np.random.default_rng(seed).random(rows) < 0.5
-    both = sure_first(sure, others, wary)
+    both = prefer_proven(sure, others, wary)
     for row in range(rows):
         found = experts_of(both, row)
         known = experts_of(sure, row) if wary[row] else []

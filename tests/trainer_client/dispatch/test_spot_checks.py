@@ -15,7 +15,7 @@ from peer.codec import Floats
 from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import CircuitBreakers, WaitPolicy
-from trainer_client.dispatch.spot_checks import TOLERANCE, difference, odd_one
+from trainer_client.dispatch.spot_checks import TOLERANCE, difference, outlier
 
 ROWS, LENGTH = 8, 4
 LIAR = 0
@@ -125,15 +125,15 @@ def test_drifted_replicas_agree_and_the_odd_one_is_found_wherever_it_stands(
     rng = np.random.default_rng(seed)
     inputs, added = rng.standard_normal((2, 6, 8), dtype=np.float32)
     answers = [inputs + added * np.float32(1 + drift * rng.uniform(-1, 1)) for _ in range(3)]
-    assert odd_one(inputs, answers) is None
+    assert outlier(inputs, answers) is None
     answers[at] = inputs - added
-    assert odd_one(inputs, answers) == at
+    assert outlier(inputs, answers) == at
     assert difference(inputs, answers[at], answers[at - 1]) > TOLERANCE
 
 
 def test_three_that_all_differ_blame_nobody() -> None:
     inputs, a, b, c = np.random.default_rng(0).standard_normal((4, 6, 8), dtype=np.float32)
-    assert odd_one(inputs, [a, b, c]) is None
+    assert outlier(inputs, [a, b, c]) is None
 
 
 def test_experts_that_add_nothing_are_equal() -> None:

@@ -12,7 +12,7 @@ import safetensors
 import torch
 from run_samples import MANIFEST, SWARM
 
-from peer.checkpoints import SealedHeader, seal
+from peer.checkpoints import CheckpointHeader, encode_checkpoint
 from peer.errors import CheckpointError
 from trainer_client.training.checkpoints import (
     Checkpoint,
@@ -103,11 +103,13 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
         "step 5",
     ),
     "a weight that is not finite": (
-        lambda path: path.write_bytes(seal(header(4), TENSORS | {"model.a": torch.full((2, 3), torch.nan)})),
+        lambda path: path.write_bytes(
+            encode_checkpoint(header(4), TENSORS | {"model.a": torch.full((2, 3), torch.nan)})
+        ),
         "numbers that are not finite",
     ),
     "an expert's": (
-        lambda path: path.write_bytes(seal(SealedHeader(), TENSORS)),
+        lambda path: path.write_bytes(encode_checkpoint(CheckpointHeader(), TENSORS)),
         "header is not valid",
     ),
     "a folder": (put_folder, "can't be read"),

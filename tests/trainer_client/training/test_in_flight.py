@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer_client.training.in_flight import EnoughInFlight, InFlight, bearable
+from trainer_client.training.in_flight import InFlight, InFlightController, staleness_limit
 
 
 def simulate(
@@ -21,7 +21,7 @@ def simulate(
 
     `link_s` of the time. Gives when each step ended, and how many were to be in flight then.
     """
-    enough = EnoughInFlight(limit)
+    enough = InFlightController(limit)
     now, device_free_at = 0.0, 0.0
     under_way: list[tuple[float, float, list[bool]]] = []
     ends: list[float] = []
@@ -70,13 +70,13 @@ def test_the_limit_holds(limit: int) -> None:
 
 @given(st.integers(0, 10**7), st.integers(0, 1000))
 def test_a_run_bears_more_steps_in_flight_the_longer_it_goes_on(step: int, more: int) -> None:
-    assert 1 <= bearable(step) <= bearable(step + more)
-    assert bearable(step + 1) <= bearable(step) + 1, "one by one"
+    assert 1 <= staleness_limit(step) <= staleness_limit(step + more)
+    assert staleness_limit(step + 1) <= staleness_limit(step) + 1, "one by one"
 
 
 def test_a_run_begins_with_one_step_at_a_time() -> None:
-    assert (bearable(0), bearable(1)) == (1, 1)
-    assert bearable(1000) > 32, "and is not held back for ever"
+    assert (staleness_limit(0), staleness_limit(1)) == (1, 1)
+    assert staleness_limit(1000) > 32, "and is not held back for ever"
 
 
 def make_model() -> nn.Linear:
