@@ -46,6 +46,8 @@ from peer.kademlia.validation import unpack
 from peer.metrics import SECONDS, Distribution
 from peer.wire import admission_pb2, records_pb2
 
+logger = logging.getLogger(__name__)
+
 _HOPS = (0, 1, 2, 3, 4, 5, 6, 8, 12)
 
 
@@ -61,8 +63,6 @@ class DhtCounts:
     """Of each key that was looked up: the longest chain of questions."""
     stores: Distribution = field(default_factory=lambda: Distribution(SECONDS))
 
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

@@ -17,6 +17,8 @@ from peer.errors import DaemonError, UnreachableError
 from peer.host import Host
 from peer.transport.addresses import is_public, is_relayed, multiaddress
 
+logger = logging.getLogger(__name__)
+
 _SAMPLED = 24
 """DHT peers of which it is looked whether they are nodes that could be asked, or relays."""
 _RELAY_S = 15.0
@@ -85,9 +87,6 @@ async def relayed_addresses(host: Host) -> tuple[str, ...]:
                         return relayed
                 await asyncio.sleep(_LOOK_S)
     return ()
-
-
-logger = logging.getLogger(__name__)
 
 
 def is_hidden(host: str) -> bool:

@@ -62,6 +62,8 @@ from peer.rpc.transfer import SnapshotCache
 from peer.transport.addresses import endpoint
 from peer.transport.tunnel import TunnelCounts
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class NodeCounts:
@@ -245,8 +247,6 @@ def _tunnels(node: NodeCounts) -> Iterator[Metric]:
     streams.add_metric(["refused"], counts.refused)
     yield streams
 
-
-logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 2.0
 """Longest that a stopping node tries to withdraw its record."""

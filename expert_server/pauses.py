@@ -20,6 +20,8 @@ import psutil
 
 from expert_server.settings import NodeSettings
 
+logger = logging.getLogger(__name__)
+
 
 class PauseCause(Enum):
     """What lets a node pause, beside its owner's word."""
@@ -182,8 +184,6 @@ def _on_battery() -> bool:
         return False
     return battery is not None and battery.power_plugged is False
 
-
-logger = logging.getLogger(__name__)
 
 Step = Callable[[], Coroutine[Any, Any, None]]
 

@@ -21,6 +21,8 @@ from peer.errors import DaemonError, UnreachableError
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import endpoint, is_public, is_relayed, multiaddress
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class DialledPorts:
@@ -97,8 +99,6 @@ def _is_public(host: str) -> bool:
     except ValueError:
         return False
 
-
-logger = logging.getLogger(__name__)
 
 _ASKED = 3
 _RELAYS = 4

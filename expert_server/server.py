@@ -26,6 +26,8 @@ from peer.rpc.sessions import Sessions, SessionServicer
 from peer.transport.addresses import endpoint, require_free_port
 from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
 
+logger = logging.getLogger(__name__)
+
 _SERVICES = ("", expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name)
 """The node as a whole, and the service that trainers call."""
 
@@ -85,9 +87,6 @@ async def start_server(
         raise PortError(f"can't listen on {host} port {port}: pass another port") from error
     await server.start()
     return server, bound
-
-
-logger = logging.getLogger(__name__)
 
 
 class AccessControl:

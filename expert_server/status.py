@@ -21,6 +21,8 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.files import write_atomically
 from peer.wire import records_pb2
 
+logger = logging.getLogger(__name__)
+
 
 class NodeState(Enum):
     """What a node does now."""
@@ -76,8 +78,6 @@ class NodeStatus:
     reach_advice: str = ""
     """What would let them connect directly; empty when they do."""
 
-
-logger = logging.getLogger(__name__)
 
 _MAX_FILE_BYTES = 4096
 

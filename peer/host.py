@@ -77,7 +77,7 @@ class Host:
         """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
         Without `bootstrap` it may be that none of the remembered ones answers. `serves_dht=False` makes a client that
-        hosts no keys. `announce` and `maps_port` are as in Position.
+        hosts no keys. `announce` and `maps_port` are as in NetworkConfig.
         Raises StartError when this machine can't start it or its clock is wrong, and UnreachableError
         when no bootstrap address answers.
         """

@@ -16,6 +16,8 @@ import uvloop
 
 from peer.errors import UnreachableError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
@@ -62,8 +64,6 @@ class LoopThread:
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
 
-
-logger = logging.getLogger(__name__)
 
 Step: TypeAlias = Callable[[], Awaitable[None]]
 

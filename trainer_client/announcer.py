@@ -35,6 +35,8 @@ from trainer_client.dispatch.policy import Latencies, Quantiles
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.record import Progress
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainerCounts:
@@ -207,8 +209,6 @@ def _averaging(counts: AveragingCounts) -> Iterator[Metric]:
     moved.add_metric(["received"], counts.bytes_received)
     yield moved
 
-
-logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 2.0
 """Longest that a trainer which leaves tries to withdraw its record."""

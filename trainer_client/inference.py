@@ -42,13 +42,23 @@ def generate(
             "give a longer one"
         )
     model.eval()
-    tokens, generator = list(prompt[-model.context :]), sampling.generator()
+    tokens, generator = list(prompt[-model.context :]), make_generator(sampling.seed)
     for _ in range(sampling.max_tokens):
         logits_V = model(torch.tensor([tokens]))[0, -1]
         while not is_usable():
             logits_V = model(torch.tensor([tokens]))[0, -1]
         tokens = [*tokens, next_token(logits_V, sampling, generator)][-model.context :]
         yield tokens[-1]
+
+
+def make_generator(seed: int | None) -> torch.Generator:
+    """Draws the same tokens each time for the same seed, and others each time for None."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from peer.errors import SettingsError
@@ -38,14 +37,6 @@ class Sampling(RoleSettings):
     )
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="unset: other text each time")
     max_tokens: int = Field(default=200, ge=1, le=10**7, description="tokens to generate")
-
-    def generator(self) -> torch.Generator:
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
 
 
 PresetName = Literal["transformer", "ffn"]

@@ -16,6 +16,8 @@ from torch.nn.utils import get_total_norm
 from dht.manifest import OptimizerSpec
 from peer.formatting import counted
 
+logger = logging.getLogger(__name__)
+
 _MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq", "step"),
     "adam": ("exp_avg", "exp_avg_sq", "step"),
@@ -101,8 +103,6 @@ class Optimizer:
             nesterov=False, maximize=False, is_first_step=False,
         )  # fmt: skip
 
-
-logger = logging.getLogger(__name__)
 
 CHECK_EVERY_UPDATES = 8
 KEEP_EVERY_UPDATES = 64  # a multiple of the above: only what was checked is kept

@@ -31,6 +31,8 @@ from peer.averaging import MAX_UPDATE_COUNT, AveragingHistory, interpolate, part
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.wire import state_pb2
 
+logger = logging.getLogger(__name__)
+
 
 def averaged(current: State, base: State, theirs: State, share: float) -> State:
     """The state `current` after `base`, from which it came, was averaged with `theirs`.
@@ -59,8 +61,6 @@ def _averaged(
         result.clamp_(min=0)
     return result.to(like.dtype)
 
-
-logger = logging.getLogger(__name__)
 
 _TAKES_INITIATIVE = 0.5
 """Share of its replicated experts for which a node seeks a meeting: with those that others seek, about one each."""

@@ -43,6 +43,8 @@ from peer.errors import UnreachableError
 from peer.formatting import counted
 from peer.wire import state_pb2
 
+logger = logging.getLogger(__name__)
+
 _LOOK_EVERY_S = 0.2
 _CLAIM_WITHIN_S = 10.0
 """After that an heir that has not claimed what it was given is passed over: it may be leaving too."""
@@ -136,8 +138,6 @@ def serving_elsewhere(hosts: Collection[Replica], me: PeerID) -> list[Replica]:
     """The replicas of others that answer calls."""
     return [r for r in hosts if r.state is ReplicaState.SERVING and r.peer_id != me]
 
-
-logger = logging.getLogger(__name__)
 
 _FREE_MEMORY_SHARE = 0.25
 _CLAIM_ROUNDS = 5

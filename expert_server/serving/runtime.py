@@ -28,9 +28,10 @@ from expert_server.serving.compute import Result, compute
 from peer.errors import ExpertError
 from peer.metrics import SECONDS, Distribution
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
 
 _MOST_AT_ONCE = 4
 """Batches: more would keep more tensors in memory and gain little."""

@@ -46,6 +46,8 @@ from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
+logger = logging.getLogger(__name__)
+
 _BURST_S = 5.0
 _EXPERT_BURST_S = 600.0
 _REMEMBERED = 65_536
@@ -132,8 +134,6 @@ class Budgets:
             self._updates.take(caller, 1, now)
             self._of_expert.take(step, 1, now)
 
-
-logger = logging.getLogger(__name__)
 
 MAX_EXPERTS_IN_CALL = 4096
 _RIGHTS = {"forward": session_pb2.RIGHT_FORWARD, "backward": session_pb2.RIGHT_BACKWARD}

@@ -22,6 +22,8 @@ from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import outgoing, written
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
 
+logger = logging.getLogger(__name__)
+
 _REMEMBERED = 4096
 _ADOPT_EVERY_S = 1.0
 
@@ -76,8 +78,6 @@ class HintQueue:
         first = min(range(len(self._waiting)), key=lambda n: self._waiting[n].is_average)
         return self._waiting.pop(first)
 
-
-logger = logging.getLogger(__name__)
 
 FetchContext = grpc.aio.ServicerContext[state_pb2.FetchRequest, state_pb2.FetchReply]
 AskContext = grpc.aio.ServicerContext[state_pb2.AskRequest, state_pb2.AskReply]

@@ -27,6 +27,8 @@ from peer.errors import ExpertError, StateError, WireError
 from peer.identity import Identity
 from peer.rpc.channels import SERVER_OPTIONS
 
+logger = logging.getLogger(__name__)
+
 
 def server_credentials(identity: Identity, certificate: bytes) -> grpc.ServerCredentials:
     """TLS with this peer's key and its DER certificate."""
@@ -137,9 +139,6 @@ def _or_empty(parse: Parse[M]) -> Parse[M]:
             return parse(b"")
 
     return parsed
-
-
-logger = logging.getLogger(__name__)
 
 
 def note_failure(transfer: "asyncio.Future[Any]") -> None:

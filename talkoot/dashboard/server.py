@@ -32,6 +32,8 @@ from talkoot.dashboard.watcher import Watcher
 from talkoot.signals import Stopped, run_until_stopped
 from talkoot.terminal import Terminal, quiet_hivemind
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class DashboardCounts:
@@ -102,8 +104,6 @@ def _swarm(figures: Json) -> Iterator[Metric]:
         if figures[key] is not None:
             yield GaugeMetricFamily(name, words, figures[key])
 
-
-logger = logging.getLogger(__name__)
 
 _BACKLOG = 128
 _KEEP_S = 5.0

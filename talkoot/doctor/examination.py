@@ -44,6 +44,8 @@ from talkoot.node.launch import Origin, SwarmStarter, listen_address
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import Terminal, quiet_hivemind
 
+logger = logging.getLogger(__name__)
+
 REPORT_FILE = "check.json"
 _REPORT_VERSION = 1
 _MAX_BYTES = 100_000
@@ -120,9 +122,6 @@ def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
         terminal.line("this machine can host experts")
     else:
         terminal.line("this machine can't host experts: something above prevents it")
-
-
-logger = logging.getLogger(__name__)
 
 
 def run_check(

@@ -39,6 +39,8 @@ from talkoot.node.view import Pace, PaceMeter, line, panel
 from talkoot.signals import Stopped, run_until_stopped
 from talkoot.terminal import Terminal, log_file, quiet_hivemind
 
+logger = logging.getLogger(__name__)
+
 _LAST_PORT = "dht-port"
 
 
@@ -55,8 +57,6 @@ def last_port(state: Path, host: str) -> int:
 def remember_port(state: Path, port: int) -> None:
     write_atomically(state / _LAST_PORT, f"{port}\n".encode())
 
-
-logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0

@@ -25,8 +25,8 @@ class LonelyHost:
     """Knows peers, of which none is a node of its swarm."""
 
     peer_id: Any
-    known: tuple[str, ...]
-    joined_by: tuple[str, ...] = ()
+    bootstrap_candidates: tuple[str, ...]
+    bootstrapped_from: tuple[str, ...] = ()
     position: SimpleNamespace = field(
         default_factory=lambda: SimpleNamespace(serves_dht=True, relays=(), port=1)
     )
@@ -35,7 +35,7 @@ class LonelyHost:
     def peers(self) -> frozenset[Any]:
         return frozenset()
 
-    async def move(self, *, serves_dht: bool, relays: tuple[str, ...]) -> None:
+    async def restart_as(self, *, serves_dht: bool, relays: tuple[str, ...]) -> None:
         self.position = SimpleNamespace(serves_dht=serves_dht, relays=tuple(relays), port=1)
 
     async def tunnel_addresses(self) -> list[str]:
@@ -100,8 +100,8 @@ class HostWithoutEntrance(LonelyHost):
 
     moves = 0
 
-    async def move(self, *, serves_dht: bool, relays: tuple[str, ...]) -> None:
-        await super().move(serves_dht=serves_dht, relays=relays)
+    async def restart_as(self, *, serves_dht: bool, relays: tuple[str, ...]) -> None:
+        await super().restart_as(serves_dht=serves_dht, relays=relays)
         self.moves += 1
 
     async def tunnel_addresses(self) -> list[str]:

@@ -32,7 +32,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from peer.errors import StartError
-from peer.processes import StateFolder
+from peer.files import StateFolder
 try:
     folder = StateFolder(Path(sys.argv[1]))
 except StartError as error:

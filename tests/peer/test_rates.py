@@ -17,7 +17,7 @@ STEPS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 1.0)), min_size=
 
 
 def play(rate: float, steps: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """When how many bytes pass; who takes waits before the next takes, as in `Rate`."""
+    """When how many bytes pass; who takes waits before the next takes, as in `RateLimit`."""
     burst = rate * BURST_S
     bucket, now = TokenBucket(rate, burst, 0.0), 0.0
     passed: list[tuple[float, float]] = []

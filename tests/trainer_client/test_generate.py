@@ -13,7 +13,7 @@ from run_samples import MANIFEST
 from torch import Tensor, nn
 
 from peer.errors import DataError, SettingsError, UserError
-from trainer_client.inference import decoded, generate, next_token
+from trainer_client.inference import decoded, generate, make_generator, next_token
 from trainer_client.model import LanguageModel
 from trainer_client.settings import Sampling
 
@@ -27,7 +27,7 @@ def sampling(**given: Any) -> Sampling:
 
 def drawn(draws: int = 2000, **given: Any) -> Counter[int]:
     how = sampling(**given)
-    generator = how.generator()
+    generator = make_generator(how.seed)
     return Counter(next_token(LOGITS, how, generator) for _ in range(draws))
 
 
@@ -72,14 +72,14 @@ def test_top_p_draws_of_the_fewest_that_make_it_up() -> None:
 )
 def test_what_is_drawn_is_among_the_top_k(logits: list[float], temperature: float, k: int, p: float) -> None:
     how = sampling(temperature=temperature, top_k=k, top_p=p)
-    token = next_token(torch.tensor(logits), how, how.generator())
+    token = next_token(torch.tensor(logits), how, make_generator(how.seed))
     assert sum(logit > logits[token] for logit in logits) < k
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
     with pytest.raises(UserError, match="not finite"):
-        next_token(torch.tensor([0.0, value]), sampling(), sampling().generator())
+        next_token(torch.tensor([0.0, value]), sampling(), make_generator(sampling().seed))
 
 
 @pytest.mark.parametrize(

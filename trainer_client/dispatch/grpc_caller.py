@@ -30,6 +30,8 @@ from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import expert_pb2, expert_pb2_grpc
 from trainer_client.dispatch.batches import Answer, Direction, KeptForward, Request
 
+logger = logging.getLogger(__name__)
+
 _STATUS = {status.value[0]: status for status in StatusCode}
 
 
@@ -363,8 +365,6 @@ def _call_error(status: StatusCode, details: str | None, retry_s: float = _BUSY_
     busy = status is StatusCode.RESOURCE_EXHAUSTED
     return ExpertError(status, (details or "")[:500], retry_s if busy else 0.0)
 
-
-logger = logging.getLogger(__name__)
 
 _MOST = 64
 """Nodes that are known in advance; others are when they are first called."""

@@ -100,7 +100,7 @@ import torch
 import talkoot.node.launch
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
-from expert_server.expert import BackwardPart, Expert, expert_bytes
+from expert_server.experts.expert import BackwardPart, Expert, expert_bytes
 
 model = ModelSpec(hidden=16, heads=2, feed_forward=32)
 manifest = Manifest(name="test", model=model, experts=ExpertSpec(kind="transformer"))

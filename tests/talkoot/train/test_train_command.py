@@ -273,7 +273,7 @@ def test_a_run_that_could_save_nothing_names_no_checkpoint(
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(numbered, "write_whole", full)
+    monkeypatch.setattr(numbered, "write_atomically", full)
     result = tmp_path / "result.json"
     ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 2, "--json", result))
     assert ended.status == 0, ended.err

@@ -109,7 +109,7 @@ class FakeSwarm:
     async def serve_tunnel(self, most_streams: int) -> None:
         self.most_streams = most_streams
 
-    async def move(self, *, serves_dht: bool, relays: Sequence[str]) -> None:
+    async def restart_as(self, *, serves_dht: bool, relays: Sequence[str]) -> None:
         assert not serves_dht
         self.moves.append(relays)
         self._looks = 0
