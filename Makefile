@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := peer dht expert_server trainer_client talkoot tests benchmarks docs deploy examples
+SOURCES := peer dht expert_server trainer_client talkoot tests benchmarks docs deploy examples tools
 
-.PHONY: demo test lint proto settings release-fixture clean
+.PHONY: demo test lint figures proto settings release-fixture clean
 
 demo: $(VENV)/installed
 	$(BIN)/talkoot demo
@@ -17,6 +17,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Prints how large and how tangled the code is; with AGAINST=REVISION, beside that of a commit.
+figures:
+	@$(PYTHON) tools/figures.py $(if $(AGAINST),--against $(AGAINST))
 
 # Generates peer/wire/ from proto/; `-Ipeer/wire=proto` maps the folder to the package.
 proto: $(VENV)/installed
