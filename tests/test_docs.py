@@ -116,3 +116,23 @@ def test_each_test_that_the_page_on_security_names_exists() -> None:
         or not re.search(rf"^(async )?def {test}\(", (ROOT / path).read_text(), re.MULTILINE)
     ]
     assert missing == []
+
+
+def test_architecture_has_a_line_for_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    sections = re.findall(r"^### (\w+/)$(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL)
+    listed = [
+        f"{package}{module}.py"
+        for package, text in sections
+        for module in re.findall(r"^\| `([\w/]+)` \|", text, re.MULTILINE)
+    ]
+    modules = [
+        name(path)
+        for package, _ in sections
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py" and path.parent.name != "wire"
+    ]
+    assert len(sections) == 5
+    assert sorted(listed) == sorted(modules)
+    drawing = (ROOT / "docs" / "img" / "architecture.svg").read_text()
+    assert [path for path in modules if f">{Path(path).stem}<" not in drawing] == []
