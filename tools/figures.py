@@ -107,7 +107,9 @@ def figures(code: Code) -> Figures:
         "most parameters of a function": _parameters(most),
         "  which is": f"{where.name}.{most.name}",
         "records in a training step: trainer": _count(records(code, TRAINER_STEP)),
+        "  of them private to their module: trainer": _count(records(code, TRAINER_STEP), ":_"),
         "records in a training step: node": _count(records(code, NODE_STEP)),
+        "  of them private to their module: node": _count(records(code, NODE_STEP), ":_"),
         "settings": sum(by_role.values()),
         "  of which": ", ".join(
             f"{role.removesuffix('Settings')} {count}" for role, count in by_role.items()
@@ -235,8 +237,8 @@ def records(code: Code, places: tuple[str, ...]) -> list[str] | None:
     return found
 
 
-def _count(names: list[str] | None) -> int | None:
-    return None if names is None else len(names)
+def _count(names: list[str] | None, part: str = "") -> int | None:
+    return None if names is None else sum(part in name for name in names)
 
 
 def _is_record(node: ast.ClassDef) -> bool:
