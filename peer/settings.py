@@ -1,8 +1,6 @@
-"""Settings: one pydantic model per role, from a TOML file, the environment and flags; flags are strongest.
+"""Settings: one pydantic model per role, read from a TOML file, the environment and flags; flags are strongest."""
 
-What some options need and not everybody installs.
-"""
-
+import logging
 import os
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -15,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 
 from peer.errors import SettingsError
+
+logger = logging.getLogger(__name__)
 
 
 def _printable(text: str) -> str:
@@ -85,6 +85,10 @@ class RoleSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     env_prefix: ClassVar[str]
+    removed: ClassVar[frozenset[str]] = frozenset()
+    """Settings of the previous release that no longer exist. For one release they are ignored with a warning, so that
+    files, variables and command lines keep working.
+    """
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> Self:
@@ -92,16 +96,20 @@ class RoleSettings(BaseModel):
 
         Raises SettingsError with one line that names the setting that is wrong.
         """
-        given = {name: value for name, value in flags.items() if value is not None}
+        flags = {name: value for name, value in flags.items() if value is not None}
         from_file = {} if config is None else read_toml(config)
+        given = {**from_file, **cls._from_environment(), **flags}
+        for name in sorted(cls.removed & given.keys()):
+            logger.warning("the setting %s no longer exists and is ignored: remove it", name)
+            del given[name]
         try:
-            return cls.model_validate({**from_file, **cls._from_environment(), **given})
+            return cls.model_validate(given)
         except ValidationError as error:
             raise SettingsError(describe_validation_error(error, cls)) from error
 
     @classmethod
     def _from_environment(cls) -> dict[str, str]:
-        known = {f"{cls.env_prefix}{name}".upper(): name for name in cls.model_fields}
+        known = {f"{cls.env_prefix}{name}".upper(): name for name in (*cls.model_fields, *cls.removed)}
         found = {
             name: value for name, value in os.environ.items() if name.startswith(cls.env_prefix) and value
         }

@@ -12,6 +12,7 @@ from peer.settings import RoleSettings
 
 class SaunaSettings(RoleSettings):
     env_prefix: ClassVar[str] = "TALKOOT_SAUNA_"
+    removed: ClassVar[frozenset[str]] = frozenset({"ladle_ml", "benches", "whisks"})
 
     heat: int = Field(default=80, ge=0, le=110, description="degrees")
     wait_s: float = Field(default=1.0, gt=0, description="seconds")
@@ -166,3 +167,26 @@ def test_a_list_in_the_environment_that_does_not_parse_is_named(monkeypatch: pyt
     monkeypatch.setenv("TALKOOT_SAUNA_GUESTS", "not json")
     with pytest.raises(SettingsError, match="guests"):
         SaunaSettings.load()
+
+
+def test_removed_settings_are_ignored_with_a_warning(
+    config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config.write_text("heat = 60\nladle_ml = 300\n", encoding="utf-8")
+    monkeypatch.setenv("TALKOOT_SAUNA_BENCHES", "of no kind that it ever was")
+    settings = SaunaSettings.load(config, whisks=2)
+    assert settings.heat == 60
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the setting {name} no longer exists and is ignored: remove it"
+        for name in ("benches", "ladle_ml", "whisks")
+    ]
+
+
+def test_only_loading_takes_removed_settings() -> None:
+    with pytest.raises(ValidationError, match="whisks"):
+        SaunaSettings(whisks=2)  # type: ignore[call-arg]  # that is the point
+
+
+def test_settings_that_are_not_given_warn_of_nothing(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    SaunaSettings.load(config, whisks=None)
+    assert not caplog.records
