@@ -1,6 +1,16 @@
-"""Serves Prometheus metrics over HTTP, on loopback unless told otherwise.
+"""What all metrics have in common, and the HTTP server that exposes them to Prometheus.
 
-How values are spread: counts in buckets, as a Prometheus histogram has them.
+How a class counts what happens in it:
+
+- Its constructor takes `metrics: CollectorRegistry | None = None` and makes `Counter`, `Gauge` and `Histogram` objects
+  with `registry=metrics`. With None they count and are not exposed, which is what unit tests want. The name is not
+  `registry`, because that is the DHT's.
+- Joining a swarm makes one registry, `Swarm.metrics`, with `new_registry`; a role passes it to all its parts. What must
+  outlive a part (the counts of a DHT store outlive p2pd) is made by that part's owner: a name is registered only once.
+- A label's values are a fixed set that no peer chooses. `start_at_zero` makes all of them show from the start.
+- A level that can be read at any time is a gauge with `set_function`. The function runs on the thread of the scrape, so
+  it reads plain values and lengths only. A level that is not known is NaN, which Prometheus shows as a gap.
+- Code and tests read a metric back with `total`. There are no counters beside the metrics.
 """
 
 import errno
@@ -8,13 +18,50 @@ import ipaddress
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
 
 from peer.errors import PortError
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", Counter, Gauge, Histogram)
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Buckets for how long calls and computations take."""
+
+
+def new_registry() -> CollectorRegistry:
+    """An empty registry, for one peer in one swarm. Metrics tell no time at which they were made."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # as its documentation shows
+    return CollectorRegistry()
+
+
+def start_at_zero(metric: M, *values: str) -> M:
+    """Makes the series of each value of the metric's only label, so that a rate can be told of the first event."""
+    for value in values:
+        metric.labels(value)
+    return metric
+
+
+def total(metric: Counter | Gauge | Histogram, **labels: str) -> float:
+    """What was counted or set, summed over all series that have these labels; of a histogram: how many values."""
+    (family,) = metric.collect()
+    wanted = {Counter: "_total", Gauge: "", Histogram: "_count"}[type(metric)]
+    return sum(
+        sample.value
+        for sample in family.samples
+        if sample.name == family.name + wanted and labels.items() <= sample.labels.items()
+    )
 
 
 class MetricsServer:
@@ -66,10 +113,6 @@ def _address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address 
 
 def _endpoint(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""Bounds for how long calls and computations take."""
 
 
 class Distribution:

@@ -1,4 +1,4 @@
-"""The metrics' HTTP server."""
+"""Metrics are read back by their labels, and served over HTTP."""
 
 import socket
 import struct
@@ -6,9 +6,37 @@ import time
 import urllib.request
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from peer.metrics import MetricsServer
+from peer.metrics import MetricsServer, new_registry, start_at_zero, total
+
+
+def test_a_metric_is_read_back_by_its_labels() -> None:
+    moved = Counter("moved", "Bytes.", ["way"], registry=None)
+    moved.labels("up").inc(3)
+    moved.labels("down").inc(4)
+    assert (total(moved, way="up"), total(moved)) == (3, 7)
+    assert total(moved, way="sideways") == 0
+
+
+def test_gauges_and_histograms_are_read_back() -> None:
+    level, took = Gauge("level", "Now.", registry=None), Histogram("took", "Seconds.", registry=None)
+    level.set_function(lambda: 5)
+    took.observe(0.1)
+    took.observe(9.0)
+    assert (total(level), total(took)) == (5, 2)
+
+
+def test_every_value_of_a_label_shows_from_the_start() -> None:
+    registry = new_registry()
+    start_at_zero(Counter("ends", "How it ended.", ["end"], registry=registry), "well", "badly")
+    assert [registry.get_sample_value("ends_total", {"end": end}) for end in ("well", "badly")] == [0, 0]
+
+
+def test_nothing_is_exposed_of_when_a_metric_was_made() -> None:
+    registry = new_registry()
+    Counter("things", "Things.", registry=registry).inc()
+    assert b"created" not in generate_latest(registry)
 
 
 def test_a_scrape_that_breaks_off_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
