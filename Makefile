@@ -32,7 +32,7 @@ proto: $(VENV)/installed
 settings: $(VENV)/installed
 	$(BIN)/python -W ignore docs/settings_page.py > docs/settings.md
 
-# Keeps this code as release VERSION for the tests of upgrades: `make release-fixture VERSION=0.1.0`.
+# Records this code as release VERSION for the tests of upgrades: `make release-fixture VERSION=0.2.0`.
 release-fixture: $(VENV)/installed
 	$(BIN)/python -W ignore tests/releases/make_release.py $(VERSION)
 

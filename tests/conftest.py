@@ -1,10 +1,12 @@
-"""Shared by all tests: one event loop for everything that uses the network, one torch thread, and two peers' keys."""
+"""Shared by all tests: one event loop for the network, one torch thread, two peers' keys, and a release's wheel."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from make_release import build_wheel, recorded_wheels
 
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -43,3 +45,10 @@ def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
 @pytest.fixture(scope="session")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Identity:
     return Identity.load_or_create(tmp_path_factory.mktemp("other") / "peer.key")
+
+
+@pytest.fixture(scope="session")
+def release_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded release's wheel; before the first is recorded, the present code packed under another version."""
+    recorded = recorded_wheels()
+    return recorded[-1] if recorded else build_wheel("0.0.1", tmp_path_factory.mktemp("wheel"))

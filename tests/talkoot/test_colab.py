@@ -20,7 +20,6 @@ from peer.loop import LoopThread
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 ROOT = Path(__file__).parents[2]
 NOTEBOOK: dict[str, Any] = json.loads((ROOT / "deploy" / "colab" / "talkoot.ipynb").read_text())
-(WHEEL,) = (ROOT / "tests" / "releases").glob("*.whl")
 
 
 def cells(**form: str) -> list[str]:
@@ -47,7 +46,11 @@ def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_notebook_joins_as_a_volunteer(
-    founder: Founder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    founder: Founder,
+    release_wheel: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     without_network(monkeypatch)
     monkeypatch.setenv("TALKOOT_NODE_HOST", HOST)
@@ -55,7 +58,10 @@ def test_notebook_joins_as_a_volunteer(
     monkeypatch.setenv("TALKOOT_NODE_DRAIN_TIMEOUT_S", "0")
     monkeypatch.chdir(tmp_path)
     *up_to_the_join, serving = cells(
-        INVITE=founder.invite, NAME="Aino in Colab", SOURCE=str(WHEEL), FOLDER=str(tmp_path / "talkoot")
+        INVITE=founder.invite,
+        NAME="Aino in Colab",
+        SOURCE=str(release_wheel),
+        FOLDER=str(tmp_path / "talkoot"),
     )
     names: dict[str, Any] = {}
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints that trainers of every release so far have written: a run goes on from them."""
+"""A run resumes from the checkpoints of every recorded release, and from those that it writes itself."""
 
 import logging
 import shutil
@@ -6,18 +6,22 @@ from pathlib import Path
 
 import pytest
 import run_samples
+from make_release import recorded_samples, write_run_sample
 
 from dht.manifest import Manifest
 from trainer_client.settings import TrainerSettings
 
-RELEASES = sorted((Path(__file__).parents[2] / "releases").glob("*/run"))
+
+@pytest.fixture(
+    params=[*recorded_samples("run"), None], ids=lambda path: path.parent.name if path else "this"
+)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param is not None:
+        return Path(request.param)
+    write_run_sample(tmp_path / "release")
+    return tmp_path / "release"
 
 
-def test_there_is_a_release() -> None:
-    assert RELEASES
-
-
-@pytest.mark.parametrize("folder", RELEASES, ids=lambda path: path.parent.name)
 def test_a_run_of_a_release_goes_on(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     copy = shutil.copytree(folder, tmp_path / "run")
     settings = TrainerSettings.load(checkpoint=copy, steps=6, data=str(run_samples.write_text(tmp_path)))
