@@ -33,6 +33,7 @@ from dht.registry import Registry, ReplicaAnnouncement, ReplicaState
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
 from peer.identity import Identity
+from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2
 
 GRID = (16, 16)
@@ -62,7 +63,7 @@ async def talkoot_village(folder: Path, nodes: int) -> list[str]:
     for n in range(nodes):
         identity = Identity.load_or_create(folder / f"{n}.key")
         host = await Host.start(
-            identity, listen="127.0.0.1", bootstrap=bootstrap, validator=RecordValidator()
+            identity, NetworkConfig("127.0.0.1"), bootstrap=bootstrap, validator=RecordValidator()
         )
         bootstrap = bootstrap or await host.bootstrap_addresses()
         hosts.append(host)
@@ -95,7 +96,10 @@ async def talkoot_client(folder: Path, bootstrap: Sequence[str]) -> dict[str, li
     for n in range(TRIES):
         identity = Identity.load_or_create(folder / f"client{n}.key")
         host = await Host.start(
-            identity, listen="127.0.0.1", bootstrap=bootstrap, validator=RecordValidator(), serves_dht=False
+            identity,
+            NetworkConfig("127.0.0.1", serves_dht=False),
+            bootstrap=bootstrap,
+            validator=RecordValidator(),
         )
         directory = Directory(_registry(host, keys), manifest, refresh_every_s=3.0)
         rng = random.Random(n)

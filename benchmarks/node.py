@@ -33,6 +33,7 @@ from dht.swarm import join_swarm
 from peer.identity import Identity
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
+from peer.transport.addresses import NetworkConfig
 from peer.wire import session_pb2
 from trainer_client.dispatch.batches import Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -149,7 +150,7 @@ def measure_trainers(seconds: float) -> dict[str, float]:
 async def step_all(invite: Invite, state: Path) -> int:
     """Sends every expert of the swarm a backward call. Returns how many answered."""
     swarm = await join_swarm(
-        Identity.load_or_create(state / "key"), invite, listen="127.0.0.1", serves_dht=False
+        Identity.load_or_create(state / "key"), invite, NetworkConfig("127.0.0.1", serves_dht=False)
     )
     channels = ChannelPool()
     try:

@@ -19,6 +19,7 @@ from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
+from peer.transport.addresses import NetworkConfig
 from peer.wire import admission_pb2
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,8 @@ class Swarm:
 async def found_swarm(
     identity: Identity,
     manifest: Manifest,
+    config: NetworkConfig,
     *,
-    listen: str,
-    port: int,
-    announce: str | None = None,
-    maps_port: bool = False,
     bootstrap: Sequence[str] = (),
     state: Path | None = None,
     denylist: Denylist | None = None,
@@ -99,7 +97,7 @@ async def found_swarm(
 ) -> Swarm:
     """Starts a peer and writes its manifest to the DHT, or finds it there: a founder comes back to its swarm.
 
-    `announce`, `maps_port`, `store_bounds`: as in Host. `state`: folder in which the peers that were met are kept.
+    `store_bounds`: of what others store here. `state`: folder in which the peers that were met are kept.
     Raises SwarmError when the name is somebody else's there, or the manifest is not the one that the swarm was founded
     with.
     """
@@ -108,10 +106,7 @@ async def found_swarm(
     acquaintances, validator = _acquaintances(state, keys), RecordValidator()
     host = await Host.start(
         identity,
-        listen=listen,
-        port=port,
-        announce=announce,
-        maps_port=maps_port,
+        config,
         bootstrap=bootstrap,
         remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
         validator=validator,
@@ -132,12 +127,8 @@ async def found_swarm(
 async def join_swarm(
     identity: Identity,
     invite: Invite,
+    config: NetworkConfig,
     *,
-    listen: str,
-    port: int = 0,
-    announce: str | None = None,
-    maps_port: bool = False,
-    serves_dht: bool = True,
     state: Path | None = None,
     roles: Sequence[Role] = (),
     denylist: Denylist | None = None,
@@ -146,7 +137,7 @@ async def join_swarm(
 ) -> Swarm:
     """Starts a peer, joins by the invite or by peers met before, and reads the manifest that its author signed.
 
-    `announce`, `maps_port`, `store_bounds`: as in Host. `state`: folder in which the peers that were met are kept.
+    `store_bounds`: of what others store here. `state`: folder in which the peers that were met are kept.
     `roles`: as one of these it takes part; none: it only looks. Raises UnreachableError when nobody answers, SwarmError
     when the manifest is missing or not for this software, and InviteError when the swarm admits by token and the
     invite's lets it in as none of them.
@@ -155,14 +146,10 @@ async def join_swarm(
     acquaintances, validator = _acquaintances(state, invite.keys), RecordValidator()
     host = await Host.start(
         identity,
-        listen=listen,
-        port=port,
-        announce=announce,
-        maps_port=maps_port,
+        config,
         bootstrap=invite.bootstrap,
         remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
         validator=validator,
-        serves_dht=serves_dht,
         store_bounds=store_bounds,
     )
     try:

@@ -208,7 +208,7 @@ class ReachabilityMonitor:
         """Needs no relays. Whose DHT port nobody reaches hosts no keys."""
         self.reach = reach
         self.tunnel_addresses = ()
-        if self._swarm.host.position.serves_dht is not serves_dht:
+        if self._swarm.host.config.serves_dht is not serves_dht:
             await self._move(serves_dht)
 
     async def _move(self, serves_dht: bool, relays: Sequence[str] = ()) -> None:
@@ -223,13 +223,13 @@ class ReachabilityMonitor:
         host = self._swarm.host
         if judgement.dht:
             await self._be(ReachabilityStatus(Reachability.PUNCHED, asked=judgement.asked))
-        elif host.position.serves_dht or not host.position.relays:
+        elif host.config.serves_dht or not host.config.relays:
             await self._find_relays(stage)
         self.reach = ReachabilityStatus(self._tunnelled_kind(), asked=judgement.asked)
 
     def _tunnelled_kind(self) -> Reachability:
         """By the stream that another peer opened last."""
-        directly = self._swarm.host.position.serves_dht or self._swarm.host.tunnels.last_relayed is False
+        directly = self._swarm.host.config.serves_dht or self._swarm.host.tunnels.last_relayed is False
         return Reachability.PUNCHED if directly else Reachability.RELAYED
 
     async def _note_relays(self, stage: Stage) -> None:
@@ -250,7 +250,7 @@ class ReachabilityMonitor:
         relays = await find_relays(host, registry, self._rng, _RELAYS)
         if not relays:
             self._patience.begin_anew()
-        if relays or host.position.serves_dht:
+        if relays or host.config.serves_dht:
             await self._move(False, relays)
         if relays:
             await relayed_addresses(host)
@@ -271,7 +271,7 @@ class ReachabilityMonitor:
 
     async def _dial(self, pool: ChannelPool, node: NodeInfo) -> DialledPorts | None:
         swarm_id, settings = self._swarm.keys.swarm_id, self._settings
-        dht_port = settings.announce_dht_port or self._swarm.host.position.port
+        dht_port = settings.announce_dht_port or self._swarm.host.config.port
         try:
             channel = await pool.reach(node)
             return DialledPorts(

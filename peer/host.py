@@ -17,8 +17,8 @@ from peer.identity import Identity
 from peer.kademlia.node import BootstrapReply, bootstrap, check_bootstrap, start_dht
 from peer.kademlia.storage import StoreBounds, StoreCounts
 from peer.processes import sweep_dead_sockets
-from peer.transport.addresses import is_public, is_relayed, require_free_port, tcp_endpoint
-from peer.transport.p2pd import START_DEADLINE_S, TRANSPORT_ERRORS, Daemon, NetworkConfig, start_daemon
+from peer.transport.addresses import NetworkConfig, is_public, is_relayed, require_free_port, tcp_endpoint
+from peer.transport.p2pd import START_DEADLINE_S, TRANSPORT_ERRORS, Daemon, start_daemon
 from peer.transport.tunnel import Pipe, Tunnels
 
 logger = logging.getLogger(__name__)
@@ -37,12 +37,12 @@ class Host:
     def __init__(
         self,
         identity: Identity,
-        position: NetworkConfig,
+        config: NetworkConfig,
         validator: RecordValidatorBase | None,
         store_bounds: StoreBounds | None = None,
     ) -> None:
         self.identity = identity
-        self.position = position
+        self.config = config
         self.tunnels = Tunnels(self._open_stream)
         self.bootstrap_candidates: tuple[str, ...] = ()
         """Multiaddresses of peers by which to join when p2pd was started again."""
@@ -63,35 +63,28 @@ class Host:
     async def start(
         cls,
         identity: Identity,
+        config: NetworkConfig,
         *,
-        listen: str,
-        port: int = 0,
-        announce: str | None = None,
         bootstrap: Sequence[str] = (),
         remembered: Sequence[str] = (),
         validator: RecordValidatorBase | None = None,
-        serves_dht: bool = True,
-        maps_port: bool = False,
         store_bounds: StoreBounds | None = None,
     ) -> Self:
         """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
-        Without `bootstrap` it may be that none of the remembered ones answers. `serves_dht=False` makes a client that
-        hosts no keys. `announce` and `maps_port` are as in NetworkConfig.
-        Raises StartError when this machine can't start it or its clock is wrong, and UnreachableError
-        when no bootstrap address answers.
+        If there is no `bootstrap`, it may be that none of the remembered peers answers. Raises StartError when this
+        machine can't start it or its clock is wrong, and UnreachableError when no bootstrap address answers.
         """
         sweep_dead_sockets()
-        if serves_dht:
-            require_free_port(listen, port)
+        if config.serves_dht:
+            require_free_port(config.listen, config.port)
         reachable = await _answering((*bootstrap, *remembered))
         if bootstrap and not reachable:
             raise UnreachableError(
                 f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine "
                 "have a network connection? If it has, they may be gone for good: ask for a new invite"
             )
-        position = NetworkConfig(listen, port, announce, serves_dht, maps_port=maps_port)
-        host = cls(identity, position, validator, store_bounds)
+        host = cls(identity, config, validator, store_bounds)
         try:
             await host._start()
             # a busy peer may be late, so all are asked twice
@@ -99,7 +92,7 @@ class Host:
             if bootstrap and not greetings:
                 raise _no_peer_answered(bootstrap)
             if greetings:
-                check_bootstrap(greetings, serves_dht)
+                check_bootstrap(greetings, config.serves_dht)
         except BaseException:
             await host.stop()
             raise
@@ -122,7 +115,7 @@ class Host:
         """
         await self._dismiss_supervisor()
         await self._end()
-        self.position = replace(self.position, serves_dht=serves_dht, relays=tuple(relays))
+        self.config = replace(self.config, serves_dht=serves_dht, relays=tuple(relays))
         try:
             await self._start()
             await self.join(self.bootstrap_candidates)
@@ -200,7 +193,7 @@ class Host:
 
         A client gives none. Raises UnreachableError when p2pd does not answer.
         """
-        if not self.position.serves_dht:
+        if not self.config.serves_dht:
             return []
         addresses = await self._visible()
         direct = [a for a in addresses if a.startswith(("/ip4/", "/ip6/", "/dns")) and "/tcp/" in a]
@@ -212,7 +205,7 @@ class Host:
 
         Raises UnreachableError when p2pd does not answer.
         """
-        if self.position.serves_dht:
+        if self.config.serves_dht:
             return await self.bootstrap_addresses()
         return [a for a in await self._visible() if is_relayed(a) or is_public(a)][:8]
 
@@ -240,22 +233,21 @@ class Host:
 
     async def _start(self) -> None:
         """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises DaemonError."""
-        position = self.position
-        daemon = self._daemon = await start_daemon(self.identity, position)
+        config = self.config
+        daemon = self._daemon = await start_daemon(self.identity, config)
         try:
             async with asyncio.timeout(START_DEADLINE_S):
-                self._dht = await start_dht(daemon, self._validator, position.serves_dht, self.stored)
+                self._dht = await start_dht(daemon, self._validator, config.serves_dht, self.stored)
                 await self.tunnels.serve_on(daemon)
-                addresses = await self._visible() if position.listens else []
+                addresses = await self._visible() if config.listens else []
         except (*TRANSPORT_ERRORS, UnreachableError) as error:
             raise DaemonError(
                 "the libp2p daemon does not answer: is this machine very busy? Start this again"
             ) from error
         own = (tcp_endpoint(address) for address in addresses if not is_relayed(address))
-        if not position.port and (endpoint := next(filter(None, own), None)):
-            self.position = replace(
-                position, port=endpoint[1]
-            )  # what is announced need not be where it listens
+        if not config.port and (endpoint := next(filter(None, own), None)):
+            # what is announced need not be where it listens
+            self.config = replace(config, port=endpoint[1])
 
     async def _end(self) -> None:
         self._ready = False

@@ -27,6 +27,7 @@ from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.formatting import age_in_words, counted
 from peer.identity import Identity
+from peer.transport.addresses import NetworkConfig
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import FittingTable, Terminal, quiet_hivemind
 
@@ -201,7 +202,7 @@ async def _look(terminal: Terminal, invite: Invite, folder: Path, watch: bool) -
 
 async def _join(invite: Invite, folder: Path, stage: Stage) -> Swarm:
     identity = Identity.load_or_create(folder / "identity.key")
-    return await join_swarm(identity, invite, listen="127.0.0.1", serves_dht=False, stage=stage)
+    return await join_swarm(identity, invite, NetworkConfig("127.0.0.1", serves_dht=False), stage=stage)
 
 
 async def _show_again_and_again(terminal: Terminal, reader: SwarmReader) -> None:

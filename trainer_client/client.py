@@ -25,7 +25,7 @@ from peer.loop import BackgroundTasks, LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient, Sessions
 from peer.settings import DENYLIST
-from peer.transport.addresses import default_listen_address, tcp_endpoint
+from peer.transport.addresses import NetworkConfig, default_listen_address, tcp_endpoint
 from peer.wire import session_pb2
 from trainer_client.announcer import TrainerAnnouncer, reached_at
 from trainer_client.averaging.averager import Averaging
@@ -191,8 +191,7 @@ class SwarmClient:
         self._swarm = await join_swarm(
             identity,
             invite,
-            listen=_listen_address(invite),
-            serves_dht=False,
+            NetworkConfig(_listen_address(invite), serves_dht=False),
             state=self._folder.path,
             roles=(Role.TRAINER, Role.READER) if self._reads_only else (Role.TRAINER,),
             denylist=Denylist(settings.denylist or self._folder.path / DENYLIST, settings.deny),

@@ -21,6 +21,7 @@ from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
+from peer.transport.addresses import NetworkConfig
 from peer.wire import session_pb2
 from trainer_client.dispatch.batches import Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -66,7 +67,7 @@ class Watcher:
     @classmethod
     async def join(cls, invite: Invite, chaos: ChaosSwarm, folder: Path) -> "Watcher":
         identity = Identity.load_or_create(folder / "identity.key")
-        swarm = await join_swarm(identity, invite, listen=HOST, serves_dht=False, state=folder)
+        swarm = await join_swarm(identity, invite, NetworkConfig(HOST, serves_dht=False), state=folder)
         watcher = cls(swarm, chaos)
         watcher._tasks = [
             asyncio.create_task(swarm.membership.keep(5.0)),

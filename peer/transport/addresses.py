@@ -4,6 +4,7 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import psutil
@@ -11,6 +12,29 @@ from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.errors import PortError
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Where a peer listens, and how others reach it."""
+
+    listen: str
+    """The IP address to listen on."""
+    port: int = 0
+    """The TCP port to listen on; 0: any free one."""
+    announce: str | None = None
+    """The multiaddress by which others reach this peer, when it is not where it listens."""
+    serves_dht: bool = True
+    """Others connect to it, and it hosts DHT keys and relays for others; without, it is a client."""
+    relays: tuple[str, ...] = ()
+    """Multiaddresses of peers by which others reach this one, when they can't connect to it."""
+    maps_port: bool = False
+    """Asks the router to forward the port (UPnP, NAT-PMP)."""
+
+    @property
+    def listens(self) -> bool:
+        """A client listens too, unless it is on loopback: others may find a way through its router."""
+        return self.serves_dht or bool(self.relays) or not self.listen.startswith("127.")
 
 
 def default_listen_address() -> str:

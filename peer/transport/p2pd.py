@@ -8,7 +8,6 @@ import contextlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -26,7 +25,7 @@ from hivemind.proto import p2pd_pb2
 from peer.errors import DaemonError
 from peer.identity import Identity
 from peer.processes import die_with_parent
-from peer.transport.addresses import multiaddress, multiaddress_bytes
+from peer.transport.addresses import NetworkConfig, multiaddress, multiaddress_bytes
 
 
 class PendingCalls(dict[UUID, "asyncio.Future[Any]"]):
@@ -79,28 +78,6 @@ TRANSPORT_ERRORS = (
     EOFError,  # of it is asyncio.IncompleteReadError
     DecodeError,
 )
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """How a peer stands to the network."""
-
-    listen: str
-    """The IP address to listen on."""
-    port: int
-    announce: str | None = None
-    """The multiaddress by which others reach this peer, when it is not where it listens."""
-    serves_dht: bool = True
-    """Others connect to it, and it hosts DHT keys and relays for others."""
-    relays: tuple[str, ...] = ()
-    """Multiaddresses of peers by which others reach this one, when they can't connect to it."""
-    maps_port: bool = False
-    """Asks the router to forward the port (UPnP, NAT-PMP)."""
-
-    @property
-    def listens(self) -> bool:
-        """A client does so for others that look for a way through its router, as no relay is for ever."""
-        return self.serves_dht or bool(self.relays) or not self.listen.startswith("127.")
 
 
 class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
@@ -202,7 +179,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         return [task for task in tasks if task is not None]
 
 
-async def start_daemon(identity: Identity, position: NetworkConfig) -> Daemon:
+async def start_daemon(identity: Identity, config: NetworkConfig) -> Daemon:
     """Starts p2pd. Raises DaemonError when this machine can't."""
     started: list[Daemon] = []
 
@@ -215,8 +192,8 @@ async def start_daemon(identity: Identity, position: NetworkConfig) -> Daemon:
 
         @staticmethod
         def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
-            command = P2P._make_process_args(*arguments, **options, **_relaying(position))
-            return die_with_parent([*_ONE_AT_A_TIME, *command] if position.serves_dht else command)
+            command = P2P._make_process_args(*arguments, **options, **_relaying(config))
+            return die_with_parent([*_ONE_AT_A_TIME, *command] if config.serves_dht else command)
 
     task = asyncio.current_task()
     assert task is not None
@@ -226,16 +203,16 @@ async def start_daemon(identity: Identity, position: NetworkConfig) -> Daemon:
         created = await Noted.create(
             identity_path=str(identity.path),
             check_if_identity_free=False,  # the state folder's lock and the signed records stand for it
-            host_maddrs=[multiaddress(position.listen, position.port)],
-            announce_maddrs=None if position.announce is None else [position.announce],
-            dht_mode="server" if position.serves_dht else "client",
-            no_listen=not position.listens,
-            nat_port_map=position.maps_port,
+            host_maddrs=[multiaddress(config.listen, config.port)],
+            announce_maddrs=None if config.announce is None else [config.announce],
+            dht_mode="server" if config.serves_dht else "client",
+            no_listen=not config.listens,
+            nat_port_map=config.maps_port,
             auto_nat=True,  # p2pd punches holes only with it
-            force_reachability="public" if position.serves_dht else "private",
+            force_reachability="public" if config.serves_dht else "private",
             use_relay=True,
-            use_auto_relay=bool(position.relays),
-            trusted_relays=position.relays or None,
+            use_auto_relay=bool(config.relays),
+            trusted_relays=config.relays or None,
             startup_timeout=START_DEADLINE_S,
         )
         if task.cancelling() > cancels:  # hivemind's wait_for drops it on Python 3.11
@@ -253,10 +230,10 @@ async def start_daemon(identity: Identity, position: NetworkConfig) -> Daemon:
     return daemon
 
 
-def _relaying(position: NetworkConfig) -> dict[str, Any]:
+def _relaying(config: NetworkConfig) -> dict[str, Any]:
     """What p2pd takes, and hivemind has no arguments for."""
     return {
-        "relayService": position.serves_dht,
+        "relayService": config.serves_dht,
         "relayBufferSize": _RELAY_BUFFER_BYTES,
         "relayDataLimit": _RELAYED_BYTES,
         "relayTimeLimit": _RELAYED_FOR,

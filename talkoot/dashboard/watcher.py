@@ -13,6 +13,7 @@ from dht.registry import NodeInfo
 from dht.swarm import Swarm, join_swarm
 from peer.errors import StartError, SwarmError, UnreachableError
 from peer.identity import Identity
+from peer.transport.addresses import NetworkConfig
 from talkoot.dashboard.api import DashboardState
 from talkoot.dashboard.history import HistoryStore, Sample
 from talkoot.dashboard.picture import Census, Paces, Picture, paint
@@ -108,7 +109,7 @@ class Watcher:
     async def _join(self) -> Swarm:
         identity = await asyncio.to_thread(Identity.load_or_create, self._folder / "identity.key")
         return await join_swarm(
-            identity, self._invite, listen="127.0.0.1", serves_dht=False, state=self._folder
+            identity, self._invite, NetworkConfig("127.0.0.1", serves_dht=False), state=self._folder
         )
 
     async def _watch(self, swarm: Swarm) -> None:

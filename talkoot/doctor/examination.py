@@ -25,6 +25,7 @@ from peer.files import StateFolder, write_atomically
 from peer.formatting import age_in_words
 from peer.host import Host
 from peer.identity import Identity
+from peer.transport.addresses import NetworkConfig
 from talkoot.doctor.checks import (
     Finding,
     Verdict,
@@ -207,7 +208,7 @@ class Check:
         """As a node does, with a DHT of its own."""
         began = time.monotonic()
         try:
-            host = await Host.start(identity, listen=self._host)
+            host = await Host.start(identity, NetworkConfig(self._host))
             await host.stop()
         except UserError as error:
             self._note("p2pd", Verdict.PROBLEM, "it does not start", fix=str(error))
@@ -222,7 +223,7 @@ class Check:
         try:
             # hosts no DHT keys: it stays for a moment only
             swarm = await join_swarm(
-                identity, self._starter.invite, listen=self._host, serves_dht=False, stage=stage
+                identity, self._starter.invite, NetworkConfig(self._host, serves_dht=False), stage=stage
             )
         except ClockError as error:
             self._note("clock", Verdict.PROBLEM, "it is wrong", fix=str(error))

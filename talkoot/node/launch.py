@@ -32,7 +32,13 @@ from peer.files import StateFolder, write_atomically
 from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
 from peer.settings import DENYLIST
-from peer.transport.addresses import default_listen_address, is_multiaddress, multiaddress, require_free_port
+from peer.transport.addresses import (
+    NetworkConfig,
+    default_listen_address,
+    is_multiaddress,
+    multiaddress,
+    require_free_port,
+)
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm, invite_advice
 from talkoot.node.view import Pace, PaceMeter, line, panel
@@ -115,32 +121,28 @@ class SwarmStarter:
         port = settings.dht_port or last_port(state, host)
         denylist = Denylist(settings.denylist or state / DENYLIST, settings.deny)
         maps_port = settings.upnp and announce is None and not host.startswith("127.")
+        config = NetworkConfig(host, port, announce, maps_port=maps_port)
+        bounds = StoreBounds(settings.max_dht_bytes, settings.max_dht_key_bytes)
         if self.manifest is not None:
             return await found_swarm(
                 identity,
                 self.manifest,
-                listen=host,
-                port=port,
-                announce=announce,
-                maps_port=maps_port,
+                config,
                 bootstrap=self.bootstrap,
                 state=state,
                 denylist=denylist,
-                store_bounds=StoreBounds(settings.max_dht_bytes, settings.max_dht_key_bytes),
+                store_bounds=bounds,
                 stage=stage,
             )
         assert self.invite is not None
         return await join_swarm(
             identity,
             self.invite,
-            listen=host,
-            port=port,
-            announce=announce,
-            maps_port=maps_port,
+            config,
             state=state,
             roles=(Role.NODE,),
             denylist=denylist,
-            store_bounds=StoreBounds(settings.max_dht_bytes, settings.max_dht_key_bytes),
+            store_bounds=bounds,
             stage=stage,
         )
 
@@ -219,7 +221,7 @@ class _NodeCommand:
             # from here on the node stops the swarm
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
-            remember_port(self._state, swarm.host.position.port)
+            remember_port(self._state, swarm.host.config.port)
             self._control.steer(node)
             self._served = True
             self._node = node

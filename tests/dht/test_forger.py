@@ -27,6 +27,7 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
 from peer.identity import Identity, peer_id_of
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -66,7 +67,9 @@ def swarm(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         for n, validator in enumerate((RecordValidator(), RecordValidator(), None)):
             identity = Identity.load_or_create(folder / f"{n}.key")
             hosts.append(
-                await Host.start(identity, listen="127.0.0.1", bootstrap=bootstrap, validator=validator)
+                await Host.start(
+                    identity, NetworkConfig("127.0.0.1"), bootstrap=bootstrap, validator=validator
+                )
             )
             bootstrap = bootstrap or await hosts[0].bootstrap_addresses()
         return Swarm(hosts, SwarmKeys("swarm", hosts[0].peer_id))

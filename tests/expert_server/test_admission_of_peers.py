@@ -20,6 +20,7 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Right, SessionClient
+from peer.transport.addresses import NetworkConfig
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -49,7 +50,7 @@ async def invited(village: Village, founder: Node, role: Role) -> tuple[Invite, 
 
 async def come_in(village: Village, number: int, invite: Invite, role: Role) -> Swarm:
     swarm = await join_swarm(
-        village.identities[number], invite, listen=LOCAL, serves_dht=role is Role.NODE, roles=(role,)
+        village.identities[number], invite, NetworkConfig(LOCAL, serves_dht=role is Role.NODE), roles=(role,)
     )
     if role is not Role.NODE:
         village.stack.push_async_callback(swarm.stop)
@@ -126,11 +127,11 @@ def test_who_has_no_token_is_told_and_what_it_announces_is_not_seen(
         with pytest.raises(InviteError, match="for a trainer, not for a node"):
             await come_in(village, 1, for_trainers, Role.NODE)
 
-        watcher = await join_swarm(village.identities[2], plain, listen=LOCAL, serves_dht=False)
+        watcher = await join_swarm(village.identities[2], plain, NetworkConfig(LOCAL, serves_dht=False))
         village.stack.push_async_callback(watcher.stop)
         assert await ask(watcher, founder, session_pb2.RIGHT_FORWARD) is StatusCode.PERMISSION_DENIED
         # one that does not care announces all the same: to itself alone
-        intruder = await join_swarm(village.identities[1], plain, listen=LOCAL)
+        intruder = await join_swarm(village.identities[1], plain, NetworkConfig(LOCAL))
         intruder.registry.admission = None
         await village.start(intruder, {"experts": 8, "spare": 0})
         assert await hosts(watcher) == {founder.swarm.host.peer_id}

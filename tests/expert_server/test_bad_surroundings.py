@@ -23,6 +23,7 @@ from expert_server.state.checkpoints import CheckpointStore
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
+from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2
 from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -156,7 +157,7 @@ def test_another_swarms_records_are_not_taken_for_this_swarms(
         async with contextlib.AsyncExitStack() as stack:
             village = Village(identities, stack, tmp_path)
             node = await village.found(experts=len(UIDS))
-            stranger = await join_swarm(identities[1], await node.swarm.invite(), listen=LOCAL)
+            stranger = await join_swarm(identities[1], await node.swarm.invite(), NetworkConfig(LOCAL))
             stack.push_async_callback(stranger.stop)
             here = node.swarm.keys.expert(UIDS[0])
             there = SwarmKeys(MANIFEST.name, identities[1].peer_id).expert(UIDS[0])

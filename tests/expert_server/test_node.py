@@ -40,6 +40,7 @@ from peer.errors import StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
+from peer.transport.addresses import NetworkConfig
 from peer.transport.p2pd import Daemon
 from peer.wire import expert_pb2, expert_pb2_grpc
 
@@ -135,7 +136,7 @@ def test_two_joiners_at_once_never_host_the_same_expert(
     async def scenario(village: Village) -> None:
         first = await village.found(experts=2)
         invite = await first.swarm.invite()
-        swarms = [await join_swarm(village.identities[n], invite, listen=LOCAL) for n in (1, 2)]
+        swarms = [await join_swarm(village.identities[n], invite, NetworkConfig(LOCAL)) for n in (1, 2)]
         look_together(swarms, monkeypatch)
         settings = {"experts": each, "claim_wait_s": 1.0}
         others = await asyncio.gather(*(village.start(swarm, settings) for swarm in swarms))
@@ -280,12 +281,12 @@ def test_a_node_serves_on_an_ipv6_address(play: Play) -> None:
         pytest.skip("this machine has no IPv6")
 
     async def scenario(village: Village) -> None:
-        swarm = await found_swarm(village.identities[0], MANIFEST, listen="::1", port=0)
+        swarm = await found_swarm(village.identities[0], MANIFEST, NetworkConfig("::1"))
         node = await Node.start(node_settings(experts=1), swarm, host="::1", state=village.state(swarm))
         village.stack.push_async_callback(node.stop)
         assert node.address.startswith("[::1]:")
         observer = await join_swarm(
-            village.identities[1], await swarm.invite(), listen="::1", serves_dht=False
+            village.identities[1], await swarm.invite(), NetworkConfig("::1", serves_dht=False)
         )
         village.stack.push_async_callback(observer.stop)
         (info,) = (await observer.registry.nodes([swarm.host.peer_id])).values()

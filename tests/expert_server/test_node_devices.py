@@ -14,6 +14,7 @@ from expert_server.node import Node
 from peer.errors import SettingsError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -60,7 +61,7 @@ def test_a_node_without_its_device_does_not_start_and_leaves_the_swarm(
     play: Play,
 ) -> None:
     async def scenario(village: Village) -> None:
-        swarm = await found_swarm(village.identities[0], MANIFEST, listen=LOCAL, port=0)
+        swarm = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL))
         with pytest.raises(SettingsError, match="device cuda:99: torch finds"):
             await Node.start(node_settings(device="cuda:99"), swarm, host=LOCAL, state=village.state(swarm))
         assert not swarm.host.alive

@@ -23,6 +23,7 @@ from expert_server.status import NodeState
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import die_with_parent
+from peer.transport.addresses import NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -77,7 +78,7 @@ def test_boots_and_stops_leave_nothing(
     manifest = MANIFEST.model_copy(update={"model": MANIFEST.model.model_copy(update={"layers": 1})})
 
     async def boot_and_stop() -> None:
-        swarm = await found_swarm(identities[0], manifest, listen=LOCAL, port=0)
+        swarm = await found_swarm(identities[0], manifest, NetworkConfig(LOCAL))
         node = await Node.start(node_settings(experts=2), swarm, host=LOCAL, state=tmp_path)
         try:
             assert len(node.runtime.experts) == 2

@@ -21,6 +21,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import StartError, SwarmError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -54,7 +55,7 @@ def test_a_second_founder_of_a_name_is_refused_and_leaves_nothing(play: Play) ->
         before = children()
         bootstrap = await node.swarm.host.bootstrap_addresses()
         with pytest.raises(SwarmError, match="a swarm named 'sauna' exists here already, founded by Qm"):
-            await found_swarm(village.identities[1], MANIFEST, listen=LOCAL, port=0, bootstrap=bootstrap)
+            await found_swarm(village.identities[1], MANIFEST, NetworkConfig(LOCAL), bootstrap=bootstrap)
         assert children() == before
 
     play(scenario)
@@ -75,7 +76,7 @@ def test_an_invite_to_a_swarm_that_is_not_there_is_refused_and_leaves_nothing(
         )
         for changed in wrong:
             with pytest.raises(SwarmError, match="know no manifest of swarm"):
-                await join_swarm(village.identities[1], changed, listen=LOCAL)
+                await join_swarm(village.identities[1], changed, NetworkConfig(LOCAL))
         assert children() == before
 
     play(scenario)
@@ -84,11 +85,11 @@ def test_an_invite_to_a_swarm_that_is_not_there_is_refused_and_leaves_nothing(
 def test_a_manifest_of_another_version_is_refused_naming_both(play: Play) -> None:
     async def scenario(village: Village) -> None:
         later = MANIFEST.model_copy(update={"protocol_version": 7})
-        swarm = await found_swarm(village.identities[0], later, listen=LOCAL, port=0)
+        swarm = await found_swarm(village.identities[0], later, NetworkConfig(LOCAL))
         village.stack.push_async_callback(swarm.stop)
         before = children()
         with pytest.raises(SwarmError, match=f"protocol version 7, this software {PROTOCOL_VERSION}"):
-            await join_swarm(village.identities[1], await swarm.invite(), listen=LOCAL)
+            await join_swarm(village.identities[1], await swarm.invite(), NetworkConfig(LOCAL))
         assert children() == before
 
     play(scenario)

@@ -25,6 +25,7 @@ from peer.errors import StartError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 from peer.transport.p2pd import Daemon
 from trainer_client.client import SwarmClient
 from trainer_client.settings import TrainerSettings
@@ -213,7 +214,7 @@ def test_a_p2pd_that_never_starts_again_is_given_up_after_bounded_tries(
         raise StartError("no p2pd for this test")
 
     async def scenario() -> None:
-        host = await Host.start(identities[0], listen=LOCAL)
+        host = await Host.start(identities[0], NetworkConfig(LOCAL))
         try:
             monkeypatch.setattr("peer.host.start_daemon", fails)
             os.kill(host.p2p._child.pid, signal.SIGKILL)
@@ -240,7 +241,7 @@ def test_stopping_while_p2pd_is_being_started_leaves_nothing(
     async def scenario() -> None:
         children_before = psutil.Process().children(recursive=True)
         for delay_s in (0.0, 0.05, 0.15):
-            host = await Host.start(identities[0], listen=LOCAL)
+            host = await Host.start(identities[0], NetworkConfig(LOCAL))
             child = psutil.Process(host.p2p._child.pid)
             child.kill()
             await asyncio.sleep(delay_s)  # somewhere within the start

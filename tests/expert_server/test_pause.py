@@ -28,6 +28,7 @@ from peer.errors import UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
+from peer.transport.addresses import NetworkConfig
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -206,9 +207,9 @@ def test_outside_its_hours_a_node_starts_paused_and_its_owner_wins(play: Play) -
 
 def test_a_pause_breaks_off_the_taking_of_experts(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        founder = await found_swarm(village.identities[0], MANIFEST, listen=LOCAL, port=0)
+        founder = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL))
         village.stack.push_async_callback(founder.stop)
-        swarm = await join_swarm(village.identities[1], await founder.invite(), listen=LOCAL)
+        swarm = await join_swarm(village.identities[1], await founder.invite(), NetworkConfig(LOCAL))
         node = await village.start(swarm, {"experts": 4, "schedule": elsewhen(), "claim_wait_s": 30})
         resuming = asyncio.create_task(node.resume())
 

@@ -27,7 +27,7 @@ class LonelyHost:
     peer_id: Any
     bootstrap_candidates: tuple[str, ...]
     bootstrapped_from: tuple[str, ...] = ()
-    position: SimpleNamespace = field(
+    config: SimpleNamespace = field(
         default_factory=lambda: SimpleNamespace(serves_dht=True, relays=(), port=1)
     )
     tunnels: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(last_relayed=None))
@@ -36,10 +36,10 @@ class LonelyHost:
         return frozenset()
 
     async def restart_as(self, *, serves_dht: bool, relays: tuple[str, ...]) -> None:
-        self.position = SimpleNamespace(serves_dht=serves_dht, relays=tuple(relays), port=1)
+        self.config = SimpleNamespace(serves_dht=serves_dht, relays=tuple(relays), port=1)
 
     async def tunnel_addresses(self) -> list[str]:
-        return [f"{relay}/p2p-circuit{PEER}" for relay in self.position.relays]
+        return [f"{relay}/p2p-circuit{PEER}" for relay in self.config.relays]
 
 
 async def nobody(peers: object) -> dict[Any, Any]:
@@ -75,7 +75,7 @@ def test_neighbours_in_one_network_and_public_nodes_stay_as_they_are(
     host = LonelyHost(identity.peer_id, known)
     reaching = asyncio.run(after_rounds(4, host, address))
     assert reaching.reach.kind is Reachability.UNKNOWN
-    assert host.position.serves_dht
+    assert host.config.serves_dht
 
 
 def test_what_others_told_holds_while_nobody_can_be_asked(
@@ -92,7 +92,7 @@ def test_what_others_told_holds_while_nobody_can_be_asked(
     reaching = asyncio.run(after_rounds(4, host, "192.168.1.2"))
     assert reaching.reach.kind is Reachability.DIRECT
     assert "44.1.1.2:2" in reaching.addresses
-    assert host.position.serves_dht
+    assert host.config.serves_dht
 
 
 class HostWithoutEntrance(LonelyHost):

@@ -34,6 +34,7 @@ from peer.host import Host
 from peer.identity import Identity
 from peer.kademlia.lookups import Lookups
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -60,12 +61,12 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(pl
     async def scenario(village: Village) -> None:
         async def found() -> Node:
             state = village.folder / "founder"
-            swarm = await found_swarm(village.identities[0], MANIFEST, listen=LOCAL, port=0, state=state)
+            swarm = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL), state=state)
             return await village.start(swarm, {"experts": 4, "announce_every_s": 0.5})
 
         async def join(number: int) -> Node:
             state = village.folder / str(number)
-            swarm = await join_swarm(village.identities[number], invite, listen=LOCAL, state=state)
+            swarm = await join_swarm(village.identities[number], invite, NetworkConfig(LOCAL), state=state)
             return await village.start(swarm, {"experts": 4, "spare": 4, "announce_every_s": 0.5})
 
         founder = await found()
@@ -99,7 +100,7 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(pl
         changed = MANIFEST.model_copy(update={"routing": MANIFEST.routing.model_copy(update={"top_k": 1})})
         with pytest.raises(SwarmError, match="still runs, with another manifest"):
             await found_swarm(
-                village.identities[0], changed, listen=LOCAL, port=0, state=village.folder / "founder"
+                village.identities[0], changed, NetworkConfig(LOCAL), state=village.folder / "founder"
             )
 
     play(scenario)
@@ -108,7 +109,7 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(pl
 async def other_half(village: Village, swarm: Swarm) -> Swarm:
     """Another peer of the same swarm, which knows nobody, and remembers where this one is."""
     identity = village.identities[1]
-    host = await Host.start(identity, listen=LOCAL, validator=RecordValidator())
+    host = await Host.start(identity, NetworkConfig(LOCAL), validator=RecordValidator())
     registry = Registry(lambda: host.dht, swarm.keys, identity)
     acquaintances = PeerStore(None)
     acquaintances.add(await swarm.host.bootstrap_addresses(), time.time())
@@ -144,7 +145,7 @@ def test_a_remembered_peer_is_dialled_now_and_then_even_when_all_looks_well(play
         halves = [await village.found(experts=1, spare=0)]
         apart = await other_half(village, halves[0].swarm)
         village.stack.push_async_callback(apart.stop)
-        third = await join_swarm(village.identities[2], await apart.invite(), listen=LOCAL)
+        third = await join_swarm(village.identities[2], await apart.invite(), NetworkConfig(LOCAL))
         village.stack.push_async_callback(third.stop)
         assert apart.host.peers() == {third.host.peer_id}
         await apart.membership.check(announced=False)

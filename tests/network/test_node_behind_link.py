@@ -17,7 +17,7 @@ from peer.errors import ExpertError, SettingsError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import multiaddress
+from peer.transport.addresses import NetworkConfig, multiaddress
 from talkoot.demo.links import Link, Proxy, Wire, free_ports
 from trainer_client.dispatch.batches import Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -43,7 +43,7 @@ def test_others_find_and_call_a_node_where_it_says_that_it_is(loop: LoopThread, 
         dht = await Proxy.start(wires[0], (LOCAL, dht_port))
         calls = await Proxy.start(wires[1], (LOCAL, grpc_port))
         announce = multiaddress(LOCAL, dht.port)
-        swarm = await found_swarm(identities[0], MANIFEST, listen=LOCAL, port=dht_port, announce=announce)
+        swarm = await found_swarm(identities[0], MANIFEST, NetworkConfig(LOCAL, dht_port, announce=announce))
         settings = NodeSettings.load(
             experts=4,
             threads=1,
@@ -55,7 +55,7 @@ def test_others_find_and_call_a_node_where_it_says_that_it_is(loop: LoopThread, 
         node = await Node.start(settings, swarm, host=LOCAL, state=tmp_path)
         invite = await swarm.invite()
         assert invite.bootstrap == (f"{announce}/p2p/{swarm.host.peer_id}",)
-        observer = await join_swarm(identities[1], invite, listen=LOCAL, serves_dht=False)
+        observer = await join_swarm(identities[1], invite, NetworkConfig(LOCAL, serves_dht=False))
         channels = ChannelPool()
         try:
             found = (await observer.registry.nodes([swarm.host.peer_id]))[swarm.host.peer_id]
@@ -87,7 +87,7 @@ def test_p2pd_listens_where_it_did_when_it_is_started_again(loop: LoopThread, tm
         port, elsewhere = free_ports(LOCAL, 2)
         identity = Identity.load_or_create(tmp_path / "key")
         swarm = await found_swarm(
-            identity, MANIFEST, listen=LOCAL, port=port, announce=multiaddress(LOCAL, elsewhere)
+            identity, MANIFEST, NetworkConfig(LOCAL, port, announce=multiaddress(LOCAL, elsewhere))
         )
         try:
             swarm.host.p2p._child.kill()

@@ -18,7 +18,7 @@ from peer.host import Host
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import _is_unbound, die_with_parent
-from peer.transport.addresses import default_listen_address, is_multiaddress, require_free_port
+from peer.transport.addresses import NetworkConfig, default_listen_address, is_multiaddress, require_free_port
 from peer.transport.p2pd import Daemon
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -32,9 +32,10 @@ from pathlib import Path
 import psutil
 from peer.host import Host
 from peer.identity import Identity
+from peer.transport.addresses import NetworkConfig
 
 async def main():
-    host = await Host.start(Identity.load_or_create(Path(sys.argv[1])), listen="127.0.0.1")
+    host = await Host.start(Identity.load_or_create(Path(sys.argv[1])), NetworkConfig("127.0.0.1"))
     print(psutil.Process().children()[0].pid, host.p2p.daemon_listen_maddr["unix"], flush=True)
     await asyncio.sleep(300)
 
@@ -50,7 +51,7 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
 
 @pytest.fixture(scope="module")
 def first(loop: LoopThread, identities: list[Identity]) -> Iterator[Host]:
-    host = loop.run(Host.start(identities[0], listen=LOCAL))
+    host = loop.run(Host.start(identities[0], NetworkConfig(LOCAL)))
     yield host
     loop.run(host.stop())
 
@@ -106,7 +107,7 @@ def closed_port() -> int:
 
 
 async def start_and_stop(identity: Identity, bootstrap: list[str]) -> None:
-    host = await Host.start(identity, listen=LOCAL, bootstrap=bootstrap)
+    host = await Host.start(identity, NetworkConfig(LOCAL), bootstrap=bootstrap)
     await host.stop()
 
 
@@ -115,7 +116,7 @@ def test_two_hosts_find_each_others_values(loop: LoopThread, identities: list[Id
         bootstrap = await first.bootstrap_addresses()
         assert bootstrap
         assert all(is_multiaddress(address) for address in bootstrap)
-        host = await Host.start(identities[1], listen=LOCAL, bootstrap=bootstrap)
+        host = await Host.start(identities[1], NetworkConfig(LOCAL), bootstrap=bootstrap)
         try:
             assert host.peer_id == host.p2p.peer_id == identities[1].peer_id
             assert await host.dht.store("key", "value", time.time() + 60, subkey="subkey")
@@ -132,7 +133,7 @@ def test_a_client_joins_but_listens_nowhere(
 ) -> None:
     async def scenario() -> None:
         host = await Host.start(
-            identities[2], listen=LOCAL, bootstrap=await first.bootstrap_addresses(), serves_dht=False
+            identities[2], NetworkConfig(LOCAL, serves_dht=False), bootstrap=await first.bootstrap_addresses()
         )
         try:
             assert await host.dht.store("client's", 1, time.time() + 60)
@@ -152,7 +153,7 @@ def test_joining_works_when_only_one_of_several_addresses_answers(
     async def scenario() -> None:
         good = await first.bootstrap_addresses()
         dead = [tcp_address(closed_port(), identities[2])]
-        host = await Host.start(identities[1], listen=LOCAL, bootstrap=dead + good)
+        host = await Host.start(identities[1], NetworkConfig(LOCAL), bootstrap=dead + good)
         await host.stop()
 
     loop.run(scenario(), 30)
@@ -175,7 +176,7 @@ def test_after_stop_no_daemon_socket_file_or_descriptor_is_left(
 def test_stopping_twice_and_after_the_daemon_died_is_harmless(
     loop: LoopThread, identities: list[Identity], sockets: Callable[[], list[Path]]
 ) -> None:
-    host = loop.run(Host.start(identities[1], listen=LOCAL), 30)
+    host = loop.run(Host.start(identities[1], NetworkConfig(LOCAL)), 30)
     assert sockets()
     (pid,) = [pid for pid in daemons() if pid == host.p2p._child.pid]
     psutil.Process(pid).kill()
@@ -275,7 +276,7 @@ def test_a_busy_port_is_named(loop: LoopThread, identities: list[Identity], list
     port = listener.getsockname()[1]
     before = daemons()
     with pytest.raises(StartError, match=f"can't listen on 127.0.0.1 port {port}.*pass another port"):
-        loop.run(Host.start(identities[1], listen=LOCAL, port=port), 30)
+        loop.run(Host.start(identities[1], NetworkConfig(LOCAL, port)), 30)
     assert daemons() == before
 
 
@@ -288,7 +289,7 @@ def test_a_free_port_is_used(loop: LoopThread, identities: list[Identity]) -> No
     port = closed_port()
 
     async def scenario() -> list[str]:
-        host = await Host.start(identities[1], listen=LOCAL, port=port)
+        host = await Host.start(identities[1], NetworkConfig(LOCAL, port))
         try:
             return await host.bootstrap_addresses()
         finally:
@@ -303,7 +304,7 @@ def test_a_cancelled_start_leaves_no_daemon(
     before = daemons()
 
     async def scenario() -> None:
-        task = asyncio.create_task(Host.start(identities[1], listen=LOCAL))
+        task = asyncio.create_task(Host.start(identities[1], NetworkConfig(LOCAL)))
         await asyncio.to_thread(wait_until, lambda: daemons() != before)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -325,7 +326,7 @@ def test_a_start_that_is_cancelled_as_the_daemon_gets_ready_is_cancelled(
             await read_outputs(self, ready)
 
         monkeypatch.setattr(Daemon, "_read_outputs", cancel_when_ready)
-        task = asyncio.create_task(Host.start(identities[1], listen=LOCAL))
+        task = asyncio.create_task(Host.start(identities[1], NetworkConfig(LOCAL)))
         await asyncio.wait([task])
         assert task.cancelled()
 

@@ -18,6 +18,7 @@ from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from dht.swarm import join_swarm
 from peer.identity import Identity
+from peer.transport.addresses import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ async def found_by_a_trainer(
 ) -> AsyncIterator[tuple[NodeInfo, Manifest, str]]:
     """The node, the manifest and the swarm's id, as the DHT gives them."""
     swarm = await join_swarm(
-        Identity.load_or_create(folder / "trainer.key"), node.invite, listen=LOCAL, serves_dht=False
+        Identity.load_or_create(folder / "trainer.key"), node.invite, NetworkConfig(LOCAL, serves_dht=False)
     )
     try:
         (info,) = (await swarm.registry.nodes([node.invite.keys.author])).values()

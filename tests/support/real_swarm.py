@@ -20,6 +20,7 @@ from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 
 LOCAL = "127.0.0.1"
 MANIFEST = Manifest.model_validate(
@@ -45,15 +46,17 @@ class Village:
     folder: Path
 
     async def found(self, *, manifest: Manifest = MANIFEST, **settings: Any) -> Node:
-        swarm = await found_swarm(self.identities[0], manifest, listen=LOCAL, port=0)
+        swarm = await found_swarm(self.identities[0], manifest, NetworkConfig(LOCAL))
         return await self.start(swarm, settings)
 
     async def join(self, number: int, invite: Invite, **settings: Any) -> Node:
-        return await self.start(await join_swarm(self.identities[number], invite, listen=LOCAL), settings)
+        return await self.start(
+            await join_swarm(self.identities[number], invite, NetworkConfig(LOCAL)), settings
+        )
 
     async def observe(self, number: int, invite: Invite) -> Swarm:
         """A peer that hosts nothing, and sees what trainers see."""
-        swarm = await join_swarm(self.identities[number], invite, listen=LOCAL, serves_dht=False)
+        swarm = await join_swarm(self.identities[number], invite, NetworkConfig(LOCAL, serves_dht=False))
         self.stack.push_async_callback(swarm.stop)
         return swarm
 

@@ -17,6 +17,7 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2
 
 MANIFEST = Manifest.model_validate(
@@ -39,7 +40,7 @@ def three_hosts(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> I
             identity = Identity.load_or_create(folder / f"{n}.key")
             started.append(
                 await Host.start(
-                    identity, listen="127.0.0.1", bootstrap=bootstrap, validator=RecordValidator()
+                    identity, NetworkConfig("127.0.0.1"), bootstrap=bootstrap, validator=RecordValidator()
                 )
             )
             bootstrap = bootstrap or await started[0].bootstrap_addresses()

@@ -16,6 +16,7 @@ from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 from talkoot.cli import app
 from talkoot.signals import stop_signals
 
@@ -91,7 +92,7 @@ def founded(
     async def start() -> tuple[Node, str]:
         identity = Identity.load_or_create(folder / "founder.key")
         manifest = MANIFEST.model_copy(update={"name": name})
-        swarm = await found_swarm(identity, manifest, listen=HOST, port=0)
+        swarm = await found_swarm(identity, manifest, NetworkConfig(HOST))
         alone = {"replicas": 1, "average_every_s": 0, "drain_timeout_s": 0}
         settings = NodeSettings.load(
             **{"threads": 1, "experts": experts, "announce_every_s": 1, **alone, **changes}

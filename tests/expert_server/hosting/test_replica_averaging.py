@@ -20,6 +20,7 @@ from expert_server.node import Node
 from peer.errors import StateError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 from peer.wire import state_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -282,7 +283,7 @@ def test_when_no_replica_gives_its_state_none_is_made_up(play: Play) -> None:
         first = await village.found(**TWICE, announce_every_s=30)
         await train(first, dict.fromkeys(UIDS, 1))
         await first.hosting.announce()
-        swarm = await join_swarm(village.identities[1], await first.swarm.invite(), listen=LOCAL)
+        swarm = await join_swarm(village.identities[1], await first.swarm.invite(), NetworkConfig(LOCAL))
         second = await village.start(swarm, TWICE)
         assert first._server is not None
         await first._server.stop(None)  # it is still announced

@@ -15,6 +15,7 @@ from expert_server.experts.format import State
 from expert_server.node import Node
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -138,7 +139,7 @@ def test_an_adopted_expert_goes_on_from_the_adopters_checkpoint(play: Play) -> N
         states = await train(heir, dict.fromkeys(UIDS, 1))
         await heir.stop()
 
-        swarm = await found_swarm(village.identities[0], heir.swarm.manifest, listen=LOCAL, port=0)
+        swarm = await found_swarm(village.identities[0], heir.swarm.manifest, NetworkConfig(LOCAL))
         again = await village.start(swarm, {"experts": 0, "spare": 8, "announce_every_s": 0.5})
         assert not again.runtime.experts
         await village.run(again)

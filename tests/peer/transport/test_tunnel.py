@@ -20,8 +20,7 @@ from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
-from peer.transport.addresses import multiaddress
-from peer.transport.p2pd import NetworkConfig
+from peer.transport.addresses import NetworkConfig, multiaddress
 from peer.transport.tunnel import TunnelLimits, Tunnels
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -74,13 +73,15 @@ async def echo_server(identity: Identity, path: Path) -> AsyncIterator[bytes]:
 
 @asynccontextmanager
 async def village(identities: list[Identity]) -> AsyncIterator[Village]:
-    server = await Host.start(identities[0], listen=LOCAL)
+    server = await Host.start(identities[0], NetworkConfig(LOCAL))
     caller = None
     try:
         async with echo_server(identities[0], server.tunnels.exit_path()) as certificate:
             await server.serve_tunnel()
             addresses = tuple(await server.tunnel_addresses())
-            caller = await Host.start(identities[1], listen=LOCAL, bootstrap=addresses, serves_dht=False)
+            caller = await Host.start(
+                identities[1], NetworkConfig(LOCAL, serves_dht=False), bootstrap=addresses
+            )
             pem = certificate_pem(certificate, server.peer_id)
             yield Village(server, caller, Known(server.peer_id, pem, (), addresses))
     finally:

@@ -27,6 +27,7 @@ from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
+from peer.transport.addresses import NetworkConfig
 from talkoot.dashboard.server import address_of, dashboard, listen
 from talkoot.dashboard.settings import DashboardSettings
 from trainer_client.client import SwarmClient
@@ -70,10 +71,10 @@ class Watched:
             folder = self.folder / f"node{number}"
             identity = Identity.load_or_create(folder / "identity.key")
             if self.invite is None:
-                swarm = await found_swarm(identity, MANIFEST, listen=LOCAL, port=0)
+                swarm = await found_swarm(identity, MANIFEST, NetworkConfig(LOCAL))
                 self.invite = await swarm.invite()
             else:
-                swarm = await join_swarm(identity, self.invite, listen=LOCAL)
+                swarm = await join_swarm(identity, self.invite, NetworkConfig(LOCAL))
             settings = NodeSettings.load(
                 experts=4, spare=0, replicas=1, threads=1, claim_wait_s=0.1, average_every_s=0, drain_timeout_s=0,
                 announce_every_s=PERIOD_S, name=name,

@@ -16,6 +16,7 @@ from dht.swarm import found_swarm
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 from talkoot.demo.links import free_ports
 from talkoot.node import launch as node_run
 from talkoot.node.launch import Origin, _NodeCommand
@@ -88,7 +89,7 @@ def test_it_comes_back_when_others_do(
         coming = asyncio.create_task(node._start_swarm(joining, lambda text: None))
         await asyncio.sleep(0.5)
         assert not coming.done()
-        other = await found_swarm(founder, manifest, listen=HOST, port=port)
+        other = await found_swarm(founder, manifest, NetworkConfig(HOST, port))
         try:
             swarm = await asyncio.wait_for(coming, DEADLINE_S)
             await swarm.stop()
