@@ -33,8 +33,8 @@ from torch.nn import functional as F
 
 from benchmarks.faults import FaultyCaller
 from benchmarks.village import START_LIMIT_S, running_village
+from peer.kademlia.hivemind import quiet_hivemind
 from peer.layers import seeded, step_size
-from talkoot.terminal import quiet_hivemind
 from trainer_client.client import SwarmClient
 from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.settings import TrainerSettings

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hivemind.p2p import PeerID
 
 from dht.beam_search import select_experts
 from dht.directory import Directory
@@ -32,7 +31,7 @@ from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Registry, ReplicaAnnouncement, ReplicaState
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2
 
@@ -120,9 +119,10 @@ async def talkoot_client(folder: Path, bootstrap: Sequence[str]) -> dict[str, li
 async def hivemind_village(folder: Path, nodes: int) -> list[str]:
     from types import SimpleNamespace
 
-    from hivemind.dht.node import DHTNode
     from hivemind.moe.server.dht_handler import _declare_experts
     from hivemind.utils import get_dht_time
+
+    from peer.kademlia.hivemind import DHTNode
 
     options: dict[str, Any] = {
         "host_maddrs": ["/ip4/127.0.0.1/tcp/0"],

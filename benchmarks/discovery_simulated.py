@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 from grpc import StatusCode
-from hivemind.dht.routing import DHTID
-from hivemind.p2p import PeerID
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, SimulatedPeer, SimulatedSwarm
@@ -23,6 +21,8 @@ from dht.directory import Directory
 from dht.registry import NodeInfo
 from dht.uid import UID
 from peer.errors import ExpertError
+from peer.identity import PeerID
+from peer.kademlia.hivemind import DHTID
 from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy

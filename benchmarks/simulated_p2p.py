@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from hivemind.p2p import P2PContext, PeerID
-
 from peer.errors import RecordError
+from peer.identity import PeerID
+from peer.kademlia.hivemind import P2PContext
 
 T = TypeVar("T")
 

@@ -14,10 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from hivemind.dht.node import DHTNode
-from hivemind.dht.routing import DHTID
-from hivemind.p2p import PeerID
-from hivemind.utils import MSGPackSerializer
 
 from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedP2P, VirtualLoop
 from dht.manifest import Manifest
@@ -25,6 +21,8 @@ from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Registry, ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.identity import PeerID
+from peer.kademlia.hivemind import DHTID, DHTNode, MSGPackSerializer
 from peer.kademlia.lookups import Found, Item, Lookups
 from peer.kademlia.node import start_dht
 from peer.kademlia.search import DEFAULT_BREADTH, ContactBook, IterativeSearch, SearchLimits

@@ -22,10 +22,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 
 from peer.errors import ExpertError, RecordError, SettingsError
-from peer.identity import GRANT_DOMAIN, Identity, peer_id_of, verify
+from peer.identity import GRANT_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.rpc.sessions import Admitted, Right
 from peer.wire import admission_pb2, records_pb2, session_pb2
 

@@ -16,11 +16,10 @@ from enum import Enum
 from typing import Self
 
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 
 from dht.uid import UID
 from peer.errors import RecordError
-from peer.identity import certificate_pem
+from peer.identity import PeerID, certificate_pem
 from peer.transport.addresses import ip_address, tunnel_addresses_of
 from peer.wire import records_pb2
 

@@ -10,13 +10,13 @@ from itertools import islice
 from types import MappingProxyType
 
 import numpy as np
-from hivemind.p2p import PeerID
 
 from dht.beam_search import Floats, Integers, PrefixIndex, default_beam_size, select_experts
 from dht.manifest import Manifest
 from dht.registry import NodeInfo, Prefix, Registry, Replica, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
+from peer.identity import PeerID
 
 logger = logging.getLogger(__name__)
 

@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from google.protobuf.message import DecodeError
-from hivemind.dht.routing import DHTID
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-from hivemind.p2p import PeerID
 
 from dht.uid import UID
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import RecordError, WireError
-from peer.identity import Identity, peer_id_of, verify
+from peer.identity import Identity, PeerID, peer_id_of, verify
+from peer.kademlia.hivemind import DHTID, DHTRecord, RecordValidatorBase
 from peer.kademlia.validation import unpack
 from peer.wire import records_pb2
 

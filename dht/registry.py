@@ -13,9 +13,6 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from hivemind.dht.node import DHTNode
-from hivemind.dht.routing import DHTID
-from hivemind.p2p import PeerID
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
@@ -40,7 +37,8 @@ from dht.records import (
 )
 from dht.uid import UID
 from peer.errors import RecordError, UnreachableError, WireError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
+from peer.kademlia.hivemind import DHTID, DHTNode
 from peer.kademlia.lookups import Item, Lookups
 from peer.kademlia.validation import unpack
 from peer.metrics import SECONDS, Distribution

@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Hashable
 from statistics import median_high
 from typing import Generic, TypeVar
 
-from hivemind.p2p import PeerID
 from torch import Tensor
+
+from peer.identity import PeerID
 
 MAX_UPDATE_COUNT = 10**15
 """An expert that has taken so many steps counts no further, and nobody may say that it has."""

@@ -8,12 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Self
 
-from hivemind.dht.node import DHTNode
-from hivemind.dht.validation import RecordValidatorBase
-from hivemind.p2p import P2P, PeerID
-
 from peer.errors import DaemonError, UnreachableError, UserError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
+from peer.kademlia.hivemind import DHTNode, RecordValidatorBase
 from peer.kademlia.node import BootstrapReply, bootstrap, check_bootstrap, start_dht
 from peer.kademlia.storage import StoreBounds, StoreCounts
 from peer.processes import sweep_dead_sockets
@@ -150,7 +147,7 @@ class Host:
         return self._ready
 
     @property
-    def p2p(self) -> P2P:
+    def p2p(self) -> Daemon:
         """The p2pd of now. Raises UnreachableError while there is none."""
         if self._daemon is None:
             raise UnreachableError(_DOWN)

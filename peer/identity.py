@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 from google.protobuf.message import DecodeError
-from hivemind.p2p import PeerID
+from hivemind.p2p import PeerID as PeerID  # all others take it from here
 from hivemind.proto import crypto_pb2
 
 from peer.errors import RecordError, StartError

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from hivemind.p2p import PeerID
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -26,10 +25,11 @@ from dht.swarm import Stage, Swarm, join_swarm
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.formatting import age_in_words, counted
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
+from peer.kademlia.hivemind import quiet_hivemind
 from peer.transport.addresses import NetworkConfig
 from talkoot.signals import run_until_stopped
-from talkoot.terminal import FittingTable, Terminal, quiet_hivemind
+from talkoot.terminal import FittingTable, Terminal
 
 _NODES_AT_ONCE = 512
 """Node records asked for in one look-up, which has one deadline."""

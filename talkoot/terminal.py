@@ -108,14 +108,6 @@ def log_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def quiet_hivemind() -> None:
-    """Takes hivemind's own log handler away; its errors come as our log lines. Call it once hivemind is imported."""
-    from hivemind.utils.logging import use_hivemind_log_handler
-
-    use_hivemind_log_handler("nowhere")
-    logging.getLogger("hivemind").setLevel(os.environ["HIVEMIND_LOGLEVEL"])
-
-
 def to_json(values: Mapping[str, Any]) -> str:
     """One line of JSON; a float that is not finite becomes null."""
     return json.dumps(

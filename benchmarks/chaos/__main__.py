@@ -29,8 +29,8 @@ from benchmarks.chaos.report import plot, show, verdicts
 from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
 from benchmarks.chaos.swarm import ChaosSwarm, until
 from benchmarks.chaos.watching import Watcher
+from peer.kademlia.hivemind import quiet_hivemind
 from peer.processes import sweep_dead_sockets
-from talkoot.terminal import quiet_hivemind
 
 PARTS = ("calm", "chaos")
 _ALL_SERVED_S = 60.0

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from hivemind.p2p import PeerID
 
 from benchmarks.chaos.accounts import Death, Observation
 from benchmarks.chaos.swarm import HOST, ChaosSwarm, Node
@@ -18,7 +17,7 @@ from dht.swarm import Swarm, join_swarm
 from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import ExpertError, UnreachableError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.transport.addresses import NetworkConfig

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from hivemind.p2p import PeerID
 from torch import Tensor
 
 from dht.registry import NodeInfo, Replica, ReplicaState
@@ -29,6 +28,7 @@ from expert_server.state.servicer import FetchHint, HintQueue
 from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker, StateClient
 from peer.averaging import MAX_UPDATE_COUNT, AveragingHistory, interpolate, partner_weight
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
+from peer.identity import PeerID
 from peer.wire import state_pb2
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from itertools import groupby
 
-from hivemind.p2p import PeerID
-
 from dht.manifest import Manifest
 from dht.registry import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
@@ -41,6 +39,7 @@ from expert_server.state.transfer import StateClient
 from peer.averaging import AveragingHistory
 from peer.errors import UnreachableError
 from peer.formatting import counted
+from peer.identity import PeerID
 from peer.wire import state_pb2
 
 logger = logging.getLogger(__name__)

@@ -19,12 +19,12 @@ from statistics import median_low
 from types import MappingProxyType
 
 import numpy as np
-from hivemind.p2p import PeerID
 
 from dht.manifest import Manifest
 from dht.registry import Prefix, Registry, Replica, ReplicaState
 from dht.uid import UID
 from peer.averaging import MAX_UPDATE_COUNT, freshest_first, max_plausible_updates
+from peer.identity import PeerID
 
 _BEHIND = 0.9
 """Replicas that average differ less in their updates: with fewer than this part one began anew."""

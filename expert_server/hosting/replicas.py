@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
-from hivemind.p2p import PeerID
-
 from dht.registry import Replica, ReplicaAnnouncement, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
@@ -26,6 +24,7 @@ from expert_server.state.transfer import StateClient
 from peer.averaging import AveragingHistory, max_plausible_updates
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.formatting import counted
+from peer.identity import PeerID
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import grpc
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
 from expert_server.state.transfer import Snapshot, SnapshotTaker, TransferCounts
 from peer.errors import ExpertError, WireError
+from peer.identity import PeerID
 from peer.rates import RateLimit
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions

@@ -11,7 +11,6 @@ from functools import partial
 import grpc
 import torch
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 
 from dht.manifest import Manifest
 from dht.registry import NodeInfo
@@ -22,6 +21,7 @@ from expert_server.experts.format import Checkpoint, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, TransferError
+from peer.identity import PeerID
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient

@@ -17,16 +17,17 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator,
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from hivemind.dht.node import DHTNode
-from hivemind.dht.protocol import DHTProtocol
-from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DictionaryDHTValue
-from hivemind.dht.validation import DHTRecord
-from hivemind.p2p import PeerID
-from hivemind.proto import dht_pb2
-from hivemind.utils import MSGPackSerializer
-
 from peer.errors import WireError
+from peer.identity import PeerID
+from peer.kademlia.hivemind import (
+    DHTID,
+    DHTNode,
+    DHTProtocol,
+    DHTRecord,
+    DictionaryDHTValue,
+    MSGPackSerializer,
+    dht_pb2,
+)
 from peer.kademlia.search import (
     DEFAULT_BREADTH,
     ContactBook,

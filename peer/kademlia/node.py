@@ -13,17 +13,21 @@ from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hivemind.dht.node import DHTNode
-from hivemind.dht.protocol import DHTProtocol
-from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DictionaryDHTValue
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-from hivemind.p2p import P2PContext, PeerID
-from hivemind.proto import dht_pb2
-from hivemind.utils import MSGPackSerializer
-
 from peer.errors import ClockError, HiddenError, WireError
 from peer.formatting import counted
+from peer.identity import PeerID
+from peer.kademlia.hivemind import (
+    DHTID,
+    DHTNode,
+    DHTProtocol,
+    DHTRecord,
+    DictionaryDHTValue,
+    MSGPackSerializer,
+    P2PContext,
+    RecordValidatorBase,
+    dht_pb2,
+    install,
+)
 from peer.kademlia.storage import BoundedStorage, StoreCounts
 from peer.kademlia.validation import drop_invalid_entries, owns_node_id, patch_validation, unpack
 from peer.rates import TokenBucket
@@ -37,6 +41,7 @@ async def start_dht(
     counts: StoreCounts | None = None,
 ) -> DHTNode:
     """A DHT node that knows no peers yet. `counts`: of what others store here, and within which bounds."""
+    install()
     dht = await DHTNode.create(
         p2p=daemon,
         # from the PeerID, else a peer that restarts stands twice in the routing tables of the others

@@ -11,9 +11,8 @@ import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from hivemind.dht.routing import DHTID
-from hivemind.p2p import PeerID
-
+from peer.identity import PeerID
+from peer.kademlia.hivemind import DHTID
 from peer.kademlia.validation import owns_node_id
 
 

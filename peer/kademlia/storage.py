@@ -11,9 +11,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
-from hivemind.utils import timed_storage
+from peer.kademlia.hivemind import DHTID, DHTLocalStorage, DictionaryDHTValue, timed_storage
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,16 @@ from functools import partial
 from typing import Any
 
 import msgpack
-from hivemind.dht.protocol import DHTProtocol
-from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DictionaryDHTValue
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-from hivemind.utils import MSGPackSerializer
-from hivemind.utils.timed_storage import HeapEntry
 
 from peer.errors import WireError
+from peer.kademlia.hivemind import (
+    DHTID,
+    DHTProtocol,
+    DHTRecord,
+    DictionaryDHTValue,
+    MSGPackSerializer,
+    RecordValidatorBase,
+)
 
 _DICTIONARY = MSGPackSerializer._ext_types[DictionaryDHTValue]
 
@@ -81,10 +83,6 @@ def _mark_dictionary(code: int, data: bytes) -> msgpack.ExtType | None:
 def _leave_out(code: int, data: bytes) -> None:
     """Such an entry is not right; the others in the dictionary may be."""
 
-
-# hivemind compares subkeys where two entries expire at the same moment. A record's is bytes and an index entry's a
-# number, and both may come under one key: comparing them fails, and with it the store, or the whole answer.
-HeapEntry.__lt__ = lambda one, other: one.expiration_time < other.expiration_time
 
 MAX_ENTRIES = 4096
 """Of one dictionary in one answer; of more, some are drawn, so that nobody can choose which are lost."""

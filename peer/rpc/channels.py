@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import grpc
-from hivemind.p2p import PeerID
 
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import UnreachableError
-from peer.identity import TLS_NAME
+from peer.identity import TLS_NAME, PeerID
 from peer.transport.tunnel import Tunnels
 
 _TUNNEL = "tunnel"

@@ -18,11 +18,10 @@ from typing import Any, Protocol, TypeAlias
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, RecordError
-from peer.identity import SESSION_DOMAIN, Identity, peer_id_of, verify
+from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.rpc.calls import make_stub, require_same_swarm
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 

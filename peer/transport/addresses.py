@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import psutil
-from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.errors import PortError
+from peer.identity import PeerID
 
 
 @dataclass(frozen=True)

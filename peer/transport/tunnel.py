@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hivemind.p2p import PeerID
-
 from peer.errors import UnreachableError
+from peer.identity import PeerID
 from peer.processes import socket_folder, sweep_dead_folders
 from peer.transport.addresses import is_relayed
 

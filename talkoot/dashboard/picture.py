@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from hivemind.p2p import PeerID
-
 from dht.announcements import Activity, Latency, Reachability, TrainerInfo
 from dht.directory import View
 from dht.manifest import Manifest
 from dht.registry import NodeInfo, Replica, ReplicaState
+from peer.identity import PeerID
 
 
 class Renewed(Protocol):

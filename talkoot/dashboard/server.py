@@ -24,13 +24,14 @@ from prometheus_client.registry import Collector
 from dht.invites import Invite, invite_of
 from peer.errors import PortError
 from peer.files import StateFolder
+from peer.kademlia.hivemind import quiet_hivemind
 from talkoot.dashboard.app import Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
 from talkoot.dashboard.picture import Json, Picture
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import Watcher
 from talkoot.signals import Stopped, run_until_stopped
-from talkoot.terminal import Terminal, quiet_hivemind
+from talkoot.terminal import Terminal
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from hivemind.p2p import PeerID
 from pydantic import BaseModel, ConfigDict
 
 from dht.manifest import Manifest
@@ -37,6 +36,7 @@ from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import PortError, SettingsError, UnreachableError, UserError
 from peer.formatting import bytes_in_words, counted
+from peer.identity import PeerID
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import require_free_port
 

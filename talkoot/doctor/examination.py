@@ -25,6 +25,7 @@ from peer.files import StateFolder, write_atomically
 from peer.formatting import age_in_words
 from peer.host import Host
 from peer.identity import Identity
+from peer.kademlia.hivemind import quiet_hivemind
 from peer.transport.addresses import NetworkConfig
 from talkoot.doctor.checks import (
     Finding,
@@ -43,7 +44,7 @@ from talkoot.doctor.checks import (
 from talkoot.node.control import node_folder
 from talkoot.node.launch import Origin, SwarmStarter, listen_address
 from talkoot.signals import run_until_stopped
-from talkoot.terminal import Terminal, quiet_hivemind
+from talkoot.terminal import Terminal
 
 logger = logging.getLogger(__name__)
 

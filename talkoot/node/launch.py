@@ -30,6 +30,7 @@ from expert_server.status import NodeStatus
 from peer.errors import PortError, SettingsError, StartError, UnreachableError, UserError
 from peer.files import StateFolder, write_atomically
 from peer.identity import Identity
+from peer.kademlia.hivemind import quiet_hivemind
 from peer.kademlia.storage import StoreBounds
 from peer.settings import DENYLIST
 from peer.transport.addresses import (
@@ -43,7 +44,7 @@ from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm, invite_advice
 from talkoot.node.view import Pace, PaceMeter, line, panel
 from talkoot.signals import Stopped, run_until_stopped
-from talkoot.terminal import Terminal, log_file, quiet_hivemind
+from talkoot.terminal import Terminal, log_file
 
 logger = logging.getLogger(__name__)
 

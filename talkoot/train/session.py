@@ -14,8 +14,9 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from peer.errors import SettingsError
 from peer.formatting import counted
+from peer.kademlia.hivemind import quiet_hivemind
 from talkoot.signals import StopSignals
-from talkoot.terminal import Terminal, check_writable, quiet_hivemind, write_json
+from talkoot.terminal import Terminal, check_writable, write_json
 from talkoot.train.display import Write, check_plot, logs_written, plot_losses, progress_shown, summary_table
 from talkoot.train.local import LocalSwarm
 from trainer_client.averaging.averager import Averaging

@@ -23,8 +23,9 @@ from rich.table import Table
 from dht.invites import invite_of
 from peer.errors import CheckpointError, DataError
 from peer.formatting import counted
+from peer.kademlia.hivemind import quiet_hivemind
 from talkoot.signals import StopSignals
-from talkoot.terminal import Terminal, quiet_hivemind, to_json
+from talkoot.terminal import Terminal, to_json
 from talkoot.train.session import once, trainer_state
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import Corpus, encode_corpus

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from hivemind.dht.routing import DHTID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from benchmarks.discovery_simulated import make_trainer, measure_crawl, measure_
 from benchmarks.kademlia_walk import DrawnNetwork, measure, walk
 from benchmarks.simulated_p2p import Link, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, SimulatedSwarm, grid_of
+from peer.kademlia.hivemind import DHTID
 from peer.kademlia.lookups import Lookups
 
 NODES = 30

@@ -8,9 +8,6 @@ import pytest
 from callers import new_identity
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
-from hivemind.dht.routing import DHTID
-from hivemind.dht.validation import DHTRecord
-from hivemind.utils import MSGPackSerializer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +25,7 @@ from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.records import RecordValidator, SwarmKeys, sign_record
 from peer.errors import ExpertError, RecordError, SettingsError, StartError, UserError
 from peer.identity import Identity
+from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
 from peer.rpc.sessions import Admitted, Right
 from peer.wire import admission_pb2, records_pb2, session_pb2
 

@@ -4,10 +4,6 @@ import math
 from pathlib import Path
 
 import pytest
-from hivemind.dht.routing import DHTID
-from hivemind.dht.validation import DHTRecord
-from hivemind.p2p import PeerID
-from hivemind.utils import MSGPackSerializer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +21,8 @@ from dht.announcements import (
 )
 from dht.records import RecordValidator, SwarmKeys, trainer_shard_of
 from peer.errors import RecordError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
+from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
 from peer.wire import records_pb2
 
 NOW = 1_700_000_000.0

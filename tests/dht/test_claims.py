@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 
 import pytest
-from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from dht.registry import ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from expert_server.hosting.placement import lost_claims, vacant
 from peer.averaging import MAX_UPDATE_COUNT
+from peer.identity import PeerID
 
 HERE = UID(0, (1, 2))
 CLAIMANT, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))

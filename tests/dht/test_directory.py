@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from dht.manifest import Manifest
 from dht.registry import NodeInfo, Prefix, Replica, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
+from peer.identity import PeerID
 
 GRID = (30, 20)
 FIRST, SECOND = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))

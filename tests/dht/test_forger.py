@@ -14,9 +14,6 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from hivemind.dht.routing import DHTID
-from hivemind.p2p import PeerID
-from hivemind.utils import MSGPackSerializer
 
 from dht.directory import Directory
 from dht.manifest import Manifest
@@ -25,7 +22,8 @@ from dht.registry import NodeInfo, Prefix, Registry, Replica, ReplicaAnnouncemen
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
-from peer.identity import Identity, peer_id_of
+from peer.identity import Identity, PeerID, peer_id_of
+from peer.kademlia.hivemind import DHTID, MSGPackSerializer
 from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from hivemind.p2p import PeerID
 
 from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord
 from dht.records import SwarmKeys
+from peer.identity import PeerID
 
 FOUNDER, OTHER = PeerID(b"\x12\x20" + bytes(32)), PeerID(b"\x12\x20" + bytes([1]) * 32)
 DAY_S = 86400.0

@@ -6,13 +6,11 @@ import time
 import psutil
 import pytest
 from callers import new_identity
-from hivemind.dht.routing import DHTID
-from hivemind.dht.validation import DHTRecord
-from hivemind.utils import MSGPackSerializer
 
 from dht.admission import Role, SwarmAdmission, make_badge, make_token
 from dht.records import RecordValidator, SwarmKeys, digits_of, sign_record
 from peer.identity import Identity
+from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
 from peer.wire import admission_pb2, records_pb2
 
 NOW = 1_700_000_000.0

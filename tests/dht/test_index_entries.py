@@ -3,9 +3,6 @@
 import math
 
 import pytest
-from hivemind.dht.storage import DictionaryDHTValue
-from hivemind.p2p import PeerID
-from hivemind.utils import MSGPackSerializer
 from record_samples import EXPIRES_AT, NOW, VALIDATOR, keys, refused, stored
 
 from dht.records import (
@@ -15,7 +12,8 @@ from dht.records import (
     SwarmKeys,
     shards_of,
 )
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
+from peer.kademlia.hivemind import DictionaryDHTValue, MSGPackSerializer
 
 __all__ = ["keys"]
 

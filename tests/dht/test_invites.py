@@ -5,14 +5,13 @@ from pathlib import Path
 
 import base58
 import pytest
-from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.invites import Invite
 from dht.records import SwarmKeys
 from peer.errors import InviteError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.wire import records_pb2
 
 AUTHOR = PeerID(b"\x12\x20" + bytes(range(32)))

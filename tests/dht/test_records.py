@@ -4,10 +4,6 @@ import math
 import time
 
 import pytest
-from hivemind.dht.routing import DHTID
-from hivemind.dht.validation import DHTRecord
-from hivemind.p2p import PeerID
-from hivemind.utils import MSGPackSerializer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_samples import EXPIRES_AT, NOW, UID_HERE, VALIDATOR, keys, refused, stored
@@ -26,7 +22,8 @@ from dht.records import (
 )
 from dht.uid import UID
 from peer.errors import RecordError, WireError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
+from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
 from peer.wire import records_pb2
 
 __all__ = ["keys"]

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 import pytest
-from hivemind.p2p import PeerID
 from three_hosts import (
     CLAIMED,
     FIRST,
@@ -29,6 +28,7 @@ from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.errors import RecordError, UnreachableError
 from peer.host import Host
+from peer.identity import PeerID
 from peer.loop import LoopThread
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

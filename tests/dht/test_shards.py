@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from hivemind.dht.routing import DHTID
-from hivemind.p2p import PeerID
-from hivemind.utils import MSGPackSerializer
 
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
 from dht.records import FULL, MOST_DIGITS, below, choose, digits_of, first_shards, shards_of
 from dht.registry import Registry
+from peer.identity import PeerID
+from peer.kademlia.hivemind import DHTID, MSGPackSerializer
 from peer.wire import records_pb2
 
 PEER = PeerID(b"\x12\x20" + bytes(30) + b"\xcd\xab")

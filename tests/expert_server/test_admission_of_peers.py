@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from callers import InSession
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
 
 from dht.admission import RIGHTS, Denylist, Role, make_token, new_serial
@@ -16,7 +15,7 @@ from dht.manifest import AdmissionSpec
 from dht.swarm import Swarm, join_swarm
 from expert_server.node import Node
 from peer.errors import ExpertError, InviteError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Right, SessionClient

@@ -14,7 +14,6 @@ import pytest
 import torch
 from callers import InSession, opened
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 from real_swarm import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, make_identities, playing, serving
 
 from dht.registry import NodeInfo
@@ -25,7 +24,7 @@ from expert_server.node import Node
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
 from peer.errors import UnreachableError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import NetworkConfig

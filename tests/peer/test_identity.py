@@ -7,13 +7,12 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from hivemind.p2p import PeerID
 from hivemind.proto import crypto_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import RecordError, StartError
-from peer.identity import TLS_NAME, Identity, certificate_pem, peer_id_of, verify
+from peer.identity import TLS_NAME, Identity, PeerID, certificate_pem, peer_id_of, verify
 
 
 def test_peer_id_is_the_one_that_hivemind_reads_from_the_file(identity: Identity) -> None:

@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from hivemind.p2p import PeerID
 from test_announcer import counts as trainer_counts
 from test_dense_part import take_step
 from torch import nn
 
 from dht.announcements import TrainerInfo, read_trainer
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.rpc.sessions import SessionClient, Sessions
 from peer.transport.tunnel import Tunnels

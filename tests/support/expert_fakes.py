@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 from torch import Tensor, nn
 
 from dht.directory import Directory, View
@@ -20,6 +19,7 @@ from dht.uid import UID
 from expert_server.blocks import build_block
 from peer.codec import Floats
 from peer.errors import ExpertError
+from peer.identity import PeerID
 from trainer_client.dispatch.batches import Answer, Direction, Request
 
 

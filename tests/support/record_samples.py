@@ -1,9 +1,6 @@
 """A record as hivemind hands it to the validator, whose clock stands still; and a swarm's keys."""
 
 import pytest
-from hivemind.dht.routing import DHTID
-from hivemind.dht.validation import DHTRecord
-from hivemind.utils import MSGPackSerializer
 
 from dht.records import (
     RecordValidator,
@@ -12,6 +9,7 @@ from dht.records import (
 from dht.uid import UID
 from peer.errors import RecordError
 from peer.identity import Identity
+from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
 
 NOW = 1_800_000_000.0
 EXPIRES_AT = NOW + 30.0

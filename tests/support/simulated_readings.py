@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hivemind.p2p import PeerID
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
@@ -19,6 +18,7 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from dht.registry import NodeInfo, Replica, ReplicaState
+from peer.identity import PeerID
 from talkoot.dashboard.app import Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
 from talkoot.dashboard.picture import Census, Paces, Picture, paint

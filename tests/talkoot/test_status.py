@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from hivemind.p2p import PeerID
 from rich.console import Console
 from simulated_readings import NOW, manifest, node, peer, replica, trainer
 
@@ -20,6 +19,7 @@ from dht.registry import NodeInfo
 from dht.swarm import Swarm
 from dht.uid import UID
 from peer.errors import SettingsError
+from peer.identity import PeerID
 from talkoot.status import SwarmReader, SwarmReading, _renderables
 from trainer_client.settings import TrainerSettings
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import grpc
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 
 from dht.announcements import TrainerInfo
 from dht.registry import Registry
@@ -23,7 +22,7 @@ from dht.relays import RelayKeeper
 from peer import PROTOCOL_VERSION
 from peer.averaging import freshest_first, max_plausible_updates
 from peer.errors import ExpertError, PortError, StateError, TransferError, UnreachableError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.rates import RateLimit
 from peer.rpc.calls import make_server, server_credentials
 from peer.rpc.channels import ChannelPool

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import grpc
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 
 from peer.averaging import AveragingHistory, partner_weight
 from peer.errors import ExpertError, StateError, WireError
+from peer.identity import PeerID
 from peer.rates import RateLimit
 from peer.rpc.calls import RequestReader, abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions

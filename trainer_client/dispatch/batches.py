@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
-from hivemind.p2p import PeerID
 from numpy.typing import NDArray
 
 from dht.beam_search import Selection
@@ -23,6 +22,7 @@ from dht.registry import NodeInfo
 from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import ExpertError
+from peer.identity import PeerID
 
 Integers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 
 from dht.registry import NodeInfo
 from peer.errors import ExpertError
+from peer.identity import PeerID
 from trainer_client.dispatch.batches import Answer, Direction, ExpertBatch, ExpertCaller, Request
 from trainer_client.dispatch.policy import AnswerScreening, CallTimes, CircuitBreakers, Latencies
 

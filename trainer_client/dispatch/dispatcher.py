@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from hivemind.p2p import PeerID
 
 from dht.beam_search import Selection
 from dht.directory import Directory, PrefixTables
 from dht.registry import NodeInfo
 from peer.codec import Floats
 from peer.errors import UnreachableError
+from peer.identity import PeerID
 from trainer_client.dispatch.batches import AnsweredShare, ExpertCaller, ForwardPass, RoutedRows
 from trainer_client.dispatch.calls import CallTracker, DispatchStats, NodeCall, Outcomes, next_outcomes
 from trainer_client.dispatch.forward import ForwardRun, Reach

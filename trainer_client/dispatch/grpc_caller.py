@@ -17,13 +17,13 @@ from typing import TypeAlias
 
 import grpc
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 
 from dht.directory import Directory
 from dht.registry import NodeInfo
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_CHUNK_BYTES, Floats, chunks, decode, encode, encoded_bytes
 from peer.errors import ExpertError, UnreachableError, WireError
+from peer.identity import PeerID
 from peer.rpc.calls import make_stub, retry_after_s
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from hivemind.p2p import PeerID
 
 from peer.codec import Floats
+from peer.identity import PeerID
 from peer.metrics import SECONDS, Distribution
 
 _LONGEST_BAN_S = 86400.0

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from hivemind.p2p import PeerID
 
 from dht.directory import View
 from peer.codec import Floats
+from peer.identity import PeerID
 from trainer_client.dispatch.batches import Answer, ExpertBatch, Request
 from trainer_client.dispatch.calls import CallTracker, NodeCall, Outcome, Outcomes, next_outcomes
 

@@ -4,7 +4,6 @@ import random
 
 import torch
 from checkpoint_samples import AN_UID, OTHER_UID, make_expert, step
-from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +12,7 @@ from dht.uid import UID
 from expert_server.experts.format import State
 from expert_server.hosting.averaging import averaged
 from peer.averaging import AveragingHistory, freshest_first, max_plausible_updates, partner_weight
+from peer.identity import PeerID
 
 counts = st.integers(0, 10**6)
 numbers = st.floats(-(2.0**20), 2.0**20, width=32)

@@ -4,7 +4,6 @@ import random
 from collections import Counter
 from statistics import median_high
 
-from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from expert_server.hosting.placement import (
     vacant,
 )
 from peer.averaging import MAX_UPDATE_COUNT
+from peer.identity import PeerID
 
 CLAIMED, SERVING, LEAVING = ReplicaState.CLAIMED, ReplicaState.SERVING, ReplicaState.LEAVING
 

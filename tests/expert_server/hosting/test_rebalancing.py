@@ -3,7 +3,6 @@
 import random
 from dataclasses import replace
 
-from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from expert_server.hosting.placement import (
     exchange,
     preference,
 )
+from peer.identity import PeerID
 
 SERVING = ReplicaState.SERVING
 Hosts = dict[UID, set[PeerID]]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hivemind.p2p import PeerID
 from real_swarm import LOCAL, UIDS, Play, Village, eventually, make_identities, playing, serving
 from test_restart import step, train
 
@@ -18,7 +17,7 @@ from expert_server.experts.format import State
 from expert_server.hosting.averaging import choose_partners
 from expert_server.node import Node
 from peer.errors import StateError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
 from peer.wire import state_pb2

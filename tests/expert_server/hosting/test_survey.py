@@ -6,7 +6,6 @@ import random
 from collections.abc import Collection
 
 import pytest
-from hivemind.p2p import PeerID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from dht.manifest import Manifest
 from dht.registry import Prefix, Replica, ReplicaState
 from dht.uid import UID
 from expert_server.hosting.placement import MOST_PREFIXES, MOST_VACANT, READ_WHOLE, SAMPLED, HostingSurvey
+from peer.identity import PeerID
 
 ME, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tls_expert_server import (
@@ -38,7 +37,7 @@ from expert_server.serving.servicer import CallLimits, ExpertServicer
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError, WireError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.rpc.sessions import Sessions
 from peer.wire import expert_pb2

@@ -1,9 +1,8 @@
 """What others ask for is bounded, whoever asks how often."""
 
-from hivemind.p2p import PeerID
-
 from dht.uid import UID
 from expert_server.state.servicer import FetchHint, HintQueue
+from peer.identity import PeerID
 
 ASKER, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
 UIDS = tuple(UID(0, (n, 0)) for n in range(10))

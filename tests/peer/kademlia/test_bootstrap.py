@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from hivemind.dht.routing import DHTID
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import StartError
+from peer.kademlia.hivemind import DHTID
 from peer.kademlia.node import CLOCK_TOLERANCE_S, BootstrapReply, check_bootstrap
 
 right = st.floats(-CLOCK_TOLERANCE_S, CLOCK_TOLERANCE_S)

@@ -6,18 +6,21 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from hivemind.dht.protocol import DHTProtocol
-from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DictionaryDHTValue
-from hivemind.p2p import P2PContext, PeerID
-from hivemind.proto import dht_pb2
-from hivemind.utils import MSGPackSerializer
 
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.records import sign_record
 from dht.registry import ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
+from peer.identity import PeerID
+from peer.kademlia.hivemind import (
+    DHTID,
+    DHTProtocol,
+    DictionaryDHTValue,
+    MSGPackSerializer,
+    P2PContext,
+    dht_pb2,
+)
 from peer.kademlia.storage import StoreBounds
 from peer.kademlia.validation import owns_node_id
 from peer.wire import records_pb2

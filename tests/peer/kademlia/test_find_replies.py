@@ -7,14 +7,17 @@ import time
 from typing import Any
 
 import pytest
-from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DictionaryDHTValue
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
-from hivemind.proto import dht_pb2
-from hivemind.utils import MSGPackSerializer
 
+from peer.identity import PeerID
+from peer.kademlia.hivemind import (
+    DHTID,
+    DHTRecord,
+    DictionaryDHTValue,
+    MSGPackSerializer,
+    RecordValidatorBase,
+    dht_pb2,
+)
 from peer.kademlia.lookups import FindResult, find
 
 KEY = DHTID.generate(source="key")

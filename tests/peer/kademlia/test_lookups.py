@@ -4,15 +4,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
-from hivemind.dht.routing import DHTID
-from hivemind.p2p import P2PContext, PeerID
-from hivemind.proto import dht_pb2
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.registry import ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
+from peer.identity import PeerID
+from peer.kademlia.hivemind import DHTID, P2PContext, dht_pb2
 from peer.kademlia.search import ContactBook, RttEstimator, UnverifiedNodes
 
 HOME = UID(0, (0, 1))

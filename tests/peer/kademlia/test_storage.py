@@ -5,10 +5,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hivemind.dht.routing import DHTID
-from hivemind.utils import timed_storage
 
 from peer.kademlia import storage as store
+from peer.kademlia.hivemind import DHTID, timed_storage
 from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreCounts, size_of
 
 KEY, OTHER = DHTID.generate(source="key"), DHTID.generate(source="other")

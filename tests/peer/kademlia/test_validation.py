@@ -5,9 +5,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from hivemind.dht.storage import DictionaryDHTValue
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-
+from peer.kademlia.hivemind import DHTRecord, DictionaryDHTValue, RecordValidatorBase
 from peer.kademlia.validation import MAX_ENTRIES, drop_invalid_entries, patch_validation
 
 

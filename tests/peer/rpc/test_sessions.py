@@ -10,12 +10,11 @@ import pytest
 from callers import RIGHTS, a_caller, new_identity
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
-from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import ExpertError
-from peer.identity import SESSION_DOMAIN, Identity, certificate_pem
+from peer.identity import SESSION_DOMAIN, Identity, PeerID, certificate_pem
 from peer.loop import LoopThread
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS

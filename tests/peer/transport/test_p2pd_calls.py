@@ -14,11 +14,11 @@ from uuid import uuid4
 import pytest
 from google.protobuf.message import Message
 from google.protobuf.proto import parse_length_prefixed, serialize_length_prefixed
-from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient, DaemonConnector
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
+from peer.identity import PeerID
 from peer.loop import LoopThread
 from peer.transport.p2pd import patch_control_client
 

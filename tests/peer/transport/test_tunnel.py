@@ -12,11 +12,10 @@ from typing import Any
 
 import grpc
 import pytest
-from hivemind.p2p import PeerID
 
 from peer.errors import UnreachableError
 from peer.host import Host
-from peer.identity import Identity, certificate_pem
+from peer.identity import Identity, PeerID, certificate_pem
 from peer.loop import LoopThread
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool

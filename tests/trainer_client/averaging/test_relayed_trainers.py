@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from dense_trainers import Play, Square, are_one, identities, play
-from hivemind.p2p import PeerID
 from test_dense_part import make_model, trained
 
 import dht.relays
 from dht import relays as reached
 from dht.announcements import read_trainer
 from dht.relays import RelayKeeper, is_hidden
+from peer.identity import PeerID
 from peer.transport.tunnel import Pipe, Tunnels
 from peer.wire import records_pb2
 from trainer_client.averaging.averager import choose_partner

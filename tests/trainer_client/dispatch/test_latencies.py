@@ -1,10 +1,10 @@
 """Quantiles are of the last calls, and nothing grows with their number."""
 
 import pytest
-from hivemind.p2p import PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer.identity import PeerID
 from peer.metrics import SECONDS, Distribution
 from trainer_client.dispatch.policy import Durations, Latencies, Quantiles
 
