@@ -1,14 +1,31 @@
-"""What the commands share: options, and what stands around every command."""
+"""The commands' options: those of their settings, made from the settings models, and those that several commands share.
+
+Settings are imported only when a command is asked for its options, so that `talkoot --help` is instant.
+"""
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand
 
 from peer.errors import InstallationError, UserError
 from talkoot.signals import Stopped, StopSignals
@@ -19,87 +36,178 @@ if TYPE_CHECKING:
 
     from peer.settings import RoleSettings
 
+Settings = TypeVar("Settings", bound="RoleSettings")
+
 USER_ERROR_STATUS = 2
-_OWN = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
-"""An import among these that fails is a fault of ours."""
 
 Join = Annotated[
     str | None,
-    typer.Option(metavar="INVITE", help="The invite of the swarm, or @FILE with the file that holds it."),
+    typer.Option(metavar="INVITE", help="The swarm's invite, or @FILE to read it from a file."),
 ]
 Config = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Settings as TOML; the environment is stronger, and options are strongest."
+        metavar="FILE",
+        help="Settings in TOML. Environment variables override the file, and options override both.",
     ),
 ]
-State = Annotated[Path | None, typer.Option(metavar="DIR")]
 NodeState = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="The node's state folder.  [default: ~/.local/state/talkoot/node]"),
 ]
-TrainedState = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="The trainer's state folder, where its checkpoints are.  [default: ~/.local/state/talkoot/trainer]",
-    ),
+Format = Annotated[
+    LogFormat, typer.Option(metavar="text|json", help="Lines for people, or JSON lines for programs.")
 ]
-TextField = Annotated[str | None, typer.Option(metavar="NAME")]
-WaitForExperts = Annotated[float | None, typer.Option("--wait-for-experts-s", "--wait-for-experts")]
-MetricsHost = Annotated[str | None, typer.Option(metavar="A")]
-Deny = Annotated[list[str] | None, typer.Option(metavar="PEERID")]
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Folder of checkpoints, or one of its files.  [default: that of the trainer's newest run]",
-    ),
-]
-Format = Annotated[LogFormat, typer.Option(help="Lines for people, or JSON lines for programs.")]
+
+_FLAGS = {
+    "drain_timeout_s": "--drain-timeout",
+    "wait_for_experts_s": "--wait-for-experts",
+    "only_when_idle": "--only-when-idle/--even-when-busy",
+    "not_on_battery": "--not-on-battery/--on-battery",
+}
+"""Beside the flag of a setting's own name; of a switch, in its place."""
+_METAVARS = {
+    **dict.fromkeys(("state", "checkpoint", "tensorboard"), "DIR"),
+    **dict.fromkeys(("log", "plot", "denylist"), "FILE"),
+    **dict.fromkeys(("name", "field", "tokenizer"), "NAME"),
+    "data": "PATH",
+    "deny": "PEERID",
+    "device": "DEVICE",
+    "in_flight": "N|auto",
+    "memory": "SIZE",
+    "schedule": "HOURS",
+}
+_METAVARS_BY_ENDING = {
+    "host": "ADDRESS",
+    "port": "PORT",
+    "_s": "SECONDS",
+    "_mbit": "MBIT/S",
+    "_bytes": "BYTES",
+}
+_METAVARS_BY_TYPE = {int: "N", float: "X", Path: "PATH"}
+_FIRST_COLUMN = 26
+"""Width of the options in the help. The text of a wider one begins on the next line."""
 
 
 class SettingsCommand(TyperCommand):
-    """A command with options that are settings of its role: what they are stands there, and in their help from there.
+    """A command that has settings as options, beside its function's parameters.
 
-    Only who asks a command for its options imports the settings: `talkoot --help` does without.
+    Every setting of its roles is an option. `load_settings` reads what was given.
+    """
+
+    sections: ClassVar[Mapping[str, Sequence[str]]]
+    """What `--help` shows: headings, and below each the names of settings and of the function's parameters.
+
+    Other options are accepted too.
     """
 
     @staticmethod
-    def role() -> "type[RoleSettings]":
+    def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
+        """The settings models, and which of their settings are options."""
         raise NotImplementedError
 
-    def get_params(self, ctx: Any) -> Any:
-        fields = self.role().model_fields
-        for option in self.params:
-            if option.name in fields and isinstance(option, TyperOption) and option.help is None:
-                option.help = help_of(fields[option.name], several=option.multiple)
-                option.metavar = option.metavar or "|".join(_choices(fields[option.name].annotation)) or None
-        return super().get_params(ctx)
+    @cached_property
+    def _setting_options(self) -> list[Any]:
+        return [option for role, names in self.roles().items() for option in make_options(role, names)]
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [*self._setting_options, *super().get_params(ctx)]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Moves the settings' values from the function's arguments to the context."""
+        rest = super().parse_args(ctx, args)
+        values = {option.name: ctx.params.pop(option.name, None) for option in self._setting_options}
+        given = {name: value for name, value in values.items() if value not in (None, [], ())}
+        ctx.meta[__name__] = {
+            role: {name: given[name] for name in names if name in given}
+            for role, names in self.roles().items()
+        }
+        return rest
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        records = {parameter.name: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)}
+        *_, last = self.sections
+        for heading, names in self.sections.items():
+            rows = [records[name] for name in (*names, *(["help"] if heading == last else []))]
+            with formatter.section(heading):
+                formatter.write_dl(
+                    [(option.ljust(_FIRST_COLUMN), text) for option, text in rows], col_max=_FIRST_COLUMN
+                )
 
 
-class NodeCommand(SettingsCommand):
-    @staticmethod
-    def role() -> "type[RoleSettings]":
-        from expert_server.settings import NodeSettings
-
-        return NodeSettings
+def load_settings(context: typer.Context, role: type[Settings]) -> Settings:
+    """Reads settings from a command's options, the environment and its `--config`. Raises SettingsError."""
+    return role.load(context.params.get("config"), **given_settings(context, role))
 
 
-class TrainerCommand(SettingsCommand):
-    @staticmethod
-    def role() -> "type[RoleSettings]":
-        from trainer_client.settings import TrainerSettings
-
-        return TrainerSettings
+def given_settings(context: Any, role: "type[RoleSettings]") -> dict[str, Any]:
+    """The settings that were given as options of a SettingsCommand."""
+    given: dict[str, Any] = context.meta[__name__][role]
+    return given
 
 
-class DashboardCommand(SettingsCommand):
-    @staticmethod
-    def role() -> "type[RoleSettings]":
-        from talkoot.dashboard.settings import DashboardSettings
+def make_options(role: "type[RoleSettings]", names: Collection[str]) -> list[Any]:
+    """Options for a role's settings: flag, type and help come from the field."""
+    parameters = [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=_annotation(name, role.model_fields.get(name)),
+        )
+        for name in names
+    ]
 
-        return DashboardSettings
+    def settings(**values: Any) -> None:
+        """Has the options as its signature, from which typer makes them."""
+
+    settings.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # functions may have one
+    app = typer.Typer(add_completion=False)
+    app.command()(settings)
+    return list(typer.main.get_command(app).params)
+
+
+def _annotation(name: str, field: "FieldInfo | None") -> Any:
+    """`field`: None for a removed setting, whose value is ignored."""
+    flag = f"--{name.replace('_', '-')}"
+    if field is None:
+        return Annotated[str | None, typer.Option(flag, hidden=True)]  # loading warns about it
+    kind = _value_type(field)
+    if kind is bool:
+        flags = [_FLAGS.get(name, f"{flag}/--no-{flag.removeprefix('--')}")]
+    else:
+        flags = [flag, *([_FLAGS[name]] if name in _FLAGS else [])]
+    option = typer.Option(
+        *flags,
+        help=help_of(field, several=get_origin(kind) is list),
+        metavar=None if kind is bool else _metavar(name, field, kind),
+    )
+    return Annotated[kind | None, option]
+
+
+def _value_type(field: "FieldInfo") -> Any:
+    """As what the command line reads a value. What is not read here is text, which the settings model reads."""
+    kinds = [kind for kind in _alternatives(field.annotation) if kind is not NoneType]
+    if get_origin(kinds[0]) is tuple:
+        return list[str]
+    return kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float, Path) else str
+
+
+def _metavar(name: str, field: "FieldInfo", kind: Any) -> str:
+    if choices := _choices(field):
+        return "|".join(choices)
+    by_ending = (word for ending, word in _METAVARS_BY_ENDING.items() if name.endswith(ending))
+    return _METAVARS.get(name) or next(by_ending, None) or _METAVARS_BY_TYPE.get(kind, "TEXT")
+
+
+def _choices(field: "FieldInfo") -> list[str]:
+    """The words that a setting may be, if it may be nothing else."""
+    kinds = [kind for kind in _alternatives(field.annotation) if kind is not NoneType]
+    return list(get_args(kinds[0])) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else []
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def help_of(field: "FieldInfo", *, several: bool) -> str:
@@ -118,20 +226,111 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _choices(kind: Any) -> list[str]:
-    """Of a setting that has one of some words, those words."""
-    words = get_args(kind) if get_origin(kind) is Literal else ()
-    return [*words, *(word for part in get_args(kind) for word in _choices(part))]
+class NodeCommand(SettingsCommand):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Swarm": ("join", "new", "bootstrap", "invite_file", "name"),
+        "Resources": ("experts", "memory", "device", "threads", "upload_mbit", "download_mbit"),
+        "When to work": ("schedule", "only_when_idle", "not_on_battery"),
+        "Network": ("host", "dht_port", "grpc_port", "announce_host"),
+        "Settings and output": ("state", "config", "check", "log_format"),
+    }
+
+    @staticmethod
+    def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
+        from expert_server.settings import NodeSettings
+
+        return {NodeSettings: _all_settings(NodeSettings)}
 
 
-def given_settings(options: Mapping[str, Any], role: "type[RoleSettings]") -> dict[str, Any]:
-    """Of a command's options those that were given and are settings of its role."""
-    return {name: options[name] for name in role.model_fields if options.get(name) not in (None, [])}
+class DoctorCommand(NodeCommand):
+    """`talkoot node --check` with a help of its own."""
+
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Swarm": ("join", "new", "bootstrap"),
+        "Resources": ("experts", "memory", "device", "precision", "threads"),
+        "Network": ("host", "dht_port", "grpc_port", "metrics_port"),
+        "Settings and output": ("state", "config", "cached", "as_json"),
+    }
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        ctx.params["check"] = True
+        return rest
+
+
+class TrainCommand(SettingsCommand):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Swarm": ("join", "local", "name"),
+        "Data": ("data", "field", "tokenizer"),
+        "Training": (
+            "steps",
+            "batch_size",
+            "in_flight",
+            "learning_rate",
+            "preset",
+            "router",
+            "average_every",
+        ),
+        "Checkpoints": ("resume", "checkpoint", "checkpoint_every"),
+        "Settings and output": ("state", "config", "log", "plot", "json_file", "log_format"),
+    }
+
+    @staticmethod
+    def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
+        from trainer_client.settings import TrainerSettings
+
+        return {TrainerSettings: _all_settings(TrainerSettings)}
+
+
+_TRAINED_MODEL = ("checkpoint", "wait_for_experts_s", "threads", "state")
+
+
+class GenerateCommand(SettingsCommand):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Text": ("prompt", "max_tokens", "temperature", "top_k", "top_p", "seed"),
+        "Model": ("join", "checkpoint", "state", "threads"),
+    }
+
+    @staticmethod
+    def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
+        from trainer_client.settings import Sampling, TrainerSettings
+
+        return {TrainerSettings: _TRAINED_MODEL, Sampling: _all_settings(Sampling)}
+
+
+class EvaluateCommand(SettingsCommand):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Text": ("paths", "field"),
+        "Model": ("join", "checkpoint", "state", "threads"),
+        "Output": ("as_json",),
+    }
+
+    @staticmethod
+    def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
+        from trainer_client.settings import TrainerSettings
+
+        return {TrainerSettings: (*_TRAINED_MODEL, "field")}
+
+
+class DashboardCommand(SettingsCommand):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Options": ("join", "host", "port", "refresh_s", "state", "config", "log_format"),
+    }
+
+    @staticmethod
+    def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
+        from talkoot.dashboard.settings import DashboardSettings
+
+        return {DashboardSettings: _all_settings(DashboardSettings)}
+
+
+def _all_settings(role: "type[RoleSettings]") -> tuple[str, ...]:
+    return *role.model_fields, *sorted(role.removed)
 
 
 @contextmanager
 def command(log_format: LogFormat) -> Iterator[tuple[Terminal, StopSignals]]:
-    """Around every command: errors of the user in one line, signals as exit status."""
+    """What stands around every command: errors of the user become one line, and signals the exit status."""
     # torch's threads must not spin while they wait: others need the cores; OpenMP reads this when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signals = StopSignals()
@@ -142,13 +341,17 @@ def command(log_format: LogFormat) -> Iterator[tuple[Terminal, StopSignals]]:
     except UserError as error:
         _fail(error)
     except ImportError as error:
-        if error.name is None or error.name.partition(".")[0] in _OWN:
+        if error.name is None or error.name.partition(".")[0] in _OWN_PACKAGES:
             raise
         _fail(InstallationError(f"can't import {error.name}: {error}; install Talkoot again"))
     except Stopped as stopped:
         raise typer.Exit(stopped.exit_status) from None
     finally:
         signals.ignore()
+
+
+_OWN_PACKAGES = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
+"""A failed import of one of these is a fault of ours, not of the installation."""
 
 
 def _fail(error: UserError) -> NoReturn:

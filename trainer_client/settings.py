@@ -29,13 +29,19 @@ class Sampling(RoleSettings):
     env_prefix: ClassVar[str] = "TALKOOT_GENERATE_"
 
     temperature: float = Field(
-        default=0.8, ge=0, le=100, allow_inf_nan=False, description="0 takes the likeliest token always"
+        default=0.8,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="how much chance there is in the choice; 0: always the likeliest token",
     )
     top_k: int | None = Field(default=None, ge=1, description="only the k likeliest tokens; unset: all")
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="only the likeliest tokens that make up this probability"
     )
-    seed: int | None = Field(default=None, ge=0, lt=2**63, description="unset: other text each time")
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="equal seeds draw equal text; unset: a new one each time"
+    )
     max_tokens: int = Field(default=200, ge=1, le=10**7, description="tokens to generate")
 
 

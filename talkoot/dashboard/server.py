@@ -8,10 +8,9 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 import uvicorn
@@ -111,13 +110,10 @@ _KEEP_S = 5.0
 """Longest that a stopping dashboard writes its last picture down."""
 
 
-def run_dashboard(
-    terminal: Terminal, join: str | None, config: Path | None, flags: Mapping[str, Any]
-) -> None:
+def run_dashboard(terminal: Terminal, join: str | None, settings: DashboardSettings) -> None:
     """Watches until a signal comes, which is no error. Raises UserError when it can't start."""
     quiet_hivemind()
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    settings = DashboardSettings.load(config, **flags)
     invite = invite_of(join)
     listener = listen(settings.host, settings.port)
     folder = StateFolder(settings.state or platformdirs.user_state_path("talkoot") / "dashboard")

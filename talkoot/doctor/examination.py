@@ -9,7 +9,6 @@ import logging
 import random
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +125,12 @@ def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
         terminal.line("this machine can't host experts: something above prevents it")
 
 
-def run_check(
-    terminal: Terminal, origin: Origin, config: Path | None, flags: Mapping[str, Any], *, cached: bool
-) -> bool:
+def run_check(terminal: Terminal, origin: Origin, settings: NodeSettings, *, cached: bool) -> bool:
     """Prints what it finds, and keeps it in the state folder. Says whether this machine can serve.
 
     `cached`: prints what was found the last time instead. Raises UserError when it can't check anything.
     """
     quiet_hivemind()
-    settings = NodeSettings.load(config, **flags)
     folder = node_folder(settings.state)
     if cached:
         report = Report.load(folder)

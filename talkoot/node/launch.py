@@ -8,10 +8,9 @@ import ipaddress
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import uvloop
 from rich.live import Live
@@ -148,17 +147,10 @@ class SwarmStarter:
         )
 
 
-def run_node(
-    terminal: Terminal,
-    origin: Origin,
-    config: Path | None,
-    flags: Mapping[str, Any],
-    invite_file: Path | None,
-) -> None:
+def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_file: Path | None) -> None:
     """Runs until a signal comes. Raises UserError when it can't start, and Stopped when stopped before it served."""
     keep_freed_memory()
     quiet_hivemind()
-    settings = NodeSettings.load(config, **flags)
     check_devices(settings.device, settings.precision)  # better known before others are bothered
     starter = origin.swarm_starter()
     if starter.manifest is not None:

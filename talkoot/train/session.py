@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,15 +42,13 @@ def run_train(
     signals: StopSignals,
     join: str | None,
     local: Path | None,
-    config: Path | None,
-    flags: Mapping[str, Any],
+    settings: TrainerSettings,
     *,
     resume: bool,
     json_file: Path | None,
 ) -> None:
     """Raises UserError when it can't train, and Stopped after a signal; a run that was stopped has its summary too."""
     quiet_hivemind()
-    settings = TrainerSettings.load(config, **flags)
     if (join is None) == (local is None):
         raise SettingsError(
             "pass --join INVITE, the line that you were given or @FILE with the file that holds it, or "

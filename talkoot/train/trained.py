@@ -70,7 +70,7 @@ def trained_model(
     terminal: Terminal,
     signals: StopSignals,
     join: str | None,
-    flags: Mapping[str, Any],
+    settings: TrainerSettings,
     prepare: Callable[[Tokenizer, TrainerSettings, Path], None],
 ) -> Iterator[TrainedModel]:
     """Joins with a throw-away identity, so that it works beside a trainer. Raises UserError when it can't.
@@ -78,7 +78,6 @@ def trained_model(
     `prepare` is called before, with the tokenizer and a folder that is there as long as the model.
     """
     quiet_hivemind()
-    settings = TrainerSettings.load(None, **flags)
     invite = invite_of(join)
     swarm_id = invite.keys.swarm_id
     path = checkpoint_folder(settings.checkpoint, trainer_state(settings), swarm_id, newest=True)
@@ -111,7 +110,7 @@ def run_evaluate(
     signals: StopSignals,
     join: str | None,
     paths: Sequence[str],
-    flags: Mapping[str, Any],
+    settings: TrainerSettings,
 ) -> None:
     """Raises UserError when it can't, and Stopped after a signal."""
     files = find_files(paths)
@@ -120,7 +119,7 @@ def run_evaluate(
     def read_files(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
         read.append(encode_corpus(files, settings.field, tokenizer, folder / "text"))
 
-    with trained_model(terminal, signals, join, flags, read_files) as trained:
+    with trained_model(terminal, signals, join, settings, read_files) as trained:
         evaluation = _evaluate(terminal, trained, read[0])
         unanswered = trained.client.dispatcher.stats.unanswered_rows
     values = asdict(evaluation) | {"step": trained.step, "unanswered_rows": unanswered}
@@ -180,13 +179,12 @@ def run_generate(
     signals: StopSignals,
     join: str | None,
     prompt: str,
-    flags: Mapping[str, Any],
-    sampling_flags: Mapping[str, Any],
+    settings: TrainerSettings,
+    sampling: Sampling,
 ) -> None:
     """Raises UserError when it can't, and Stopped after a signal."""
-    sampling = Sampling.load(None, **sampling_flags)
     text = _read_prompt() if prompt == "-" else prompt.encode(errors="replace").decode()
-    with trained_model(terminal, signals, join, flags, lambda *_: None) as trained:
+    with trained_model(terminal, signals, join, settings, lambda *_: None) as trained:
         try:
             for piece in _text(trained, text, sampling):
                 sys.stdout.write(_CONTROL.sub("\ufffd", piece))

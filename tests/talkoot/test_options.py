@@ -1,43 +1,128 @@
-"""Options and the settings of the same names."""
+"""Options and the settings that they are made from."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from expert_server.settings import NodeSettings
 from peer.settings import RoleSettings
 from talkoot.cli import app
 from talkoot.dashboard.settings import DashboardSettings
-from talkoot.options import given_settings, help_of
-from trainer_client.settings import TrainerSettings
+from talkoot.options import given_settings, help_of, load_settings
+from trainer_client.settings import Sampling, TrainerSettings
 
 COMMANDS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # of a group
-_SWARM = {"join", "new", "bootstrap", "local"}
-_OF_ONE_CALL = {"config", "resume", "check", "cached", "invite-file", "json", "log-format"}
+ROLES: list[tuple[str, type[RoleSettings]]] = [
+    *(("node", NodeSettings), ("doctor", NodeSettings)),
+    *(("train", TrainerSettings), ("generate", Sampling), ("dashboard", DashboardSettings)),
+]
+_SCREEN = 70
+"""Lines, where a terminal is 80 columns wide. On a wide one half as many do."""
 
 
-def options_of(name: str) -> list[Any]:
+def options_of(name: str) -> dict[str, Any]:
     command = COMMANDS[name]
-    options: list[Any] = command.get_params(typer.Context(command))
-    return options
+    return {option.name: option for option in command.get_params(typer.Context(command))}
+
+
+def parsed(name: str, *arguments: str) -> typer.Context:
+    context: typer.Context = COMMANDS[name].make_context(name, list(arguments))
+    return context
+
+
+@pytest.mark.parametrize(("name", "role"), ROLES)
+def test_every_setting_is_an_option_of_its_name(name: str, role: type[RoleSettings]) -> None:
+    options = options_of(name)
+    for setting, field in role.model_fields.items():
+        flags = options[setting].opts
+        assert f"--{setting.replace('_', '-')}" in flags
+        assert (field.annotation is bool) == bool(options[setting].is_flag)
+
+
+@pytest.mark.parametrize("name", ["node", "doctor", "train", "dashboard", "generate", "evaluate"])
+def test_every_option_says_what_it_is(name: str) -> None:
+    assert [option.name for option in options_of(name).values() if not option.help] == []
+
+
+@pytest.mark.parametrize("name", ["node", "doctor", "train", "dashboard", "generate", "evaluate"])
+def test_help_shows_what_people_need_in_sections(name: str) -> None:
+    ended = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert ended.exit_code == 0, ended.output
+    headings = [line for line in ended.stdout.splitlines() if line.endswith(":") and line[0] != " "]
+    sections: Mapping[str, Any] = COMMANDS[name].sections
+    assert headings == [f"{heading}:" for heading in sections]
+    for names in sections.values():
+        for option in names:
+            shown = options_of(name)[option]
+            assert (shown.opts[0] if option != "paths" else "FILE") in ended.stdout
+    assert len(ended.stdout.splitlines()) < _SCREEN
+
+
+def test_settings_that_help_does_not_show_are_accepted() -> None:
+    shown = CliRunner().invoke(app, ["node", "--help"]).stdout
+    assert "--max-calls" not in shown
+    assert load_settings(parsed("node", "--max-calls", "7"), NodeSettings).max_calls == 7
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
-    [("node", NodeSettings), ("train", TrainerSettings), ("dashboard", DashboardSettings)],
-)
-def test_every_option_of_a_role_is_a_setting_of_that_name(name: str, settings: type[RoleSettings]) -> None:
-    first = {parameter.opts[0].removeprefix("--") for parameter in COMMANDS[name].params}
-    known = {setting.replace("_", "-") for setting in settings.model_fields}
-    assert first - known <= _SWARM | _OF_ONE_CALL
+    ("name", "arguments", "role", "expected"),
+    [
+        ("node", ["--experts", "0"], NodeSettings, {"experts": 0}),
+        ("node", ["--deny", "a", "--deny", "b"], NodeSettings, {"deny": ["a", "b"]}),
+        ("node", ["--only-when-idle"], NodeSettings, {"only_when_idle": True}),
+        ("node", ["--even-when-busy"], NodeSettings, {"only_when_idle": False}),
+        ("node", ["--on-battery"], NodeSettings, {"not_on_battery": False}),
+        ("node", ["--no-upnp"], NodeSettings, {"upnp": False}),
+        ("node", ["--drain-timeout", "5"], NodeSettings, {"drain_timeout_s": 5.0}),
+        ("node", ["--memory", "2GB"], NodeSettings, {"memory": "2GB"}),
+        ("node", ["--schedule", "22:00-07:00"], NodeSettings, {"schedule": "22:00-07:00"}),
+        ("doctor", ["--grpc-port", "1"], NodeSettings, {"grpc_port": 1}),
+        ("train", ["--in-flight", "auto"], TrainerSettings, {"in_flight": "auto"}),
+        ("train", ["--in-flight", "3"], TrainerSettings, {"in_flight": "3"}),
+        ("train", ["--data", "a", "--data", "b"], TrainerSettings, {"data": ["a", "b"]}),
+        ("train", ["--log", "x"], TrainerSettings, {"log": Path("x")}),
+        ("train", ["--wait-for-experts", "1"], TrainerSettings, {"wait_for_experts_s": 1.0}),
+        ("dashboard", ["--port", "0"], DashboardSettings, {"port": 0}),
+        ("evaluate", ["a.txt", "--field", "body"], TrainerSettings, {"field": "body"}),
+        ("train", ["--resume", "--join", "x"], TrainerSettings, {}),
+    ],
+)  # fmt: skip
+def test_options_that_were_given_are_settings(
+    name: str, arguments: list[str], role: type[RoleSettings], expected: dict[str, Any]
+) -> None:
+    context = parsed(name, *arguments)
+    given = given_settings(context, role)
+    assert given == expected
+    assert not set(role.model_fields) & set(context.params), "the command's function does not take them"
+    role.load(**given)
 
 
-@pytest.mark.parametrize("name", ["node", "train", "dashboard", "generate", "evaluate"])
-def test_every_option_says_what_it_is(name: str) -> None:
-    assert [option.name for option in options_of(name) if not option.help] == []
+def test_options_of_two_roles_with_one_name_stay_apart() -> None:
+    context = parsed("generate", "--seed", "3", "--top-k", "5", "--threads", "2")
+    assert given_settings(context, TrainerSettings) == {"threads": 2}
+    assert given_settings(context, Sampling) == {"seed": 3, "top_k": 5}
+
+
+def test_options_override_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "node.toml"
+    config.write_text("experts = 3\nspare = 4\n")
+    settings = load_settings(parsed("node", "--config", str(config), "--experts", "5"), NodeSettings)
+    assert (settings.experts, settings.spare) == (5, 4)
+
+
+def test_a_removed_setting_is_still_accepted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(DashboardSettings, "removed", frozenset({"colour"}))
+    command: Any = typer.main.get_command(app).commands["dashboard"]  # type: ignore[attr-defined]  # of a group
+    context = command.make_context("dashboard", ["--colour", "red", "--port", "1"])
+    assert load_settings(context, DashboardSettings).port == 1
+    assert "colour no longer exists" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -57,26 +142,29 @@ def test_an_option_says_what_its_setting_is_and_its_default(
     assert help_of(settings.model_fields[name], several=False) == said
 
 
-def test_an_option_that_may_come_several_times_says_so() -> None:
-    assert "the denylist. May be given several times." in help_of(
-        NodeSettings.model_fields["deny"], several=True
-    )
+@pytest.mark.parametrize(("name", "option"), [("node", "deny"), ("train", "data")])
+def test_an_option_that_may_come_several_times_says_so(name: str, option: str) -> None:
+    assert "May be given several times." in options_of(name)[option].help
 
 
-def test_the_words_that_a_setting_may_be_are_shown() -> None:
-    (router,) = (option for option in options_of("train") if option.name == "router")
-    assert router.metavar == "product-key|noisy-top-k|switch|base|glam"
-
-
-def test_an_option_of_the_commands_own_is_not_the_setting_of_its_name() -> None:
-    (top_k,) = (option for option in options_of("generate") if option.name == "top_k")
-    assert top_k.help == "Draw from the k likeliest tokens.  [default: all]"
+@pytest.mark.parametrize(
+    ("name", "option", "metavar"),
+    [
+        ("train", "router", "product-key|noisy-top-k|switch|base|glam"),
+        ("train", "in_flight", "N|auto"),
+        ("node", "grpc_port", "PORT"),
+        ("node", "announce_every_s", "SECONDS"),
+        ("node", "experts", "N"),
+    ],
+)
+def test_an_option_shows_what_its_value_is(name: str, option: str, metavar: str) -> None:
+    assert options_of(name)[option].metavar == metavar
 
 
 @pytest.mark.parametrize(
     ("name", "folder"),
     [
-        *((name, "node") for name in ("node", "pause", "resume", "stop", "logs", "invite")),
+        *((name, "node") for name in ("node", "doctor", "pause", "resume", "stop", "logs", "invite")),
         *((name, "trainer") for name in ("train", "generate", "evaluate")),
         ("dashboard", "dashboard"),
     ],
@@ -84,19 +172,8 @@ def test_an_option_of_the_commands_own_is_not_the_setting_of_its_name() -> None:
 def test_each_state_folder_says_where_it_is_by_default(
     name: str, folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (state,) = (option for option in options_of(name) if option.name == "state")
+    state = options_of(name)["state"]
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     expected = platformdirs.user_state_path("talkoot") / folder
     assert f"[default: {str(expected).replace(str(tmp_path), '~')}]" in state.help
-
-
-def test_what_was_not_given_is_no_setting() -> None:
-    options: dict[str, object] = {
-        "experts": 0,
-        "spare": None,
-        "deny": [],
-        "only_when_idle": False,
-        "join": "x",
-    }
-    assert given_settings(options, NodeSettings) == {"experts": 0, "only_when_idle": False}
