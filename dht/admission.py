@@ -23,8 +23,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
+from dht.records import SwarmKeys
 from peer.errors import ExpertError, RecordError, SettingsError
-from peer.identity import GRANT_DOMAIN, Identity, PeerID, peer_id_of, verify
+from peer.identity import GRANT_DOMAIN, Identity, PeerID, verify
 from peer.rpc.sessions import Admitted, Right
 from peer.wire import admission_pb2, records_pb2, session_pb2
 
@@ -224,21 +225,38 @@ class SwarmAdmission:
     """The rules of one swarm, as this peer applies them to callers and to records. Keeps no secrets."""
 
     def __init__(
-        self,
-        swarm_id: str,
-        founder_key: bytes,
-        mode: Mode,
-        denylist: Denylist | None = None,
-        now: Callable[[], float] = time.time,
+        self, keys: SwarmKeys, denylist: Denylist | None = None, now: Callable[[], float] = time.time
     ) -> None:
-        """`founder_key`: DER, as the manifest's record has it."""
-        self.mode = mode
         self.denylist = denylist or Denylist()
-        self._swarm_id = swarm_id
-        self._founder_key = founder_key
-        self._founder = peer_id_of(founder_key)
+        self._keys = keys
         self._now = now
+        self._mode: Mode | None = None
+        self._founder_key = b""
+        self._badge: admission_pb2.Badge | None = None
         self._revoked: frozenset[int] = frozenset()
+
+    def learn(self, founder_key: bytes, mode: Mode) -> None:
+        """Takes over what the manifest says. Before that no call can be admitted, and every record is taken.
+
+        `founder_key`: DER, as the manifest's record has it.
+        """
+        self._founder_key, self._mode = founder_key, mode
+
+    def present(self, token: admission_pb2.Token, holder: PeerID) -> None:
+        """Makes this peer's own badge from its token. Raises RecordError that says why the token is of no use."""
+        badge = make_badge(token, holder)
+        self.check_own(badge, holder)
+        self._badge = badge
+
+    @property
+    def mode(self) -> Mode:
+        assert self._mode is not None, "the manifest is read first"
+        return self._mode
+
+    @property
+    def badge(self) -> admission_pb2.Badge | None:
+        """What admits this peer, if it needs that."""
+        return self._badge
 
     @property
     def revoked(self) -> frozenset[int]:
@@ -256,7 +274,7 @@ class SwarmAdmission:
         """Raises ExpertError (PERMISSION_DENIED) that says what is missing."""
         if caller in self.denylist:
             raise ExpertError(StatusCode.PERMISSION_DENIED, "this node's owner has denied you")
-        if self.mode == "open" or caller == self._founder:
+        if self.mode == "open" or caller == self._keys.author:
             return Admitted()
         try:
             grant = self._granted(badge, caller)
@@ -275,21 +293,17 @@ class SwarmAdmission:
         return caller not in self.denylist and serial not in self._revoked
 
     def check_record(self, payload: records_pb2.RecordPayload, writer: PeerID) -> None:
-        """Raises RecordError when this writer may not write this. The signature was checked before."""
+        """Raises RecordError when this writer may not write this in this swarm. The signature was checked before."""
+        if self._mode is None or not payload.key.startswith(f"{self._keys.swarm_id}."):
+            return
         if writer in self.denylist:
             raise RecordError("the record's writer is denied here")
-        if self.mode == "open" or writer == self._founder:
+        if self._mode == "open" or writer == self._keys.author:
             return
         grant = self._granted(payload.badge if payload.HasField("badge") else None, writer)
         body = payload.WhichOneof("body") or ""
         if grant.role not in _RECORDS.get(body, frozenset()):
             raise RecordError(f"a {grant.role.word}'s token does not allow a record of kind {body!r}")
-
-    def check_token(self, token: admission_pb2.Token, holder: PeerID) -> admission_pb2.Badge:
-        """This peer's own badge. Raises RecordError that says why the token is of no use."""
-        badge = make_badge(token, holder)
-        self.check_own(badge, holder)
-        return badge
 
     def check_own(self, badge: admission_pb2.Badge, peer_id: PeerID) -> None:
         """Raises RecordError when others do not take this badge, or no more."""
@@ -298,7 +312,7 @@ class SwarmAdmission:
     def _granted(self, badge: admission_pb2.Badge | None, peer_id: PeerID) -> Grant:
         if badge is None:
             raise RecordError("there is none")
-        grant = check_badge(badge, peer_id, self._swarm_id, self._founder_key)
+        grant = check_badge(badge, peer_id, self._keys.swarm_id, self._founder_key)
         if grant.expires_at <= self._now():
             raise RecordError("the token has expired")
         if grant.serial in self._revoked:

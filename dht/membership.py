@@ -82,18 +82,18 @@ class PeerStore:
 
 def _read(path: Path) -> dict[str, tuple[tuple[str, ...], float]]:
     """Whoever edits the file can only make this peer dial others, and those are checked as any."""
-    acquaintances = PeerStore(None)
+    peer_store = PeerStore(None)
     try:
         with path.open("rb") as file:
             peers = json.loads(file.read(_MAX_FILE_BYTES))["peers"]
         for peer in reversed(peers[:_MAX_PEERS]):
-            acquaintances.add(map(str, peer["addresses"]), float(peer["met_at"]))
+            peer_store.add(map(str, peer["addresses"]), float(peer["met_at"]))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, LookupError) as error:
         logger.warning("can't read the peers that were met from %s: %s", path, error)
         return {}
-    return acquaintances._met
+    return peer_store._met
 
 
 def _peer_of(address: str) -> str:
@@ -118,7 +118,7 @@ class Membership:
         self,
         host: Host,
         registry: Registry,
-        acquaintances: PeerStore,
+        peer_store: PeerStore,
         *,
         dial_every_s: float = _DIAL_EVERY_S,
         now: Callable[[], float] = time.time,
@@ -128,7 +128,7 @@ class Membership:
         """How often this peer had to join again."""
         self._host = host
         self._registry = registry
-        self._acquaintances = acquaintances
+        self._peer_store = peer_store
         self._dial_every_s = dial_every_s
         self._now = now
         self._rng = rng or random.SystemRandom()
@@ -166,7 +166,7 @@ class Membership:
     async def _is_cut_off(self, announced: bool) -> bool:
         """A peer that knows nobody, and never knew anybody, is no less in its swarm for that."""
         if not self._host.peers():
-            return bool(self._acquaintances.addresses())
+            return bool(self._peer_store.addresses())
         return announced and await self._registry.is_seen_by_others() is False
 
     async def _join_again(self, announced: bool) -> None:
@@ -176,7 +176,7 @@ class Membership:
         """
         if announced and self._lonely >= _LONELY_ROUNDS and not self._is_time_to_dial():
             return
-        joined = await self._host.join(self._acquaintances.addresses())
+        joined = await self._host.join(self._peer_store.addresses())
         if joined:
             self._lonely = 0
             self.rejoined += 1
@@ -203,18 +203,18 @@ class Membership:
         due = [
             peer
             for peer in self._host.peers()
-            if self._acquaintances.met_at(peer.to_base58()) < self._now() - _MEET_AGAIN_S
+            if self._peer_store.met_at(peer.to_base58()) < self._now() - _MEET_AGAIN_S
         ]
         met = await self._registry.nodes(self._rng.sample(due, min(_MEETINGS, len(due))))
         for node in met.values():
             own = f"/p2p/{node.peer_id.to_base58()}"
-            self._acquaintances.add([a for a in node.bootstrap_addresses if a.endswith(own)], self._now())
-        self._host.bootstrap_candidates = tuple(self._acquaintances.addresses())
-        await asyncio.to_thread(self._acquaintances.save)
+            self._peer_store.add([a for a in node.bootstrap_addresses if a.endswith(own)], self._now())
+        self._host.remember(self._peer_store.addresses())
+        await asyncio.to_thread(self._peer_store.save)
 
     async def _dial_one(self) -> None:
         """Dials a remembered peer that the DHT does not know: it may live in another half of the swarm."""
         known = {peer.to_base58() for peer in self._host.peers()} | {self._host.peer_id.to_base58()}
-        strangers = self._acquaintances.absent(known)
+        strangers = self._peer_store.absent(known)
         if strangers and (joined := await self._host.join(self._rng.choice(strangers))):
             logger.info("found a remembered peer again: %s", joined[0])

@@ -196,10 +196,10 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
     hivemind forgets them by itself.
     """
 
-    def __init__(self, now: Callable[[], float] = time.time) -> None:
-        self.rules: tuple[str, Rule] | None = None
-        """A swarm's id, and what its rules say of its records, once they are known."""
+    def __init__(self, now: Callable[[], float] = time.time, rule: Rule | None = None) -> None:
+        """`rule` raises RecordError where a swarm does not let this writer write this."""
         self._now = now
+        self._rule = rule
 
     def validate(self, record: DHTRecord) -> bool:
         try:
@@ -227,8 +227,8 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             if payload.expires_at != record.expiration_time:
                 raise RecordError("the record's expiry is not the signed one")
             _check_lifetime(payload.expires_at, self._now(), payload)
-            if self.rules is not None and payload.key.startswith(f"{self.rules[0]}."):
-                self.rules[1](payload, PeerID(payload.peer_id))
+            if self._rule is not None:
+                self._rule(payload, PeerID(payload.peer_id))
         else:
             raise RecordError("a value is a record (bytes) or an index entry (text)")
 

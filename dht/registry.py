@@ -89,22 +89,21 @@ class Registry:
         dht: Callable[[], DHTNode],
         keys: SwarmKeys,
         identity: Identity,
+        admission: SwarmAdmission | None = None,
         *,
         deadline_s: float = 15.0,
         now: Callable[[], float] = time.time,
     ) -> None:
         """`dht` gives the DHT node of now, which is another one once p2pd was started again.
 
+        `admission`: the swarm's rules and this peer's badge; None takes every record.
         `deadline_s`: longest that one look-up or store may take, all its keys together.
         """
         self.keys = keys
-        self.admission: SwarmAdmission | None = None
-        """The swarm's rules, once its manifest is known."""
-        self.badge: admission_pb2.Badge | None = None
-        """What admits this peer, if it needs that."""
         self.counts = DhtCounts()
         self.lookups = Lookups(dht)
         self._identity = identity
+        self._admission = admission
         self._deadline_s = deadline_s
         self._now = now
         self.claims = ClaimAges()
@@ -337,15 +336,15 @@ class Registry:
 
     def _seal(self, payload: records_pb2.RecordPayload) -> bytes:
         """With this peer's badge, if it has one."""
-        if self.badge is not None:
-            payload.badge.CopyFrom(self.badge)
+        if self._admission is not None and self._admission.badge is not None:
+            payload.badge.CopyFrom(self._admission.badge)
         return sign_record(self._identity, payload)
 
     def _unseal(self, value: object, key: str, peer_id: PeerID) -> records_pb2.RecordPayload:
         """Raises RecordError also when the swarm's rules do not let that peer write this."""
         payload = open_record(value, key, peer_id, self._now())
-        if self.admission is not None:
-            self.admission.check_record(payload, peer_id)
+        if self._admission is not None:
+            self._admission.check_record(payload, peer_id)
         return payload
 
     def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:

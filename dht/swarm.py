@@ -1,4 +1,4 @@
-"""Founding and joining: from an identity and an invite to a running host, a registry and a checked manifest."""
+"""Founding and joining a swarm: from an identity and an invite to a running host, a registry and a checked manifest."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,7 @@ class Swarm:
     manifest: Manifest
     manifest_record: ManifestRecord
     membership: Membership
-    acquaintances: PeerStore
+    peer_store: PeerStore
     admission: SwarmAdmission
     revocations: Revocations
 
@@ -57,7 +57,7 @@ class Swarm:
     async def invite(self) -> Invite:
         """An invite by which others join through this peer, or through some that it met when it is gone."""
         own = await self.host.bootstrap_addresses()
-        return Invite(self.keys, (*own, *self.acquaintances.addresses()[:_OTHERS_IN_INVITE]))
+        return Invite(self.keys, (*own, *self.peer_store.addresses()[:_OTHERS_IN_INVITE]))
 
     async def keep_manifest(self) -> None:
         """Stores what the author signed again, so that it outlives the peers that held it; the author renews it."""
@@ -97,28 +97,17 @@ async def found_swarm(
 ) -> Swarm:
     """Starts a peer and writes its manifest to the DHT, or finds it there: a founder comes back to its swarm.
 
-    `store_bounds`: of what others store here. `state`: folder in which the peers that were met are kept.
-    Raises SwarmError when the name is somebody else's there, or the manifest is not the one that the swarm was founded
-    with.
+    `state`: folder in which the peers that were met are kept. `store_bounds`: of what others store here. Raises
+    SwarmError when the name is somebody else's there, or the manifest is not the one that the swarm was founded with.
     """
     stage("starting the DHT")
-    keys = SwarmKeys(manifest.name, identity.peer_id)
-    acquaintances, validator = _acquaintances(state, keys), RecordValidator()
-    host = await Host.start(
-        identity,
-        config,
-        bootstrap=bootstrap,
-        remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
-        validator=validator,
-        store_bounds=store_bounds,
-    )
+    peer = _Peer(identity, SwarmKeys(manifest.name, identity.peer_id), state, denylist)
+    host = await peer.start(config, bootstrap, store_bounds)
     try:
-        registry = Registry(lambda: host.dht, keys, identity)
+        registry = peer.registry(host)
         stage("publishing the manifest")
-        record, expires_at = await _own_manifest(
-            registry, manifest, _FOUNDER_LOOKS if host.bootstrapped_from else 1
-        )
-        return _member(host, registry, acquaintances, manifest, record, expires_at, validator, denylist)
+        record = await _own_manifest(registry, manifest, _FOUNDER_LOOKS if host.bootstrapped_from else 1)
+        return peer.member(host, registry, manifest, record)
     except BaseException:
         await host.stop()
         raise
@@ -137,31 +126,24 @@ async def join_swarm(
 ) -> Swarm:
     """Starts a peer, joins by the invite or by peers met before, and reads the manifest that its author signed.
 
-    `store_bounds`: of what others store here. `state`: folder in which the peers that were met are kept.
-    `roles`: as one of these it takes part; none: it only looks. Raises UnreachableError when nobody answers, SwarmError
+    `state`: folder in which the peers that were met are kept. `roles`: as one of these it takes part; with none it
+    only looks. `store_bounds`: of what others store here. Raises UnreachableError when nobody answers, SwarmError
     when the manifest is missing or not for this software, and InviteError when the swarm admits by token and the
-    invite's lets it in as none of them.
+    invite's token admits it as none of the roles.
     """
     stage("joining the DHT")
-    acquaintances, validator = _acquaintances(state, invite.keys), RecordValidator()
-    host = await Host.start(
-        identity,
-        config,
-        bootstrap=invite.bootstrap,
-        remembered=acquaintances.addresses()[:_REMEMBERED_TRIED],
-        validator=validator,
-        store_bounds=store_bounds,
-    )
+    peer = _Peer(identity, invite.keys, state, denylist)
+    host = await peer.start(config, invite.bootstrap, store_bounds)
     try:
-        registry = Registry(lambda: host.dht, invite.keys, identity)
+        registry = peer.registry(host)
         stage("reading the manifest")
-        record, expires_at = await _find_manifest(registry, invite)
-        manifest = Manifest.from_json(registry.manifest_json(record))
+        record = await _find_manifest(registry, invite)
+        manifest = Manifest.from_json(registry.manifest_json(record[0]))
         if manifest.name != invite.keys.name:
             raise SwarmError(
                 f"the manifest is of a swarm named {manifest.name!r}, not {invite.keys.name!r}: ask for a new invite"
             )
-        swarm = _member(host, registry, acquaintances, manifest, record, expires_at, validator, denylist)
+        swarm = peer.member(host, registry, manifest, record)
         await _present_token(swarm, invite, roles)
         return swarm
     except BaseException:
@@ -171,32 +153,55 @@ async def join_swarm(
 
 def was_member(state: Path, keys: SwarmKeys) -> bool:
     """Whether a peer with this folder has met others of the swarm."""
-    return bool(_acquaintances(state, keys).addresses())
+    return bool(_peer_store(state, keys).addresses())
 
 
-def _acquaintances(state: Path | None, keys: SwarmKeys) -> PeerStore:
+def _peer_store(state: Path | None, keys: SwarmKeys) -> PeerStore:
     return PeerStore(None if state is None else state / "peers" / f"{keys.swarm_id}.json")
 
 
-def _member(
-    host: Host,
-    registry: Registry,
-    acquaintances: PeerStore,
-    manifest: Manifest,
-    record: bytes,
-    expires_at: float,
-    validator: RecordValidator,
-    denylist: Denylist | None,
-) -> Swarm:
-    acquaintances.add(host.bootstrapped_from, time.time())
-    membership = Membership(host, registry, acquaintances)
-    swarm_id = registry.keys.swarm_id
-    admission = SwarmAdmission(swarm_id, writers_key(record), manifest.admission.mode, denylist)
-    validator.rules = swarm_id, admission.check_record
-    registry.admission = admission
-    revocations = Revocations(registry, admission)
-    manifest_record = ManifestRecord(registry, record, expires_at)
-    return Swarm(host, registry, manifest, manifest_record, membership, acquaintances, admission, revocations)
+class _Peer:
+    """What a peer has of its swarm before it knows the manifest."""
+
+    def __init__(
+        self, identity: Identity, keys: SwarmKeys, state: Path | None, denylist: Denylist | None
+    ) -> None:
+        self._identity = identity
+        self._keys = keys
+        self._store = _peer_store(state, keys)
+        self._admission = SwarmAdmission(keys, denylist)
+
+    async def start(
+        self, config: NetworkConfig, bootstrap: Sequence[str], store_bounds: StoreBounds | None
+    ) -> Host:
+        return await Host.start(
+            self._identity,
+            config,
+            bootstrap=bootstrap,
+            remembered=self._store.addresses()[:_REMEMBERED_TRIED],
+            validator=RecordValidator(rule=self._admission.check_record),
+            store_bounds=store_bounds,
+        )
+
+    def registry(self, host: Host) -> Registry:
+        return Registry(lambda: host.dht, self._keys, self._identity, self._admission)
+
+    def member(
+        self, host: Host, registry: Registry, manifest: Manifest, record: tuple[bytes, float]
+    ) -> Swarm:
+        """`record`: the manifest as its author signed it, and its expiry."""
+        self._store.add(host.bootstrapped_from, time.time())
+        self._admission.learn(writers_key(record[0]), manifest.admission.mode)
+        return Swarm(
+            host,
+            registry,
+            manifest,
+            ManifestRecord(registry, *record),
+            Membership(host, registry, self._store),
+            self._store,
+            self._admission,
+            Revocations(registry, self._admission),
+        )
 
 
 async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) -> None:
@@ -214,7 +219,7 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
         )
     token = admission_pb2.Token.FromString(invite.token)
     try:
-        swarm.registry.badge = swarm.admission.check_token(token, swarm.host.peer_id)
+        swarm.admission.present(token, swarm.host.peer_id)
         role = read_grant(token.grant).role
     except RecordError as error:
         raise InviteError(f"this invite lets you in no more: {error}; ask the founder for another") from error

@@ -281,7 +281,7 @@ class Node:
         swarm_id = swarm.keys.swarm_id
         self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit)
         own_sessions = SessionClient(
-            swarm.host.identity, swarm_id, sorted(RIGHTS[Role.NODE]), swarm.registry.badge
+            swarm.host.identity, swarm_id, sorted(RIGHTS[Role.NODE]), swarm.admission.badge
         )
         self.client = StateClient(
             swarm_id, swarm.manifest, own_sessions, self.traffic.down, settings.max_transfer_s,

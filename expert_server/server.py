@@ -122,7 +122,7 @@ class AccessControl:
 
     def _look_at_own(self) -> None:
         """A node whose own token ends serves nobody any more; its owner should know why."""
-        badge = self._swarm.registry.badge
+        badge = self._swarm.admission.badge
         if badge is None:
             return
         try:

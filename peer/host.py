@@ -41,8 +41,6 @@ class Host:
         self.identity = identity
         self.config = config
         self.tunnels = Tunnels(self._open_stream)
-        self.bootstrap_candidates: tuple[str, ...] = ()
-        """Multiaddresses of peers by which to join when p2pd was started again."""
         self.bootstrapped_from: tuple[str, ...] = ()
         """Those that answered at the start."""
         self.restarts = 0
@@ -52,6 +50,7 @@ class Host:
         self._validator = validator
         self._daemon: Daemon | None = None
         self._dht: DHTNode | None = None
+        self._remembered: tuple[str, ...] = ()
         self._ready = False
         self._supervisor: asyncio.Task[None] | None = None
         self._restarted = asyncio.Event()
@@ -93,7 +92,7 @@ class Host:
         except BaseException:
             await host.stop()
             raise
-        host.bootstrap_candidates = (*bootstrap, *remembered)
+        host.remember((*bootstrap, *remembered))
         host.bootstrapped_from = _addresses(greetings)
         host._ready = True
         host._supervisor = asyncio.create_task(host._supervise())
@@ -136,6 +135,15 @@ class Host:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
+
+    @property
+    def bootstrap_candidates(self) -> tuple[str, ...]:
+        """Multiaddresses of peers by which to join when p2pd was started again."""
+        return self._remembered
+
+    def remember(self, addresses: Sequence[str]) -> None:
+        """Makes these the candidates."""
+        self._remembered = tuple(addresses)
 
     @property
     def peer_id(self) -> PeerID:

@@ -210,7 +210,7 @@ class SwarmClient:
         )
         self._channels = ChannelPool(tunnels=self._swarm.host.tunnels)
         rights = RIGHTS[Role.READER if self._reads_only else Role.TRAINER]
-        badge = self._swarm.registry.badge
+        badge = self._swarm.admission.badge
         self._sessions = SessionClient(identity, invite.keys.swarm_id, sorted(rights), badge)
         caller = GrpcCaller(
             self._channels,
@@ -256,7 +256,7 @@ class SwarmClient:
                 self._swarm.host.identity,
                 form.swarm_id,
                 (session_pb2.RIGHT_AVERAGE,),
-                self._swarm.registry.badge,
+                self._swarm.admission.badge,
             ),
             every=settings.average_every,
             look_every_s=settings.announce_every_s,

@@ -137,7 +137,7 @@ class Taker:
     def claim_wait_s(self) -> float:
         """How long to wait for claims of others, in seconds. Who knows no peer has nobody to wait for."""
         host = self._swarm.host
-        is_alone = host.alive and not host.peers() and not self._swarm.acquaintances.addresses()
+        is_alone = host.alive and not host.peers() and not self._swarm.peer_store.addresses()
         return 0.0 if is_alone else self._settings.claim_wait_s
 
     async def announce(self, uids: Collection[UID]) -> None:

@@ -54,8 +54,9 @@ def keys_of(founder: Identity) -> SwarmKeys:
 
 
 def rules(founder: Identity, mode: Mode = "token", **options: Any) -> SwarmAdmission:
-    options = {"now": lambda: NOW, **options}
-    return SwarmAdmission(keys_of(founder).swarm_id, founder.public_key, mode, **options)
+    admission = SwarmAdmission(keys_of(founder), **{"now": lambda: NOW, **options})
+    admission.learn(founder.public_key, mode)
+    return admission
 
 
 def token_of(
@@ -164,8 +165,8 @@ ANNOUNCEMENT = {"announcement": records_pb2.Announcement(state=records_pb2.REPLI
 
 
 def test_only_those_with_a_nodes_token_announce_experts(founder: Identity, alice: Identity) -> None:
-    validator, admission = RecordValidator(now=lambda: NOW), rules(founder)
-    validator.rules = keys_of(founder).swarm_id, admission.check_record
+    admission = rules(founder)
+    validator = RecordValidator(now=lambda: NOW, rule=admission.check_record)
     for writer, badge, fits in (
         (alice, make_badge(token_of(founder, Role.NODE), alice.peer_id), True),
         (alice, make_badge(token_of(founder, Role.TRAINER), alice.peer_id), False),
@@ -179,6 +180,21 @@ def test_only_those_with_a_nodes_token_announce_experts(founder: Identity, alice
         else:
             with pytest.raises(RecordError):
                 admission.check_record(payload, writer.peer_id)
+
+
+def test_before_the_manifest_is_known_every_record_is_taken(founder: Identity, alice: Identity) -> None:
+    admission = SwarmAdmission(keys_of(founder), now=lambda: NOW)
+    payload, _ = a_record(alice, founder, None, **ANNOUNCEMENT)
+    admission.check_record(payload, alice.peer_id)
+    admission.learn(founder.public_key, "token")
+    with pytest.raises(RecordError):
+        admission.check_record(payload, alice.peer_id)
+
+
+def test_another_swarms_records_are_not_ruled_over(founder: Identity, alice: Identity) -> None:
+    payload, _ = a_record(alice, founder, None, **ANNOUNCEMENT)
+    payload.key = f"{SwarmKeys('other', founder.peer_id).swarm_id}.0.0"
+    rules(founder).check_record(payload, alice.peer_id)
 
 
 def test_a_denied_peers_records_and_calls_are_not_taken(founder: Identity, alice: Identity) -> None:

@@ -99,9 +99,9 @@ def changed(data: bytes, rng: random.Random) -> bytes:
 
 def test_no_changed_record_is_taken_for_another(founder: Identity, node: Identity) -> None:
     keys = SwarmKeys("sauna", founder.peer_id)
-    validator = RecordValidator(now=lambda: NOW)
-    admission = SwarmAdmission(keys.swarm_id, founder.public_key, "token", now=lambda: NOW)
-    validator.rules = keys.swarm_id, admission.check_record
+    admission = SwarmAdmission(keys, now=lambda: NOW)
+    admission.learn(founder.public_key, "token")
+    validator = RecordValidator(now=lambda: NOW, rule=admission.check_record)
     right = right_records(keys, founder, node)
     assert all(map(validator.validate, right))
     rng, taken = random.Random(1), 0

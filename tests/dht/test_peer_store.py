@@ -37,17 +37,17 @@ def test_what_was_met_is_there_after_a_restart_newest_first(tmp_path: Path) -> N
 
 @given(st.lists(st.integers(0, 200), max_size=300))
 def test_only_the_newest_64_peers_are_kept(numbers: list[int]) -> None:
-    acquaintances = PeerStore(None)
+    peer_store = PeerStore(None)
     for n in numbers:
-        acquaintances.add([address(n)], now=0.0)
+        peer_store.add([address(n)], now=0.0)
     newest = list(dict.fromkeys(reversed(numbers)))[:64]
-    assert acquaintances.addresses() == [address(n) for n in newest]
+    assert peer_store.addresses() == [address(n) for n in newest]
 
 
 def test_a_peer_has_at_most_four_addresses() -> None:
-    acquaintances = PeerStore(None)
-    acquaintances.add([address(1, port) for port in range(1000, 1100)], now=0.0)
-    assert len(acquaintances.addresses()) == 4
+    peer_store = PeerStore(None)
+    peer_store.add([address(1, port) for port in range(1000, 1100)], now=0.0)
+    assert len(peer_store.addresses()) == 4
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_a_peer_has_at_most_four_addresses() -> None:
     ["", "x", "/ip4/1.2.3.4/tcp/1", "/p2p/" + peer(1), "/ip4/1.2.3.4/tcp/1/p2p/0", address(1) + "/" * 300],
 )
 def test_what_is_no_address_of_a_peer_is_left_out(bad: str) -> None:
-    acquaintances = PeerStore(None)
-    acquaintances.add([bad, address(2)], now=0.0)
-    assert acquaintances.addresses() == [address(2)]
+    peer_store = PeerStore(None)
+    peer_store.add([bad, address(2)], now=0.0)
+    assert peer_store.addresses() == [address(2)]
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def test_what_is_no_address_of_a_peer_is_left_out(bad: str) -> None:
 def test_a_broken_file_is_as_good_as_none_and_is_written_anew(tmp_path: Path, text: str) -> None:
     path = tmp_path / "peers.json"
     path.write_text(text)
-    acquaintances = PeerStore(path)
-    assert acquaintances.addresses() == []
-    acquaintances.add([address(1)], now=0.0)
-    acquaintances.save()
+    peer_store = PeerStore(path)
+    assert peer_store.addresses() == []
+    peer_store.add([address(1)], now=0.0)
+    peer_store.save()
     assert PeerStore(path).addresses() == [address(1)]
 
 
@@ -93,7 +93,7 @@ def test_a_folder_that_can_not_be_written_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "peers").write_text("a file where the folder should be")
-    acquaintances = PeerStore(tmp_path / "peers" / "sauna.json")
-    acquaintances.add([address(1)], now=0.0)
-    acquaintances.save()
+    peer_store = PeerStore(tmp_path / "peers" / "sauna.json")
+    peer_store.add([address(1)], now=0.0)
+    peer_store.save()
     assert "can't keep the peers that were met" in caplog.text

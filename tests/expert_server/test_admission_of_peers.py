@@ -62,7 +62,7 @@ async def ask(swarm: Swarm, node: Node, *rights: Right) -> StatusCode:
     try:
         (info,) = (await swarm.registry.nodes([node.swarm.host.peer_id])).values()
         channel = await pool.get(info.addresses[0], info.certificate_pem)
-        sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.registry.badge)
+        sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission.badge)
         stub = InSession(
             expert_pb2_grpc.ExpertServiceStub(channel), await sessions.metadata(info.peer_id, channel, 10.0)
         )
@@ -131,7 +131,7 @@ def test_who_has_no_token_is_told_and_what_it_announces_is_not_seen(
         assert await ask(watcher, founder, session_pb2.RIGHT_FORWARD) is StatusCode.PERMISSION_DENIED
         # one that does not care announces all the same: to itself alone
         intruder = await join_swarm(village.identities[1], plain, NetworkConfig(LOCAL))
-        intruder.registry.admission = None
+        intruder.registry._admission = None
         await village.start(intruder, {"experts": 8, "spare": 0})
         assert await hosts(watcher) == {founder.swarm.host.peer_id}
         assert intruder.host.peer_id not in await watcher.registry.nodes([intruder.host.peer_id])

@@ -111,10 +111,10 @@ async def other_half(village: Village, swarm: Swarm) -> Swarm:
     identity = village.identities[1]
     host = await Host.start(identity, NetworkConfig(LOCAL), validator=RecordValidator())
     registry = Registry(lambda: host.dht, swarm.keys, identity)
-    acquaintances = PeerStore(None)
-    acquaintances.add(await swarm.host.bootstrap_addresses(), time.time())
-    membership = Membership(host, registry, acquaintances, dial_every_s=0.0)
-    return replace(swarm, host=host, registry=registry, membership=membership, acquaintances=acquaintances)
+    peer_store = PeerStore(None)
+    peer_store.add(await swarm.host.bootstrap_addresses(), time.time())
+    membership = Membership(host, registry, peer_store, dial_every_s=0.0)
+    return replace(swarm, host=host, registry=registry, membership=membership, peer_store=peer_store)
 
 
 def test_two_halves_of_a_swarm_find_each_other(play: Play) -> None:

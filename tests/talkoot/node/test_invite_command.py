@@ -36,8 +36,10 @@ def test_an_invite_is_made_listed_and_revoked(tmp_path: Path) -> None:
     assert (grant.role, f"{grant.serial:08x}") == (Role.NODE, values["serial"])
     assert 89 * 86400 < grant.expires_at - time.time() <= 90 * 86400
     founder = Identity.load_or_create(tmp_path / "identity.key")
-    admission = SwarmAdmission(plain.keys.swarm_id, founder.public_key, "token")
-    admission.check_token(token, founder.peer_id)
+    admission = SwarmAdmission(plain.keys)
+    admission.learn(founder.public_key, "token")
+    admission.present(token, founder.peer_id)
+    assert admission.badge is not None
 
     assert "Ada" in run_here("invite", "--list", *state).stdout
     assert "is revoked" in run_here("invite", "--revoke", values["serial"].upper(), *state).stdout

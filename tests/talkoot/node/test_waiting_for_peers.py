@@ -39,9 +39,9 @@ def invite_of(founder: Identity, port: int) -> Invite:
 
 
 def remember(invite: Invite, state: Path) -> None:
-    acquaintances = PeerStore(state / "peers" / f"{invite.keys.swarm_id}.json")
-    acquaintances.add(invite.bootstrap, time.time())
-    acquaintances.save()
+    peer_store = PeerStore(state / "peers" / f"{invite.keys.swarm_id}.json")
+    peer_store.add(invite.bootstrap, time.time())
+    peer_store.save()
 
 
 def test_a_newcomer_is_told_at_once(founder: Identity, tmp_path: Path) -> None:
