@@ -11,7 +11,7 @@ from typing import Self
 from peer.errors import DaemonError, UnreachableError, UserError
 from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import DHTNode, RecordValidatorBase
-from peer.kademlia.node import BootstrapReply, bootstrap, check_bootstrap, start_dht
+from peer.kademlia.node import BootstrapReply, bootstrap, check_bootstrap, known_peers, start_dht, stop_dht
 from peer.kademlia.storage import StoreBounds, StoreCounts
 from peer.processes import sweep_dead_sockets
 from peer.transport.addresses import NetworkConfig, is_public, is_relayed, require_free_port, tcp_endpoint
@@ -172,7 +172,7 @@ class Host:
         """The DHT peers that are known now."""
         if self._dht is None or not self._ready:
             return frozenset()
-        return frozenset(self._dht.protocol.routing_table.peer_id_to_uid)
+        return known_peers(self._dht)
 
     async def join(self, addresses: Sequence[str]) -> list[str]:
         """Dials peers, and enters their DHT with this peer's own; gives the addresses of those that answered."""
@@ -258,9 +258,7 @@ class Host:
         self._ready = False
         dht, self._dht = self._dht, None
         if dht is not None:
-            dht.is_alive = False
-            if dht.cache_refresh_task is not None:
-                dht.cache_refresh_task.cancel()
+            stop_dht(dht)
         if self._daemon is not None:
             await self._daemon.shutdown()
             self._daemon = None

@@ -1,7 +1,8 @@
-"""All that the DHT is built on of hivemind: its classes as they are, and the mends that hold for the whole process.
+"""Everything that the DHT uses of hivemind, and `install`, which patches hivemind's classes for the whole process.
 
-Only this module, `peer.identity` and `peer.transport` import hivemind. So an upgrade is looked through here, and in the
-test of what is relied on (tests/peer/kademlia/test_hivemind_contract.py).
+Only this module, `peer.identity` and `peer.transport` import hivemind. What belongs to one DHT node or one p2pd is
+replaced where it starts: `peer.kademlia.node.start_dht` and `peer.transport.p2pd.start_daemon`.
+tests/peer/kademlia/test_hivemind_contract.py lists every private name that we use and every method that we replace.
 """
 
 import logging
@@ -35,14 +36,14 @@ __all__ = [
 
 
 def install() -> None:
-    """Mends hivemind's classes for this process. Whoever starts a DHT node calls it; doing so again changes nothing."""
-    # hivemind compares subkeys where two entries expire at the same moment. A record's is bytes and an index entry's a
-    # number, and both may come under one key: comparing them fails, and with it the store, or the whole answer.
+    """Patches hivemind's classes. Call it before a DHT node starts; calling it again changes nothing."""
+    # hivemind compares the subkeys of two entries that expire at the same moment. A record's subkey is bytes and an
+    # index entry's a number, and both may come under one key: comparing them would fail the store, or the whole answer.
     timed_storage.HeapEntry.__lt__ = _expires_before
 
 
 def quiet_hivemind() -> None:
-    """Takes hivemind's own log handler away, so that its errors come as our log lines."""
+    """Removes hivemind's own log handler, so that its errors appear as our log lines."""
     use_hivemind_log_handler("nowhere")
     logging.getLogger("hivemind").setLevel(os.environ["HIVEMIND_LOGLEVEL"])
 

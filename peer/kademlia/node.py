@@ -1,9 +1,10 @@
-"""How this peer serves the DHT to others: hivemind's handlers, with bounds, and with one Kademlia ID for each peer.
+"""The DHT node: how it starts, how it joins others, and how it serves them within bounds.
 
-hivemind takes any ID that a peer claims, has no bound on what one message asks or brings, gives up a dictionary at its
-first old entry, and lets what was stored as cached hide the rest of a key.
+The node is hivemind's, with our handlers. hivemind accepts any Kademlia ID that a peer claims, and does not bound what
+one message asks for or brings. It stops storing a dictionary at its first outdated entry, and lets a value that was
+stored as cached hide the rest of its key.
 
-How a peer enters the DHT of others: it dials them, they dial back, and both compare their clocks.
+To join, a peer dials others, they dial back, and both compare their clocks.
 """
 
 import asyncio
@@ -33,6 +34,27 @@ from peer.kademlia.validation import drop_invalid_entries, owns_node_id, patch_v
 from peer.rates import TokenBucket
 from peer.transport.p2pd import TRANSPORT_ERRORS, Daemon
 
+CLOCK_TOLERANCE_S = 3.0
+"""hivemind's own bound. With larger differences, records are rejected, or expire too early for some peers."""
+_YIELD_AFTER = 64
+"""Entries or keys handled before other tasks get a turn."""
+_YIELD_AFTER_ANSWERS = 8
+"""The same, for keys that a peer looks up."""
+_HANDOVER_BURST_S = 16.0
+"""How much of its rate the handover may use at once after a pause."""
+
+
+@dataclass(frozen=True)
+class BootstrapReply:
+    """What a peer answered when this peer joined by it."""
+
+    addresses: tuple[str, ...]
+    node_id: DHTID
+    clock_offset_s: float
+    """How far its clock is ahead of ours, corrected by half the round trip."""
+    reaches_us: bool
+    """Whether it could dial back."""
+
 
 async def start_dht(
     daemon: Daemon,
@@ -40,15 +62,15 @@ async def start_dht(
     serves_dht: bool,
     counts: StoreCounts | None = None,
 ) -> DHTNode:
-    """A DHT node that knows no peers yet. `counts`: of what others store here, and within which bounds."""
+    """A DHT node that knows no peers yet. `counts`: what other peers store here, and within which bounds."""
     install()
     dht = await DHTNode.create(
         p2p=daemon,
-        # from the PeerID, else a peer that restarts stands twice in the routing tables of the others
+        # derived from the PeerID, or a restarted peer would be in the routing tables of others twice
         node_id=DHTID.generate(source=daemon.peer_id.to_bytes()),
         record_validator=validator,
         client_mode=not serves_dht,
-        cache_locally=False,  # `directory` is the cache, with rules of its own
+        cache_locally=False,  # `dht.directory` is the cache, with rules of its own
         cache_nearest=0,
         cache_on_store=False,
         cache_refresh_before_expiry=0,
@@ -59,16 +81,82 @@ async def start_dht(
     return dht
 
 
-_YIELD_AFTER = 64
-"""Entries or keys that are looked at before other tasks get their turn."""
-_YIELD_AFTER_ANSWERS = 8
-"""The same, of keys that are asked for."""
-_HANDED_AT_ONCE_S = 16.0
-"""So much of its rate is handed over at once after a pause."""
+def stop_dht(dht: DHTNode) -> None:
+    """Ends the background tasks of a DHT node. Its p2pd is stopped separately."""
+    dht.is_alive = False
+    if dht.cache_refresh_task is not None:
+        dht.cache_refresh_task.cancel()
+
+
+def known_peers(dht: DHTNode) -> frozenset[PeerID]:
+    """The peers in the routing table."""
+    return frozenset(dht.protocol.routing_table.peer_id_to_uid)
+
+
+async def bootstrap(
+    daemon: Daemon, dht: DHTNode, addresses: Sequence[str], deadline_s: float
+) -> list[BootstrapReply]:
+    """Pings the peers at these addresses in parallel, then looks up this peer's own neighbours.
+
+    `deadline_s` applies to each dial, each ping and the look-up. Returns the replies of those that answered.
+    """
+    by_peer: dict[bytes, list[str]] = {}
+    for address in addresses:
+        peer_id = PeerID.from_base58(address.rsplit("/p2p/", 1)[1])
+        if peer_id != daemon.peer_id:
+            by_peer.setdefault(peer_id.to_bytes(), []).append(address)
+    answers = await asyncio.gather(
+        *(_ping(daemon, dht, PeerID(peer), listed, deadline_s) for peer, listed in by_peer.items())
+    )
+    replies = [answer for answer in answers if answer is not None]
+    if replies:
+        # not cancelled at the deadline: what it finds later still fills the routing table
+        look = asyncio.create_task(dht.find_nearest_nodes([dht.node_id]))
+        await asyncio.wait([look], timeout=deadline_s)
+    return replies
+
+
+async def _ping(
+    daemon: Daemon, dht: DHTNode, peer_id: PeerID, addresses: Sequence[str], deadline_s: float
+) -> BootstrapReply | None:
+    protocol = dht.protocol
+    try:
+        await daemon.connect(peer_id, addresses, deadline_s)
+        asked_at = time.time()
+        request = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
+        answer = await protocol.get_stub(peer_id).rpc_ping(request, timeout=deadline_s)
+        took_s = time.time() - asked_at
+    except TRANSPORT_ERRORS:
+        return None
+    if len(answer.peer.node_id) != DHTID.HASH_NBYTES:
+        return None  # it serves no DHT keys
+    node_id = DHTID.from_bytes(answer.peer.node_id)
+    dht.blacklist.register_success(peer_id)  # it may be listed from before it restarted
+    await protocol.update_routing_table(node_id, peer_id)
+    offset_s = answer.dht_time - asked_at - took_s / 2
+    return BootstrapReply(tuple(addresses), node_id, offset_s, answer.available)
+
+
+def check_bootstrap(replies: Collection[BootstrapReply], serves_dht: bool) -> None:
+    """Raises ClockError if this clock differs from most others, HiddenError if nobody can reach this peer."""
+    offsets = (reply.clock_offset_s for reply in replies)
+    by_size = sorted((math.inf if math.isnan(offset) else offset for offset in offsets), key=abs)
+    offset_s = by_size[(len(by_size) - 1) // 2]
+    if abs(offset_s) > CLOCK_TOLERANCE_S:
+        side = "behind" if offset_s > 0 else "ahead of"
+        raise ClockError(
+            f"this machine's clock is {abs(offset_s):.0f} s {side} those of most of the "
+            f"{counted(len(by_size), 'peer')} asked: set it right, at most {CLOCK_TOLERANCE_S:.0f} s are tolerated"
+        )
+    if serves_dht and not any(reply.reaches_us for reply in replies):
+        raise HiddenError(
+            f"none of the {counted(len(replies), 'peer')} asked can reach this one: open its DHT port to the others, "
+            "or pass the address by which they reach this machine as --host"
+        )
 
 
 class BoundedDHTHandlers:
-    """Stands before a DHT node's protocol. What is wrong gets an empty answer: an error would fill the log."""
+    """Replaces a DHT node's handlers. A bad request gets an empty answer, because an error would fill the log."""
 
     def __init__(self, protocol: DHTProtocol, counts: StoreCounts) -> None:
         self._protocol = protocol
@@ -76,8 +164,8 @@ class BoundedDHTHandlers:
         self._validator = protocol.record_validator
         self._meet, self._ping = protocol.update_routing_table, protocol.rpc_ping
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._handed = TokenBucket(1.0, _HANDED_AT_ONCE_S, 0.0)
-        """In seconds of the rate for it."""
+        self._handover = TokenBucket(1.0, _HANDOVER_BURST_S, 0.0)
+        """In seconds at the rate `handed_bytes_per_s`."""
         protocol.storage = BoundedStorage(counts)
         protocol.update_routing_table = self.update_routing_table
         protocol.rpc_ping, protocol.rpc_store, protocol.rpc_find = (
@@ -92,7 +180,7 @@ class BoundedDHTHandlers:
         return await self._ping(request, context)
 
     async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
-        """Says of each entry whether it was stored."""
+        """Tells for each entry whether it was stored."""
         items = list(
             zip(request.keys, request.subkeys, request.values, request.expiration_time, strict=False)
         )
@@ -103,14 +191,14 @@ class BoundedDHTHandlers:
         await self._meet_sender(request.peer, context)
         cached = list(request.in_cache) or [False] * len(items)
         for number, (item, is_cached) in enumerate(zip(items, cached, strict=False)):
-            # no honest peer stores in caches: they would only be more to keep
+            # Talkoot peers never store in caches, which would only be more to keep
             response.store_ok[number] = not is_cached and await self._store(*item)
             if number % _YIELD_AFTER == _YIELD_AFTER - 1:
                 await asyncio.sleep(0)
         return response
 
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
-        """For each key what is stored here, and the nearest nodes that this peer knows."""
+        """For each key, what is stored here and the nearest nodes that this peer knows."""
         response, protocol = dht_pb2.FindResponse(peer=self._protocol.node_info), self._protocol
         if len(request.keys) > self._counts.bounds.find_keys:
             self._counts.refused += 1
@@ -141,7 +229,7 @@ class BoundedDHTHandlers:
     async def update_routing_table(
         self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True
     ) -> None:
-        """Notes the one place that a peer has now, and hands a new one what it should store."""
+        """Records the one node ID that a peer has now, and hands a new peer what it should store."""
         table = self._protocol.routing_table
         if not responded:
             await self._meet(node_id, peer_id, responded=False)
@@ -151,7 +239,7 @@ class BoundedDHTHandlers:
             return
         if table.get(node_id=node_id, default=peer_id) != peer_id:
             if not owns_node_id(node_id, peer_id.to_bytes()):
-                return  # nobody takes another's place
+                return  # nobody may take another's node ID
             del table[node_id]
         if known is None and self._may_hand_over():
             self._own(self._hand_over(node_id, peer_id))
@@ -165,12 +253,12 @@ class BoundedDHTHandlers:
             await self.update_routing_table(DHTID.from_bytes(sender.node_id), context.remote_id)
 
     async def _store(self, key: bytes, tag: bytes, value: bytes, expires_at: float) -> bool:
-        """Whether anything of it was new. `tag`: the subkey, or that the value is a dictionary."""
+        """Whether any entry was new. `tag`: the subkey, or a mark that the value is a dictionary."""
         if len(key) != DHTID.HASH_NBYTES:
             return False
         key_id, storage = DHTID.from_bytes(key), self._protocol.storage
         if tag == self._protocol.IS_REGULAR_VALUE:
-            return False  # nobody should store plain values
+            return False  # Talkoot stores no plain values
         if tag != self._protocol.IS_DICTIONARY:
             if not self._validator.validate(DHTRecord(key, tag, value, expires_at)):
                 return False
@@ -182,21 +270,21 @@ class BoundedDHTHandlers:
         if not isinstance(entries, DictionaryDHTValue):
             return False
         drop_invalid_entries(self._validator, key, entries)
-        await asyncio.sleep(0)  # every signature took some time
+        await asyncio.sleep(0)  # checking the signatures took a while
         stored = [storage.store_subkey(key_id, subkey, *entry) for subkey, entry in entries.items()]
         return any(stored)
 
     def _may_hand_over(self) -> bool:
-        """Whether the rate allows it now; then it counts. What a newcomer does not get is announced to it anew."""
+        """Takes from the allowance, if there is any. A newcomer that gets nothing hears the next announcements."""
         now = asyncio.get_running_loop().time()
-        if self._handed.take(0.0, now):
+        if self._handover.take(0.0, now):
             self._counts.not_handed_over += 1
             return False
-        self._handed.take(self._counts.bytes / self._counts.bounds.handed_bytes_per_s, now)
+        self._handover.take(self._counts.bytes / self._counts.bounds.handed_bytes_per_s, now)
         return True
 
     async def _hand_over(self, node_id: DHTID, peer_id: PeerID) -> None:
-        """Of what is stored here, what the new node is nearer to than others, if this peer is the nearest of them."""
+        """Stores at the new node the keys that it is near enough to hold, if this peer is their nearest holder."""
         protocol, size = self._protocol, 0
         part: list[tuple[DHTID, DictionaryDHTValue, float]] = []
         for number, (key, item) in enumerate(list(protocol.storage.items())):
@@ -227,86 +315,8 @@ class BoundedDHTHandlers:
 
 
 async def install_handlers(protocol: DHTProtocol, counts: StoreCounts) -> None:
-    """Bounds what others may store and ask at this DHT node, which must have a validator and be new."""
+    """Bounds what other peers may store and look up at this DHT node, which must have a validator and be new."""
     BoundedDHTHandlers(protocol, counts)
     if not protocol.client_mode:
         await protocol.remove_p2p_handlers(protocol.p2p)
         await protocol.add_p2p_handlers(protocol.p2p)
-
-
-CLOCK_TOLERANCE_S = 3.0
-"""hivemind's own bound: with larger differences records expire too early for some, or are refused."""
-
-
-@dataclass(frozen=True)
-class BootstrapReply:
-    """What a peer said when it was greeted."""
-
-    addresses: tuple[str, ...]
-    node_id: DHTID
-    clock_offset_s: float
-    """By how much its clock is ahead of ours, the half of the round trip taken off."""
-    reaches_us: bool
-    """Whether it could dial back."""
-
-
-async def bootstrap(
-    daemon: Daemon, dht: DHTNode, addresses: Sequence[str], deadline_s: float
-) -> list[BootstrapReply]:
-    """Greets the peers at these addresses, all at once; then looks for this peer's neighbours among theirs.
-
-    `deadline_s` is for each dial, each greeting and the look. Gives what those said who answered.
-    """
-    by_peer: dict[bytes, list[str]] = {}
-    for address in addresses:
-        peer_id = PeerID.from_base58(address.rsplit("/p2p/", 1)[1])
-        if peer_id != daemon.peer_id:
-            by_peer.setdefault(peer_id.to_bytes(), []).append(address)
-    answers = await asyncio.gather(
-        *(_greet_one(daemon, dht, PeerID(peer), listed, deadline_s) for peer, listed in by_peer.items())
-    )
-    greetings = [answer for answer in answers if answer is not None]
-    if greetings:
-        # not broken off at the deadline: what it finds later still fills the routing table
-        look = asyncio.create_task(dht.find_nearest_nodes([dht.node_id]))
-        await asyncio.wait([look], timeout=deadline_s)
-    return greetings
-
-
-async def _greet_one(
-    daemon: Daemon, dht: DHTNode, peer_id: PeerID, addresses: Sequence[str], deadline_s: float
-) -> BootstrapReply | None:
-    protocol = dht.protocol
-    try:
-        await daemon.connect(peer_id, addresses, deadline_s)
-        asked_at = time.time()
-        request = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
-        answer = await protocol.get_stub(peer_id).rpc_ping(request, timeout=deadline_s)
-        took_s = time.time() - asked_at
-    except TRANSPORT_ERRORS:
-        return None
-    if len(answer.peer.node_id) != DHTID.HASH_NBYTES:
-        return None  # it serves no DHT keys
-    node_id = DHTID.from_bytes(answer.peer.node_id)
-    dht.blacklist.register_success(peer_id)  # it may stand there since before it was started again
-    await protocol.update_routing_table(node_id, peer_id)
-    offset_s = answer.dht_time - asked_at - took_s / 2
-    return BootstrapReply(tuple(addresses), node_id, offset_s, answer.available)
-
-
-def check_bootstrap(greetings: Collection[BootstrapReply], serves_dht: bool) -> None:
-    """Raises ClockError when this clock is wrong by most others', HiddenError when nobody reaches this peer."""
-    offsets = (greeting.clock_offset_s for greeting in greetings)
-    by_size = sorted((math.inf if math.isnan(offset) else offset for offset in offsets), key=abs)
-    offset_s = by_size[(len(by_size) - 1) // 2]
-    if abs(offset_s) > CLOCK_TOLERANCE_S:
-        side = "behind" if offset_s > 0 else "ahead of"
-        raise ClockError(
-            f"this machine's clock is {abs(offset_s):.0f} s {side} those of most of the "
-            f"{counted(len(by_size), 'peer')} asked: set it right, at most {CLOCK_TOLERANCE_S:.0f} s are tolerated"
-        )
-    if serves_dht and not any(greeting.reaches_us for greeting in greetings):
-        raise HiddenError(
-            f"none of the {counted(len(greetings), 'peer')} asked can reach this one: open its DHT port to the others, "
-            "or pass the address by which they reach this machine as --host"
-        )

@@ -1,11 +1,10 @@
-"""Unpacks what strangers packed with msgpack.
+"""What this peer accepts of the values that other peers pack, answer and hand over.
 
-hivemind's own unpacker follows tuples within tuples as deep as they go, and at some hundred ends the whole process with
-a stack overflow. Here a value has no types of theirs in it, and a dictionary is one level of entries.
+hivemind's own unpacker follows nested tuples as deep as they go; at some hundred levels the whole process ends with a
+stack overflow. Here, a value contains no types of its sender's choice, and a dictionary is one level of entries.
 
-What other peers answer and hand over: the entries that the validator refuses are left out, and the others are used.
-
-hivemind refuses a whole dictionary for one bad entry, and a peer that checks nothing stores bad entries from anybody.
+hivemind also rejects a whole dictionary for one bad entry, and a peer that checks nothing stores bad entries from
+anybody. Here, the entries that the validator rejects are left out, and the others are used.
 """
 
 import hashlib
@@ -26,16 +25,24 @@ from peer.kademlia.hivemind import (
     RecordValidatorBase,
 )
 
+MAX_ENTRIES = 4096
+"""Of one dictionary in one answer. Longer ones are sampled, so that nobody can choose which entries are lost."""
 _DICTIONARY = MSGPackSerializer._ext_types[DictionaryDHTValue]
 
 
 class StrictSerializer(MSGPackSerializer):  # type: ignore[misc]  # hivemind has no types
-    """In place of hivemind's, where it reads what others sent."""
+    """Replaces hivemind's serializer where it reads what other peers sent."""
 
     @classmethod
     def loads(cls, buf: bytes) -> object:
         """Raises WireError."""
         return unpack(buf)
+
+
+def patch_validation(protocol: DHTProtocol) -> None:
+    """Makes this DHT node use the good entries of dictionaries that also have bad ones. It must have a validator."""
+    protocol.serializer = StrictSerializer
+    protocol._validate_dictionary = partial(drop_invalid_entries, protocol.record_validator)
 
 
 def unpack(data: bytes) -> Any:
@@ -44,29 +51,21 @@ def unpack(data: bytes) -> Any:
     return _dictionary(value.data) if isinstance(value, msgpack.ExtType) else value
 
 
-def _dictionary(data: bytes) -> DictionaryDHTValue:
-    """Leaves out what can't be stored. Raises WireError."""
-    value = _unpack(data, _leave_out)
-    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[2], list):
-        raise WireError("a dictionary has a size, an expiry and entries")
-    with DictionaryDHTValue().freeze() as entries:
-        for entry in value[2]:
-            if _is_right(entry):
-                entries.store(*entry)
-    return entries
+def drop_invalid_entries(validator: RecordValidatorBase, key: bytes, dictionary: DictionaryDHTValue) -> bool:
+    """Removes the entries that the validator rejects, and those beyond MAX_ENTRIES."""
+    with dictionary.freeze():
+        entries = list(dictionary.items())
+    kept = set(random.sample(range(len(entries)), min(len(entries), MAX_ENTRIES)))
+    for n, (subkey, entry) in enumerate(entries):
+        record = DHTRecord(key, MSGPackSerializer.dumps(subkey), entry.value, entry.expiration_time)
+        if n not in kept or not validator.validate(record):
+            del dictionary[subkey]
+    return True
 
 
-def _is_right(entry: object) -> bool:
-    """Whether it is a coordinate or a PeerID, what stands under it, and when that expires."""
-    if not isinstance(entry, list) or len(entry) != 3:
-        return False
-    subkey, value, expires_at = entry
-    return (
-        type(subkey) in (int, bytes)
-        and isinstance(value, bytes)
-        and type(expires_at) in (int, float)
-        and math.isfinite(expires_at)
-    )
+def owns_node_id(node: int, peer_id: bytes) -> bool:
+    """Whether this Kademlia ID is the hash of the PeerID, as it is for every Talkoot peer. Others draw theirs."""
+    return hashlib.sha1(peer_id, usedforsecurity=False).digest() == node.to_bytes(DHTID.HASH_NBYTES, "big")
 
 
 def _unpack(data: bytes, hook: Any) -> Any:
@@ -80,32 +79,30 @@ def _mark_dictionary(code: int, data: bytes) -> msgpack.ExtType | None:
     return msgpack.ExtType(code, data) if code == _DICTIONARY else None
 
 
-def _leave_out(code: int, data: bytes) -> None:
-    """Such an entry is not right; the others in the dictionary may be."""
+def _dictionary(data: bytes) -> DictionaryDHTValue:
+    """Leaves out what can't be stored. Raises WireError."""
+    value = _unpack(data, _drop_nested)
+    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[2], list):
+        raise WireError("a dictionary has a size, an expiry and entries")
+    with DictionaryDHTValue().freeze() as entries:
+        for entry in value[2]:
+            if _is_well_formed(entry):
+                entries.store(*entry)
+    return entries
 
 
-MAX_ENTRIES = 4096
-"""Of one dictionary in one answer; of more, some are drawn, so that nobody can choose which are lost."""
+def _drop_nested(code: int, data: bytes) -> None:
+    """An entry with such a value is malformed; the others in the dictionary may be good."""
 
 
-def owns_node_id(node: int, peer_id: bytes) -> bool:
-    """Whether this Kademlia ID is the one that peers of ours take: the hash of the PeerID. Others draw theirs."""
-    return hashlib.sha1(peer_id, usedforsecurity=False).digest() == node.to_bytes(DHTID.HASH_NBYTES, "big")
-
-
-def patch_validation(protocol: DHTProtocol) -> None:
-    """Makes this DHT node use the good entries of dictionaries that hold bad ones too. It must have a validator."""
-    protocol.serializer = StrictSerializer
-    protocol._validate_dictionary = partial(drop_invalid_entries, protocol.record_validator)
-
-
-def drop_invalid_entries(validator: RecordValidatorBase, key: bytes, dictionary: DictionaryDHTValue) -> bool:
-    """Takes out what the validator refuses, and what is too much."""
-    with dictionary.freeze():
-        entries = list(dictionary.items())
-    kept = set(random.sample(range(len(entries)), min(len(entries), MAX_ENTRIES)))
-    for n, (subkey, entry) in enumerate(entries):
-        record = DHTRecord(key, MSGPackSerializer.dumps(subkey), entry.value, entry.expiration_time)
-        if n not in kept or not validator.validate(record):
-            del dictionary[subkey]
-    return True
+def _is_well_formed(entry: object) -> bool:
+    """Whether it is a coordinate or a PeerID, the value stored under it, and when that expires."""
+    if not isinstance(entry, list) or len(entry) != 3:
+        return False
+    subkey, value, expires_at = entry
+    return (
+        type(subkey) in (int, bytes)
+        and isinstance(value, bytes)
+        and type(expires_at) in (int, float)
+        and math.isfinite(expires_at)
+    )

@@ -1,6 +1,7 @@
-"""p2pd, the libp2p daemon: the one child process of a peer, and the tasks that hivemind runs for it.
+"""p2pd, the libp2p daemon: a peer's only child process, started and controlled through hivemind.
 
-What hivemind's connection to p2pd notes of calls, so that one that is broken off harms no other.
+This module holds everything we change in `hivemind.p2p`. p2pd ends with us, even after SIGKILL. When it ends by itself,
+pending calls fail at once. A cancelled call affects no other call, and leaves no connection open.
 """
 
 import asyncio
@@ -27,70 +28,43 @@ from peer.identity import Identity
 from peer.processes import die_with_parent
 from peer.transport.addresses import NetworkConfig, multiaddress, multiaddress_bytes
 
-
-class PendingCalls(dict[UUID, "asyncio.Future[Any]"]):
-    """Calls of this peer, by id.
-
-    Says that it has none that has ended: when the answer comes in the turn of the loop in which the call is broken off,
-    hivemind's reader would set its result, and end by the error. No later call would get an answer.
-    """
-
-    def __contains__(self, call_id: object) -> bool:
-        return super().__contains__(call_id) and not self[call_id].done()  # type: ignore[index]  # a UUID
-
-
-class HandlerTasks(dict[UUID, "asyncio.Task[None]"]):
-    """Calls of others, by id, while they are answered: hivemind forgets none that is broken off."""
-
-    def __setitem__(self, call_id: UUID, task: "asyncio.Task[None]") -> None:
-        super().__setitem__(call_id, task)
-        task.add_done_callback(lambda _: self.pop(call_id, None))
-
-
-def patch_control_client(control: Any) -> None:
-    """Gives a hivemind ControlClient, on which no calls are under way, these tables in place of its own."""
-    control._pending_calls, control._handler_tasks = PendingCalls(), HandlerTasks()
-
-
 START_DEADLINE_S = 60.0
+_STOP_DEADLINE_S = 3.0
+"""p2pd is killed if it takes longer to stop when asked."""
 _REINSTALL = (
     "if p2pd is missing or broken, `python -m pip install --force-reinstall --no-deps hivemind` brings it"
 )
-_ENDS_WITHIN_S = 3.0
-"""Longest that p2pd may take to end when asked; then it is killed."""
 
 _RELAY_BUFFER_BYTES = 256 * 2**10
-"""Of each direction of a relayed connection. p2pd's default is 16 MiB."""
+"""For each direction of a relayed connection. p2pd's default is 16 MiB."""
 _RELAYED_BYTES = 2**40
 _RELAYED_FOR = "24h"
-"""After so many bytes or so long a relay ends a connection; a new one is made then."""
+"""A relay ends a connection after this many bytes or this long; the peers then make a new one."""
 
-_ONE_AT_A_TIME = ("/usr/bin/env", "GOMAXPROCS=1")
-"""How a p2pd that relays is started. It makes two relays, one after the other, and the last one counts: that with the
-limits above, or one that ends each connection after 128 KiB. On several processors either may be the last.
+_ONE_PROCESSOR = ("/usr/bin/env", "GOMAXPROCS=1")
+"""Prefix of the command for a p2pd that relays. p2pd starts two relay services, one with the limits above and one that
+ends each connection after 128 KiB. The one that starts last counts, and with several processors it may be either.
 """
 
-# what hivemind's calls raise when p2pd or the other peer does not do what was asked
 TRANSPORT_ERRORS = (
     P2PDaemonError,
     P2PHandlerError,
-    OSError,  # of it is TimeoutError
-    EOFError,  # of it is asyncio.IncompleteReadError
+    OSError,  # includes TimeoutError
+    EOFError,  # includes asyncio.IncompleteReadError
     DecodeError,
 )
+"""What hivemind's calls raise when p2pd or the other peer fails."""
 
 
 class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
-    """hivemind's P2P, which notices that p2pd has ended, and leaves no task behind.
+    """hivemind's P2P, which also notices when p2pd ends, and leaves no task behind."""
 
-    p2pd dies with us even when we are killed with SIGKILL.
-    """
-
-    _daemon_listen_maddr: Any = None  # hivemind's end reads both, also where no p2pd was found
+    # hivemind's `_terminate` reads both, even if no p2pd was found
+    _daemon_listen_maddr: Any = None
     _client_listen_maddr: Any = None
 
     async def ended(self) -> int:
-        """Waits until p2pd has ended; gives its exit status, negative after a signal."""
+        """Waits until p2pd has ended; returns its exit status, negative after a signal."""
         status: int = await self._child.wait()
         self._has_ended()
         return status
@@ -98,7 +72,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
     async def connect(self, peer_id: PeerID, addresses: Sequence[str], deadline_s: float) -> None:
         """Dials a peer at these multiaddresses, which may end with its PeerID.
 
-        hivemind's own leaves its connection to p2pd open when it is broken off.
+        hivemind's own method leaves its connection to p2pd open when it is cancelled.
         """
         own = f"/p2p/{peer_id.to_base58()}"
         connect = p2pd_pb2.ConnectRequest(
@@ -113,7 +87,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
     async def open_stream(
         self, peer_id: PeerID, protocol: str, deadline_s: float
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A stream to a peer that answers this protocol, through a relay if need be. hivemind's own leaks as above."""
+        """A stream to a peer that serves this protocol, through a relay if needed. hivemind's own leaks likewise."""
         opening = p2pd_pb2.StreamOpenRequest(
             peer=peer_id.to_bytes(), proto=[protocol], timeout=math.ceil(deadline_s)
         )
@@ -124,7 +98,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
     async def _request(
         self, request: p2pd_pb2.Request, deadline_s: float
     ) -> tuple[p2pd_pb2.Response, asyncio.StreamReader, asyncio.StreamWriter]:
-        """p2pd's answer, and the connection that it came by, which is the caller's now."""
+        """p2pd's response, and the connection it came by, which the caller now owns."""
         answer = p2pd_pb2.Response()
         writer: asyncio.StreamWriter | None = None
         try:
@@ -141,7 +115,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
 
     async def call_protobuf_handler(self, *arguments: Any, **options: Any) -> Any:
         if not self.is_alive:
-            raise P2PDaemonError("p2pd has ended")  # hivemind would wait until its own deadline
+            raise P2PDaemonError("p2pd has ended")  # hivemind would wait for its own deadline
         return await super().call_protobuf_handler(*arguments, **options)
 
     async def shutdown(self) -> None:
@@ -150,26 +124,26 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         self._terminate()
         for task in tasks:
             task.cancel()
-        # also those that failed when p2pd died: nobody else looks at their errors
+        # retrieves the errors of those that failed when p2pd died: nobody else does
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._child is None:
             return
         try:
-            await asyncio.wait_for(self._child.wait(), _ENDS_WITHIN_S)
+            await asyncio.wait_for(self._child.wait(), _STOP_DEADLINE_S)
         except TimeoutError:
             self._child.kill()
             await self._child.wait()
-        with contextlib.suppress(FileNotFoundError):  # hivemind leaves it behind when p2pd ended by itself
+        with contextlib.suppress(FileNotFoundError):  # hivemind leaves it when p2pd ended by itself
             os.remove(self._daemon_listen_maddr["unix"])
 
     def _has_ended(self) -> None:
-        """Fails the calls that wait for an answer which can't come any more."""
+        """Fails the pending calls, whose answers can't come any more."""
         self._alive = False
         if self._client is not None:
             for call in self._client.control._pending_calls.values():
                 if not call.done():
                     call.set_exception(P2PDaemonError("p2pd has ended"))
-                    call.exception()  # its caller may have given up already
+                    call.exception()  # marks it as retrieved: its caller may have given up
 
     def _tasks(self) -> list["asyncio.Task[Any]"]:
         tasks = [self._reader_task, self._listen_task]
@@ -183,8 +157,8 @@ async def start_daemon(identity: Identity, config: NetworkConfig) -> Daemon:
     """Starts p2pd. Raises DaemonError when this machine can't."""
     started: list[Daemon] = []
 
-    class Noted(Daemon):
-        """Can be ended when `create` is broken off: hivemind would leave p2pd and its sockets behind."""
+    class Started(Daemon):
+        """Noted, so that it can be stopped if `create` is cancelled: hivemind would leave p2pd and its sockets."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -192,30 +166,30 @@ async def start_daemon(identity: Identity, config: NetworkConfig) -> Daemon:
 
         @staticmethod
         def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
-            command = P2P._make_process_args(*arguments, **options, **_relaying(config))
-            return die_with_parent([*_ONE_AT_A_TIME, *command] if config.serves_dht else command)
+            command = P2P._make_process_args(*arguments, **options, **_relay_options(config))
+            return die_with_parent([*_ONE_PROCESSOR, *command] if config.serves_dht else command)
 
     task = asyncio.current_task()
     assert task is not None
     cancels = task.cancelling()
     daemon: Daemon | None = None
     try:
-        created = await Noted.create(
+        created = await Started.create(
             identity_path=str(identity.path),
-            check_if_identity_free=False,  # the state folder's lock and the signed records stand for it
+            check_if_identity_free=False,  # the lock of the state folder protects it
             host_maddrs=[multiaddress(config.listen, config.port)],
             announce_maddrs=None if config.announce is None else [config.announce],
             dht_mode="server" if config.serves_dht else "client",
             no_listen=not config.listens,
             nat_port_map=config.maps_port,
-            auto_nat=True,  # p2pd punches holes only with it
+            auto_nat=True,  # p2pd punches holes only with this
             force_reachability="public" if config.serves_dht else "private",
             use_relay=True,
             use_auto_relay=bool(config.relays),
             trusted_relays=config.relays or None,
             startup_timeout=START_DEADLINE_S,
         )
-        if task.cancelling() > cancels:  # hivemind's wait_for drops it on Python 3.11
+        if task.cancelling() > cancels:  # Python 3.11's wait_for, in hivemind, loses it
             raise asyncio.CancelledError
         patch_control_client(created._client.control)
         daemon = created
@@ -230,12 +204,36 @@ async def start_daemon(identity: Identity, config: NetworkConfig) -> Daemon:
     return daemon
 
 
-def _relaying(config: NetworkConfig) -> dict[str, Any]:
-    """What p2pd takes, and hivemind has no arguments for."""
+class _PendingCalls(dict[UUID, "asyncio.Future[Any]"]):
+    """This peer's calls, by id.
+
+    It claims not to contain a call that is done. If the answer arrives in the turn of the loop in which the call is
+    cancelled, hivemind's reader would set its result, fail on that and end, and no later call would get an answer.
+    """
+
+    def __contains__(self, call_id: object) -> bool:
+        return super().__contains__(call_id) and not self[call_id].done()  # type: ignore[index]  # a UUID
+
+
+class _HandlerTasks(dict[UUID, "asyncio.Task[None]"]):
+    """Other peers' calls while they are handled, by id. hivemind never forgets one that is cancelled."""
+
+    def __setitem__(self, call_id: UUID, task: "asyncio.Task[None]") -> None:
+        super().__setitem__(call_id, task)
+        task.add_done_callback(lambda _: self.pop(call_id, None))
+
+
+def patch_control_client(control: Any) -> None:
+    """Replaces the tables of a hivemind ControlClient, which must have no calls under way."""
+    control._pending_calls, control._handler_tasks = _PendingCalls(), _HandlerTasks()
+
+
+def _relay_options(config: NetworkConfig) -> dict[str, Any]:
+    """Options of p2pd for which hivemind has no arguments."""
     return {
         "relayService": config.serves_dht,
         "relayBufferSize": _RELAY_BUFFER_BYTES,
         "relayDataLimit": _RELAYED_BYTES,
         "relayTimeLimit": _RELAYED_FOR,
-        "relayDiscovery": False,  # else p2pd uses no relay for 3 minutes when it knows fewer than four
+        "relayDiscovery": False,  # otherwise p2pd waits 3 minutes unless it knows four relays
     }
