@@ -23,12 +23,12 @@ from dht.admission import RIGHTS, Role
 from dht.announcements import Activity, Reachability
 from dht.registry import DhtCounts, dht_metrics
 from dht.swarm import Stage, Swarm
-from dht.uid import UID
 from expert_server.blocks import builder_of
 from expert_server.experts.devices import ComputeDevice, open_devices
 from expert_server.experts.expert import expert_bytes
 from expert_server.hosting.averaging import ReplicaAveraging
 from expert_server.hosting.manager import HostingManager
+from expert_server.hosting.replicas import LocalReplicas
 from expert_server.hosting.standby import StandbyCopies
 from expert_server.pauses import PauseController
 from expert_server.probe import ProbeServicer
@@ -50,7 +50,6 @@ from expert_server.state.checkpoints import CheckpointCounts, Checkpoints, Check
 from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import Snapshot, SnapshotTaker, StateClient, TransferCounts
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
-from peer.averaging import AveragingHistory
 from peer.errors import UnreachableError, UserError
 from peer.kademlia.storage import StoreCounts
 from peer.loop import RetryingRounds, attempt
@@ -276,27 +275,34 @@ class Node:
         store = CheckpointStore(
             state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept, holds=swarm.manifest.holds
         )
-        self.checkpoints = Checkpoints(store, runtime)
-        meetings: AveragingHistory[UID] = AveragingHistory()
         swarm_id = swarm.keys.swarm_id
         self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit)
         own_sessions = SessionClient(
             swarm.host.identity, swarm_id, sorted(RIGHTS[Role.NODE]), swarm.admission.badge
         )
-        self.client = StateClient(
+        states = StateClient(
             swarm_id, swarm.manifest, own_sessions, self.traffic.down, settings.max_transfer_s,
             swarm.host.tunnels,
         )  # fmt: skip
-        self.hosting = HostingManager(
-            settings, swarm, runtime, self.checkpoints, devices, self.client, meetings, now
-        )  # fmt: skip
+        self.replicas = LocalReplicas(
+            swarm,
+            runtime,
+            Checkpoints(store, runtime),
+            states,
+            devices,
+            lifetime_s=settings.lifetime_s,
+            claim_wait_s=settings.claim_wait_s,
+            now=now,
+        )
+        self.hosting = HostingManager(settings, swarm, self.replicas, now, settings.exchange_every_s)
         snapshots: SnapshotCache[Snapshot] = SnapshotCache(settings.max_snapshots, settings.snapshot_s)
-        self._snapshots = SnapshotTaker(runtime, snapshots, swarm_id, meetings.of)
-        self.replication = ReplicaAveraging(
-            settings, swarm, runtime, self.checkpoints, self.hosting, self.client, self._snapshots, meetings,
-            random.Random(swarm.host.peer_id.to_bytes()),  # noqa: S311  # whom to average with is no secret
-        )  # fmt: skip
-        self._standby = StandbyCopies(settings, swarm, self.hosting, self.checkpoints, self.client)
+        self._snapshots = SnapshotTaker(runtime, snapshots, swarm_id, self.replicas.history.of)
+        self.averaging = ReplicaAveraging(
+            settings, swarm, self.replicas, self._snapshots, self.hosting.adopt_from
+        )
+        self._standby = StandbyCopies(
+            settings, swarm, self.replicas, lambda: self.hosting.seen, settings.max_standbys
+        )
         self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, now)
         self._account = ContributionAccount(state / "contribution.json")
         self._expert_bytes = expert_bytes(swarm.manifest)
@@ -346,7 +352,7 @@ class Node:
         logger.info("computes on %s", ", ".join(map(str, devices)))
         node = cls(settings, swarm, runtime, state, devices)
         try:
-            await node.checkpoints.open()
+            await node.replicas.checkpoints.open()
             await runtime.start()
             await node._serve(host)
             await attempt(partial(node.reaching.begin, host, node._port, stage))
@@ -376,12 +382,12 @@ class Node:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._stay_announced())
             group.create_task(self._look_around())
-            group.create_task(self.replication.run())
+            group.create_task(self.averaging.run())
             group.create_task(self._standby.run())
             group.create_task(self._mind_manners())
             group.create_task(self._account.save_every(_ACCOUNT_EVERY_S, self._contribution))
             if self._settings.checkpoint_every_s:
-                group.create_task(self.checkpoints.save_every(self._settings.checkpoint_every_s))
+                group.create_task(self.replicas.checkpoints.save_every(self._settings.checkpoint_every_s))
 
     async def pause(self, reason: str = "by its owner", for_s: float | None = None) -> None:
         """Gives up its experts and stays in the swarm, until `resume`, or for so many seconds.
@@ -442,7 +448,7 @@ class Node:
             await self._say_goodbye()
         if self._server is not None:
             await self._server.stop(_CALLS_GRACE_S)
-        await self.client.close()
+        await self.replicas.states.close()
         await self.runtime.stop()
         if self._metrics is not None:
             self._note_work()
@@ -465,7 +471,7 @@ class Node:
         began = time.monotonic()
         if limit_s and self.runtime.experts:
             self.runtime.refuse()
-            await self.replication.average_before_leaving(limit_s)
+            await self.averaging.average_before_leaving(limit_s)
         await self.hosting.release(max(0.0, limit_s - (time.monotonic() - began)))
 
     async def _stay_announced_as_leaving(self) -> None:
@@ -474,7 +480,7 @@ class Node:
 
     def hurry(self) -> None:
         """Makes a node that stops wait for nobody to take its experts over."""
-        self.replication.hurry()
+        self.averaging.hurry()
         self.hosting.hurry()
 
     async def _say_goodbye(self) -> None:
@@ -531,8 +537,8 @@ class Node:
         settings = self._settings
         self._host = host
         states = StateServicer(
-            self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.client.counts,
-            self.replication.accept_hint, self.traffic.up, self.sessions,
+            self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.replicas.states.counts,
+            self.averaging.accept_hint, self.traffic.up, self.sessions,
             max_transfers=settings.max_transfers, max_transfer_s=settings.max_transfer_s,
         )  # fmt: skip
         services = Services(
@@ -576,7 +582,7 @@ class Node:
             exchanged=self.hosting.exchanged,
             dht_failures=self._rounds.failures,
             p2pd_restarts=self.swarm.host.restarts,
-            checkpoints=self.checkpoints.counts,
+            checkpoints=self.replicas.checkpoints.counts,
             paused=self.state is NodeState.PAUSED,
             calls=self._servicer.calls,
             uploaded_bytes=self.traffic.up.bytes,
@@ -584,9 +590,9 @@ class Node:
             memory_bytes=self._memory_bytes(),
             tasks=len(asyncio.all_tasks(self._loop)),
             handed_over=self.hosting.handed_over,
-            averagings=self.replication.averagings,
+            averagings=self.averaging.averagings,
             standby_copies=self._standby.copied,
-            transfers=self.client.counts,
+            transfers=self.replicas.states.counts,
             dht=self.swarm.registry.counts,
             stored=self.swarm.host.stored,
             sessions_open=len(self.sessions),

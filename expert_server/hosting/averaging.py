@@ -1,7 +1,4 @@
-"""Keeping replicas together: now and then each meets another of the same expert, and both become their average.
-
-How two replicas of an expert become one state again. Pure.
-"""
+"""Replicas of one expert meet in pairs, now and then, and both become their average."""
 
 import asyncio
 import logging
@@ -10,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,52 +17,26 @@ from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import Checkpoint, State, from_bytes
-from expert_server.hosting.manager import HostingManager, serving_elsewhere
-from expert_server.serving.runtime import Runtime
+from expert_server.hosting.placement import serving_elsewhere
+from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
-from expert_server.state.checkpoints import Checkpoints
 from expert_server.state.servicer import FetchHint, HintQueue
-from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker, StateClient
-from peer.averaging import MAX_UPDATE_COUNT, AveragingHistory, interpolate, partner_weight
+from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker
+from peer.averaging import MAX_UPDATE_COUNT, interpolate, partner_weight
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.identity import PeerID
 from peer.wire import state_pb2
 
 logger = logging.getLogger(__name__)
 
-
-def averaged(current: State, base: State, theirs: State, share: float) -> State:
-    """The state `current` after `base`, from which it came, was averaged with `theirs`.
-
-    So updates that were taken since `base` are kept. A moment that one side lacks counts as zeros there.
-    """
-    names = current.keys() | theirs.keys()
-    return {
-        name: _averaged(name, current.get(name), base.get(name), theirs.get(name), share)
-        for name in sorted(names)
-    }
-
-
-def _averaged(
-    name: str, current: Tensor | None, base: Tensor | None, theirs: Tensor | None, share: float
-) -> Tensor:
-    like = current if current is not None else theirs
-    assert like is not None, "one of the two states has it"
-    now, then, other = (torch.zeros_like(like) if t is None else t for t in (current, base, theirs))
-    if not like.is_floating_point():
-        return torch.maximum(now, other)
-    if name.endswith(".step"):  # of the optimizer: a count, for the correction of its bias
-        return now + (torch.maximum(then, other) - then)
-    result = interpolate(now, then, other, share)
-    if name.endswith(".exp_avg_sq"):
-        result.clamp_(min=0)
-    return result.to(like.dtype)
-
-
 _TAKES_INITIATIVE = 0.5
 """Share of its replicated experts for which a node seeks a meeting: with those that others seek, about one each."""
 _PART_S = 5.0
 """Longest that a node which gives its experts up averages them with others' replicas."""
+_MAX_HINTS = 256
+"""Experts that others may ask this node to fetch, at one time."""
+
+Adopt: TypeAlias = Callable[[PeerID, Collection[UID]], Coroutine[Any, Any, None]]
 
 
 class ReplicaAveraging:
@@ -75,28 +46,22 @@ class ReplicaAveraging:
         self,
         settings: NodeSettings,
         swarm: Swarm,
-        runtime: Runtime,
-        checkpoints: Checkpoints,
-        hosting: HostingManager,
-        client: StateClient,
+        replicas: LocalReplicas,
         snapshots: SnapshotTaker,
-        meetings: AveragingHistory[UID],
-        rng: random.Random,
+        adopt: Adopt,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`adopt`: takes experts over from a peer that leaves."""
         self.averagings = 0
         """Meetings after which this node's replica became the average."""
-        self._settings = settings
+        self._every_s = settings.average_every_s
         self._swarm = swarm
-        self._runtime = runtime
-        self._checkpoints = checkpoints
-        self._hosting = hosting
-        self._client = client
+        self._replicas = replicas
         self._snapshots = snapshots
-        self._meetings = meetings
-        self._rng = rng
+        self._adopt = adopt
+        self._rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # whom to average with is no secret
         self._clock = clock
-        self._hints = HintQueue(settings.max_hints, settings.average_every_s / 10)
+        self._hints = HintQueue(_MAX_HINTS, self._every_s / 10)
         self._hinted = asyncio.Event()
         self._runs = False
         self._parting: asyncio.Task[None] | None = None
@@ -105,7 +70,7 @@ class ReplicaAveraging:
 
     def accept_hint(self, hint: FetchHint) -> int:
         """Takes a hint; says how many of its experts will be looked at, from the first on. None unless it runs."""
-        wanted = self._settings.average_every_s > 0 if hint.is_average else not self._hosting.is_leaving
+        wanted = self._every_s > 0 if hint.is_average else not self._replicas.leaving
         if not self._runs or not wanted:
             return 0
         accepted = self._hints.put(hint, self._clock())
@@ -118,14 +83,14 @@ class ReplicaAveraging:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._follow_hints())
-                if self._settings.average_every_s:
+                if self._every_s:
                     group.create_task(self._average_now_and_then())
         finally:
             self._runs = False
 
     async def average_some(self) -> None:
         """Seeks a meeting for about half of the experts that others serve too. Raises UnreachableError."""
-        replicas = await self._swarm.registry.replicas(self._runtime.experts)
+        replicas = await self._swarm.registry.replicas(self._replicas.experts)
         partners = choose_partners(replicas, self._swarm.host.peer_id, self._rng)
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
         for replica in partners:
@@ -137,7 +102,7 @@ class ReplicaAveraging:
 
         Returns when the others have what they need of this node, which must be announced as serving till then.
         """
-        if not self._settings.average_every_s:
+        if not self._every_s:
             return
         self._parting = asyncio.create_task(self._tried(self._part()), name="part")
         await asyncio.wait({self._parting}, timeout=min(_PART_S, limit_s))
@@ -151,7 +116,7 @@ class ReplicaAveraging:
             self._parting.cancel()
 
     async def _part(self) -> None:
-        replicas = await self._swarm.registry.replicas(self._runtime.experts)
+        replicas = await self._swarm.registry.replicas(self._replicas.experts)
         me = self._swarm.host.peer_id
         partners = [self._rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
@@ -172,10 +137,10 @@ class ReplicaAveraging:
         """
         async with self._meeting:
             base = await self._snapshots.take(uid)
-            fetched = await self._client.fetch(node, uid)
+            fetched = await self._replicas.states.fetch(node, uid)
             await self._average(base, fetched, node.peer_id)
-        given = base.given.setdefault(node.peer_id, asyncio.Event())
-        accepted = await self._client.ask(
+        given = base.given_to(node.peer_id)
+        accepted = await self._replicas.states.ask(
             node, state_pb2.ASK_REASON_AVERAGE, [uid], base.sha256, base_sha256=fetched.sha256
         )
         return given if accepted else None
@@ -188,36 +153,38 @@ class ReplicaAveraging:
         (uid,) = hint.uids
         async with self._meeting:
             base = self._snapshots.find(uid, hint.base_sha256)
-            expert = self._runtime.experts.get(uid)
+            expert = self._replicas.experts.get(uid)
             if base is None or expert is None or base.generation != expert.generation:
                 return
-            fetched = await self._client.fetch(node, uid, hint.sha256)
+            fetched = await self._replicas.states.fetch(node, uid, hint.sha256)
             await self._average(base, fetched, node.peer_id)
 
     async def _average(self, base: Snapshot, fetched: Fetched, peer_id: PeerID) -> None:
         claimed = fetched.checkpoint.update_count
-        believed = self._meetings.capped_claim(base.uid, base.update_count, claimed)
+        believed = self._replicas.history.capped_claim(base.uid, base.update_count, claimed)
         theirs = replace(fetched.checkpoint, update_count=believed)
         met = max(base.met.get(peer_id, 0), fetched.met_update_count)
         share = partner_weight(base.update_count, believed, met)
-        expert = self._runtime.experts.get(base.uid)
+        expert = self._replicas.experts.get(base.uid)
         if expert is None:
             return  # given up meanwhile
-        await self._runtime.run(partial(average_into, expert, base, theirs, self._swarm.keys.swarm_id, share))
-        self._meetings.record(base.uid, peer_id, max(base.update_count, believed))
-        self._checkpoints.note_replaced(base.uid)
+        await self._replicas.runtime.run(
+            partial(average_into, expert, base, theirs, self._swarm.keys.swarm_id, share)
+        )
+        self._replicas.history.record(base.uid, peer_id, max(base.update_count, believed))
+        self._replicas.checkpoints.note_replaced(base.uid)
         self.averagings += 1
         logger.debug("averaged %s with %s, whose share was %.2f", base.uid, peer_id, share)
 
     def _is_idle(self, replica: Replica) -> bool:
         """Whether neither took an update since the two met."""
-        met = self._meetings.of(replica.uid).get(replica.peer_id)
-        expert = self._runtime.experts.get(replica.uid)
+        met = self._replicas.history.of(replica.uid).get(replica.peer_id)
+        expert = self._replicas.experts.get(replica.uid)
         return expert is None or met == replica.update_count == expert.update_count
 
     async def _average_now_and_then(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.average_every_s * self._rng.uniform(0.5, 1.5))
+            await asyncio.sleep(self._every_s * self._rng.uniform(0.5, 1.5))
             await self._tried(self.average_some())
 
     async def _follow_hints(self) -> None:
@@ -229,13 +196,13 @@ class ReplicaAveraging:
             elif hint.is_average:
                 await self._tried(self._follow_average(hint))
             else:
-                await self._tried(self._hosting.adopt_from(hint.peer_id, hint.uids))
+                await self._tried(self._adopt(hint.peer_id, hint.uids))
 
     async def _follow_average(self, hint: FetchHint) -> None:
         """Only with a peer that, by the DHT, serves that expert."""
         replicas = await self._swarm.registry.replicas(hint.uids)
         hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
-        if hint.peer_id in hosts and set(hint.uids) <= self._runtime.experts.keys():
+        if hint.peer_id in hosts and set(hint.uids) <= self._replicas.experts.keys():
             nodes = await self._swarm.registry.nodes([hint.peer_id])
             if hint.peer_id in nodes:
                 await self._answer(hint, nodes[hint.peer_id])
@@ -269,3 +236,31 @@ def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: s
     since = expert.update_count - base.update_count
     updates = max(base.update_count, theirs.update_count) + since
     expert.import_state(state, min(updates, MAX_UPDATE_COUNT))
+
+
+def averaged(current: State, base: State, theirs: State, share: float) -> State:
+    """The state `current` after `base`, from which it came, was averaged with `theirs`.
+
+    So updates that were taken since `base` are kept. A moment that one side lacks counts as zeros there.
+    """
+    names = current.keys() | theirs.keys()
+    return {
+        name: _averaged(name, current.get(name), base.get(name), theirs.get(name), share)
+        for name in sorted(names)
+    }
+
+
+def _averaged(
+    name: str, current: Tensor | None, base: Tensor | None, theirs: Tensor | None, share: float
+) -> Tensor:
+    like = current if current is not None else theirs
+    assert like is not None, "one of the two states has it"
+    now, then, other = (torch.zeros_like(like) if t is None else t for t in (current, base, theirs))
+    if not like.is_floating_point():
+        return torch.maximum(now, other)
+    if name.endswith(".step"):  # of the optimizer: a count, for the correction of its bias
+        return now + (torch.maximum(then, other) - then)
+    result = interpolate(now, then, other, share)
+    if name.endswith(".exp_avg_sq"):
+        result.clamp_(min=0)
+    return result.to(like.dtype)

@@ -1,22 +1,15 @@
-"""The experts that a node hosts: it claims, takes, announces and adopts them, and gives them up when it leaves.
-
-A node that leaves: which of its experts have no other host, and who of the others adopts them.
-"""
+"""Which experts a node hosts: it adopts orphans, adds or exchanges replicas, and hands its own over when it leaves."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
 
-from dht.manifest import Manifest
 from dht.registry import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
-from expert_server.experts.devices import ComputeDevice
-from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.hosting.placement import (
     ExchangeHysteresis,
     HostingSurvey,
@@ -27,16 +20,13 @@ from expert_server.hosting.placement import (
     rank_vacancies,
     regressed,
     releasable,
+    serving_elsewhere,
     under_replicated,
     vacant,
 )
-from expert_server.hosting.replicas import Restorer, Taker
-from expert_server.serving.runtime import Runtime
+from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
-from expert_server.state.checkpoints import Checkpoints
 from expert_server.state.servicer import MAX_UIDS_IN_ASK
-from expert_server.state.transfer import StateClient
-from peer.averaging import AveragingHistory
 from peer.errors import UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
@@ -44,37 +34,45 @@ from peer.wire import state_pb2
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 0.2
+_CLAIM_ROUNDS = 5
+"""How often a node that starts looks for experts, as long as others may lose the claims they made."""
+_LOOKS = 2
+"""Looks in a row that must find an expert vacant before it is adopted."""
+_LOOKS_WITHOUT = 3
+"""The same for a node without a checkpoint of it, though it was hosted: that node would have to restart it."""
+_FIRM_LOOKS = 4
+"""Looks in a row that must find the same replica to spare. Announcements live three periods."""
+_EXCHANGE_EVERY_S = 600.0
+"""Shortest time between two exchanges."""
 _CLAIM_WITHIN_S = 10.0
-"""After that an heir that has not claimed what it was given is passed over: it may be leaving too."""
+"""An heir that has not claimed what it accepted within this time is passed over: it may be leaving too."""
+_LOOK_EVERY_S = 0.2
+"""How often a node that leaves looks whether its heirs serve."""
 
 
 class Handover:
-    """One leave. It asks nodes with room to adopt what nobody else serves, and sees in the DHT that they do."""
+    """One leave: asks nodes with room to adopt what nobody else serves, until the DHT says that they serve it."""
 
     def __init__(
-        self,
-        swarm: Swarm,
-        client: StateClient,
-        uids: Collection[UID],
-        clock: Callable[[], float] = time.monotonic,
+        self, swarm: Swarm, replicas: LocalReplicas, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.alone = set(uids)
+        self.alone = set(replicas.experts)
         """The experts that nobody else serves, as far as was seen."""
         self.handed_over = 0
         self._swarm = swarm
-        self._client = client
+        self._replicas = replicas
         self._clock = clock
         self._nodes: dict[PeerID, NodeInfo] = {}
         self._rooms: dict[PeerID, int] = {}
         self._asked: dict[UID, tuple[PeerID, float]] = {}
 
-    async def hand_over(self, withdraw: Callable[[list[UID]], Awaitable[None]]) -> None:
-        """Returns when others serve all of them, or nobody is left to ask.
+    async def run(self) -> None:
+        """Returns when others serve all of them, or nobody is left to ask. What others serve is withdrawn.
 
-        `withdraw` is given what others serve. Raises UnreachableError when the DHT does not answer.
+        Raises UnreachableError when the DHT does not answer.
         """
-        await self._withdraw_served(withdraw)
+        await self._replicas.announce()
+        await self._withdraw_served()
         if self.alone:
             await self._find_rooms()
         while self.alone:
@@ -82,19 +80,17 @@ class Handover:
             if not self.alone & self._asked.keys():
                 return
             await asyncio.sleep(_LOOK_EVERY_S)
-            self._pass_over(await self._withdraw_served(withdraw))
+            self._pass_over(await self._withdraw_served())
 
-    async def _withdraw_served(
-        self, withdraw: Callable[[list[UID]], Awaitable[None]]
-    ) -> dict[UID, tuple[Replica, ...]]:
-        """Gives all replicas of the experts that were alone."""
+    async def _withdraw_served(self) -> dict[UID, tuple[Replica, ...]]:
+        """Returns all replicas of the experts that were alone."""
         me = self._swarm.host.peer_id
         replicas = await self._swarm.registry.replicas(self.alone)
         served = [uid for uid, hosts in replicas.items() if serving_elsewhere(hosts, me)]
         self.alone.difference_update(served)
         self.handed_over += sum(uid in self._asked for uid in served)
         if served:
-            await withdraw(served)
+            await self._replicas.withdraw(served)
         return replicas
 
     async def _find_rooms(self) -> None:
@@ -104,7 +100,7 @@ class Handover:
         self._rooms = {p: node.expert_capacity - node.expert_count for p, node in self._nodes.items()}
 
     async def _ask(self, uids: Collection[UID]) -> None:
-        """Asks the heirs, all at once, and goes on to others for what they don't take."""
+        """Asks the heirs all at once, and then others for what those don't take."""
         left = list(uids)
         while shares := self._shares(left):
             async with asyncio.TaskGroup() as group:
@@ -118,40 +114,19 @@ class Handover:
         return [(heir, list(share)[:MAX_UIDS_IN_ASK]) for heir, share in by_heir]
 
     async def _ask_one(self, heir: PeerID, share: list[UID]) -> None:
-        accepted = await self._client.ask(self._nodes[heir], state_pb2.ASK_REASON_ADOPT, share)
+        accepted = await self._replicas.states.ask(self._nodes[heir], state_pb2.ASK_REASON_ADOPT, share)
         for uid in share[:accepted]:
             self._asked[uid] = heir, self._clock()
         full = accepted < len(share)
         self._rooms[heir] = 0 if full else self._rooms[heir] - accepted
 
     def _pass_over(self, replicas: dict[UID, tuple[Replica, ...]]) -> None:
-        """Forgets heirs that do not come."""
+        """Forgets heirs that did not claim what they accepted."""
         for uid, (heir, asked_at) in list(self._asked.items()):
             claimed = any(replica.peer_id == heir for replica in replicas.get(uid, ()))
             if not claimed and self._clock() > asked_at + _CLAIM_WITHIN_S:
                 del self._asked[uid]
                 self._rooms[heir] = 0
-
-
-def serving_elsewhere(hosts: Collection[Replica], me: PeerID) -> list[Replica]:
-    """The replicas of others that answer calls."""
-    return [r for r in hosts if r.state is ReplicaState.SERVING and r.peer_id != me]
-
-
-_FREE_MEMORY_SHARE = 0.25
-_CLAIM_ROUNDS = 5
-_WITHDRAW_S = 2.0
-"""Longest that a node which gives its experts up tries to withdraw its announcements."""
-_QUEUE_S = 2.0
-"""Longest that it lets work that waits be computed."""
-_LOOKS = 2
-"""In a row that must find an expert vacant before it is adopted."""
-_LOOKS_WITHOUT = 3
-"""As many by a node that would have to begin it anew, though it was hosted."""
-_FIRM_LOOKS = 4
-"""Looks in a row that must find the same replica to spare. Announcements live three periods."""
-_SAVE_S = 10.0
-"""Longest that it saves them."""
 
 
 class HostingManager:
@@ -161,12 +136,9 @@ class HostingManager:
         self,
         settings: NodeSettings,
         swarm: Swarm,
-        runtime: Runtime,
-        checkpoints: Checkpoints,
-        devices: Sequence[ComputeDevice],
-        client: StateClient,
-        meetings: AveragingHistory[UID],
+        replicas: LocalReplicas,
         now: Callable[[], float] = time.time,
+        exchange_every_s: float = _EXCHANGE_EVERY_S,
     ) -> None:
         self.adopted = 0
         """Experts taken over because nobody hosted them, or their only host left."""
@@ -178,63 +150,50 @@ class HostingManager:
         """Replicas given up for ones that were needed more."""
         self.seen: Mapping[UID, tuple[Replica, ...]] = {}
         """The replicas found at the last look."""
-        self._settings = settings
         self._swarm = swarm
-        self._runtime = runtime
-        self._checkpoints = checkpoints
-        self._client = client
-        self._meetings = meetings
-        restorer = Restorer(swarm, runtime, checkpoints, client, meetings, lambda: self.plausible_updates)
-        self.taker = Taker(settings, swarm, runtime, checkpoints, devices, restorer, now)
+        self._replicas = replicas
         self._now = now
-        self._room = _room(settings, swarm.manifest, devices)
+        self._enough = settings.replicas
+        self._room = settings.experts if settings.experts is not None else replicas.fitting()
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._vacant_looks: Counter[UID] = Counter()
         """In how many looks in a row nobody hosted it."""
-        self._resolve = ExchangeHysteresis(_FIRM_LOOKS, settings.exchange_every_s)
+        self._resolve = ExchangeHysteresis(_FIRM_LOOKS, exchange_every_s)
         self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._hurried = False
         self._changing = asyncio.Lock()
         """Held while experts are taken or given up."""
-        self._departing: asyncio.Task[None] | None = None
+        self._handing_over: asyncio.Task[None] | None = None
 
     @property
     def capacity(self) -> int:
         """Experts it would host at most, those it would adopt included."""
         return self._room + self._spare
 
-    @property
-    def plausible_updates(self) -> int:
-        """The most that an expert of another can have taken, by the last look."""
-        return plausible_updates(self.seen)
-
-    @property
-    def is_leaving(self) -> bool:
-        """Whether it gives, or gave, its experts up."""
-        return self.taker.leaving
-
     async def take_first(self) -> None:
         """Fills the room with experts that nobody hosts."""
-        self.taker.leaving = self._hurried = False
-        self._runtime.refuse(False)
+        self._hurried = False
+        self._replicas.open()
         for _ in range(_CLAIM_ROUNDS):
             async with self._changing:
                 unserved = await self._take_vacant()
-            if self.taker.leaving or self._room <= len(self._runtime.experts) or not unserved:
+            if self._replicas.leaving or self._room <= len(self._replicas.experts) or not unserved:
                 break
-            await asyncio.sleep(self._settings.claim_wait_s)  # others give up claims that they lost
+            await asyncio.sleep(self._replicas.claim_wait_s)  # others give up claims that they lost
 
     async def announce(self) -> None:
         """Renews what this node says of its replicas, and the manifest."""
-        await self.taker.announce(self._runtime.experts)
+        await self._replicas.announce()
         await self._swarm.keep_manifest()
 
     async def look(self) -> None:
         """Adopts experts that nobody hosts, and takes further replicas into the room that is left."""
         async with self._changing:
             replicas = await self._read()
-            me, mine = self._swarm.host.peer_id, self._runtime.experts
-            if not self.taker.leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in mine):
+            me, mine = self._swarm.host.peer_id, self._replicas.experts
+            if not self._replicas.leaving and any(
+                me not in {r.peer_id for r in replicas[uid]} for uid in mine
+            ):
                 raise UnreachableError("the DHT does not give back this node's own announcements")
             await self._adopt(replicas)
             await self._replicate(replicas)
@@ -249,7 +208,7 @@ class HostingManager:
         """Takes those of the experts that have, by the DHT, no host but this peer, who leaves."""
         async with self._changing:
             replicas = await self._swarm.registry.replicas(uids)
-            me, mine = self._swarm.host.peer_id, self._runtime.experts
+            me, mine = self._swarm.host.peer_id, self._replicas.experts
             wanted = [
                 uid
                 for uid in uids
@@ -257,7 +216,7 @@ class HostingManager:
                 and not serving_elsewhere(replicas[uid], me)
                 and any(r.peer_id == leaving and r.state is ReplicaState.LEAVING for r in replicas[uid])
             ]
-            if taken := await self.taker.take(wanted[: max(0, self.capacity - len(mine))]):
+            if taken := await self._take(wanted[: max(0, self.capacity - len(mine))]):
                 self.adopted += len(taken)
                 logger.info("adopted %s of %s, which leaves", counted(len(taken), "expert"), leaving)
 
@@ -267,65 +226,49 @@ class HostingManager:
         Says how many experts nobody else hosts now: they are in this node's checkpoints, as far as those could be
         written. `take_first` begins again.
         """
-        self.taker.leave()
-        self._runtime.refuse()
+        self._replicas.leave()
         async with self._changing:
-            experts = list(self._runtime.experts.values())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_QUEUE_S):
-                    await self._runtime.settle()
-            departure = Handover(self._swarm, self._client, [expert.uid for expert in experts])
-            if experts and timeout_s and not self._hurried:
-                await self._hand_over(departure, timeout_s)
-            with contextlib.suppress(UnreachableError, TimeoutError):
-                async with asyncio.timeout(_WITHDRAW_S):
-                    await self.taker.withdraw(self.taker.announced)
-            self._forget(experts)
-            await self._checkpoints.save_all_within(_SAVE_S, experts)
-        alone = len(departure.alone)
-        if experts:
+            count = len(self._replicas.experts)
+            await self._replicas.finish_work()
+            handover = Handover(self._swarm, self._replicas)
+            if count and timeout_s and not self._hurried:
+                await self._hand_over(handover, timeout_s)
+            await self._replicas.release_all()
+            self._vacant_looks.clear()
+            self.replicated = 0
+        alone = len(handover.alone)
+        if count:
             logger.info(
                 "gave up %s: others host %d, %d are in this node's checkpoints alone",
-                *(counted(len(experts), "expert"), len(experts) - alone, alone),
+                *(counted(count, "expert"), count - alone, alone),
             )
         return alone
 
     def hurry(self) -> None:
         """Waits no longer for others to adopt what this node gives up."""
         self._hurried = True
-        if self._departing is not None:
-            self._departing.cancel()
+        if self._handing_over is not None:
+            self._handing_over.cancel()
 
-    async def _hand_over(self, departure: Handover, timeout_s: float) -> None:
-        async def announce_and_hand_over() -> None:
-            await self.taker.announce(self._runtime.experts)
-            await departure.hand_over(self.taker.withdraw)
-
-        self._departing = asyncio.create_task(announce_and_hand_over(), name="hand over")
+    async def _hand_over(self, handover: Handover, timeout_s: float) -> None:
+        self._handing_over = asyncio.create_task(handover.run(), name="hand over")
         try:
-            await asyncio.wait({self._departing}, timeout=timeout_s)
+            await asyncio.wait({self._handing_over}, timeout=timeout_s)
         finally:
-            self._departing.cancel()
-            (outcome,) = await asyncio.gather(self._departing, return_exceptions=True)
-            self._departing = None
-            self.handed_over += departure.handed_over
+            self._handing_over.cancel()
+            (outcome,) = await asyncio.gather(self._handing_over, return_exceptions=True)
+            self._handing_over = None
+            self.handed_over += handover.handed_over
         if isinstance(outcome, UnreachableError):
             logger.warning("could not hand experts over: %s", outcome)
         elif isinstance(outcome, Exception):
             raise outcome
 
-    def _forget(self, experts: Collection[Expert]) -> None:
-        """Before they are saved: nothing steps them afterwards."""
-        for expert in experts:
-            self._runtime.remove(expert.uid)
-            self._meetings.forget(expert.uid)
-        self.taker.forget()
-        self._vacant_looks.clear()
-        self.replicated = 0
-
     async def _read(self) -> Mapping[UID, tuple[Replica, ...]]:
         """The replicas of experts that may need this node."""
-        self.seen = await self._survey.read({*self._runtime.experts, *await self._checkpoints.newest()})
+        self.seen = await self._survey.read(
+            {*self._replicas.experts, *await self._replicas.checkpoints.newest()}
+        )
         return self.seen
 
     async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
@@ -335,7 +278,7 @@ class HostingManager:
         The spare room is for those that had a host once: a founder alone leaves the others to those who join.
         """
         self._vacant_looks = Counter({uid: self._vacant_looks[uid] + 1 for uid in self._vacant(replicas)})
-        me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
+        me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
         had_host = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
         lasting = {
             uid
@@ -343,11 +286,11 @@ class HostingManager:
             if looks >= (_LOOKS_WITHOUT if uid in had_host and uid not in saved else _LOOKS)
         }
         orphans = lasting & (had_host | saved.keys())
-        room = self._room - len(self._runtime.experts)
+        room = self._room - len(self._replicas.experts)
         kept = self._kept_here_alone(replicas, saved)
         lacking = len(orphans | kept.keys()) - room - self._spare
-        if gone := releasable(replicas, self._runtime.experts, me, lacking):
-            await self._give_up(gone)
+        if gone := releasable(replicas, self._replicas.experts, me, lacking):
+            await self._replicas.release(gone)
             room += len(gone)
             logger.info(
                 "gave up %s that others host too: nobody hosts %d others",
@@ -356,76 +299,59 @@ class HostingManager:
             )
         wanted = rank_vacancies(orphans | kept.keys(), room + self._spare, me, {**saved, **kept})
         wanted += rank_vacancies(lasting - orphans, room - len(wanted), me, saved)
-        if taken := await self.taker.take(wanted):
+        if taken := await self._take(wanted):
             self.adopted += len(taken)
             logger.info(
                 "adopted %s that nobody hosted, or that others had begun anew", counted(len(taken), "expert")
             )
-
-    async def _give_up(self, uids: Collection[UID]) -> None:
-        """Serves them no more; they are saved first."""
-        experts = [self._runtime.experts[uid] for uid in uids]
-        await self.taker.withdraw(uids)
-        for uid in uids:
-            self._runtime.remove(uid)
-            self._meetings.forget(uid)
-        await self._checkpoints.save_all_within(_SAVE_S, experts)
 
     async def _exchange(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         """Without room for more, gives up a replica that others host often enough for one that is needed more.
 
         The new one comes first, into the spare room.
         """
-        mine, enough = self._runtime.experts, self._settings.replicas
+        mine, enough = self._replicas.experts, self._enough
         is_full = self._room <= len(mine) < self.capacity
         wish = exchange(replicas, mine, self._swarm.host.peer_id, enough) if is_full else None
         if not self._resolve.is_due(wish, self._now()) or wish is None:
             return
         self._resolve.done(self._now())
-        if await self.taker.take([wish.takes], max(enough, lasting_replicas(replicas[wish.takes]) + 1)):
-            await self._give_up([wish.gives])
+        if await self._take([wish.takes], max(enough, lasting_replicas(replicas[wish.takes]) + 1)):
+            await self._replicas.release([wish.gives])
             self.exchanged += 1
             logger.info("exchanged expert %s, which others host, for %s", wish.gives, wish.takes)
 
     async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
-        me, mine = self._swarm.host.peer_id, self._runtime.experts
+        me, mine = self._swarm.host.peer_id, self._replicas.experts
         self.replicated = sum(bool(serving_elsewhere(replicas[uid], me)) for uid in mine)
         others = {uid: hosts for uid, hosts in replicas.items() if uid not in mine}
-        enough = self._settings.replicas
-        if taken := await self.taker.take(
-            under_replicated(others, self._room - len(mine), me, enough), enough
-        ):
+        wanted = under_replicated(others, self._room - len(mine), me, self._enough)
+        if taken := await self._take(wanted, self._enough):
             self.replicated += len(taken)
             logger.info("took further replicas of %s", counted(len(taken), "expert"))
+
+    async def _take(self, wanted: list[UID], enough: int = 1) -> list[UID]:
+        return await self._replicas.take(wanted, plausible_updates(self.seen), enough)
 
     async def _take_vacant(self) -> set[UID]:
         """Gives the experts that nobody serves even so: others may have claimed them, and may lose their claims."""
         replicas = await self._read()
-        me, saved = self._swarm.host.peer_id, await self._checkpoints.newest()
-        room = self._room - len(self._runtime.experts)
+        me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
+        room = self._room - len(self._replicas.experts)
         kept = self._kept_here_alone(replicas, saved)
-        await self.taker.take(rank_vacancies({*self._vacant(replicas), *kept}, room, me, {**saved, **kept}))
+        await self._take(rank_vacancies({*self._vacant(replicas), *kept}, room, me, {**saved, **kept}))
         unserved = {uid for uid, hosts in replicas.items() if not serving_elsewhere(hosts, me)}
-        return unserved - self._runtime.experts.keys()
+        return unserved - self._replicas.experts.keys()
 
     def _vacant(self, replicas: Mapping[UID, Collection[Replica]]) -> list[UID]:
         """What nobody else hosts: what this node hosted before it was killed may still be announced."""
-        me, mine = self._swarm.host.peer_id, self._runtime.experts
+        me, mine = self._swarm.host.peer_id, self._replicas.experts
         return [uid for uid in vacant(replicas, besides=me) if uid not in mine]
 
     def _kept_here_alone(
         self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]
     ) -> dict[UID, int]:
         """What others had to begin anew while this node was away, and how many updates its checkpoints bring back."""
-        mine = self._runtime.experts
+        mine = self._replicas.experts
         found = regressed(replicas, saved, self._swarm.host.peer_id)
         return {uid: gain for uid, gain in found.items() if uid not in mine}
-
-
-def _room(settings: NodeSettings, manifest: Manifest, devices: Sequence[ComputeDevice]) -> int:
-    """Experts to host: as asked, else as many as fit in a quarter of the free memory of each device."""
-    if settings.experts is not None:
-        return settings.experts
-    size = expert_bytes(manifest)
-    fitting = sum(int(_FREE_MEMORY_SHARE * device.memory_bytes / size) for device in devices)
-    return min(max(1, fitting), manifest.experts_total)

@@ -1,12 +1,7 @@
-"""Which experts need a host or a replica most, and who of several volunteers takes one. Pure functions.
+"""Which volunteer hosts which expert: what needs a host or a replica most, and what a node reads to know that.
 
-When a full node exchanges a replica that others host often enough for one that is needed more. Pure functions.
-
-Which experts need somebody, as one node sees it: all of a small grid, and of a large one as much as it can read.
-
-Reading every expert of a large grid in each announcement period costs more than hosting some. A prefix says at once
-which coordinates after it are active: so the prefixes are read first, and then only the experts of this node, the
-vacant ones, and some of the others.
+The choices are pure functions of what nodes announce. All nodes make them alike, so that those who choose at the same
+time mostly choose differently, and agree who wins a contested expert.
 """
 
 import hashlib
@@ -27,11 +22,23 @@ from peer.averaging import MAX_UPDATE_COUNT, freshest_first, max_plausible_updat
 from peer.identity import PeerID
 
 _BEHIND = 0.9
-"""Replicas that average differ less in their updates: with fewer than this part one began anew."""
-
+"""Replicas that average differ less in their updates: with fewer than this part of another's, one was restarted."""
 _OUTLIER = 10
-"""So many times the updates of a middling node's experts the most popular one may have taken."""
-
+"""How many times the updates of a middling node's experts the most popular one can have taken."""
+BUSY_ROWS = 512
+"""An expert is overloaded when at least so many rows wait at each of its hosts,"""
+BUSIER = 4
+"""and so many times as many as at the hosts of the expert that is given up for it."""
+READ_WHOLE = 1024
+"""Grids of up to so many experts are read whole."""
+MOST_PREFIXES = 1024
+"""Of a larger grid, how many rows are read at a time."""
+_ROWS_FOR = 6
+"""Looks at the same rows of such a grid: an expert must be vacant twice in a row before it is adopted."""
+MOST_VACANT = 512
+"""Of a larger grid, how many vacant experts are read."""
+SAMPLED = 256
+"""Of a larger grid, how many active experts are read, to see which have few replicas. Other nodes read others."""
 _NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
 
 
@@ -135,8 +142,7 @@ def releasable(
     """
 
     def others(uid: UID) -> list[Replica]:
-        hosts = replicas.get(uid, ())
-        return [r for r in hosts if r.state is ReplicaState.SERVING and r.peer_id != peer_id]
+        return serving_elsewhere(replicas.get(uid, ()), peer_id)
 
     able = [
         uid
@@ -144,6 +150,11 @@ def releasable(
         if any(preference(uid, other.peer_id) > preference(uid, peer_id) for other in others(uid))
     ]
     return sorted(able, key=lambda uid: (-len(others(uid)), preference(uid, peer_id)))[: max(count, 0)]
+
+
+def serving_elsewhere(hosts: Collection[Replica], me: PeerID) -> list[Replica]:
+    """The replicas of others that answer calls."""
+    return [r for r in hosts if r.state is ReplicaState.SERVING and r.peer_id != me]
 
 
 def lasting_replicas(hosts: Collection[Replica]) -> int:
@@ -211,12 +222,6 @@ def _outranks(other: Replica, update_count: int, peer_id: PeerID) -> bool:
         return other.state is ReplicaState.SERVING and not _is_behind(other.update_count, update_count)
     theirs = other.update_count, preference(other.uid, other.peer_id)
     return theirs > (update_count, preference(other.uid, peer_id))
-
-
-BUSY_ROWS = 512
-"""An expert is overloaded when at least so many rows wait at each of its hosts,"""
-BUSIER = 4
-"""and so many times as many as at the hosts of the expert that is given for it."""
 
 
 @dataclass(frozen=True)
@@ -298,19 +303,13 @@ def _queue(hosts: Collection[Replica]) -> int:
     return min((replica.queued_rows for replica in _serving(hosts)), default=0)
 
 
-READ_WHOLE = 1024
-"""Grids with so many experts are read whole."""
-MOST_PREFIXES = 1024
-"""Of a grid with more rows than that some are read, others after a while."""
-_ROWS_FOR = 6
-"""Looks at the same rows of such a grid: what is vacant must be so twice before it is adopted."""
-MOST_VACANT = 512
-SAMPLED = 256
-"""Active experts that are read to see which have few replicas: other nodes see others."""
-
-
 class HostingSurvey:
-    """What one node reads of its swarm in each announcement period."""
+    """What one node reads of its swarm in each announcement period: all of a small grid, a part of a large one.
+
+    To read every expert of a large grid in each period would cost more than to host some. A prefix says at once which
+    coordinates after it are active. So the prefixes are read first, and then only the experts of this node, the vacant
+    ones, and some of the others.
+    """
 
     def __init__(
         self, registry: Registry, manifest: Manifest, peer_id: PeerID, rng: random.Random | None = None

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from dht.registry import NodeInfo, Replica
@@ -12,15 +12,15 @@ from dht.uid import UID
 from expert_server.blocks import weightless_block
 from expert_server.experts.format import Checkpoint, check_state
 from expert_server.experts.optimizer import moments_of
-from expert_server.hosting.manager import HostingManager
-from expert_server.hosting.placement import single_hosted
+from expert_server.hosting.placement import plausible_updates, single_hosted
+from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
-from expert_server.state.checkpoints import Checkpoints
-from expert_server.state.transfer import StateClient
 from peer.errors import StateError, TransferError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
+MAX_STANDBYS = 32
+"""Copies in all, and experts copied each time."""
 _MOVED = 1.01
 """A copy is renewed when its host has taken so many times its updates,"""
 _OLD_ROUNDS = 6
@@ -28,52 +28,49 @@ _OLD_ROUNDS = 6
 
 
 class StandbyCopies:
-    """Keeps the copies fresh. Run it. They are checkpoints like others: who has one is first to take an orphan."""
+    """Keeps the copies fresh. Run it. They are checkpoints like others: a node that has one takes an orphan first."""
 
     def __init__(
         self,
         settings: NodeSettings,
         swarm: Swarm,
-        hosting: HostingManager,
-        checkpoints: Checkpoints,
-        client: StateClient,
+        replicas: LocalReplicas,
+        seen: Callable[[], Mapping[UID, tuple[Replica, ...]]],
+        limit: int = MAX_STANDBYS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`seen`: gives the replicas of the swarm as this node saw them last."""
         self.copied = 0
         """Copies made since the start, newer ones of the same experts too."""
-        self._settings = settings
+        self._every_s = settings.standby_every_s
         self._swarm = swarm
-        self._hosting = hosting
-        self._checkpoints = checkpoints
-        self._client = client
+        self._replicas = replicas
+        self._seen = seen
+        self._limit = limit
         self._clock = clock
         self._copied_at: dict[UID, float] = {}
 
     async def run(self) -> None:
-        """For ever; ends at once when it shall keep none."""
-        while self._settings.standby_every_s:
-            await asyncio.sleep(self._settings.standby_every_s)
+        """For ever; ends at once when the settings want no copies."""
+        while self._every_s:
+            await asyncio.sleep(self._every_s)
             try:
                 await self.copy()
             except UnreachableError as error:
                 logger.info("%s", error)
 
     async def copy(self) -> None:
-        """Fetches what is clearly newer than the copies here; only a state of its expert takes their place.
+        """Fetches what is clearly newer than the copies here; only a valid state of the same expert replaces one.
 
-        Raises UnreachableError.
-
-        At most so many experts are fetched each time, and copied in all, as the settings say: of a large grid each look
-        sees others.
-
-        Nothing while this node pauses or leaves.
+        Does nothing while this node pauses or leaves. Raises UnreachableError.
         """
-        if self._hosting.is_leaving:
+        if self._replicas.leaving:
             return
-        wanted = single_hosted(self._hosting.seen, self._swarm.host.peer_id)
-        saved = await self._checkpoints.newest()
-        held = {*self._hosting.taker.announced}  # some since the last look
-        plausible = self._hosting.plausible_updates
+        seen = self._seen()
+        wanted = single_hosted(seen, self._swarm.host.peer_id)
+        saved = await self._replicas.checkpoints.newest()
+        held = {*self._replicas.held}  # some since the last look
+        plausible = plausible_updates(seen)
         most = {uid: max(plausible, saved.get(uid, 0)) for uid in wanted}
         stale = [
             r
@@ -82,12 +79,12 @@ class StandbyCopies:
         ]
         self._copied_at = {uid: at for uid, at in self._copied_at.items() if uid in wanted}
         stale.sort(key=lambda r: min(r.update_count, most[r.uid]) - saved.get(r.uid, 0), reverse=True)
-        room = self._settings.max_standbys - len(saved.keys() - held)
+        room = self._limit - len(saved.keys() - held)
         new = [replica for replica in stale if replica.uid not in saved][: max(room, 0)]
-        some = [r for r in stale if r.uid in saved or r in new][: self._settings.max_standbys]
+        some = [r for r in stale if r.uid in saved or r in new][: self._limit]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
         for replica in some:
-            if self._hosting.is_leaving:
+            if self._replicas.leaving:
                 return
             if replica.peer_id in nodes:
                 try:
@@ -99,18 +96,16 @@ class StandbyCopies:
 
     async def _fetch(self, node: NodeInfo, uid: UID, most: int) -> None:
         """Counts `most` updates at most. Raises TransferError, StateError or OSError."""
-        checkpoint = (await self._client.fetch(node, uid)).checkpoint
+        checkpoint = (await self._replicas.states.fetch(node, uid)).checkpoint
         await asyncio.to_thread(self._check, uid, checkpoint)
         believed = min(checkpoint.update_count, most)
-        await self._checkpoints.keep(uid, replace(checkpoint, update_count=believed))
+        await self._replicas.checkpoints.keep(uid, replace(checkpoint, update_count=believed))
 
     def _is_stale(self, replica: Replica, saved: int, most: int) -> bool:
         """Whether what its host has is worth a transfer: a whole state travels for few updates as for many, of which
         `most` are believed.
         """
-        old_at = (
-            self._copied_at.get(replica.uid, float("-inf")) + _OLD_ROUNDS * self._settings.standby_every_s
-        )
+        old_at = self._copied_at.get(replica.uid, float("-inf")) + _OLD_ROUNDS * self._every_s
         is_old = self._clock() >= old_at
         return replica.update_count > saved and (is_old or min(replica.update_count, most) >= _MOVED * saved)
 

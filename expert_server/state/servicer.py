@@ -164,8 +164,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         async for reply in outgoing(header, snapshot.data, offset, self._up):
             await written(context.write, reply)
             self._counts.bytes_sent += len(reply.chunk)
-        if caller in snapshot.given:
-            snapshot.given[caller].set()
+        snapshot.note_given(caller)
 
     def _hint(self, request: state_pb2.AskRequest, caller: PeerID) -> FetchHint:
         if not 1 <= len(request.uids) <= MAX_UIDS_IN_ASK:

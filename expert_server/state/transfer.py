@@ -58,16 +58,24 @@ class Snapshot:
     generation: object
     """Of the expert at that moment."""
     met: Mapping[PeerID, int]
-    """The meetings at that moment."""
+    """Update counts of its averages with other peers' replicas, at that moment."""
     data: bytes
     sha256: bytes
     expires_at: float
-    given: dict[PeerID, asyncio.Event] = field(default_factory=dict)
-    """Set when that peer has fetched it; of the peers that are waited for."""
+    _given: dict[PeerID, asyncio.Event] = field(default_factory=dict)
+    """Of the peers that are waited for."""
 
     @property
     def key(self) -> UID:
         return self.uid
+
+    def given_to(self, peer_id: PeerID) -> asyncio.Event:
+        """Is set once that peer has fetched the whole snapshot. Get it before the peer is asked to fetch."""
+        return self._given.setdefault(peer_id, asyncio.Event())
+
+    def note_given(self, peer_id: PeerID) -> None:
+        if (given := self._given.get(peer_id)) is not None:
+            given.set()
 
 
 class SnapshotTaker:

@@ -162,13 +162,13 @@ def test_while_p2pd_starts_again_claims_of_others_are_waited_for(play: Play) -> 
 
     async def scenario(village: Village) -> None:
         node = await village.found(experts=8, claim_wait_s=30)
-        taker, host = node.hosting.taker, node.swarm.host
-        assert taker.claim_wait_s == 0
+        replicas, host = node.replicas, node.swarm.host
+        assert replicas.claim_wait_s == 0
         host._ready = False
-        assert taker.claim_wait_s == 30
+        assert replicas.claim_wait_s == 30
         host._ready = True
         await village.join(1, await node.swarm.invite(), experts=0)
-        assert taker.claim_wait_s == 30
+        assert replicas.claim_wait_s == 30
 
     play(scenario)
 

@@ -263,7 +263,7 @@ def test_a_node_may_be_stopped_while_it_pauses_or_goes_on(play: Play, first: str
         await node.resume()  # after the end, too, these are harmless
         with pytest.raises(UnreachableError):  # it was the DHT's only server, and is gone
             await hosts_of(observer)
-        assert await node.checkpoints.newest() == before
+        assert await node.replicas.checkpoints.newest() == before
 
     play(scenario)
 
@@ -276,14 +276,14 @@ def test_experts_are_saved_though_the_one_who_paused_is_cancelled(
         await train(node, 2)
         before = updates(node)
         given_up, goes_on = asyncio.Event(), asyncio.Event()
-        save_all_within = node.checkpoints.save_all_within
+        save_all_within = node.replicas.checkpoints.save_all_within
 
         async def save_late(*arguments: Any) -> None:
             given_up.set()
             await goes_on.wait()
             await save_all_within(*arguments)
 
-        monkeypatch.setattr(node.checkpoints, "save_all_within", save_late)
+        monkeypatch.setattr(node.replicas.checkpoints, "save_all_within", save_late)
         pausing = asyncio.create_task(node.pause())
         await given_up.wait()
         pausing.cancel()
@@ -293,7 +293,7 @@ def test_experts_are_saved_though_the_one_who_paused_is_cancelled(
         await asyncio.sleep(0)
         goes_on.set()
         await stopping
-        assert await node.checkpoints.newest() == before
+        assert await node.replicas.checkpoints.newest() == before
 
     play(scenario)
 

@@ -148,7 +148,7 @@ def test_nodes_and_trainers_of_both_releases_train_together(
         assert_trained(tmp_path / "old.json")
         assert founder.node.status().updates > mine
         wait_until(
-            lambda: founder.node.replication.averagings > 0 and old.metric("talkoot_averagings_total") > 0,
+            lambda: founder.node.averaging.averagings > 0 and old.metric("talkoot_averagings_total") > 0,
             "replicas of both that average",
         )
 

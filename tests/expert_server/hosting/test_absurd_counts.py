@@ -60,14 +60,14 @@ def test_a_copy_of_an_absurd_count_keeps_no_later_copies_out(play: Play) -> None
         honest._standby._clock = lambda: now
         await claim(liar, uid, MAX_UPDATE_COUNT)
         assert await copied(honest) == 1
-        assert await honest.checkpoints.newest() == {uid: MOST}
+        assert await honest.replicas.checkpoints.newest() == {uid: MOST}
 
         state = await claim(liar, uid, 40_000)
         assert await copied(honest) == 1, "it is believed to have taken no more, and the copy is young"
         now += 1800
         assert await copied(honest) == 2
-        assert await honest.checkpoints.newest() == {uid: MOST}
-        kept = honest.checkpoints._store.load_newest(uid)
+        assert await honest.replicas.checkpoints.newest() == {uid: MOST}
+        kept = honest.replicas.checkpoints._store.load_newest(uid)
         assert kept is not None
         torch.testing.assert_close(kept.state, state)
 

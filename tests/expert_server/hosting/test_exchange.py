@@ -7,6 +7,7 @@ from real_swarm import UIDS, Play, Village, eventually, make_identities, playing
 
 from expert_server.hosting.placement import preference
 from expert_server.node import Node
+from peer.averaging import MAX_UPDATE_COUNT
 from peer.identity import Identity
 from peer.loop import LoopThread
 
@@ -37,7 +38,7 @@ def test_of_three_replicas_one_goes_for_an_expert_with_a_single_one(
             await village.join(number, invite, experts=1, spare=1, replicas=2) for number in (1, 2)
         ]
         for node in nodes:
-            assert await node.hosting.taker.take([crowded], 9) == [crowded]
+            assert await node.replicas.take([crowded], MAX_UPDATE_COUNT, enough=9) == [crowded]
         assert (await serving(founder.swarm))[crowded] == 3
         leaver = next(node for node in nodes if node.swarm.host.peer_id == least_keen)
         for _ in range(3):

@@ -67,7 +67,9 @@ def test_a_node_that_leaves_hands_its_experts_over_with_their_updates(
         await assert_hosted(heirs, states, updates)
         assert leaver.hosting.handed_over == sum(heir.status().adopted for heir in heirs) == 8
         assert set(await serving(heirs[0].swarm)) == set(UIDS)
-        assert leaver.client.counts.bytes_sent == sum(heir.client.counts.bytes_received for heir in heirs)
+        assert leaver.replicas.states.counts.bytes_sent == sum(
+            heir.replicas.states.counts.bytes_received for heir in heirs
+        )
 
     play(scenario)
     assert "gave up 8 experts: others host 8, 0 are in this node's checkpoints alone" in caplog.messages
@@ -98,7 +100,7 @@ def test_what_nobody_has_room_for_stays_in_the_checkpoints(play: Play) -> None:
         assert time.monotonic() - begin < 15
         assert alone == 5
         assert len(heir.runtime.experts) == leaver.hosting.handed_over == 3
-        assert await leaver.checkpoints.newest() == dict.fromkeys(UIDS, 2)
+        assert await leaver.replicas.checkpoints.newest() == dict.fromkeys(UIDS, 2)
         assert not leaver.runtime.experts
 
     play(scenario)
@@ -112,8 +114,8 @@ def test_a_peer_that_does_not_answer_keeps_nobody_longer_than_the_timeout(play: 
         invite = await leaver.swarm.invite()
         deaf = await village.join(1, invite, experts=0, spare=8)
         begin = time.monotonic()
-        deaf.replication.accept_hint = lambda hint: len(hint.uids)  # type: ignore[method-assign]  # says yes, does nothing
-        deaf.replication._runs = True
+        deaf.averaging.accept_hint = lambda hint: len(hint.uids)  # type: ignore[method-assign]  # says yes, does nothing
+        deaf.averaging._runs = True
         assert await leaver.hosting.release(1.0) == 8
         assert time.monotonic() - begin < 8
 
@@ -132,7 +134,7 @@ def test_a_hurried_node_waits_for_nobody(play: Play) -> None:
             await asyncio.Event().wait()
             return 0
 
-        leaver.client.ask = never  # type: ignore[method-assign]
+        leaver.replicas.states.ask = never  # type: ignore[method-assign]
         stopping = asyncio.create_task(leaver.stop())
         await asyncio.wait_for(asked.wait(), 20)
         assert leaver.status().state is NodeState.DRAINING
@@ -148,8 +150,7 @@ def test_a_leaving_replica_is_called_no_more_and_still_counts_as_a_host(play: Pl
     async def scenario(village: Village) -> None:
         node = await village.found(experts=8, **LEAVES)
         observer = await village.observe(1, await node.swarm.invite())
-        node.hosting.taker.leave()
-        node.runtime.refuse()
+        node.replicas.leave()
         await node.hosting.announce()
         view = await Directory(observer.registry, observer.manifest, refresh_every_s=60).refresh()
         assert view.live_experts() == 0

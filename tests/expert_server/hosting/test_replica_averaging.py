@@ -63,7 +63,7 @@ async def different_step(node: Node, uid: UID) -> None:
 
 async def meet(node: Node, other: Node, uid: UID) -> None:
     (info,) = (await node.swarm.registry.nodes([other.swarm.host.peer_id])).values()
-    await node.replication.meet(uid, info)
+    await node.averaging.meet(uid, info)
 
 
 def test_a_joiner_replicates_what_has_one_replica_with_its_updates(play: Play) -> None:
@@ -77,7 +77,7 @@ def test_a_joiner_replicates_what_has_one_replica_with_its_updates(play: Play) -
         assert {e.update_count for e in second.runtime.experts.values()} == {3}
         assert set((await serving(first.swarm)).values()) == {2}
         assert second.status().replicated == 8
-        assert second.client.counts.fetched == 8
+        assert second.replicas.states.counts.fetched == 8
         third = await village.join(2, await first.swarm.invite(), **TWICE)
         await third.hosting.replicate()
         assert not third.runtime.experts, "two replicas of each are enough"
@@ -111,7 +111,7 @@ def test_two_replicas_that_took_different_updates_meet_and_come_together(play: P
         await meet(first, second, AN_UID)
 
         async def averaged() -> bool:
-            return second.replication.averagings == 1
+            return second.averaging.averagings == 1
 
         await eventually(averaged, 20)
         after = await state_of(first, AN_UID), await state_of(second, AN_UID)
@@ -123,14 +123,14 @@ def test_two_replicas_that_took_different_updates_meet_and_come_together(play: P
         assert not torch.allclose(before[0][name], before[1][name])
         counts = [node.runtime.experts[AN_UID].update_count for node in (first, second)]
         assert counts == [5, 5]
-        assert first.replication.averagings == 1
+        assert first.averaging.averagings == 1
 
         await second.hosting.announce()
-        seen = first.client.counts.fetched
-        first.replication._rng = random.Random(4)
+        seen = first.replicas.states.counts.fetched
+        first.averaging._rng = random.Random(4)
         for _ in range(4):
-            await first.replication.average_some()
-        assert first.client.counts.fetched - seen < 8, "the one that has just met is left out"
+            await first.averaging.average_some()
+        assert first.replicas.states.counts.fetched - seen < 8, "the one that has just met is left out"
 
     play(scenario)
 
@@ -185,13 +185,13 @@ def test_updates_taken_while_two_meet_are_not_lost(play: Play) -> None:
         first, second = await couple(village, 2)
         await train(second, {AN_UID: 1})
         theirs = await state_of(second, AN_UID)
-        fetch = first.client.fetch
+        fetch = first.replicas.states.fetch
 
         async def train_and_fetch(*arguments: Any) -> Any:
             await train(first, {AN_UID: 4})
             return await fetch(*arguments)
 
-        first.client.fetch = train_and_fetch  # type: ignore[method-assign, assignment]
+        first.replicas.states.fetch = train_and_fetch  # type: ignore[method-assign, assignment]
         begun = await state_of(first, AN_UID)
         await meet(first, second, AN_UID)
         expert = first.runtime.experts[AN_UID]
@@ -212,13 +212,13 @@ def test_a_replica_that_was_rolled_back_meanwhile_is_not_averaged(play: Play) ->
     async def scenario(village: Village) -> None:
         first, second = await couple(village, 2)
         await train(second, {AN_UID: 1})
-        fetch = first.client.fetch
+        fetch = first.replicas.states.fetch
 
         async def roll_back_and_fetch(*arguments: Any) -> Any:
             await first.runtime.run(first.runtime.experts[AN_UID].guard._roll_back)
             return await fetch(*arguments)
 
-        first.client.fetch = roll_back_and_fetch  # type: ignore[method-assign, assignment]
+        first.replicas.states.fetch = roll_back_and_fetch  # type: ignore[method-assign, assignment]
         with pytest.raises(StateError, match="replaced or rolled back while"):
             await meet(first, second, AN_UID)
         assert first.runtime.experts[AN_UID].update_count == 2
@@ -238,24 +238,24 @@ def test_a_hint_that_the_dht_does_not_confirm_moves_nothing(play: Play) -> None:
         (info,) = (await first.swarm.registry.nodes([second.swarm.host.peer_id])).values()
         hosted = list(first.runtime.experts)
         states = {uid: await state_of(first, uid) for uid in hosted}
-        assert await first.client.ask(info, state_pb2.ASK_REASON_ADOPT, hosted) == 3
+        assert await first.replicas.states.ask(info, state_pb2.ASK_REASON_ADOPT, hosted) == 3
         vacant = sorted(set(UIDS) - set(hosted))
-        assert await first.client.ask(info, state_pb2.ASK_REASON_ADOPT, vacant) == 5
+        assert await first.replicas.states.ask(info, state_pb2.ASK_REASON_ADOPT, vacant) == 5
         (info,) = (await second.swarm.registry.nodes([first.swarm.host.peer_id])).values()
-        accepted = await second.client.ask(
+        accepted = await second.replicas.states.ask(
             info, state_pb2.ASK_REASON_AVERAGE, hosted[:1], b"a" * 32, b"b" * 32
         )
         assert accepted == 1
 
         async def followed() -> bool:
-            return not first.replication._hints._waiting and not second.replication._hints._waiting
+            return not first.averaging._hints._waiting and not second.averaging._hints._waiting
 
         await eventually(followed, 10)
         async with second.hosting._changing:  # whatever it began is over
             assert not second.runtime.experts
         for uid, state in states.items():
             torch.testing.assert_close(await state_of(first, uid), state, atol=0, rtol=0)
-        assert first.client.counts.fetched == second.client.counts.fetched == 0
+        assert first.replicas.states.counts.fetched == second.replicas.states.counts.fetched == 0
 
     play(scenario)
 
@@ -271,8 +271,8 @@ def test_a_node_that_restarts_goes_on_from_a_fresher_replica(play: Play) -> None
         counts = {uid: expert.update_count for uid, expert in back.runtime.experts.items()}
         assert counts == dict.fromkeys(UIDS, 2) | {AN_UID: 5}
         torch.testing.assert_close(await state_of(back, AN_UID), states[AN_UID], atol=0, rtol=0)
-        assert back.client.counts.fetched == 1, "the others were on its disk"
-        assert back.checkpoints.counts.restored == 7
+        assert back.replicas.states.counts.fetched == 1, "the others were on its disk"
+        assert back.replicas.checkpoints.counts.restored == 7
 
     play(scenario)
 
@@ -288,7 +288,7 @@ def test_when_no_replica_gives_its_state_none_is_made_up(play: Play) -> None:
         await first._server.stop(None)  # it is still announced
         await second.hosting.replicate()
         assert not second.runtime.experts
-        assert second.client.counts.failed >= 1
+        assert second.replicas.states.counts.failed >= 1
         assert set((await serving(second.swarm)).values()) == {1}
 
     play(scenario)

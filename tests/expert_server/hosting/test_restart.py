@@ -72,7 +72,7 @@ def test_a_node_that_stopped_politely_comes_back_with_its_experts(play: Play) ->
         again = await village.found(experts=4)
         assert set(again.runtime.experts) >= {uid for uid, count in updates.items() if count}
         await assert_goes_on(again, states, updates)
-        counts = again.checkpoints.counts
+        counts = again.replicas.checkpoints.counts
         assert (counts.saved, counts.failed, counts.restored) == (0, 0, 3)
 
     play(scenario)
@@ -88,7 +88,10 @@ def test_a_killed_node_comes_back_with_its_last_checkpoints(play: Play) -> None:
         states = await train(node, updates)
 
         async def saved() -> bool:
-            return node.checkpoints.counts.saved >= 3 and await node.checkpoints.newest() == updates
+            return (
+                node.replicas.checkpoints.counts.saved >= 3
+                and await node.replicas.checkpoints.newest() == updates
+            )
 
         await eventually(saved, 20)
         await end(running)
@@ -165,7 +168,7 @@ def test_a_node_serves_on_when_its_folder_cannot_be_written(
         await train(node, dict.fromkeys(node.runtime.experts, 1))
 
         async def failed() -> bool:
-            return node.checkpoints.counts.failed >= 2
+            return node.replicas.checkpoints.counts.failed >= 2
 
         await eventually(failed, 20)
         assert not running.done()

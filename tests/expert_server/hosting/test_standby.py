@@ -129,12 +129,12 @@ def test_no_more_than_told_are_copied_the_stalest_first(play: Play) -> None:
         await train(host, {uid: 1 + number for number, uid in enumerate(UIDS)})
         await host.hosting.announce()
         assert await copied(keeper) == 2
-        assert await keeper.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 7}
+        assert await keeper.replicas.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 7}
         assert await copied(keeper) == 2, "and no others later"
         await train(host, {UIDS[-2]: 5})
         await host.hosting.announce()
         assert await copied(keeper) == 3, "only newer states of the same"
-        assert await keeper.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 12}
+        assert await keeper.replicas.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 12}
 
     play(scenario)
 
@@ -148,20 +148,20 @@ def test_what_is_no_state_of_its_expert_takes_no_copys_place(
         await train(host, dict.fromkeys(UIDS, 1))
         await host.hosting.announce()
         assert await copied(keeper) == len(UIDS)
-        before = {uid: keeper.checkpoints._store.update_counts(uid) for uid in UIDS}
-        fetch, spoils = keeper.client.fetch, iter(2 * SPOILS)
+        before = {uid: keeper.replicas.checkpoints._store.update_counts(uid) for uid in UIDS}
+        fetch, spoils = keeper.replicas.states.fetch, iter(2 * SPOILS)
 
         async def fetch_spoilt(node: NodeInfo, uid: UID) -> Fetched:
             fetched = await fetch(node, uid)
             next(spoils)(fetched.checkpoint.state)
             return fetched
 
-        monkeypatch.setattr(keeper.client, "fetch", fetch_spoilt)
+        monkeypatch.setattr(keeper.replicas.states, "fetch", fetch_spoilt)
         for _ in range(2):
             await train(host, dict.fromkeys(UIDS, 1))
             await host.hosting.announce()
             assert await copied(keeper) == len(UIDS)
-        assert {uid: keeper.checkpoints._store.update_counts(uid) for uid in UIDS} == before
+        assert {uid: keeper.replicas.checkpoints._store.update_counts(uid) for uid in UIDS} == before
 
     play(scenario)
 
@@ -178,7 +178,7 @@ def test_a_host_that_answers_with_no_messages_does_not_end_who_copies_its_expert
         await host._server.stop(None)
         async with garbage_server(host.swarm.host.identity, host._certificate, host._port):
             assert await copied(keeper) == 0
-        assert keeper.client.counts.broken == len(UIDS)
+        assert keeper.replicas.states.counts.broken == len(UIDS)
 
     play(scenario)
     assert not [record for record in caplog.records if record.exc_info]
@@ -220,13 +220,13 @@ def test_a_pause_ends_the_copying_that_is_under_way(play: Play, monkeypatch: pyt
         host = await village.join(1, await keeper.swarm.invite(), experts=8)
         await train(host, dict.fromkeys(UIDS, 1))
         await host.hosting.announce()
-        fetch = keeper.client.fetch
+        fetch = keeper.replicas.states.fetch
 
         async def fetch_and_pause(node: NodeInfo, uid: UID) -> Fetched:
             await keeper.pause()
             return await fetch(node, uid)
 
-        monkeypatch.setattr(keeper.client, "fetch", fetch_and_pause)
+        monkeypatch.setattr(keeper.replicas.states, "fetch", fetch_and_pause)
         assert await copied(keeper) == 1
 
     play(scenario)
