@@ -175,11 +175,16 @@ def simulated_world() -> Iterator[VirtualLoop]:
         "dht.records.verify": _verify,
         "dht.announcements.certificate_pem": lambda certificate, peer_id: certificate,
     }
-    clocks = [f"hivemind.dht.{module}.get_dht_time" for module in ("protocol", "routing", "node")]
+    clocks = (
+        "hivemind.dht.node.get_dht_time",
+        "hivemind.dht.protocol.get_dht_time",
+        "hivemind.dht.routing.get_dht_time",
+        "hivemind.utils.timed_storage.get_dht_time",
+    )
     with ExitStack() as stack:
         for target, stand_in in stand_ins.items():
             stack.enter_context(patch(target, stand_in))
-        for target in (*clocks, "hivemind.utils.timed_storage.get_dht_time"):
+        for target in clocks:
             stack.enter_context(patch(target, loop.unix_time))
         try:
             yield loop

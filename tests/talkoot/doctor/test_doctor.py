@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import hivemind.p2p.p2p_daemon
 import pytest
 from commands import HOST, run_here
 
@@ -123,7 +122,7 @@ def test_folder_of_a_running_node_is_named(doctor: Doctor, tmp_path: Path) -> No
 
 
 def test_missing_p2pd_is_named(doctor: Doctor, invite: Invite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hivemind.p2p.p2p_daemon, "P2PD_FILENAME", "no-such-p2pd")
+    monkeypatch.setattr("hivemind.p2p.p2p_daemon.P2PD_FILENAME", "no-such-p2pd")
     found = doctor(invite=invite)
     assert problems(found) == {"p2pd"}
     assert "p2pd is missing" in found["p2pd"].fix

@@ -1,0 +1,495 @@
+"""What Talkoot relies on in hivemind beyond its documentation.
+
+hivemind is pinned. Before the pin moves, these tests show what to look at: which private names are gone, which methods
+that we replace have changed, and which calls no longer fit. The scans keep the lists complete.
+"""
+
+import ast
+import hashlib
+import importlib
+import inspect
+import pkgutil
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from peer.kademlia.hivemind import install, timed_storage
+
+ROOT = Path(__file__).parents[3]
+PINNED = "1.1.12"
+FENCE = (
+    "peer/identity.py",
+    "peer/kademlia/hivemind.py",
+    "peer/transport/addresses.py",
+    "peer/transport/p2pd.py",
+)
+"""The modules that import hivemind. Their neighbours use what they pass on."""
+ALSO_IMPORT = {
+    # benchmarks that measure hivemind.moe beside Talkoot
+    "benchmarks/discovery_real.py",
+    "benchmarks/moe_contenders.py",
+    "benchmarks/node.py",
+    "benchmarks/rival_blocks.py",
+    "benchmarks/rival_search.py",
+    "benchmarks/wan_contenders.py",
+    # tests of the fence itself
+    "tests/peer/kademlia/test_find_replies.py",
+    "tests/peer/test_identity.py",
+    "tests/peer/transport/test_p2pd_calls.py",
+}
+
+IMPORTED = {
+    "hivemind.dht.node": {"DHTNode"},
+    "hivemind.dht.protocol": {"DHTProtocol"},
+    "hivemind.dht.routing": {"DHTID"},
+    "hivemind.dht.storage": {"DHTLocalStorage", "DictionaryDHTValue"},
+    "hivemind.dht.validation": {"DHTRecord", "RecordValidatorBase"},
+    "hivemind.p2p": {"P2P", "P2PContext", "PeerID"},
+    "hivemind.p2p.p2p_daemon_bindings.utils": {
+        "P2PDaemonError",
+        "P2PHandlerError",
+        "raise_if_failed",
+        "read_pbmsg_safe",
+        "write_pbmsg",
+    },
+    "hivemind.proto": {"crypto_pb2", "dht_pb2", "p2pd_pb2"},
+    "hivemind.utils": {"MSGPackSerializer", "timed_storage"},
+    "hivemind.utils.logging": {"use_hivemind_log_handler"},
+    "hivemind.utils.multiaddr": {"Multiaddr"},
+}
+
+PRIVATE = {
+    "hivemind.dht.protocol.DHTProtocol": {"_validate_dictionary"},
+    "hivemind.p2p.P2P": {
+        "_alive",
+        "_child",
+        "_client",
+        "_client_listen_maddr",
+        "_daemon_listen_maddr",
+        "_listen_task",
+        "_make_process_args",
+        "_reader_task",
+        "_terminate",
+    },
+    "hivemind.p2p.p2p_daemon_bindings.control.ControlClient": {
+        "_handler_tasks",
+        "_pending_calls",
+        "_read_task",
+        "_write_task",
+    },
+    "hivemind.utils.MSGPackSerializer": {"_ext_types"},
+    "hivemind.utils.timed_storage.TimedStorage": {"_remove_outdated"},
+}
+
+UNDOCUMENTED = {
+    "hivemind.dht.node.Blacklist": {"register_failure", "register_success"},
+    "hivemind.dht.node.DHTNode": {
+        "blacklist",
+        "cache_refresh_task",
+        "is_alive",
+        "node_id",
+        "num_replicas",
+        "peer_id",
+        "protocol",
+    },
+    "hivemind.dht.protocol.DHTProtocol": {
+        "IS_DICTIONARY",
+        "IS_REGULAR_VALUE",
+        "bucket_size",
+        "client_mode",
+        "node_id",
+        "node_info",
+        "num_replicas",
+        "p2p",
+        "record_validator",
+        "routing_table",
+        "serializer",
+        "storage",
+        "wait_timeout",
+    },
+    "hivemind.dht.routing.DHTID": {"HASH_NBYTES"},
+    "hivemind.dht.routing.RoutingTable": {"peer_id_to_uid"},
+    "hivemind.dht.validation.DHTRecord": {"expiration_time", "key", "subkey", "value"},
+    "hivemind.p2p.P2P": {"is_alive", "peer_id"},
+    "hivemind.p2p.P2PContext": {"remote_id"},
+    "hivemind.p2p.p2p_daemon_bindings.control.ControlClient": {"daemon_connector"},
+    "hivemind.p2p.p2p_daemon_bindings.datastructures.StreamInfo": {"addr", "peer_id"},
+    "hivemind.p2p.p2p_daemon_bindings.p2pclient.Client": {"control"},
+    "hivemind.utils.timed_storage.HeapEntry": {"expiration_time", "key"},
+    "hivemind.utils.timed_storage.TimedStorage": {"data", "expiration_heap", "key_to_heap"},
+    "hivemind.utils.timed_storage.ValueWithExpiration": {"expiration_time", "value"},
+}
+"""Attributes that we read or set."""
+
+SOURCES = {
+    "hivemind.dht.protocol.DHTProtocol.call_find": "433adef0e520",
+    "hivemind.dht.protocol.DHTProtocol.rpc_find": "b7e0365bc4ba",
+    "hivemind.dht.protocol.DHTProtocol.rpc_ping": "34c1159e968b",
+    "hivemind.dht.protocol.DHTProtocol.rpc_store": "1be6960bd046",
+    "hivemind.dht.protocol.DHTProtocol.update_routing_table": "2deae2e944d3",
+    "hivemind.dht.protocol.DHTProtocol._validate_dictionary": "64e1927db3e3",
+    "hivemind.dht.storage.DHTLocalStorage.store_subkey": "a03eb0eed2a6",
+    "hivemind.dht.storage.DictionaryDHTValue.packb": "7cfaf78a8faf",
+    "hivemind.dht.storage.DictionaryDHTValue.unpackb": "96920de88f80",
+    "hivemind.p2p.P2P.__init__": "a83eaaf45423",
+    "hivemind.p2p.P2P._make_process_args": "def6fcf33d0d",
+    "hivemind.p2p.P2P._terminate": "1d7bc5829e4d",
+    "hivemind.p2p.P2P.call_protobuf_handler": "5f9455b9296a",
+    "hivemind.p2p.P2P.create": "2e4720e954b7",
+    "hivemind.p2p.P2P.shutdown": "c727c4c6e41e",
+    "hivemind.p2p.p2p_daemon_bindings.control.ControlClient._handle_persistent_request": "9c958fd0b80c",
+    "hivemind.p2p.p2p_daemon_bindings.control.ControlClient._read_from_persistent_conn": "7388e48bacf6",
+    "hivemind.p2p.p2p_daemon_bindings.control.ControlClient.call_unary_handler": "f2704627a5ed",
+    "hivemind.p2p.p2p_daemon_bindings.control.ControlClient.connect": "0be03f1f1d91",
+    "hivemind.p2p.p2p_daemon_bindings.control.ControlClient.stream_open": "002f5d5b8262",
+    "hivemind.utils.MSGPackSerializer.dumps": "b5889c447075",
+    "hivemind.utils.MSGPackSerializer.loads": "e34bc04a8ccf",
+    "hivemind.utils.timed_storage.HeapEntry": "3301de8a6c52",
+    "hivemind.utils.timed_storage.TimedStorage.__init__": "2359c9eb417f",
+    "hivemind.utils.timed_storage.TimedStorage.__delitem__": "5d7c2772a69e",
+    "hivemind.utils.timed_storage.TimedStorage._remove_outdated": "bf66730f18d3",
+    "hivemind.utils.timed_storage.TimedStorage.clear": "eb6c8b0730d4",
+    "hivemind.utils.timed_storage.TimedStorage.store": "312d87832aae",
+}
+"""Digests of the methods that we replace, extend or imitate, or whose inner workings we rely on."""
+
+PARAMETERS = {
+    "hivemind.dht.protocol.DHTProtocol.add_p2p_handlers": "p2p, wrapper=, namespace=, balanced=",
+    "hivemind.dht.protocol.DHTProtocol.call_ping": "peer, validate=, strict=",
+    "hivemind.dht.protocol.DHTProtocol.call_store": "peer, keys, values, expiration_time, subkeys=, in_cache=",
+    "hivemind.dht.protocol.DHTProtocol.get_stub": "peer",
+    "hivemind.dht.protocol.DHTProtocol.remove_p2p_handlers": "p2p, namespace=",
+    "hivemind.dht.routing.DHTID.from_bytes": "raw, byteorder=, signed=",
+    "hivemind.dht.routing.DHTID.generate": "source=, nbits=",
+    "hivemind.dht.routing.DHTID.xor_distance": "other",
+    "hivemind.dht.routing.RoutingTable.add_or_update_node": "node_id, peer_id",
+    "hivemind.dht.routing.RoutingTable.get": "node_id=, peer_id=, default=",
+    "hivemind.dht.routing.RoutingTable.get_nearest_neighbors": "query_id, k, exclude=",
+    "hivemind.dht.storage.DHTLocalStorage.store": "key, value, expiration_time, subkey=",
+    "hivemind.dht.validation.DHTRecord": "key, subkey, value, expiration_time",
+    "hivemind.dht.validation.RecordValidatorBase.validate": "record",
+    "hivemind.p2p.P2P.add_binary_stream_handler": "name, handler, balanced=",
+    "hivemind.p2p.P2P.call_protobuf_handler": "peer_id, name, input, output_protobuf_type",
+    "hivemind.p2p.P2P.get_visible_maddrs": "latest=",
+    "hivemind.p2p.PeerID": "peer_id_bytes",
+    "hivemind.p2p.PeerID.from_base58": "base58_id",
+    "hivemind.p2p.p2p_daemon_bindings.control.DaemonConnector.open_connection": "",
+    "hivemind.p2p.p2p_daemon_bindings.utils.raise_if_failed": "response",
+    "hivemind.p2p.p2p_daemon_bindings.utils.read_pbmsg_safe": "stream, pbmsg",
+    "hivemind.p2p.p2p_daemon_bindings.utils.write_pbmsg": "stream, pbmsg",
+    "hivemind.utils.logging.use_hivemind_log_handler": "where",
+    "hivemind.utils.multiaddr.Multiaddr": "addr, registry=",
+    "hivemind.utils.timed_storage.TimedStorage.freeze": "",
+    "hivemind.utils.timed_storage.TimedStorage.get": "key",
+    "hivemind.utils.timed_storage.TimedStorage.items": "",
+}
+"""Of what we call; `=` marks those with a default."""
+
+KEYWORDS = {
+    "hivemind.dht.node.DHTNode.create": {
+        "cache_locally",
+        "cache_nearest",
+        "cache_on_store",
+        "cache_refresh_before_expiry",
+        "client_mode",
+        "node_id",
+        "p2p",
+        "record_validator",
+    },
+    "hivemind.dht.node.DHTNode.find_nearest_nodes": {"queries"},
+    "hivemind.p2p.P2P.create": {
+        "announce_maddrs",
+        "auto_nat",
+        "check_if_identity_free",
+        "dht_mode",
+        "force_reachability",
+        "host_maddrs",
+        "identity_path",
+        "nat_port_map",
+        "no_listen",
+        "startup_timeout",
+        "trusted_relays",
+        "use_auto_relay",
+        "use_relay",
+    },
+}
+"""Of what takes many, those that we pass."""
+
+MESSAGES = {
+    "hivemind.proto.crypto_pb2.PrivateKey": {"data", "key_type"},
+    "hivemind.proto.crypto_pb2.PublicKey": {"data", "key_type"},
+    "hivemind.proto.dht_pb2.FindRequest": {"keys", "peer"},
+    "hivemind.proto.dht_pb2.FindResponse": {"peer", "results"},
+    "hivemind.proto.dht_pb2.FindResult": {
+        "expiration_time",
+        "nearest_node_ids",
+        "nearest_peer_ids",
+        "type",
+        "value",
+    },
+    "hivemind.proto.dht_pb2.NodeInfo": {"node_id"},
+    "hivemind.proto.dht_pb2.PingRequest": {"peer", "validate"},
+    "hivemind.proto.dht_pb2.PingResponse": {"available", "dht_time", "peer"},
+    "hivemind.proto.dht_pb2.StoreRequest": {
+        "expiration_time",
+        "in_cache",
+        "keys",
+        "peer",
+        "subkeys",
+        "values",
+    },
+    "hivemind.proto.dht_pb2.StoreResponse": {"peer", "store_ok"},
+    "hivemind.proto.p2pd_pb2.ConnectRequest": {"addrs", "peer", "timeout"},
+    "hivemind.proto.p2pd_pb2.Request": {"connect", "streamOpen", "type"},
+    "hivemind.proto.p2pd_pb2.StreamOpenRequest": {"peer", "proto", "timeout"},
+}
+"""Fields that we fill in or read."""
+
+PATCHED_BY_NAME = {
+    # the clocks and identities of benchmarks.simulated_p2p
+    "hivemind.dht.node.get_dht_time",
+    "hivemind.dht.protocol.PeerID",
+    "hivemind.dht.protocol.get_dht_time",
+    "hivemind.dht.routing.get_dht_time",
+    "hivemind.utils.timed_storage.get_dht_time",
+    # a missing p2pd, in the tests of `talkoot doctor`
+    "hivemind.p2p.p2p_daemon.P2PD_FILENAME",
+}
+
+
+def test_installed_hivemind_is_the_pinned_one() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [line for line in project["dependencies"] if line.startswith("hivemind")] == [
+        f"hivemind=={PINNED}"
+    ]
+    assert version("hivemind") == PINNED
+
+
+def test_what_we_import_is_there() -> None:
+    wanted = {f"{module}.{name}" for module, names in IMPORTED.items() for name in names} | PATCHED_BY_NAME
+    assert [name for name in sorted(wanted) if not _exists(*name.rsplit(".", 1))] == []
+
+
+@pytest.mark.parametrize("names", [PRIVATE, UNDOCUMENTED], ids=["private", "undocumented"])
+def test_attributes_that_we_use_are_there(names: Mapping[str, set[str]]) -> None:
+    wanted = [(owner, name) for owner, found in names.items() for name in sorted(found)]
+    assert [f"{owner}.{name}" for owner, name in wanted if not _exists(owner, name)] == []
+
+
+def test_messages_have_the_fields_that_we_use() -> None:
+    fields = {name: set(pkgutil.resolve_name(name).DESCRIPTOR.fields_by_name) for name in MESSAGES}
+    assert [f"{name}.{f}" for name, used in MESSAGES.items() for f in sorted(used - fields[name])] == []
+
+
+def test_methods_that_we_replace_have_not_changed() -> None:
+    assert {name: _digest(name) for name in SOURCES} == SOURCES
+
+
+def test_what_we_call_takes_the_same_parameters() -> None:
+    assert {name: _parameters(name) for name in PARAMETERS} == PARAMETERS
+    taken = {name: set(inspect.signature(pkgutil.resolve_name(name)).parameters) for name in KEYWORDS}
+    assert [f"{name}({p})" for name, passed in KEYWORDS.items() for p in sorted(passed - taken[name])] == []
+
+
+def test_classes_override_only_what_is_listed() -> None:
+    listed = {*SOURCES, *(f"{owner}.{name}" for owner, names in PRIVATE.items() for name in names)}
+    listed |= {f"{owner}.{name}" for owner, names in UNDOCUMENTED.items() for name in names}
+    found = {f"{_name(base)}.{name}" for base, name in _overridden()}
+    assert sorted(found - {_canonical(name) for name in listed}) == []
+    assert found  # else the scan is broken
+
+
+def test_hivemind_is_imported_where_it_is_listed_and_nowhere_else() -> None:
+    imported: dict[str, set[str]] = {}
+    importers = set()
+    for path, tree in _files(
+        "peer", "dht", "expert_server", "trainer_client", "talkoot", "benchmarks", "tests"
+    ):
+        for module, names in _imports(tree):
+            importers.add(path)
+            if path in FENCE:
+                imported.setdefault(module, set()).update(names)
+    assert importers - {_here()} == {*FENCE, *ALSO_IMPORT}
+    assert imported == IMPORTED
+
+
+def test_names_that_are_patched_are_listed() -> None:
+    """Such as `patch("hivemind…")`: no import shows them."""
+    found = set()
+    for path, tree in _files(
+        "peer", "dht", "expert_server", "trainer_client", "talkoot", "benchmarks", "tests"
+    ):
+        if path != _here():
+            found |= {text for text in _texts(tree) if re.fullmatch(r"hivemind(\.\w+){2,}", text)}
+    assert sorted(found - PATCHED_BY_NAME) == []
+
+
+def test_private_names_are_used_where_they_are_listed_and_nowhere_else() -> None:
+    listed = set().union(*PRIVATE.values())
+    overridden = {name for _, name in _overridden()}
+    used: set[str] = set()
+    elsewhere = []
+    for path, tree in _files("peer", "dht", "expert_server", "trainer_client", "talkoot"):
+        foreign = {name for name, is_own in _private_attributes(tree) if not is_own}
+        if path == FENCE[0] or path.startswith(("peer/kademlia/", "peer/transport/")):
+            used |= foreign
+        else:
+            elsewhere += [f"{path}: {name}" for name in sorted(foreign & listed)]
+    assert sorted(used - listed) == []
+    assert sorted(listed - used - overridden) == []
+    assert elsewhere == []
+
+
+def test_installing_again_changes_nothing() -> None:
+    install()
+    first = timed_storage.HeapEntry.__lt__
+    install()
+    assert timed_storage.HeapEntry.__lt__ is first
+    late, soon = timed_storage.HeapEntry(2.0, b"record"), timed_storage.HeapEntry(1.0, 7)
+    assert soon < late
+    assert not timed_storage.HeapEntry(1.0, b"record") < soon  # hivemind's own compares b"record" with 7
+
+
+def _here() -> str:
+    return str(Path(__file__).relative_to(ROOT))
+
+
+def _exists(owner: str, name: str) -> bool:
+    """Also of an attribute that only instances have."""
+    try:
+        found = pkgutil.resolve_name(owner)
+    except (ImportError, AttributeError):
+        return False
+    if hasattr(found, name) or not isinstance(found, type):
+        return hasattr(found, name)
+    if name in getattr(found, "__annotations__", {}):
+        return True
+    return re.search(rf"\bself\.{name}\b[^\n(]*=", inspect.getsource(found)) is not None
+
+
+def _digest(name: str) -> str:
+    try:
+        source = inspect.getsource(pkgutil.resolve_name(name))
+    except (ImportError, AttributeError):
+        return "it is gone"
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def _parameters(name: str) -> str:
+    try:
+        parameters = inspect.signature(pkgutil.resolve_name(name)).parameters
+    except (ImportError, AttributeError):
+        return "it is gone"
+    written = [f"{p.name}=" if p.default is not p.empty else p.name for p in parameters.values()]
+    return ", ".join(name for name in written if name != "self")
+
+
+def _name(found: type) -> str:
+    return f"{found.__module__}.{found.__qualname__}"
+
+
+def _canonical(name: str) -> str:
+    """Where it is defined: `hivemind.p2p.P2P` comes from a module below."""
+    owner, _, last = name.rpartition(".")
+    found = pkgutil.resolve_name(owner)
+    return f"{_name(found)}.{last}" if isinstance(found, type) else name
+
+
+def _overridden() -> Iterator[tuple[type, str]]:
+    """The hivemind class and the name, for what our subclasses define anew."""
+    for path, tree in _files("peer/kademlia", "peer/transport"):
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                for base in _hivemind_bases(module, node):
+                    for name in _defined(node):
+                        if name not in {"__module__", "__doc__"} and (owner := _owner(base, name)):
+                            yield owner, name
+
+
+def _hivemind_bases(module: ModuleType, node: ast.ClassDef) -> Iterator[type]:
+    for base in node.bases:
+        found = getattr(module, base.id, None) if isinstance(base, ast.Name) else None
+        if isinstance(found, type) and any(c.__module__.startswith("hivemind.") for c in found.__mro__):
+            yield found
+
+
+def _owner(found: type, name: str) -> type | None:
+    for base in found.__mro__:
+        if base.__module__.startswith("hivemind.") and (name in vars(base) or _is_set_by(base, name)):
+            return base
+    return None
+
+
+def _is_set_by(found: type, name: str) -> bool:
+    return re.search(rf"\bself\.{name}\b[^\n(]*=", inspect.getsource(found)) is not None
+
+
+def _defined(node: ast.ClassDef) -> set[str]:
+    names = {n.name for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+    names |= {
+        n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+    }
+    return names | {
+        target.id
+        for n in node.body
+        if isinstance(n, ast.Assign)
+        for target in n.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _files(*folders: str) -> Iterator[tuple[str, ast.Module]]:
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+
+
+def _imports(tree: ast.Module) -> Iterator[tuple[str, set[str]]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and _is_hivemind(node.module):
+            yield node.module, {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if _is_hivemind(alias.name):
+                    yield alias.name, set()
+
+
+def _is_hivemind(module: str) -> bool:
+    return module.split(".")[0] == "hivemind"
+
+
+def _texts(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def _private_attributes(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """Attributes with an underscore, and whether a class of the module defines them: in its body or its `__init__`."""
+    own: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            own |= _defined(node)
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                    own.update(_set_on_self(method))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+            yield node.attr, node.attr in own
+
+
+def _set_on_self(method: ast.FunctionDef) -> set[str]:
+    return {
+        node.attr
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
