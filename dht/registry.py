@@ -1,20 +1,13 @@
-"""Announce, look up, expire: what a swarm's peers write to the DHT and read from it.
-
-What a peer asked of the DHT since it started.
-
-A peer's Prometheus metrics of the DHT, the same for nodes and trainers.
-"""
+"""A peer's reads and writes of its swarm's records in the DHT: manifests, announcements, peers, and their index."""
 
 import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
-from prometheus_client.metrics_core import Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dht.admission import SwarmAdmission
 from dht.announcements import ClaimAges, TrainerInfo, read_node, read_replica, read_trainer
@@ -41,25 +34,12 @@ from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import DHTID, DHTNode
 from peer.kademlia.lookups import Item, Lookups
 from peer.kademlia.validation import unpack
-from peer.metrics import SECONDS, Distribution
+from peer.metrics import SECONDS, start_at_zero
 from peer.wire import admission_pb2, records_pb2
 
 logger = logging.getLogger(__name__)
 
 _HOPS = (0, 1, 2, 3, 4, 5, 6, 8, 12)
-
-
-@dataclass
-class DhtCounts:
-    """One look-up or store may be for many keys. Those that failed took as long as their deadline."""
-
-    keys_read: int = 0
-    records_stored: int = 0
-    gets: Distribution = field(default_factory=lambda: Distribution(SECONDS))
-    """Seconds that look-ups took."""
-    hops: Distribution = field(default_factory=lambda: Distribution(_HOPS))
-    """Of each key that was looked up: the longest chain of questions."""
-    stores: Distribution = field(default_factory=lambda: Distribution(SECONDS))
 
 
 T = TypeVar("T")
@@ -93,6 +73,7 @@ class Registry:
         *,
         deadline_s: float = 15.0,
         now: Callable[[], float] = time.time,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         """`dht` gives the DHT node of now, which is another one once p2pd was started again.
 
@@ -100,7 +81,25 @@ class Registry:
         `deadline_s`: longest that one look-up or store may take, all its keys together.
         """
         self.keys = keys
-        self.counts = DhtCounts()
+        self._keys_read = Counter("talkoot_dht_keys_read", "Keys looked up in the DHT.", registry=metrics)
+        self._records_stored = Counter(
+            "talkoot_dht_records_stored", "Records written to it.", registry=metrics
+        )
+        # calls that failed took as long as their deadline
+        self._seconds = Histogram(
+            "talkoot_dht_seconds",
+            "Time of a DHT operation, which may be for many keys.",
+            ["operation"],
+            buckets=SECONDS,
+            registry=metrics,
+        )
+        start_at_zero(self._seconds, "get", "store")
+        self._hops = Histogram(
+            "talkoot_dht_hops",
+            "Questions one after another that the look-up of a key took; none when this peer holds it.",
+            buckets=_HOPS,
+            registry=metrics,
+        )
         self.lookups = Lookups(dht)
         self._identity = identity
         self._admission = admission
@@ -361,8 +360,8 @@ class Registry:
 
     async def _store(self, items: Sequence[Item]) -> None:
         """Raises UnreachableError when no peer took any of them."""
-        self.counts.records_stored += len(items)
-        if items and not await self._in_time(self.lookups.store(items), self.counts.stores):
+        self._records_stored.inc(len(items))
+        if items and not await self._in_time(self.lookups.store(items), "store"):
             raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
 
     async def _get(self, keys: Collection[str]) -> dict[str, dict[object, tuple[Any, float]]]:
@@ -373,10 +372,10 @@ class Registry:
         if not keys:
             return {}
         ids = {key: DHTID.generate(source=key) for key in keys}
-        self.counts.keys_read += len(keys)
-        found = await self._in_time(self.lookups.find(list(ids.values())), self.counts.gets)
+        self._keys_read.inc(len(keys))
+        found = await self._in_time(self.lookups.find(list(ids.values())), "get")
         for result in found.values():
-            self.counts.hops.note(result.search.rounds)
+            self._hops.observe(result.search.rounds)
         if not all(result.someone_answered for result in found.values()):
             raise UnreachableError("no DHT peer answered")
         return {
@@ -387,7 +386,8 @@ class Registry:
             for key, key_id in ids.items()
         }
 
-    async def _in_time(self, call: Awaitable[T], took: Distribution | None = None) -> T:
+    async def _in_time(self, call: Awaitable[T], operation: str = "") -> T:
+        """`operation`: by which its time is counted, if it is."""
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -395,23 +395,5 @@ class Registry:
         except TimeoutError:
             raise UnreachableError(f"the DHT did not answer within {self._deadline_s:.0f} s") from None
         finally:
-            if took is not None:
-                took.note(time.monotonic() - began)
-
-
-def dht_metrics(counts: DhtCounts) -> Iterator[Metric]:
-    yield CounterMetricFamily("talkoot_dht_keys_read", "Keys looked up in the DHT.", counts.keys_read)
-    yield CounterMetricFamily("talkoot_dht_records_stored", "Records written to it.", counts.records_stored)
-    took = HistogramMetricFamily(
-        "talkoot_dht_seconds", "Time of a DHT operation, which may be for many keys.", labels=["operation"]
-    )
-    for operation, seen in (("get", counts.gets), ("store", counts.stores)):
-        took.add_metric([operation], seen.buckets(), seen.total)
-    yield took
-    hops = counts.hops
-    yield HistogramMetricFamily(
-        "talkoot_dht_hops",
-        "Questions one after another that the look-up of a key took; none when this peer holds it.",
-        buckets=hops.buckets(),
-        sum_value=hops.total,
-    )
+            if operation:
+                self._seconds.labels(operation).observe(time.monotonic() - began)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from dht.admission import Denylist, Role, SwarmAdmission, read_grant
 from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord, Revocations
 from dht.invites import Invite
@@ -19,6 +21,7 @@ from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
+from peer.metrics import new_registry
 from peer.transport.addresses import NetworkConfig
 from peer.wire import admission_pb2
 
@@ -49,6 +52,8 @@ class Swarm:
     peer_store: PeerStore
     admission: SwarmAdmission
     revocations: Revocations
+    metrics: CollectorRegistry
+    """Of this peer in this swarm."""
 
     @property
     def keys(self) -> SwarmKeys:
@@ -170,6 +175,7 @@ class _Peer:
         self._keys = keys
         self._store = _peer_store(state, keys)
         self._admission = SwarmAdmission(keys, denylist)
+        self._metrics = new_registry()
 
     async def start(
         self, config: NetworkConfig, bootstrap: Sequence[str], store_bounds: StoreBounds | None
@@ -181,10 +187,11 @@ class _Peer:
             remembered=self._store.addresses()[:_REMEMBERED_TRIED],
             validator=RecordValidator(rule=self._admission.check_record),
             store_bounds=store_bounds,
+            metrics=self._metrics,
         )
 
     def registry(self, host: Host) -> Registry:
-        return Registry(lambda: host.dht, self._keys, self._identity, self._admission)
+        return Registry(lambda: host.dht, self._keys, self._identity, self._admission, metrics=self._metrics)
 
     def member(
         self, host: Host, registry: Registry, manifest: Manifest, record: tuple[bytes, float]
@@ -201,6 +208,7 @@ class _Peer:
             self._store,
             self._admission,
             Revocations(registry, self._admission),
+            self._metrics,
         )
 
 

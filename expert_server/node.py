@@ -14,14 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import grpc
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dht.admission import RIGHTS, Role
 from dht.announcements import Activity, Reachability
-from dht.registry import DhtCounts, dht_metrics
 from dht.swarm import Stage, Swarm
 from expert_server.blocks import builder_of
 from expert_server.experts.devices import ComputeDevice, open_devices
@@ -51,15 +49,13 @@ from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import Snapshot, SnapshotTaker, StateClient, TransferCounts
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
 from peer.errors import UnreachableError, UserError
-from peer.kademlia.storage import StoreCounts
 from peer.loop import RetryingRounds, attempt
 from peer.metrics import MetricsServer
 from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
-from peer.rpc.sessions import SessionClient, SessionCounts, SessionServicer
+from peer.rpc.sessions import SessionClient, SessionServicer
 from peer.rpc.transfer import SnapshotCache
 from peer.transport.addresses import endpoint
-from peer.transport.tunnel import TunnelCounts
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +68,9 @@ class NodeCounts:
     adopted: int
     exchanged: int
     dht_failures: int
-    p2pd_restarts: int
     checkpoints: CheckpointCounts
     paused: bool
     calls: int
-    uploaded_bytes: int
-    downloaded_bytes: int
     memory_bytes: int
     tasks: int
     """Of the event loop."""
@@ -85,11 +78,6 @@ class NodeCounts:
     averagings: int
     standby_copies: int
     transfers: TransferCounts
-    dht: DhtCounts
-    stored: StoreCounts
-    sessions_open: int
-    sessions: SessionCounts
-    tunnels: TunnelCounts
     reachability: Reachability
     over_budget: int
 
@@ -106,10 +94,7 @@ class NodeCollector(Collector):
         yield from _hosting(node)
         yield from _transfers(node.transfers)
         yield from _work(stats)
-        yield from dht_metrics(node.dht)
-        yield from _stored(node.stored)
-        yield from _tunnels(node)
-        yield from _sessions(node)
+        yield from _reachability(node)
         works = CounterMetricFamily(
             "talkoot_unfinished_works", "Works that brought no result, by cause.", labels=["cause"]
         )
@@ -139,14 +124,11 @@ def _hosting(node: NodeCounts) -> Iterator[Metric]:
         ("experts_handed_over", "Experts that others took over when this node left.", node.handed_over),
         ("averagings", "Replicas averaged with another node's.", node.averagings),
         ("standby_copies", "Copies made of experts that one other node hosts alone.", node.standby_copies),
-        ("p2pd_restarts", "Times that the libp2p daemon died and was started again.", node.p2pd_restarts),
         ("checkpoints_saved", "Checkpoints written.", saves.saved),
         ("checkpoint_failures", "Checkpoints that could not be written.", saves.failed),
         ("experts_restored", "Experts that went on from a checkpoint.", saves.restored),
         ("calls", "Forward and backward calls that came.", node.calls),
         ("calls_over_budget", "Calls refused as their caller's budget was spent.", node.over_budget),
-        ("uploaded_bytes", "Payload of answers, in bytes.", node.uploaded_bytes),
-        ("downloaded_bytes", "Payload of calls, in bytes.", node.downloaded_bytes),
     ):
         yield CounterMetricFamily(f"talkoot_{name}", words, count)
 
@@ -193,58 +175,13 @@ def _transfers(counts: TransferCounts) -> Iterator[Metric]:
     yield size
 
 
-def _stored(counts: StoreCounts) -> Iterator[Metric]:
-    yield GaugeMetricFamily(
-        "talkoot_dht_stored_bytes", "Memory of what others store here in the DHT.", counts.bytes
-    )
-    yield GaugeMetricFamily("talkoot_dht_stored_keys", "Keys of what others store here.", counts.keys)
-    yield CounterMetricFamily(
-        "talkoot_dht_displaced", "Entries that went as there was no more room.", counts.displaced
-    )
-    yield CounterMetricFamily(
-        "talkoot_dht_messages_refused",
-        "Messages that asked for or brought more than is allowed.",
-        counts.refused,
-    )
-    yield CounterMetricFamily(
-        "talkoot_dht_not_handed_over",
-        "Newcomers to the DHT that were handed nothing of what is stored here, since too many came before.",
-        counts.not_handed_over,
-    )
-
-
-def _sessions(node: NodeCounts) -> Iterator[Metric]:
-    yield GaugeMetricFamily("talkoot_sessions", "Callers that are known now.", node.sessions_open)
-    events = CounterMetricFamily(
-        "talkoot_session_events",
-        "Sessions opened, refused and ended early to make room; calls in none that is open.",
-        labels=["event"],
-    )
-    counts = node.sessions
-    events.add_metric(["opened"], counts.opened)
-    events.add_metric(["refused"], counts.refused)
-    events.add_metric(["evicted"], counts.evicted)
-    events.add_metric(["unknown"], counts.unknown)
-    yield events
-
-
-def _tunnels(node: NodeCounts) -> Iterator[Metric]:
+def _reachability(node: NodeCounts) -> Iterator[Metric]:
     reached = GaugeMetricFamily(
         "talkoot_reached", "How others reach this node: 1 for what is so.", labels=["way"]
     )
     for way in Reachability:
         reached.add_metric([way.name.lower()], way is node.reachability)
     yield reached
-    counts = node.tunnels
-    yield GaugeMetricFamily(
-        "talkoot_tunnel_streams", "Streams open in tunnels, both ways.", value=counts.open
-    )
-    yield CounterMetricFamily("talkoot_tunnel_bytes", "Carried in tunnels, both ways.", value=counts.bytes)
-    streams = CounterMetricFamily("talkoot_tunnel_opened", "Streams that others opened here.", labels=["way"])
-    streams.add_metric(["relayed"], counts.relayed)
-    streams.add_metric(["punched"], counts.unrelayed)
-    streams.add_metric(["refused"], counts.refused)
-    yield streams
 
 
 _FAREWELL_S = 2.0
@@ -276,7 +213,7 @@ class Node:
             state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept, holds=swarm.manifest.holds
         )
         swarm_id = swarm.keys.swarm_id
-        self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit)
+        self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit, swarm.metrics)
         own_sessions = SessionClient(
             swarm.host.identity, swarm_id, sorted(RIGHTS[Role.NODE]), swarm.admission.badge
         )
@@ -555,9 +492,8 @@ class Node:
         )
         await self.swarm.host.serve_tunnel(settings.max_tunnel_streams)
         self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
-        registry = CollectorRegistry()
-        registry.register(NodeCollector(lambda: self.runtime.stats, self._counts))
-        self._metrics = MetricsServer(registry, settings.metrics_host, settings.metrics_port)
+        self.swarm.metrics.register(NodeCollector(lambda: self.runtime.stats, self._counts))
+        self._metrics = MetricsServer(self.swarm.metrics, settings.metrics_host, settings.metrics_port)
         self.metrics_address = self._metrics.address
 
     async def _describe(self) -> None:
@@ -581,23 +517,15 @@ class Node:
             adopted=self.hosting.adopted,
             exchanged=self.hosting.exchanged,
             dht_failures=self._rounds.failures,
-            p2pd_restarts=self.swarm.host.restarts,
             checkpoints=self.replicas.checkpoints.counts,
             paused=self.state is NodeState.PAUSED,
             calls=self._servicer.calls,
-            uploaded_bytes=self.traffic.up.bytes,
-            downloaded_bytes=self.traffic.down.bytes,
             memory_bytes=self._memory_bytes(),
             tasks=len(asyncio.all_tasks(self._loop)),
             handed_over=self.hosting.handed_over,
             averagings=self.averaging.averagings,
             standby_copies=self._standby.copied,
             transfers=self.replicas.states.counts,
-            dht=self.swarm.registry.counts,
-            stored=self.swarm.host.stored,
-            sessions_open=len(self.sessions),
-            sessions=self.sessions.counts,
-            tunnels=self.swarm.host.tunnels.counts,
             reachability=self.reaching.reach.kind,
             over_budget=self._servicer.budgets.refused,
         )

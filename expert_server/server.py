@@ -97,7 +97,12 @@ class AccessControl:
     ) -> None:
         """`state`: the node's folder, where the founder's has the list of the invites it made."""
         self.sessions = Sessions(
-            swarm.keys.swarm_id, swarm.host.peer_id, swarm.admission, limit=max_sessions, now=now
+            swarm.keys.swarm_id,
+            swarm.host.peer_id,
+            swarm.admission,
+            limit=max_sessions,
+            now=now,
+            metrics=swarm.metrics,
         )
         self._swarm = swarm
         self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Self
 
+from prometheus_client import CollectorRegistry, Counter
+
 from peer.errors import DaemonError, UnreachableError, UserError
 from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import DHTNode, RecordValidatorBase
 from peer.kademlia.node import BootstrapReply, bootstrap, check_bootstrap, known_peers, start_dht, stop_dht
-from peer.kademlia.storage import StoreBounds, StoreCounts
+from peer.kademlia.storage import StoreBounds, StoreMetrics
+from peer.metrics import total
 from peer.processes import sweep_dead_sockets
 from peer.transport.addresses import NetworkConfig, is_public, is_relayed, require_free_port, tcp_endpoint
 from peer.transport.p2pd import START_DEADLINE_S, TRANSPORT_ERRORS, Daemon, start_daemon
@@ -37,16 +40,20 @@ class Host:
         config: NetworkConfig,
         validator: RecordValidatorBase | None,
         store_bounds: StoreBounds | None = None,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         self.identity = identity
         self.config = config
-        self.tunnels = Tunnels(self._open_stream)
+        self.tunnels = Tunnels(self._open_stream, metrics=metrics)
         self.bootstrapped_from: tuple[str, ...] = ()
         """Those that answered at the start."""
-        self.restarts = 0
-        """How often p2pd was started again."""
-        self.stored = StoreCounts(store_bounds or StoreBounds())
-        """What others store here, and within which bounds."""
+        self._restarts = Counter(
+            "talkoot_p2pd_restarts",
+            "Times that the libp2p daemon died and was started again.",
+            registry=metrics,
+        )
+        self._store_bounds = store_bounds or StoreBounds()
+        self._store_metrics = StoreMetrics(metrics if config.serves_dht else None)
         self._validator = validator
         self._daemon: Daemon | None = None
         self._dht: DHTNode | None = None
@@ -65,6 +72,7 @@ class Host:
         remembered: Sequence[str] = (),
         validator: RecordValidatorBase | None = None,
         store_bounds: StoreBounds | None = None,
+        metrics: CollectorRegistry | None = None,
     ) -> Self:
         """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
@@ -80,7 +88,7 @@ class Host:
                 f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine "
                 "have a network connection? If it has, they may be gone for good: ask for a new invite"
             )
-        host = cls(identity, config, validator, store_bounds)
+        host = cls(identity, config, validator, store_bounds, metrics)
         try:
             await host._start()
             # a busy peer may be late, so all are asked twice
@@ -135,6 +143,11 @@ class Host:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
+
+    @property
+    def restarts(self) -> int:
+        """How often p2pd was started again."""
+        return int(total(self._restarts))
 
     @property
     def bootstrap_candidates(self) -> tuple[str, ...]:
@@ -242,7 +255,9 @@ class Host:
         daemon = self._daemon = await start_daemon(self.identity, config)
         try:
             async with asyncio.timeout(START_DEADLINE_S):
-                self._dht = await start_dht(daemon, self._validator, config.serves_dht, self.stored)
+                self._dht = await start_dht(
+                    daemon, self._validator, config.serves_dht, self._store_bounds, self._store_metrics
+                )
                 await self.tunnels.serve_on(daemon)
                 addresses = await self._visible() if config.listens else []
         except (*TRANSPORT_ERRORS, UnreachableError) as error:
@@ -295,7 +310,7 @@ class Host:
             await self._end()
             return False
         self._ready = True
-        self.restarts += 1
+        self._restarts.inc()
         self._restarted.set()
         logger.warning("the libp2p daemon runs again and has joined by %d known addresses", len(joined))
         return True

@@ -4,6 +4,10 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from prometheus_client import CollectorRegistry, Counter
+
+from peer.metrics import total
+
 BURST_S = 0.2
 """How much of its rate a bucket holds that was idle."""
 _PIECE_S = 0.05
@@ -43,26 +47,35 @@ class RateLimit:
     For one event loop.
     """
 
-    def __init__(self, limit: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """`limit`: bytes per second; None: as fast as they come."""
-        self.bytes = 0
-        """That have passed since the start."""
+    def __init__(
+        self,
+        limit: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        counter: Counter | None = None,
+    ) -> None:
+        """`limit`: bytes per second; None: as fast as they come. `counter`: of the bytes that have passed."""
+        self._passed = counter or Counter("passed_bytes", "Bytes that have passed.", registry=None)
         self._clock = clock
         self._turn = asyncio.Lock()  # first come, first served
         self._bucket = None if limit is None else TokenBucket(limit, max(1.0, limit * BURST_S), clock())
         self._piece = None if limit is None else max(1, int(limit * _PIECE_S))
 
+    @property
+    def bytes(self) -> int:
+        """That have passed since the start."""
+        return int(total(self._passed))
+
     async def take(self, size: int) -> None:
         """Waits until `size` bytes may pass."""
         if self._bucket is None or self._piece is None:
-            self.bytes += size
+            self._passed.inc(size)
             return
         left = size
         while left:
             piece = min(left, self._piece)
             async with self._turn:
                 await self._wait(self._bucket, piece)
-            self.bytes += piece
+            self._passed.inc(piece)
             left -= piece
 
     async def _wait(self, bucket: TokenBucket, size: int) -> None:
@@ -78,10 +91,17 @@ class RateLimit:
 class Bandwidth:
     """What passes up and down, all calls together."""
 
-    def __init__(self, up_mbit: float | None = None, down_mbit: float | None = None) -> None:
+    def __init__(
+        self,
+        up_mbit: float | None = None,
+        down_mbit: float | None = None,
+        metrics: CollectorRegistry | None = None,
+    ) -> None:
         """Limits in Mbit/s; None: none."""
-        self.up = RateLimit(_bytes_per_s(up_mbit))
-        self.down = RateLimit(_bytes_per_s(down_mbit))
+        sent = Counter("talkoot_uploaded_bytes", "Payload of answers, in bytes.", registry=metrics)
+        received = Counter("talkoot_downloaded_bytes", "Payload of calls, in bytes.", registry=metrics)
+        self.up = RateLimit(_bytes_per_s(up_mbit), counter=sent)
+        self.down = RateLimit(_bytes_per_s(down_mbit), counter=received)
 
 
 def _bytes_per_s(mbit: float | None) -> float | None:

@@ -11,19 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dht.announcements import MAX_LATENCIES
 from dht.invites import Invite
-from dht.registry import DhtCounts, dht_metrics
 from dht.swarm import Swarm
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import UnreachableError
 from peer.loop import BackgroundTasks, LoopThread
-from peer.metrics import MetricsServer
+from peer.metrics import MetricsServer, total
 from peer.transport.addresses import default_listen_address
 from peer.wire import records_pb2
 from trainer_client.averaging.averager import Averaging
@@ -62,7 +60,6 @@ class TrainerCounts:
     """Of the event loop."""
     chore_failures: int
     """Times that something beside training failed, and began again."""
-    dht: DhtCounts
     averaging: AveragingCounts | None = None
     """None: it averages with nobody."""
     relay_addresses: int = 0
@@ -106,7 +103,6 @@ class TrainerCollector(Collector):
             "Times that something beside training failed, such as announcing, and began again.",
             counts.chore_failures,
         )
-        yield from dht_metrics(counts.dht)
         if counts.averaging is not None:
             yield from _averaging(counts.averaging)
 
@@ -231,7 +227,7 @@ class TrainerAnnouncer:
     ) -> None:
         """Raises StartError when the port of the metrics is taken."""
         self._registry = swarm.registry
-        self._tunnels = swarm.host.tunnels.counts
+        self._tunnels = swarm.host.tunnels
         self._settings = settings
         self._dispatcher = dispatcher
         self._caller = caller
@@ -242,10 +238,9 @@ class TrainerAnnouncer:
         self._started_at = now()
         self._averaging: Averaging | None = None
         self._news = asyncio.Event()
-        collected = CollectorRegistry()
         # scrapes come on threads of their own, and the counters belong to the loop's
-        collected.register(TrainerCollector(lambda: loop.run(self._count(), _SCRAPE_DEADLINE_S)))
-        self._metrics = MetricsServer(collected, settings.metrics_host, settings.metrics_port)
+        swarm.metrics.register(TrainerCollector(lambda: loop.run(self._count(), _SCRAPE_DEADLINE_S)))
+        self._metrics = MetricsServer(swarm.metrics, settings.metrics_host, settings.metrics_port)
         self._offered = self._metrics.offered(reached_at(invite))
 
     @property
@@ -308,10 +303,9 @@ class TrainerAnnouncer:
             dispatcher.banned(),
             len(asyncio.all_tasks()),
             self._chores.failures,
-            self._registry.counts,
             None if averaging is None else averaging.counts,
             0 if averaging is None or averaging.relayed is None else len(averaging.relayed.addresses),
-            self._tunnels.open,
+            int(total(self._tunnels.streams)),
         )
 
 

@@ -29,7 +29,7 @@ from peer.kademlia.hivemind import (
     dht_pb2,
     install,
 )
-from peer.kademlia.storage import BoundedStorage, StoreCounts
+from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics
 from peer.kademlia.validation import drop_invalid_entries, owns_node_id, patch_validation, unpack
 from peer.rates import TokenBucket
 from peer.transport.p2pd import TRANSPORT_ERRORS, Daemon
@@ -60,9 +60,10 @@ async def start_dht(
     daemon: Daemon,
     validator: RecordValidatorBase | None,
     serves_dht: bool,
-    counts: StoreCounts | None = None,
+    bounds: StoreBounds | None = None,
+    metrics: StoreMetrics | None = None,
 ) -> DHTNode:
-    """A DHT node that knows no peers yet. `counts`: what other peers store here, and within which bounds."""
+    """A DHT node that knows no peers yet. `bounds`, `metrics`: of what other peers store here."""
     install()
     dht = await DHTNode.create(
         p2p=daemon,
@@ -77,7 +78,7 @@ async def start_dht(
     )
     if validator is not None:
         patch_validation(dht.protocol)
-        await install_handlers(dht.protocol, counts or StoreCounts())
+        await install_handlers(dht.protocol, bounds or StoreBounds(), metrics or StoreMetrics())
     return dht
 
 
@@ -158,15 +159,16 @@ def check_bootstrap(replies: Collection[BootstrapReply], serves_dht: bool) -> No
 class BoundedDHTHandlers:
     """Replaces a DHT node's handlers. A bad request gets an empty answer, because an error would fill the log."""
 
-    def __init__(self, protocol: DHTProtocol, counts: StoreCounts) -> None:
+    def __init__(self, protocol: DHTProtocol, bounds: StoreBounds, metrics: StoreMetrics) -> None:
         self._protocol = protocol
-        self._counts = counts
+        self._bounds = bounds
+        self._metrics = metrics
         self._validator = protocol.record_validator
         self._meet, self._ping = protocol.update_routing_table, protocol.rpc_ping
         self._tasks: set[asyncio.Task[Any]] = set()
         self._handover = TokenBucket(1.0, _HANDOVER_BURST_S, 0.0)
         """In seconds at the rate `handed_bytes_per_s`."""
-        protocol.storage = BoundedStorage(counts)
+        protocol.storage = BoundedStorage(bounds, metrics)
         protocol.update_routing_table = self.update_routing_table
         protocol.rpc_ping, protocol.rpc_store, protocol.rpc_find = (
             self.rpc_ping,
@@ -185,8 +187,8 @@ class BoundedDHTHandlers:
             zip(request.keys, request.subkeys, request.values, request.expiration_time, strict=False)
         )
         response = dht_pb2.StoreResponse(store_ok=[False] * len(request.keys), peer=self._protocol.node_info)
-        if request.ByteSize() > self._counts.bounds.message_bytes or len(items) != len(request.keys):
-            self._counts.refused += 1
+        if request.ByteSize() > self._bounds.message_bytes or len(items) != len(request.keys):
+            self._metrics.refused.inc()
             return response
         await self._meet_sender(request.peer, context)
         cached = list(request.in_cache) or [False] * len(items)
@@ -200,12 +202,12 @@ class BoundedDHTHandlers:
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
         """For each key, what is stored here and the nearest nodes that this peer knows."""
         response, protocol = dht_pb2.FindResponse(peer=self._protocol.node_info), self._protocol
-        if len(request.keys) > self._counts.bounds.find_keys:
-            self._counts.refused += 1
+        if len(request.keys) > self._bounds.find_keys:
+            self._metrics.refused.inc()
             return response
         await self._meet_sender(request.peer, context)
         sender = protocol.routing_table.get(peer_id=context.remote_id)
-        room = self._counts.bounds.answer_bytes
+        room = self._bounds.answer_bytes
         for number, key in enumerate(request.keys):
             if number % _YIELD_AFTER_ANSWERS == _YIELD_AFTER_ANSWERS - 1:
                 await asyncio.sleep(0)
@@ -278,9 +280,9 @@ class BoundedDHTHandlers:
         """Takes from the allowance, if there is any. A newcomer that gets nothing hears the next announcements."""
         now = asyncio.get_running_loop().time()
         if self._handover.take(0.0, now):
-            self._counts.not_handed_over += 1
+            self._metrics.not_handed_over.inc()
             return False
-        self._handover.take(self._counts.bytes / self._counts.bounds.handed_bytes_per_s, now)
+        self._handover.take(self._protocol.storage.bytes / self._bounds.handed_bytes_per_s, now)
         return True
 
     async def _hand_over(self, node_id: DHTID, peer_id: PeerID) -> None:
@@ -300,7 +302,7 @@ class BoundedDHTHandlers:
             ):
                 continue
             taken = protocol.storage.size(key)
-            if part and size + taken > self._counts.bounds.message_bytes // 2:
+            if part and size + taken > self._bounds.message_bytes // 2:
                 await protocol.call_store(peer_id, *zip(*part, strict=True))
                 part, size = [], 0
             part.append((key, item.value, item.expiration_time))
@@ -314,9 +316,9 @@ class BoundedDHTHandlers:
         task.add_done_callback(self._tasks.discard)
 
 
-async def install_handlers(protocol: DHTProtocol, counts: StoreCounts) -> None:
+async def install_handlers(protocol: DHTProtocol, bounds: StoreBounds, metrics: StoreMetrics) -> None:
     """Bounds what other peers may store and look up at this DHT node, which must have a validator and be new."""
-    BoundedDHTHandlers(protocol, counts)
+    BoundedDHTHandlers(protocol, bounds, metrics)
     if not protocol.client_mode:
         await protocol.remove_p2p_handlers(protocol.p2p)
         await protocol.add_p2p_handlers(protocol.p2p)

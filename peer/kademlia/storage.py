@@ -8,8 +8,10 @@ The bounds of the store, apart from it: settings, which need them, are light to 
 
 import heapq
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from peer.kademlia.hivemind import DHTID, DHTLocalStorage, DictionaryDHTValue, timed_storage
 
@@ -39,39 +41,49 @@ _KEPT_WHEN_FULL = 7 / 8
 """Room is made for several at once: that costs a look at all keys."""
 
 
-@dataclass
-class StoreCounts:
-    """What others left here since the peer started."""
+class StoreMetrics:
+    """What others store here. It outlives the stores, each of which ends with its p2pd."""
 
-    bounds: StoreBounds = field(default_factory=StoreBounds)
-    bytes: int = 0
-    """Held now."""
-    keys: int = 0
-    """Held now."""
-    displaced: int = 0
-    """Entries that others took the place of, as there was no more room."""
-    refused: int = 0
-    """Messages that asked for more, or brought more, than is allowed."""
-    not_handed_over: int = 0
-    """Newcomers that were handed nothing, since too many came before."""
+    def __init__(self, metrics: CollectorRegistry | None = None) -> None:
+        self.bytes = Gauge(
+            "talkoot_dht_stored_bytes", "Memory of what others store here in the DHT.", registry=metrics
+        )
+        self.keys = Gauge("talkoot_dht_stored_keys", "Keys of what others store here.", registry=metrics)
+        self.evicted = Counter(
+            "talkoot_dht_displaced", "Entries that went as there was no more room.", registry=metrics
+        )
+        self.refused = Counter(
+            "talkoot_dht_messages_refused",
+            "Messages that asked for or brought more than is allowed.",
+            registry=metrics,
+        )
+        self.not_handed_over = Counter(
+            "talkoot_dht_not_handed_over",
+            "Newcomers to the DHT that were handed nothing of what is stored here, since too many came before.",
+            registry=metrics,
+        )
 
 
 class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no types
     """Where there is no more room, some of the others go, so drawn that no writer can choose which."""
 
-    def __init__(self, counts: StoreCounts, rng: random.Random | None = None) -> None:
+    def __init__(self, bounds: StoreBounds, metrics: StoreMetrics, rng: random.Random | None = None) -> None:
         super().__init__()
-        self._counts = counts
+        self.bytes = 0
+        """What all entries count for."""
+        self._bounds = bounds
+        self._metrics = metrics
         self._rng = rng or random.SystemRandom()
         self._sizes: dict[DHTID, int] = {}
         self._numbers: dict[DHTID, int] = {}
         """Entries of each key when it was counted last: fewer are there when some have expired since."""
-        counts.bytes = counts.keys = 0
+        metrics.bytes.set(0)
+        metrics.keys.set(0)
 
     def store_subkey(self, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
         """False when it is not newer than the one that is there, or larger than a key may be."""
         size = size_of(subkey, value)
-        if size > self._counts.bounds.key_bytes:
+        if size > self._bounds.key_bytes:
             return False
         held = self.get(key)
         known = held.value.get(subkey) if held and isinstance(held.value, DictionaryDHTValue) else None
@@ -86,7 +98,7 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
         self._note_size(key, self._make_room_in(entries, subkey, total), len(entries.data))
         _forget_old_times(entries)
         _forget_old_times(self)
-        if self._counts.bytes > self._counts.bounds.total_bytes:
+        if self.bytes > self._bounds.total_bytes:
             self._make_room_beside(key)
         return True
 
@@ -112,32 +124,33 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
 
     def _make_room_in(self, entries: DictionaryDHTValue, newest: object, total: int) -> int:
         """`total`: what its entries count for. Gives what those that stay count for."""
-        if total <= self._counts.bounds.key_bytes:
+        if total <= self._bounds.key_bytes:
             return total
         others = [subkey for subkey in entries.data if subkey != newest]
-        while total > self._counts.bounds.key_bytes:
+        while total > self._bounds.key_bytes:
             drawn = self._rng.randrange(len(others))
             others[drawn], others[-1] = others[-1], others[drawn]
             gone = others.pop()
             total -= size_of(gone, entries.data[gone].value)
             del entries[gone]
-            self._counts.displaced += 1
+            self._metrics.evicted.inc()
         return total
 
     def _make_room_beside(self, newest: DHTID) -> None:
         others = [key for key in self._sizes if key != newest]
         self._rng.shuffle(others)
-        while others and self._counts.bytes > _KEPT_WHEN_FULL * self._counts.bounds.total_bytes:
+        while others and self.bytes > _KEPT_WHEN_FULL * self._bounds.total_bytes:
             key = others.pop()
-            self._counts.displaced += len(self.data[key].value)
+            self._metrics.evicted.inc(len(self.data[key].value))
             del self[key]
 
     def _note_size(self, key: DHTID, size: int, number: int = 0) -> None:
-        self._counts.bytes += size - self._sizes.pop(key, 0)
+        self.bytes += size - self._sizes.pop(key, 0)
         self._numbers.pop(key, None)
         if size:
             self._sizes[key], self._numbers[key] = size, number
-        self._counts.keys = len(self._sizes)
+        self._metrics.bytes.set(self.bytes)
+        self._metrics.keys.set(len(self._sizes))
 
 
 def size_of(subkey: object, value: bytes) -> int:

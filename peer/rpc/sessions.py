@@ -9,7 +9,8 @@ The sessions that this peer has opened with others: what a call to a server carr
 import asyncio
 import secrets
 import time
-from collections import Counter, OrderedDict
+from collections import Counter as Multiset
+from collections import OrderedDict
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -18,10 +19,12 @@ from typing import Any, Protocol, TypeAlias
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, RecordError
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of, verify
+from peer.metrics import start_at_zero
 from peer.rpc.calls import make_stub, require_same_swarm
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
@@ -84,19 +87,6 @@ class Session:
     expires_at: float
 
 
-@dataclass
-class SessionCounts:
-    """Counts since the start."""
-
-    opened: int = 0
-    refused: int = 0
-    """Statements that opened none."""
-    unknown: int = 0
-    """Calls in no session, or in one that has ended."""
-    evicted: int = 0
-    """Sessions that ended early, to make room for others."""
-
-
 class ReplayWindow:
     """Takes each caller's statement once. Pure and bounded: `now` is passed in.
 
@@ -115,7 +105,7 @@ class ReplayWindow:
         self._limit_of_caller = limit_of_caller
         self._seen: set[tuple[bytes, bytes]] = set()
         self._by_time: list[tuple[float, bytes, bytes]] = []
-        self._of_caller: Counter[bytes] = Counter()
+        self._of_caller: Multiset[bytes] = Multiset()
         self._floor = float("-inf")
 
     def take(self, caller: bytes, nonce: bytes, at: float, now: float) -> None:
@@ -164,9 +154,17 @@ class Sessions:
         limit: int = 4096,
         lifetime_s: float = 3600.0,
         now: Callable[[], float] = time.time,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         """`admission`: everybody by default."""
-        self.counts = SessionCounts()
+        events = Counter(
+            "talkoot_session_events",
+            "Sessions opened, refused and ended early to make room; calls in none that is open.",
+            ["event"],
+            registry=metrics,
+        )
+        self.events = start_at_zero(events, "opened", "refused", "evicted", "unknown")
+        Gauge("talkoot_sessions", "Callers that are known now.", registry=metrics).set_function(self.__len__)
         self._swarm_id = swarm_id
         self._server = server
         self._admission = admission or AllowAll()
@@ -192,7 +190,7 @@ class Sessions:
             admitted = self._admission.admit(caller, rights, badge)
             self._window.take(statement.caller, statement.nonce, statement.time, self._now())
         except ExpertError:
-            self.counts.refused += 1
+            self.events.labels("refused").inc()
             raise
         self._end(caller)
         key, now = secrets.token_bytes(_SESSION_BYTES), self._now()
@@ -200,9 +198,9 @@ class Sessions:
         self._sessions[key] = Session(caller, caller.to_base58(), rights, admitted.serial, expires_at)
         self._by_caller[caller] = key
         if len(self._sessions) > self._limit:
-            self.counts.evicted += 1
+            self.events.labels("evicted").inc()
             self._end(next(iter(self._sessions.values())).caller)
-        self.counts.opened += 1
+        self.events.labels("opened").inc()
         return session_pb2.OpenReply(session=key, lifetime_s=max(0.0, expires_at - now))
 
     def require(self, context: "grpc.aio.ServicerContext[Any, Any]", right: Right) -> Session:
@@ -213,7 +211,7 @@ class Sessions:
         """As `require`, for the session's name."""
         session = self._sessions.get(key)
         if session is None or session.expires_at <= self._now():
-            self.counts.unknown += 1
+            self.events.labels("unknown").inc()
             raise ExpertError(
                 StatusCode.UNAUTHENTICATED, "the call is in no session that is open here: open one"
             )

@@ -10,14 +10,18 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections import Counter, OrderedDict
+from collections import Counter as Multiset
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
 from peer.errors import UnreachableError
 from peer.identity import PeerID
+from peer.metrics import start_at_zero
 from peer.processes import socket_folder, sweep_dead_folders
 from peer.transport.addresses import is_relayed
 
@@ -48,29 +52,26 @@ class TunnelLimits:
     """A stream over which nothing went for so long is ended; gRPC opens another when it needs one."""
 
 
-@dataclass
-class TunnelCounts:
-    """Counts since the start, except `open`."""
-
-    open: int = 0
-    """Streams now, in both directions of opening."""
-    relayed: int = 0
-    """Streams that others opened through a relay."""
-    unrelayed: int = 0
-    """Those that came directly, through a router that a way was found through."""
-    refused: int = 0
-    """Streams of others beyond the limits."""
-    failed: int = 0
-    """Streams that this peer could not open."""
-    bytes: int = 0
-    """Carried, both ways."""
-
-
 class Tunnels:
     """A peer's tunnels: those that it digs to others, and the end of those that others dig to it."""
 
-    def __init__(self, open_stream: OpenStream, limits: TunnelLimits = TunnelLimits()) -> None:
-        self.counts = TunnelCounts()
+    def __init__(
+        self,
+        open_stream: OpenStream,
+        limits: TunnelLimits = TunnelLimits(),
+        metrics: CollectorRegistry | None = None,
+    ) -> None:
+        self.streams = Gauge(
+            "talkoot_tunnel_streams", "Streams open in tunnels, both ways.", registry=metrics
+        )
+        opened = Counter(
+            "talkoot_tunnel_opened", "Streams that others opened here.", ["way"], registry=metrics
+        )
+        self.opened = start_at_zero(opened, "relayed", "punched", "refused")
+        self.failures = Counter(
+            "talkoot_tunnel_failures", "Streams that this peer could not open.", registry=metrics
+        )
+        self.bytes = Counter("talkoot_tunnel_bytes", "Carried in tunnels, both ways.", registry=metrics)
         self.last_relayed: bool | None = None
         """Whether the stream that another peer opened last came through a relay."""
         self._open_stream = open_stream
@@ -78,8 +79,9 @@ class Tunnels:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._entrances: OrderedDict[PeerID, _Listener] = OrderedDict()  # least recently used first
         self._exit: Path | None = None
-        self._incoming: Counter[PeerID] = Counter()
+        self._incoming: Multiset[PeerID] = Multiset()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.streams.set_function(lambda: len(self._tasks))
 
     def exit_path(self) -> Path:
         """Where this peer's gRPC server is to listen, to be reached by tunnels."""
@@ -119,7 +121,7 @@ class Tunnels:
             )
         except OSError as error:
             self._entrances.pop(peer_id, None)  # the next call tries again
-            self.counts.failed += 1
+            self.failures.inc()
             raise UnreachableError(f"no tunnel to {peer_id} can be dug here: {error}") from error
         return entrance
 
@@ -143,14 +145,11 @@ class Tunnels:
         """A stream that another peer opened, as hivemind hands it over."""
         caller: PeerID = info.peer_id
         if self._exit is None or not self._has_room(caller):
-            self.counts.refused += 1
+            self.opened.labels("refused").inc()
             writer.close()
             return
         self.last_relayed = is_relayed(str(info.addr))
-        if self.last_relayed:
-            self.counts.relayed += 1
-        else:
-            self.counts.unrelayed += 1
+        self.opened.labels("relayed" if self.last_relayed else "punched").inc()
         self._incoming[caller] += 1
         try:
             await self._carried((reader, writer), self._connect(self._exit))
@@ -168,7 +167,7 @@ class Tunnels:
 
     async def _dig(self, peer_id: PeerID, entrance: "_Listener", accepted: Pipe) -> None:
         """For a connection of this process's own gRPC."""
-        if self.counts.open >= 2 * self._limits.streams:
+        if len(self._tasks) >= 2 * self._limits.streams:
             accepted[1].close()
             return
         stream = self._open_stream(peer_id, entrance.addresses, PROTOCOL, OPEN_DEADLINE_S)
@@ -179,19 +178,17 @@ class Tunnels:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        self.counts.open += 1
         try:
             with contextlib.closing(here[1]):
                 there = await opening
                 with contextlib.closing(there[1]):
                     await self._carry(here, there)
         except UnreachableError as error:
-            self.counts.failed += 1
+            self.failures.inc()
             logger.debug("%s", error)
         except (OSError, TimeoutError) as error:
             logger.debug("a tunnel ended: %s", error)
         finally:
-            self.counts.open -= 1
             self._tasks.discard(task)
 
     async def _carry(self, here: Pipe, there: Pipe) -> None:
@@ -215,7 +212,7 @@ class Tunnels:
                 piece = await source.read(_PIECE_BYTES)
             if not piece:
                 break
-            self.counts.bytes += len(piece)
+            self.bytes.inc(len(piece))
             target.write(piece)
             async with asyncio.timeout(self._limits.idle_s):
                 await target.drain()

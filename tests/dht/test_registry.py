@@ -30,6 +30,7 @@ from peer.errors import RecordError, UnreachableError
 from peer.host import Host
 from peer.identity import PeerID
 from peer.loop import LoopThread
+from peer.metrics import new_registry
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -200,6 +201,24 @@ def test_a_dht_that_does_not_answer_is_unreachable_in_bounded_time(swarm: Swarm)
         ):
             with pytest.raises(UnreachableError, match="did not answer within 0 s"):
                 await call
+
+    swarm.run(scenario())
+
+
+def test_what_is_asked_of_the_dht_is_counted(swarm: Swarm) -> None:
+    metrics, host = new_registry(), swarm.hosts[1]
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.get_sample_value(f"talkoot_dht_{name}", labels)
+
+    async def scenario() -> None:
+        registry = Registry(lambda: host.dht, swarm.keys, host.identity, metrics=metrics)
+        await registry.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
+        await registry.replicas([FIRST, SECOND])
+        await registry.replicas([])  # asks for nothing
+        assert value("records_stored_total") == 1 + len(FIRST.coordinate)
+        assert value("keys_read_total") == value("hops_count") == value("hops_bucket", le="12.0") == 2
+        assert value("seconds_count", operation="get") == value("seconds_count", operation="store") == 1
 
     swarm.run(scenario())
 

@@ -97,7 +97,11 @@ def test_killed_p2pds_are_started_again_and_everything_is_found_again(
             assert node.status().peers == 0
             await eventually(partial(is_state, node, NodeState.SERVING), 20)
             await eventually(partial(renewed_since, observer, node, moment), 20)
-            assert node._counts().p2pd_restarts == node.swarm.host.restarts == 1
+            assert (
+                node.swarm.metrics.get_sample_value("talkoot_p2pd_restarts_total")
+                == node.swarm.host.restarts
+                == 1
+            )
             assert await node.swarm.host.bootstrap_addresses() == address, "old addresses stay good"
             assert caplog.text.count("the libp2p daemon ended with status -9; starting it again") == restarts
 

@@ -8,7 +8,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from test_latencies import peer
 
 from dht.announcements import FAILURE_CAUSES, Latency, TrainerInfo, read_trainer
-from dht.registry import DhtCounts
 from peer.wire import records_pb2
 from trainer_client.announcer import TrainerCollector, TrainerCounts, trainer_record
 from trainer_client.dispatch.calls import DispatchStats
@@ -30,7 +29,7 @@ def counts(**changes: Any) -> TrainerCounts:
     values: dict[str, Any] = {
         "progress": None, "validated": None, "dispatch": DispatchStats(), "latencies": Latencies(),
         "bytes_sent": 0, "bytes_received": 0, "repeated": 0, "experts_live": 0, "open_breakers": 0, "tasks": 1,
-        "chore_failures": 0, "fp32_bytes_sent": 0, "fp32_bytes_received": 0, "banned": 0, "dht": DhtCounts(),
+        "chore_failures": 0, "fp32_bytes_sent": 0, "fp32_bytes_received": 0, "banned": 0,
     }  # fmt: skip
     return TrainerCounts(**values | changes)
 
@@ -90,9 +89,6 @@ def test_metrics_name_no_peer_and_no_unknown_cause() -> None:
 
 def test_metrics_tell_of_hedges_checks_bans_and_what_the_codec_saved() -> None:
     stats = DispatchStats(hedged_calls=3, hedges_won=2, spot_checks=5, differing_answers=1, odd_answers=1)
-    dht = DhtCounts()
-    for rounds in (0, 2, 9):
-        dht.hops.note(rounds)
     seen = counts(
         dispatch=stats,
         banned=4,
@@ -100,7 +96,6 @@ def test_metrics_tell_of_hedges_checks_bans_and_what_the_codec_saved() -> None:
         bytes_sent=25,
         fp32_bytes_sent=100,
         fp32_bytes_received=8,
-        dht=dht,
     )
     collected = CollectorRegistry()
     collected.register(TrainerCollector(lambda: seen))
@@ -111,5 +106,3 @@ def test_metrics_tell_of_hedges_checks_bans_and_what_the_codec_saved() -> None:
         ("fp32_bytes_total", {"direction": "sent"}, 100), ("fp32_bytes_total", {"direction": "received"}, 8),
     ):  # fmt: skip
         assert collected.get_sample_value(f"talkoot_trainer_{name}", labels) == value, name
-    assert collected.get_sample_value("talkoot_dht_hops_bucket", {"le": "2"}) == 2
-    assert collected.get_sample_value("talkoot_dht_hops_sum") == 11

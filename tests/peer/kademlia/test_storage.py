@@ -8,7 +8,8 @@ import pytest
 
 from peer.kademlia import storage as store
 from peer.kademlia.hivemind import DHTID, timed_storage
-from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreCounts, size_of
+from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics, size_of
+from peer.metrics import total
 
 KEY, OTHER = DHTID.generate(source="key"), DHTID.generate(source="other")
 NOW = 1_800_000_000.0
@@ -28,9 +29,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def storage(**bounds: int) -> tuple[Any, StoreCounts]:
-    counts = StoreCounts(StoreBounds(**bounds))
-    return BoundedStorage(counts, random.Random(1)), counts
+def storage(**bounds: int) -> tuple[Any, StoreMetrics]:
+    counts = StoreMetrics()
+    return BoundedStorage(StoreBounds(**bounds), counts, random.Random(1)), counts
 
 
 def entries(stored: Any, key: DHTID) -> dict[object, bytes]:
@@ -54,7 +55,7 @@ def test_renewing_all_the_time_fills_no_memory(clock: Clock) -> None:
     inner = stored.data[KEY].value
     assert len(stored.expiration_heap) < 100
     assert len(inner.expiration_heap) < 100
-    assert counts.bytes == size_of(1, b"value")
+    assert total(counts.bytes) == size_of(1, b"value")
     clock.now = NOW + 10.9
     assert entries(stored, KEY) == {1: b"value"}
 
@@ -65,10 +66,10 @@ def test_a_full_key_takes_new_entries_in_place_of_some_that_are_drawn(clock: Clo
     for n in range(100):
         assert stored.store_subkey(KEY, n, bytes(100), NOW + 10)
         assert n in entries(stored, KEY)
-        assert counts.bytes <= most
+        assert total(counts.bytes) <= most
     kept = set(entries(stored, KEY))
     assert len(kept) == 20
-    assert counts.displaced == 80
+    assert total(counts.evicted) == 80
     assert kept != set(range(80, 100)), "not simply the oldest go"
 
 
@@ -86,7 +87,7 @@ def test_an_entry_costs_no_look_at_all_the_others_of_its_key(
     for n in range(1000):
         assert stored.store_subkey(KEY, n, b"value", NOW + 10)
     assert len(entries(stored, KEY)) == 200
-    assert counts.displaced == 800
+    assert total(counts.evicted) == 800
     assert looks["sizes"] < 5 * 1000
 
 
@@ -98,13 +99,13 @@ def test_entries_that_expired_or_changed_since_are_counted_as_they_are(clock: Cl
     assert set(entries(stored, KEY)) == {2}
     stored.store_subkey(KEY, 1, b"again", NOW + 30)
     stored.store_subkey(KEY, 2, b"longer than before", NOW + 110)
-    assert counts.bytes == size_of(1, b"again") + size_of(2, b"longer than before")
+    assert total(counts.bytes) == size_of(1, b"again") + size_of(2, b"longer than before")
 
 
 def test_an_entry_larger_than_a_key_is_refused(clock: Clock) -> None:
     stored, counts = storage(key_bytes=1000)
     assert not stored.store_subkey(KEY, 1, bytes(1000), NOW + 10)
-    assert counts.bytes == 0
+    assert total(counts.bytes) == 0
 
 
 def test_many_keys_stay_within_the_bound_and_the_newest_is_there(clock: Clock) -> None:
@@ -113,9 +114,9 @@ def test_many_keys_stay_within_the_bound_and_the_newest_is_there(clock: Clock) -
         key = DHTID(n)
         assert stored.store_subkey(key, b"peer", bytes(1000), NOW + 10)
         assert entries(stored, key)
-        assert counts.bytes <= 100_000
-    assert counts.keys == len(stored.data) > 50
-    assert counts.displaced == 500 - counts.keys
+        assert total(counts.bytes) <= 100_000
+    assert total(counts.keys) == len(stored.data) > 50
+    assert total(counts.evicted) == 500 - total(counts.keys)
 
 
 def test_what_expires_or_is_removed_counts_no_more(clock: Clock) -> None:
@@ -124,6 +125,6 @@ def test_what_expires_or_is_removed_counts_no_more(clock: Clock) -> None:
     stored.store_subkey(OTHER, 1, b"long", NOW + 20)
     clock.now = NOW + 15
     assert stored.get(KEY) is None
-    assert (counts.keys, counts.bytes) == (1, size_of(1, b"long"))
+    assert (total(counts.keys), total(counts.bytes)) == (1, size_of(1, b"long"))
     stored.clear()
-    assert (counts.keys, counts.bytes) == (0, 0)
+    assert (total(counts.keys), total(counts.bytes)) == (0, 0)

@@ -17,6 +17,7 @@ from peer.errors import UnreachableError
 from peer.host import Host
 from peer.identity import Identity, PeerID, certificate_pem
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.transport.addresses import NetworkConfig, multiaddress
@@ -176,9 +177,9 @@ def test_without_an_address_nothing_is_tried(loop: LoopThread, both: Village) ->
 def test_streams_end_with_their_channels_and_leave_nothing(loop: LoopThread, both: Village) -> None:
     async def test(pool: ChannelPool) -> None:
         await call(pool, both.contact, b"ping")
-        assert both.caller.tunnels.counts.open == both.server.tunnels.counts.open == 1
+        assert total(both.caller.tunnels.streams) == total(both.server.tunnels.streams) == 1
         await pool.close()
-        await until(lambda: not both.caller.tunnels.counts.open and not both.server.tunnels.counts.open)
+        await until(lambda: not total(both.caller.tunnels.streams) and not total(both.server.tunnels.streams))
 
     run(loop, test, both.caller.tunnels)
 
@@ -193,11 +194,11 @@ def test_a_peer_gets_so_many_streams_and_no_more(loop: LoopThread, both: Village
         try:
             for other in pools:
                 await call(other, both.contact, b"ping")
-            refused = tunnels.counts.refused
+            refused = total(tunnels.opened, way="refused")
             channel = await pool.reach(both.contact)
             with pytest.raises(grpc.aio.AioRpcError):
                 await ask(channel)
-            assert tunnels.counts.refused > refused
+            assert total(tunnels.opened, way="refused") > refused
         finally:
             tunnels._limits = before
             for other in pools:
@@ -217,7 +218,7 @@ def test_a_tunnel_works_again_after_p2pd_died_at_either_end(
                 for number, host in enumerate((both.server, both.caller), start=1):
                     host.p2p._child.kill()
                     await until_restarted(host)
-                    await until(lambda: not both.caller.tunnels.counts.open)
+                    await until(lambda: not total(both.caller.tunnels.streams))
                     assert await call(pool, both.contact, b"%d" % number) == b"%d" % number
             finally:
                 await pool.close()
@@ -267,7 +268,7 @@ def test_a_machine_without_sockets_left_digs_the_tunnel_when_it_has_some_again(
             writer.close()
         finally:
             await tunnels.close()
-        assert tunnels.counts.failed >= 2
+        assert total(tunnels.failures) >= 2
 
     loop.run(scenario())
 
