@@ -39,7 +39,7 @@ class Program:
             time.sleep(0.1)
 
     def wait_until_reached(self, way: str) -> None:
-        self.wait_for(way, lambda: any(e["reached"].startswith(way) for e in self.events("state")))
+        self.wait_for(way, lambda: any(e["reachability"].startswith(way) for e in self.events("state")))
 
     def wait_until_updated(self) -> None:
         self.wait_for("updates", lambda: self.events("state")[-1]["updates"] > 0)

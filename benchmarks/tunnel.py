@@ -96,7 +96,7 @@ class Swarm:
     @property
     def reached(self) -> list[str]:
         """How each node says that others reach it now."""
-        return [str(node.events("state")[-1]["reached"]) for node in self._nodes]
+        return [str(node.events("state")[-1]["reachability"]) for node in self._nodes]
 
     def train(self, machine: Machine, steps: int, in_flight: int) -> list[float]:
         """The time in seconds of each of so many steps, once it has warmed up."""

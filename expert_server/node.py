@@ -438,7 +438,7 @@ class Node:
             rows=stats.rows,
             queued_rows=stats.queued_rows,
             peers=len(self.swarm.host.peers()),
-            why=self._pauses.in_words,
+            pause_reason=self._pauses.in_words,
             calls=self._servicer.calls,
             uploaded_bytes=self.traffic.up.bytes,
             downloaded_bytes=self.traffic.down.bytes,
@@ -453,8 +453,8 @@ class Node:
             contributed_hours=round(contribution.served_s / 3600, 1),
             replicated=self.hosting.replicated,
             handed_over=self.hosting.handed_over,
-            reached=self.reaching.reach.in_words,
-            reach_advice=self.reaching.advice,
+            reachability=self.reaching.reach.in_words,
+            reachability_advice=self.reaching.advice,
         )
 
     def _memory_bytes(self) -> int:

@@ -49,7 +49,7 @@ class NodeStatus:
     queued_rows: int
     peers: int
     """DHT peers known."""
-    why: str
+    pause_reason: str
     """Why it is paused, such as `paused until 22:00`; or, though it serves, what else it would be; else empty."""
     calls: int
     uploaded_bytes: int
@@ -73,9 +73,9 @@ class NodeStatus:
     """Of the experts, those that other nodes serve too."""
     handed_over: int
     """Experts that others took over when this node left."""
-    reached: str = ""
+    reachability: str = ""
     """How others reach it, in words, such as `direct` or `relayed by 3 relays`."""
-    reach_advice: str = ""
+    reachability_advice: str = ""
     """What would let them connect directly; empty when they do."""
 
 

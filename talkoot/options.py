@@ -230,7 +230,7 @@ class NodeCommand(SettingsCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Swarm": ("join", "new", "bootstrap", "invite_file", "name"),
         "Resources": ("experts", "memory", "device", "threads", "upload_mbit", "download_mbit"),
-        "When to work": ("schedule", "only_when_idle", "not_on_battery"),
+        "When to work": ("schedule", "only_when_idle", "not_on_battery", "niceness"),
         "Network": ("host", "dht_port", "grpc_port", "announce_host"),
         "Settings and output": ("state", "config", "check", "log_format"),
     }

@@ -16,10 +16,10 @@ def main() -> int:
     with socket.socket(socket.AF_UNIX) as node:
         node.settimeout(_DEADLINE_S)
         node.connect(os.path.join(os.environ["TALKOOT_NODE_STATE"], "control.sock"))
-        node.sendall(b'{"version": 1, "deed": "status"}\n')
+        node.sendall(b'{"version": 2, "command": "status"}\n')
         with node.makefile("rb") as answers:
             reply = json.loads(answers.readline(_LONGEST_REPLY))
-    return 0 if reply.get("standing") else 1
+    return 0 if reply.get("status") else 1
 
 
 if __name__ == "__main__":

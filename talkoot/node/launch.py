@@ -215,7 +215,7 @@ class _NodeCommand:
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
             remember_port(self._state, swarm.host.config.port)
-            self._control.steer(node)
+            self._control.attach(node)
             self._served = True
             self._node = node
             self._show_invite(node, await swarm.invite())

@@ -126,9 +126,9 @@ def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
         process = _handle(control.pid, folder)
         try:
             log.lines()  # what was before is of no interest
-            standing = control.ask("stop")
+            status = control.ask("stop")
             if not wait:
-                terminal.line(f"asked process {control.pid} to leave; {words(standing)}")
+                terminal.line(f"asked process {control.pid} to leave; {words(status)}")
                 return
             _wait_until_gone(terminal, process, control.pid, log)
         finally:
@@ -137,12 +137,12 @@ def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
     terminal.line(f"stopped; its identity and checkpoints stay in {folder}")
 
 
-def words(standing: ControlStatus) -> str:
+def words(status: ControlStatus) -> str:
     """What a node does now, in a line."""
-    state = standing.why if standing.state == "paused" and standing.why else standing.state
+    state = status.pause_reason if status.state == "paused" and status.pause_reason else status.state
     return (
-        f"{state}; {standing.experts} of at most {counted(standing.capacity, 'expert')}, "
-        f"{counted(standing.updates, 'update')}, {counted(standing.peers, 'DHT peer')}"
+        f"{state}; {status.experts} of at most {counted(status.capacity, 'expert')}, "
+        f"{counted(status.updates, 'update')}, {counted(status.peers, 'DHT peer')}"
     )
 
 

@@ -57,9 +57,13 @@ class PaceMeter:
 
 def state_in_words(status: NodeStatus) -> str:
     """Such as `serving`, `paused: on battery` or `serving (told to go on, else paused until 22:00)`."""
-    if not status.why:
+    if not status.pause_reason:
         return status.state.value
-    return status.why if status.state is NodeState.PAUSED else f"{status.state.value} ({status.why})"
+    return (
+        status.pause_reason
+        if status.state is NodeState.PAUSED
+        else f"{status.state.value} ({status.pause_reason})"
+    )
 
 
 def panel(swarm: str, status: NodeStatus, pace: Pace) -> Panel:
@@ -122,7 +126,11 @@ def _network(status: NodeStatus, pace: Pace) -> str:
 
 
 def _reached(status: NodeStatus) -> str:
-    return f"{status.reached}; {status.reach_advice}" if status.reach_advice else status.reached
+    return (
+        f"{status.reachability}; {status.reachability_advice}"
+        if status.reachability_advice
+        else status.reachability
+    )
 
 
 def _mbit(now: float, limit: float | None) -> str:

@@ -16,7 +16,7 @@ from peer.wire import records_pb2
 def status(rows: int = 0, **changes: Any) -> NodeStatus:
     values: dict[str, Any] = {
         "state": NodeState.SERVING, "experts": 2, "capacity": 3, "adopted": 0, "updates": 4, "rows": rows,
-        "queued_rows": 0, "peers": 1, "why": "", "calls": 0, "uploaded_bytes": 0, "downloaded_bytes": 0,
+        "queued_rows": 0, "peers": 1, "pause_reason": "", "calls": 0, "uploaded_bytes": 0, "downloaded_bytes": 0,
         "upload_mbit": None, "download_mbit": None, "memory_bytes": 0, "memory_limit_bytes": 1, "busy_s": 0.0,
         "threads": 1, "contributed_rows": 50, "contributed_updates": 60, "contributed_hours": 1.5, "replicated": 0,
         "handed_over": 0,

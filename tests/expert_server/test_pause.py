@@ -109,7 +109,11 @@ def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play
 
         await node.pause("by its owner")
         status = node.status()
-        assert (status.state, status.why, status.experts) == (NodeState.PAUSED, "paused: by its owner", 0)
+        assert (status.state, status.pause_reason, status.experts) == (
+            NodeState.PAUSED,
+            "paused: by its owner",
+            0,
+        )
         assert status.memory_bytes == 0
         assert node._counts().paused
         assert not await serving(observer)
@@ -122,7 +126,7 @@ def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play
         assert not node.runtime.experts
         await node.resume()
         status = node.status()
-        assert (status.state, status.why) == (NodeState.SERVING, "")
+        assert (status.state, status.pause_reason) == (NodeState.SERVING, "")
         assert updates(node) == before
         assert not node._counts().paused
         assert set(await serving(observer)) == set(before)
@@ -165,7 +169,7 @@ def test_a_node_pauses_on_battery_and_goes_on_when_plugged_in(
         before = updates(node)
 
         async def paused() -> bool:
-            return node.status().why == "paused: on battery" and not node.runtime.experts
+            return node.status().pause_reason == "paused: on battery" and not node.runtime.experts
 
         async def serves() -> bool:
             return node.status().state is NodeState.SERVING and updates(node) == before
@@ -177,7 +181,7 @@ def test_a_node_pauses_on_battery_and_goes_on_when_plugged_in(
         battery.power_plugged = False
         await eventually(paused, 10)
         await node.pause("by its owner", for_s=0.5)
-        assert node.status().why.startswith("paused: by its owner until ")
+        assert node.status().pause_reason.startswith("paused: by its owner until ")
         battery.power_plugged = True
         await eventually(serves, 10)
 
@@ -192,14 +196,14 @@ def test_outside_its_hours_a_node_starts_paused_and_its_owner_wins(play: Play) -
         begins = hours.split("-")[0]
         status = node.status()
         assert (status.state, status.experts) == (NodeState.PAUSED, 0)
-        assert status.why == f"paused until {begins}"
+        assert status.pause_reason == f"paused until {begins}"
         await node.resume()
         await asyncio.sleep(0.3)  # several looks
         status = node.status()
         assert (status.state, status.experts) == (NodeState.SERVING, 2)
-        assert status.why == f"told to go on, else paused until {begins}"
+        assert status.pause_reason == f"told to go on, else paused until {begins}"
         await node.pause()
-        assert node.status().why == f"paused: by its owner; until {begins}"
+        assert node.status().pause_reason == f"paused: by its owner; until {begins}"
 
     play(scenario)
 

@@ -65,7 +65,7 @@ def test_two_homes_and_a_public_peer_train_together(village: Village, tmp_path: 
     ]
     for home in homes:
         home.wait_until_reached("relayed")
-        assert "forward both TCP ports" in home.events("state")[-1]["reach_advice"]
+        assert "forward both TCP ports" in home.events("state")[-1]["reachability_advice"]
     steps = train(village, village.net.home(), invite, tmp_path / "text.txt")
     assert len(steps) == STEPS
     for home in homes:

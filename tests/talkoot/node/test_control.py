@@ -54,7 +54,9 @@ class FakeNode:
 
     def status(self) -> NodeStatus:
         values: dict[str, Any] = {field.name: 0 for field in fields(NodeStatus)}
-        return NodeStatus(**values | {"state": NodeState.PAUSED, "why": "paused", "experts": 3, "rows": 9})
+        return NodeStatus(
+            **values | {"state": NodeState.PAUSED, "pause_reason": "paused", "experts": 3, "rows": 9}
+        )
 
 
 class Running:
@@ -71,7 +73,7 @@ class Running:
     def start(self, *, serving: bool = True) -> None:
         self.loop.run(self.server.__aenter__(), DEADLINE_S)
         if serving:
-            self.server.steer(self.node)
+            self.server.attach(self.node)
 
     def close(self) -> None:
         self.loop.run(self.server.__aexit__(), DEADLINE_S)
@@ -131,11 +133,11 @@ def test_the_state_folder_is_known_whatever_else_the_environment_says(
     assert node_folder(tmp_path / "other") == tmp_path / "other"
 
 
-def test_state_after_a_deed_is_told(running: Running) -> None:
-    standing = running.ask("pause")
+def test_status_after_a_command_is_told(running: Running) -> None:
+    status = running.ask("pause")
     assert running.node.told == ["pause by its owner"]
-    assert (standing.state, standing.why, standing.experts, standing.rows) == ("paused", "paused", 3, 9)
-    assert standing.pid == os.getpid()
+    assert (status.state, status.pause_reason, status.experts, status.rows) == ("paused", "paused", 3, 9)
+    assert status.pid == os.getpid()
     running.ask("resume")
     assert running.node.told[1:] == ["resume"]
 
@@ -162,7 +164,7 @@ def test_what_the_node_can_not_do_is_told(running: Running) -> None:
         running.ask("pause")
 
 
-def test_node_that_crashes_on_a_deed_is_an_error_for_the_client_alone(running: Running) -> None:
+def test_node_that_crashes_on_a_command_is_an_error_for_the_client_alone(running: Running) -> None:
     running.node.error = ZeroDivisionError()
     with pytest.raises(UnreachableError, match="talkoot logs"):
         running.ask("pause")
@@ -185,22 +187,22 @@ def test_joining_node_can_be_stopped_but_not_paused(loop: LoopThread, tmp_path: 
 def test_two_clients_at_once_are_both_served(running: Running, loop: LoopThread) -> None:
     running.node.held = asyncio.Event()
     with closing(connected(running.state)) as first:
-        first.sendall(b'{"version": 1, "deed": "pause"}\n')
+        first.sendall(b'{"version": 2, "command": "pause"}\n')
         wait_until(lambda: len(running.node.told) == 1)
         assert running.ask("resume").state == "paused"
         in_loop(loop, running.node.held.set)
-        assert json.loads(first.makefile("rb").readline())["standing"]["state"] == "paused"
+        assert json.loads(first.makefile("rb").readline())["status"]["state"] == "paused"
     assert running.node.told == ["pause by its owner", "resume", "paused"]
 
 
-def test_slow_deed_is_not_broken_off(
+def test_slow_command_is_not_broken_off(
     running: Running, loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control, "_ACT_DEADLINE_S", 0.1)
     running.node.held = asyncio.Event()
     with pytest.raises(UserError, match="still at it"):
         running.ask("pause")
-    assert len(running.server._deeds) == 1
+    assert len(running.server._commands) == 1
     in_loop(loop, running.node.held.set)
     wait_until(lambda: running.node.told == ["pause by its owner", "paused"])
 
@@ -208,7 +210,7 @@ def test_slow_deed_is_not_broken_off(
 def test_client_that_is_killed_leaves_no_trace(running: Running, loop: LoopThread) -> None:
     running.node.held = asyncio.Event()
     client = connected(running.state)
-    client.sendall(b'{"version": 1, "deed": "pause"}\n')
+    client.sendall(b'{"version": 2, "command": "pause"}\n')
     wait_until(lambda: bool(running.node.told))
     client.close()
     in_loop(loop, running.node.held.set)
@@ -226,12 +228,12 @@ def test_client_that_is_killed_leaves_no_trace(running: Running, loop: LoopThrea
         b"pause\n",
         b"\xff\x00\xfe\n",
         b"[" * 2000 + b"\n",
-        b'{"version": 1}\n',
-        b'{"version": 1, "deed": "explode"}\n',
-        b'{"version": 1, "deed": "stop", "colour": 3}\n',
-        b'{"version": 1, "deed": "pause", "for_s": -1}\n',
-        b'{"version": 1, "deed": "pause", "for_s": 1e9}\n',
-        b'{"version": 1, "deed": "pause", "for_s": NaN}\n',
+        b'{"version": 2}\n',
+        b'{"version": 2, "command": "explode"}\n',
+        b'{"version": 2, "command": "stop", "colour": 3}\n',
+        b'{"version": 2, "command": "pause", "for_s": -1}\n',
+        b'{"version": 2, "command": "pause", "for_s": 1e9}\n',
+        b'{"version": 2, "command": "pause", "for_s": NaN}\n',
     ],
 )
 def test_garbage_is_refused_in_words(running: Running, sent: bytes) -> None:
@@ -240,20 +242,20 @@ def test_garbage_is_refused_in_words(running: Running, sent: bytes) -> None:
 
 
 def test_another_version_is_told_which_one_is_spoken(running: Running) -> None:
-    answer = answer_to(running.state, b'{"version": 2, "deed": "stop", "gently": true}\n')
-    assert "control version 2, the node 1" in answer["error"]
+    answer = answer_to(running.state, b'{"version": 1, "command": "stop", "gently": true}\n')
+    assert "control version 1, the node 2" in answer["error"]
     assert running.stops == 0
 
 
 def test_line_without_an_end_is_refused(running: Running) -> None:
-    answer = answer_to(running.state, b'{"version": 1, "deed": "stop", ' + b" " * 2 * MAX_LINE_BYTES)
+    answer = answer_to(running.state, b'{"version": 2, "command": "stop", ' + b" " * 2 * MAX_LINE_BYTES)
     assert f"at most {MAX_LINE_BYTES} bytes" in answer["error"]
     assert running.stops == 0
 
 
 def test_client_that_says_nothing_is_sent_away(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "_READ_DEADLINE_S", 0.1)
-    assert "no request came" in answer_to(running.state, b'{"version": 1')["error"]
+    assert "no request came" in answer_to(running.state, b'{"version": 2')["error"]
     wait_until(lambda: not running.server._clients)
 
 
@@ -261,7 +263,7 @@ def test_clients_are_bounded(running: Running) -> None:
     idle = [connected(running.state) for _ in range(MAX_CLIENTS)]
     try:
         wait_until(lambda: len(running.server._clients) == MAX_CLIENTS)
-        with pytest.raises(UserError, match="8 others steer this node now: try again"):
+        with pytest.raises(UserError, match="8 other clients control this node now: try again"):
             running.ask("status")
     finally:
         for client in idle:

@@ -31,7 +31,7 @@ STATUS = NodeStatus(
     rows=50_000,
     queued_rows=512,
     peers=9,
-    why="",
+    pause_reason="",
     calls=100,
     uploaded_bytes=10_000_000,
     downloaded_bytes=20_000_000,
@@ -45,8 +45,8 @@ STATUS = NodeStatus(
     contributed_updates=34_567,
     contributed_hours=12.3,
     replicated=3,
-    reached="relayed by 2 relays",
-    reach_advice="forward TCP ports 1 and 2 on your router to 192.168.1.2",
+    reachability="relayed by 2 relays",
+    reachability_advice="forward TCP ports 1 and 2 on your router to 192.168.1.2",
     handed_over=0,
 )
 LATER = replace(
@@ -58,9 +58,9 @@ statuses = st.builds(
     **{field.name: numbers for field in fields(NodeStatus)}
     | {
         "state": st.sampled_from(NodeState),
-        "why": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
-        "reached": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
-        "reach_advice": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
+        "pause_reason": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
+        "reachability": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
+        "reachability_advice": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
         "upload_mbit": st.none() | st.floats(0.01, 1e6),
         "download_mbit": st.none() | st.floats(0.01, 1e6),
         "busy_s": st.floats(0, 1e9),
@@ -118,7 +118,8 @@ def test_nothing_is_cut_off_for_a_node_of_a_hundred_experts() -> None:
         capacity=192,
         adopted=64,
         handed_over=128,
-        reach_advice="pass --dht-port and --grpc-port, and forward both TCP ports on your router to 192.168.178.123",
+        reachability_advice="pass --dht-port and --grpc-port, and forward both TCP ports on your router to "
+        "192.168.178.123",
     )
     text = "\n".join(shown(status, Pace()))
     assert "128 of 192, 64 adopted, 128 handed over" in text
@@ -152,7 +153,7 @@ def test_the_panel_stays_in_its_place_between_looks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "why", "words"),
+    ("state", "pause_reason", "words"),
     [
         (NodeState.JOINING, "", "joining"),
         (NodeState.PAUSED, "paused until 22:00", "paused until 22:00"),
@@ -164,8 +165,8 @@ def test_the_panel_stays_in_its_place_between_looks() -> None:
         (NodeState.UNREACHABLE, "", "can't reach the DHT"),
     ],
 )
-def test_the_state_comes_with_its_reason(state: NodeState, why: str, words: str) -> None:
-    status = replace(STATUS, state=state, why=why)
+def test_the_state_comes_with_its_reason(state: NodeState, pause_reason: str, words: str) -> None:
+    status = replace(STATUS, state=state, pause_reason=pause_reason)
     assert state_in_words(status) == words
     assert words in "\n".join(shown(status, Pace()))
     assert line(status, Pace()).startswith(f"{words}: 12 of at most 18 experts")
@@ -190,7 +191,7 @@ def test_the_first_look_and_one_in_the_same_moment_measure_nothing() -> None:
 
 
 def test_a_program_reads_every_field() -> None:
-    assert '"why": ""' in to_json(asdict(STATUS) | {"state": STATUS.state.value})
+    assert '"pause_reason": ""' in to_json(asdict(STATUS) | {"state": STATUS.state.value})
 
 
 # The flags
@@ -237,7 +238,7 @@ def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(tmp_path: Pa
             assert process.stdout is not None
             events = map(json.loads, process.stdout)  # ends when the process does
             event = next(event for event in events if event["event"] == "state")
-            assert (event["state"], event["why"]) == ("paused", f"paused until {begins:%H}:00")
+            assert (event["state"], event["pause_reason"]) == ("paused", f"paused until {begins:%H}:00")
             assert event["experts"] == 0
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
             assert "p2pd" in {member.name() for member in family}
