@@ -50,7 +50,7 @@ class StoreMetrics:
         )
         self.keys = Gauge("talkoot_dht_stored_keys", "Keys of what others store here.", registry=metrics)
         self.evicted = Counter(
-            "talkoot_dht_displaced", "Entries that went as there was no more room.", registry=metrics
+            "talkoot_dht_evicted_entries", "Entries that went as there was no more room.", registry=metrics
         )
         self.refused = Counter(
             "talkoot_dht_messages_refused",
