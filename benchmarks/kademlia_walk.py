@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from peer.kademlia.search import DEFAULT_BREADTH, IterativeSearch, SearchLimits
+from peer.kademlia.search import DEFAULT_LIMITS, IterativeSearch, SearchLimits
 
 BUCKET = 20
 HOLDERS = 5
@@ -24,10 +24,10 @@ Answer = Callable[[int], Sequence[int]]
 
 
 def walk(
-    key: int, start: Sequence[int], holders: set[int], answer: Answer, breadth: SearchLimits = DEFAULT_BREADTH
+    key: int, start: Sequence[int], holders: set[int], answer: Answer, limits: SearchLimits = DEFAULT_LIMITS
 ) -> tuple[IterativeSearch, int]:
     """One look-up, and how many questions it took."""
-    search = IterativeSearch(key, start, breadth)
+    search = IterativeSearch(key, start, limits)
     questions = 0
     while wanted := search.ask():
         questions += len(wanted)

@@ -25,7 +25,7 @@ from peer.identity import PeerID
 from peer.kademlia.hivemind import DHTID, DHTNode, MSGPackSerializer
 from peer.kademlia.lookups import Found, Item, Lookups
 from peer.kademlia.node import start_dht
-from peer.kademlia.search import DEFAULT_BREADTH, ContactBook, IterativeSearch, SearchLimits
+from peer.kademlia.search import DEFAULT_LIMITS, ContactBook, IterativeSearch, SearchLimits
 from peer.wire import records_pb2
 
 LIFETIME_S = 600.0
@@ -174,7 +174,7 @@ class _Placing(Lookups):
         return {(item.key, item.subkey) for item in items}
 
     async def find(
-        self, keys: Collection[DHTID], breadth: SearchLimits = DEFAULT_BREADTH, besides_self: bool = False
+        self, keys: Collection[DHTID], limits: SearchLimits = DEFAULT_LIMITS, besides_self: bool = False
     ) -> dict[DHTID, Found]:
         """What the nearest node stores."""
         found = {}

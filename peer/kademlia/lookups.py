@@ -1,13 +1,11 @@
-"""Look-ups and stores of many keys at once, over the DHT node's own calls.
+"""Looks up and stores many keys at once, over the calls of hivemind's DHT node.
 
-hivemind's `get_many` and `store_many` ask four peers at a time, wait three seconds for each dead one, and end all
-keys together. Here every key asks its nearest nodes at once, what goes to one peer travels in one call, and a peer
-that is slower than peers here are is passed over until it answers.
+hivemind's `get_many` and `store_many` ask four peers at a time, wait three seconds for each dead one, and finish all
+keys together. Here, every key asks its nearest nodes at once, the keys for one peer travel in one call, and a peer that
+is slower than others usually are is passed over until it answers.
 
-Asks a peer of the DHT for keys, as hivemind's `call_find` does, without the price of its answer.
-
-hivemind makes a PeerID of every neighbour that an answer names, 20 for each key, and writes each in base 58: half of
-the time that a look-up computes. Here they stay bytes until somebody is asked.
+`find` replaces hivemind's `call_find`, which makes a PeerID of every neighbour in an answer, 20 for each key, and
+encodes each in base 58. That took half of a look-up's CPU time. Here they stay bytes until they are asked.
 """
 
 import asyncio
@@ -29,7 +27,7 @@ from peer.kademlia.hivemind import (
     dht_pb2,
 )
 from peer.kademlia.search import (
-    DEFAULT_BREADTH,
+    DEFAULT_LIMITS,
     ContactBook,
     IterativeSearch,
     RttEstimator,
@@ -40,78 +38,35 @@ from peer.kademlia.validation import drop_invalid_entries, unpack
 from peer.transport.p2pd import TRANSPORT_ERRORS
 
 _MAX_PEER_ID_BYTES = 64
+_NEAREST = SearchLimits(quorum=2**31)
+"""For writers, which need all of the nearest nodes whatever values those have."""
+_KEYS_PER_CALL = 32
+_ITEMS_PER_CALL = 32
+"""In one store request: about 25 KB of records."""
+_REMEMBERED_KEYS = 4096
 
 
 @dataclass(frozen=True)
 class FindResult:
-    """What a peer said of one key."""
+    """A peer's answer for one key."""
 
     value: DictionaryDHTValue | None
-    """Entries that the validator accepts; None when there are none."""
+    """The entries that the validator accepts; None if it has no value."""
     nearer: dict[int, bytes]
-    """Kademlia ID → PeerID of nodes that it knows nearest to the key."""
+    """Kademlia ID → PeerID of the nodes it knows nearest to the key."""
 
 
 @dataclass(frozen=True)
 class FindReply:
-    """What a peer said."""
+    """A peer's answer."""
 
     node: int | None
-    """The Kademlia ID that it has; others may have named it by another. None for a client."""
+    """Its own Kademlia ID; others may have named it by another. None for a client."""
     answers: dict[DHTID, FindResult]
 
 
-async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> FindReply | None:
-    """None when the peer does not answer within hivemind's `wait_timeout`, or not what was asked."""
-    request = dht_pb2.FindRequest(keys=[key.to_bytes() for key in keys], peer=protocol.node_info)
-    try:
-        response = await protocol.get_stub(peer).rpc_find(request, timeout=protocol.wait_timeout)
-    except TRANSPORT_ERRORS:
-        response = None
-    if response is None or len(response.results) != len(keys):
-        await protocol.update_routing_table(None, peer, responded=False)
-        return None
-    node = None
-    if len(response.peer.node_id) == DHTID.HASH_NBYTES:  # a client has none
-        node = DHTID.from_bytes(response.peer.node_id)
-        await protocol.update_routing_table(node, peer)
-    results = zip(keys, response.results, strict=True)
-    return FindReply(node, {key: _answer(protocol, key, result) for key, result in results})
-
-
-def _answer(protocol: DHTProtocol, key: DHTID, result: dht_pb2.FindResult) -> FindResult:
-    named = list(zip(result.nearest_node_ids, result.nearest_peer_ids, strict=False))[: protocol.bucket_size]
-    once = {
-        peer: int.from_bytes(node, "big")
-        for node, peer in named
-        if len(node) == DHTID.HASH_NBYTES and len(peer) <= _MAX_PEER_ID_BYTES
-    }
-    nearer = {node: peer for peer, node in once.items()}
-    if result.type != dht_pb2.FOUND_DICTIONARY:
-        return FindResult(None, nearer)  # nobody should store plain values
-    try:
-        value = unpack(result.value)
-    except WireError:
-        return FindResult(None, nearer)
-    if not isinstance(value, DictionaryDHTValue):
-        return FindResult(None, nearer)
-    if protocol.record_validator is not None:
-        drop_invalid_entries(protocol.record_validator, key.to_bytes(), value)
-    return FindResult(value, nearer)
-
-
-Answers = Mapping[DHTID, FindResult]
-
-_NEAREST = SearchLimits(quorum=2**31)
-"""For a writer, to whom values tell nothing."""
-_KEYS_PER_CALL = 32
-_ITEMS_PER_CALL = 32
-"""Most that one store carries: about 25 KB of records."""
-_REMEMBERED_KEYS = 4096
-
-
 class Entry(NamedTuple):
-    """What stands under one subkey of a key."""
+    """What is stored under one subkey of a key."""
 
     value: bytes
     """As it is stored: packed with msgpack."""
@@ -129,15 +84,15 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What a look-up brought."""
+    """The result of a look-up."""
 
     search: IterativeSearch
     peers: ContactBook = field(repr=False)
     entries: dict[object, Entry] = field(default_factory=dict)
-    """By subkey; of several answers the one that expires last. Expired ones may be among them."""
+    """By subkey, from the answer that expires last. Some may have expired."""
 
     def take(self, value: object) -> bool:
-        """Merges a holder's answer; False when nothing is in it. A plain value is nothing: nobody should store one."""
+        """Merges a holder's answer; False if it is empty. A plain value counts as empty: Talkoot stores none."""
         if not isinstance(value, DictionaryDHTValue):
             return False
         items = list(value.items())
@@ -156,38 +111,38 @@ class Lookups:
     """A peer's access to the keys of the DHT."""
 
     def __init__(self, dht: Callable[[], DHTNode], *, parallel_calls: int = 512) -> None:
-        """`dht` gives the DHT node of now. `parallel_calls`: most at a time in one look-up, late ones not counted."""
+        """`dht` returns the current DHT node. `parallel_calls`: the limit in one look-up, without late calls."""
         self._dht = dht
         self.parallel_calls = parallel_calls
         self.round_trips = RttEstimator()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.hearsay = UnverifiedNodes()
+        self.unverified = UnverifiedNodes()
         self._near: dict[DHTID, dict[int, PeerID]] = {}
-        """Who answered last time for a key, the key that was looked up last at the end."""
+        """Who answered in the last look-up of each key; the key looked up most recently comes last."""
 
     async def find(
-        self, keys: Collection[DHTID], breadth: SearchLimits = DEFAULT_BREADTH, besides_self: bool = False
+        self, keys: Collection[DHTID], limits: SearchLimits = DEFAULT_LIMITS, besides_self: bool = False
     ) -> dict[DHTID, Found]:
-        """Looks all keys up. `besides_self`: what this peer stores itself does not count."""
-        run = _Run(self, self._dht(), keys, breadth, besides_self)
+        """Looks up all keys. `besides_self`: leaves out what this peer itself stores."""
+        run = _Run(self, self._dht(), keys, limits, besides_self)
         await run.until_finished()
         for key, found in run.found.items():
             self._remember(key, found)
         return run.found
 
     def near(self, key: DHTID) -> Mapping[int, PeerID]:
-        """Nodes near the key, from the last look-up: the next one starts there, and mostly needs one round."""
+        """Nodes near the key from the last look-up. The next one starts there, and mostly needs one round."""
         return self._near.get(key, {})
 
     def _remember(self, key: DHTID, found: Found) -> None:
         self._near.pop(key, None)
-        nearest = found.search.nearest()[: DEFAULT_BREADTH.front]
+        nearest = found.search.nearest()[: DEFAULT_LIMITS.front]
         self._near[key] = {node: found.peers[node] for node in nearest}
         if len(self._near) > _REMEMBERED_KEYS:
             del self._near[next(iter(self._near))]
 
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
-        """Stores each item at the live nodes nearest to its key; gives key and subkey of those that any accepted."""
+        """Stores each item at the live nodes nearest to its key; returns key and subkey of those that any accepted."""
         dht = self._dht()
         by_key: dict[DHTID, list[Item]] = {}
         for item in items:
@@ -223,7 +178,7 @@ class Lookups:
         by_key: Mapping[DHTID, Sequence[Item]],
         accepted: set[tuple[str, int | bytes]],
     ) -> Sequence[DHTID]:
-        """Gives the keys again when the peer answered, whether it accepted them or not."""
+        """Returns the keys if the peer answered, whether it accepted them or not, else none."""
         items = [(key, item) for key in keys for item in by_key[key]]
         values = [MSGPackSerializer.dumps(item.value) for _, item in items]
         if peer == dht.peer_id:
@@ -246,9 +201,9 @@ class Lookups:
         return keys
 
     def own(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """A task that outlives a look-up which does not wait for it: it ends at hivemind's own deadline.
+        """A task that may outlive its look-up. It ends at hivemind's own deadline.
 
-        It is not cancelled then, because hivemind leaves the connection of a cancelled call open.
+        It is not cancelled, because hivemind leaves the connection of a cancelled call open.
         """
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
@@ -257,7 +212,7 @@ class Lookups:
 
 
 def _parts(keys: Sequence[DHTID], by_key: Mapping[DHTID, Sequence[Item]]) -> Iterator[Sequence[DHTID]]:
-    """In order, so that no part has more than the most items; a key's items stay together."""
+    """Splits the keys in order, with at most _ITEMS_PER_CALL items in a part; a key's items stay together."""
     part: list[DHTID] = []
     count = 0
     for key in keys:
@@ -288,14 +243,14 @@ class _Call:
 
 
 class _Run:
-    """Look-ups of several keys while they last."""
+    """A running look-up of several keys."""
 
     def __init__(
         self,
         lookups: Lookups,
         dht: DHTNode,
         keys: Collection[DHTID],
-        breadth: SearchLimits,
+        limits: SearchLimits,
         besides_self: bool,
     ) -> None:
         self._lookups = lookups
@@ -303,28 +258,28 @@ class _Run:
         self._clock = asyncio.get_running_loop().time
         self._peers = ContactBook()
         self._queue: dict[int, list[DHTID]] = {}
-        """What each node is to be asked."""
+        """The keys that each node will be asked for."""
         self._waiting: deque[_Call] = deque()
-        """Calls without an answer, the oldest first; also those answered already, until they come to the front."""
+        """Calls, oldest first. Answered ones are removed when they come to the front."""
         self._active = 0
         self._overdue: Counter[DHTID] = Counter()
-        """Late answers of each key, for which a look-up that has too few others waits after all."""
-        self._answers: asyncio.Queue[tuple[_Call, Answers | None]] = asyncio.Queue()
+        """Late calls for each key. A search with too few answers waits for them after all."""
+        self._answers: asyncio.Queue[tuple[_Call, Mapping[DHTID, FindResult] | None]] = asyncio.Queue()
         self._answering: set[int] = set()
-        """Nodes that have answered any of the keys."""
+        """Nodes that have answered for any key."""
         self.found: dict[DHTID, Found] = {}
         for key in keys:
-            self.found[key] = Found(IterativeSearch(key, self._start(key), breadth), self._peers)
+            self.found[key] = Found(IterativeSearch(key, self._start(key), limits), self._peers)
             if not besides_self and not dht.protocol.client_mode:
                 self._ask_self(key)
         self._unfinished = set(keys)
 
     def _start(self, key: DHTID) -> list[int]:
-        """The nodes nearest to the key that this peer knows."""
+        """The known nodes nearest to the key."""
         protocol, me = self._dht.protocol, self._dht.node_id
         table = protocol.routing_table.get_nearest_neighbors(key, protocol.bucket_size, exclude=me)
         known = {**dict(table), **self._lookups.near(key)}
-        heard = self._lookups.hearsay.near(key)
+        heard = self._lookups.unverified.near(key)
         self._peers.know(known)
         self._peers.hear(heard)
         return [node for node in {*known, *heard} if node != me]
@@ -342,10 +297,10 @@ class _Run:
         found.search.holds(self._dht.node_id, stored is not None and found.take(stored.value))
 
     def _advance(self, keys: Iterable[DHTID]) -> None:
-        """Lets these searches ask on."""
+        """Queues the next requests of these searches."""
         for key in keys:
             search = self.found[key].search
-            heard = self._lookups.hearsay.near(key)
+            heard = self._lookups.unverified.near(key)
             self._peers.hear(heard)
             search.learn(heard)
             if search.is_stranded:
@@ -366,21 +321,21 @@ class _Run:
             if len(keys) > _KEYS_PER_CALL:
                 self._queue[node] = keys[_KEYS_PER_CALL:]
             if keys:
-                late_at = self._clock() + self._lookups.round_trips.patience_s
+                late_at = self._clock() + self._lookups.round_trips.timeout_s
                 call = _Call(node, keys[:_KEYS_PER_CALL], late_at)
                 self._waiting.append(call)
                 self._active += 1
                 self._lookups.own(self._ask(call))
 
     async def _ask(self, call: _Call) -> None:
-        """Answers come whatever happens: a look-up waits for each."""
+        """Always puts an answer, because the look-up waits for it."""
         answers = None
         try:
             answers = await self._answers_of(call)
         finally:
             self._answers.put_nowait((call, answers))
 
-    async def _answers_of(self, call: _Call) -> Answers | None:
+    async def _answers_of(self, call: _Call) -> Mapping[DHTID, FindResult] | None:
         peer, began = self._peers[call.node], self._clock()
         reply = await find(self._dht.protocol, peer, call.keys)
         if reply is not None:
@@ -388,13 +343,13 @@ class _Run:
             self._lookups.round_trips.note(self._clock() - began)
         else:
             self._dht.blacklist.register_failure(peer)
-        # a liar may have named this peer in another place than it has
+        # a liar may have named this peer by another node ID
         is_there = reply is not None and reply.node == call.node
         return reply.answers if reply is not None and is_there else None
 
-    async def _next_answers(self) -> list[tuple[_Call, Answers | None]]:
-        """Those that have come since, at least one unless calls become late first."""
-        came: list[tuple[_Call, Answers | None]] = []
+    async def _next_answers(self) -> list[tuple[_Call, Mapping[DHTID, FindResult] | None]]:
+        """The answers since the last time: at least one, unless calls become late first."""
+        came: list[tuple[_Call, Mapping[DHTID, FindResult] | None]] = []
         while not came and not self._give_up_late():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(self._waiting[0].late_at if self._waiting else None):
@@ -404,7 +359,7 @@ class _Run:
         return came
 
     def _give_up_late(self) -> bool:
-        """Whether there were any whose time is over."""
+        """Fails the calls that are late; returns whether there were any."""
         gave_up = False
         while self._waiting and (self._waiting[0].is_answered or self._waiting[0].late_at <= self._clock()):
             call = self._waiting.popleft()
@@ -416,12 +371,12 @@ class _Run:
         return gave_up
 
     def _fail(self, call: _Call) -> None:
-        self._lookups.hearsay.forget(call.node)
+        self._lookups.unverified.forget(call.node)
         for key in call.keys:
             self.found[key].search.failed(call.node)
         self._advance(call.keys)
 
-    def _settle(self, call: _Call, answers: Answers | None) -> None:
+    def _settle(self, call: _Call, answers: Mapping[DHTID, FindResult] | None) -> None:
         call.is_answered = True
         if call.is_late:
             self._overdue.subtract(call.keys)
@@ -438,5 +393,44 @@ class _Run:
             named.update(answer.nearer)
             found.search.answered(call.node, answer.nearer, found.take(answer.value))
         self._peers.hear(named)
-        self._lookups.hearsay.note(named)
+        self._lookups.unverified.note(named)
         self._advance(call.keys)
+
+
+async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> FindReply | None:
+    """None if the peer gives no proper answer within hivemind's `wait_timeout`."""
+    request = dht_pb2.FindRequest(keys=[key.to_bytes() for key in keys], peer=protocol.node_info)
+    try:
+        response = await protocol.get_stub(peer).rpc_find(request, timeout=protocol.wait_timeout)
+    except TRANSPORT_ERRORS:
+        response = None
+    if response is None or len(response.results) != len(keys):
+        await protocol.update_routing_table(None, peer, responded=False)
+        return None
+    node = None
+    if len(response.peer.node_id) == DHTID.HASH_NBYTES:  # a client has none
+        node = DHTID.from_bytes(response.peer.node_id)
+        await protocol.update_routing_table(node, peer)
+    results = zip(keys, response.results, strict=True)
+    return FindReply(node, {key: _answer(protocol, key, result) for key, result in results})
+
+
+def _answer(protocol: DHTProtocol, key: DHTID, result: dht_pb2.FindResult) -> FindResult:
+    named = list(zip(result.nearest_node_ids, result.nearest_peer_ids, strict=False))[: protocol.bucket_size]
+    once = {
+        peer: int.from_bytes(node, "big")
+        for node, peer in named
+        if len(node) == DHTID.HASH_NBYTES and len(peer) <= _MAX_PEER_ID_BYTES
+    }
+    nearer = {node: peer for peer, node in once.items()}
+    if result.type != dht_pb2.FOUND_DICTIONARY:
+        return FindResult(None, nearer)  # Talkoot stores no plain values
+    try:
+        value = unpack(result.value)
+    except WireError:
+        return FindResult(None, nearer)
+    if not isinstance(value, DictionaryDHTValue):
+        return FindResult(None, nearer)
+    if protocol.record_validator is not None:
+        drop_invalid_entries(protocol.record_validator, key.to_bytes(), value)
+    return FindResult(value, nearer)

@@ -1,9 +1,7 @@
-"""What other peers store here: the DHT node's share of the swarm's records, within bounds.
+"""The store of a DHT node: its share of the swarm's records, within bounds.
 
-hivemind's storage has no bound, and forgets an entry early when an older one is stored again: it notes the expiry of
-what it refuses.
-
-The bounds of the store, apart from it: settings, which need them, are light to import.
+hivemind's store is unbounded. It also drops an entry too early after it rejected an older one, because it records the
+expiry of what it rejects.
 """
 
 import heapq
@@ -15,34 +13,33 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from peer.kademlia.hivemind import DHTID, DHTLocalStorage, DictionaryDHTValue, timed_storage
 
+_ENTRY_BYTES = 128
+"""Overhead of an entry, beside its subkey and value."""
+_NUMBER_BYTES = 9
+"""Size of a subkey that is a coordinate."""
+_KEPT_WHEN_FULL = 7 / 8
+"""Eviction frees room for several entries at once, because it costs a look at all keys."""
+
 
 @dataclass(frozen=True)
 class StoreBounds:
-    """What others may leave at this peer, and ask of it. Sizes in bytes."""
+    """What other peers may store and look up at this one. Sizes in bytes."""
 
     total_bytes: int = 64 * 2**20
     key_bytes: int = 96 * 2**10
-    """All entries of one key; so many of them must fit into an answer."""
+    """All entries of one key. They must fit into one answer."""
     find_keys: int = 256
-    """Keys of one question."""
+    """Keys in one look-up request."""
     message_bytes: int = 2**20
-    """One message with entries to store."""
+    """One request to store entries."""
     answer_bytes: int = 3 * 2**20
-    """The values in one answer; the keys that come after have none. p2pd takes 4 MiB."""
+    """All values in one answer; further keys get none. p2pd accepts 4 MiB."""
     handed_bytes_per_s: float = 256 * 2**10
-    """What newcomers are handed, counting all that is stored for each: that is looked through for it."""
-
-
-_ENTRY_BYTES = 128
-"""Of an entry, beside its subkey and value."""
-_NUMBER_BYTES = 9
-"""Of a subkey that is a coordinate."""
-_KEPT_WHEN_FULL = 7 / 8
-"""Room is made for several at once: that costs a look at all keys."""
+    """Rate of handing entries to new peers. Each one counts for the whole store, which is searched for it."""
 
 
 class StoreMetrics:
-    """What others store here. It outlives the stores, each of which ends with its p2pd."""
+    """Metrics of what other peers store here. They outlive the stores, each of which ends with its p2pd."""
 
     def __init__(self, metrics: CollectorRegistry | None = None) -> None:
         self.bytes = Gauge(
@@ -65,23 +62,23 @@ class StoreMetrics:
 
 
 class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no types
-    """Where there is no more room, some of the others go, so drawn that no writer can choose which."""
+    """When it is full, it evicts entries at random, so that no writer can choose which."""
 
     def __init__(self, bounds: StoreBounds, metrics: StoreMetrics, rng: random.Random | None = None) -> None:
         super().__init__()
         self.bytes = 0
-        """What all entries count for."""
+        """The size of all entries."""
         self._bounds = bounds
         self._metrics = metrics
         self._rng = rng or random.SystemRandom()
         self._sizes: dict[DHTID, int] = {}
         self._numbers: dict[DHTID, int] = {}
-        """Entries of each key when it was counted last: fewer are there when some have expired since."""
+        """Entries of each key when it was last counted. Some may have expired since."""
         metrics.bytes.set(0)
         metrics.keys.set(0)
 
     def store_subkey(self, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
-        """False when it is not newer than the one that is there, or larger than a key may be."""
+        """False if it is not newer than the stored entry, or larger than a whole key may be."""
         size = size_of(subkey, value)
         if size > self._bounds.key_bytes:
             return False
@@ -103,7 +100,7 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
         return True
 
     def size(self, key: DHTID) -> int:
-        """Bytes that the entries of a key count for."""
+        """The size of a key's entries, in bytes."""
         return self._sizes.get(key, 0)
 
     def __delitem__(self, key: DHTID) -> None:
@@ -123,7 +120,7 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
                 del self[passed.key]
 
     def _make_room_in(self, entries: DictionaryDHTValue, newest: object, total: int) -> int:
-        """`total`: what its entries count for. Gives what those that stay count for."""
+        """`total`: the size of its entries. Returns the size of those that stay."""
         if total <= self._bounds.key_bytes:
             return total
         others = [subkey for subkey in entries.data if subkey != newest]
@@ -154,13 +151,13 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
 
 
 def size_of(subkey: object, value: bytes) -> int:
-    """What an entry counts for."""
+    """The size of an entry, in bytes."""
     name = len(subkey) if isinstance(subkey, bytes) else _NUMBER_BYTES
     return _ENTRY_BYTES + name + len(value)
 
 
 def _forget_old_times(storage: Any) -> None:
-    """hivemind keeps the expiry of each renewal until it has passed; whoever renews all the time would fill memory."""
+    """hivemind keeps the expiry of each renewal until it passes, so that constant renewal would fill the memory."""
     if len(storage.expiration_heap) > 2 * len(storage.key_to_heap) + 64:
         storage.expiration_heap[:] = storage.key_to_heap.values()
         heapq.heapify(storage.expiration_heap)

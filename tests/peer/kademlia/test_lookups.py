@@ -111,7 +111,7 @@ def test_a_peer_that_is_named_in_another_place_than_its_own_does_not_count(world
     async def scenario(swarm: SimulatedSwarm) -> None:
         reader, key = swarm.peers[0], DHTID.generate(source=swarm.keys.expert(HOME))
         named = {DHTID(key ^ n): peer.peer_id.to_bytes() for n, peer in enumerate(swarm.peers[1:], 1)}
-        reader.lookups.hearsay.note(named)
+        reader.lookups.unverified.note(named)
         found = (await reader.lookups.find([key]))[key]
         assert not set(found.search.nearest()) & named.keys()
         assert found.entries
@@ -123,11 +123,11 @@ def test_a_peer_that_is_named_in_another_place_than_its_own_does_not_count(world
 def test_what_others_say_of_a_place_does_not_count_against_its_owner() -> None:
     owner, liar = b"\x12\x20" + bytes(32), b"\x12\x20" + bytes([1]) * 32
     place = int(DHTID.generate(source=owner))
-    contacts, hearsay = ContactBook(), UnverifiedNodes()
+    contacts, unverified = ContactBook(), UnverifiedNodes()
     for peer in (liar, owner, liar):
         contacts.hear({place: peer})
-        hearsay.note({place: peer})
-    assert contacts[place].to_bytes() == hearsay.near(place)[place] == owner
+        unverified.note({place: peer})
+    assert contacts[place].to_bytes() == unverified.near(place)[place] == owner
     met = ContactBook()
     met.know({place: PeerID(liar)})
     met.hear({place: owner})
@@ -250,10 +250,10 @@ def test_a_question_that_fails_by_a_mistake_counts_as_unanswered(
 
 def test_patience_follows_the_round_trips() -> None:
     trips = RttEstimator()
-    assert trips.patience_s == 1.0
+    assert trips.timeout_s == 1.0
     for _ in range(50):
         trips.note(0.1)
-    assert trips.patience_s == 0.3, "never less"
+    assert trips.timeout_s == 0.3, "never less"
     for _ in range(50):
         trips.note(2.0)
-    assert 2.0 < trips.patience_s <= 3.0
+    assert 2.0 < trips.timeout_s <= 3.0
