@@ -347,7 +347,7 @@ class Node:
 
     async def _give_up_experts(self) -> None:
         await self._release(self._settings.drain_timeout_s)
-        self._servicer.kept.clear()
+        self._servicer.forward_cache.clear()
         await asyncio.to_thread(return_freed_memory)
         await attempt(self._describe)
 
@@ -461,7 +461,7 @@ class Node:
         manifest = self.swarm.manifest
         queued = self.runtime.stats.queued_rows * row_bytes(manifest)
         experts = len(self.runtime.experts) * self._expert_bytes
-        return experts + self._servicer.kept.bytes + queued + self._snapshots.kept_bytes
+        return experts + self._servicer.forward_cache.bytes + queued + self._snapshots.kept_bytes
 
     def _note_work(self) -> None:
         self._account.note(serves=self.state is NodeState.SERVING)

@@ -1,6 +1,6 @@
-"""The devices that a node computes on: which they are, in what precision, and how rows get there and back.
+"""The devices that a node computes on, their precision, and how rows travel there and back.
 
-The choice is a function of what torch reports; `ComputeDevice` touches the device.
+The choice is a function of what torch reports. Only `ComputeDevice` touches the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,18 +31,18 @@ class Found:
 
 
 def find() -> Found:
-    """Asks torch. Raises StartError when there is a CUDA GPU that torch can't use."""
+    """Asks torch. Raises StartError when there is a CUDA GPU that torch cannot use."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     try:
         return Found(tuple(map(torch.cuda.get_device_capability, gpus)), torch.backends.mps.is_available())
     except RuntimeError as error:
-        raise StartError(f"can't use the CUDA GPUs here: {error}; --device cpu does without") from error
+        raise StartError(f"can't use the CUDA GPUs here: {error}; --device cpu does without them") from error
 
 
 def choose_devices(setting: str, found: Found) -> tuple[str, ...]:
-    """Names of devices, as torch has them. "auto": all CUDA GPUs, else MPS, else the CPU.
+    """Device names in torch's form. "auto": all CUDA GPUs, else MPS, else the CPU.
 
-    Raises SettingsError when the setting names none, or one that is not there.
+    Raises SettingsError when the setting names no device, or one that is not there.
     """
     if setting == "auto":
         gpus = tuple(f"cuda:{number}" for number in range(len(found.cuda)))
@@ -73,7 +73,7 @@ def _device_name(name: str, found: Found) -> str:
 
 
 def choose_precision(setting: PrecisionSetting, device: str, found: Found) -> Precision:
-    """The precision on one device of `choose_devices`. "auto": bf16 on CUDA GPUs that have it, else fp32.
+    """The precision on one device of `choose_devices`. "auto": bf16 on CUDA GPUs that support it, else fp32.
 
     Raises SettingsError for tf32 on anything but a CUDA GPU.
     """
@@ -81,12 +81,12 @@ def choose_precision(setting: PrecisionSetting, device: str, found: Found) -> Pr
     if setting == "auto":
         return "bf16" if kind == "cuda" and found.cuda[int(number)] >= _AMPERE else "fp32"
     if setting == "tf32" and kind != "cuda":
-        raise SettingsError(f"precision tf32 is one of CUDA GPUs, and this node computes on {kind}")
+        raise SettingsError(f"precision tf32 needs a CUDA GPU, and this node computes on {kind}")
     return setting
 
 
 class ComputeDevice:
-    """One device, the precision on it, and the way of rows to it and back. Several threads may use it at once.
+    """One device with its precision, and the transfer of rows to it and back. Several threads may use it at once.
 
     Parameters, gradients and optimizer state are float32 in every precision. bf16 is torch's autocast in forward
     and backward; tf32 rounds what CUDA multiplies as matrices; fp32 rounds nothing.
@@ -96,7 +96,7 @@ class ComputeDevice:
     """
 
     def __init__(self, name: str = "cpu", precision: Precision = "fp32", memory_bytes: int = 1) -> None:
-        """`memory_bytes`: how much memory was free before experts came, at least 1."""
+        """`memory_bytes`: how much memory was free before any expert was placed there, at least 1."""
         self.torch_device = torch.device(name)
         self.precision: Precision = precision
         self.memory_bytes = memory_bytes
@@ -114,7 +114,7 @@ class ComputeDevice:
         return torch.autocast(self.torch_device.type, torch.bfloat16)
 
     def load(self, tensor: Tensor) -> Tensor:
-        """Brings a tensor from the CPU. What is computed from now on waits for it, what runs already does not."""
+        """Copies a tensor from the CPU. Later kernels wait for it; those already running do not."""
         if self._copies is None:
             return tensor.to(self.torch_device)
         with torch.cuda.stream(self._copies):
@@ -131,7 +131,7 @@ class ComputeDevice:
         return bool(tensor.isfinite().all())
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """Begins to bring a tensor to the CPU. It is whole after `wait`."""
+        """Starts the copy of a tensor to the CPU. It is complete after `wait`."""
         if self._copies is None:
             return tensor.cpu()
         self._copies.wait_stream(torch.cuda.current_stream(self.torch_device))
@@ -142,7 +142,7 @@ class ComputeDevice:
         return fetched
 
     def wait(self) -> None:
-        """Until all that was fetched is whole."""
+        """Waits until all that was fetched is complete."""
         if self._copies is not None:
             self._copies.synchronize()
 
@@ -153,15 +153,15 @@ def roomiest(devices: Sequence[ComputeDevice], hosted: Mapping[ComputeDevice, in
 
 
 def check_devices(device: str, precision: PrecisionSetting) -> dict[str, Precision]:
-    """The precision on each device of a node's settings. Raises SettingsError when one does not fit this machine."""
+    """The precision on each device of a node's settings. Raises SettingsError when one does not suit this machine."""
     found = Found() if device == "cpu" else find()  # finding GPUs takes time and memory
     return {name: choose_precision(precision, name, found) for name in choose_devices(device, found)}
 
 
 def open_devices(device: str, precision: PrecisionSetting) -> list[ComputeDevice]:
-    """Opens the devices of a node's settings. With tf32 it sets torch's switch for that, which is the whole process's.
+    """Opens the devices of a node's settings. tf32 sets torch's switch for it, which affects the whole process.
 
-    Raises SettingsError when a setting does not fit this machine, StartError when a device does not answer.
+    Raises SettingsError when a setting does not suit this machine, StartError when a device does not answer.
     """
     chosen = check_devices(device, precision)
     if precision == "tf32":

@@ -5,7 +5,6 @@ Shape suffixes: R = rows, S = segments, D = hidden.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import chain
 from math import isfinite
 
@@ -19,8 +18,8 @@ from dht.uid import UID
 from expert_server.blocks import build_block, weightless_block
 from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.format import BLOCK, State, block_tensors, check_numbers, check_state, moment_name
-from expert_server.experts.graphs import ForwardGraph, ParameterSlots, WeightVersion
-from expert_server.experts.optimizer import Guard, Optimizer
+from expert_server.experts.graphs import ForwardGraph, ParameterSlots, Rows, WeightVersion
+from expert_server.experts.optimizer import Guard, Optimizer, StepOutcome
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import ExpertError
 from peer.layers import step_size
@@ -29,30 +28,18 @@ _ROWS_WORTH_A_COPY = 64
 """Rows whose outputs take longer to compute again than the parameters take to copy."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BackwardPart:
-    """Rows that go backwards together: inputs and gradients of the outputs [R, D], and the graph if it was kept."""
-
-    inputs: Tensor
-    gradients: Tensor
-    lengths: Tensor
-    positions: Tensor
-    graph: ForwardGraph | None = None
-
-
 class Expert:
-    """One replica of an expert. Not safe for several threads: the compute thread alone calls it.
+    """One replica of an expert. Not thread-safe: only the compute thread calls it.
 
-    `update_count` is the number of optimizer steps taken, `skipped_updates` of those that the guard refused.
-    Tensors come and go on the CPU, in float32, whatever the device.
+    `update_count` is the number of optimizer steps taken. Tensors come and go on the CPU, in float32, whatever the
+    device.
     """
 
     def __init__(self, uid: UID, manifest: Manifest, device: ComputeDevice | None = None) -> None:
-        """`device`: the CPU in float32 unless given."""
+        """`device`: the CPU in float32 by default."""
         self.uid = uid
         self.device = device or ComputeDevice()
         self.update_count = 0
-        self.skipped_updates = 0
         self._imported = object()
         self._graph_bytes_per_row: float | None = None
         self.block = build_block(manifest, uid).to(self.device.torch_device)
@@ -63,46 +50,44 @@ class Expert:
         self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
         self._step_is_due = False
         self._version: WeightVersion | None = None
-        """Of the parameters as they are now, once a graph was made with them."""
+        """The present parameters, once a graph was made with them."""
 
     @property
     def step_is_due(self) -> bool:
         """Whether the last backward pass left its optimizer step for later. Whatever reads the state takes it first."""
         return self._step_is_due
 
-    def settle(self) -> None:
-        """Takes the optimizer step that is due, if one is."""
+    def settle(self) -> bool:
+        """Takes the optimizer step that is due, if there is one. Returns False when the guard rolled it back."""
         if not self._step_is_due:
-            return
+            return True
         self._step_is_due = False
         self._leave_version()
         try:
             self.optimizer.step()
         finally:
             self.optimizer.zero_grad()
-        self.guard.note_update()
+        return self.guard.note_update()
 
-    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
-        """Gives the outputs [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
+    def forward(self, rows: Rows) -> Tensor:
+        """Returns the outputs [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
         self.settle()
         with torch.no_grad():
-            y_RD = self._outputs(self.device.load(x_RD), lengths_S, positions_R)
+            y_RD = self._outputs(self.device.load(rows.inputs), rows.lengths, rows.positions)
         outputs_RD = self._fetched(y_RD, "outputs")
         self.device.wait()
         return outputs_RD
 
-    def forward_with_graph(
-        self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor
-    ) -> tuple[Tensor, "ForwardGraph"]:
-        """As `forward`, and what `backward` needs so that it must not compute the outputs again."""
+    def forward_with_graph(self, rows: Rows) -> tuple[Tensor, ForwardGraph]:
+        """As `forward`, and also returns the graph, which spares `backward` computing the outputs again."""
         self.settle()
-        x_RD = self.device.load(x_RD.detach()).requires_grad_()
+        x_RD = self.device.load(rows.inputs.detach()).requires_grad_()
         if self._version is None or self._version.generation != self.generation:
             self._version = WeightVersion(self._parameters, self.generation)
         if self._graph_bytes_per_row is None:
-            y_RD = self._measure_graph(x_RD, lengths_S, positions_R, self._version)
+            y_RD = self._measure_graph(x_RD, rows.lengths, rows.positions, self._version)
         else:
-            y_RD = self._outputs(x_RD, lengths_S, positions_R, self._version)
+            y_RD = self._outputs(x_RD, rows.lengths, rows.positions, self._version)
         size = self._cast_bytes() + int(len(x_RD) * (self._graph_bytes_per_row or 0))
         graph = ForwardGraph(x_RD, y_RD, self._version, size)
         self._version.add(graph)
@@ -120,7 +105,7 @@ class Expert:
     def _measure_graph(
         self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: WeightVersion
     ) -> Tensor:
-        """Runs the block, and counts what autograd keeps of it. Once: counting takes as long as a small forward."""
+        """Runs the block and counts what autograd keeps. Only once: counting takes as long as a small forward pass."""
         sizes: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(_count_into(sizes), _unchanged):
             y_RD = self._outputs(x_RD, lengths_S, positions_R, version)
@@ -130,42 +115,44 @@ class Expert:
         return y_RD
 
     def _cast_bytes(self) -> int:
-        """Of the matrices in bfloat16, which autocast makes for each forward pass and a graph keeps."""
+        """Bytes of the bfloat16 matrices that autocast makes for each forward pass and a graph keeps."""
         if self.device.precision != "bf16":
             return 0
         return sum(p.nbytes // 2 for p in self._parameters if p.dim() > 1)
 
     def is_good(self, graph: ForwardGraph | None) -> bool:
-        """Whether the parameters that the graph was computed with are still there."""
+        """Whether the parameters with which the graph was computed still exist."""
         return graph is not None and graph.version.is_whole and graph.version.generation == self.generation
 
     @property
     def generation(self) -> object:
-        """Another one whenever the state was replaced by anything but an optimizer step."""
+        """Differs whenever the state was replaced by anything but an optimizer step."""
         return self._imported, self.guard.rollbacks
 
-    def backward(self, parts: Sequence["BackwardPart"], *, may_defer: bool = False) -> list[Tensor]:
-        """Gives each part's gradient of the inputs [R, D], before the one optimizer step for all parts together.
+    def backward(self, parts: Sequence[Rows], *, may_defer: bool = False) -> tuple[list[Tensor], StepOutcome]:
+        """Returns the gradient of each part's inputs [R, D], and takes one optimizer step for all parts together.
 
         The step is skipped when the gradient of a parameter is not finite. Raises ExpertError (INTERNAL), and takes
         no step, when the gradient of an input is not finite.
 
-        `may_defer`: whoever calls sees to it that `settle` takes the step soon; it counts as taken already.
+        `may_defer`: the caller ensures that `settle` takes the step soon; it already counts as taken.
         """
         self.settle()
         try:
             grad_inputs = [self._gradient_of_inputs(part) for part in parts]
-            self._prepare_step()
+            outcome = self._prepare_step()
         finally:
             if not self._step_is_due:
                 self.optimizer.zero_grad()
-        if not may_defer or self.guard.looks_next:  # what the guard then does belongs into the answer
-            self.settle()
+        # a step that the guard checks is taken at once, because the answer says what the guard did
+        if (not may_defer or self.guard.checks_next) and not self.settle():
+            outcome |= StepOutcome.ROLLED_BACK
         self.device.wait()
-        return grad_inputs
+        return grad_inputs, outcome
 
-    def _gradient_of_inputs(self, part: "BackwardPart") -> Tensor:
-        """Adds to the gradients of the parameters. A graph can be used once."""
+    def _gradient_of_inputs(self, part: Rows) -> Tensor:
+        """Adds to the gradients of the parameters. A graph can be used only once."""
+        assert part.gradients is not None, "a backward pass starts from the gradients of the outputs"
         graph = part.graph if self.is_good(part.graph) else None
         if graph is not None:
             x_RD, y_RD = graph.inputs, graph.outputs
@@ -191,25 +178,25 @@ class Expert:
             its.grad = None
 
     def _leave_version(self) -> None:
-        """Before a step: it takes place on a copy of the parameters, where graphs are worth that."""
+        """Called before a step, which takes place on a copy of the parameters if the graphs are worth one."""
         version, self._version = self._version, None
         if version is None:
             return
         if version.generation != self.generation or version.rows < _ROWS_WORTH_A_COPY:
-            version.is_whole = False
+            version.overwrite()
             return
         for parameter in self._parameters:
             parameter.data = parameter.data.clone()
-        version.bytes = sum(parameter.nbytes for parameter in version.parameters)
+        version.stash()
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights and optimizer state now, the guard's copy not counted; no moments before the first step."""
+        """Bytes of weights and optimizer state, without the guard's copy. Moments come with the first step."""
         moments = (value for state in self.optimizer.state.values() for value in state.values())
         return sum(tensor.nbytes for tensor in chain(self._parameters, moments))
 
     def export_state(self) -> State:
-        """Copies of the block's parameters and persistent buffers, and of what the optimizer remembers of each.
+        """Copies the block's parameters and persistent buffers, and the optimizer's moments of each parameter.
 
         A parameter that has never had a gradient has no moments. Raises StateError when a number is not finite.
         """
@@ -223,7 +210,7 @@ class Expert:
         return copies
 
     def check_state(self, state: Mapping[str, Tensor], update_count: int) -> list[str]:
-        """Gives the names of the parameters that have moments.
+        """Returns the names of the parameters that have moments.
 
         Raises StateError when a name, shape or dtype is not this expert's or a number is not finite.
         """
@@ -232,7 +219,7 @@ class Expert:
     def import_state(self, state: Mapping[str, Tensor], update_count: int) -> None:
         """Goes on from an exported state as if it had never stopped.
 
-        Raises StateError as `check_state` does, and changes nothing then.
+        Raises StateError as `check_state` does; then nothing has changed.
         """
         self.settle()
         stepped = self.check_state(state, update_count)
@@ -250,26 +237,26 @@ class Expert:
         self._imported = object()
         self.guard.keep()
 
-    def _prepare_step(self) -> None:
-        """Makes the step due, unless the guard refuses it."""
+    def _prepare_step(self) -> StepOutcome:
+        """Makes the step due, or skips it when the gradients are not finite."""
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         size = float(norm)
         if not isfinite(size):
-            self.skipped_updates += 1
-            self.guard.check()
-            return
+            is_good = self.guard.check()
+            return StepOutcome.SKIPPED if is_good else StepOutcome.SKIPPED | StepOutcome.ROLLED_BACK
         if size > self._settings.clip_norm:
             clip_grads_with_norm_(self._parameters, self._settings.clip_norm, norm)
         self.optimizer.learning_rate = self._learning_rate()
         self.update_count = min(self.update_count + 1, MAX_UPDATE_COUNT)
         self._step_is_due = True
+        return StepOutcome.TAKEN
 
     def _learning_rate(self) -> float:
         spec = self._settings
         return step_size(self.update_count, spec.learning_rate, spec.warmup_updates, spec.decay_updates)
 
     def _fetched(self, tensor_RD: Tensor, name: str) -> Tensor:
-        """On its way to the CPU: whole once the device was waited for. Raises ExpertError when it is not finite."""
+        """Starts the copy to the CPU, complete after `device.wait`. Raises ExpertError when it is not finite."""
         fetched_RD = self.device.fetch(tensor_RD)
         if not self.device.is_finite(tensor_RD):
             self.guard.check()
@@ -278,7 +265,7 @@ class Expert:
 
 
 def _run_backward(outputs: Tensor, gradients: Tensor) -> None:
-    """What is below torch.autograd.backward, whose check of shapes costs 0.65 s and 38 MB at the first call."""
+    """Calls what torch.autograd.backward calls, without its check of shapes: 0.65 s and 38 MB at the first call."""
     torch.autograd.Variable._execution_engine.run_backward(
         (outputs,), (gradients,), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
@@ -286,7 +273,7 @@ def _run_backward(outputs: Tensor, gradients: Tensor) -> None:
 
 def _count_into(sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:
     def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()  # all of it is kept, also when the tensor is a part of it
+        storage = tensor.untyped_storage()  # all of it is kept, even if the tensor is only a part
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -300,7 +287,7 @@ def _unchanged(tensor: Tensor) -> Tensor:
 def expert_bytes(manifest: Manifest) -> int:
     """Estimates the memory of one expert: weights, gradients, moments, and the guard's half. Allocates nothing.
 
-    Good for each precision: the parameters are float32 in all, and matrices in bfloat16 live for one batch.
+    It holds for every precision: parameters are always float32, and bfloat16 matrices live for one batch.
     """
     block = weightless_block(manifest)
     weights = sum(parameter.nbytes for parameter in block.parameters())

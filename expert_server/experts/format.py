@@ -1,7 +1,4 @@
-"""What the state of an expert must look like, whoever gives it: names, shapes, dtypes, numbers. Pure.
-
-The form of an expert's state on disk and on the wire. Pure.
-"""
+"""The state of an expert: its names, shapes and dtypes, and its encoding on disk and on the wire. Pure."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,17 +23,18 @@ def moment_name(parameter: str, moment: str) -> str:
 
 
 def block_tensors(block: nn.Module) -> dict[str, Tensor]:
-    """The block's own tensors, not copies. A block may add other things to its state; they are left out."""
+    """The block's own tensors, not copies. Other things that a block adds to its state are left out."""
     return {name: value for name, value in block.state_dict().items() if torch.is_tensor(value)}
 
 
 def check_state(
     uid: UID, state: Mapping[str, Tensor], update_count: int, block: nn.Module, moments: Collection[str]
 ) -> list[str]:
-    """Gives the names of the parameters that have moments.
+    """Returns the names of the parameters that have moments.
 
-    `block`: one of this kind; only the form of its tensors is looked at. `moments`: what the optimizer remembers of a
-    parameter. Raises StateError when a name, shape or dtype is not this expert's or a number is not finite.
+    `block`: one of this kind; only the shapes and dtypes of its tensors are read. `moments`: the names of the tensors
+    that the optimizer keeps for a parameter. Raises StateError when a name, shape or dtype is not this expert's or a
+    number is not finite.
     """
     parameters = dict(block.named_parameters())
     stepped = [name for name in parameters if any(moment_name(name, m) in state for m in moments)]
@@ -52,7 +50,7 @@ def check_state(
 
 
 def check_numbers(uid: UID, state: Mapping[str, Tensor]) -> None:
-    """Raises StateError when one is not finite, or negative where that can't be."""
+    """Raises StateError when a number is not finite, or is negative where it cannot be."""
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise StateError(f"{name!r} of expert {uid} is not finite")
@@ -72,7 +70,7 @@ def _check_form(uid: UID, state: Mapping[str, Tensor], expected: Mapping[str, Te
 
 
 class Header(CheckpointHeader):
-    """What a state says of itself."""
+    """The header of an encoded state."""
 
     swarm_id: str
     uid: str
@@ -83,7 +81,7 @@ class Header(CheckpointHeader):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One expert's state, as it was after `update_count` updates."""
+    """One expert's state after `update_count` updates."""
 
     state: State
     update_count: int
@@ -96,7 +94,7 @@ def to_bytes(checkpoint: Checkpoint, swarm_id: str, uid: UID, saved_at: float) -
 
 
 def from_bytes(data: bytes, swarm_id: str, uid: UID, update_count: int) -> Checkpoint:
-    """Raises StateError when the bytes are not that state, or not as they were written."""
+    """Raises StateError when the bytes are another state, or are damaged."""
 
     def check(header: Header) -> None:
         for name, found, expected in (

@@ -1,8 +1,10 @@
-"""What autograd kept of an expert's forward passes, and the parameters that it needs for the way back.
+"""The rows an expert computes, the autograd graphs of its forward passes, and the weights those graphs need.
 
-A step changes the parameters in place. Graphs of forward passes before it keep theirs where the step took place on a
-copy (weight stashing: Narayanan et al. 2019, PipeDream, section 3.3): the gradient is then that of the outputs which
-the caller was given.
+An optimizer step changes the parameters in place. A graph from before the step stays usable if the step took place on
+a copy of the parameters (weight stashing: Narayanan et al. 2019, PipeDream, section 3.3). Its gradient is then that of
+the outputs the caller received.
+
+Shape suffixes: R = rows, S = segments, D = hidden.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,24 +22,40 @@ class WeightVersion:
         self.generation = generation
         self.parameters = [nn.Parameter(each.data, each.requires_grad) for each in parameters]
         """The same memory, as leaves of their own."""
-        self.bytes = 0
-        """Memory that is held for the graphs alone, after a step that spared it."""
-        self.is_whole = True
-        """Whether no step has overwritten it."""
+        self._is_whole = True
+        self._stashed_bytes = 0
         self._graphs: set[ref[ForwardGraph]] = set()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no step has overwritten it."""
+        return self._is_whole
+
+    @property
+    def bytes(self) -> int:
+        """Memory held for the graphs alone: none until the expert's parameters have moved to a copy."""
+        return self._stashed_bytes
+
+    @property
+    def rows(self) -> int:
+        """Rows of all graphs that may still be used."""
+        graphs = (found() for found in list(self._graphs))
+        return sum(len(graph.inputs) for graph in graphs if graph is not None)
 
     def add(self, graph: "ForwardGraph") -> None:
         self._graphs.add(ref(graph, self._graphs.discard))
 
     def discard(self, graph: "ForwardGraph") -> None:
-        """Of a graph that was used up."""
+        """Forgets a graph that was used up."""
         self._graphs.discard(ref(graph))
 
-    @property
-    def rows(self) -> int:
-        """Of all graphs that may still be used."""
-        graphs = (found() for found in list(self._graphs))
-        return sum(len(graph.inputs) for graph in graphs if graph is not None)
+    def stash(self) -> None:
+        """Notes that the expert's parameters have moved to a copy, so the next step leaves this version whole."""
+        self._stashed_bytes = sum(parameter.nbytes for parameter in self.parameters)
+
+    def overwrite(self) -> None:
+        """Notes that the next step changes this version in place."""
+        self._is_whole = False
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -48,11 +66,33 @@ class ForwardGraph:
     outputs: Tensor
     version: WeightVersion
     bytes: int
-    """Memory it holds, about; parameters not counted."""
+    """About how much memory it holds, without the parameters."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows that one expert computes together. Floats are float32, integers int64."""
+
+    inputs: Tensor
+    """[R, D]"""
+    lengths: Tensor
+    """[S], each at least 1, summing to R."""
+    positions: Tensor
+    """[R]"""
+    gradients: Tensor | None = None
+    """[R, D], of the outputs; in backward only."""
+    graph: ForwardGraph | None = None
+    """What their forward pass kept, if anything."""
+
+    def __len__(self) -> int:
+        return self.inputs.shape[0]
 
 
 class ParameterSlots:
-    """Where a block's parameters are, to put a version's there for one pass. torch's functional_call takes 0.1 ms."""
+    """Where a block's parameters are, to put those of a version there for one pass.
+
+    torch's functional_call does the same but takes 0.1 ms.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self._own = list(block.parameters())

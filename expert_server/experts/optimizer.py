@@ -1,12 +1,12 @@
-"""The guard: the last good state of an expert, to which it goes back when its parameters turn bad.
+"""An expert's optimizer, and the guard that returns the expert to its last good state when its parameters turn bad.
 
-The optimizers of experts: torch's fused kernels, without torch's optimizer classes.
-
-The first of those that is made imports torch's compiler: two seconds of computing, for a node that compiles nothing.
+The optimizer calls torch's fused kernels without torch's optimizer classes: making the first of those imports torch's
+compiler, which takes two seconds of computing on a node that compiles nothing.
 """
 
 import logging
 from collections.abc import Iterable
+from enum import Flag, auto
 from math import sqrt
 
 import torch
@@ -25,9 +25,25 @@ _MOMENTS = {
 }
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
+CHECK_EVERY_UPDATES = 8
+KEEP_EVERY_UPDATES = 64
+"""A multiple of the above, so that only a state that was checked is kept."""
+
+
+class StepOutcome(Flag):
+    """What became of the optimizer step of a backward pass: taken or skipped, and possibly a rollback."""
+
+    NONE = 0
+    """There was none: a forward pass."""
+    TAKEN = auto()
+    SKIPPED = auto()
+    """The gradient of a parameter was not finite."""
+    ROLLED_BACK = auto()
+    """The parameters had turned bad, and the expert returned to its last good state."""
+
 
 def moments_of(spec: OptimizerSpec) -> tuple[str, ...]:
-    """The names of what is remembered of each parameter."""
+    """The names of the tensors that the optimizer keeps for each parameter."""
     return _MOMENTS[spec.name] if spec.moments else ()
 
 
@@ -38,9 +54,9 @@ class Optimizer:
         self.learning_rate = spec.learning_rate
         """Of the next step."""
         self.moments = moments_of(spec)
-        """The names of what is remembered of each parameter; torch's optimizers call it so, too."""
+        """The names of the tensors kept for each parameter; torch's optimizers use the same."""
         self.state: dict[Tensor, dict[str, Tensor]] = {}
-        """What is remembered of each parameter that has had a gradient."""
+        """The tensors kept for each parameter that has had a gradient."""
         self._spec = spec
         groups: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
         for parameter in parameters:
@@ -104,22 +120,19 @@ class Optimizer:
         )  # fmt: skip
 
 
-CHECK_EVERY_UPDATES = 8
-KEEP_EVERY_UPDATES = 64  # a multiple of the above: only what was checked is kept
-
-
 class Guard:
     """Watches the parameters of one block, and rolls block and optimizer back to their last good state.
 
-    Bad means: the norm of all parameters is not finite, or more than `guard_factor` times the larger of two: the
-    norm in the kept state, and the norm of what `KEEP_EVERY_UPDATES` steps of the full step size add to a block of
-    zeros. The second lets a block that starts near zero grow.
+    The parameters are bad when their norm is not finite, or is more than `guard_factor` times the larger of two norms:
+    that of the kept state, and that of `KEEP_EVERY_UPDATES` steps of the full step size from a block of zeros. The
+    second lets a block that starts near zero grow.
 
-    The kept state is in bfloat16: half of the memory of weights and optimizer state, and float32's range.
+    The kept state is in bfloat16, which takes half the memory and has the range of float32.
     """
 
     def __init__(self, name: str, block: nn.Module, optimizer: Optimizer, spec: OptimizerSpec) -> None:
         self.rollbacks = 0
+        """How often the state was rolled back."""
         self._name = name
         self._parameters = list(block.parameters())
         self._optimizer = optimizer
@@ -133,7 +146,7 @@ class Guard:
         self.keep()
 
     def keep(self) -> None:
-        """Takes the state as it is now for good. To be called when it was replaced by another, say from a disk."""
+        """Takes the present state as good. Call it when the state was replaced, for example from a checkpoint."""
         nothing: list[tuple[Tensor | None, dict[str, Tensor]]] = [(None, {}) for _ in self._parameters]
         self._kept = [
             (
@@ -146,20 +159,25 @@ class Guard:
         self._updates = 0
 
     @property
-    def looks_next(self) -> bool:
-        """Whether the next update is one after which the parameters are looked at."""
+    def checks_next(self) -> bool:
+        """Whether the parameters are checked after the next update."""
         return (self._updates + 1) % CHECK_EVERY_UPDATES == 0
 
-    def note_update(self) -> None:
-        """Checks after every few updates, and keeps the state now and then."""
+    def note_update(self) -> bool:
+        """Checks the parameters every `CHECK_EVERY_UPDATES`, and keeps the state every `KEEP_EVERY_UPDATES`.
+
+        Returns False when it rolled back.
+        """
         self._updates += 1
         if self._updates % CHECK_EVERY_UPDATES:
-            return
-        if self.check() and self._updates >= KEEP_EVERY_UPDATES:
+            return True
+        is_good = self.check()
+        if is_good and self._updates >= KEEP_EVERY_UPDATES:
             self.keep()
+        return is_good
 
     def check(self) -> bool:
-        """Whether the parameters are good. If not, they are those of the last good state when this returns."""
+        """Whether the parameters are good. If not, rolls back before it returns."""
         norm, most = self._norm(), self._factor * max(self._kept_norm, self._reach)
         if norm <= most:  # not so for NaN
             return True
@@ -189,9 +207,9 @@ class Guard:
 
 
 def _halved(tensor: Tensor, before: Tensor | None) -> Tensor:
-    """A copy in bfloat16; of a single number, such as a count of steps, an exact one.
+    """A copy in bfloat16; a single number, such as a count of steps, is copied exactly.
 
-    It takes the memory of the copy before: new memory costs the system several times as much as the copy itself.
+    It reuses the memory of the copy before: allocating memory costs several times as much as copying.
     """
     if before is not None:
         return before.copy_(tensor)

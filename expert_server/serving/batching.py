@@ -1,14 +1,15 @@
-"""Which work is computed next: the policy that merges work into batches, fair to every caller.
+"""Which work is computed next: the queue that merges work into batches and is fair to every caller. Pure.
 
-Start-time fair queueing (Goyal, Vin & Cheng 1996) over callers, by rows. Each caller has a virtual time, the rows
-computed for it. Whose is least chooses the expert and direction of the next batch: backward before forward, and by
-deadline. Others join in the same order. Experts that are busy with a batch are passed over. Nothing here reads a clock
-or does I/O.
+Start-time fair queueing (Goyal, Vin & Cheng 1996) over callers, by rows. Each caller has a virtual time: the rows
+computed for it. The caller with the least chooses the expert and direction of the next batch: backward before forward,
+then by deadline. Other callers' work for that expert joins in the same order. Experts with a batch under way are passed
+over.
 
-Shape suffixes: R = rows, S = segments, D = hidden.
+Shape suffixes: R = rows, D = hidden.
 """
 
-from collections.abc import Iterator, Mapping, Set
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count, islice
@@ -18,7 +19,8 @@ from grpc import StatusCode
 from torch import Tensor
 
 from dht.uid import UID
-from expert_server.experts.graphs import ForwardGraph
+from expert_server.experts.graphs import ForwardGraph, Rows
+from expert_server.experts.optimizer import StepOutcome
 from peer.errors import ExpertError
 
 Direction: TypeAlias = Literal["forward", "backward"]
@@ -32,52 +34,67 @@ _REMEMBERED_CALLERS = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkItem:
-    """One expert's part of one call, validated. Floats are float32, integers int64."""
+    """One expert's part of one call, validated."""
 
     uid: UID
     direction: Direction
-    inputs: Tensor
-    """[R, D]"""
-    gradients: Tensor | None
-    """[R, D], of the outputs; none in forward."""
-    lengths: Tensor
-    """[S], each at least 1, summing to R."""
-    positions: Tensor
-    """[R]"""
+    rows: Rows
     deadline: float
     """Monotonic seconds, after which nobody waits for the result."""
     caller: str
-    """Who asks: the queue is fair to each, and the log names it."""
+    """The queue is fair to each caller, and the log names it."""
     keep: bool = False
     """In forward: whether a backward call is meant to follow."""
-    graph: ForwardGraph | None = None
-    """In backward: what the forward pass kept, if anything."""
 
     def __post_init__(self) -> None:
-        assert (self.gradients is None) == (self.direction == "forward"), "gradients belong to backward alone"
-
-    @property
-    def rows(self) -> int:
-        return self.inputs.shape[0]
+        assert (self.rows.gradients is None) == (self.direction == "forward"), "only backward has gradients"
 
     @property
     def key(self) -> Key:
         return self.uid, self.direction
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was computed for a work item."""
+
+    tensor: Tensor
+    """[R, D]: outputs in forward, gradients of the inputs in backward; on the CPU, float32."""
+    update_count: int
+    graph: ForwardGraph | None = None
+    """Of a forward pass that was to be kept, unless it was merged with others."""
+    step: StepOutcome = StepOutcome.NONE
+
+    @property
+    def skipped_update(self) -> bool:
+        return StepOutcome.SKIPPED in self.step
+
+    @property
+    def rolled_back(self) -> bool:
+        return StepOutcome.ROLLED_BACK in self.step
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
-    """Work in the queue, known by identity; `order` counts arrivals."""
+    """A work item in the queue. Compared by identity."""
 
     work: WorkItem
     order: int
+    """Counts arrivals."""
+    future: "asyncio.Future[Result]"
+    discard: Callable[["Entry"], None]
+
+    def cancel(self) -> None:
+        """Takes the work out of the queue at once, before it can be computed in this turn of the loop."""
+        self.discard(self)
+        self.future.cancel()
 
 
 class BatchQueue:
     """Bounded queue that merges work of one expert and direction into batches, and is fair to every caller.
 
-    Among callers that always have work waiting, no one is ever ahead of another by more rows than one batch or one
-    work has, whichever is larger. A caller that comes (back) starts with the callers that are furthest behind.
+    Among callers that always have work waiting, none is ever ahead of another by more rows than the larger of one
+    batch and one work item. A caller that arrives or returns starts level with those furthest behind.
     """
 
     def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
@@ -88,24 +105,24 @@ class BatchQueue:
         """Rows that one caller may have waiting while others wait."""
         self._order = count()
         self._waiting: dict[int, Entry] = {}
-        """What waits, by order."""
+        """All entries, by order."""
         self._by_deadline = _Line(self._waiting, directions_alike=True)
         self._by_key: dict[Key, dict[str, _Line]] = {}
         """A line for each caller with work for that key; none is empty."""
         self._callers: dict[str, _Caller] = {}
-        """Those with work waiting."""
+        """Callers with work waiting."""
         self._ahead: dict[str, int] = {}
-        """Virtual times of callers that left when they were ahead of others."""
+        """Virtual times of callers that left while ahead of others."""
         self._virtual_time = 0
-        """The least of all callers when the last batch was chosen: no caller's is less."""
+        """The least of all callers when the last batch was chosen; no caller's is less."""
         self._measured_rows = self._measured_s = 0.0
 
     def make_room(self, work: WorkItem) -> list[Entry]:
-        """Takes out what one caller has beyond its share, latest deadlines first, when this work has room only then.
+        """Takes out what one caller has beyond its share, latest deadlines first, if this work has room only then.
 
-        A caller can have more than its share only if it was alone when it came, and one at most has: it is half of all.
+        A caller has more than its share only if it was alone when it came. Only one can: the share is half of the room.
         """
-        if self.rows + work.rows <= self._max_queued_rows or self._is_beyond_share(work):
+        if self.rows + len(work.rows) <= self._max_queued_rows or self._is_beyond_share(work):
             return []
         others = (caller for name, caller in self._callers.items() if name != work.caller)
         large = next((caller for caller in others if caller.rows > self._share), None)
@@ -116,31 +133,36 @@ class BatchQueue:
             if left <= self._share:
                 break
             beyond.append(self._waiting[order])
-            left -= beyond[-1].work.rows
-        if self.rows - large.rows + left + work.rows > self._max_queued_rows:
+            left -= len(beyond[-1].work.rows)
+        if self.rows - large.rows + left + len(work.rows) > self._max_queued_rows:
             return []
         return [self._take(entry) for entry in beyond]
 
-    def push(self, work: WorkItem) -> Entry:
-        """Raises ExpertError (RESOURCE_EXHAUSTED) when the rows don't fit beside those that wait."""
+    def push(
+        self, work: WorkItem, future: "asyncio.Future[Result]", discard: Callable[[Entry], None]
+    ) -> Entry:
+        """Raises ExpertError (RESOURCE_EXHAUSTED) when the rows do not fit beside those that wait.
+
+        `discard`: calls the method of that name, in the way that whoever shares this queue must.
+        """
         if self._is_beyond_share(work):
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED,
-                f"no room for {work.rows} rows: {self._rows_of(work.caller)} of yours wait, "
+                f"no room for {len(work.rows)} rows: {self._rows_of(work.caller)} of yours wait, "
                 f"and while others wait you may have {self._share}",
                 retry_after_s=self.retry_after_s(work.caller),
             )
-        if self.rows + work.rows > self._max_queued_rows:
+        if self.rows + len(work.rows) > self._max_queued_rows:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED,
-                f"no room for {work.rows} rows: {self.rows} of at most {self._max_queued_rows} wait already",
+                f"no room for {len(work.rows)} rows: {self.rows} of at most {self._max_queued_rows} wait already",
                 retry_after_s=self.retry_after_s(),
             )
-        entry = Entry(work, next(self._order))
+        entry = Entry(work, next(self._order), future, discard)
         self._waiting[entry.order] = entry
-        self.rows += work.rows
+        self.rows += len(work.rows)
         caller = self._callers.get(work.caller) or self._enter(work.caller)
-        caller.rows += work.rows
+        caller.rows += len(work.rows)
         lines = self._by_key.setdefault(work.key, {})
         if work.caller not in lines:
             lines[work.caller] = _Line(self._waiting)
@@ -159,7 +181,7 @@ class BatchQueue:
         return [], expired
 
     def discard(self, entry: Entry) -> None:
-        """Takes out work that nobody waits for; no matter if it is out already."""
+        """Takes out work that nobody waits for, if it still waits."""
         if entry.order in self._waiting:
             self._take(entry)
 
@@ -180,24 +202,24 @@ class BatchQueue:
         self._measured_s = _RATE_MEMORY * self._measured_s + seconds
 
     def retry_after_s(self, caller: str | None = None) -> float:
-        """Estimates when the work that waits now, of all or of one caller, will be done, from the measured rate."""
+        """Estimates from the measured rate when the waiting work, of all callers or of one, will be done."""
         if not self._measured_rows:
             return _RETRY_UNMEASURED_S
         rows = self.rows
-        if caller is not None:  # it has its turn with the others
+        if caller is not None:  # it takes turns with the others
             rows = min(rows, self._rows_of(caller) * len(self._callers))
         estimate = rows * self._measured_s / self._measured_rows
         return min(max(estimate, _RETRY_LEAST_S), _RETRY_MOST_S)
 
     def _is_beyond_share(self, work: WorkItem) -> bool:
         own = self._rows_of(work.caller)
-        return self.rows > own and own + work.rows > self._share
+        return self.rows > own and own + len(work.rows) > self._share
 
     def _rows_of(self, caller: str) -> int:
         return self._callers[caller].rows if caller in self._callers else 0
 
     def _take_batch(self, busy: Set[UID]) -> list[Entry]:
-        """Nobody joins who would be more than a batch ahead of the caller whose turn it is."""
+        """No caller joins that would then be more than a batch ahead of the caller whose turn it is."""
         callers = self._callers.values()
         choosers = [
             (caller.virtual_time, *first) for caller in callers if (first := self._first(caller, busy))
@@ -215,8 +237,8 @@ class BatchQueue:
         while turns:
             virtual_time, (_, _, order), name = turns[0]
             entry = self._waiting[order]
-            rows += entry.work.rows
-            virtual_time += entry.work.rows
+            rows += len(entry.work.rows)
+            virtual_time += len(entry.work.rows)
             if batch and (rows > self._max_batch_rows or virtual_time > most):
                 break
             self._callers[name].virtual_time = virtual_time
@@ -228,7 +250,7 @@ class BatchQueue:
         return batch
 
     def _first(self, caller: "_Caller", busy: Set[UID]) -> "_Turn | None":
-        """Of what the caller wants first, busy experts left out."""
+        """The caller's first entry for an expert that is not busy."""
         first = caller.line.first()
         if self._waiting[first[-1]].work.uid not in busy:
             return first
@@ -238,9 +260,9 @@ class BatchQueue:
     def _take(self, entry: Entry) -> Entry:
         work = entry.work
         del self._waiting[entry.order]
-        self.rows -= work.rows
+        self.rows -= len(work.rows)
         caller, lines = self._callers[work.caller], self._by_key[work.key]
-        caller.rows -= work.rows
+        caller.rows -= len(work.rows)
         for line in (self._by_deadline, caller.line, lines[work.caller]):
             line.note_left()
         if not lines[work.caller].length:
@@ -257,7 +279,7 @@ class BatchQueue:
         return caller
 
     def _leave(self, caller: "_Caller") -> None:
-        """Remembers how far ahead it was, as long as that matters: else it would gain by leaving."""
+        """Remembers how far ahead the caller was while that matters; otherwise it would gain by leaving."""
         del self._callers[caller.name]
         if not self._callers:
             self._ahead.clear()
@@ -274,16 +296,16 @@ _Turn: TypeAlias = tuple[bool, float, int]
 
 
 class _Line:
-    """Backward before forward, each by deadline, then by arrival. Those that left are passed over, in time forgotten.
+    """Backward before forward, then by deadline, then by arrival. Entries that have left are skipped, later dropped.
 
-    A backward call ends a step that has begun: the sooner, the less old are its gradients.
+    Backward goes first because it ends a step under way: the sooner it runs, the fresher its gradients.
     """
 
     __slots__ = ("_directions_alike", "_heap", "_waiting", "length")
 
     def __init__(self, waiting: Mapping[int, Entry], directions_alike: bool = False) -> None:
         self.length = 0
-        """Entries that wait."""
+        """How many entries wait."""
         self._waiting = waiting
         self._directions_alike = directions_alike
         self._heap: list[_Turn] = []
@@ -294,7 +316,7 @@ class _Line:
         self.length += 1
 
     def first(self) -> _Turn:
-        """Of a line that is not empty."""
+        """The line must not be empty."""
         while self._heap[0][-1] not in self._waiting:
             heappop(self._heap)
         return self._heap[0]

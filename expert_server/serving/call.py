@@ -1,61 +1,119 @@
-"""One call while it is answered: its work to the runtime, and the answers to the caller as they become ready.
+"""One call while it is answered: its header, the payload it brings, and the replies that go back.
 
-The parts of a call, one for each expert, as its header describes them.
+A call has a part for each expert. Parts are computed while the payload of later ones is still arriving, and each is
+answered as soon as it is ready.
 
-Shape suffixes: S = segments, R = rows.
-
-A call's requests, message by message, and the payload in them, tensor by tensor.
+Shape suffixes: S = segments, R = rows, D = hidden.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import TypeAlias
 
 import grpc
 import numpy as np
 import torch
+from grpc import StatusCode
 
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
-from expert_server.serving.batching import Direction, WorkItem
-from expert_server.serving.compute import Result
-from expert_server.serving.forward_cache import CachedForward
-from expert_server.serving.runtime import Enqueued
-from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode
+from expert_server.experts.graphs import Rows
+from expert_server.serving.batching import Direction, Entry, Result, WorkItem
+from expert_server.serving.forward_cache import CachedForward, CacheKey, ForwardCache
+from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
-from peer.rates import RateLimit
-from peer.rpc.calls import RequestReader, note_failure
+from peer.rates import Bandwidth, RateLimit
+from peer.rpc.calls import RequestReader, note_failure, require_same_swarm
 from peer.wire import expert_pb2
+
+MAX_EXPERTS_IN_CALL = 4096
+_SETTLE_S = 1.0
+"""How long a call that has failed waits at most for a caller that does not read."""
+
+Requests: TypeAlias = AsyncIterator[expert_pb2.CallRequest]
+Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
+Reply: TypeAlias = tuple[expert_pb2.ExpertReply, memoryview]
+"""One part's reply, and its tensor."""
+Keep: TypeAlias = Callable[[CacheKey, WorkItem, Result], bool]
+"""Keeps a forward pass for its backward call. Returns whether it was kept."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One expert's part of a call, as its header describes it: valid but for the tensors."""
+    """One expert's part of a call, as its header describes it: everything about its rows but the tensors."""
 
+    index: int
+    """Its place in the call."""
     uid: UID
+    row_count: int
     lengths: torch.Tensor
     """int64 [S]"""
     positions: torch.Tensor
     """int64 [R]"""
-    kept: CachedForward | None = None
-    """In backward: what the forward call left here."""
-
-    @property
-    def rows(self) -> int:
-        return len(self.positions)
+    cached: CachedForward | None = None
+    """In backward: the forward pass that was kept here."""
+    lost: bool = False
+    """In backward: the forward pass was kept here and is gone. Nothing but the row count is known of the rows."""
 
 
-@dataclass(frozen=True)
-class LostPart:
-    """One expert's part of a backward call whose forward pass is kept no more."""
+class HeaderParser:
+    """Reads the headers of calls to one node."""
 
-    uid: UID
-    rows: int
+    def __init__(self, swarm_id: str, manifest: Manifest, max_call_bytes: int, cache: ForwardCache) -> None:
+        """`max_call_bytes`: of the payload as float32."""
+        self._swarm_id = swarm_id
+        self._manifest = manifest
+        self._max_call_bytes = max_call_bytes
+        self._cache = cache
+
+    def parse(self, header: expert_pb2.CallHeader, direction: Direction, caller: str) -> list[Part]:
+        """The call's parts, once every number in the header is known to be right. Takes cached forward passes.
+
+        Raises WireError or ExpertError.
+        """
+        require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
+        if len(header.request_id) != 16:
+            raise WireError(f"a request id of {len(header.request_id)} bytes; expected 16")
+        if header.width != self._manifest.model.hidden:
+            raise WireError(
+                f"width {header.width}; this swarm's hidden size is {self._manifest.model.hidden}"
+            )
+        if not 1 <= len(header.experts) <= MAX_EXPERTS_IN_CALL:
+            raise WireError(f"{len(header.experts)} experts in one call; expected 1 to {MAX_EXPERTS_IN_CALL}")
+        rows = sum(_tensor_rows(expert, direction) for expert in header.experts)
+        encoded_bytes(rows, header.width, header.codec)  # refuses an unknown codec
+        size = 4 * rows * header.width
+        if size > self._max_call_bytes:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED,
+                f"a call of {size} bytes; at most {self._max_call_bytes}: send fewer rows at once",
+            )
+        return [
+            self._parse_part(index, expert, direction, caller) for index, expert in enumerate(header.experts)
+        ]
+
+    def _parse_part(
+        self, index: int, expert: expert_pb2.ExpertRows, direction: Direction, caller: str
+    ) -> Part:
+        if not expert.kept_request_id:
+            return parse_part(index, expert, self._manifest)
+        if direction == "forward" or expert.segment_lengths or expert.positions:
+            raise WireError("a kept forward pass is named in backward calls, without segments and positions")
+        uid = parse_uid(expert.uid, self._manifest)
+        cached = self._cache.take((caller, expert.kept_request_id, expert.kept_index))
+        if cached is None:
+            nothing = torch.empty(0, dtype=torch.int64)
+            return Part(index, uid, expert.kept_rows, nothing, nothing, lost=True)
+        rows = cached.rows
+        if (cached.uid, len(rows)) != (uid, expert.kept_rows):
+            raise WireError(f"the kept forward pass is of {len(rows)} rows for expert {cached.uid}")
+        return Part(index, uid, len(rows), rows.lengths, rows.positions, cached)
 
 
-def make_part(expert: expert_pb2.ExpertRows, manifest: Manifest) -> Part:
+def parse_part(index: int, expert: expert_pb2.ExpertRows, manifest: Manifest) -> Part:
     """Checks one expert's segments and positions. Raises WireError."""
     uid = parse_uid(expert.uid, manifest)
     lengths = np.array(expert.segment_lengths, dtype=np.int64)
@@ -70,196 +128,186 @@ def make_part(expert: expert_pb2.ExpertRows, manifest: Manifest) -> Part:
         )
     starts = np.cumsum(lengths)[:-1]
     rising = np.diff(positions) > 0
-    rising[starts - 1] = True  # between two segments positions may fall
+    rising[starts - 1] = True  # from one segment to the next, positions may fall
     if not rising.all():
         raise WireError(f"positions of expert {uid} do not rise within a segment")
-    return Part(uid, torch.from_numpy(lengths), torch.from_numpy(positions))
+    return Part(index, uid, len(positions), torch.from_numpy(lengths), torch.from_numpy(positions))
 
 
-def tensor_rows(expert: expert_pb2.ExpertRows, direction: Direction) -> int:
-    """Rows of payload, inputs and gradients together."""
+def _tensor_rows(expert: expert_pb2.ExpertRows, direction: Direction) -> int:
+    """Rows in the payload, of inputs and gradients together."""
     if expert.kept_request_id:
         return expert.kept_rows
     return len(expert.positions) * (2 if direction == "backward" else 1)
 
 
-Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
-
-_SETTLE_S = 1.0
-"""Longest that a call which has failed waits for a caller who does not read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """One expert's part, computed or failed."""
-
-    index: int
-    work: WorkItem
-    future: "asyncio.Future[Result]"
-
-
-Reply: TypeAlias = tuple[expert_pb2.ExpertReply, memoryview]
-"""One expert's answer, and its tensor."""
-
-
 class Call:
-    """One call while it is answered: what its header says, what is computed for it, and what is to be written."""
+    """One call while it is answered. As a context manager, it writes replies as they become ready.
+
+    `read` and `begin` each part in order, then `finish`.
+    """
 
     def __init__(
         self,
-        direction: Direction,
         header: expert_pb2.CallHeader,
-        deadline: float,
-        context: Context,
+        parts: list[Part],
+        direction: Direction,
+        requests: "RequestStream",
+        replies: "ReplyStream",
         caller: str,
-        uploads: RateLimit,
+        keep: Keep,
     ) -> None:
         self.header = header
-        self.caller = caller
+        self.parts = parts
         self._direction = direction
-        self._deadline = deadline
-        self._context = context
-        self._uploads = uploads
-        self._computing: dict[int, Enqueued] = {}
+        self._requests = requests
+        self._replies = replies
+        self._caller = caller
+        self._keep = keep
+        self._computing: dict[int, Entry] = {}
         """By the index of their parts."""
-        self._came: list[Done | Reply] = []
-        self._has_come = asyncio.Event()
-        self._ready: deque[tuple[expert_pb2.ExpertReply | None, memoryview]] = deque()
-        """What is to be written: answers with their tensors, and first maybe the rest of a tensor."""
-        self._sending: asyncio.Future[None] | None = None
+        self._done: list[tuple[Part, Entry | ExpertError]] = []
+        """Parts that were computed or refused, and have no reply yet."""
+        self._is_done = asyncio.Event()
+        self._writing: asyncio.Task[None] | None = None
 
-    def begin(self, index: int, work: WorkItem, enqueued: Enqueued) -> None:
-        self._computing[index] = enqueued
-        enqueued.future.add_done_callback(lambda future: self._end(Done(index, work, future)))
+    @classmethod
+    async def open(
+        cls,
+        direction: Direction,
+        requests: Requests,
+        context: Context,
+        caller: str,
+        parser: HeaderParser,
+        traffic: Bandwidth,
+        keep: Keep,
+    ) -> "Call":
+        """Reads the header. Raises WireError or ExpertError when it is wrong."""
+        stream = RequestStream(requests, traffic.down)
+        header = await stream.header()
+        parts = parser.parse(header, direction, caller)
+        return cls(header, parts, direction, stream, ReplyStream(context, traffic.up), caller, keep)
 
-    def refuse(self, index: int, error: ExpertError) -> None:
-        self._note(error_reply(index, error))
+    async def __aenter__(self) -> None:
+        self._writing = asyncio.create_task(self._write_replies(), name="write replies")
 
-    def cancel(self) -> None:
-        """Nobody waits any more for what is not computed yet."""
-        for enqueued in self._computing.values():
-            enqueued.cancel()
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._writing is not None, "the call was entered"
+        for entry in list(self._computing.values()):
+            entry.cancel()  # nobody waits any more for what is not computed yet
+        self._writing.cancel()
+        await asyncio.gather(self._writing, return_exceptions=True)
+        await self._replies.settle()
 
-    async def come(self) -> list[Done | Reply]:
-        """Waits for the next answers."""
-        await self._has_come.wait()
-        self._has_come.clear()
-        came, self._came = self._came, []
-        return came
+    async def read(self, part: Part) -> Rows:
+        """Reads the rows of the next part.
 
-    def put(self, reply: expert_pb2.ExpertReply, data: memoryview) -> None:
-        """Takes an answer to be written."""
-        self._ready.append((reply, data))
-
-    async def write_ready(self) -> None:
-        while self._ready:
-            message = self._next_message()
-            await self._uploads.take(len(message.chunk))
-            await self._send(message)
-
-    def _end(self, done: Done) -> None:
-        self._computing.pop(done.index, None)
-        if not done.future.cancelled():
-            done.future.exception()  # seen, also when the call ends before it is answered
-            self._note(done)
-
-    def _note(self, answer: Done | Reply) -> None:
-        self._came.append(answer)
-        self._has_come.set()
-
-    def work(self, part: Part, inputs: bytearray | None, gradients: bytearray | None) -> WorkItem:
-        """Raises WireError when a number is not finite."""
-        if inputs is not None:
-            inputs_RD = self._tensor(inputs)
+        Raises ExpertError (FAILED_PRECONDITION) when the forward pass is kept no more, and WireError when the payload
+        is too short or a number in it is not finite.
+        """
+        size = encoded_bytes(part.row_count, self.header.width, self.header.codec)
+        sends_inputs = part.cached is None and not part.lost
+        inputs = await self._requests.read(size) if sends_inputs else None
+        gradients = await self._requests.read(size) if self._direction == "backward" else None
+        if part.lost:
+            message = f"the forward pass of expert {part.uid} is kept no more: send its inputs"
+            raise ExpertError(StatusCode.FAILED_PRECONDITION, message)
+        if part.cached is not None:
+            rows = part.cached.rows
         else:
-            assert part.kept is not None, "inputs come in the payload or were kept"
-            inputs_RD = part.kept.inputs
-        return WorkItem(
-            uid=part.uid,
-            direction=self._direction,
-            inputs=inputs_RD,
-            gradients=None if gradients is None else self._tensor(gradients),
-            lengths=part.lengths,
-            positions=part.positions,
-            deadline=self._deadline,
-            caller=self.caller,
-            keep=self.header.keep and self._direction == "forward",
-            graph=part.kept.graph if part.kept else None,
+            assert inputs is not None, "inputs that are not cached come in the payload"
+            rows = Rows(self._tensor(inputs), part.lengths, part.positions)
+        return rows if gradients is None else replace(rows, gradients=self._tensor(gradients))
+
+    def begin(self, part: Part, entry: Entry) -> None:
+        """Answers a part when its work is done."""
+        self._computing[part.index] = entry
+        entry.future.add_done_callback(lambda _: self._end(part, entry))
+
+    def refuse(self, part: Part, error: ExpertError) -> None:
+        """Answers a part with an error."""
+        self._note(part, error)
+
+    async def finish(self) -> None:
+        """Waits until every part is answered. Raises WireError when the payload is longer than the header says."""
+        assert self._writing is not None, "the call was entered"
+        await self._requests.expect_end()
+        await self._writing
+
+    def _end(self, part: Part, entry: Entry) -> None:
+        self._computing.pop(part.index, None)
+        if not entry.future.cancelled():
+            entry.future.exception()  # retrieved even if the call ends before it is answered
+            self._note(part, entry)
+
+    def _note(self, part: Part, outcome: Entry | ExpertError) -> None:
+        self._done.append((part, outcome))
+        self._is_done.set()
+
+    async def _write_replies(self) -> None:
+        """Parts that are ready together share a message."""
+        unanswered = len(self.parts)
+        while unanswered:
+            await self._is_done.wait()
+            self._is_done.clear()
+            done, self._done = self._done, []
+            unanswered -= len(done)
+            await self._replies.write([self._reply(part, outcome) for part, outcome in done])
+
+    def _reply(self, part: Part, outcome: Entry | ExpertError) -> Reply:
+        if isinstance(outcome, ExpertError):
+            return _error_reply(part, outcome)
+        try:
+            result = outcome.future.result()
+        except ExpertError as error:
+            return _error_reply(part, error)
+        data = encode(result.tensor.numpy(), self.header.codec)
+        key = (self._caller, self.header.request_id, part.index)
+        reply = expert_pb2.ExpertReply(
+            index=part.index,
+            update_count=result.update_count,
+            payload_bytes=len(data),
+            kept=outcome.work.keep and self._keep(key, outcome.work, result),
+            skipped_update=result.skipped_update,
+            rolled_back=result.rolled_back,
         )
-
-    def _next_message(self) -> expert_pb2.CallReply:
-        experts: list[expert_pb2.ExpertReply] = []
-        pieces: list[memoryview] = []
-        room = CHUNK_BYTES
-        while room and self._ready:
-            reply, data = self._ready.popleft()
-            if reply is not None:
-                experts.append(reply)
-            pieces.append(data[:room])
-            if len(data) > room:
-                self._ready.appendleft((None, data[room:]))
-            room -= len(pieces[-1])
-        return expert_pb2.CallReply(experts=experts, chunk=b"".join(pieces))
-
-    async def settle(self) -> None:
-        """Waits for the message that was on its way when its answer was cancelled: before, gRPC takes no status."""
-        if self._sending is not None:
-            await asyncio.wait([self._sending], timeout=_SETTLE_S)
-
-    async def _send(self, message: expert_pb2.CallReply) -> None:
-        self._sending = asyncio.ensure_future(self._context.write(message))
-        self._sending.add_done_callback(note_failure)
-        await asyncio.shield(self._sending)
+        return reply, data
 
     def _tensor(self, data: bytearray) -> torch.Tensor:
         return torch.from_numpy(decode(data, self.header.width, self.header.codec))
 
 
-def error_reply(index: int, error: ExpertError) -> Reply:
+def _error_reply(part: Part, error: ExpertError) -> Reply:
     status: int = error.status.value[0]
     reply = expert_pb2.ExpertReply(
-        index=index, status=status, message=str(error), retry_after_s=error.retry_after_s
+        index=part.index, status=status, message=str(error), retry_after_s=error.retry_after_s
     )
     return reply, memoryview(b"")
 
 
-Requests = AsyncIterator[expert_pb2.CallRequest]
+class RequestStream:
+    """Reads the messages of one call: its header, then exact numbers of payload bytes.
 
-
-class Reader:
-    """Reads the messages of one call."""
+    It never holds more than was asked for and one chunk.
+    """
 
     def __init__(self, requests: Requests, downloads: RateLimit) -> None:
         self._messages = RequestReader(requests)
         self._downloads = downloads
+        self._chunk = memoryview(b"")
 
-    async def header(self) -> tuple[expert_pb2.CallHeader, bytes]:
-        """The header, and the payload's first bytes."""
-        request = await self.next()
+    async def header(self) -> expert_pb2.CallHeader:
+        """The first message. It may bring the first payload bytes, too."""
+        request = await self._next()
         if request is None or not request.HasField("header"):
             raise WireError("a call must begin with its header")
-        return request.header, _checked(request.chunk, least=0)
-
-    async def next(self) -> expert_pb2.CallRequest | None:
-        """None at the end."""
-        request = await self._messages.next()
-        if request is not None:
-            await self._downloads.take(len(request.chunk))  # gRPC reads on only then: the sender slows down
-        return request
-
-
-def _checked(chunk: bytes, least: int) -> bytes:
-    if not least <= len(chunk) <= MAX_CHUNK_BYTES:
-        raise WireError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
-    return chunk
-
-
-class Payload:
-    """Reads exact numbers of bytes from a stream of chunks. Never holds more than was asked for and one chunk."""
-
-    def __init__(self, reader: Reader, first: bytes) -> None:
-        self._reader = reader
-        self._chunk = memoryview(first)
+        self._chunk = memoryview(_checked(request.chunk, least=0))
+        return request.header
 
     async def read(self, size: int) -> bytearray:
         """The next `size` bytes. Raises WireError when the stream ends before."""
@@ -274,11 +322,64 @@ class Payload:
 
     async def expect_end(self) -> None:
         """Raises WireError when there is more than the header said."""
-        if self._chunk or await self._reader.next() is not None:
+        if self._chunk or await self._next() is not None:
             raise WireError("the payload is longer than the header says")
 
     async def _next_chunk(self, missing: int) -> bytes:
-        request = await self._reader.next()
+        request = await self._next()
         if request is None:
             raise WireError(f"the payload ended {missing} bytes before what the header says")
         return _checked(b"" if request.HasField("header") else request.chunk, least=1)
+
+    async def _next(self) -> expert_pb2.CallRequest | None:
+        """None at the end."""
+        request = await self._messages.next()
+        if request is not None:
+            # gRPC reads on only after this wait, so the sender slows down
+            await self._downloads.take(len(request.chunk))
+        return request
+
+
+def _checked(chunk: bytes, least: int) -> bytes:
+    if not least <= len(chunk) <= MAX_CHUNK_BYTES:
+        raise WireError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
+    return chunk
+
+
+class ReplyStream:
+    """Writes replies and their tensors, packed into messages of at most CHUNK_BYTES of payload."""
+
+    def __init__(self, context: Context, uploads: RateLimit) -> None:
+        self._context = context
+        self._uploads = uploads
+        self._unsent: deque[tuple[expert_pb2.ExpertReply | None, memoryview]] = deque()
+        """Replies with their tensors; the first may be the rest of a tensor, without its reply."""
+        self._sending: asyncio.Future[None] | None = None
+
+    async def write(self, replies: list[Reply]) -> None:
+        self._unsent.extend(replies)
+        while self._unsent:
+            message = self._next_message()
+            await self._uploads.take(len(message.chunk))
+            self._sending = asyncio.ensure_future(self._context.write(message))
+            self._sending.add_done_callback(note_failure)
+            await asyncio.shield(self._sending)
+
+    async def settle(self) -> None:
+        """Waits for a message still under way when its writer was cancelled: until then gRPC takes no status."""
+        if self._sending is not None:
+            await asyncio.wait([self._sending], timeout=_SETTLE_S)
+
+    def _next_message(self) -> expert_pb2.CallReply:
+        experts: list[expert_pb2.ExpertReply] = []
+        pieces: list[memoryview] = []
+        room = CHUNK_BYTES
+        while room and self._unsent:
+            reply, data = self._unsent.popleft()
+            if reply is not None:
+                experts.append(reply)
+            pieces.append(data[:room])
+            if len(data) > room:
+                self._unsent.appendleft((None, data[room:]))
+            room -= len(pieces[-1])
+        return expert_pb2.CallReply(experts=experts, chunk=b"".join(pieces))

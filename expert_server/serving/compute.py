@@ -1,45 +1,30 @@
-"""One batch on one expert: what the compute threads do.
+"""Computes one batch on one expert. This is what the compute threads run.
 
 Shape suffixes: R = rows, D = hidden.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf, sqrt
 from operator import itemgetter
 
 import torch
-from torch import Tensor
 
-from expert_server.experts.expert import BackwardPart, Expert
-from expert_server.experts.graphs import ForwardGraph
-from expert_server.serving.batching import WorkItem
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
+from expert_server.serving.batching import Result, WorkItem
 from peer.errors import ExpertError
 
 MOST_APART = 10.0
-"""By how much callers' gradients may differ in size, row by row, that they share an optimizer step."""
-
-
-@dataclass(slots=True)
-class Result:
-    """`tensor` [R, D]: outputs in forward, gradients of the inputs in backward; on the CPU, float32."""
-
-    tensor: Tensor
-    update_count: int
-    graph: ForwardGraph | None = None
-    """Of a forward pass that was to be kept, unless it was merged with others."""
-    skipped_update: bool = False
-    """In backward: the guard refused the step."""
-    rolled_back: bool = False
-    """In backward: the expert went back to its last good state."""
+"""Callers share an optimizer step if the sizes of their gradients, row by row, differ by no more than this factor."""
 
 
 def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:
     """Computes work of one expert and direction as one batch, in backward with one optimizer step.
 
-    When the batch fails each work is computed by itself, so that one caller's numbers spoil no other's. For the same
-    reason callers whose gradients differ grossly in size take a step each, and each step is clipped by itself. The last
-    step may be left for `Expert.settle`.
+    If the batch fails, each work item is computed by itself, so that one caller's numbers cannot spoil another's. For
+    the same reason callers whose gradients differ greatly in size take separate steps, each clipped by itself. The
+    last step may be left for `Expert.settle`.
     """
     if batch[0].direction == "backward" and len(groups := by_size(batch)) > 1:
         results = {
@@ -52,7 +37,7 @@ def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertEr
 
 
 def by_size(batch: Sequence[WorkItem]) -> list[list[WorkItem]]:
-    """Groups of works whose callers' gradients are alike in size: root mean squares within a factor of MOST_APART."""
+    """Groups work whose callers' gradients are alike in size: root mean squares within a factor of MOST_APART."""
     callers: dict[str, list[WorkItem]] = {}
     for work in batch:
         callers.setdefault(work.caller, []).append(work)
@@ -70,66 +55,58 @@ def by_size(batch: Sequence[WorkItem]) -> list[list[WorkItem]]:
 
 def _size_of(works: Sequence[WorkItem]) -> float:
     """Root mean square of the gradients, over all rows of one caller."""
-    gradients = [work.gradients for work in works if work.gradients is not None]
+    gradients = [work.rows.gradients for work in works if work.rows.gradients is not None]
     squares = sum(float(gradient.square().sum()) for gradient in gradients)
     return sqrt(squares / max(1, sum(gradient.numel() for gradient in gradients)))
 
 
 def _computed(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:
-    step = _forward if batch[0].direction == "forward" else _backward
-    skipped = expert.skipped_updates
+    compute_batch = _forward if batch[0].direction == "forward" else _backward
     try:
-        results: list[Result | ExpertError] = list(step(expert, batch))
-        if len(batch) == 1 or expert.skipped_updates == skipped:
-            return results
-        expert.skipped_updates = skipped  # whose gradients they were, the works tell one by one
+        results = compute_batch(expert, batch)
+        if len(batch) == 1 or not results[0].skipped_update:
+            return list(results)
     except ExpertError as error:
         if len(batch) == 1:
             return [error]
-    alone = [replace(work, graph=None) for work in batch]  # graphs are used up
+    # one by one, to see whose numbers were at fault; the graphs are used up
+    alone = [replace(work, rows=replace(work.rows, graph=None)) for work in batch]
     return [result for work in alone for result in _computed(expert, [work])]
 
 
 def _forward(expert: Expert, batch: Sequence[WorkItem]) -> list[Result]:
     if len(batch) == 1 and batch[0].keep:
-        work = batch[0]
-        output_RD, graph = expert.forward_with_graph(work.inputs, work.lengths, work.positions)
+        output_RD, graph = expert.forward_with_graph(batch[0].rows)
         return [Result(output_RD, expert.update_count, graph)]
-    output_RD = expert.forward(
-        _joined([work.inputs for work in batch]),
-        _joined([work.lengths for work in batch]),
-        _joined([work.positions for work in batch]),
-    )
-    parts = torch.split(output_RD, [work.rows for work in batch])
+    output_RD = expert.forward(_joined(batch))
+    parts = torch.split(output_RD, [len(work.rows) for work in batch])
     return [Result(part, expert.update_count) for part in parts]
 
 
 def _backward(expert: Expert, batch: Sequence[WorkItem]) -> list[Result]:
-    """Works with a good graph go by themselves, the others as one; all of them before one optimizer step."""
-    ready = [work for work in batch if expert.is_good(work.graph)]
-    others = [work for work in batch if not expert.is_good(work.graph)]
-    parts = [_part([work], work.graph) for work in ready]
+    """Rows with a good graph go by themselves, the others as one part; all of them share one optimizer step."""
+    ready = [work for work in batch if expert.is_good(work.rows.graph)]
+    others = [work for work in batch if not expert.is_good(work.rows.graph)]
+    parts = [work.rows for work in ready]
     if others:
-        parts.append(_part(others, None))
-    skipped, rollbacks = expert.skipped_updates, expert.guard.rollbacks
-    gradients = expert.backward(parts, may_defer=True)
-    guard = expert.skipped_updates > skipped, expert.guard.rollbacks > rollbacks
+        parts.append(_joined(others))
+    gradients, outcome = expert.backward(parts, may_defer=True)
     by_work = dict(zip(ready, gradients, strict=False))
     if others:
-        split = torch.split(gradients[-1], [work.rows for work in others])
+        split = torch.split(gradients[-1], [len(work.rows) for work in others])
         by_work |= dict(zip(others, split, strict=True))
-    return [Result(by_work[work], expert.update_count, None, *guard) for work in batch]
+    return [Result(by_work[work], expert.update_count, step=outcome) for work in batch]
 
 
-def _part(works: Sequence[WorkItem], graph: ForwardGraph | None) -> BackwardPart:
-    return BackwardPart(
-        _joined([work.inputs for work in works]),
-        _joined([work.gradients for work in works if work.gradients is not None]),
-        _joined([work.lengths for work in works]),
-        _joined([work.positions for work in works]),
-        graph,
+def _joined(works: Sequence[WorkItem]) -> Rows:
+    """All rows as one part."""
+    if len(works) == 1:
+        return works[0].rows
+    parts = [work.rows for work in works]
+    gradients = [part.gradients for part in parts if part.gradients is not None]
+    return Rows(
+        torch.cat([part.inputs for part in parts]),
+        torch.cat([part.lengths for part in parts]),
+        torch.cat([part.positions for part in parts]),
+        torch.cat(gradients) if gradients else None,
     )
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

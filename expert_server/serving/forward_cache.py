@@ -1,111 +1,111 @@
-"""Forward passes kept until their backward call comes, within a memory budget. Pure: `now` is passed in.
+"""Forward passes cached until their backward call comes, and the backward calls already seen. Pure and bounded.
 
-With them inputs need not travel twice, and outputs need not be computed twice.
-
-Which backward calls were seen before, so that none is applied twice. Pure and bounded.
+A cached pass spares sending the inputs again and computing the outputs again. Remembering the request ids of backward
+calls ensures that none is applied twice.
 """
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TypeAlias
 
 from dht.uid import UID
-from expert_server.experts.graphs import ForwardGraph, WeightVersion
+from expert_server.experts.graphs import Rows, WeightVersion
 
-KeptKey = tuple[str, bytes, int]
-"""Who made the forward call, its request id, and which part of the call this was."""
+CacheKey: TypeAlias = tuple[str, bytes, int]
+"""The caller of the forward pass, its request id, and the index of the part within the call."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedForward:
-    """What one expert was given in a forward call, and its graph if there is room for it."""
+    """The rows that one expert was given in a forward call, with their graph if there is room for it."""
 
     uid: UID
-    inputs: Tensor
-    lengths: Tensor
-    positions: Tensor
-    graph: ForwardGraph | None
+    rows: Rows
     expires_at: float
 
     @property
     def bytes(self) -> int:
-        without_graph = self.inputs.nbytes + self.lengths.nbytes + self.positions.nbytes
-        return without_graph + (0 if self.graph is None else self.graph.bytes)
+        rows = self.rows
+        without_graph = rows.inputs.nbytes + rows.lengths.nbytes + rows.positions.nbytes
+        return without_graph + (0 if rows.graph is None else rows.graph.bytes)
+
+    def without_graph(self) -> "CachedForward":
+        return replace(self, rows=replace(self.rows, graph=None))
 
 
 class ForwardCache:
-    """When full, gives up the oldest graphs first, then the oldest inputs."""
+    """Keeps within a memory budget: when full, it evicts the oldest graphs first, then the oldest inputs."""
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
-        self._kept: OrderedDict[KeptKey, CachedForward] = OrderedDict()  # oldest first
-        self._graphs: dict[
-            KeptKey, WeightVersion
-        ] = {}  # keys whose graph is kept, oldest first, with its version
-        self._versions: Counter[WeightVersion] = Counter()  # how many of those graphs each has
+        self._cached: OrderedDict[CacheKey, CachedForward] = OrderedDict()
+        """Oldest first."""
+        self._graphs: dict[CacheKey, WeightVersion] = {}
+        """The weights of each pass that has its graph, oldest first."""
+        self._versions: Counter[WeightVersion] = Counter()
+        """How many of those graphs each version has."""
         self._own_bytes = 0
 
     @property
     def bytes(self) -> int:
-        """With older parameters of experts that are there for kept graphs alone. Any thread may ask."""
+        """Includes older parameters of experts, held for cached graphs alone. Safe from any thread."""
         return self._own_bytes + sum(version.bytes for version in list(self._versions))
 
-    def put(self, key: KeptKey, kept: CachedForward, now: float) -> bool:
-        """Keeps it, unless it alone is over the budget even without its graph. Says whether it is kept."""
+    def put(self, key: CacheKey, forward: CachedForward, now: float) -> bool:
+        """Returns whether the pass is cached: not if it is over the budget by itself, even without its graph."""
         self._drop_expired(now)
-        if kept.bytes > self._budget_bytes:
-            kept = replace(kept, graph=None)
-        if kept.bytes > self._budget_bytes:
+        if forward.bytes > self._budget_bytes:
+            forward = forward.without_graph()
+        if forward.bytes > self._budget_bytes:
             return False
         self._remove(key)
-        self._kept[key] = kept
-        self._own_bytes += kept.bytes
-        if kept.graph is not None:
-            self._graphs[key] = kept.graph.version
-            self._versions[kept.graph.version] += 1
+        self._cached[key] = forward
+        self._own_bytes += forward.bytes
+        if forward.rows.graph is not None:
+            version = self._graphs[key] = forward.rows.graph.version
+            self._versions[version] += 1
         self._keep_to_budget()
-        return key in self._kept
+        return key in self._cached
 
-    def take(self, key: KeptKey) -> CachedForward | None:
-        """Hands it over: it is kept no more."""
-        kept = self._remove(key)
+    def take(self, key: CacheKey) -> CachedForward | None:
+        """Removes a pass and returns it."""
+        forward = self._remove(key)
         self._keep_to_budget()
-        return kept
+        return forward
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._cached.clear()
         self._graphs.clear()
         self._versions.clear()
         self._own_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._cached)
 
-    def _remove(self, key: KeptKey) -> CachedForward | None:
-        kept = self._kept.pop(key, None)
-        if kept is not None:
-            self._own_bytes -= kept.bytes
+    def _remove(self, key: CacheKey) -> CachedForward | None:
+        forward = self._cached.pop(key, None)
+        if forward is not None:
+            self._own_bytes -= forward.bytes
             self._forget_graph(key)
-        return kept
+        return forward
 
     def _keep_to_budget(self) -> None:
-        """Versions grow when experts step, at any time."""
+        """Called even when nothing was added, because versions grow whenever an expert steps."""
         while self.bytes > self._budget_bytes:
-            self._give_up_oldest()
+            self._evict_oldest()
 
-    def _give_up_oldest(self) -> None:
+    def _evict_oldest(self) -> None:
         if self._graphs:
             key = next(iter(self._graphs))
-            kept = self._kept[key]
-            self._kept[key] = bare = replace(kept, graph=None)
-            self._own_bytes += bare.bytes - kept.bytes
+            forward = self._cached[key]
+            self._cached[key] = bare = forward.without_graph()
+            self._own_bytes += bare.bytes - forward.bytes
             self._forget_graph(key)
         else:
-            self._remove(next(iter(self._kept)))
+            self._remove(next(iter(self._cached)))
 
-    def _forget_graph(self, key: KeptKey) -> None:
-        """Nothing, when none is kept."""
+    def _forget_graph(self, key: CacheKey) -> None:
+        """Does nothing if the pass has no graph."""
         version = self._graphs.pop(key, None)
         if version is None:
             return
@@ -114,25 +114,25 @@ class ForwardCache:
             del self._versions[version]
 
     def _drop_expired(self, now: float) -> None:
-        """Entries come with equal lifetimes, so the oldest expire first."""
-        while self._kept and next(iter(self._kept.values())).expires_at <= now:
-            self._remove(next(iter(self._kept)))
+        """All passes have the same lifetime, so the oldest expire first."""
+        while self._cached and next(iter(self._cached.values())).expires_at <= now:
+            self._remove(next(iter(self._cached)))
 
 
 class SeenRequests:
-    """The ids of the last backward calls of each caller.
+    """The request ids of each caller's last backward calls.
 
-    When there are too many, whoever has most loses the oldest: a caller that makes up ids pushes out only its own.
+    When there are too many, the caller with the most loses its oldest: a caller that invents ids evicts only its own.
     """
 
     def __init__(self, limit: int) -> None:
-        """`limit`: ids of all callers together."""
+        """`limit`: the number of ids, of all callers together."""
         self._limit = limit
         self._count = 0
         self._by_caller: dict[str, OrderedDict[bytes, None]] = {}
 
     def is_new(self, caller: str, request_id: bytes) -> bool:
-        """Whether this caller's id was not seen before; from now on it was."""
+        """Whether the caller has not used this id before. Remembers it."""
         ids = self._by_caller.setdefault(caller, OrderedDict())
         if request_id in ids:
             return False
@@ -147,9 +147,7 @@ class SeenRequests:
 
     def _forget_one(self, caller: str) -> None:
         share = self._limit // len(self._by_caller)
-        if (
-            len(self._by_caller[caller]) <= share
-        ):  # else it is beyond its share itself, and nobody need be looked for
+        if len(self._by_caller[caller]) <= share:  # otherwise the search for the largest can be spared
             caller = max(self._by_caller, key=lambda name: len(self._by_caller[name]))
         self._by_caller[caller].popitem(last=False)
         self._count -= 1

@@ -23,8 +23,8 @@ from grpc import StatusCode
 
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.serving.batching import BatchQueue, Entry, WorkItem
-from expert_server.serving.compute import Result, compute
+from expert_server.serving.batching import BatchQueue, Entry, Result, WorkItem
+from expert_server.serving.compute import compute
 from peer.errors import ExpertError
 from peer.metrics import SECONDS, Distribution
 
@@ -72,19 +72,6 @@ class _Task:
     def refuse(self) -> None:
         if self.future.set_running_or_notify_cancel():
             self.future.set_exception(ExpertError(StatusCode.UNAVAILABLE, _STOPPING))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Enqueued:
-    """Work that was taken, and its result to come."""
-
-    future: "asyncio.Future[Result]"
-    discard: Callable[[], None]
-
-    def cancel(self) -> None:
-        """Takes the work out of the queue at once: it may be computed in this turn of the loop."""
-        self.discard()
-        self.future.cancel()
 
 
 @dataclass(slots=True)
@@ -141,7 +128,7 @@ class Runtime:
         """Batches whose results the loop has not delivered yet, with how long all threads were busy for each."""
         self._is_told = self._is_starting = False
         """Whether the loop is about to deliver, and to start what waits."""
-        self._waiting: dict[Entry, asyncio.Future[Result]] = {}
+        self._waiting: set[Entry] = set()
         self._leaving = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stats = RuntimeStats()
@@ -174,28 +161,25 @@ class Runtime:
             task.refuse()
         await asyncio.to_thread(self._pool.shutdown)
 
-    async def submit(self, work: WorkItem) -> Result:
-        """Waits for the result; when cancelled, takes the work out of the queue.
+    def enqueue(self, work: WorkItem) -> Entry:
+        """Takes work. The entry's future gets the result; cancelling it takes the work out of the queue.
 
-        Raises ExpertError: NOT_FOUND, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, UNAVAILABLE or INTERNAL.
+        Raises ExpertError, as does the future: NOT_FOUND, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, UNAVAILABLE or
+        INTERNAL.
         """
-        return await self.enqueue(work).future
-
-    def enqueue(self, work: WorkItem) -> "Enqueued":
-        """As `submit`, without waiting."""
         if self._loop is None or self._stopped:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is not serving")
         if work.uid not in self._experts:
             raise ExpertError(StatusCode.NOT_FOUND, _not_hosted(work.uid))
         if self._leaving:
             raise ExpertError(StatusCode.UNAVAILABLE, "this node is leaving")
-        entry = self._push(work)
-        future = self._waiting[entry] = self._loop.create_future()
-        future.add_done_callback(partial(self._forget, entry))
+        entry = self._push(work, self._loop.create_future())
+        self._waiting.add(entry)
+        entry.future.add_done_callback(partial(self._forget, entry))
         if not self._is_starting:  # not now: what else this turn of the loop brings may join
             self._is_starting = True
             self._loop.call_soon(self._start_enqueued)
-        return Enqueued(future, partial(self._discard, entry))
+        return entry
 
     def refuse(self, leaving: bool = True) -> None:
         """From now on new work is refused with UNAVAILABLE; with False it is taken again."""
@@ -204,7 +188,7 @@ class Runtime:
     async def settle(self) -> None:
         """Waits for the work that was taken to be done."""
         while self._waiting:
-            await asyncio.wait(list(self._waiting.values()))
+            await asyncio.wait([entry.future for entry in self._waiting])
 
     def add(self, expert: Expert) -> None:
         """Takes an expert into service, in place of one with the same UID."""
@@ -233,12 +217,12 @@ class Runtime:
         result: T = await asyncio.wrap_future(task.future)
         return result
 
-    def _push(self, work: WorkItem) -> Entry:
+    def _push(self, work: WorkItem, future: "asyncio.Future[Result]") -> Entry:
         try:
             with self._lock:
                 displaced = self._queue.make_room(work)
                 retry_after_s = [self._queue.retry_after_s(other.work.caller) for other in displaced]
-                entry = self._queue.push(work)
+                entry = self._queue.push(work, future, self._discard)
         except ExpertError:
             self._stats.refused += 1
             raise
@@ -249,7 +233,7 @@ class Runtime:
         return entry
 
     def _forget(self, entry: Entry, future: "asyncio.Future[Result]") -> None:
-        del self._waiting[entry]
+        self._waiting.remove(entry)
         if future.cancelled():
             self._discard(entry)
 
@@ -300,7 +284,7 @@ class Runtime:
         assert self._loop is not None, "the runtime was started"
         torch.set_num_threads(threads)  # of this thread alone
         computed = self._compute(expert, batch)
-        rows = sum(entry.work.rows for entry in batch)
+        rows = sum(len(entry.work.rows) for entry in batch)
         with self._lock:
             self._queue.measure(rows, computed.seconds / len(self._busy))
             self._computing -= 1
@@ -331,7 +315,7 @@ class Runtime:
             self._due[expert.uid] = None
 
     def _compute(self, expert: Expert, batch: Sequence[Entry]) -> "_Computed":
-        updates, skipped, rollbacks = expert.update_count, expert.skipped_updates, expert.guard.rollbacks
+        updates, rollbacks = expert.update_count, expert.guard.rollbacks
         start = self._clock()
         try:
             results = compute(expert, [entry.work for entry in batch])
@@ -345,7 +329,7 @@ class Runtime:
             results,
             self._clock() - start,
             expert.update_count - updates,
-            expert.skipped_updates - skipped,
+            sum(isinstance(result, Result) and result.skipped_update for result in results),
             expert.guard.rollbacks - rollbacks,
         )
 
@@ -365,7 +349,7 @@ class Runtime:
     def _count(self, batch: Sequence[Entry], computed: "_Computed", busy_s: float) -> None:
         stats = self._stats
         stats.batches += 1
-        rows = sum(entry.work.rows for entry in batch)
+        rows = sum(len(entry.work.rows) for entry in batch)
         stats.rows += rows
         stats.batch_rows.note(rows)
         stats.batch_s.note(computed.seconds)
@@ -377,21 +361,19 @@ class Runtime:
 
     def _give(self, batch: Sequence[Entry], results: Sequence[Result | ExpertError]) -> None:
         for entry, result in zip(batch, results, strict=True):
-            future = self._waiting.get(entry)
-            if future is None or future.done():
+            if entry.future.done():
                 continue
             if isinstance(result, ExpertError):
-                future.set_exception(result)
+                entry.future.set_exception(result)
             else:
-                future.set_result(result)
+                entry.future.set_result(result)
 
     def _fail(
         self, entries: Iterable[Entry], status: StatusCode, message: str, retry_after_s: float = 0.0
     ) -> None:
         for entry in entries:
-            future = self._waiting.get(entry)
-            if future is not None and not future.done():
-                future.set_exception(ExpertError(status, message, retry_after_s=retry_after_s))
+            if not entry.future.done():
+                entry.future.set_exception(ExpertError(status, message, retry_after_s=retry_after_s))
 
 
 def _not_hosted(uid: UID) -> str:

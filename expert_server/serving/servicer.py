@@ -1,53 +1,29 @@
-"""The gRPC edge of a node: reads calls, refuses what is wrong before it is queued, streams answers as they come.
+"""ExpertService: what trainers call. Checks who calls and what it may cost, then answers the call part by part."""
 
-What one caller may cost a node: rows, and steps of its experts. Pure and bounded: `now` is passed in.
-
-The generic cell rate algorithm: of each caller it is remembered when the work so far would have been done at the rate
-that it is allowed. A call may come while that is no further away than the burst, however large the call is.
-"""
-
-import asyncio
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 
 import grpc
 from grpc import StatusCode
 
-from dht.manifest import Manifest, parse_uid
+from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.serving.batching import Direction, WorkItem
-from expert_server.serving.call import (
-    Call,
-    Context,
-    Done,
-    LostPart,
-    Part,
-    Payload,
-    Reader,
-    Reply,
-    Requests,
-    error_reply,
-    make_part,
-    tensor_rows,
-)
-from expert_server.serving.compute import Result
-from expert_server.serving.forward_cache import CachedForward, ForwardCache, SeenRequests
+from expert_server.serving.batching import Direction, Result, WorkItem
+from expert_server.serving.call import Call, Context, HeaderParser, Requests
+from expert_server.serving.forward_cache import CachedForward, CacheKey, ForwardCache, SeenRequests
 from expert_server.serving.runtime import Runtime
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.codec import encode, encoded_bytes
-from peer.errors import ExpertError, WireError
+from peer.errors import ExpertError
 from peer.rates import Bandwidth
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
-logger = logging.getLogger(__name__)
-
+_RIGHTS = {"forward": session_pb2.RIGHT_FORWARD, "backward": session_pb2.RIGHT_BACKWARD}
 _BURST_S = 5.0
 _EXPERT_BURST_S = 600.0
 _REMEMBERED = 65_536
@@ -55,12 +31,12 @@ _REMEMBERED = 65_536
 
 @dataclass(frozen=True)
 class BudgetLimits:
-    """Of each caller; None: no bound."""
+    """What each caller may use. None means no limit."""
 
     rows_per_s: float | None = None
     """Forward and backward together."""
     updates_per_s: float | None = None
-    """Optimizer steps that its calls cause, of all experts together."""
+    """Optimizer steps of all experts together."""
     expert_updates_per_hour: float | None = None
     """Optimizer steps of one expert."""
 
@@ -75,7 +51,11 @@ class BudgetLimits:
 
 @dataclass
 class _Meter:
-    """One rate, for as many as there are; who was not seen for longest is forgotten, and begins anew."""
+    """One rate, metered for each key by the generic cell rate algorithm.
+
+    Remembers for each key when its work so far would be done at the allowed rate. A call may come while that lies no
+    further ahead than the burst, however large the call is. The key unused for longest is forgotten and starts afresh.
+    """
 
     rate: float | None
     """Per second."""
@@ -83,7 +63,7 @@ class _Meter:
     due: OrderedDict[Hashable, float] = field(default_factory=OrderedDict)
 
     def wait_s(self, key: Hashable, now: float) -> float:
-        """How long until the next may come."""
+        """How long until the next call may come."""
         if self.rate is None:
             return 0.0
         return max(0.0, self.due.get(key, now) - now - self.burst_s)
@@ -98,11 +78,11 @@ class _Meter:
 
 
 class Budgets:
-    """All callers of one node."""
+    """What the callers of one node may cost it: rows, and steps of its experts. Pure and bounded."""
 
     def __init__(self, limits: BudgetLimits) -> None:
         self.refused = 0
-        """Calls that were beyond their caller's budget."""
+        """Calls refused because their caller's budget was spent."""
         hourly = limits.expert_updates_per_hour
         self._rows = _Meter(limits.rows_per_s, _BURST_S)
         self._updates = _Meter(limits.updates_per_s, _BURST_S)
@@ -110,9 +90,9 @@ class Budgets:
         self._bounded = limits != BudgetLimits()
 
     def take(self, caller: str, direction: Direction, parts: Sequence[tuple[UID, int]], now: float) -> None:
-        """Counts a call with so many rows for each expert. Raises ExpertError (RESOURCE_EXHAUSTED): nothing is counted.
+        """Counts a call with so many rows for each expert. Raises ExpertError (RESOURCE_EXHAUSTED), and counts nothing.
 
-        An expert's steps are its parts: several that are merged into one batch take one step, which is each one's.
+        Each expert in a backward call counts as one step, even if its rows are merged with others into one step.
         """
         if not self._bounded:
             return
@@ -135,22 +115,18 @@ class Budgets:
             self._of_expert.take(step, 1, now)
 
 
-MAX_EXPERTS_IN_CALL = 4096
-_RIGHTS = {"forward": session_pb2.RIGHT_FORWARD, "backward": session_pb2.RIGHT_BACKWARD}
-
-
 @dataclass(frozen=True)
 class CallLimits:
-    """What one call may ask for."""
+    """What calls may ask of a node."""
 
     max_call_bytes: int
-    """Payload of one call, in bytes as fp32: what it takes in memory, however it is encoded."""
+    """The payload of one call as float32, which is what it takes in memory however it is encoded."""
     max_call_s: float
-    """Longest that a call may last, whatever deadline it came with, in seconds; also how long a forward is kept."""
+    """How long a call may last, whatever its own deadline, and how long a forward pass is cached."""
     max_kept_bytes: int = 0
-    """Memory for forward passes that are kept until their backward call comes."""
+    """Memory for cached forward passes."""
     remembered_requests: int = 65_536
-    """Backward calls whose ids are remembered, so that none is applied twice."""
+    """How many request ids of backward calls are remembered."""
     budget: BudgetLimits = field(default_factory=BudgetLimits)
 
 
@@ -168,10 +144,10 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
     ) -> None:
         self.calls = 0
         """Forward and backward, since the start."""
-        self.kept = ForwardCache(limits.max_kept_bytes)
+        self.forward_cache = ForwardCache(limits.max_kept_bytes)
         self.budgets = Budgets(limits.budget)
         self._runtime = runtime
-        self._manifest = manifest
+        self._parser = HeaderParser(swarm_id, manifest, limits.max_call_bytes, self.forward_cache)
         self._swarm_id = swarm_id
         self._limits = limits
         self._sessions = sessions
@@ -201,122 +177,40 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         )
 
     async def _serve(self, direction: Direction, requests: Requests, context: Context) -> None:
+        """Answers one call, part by part."""
         self.calls += 1
-        remaining = context.time_remaining()
-        seconds = min(
-            self._limits.max_call_s, remaining if remaining is not None else self._limits.max_call_s
+        remaining_s = context.time_remaining()
+        longest_s = (
+            self._limits.max_call_s if remaining_s is None else min(self._limits.max_call_s, remaining_s)
         )
-        async with abort_on_error(context, seconds, f"the call lasted longer than {seconds:.1f} s"):
+        deadline = time.monotonic() + longest_s
+        async with abort_on_error(context, longest_s, f"the call lasted longer than {longest_s:.1f} s"):
             caller = self._sessions.require(context, _RIGHTS[direction]).name
-            await self._answer_call(direction, requests, context, caller, time.monotonic() + seconds)
+            call = await Call.open(
+                direction, requests, context, caller, self._parser, self._traffic, self._keep
+            )
+            self._admit(direction, call, caller)
+            keep = call.header.keep and direction == "forward"
+            async with call:
+                for part in call.parts:  # in the payload's order
+                    try:
+                        rows = await call.read(part)
+                        work = WorkItem(part.uid, direction, rows, deadline, caller, keep)
+                        call.begin(part, self._runtime.enqueue(work))
+                    except ExpertError as error:  # concerns this part alone
+                        call.refuse(part, error)
+                await call.finish()
 
-    async def _answer_call(
-        self, direction: Direction, requests: Requests, context: Context, caller: str, deadline: float
-    ) -> None:
-        reader = Reader(requests, self._traffic.down)
-        header, chunk = await reader.header()
-        require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
-        parts = self._check_parts(header, direction, caller)
-        self.budgets.take(caller, direction, [(part.uid, part.rows) for part in parts], time.monotonic())
-        if direction == "backward" and not self._seen.is_new(caller, header.request_id):
+    def _admit(self, direction: Direction, call: Call, caller: str) -> None:
+        """Raises ExpertError when the caller's budget is spent, or when this backward call was seen before."""
+        rows = [(part.uid, part.row_count) for part in call.parts]
+        self.budgets.take(caller, direction, rows, time.monotonic())
+        if direction == "backward" and not self._seen.is_new(caller, call.header.request_id):
             raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
 
-        call = Call(direction, header, deadline, context, caller, self._traffic.up)
-        payload = Payload(reader, chunk)
-        writing = asyncio.create_task(self._write_answers(call, len(parts)))
-        try:
-            for index, part in enumerate(parts):
-                size = encoded_bytes(part.rows, header.width, header.codec)
-                inputs = None if isinstance(part, LostPart) or part.kept else await payload.read(size)
-                gradients = await payload.read(size) if direction == "backward" else None
-                if isinstance(part, LostPart):
-                    call.refuse(index, _lost(part))
-                else:
-                    self._begin(call, index, call.work(part, inputs, gradients))
-            await payload.expect_end()
-            await writing
-        finally:
-            call.cancel()
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
-            await call.settle()
-
-    def _begin(self, call: Call, index: int, work: WorkItem) -> None:
-        try:
-            call.begin(index, work, self._runtime.enqueue(work))
-        except ExpertError as error:
-            call.refuse(index, error)
-
-    async def _write_answers(self, call: Call, count: int) -> None:
-        """Writes each expert's reply and tensor, as they come. Those that come together go in one message."""
-        while count:
-            for answer in await call.come():
-                call.put(*self._answer(call, answer) if isinstance(answer, Done) else answer)
-                count -= 1
-            await call.write_ready()
-
-    def _answer(self, call: Call, done: Done) -> Reply:
-        try:
-            result = done.future.result()
-        except ExpertError as error:
-            return error_reply(done.index, error)
-        data = encode(result.tensor.numpy(), call.header.codec)
-        kept = done.work.keep and self._keep(call, done.index, done.work, result)
-        reply = expert_pb2.ExpertReply(
-            index=done.index,
-            update_count=result.update_count,
-            payload_bytes=len(data),
-            kept=kept,
-            skipped_update=result.skipped_update,
-            rolled_back=result.rolled_back,
-        )
-        return reply, data
-
-    def _keep(self, call: Call, index: int, work: WorkItem, result: Result) -> bool:
-        if work.uid not in self._runtime.experts:  # given up meanwhile
+    def _keep(self, key: CacheKey, work: WorkItem, result: Result) -> bool:
+        if work.uid not in self._runtime.experts:  # released in the meantime
             return False
         now = time.monotonic()
-        kept = CachedForward(
-            work.uid, work.inputs, work.lengths, work.positions, result.graph, now + self._limits.max_call_s
-        )
-        return self.kept.put((call.caller, call.header.request_id, index), kept, now)
-
-    def _check_parts(
-        self, header: expert_pb2.CallHeader, direction: Direction, caller: str
-    ) -> list[Part | LostPart]:
-        """The header's experts, once every number in them is known to be right. Raises WireError."""
-        if len(header.request_id) != 16:
-            raise WireError(f"a request id of {len(header.request_id)} bytes; expected 16")
-        if header.width != self._manifest.model.hidden:
-            raise WireError(
-                f"width {header.width}; this swarm's hidden size is {self._manifest.model.hidden}"
-            )
-        if not 1 <= len(header.experts) <= MAX_EXPERTS_IN_CALL:
-            raise WireError(f"{len(header.experts)} experts in one call; expected 1 to {MAX_EXPERTS_IN_CALL}")
-        rows = sum(tensor_rows(expert, direction) for expert in header.experts)
-        encoded_bytes(rows, header.width, header.codec)  # refuses a codec that is not spoken
-        size = 4 * rows * header.width
-        if size > self._limits.max_call_bytes:
-            raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED,
-                f"a call of {size} bytes; at most {self._limits.max_call_bytes}: send fewer rows at once",
-            )
-        return [self._find_part(expert, direction, caller) for expert in header.experts]
-
-    def _find_part(self, expert: expert_pb2.ExpertRows, direction: Direction, caller: str) -> Part | LostPart:
-        if not expert.kept_request_id:
-            return make_part(expert, self._manifest)
-        if direction == "forward" or expert.segment_lengths or expert.positions:
-            raise WireError("a kept forward pass is named in backward calls, without segments and positions")
-        uid = parse_uid(expert.uid, self._manifest)
-        kept = self.kept.take((caller, expert.kept_request_id, expert.kept_index))
-        if kept is None:
-            return LostPart(uid, expert.kept_rows)
-        if (kept.uid, len(kept.positions)) != (uid, expert.kept_rows):
-            raise WireError(f"the kept forward pass is of {len(kept.positions)} rows for expert {kept.uid}")
-        return Part(uid, kept.lengths, kept.positions, kept)
-
-
-def _lost(part: LostPart) -> ExpertError:
-    message = f"the forward pass of expert {part.uid} is kept no more: send its inputs"
-    return ExpertError(StatusCode.FAILED_PRECONDITION, message)
+        rows = replace(work.rows, graph=result.graph)
+        return self.forward_cache.put(key, CachedForward(work.uid, rows, now + self._limits.max_call_s), now)

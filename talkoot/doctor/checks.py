@@ -29,7 +29,8 @@ from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from dht.swarm import Swarm
 from expert_server.experts.devices import check_devices
-from expert_server.experts.expert import BackwardPart, Expert, expert_bytes
+from expert_server.experts.expert import Expert, expert_bytes
+from expert_server.experts.graphs import Rows
 from expert_server.probe import DialledBack, Link, call_dial_back, call_probe
 from expert_server.resources import usable_cores, within_memory
 from expert_server.settings import NodeSettings
@@ -304,8 +305,8 @@ def _rows_per_s(manifest: Manifest, threads: int) -> float:
 
 def _train(expert: Expert, *tensors: torch.Tensor) -> None:
     inputs, gradients, lengths, positions = tensors
-    _, graph = expert.forward_with_graph(inputs, lengths, positions)
-    expert.backward([BackwardPart(inputs, gradients, lengths, positions, graph)])
+    _, graph = expert.forward_with_graph(Rows(inputs, lengths, positions))
+    expert.backward([Rows(inputs, lengths, positions, gradients, graph)])
 
 
 def _write_speed(folder: Path) -> float:

@@ -16,7 +16,9 @@ import torch
 from dht.beam_search import Selection, default_beam_size, select_experts
 from dht.directory import PrefixTables
 from dht.manifest import Manifest
-from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
+from expert_server.experts.optimizer import StepOutcome
 from peer.codec import Floats
 from peer.errors import ExpertError
 from trainer_client.dispatch.batches import ExpertBatch, ForwardPass, group_by_expert
@@ -71,7 +73,7 @@ def run_at_once(coroutine: Coroutine[Any, Any, T]) -> T:
 class LocalForward(ForwardPass):
     """With what the experts need for their backward pass."""
 
-    parts: list[tuple[ExpertBatch, BackwardPart]] = field(default_factory=list)
+    parts: list[tuple[ExpertBatch, Rows]] = field(default_factory=list)
     """The gradients in them are not there yet."""
 
 
@@ -127,16 +129,16 @@ class LocalExperts:
         graph = None
         try:
             if keep:
-                y_RD, graph = expert.forward_with_graph(x_RD, lengths, positions)
+                y_RD, graph = expert.forward_with_graph(Rows(x_RD, lengths, positions))
             else:
-                y_RD = expert.forward(x_RD, lengths, positions)
+                y_RD = expert.forward(Rows(x_RD, lengths, positions))
         except ExpertError as error:
             self._note_failure(error)
             return
         result.outputs[share.rows, share.slots] = y_RD.numpy()
         result.answered[share.rows, share.slots] = True
         if keep:
-            result.parts.append((share, BackwardPart(x_RD, x_RD, lengths, positions, graph)))
+            result.parts.append((share, Rows(x_RD, lengths, positions, x_RD, graph)))
 
     async def backward(self, forward: ForwardPass, gradients: Floats) -> Floats:
         """As the dispatcher's: each expert steps once, after all its rows."""
@@ -147,21 +149,20 @@ class LocalExperts:
                 own = torch.from_numpy(gradients[share.rows, share.slots])
                 total[share.rows] += self._step(
                     self.experts[share.uid],
-                    BackwardPart(part.inputs, own, part.lengths, part.positions, part.graph),
+                    Rows(part.inputs, part.lengths, part.positions, own, part.graph),
                 )
         return total
 
-    def _step(self, expert: Expert, part: BackwardPart) -> Floats:
+    def _step(self, expert: Expert, part: Rows) -> Floats:
         """The gradient of the inputs; zeros when it is not finite."""
-        skipped, rolled_back = expert.skipped_updates, expert.guard.rollbacks
         try:
-            (gradient,) = expert.backward([part])
-            answer: Floats = gradient.numpy()
+            (gradient,), outcome = expert.backward([part])
         except ExpertError as error:
             self._note_failure(error)
-            answer = np.zeros_like(part.inputs.detach().numpy())
-        self.stats.skipped_updates += expert.skipped_updates - skipped
-        self.stats.rollbacks += expert.guard.rollbacks - rolled_back
+            return np.zeros_like(part.inputs.detach().numpy())
+        self.stats.skipped_updates += StepOutcome.SKIPPED in outcome
+        self.stats.rollbacks += StepOutcome.ROLLED_BACK in outcome
+        answer: Floats = gradient.numpy()
         return answer
 
     def _note_failure(self, error: ExpertError) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert, expert_bytes
+from expert_server.experts.expert import Expert, expert_bytes
+from expert_server.experts.graphs import Rows
 
 GUIDE = Path(__file__).parents[2] / "docs" / "expert-kinds.md"
 LENGTHS, POSITIONS = torch.tensor([3, 2]), torch.tensor([0, 2, 3, 1, 5])
@@ -58,12 +59,12 @@ def random_rows(seed: int) -> Tensor:
 def test_the_guides_package_brings_an_expert_that_learns(manifest: Manifest) -> None:
     expert = Expert(AN_UID, manifest)
     assert type(expert.block).__module__ == "talkoot_bottleneck"
-    output = expert.forward(random_rows(0), LENGTHS, POSITIONS)
+    output = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS))
     losses = []
     for _ in range(40):
-        error = expert.forward(random_rows(0), LENGTHS, POSITIONS) - random_rows(1)
+        error = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS)) - random_rows(1)
         losses.append(error.square().mean().item())
-        expert.backward([BackwardPart(random_rows(0), 2 * error / error.numel(), LENGTHS, POSITIONS)])
+        expert.backward([Rows(random_rows(0), LENGTHS, POSITIONS, 2 * error / error.numel())])
     assert output.shape == (5, 16)
     assert losses[-1] < 0.8 * losses[0]
     assert expert.update_count == 40
@@ -72,7 +73,7 @@ def test_the_guides_package_brings_an_expert_that_learns(manifest: Manifest) -> 
 def test_the_guides_expert_starts_equal_and_travels(manifest: Manifest) -> None:
     first, second = Expert(AN_UID, manifest), Expert(AN_UID, manifest)
     torch.testing.assert_close(first.export_state(), second.export_state(), atol=0, rtol=0)
-    first.backward([BackwardPart(random_rows(0), random_rows(1), LENGTHS, POSITIONS)])
+    first.backward([Rows(random_rows(0), LENGTHS, POSITIONS, random_rows(1))])
     second.import_state(first.export_state(), first.update_count)
     torch.testing.assert_close(first.export_state(), second.export_state(), atol=0, rtol=0)
     assert expert_bytes(manifest) > first.state_bytes
@@ -80,6 +81,6 @@ def test_the_guides_expert_starts_equal_and_travels(manifest: Manifest) -> None:
 
 def test_the_guides_expert_keeps_to_the_guides_rules(manifest: Manifest) -> None:
     expert = Expert(AN_UID, manifest)
-    together = expert.forward(random_rows(0), LENGTHS, POSITIONS)
-    alone = expert.forward(random_rows(0)[3:], LENGTHS[1:], POSITIONS[3:])
+    together = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS))
+    alone = expert.forward(Rows(random_rows(0)[3:], LENGTHS[1:], POSITIONS[3:]))
     torch.testing.assert_close(together[3:], alone)

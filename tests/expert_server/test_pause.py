@@ -19,7 +19,8 @@ from real_swarm import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, mak
 from dht.registry import NodeInfo
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
 from expert_server.node import Node
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
@@ -45,7 +46,7 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 def step(expert: Expert) -> None:
     inputs, gradients = torch.randn(2, 5, 8).unbind()
-    expert.backward([BackwardPart(inputs, gradients, torch.tensor([5]), torch.arange(5))])
+    expert.backward([Rows(inputs, torch.tensor([5]), torch.arange(5), gradients)])
 
 
 async def train(node: Node, count: int) -> None:

@@ -24,7 +24,8 @@ from real_swarm import eventually
 from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.batches import Answer, Direction, KeptForward, Request
@@ -109,9 +110,9 @@ class RightCaller:
         inputs, gradients = torch.randn(2, ROWS, HIDDEN, generator=generator).unbind()
         lengths, positions = torch.tensor([ROWS]), torch.arange(ROWS)
         answer = await self._ask("forward", inputs, None, keep=self.calls % 2 == 0)
-        self._assert_close(answer, self._expert.forward(inputs, lengths, positions))
+        self._assert_close(answer, self._expert.forward(Rows(inputs, lengths, positions)))
         answer = await self._ask("backward", inputs, gradients, kept=answer.kept)
-        (expected,) = self._expert.backward([BackwardPart(inputs, gradients, lengths, positions)])
+        (expected,), _ = self._expert.backward([Rows(inputs, lengths, positions, gradients)])
         self._assert_close(answer, expected)
         self.calls += 1
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.expert import Expert
 from expert_server.experts.format import Checkpoint, State
+from expert_server.experts.graphs import Rows
 from expert_server.state.checkpoints import CheckpointStore
 
 MANIFEST = Manifest.model_validate(
@@ -35,7 +36,7 @@ def step(expert: Expert, steps: int = 1) -> Expert:
     for _ in range(steps):
         generator = torch.Generator().manual_seed(expert.update_count)
         inputs, gradients = torch.randn(2, 5, 8, generator=generator).unbind()
-        expert.backward([BackwardPart(inputs, gradients, torch.tensor([5]), torch.arange(5))])
+        expert.backward([Rows(inputs, torch.tensor([5]), torch.arange(5), gradients)])
     return expert
 
 

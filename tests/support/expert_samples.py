@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert
-from expert_server.experts.graphs import ForwardGraph
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import ForwardGraph, Rows
 
 HIDDEN = 16
 ROWS = 12
@@ -48,7 +48,8 @@ def random_rows(seed: int) -> Tensor:
 
 
 def backward(expert: Expert, inputs: Tensor, gradients: Tensor, graph: ForwardGraph | None = None) -> Tensor:
-    return expert.backward([BackwardPart(inputs, gradients, LENGTHS, POSITIONS, graph)])[0]
+    (gradient,), _ = expert.backward([Rows(inputs, LENGTHS, POSITIONS, gradients, graph)])
+    return gradient
 
 
 def parameters_of(expert: Expert) -> list[Tensor]:

@@ -9,7 +9,8 @@ import torch
 from expert_fakes import FakeSwarm, virtual_time
 
 from dht.manifest import Manifest
-from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
 from peer.codec import Floats
 from trainer_client.dispatch.batches import Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
@@ -34,12 +35,12 @@ class LearningSwarm(FakeSwarm):
         lengths, positions = torch.tensor(request.lengths), torch.tensor(request.positions)
         expert = self.experts[request.uid]
         if direction == "forward":
-            answer: Floats = expert.forward(inputs, lengths, positions).numpy()
+            answer: Floats = expert.forward(Rows(inputs, lengths, positions)).numpy()
             return answer
         assert request.gradients is not None
         gradients = torch.from_numpy(request.gradients.copy())
         with torch.enable_grad():
-            (gradient_RD,) = expert.backward([BackwardPart(inputs, gradients, lengths, positions)])
+            (gradient_RD,), _ = expert.backward([Rows(inputs, lengths, positions, gradients)])
         gradient: Floats = gradient_RD.numpy()
         return gradient
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert
-from expert_server.serving.batching import Direction, WorkItem
-from expert_server.serving.compute import Result
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
+from expert_server.serving.batching import Direction, Result, WorkItem
 from expert_server.serving.runtime import Runtime
 from peer.errors import ExpertError
 
@@ -41,15 +41,14 @@ def make_work(
     lengths = torch.tensor([rows] if rows < 3 else [2, rows - 2])
     positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
     backward = direction == "backward"
-    return WorkItem(
-        uid, direction, inputs, gradients if backward else None, lengths, positions, deadline, caller
-    )
+    rows_of_work = Rows(inputs, lengths, positions, gradients if backward else None)
+    return WorkItem(uid, direction, rows_of_work, deadline, caller)
 
 
 def backward_alone(work: WorkItem) -> Tensor:
-    assert work.gradients is not None
     expert = Expert(work.uid, MANIFEST)
-    return expert.backward([BackwardPart(work.inputs, work.gradients, work.lengths, work.positions)])[0]
+    (gradient,), _ = expert.backward([work.rows])
+    return gradient
 
 
 def make_runtime(
@@ -108,11 +107,11 @@ class HeldExpert(Expert):
         self.threads: list[int] = []
         """Of torch, in each forward pass."""
 
-    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+    def forward(self, rows: Rows) -> Tensor:
         self.threads.append(torch.get_num_threads())
         self._reached.set()
         assert self._release.wait(10)
-        return super().forward(x_RD, lengths_S, positions_R)
+        return super().forward(rows)
 
     async def is_computing(self) -> bool:
         return await asyncio.to_thread(self._reached.wait, 10)
@@ -121,9 +120,14 @@ class HeldExpert(Expert):
         self._release.set()
 
 
+async def submit(runtime: Runtime, work: WorkItem) -> Result:
+    """Waits for the result."""
+    return await runtime.enqueue(work).future
+
+
 async def submit_in_order(runtime: Runtime, *works: WorkItem) -> list[asyncio.Task[Result]]:
     """Starts the calls, and returns once all of them are queued."""
-    tasks = [asyncio.create_task(runtime.submit(work)) for work in works]
+    tasks = [asyncio.create_task(submit(runtime, work)) for work in works]
     await asyncio.sleep(0)
     return tasks
 

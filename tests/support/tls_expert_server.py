@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
 from expert_server.probe import ProbeServicer
 from expert_server.serving.batching import Direction
 from expert_server.serving.runtime import Runtime
@@ -204,9 +205,10 @@ class Call:
     def expected(self, expert: Expert, index: int = 0) -> Tensor:
         lengths, positions = torch.tensor(self.lengths), torch.tensor(self.positions)
         if self.direction == "forward":
-            return expert.forward(self.tensors[index], lengths, positions)
+            return expert.forward(Rows(self.tensors[index], lengths, positions))
         inputs, gradients = self.tensors[2 * index : 2 * index + 2]
-        return expert.backward([BackwardPart(inputs, gradients, lengths, positions)])[0]
+        (gradient,), _ = expert.backward([Rows(inputs, lengths, positions, gradients)])
+        return gradient
 
 
 def chunked(data: bytes, size: int = CHUNK_BYTES) -> list[expert_pb2.CallRequest]:

@@ -15,11 +15,12 @@ from expert_samples import (
     parameters_of,
     random_rows,
 )
-from runtime_samples import FIRST, MANIFEST, SECOND, make_runtime, make_work, with_runtime
+from runtime_samples import FIRST, MANIFEST, SECOND, make_runtime, make_work, submit, with_runtime
 
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert
-from expert_server.experts.optimizer import CHECK_EVERY_UPDATES
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
+from expert_server.experts.optimizer import CHECK_EVERY_UPDATES, StepOutcome
 
 Read = Callable[[Expert], object]
 
@@ -27,15 +28,15 @@ Read = Callable[[Expert], object]
 def stepped(may_defer: bool, updates: int = 1) -> Expert:
     expert = Expert(AN_UID, make_manifest())
     for seed in range(updates):
-        part = BackwardPart(random_rows(seed), random_rows(seed + 100), LENGTHS, POSITIONS)
+        part = Rows(random_rows(seed), LENGTHS, POSITIONS, random_rows(seed + 100))
         expert.backward([part], may_defer=may_defer)
     return expert
 
 
 READERS: dict[str, Read] = {
     "settle": Expert.settle,
-    "forward": lambda expert: expert.forward(random_rows(7), LENGTHS, POSITIONS),
-    "forward with graph": lambda expert: expert.forward_with_graph(random_rows(7), LENGTHS, POSITIONS),
+    "forward": lambda expert: expert.forward(Rows(random_rows(7), LENGTHS, POSITIONS)),
+    "forward with graph": lambda expert: expert.forward_with_graph(Rows(random_rows(7), LENGTHS, POSITIONS)),
     "export": Expert.export_state,
 }
 
@@ -71,9 +72,9 @@ def test_what_the_guard_looks_at_is_not_left_for_later() -> None:
 def test_a_skipped_update_leaves_nothing_due() -> None:
     expert = Expert(AN_UID, make_manifest())
     before = parameters_of(expert)
-    part = BackwardPart(random_rows(0), gradients_that_overflow_when_summed(), LENGTHS, POSITIONS)
-    expert.backward([part], may_defer=True)
-    assert (expert.step_is_due, expert.skipped_updates, expert.update_count) == (False, 1, 0)
+    part = Rows(random_rows(0), LENGTHS, POSITIONS, gradients_that_overflow_when_summed())
+    _, outcome = expert.backward([part], may_defer=True)
+    assert (expert.step_is_due, outcome, expert.update_count) == (False, StepOutcome.SKIPPED, 0)
     expert.settle()
     torch.testing.assert_close(parameters_of(expert), before, rtol=0, atol=0)
 
@@ -85,12 +86,13 @@ class SlowStepper(Expert):
         super().__init__(uid, MANIFEST)
         self.release, self.settled = threading.Event(), threading.Event()
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         if not self.step_is_due:
-            return
+            return True
         assert self.release.wait(10)
-        super().settle()
+        is_good = super().settle()
         self.settled.set()
+        return is_good
 
 
 def test_the_answer_does_not_wait_for_the_step_and_the_step_not_for_more_work() -> None:
@@ -98,7 +100,7 @@ def test_the_answer_does_not_wait_for_the_step_and_the_step_not_for_more_work() 
     runtime = make_runtime(expert)
 
     async def scenario() -> None:
-        result = await runtime.submit(make_work(direction="backward"))
+        result = await submit(runtime, make_work(direction="backward"))
         assert result.update_count == 1
         assert not expert.settled.is_set()
         expert.release.set()
@@ -113,7 +115,7 @@ def test_batches_of_other_experts_come_before_steps() -> None:
 
     async def scenario() -> None:
         works = [make_work(direction="backward"), make_work(uid=SECOND, direction="backward")]
-        await asyncio.gather(*(runtime.submit(work) for work in works))
+        await asyncio.gather(*(submit(runtime, work) for work in works))
         assert not first.settled.is_set()
         first.release.set()
 
@@ -125,11 +127,10 @@ def test_what_runs_on_the_threads_sees_the_step_taken() -> None:
     runtime = make_runtime(expert)
     alone = Expert(FIRST, MANIFEST)
     work = make_work(direction="backward")
-    assert work.gradients is not None
-    alone.backward([BackwardPart(work.inputs, work.gradients, work.lengths, work.positions)])
+    alone.backward([work.rows])
 
     async def scenario() -> None:
-        await runtime.submit(work)
+        await submit(runtime, work)
         torch.testing.assert_close(await runtime.run(expert.export_state), alone.export_state())
 
     with_runtime(runtime, scenario)
@@ -143,12 +144,12 @@ def test_a_step_that_fails_is_logged_and_the_expert_goes_on(caplog: pytest.LogCa
         raise RuntimeError("no memory")
 
     async def scenario() -> None:
-        await runtime.submit(make_work(direction="backward"))
+        await submit(runtime, make_work(direction="backward"))
         expert.optimizer.step = fail  # type: ignore[method-assign]
         expert.release.set()
         await runtime.run(lambda: None)
         assert not expert.step_is_due
-        await runtime.submit(make_work())
+        await submit(runtime, make_work())
 
     with_runtime(runtime, scenario)
     assert "failed in an optimizer step" in caplog.text
@@ -159,9 +160,9 @@ def test_a_short_batch_does_not_wait_for_a_long_one() -> None:
     runtime = make_runtime(held, Expert(SECOND, MANIFEST), threads=2)
 
     async def scenario() -> None:
-        await runtime.submit(make_work(direction="backward"))
-        long = asyncio.create_task(runtime.submit(make_work()))  # it takes the step first
-        await runtime.submit(make_work(uid=SECOND))
+        await submit(runtime, make_work(direction="backward"))
+        long = asyncio.create_task(submit(runtime, make_work()))  # it takes the step first
+        await submit(runtime, make_work(uid=SECOND))
         assert not long.done()
         held.release.set()
         await long

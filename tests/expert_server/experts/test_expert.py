@@ -24,7 +24,9 @@ from torch import Tensor
 
 from dht.uid import UID
 from expert_server.blocks import build_block
-from expert_server.experts.expert import BackwardPart, Expert, expert_bytes
+from expert_server.experts.expert import Expert, expert_bytes
+from expert_server.experts.graphs import Rows
+from expert_server.experts.optimizer import StepOutcome
 from peer.errors import ExpertError
 
 
@@ -54,7 +56,7 @@ def test_first_parameters_stay_the_same_between_releases() -> None:
 
 def test_forward_gives_the_outputs_of_the_block_without_a_graph() -> None:
     expert = Expert(AN_UID, make_manifest())
-    output = expert.forward(random_rows(0), LENGTHS, POSITIONS)
+    output = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS))
     assert not output.requires_grad
     assert output.dtype == torch.float32
     torch.testing.assert_close(output, expert.block(random_rows(0), LENGTHS, POSITIONS))
@@ -126,7 +128,7 @@ def test_steps_reduce_a_loss() -> None:
     expert, target = Expert(AN_UID, make_manifest()), random_rows(1)
     losses = []
     for _ in range(30):
-        output = expert.forward(random_rows(0), LENGTHS, POSITIONS)
+        output = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS))
         losses.append((output - target).square().mean().item())
         backward(expert, random_rows(0), 2 * (output - target) / target.numel())
     assert losses[-1] < 0.3 * losses[0]
@@ -156,16 +158,17 @@ def test_step_size_falls_to_a_tenth_where_the_manifest_says_so() -> None:
 def test_parameter_gradients_that_are_not_finite_skip_the_update() -> None:
     expert = Expert(AN_UID, make_manifest())
     before = parameters_of(expert)
-    gradient = backward(expert, random_rows(0), gradients_that_overflow_when_summed())
+    rows = Rows(random_rows(0), LENGTHS, POSITIONS, gradients_that_overflow_when_summed())
+    (gradient,), outcome = expert.backward([rows])
     assert gradient.isfinite().all()
     torch.testing.assert_close(parameters_of(expert), before, atol=0, rtol=0)
-    assert (expert.update_count, expert.skipped_updates) == (0, 1)
+    assert (expert.update_count, outcome) == (0, StepOutcome.SKIPPED)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda expert: expert.forward(torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS),
+        lambda expert: expert.forward(Rows(torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS)),
         lambda expert: backward(expert, random_rows(0), torch.full((ROWS, HIDDEN), 3e38)),
     ],
     ids=["forward", "backward"],
@@ -218,8 +221,8 @@ def test_estimating_an_expert_draws_no_random_numbers() -> None:
 
 def test_a_kept_graph_gives_what_computing_again_gives() -> None:
     kept, plain = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
-    output, graph = kept.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
-    torch.testing.assert_close(output, plain.forward(random_rows(0), LENGTHS, POSITIONS))
+    output, graph = kept.forward_with_graph(Rows(random_rows(0), LENGTHS, POSITIONS))
+    torch.testing.assert_close(output, plain.forward(Rows(random_rows(0), LENGTHS, POSITIONS)))
     torch.testing.assert_close(
         backward(kept, random_rows(0), random_rows(1), graph), backward(plain, random_rows(0), random_rows(1))
     )
@@ -228,18 +231,18 @@ def test_a_kept_graph_gives_what_computing_again_gives() -> None:
 
 def test_parts_of_one_backward_take_one_step_on_the_sum_of_their_gradients() -> None:
     expert, plain = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
-    _, graph = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
+    _, graph = expert.forward_with_graph(Rows(random_rows(0), LENGTHS, POSITIONS))
     expert.backward(
         [
-            BackwardPart(random_rows(0), random_rows(1), LENGTHS, POSITIONS, graph),
-            BackwardPart(random_rows(2), random_rows(3), LENGTHS, POSITIONS),
+            Rows(random_rows(0), LENGTHS, POSITIONS, random_rows(1), graph),
+            Rows(random_rows(2), LENGTHS, POSITIONS, random_rows(3)),
         ]
     )
-    joined = BackwardPart(
+    joined = Rows(
         torch.cat([random_rows(0), random_rows(2)]),
-        torch.cat([random_rows(1), random_rows(3)]),
         torch.cat([LENGTHS, LENGTHS]),
         torch.cat([POSITIONS, POSITIONS]),
+        torch.cat([random_rows(1), random_rows(3)]),
     )
     plain.backward([joined])
     assert expert.update_count == plain.update_count == 1
@@ -248,6 +251,6 @@ def test_parts_of_one_backward_take_one_step_on_the_sum_of_their_gradients() -> 
 
 def test_the_memory_of_a_graph_grows_with_its_rows() -> None:
     expert = Expert(AN_UID, make_manifest())
-    _, small = expert.forward_with_graph(random_rows(0)[:5], LENGTHS[:1], POSITIONS[:5])
-    _, large = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
+    _, small = expert.forward_with_graph(Rows(random_rows(0)[:5], LENGTHS[:1], POSITIONS[:5]))
+    _, large = expert.forward_with_graph(Rows(random_rows(0), LENGTHS, POSITIONS))
     assert 5 * HIDDEN * 4 < small.bytes < large.bytes

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from expert_server.experts.devices import ComputeDevice
-from expert_server.experts.expert import BackwardPart, Expert, expert_bytes
+from expert_server.experts.expert import Expert, expert_bytes
+from expert_server.experts.graphs import Rows
+from expert_server.experts.optimizer import StepOutcome
 from peer.errors import ExpertError
 from peer.layers import Activation, Norm
 
@@ -50,7 +52,7 @@ def train(expert: Expert, steps: int) -> list[float]:
     """Fits fixed outputs; the loss before each step."""
     losses = []
     for _ in range(steps):
-        error = expert.forward(random_rows(0), LENGTHS, POSITIONS) - random_rows(1)
+        error = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS)) - random_rows(1)
         losses.append(error.square().mean().item())
         backward(expert, random_rows(0), 2 * error / error.numel())
     return losses
@@ -64,11 +66,11 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 @on_each_device
 def test_outputs_and_gradients_are_near_the_cpus_in_float32(make_device: MakeDevice) -> None:
     expert, reference = Expert(AN_UID, make_manifest(), make_device()), Expert(AN_UID, make_manifest())
-    outputs = expert.forward(random_rows(0), LENGTHS, POSITIONS)
+    outputs = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS))
     gradients = backward(expert, random_rows(0), random_rows(1))
     assert outputs.device == gradients.device == torch.device("cpu")
     assert outputs.dtype == gradients.dtype == torch.float32
-    assert_near(outputs, reference.forward(random_rows(0), LENGTHS, POSITIONS))
+    assert_near(outputs, reference.forward(Rows(random_rows(0), LENGTHS, POSITIONS)))
     assert_near(gradients, backward(reference, random_rows(0), random_rows(1)))
 
 
@@ -86,9 +88,8 @@ def test_an_expert_learns_and_keeps_its_parameters_in_float32(make_device: MakeD
 def test_bfloat16_is_really_used() -> None:
     rounded = Expert(AN_UID, make_manifest(), ComputeDevice(precision="bf16"))
     plain = Expert(AN_UID, make_manifest())
-    differences = rounded.forward(random_rows(0), LENGTHS, POSITIONS) - plain.forward(
-        random_rows(0), LENGTHS, POSITIONS
-    )
+    rows = Rows(random_rows(0), LENGTHS, POSITIONS)
+    differences = rounded.forward(rows) - plain.forward(rows)
     assert differences.abs().max() > 1e-4
 
 
@@ -109,8 +110,8 @@ def test_a_state_travels_between_devices(make_device: MakeDevice) -> None:
 @on_each_device
 def test_a_kept_graph_gives_what_computing_again_gives(make_device: MakeDevice) -> None:
     kept, plain = (Expert(AN_UID, make_manifest(), make_device()) for _ in range(2))
-    output, graph = kept.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
-    torch.testing.assert_close(output, plain.forward(random_rows(0), LENGTHS, POSITIONS))
+    output, graph = kept.forward_with_graph(Rows(random_rows(0), LENGTHS, POSITIONS))
+    torch.testing.assert_close(output, plain.forward(Rows(random_rows(0), LENGTHS, POSITIONS)))
     torch.testing.assert_close(
         backward(kept, random_rows(0), random_rows(1), graph), backward(plain, random_rows(0), random_rows(1))
     )
@@ -121,9 +122,10 @@ def test_bad_numbers_change_nothing(make_device: MakeDevice) -> None:
     expert = Expert(AN_UID, make_manifest(), make_device())
     before = parameters_of(expert)
     with pytest.raises(ExpertError, match="are not finite"):
-        expert.forward(torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS)
-    backward(expert, random_rows(0), gradients_that_overflow_when_summed())
-    assert (expert.update_count, expert.skipped_updates) == (0, 1)
+        expert.forward(Rows(torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS))
+    rows = Rows(random_rows(0), LENGTHS, POSITIONS, gradients_that_overflow_when_summed())
+    _, outcome = expert.backward([rows])
+    assert (expert.update_count, outcome) == (0, StepOutcome.SKIPPED)
     torch.testing.assert_close(parameters_of(expert), before, atol=0, rtol=0)
 
 
@@ -144,7 +146,7 @@ def test_the_memory_of_a_graph_is_what_autograd_keeps(precision: str, rows: int)
     expert = Expert(
         AN_UID, make_manifest(), ComputeDevice(precision="bf16" if precision == "bf16" else "fp32")
     )
-    expert.forward_with_graph(random_rows(0), torch.tensor([ROWS]), torch.arange(ROWS))
+    expert.forward_with_graph(Rows(random_rows(0), torch.tensor([ROWS]), torch.arange(ROWS)))
     x = torch.randn(rows, HIDDEN, requires_grad=True)
     kept: dict[int, Tensor] = {}
 
@@ -156,7 +158,7 @@ def test_the_memory_of_a_graph_is_what_autograd_keeps(precision: str, rows: int)
         expert.block(x, torch.tensor([rows]), torch.arange(rows))
     for parameter in expert.block.parameters():
         kept.pop(parameter.data_ptr(), None)
-    _, graph = expert.forward_with_graph(x, torch.tensor([rows]), torch.arange(rows))
+    _, graph = expert.forward_with_graph(Rows(x, torch.tensor([rows]), torch.arange(rows)))
     assert graph.bytes == pytest.approx(storage_bytes(kept.values()), rel=0.2)
 
 
@@ -213,6 +215,6 @@ def test_the_memory_of_an_expert_is_as_estimated(
     expert.optimizer.step = step  # type: ignore[method-assign]
     x = torch.randn(1, 64)
     for _ in range(2):
-        expert.backward([BackwardPart(x, x, torch.tensor([1]), torch.tensor([0]))])
+        expert.backward([Rows(x, torch.tensor([1]), torch.tensor([0]), x)])
         expert.guard.keep()
     assert peaks[-1] == pytest.approx(expert_bytes(manifest), rel=0.03)

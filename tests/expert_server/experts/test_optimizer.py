@@ -100,15 +100,16 @@ import torch
 import talkoot.node.launch
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert, expert_bytes
+from expert_server.experts.expert import Expert, expert_bytes
+from expert_server.experts.graphs import Rows
 
 model = ModelSpec(hidden=16, heads=2, feed_forward=32)
 manifest = Manifest(name="test", model=model, experts=ExpertSpec(kind="transformer"))
 assert expert_bytes(manifest) > 0
 expert = Expert(UID(0, (0, 0)), manifest)
 rows, positions = torch.ones(3, 16), torch.arange(3)
-_, graph = expert.forward_with_graph(rows, torch.tensor([3]), positions)
-expert.backward([BackwardPart(rows, 1e3 * rows, torch.tensor([3]), positions, graph)])
+_, graph = expert.forward_with_graph(Rows(rows, torch.tensor([3]), positions))
+expert.backward([Rows(rows, torch.tensor([3]), positions, 1e3 * rows, graph)])
 expert.import_state(expert.export_state(), expert.update_count)
 assert expert.update_count == 1
 print(*sys.modules)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
 from expert_server.experts.optimizer import CHECK_EVERY_UPDATES, KEEP_EVERY_UPDATES
 from peer.errors import ExpertError
 
@@ -42,10 +43,10 @@ def train(expert: Expert, updates: int, seed: int = 0) -> list[float]:
     """Fits fixed outputs; the loss before each update."""
     losses = []
     for _ in range(updates):
-        output = expert.forward(random_rows(seed), LENGTHS, POSITIONS)
+        output = expert.forward(Rows(random_rows(seed), LENGTHS, POSITIONS))
         error = output - random_rows(seed + 1)
         losses.append(error.square().mean().item())
-        expert.backward([BackwardPart(random_rows(seed), 2 * error / error.numel(), LENGTHS, POSITIONS)])
+        expert.backward([Rows(random_rows(seed), LENGTHS, POSITIONS, 2 * error / error.numel())])
     return losses
 
 
@@ -110,14 +111,14 @@ def test_callers_cannot_cause_a_rollback_with_numbers_that_overflow() -> None:
     expert = make_expert()
     for _ in range(3 * CHECK_EVERY_UPDATES):
         with pytest.raises(ExpertError):
-            expert.forward(torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS)
+            expert.forward(Rows(torch.full((ROWS, HIDDEN), 3e38), LENGTHS, POSITIONS))
     assert expert.guard.rollbacks == 0
 
 
 def test_a_graph_from_before_a_rollback_is_not_used() -> None:
     expert = make_expert()
     train(expert, 1)
-    _, graph = expert.forward_with_graph(random_rows(0), LENGTHS, POSITIONS)
+    _, graph = expert.forward_with_graph(Rows(random_rows(0), LENGTHS, POSITIONS))
     assert expert.is_good(graph)
     poison(expert, lambda parameter: parameter * torch.nan)
     assert not expert.guard.check()

@@ -16,6 +16,7 @@ from dht.directory import Directory
 from dht.registry import ReplicaState
 from dht.uid import UID
 from expert_server.experts.format import State
+from expert_server.experts.graphs import Rows
 from expert_server.node import Node
 from expert_server.serving.batching import WorkItem
 from expert_server.status import NodeState
@@ -155,10 +156,10 @@ def test_a_leaving_replica_is_called_no_more_and_still_counts_as_a_host(play: Pl
         view = await Directory(observer.registry, observer.manifest, refresh_every_s=60).refresh()
         assert view.live_experts() == 0
         assert {r.state for hosts in view.replicas.values() for r in hosts} == {ReplicaState.LEAVING}
-        rows = torch.ones(1, 8), torch.tensor([1]), torch.tensor([0])
-        work = WorkItem(UIDS[0], "forward", rows[0], None, rows[1], rows[2], deadline=1e12, caller="test")
+        rows = Rows(torch.ones(1, 8), torch.tensor([1]), torch.tensor([0]))
+        work = WorkItem(UIDS[0], "forward", rows, deadline=1e12, caller="test")
         with pytest.raises(ExpertError, match="this node is leaving"):
-            await node.runtime.submit(work)
+            node.runtime.enqueue(work)
 
     play(scenario)
 

@@ -10,8 +10,9 @@ from real_swarm import LOCAL, UIDS, Play, Village, end, eventually, make_identit
 
 from dht.swarm import found_swarm
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.expert import Expert
 from expert_server.experts.format import State
+from expert_server.experts.graphs import Rows
 from expert_server.node import Node
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -34,7 +35,7 @@ def step(expert: Expert) -> None:
     """An optimizer step that depends on the expert and its update count alone."""
     generator = torch.Generator().manual_seed(expert.update_count)
     inputs, gradients = torch.randn(2, 5, 8, generator=generator).unbind()
-    expert.backward([BackwardPart(inputs, gradients, torch.tensor([5]), torch.arange(5))])
+    expert.backward([Rows(inputs, torch.tensor([5]), torch.arange(5), gradients)])
 
 
 async def train(node: Node, updates: Mapping[UID, int]) -> dict[UID, State]:

@@ -1,3 +1,4 @@
+import asyncio
 from collections import Counter
 from collections.abc import Set
 from itertools import combinations, count
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.uid import UID
+from expert_server.experts.graphs import Rows
 from expert_server.serving.batching import BatchQueue, Direction, Entry, WorkItem
 from peer.errors import ExpertError
 
@@ -29,13 +31,23 @@ def make_work(
     inputs = torch.empty(rows, 1)
     gradients = inputs if direction == "backward" else None
     positions = torch.empty(rows, dtype=torch.int64)
-    return WorkItem(uid, direction, inputs, gradients, torch.tensor([rows]), positions, deadline, caller)
+    rows_of_work = Rows(inputs, torch.tensor([rows]), positions, gradients)
+    return WorkItem(uid, direction, rows_of_work, deadline, caller)
+
+
+LOOP = asyncio.new_event_loop()
+LOOP.close()
+
+
+def add(queue: BatchQueue, work: WorkItem) -> Entry:
+    """With a future that nobody waits for."""
+    return queue.push(work, asyncio.Future(loop=LOOP), queue.discard)
 
 
 def push(queue: BatchQueue, work: WorkItem) -> tuple[Entry, list[Entry]]:
     """As the runtime does; and what had to make room."""
     displaced = queue.make_room(work)
-    return queue.push(work), displaced
+    return add(queue, work), displaced
 
 
 class ModelQueue:
@@ -53,24 +65,24 @@ class ModelQueue:
         return self.rows_of(None)
 
     def rows_of(self, caller: str | None) -> int:
-        return sum(entry.work.rows for entry in self.entries if caller in (None, entry.work.caller))
+        return sum(len(entry.work.rows) for entry in self.entries if caller in (None, entry.work.caller))
 
     def displaced_by(self, work: WorkItem) -> list[Entry]:
         displaced: list[Entry] = []
-        if self.rows + work.rows > self.max_queued_rows and not self.is_beyond_share(work):
+        if self.rows + len(work.rows) > self.max_queued_rows and not self.is_beyond_share(work):
             for entry in sorted(self.entries, key=self.place, reverse=True):
-                left = self.rows_of(entry.work.caller) - sum(e.work.rows for e in displaced)
+                left = self.rows_of(entry.work.caller) - sum(len(e.work.rows) for e in displaced)
                 if entry.work.caller != work.caller and left > self.share:
                     displaced.append(entry)
-        left = self.rows - sum(entry.work.rows for entry in displaced)
-        return displaced if left + work.rows <= self.max_queued_rows else []
+        left = self.rows - sum(len(entry.work.rows) for entry in displaced)
+        return displaced if left + len(work.rows) <= self.max_queued_rows else []
 
     def is_beyond_share(self, work: WorkItem) -> bool:
         own = self.rows_of(work.caller)
-        return self.rows > own and own + work.rows > self.share
+        return self.rows > own and own + len(work.rows) > self.share
 
     def refuses(self, work: WorkItem) -> bool:
-        return self.is_beyond_share(work) or self.rows + work.rows > self.max_queued_rows
+        return self.is_beyond_share(work) or self.rows + len(work.rows) > self.max_queued_rows
 
     def add(self, entry: Entry) -> None:
         caller = entry.work.caller
@@ -100,11 +112,11 @@ class ModelQueue:
             self.virtual_time = min(self.virtual_times[entry.work.caller] for entry in self.entries)
             while joining := [e for e in self.entries if e.work.key == chosen.work.key and e not in batch]:
                 entry = min(joining, key=self.turn)
-                rows = entry.work.rows + sum(e.work.rows for e in batch)
-                lead = self.virtual_times[entry.work.caller] + entry.work.rows - turn
+                rows = len(entry.work.rows) + sum(len(e.work.rows) for e in batch)
+                lead = self.virtual_times[entry.work.caller] + len(entry.work.rows) - turn
                 if batch and max(rows, lead) > self.max_batch_rows:
                     break
-                self.virtual_times[entry.work.caller] += entry.work.rows
+                self.virtual_times[entry.work.caller] += len(entry.work.rows)
                 batch.append(entry)
             self.take(batch)
         return batch, expired
@@ -136,9 +148,9 @@ def test_queue_does_what_full_scans_would(steps: list[object]) -> None:
                 model.take(displaced)
                 if model.refuses(step):
                     with pytest.raises(ExpertError):
-                        queue.push(step)
+                        add(queue, step)
                 else:
-                    pushed.append(queue.push(step))
+                    pushed.append(add(queue, step))
                     model.add(pushed[-1])
             case "pop", int(elapsed), frozenset() as busy:
                 now += elapsed
@@ -159,7 +171,7 @@ def test_queue_does_what_full_scans_would(steps: list[object]) -> None:
 def test_earliest_deadline_chooses_the_expert_and_the_order_in_its_batch() -> None:
     queue = BatchQueue(100, 10)
     late, other, early = (
-        queue.push(make_work(uid=uid, deadline=deadline))
+        add(queue, make_work(uid=uid, deadline=deadline))
         for uid, deadline in ((FIRST, 9.0), (SECOND, 5.0), (FIRST, 1.0))
     )
     assert queue.pop(0.0) == ([early, late], [])
@@ -168,35 +180,35 @@ def test_earliest_deadline_chooses_the_expert_and_the_order_in_its_batch() -> No
 
 def test_directions_are_not_merged_and_backward_goes_first() -> None:
     queue = BatchQueue(100, 100)
-    forward = queue.push(make_work(direction="forward", deadline=1.0))
-    backward = queue.push(make_work(direction="backward", deadline=2.0))
+    forward = add(queue, make_work(direction="forward", deadline=1.0))
+    backward = add(queue, make_work(direction="backward", deadline=2.0))
     assert queue.pop(0.0) == ([backward], [])
     assert queue.pop(0.0) == ([forward], [])
 
 
 def test_backward_of_one_caller_does_not_go_before_forward_of_another() -> None:
     queue = BatchQueue(100, 4)
-    forward = queue.push(make_work(caller="a"))
-    backward = [queue.push(make_work(direction="backward", caller="b")) for _ in range(2)]
+    forward = add(queue, make_work(caller="a"))
+    backward = [add(queue, make_work(direction="backward", caller="b")) for _ in range(2)]
     assert [queue.pop(0.0)[0] for _ in range(3)] == [[backward[0]], [forward], [backward[1]]]
 
 
 def test_callers_of_one_expert_share_a_batch() -> None:
     queue = BatchQueue(100, 100)
-    entries = [queue.push(make_work(caller=caller)) for caller in "abc"]
+    entries = [add(queue, make_work(caller=caller)) for caller in "abc"]
     assert queue.pop(0.0) == (entries, [])
 
 
 def test_work_larger_than_a_batch_runs_alone() -> None:
     queue = BatchQueue(100, 10)
-    large, small = queue.push(make_work(rows=50)), queue.push(make_work(rows=1))
+    large, small = add(queue, make_work(rows=50)), add(queue, make_work(rows=1))
     assert queue.pop(0.0) == ([large], [])
     assert queue.pop(0.0) == ([small], [])
 
 
 def test_expired_work_is_never_in_a_batch() -> None:
     queue = BatchQueue(100, 100)
-    expired, alive = queue.push(make_work(deadline=1.0)), queue.push(make_work(deadline=2.0))
+    expired, alive = add(queue, make_work(deadline=1.0)), add(queue, make_work(deadline=2.0))
     assert queue.pop(1.0) == ([alive], [expired])
 
 
@@ -228,7 +240,7 @@ def test_served_rows_of_waiting_callers_stay_within_one_batch_or_work(
         for name in active:
             while waiting[name] < depth:
                 rows, uid, direction, deadline = cycles[name][pushed[name] % len(cycles[name])]
-                queue.push(make_work(rows, uid, direction, deadline, name))
+                add(queue, make_work(rows, uid, direction, deadline, name))
                 waiting[name] += rows
                 pushed[name] += 1
         batch, expired = queue.pop(0.0)
@@ -236,8 +248,8 @@ def test_served_rows_of_waiting_callers_stay_within_one_batch_or_work(
         assert not computed & set(batch)
         computed |= set(batch)
         for entry in batch:
-            waiting[entry.work.caller] -= entry.work.rows
-            served[entry.work.caller] += entry.work.rows
+            waiting[entry.work.caller] -= len(entry.work.rows)
+            served[entry.work.caller] += len(entry.work.rows)
         if batch_number >= head_start:
             # at most BOUND from equal virtual times; those that came earlier may have been BOUND ahead or behind
             most = BOUND if head_start == 0 else 2 * BOUND
@@ -253,7 +265,7 @@ def test_nothing_is_lost_or_computed_twice_and_nothing_expired_is_computed(
     pushed: list[Entry] = []
     done: list[Entry] = []
     for work, pops in steps:
-        pushed.append(queue.push(work))
+        pushed.append(add(queue, work))
         if pops:
             now = next(clock)
             batch, expired = queue.pop(now)
@@ -269,8 +281,8 @@ def test_nothing_is_lost_or_computed_twice_and_nothing_expired_is_computed(
 def test_a_caller_with_short_deadlines_does_not_starve_others() -> None:
     queue = BatchQueue(10**6, 10)
     for _ in range(100):
-        queue.push(make_work(10, deadline=1.0, caller="greedy"))
-    patient = queue.push(make_work(10, SECOND, deadline=1000.0, caller="patient"))
+        add(queue, make_work(10, deadline=1.0, caller="greedy"))
+    patient = add(queue, make_work(10, SECOND, deadline=1000.0, caller="patient"))
     batches = [queue.pop(0.0)[0] for _ in range(2)]
     assert [patient] in batches
 
@@ -278,21 +290,21 @@ def test_a_caller_with_short_deadlines_does_not_starve_others() -> None:
 def test_a_caller_that_leaves_and_returns_has_not_gained_by_it() -> None:
     queue = BatchQueue(10**6, 10)
     for _ in range(4):
-        queue.push(make_work(10, deadline=5.0, caller="steady"))
+        add(queue, make_work(10, deadline=5.0, caller="steady"))
     served = []
     for _ in range(4):
         if not queue._rows_of("returning"):
-            queue.push(make_work(10, SECOND, deadline=1.0, caller="returning"))
+            add(queue, make_work(10, SECOND, deadline=1.0, caller="returning"))
         served += [entry.work.caller for entry in queue.pop(0.0)[0]]
     assert Counter(served) == {"returning": 2, "steady": 2}
 
 
 def test_callers_that_come_and_go_leave_nothing_behind() -> None:
     queue = BatchQueue(10**6, 10)
-    queue.push(make_work(1, SECOND, deadline=1e6, caller="stays"))
+    add(queue, make_work(1, SECOND, deadline=1e6, caller="stays"))
     for n in range(5000):
-        queue.push(make_work(1, deadline=1.0, caller=f"passing {n}"))
-        queue.push(make_work(1, SECOND, deadline=1e6, caller="stays"))
+        add(queue, make_work(1, deadline=1.0, caller=f"passing {n}"))
+        add(queue, make_work(1, SECOND, deadline=1e6, caller="stays"))
         queue.pop(0.0)
     assert len(queue._ahead) <= 1024
     queue.clear()
@@ -304,38 +316,38 @@ def test_callers_that_come_and_go_leave_nothing_behind() -> None:
 
 def test_full_queue_says_when_to_ask_again() -> None:
     queue = BatchQueue(10, 10)
-    queue.push(make_work(rows=8))
+    add(queue, make_work(rows=8))
     queue.measure(rows=100, seconds=50.0)
     with pytest.raises(ExpertError, match="no room for 3 rows: 8 of at most 10 wait already") as caught:
-        queue.push(make_work(rows=3))
+        add(queue, make_work(rows=3))
     assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
     assert caught.value.retry_after_s == pytest.approx(4.0)
 
 
 def test_a_caller_alone_may_fill_the_queue() -> None:
     queue = BatchQueue(10, 10)
-    queue.push(make_work(rows=6))
-    queue.push(make_work(rows=4))
+    add(queue, make_work(rows=6))
+    add(queue, make_work(rows=4))
     assert queue.rows == 10
 
 
 def test_while_others_wait_a_caller_may_have_half_of_the_queue() -> None:
     queue = BatchQueue(100, 10)
-    queue.push(make_work(rows=1, caller="other"))
-    queue.push(make_work(rows=49, caller="greedy"))
+    add(queue, make_work(rows=1, caller="other"))
+    add(queue, make_work(rows=49, caller="greedy"))
     queue.measure(rows=100, seconds=1.0)
     with pytest.raises(
         ExpertError, match="49 of yours wait, and while others wait you may have 50"
     ) as caught:
-        queue.push(make_work(rows=2, caller="greedy"))
+        add(queue, make_work(rows=2, caller="greedy"))
     assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
     assert caught.value.retry_after_s == pytest.approx(0.5)
-    queue.push(make_work(rows=49, caller="other"))
+    add(queue, make_work(rows=49, caller="other"))
 
 
 def test_who_comes_to_a_full_queue_gets_room_from_the_one_that_filled_it() -> None:
     queue = BatchQueue(10, 10)
-    early, *late = (queue.push(make_work(5, deadline=d, caller="greedy")) for d in (1.0, 2.0))
+    early, *late = (add(queue, make_work(5, deadline=d, caller="greedy")) for d in (1.0, 2.0))
     entry, displaced = push(queue, make_work(1, caller="other"))
     assert displaced == late
     assert queue.pop(0.0) == ([early, entry], [])
@@ -343,7 +355,7 @@ def test_who_comes_to_a_full_queue_gets_room_from_the_one_that_filled_it() -> No
 
 def test_no_one_is_displaced_for_work_that_is_refused_anyway() -> None:
     queue = BatchQueue(10, 10)
-    queue.push(make_work(10, caller="greedy"))
+    add(queue, make_work(10, caller="greedy"))
     assert queue.make_room(make_work(6, caller="other")) == []
     assert queue.rows == 10
 
@@ -351,8 +363,8 @@ def test_no_one_is_displaced_for_work_that_is_refused_anyway() -> None:
 def test_no_one_is_displaced_when_the_room_would_not_be_enough() -> None:
     queue = BatchQueue(8, 8)
     for rows, deadline in ((4, 1.0), (1, 2.0)):
-        queue.push(make_work(rows, deadline=deadline, caller="greedy"))
-    queue.push(make_work(3, caller="other"))
+        add(queue, make_work(rows, deadline=deadline, caller="greedy"))
+    add(queue, make_work(3, caller="other"))
     assert queue.make_room(make_work(4, caller="third")) == []  # one row less would not do
     assert queue.rows == 8
 
@@ -368,13 +380,13 @@ def test_steps_over_a_slow_link_stay_apart_unless_their_work_is_merged(
     now = busy_s = 0.0
     while now < 100:
         for _ in range(sum(arrives <= now for arrives in on_the_way)):
-            queue.push(make_work(rows))
+            add(queue, make_work(rows))
             on_the_way.remove(min(on_the_way))
         batch, _ = queue.pop(now)
         if not batch:
             now = min(on_the_way)
             continue
-        took_s = sum(entry.work.rows for entry in batch) * row_s
+        took_s = sum(len(entry.work.rows) for entry in batch) * row_s
         now, busy_s = now + took_s, busy_s + took_s
         on_the_way += [now + link_s] * len(batch)
     assert least <= busy_s / now <= most

@@ -12,8 +12,9 @@ from tls_expert_server import FIRST, MANIFEST, ROWS, Call, Edge, Runner, make, r
 
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.serving.batching import Direction, WorkItem
-from expert_server.serving.compute import MOST_APART, Result, by_size, compute
+from expert_server.experts.graphs import Rows
+from expert_server.serving.batching import Direction, Result, WorkItem
+from expert_server.serving.compute import MOST_APART, by_size, compute
 from expert_server.serving.servicer import BudgetLimits, Budgets
 from expert_server.settings import NodeSettings
 from peer.errors import ExpertError
@@ -112,9 +113,8 @@ def work(caller: str, size: float, seed: int = 0) -> WorkItem:
     generator = torch.Generator().manual_seed(seed)
     width = MANIFEST.model.hidden
     inputs, gradients = (torch.randn(4, width, generator=generator) for _ in range(2))
-    return WorkItem(
-        FIRST, "backward", inputs, size * gradients, torch.tensor([4]), torch.arange(4), 1e9, caller
-    )
+    rows = Rows(inputs, torch.tensor([4]), torch.arange(4), size * gradients)
+    return WorkItem(FIRST, "backward", rows, 1e9, caller)
 
 
 def change(batch: list[WorkItem]) -> torch.Tensor:
@@ -157,6 +157,6 @@ def test_results_come_in_the_order_of_the_works() -> None:
     assert expert.update_count == 3
     for result, each in zip(results, batch, strict=True):
         assert isinstance(result, Result)
-        assert each.gradients is not None
-        ratio = result.tensor.norm() / each.gradients.norm().clamp(min=1e-30)
+        assert each.rows.gradients is not None
+        ratio = result.tensor.norm() / each.rows.gradients.norm().clamp(min=1e-30)
         assert ratio < 100

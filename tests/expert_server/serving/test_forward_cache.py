@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from dht.uid import UID
-from expert_server.experts.graphs import ForwardGraph, WeightVersion
+from expert_server.experts.graphs import ForwardGraph, Rows, WeightVersion
 from expert_server.serving.forward_cache import CachedForward, ForwardCache
 
 AN_UID = UID(0, (0, 0))
@@ -17,8 +18,13 @@ BARE = 4 * 8 + 2 * 8  # bytes of inputs, length and position of `a_forward`
 
 
 def a_version(size: int = 0) -> WeightVersion:
-    version = WeightVersion([], None)
-    version.bytes = size
+    """Of so many bytes, which are held for its graphs alone once it is stashed."""
+    return WeightVersion([nn.Parameter(torch.zeros(size, dtype=torch.uint8), requires_grad=False)], None)
+
+
+def a_stashed_version(size: int) -> WeightVersion:
+    version = a_version(size)
+    version.stash()
     return version
 
 
@@ -27,7 +33,8 @@ def a_forward(
 ) -> CachedForward:
     inputs = torch.zeros(1, 8)
     graph = None if graph_bytes is None else ForwardGraph(inputs, inputs, version or a_version(), graph_bytes)
-    return CachedForward(AN_UID, inputs, torch.tensor([1]), torch.tensor([0]), graph, expires_at)
+    rows = Rows(inputs, torch.tensor([1]), torch.tensor([0]), graph=graph)
+    return CachedForward(AN_UID, rows, expires_at)
 
 
 def key(number: int, caller: str = "QmA") -> tuple[str, bytes, int]:
@@ -55,7 +62,7 @@ def test_when_full_the_oldest_graph_goes_first_and_its_inputs_stay() -> None:
     store = ForwardCache(3 * BARE + 2 * 100)
     for number in range(3):
         assert store.put(key(number), a_forward(), now=0.0)
-    graphs = [kept.graph is not None for number in range(3) if (kept := store.take(key(number)))]
+    graphs = [kept.rows.graph is not None for number in range(3) if (kept := store.take(key(number)))]
     assert graphs == [False, True, True]
 
 
@@ -72,7 +79,7 @@ def test_what_is_over_the_budget_by_itself_is_not_kept() -> None:
     assert store.put(key(1), a_forward(graph_bytes=10**9), now=0.0)
     kept = store.take(key(1))
     assert kept is not None
-    assert kept.graph is None
+    assert kept.rows.graph is None
 
 
 def test_what_nobody_came_for_expires() -> None:
@@ -84,10 +91,10 @@ def test_what_nobody_came_for_expires() -> None:
 
 
 def test_older_parameters_count_once_however_many_graphs_hold_them() -> None:
-    store, version = ForwardCache(10_000), a_version()
+    store, version = ForwardCache(10_000), a_version(1000)
     for number in range(2):
         store.put(key(number), a_forward(version=version), now=0.0)
-    version.bytes = 1000
+    version.stash()
     assert store.bytes == 1000 + 2 * (BARE + 100)
     store.take(key(0))
     assert store.bytes == 1000 + BARE + 100
@@ -96,13 +103,13 @@ def test_older_parameters_count_once_however_many_graphs_hold_them() -> None:
 
 
 def test_graphs_go_when_steps_of_their_experts_brought_them_over_the_budget() -> None:
-    store, versions = ForwardCache(1500), [a_version(), a_version()]
+    store, versions = ForwardCache(1500), [a_version(1000), a_version(1000)]
     for number, version in enumerate(versions):
         store.put(key(number), a_forward(version=version), now=0.0)
-        version.bytes = 1000
+        version.stash()
     store.take(key(2))
     assert store.bytes == 1000 + 2 * BARE + 100
-    graphs = [kept.graph is not None for number in range(2) if (kept := store.take(key(number)))]
+    graphs = [kept.rows.graph is not None for number in range(2) if (kept := store.take(key(number)))]
     assert graphs == [False, True]
 
 
@@ -122,7 +129,7 @@ VERSIONS = st.lists(st.integers(0, 500), min_size=3, max_size=3)
 def test_the_budget_holds_and_bytes_are_those_of_what_is_kept(
     steps: list[tuple[bool, int, int | None, int]], sizes: list[int], budget: int
 ) -> None:
-    store, versions = ForwardCache(budget), [a_version(size) for size in sizes]
+    store, versions = ForwardCache(budget), [a_stashed_version(size) for size in sizes]
     for puts, number, graph_bytes, version in steps:
         if puts:
             store.put(key(number), a_forward(graph_bytes, version=versions[version]), now=0.0)
@@ -135,7 +142,7 @@ def test_the_budget_holds_and_bytes_are_those_of_what_is_kept(
 
 
 def test_any_thread_may_ask_for_the_bytes() -> None:
-    store, versions = ForwardCache(10**9), [a_version(1) for _ in range(200)]
+    store, versions = ForwardCache(10**9), [a_stashed_version(1) for _ in range(200)]
     for number, version in enumerate(versions):
         store.put(key(number), a_forward(version=version), now=0.0)
     interval, enough = sys.getswitchinterval(), threading.Event()

@@ -15,6 +15,7 @@ from runtime_samples import (
     make_runtime,
     make_work,
     status_of,
+    submit,
     submit_in_order,
     with_runtime,
 )
@@ -29,9 +30,9 @@ def test_merged_forward_gives_each_caller_what_it_would_get_alone() -> None:
     works = [make_work(rows, seed=rows) for rows in (3, 1, 7)]
 
     async def scenario() -> None:
-        results = await asyncio.gather(*map(runtime.submit, works))
+        results = await asyncio.gather(*(submit(runtime, work) for work in works))
         for work, result in zip(works, results, strict=True):
-            alone = expert.forward(work.inputs, work.lengths, work.positions)
+            alone = expert.forward(work.rows)
             torch.testing.assert_close(result.tensor, alone)
         assert (runtime.stats.batches, runtime.stats.rows, runtime.stats.updates) == (1, 11, 0)
 
@@ -43,7 +44,7 @@ def test_merged_backward_takes_one_step_and_gives_each_caller_its_gradient() -> 
     works = [make_work(rows, direction="backward", seed=rows) for rows in (3, 1, 7)]
 
     async def scenario() -> None:
-        results = await asyncio.gather(*map(runtime.submit, works))
+        results = await asyncio.gather(*(submit(runtime, work) for work in works))
         for work, result in zip(works, results, strict=True):
             torch.testing.assert_close(result.tensor, backward_alone(work))
         assert [result.update_count for result in results] == [1, 1, 1]
@@ -56,7 +57,7 @@ def test_an_expert_that_is_not_here_is_not_found() -> None:
     runtime = make_runtime(Expert(FIRST, MANIFEST))
 
     async def scenario() -> None:
-        assert await status_of(runtime.submit(make_work(uid=SECOND))) is StatusCode.NOT_FOUND
+        assert await status_of(submit(runtime, make_work(uid=SECOND))) is StatusCode.NOT_FOUND
 
     with_runtime(runtime, scenario)
 
@@ -65,7 +66,7 @@ def test_expired_work_is_refused_and_not_computed() -> None:
     runtime = make_runtime(Expert(FIRST, MANIFEST), clock=lambda: 5.0)
 
     async def scenario() -> None:
-        assert await status_of(runtime.submit(make_work(deadline=5.0))) is StatusCode.DEADLINE_EXCEEDED
+        assert await status_of(submit(runtime, make_work(deadline=5.0))) is StatusCode.DEADLINE_EXCEEDED
         assert (runtime.stats.expired, runtime.stats.batches) == (1, 0)
 
     with_runtime(runtime, scenario)
@@ -125,7 +126,7 @@ def test_experts_are_computed_beside_each_other_and_share_the_threads() -> None:
         first.let_go()
         second.let_go()
         await asyncio.gather(*tasks)
-        await runtime.submit(make_work())
+        await submit(runtime, make_work())
         assert (first.threads, second.threads) == ([2, 4], [2])
 
     with_runtime(runtime, scenario)
@@ -139,7 +140,7 @@ def test_an_expert_has_one_batch_under_way() -> None:
         (first,) = await submit_in_order(runtime, make_work())
         assert await expert.is_computing()
         waiting = await submit_in_order(runtime, make_work(), make_work(direction="backward"))
-        await runtime.submit(make_work(uid=SECOND))
+        await submit(runtime, make_work(uid=SECOND))
         assert expert.threads == [4]
         assert runtime.stats.queued_rows == 8
         expert.let_go()
@@ -174,10 +175,10 @@ def test_many_callers_of_many_experts_all_get_their_own_rows() -> None:
     works = [make_work(1 + n % 5, uids[n % 2], seed=n, deadline=float(1 + n % 7)) for n in range(60)]
 
     async def scenario() -> None:
-        results = await asyncio.gather(*map(runtime.submit, works))
+        results = await asyncio.gather(*(submit(runtime, work) for work in works))
         for work, result in zip(works, results, strict=True):
-            alone = runtime.experts[work.uid].forward(work.inputs, work.lengths, work.positions)
+            alone = runtime.experts[work.uid].forward(work.rows)
             torch.testing.assert_close(result.tensor, alone)
-        assert runtime.stats.rows == sum(work.rows for work in works)
+        assert runtime.stats.rows == sum(len(work.rows) for work in works)
 
     with_runtime(runtime, scenario)

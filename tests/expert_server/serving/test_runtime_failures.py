@@ -17,12 +17,14 @@ from runtime_samples import (
     make_runtime,
     make_work,
     status_of,
+    submit,
     submit_in_order,
     with_runtime,
 )
 from torch import Tensor
 
 from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
 from peer.errors import ExpertError
 
 
@@ -44,7 +46,7 @@ def test_a_caller_that_leaves_during_its_batch_harms_nobody() -> None:
 class BrokenExpert(Expert):
     """Fails as torch may: out of memory, a wrong kernel."""
 
-    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+    def forward(self, rows: Rows) -> Tensor:
         raise RuntimeError("no kernel image is available")
 
 
@@ -69,8 +71,8 @@ def test_numbers_that_overflow_fail_their_own_work_alone() -> None:
     expert = Expert(FIRST, MANIFEST)
     runtime = make_runtime(expert)
     works = [make_work(direction="backward", seed=seed) for seed in range(3)]
-    assert works[1].gradients is not None
-    works[1].gradients.fill_(3e38)
+    assert works[1].rows.gradients is not None
+    works[1].rows.gradients.fill_(3e38)
 
     async def scenario() -> None:
         good, bad, other = await submit_in_order(runtime, *works)
@@ -86,9 +88,9 @@ def test_gradients_that_skip_the_update_do_not_take_it_from_others() -> None:
     expert = Expert(FIRST, MANIFEST)
     runtime = make_runtime(expert)
     works = [make_work(direction="backward", seed=seed) for seed in range(2)]
-    assert works[1].gradients is not None
-    works[1].gradients.fill_(0)
-    works[1].gradients[:, 0] = (
+    assert works[1].rows.gradients is not None
+    works[1].rows.gradients.fill_(0)
+    works[1].rows.gradients[:, 0] = (
         1e38  # finite, and so is the gradient of the inputs; that of a bias is their sum
     )
 
@@ -110,7 +112,7 @@ def test_removing_an_expert_fails_its_waiting_work() -> None:
         waiting, other = await submit_in_order(runtime, make_work(), make_work(uid=SECOND))
         runtime.remove(FIRST)
         assert await status_of(waiting) is StatusCode.NOT_FOUND
-        assert await status_of(runtime.submit(make_work())) is StatusCode.NOT_FOUND
+        assert await status_of(submit(runtime, make_work())) is StatusCode.NOT_FOUND
         expert.let_go()
         await asyncio.gather(computing, other)
         assert list(runtime.experts) == [SECOND]
@@ -133,7 +135,7 @@ def test_stopping_fails_waiting_work_and_delivers_what_is_being_computed() -> No
         assert computing.done()
         assert computing.result().tensor.shape == (4, HIDDEN)
         await runtime.stop()
-        assert await status_of(runtime.submit(make_work())) is StatusCode.UNAVAILABLE
+        assert await status_of(submit(runtime, make_work())) is StatusCode.UNAVAILABLE
         with pytest.raises(ExpertError, match="stopping"):
             await runtime.run(lambda: None)
 
@@ -145,7 +147,7 @@ def test_a_stopped_runtime_leaves_no_thread() -> None:
     runtime = make_runtime(Expert(FIRST, MANIFEST), threads=4)
 
     async def scenario() -> None:
-        await runtime.submit(make_work())
+        await submit(runtime, make_work())
         assert [t for t in threading.enumerate() if t.name.startswith("compute")]
 
     with_runtime(runtime, scenario)
@@ -165,7 +167,7 @@ def test_what_is_run_may_fail_or_be_given_up() -> None:
             stays = asyncio.create_task(runtime.run(lambda: "done"))
             await asyncio.wait([given_up])
         assert await stays == "done"
-        await runtime.submit(make_work())
+        await submit(runtime, make_work())
 
     with_runtime(runtime, scenario)
 
@@ -175,11 +177,11 @@ def test_rollbacks_are_counted_also_when_the_batch_fails() -> None:
     runtime = make_runtime(expert)
 
     async def scenario() -> None:
-        await runtime.submit(make_work(direction="backward"))
+        await submit(runtime, make_work(direction="backward"))
         with torch.no_grad():
             next(expert.block.parameters()).fill_(torch.nan)
-        assert await status_of(runtime.submit(make_work())) is StatusCode.INTERNAL
-        assert (await runtime.submit(make_work())).tensor.isfinite().all()
+        assert await status_of(submit(runtime, make_work())) is StatusCode.INTERNAL
+        assert (await submit(runtime, make_work())).tensor.isfinite().all()
         assert (runtime.stats.rollbacks, runtime.stats.updates) == (1, 1)
 
     with_runtime(runtime, scenario)

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
-from expert_server.experts.expert import BackwardPart, Expert
+from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import Rows
+from expert_server.experts.optimizer import StepOutcome
 from expert_server.serving.batching import WorkItem
 from expert_server.serving.runtime import Runtime
 from peer.errors import ExpertError
@@ -72,21 +74,21 @@ class WatchedExpert(Expert):
         super().__init__(uid, MANIFEST)
         self._witness = witness
 
-    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+    def forward(self, rows: Rows) -> Tensor:
         with self._witness.sees(self.uid):
-            self._witness.note_batch(x_RD)
-            time.sleep(2e-5 * len(x_RD))
-            if self.uid == BROKEN and len(x_RD) % 3 == 0:
+            self._witness.note_batch(rows.inputs)
+            time.sleep(2e-5 * len(rows))
+            if self.uid == BROKEN and len(rows) % 3 == 0:
                 raise RuntimeError("out of memory")
-        return x_RD.clone()
+        return rows.inputs.clone()
 
-    def backward(self, parts: Sequence[BackwardPart], *, may_defer: bool = False) -> list[Tensor]:
+    def backward(self, parts: Sequence[Rows], *, may_defer: bool = False) -> tuple[list[Tensor], StepOutcome]:
         with self._witness.sees(self.uid):
             self._witness.note_batch(torch.cat([part.inputs for part in parts]))
             self._witness.steps += 1
             time.sleep(2e-5 * sum(len(part.inputs) for part in parts))
             self.update_count += 1
-        return [2 * part.inputs for part in parts]
+        return [2 * part.inputs for part in parts], StepOutcome.TAKEN
 
 
 class Stress:
@@ -123,7 +125,7 @@ class Stress:
     async def _call_often(self, caller: str) -> None:
         for _ in range(CALLS):
             work = self._work(caller)
-            number = int(work.inputs[0, 0])
+            number = int(work.rows.inputs[0, 0])
             call = asyncio.create_task(self._submit(number, work))
             if self._rng.random() < 0.2:
                 await asyncio.sleep(self._rng.uniform(0, 0.004))
@@ -139,11 +141,12 @@ class Stress:
 
     async def _submit(self, number: int, work: WorkItem) -> None:
         try:
-            result = await self.runtime.submit(work)
+            result = await self.runtime.enqueue(work).future
         except ExpertError as error:
             self.ends[number] = error.status
         else:
-            torch.testing.assert_close(result.tensor, (1 if work.gradients is None else 2) * work.inputs)
+            factor = 1 if work.direction == "forward" else 2
+            torch.testing.assert_close(result.tensor, factor * work.rows.inputs)
             self.ends[number] = StatusCode.OK
 
     def _work(self, caller: str) -> WorkItem:
@@ -155,10 +158,12 @@ class Stress:
         return WorkItem(
             uid=self._rng.choice(UIDS),
             direction="backward" if backward else "forward",
-            inputs=inputs,
-            gradients=inputs if backward else None,
-            lengths=torch.ones(rows, dtype=torch.int64),
-            positions=torch.zeros(rows, dtype=torch.int64),
+            rows=Rows(
+                inputs,
+                lengths=torch.ones(rows, dtype=torch.int64),
+                positions=torch.zeros(rows, dtype=torch.int64),
+                gradients=inputs if backward else None,
+            ),
             deadline=deadline,
             caller=caller,
         )

@@ -31,15 +31,13 @@ from tls_expert_server import (
 )
 
 from expert_server.serving.batching import Direction
-from expert_server.serving.call import make_part
-from expert_server.serving.runtime import Runtime
-from expert_server.serving.servicer import CallLimits, ExpertServicer
+from expert_server.serving.call import HeaderParser, parse_part
+from expert_server.serving.forward_cache import ForwardCache
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError, WireError
-from peer.identity import Identity, PeerID
+from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.rpc.sessions import Sessions
 from peer.wire import expert_pb2
 
 
@@ -234,19 +232,24 @@ def is_right(rows: expert_pb2.ExpertRows) -> bool:
 @given(expert_rows)
 def test_a_part_is_made_of_right_rows_only(rows: expert_pb2.ExpertRows) -> None:
     if is_right(rows):
-        part = make_part(rows, MANIFEST)
+        part = parse_part(0, rows, MANIFEST)
         assert str(part.uid) == rows.uid
         assert part.lengths.tolist() == rows.segment_lengths
         assert part.positions.tolist() == rows.positions
-        assert part.rows == len(rows.positions)
+        assert part.row_count == len(rows.positions)
     else:
         with pytest.raises(WireError):
-            make_part(rows, MANIFEST)
+            parse_part(0, rows, MANIFEST)
 
 
 headers = st.builds(
     lambda request_id, width, codec, experts: expert_pb2.CallHeader(
-        request_id=request_id, width=width, codec=codec, experts=experts
+        protocol_version=PROTOCOL_VERSION,
+        swarm_id=SWARM,
+        request_id=request_id,
+        width=width,
+        codec=codec,
+        experts=experts,
     ),
     st.sampled_from([b"", bytes(15), bytes(16)]),
     st.sampled_from([HIDDEN, HIDDEN, 0, 2**32 - 1]),
@@ -260,9 +263,7 @@ headers = st.builds(
 def test_a_header_is_right_or_refused_with_an_error_of_the_edge(
     header: expert_pb2.CallHeader, direction: Direction
 ) -> None:
-    runtime = Runtime({}, max_queued_rows=1, max_batch_rows=1, threads=1)
-    limits, sessions = CallLimits(max_call_bytes=800, max_call_s=1), Sessions(SWARM, PeerID(bytes(34)))
-    servicer = ExpertServicer(runtime, MANIFEST, SWARM, limits, sessions)
+    parser = HeaderParser(SWARM, MANIFEST, max_call_bytes=800, cache=ForwardCache(0))
     size = 4 * HIDDEN * sum(len(rows.positions) for rows in header.experts) * (1 + (direction == "backward"))
     right = (
         (len(header.request_id), header.width) == (16, HIDDEN)
@@ -271,8 +272,8 @@ def test_a_header_is_right_or_refused_with_an_error_of_the_edge(
         and all(map(is_right, header.experts))
     )
     if right:
-        parts = servicer._check_parts(header, direction, "QmA")
+        parts = parser.parse(header, direction, "QmA")
         assert [str(part.uid) for part in parts] == [rows.uid for rows in header.experts]
     else:
         with pytest.raises((WireError, ExpertError)):
-            servicer._check_parts(header, direction, "QmA")
+            parser.parse(header, direction, "QmA")

@@ -35,7 +35,7 @@ from tls_expert_server import (
 
 from expert_server.experts.expert import Expert
 from expert_server.serving.batching import Direction
-from expert_server.serving.call import Reader
+from expert_server.serving.call import RequestStream
 from expert_server.serving.forward_cache import SeenRequests
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -229,7 +229,7 @@ def test_a_read_that_has_begun_is_not_cancelled_with_its_call(loop: LoopThread) 
             ended.set()
             yield expert_pb2.CallRequest()
 
-        reading = asyncio.create_task(Reader(requests(), RateLimit(None)).next())
+        reading = asyncio.create_task(RequestStream(requests(), RateLimit(None)).header())
         await asyncio.sleep(0)
         reading.cancel()
         await asyncio.wait([reading])
