@@ -1,4 +1,7 @@
-"""libp2p's addresses, such as /ip4/192.0.2.7/tcp/31337/p2p/Qm…: where a peer is, and by which relay it is reached."""
+"""Where a peer listens and how others reach it: its network settings, IP addresses and libp2p's multiaddresses.
+
+A multiaddress such as /ip4/192.0.2.7/tcp/31337/p2p/Qm… names a peer and its endpoint, or the relay that reaches it.
+"""
 
 import errno
 import ipaddress
@@ -12,6 +15,13 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from peer.errors import PortError
 from peer.identity import PeerID
+
+IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_CIRCUIT = "p2p-circuit"
+_CIRCUIT_BYTES = b"\xa2\x02"
+_P2P_BYTES = b"\xa5\x03"
+"""Protocol codes, as varints."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class NetworkConfig:
 
 
 def default_listen_address() -> str:
-    """The first IPv4 address of a network interface that is up, loopback when there is none."""
+    """The first IPv4 address of a network interface that is up, or loopback if there is none."""
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     for name, addresses in sorted(psutil.net_if_addrs().items()):
         for address in addresses:
@@ -48,7 +58,7 @@ def default_listen_address() -> str:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raises PortError when the port is taken or the address is not this machine's. Port 0 is always free."""
+    """Raises PortError if the port is taken or the address is not this machine's. Port 0 is always free."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -68,24 +78,15 @@ def endpoint(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-_CIRCUIT = "p2p-circuit"
-_CIRCUIT_BYTES = b"\xa2\x02"
-_P2P_BYTES = b"\xa5\x03"
-"""The codes of both protocols, as varints."""
-
-
-IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
 def ip_address(text: str) -> IpAddress:
-    """An IPv4 address also where it is written as IPv6, such as ::ffff:127.0.0.1. Raises ValueError."""
+    """Parses an IP address; an IPv4 address written as IPv6, such as ::ffff:127.0.0.1, too. Raises ValueError."""
     address = ipaddress.ip_address(text)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
 
 
 def multiaddress(host: str, port: int) -> str:
-    """Of an IP address or host name, and a TCP port."""
+    """The multiaddress of a TCP port at an IP address or host name."""
     try:
         family = f"ip{ipaddress.ip_address(host).version}"
     except ValueError:
@@ -94,7 +95,7 @@ def multiaddress(host: str, port: int) -> str:
 
 
 def tcp_endpoint(address: str) -> tuple[str, int] | None:
-    """Host and port of a multiaddress that begins with them; of the relay where there is one."""
+    """Host and port at the start of a multiaddress, which are the relay's if there is one. None if it has none."""
     parts = address.strip("/").split("/")
     if len(parts) >= 4 and parts[0] in {"ip4", "ip6", "dns", "dns4", "dns6"} and parts[2] == "tcp":
         return parts[1], int(parts[3])
@@ -107,7 +108,7 @@ def is_relayed(address: str) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether it names an IP address that the whole internet reaches."""
+    """Whether it names an IP address that is reachable from the whole internet."""
     endpoint = tcp_endpoint(address)
     try:
         return endpoint is not None and ip_address(endpoint[0]).is_global
@@ -116,21 +117,18 @@ def is_public(address: str) -> bool:
 
 
 def is_multiaddress(text: str) -> bool:
-    """Whether the text is a multiaddress that says who and where a peer is, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"""
+    """Whether the text is a multiaddress with an endpoint and a PeerID, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"""
     where, _, who = text.rpartition("/p2p/")
     try:
         return bool(where and "/" not in who and Multiaddr(text) and Multiaddr(f"/p2p/{who}")["p2p"])
-    except (
-        ValueError,
-        LookupError,
-    ):  # of the former are its parse errors; the latter for a protocol it lacks
+    except (ValueError, LookupError):  # parse errors are ValueErrors; LookupError: it names no peer
         return False
 
 
 def multiaddress_bytes(address: str) -> bytes:
-    """As p2pd reads it. Raises ValueError.
+    """Encodes a multiaddress for p2pd. Raises ValueError.
 
-    hivemind writes the PeerID of a relay as a CID, which p2pd refuses: it expects the bare hash.
+    hivemind encodes the PeerID of a relay as a CID, but p2pd expects the bare hash.
     """
     where, *peers = address.split("/p2p/")
     encoded = bytes(Multiaddr(where).to_bytes()) if where else b""
@@ -144,6 +142,6 @@ def multiaddress_bytes(address: str) -> bytes:
 
 
 def tunnel_addresses_of(peer_id: PeerID, addresses: Sequence[str], most: int = 8) -> tuple[str, ...]:
-    """Of what a peer says, what are well-formed addresses of itself."""
+    """The well-formed addresses of the peer itself, among those it announces."""
     own = f"/p2p/{peer_id.to_base58()}"
     return tuple(a for a in addresses[:most] if len(a) <= 256 and a.endswith(own) and is_multiaddress(a))

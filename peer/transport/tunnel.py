@@ -1,8 +1,8 @@
-"""gRPC over libp2p streams, for peers whose router lets no connections in.
+"""gRPC over libp2p streams, for peers whose router accepts no incoming connections.
 
-The caller's gRPC dials a unix socket here; each connection becomes a stream to that peer's p2pd, which pipes it to the
-unix socket that its gRPC listens on. TLS runs from gRPC to gRPC: whoever is in between (p2pd, relays) sees none of it.
-p2pd ends a stream whole when either side ends it: there is no half-close, and gRPC needs none.
+The caller's gRPC dials a unix socket here. Each connection becomes a stream to the other peer's p2pd, which pipes it to
+the unix socket that the peer's gRPC listens on. TLS runs from gRPC to gRPC, so neither p2pd nor a relay can read it. If
+either side ends a stream, p2pd ends both directions: there is no half-close, and gRPC needs none.
 """
 
 import asyncio
@@ -27,33 +27,33 @@ from peer.transport.addresses import is_relayed
 
 logger = logging.getLogger(__name__)
 
-_FOLDERS = "talkoot-tunnel-"
 PROTOCOL = "/talkoot/grpc/1"
 OPEN_DEADLINE_S = 15.0
-"""Longest that opening a stream may take: dialling, a relay, and asking for the protocol."""
-_PIECE_BYTES = 256 * 2**10
-_END_DEADLINE_S = 5.0
-"""Longest that what one side sent last may take to reach the other."""
+"""To open a stream: dialling, a relay, and agreeing on the protocol."""
+_FLUSH_DEADLINE_S = 5.0
+"""For the last bytes of one side to reach the other."""
+_CHUNK_BYTES = 256 * 2**10
+_FOLDER_PREFIX = "talkoot-tunnel-"
 
 Pipe: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 OpenStream: TypeAlias = Callable[[PeerID, Sequence[str], str, float], Awaitable[Pipe]]
-"""Of a peer, addresses of it, the protocol and a deadline in seconds. Raises UnreachableError."""
+"""Takes a peer, its addresses, the protocol and a deadline in seconds. Raises UnreachableError."""
 
 
 @dataclass(frozen=True)
 class TunnelLimits:
-    """What tunnels may take of this machine."""
+    """How much of this machine tunnels may use."""
 
     streams: int = 256
-    """Open at the same time, those that others opened and those of this peer each."""
+    """Open at the same time, counted separately for those that others opened and those that this peer opened."""
     streams_of_peer: int = 16
-    """Of those, that one other peer may have opened."""
+    """Open at the same time from one other peer."""
     idle_s: float = 600.0
-    """A stream over which nothing went for so long is ended; gRPC opens another when it needs one."""
+    """A stream that is idle for this long is closed; gRPC opens another one when it needs it."""
 
 
 class Tunnels:
-    """A peer's tunnels: those that it digs to others, and the end of those that others dig to it."""
+    """A peer's tunnels, both those to others and those that others open to it."""
 
     def __init__(
         self,
@@ -73,67 +73,67 @@ class Tunnels:
         )
         self.bytes = Counter("talkoot_tunnel_bytes", "Carried in tunnels, both ways.", registry=metrics)
         self.last_relayed: bool | None = None
-        """Whether the stream that another peer opened last came through a relay."""
+        """Whether the last stream that another peer opened came through a relay."""
         self._open_stream = open_stream
         self._limits = limits
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._entrances: OrderedDict[PeerID, _Listener] = OrderedDict()  # least recently used first
+        self._listeners: OrderedDict[PeerID, _Listener] = OrderedDict()  # least recently used first
         self._exit: Path | None = None
         self._incoming: Multiset[PeerID] = Multiset()
         self._tasks: set[asyncio.Task[None]] = set()
         self.streams.set_function(lambda: len(self._tasks))
 
     def exit_path(self) -> Path:
-        """Where this peer's gRPC server is to listen, to be reached by tunnels."""
+        """The unix socket on which this peer's gRPC server must listen to be reached through tunnels."""
         return self._path("exit")
 
     def set_exit(self, path: Path, most_streams: int) -> None:
-        """From now on streams of other peers lead to this unix socket. Before, none is accepted."""
+        """Leads other peers' streams to this unix socket from now on. Before, none is accepted."""
         self._exit = path
         self._limits = replace(self._limits, streams=most_streams)
 
     async def serve_on(self, daemon: Any) -> None:
-        """Lets other peers' streams in through this p2pd, if they lead anywhere."""
+        """Accepts other peers' streams from this p2pd, if an exit is set."""
         if self._exit is not None:
             await daemon.add_binary_stream_handler(PROTOCOL, self._accept)
 
     async def open_to(self, peer_id: PeerID, addresses: Sequence[str]) -> str:
-        """Where gRPC dials that peer through a tunnel; nothing is dialled yet.
+        """Returns the address at which gRPC reaches that peer through a tunnel; nothing is dialled yet.
 
-        `addresses`: multiaddresses of the peer, such as it announces now. Raises UnreachableError when this machine has
-        no more sockets.
+        `addresses`: the multiaddresses that the peer announces now. Raises UnreachableError if this machine has no
+        sockets left.
         """
-        entrance = self._entrances.get(peer_id) or await self._entrance_to(peer_id)
-        entrance.addresses = tuple(addresses)
-        self._entrances.move_to_end(peer_id)
-        while len(self._entrances) > self._limits.streams:
-            _, oldest = self._entrances.popitem(last=False)
+        listener = self._listeners.get(peer_id) or await self._listen_for(peer_id)
+        listener.addresses = tuple(addresses)
+        self._listeners.move_to_end(peer_id)
+        while len(self._listeners) > self._limits.streams:
+            _, oldest = self._listeners.popitem(last=False)
             oldest.close()
-        return _grpc_name(entrance.path)
+        return _grpc_name(listener.path)
 
-    async def _entrance_to(self, peer_id: PeerID) -> "_Listener":
-        entrance = self._entrances[peer_id] = _Listener(self._path(_file_name(peer_id)))
+    async def _listen_for(self, peer_id: PeerID) -> "_Listener":
+        listener = self._listeners[peer_id] = _Listener(self._path(_file_name(peer_id)))
         try:
-            entrance.server = await asyncio.start_unix_server(
-                lambda reader, writer: self._dig(peer_id, entrance, (reader, writer)),
-                str(entrance.path),
-                limit=_PIECE_BYTES,
+            listener.server = await asyncio.start_unix_server(
+                lambda reader, writer: self._forward(peer_id, listener, (reader, writer)),
+                str(listener.path),
+                limit=_CHUNK_BYTES,
             )
         except OSError as error:
-            self._entrances.pop(peer_id, None)  # the next call tries again
+            self._listeners.pop(peer_id, None)  # the next call tries again
             self.failures.inc()
-            raise UnreachableError(f"no tunnel to {peer_id} can be dug here: {error}") from error
-        return entrance
+            raise UnreachableError(f"can't open a tunnel to {peer_id}: {error}") from error
+        return listener
 
     def address_of(self, peer_id: PeerID) -> str:
-        """What `to` gave for the peer."""
+        """The address that `open_to` returned for the peer."""
         return _grpc_name(self._path(_file_name(peer_id)))
 
     async def close(self) -> None:
         """Ends all streams. Closing twice is harmless."""
         self._exit = None
-        while self._entrances:
-            self._entrances.popitem()[1].close()
+        while self._listeners:
+            self._listeners.popitem()[1].close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -142,7 +142,7 @@ class Tunnels:
             self._folder = None
 
     async def _accept(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A stream that another peer opened, as hivemind hands it over."""
+        """Handles a stream that another peer opened; hivemind calls it."""
         caller: PeerID = info.peer_id
         if self._exit is None or not self._has_room(caller):
             self.opened.labels("refused").inc()
@@ -152,7 +152,7 @@ class Tunnels:
         self.opened.labels("relayed" if self.last_relayed else "punched").inc()
         self._incoming[caller] += 1
         try:
-            await self._carried((reader, writer), self._connect(self._exit))
+            await self._connect_pipes((reader, writer), _connect(self._exit))
         finally:
             self._incoming[caller] -= 1
             if not self._incoming[caller]:
@@ -162,19 +162,16 @@ class Tunnels:
         limits = self._limits
         return self._incoming[caller] < limits.streams_of_peer and self._incoming.total() < limits.streams
 
-    async def _connect(self, path: Path) -> Pipe:
-        return await asyncio.open_unix_connection(str(path), limit=_PIECE_BYTES)
-
-    async def _dig(self, peer_id: PeerID, entrance: "_Listener", accepted: Pipe) -> None:
-        """For a connection of this process's own gRPC."""
+    async def _forward(self, peer_id: PeerID, listener: "_Listener", accepted: Pipe) -> None:
+        """Handles a connection of this process's own gRPC."""
         if len(self._tasks) >= 2 * self._limits.streams:
             accepted[1].close()
             return
-        stream = self._open_stream(peer_id, entrance.addresses, PROTOCOL, OPEN_DEADLINE_S)
-        await self._carried(accepted, stream)
+        stream = self._open_stream(peer_id, listener.addresses, PROTOCOL, OPEN_DEADLINE_S)
+        await self._connect_pipes(accepted, stream)
 
-    async def _carried(self, here: Pipe, opening: Awaitable[Pipe]) -> None:
-        """Carries between one end and another that is still to be opened, as a task that `close` ends."""
+    async def _connect_pipes(self, here: Pipe, opening: Awaitable[Pipe]) -> None:
+        """Copies between a pipe and one that is still being opened. `close` cancels the current task."""
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -182,7 +179,7 @@ class Tunnels:
             with contextlib.closing(here[1]):
                 there = await opening
                 with contextlib.closing(there[1]):
-                    await self._carry(here, there)
+                    await self._copy_both_ways(here, there)
         except UnreachableError as error:
             self.failures.inc()
             logger.debug("%s", error)
@@ -191,8 +188,8 @@ class Tunnels:
         finally:
             self._tasks.discard(task)
 
-    async def _carry(self, here: Pipe, there: Pipe) -> None:
-        """Until either side ends. What one end does not take, is not read from the other."""
+    async def _copy_both_ways(self, here: Pipe, there: Pipe) -> None:
+        """Copies both ways until either side ends. Reads no faster than the other side accepts."""
         ways = [
             asyncio.create_task(self._copy(here[0], there[1])),
             asyncio.create_task(self._copy(there[0], here[1])),
@@ -209,37 +206,28 @@ class Tunnels:
     async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         while True:
             async with asyncio.timeout(self._limits.idle_s):
-                piece = await source.read(_PIECE_BYTES)
-            if not piece:
+                chunk = await source.read(_CHUNK_BYTES)
+            if not chunk:
                 break
-            self.bytes.inc(len(piece))
-            target.write(piece)
+            self.bytes.inc(len(chunk))
+            target.write(chunk)
             async with asyncio.timeout(self._limits.idle_s):
                 await target.drain()
         target.close()
-        async with asyncio.timeout(_END_DEADLINE_S):
+        async with asyncio.timeout(_FLUSH_DEADLINE_S):
             await target.wait_closed()
 
     def _path(self, name: str) -> Path:
         if self._folder is None:  # mode 0700: only this user's processes get in
-            sweep_dead_folders(_FOLDERS)
+            sweep_dead_folders(_FOLDER_PREFIX)
             self._folder = tempfile.TemporaryDirectory(
-                prefix=f"{_FOLDERS}{os.getpid()}-", dir=socket_folder()
+                prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=socket_folder()
             )
         return Path(self._folder.name) / name
 
 
-def _file_name(peer_id: PeerID) -> str:
-    """Short: a unix socket's path has at most 107 bytes."""
-    return str(peer_id.to_base58()[-16:])
-
-
-def _grpc_name(path: Path) -> str:
-    return f"unix:{path}"
-
-
 class _Listener:
-    """A unix socket by which gRPC reaches one peer."""
+    """The unix socket at which gRPC reaches one peer."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -247,7 +235,20 @@ class _Listener:
         self.server: asyncio.Server | None = None
 
     def close(self) -> None:
-        """Streams that are open go on."""
+        """Streams that are open stay open."""
         if self.server is not None:
             self.server.close()
         self.path.unlink(missing_ok=True)
+
+
+async def _connect(path: Path) -> Pipe:
+    return await asyncio.open_unix_connection(str(path), limit=_CHUNK_BYTES)
+
+
+def _file_name(peer_id: PeerID) -> str:
+    """Short, because a unix socket's path has at most 107 bytes."""
+    return str(peer_id.to_base58()[-16:])
+
+
+def _grpc_name(path: Path) -> str:
+    return f"unix:{path}"
