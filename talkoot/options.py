@@ -171,7 +171,9 @@ def _annotation(name: str, field: "FieldInfo | None") -> Any:
     """`field`: None for a removed setting, whose value is ignored."""
     flag = f"--{name.replace('_', '-')}"
     if field is None:
-        return Annotated[str | None, typer.Option(flag, hidden=True)]  # loading warns about it
+        return Annotated[
+            str | None, typer.Option(flag, hidden=True, help="No longer exists, and is ignored.")
+        ]
     kind = _value_type(field)
     if kind is bool:
         flags = [_FLAGS.get(name, f"{flag}/--no-{flag.removeprefix('--')}")]

@@ -16,6 +16,7 @@ from dht.invites import Invite
 from peer.loop import LoopThread
 from talkoot.dashboard.server import address_of, dashboard, listen
 from talkoot.dashboard.settings import DashboardSettings
+from talkoot.dashboard.watcher import WatchIntervals
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
@@ -107,9 +108,10 @@ def test_metrics_of_a_trainer(trainer_metrics: str) -> None:
 
 @pytest.mark.usefixtures("trainer_metrics")
 def test_metrics_of_a_dashboard(founder: Founder, tmp_path: Path) -> None:
-    settings = DashboardSettings.load(refresh_s=0.5, list_every_s=1)
+    settings = DashboardSettings.load(refresh_s=0.5)
     listener: socket.socket = listen(HOST, 0)
-    running = dashboard(Invite.parse(founder.invite), settings, tmp_path, listener)
+    intervals = WatchIntervals(0.5, list_every_s=1.0)
+    running = dashboard(Invite.parse(founder.invite), settings, tmp_path, listener, intervals)
     founder.loop.run(running.__aenter__(), 30)
     try:
         check("dashboard", lambda: fetch(address_of(listener) + "metrics"))

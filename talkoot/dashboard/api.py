@@ -1,4 +1,4 @@
-"""The answers of the interface for programs: functions of a picture, and of what was asked. No sockets, no clock."""
+"""The JSON API's answers: pure functions of a picture and a query."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from talkoot.dashboard.picture import Json, Picture
+from talkoot.dashboard.picture import MAX_CELLS, Json, Picture
 
 MAX_PER_PAGE = 200
 MAX_UIDS = 1000
@@ -18,7 +18,7 @@ NODE_KEYS = (
     "peer_id", "short", "name", "state", "experts", "capacity", "rows_per_s", "latency_ms", "software_version",
     "protocol_version", "reach", "up_s", "started_at", "seen_at", "updates", "rows", "hours",
 )  # fmt: skip
-"""By which nodes can be sorted."""
+"""The keys that nodes can be sorted by."""
 _FILTERED_KEYS = ("peer_id", "name", "state", "software_version", "reach")
 
 UNITS = {
@@ -35,7 +35,7 @@ UNITS = {
 
 
 class ApiError(Exception):
-    """What was asked can't be answered: an HTTP status, and what was expected."""
+    """A query that can't be answered: the HTTP status, and what was expected."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class DashboardState:
-    """How well the swarm is seen now, beside the last picture of it."""
+    """The last picture, and how well the dashboard sees the swarm now."""
 
     picture: Picture | None
     swarm_id: str
@@ -55,18 +55,18 @@ class DashboardState:
     now: float
 
 
-def swarm(sight: DashboardState) -> Json:
+def swarm(seen: DashboardState) -> Json:
     """What stands at the head of the page."""
-    figures = {} if sight.picture is None else sight.picture.figures
-    read_at = None if sight.picture is None else sight.picture.read_at
-    layers = [] if sight.picture is None else sight.picture.layers
+    figures = {} if seen.picture is None else seen.picture.figures
+    read_at = None if seen.picture is None else seen.picture.read_at
+    layers = [] if seen.picture is None else seen.picture.layers
     return {
-        "name": figures.get("name", sight.name),
-        "swarm_id": sight.swarm_id,
+        "name": figures.get("name", seen.name),
+        "swarm_id": seen.swarm_id,
         "read_at": read_at,
-        "age_s": None if read_at is None else max(0.0, sight.now - read_at),
-        "unreachable_since": sight.unreachable_since,
-        "state": state(sight),
+        "age_s": None if read_at is None else max(0.0, seen.now - read_at),
+        "unreachable_since": seen.unreachable_since,
+        "state": health(seen),
         "warning": figures.get("warning"),
         "nodes": figures.get("nodes", {"live": None, "gone": None}),
         "experts": figures.get("experts", {"live": None, "total": None}),
@@ -80,23 +80,23 @@ def swarm(sight: DashboardState) -> Json:
         },
         "layers": [{"layer": layer["layer"], "grid": layer["grid"]} for layer in layers],
         "join": {
-            "node": f"talkoot node --join {sight.invite}",
-            "train": f"talkoot train --join {sight.invite}",
+            "node": f"talkoot node --join {seen.invite}",
+            "train": f"talkoot train --join {seen.invite}",
         },
-        "refresh_s": sight.refresh_s,
+        "refresh_s": seen.refresh_s,
         "announce_s": figures.get("announce_s") or 10.0,
         "software_version": SOFTWARE_VERSION,
         "protocol_version": PROTOCOL_VERSION,
     }  # fmt: skip
 
 
-def state(sight: DashboardState) -> Json:
-    """How the swarm does, in one word for programs and in some for people."""
-    if sight.unreachable_since is not None:
+def health(seen: DashboardState) -> Json:
+    """The swarm's health, as one word for programs and a phrase for people."""
+    if seen.unreachable_since is not None:
         return {"level": "unknown", "words": "cannot reach the swarm"}
-    if sight.picture is None:
+    if seen.picture is None:
         return {"level": "unknown", "words": "looking for the swarm"}
-    figures = sight.picture.figures
+    figures = seen.picture.figures
     live, total = figures["experts"]["live"], figures["experts"]["total"]
     if not figures["nodes"]["live"]:
         return {"level": "bad", "words": "no node is there"}
@@ -162,14 +162,14 @@ def experts(picture: Picture | None, query: Mapping[str, str]) -> Json:
         raise ApiError(404, f"layer: this swarm has layers 0 to {len(picture.layers) - 1}")
     shown = picture.layers[layer]
     if "replicas" not in shown:
-        raise ApiError(413, "this layer has more experts than are shown; see the setting most_cells")
+        raise ApiError(413, f"this layer has more than the {MAX_CELLS} experts that are shown")
     ages = [None if at is None else max(0, round(picture.read_at - at)) for at in shown["updated_at"]]
     arrays = {key: value for key, value in shown.items() if key != "updated_at"}
     return arrays | {"updated_ago_s": ages, "read_at": picture.read_at}
 
 
 def expert(picture: Picture | None, uid: str, now: float) -> Json:
-    """Who hosts an expert; its series are added by who reads the history."""
+    """Who hosts an expert. The caller adds its history."""
     if picture is None:
         raise ApiError(503, "the swarm was not read yet")
     if not _is_uid(picture, uid):
@@ -183,7 +183,7 @@ def expert(picture: Picture | None, uid: str, now: float) -> Json:
 
 @dataclass(frozen=True)
 class HistoryQuery:
-    """What was asked of the history."""
+    """A parsed query of the history."""
 
     metric: str
     since: float
@@ -208,7 +208,7 @@ def history_query(query: Mapping[str, str], now: float) -> HistoryQuery:
 def series(
     found: Sequence[tuple[str, Sequence[tuple[float, float | None]]]], picture: Picture | None = None
 ) -> list[Json]:
-    """Each line with its name, and a label: that of a trainer has what its owner calls it too."""
+    """Each line with its name and a label. A trainer's label includes the name that its owner chose."""
     trainers = [] if picture is None else picture.trainers
     called = {row["short"]: row["name"] for row in trainers if row["name"]}
     return [
@@ -238,7 +238,7 @@ def _page(rows: Sequence[Any], query: Mapping[str, str], name: str, show: Callab
 
 
 def _sorted(rows: Sequence[Json], key: str, descending: bool) -> list[Json]:
-    """What is not measured comes last, whatever the order; equals stand by PeerID, so that pages fit together."""
+    """Rows without the value come last in either order. Equal ones are sorted by PeerID, so that pages are stable."""
     known = [row for row in rows if row[key] is not None]
     unknown = [row for row in rows if row[key] is None]
     by_text = known and isinstance(known[0][key], str)
@@ -257,7 +257,7 @@ def _find(picture: Picture | None, peer_id: str) -> Json:
 
 
 def _public(row: Json) -> Json:
-    """Without what is for service discovery alone."""
+    """Without what only service discovery uses."""
     return {key: value for key, value in row.items() if key != "metrics_address"}
 
 

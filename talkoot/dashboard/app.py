@@ -1,11 +1,4 @@
-"""The dashboard's web application: routes, streams of news, and what keeps a browser safe.
-
-Where Prometheus finds what to scrape: its HTTP service discovery, of every live peer that offers metrics.
-
-An address comes from a record that anybody may write, and whoever runs Prometheus asks there. So only IP addresses
-count, and only of the kind that the swarm itself uses: nobody who joins a public swarm can point at this machine or at
-the network behind it.
-"""
+"""The dashboard's web application: its routes, the event stream, service discovery, and what protects browsers."""
 
 import asyncio
 import contextlib
@@ -16,7 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -30,69 +23,20 @@ from peer.transport.addresses import ip_address
 from talkoot.dashboard import api
 from talkoot.dashboard.history import HistoryStore
 from talkoot.dashboard.picture import Json, Picture
-from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import Watcher
-
-
-class Reach(IntEnum):
-    """From where an address can be reached; a swarm reaches as far as its nearest address."""
-
-    LOOPBACK = 0
-    PRIVATE = 1
-    GLOBAL = 2
-
-
-def targets(picture: Picture | None, bootstrap: Iterable[str]) -> list[Json]:
-    """`bootstrap`: multiaddresses of the swarm's peers."""
-    if picture is None:
-        return []
-    nearest = min(map(_reach_of_multiaddress, bootstrap), default=Reach.GLOBAL)
-    groups = []
-    for role, rows in (("node", picture.nodes), ("trainer", picture.trainers)):
-        found = sorted(
-            {
-                row["metrics_address"]
-                for row in rows
-                if row["metrics_address"]
-                and row["state"] != "gone"
-                and _reach_of(row["metrics_address"].rpartition(":")[0]) >= nearest
-            }
-        )
-        if found:
-            groups.append({"targets": found, "labels": {"role": role, "swarm": picture.figures["name"]}})
-    return groups
-
-
-def _reach_of_multiaddress(address: str) -> Reach:
-    kind, _, rest = address.strip("/").partition("/")
-    if kind not in {"ip4", "ip6"}:
-        return Reach.GLOBAL
-    return Reach(max(Reach.LOOPBACK, _reach_of(rest.partition("/")[0])))
-
-
-def _reach_of(host: str) -> int:
-    """-1 for what is no address."""
-    try:
-        address = ip_address(host.strip("[]"))
-    except ValueError:
-        return -1
-    if address.is_link_local or address.is_unspecified or address.is_multicast:
-        return -1
-    if address.is_loopback:
-        return Reach.LOOPBACK
-    return Reach.GLOBAL if address.is_global else Reach.PRIVATE
-
 
 FOLDER = Path(__file__).parent
 STATIC = FOLDER / "static"
 OPENAPI = FOLDER / "openapi.json"
 
+MAX_STREAMS = 200
 _NEWS_AT_LEAST_EVERY_S = 5.0
 _EXPERT_S = 2 * 86400.0
 """How far back the history of an expert goes."""
-_EXPERT_POINTS = 12_000  # so that each tier shows as fine as it is
+_EXPERT_POINTS = 12_000
+"""So many that each tier is shown in full."""
 _SEND_DEADLINE_S = 15.0
-"""A page that takes nothing for so long is let go."""
+"""A stream is closed when its page takes nothing for this long."""
 
 _HEADERS = [
     (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -105,29 +49,27 @@ _HEADERS = [
 
 
 class Streams:
-    """Counts the pages that are kept up to date."""
+    """Counts the pages that are kept up to date by event streams."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, metrics: CollectorRegistry | None = None, most: int = MAX_STREAMS) -> None:
         self.open = 0
         self.most = most
+        gauge = Gauge("talkoot_dashboard_streams", "Pages that are kept up to date now.", registry=metrics)
+        gauge.set_function(lambda: self.open)
 
 
 def make_app(
-    watcher: Watcher,
-    keeper: HistoryStore,
-    settings: DashboardSettings,
-    registry: CollectorRegistry,
-    streams: Streams,
+    watcher: Watcher, store: HistoryStore, host: str, metrics: CollectorRegistry, streams: Streams
 ) -> Starlette:
-    """`registry`: of the dashboard's own metrics."""
-    endpoints = _Endpoints(watcher, keeper, registry)
+    """`host`: where it listens. `metrics`: the dashboard's own."""
+    endpoints = _Endpoints(watcher, store, metrics)
     routes = [
         Route("/", endpoints.page),
         Mount("/static", StaticFiles(directory=STATIC, check_dir=False)),
         Route("/healthz", endpoints.healthz),
         Route("/metrics", endpoints.metrics),
         Route("/sd", endpoints.discovery),
-        Route("/events", News(watcher, streams)),
+        Route("/events", EventStream(watcher, streams)),
         Route("/api/v1/openapi.json", endpoints.openapi),
         Route("/api/v1/swarm", endpoints.swarm),
         Route("/api/v1/nodes", endpoints.nodes),
@@ -140,15 +82,15 @@ def make_app(
     ]
     handlers: Mapping[Any, Any] = {api.ApiError: _api_error, HTTPException: _http_error}
     return Starlette(
-        routes=routes, middleware=[Middleware(Guard, host=settings.host)], exception_handlers=handlers
+        routes=routes, middleware=[Middleware(BrowserProtection, host=host)], exception_handlers=handlers
     )
 
 
 class _Endpoints:
-    def __init__(self, watcher: Watcher, keeper: HistoryStore, registry: CollectorRegistry) -> None:
+    def __init__(self, watcher: Watcher, store: HistoryStore, metrics: CollectorRegistry) -> None:
         self._watcher = watcher
-        self._keeper = keeper
-        self._registry = registry
+        self._store = store
+        self._metrics = metrics
 
     async def page(self, request: Request) -> Response:
         return FileResponse(STATIC / "index.html")
@@ -160,13 +102,13 @@ class _Endpoints:
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self._metrics), media_type=CONTENT_TYPE_LATEST)
 
     async def discovery(self, request: Request) -> Response:
         return JSONResponse(targets(self._watcher.picture, self._watcher.bootstrap))
 
     async def swarm(self, request: Request) -> Response:
-        return JSONResponse(api.swarm(self._watcher.sight()))
+        return JSONResponse(api.swarm(self._watcher.state()))
 
     async def nodes(self, request: Request) -> Response:
         return JSONResponse(api.nodes(self._watcher.picture, request.query_params))
@@ -184,29 +126,83 @@ class _Endpoints:
         return JSONResponse(api.experts(self._watcher.picture, request.query_params))
 
     async def expert(self, request: Request) -> Response:
-        sight, uid = self._watcher.sight(), request.path_params["uid"]
-        shown = api.expert(sight.picture, uid, sight.now)
+        state, uid = self._watcher.state(), request.path_params["uid"]
+        shown = api.expert(state.picture, uid, state.now)
         series = []
         for name in ("updates", "replicas"):
             metric = f"expert_{name}"
-            found = await self._keeper.read(
-                metric, sight.now - _EXPERT_S, sight.now, _EXPERT_POINTS, 1, only=uid
+            found = await self._store.read(
+                metric, state.now - _EXPERT_S, state.now, _EXPERT_POINTS, 1, only=uid
             )
             series += api.series([(name, points) for _, points in found])
         return JSONResponse(shown | {"series": series})
 
     async def history(self, request: Request) -> Response:
-        sight = self._watcher.sight()
-        query = api.history_query(request.query_params, sight.now)
-        found = await self._keeper.read(query.metric, query.since, sight.now, query.points, api.MAX_SERIES)
-        series = api.series(found, sight.picture)
+        state = self._watcher.state()
+        query = api.history_query(request.query_params, state.now)
+        found = await self._store.read(query.metric, query.since, state.now, query.points, api.MAX_SERIES)
+        series = api.series(found, state.picture)
         return JSONResponse({"metric": query.metric, "unit": api.UNITS[query.metric], "series": series})
 
 
-class News:
-    """Tells a page how the swarm does, after each reading and every few seconds (server-sent events).
+class AddressScope(IntEnum):
+    """How far an address is valid. A swarm's scope is that of its nearest address."""
 
-    A page that is slow misses what was in between, and one that takes nothing is let go: nothing piles up here.
+    LOOPBACK = 0
+    PRIVATE = 1
+    GLOBAL = 2
+
+
+def targets(picture: Picture | None, bootstrap: Iterable[str]) -> list[Json]:
+    """What Prometheus's HTTP service discovery is told: the metrics of every live peer that offers them.
+
+    Anybody can write an address into a record, and Prometheus would scrape it. So only IP addresses count, and only
+    those of the swarm's own scope: no peer of a public swarm can point Prometheus at this machine or at the network
+    behind it. `bootstrap`: multiaddresses of the swarm's peers.
+    """
+    if picture is None:
+        return []
+    nearest = min(map(_multiaddress_scope, bootstrap), default=AddressScope.GLOBAL)
+    groups = []
+    for role, rows in (("node", picture.nodes), ("trainer", picture.trainers)):
+        found = sorted(
+            {
+                row["metrics_address"]
+                for row in rows
+                if row["metrics_address"]
+                and row["state"] != "gone"
+                and _scope(row["metrics_address"].rpartition(":")[0]) >= nearest
+            }
+        )
+        if found:
+            groups.append({"targets": found, "labels": {"role": role, "swarm": picture.figures["name"]}})
+    return groups
+
+
+def _multiaddress_scope(address: str) -> AddressScope:
+    kind, _, rest = address.strip("/").partition("/")
+    if kind not in {"ip4", "ip6"}:
+        return AddressScope.GLOBAL
+    return AddressScope(max(AddressScope.LOOPBACK, _scope(rest.partition("/")[0])))
+
+
+def _scope(host: str) -> int:
+    """-1 when it is not an address."""
+    try:
+        address = ip_address(host.strip("[]"))
+    except ValueError:
+        return -1
+    if address.is_link_local or address.is_unspecified or address.is_multicast:
+        return -1
+    if address.is_loopback:
+        return AddressScope.LOOPBACK
+    return AddressScope.GLOBAL if address.is_global else AddressScope.PRIVATE
+
+
+class EventStream:
+    """Sends a page the swarm's state after each reading, at least every few seconds (server-sent events).
+
+    A slow page misses what was in between, and the stream of a page that takes nothing is closed: nothing piles up.
     """
 
     def __init__(self, watcher: Watcher, streams: Streams) -> None:
@@ -233,7 +229,7 @@ class News:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while True:
-            values = json.dumps(api.swarm(self._watcher.sight()), allow_nan=False)
+            values = json.dumps(api.swarm(self._watcher.state()), allow_nan=False)
             event = f"event: swarm\ndata: {values}\n\n".encode()
             try:
                 async with asyncio.timeout(_SEND_DEADLINE_S):
@@ -245,10 +241,10 @@ class News:
                     await self._watcher.news()
 
 
-class Guard:
-    """Sets the headers that keep a browser safe, and answers on loopback only to those who ask for loopback.
+class BrowserProtection:
+    """Sets security headers, and on loopback answers only requests for a loopback host.
 
-    Else a page anywhere could read the dashboard of whoever looks at it, under a name that it points to 127.0.0.1.
+    Otherwise any web page could read a visitor's dashboard, through a name that resolves to 127.0.0.1 (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:

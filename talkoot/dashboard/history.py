@@ -1,9 +1,7 @@
-"""What the dashboard has seen, in a SQLite file: means over steps of time, finer ones for a shorter while.
+"""The dashboard's history, in a SQLite file: means over steps of time, finer ones for a shorter while.
 
-Every figure is added to one step of each tier when it comes, so nothing has to be condensed later, and a file holds at
-most series × steps rows.
-
-The history, used from the event loop: its file is written and read on other threads, one call at a time.
+Every figure is added to one step of each tier when it arrives, so nothing has to be condensed later, and the file holds
+at most series × steps rows. `History` is the file; `HistoryStore` uses it from the event loop.
 """
 
 import asyncio
@@ -20,10 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prometheus_client import CollectorRegistry, Counter
+
 from peer.errors import StartError
 from talkoot.dashboard.picture import Picture
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Point = tuple[float, float | None]
 
@@ -32,6 +34,10 @@ _MAX_PICTURE_BYTES = 64 * 2**20
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _GAP_STEPS = 3
 """After so many steps without a figure a line is broken."""
+
+_PICTURE = "picture"
+_SAY_EVERY_S = 600.0
+"""How often a failure is logged: on a full disk every write fails."""
 
 _TABLES = """
 create table if not exists series (id integer primary key, metric text not null, name text not null,
@@ -51,11 +57,15 @@ class Tier:
     kept_s: int
 
 
+MAX_SERIES = 256
+"""Series that are kept, the newest ones."""
+MAX_EXPERTS = 1024
+"""A swarm with more experts than this has no history of each expert."""
 TIERS = (Tier(5, 3600), Tier(60, 86400), Tier(900, 30 * 86400))
 EXPERT_TIERS = (Tier(15, 1800), Tier(900, 2 * 86400))
-"""An expert's figures are many."""
+"""Coarser, because there are many experts."""
 _EXPERT = "expert_"
-"""With which the names of their metrics begin."""
+"""The prefix of their metrics' names."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,9 @@ class Sample:
 class History:
     """The file. One thread at a time uses it."""
 
-    def __init__(self, path: Path, most_series: int, most_expert_series: int) -> None:
+    def __init__(
+        self, path: Path, most_series: int = MAX_SERIES, most_expert_series: int = 2 * MAX_EXPERTS
+    ) -> None:
         """Opens the file, or sets it aside when it is broken. Raises StartError when it can't be written."""
         self.set_aside: Path | None = None
         """Where a broken file was moved to."""
@@ -299,19 +311,15 @@ def _with_gaps(points: Iterable[tuple[float, float, int]]) -> Iterator[Point]:
         last = at, step
 
 
-T = TypeVar("T")
-
-_PICTURE = "picture"
-_SAY_EVERY_S = 600.0
-"""A full disk fails each write, every few seconds."""
-
-
 class HistoryStore:
-    """Owns the history. Close it when done."""
+    """Reads and writes the history on other threads, one call at a time. Owns it: close the store when done."""
 
-    def __init__(self, history: History) -> None:
-        self.failures = 0
-        """Calls that failed, as of a full disk."""
+    def __init__(self, history: History, metrics: CollectorRegistry | None = None) -> None:
+        self.failures = Counter(
+            "talkoot_dashboard_history_failures",
+            "Reads and writes of the history that failed.",
+            registry=metrics,
+        )
         self._history = history
         self._lock = asyncio.Lock()
         self._say_at = 0.0
@@ -357,9 +365,9 @@ class HistoryStore:
                 await asyncio.wait([running])
                 raise
             except HistoryLostError:
-                self.failures += 1  # the history said so
+                self.failures.inc()  # the history has logged it
             except sqlite3.Error as error:
-                self.failures += 1
+                self.failures.inc()
                 if time.monotonic() >= self._say_at:
                     self._say_at = time.monotonic() + _SAY_EVERY_S
                     logger.warning("the history can't be used: %s", error)

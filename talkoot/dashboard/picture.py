@@ -1,12 +1,14 @@
-"""What the dashboard shows, made from a reading once and looked at many times. All of it is plain JSON.
+"""What the dashboard shows: plain JSON, made once for each reading of the swarm and served many times.
 
-Who is there, who has gone, and how fast things happen, from one reading to the next. Pure: times are passed in.
+A reading tells only what is there now. `Census` and `CallRateMeter` remember the readings before, and tell who has gone
+and how fast things happen. All of it is pure: times are passed in.
 """
 
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 from dht.announcements import Activity, Latency, Reachability, TrainerInfo
@@ -14,6 +16,17 @@ from dht.directory import View
 from dht.manifest import Manifest
 from dht.registry import NodeInfo, Replica, ReplicaState
 from peer.identity import PeerID
+
+SILENCE_FACTOR = 1.5
+"""A peer has gone when it has not renewed its record for so many of its own periods."""
+MAX_NODES = 20_000
+"""Of more nodes than this, some are drawn and shown."""
+MAX_TRAINERS = 1000
+MAX_GONE = 1000
+"""Peers that have gone and are still listed."""
+GONE_KEPT_S = 86400.0
+MAX_CELLS = 65536
+"""Experts of the largest layer whose grid is shown."""
 
 
 class Renewed(Protocol):
@@ -43,11 +56,10 @@ class Seen(Generic[T]):
 
 
 class Census(Generic[T]):
-    """Notes readings, and tells who is live. A peer has gone when its record was not renewed when it was due."""
+    """Notes readings, and tells who is live. A peer has gone when it no longer renews its record."""
 
-    def __init__(self, silence_factor: float, most: int, most_gone: int, gone_kept_s: float) -> None:
+    def __init__(self, most: int, most_gone: int = MAX_GONE, gone_kept_s: float = GONE_KEPT_S) -> None:
         self.seen: dict[PeerID, Seen[T]] = {}
-        self._silence_factor = silence_factor
         self._most = most
         self._most_gone = most_gone
         self._gone_kept_s = gone_kept_s
@@ -62,7 +74,7 @@ class Census(Generic[T]):
             elif info.expires_at != seen.info.expires_at:
                 seen.info, seen.seen_at = info, now
         for seen in self.seen.values():
-            seen.gone = now - seen.seen_at > self._silence_factor * seen.info.renew_every_s
+            seen.gone = now - seen.seen_at > SILENCE_FACTOR * seen.info.renew_every_s
         self._forget(now)
 
     def live(self) -> dict[PeerID, T]:
@@ -77,8 +89,8 @@ class Census(Generic[T]):
 
 
 @dataclass(frozen=True)
-class NodeRates:
-    """What all live trainers do together; None: cannot be told yet."""
+class CallRates:
+    """How fast all live trainers together call nodes; None: not known yet."""
 
     calls_per_s: float | None = None
     bytes_per_s: float | None = None
@@ -87,21 +99,21 @@ class NodeRates:
 
 @dataclass
 class _Counted:
-    """One trainer's counters when its record was seen, and how fast they grew before."""
+    """One trainer's counters when its record was seen, and how fast they had grown by then."""
 
     trainer: TrainerInfo
     at: float
-    pace: NodeRates | None = None
+    rates: CallRates | None = None
 
 
-class Paces:
-    """How fast trainers' counters grow, from each of their records to the next."""
+class CallRateMeter:
+    """Measures how fast trainers' counters grow, from each of their records to the next."""
 
     def __init__(self) -> None:
         self._counted: dict[PeerID, _Counted] = {}
 
-    def note(self, trainers: Census[TrainerInfo]) -> NodeRates:
-        """The pace of all live trainers."""
+    def note(self, trainers: Census[TrainerInfo]) -> CallRates:
+        """The rates of all live trainers together."""
         live = {peer_id: seen for peer_id, seen in trainers.seen.items() if not seen.gone}
         for gone in self._counted.keys() - live.keys():
             del self._counted[gone]
@@ -110,39 +122,39 @@ class Paces:
             if before is None or before.trainer.started_at != seen.info.started_at:
                 self._counted[peer_id] = _Counted(seen.info, seen.seen_at)
             elif seen.seen_at > before.at:
-                pace = _pace(before.trainer, seen.info, seen.seen_at - before.at)
-                self._counted[peer_id] = _Counted(seen.info, seen.seen_at, pace)
-        return _together([counted.pace for counted in self._counted.values() if counted.pace is not None])
+                rates = _rates(before.trainer, seen.info, seen.seen_at - before.at)
+                self._counted[peer_id] = _Counted(seen.info, seen.seen_at, rates)
+        return _together([counted.rates for counted in self._counted.values() if counted.rates is not None])
 
 
-def _pace(before: TrainerInfo, now: TrainerInfo, seconds: float) -> NodeRates:
+def _rates(before: TrainerInfo, now: TrainerInfo, seconds: float) -> CallRates:
     def grown(later: int, earlier: int) -> float:
         return max(0, later - earlier) / seconds
 
     moved = now.bytes_sent + now.bytes_received, before.bytes_sent + before.bytes_received
-    return NodeRates(
+    return CallRates(
         grown(now.calls, before.calls),
         grown(*moved),
         {cause: 60 * grown(n, before.failures.get(cause, 0)) for cause, n in now.failures.items()},
     )
 
 
-def _together(paces: list[NodeRates]) -> NodeRates:
-    if not paces:
-        return NodeRates()
+def _together(each: list[CallRates]) -> CallRates:
+    if not each:
+        return CallRates()
     failures: Counter[str] = Counter()
-    for pace in paces:
-        for cause, rate in pace.failures_per_min.items():
+    for rates in each:
+        for cause, rate in rates.failures_per_min.items():
             failures[cause] += rate  # type: ignore[assignment]  # a Counter adds floats as well
-    return NodeRates(
-        sum(pace.calls_per_s or 0.0 for pace in paces),
-        sum(pace.bytes_per_s or 0.0 for pace in paces),
+    return CallRates(
+        sum(rates.calls_per_s or 0.0 for rates in each),
+        sum(rates.bytes_per_s or 0.0 for rates in each),
         dict(failures),
     )
 
 
 FORM = 2
-"""Of a picture that was kept in a file; another form is not read."""
+"""The format of a picture in a file. Other formats are not read."""
 
 Json = dict[str, Any]
 
@@ -162,28 +174,28 @@ class Picture:
     replicas: dict[str, list[Json]]
     """By UID."""
     form: int = FORM
-    hosted: dict[str, list[str]] = field(init=False, repr=False, compare=False)
-    """PeerID → UIDs of its replicas."""
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def hosted(self) -> dict[str, list[str]]:
+        """For each PeerID the UIDs of its replicas."""
         hosted: dict[str, list[str]] = {}
         for uid, replicas in self.replicas.items():
             for replica in replicas:
                 hosted.setdefault(replica["peer_id"], []).append(uid)
-        object.__setattr__(self, "hosted", hosted)
+        return hosted
 
     def to_json(self) -> Json:
         """Its own parts, not copies."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def with_earlier(self, rows: Sequence[Json], most_gone: int, gone_kept_s: float) -> "Picture":
+    def with_earlier(self, rows: Sequence[Json]) -> "Picture":
         """Adds nodes that an earlier run of the dashboard saw, and this one did not."""
         here = {row["peer_id"] for row in self.nodes}
-        room = max(0, most_gone - self.figures["nodes"]["gone"])
+        room = max(0, MAX_GONE - self.figures["nodes"]["gone"])
         gone = [
             row | {"state": "gone", "rows_per_s": None, "latency_ms": None}
             for row in rows
-            if row["peer_id"] not in here and self.read_at - row["seen_at"] < gone_kept_s
+            if row["peer_id"] not in here and self.read_at - row["seen_at"] < GONE_KEPT_S
         ][:room]
         if not gone:
             return self
@@ -193,25 +205,26 @@ class Picture:
 
     @classmethod
     def from_json(cls, values: Json) -> "Picture":
-        """Raises ValueError when it is of another form."""
+        """Raises ValueError when the values are not a picture of this format."""
         if not isinstance(values, dict) or values.get("form") != FORM:
-            raise ValueError("a picture of another form")
+            raise ValueError("a picture in another format")
         try:
-            return cls(**values)
+            picture = cls(**values)
+            _ = picture.hosted  # reads every replica
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError("no picture") from error
+            raise ValueError("not a picture") from error
+        return picture
 
 
 def paint(
     view: View,
     nodes: Census[NodeInfo],
     trainers: Census[TrainerInfo],
-    pace: NodeRates,
-    most_cells: int,
+    rates: CallRates,
     before: Picture | None = None,
     warning: str = "",
 ) -> Picture:
-    """The picture of what was noted last. `before`: the picture before this one, to tell whose updates rise."""
+    """The picture of the last reading. `before`: the previous picture, which tells whose updates have risen."""
     live_nodes, live_trainers = nodes.live(), trainers.live()
     replicas = {
         str(uid): [_replica_row(r, nodes.seen[r.peer_id]) for r in found if r.peer_id in live_nodes]
@@ -220,10 +233,10 @@ def paint(
     latencies = _node_latencies(live_trainers.values())
     earlier = [] if before is None else before.layers
     layers = [
-        _layer(view, live_nodes.keys(), layer, most_cells, earlier[layer] if layer < len(earlier) else {})
+        _layer(view, live_nodes.keys(), layer, earlier[layer] if layer < len(earlier) else {})
         for layer in range(view.manifest.model.layers)
     ]
-    figures = _figures(view.manifest, list(live_nodes.values()), list(live_trainers.values()), pace)
+    figures = _figures(view.manifest, list(live_nodes.values()), list(live_trainers.values()), rates)
     figures["nodes"]["gone"] = len(nodes.seen) - len(live_nodes)
     figures["experts"] = {
         "live": sum(any(r["state"] == "serving" for r in rows) for rows in replicas.values()),
@@ -242,7 +255,7 @@ def paint(
 
 
 def _figures(
-    manifest: Manifest, nodes: Sequence[NodeInfo], live: Sequence[TrainerInfo], pace: NodeRates
+    manifest: Manifest, nodes: Sequence[NodeInfo], live: Sequence[TrainerInfo], rates: CallRates
 ) -> Json:
     """`nodes` and trainers that are `live`."""
     speeds = [t.tokens_per_s for t in live if t.tokens_per_s is not None]
@@ -256,9 +269,9 @@ def _figures(
         "tokens_per_s": sum(speeds) if speeds else None,
         "validation_loss": best[0],
         "bits_per_byte": best[1],
-        "requests_per_s": pace.calls_per_s,
-        "bytes_per_s": pace.bytes_per_s,
-        "failures_per_min": dict(pace.failures_per_min),
+        "requests_per_s": rates.calls_per_s,
+        "bytes_per_s": rates.bytes_per_s,
+        "failures_per_min": dict(rates.failures_per_min),
         "latency_ms": _latency_figures(live),
         "announce_s": statistics.median(periods) if periods else None,
     }
@@ -289,13 +302,13 @@ def _node_latencies(trainers: Iterable[TrainerInfo]) -> dict[PeerID, float]:
     return {peer_id: 1000 * statistics.fmean(measured) for peer_id, measured in found.items()}
 
 
-def _layer(view: View, live: Iterable[PeerID], layer: int, most_cells: int, before: Json) -> Json:
+def _layer(view: View, live: Iterable[PeerID], layer: int, before: Json) -> Json:
     grid = list(view.manifest.experts.grid)
     cells = 1
     for size in grid:
         cells *= size
     shown: Json = {"layer": layer, "grid": grid}
-    if cells > most_cells:
+    if cells > MAX_CELLS:
         return shown
     counts, queued, updates = [0] * cells, [0] * cells, [0] * cells
     present = set(live)

@@ -1,117 +1,41 @@
-"""`talkoot dashboard`: watches a swarm, and shows it on a page and to programs.
-
-The dashboard's Prometheus metrics: the swarm as a whole, and the dashboard itself. No label names a peer.
-"""
+"""`talkoot dashboard`: watches a swarm, and serves a web page, a JSON API and metrics about it."""
 
 import asyncio
 import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import platformdirs
 import uvicorn
 import uvloop
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client import ProcessCollector
 
 from dht.invites import Invite, invite_of
 from peer.errors import PortError
 from peer.files import StateFolder
 from peer.kademlia.hivemind import quiet_hivemind
+from peer.metrics import new_registry
 from talkoot.dashboard.app import Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
-from talkoot.dashboard.picture import Json, Picture
 from talkoot.dashboard.settings import DashboardSettings
-from talkoot.dashboard.watcher import Watcher
+from talkoot.dashboard.watcher import Watcher, WatchIntervals
 from talkoot.signals import Stopped, run_until_stopped
 from talkoot.terminal import Terminal
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class DashboardCounts:
-    """How the dashboard itself does."""
-
-    picture: Picture | None
-    reachable: bool
-    readings: int
-    failed_readings: int
-    history_failures: int
-    streams: int
-
-
-class DashboardCollector(Collector):
-    """Reads the last picture when it is scraped. What can't be told is left out."""
-
-    def __init__(self, counts: Callable[[], DashboardCounts]) -> None:
-        self._counts = counts
-
-    def collect(self) -> Iterator[Metric]:
-        counts = self._counts()
-        yield GaugeMetricFamily(
-            "talkoot_swarm_reachable", "1 while the dashboard can read the swarm.", counts.reachable
-        )
-        yield CounterMetricFamily(
-            "talkoot_dashboard_readings", "Looks at the swarm that went well.", counts.readings
-        )
-        yield CounterMetricFamily(
-            "talkoot_dashboard_failed_readings", "Looks at the swarm that failed.", counts.failed_readings
-        )
-        yield CounterMetricFamily(
-            "talkoot_dashboard_history_failures",
-            "Reads and writes of the history that failed.",
-            counts.history_failures,
-        )
-        yield GaugeMetricFamily(
-            "talkoot_dashboard_streams", "Pages that are kept up to date now.", counts.streams
-        )
-        if counts.picture is not None:
-            yield GaugeMetricFamily(
-                "talkoot_swarm_read_timestamp_seconds",
-                "When the figures of the swarm were read.",
-                counts.picture.read_at,
-            )
-            if counts.reachable:
-                yield from _swarm(counts.picture.figures)
-
-
-def _swarm(figures: Json) -> Iterator[Metric]:
-    yield GaugeMetricFamily("talkoot_swarm_nodes", "Live nodes.", figures["nodes"]["live"])
-    yield GaugeMetricFamily("talkoot_swarm_experts", "Experts of the model.", figures["experts"]["total"])
-    yield GaugeMetricFamily(
-        "talkoot_swarm_live_experts", "Experts that some node serves.", figures["experts"]["live"]
-    )
-    yield GaugeMetricFamily("talkoot_swarm_replicas", "Replicas that are served.", figures["replicas"])
-    yield GaugeMetricFamily("talkoot_swarm_trainers", "Live trainers.", figures["trainers"])
-    for key, name, words in (
-        ("tokens_per_s", "talkoot_swarm_tokens_per_second", "Tokens trained on, by all trainers."),
-        ("requests_per_s", "talkoot_swarm_calls_per_second", "Calls to nodes, by all trainers."),
-        ("bytes_per_s", "talkoot_swarm_bytes_per_second", "Payload between trainers and nodes."),
-        ("validation_loss", "talkoot_swarm_validation_loss_nats", "Lowest of all trainers, for each token."),
-        (
-            "bits_per_byte",
-            "talkoot_swarm_bpb",
-            "Bits per byte, of the trainer with the lowest validation loss.",
-        ),
-    ):
-        if figures[key] is not None:
-            yield GaugeMetricFamily(name, words, figures[key])
-
-
+_MAX_CONNECTIONS = 1000
 _BACKLOG = 128
 _KEEP_S = 5.0
-"""Longest that a stopping dashboard writes its last picture down."""
+"""Deadline for saving the last picture when the dashboard stops."""
 
 
 def run_dashboard(terminal: Terminal, join: str | None, settings: DashboardSettings) -> None:
-    """Watches until a signal comes, which is no error. Raises UserError when it can't start."""
+    """Watches until a signal arrives, which is not an error. Raises UserError when it can't start."""
     quiet_hivemind()
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     invite = invite_of(join)
@@ -142,19 +66,20 @@ async def _serve(
 
 @contextlib.asynccontextmanager
 async def dashboard(
-    invite: Invite, settings: DashboardSettings, folder: Path, listener: socket.socket
+    invite: Invite,
+    settings: DashboardSettings,
+    folder: Path,
+    listener: socket.socket,
+    intervals: WatchIntervals | None = None,
 ) -> AsyncIterator[set["asyncio.Task[None]"]]:
-    """A dashboard that runs inside; gives its tasks, none of which should end."""
-    history = await asyncio.to_thread(
-        History,
-        folder / f"history-{invite.keys.swarm_id}.sqlite",
-        settings.history_series,
-        2 * settings.history_experts,
-    )
-    keeper = HistoryStore(history)
-    watcher = Watcher(invite, settings, folder, keeper, await keeper.kept_picture())
-    streams = Streams(settings.max_streams)
-    app = make_app(watcher, keeper, settings, _registry(watcher, keeper, streams), streams)
+    """A dashboard that runs inside. Yields its tasks, none of which should end."""
+    metrics = new_registry()
+    ProcessCollector(registry=metrics)
+    history = await asyncio.to_thread(History, folder / f"history-{invite.keys.swarm_id}.sqlite")
+    store = HistoryStore(history, metrics)
+    intervals = intervals or WatchIntervals(settings.refresh_s)
+    watcher = Watcher(invite, intervals, folder, store, await store.kept_picture(), metrics=metrics)
+    app = make_app(watcher, store, settings.host, metrics, Streams(metrics))
     server = _Server(
         uvicorn.Config(
             app,
@@ -165,7 +90,7 @@ async def dashboard(
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=settings.max_connections,
+            limit_concurrency=_MAX_CONNECTIONS,
             timeout_keep_alive=10,
         )
     )
@@ -180,11 +105,11 @@ async def dashboard(
             async with asyncio.timeout(_KEEP_S):
                 await watcher.keep()
         await asyncio.gather(serving, watching, return_exceptions=True)
-        await keeper.close()
+        await store.close()
 
 
 class _Server(uvicorn.Server):
-    """Leaves the signals to the command."""
+    """Leaves signals to the command."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -197,7 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
-        # create_server adds the address to the message of whatever it could not bind
+        # create_server adds the address to its own messages
         why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise PortError(
             f"can't listen on {host} port {port}: {why}; pass another --port or --host"
@@ -207,20 +132,3 @@ def listen(host: str, port: int) -> socket.socket:
 def address_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-
-
-def _registry(watcher: Watcher, keeper: HistoryStore, streams: Streams) -> CollectorRegistry:
-    def counts() -> DashboardCounts:
-        return DashboardCounts(
-            watcher.picture,
-            watcher.unreachable_since is None,
-            watcher.readings,
-            watcher.failures,
-            keeper.failures,
-            streams.open,
-        )
-
-    registry = CollectorRegistry()
-    registry.register(DashboardCollector(counts))
-    ProcessCollector(registry=registry)
-    return registry

@@ -1,11 +1,16 @@
-"""Keeps a picture of a swarm: joins it, reads it again and again, and goes on with the last picture when it can't."""
+"""Watches a swarm: joins it, reads it every few seconds, and keeps the last picture when it can't be reached."""
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from dht.announcements import TrainerInfo
 from dht.invites import Invite
@@ -15,9 +20,8 @@ from peer.errors import StartError, SwarmError, UnreachableError
 from peer.identity import Identity
 from peer.transport.addresses import NetworkConfig
 from talkoot.dashboard.api import DashboardState
-from talkoot.dashboard.history import HistoryStore, Sample
-from talkoot.dashboard.picture import Census, Paces, Picture, paint
-from talkoot.dashboard.settings import DashboardSettings
+from talkoot.dashboard.history import MAX_EXPERTS, HistoryStore, Sample
+from talkoot.dashboard.picture import MAX_NODES, MAX_TRAINERS, CallRateMeter, Census, Picture, paint
 from talkoot.status import SwarmReader, SwarmReading
 
 logger = logging.getLogger(__name__)
@@ -26,62 +30,92 @@ _JOIN_AGAIN_S = 5.0
 _CHECK_EVERY_S = 10.0
 _KEEP_EVERY_S = 60.0
 _FAILURES_TO_SAY_SO = 2
-"""After so many readings in a row that failed the swarm is called unreachable."""
+"""The swarm counts as unreachable after so many failed readings in a row."""
+
+_FIGURES = (
+    ("nodes", "Live nodes.", "nodes", "live"),
+    ("experts", "Experts of the model.", "experts", "total"),
+    ("live_experts", "Experts that some node serves.", "experts", "live"),
+    ("replicas", "Replicas that are served.", "replicas"),
+    ("trainers", "Live trainers.", "trainers"),
+    ("tokens_per_second", "Tokens trained on, by all trainers.", "tokens_per_s"),
+    ("calls_per_second", "Calls to nodes, by all trainers.", "requests_per_s"),
+    ("bytes_per_second", "Payload between trainers and nodes.", "bytes_per_s"),
+    ("validation_loss_nats", "Lowest of all trainers, for each token.", "validation_loss"),
+    ("bpb", "Bits per byte, of the trainer with the lowest validation loss.", "bits_per_byte"),
+)
+"""Metrics of the whole swarm: name, description, and keys of the picture's figures. No label names a peer."""
+
+
+@dataclass(frozen=True)
+class WatchIntervals:
+    """How often a watcher looks, in seconds."""
+
+    refresh_s: float
+    list_every_s: float = 30.0
+    """How often it lists all nodes. Between two lists, only nodes that begin to host experts are new to it."""
+    experts_every_s: float = 15.0
+    """How often each expert's figures are added to the history."""
 
 
 class Watcher:
-    """One dashboard's sight of its swarm. `run` it as a task."""
+    """One dashboard's view of its swarm. `run` it as a task."""
 
     def __init__(
         self,
         invite: Invite,
-        settings: DashboardSettings,
+        intervals: WatchIntervals,
         folder: Path,
-        keeper: HistoryStore,
+        store: HistoryStore,
         kept: Picture | None,
+        *,
+        metrics: CollectorRegistry | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         """`kept`: the last picture of an earlier run."""
         self.picture = kept
         self.unreachable_since: float | None = None
         self.bootstrap = invite.bootstrap
-        self.readings = self.failures = 0
+        self.readings = Counter(
+            "talkoot_dashboard_readings", "Readings of the swarm that succeeded.", registry=metrics
+        )
+        self.failures = Counter(
+            "talkoot_dashboard_failed_readings", "Readings of the swarm that failed.", registry=metrics
+        )
+        self._expose(metrics)
+        self._was_read = False
         self._invite = invite
         self._shown_invite = str(replace(invite, token=b""))
-        """Whoever sees the page may not get in by the token of whoever runs it."""
-        self._settings = settings
+        """Without the token: whoever sees the page must not join with the token of whoever runs it."""
+        self._intervals = intervals
         self._folder = folder
-        self._keeper = keeper
+        self._store = store
         self._now = now
         self._failed_in_a_row = 0
         self._news = asyncio.Event()
-        self._nodes: Census[NodeInfo] = Census(
-            settings.silence_factor, settings.most_nodes, settings.most_gone, settings.gone_kept_s
-        )
-        self._trainers: Census[TrainerInfo] = Census(
-            settings.silence_factor, settings.most_trainers, settings.most_trainers, settings.gone_kept_s
-        )
-        self._paces = Paces()
+        self._nodes: Census[NodeInfo] = Census(MAX_NODES)
+        self._trainers: Census[TrainerInfo] = Census(MAX_TRAINERS)
+        self._call_rates = CallRateMeter()
         self._earlier = [] if kept is None else kept.nodes
         self._experts_at = self._kept_at = float("-inf")
 
-    def sight(self) -> DashboardState:
+    def state(self) -> DashboardState:
         return DashboardState(
             self.picture,
             self._invite.keys.swarm_id,
             self._invite.keys.name,
             self._shown_invite,
             self.unreachable_since,
-            self._settings.refresh_s,
+            self._intervals.refresh_s,
             self._now(),
         )
 
     async def news(self) -> None:
-        """Waits for the next reading, or for the news that there is none."""
+        """Waits until the next reading has succeeded or failed."""
         await self._news.wait()
 
     async def run(self) -> None:
-        """Joins and watches, for ever. Raises UserError when the invite is of no swarm that was ever seen here."""
+        """Joins and watches forever. Raises UserError when the invite is for a swarm that was never seen here."""
         while True:
             try:
                 swarm = await self._join()
@@ -94,17 +128,48 @@ class Watcher:
             else:
                 try:
                     await self._watch(swarm)
-                except StartError as error:  # p2pd can't be started again; a new join may do better
+                except StartError as error:  # p2pd can't be restarted; joining again may help
                     self._failed(error)
                 finally:
                     await swarm.stop()
             await asyncio.sleep(_JOIN_AGAIN_S)
 
     async def keep(self) -> None:
-        """Writes the picture down, for the next run."""
+        """Saves the picture for the next run."""
         if self.picture is not None:
             self._kept_at = self._now()
-            await self._keeper.keep_picture(self.picture)
+            await self._store.keep_picture(self.picture)
+
+    def _expose(self, metrics: CollectorRegistry | None) -> None:
+        """Makes the swarm's gauges. A figure that is not known is NaN."""
+
+        def gauge(name: str, words: str, value: Callable[[], float | None]) -> None:
+            def read() -> float:
+                number = value()
+                return math.nan if number is None else number
+
+            Gauge(name, words, registry=metrics).set_function(read)
+
+        def figure(*keys: str) -> float | None:
+            if self.picture is None or self.unreachable_since is not None:
+                return None
+            found: Any = self.picture.figures
+            for key in keys:
+                found = found[key]
+            return cast(float | None, found)
+
+        gauge(
+            "talkoot_swarm_reachable",
+            "1 while the dashboard can read the swarm.",
+            lambda: self.unreachable_since is None,
+        )
+        gauge(
+            "talkoot_swarm_read_timestamp_seconds",
+            "When the figures of the swarm were read.",
+            lambda: None if self.picture is None else self.picture.read_at,
+        )
+        for name, words, *keys in _FIGURES:
+            gauge(f"talkoot_swarm_{name}", words, partial(figure, *keys))
 
     async def _join(self) -> Swarm:
         identity = await asyncio.to_thread(Identity.load_or_create, self._folder / "identity.key")
@@ -113,8 +178,7 @@ class Watcher:
         )
 
     async def _watch(self, swarm: Swarm) -> None:
-        settings = self._settings
-        reader = SwarmReader(swarm, list_every_s=settings.list_every_s, most_nodes=settings.most_nodes)
+        reader = SwarmReader(swarm, list_every_s=self._intervals.list_every_s, most_nodes=MAX_NODES)
         member = asyncio.create_task(swarm.membership.keep(_CHECK_EVERY_S), name="stay in the swarm")
         try:
             while not member.done():
@@ -125,7 +189,7 @@ class Watcher:
                     await self._note(reading)
                 except UnreachableError as error:
                     self._failed(error)
-                await asyncio.sleep(settings.refresh_s)
+                await asyncio.sleep(self._intervals.refresh_s)
         finally:
             member.cancel()
             await asyncio.gather(member, return_exceptions=True)
@@ -134,50 +198,45 @@ class Watcher:
         if self.unreachable_since is not None:
             logger.info("the swarm can be reached again")
         self.unreachable_since, self._failed_in_a_row = None, 0
-        self.readings += 1
+        self.readings.inc()
+        self._was_read = True
         now = reading.view.read_at
         self._nodes.note(reading.nodes, now)
         self._trainers.note(reading.trainers, now)
-        pace = self._paces.note(self._trainers)
-        cells = self._settings.most_cells
-        picture = paint(reading.view, self._nodes, self._trainers, pace, cells, self.picture, reading.warning)
-        self.picture = picture.with_earlier(
-            self._earlier, self._settings.most_gone, self._settings.gone_kept_s
-        )
+        rates = self._call_rates.note(self._trainers)
+        picture = paint(reading.view, self._nodes, self._trainers, rates, self.picture, reading.warning)
+        self.picture = picture.with_earlier(self._earlier)
         await self._remember(self.picture, now)
         self.tell()
 
     async def _remember(self, picture: Picture, now: float) -> None:
         samples = list(samples_of(picture))
-        total = picture.figures["experts"]["total"]
-        if (
-            now >= self._experts_at + self._settings.experts_every_s
-            and total <= self._settings.history_experts
-        ):
+        few = picture.figures["experts"]["total"] <= MAX_EXPERTS
+        if few and now >= self._experts_at + self._intervals.experts_every_s:
             self._experts_at = now
             samples += expert_samples_of(picture)
-        await self._keeper.add(samples, now)
+        await self._store.add(samples, now)
         if now >= self._kept_at + _KEEP_EVERY_S:
             await self.keep()
 
     def _failed(self, error: Exception) -> None:
-        self.failures += 1
+        self.failures.inc()
         self._failed_in_a_row += 1
         if self.unreachable_since is None and (
-            self._failed_in_a_row >= _FAILURES_TO_SAY_SO or not self.readings
+            self._failed_in_a_row >= _FAILURES_TO_SAY_SO or not self._was_read
         ):
             self.unreachable_since = self._now()
             logger.warning("cannot reach the swarm: %s; the page shows what was seen last", error)
         self.tell()
 
     def tell(self) -> None:
-        """Wakes all who wait for news."""
+        """Wakes everybody who waits for news."""
         self._news.set()
         self._news = asyncio.Event()
 
 
 def samples_of(picture: Picture) -> Iterator[Sample]:
-    """What has a history; what can't be told now leaves a gap."""
+    """The figures that have a history. A figure that is not known leaves a gap."""
     figures = picture.figures
     yield Sample("live_experts", "live experts", figures["experts"]["live"])
     yield Sample("live_nodes", "live nodes", figures["nodes"]["live"])

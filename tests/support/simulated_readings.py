@@ -19,11 +19,10 @@ from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from dht.registry import NodeInfo, Replica, ReplicaState
 from peer.identity import PeerID
-from talkoot.dashboard.app import Streams, make_app
+from talkoot.dashboard.app import MAX_STREAMS, Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
-from talkoot.dashboard.picture import Census, Paces, Picture, paint
-from talkoot.dashboard.settings import DashboardSettings
-from talkoot.dashboard.watcher import Watcher
+from talkoot.dashboard.picture import CallRateMeter, Census, Picture, paint
+from talkoot.dashboard.watcher import Watcher, WatchIntervals
 
 NOW = 1_700_000_000.0
 
@@ -83,8 +82,8 @@ def picture_of(
     warning: str = "",
 ) -> Picture:
     """What the dashboard shows after one reading; `gone` were seen for the last time long before."""
-    seen: Census[NodeInfo] = Census(1.5, 20_000, 1000, 86400.0)
-    training: Census[TrainerInfo] = Census(1.5, 1000, 1000, 86400.0)
+    seen: Census[NodeInfo] = Census(20_000)
+    training: Census[TrainerInfo] = Census(1000)
     seen.note({info.peer_id: info for info in gone}, now - 100)
     seen.note({info.peer_id: info for info in nodes}, now)
     training.note({info.peer_id: info for info in trainers}, now)
@@ -92,7 +91,7 @@ def picture_of(
     for one in replicas:
         by_uid[one.uid] = (*by_uid.get(one.uid, ()), one)
     view = View(swarm or manifest(), by_uid, {info.peer_id: info for info in nodes}, now)
-    return paint(view, seen, training, Paces().note(training), 65536, before, warning)
+    return paint(view, seen, training, CallRateMeter().note(training), before, warning)
 
 
 def large_swarm(nodes: int, trainers: int = 20, grid: Sequence[int] = (64, 64)) -> Picture:
@@ -121,15 +120,14 @@ class Answer:
 class Asked:
     """A dashboard's application with a picture, asked directly."""
 
-    def __init__(self, folder: Path, picture: Picture | None, **settings: Any) -> None:
-        self.settings = DashboardSettings.load(**settings)
+    def __init__(
+        self, folder: Path, picture: Picture | None, host: str = "127.0.0.1", max_streams: int = MAX_STREAMS
+    ) -> None:
         self.history = History(folder / "history.sqlite", 64, 64)
-        self.keeper = HistoryStore(self.history)
-        self.watcher = Watcher(INVITE, self.settings, folder, self.keeper, picture, lambda: NOW + 1)
-        self.streams = Streams(self.settings.max_streams)
-        self.app: Starlette = make_app(
-            self.watcher, self.keeper, self.settings, CollectorRegistry(), self.streams
-        )
+        self.store = HistoryStore(self.history)
+        self.watcher = Watcher(INVITE, WatchIntervals(2.0), folder, self.store, picture, now=lambda: NOW + 1)
+        self.streams = Streams(most=max_streams)
+        self.app: Starlette = make_app(self.watcher, self.store, host, CollectorRegistry(), self.streams)
 
     def get(self, path: str, host: str = "127.0.0.1:8080", method: str = "GET") -> Answer:
         return asyncio.run(self.ask(path, host, method))

@@ -10,11 +10,11 @@ from simulated_readings import NOW, node, peer, trainer
 
 from dht.announcements import TrainerInfo
 from dht.registry import NodeInfo
-from talkoot.dashboard.picture import Census, NodeRates, Paces
+from talkoot.dashboard.picture import CallRateMeter, CallRates, Census
 
 
 def census(most: int = 100, most_gone: int = 10, kept_s: float = 86400.0) -> Census[NodeInfo]:
-    return Census(1.5, most, most_gone, kept_s)
+    return Census(most, most_gone, kept_s)
 
 
 def test_a_node_is_live_while_it_renews_its_record() -> None:
@@ -81,13 +81,13 @@ def test_a_crowd_takes_no_more_room_than_it_may() -> None:
     assert len(seen.seen) <= 7
 
 
-def pace_of(*moments: tuple[float, list[TrainerInfo]]) -> NodeRates:
-    training: Census[TrainerInfo] = Census(1.5, 100, 10, 86400.0)
-    paces, pace = Paces(), NodeRates()
+def rates_of(*moments: tuple[float, list[TrainerInfo]]) -> CallRates:
+    training: Census[TrainerInfo] = Census(100, 10)
+    meter, rates = CallRateMeter(), CallRates()
     for now, trainers in moments:
         training.note({info.peer_id: info for info in trainers}, now)
-        pace = paces.note(training)
-    return pace
+        rates = meter.note(training)
+    return rates
 
 
 def test_pace_is_of_counters_between_two_records() -> None:
@@ -95,28 +95,28 @@ def test_pace_is_of_counters_between_two_records() -> None:
     later = replace(
         first, calls=30, bytes_sent=300, bytes_received=400, failures={"unavailable": 3}, expires_at=NOW + 40
     )
-    assert pace_of((NOW, [first])) == NodeRates()
-    pace = pace_of((NOW, [first]), (NOW + 10, [later]))
-    assert (pace.calls_per_s, pace.bytes_per_s) == (2.0, 50.0)
-    assert pace.failures_per_min == {"unavailable": pytest.approx(12.0)}
+    assert rates_of((NOW, [first])) == CallRates()
+    rates = rates_of((NOW, [first]), (NOW + 10, [later]))
+    assert (rates.calls_per_s, rates.bytes_per_s) == (2.0, 50.0)
+    assert rates.failures_per_min == {"unavailable": pytest.approx(12.0)}
 
 
 def test_pace_stays_until_the_next_record_and_ends_with_the_trainer() -> None:
     first = trainer(1, calls=10)
     later = replace(first, calls=30, expires_at=NOW + 40)
-    assert pace_of((NOW, [first]), (NOW + 10, [later]), (NOW + 12, [later])).calls_per_s == 2.0
-    assert pace_of((NOW, [first]), (NOW + 10, [later]), (NOW + 60, [])) == NodeRates()
+    assert rates_of((NOW, [first]), (NOW + 10, [later]), (NOW + 12, [later])).calls_per_s == 2.0
+    assert rates_of((NOW, [first]), (NOW + 10, [later]), (NOW + 60, [])) == CallRates()
 
 
 def test_a_trainer_that_started_again_is_counted_anew() -> None:
     first = trainer(1, calls=1000)
     again = replace(first, calls=5, started_at=NOW, expires_at=NOW + 40)
-    assert pace_of((NOW, [first]), (NOW + 10, [again])) == NodeRates()
+    assert rates_of((NOW, [first]), (NOW + 10, [again])) == CallRates()
 
 
 def test_all_trainers_count_together() -> None:
     first = [trainer(n, calls=0, failures={}) for n in range(3)]
     later = [replace(info, calls=10, failures={"internal": 1}, expires_at=NOW + 40) for info in first]
-    pace = pace_of((NOW, first), (NOW + 10, later))
-    assert pace.calls_per_s == pytest.approx(3.0)
-    assert pace.failures_per_min == {"internal": pytest.approx(18.0)}
+    rates = rates_of((NOW, first), (NOW + 10, later))
+    assert rates.calls_per_s == pytest.approx(3.0)
+    assert rates.failures_per_min == {"internal": pytest.approx(18.0)}

@@ -41,7 +41,7 @@ def large() -> Picture:
     return large_swarm(10_000)
 
 
-def sight(
+def state_of(
     picture: Picture | None, unreachable_since: float | None = None, now: float = NOW + 1
 ) -> DashboardState:
     return DashboardState(picture, "sauna-x", "sauna", str(INVITE), unreachable_since, 2.0, now)
@@ -59,7 +59,7 @@ def healthy(**changes: Any) -> Picture:
 
 
 def test_a_swarm_in_which_all_experts_have_a_host_is_healthy() -> None:
-    shown = api.swarm(sight(healthy()))
+    shown = api.swarm(state_of(healthy()))
     assert shown["state"] == {"level": "ok", "words": "healthy"}
     assert shown["nodes"] == {"live": 2, "gone": 0}
     assert (shown["experts"], shown["replicas"], shown["trainers"]) == ({"live": 8, "total": 8}, 8, 1)
@@ -68,10 +68,10 @@ def test_a_swarm_in_which_all_experts_have_a_host_is_healthy() -> None:
 
 
 def test_a_warning_stands_beside_the_state() -> None:
-    shown = api.swarm(sight(healthy(warning="nobody can join this swarm in 3.0 days")))
+    shown = api.swarm(state_of(healthy(warning="nobody can join this swarm in 3.0 days")))
     assert shown["warning"] == "nobody can join this swarm in 3.0 days"
     assert shown["state"]["level"] == "ok"
-    assert api.swarm(sight(healthy()))["warning"] is api.swarm(sight(None))["warning"] is None
+    assert api.swarm(state_of(healthy()))["warning"] is api.swarm(state_of(None))["warning"] is None
 
 
 @pytest.mark.parametrize(
@@ -86,32 +86,32 @@ def test_a_warning_stands_beside_the_state() -> None:
 def test_missing_hosts_are_counted(hosted: int, level: str, words: str) -> None:
     model = manifest((2, 2))
     replicas = [replica(uid, 0) for uid in model.uids()[:hosted]]
-    assert api.state(sight(healthy(replicas=replicas))) == {"level": level, "words": words}
+    assert api.health(state_of(healthy(replicas=replicas))) == {"level": level, "words": words}
 
 
 def test_a_swarm_of_zero_nodes_is_shown_as_none_and_not_as_unseen() -> None:
-    shown = api.swarm(sight(picture_of([])))
+    shown = api.swarm(state_of(picture_of([])))
     assert shown["state"] == {"level": "bad", "words": "no node is there"}
     assert shown["nodes"] == {"live": 0, "gone": 0}
     assert (shown["tokens_per_s"], shown["validation_loss"], shown["trainers"]) == (None, None, 0)
 
 
 def test_what_was_not_seen_is_null_and_not_zero() -> None:
-    shown = api.swarm(sight(None))
+    shown = api.swarm(state_of(None))
     assert shown["state"] == {"level": "unknown", "words": "looking for the swarm"}
     assert (shown["nodes"]["live"], shown["experts"]["live"], shown["read_at"]) == (None, None, None)
     assert (shown["name"], shown["age_s"], shown["layers"]) == ("sauna", None, [])
 
 
 def test_an_unreachable_swarm_keeps_its_last_state_and_its_age() -> None:
-    shown = api.swarm(sight(healthy(), unreachable_since=NOW + 50, now=NOW + 100))
+    shown = api.swarm(state_of(healthy(), unreachable_since=NOW + 50, now=NOW + 100))
     assert shown["state"] == {"level": "unknown", "words": "cannot reach the swarm"}
     assert (shown["nodes"]["live"], shown["age_s"], shown["unreachable_since"]) == (2, 100.0, NOW + 50)
 
 
 def test_a_clock_set_back_makes_no_age_negative() -> None:
     picture = picture_of([node(0, started_at=NOW + 9999)], [trainer(0, started_at=NOW + 9999)])
-    assert api.swarm(sight(picture, now=NOW - 500))["age_s"] == 0.0
+    assert api.swarm(state_of(picture, now=NOW - 500))["age_s"] == 0.0
     assert (picture.nodes[0]["up_s"], picture.trainers[0]["up_s"]) == (0.0, 0.0)
 
 
@@ -199,7 +199,7 @@ def test_a_node_that_has_gone_serves_nothing_any_more() -> None:
     model = manifest((2, 2))
     replicas = [replica(uid, number % 2) for number, uid in enumerate(model.uids())]
     picture = picture_of([node(0)], swarm=model, replicas=replicas, gone=[node(1)])
-    shown = api.swarm(sight(picture))
+    shown = api.swarm(state_of(picture))
     assert (shown["nodes"], shown["experts"], shown["replicas"]) == (
         {"live": 1, "gone": 1},
         {"live": 4, "total": 8},
@@ -326,12 +326,12 @@ def test_a_trainers_lines_are_labelled_with_its_name_and_its_key() -> None:
 
 
 def test_nodes_of_an_earlier_run_are_listed_as_gone() -> None:
-    now_there = picture_of([node(1)], now=NOW + 100).with_earlier(_SMALL.nodes, 10, 86400.0)
+    now_there = picture_of([node(1)], now=NOW + 100).with_earlier(_SMALL.nodes)
     assert {row["name"]: row["state"] for row in now_there.nodes} == {
         "volunteer 1": "serving", "volunteer 0": "gone",
     }  # fmt: skip
     assert now_there.figures["nodes"] == {"live": 1, "gone": 1}
-    assert len(picture_of([node(1)], now=NOW + 90_000).with_earlier(_SMALL.nodes, 10, 86400.0).nodes) == 1
+    assert len(picture_of([node(1)], now=NOW + 90_000).with_earlier(_SMALL.nodes).nodes) == 1
 
 
 # Size

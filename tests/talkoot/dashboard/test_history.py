@@ -9,6 +9,7 @@ import pytest
 from simulated_readings import NOW, large_swarm
 
 from peer.errors import StartError
+from peer.metrics import total
 from talkoot.dashboard.history import EXPERT_TIERS, TIERS, History, HistoryStore, Sample
 from talkoot.dashboard.picture import Picture
 
@@ -151,14 +152,14 @@ def test_a_file_that_breaks_while_it_is_used_is_set_aside(tmp_path: Path) -> Non
         file.seek(40_960)
         file.write(b"\xff" * 6_000_000)
 
-    async def use() -> int:
-        keeper = HistoryStore(history)
-        assert await keeper.kept_picture() is None
-        await keeper.add([Sample("loss", "after", 2.0)], NOW)
-        found = await keeper.read("loss", NOW - 1, NOW + 1, 300, 8)
-        await keeper.close()
+    async def use() -> float:
+        store = HistoryStore(history)
+        assert await store.kept_picture() is None
+        await store.add([Sample("loss", "after", 2.0)], NOW)
+        found = await store.read("loss", NOW - 1, NOW + 1, 300, 8)
+        await store.close()
         assert [name for name, _ in found] == ["after"]
-        return keeper.failures
+        return total(store.failures)
 
     assert asyncio.run(use()) == 1
     assert history.set_aside is not None
@@ -183,15 +184,15 @@ def test_the_last_picture_is_kept(tmp_path: Path) -> None:
     picture = large_swarm(50, grid=(4, 4))
 
     async def keep() -> Picture | None:
-        keeper = HistoryStore(opened(tmp_path))
-        assert await keeper.kept_picture() is None
-        await keeper.keep_picture(picture)
-        await keeper.close()
-        keeper = HistoryStore(opened(tmp_path))
+        store = HistoryStore(opened(tmp_path))
+        assert await store.kept_picture() is None
+        await store.keep_picture(picture)
+        await store.close()
+        store = HistoryStore(opened(tmp_path))
         try:
-            return await keeper.kept_picture()
+            return await store.kept_picture()
         finally:
-            await keeper.close()
+            await store.close()
 
     assert asyncio.run(keep()) == picture
 
@@ -202,13 +203,13 @@ def test_a_full_disk_is_said_once_and_not_each_time(
     def full(*anything: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    async def use() -> int:
-        keeper = HistoryStore(opened(tmp_path))
+    async def use() -> float:
+        store = HistoryStore(opened(tmp_path))
         monkeypatch.setattr(History, "add", full)
         for second in range(5):
-            await keeper.add([Sample("loss", "a", 2.0)], NOW + second)
-        await keeper.close()
-        return keeper.failures
+            await store.add([Sample("loss", "a", 2.0)], NOW + second)
+        await store.close()
+        return total(store.failures)
 
     assert asyncio.run(use()) == 5
     assert caplog.text.count("the history can't be used: database or disk is full") == 1
@@ -219,10 +220,10 @@ def test_a_picture_of_another_form_is_not_read(tmp_path: Path, kept: object) -> 
     async def read() -> Picture | None:
         history = opened(tmp_path)
         history.keep("picture", kept)
-        keeper = HistoryStore(history)
+        store = HistoryStore(history)
         try:
-            return await keeper.kept_picture()
+            return await store.kept_picture()
         finally:
-            await keeper.close()
+            await store.close()
 
     assert asyncio.run(read()) is None

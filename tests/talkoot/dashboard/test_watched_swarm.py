@@ -30,6 +30,7 @@ from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import NetworkConfig
 from talkoot.dashboard.server import address_of, dashboard, listen
 from talkoot.dashboard.settings import DashboardSettings
+from talkoot.dashboard.watcher import WatchIntervals
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
@@ -90,10 +91,12 @@ class Watched:
         """Starts a dashboard; gives its address."""
         assert self.invite is not None
         await asyncio.to_thread(folder.mkdir, exist_ok=True)
-        settings = DashboardSettings.load(refresh_s=0.3, list_every_s=1.0, experts_every_s=1.0)
+        settings = DashboardSettings.load(refresh_s=0.3)
         listener = listen(LOCAL, 0)
         stack.callback(listener.close)
-        await stack.enter_async_context(dashboard(self.invite, settings, folder, listener))
+        await stack.enter_async_context(
+            dashboard(self.invite, settings, folder, listener, WatchIntervals(0.3, 1.0, 1.0))
+        )
         return address_of(listener)
 
     def get(self, path: str) -> Any:

@@ -13,10 +13,11 @@ from simulated_readings import INVITE, Asked, node, picture_of
 from dht.invites import Invite
 from dht.swarm import Swarm
 from peer.errors import SwarmError, UnreachableError
+from peer.metrics import total
 from peer.wire import admission_pb2
 from talkoot.dashboard import watcher as watch
 from talkoot.dashboard.picture import Picture
-from talkoot.dashboard.watcher import Watcher
+from talkoot.dashboard.watcher import Watcher, WatchIntervals
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -52,8 +53,8 @@ def test_who_sees_the_page_does_not_see_the_token(tmp_path: Path) -> None:
     token = admission_pb2.Token(grant=b"secret", signature=b"secret").SerializeToString()
     asked = Asked(tmp_path, picture_of([node(0)]))
     secret = replace(INVITE, token=token)
-    watcher = Watcher(secret, asked.settings, tmp_path, asked.keeper, None)
-    assert Invite.parse(watcher.sight().invite) == INVITE
+    watcher = Watcher(secret, WatchIntervals(2.0), tmp_path, asked.store, None)
+    assert Invite.parse(watcher.state().invite) == INVITE
     asked.history.close()
 
 
@@ -83,5 +84,5 @@ def test_a_swarm_that_was_never_seen_is_waited_for_when_nobody_answers(
     failing(monkeypatch, UnreachableError("nobody answers"))
     watcher = watched(tmp_path, None)
     asyncio.run(until_told(watcher))
-    assert (watcher.picture, watcher.failures) == (None, 1)
+    assert (watcher.picture, total(watcher.failures)) == (None, 1)
     assert watcher.unreachable_since is not None
