@@ -26,9 +26,9 @@ from expert_server.experts.devices import ComputeDevice, open_devices
 from expert_server.experts.expert import expert_bytes
 from expert_server.hosting.averaging import ReplicaAveraging
 from expert_server.hosting.manager import HostingManager
-from expert_server.hosting.replicas import LocalReplicas
+from expert_server.hosting.replicas import CLAIM_WAIT_S, LocalReplicas
 from expert_server.hosting.standby import StandbyCopies
-from expert_server.pauses import PauseController
+from expert_server.pauses import LOOK_EVERY_S, PauseController
 from expert_server.probe import ProbeServicer
 from expert_server.reachability import ReachabilityMonitor
 from expert_server.resources import (
@@ -37,16 +37,17 @@ from expert_server.resources import (
     most_bytes,
     return_freed_memory,
     row_bytes,
+    snapshots_of,
     threads_of,
     within_memory,
 )
 from expert_server.server import AccessControl, HealthServicer, Services, start_server
 from expert_server.serving.runtime import Runtime, RuntimeStats
-from expert_server.serving.servicer import BudgetLimits, CallLimits, ExpertServicer
+from expert_server.serving.servicer import MAX_CALL_S, BudgetLimits, CallLimits, ExpertServicer
 from expert_server.settings import NodeSettings
 from expert_server.state.checkpoints import CheckpointCounts, Checkpoints, CheckpointStore
 from expert_server.state.servicer import StateServicer
-from expert_server.state.transfer import Snapshot, SnapshotTaker, StateClient, TransferCounts
+from expert_server.state.transfer import SNAPSHOT_S, Snapshot, SnapshotTaker, StateClient, TransferCounts
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
 from peer.errors import UnreachableError, UserError
 from peer.loop import RetryingRounds, attempt
@@ -191,6 +192,15 @@ _CALLS_GRACE_S = 1.0
 _ACCOUNT_EVERY_S = 60.0
 
 
+@dataclass(frozen=True)
+class NodeTiming:
+    """Times that no owner has a reason to change, in seconds. Tests of a whole node shorten them."""
+
+    claim_wait_s: float = CLAIM_WAIT_S
+    look_every_s: float = LOOK_EVERY_S
+    max_call_s: float = MAX_CALL_S
+
+
 class Node:
     """A node of a swarm that was founded or joined. Made by `start`; then `run` it, and `stop` it when done."""
 
@@ -201,6 +211,7 @@ class Node:
         runtime: Runtime,
         state: Path,
         devices: Sequence[ComputeDevice],
+        timing: NodeTiming = NodeTiming(),
         now: Callable[[], float] = time.time,
     ) -> None:
         self.swarm = swarm
@@ -208,70 +219,70 @@ class Node:
         self.address = ""
         self.metrics_address = ""
         self._settings = settings
+        self._timing = timing
         self._now = now
-        store = CheckpointStore(
-            state / "checkpoints", swarm.keys.swarm_id, settings.checkpoints_kept, holds=swarm.manifest.holds
-        )
-        swarm_id = swarm.keys.swarm_id
+        swarm_id, manifest = swarm.keys.swarm_id, swarm.manifest
         self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit, swarm.metrics)
-        own_sessions = SessionClient(
-            swarm.host.identity, swarm_id, sorted(RIGHTS[Role.NODE]), swarm.admission.badge
+        store = CheckpointStore(
+            state / "checkpoints", swarm_id, settings.checkpoints_kept, holds=manifest.holds
         )
-        states = StateClient(
-            swarm_id, swarm.manifest, own_sessions, self.traffic.down, settings.max_transfer_s,
-            swarm.host.tunnels,
-        )  # fmt: skip
+        rights = sorted(RIGHTS[Role.NODE])
+        own_sessions = SessionClient(swarm.host.identity, swarm_id, rights, swarm.admission.badge)
         self.replicas = LocalReplicas(
             swarm,
             runtime,
             Checkpoints(store, runtime),
-            states,
+            StateClient(swarm_id, manifest, own_sessions, self.traffic.down, swarm.host.tunnels),
             devices,
             lifetime_s=settings.lifetime_s,
-            claim_wait_s=settings.claim_wait_s,
+            claim_wait_s=timing.claim_wait_s,
             now=now,
         )
-        self.hosting = HostingManager(settings, swarm, self.replicas, now, settings.exchange_every_s)
-        snapshots: SnapshotCache[Snapshot] = SnapshotCache(settings.max_snapshots, settings.snapshot_s)
+        self.hosting = HostingManager(settings, swarm, self.replicas, now)
+        snapshots: SnapshotCache[Snapshot] = SnapshotCache(snapshots_of(settings, manifest), SNAPSHOT_S)
         self._snapshots = SnapshotTaker(runtime, snapshots, swarm_id, self.replicas.history.of)
         self.averaging = ReplicaAveraging(
             settings, swarm, self.replicas, self._snapshots, self.hosting.adopt_from
         )
-        self._standby = StandbyCopies(
-            settings, swarm, self.replicas, lambda: self.hosting.seen, settings.max_standbys
-        )
+        self._standby = StandbyCopies(settings, swarm, self.replicas, lambda: self.hosting.seen)
         self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, now)
-        self._account = ContributionAccount(state / "contribution.json")
-        self._expert_bytes = expert_bytes(swarm.manifest)
-        kept = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
-        capacity = self.hosting.capacity
-        self._most_bytes = settings.memory or most_bytes(settings, swarm.manifest, capacity, kept)
-        self._stopping = self._drained = False
+        self._access = AccessControl(swarm, state, now)
+        self.sessions = self._access.sessions
+        kept_bytes = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
         limits = CallLimits(
-            settings.max_call_bytes, settings.max_call_s, kept, budget=BudgetLimits.of(settings)
+            max_call_s=timing.max_call_s, max_kept_bytes=kept_bytes, budget=BudgetLimits.of(settings)
         )
-        self._door = AccessControl(swarm, state, settings.max_sessions, now)
-        self.sessions = self._door.sessions
-        self._servicer = ExpertServicer(
-            runtime, swarm.manifest, swarm_id, limits, self.sessions, self.traffic
+        self._servicer = ExpertServicer(runtime, manifest, swarm_id, limits, self.sessions, self.traffic)
+        self._expert_bytes = expert_bytes(manifest)
+        self._most_bytes = settings.memory or most_bytes(
+            settings, manifest, self.hosting.capacity, kept_bytes
         )
-        self._rounds = RetryingRounds(settings.announce_every_s)
+        self._account = ContributionAccount(state / "contribution.json")
         self._certificate = swarm.host.identity.make_certificate()
-        self._description = NodeRecordBuilder(settings, self._certificate, now())
+        self._records = NodeRecordBuilder(settings, self._certificate, now())
+        self.reachability = ReachabilityMonitor(settings, swarm, random.Random(swarm.host.peer_id.to_bytes()))  # noqa: S311  # no secret
+        self._rounds = RetryingRounds(settings.announce_every_s)
+        self._stopping = self._drained = False
         self._host = ""
-        self.reaching = ReachabilityMonitor(settings, swarm, random.Random(swarm.host.peer_id.to_bytes()))  # noqa: S311
-        self._server: grpc.aio.Server | None = None
         self._port = 0
+        self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
         self._loop = asyncio.get_running_loop()  # metrics are read on another thread
 
     @classmethod
     async def start(
-        cls, settings: NodeSettings, swarm: Swarm, *, host: str, state: Path, stage: Stage = logger.info
+        cls,
+        settings: NodeSettings,
+        swarm: Swarm,
+        *,
+        host: str,
+        state: Path,
+        stage: Stage = logger.info,
+        timing: NodeTiming = NodeTiming(),
     ) -> "Node":
         """Serves on `host`, takes its first experts and announces them. Takes over the swarm, also when it fails.
 
-        `state`: the node's own folder, where it keeps checkpoints.
+        `state`: the node's own folder, where it keeps checkpoints. `stage`: is told what happens.
         """
         try:
             builder_of(swarm.manifest.experts.kind)
@@ -283,20 +294,20 @@ class Node:
         runtime = Runtime(
             {},
             max_queued_rows=settings.max_queued_rows,
-            max_batch_rows=batch_rows_of(settings, (device.torch_device.type for device in devices)),
+            max_batch_rows=batch_rows_of(device.torch_device.type for device in devices),
             threads=threads_of(settings),
         )
         logger.info("computes on %s", ", ".join(map(str, devices)))
-        node = cls(settings, swarm, runtime, state, devices)
+        node = cls(settings, swarm, runtime, state, devices, timing)
         try:
             await node.replicas.checkpoints.open()
             await runtime.start()
             await node._serve(host)
-            await attempt(partial(node.reaching.begin, host, node._port, stage))
+            await attempt(partial(node.reachability.begin, host, node._port, stage))
             stage("looking for experts that need a host")
             await node._pauses.look()
             if not node._pauses.hosts:
-                await node._describe()
+                await node._publish_record()
             node._note_work()
             return node
         except BaseException:
@@ -315,13 +326,13 @@ class Node:
         return NodeState.UNREACHABLE if cut_off else NodeState.SERVING
 
     async def run(self) -> None:
-        """Announces, adopts, replicates and averages experts, saves its own, and minds its manners, for ever."""
+        """Announces, adopts, replicates, averages and saves experts, and pauses when it should, for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._stay_announced())
             group.create_task(self._look_around())
             group.create_task(self.averaging.run())
             group.create_task(self._standby.run())
-            group.create_task(self._mind_manners())
+            group.create_task(self._watch_pauses())
             group.create_task(self._account.save_every(_ACCOUNT_EVERY_S, self._contribution))
             if self._settings.checkpoint_every_s:
                 group.create_task(self.replicas.checkpoints.save_every(self._settings.checkpoint_every_s))
@@ -338,27 +349,27 @@ class Node:
 
         Wins over the schedule, the battery and other programs as they are now, until they allow it by themselves.
         """
-        await self._rounds.run("manners", self._pauses.resume)
+        await self._rounds.run("pauses", self._pauses.resume)
 
     async def _take_experts(self) -> None:
         await self.hosting.take_first()  # and announces them
         await self.swarm.keep_manifest()
-        await self._describe()
+        await self._publish_record()
 
     async def _give_up_experts(self) -> None:
         await self._release(self._settings.drain_timeout_s)
         self._servicer.forward_cache.clear()
         await asyncio.to_thread(return_freed_memory)
-        await attempt(self._describe)
+        await attempt(self._publish_record)
 
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
         while True:
             await self.swarm.host.wait_for_restart(self._settings.announce_every_s)
             await self._rounds.run(
-                "announce", self.reaching.check, self.hosting.announce, self._describe, stay_member
+                "announce", self.reachability.check, self.hosting.announce, self._publish_record, stay_member
             )
-            await self._rounds.run("admission", self._door.look)
+            await self._rounds.run("admission", self._access.look)
 
     async def _look_around(self) -> None:
         """Beside the announcements, which must not wait while states are fetched."""
@@ -369,10 +380,10 @@ class Node:
             look = self.hosting.look
             await asyncio.sleep(self._settings.announce_every_s)
 
-    async def _mind_manners(self) -> None:
+    async def _watch_pauses(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.look_every_s)
-            await self._rounds.run("manners", self._pauses.look)
+            await asyncio.sleep(self._timing.look_every_s)
+            await self._rounds.run("pauses", self._pauses.look)
             self._note_work()
 
     async def stop(self) -> None:
@@ -412,7 +423,9 @@ class Node:
         await self.hosting.release(max(0.0, limit_s - (time.monotonic() - began)))
 
     async def _stay_announced_as_leaving(self) -> None:
-        await attempt(self._describe)  # at once: others that leave must not ask this node to take theirs
+        await attempt(
+            self._publish_record
+        )  # at once: others that leave must not ask this node to take theirs
         await self._stay_announced()
 
     def hurry(self) -> None:
@@ -453,8 +466,8 @@ class Node:
             contributed_hours=round(contribution.served_s / 3600, 1),
             replicated=self.hosting.replicated,
             handed_over=self.hosting.handed_over,
-            reachability=self.reaching.reach.in_words,
-            reachability_advice=self.reaching.advice,
+            reachability=self.reachability.reach.in_words,
+            reachability_advice=self.reachability.advice,
         )
 
     def _memory_bytes(self) -> int:
@@ -476,7 +489,6 @@ class Node:
         states = StateServicer(
             self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.replicas.states.counts,
             self.averaging.accept_hint, self.traffic.up, self.sessions,
-            max_transfers=settings.max_transfers, max_transfer_s=settings.max_transfer_s,
         )  # fmt: skip
         services = Services(
             experts=self._servicer,
@@ -490,24 +502,24 @@ class Node:
         self._server, self._port = await start_server(
             services, credentials, host, settings.grpc_port, settings.max_calls, exit_path
         )
-        await self.swarm.host.serve_tunnel(settings.max_tunnel_streams)
+        await self.swarm.host.serve_tunnel()
         self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
         self.swarm.metrics.register(NodeCollector(lambda: self.runtime.stats, self._counts))
         self._metrics = MetricsServer(self.swarm.metrics, settings.metrics_host, settings.metrics_port)
         self.metrics_address = self._metrics.address
 
-    async def _describe(self) -> None:
-        """Renews what this node says of itself."""
+    async def _publish_record(self) -> None:
+        """Renews what this node says of itself in the DHT."""
         activity = Activity.PAUSED if self._pauses.why else Activity.SERVING
-        record = self._description.record(
+        record = self._records.record(
             self.status(),
             Activity.LEAVING if self._stopping else activity,
             self._now(),
-            addresses=self.reaching.addresses,
+            addresses=self.reachability.addresses,
             bootstrap_addresses=await self.swarm.host.bootstrap_addresses(),
             metrics_address="" if self._metrics is None else self._metrics.offered(self._host),
-            reachability=self.reaching.reach.kind,
-            tunnel_addresses=self.reaching.tunnel_addresses,
+            reachability=self.reachability.reach.kind,
+            tunnel_addresses=self.reachability.tunnel_addresses,
         )
         await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
 
@@ -526,6 +538,6 @@ class Node:
             averagings=self.averaging.averagings,
             standby_copies=self._standby.copied,
             transfers=self.replicas.states.counts,
-            reachability=self.reaching.reach.kind,
+            reachability=self.reachability.reach.kind,
             over_budget=self._servicer.budgets.refused,
         )

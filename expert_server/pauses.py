@@ -22,6 +22,15 @@ from expert_server.settings import NodeSettings
 
 logger = logging.getLogger(__name__)
 
+LOOK_EVERY_S = 2.0
+"""Time between looks at the hour, the battery and the load by other programs."""
+BUSY_AFTER_S = 10.0
+"""Window over which the load by other programs is high before a node pauses."""
+IDLE_AFTER_S = 120.0
+"""Window over which that load is low before the node resumes."""
+_IDLE_SHARE = 0.4
+"""Of the load to pause at: the load to resume at."""
+
 
 class PauseCause(Enum):
     """What lets a node pause, beside its owner's word."""
@@ -43,26 +52,31 @@ class Load:
 class LoadMonitor:
     """Whether other programs need the machine. It begins as not busy.
 
-    It becomes busy when their mean load over `busy_after_s` reaches `busy_percent`, and idle again when that over
-    `idle_after_s` is at most `idle_percent`. Each window begins anew when it changes, so it never changes faster.
+    It becomes busy when their mean load over `busy_after_s` reaches `busy_percent`, and idle again when the mean over
+    `idle_after_s` is at most two fifths of that. Each window begins anew when it changes, so it never changes faster.
     """
 
-    def __init__(self, settings: NodeSettings) -> None:
+    def __init__(
+        self, busy_percent: float, busy_after_s: float = BUSY_AFTER_S, idle_after_s: float = IDLE_AFTER_S
+    ) -> None:
+        """`busy_percent`: of all cores."""
         self.busy = False
-        self._settings = settings
+        self._busy_percent = busy_percent
+        self._idle_percent = _IDLE_SHARE * busy_percent
+        self._busy_after_s = busy_after_s
+        self._idle_after_s = idle_after_s
         self._loads: deque[Load] = deque()
         """Of the window, oldest first."""
 
     def note(self, load: Load) -> bool:
         """Takes the load since the last look. Says whether the machine is busy now."""
-        settings = self._settings
         self._loads.append(load)
-        start = load.end - (settings.idle_after_s if self.busy else settings.busy_after_s)
+        start = load.end - (self._idle_after_s if self.busy else self._busy_after_s)
         while self._loads[0].end <= start:
             self._loads.popleft()
         if self._loads[0].start <= start:  # the loads reach back far enough
             mean = _mean(self._loads, start)
-            busy = mean > settings.idle_percent if self.busy else mean >= settings.busy_percent
+            busy = mean > self._idle_percent if self.busy else mean >= self._busy_percent
             if busy is not self.busy:
                 self.busy = busy
                 self._loads.clear()
@@ -148,7 +162,7 @@ class Machine:
 
     def __init__(self, settings: NodeSettings) -> None:
         self._settings = settings
-        self._use = LoadMonitor(settings)
+        self._use = LoadMonitor(settings.busy_percent)
         self._process = psutil.Process()
         self._last = self._times()
 

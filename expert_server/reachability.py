@@ -106,6 +106,8 @@ _UNANSWERED = 2
 """Rounds without an answer, after which a machine with a private address takes itself for hidden."""
 _ASK_S = 20.0
 """Longest that asking all of them may take."""
+_ASK_AGAIN_S = 600.0
+"""Time until other nodes are asked again."""
 
 
 class ReachabilityMonitor:
@@ -174,7 +176,7 @@ class ReachabilityMonitor:
                 await self._hide(judgement, stage)
             return  # the next announcement tries again
         self._unanswered = 0
-        self._next_at = self._clock() + self._settings.reachability_every_s
+        self._next_at = self._clock() + _ASK_AGAIN_S
         if judgement.service:
             self._doubts = 0
             self._addresses = self._announced(judgement)

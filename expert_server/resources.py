@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dht.manifest import Manifest
 from expert_server.experts.expert import expert_bytes
 from expert_server.settings import NodeSettings
-from expert_server.state.transfer import largest_state_bytes
+from expert_server.state.transfer import MAX_SNAPSHOTS, largest_state_bytes
 from peer.errors import SettingsError
 from peer.formatting import bytes_in_words
 
@@ -26,13 +26,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def batch_rows_of(settings: NodeSettings, device_types: Iterable[str]) -> int:
+def batch_rows_of(device_types: Iterable[str]) -> int:
     """Up to how many rows works are merged: from where on a device gains little by more.
 
     No further: a forward pass that is merged keeps no graph, and steps that are answered together come again together,
     with nothing to compute in between.
     """
-    return settings.max_batch_rows or (_CPU_BATCH_ROWS if set(device_types) == {"cpu"} else _GPU_BATCH_ROWS)
+    return _CPU_BATCH_ROWS if set(device_types) == {"cpu"} else _GPU_BATCH_ROWS
 
 
 def threads_of(settings: NodeSettings) -> int:
@@ -56,10 +56,18 @@ def kept_bytes_of(settings: NodeSettings, free_bytes: int) -> int:
     )
 
 
+def snapshots_of(settings: NodeSettings, manifest: Manifest) -> int:
+    """How many states are kept in memory for the nodes that fetch them: at least one, for an eighth of `memory`."""
+    if settings.memory is None:
+        return MAX_SNAPSHOTS
+    fitting = int(settings.memory * _SNAPSHOT_SHARE) // largest_state_bytes(manifest)
+    return min(MAX_SNAPSHOTS, max(1, fitting))
+
+
 def most_bytes(settings: NodeSettings, manifest: Manifest, capacity: int, kept_bytes: int) -> int:
     """What `capacity` experts, kept forward passes, waiting rows and snapshots take together, at most."""
     queue = settings.max_queued_rows * row_bytes(manifest)
-    snapshots = settings.max_snapshots * largest_state_bytes(manifest)
+    snapshots = snapshots_of(settings, manifest) * largest_state_bytes(manifest)
     return capacity * expert_bytes(manifest) + kept_bytes + queue + snapshots
 
 
@@ -91,9 +99,8 @@ def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
     if settings.max_kept_bytes is not None:
         kept = min(kept, settings.max_kept_bytes)
     queued_rows = min(settings.max_queued_rows, int(memory * _QUEUE_SHARE) // row_bytes(manifest))
-    snapshot = largest_state_bytes(manifest)
-    snapshots = min(settings.max_snapshots, max(1, int(memory * _SNAPSHOT_SHARE) // snapshot))
-    left = memory - kept - queued_rows * row_bytes(manifest) - snapshots * snapshot
+    snapshots = snapshots_of(settings, manifest) * largest_state_bytes(manifest)
+    left = memory - kept - queued_rows * row_bytes(manifest) - snapshots
     fitting = left // expert_bytes(manifest)
     usual = min(max(1, 2 * fitting // 3), manifest.experts_total)
     experts = min(settings.experts if settings.experts is not None else usual, fitting)
@@ -104,7 +111,6 @@ def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
             "spare": min(spare, fitting - experts),
             "max_kept_bytes": kept,
             "max_queued_rows": queued_rows,
-            "max_snapshots": snapshots,
         }
     )
 

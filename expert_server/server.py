@@ -92,17 +92,10 @@ async def start_server(
 class AccessControl:
     """One node's. `look` once in every announcement period."""
 
-    def __init__(
-        self, swarm: Swarm, state: Path, max_sessions: int, now: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, swarm: Swarm, state: Path, now: Callable[[], float] = time.time) -> None:
         """`state`: the node's folder, where the founder's has the list of the invites it made."""
         self.sessions = Sessions(
-            swarm.keys.swarm_id,
-            swarm.host.peer_id,
-            swarm.admission,
-            limit=max_sessions,
-            now=now,
-            metrics=swarm.metrics,
+            swarm.keys.swarm_id, swarm.host.peer_id, swarm.admission, now=now, metrics=swarm.metrics
         )
         self._swarm = swarm
         self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None

@@ -20,6 +20,12 @@ class NodeSettings(RoleSettings):
     """What a volunteer's node may use, and how it serves. Times are in seconds, sizes in bytes."""
 
     env_prefix: ClassVar[str] = "TALKOOT_NODE_"
+    removed: ClassVar[frozenset[str]] = frozenset({
+        "busy_after_s", "claim_wait_s", "exchange_every_s", "idle_after_s", "idle_percent", "look_every_s",
+        "max_batch_rows", "max_call_bytes", "max_call_s", "max_claim_s", "max_dht_key_bytes", "max_hints",
+        "max_sessions", "max_snapshots", "max_standbys", "max_transfer_s", "max_transfers", "max_tunnel_streams",
+        "reachability_every_s", "snapshot_s",
+    })  # fmt: skip
 
     experts: int | None = Field(
         default=None, ge=0, le=10**6, description="experts to host; unset: a quarter of the free memory"
@@ -65,20 +71,8 @@ class NodeSettings(RoleSettings):
         description="how others reach this node: public, at its addresses; private, through relays and holes in its "
         "router; auto: as other nodes find that try to connect to it",
     )
-    reachability_every_s: float = Field(
-        default=600.0,
-        ge=5,
-        le=86400,
-        description="seconds until other nodes are asked again to connect to it",
-    )
     upnp: bool = Field(
         default=True, description="ask the router to forward the DHT's port (UPnP, NAT-PMP); not on loopback"
-    )
-    max_tunnel_streams: int = Field(
-        default=256,
-        ge=1,
-        le=10**5,
-        description="streams that others may have open to this node through tunnels",
     )
     metrics_host: MetricsHost = "127.0.0.1"
     metrics_port: MetricsPort = 0
@@ -93,14 +87,6 @@ class NodeSettings(RoleSettings):
         le=100,
         description="replicas of an expert that are enough: of one with fewer this node takes another into its room",
     )
-    exchange_every_s: float = Field(
-        default=600.0,
-        ge=0,
-        le=86400,
-        allow_inf_nan=False,
-        description="seconds that lie between two exchanges of a replica that others host often enough for one that "
-        "is needed more, at least; 0: never",
-    )
     average_every_s: float = Field(
         default=60.0,
         ge=0,
@@ -114,19 +100,6 @@ class NodeSettings(RoleSettings):
         le=3600,
         allow_inf_nan=False,
         description="longest that a node which leaves waits for others to take its experts over, in seconds",
-    )
-    max_transfers: int = Field(
-        default=4, ge=1, le=1000, description="experts' states that others fetch from here at the same time"
-    )
-    max_transfer_s: float = Field(
-        default=600.0, gt=0, le=86400, description="longest that fetching a state may take, in seconds"
-    )
-    max_snapshots: int = Field(
-        default=8, ge=1, le=1000, description="experts' states kept in memory for those who fetch them"
-    )
-    snapshot_s: float = Field(default=300.0, gt=0, le=3600, description="how long they are kept, in seconds")
-    max_hints: int = Field(
-        default=256, ge=1, le=10**5, description="experts that others may ask this node to fetch, at one time"
     )
     checkpoint_every_s: float = Field(
         default=60.0,
@@ -145,9 +118,6 @@ class NodeSettings(RoleSettings):
         allow_inf_nan=False,
         description="seconds between copies, to this node's checkpoints, of experts that one other node hosts alone; "
         "0: never",
-    )
-    max_standbys: int = Field(
-        default=32, ge=1, le=10**5, description="experts copied so, at most: in all, and each time"
     )
     device: str = Field(
         default="auto",
@@ -192,16 +162,10 @@ class NodeSettings(RoleSettings):
     )
     only_when_idle: bool = Field(default=False, description="pause while other programs need the processor")
     busy_percent: float = Field(
-        default=25.0, gt=0, le=100, description="load by other programs to pause at, in % of all cores"
-    )
-    busy_after_s: float = Field(
-        default=10.0, gt=0, le=3600, description="window of that load before a pause, in seconds"
-    )
-    idle_percent: float = Field(
-        default=10.0, ge=0, lt=100, description="load by other programs to resume at, in % of all cores"
-    )
-    idle_after_s: float = Field(
-        default=120.0, gt=0, le=86400, description="window of that load before it resumes, in seconds"
+        default=25.0,
+        gt=0,
+        le=100,
+        description="load by other programs to pause at, in % of all cores; it resumes at two fifths of that",
     )
     not_on_battery: bool = Field(default=False, description="pause while the machine runs on battery")
     niceness: int = Field(
@@ -210,42 +174,17 @@ class NodeSettings(RoleSettings):
         le=19,
         description="priority that the command gives itself: 0 as any other program, 19 the last",
     )
-    look_every_s: float = Field(
-        default=2.0,
-        ge=0.05,
-        le=60,
-        description="seconds between looks at the hour, the battery and the load by other programs",
-    )
     announce_every_s: float = Field(
         default=10.0,
         ge=0.5,
         le=120,
         description="seconds between announcements; they live three times as long",
     )
-    claim_wait_s: float = Field(
-        default=1.0,
-        ge=0.1,
-        le=30,
-        description="seconds for others to see a claim before the expert is served",
-    )
     max_queued_rows: int = Field(
         default=65536,
         ge=1,
         le=10**9,
         description="rows that may wait; more are refused with RESOURCE_EXHAUSTED",
-    )
-    max_batch_rows: int | None = Field(
-        default=None,
-        ge=1,
-        le=10**7,
-        description="rows up to which small works for one expert are computed at once; "
-        "by default 128 on a CPU, 2048 on a GPU",
-    )
-    max_call_bytes: int = Field(
-        default=64 * 2**20,
-        ge=1024,
-        le=2**32,
-        description="payload of one call, in bytes as fp32, however it is encoded",
     )
     max_kept_bytes: int | None = Field(
         default=None,
@@ -259,12 +198,6 @@ class NodeSettings(RoleSettings):
         ge=2**20,
         le=2**36,
         description="memory for what others store in this node's part of the DHT, in bytes",
-    )
-    max_dht_key_bytes: int = Field(
-        default=96 * 2**10,
-        ge=32 * 2**10,
-        le=2**20,
-        description="of that, most under one key, in bytes",
     )
     max_calls: int = Field(default=64, ge=1, le=10**5, description="calls served at the same time")
     deny: Denied = ()
@@ -287,20 +220,6 @@ class NodeSettings(RoleSettings):
         le=10**9,
         description="most optimizer steps of one expert that one caller may cause; unset: no bound",
     )
-    max_sessions: int = Field(
-        default=4096, ge=1, le=10**6, description="callers that are known at the same time"
-    )
-    max_call_s: float = Field(
-        default=60.0, gt=0, le=3600, description="longest that a call may last, in seconds"
-    )
-
-    @model_validator(mode="after")
-    def _has_hysteresis(self) -> Self:
-        if self.idle_percent >= self.busy_percent:
-            raise ValueError(
-                f"idle_percent ({self.idle_percent:g}) must be less than busy_percent ({self.busy_percent:g})"
-            )
-        return self
 
     @model_validator(mode="after")
     def _forwards_to_known_ports(self) -> Self:

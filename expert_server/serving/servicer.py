@@ -23,6 +23,7 @@ from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
+MAX_CALL_S = 60.0
 _RIGHTS = {"forward": session_pb2.RIGHT_FORWARD, "backward": session_pb2.RIGHT_BACKWARD}
 _BURST_S = 5.0
 _EXPERT_BURST_S = 600.0
@@ -119,9 +120,9 @@ class Budgets:
 class CallLimits:
     """What calls may ask of a node."""
 
-    max_call_bytes: int
+    max_call_bytes: int = 64 * 2**20
     """The payload of one call as float32, which is what it takes in memory however it is encoded."""
-    max_call_s: float
+    max_call_s: float = MAX_CALL_S
     """How long a call may last, whatever its own deadline, and how long a forward pass is cached."""
     max_kept_bytes: int = 0
     """Memory for cached forward passes."""

@@ -13,7 +13,7 @@ from grpc import StatusCode
 
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
-from expert_server.state.transfer import Snapshot, SnapshotTaker, TransferCounts
+from expert_server.state.transfer import MAX_TRANSFER_S, Snapshot, SnapshotTaker, TransferCounts
 from peer.errors import ExpertError, WireError
 from peer.identity import PeerID
 from peer.rates import RateLimit
@@ -24,6 +24,9 @@ from peer.wire import session_pb2, state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
+MAX_TRANSFERS = 4
+"""States that others fetch from a node at the same time."""
+MAX_UIDS_IN_ASK = 256
 _REMEMBERED = 4096
 _ADOPT_EVERY_S = 1.0
 
@@ -82,8 +85,6 @@ class HintQueue:
 FetchContext = grpc.aio.ServicerContext[state_pb2.FetchRequest, state_pb2.FetchReply]
 AskContext = grpc.aio.ServicerContext[state_pb2.AskRequest, state_pb2.AskReply]
 
-MAX_UIDS_IN_ASK = 256
-
 
 class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
     """Gives the states of one node's experts to its swarm, and passes hints on."""
@@ -98,11 +99,11 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         up: RateLimit,
         sessions: Sessions,
         *,
-        max_transfers: int,
-        max_transfer_s: float,
+        max_transfers: int = MAX_TRANSFERS,
+        max_transfer_s: float = MAX_TRANSFER_S,
     ) -> None:
         """`follow`: takes a hint, and says how many of its experts will be looked at, from the first on. `up`: how fast
-        states may go. `sessions`: who may fetch and ask.
+        states may go. `sessions`: who may fetch and ask. `max_transfers`: at the same time.
         """
         self._snapshots = snapshots
         self._manifest = manifest

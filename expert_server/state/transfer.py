@@ -31,6 +31,12 @@ from peer.wire import state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
+MAX_TRANSFER_S = 600.0
+"""Longest that fetching a state may take."""
+MAX_SNAPSHOTS = 8
+"""States kept in memory for the nodes that fetch them."""
+SNAPSHOT_S = 300.0
+"""How long they are kept."""
 _ASK_S = 5.0
 """Longest that a peer may take to answer an Ask."""
 _CHANNELS = 64
@@ -158,8 +164,8 @@ class StateClient:
         manifest: Manifest,
         sessions: SessionClient,
         down: RateLimit,
-        max_transfer_s: float,
         tunnels: Tunnels | None = None,
+        max_transfer_s: float = MAX_TRANSFER_S,
     ) -> None:
         """`sessions`: what shows nodes who fetches. `down`: how fast states may come. `max_transfer_s`: longest that
         one may take, all attempts together.

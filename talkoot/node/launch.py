@@ -122,7 +122,7 @@ class SwarmStarter:
         denylist = Denylist(settings.denylist or state / DENYLIST, settings.deny)
         maps_port = settings.upnp and announce is None and not host.startswith("127.")
         config = NetworkConfig(host, port, announce, maps_port=maps_port)
-        bounds = StoreBounds(settings.max_dht_bytes, settings.max_dht_key_bytes)
+        bounds = StoreBounds(settings.max_dht_bytes)
         if self.manifest is not None:
             return await found_swarm(
                 identity,

@@ -146,10 +146,10 @@ def test_a_denied_peer_is_not_called_and_does_not_call(play: Play, tmp_path: Pat
         founder.swarm.admission.denylist = Denylist(denied)
         caller = await village.observe(1, await founder.swarm.invite())
         assert await ask(caller, founder, session_pb2.RIGHT_FORWARD) is StatusCode.INVALID_ARGUMENT
-        await founder._door.look()
+        await founder._access.look()
         assert len(founder.sessions) == 1
         denied.write_text(f"{caller.host.peer_id}\n")
-        await founder._door.look()
+        await founder._access.look()
         assert len(founder.sessions) == 0
         assert await ask(caller, founder, session_pb2.RIGHT_FORWARD) is StatusCode.PERMISSION_DENIED
         caller.admission.denylist = Denylist(None, [str(founder.swarm.host.peer_id)])

@@ -33,7 +33,7 @@ from dht.directory import Directory
 from dht.registry import Replica
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
-from expert_server.node import Node
+from expert_server.node import Node, NodeTiming
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
 from peer.errors import StartError
@@ -138,8 +138,9 @@ def test_two_joiners_at_once_never_host_the_same_expert(
         invite = await first.swarm.invite()
         swarms = [await join_swarm(village.identities[n], invite, NetworkConfig(LOCAL)) for n in (1, 2)]
         look_together(swarms, monkeypatch)
-        settings = {"experts": each, "claim_wait_s": 1.0}
-        others = await asyncio.gather(*(village.start(swarm, settings) for swarm in swarms))
+        others = await asyncio.gather(
+            *(village.start(swarm, {"experts": each}, NodeTiming()) for swarm in swarms)
+        )
         hosted = Counter(uid for node in (first, *others) for uid in node.runtime.experts)
         assert hosted == ONCE_EACH
         assert await serving(first.swarm) == ONCE_EACH
@@ -151,7 +152,7 @@ def test_two_joiners_at_once_never_host_the_same_expert(
 def test_a_founder_waits_for_no_claims_of_others(play: Play) -> None:
     async def scenario(village: Village) -> None:
         async with asyncio.timeout(20):
-            node = await village.found(experts=8, claim_wait_s=30)
+            node = await village.found(experts=8, timing=NodeTiming(claim_wait_s=30))
         assert await serving(node.swarm) == ONCE_EACH
 
     play(scenario)
@@ -161,7 +162,7 @@ def test_while_p2pd_starts_again_claims_of_others_are_waited_for(play: Play) -> 
     """Then no peer is known either, though there are some."""
 
     async def scenario(village: Village) -> None:
-        node = await village.found(experts=8, claim_wait_s=30)
+        node = await village.found(experts=8, timing=NodeTiming(claim_wait_s=30))
         replicas, host = node.replicas, node.swarm.host
         assert replicas.claim_wait_s == 0
         host._ready = False

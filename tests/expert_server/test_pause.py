@@ -21,7 +21,7 @@ from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
-from expert_server.node import Node
+from expert_server.node import Node, NodeTiming
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
 from peer.errors import UnreachableError
@@ -42,6 +42,9 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
     return playing(loop, identities, tmp_path, 60)
+
+
+LOOKS_OFTEN = NodeTiming(claim_wait_s=0.1, look_every_s=0.05)
 
 
 def step(expert: Expert) -> None:
@@ -164,7 +167,7 @@ def test_a_node_pauses_on_battery_and_goes_on_when_plugged_in(
     monkeypatch.setattr(psutil, "sensors_battery", lambda: battery)
 
     async def scenario(village: Village) -> None:
-        node = await village.found(experts=2, not_on_battery=True, look_every_s=0.05)
+        node = await village.found(experts=2, not_on_battery=True, timing=LOOKS_OFTEN)
         await village.run(node)
         await train(node, 1)
         before = updates(node)
@@ -192,7 +195,7 @@ def test_a_node_pauses_on_battery_and_goes_on_when_plugged_in(
 def test_outside_its_hours_a_node_starts_paused_and_its_owner_wins(play: Play) -> None:
     async def scenario(village: Village) -> None:
         hours = elsewhen()
-        node = await village.found(experts=2, schedule=hours, look_every_s=0.05)
+        node = await village.found(experts=2, schedule=hours, timing=LOOKS_OFTEN)
         await village.run(node)
         begins = hours.split("-")[0]
         status = node.status()
@@ -214,7 +217,7 @@ def test_a_pause_breaks_off_the_taking_of_experts(play: Play) -> None:
         founder = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL))
         village.stack.push_async_callback(founder.stop)
         swarm = await join_swarm(village.identities[1], await founder.invite(), NetworkConfig(LOCAL))
-        node = await village.start(swarm, {"experts": 4, "schedule": elsewhen(), "claim_wait_s": 30})
+        node = await village.start(swarm, {"experts": 4, "schedule": elsewhen()}, NodeTiming(claim_wait_s=30))
         resuming = asyncio.create_task(node.resume())
 
         async def claimed() -> bool:
@@ -234,7 +237,7 @@ def test_a_pause_breaks_off_the_taking_of_experts(play: Play) -> None:
 
 def test_of_many_words_at_once_the_last_counts(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        node = await village.found(experts=3, claim_wait_s=0.1, announce_every_s=0.5, look_every_s=0.05)
+        node = await village.found(experts=3, announce_every_s=0.5, timing=LOOKS_OFTEN)
         await village.run(node)
         await train(node, 2)
         before = updates(node)
@@ -252,7 +255,7 @@ def test_of_many_words_at_once_the_last_counts(play: Play) -> None:
 @pytest.mark.parametrize("first", ["pause", "resume", "stop"])
 def test_a_node_may_be_stopped_while_it_pauses_or_goes_on(play: Play, first: str) -> None:
     async def scenario(village: Village) -> None:
-        node = await village.found(experts=4, claim_wait_s=0.1)
+        node = await village.found(experts=4)
         invite = await node.swarm.invite()
         observer = await village.observe(1, invite)
         await train(node, 2)

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_server.pauses import (
+    BUSY_AFTER_S,
+    IDLE_AFTER_S,
     Load,
     LoadMonitor,
     Machine,
@@ -24,8 +26,9 @@ from expert_server.pauses import (
 )
 from expert_server.settings import NodeSettings
 
-SETTINGS = NodeSettings(busy_percent=25, busy_after_s=10, idle_percent=10, idle_after_s=120)
-BOTH_WINDOWS_S = SETTINGS.busy_after_s + SETTINGS.idle_after_s
+BUSY_PERCENT = 25
+"""So 10 % is idle."""
+BOTH_WINDOWS_S = BUSY_AFTER_S + IDLE_AFTER_S
 MONDAY_NOON = datetime(2026, 6, 1, 12, 0)
 
 looks = st.lists(st.tuples(st.floats(0.1, 60), st.floats(0, 100)), min_size=1, max_size=60)
@@ -49,11 +52,11 @@ def noted(use: LoadMonitor, steps: Sequence[tuple[float, float]]) -> list[bool]:
 
 @given(looks)
 def test_it_changes_no_faster_than_its_windows(steps: list[tuple[float, float]]) -> None:
-    use, changed_at = LoadMonitor(SETTINGS), 0.0
+    use, changed_at = LoadMonitor(BUSY_PERCENT), 0.0
     for load in loads(steps):
         before = use.busy
         if use.note(load) is not before:
-            window_s = SETTINGS.idle_after_s if before else SETTINGS.busy_after_s
+            window_s = IDLE_AFTER_S if before else BUSY_AFTER_S
             assert load.end - changed_at >= window_s - 1e-6
             changed_at = load.end
 
@@ -64,7 +67,7 @@ def test_a_load_that_stays_high_makes_it_busy(
 ) -> None:
     """Whatever came before, which may make it idle for a while first."""
     steps = [*steps, *[(seconds, percent)] * (int(BOTH_WINDOWS_S / seconds) + 4)]
-    assert noted(LoadMonitor(SETTINGS), steps)[-1]
+    assert noted(LoadMonitor(BUSY_PERCENT), steps)[-1]
 
 
 @given(looks, st.floats(0, 10), st.floats(1, 5))
@@ -72,26 +75,26 @@ def test_a_load_that_stays_low_makes_it_idle(
     steps: list[tuple[float, float]], percent: float, seconds: float
 ) -> None:
     steps = [*steps, *[(seconds, percent)] * (int(BOTH_WINDOWS_S / seconds) + 4)]
-    assert not noted(LoadMonitor(SETTINGS), steps)[-1]
+    assert not noted(LoadMonitor(BUSY_PERCENT), steps)[-1]
 
 
 @given(st.booleans(), st.lists(st.tuples(st.floats(0.1, 60), st.floats(11, 24)), min_size=1, max_size=60))
 def test_between_the_thresholds_it_stays_as_it_is(busy: bool, steps: list[tuple[float, float]]) -> None:
-    use = LoadMonitor(SETTINGS)
+    use = LoadMonitor(BUSY_PERCENT)
     use.busy = busy
     assert set(noted(use, steps)) == {busy}
 
 
 def test_a_short_burst_is_no_reason() -> None:
-    assert not any(noted(LoadMonitor(SETTINGS), [(2, 0)] * 10 + [(2, 100)] + [(2, 0)] * 10))
+    assert not any(noted(LoadMonitor(BUSY_PERCENT), [(2, 0)] * 10 + [(2, 100)] + [(2, 0)] * 10))
 
 
 @given(looks)
 def test_it_remembers_no_more_than_its_window(steps: list[tuple[float, float]]) -> None:
-    use = LoadMonitor(SETTINGS)
+    use = LoadMonitor(BUSY_PERCENT)
     for load in loads(steps * 5):
         use.note(load)
-        assert all(old.end > load.end - SETTINGS.idle_after_s for old in use._loads)
+        assert all(old.end > load.end - IDLE_AFTER_S for old in use._loads)
 
 
 def test_the_machine_tells_others_load_from_its_own() -> None:

@@ -172,7 +172,7 @@ def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_agai
             await swarm.membership.check(announced=True)
         assert swarm.membership.rejoined == 1
         assert first.swarm.host.peer_id not in swarm.host.dht.blacklist
-        await second._describe()
+        await second._publish_record()
         await swarm.membership.check(announced=True)
 
     play(scenario)
@@ -228,7 +228,7 @@ def test_the_last_peer_says_that_nobody_answers_and_goes_on_alone(
             await check(announced=True)
         assert caplog.text.count("this one goes on alone") == 1
         await village.join(1, await first.swarm.invite(), experts=2, spare=0)
-        await first._describe()
+        await first._publish_record()
         await check(announced=True)
 
     play(scenario)

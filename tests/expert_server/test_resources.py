@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dht.manifest import Manifest
 from expert_server.experts.expert import expert_bytes
-from expert_server.resources import kept_bytes_of, most_bytes, smallest_memory, within_memory
+from expert_server.resources import kept_bytes_of, most_bytes, smallest_memory, snapshots_of, within_memory
 from expert_server.settings import NodeSettings
 from expert_server.state.transfer import largest_state_bytes
 from peer.errors import SettingsError
@@ -70,7 +70,7 @@ def test_what_is_left_is_for_experts_a_third_of_it_to_adopt() -> None:
     fitted = within_memory(NodeSettings(memory=memory, max_queued_rows=10**9), manifest)
     assert (fitted.experts, fitted.spare) == (6, 3)
     assert fitted.max_kept_bytes == memory // 8
-    assert fitted.max_snapshots == memory // 8 // largest_state_bytes(manifest)
+    assert snapshots_of(fitted, manifest) == memory // 8 // largest_state_bytes(manifest)
 
 
 def test_kept_forward_passes_have_what_is_asked_or_a_sixteenth_of_what_is_free() -> None:

@@ -26,6 +26,7 @@ from dht.registry import NodeInfo
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
+from expert_server.node import NodeTiming
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.batches import Answer, Direction, KeptForward, Request
@@ -59,7 +60,6 @@ OWN, *SHARED = (UID(0, (i, j)) for i in range(2) for j in range(2))
 SETTINGS = {
     "experts": 4,
     "threads": 2,
-    "max_call_s": 5,
     "max_kept_bytes": 4 * 2**20,  # soon full
     "checkpoint_every_s": 1,
 }
@@ -86,7 +86,7 @@ def sample(node: NodeProcess) -> Sample:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[NodeProcess]:
-    with started(tmp_path, MANIFEST_TOML, **SETTINGS) as running:
+    with started(tmp_path, MANIFEST_TOML, NodeTiming(max_call_s=5), **SETTINGS) as running:
         yield running
         assert running.process.poll() is None, "the node died"
 

@@ -11,7 +11,7 @@ from grpc import StatusCode
 
 from dht.manifest import Manifest
 from dht.swarm import found_swarm, join_swarm
-from expert_server.node import Node
+from expert_server.node import Node, NodeTiming
 from expert_server.settings import NodeSettings
 from peer.errors import ExpertError, SettingsError
 from peer.identity import Identity
@@ -47,12 +47,13 @@ def test_others_find_and_call_a_node_where_it_says_that_it_is(loop: LoopThread, 
         settings = NodeSettings.load(
             experts=4,
             threads=1,
-            claim_wait_s=0.1,
             drain_timeout_s=0,
             grpc_port=grpc_port,
             announce_grpc_port=calls.port,
         )
-        node = await Node.start(settings, swarm, host=LOCAL, state=tmp_path)
+        node = await Node.start(
+            settings, swarm, host=LOCAL, state=tmp_path, timing=NodeTiming(claim_wait_s=0.1)
+        )
         invite = await swarm.invite()
         assert invite.bootstrap == (f"{announce}/p2p/{swarm.host.peer_id}",)
         observer = await join_swarm(identities[1], invite, NetworkConfig(LOCAL, serves_dht=False))

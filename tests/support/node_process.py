@@ -17,8 +17,17 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.registry import NodeInfo
 from dht.swarm import join_swarm
+from expert_server.node import NodeTiming
 from peer.identity import Identity
 from peer.transport.addresses import NetworkConfig
+
+_MAIN = """
+from functools import partial
+from expert_server.node import Node, NodeTiming
+from talkoot.cli import main
+Node.start = partial(Node.start, timing={})
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,9 @@ class NodeProcess:
 
 
 @contextlib.contextmanager
-def started(folder: Path, manifest: str, **settings: object) -> Iterator[NodeProcess]:
+def started(
+    folder: Path, manifest: str, timing: NodeTiming | None = None, **settings: object
+) -> Iterator[NodeProcess]:
     """Founds a swarm; with the same folder it comes back. Afterwards nothing may be in its log that is a fault."""
     toml, invite, log = folder / "swarm.toml", folder / "invite", folder / "log"
     toml.write_text(manifest)
@@ -45,7 +56,7 @@ def started(folder: Path, manifest: str, **settings: object) -> Iterator[NodePro
     environment = {f"TALKOOT_NODE_{name.upper()}": str(value) for name, value in settings.items()}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "talkoot.cli", "node", *map(str, arguments)],
+            [sys.executable, "-c", _MAIN.format(timing or NodeTiming()), "node", *map(str, arguments)],
             stdout=output,
             stderr=output,
             env=os.environ | environment,

@@ -16,7 +16,7 @@ from dht.manifest import Manifest
 from dht.registry import ReplicaState
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
-from expert_server.node import Node
+from expert_server.node import Node, NodeTiming
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -32,6 +32,7 @@ MANIFEST = Manifest.model_validate(
     }
 )
 UIDS = MANIFEST.uids()
+QUICK = NodeTiming(claim_wait_s=0.1)
 
 Scenario = Callable[["Village"], Coroutine[Any, Any, None]]
 Play = Callable[[Scenario], None]
@@ -45,9 +46,11 @@ class Village:
     stack: contextlib.AsyncExitStack
     folder: Path
 
-    async def found(self, *, manifest: Manifest = MANIFEST, **settings: Any) -> Node:
+    async def found(
+        self, *, manifest: Manifest = MANIFEST, timing: NodeTiming = QUICK, **settings: Any
+    ) -> Node:
         swarm = await found_swarm(self.identities[0], manifest, NetworkConfig(LOCAL))
-        return await self.start(swarm, settings)
+        return await self.start(swarm, settings, timing)
 
     async def join(self, number: int, invite: Invite, **settings: Any) -> Node:
         return await self.start(
@@ -71,8 +74,10 @@ class Village:
         name: str = swarm.host.peer_id.to_base58()
         return self.folder / name
 
-    async def start(self, swarm: Swarm, settings: dict[str, Any]) -> Node:
-        node = await Node.start(node_settings(**settings), swarm, host=LOCAL, state=self.state(swarm))
+    async def start(self, swarm: Swarm, settings: dict[str, Any], timing: NodeTiming = QUICK) -> Node:
+        node = await Node.start(
+            node_settings(**settings), swarm, host=LOCAL, state=self.state(swarm), timing=timing
+        )
         self.stack.push_async_callback(node.stop)
         return node
 
@@ -103,7 +108,7 @@ async def end(task: "asyncio.Task[None]") -> None:
 def node_settings(**changes: Any) -> NodeSettings:
     """One replica of each expert and no handing over, unless asked for."""
     alone = {"replicas": 1, "average_every_s": 0, "drain_timeout_s": 0}
-    return NodeSettings.load(**{"threads": 1, "claim_wait_s": 0.1, **alone, **changes})
+    return NodeSettings.load(**{"threads": 1, **alone, **changes})
 
 
 async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float) -> None:

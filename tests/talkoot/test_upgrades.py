@@ -24,7 +24,7 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.loop import LoopThread
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-LIVELY: dict[str, Any] = {"replicas": 2, "average_every_s": 0.5, "announce_every_s": 3, "claim_wait_s": 0.1}
+LIVELY: dict[str, Any] = {"replicas": 2, "average_every_s": 0.5, "announce_every_s": 3}
 """Settings with which a node soon replicates what another hosts, and averages with it."""
 NEW: dict[str, Any] = {"experts": 4, "spare": 0}
 OLD: dict[str, Any] = {"experts": 6}

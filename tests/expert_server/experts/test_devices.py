@@ -172,7 +172,6 @@ def test_tf32_is_switched_on_for_matrices(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def test_works_are_merged_up_to_what_a_device_gains_by_unless_set() -> None:
-    assert batch_rows_of(NodeSettings(), ["cpu"]) == 128
-    assert batch_rows_of(NodeSettings(), ["cuda", "cuda"]) == 2048
-    assert batch_rows_of(NodeSettings(max_batch_rows=5), ["cuda"]) == 5
+def test_works_are_merged_up_to_what_a_device_gains_by() -> None:
+    assert batch_rows_of(["cpu"]) == 128
+    assert batch_rows_of(["cuda", "cuda"]) == 2048

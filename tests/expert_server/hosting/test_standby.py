@@ -1,5 +1,7 @@
 """An expert with one host lives on from another node's disk when that host dies for good."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from test_restart import train
 from dht.registry import NodeInfo
 from dht.uid import UID
 from expert_server.experts.format import State
+from expert_server.hosting.standby import StandbyCopies
 from expert_server.node import Node
+from expert_server.settings import NodeSettings
 from expert_server.state.transfer import Fetched
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -65,12 +69,18 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
     return playing(loop, identities, tmp_path, 90)
 
 
-async def copied(node: Node) -> int:
+async def copied(node: Node, standby: StandbyCopies | None = None) -> int:
     """Looks, and copies; gives the copies since the start."""
+    standby = standby or node._standby
     await node.hosting.announce()
     await node.hosting.look()
-    await node._standby.copy()
-    return node._standby.copied
+    await standby.copy()
+    return standby.copied
+
+
+def limited(node: Node, limit: int, clock: Callable[[], float] = time.monotonic) -> StandbyCopies:
+    """Of another limit than the node's own."""
+    return StandbyCopies(NodeSettings(), node.swarm, node.replicas, lambda: node.hosting.seen, limit, clock)
 
 
 def test_an_orphan_goes_on_from_the_copy_on_another_nodes_disk(play: Play) -> None:
@@ -124,16 +134,17 @@ def test_who_has_a_copy_is_let_go_first(play: Play) -> None:
 
 def test_no_more_than_told_are_copied_the_stalest_first(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        keeper = await village.found(experts=0, spare=0, max_standbys=2)
+        keeper = await village.found(experts=0, spare=0)
+        standby = limited(keeper, 2)
         host = await village.join(1, await keeper.swarm.invite(), experts=8)
         await train(host, {uid: 1 + number for number, uid in enumerate(UIDS)})
         await host.hosting.announce()
-        assert await copied(keeper) == 2
+        assert await copied(keeper, standby) == 2
         assert await keeper.replicas.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 7}
-        assert await copied(keeper) == 2, "and no others later"
+        assert await copied(keeper, standby) == 2, "and no others later"
         await train(host, {UIDS[-2]: 5})
         await host.hosting.announce()
-        assert await copied(keeper) == 3, "only newer states of the same"
+        assert await copied(keeper, standby) == 3, "only newer states of the same"
         assert await keeper.replicas.checkpoints.newest() == {UIDS[-1]: 8, UIDS[-2]: 12}
 
     play(scenario)
@@ -187,15 +198,15 @@ def test_a_host_that_answers_with_no_messages_does_not_end_who_copies_its_expert
 def test_a_copy_is_renewed_when_its_host_has_moved_on_or_it_is_old(play: Play) -> None:
     async def scenario(village: Village) -> None:
         now = 1000.0
-        keeper = await village.found(experts=0, spare=0, max_standbys=1)
+        keeper = await village.found(experts=0, spare=0)
+        standby = limited(keeper, 1, lambda: now)
         host = await village.join(1, await keeper.swarm.invite(), experts=8)
         await train(host, {UIDS[0]: 200})
-        keeper._standby._clock = lambda: now
         for more, later_s, copies in ((0, 0, 1), (1, 0, 1), (1, 0, 2), (1, 0, 2), (0, 1800, 3), (0, 1800, 3)):
             await train(host, {UIDS[0]: more})
             now += later_s
             await host.hosting.announce()
-            assert await copied(keeper) == copies, (more, later_s)
+            assert await copied(keeper, standby) == copies, (more, later_s)
 
     play(scenario)
 

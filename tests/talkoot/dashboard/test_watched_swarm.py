@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import found_swarm, join_swarm
-from expert_server.node import Node
+from expert_server.node import Node, NodeTiming
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -77,10 +77,12 @@ class Watched:
             else:
                 swarm = await join_swarm(identity, self.invite, NetworkConfig(LOCAL))
             settings = NodeSettings.load(
-                experts=4, spare=0, replicas=1, threads=1, claim_wait_s=0.1, average_every_s=0, drain_timeout_s=0,
+                experts=4, spare=0, replicas=1, threads=1, average_every_s=0, drain_timeout_s=0,
                 announce_every_s=PERIOD_S, name=name,
             )  # fmt: skip
-            node = await Node.start(settings, swarm, host=LOCAL, state=folder)
+            node = await Node.start(
+                settings, swarm, host=LOCAL, state=folder, timing=NodeTiming(claim_wait_s=0.1)
+            )
             self.stack.push_async_callback(node.stop)
             self.nodes.append(node)
             self.running.append(asyncio.create_task(node.run()))
