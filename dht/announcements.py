@@ -18,6 +18,7 @@ from typing import Self
 from grpc import StatusCode
 
 from dht.uid import UID
+from peer.bounded import BoundedDict
 from peer.errors import RecordError
 from peer.identity import PeerID, certificate_pem
 from peer.transport.addresses import ip_address, tunnel_addresses_of
@@ -276,17 +277,15 @@ class ClaimAges:
 
     def __init__(self, longest_s: float = MAX_CLAIM_S) -> None:
         self.longest_s = longest_s
-        self._seen: dict[tuple[UID, PeerID], tuple[float, float]] = {}
+        self._seen = BoundedDict[tuple[UID, PeerID], tuple[float, float]](_MAX_CLAIMS)
         """First and last time that a claim was seen, the one seen last at the end."""
 
     def is_stale(self, uid: UID, peer_id: PeerID, claimed_at: float, now: float) -> bool:
         """Notes the claim. A pause in it shorter than the longest claim does not make it a new one."""
-        first, last = self._seen.pop((uid, peer_id), (now, now))
+        first, last = self._seen.get((uid, peer_id), (now, now))
         if now > last + self.longest_s:
             first = now
         self._seen[uid, peer_id] = first, now
-        while len(self._seen) > _MAX_CLAIMS:
-            del self._seen[next(iter(self._seen))]
         since = claimed_at if 0 < claimed_at < first else first  # 0: it does not say; also right for NaN
         return now > since + self.longest_s
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from dht.registry import Registry
+from peer.bounded import BoundedDict
 from peer.errors import StartError, UnreachableError
 from peer.files import write_atomically
 from peer.host import Host
@@ -34,11 +35,11 @@ class PeerStore:
     def __init__(self, path: Path | None) -> None:
         """`path`: the file that keeps them; None: memory alone. A file that can't be read is as good as none."""
         self._path = path
-        self._met: dict[str, tuple[tuple[str, ...], float]] = {}
-        self._saved: frozenset[str] = frozenset()
+        self._met = BoundedDict[str, tuple[tuple[str, ...], float]](_MAX_PEERS)
         if path is not None:
-            self._met = _read(path)
-            self._saved = frozenset(self.addresses())
+            for addresses, met_at in _read(path):
+                self.add(addresses, met_at)
+        self._saved = frozenset(self.addresses())
 
     def add(self, addresses: Iterable[str], now: float) -> None:
         """Notes addresses at which peers were alive at this Unix time. What is no multiaddress is left out."""
@@ -47,10 +48,7 @@ class PeerStore:
             if len(address) <= _MAX_CHARACTERS and is_multiaddress(address):
                 by_peer.setdefault(_peer_of(address), []).append(address)
         for peer, listed in by_peer.items():
-            self._met.pop(peer, None)
             self._met[peer] = tuple(dict.fromkeys(listed))[:_MAX_ADDRESSES], now
-        while len(self._met) > _MAX_PEERS:
-            del self._met[next(iter(self._met))]
 
     def addresses(self) -> list[str]:
         """All of them, those of the peer that was met last first."""
@@ -80,20 +78,23 @@ class PeerStore:
         self._saved = addresses
 
 
-def _read(path: Path) -> dict[str, tuple[tuple[str, ...], float]]:
-    """Whoever edits the file can only make this peer dial others, and those are checked as any."""
-    peer_store = PeerStore(None)
+def _read(path: Path) -> list[tuple[list[str], float]]:
+    """The addresses of each peer and when it was met, newest last.
+
+    Whoever edits the file can only make this peer dial others, whose answers are checked like any.
+    """
     try:
         with path.open("rb") as file:
             peers = json.loads(file.read(_MAX_FILE_BYTES))["peers"]
-        for peer in reversed(peers[:_MAX_PEERS]):
-            peer_store.add(map(str, peer["addresses"]), float(peer["met_at"]))
+        return [
+            (list(map(str, peer["addresses"])), float(peer["met_at"]))
+            for peer in reversed(peers[:_MAX_PEERS])
+        ]
     except FileNotFoundError:
-        return {}
+        return []
     except (OSError, ValueError, TypeError, LookupError) as error:
         logger.warning("can't read the peers that were met from %s: %s", path, error)
-        return {}
-    return peer_store._met
+        return []
 
 
 def _peer_of(address: str) -> str:

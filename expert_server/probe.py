@@ -11,7 +11,6 @@ import contextlib
 import ipaddress
 import math
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from grpc import StatusCode
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import ExpertError, UnreachableError, WireError
-from peer.rates import Bandwidth
+from peer.rates import Bandwidth, TokenBuckets
 from peer.rpc.calls import make_stub, require_same_swarm
 from peer.transport.addresses import IpAddress, ip_address
 from peer.wire import probe_pb2, probe_pb2_grpc
@@ -57,32 +56,19 @@ class ProbeLimits:
 
 
 class Allowance:
-    """How often callers may ask, each of them and all together. Pure: `now` is passed in.
-
-    The generic cell rate algorithm: it remembers of each caller when the calls so far would have been due, had they
-    come evenly.
-    """
+    """How often callers may ask, each of them and all together. Pure: `now` is passed in."""
 
     def __init__(self, limits: ProbeLimits) -> None:
-        self._limits = limits
-        self._due: OrderedDict[str, float] = OrderedDict()  # by caller, the one seen last at the end
-        self._all_due = float("-inf")
+        # a bucket may be overdrawn by one call, so that its burst is one less
+        self._each = TokenBuckets[str](1 / limits.every_s, limits.burst - 1, _REMEMBERED_CALLERS)
+        self._all = TokenBuckets[None](1 / limits.all_every_s, limits.all_burst - 1)
 
     def take(self, caller: str, now: float) -> float:
         """Lets the caller ask once: then it is 0, else how many seconds to wait, and nothing is taken."""
-        limits = self._limits
-        due, all_due = max(now, self._due.get(caller, now)), max(now, self._all_due)
-        wait_s = max(
-            due - now - (limits.burst - 1) * limits.every_s,
-            all_due - now - (limits.all_burst - 1) * limits.all_every_s,
-        )
-        if wait_s > 0:
+        if wait_s := max(self._each.wait_s(caller, now), self._all.wait_s(None, now)):
             return wait_s
-        self._due[caller] = due + limits.every_s
-        self._due.move_to_end(caller)
-        self._all_due = all_due + limits.all_every_s
-        if len(self._due) > _REMEMBERED_CALLERS:
-            self._due.popitem(last=False)  # who is forgotten begins anew; the bound for all stays
+        self._each.take(caller, 1, now)
+        self._all.take(None, 1, now)
         return 0.0
 
 

@@ -6,13 +6,13 @@ Each side averages by itself, with weights by the steps that each took since the
 
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
 from statistics import median_high
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from peer.bounded import BoundedDict
 from peer.identity import PeerID
 
 MAX_UPDATE_COUNT = 10**15
@@ -36,18 +36,14 @@ class AveragingHistory(Generic[K]):
     """The update count that two states of one thing had when they last met: this peer's, and that of another."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._met: dict[K, OrderedDict[PeerID, int]] = {}
+        self._met: dict[K, BoundedDict[PeerID, int]] = {}
         self._clock = clock
         self._began_at = clock()
         self._noted_at: dict[K, float] = {}
 
     def record(self, thing: K, peer_id: PeerID, update_count: int) -> None:
         self._noted_at[thing] = self._clock()
-        peers = self._met.setdefault(thing, OrderedDict())
-        peers[peer_id] = update_count
-        peers.move_to_end(peer_id)
-        if len(peers) > _PEERS_REMEMBERED:
-            peers.popitem(last=False)
+        self._met.setdefault(thing, BoundedDict(_PEERS_REMEMBERED))[peer_id] = update_count
 
     def of(self, thing: K) -> dict[PeerID, int]:
         """A copy, by peer."""

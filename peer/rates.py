@@ -1,12 +1,16 @@
-"""Limits of bandwidth: a token bucket, pure, and the turns that callers take at it."""
+"""Limits of rates: a token bucket, one for each of many callers, and the bandwidth that all calls share."""
 
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter
 
+from peer.bounded import BoundedDict
 from peer.metrics import total
+
+K = TypeVar("K")
 
 BURST_S = 0.2
 """How much of its rate a bucket holds that was idle."""
@@ -39,6 +43,35 @@ class TokenBucket:
     def give_back(self, size: float) -> None:
         """Undoes the last take, of bytes that did not pass."""
         self._level += size
+
+
+class TokenBuckets(Generic[K]):
+    """A token bucket for each key. Of too many keys, the one used longest ago is forgotten, and starts full again.
+
+    Pure: `now` is passed in, and never goes back.
+    """
+
+    def __init__(self, rate: float | None, burst: float, most: int = 65_536) -> None:
+        """`rate`: per second, of each key; None: as much as they like. `most`: keys remembered."""
+        self._rate = rate
+        self._burst = burst
+        self._buckets = BoundedDict[K, TokenBucket](most)
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def wait_s(self, key: K, now: float) -> float:
+        """How many seconds to wait until what was taken before has passed."""
+        bucket = self._buckets.get(key)
+        return 0.0 if bucket is None else bucket.take(0.0, now)
+
+    def take(self, key: K, amount: float, now: float) -> None:
+        """Takes it, however much it is; whoever comes next waits."""
+        if self._rate is None:
+            return
+        bucket = self._buckets.get(key) or TokenBucket(self._rate, self._burst, now)
+        bucket.take(amount, now)
+        self._buckets[key] = bucket
 
 
 class RateLimit:

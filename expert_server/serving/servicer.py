@@ -1,7 +1,6 @@
 """ExpertService: what trainers call. Checks who calls and what it may cost, then answers the call part by part."""
 
 import time
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -18,7 +17,7 @@ from expert_server.serving.runtime import Runtime
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import ExpertError
-from peer.rates import Bandwidth
+from peer.rates import Bandwidth, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
@@ -27,7 +26,6 @@ MAX_CALL_S = 60.0
 _RIGHTS = {"forward": session_pb2.RIGHT_FORWARD, "backward": session_pb2.RIGHT_BACKWARD}
 _BURST_S = 5.0
 _EXPERT_BURST_S = 600.0
-_REMEMBERED = 65_536
 
 
 @dataclass(frozen=True)
@@ -50,44 +48,19 @@ class BudgetLimits:
         )
 
 
-@dataclass
-class _Meter:
-    """One rate, metered for each key by the generic cell rate algorithm.
-
-    Remembers for each key when its work so far would be done at the allowed rate. A call may come while that lies no
-    further ahead than the burst, however large the call is. The key unused for longest is forgotten and starts afresh.
-    """
-
-    rate: float | None
-    """Per second."""
-    burst_s: float
-    due: OrderedDict[Hashable, float] = field(default_factory=OrderedDict)
-
-    def wait_s(self, key: Hashable, now: float) -> float:
-        """How long until the next call may come."""
-        if self.rate is None:
-            return 0.0
-        return max(0.0, self.due.get(key, now) - now - self.burst_s)
-
-    def take(self, key: Hashable, amount: float, now: float) -> None:
-        if self.rate is None:
-            return
-        self.due[key] = max(now, self.due.get(key, now)) + amount / self.rate
-        self.due.move_to_end(key)
-        if len(self.due) > _REMEMBERED:
-            self.due.popitem(last=False)
-
-
 class Budgets:
-    """What the callers of one node may cost it: rows, and steps of its experts. Pure and bounded."""
+    """What the callers of one node may cost it: rows, and steps of its experts. Pure and bounded.
+
+    A call may come while its caller is within its rate and one burst, however large the call is.
+    """
 
     def __init__(self, limits: BudgetLimits) -> None:
         self.refused = 0
         """Calls refused because their caller's budget was spent."""
         hourly = limits.expert_updates_per_hour
-        self._rows = _Meter(limits.rows_per_s, _BURST_S)
-        self._updates = _Meter(limits.updates_per_s, _BURST_S)
-        self._of_expert = _Meter(None if hourly is None else hourly / 3600, _EXPERT_BURST_S)
+        self._rows = _buckets(limits.rows_per_s, _BURST_S)
+        self._updates = _buckets(limits.updates_per_s, _BURST_S)
+        self._of_expert = _buckets(None if hourly is None else hourly / 3600, _EXPERT_BURST_S)
         self._bounded = limits != BudgetLimits()
 
     def take(self, caller: str, direction: Direction, parts: Sequence[tuple[UID, int]], now: float) -> None:
@@ -114,6 +87,10 @@ class Budgets:
         for step in steps:
             self._updates.take(caller, 1, now)
             self._of_expert.take(step, 1, now)
+
+
+def _buckets(rate: float | None, burst_s: float) -> TokenBuckets[Hashable]:
+    return TokenBuckets(rate, 0.0 if rate is None else rate * burst_s)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ What others ask this node to fetch, until it does: a bounded queue that no asker
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ from grpc import StatusCode
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
 from expert_server.state.transfer import MAX_TRANSFER_S, Snapshot, SnapshotTaker, TransferCounts
+from peer.bounded import BoundedDict
 from peer.errors import ExpertError, WireError
 from peer.identity import PeerID
 from peer.rates import RateLimit
@@ -54,7 +54,7 @@ class HintQueue:
         self._limit = limit
         self._average_every_s = average_every_s
         self._waiting: list[FetchHint] = []
-        self._taken_at: OrderedDict[tuple[UID, bool], float] = OrderedDict()
+        self._taken_at = BoundedDict[tuple[UID, bool], float](_REMEMBERED)
 
     def put(self, hint: FetchHint, now: float) -> int:
         """How many of its experts were taken, from the first on."""
@@ -66,10 +66,7 @@ class HintQueue:
             if now < self._taken_at.get(key, float("-inf")) + every_s:
                 break
             self._taken_at[key] = now
-            self._taken_at.move_to_end(key)
             taken.append(uid)
-        while len(self._taken_at) > _REMEMBERED:
-            self._taken_at.popitem(last=False)
         if taken:
             self._waiting.append(replace(hint, uids=tuple(taken)))
         return len(taken)

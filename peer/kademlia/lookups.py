@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator,
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from peer.bounded import BoundedDict
 from peer.errors import WireError
 from peer.identity import PeerID
 from peer.kademlia.hivemind import (
@@ -117,7 +118,7 @@ class Lookups:
         self.round_trips = RttEstimator()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.unverified = UnverifiedNodes()
-        self._near: dict[DHTID, dict[int, PeerID]] = {}
+        self._near = BoundedDict[DHTID, dict[int, PeerID]](_REMEMBERED_KEYS)
         """Who answered in the last look-up of each key; the key looked up most recently comes last."""
 
     async def find(
@@ -135,11 +136,8 @@ class Lookups:
         return self._near.get(key, {})
 
     def _remember(self, key: DHTID, found: Found) -> None:
-        self._near.pop(key, None)
         nearest = found.search.nearest()[: DEFAULT_LIMITS.front]
         self._near[key] = {node: found.peers[node] for node in nearest}
-        if len(self._near) > _REMEMBERED_KEYS:
-            del self._near[next(iter(self._near))]
 
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
         """Stores each item at the live nodes nearest to its key; returns key and subkey of those that any accepted."""

@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
 import grpc
 
+from peer.bounded import BoundedDict
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import UnreachableError
 from peer.identity import TLS_NAME, PeerID
@@ -73,10 +73,9 @@ class ChannelPool:
     """
 
     def __init__(self, limit: int = 256, tunnels: Tunnels | None = None) -> None:
-        self._limit = limit
         self._tunnels = tunnels
-        self._channels: OrderedDict[tuple[str, bytes], grpc.aio.Channel] = OrderedDict()
-        self._worked: OrderedDict[PeerID, str] = OrderedDict()
+        self._channels = BoundedDict[tuple[str, bytes], grpc.aio.Channel](limit)
+        self._worked = BoundedDict[PeerID, str](limit)
         self._tries: dict[PeerID, asyncio.Task[grpc.aio.Channel]] = {}
 
     async def get(self, address: str, certificate_pem: bytes) -> grpc.aio.Channel:
@@ -85,10 +84,8 @@ class ChannelPool:
         channel = self._channels.get(key)
         if channel is None:
             credentials = grpc.ssl_channel_credentials(root_certificates=certificate_pem)
-            channel = self._channels[key] = grpc.aio.secure_channel(address, credentials, CLIENT_OPTIONS)
-        self._channels.move_to_end(key)
-        while len(self._channels) > self._limit:
-            _, oldest = self._channels.popitem(last=False)
+            channel = grpc.aio.secure_channel(address, credentials, CLIENT_OPTIONS)
+        for oldest in self._channels.put(key, channel):
             await oldest.close()
         return channel
 
@@ -154,7 +151,7 @@ class ChannelPool:
                         channel = await self._open(peer, way)
                         connecting[asyncio.create_task(_connects(channel))] = way, channel
                     if found := await self._first(connecting, None if way is None else _HEAD_START_S):
-                        self._remember(peer.peer_id, found[0])
+                        self._worked[peer.peer_id] = found[0]
                         return found[1]
         except TimeoutError:
             pass
@@ -179,12 +176,6 @@ class ChannelPool:
                 if task.result():
                     return way
         return None
-
-    def _remember(self, peer_id: PeerID, way: str) -> None:
-        self._worked[peer_id] = way
-        self._worked.move_to_end(peer_id)
-        while len(self._worked) > self._limit:
-            self._worked.popitem(last=False)
 
 
 async def _connects(channel: grpc.aio.Channel) -> bool:

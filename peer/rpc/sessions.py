@@ -10,7 +10,6 @@ import asyncio
 import secrets
 import time
 from collections import Counter as Multiset
-from collections import OrderedDict
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -22,6 +21,7 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from peer import PROTOCOL_VERSION
+from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.metrics import start_at_zero
@@ -168,11 +168,10 @@ class Sessions:
         self._swarm_id = swarm_id
         self._server = server
         self._admission = admission or AllowAll()
-        self._limit = limit
         self._lifetime_s = lifetime_s
         self._now = now
         self._window = ReplayWindow()
-        self._sessions: OrderedDict[bytes, Session] = OrderedDict()  # used longest ago first
+        self._sessions = BoundedDict[bytes, Session](limit)  # used longest ago first
         self._by_caller: dict[PeerID, bytes] = {}
 
     def __len__(self) -> int:
@@ -195,11 +194,11 @@ class Sessions:
         self._end(caller)
         key, now = secrets.token_bytes(_SESSION_BYTES), self._now()
         expires_at = min(now + self._lifetime_s, admitted.expires_at)
-        self._sessions[key] = Session(caller, caller.to_base58(), rights, admitted.serial, expires_at)
+        session = Session(caller, caller.to_base58(), rights, admitted.serial, expires_at)
         self._by_caller[caller] = key
-        if len(self._sessions) > self._limit:
+        for evicted in self._sessions.put(key, session):
             self.events.labels("evicted").inc()
-            self._end(next(iter(self._sessions.values())).caller)
+            del self._by_caller[evicted.caller]
         self.events.labels("opened").inc()
         return session_pb2.OpenReply(session=key, lifetime_s=max(0.0, expires_at - now))
 
@@ -321,10 +320,9 @@ class SessionClient:
         self._swarm_id = swarm_id
         self._rights = rights
         self._badge = badge
-        self._limit = limit
         self._now = now
         self._clock = clock
-        self._known: OrderedDict[PeerID, tuple[Metadata, float]] = OrderedDict()
+        self._known = BoundedDict[PeerID, tuple[Metadata, float]](limit)
         """By server: what calls carry, and until when."""
         self._opening: dict[PeerID, asyncio.Task[Metadata]] = {}
 
@@ -375,9 +373,6 @@ class SessionClient:
         metadata = ((SESSION_KEY, reply.session),)
         lifetime_s = min(max(reply.lifetime_s, 0.0), _LONGEST_LIFETIME_S)
         self._known[server] = metadata, self._clock() + _RENEW_AT * lifetime_s
-        self._known.move_to_end(server)
-        if len(self._known) > self._limit:
-            self._known.popitem(last=False)
         self.opened += 1
         return metadata
 

@@ -13,6 +13,7 @@ import grpc
 from grpc import StatusCode
 
 from peer.averaging import MAX_UPDATE_COUNT
+from peer.bounded import BoundedDict
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError, WireError
 from peer.rates import RateLimit
@@ -49,14 +50,11 @@ class SnapshotCache(Generic[S]):
 
     def __init__(self, limit: int, lifetime_s: float) -> None:
         self.lifetime_s = lifetime_s
-        self._limit = limit
-        self._kept: dict[tuple[Hashable, bytes], S] = {}  # oldest first
+        self._kept = BoundedDict[tuple[Hashable, bytes], S](limit)  # oldest first
 
     def put(self, snapshot: S, now: float) -> None:
         self._drop_expired(now)
         self._kept[snapshot.key, snapshot.sha256] = snapshot
-        while len(self._kept) > self._limit:
-            del self._kept[next(iter(self._kept))]
 
     def find(self, key: Hashable, sha256: bytes, now: float) -> S | None:
         self._drop_expired(now)

@@ -11,7 +11,6 @@ import logging
 import os
 import tempfile
 from collections import Counter as Multiset
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from peer.bounded import BoundedDict
 from peer.errors import UnreachableError
 from peer.identity import PeerID
 from peer.metrics import start_at_zero
@@ -77,7 +77,7 @@ class Tunnels:
         self._open_stream = open_stream
         self._limits = limits
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._listeners: OrderedDict[PeerID, _Listener] = OrderedDict()  # least recently used first
+        self._listeners = BoundedDict[PeerID, _Listener](limits.streams)  # least recently used first
         self._exit: Path | None = None
         self._incoming: Multiset[PeerID] = Multiset()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -91,6 +91,7 @@ class Tunnels:
         """Leads other peers' streams to this unix socket from now on. Before, none is accepted."""
         self._exit = path
         self._limits = replace(self._limits, streams=most_streams)
+        self._listeners.most = most_streams
 
     async def serve_on(self, daemon: Any) -> None:
         """Accepts other peers' streams from this p2pd, if an exit is set."""
@@ -105,14 +106,12 @@ class Tunnels:
         """
         listener = self._listeners.get(peer_id) or await self._listen_for(peer_id)
         listener.addresses = tuple(addresses)
-        self._listeners.move_to_end(peer_id)
-        while len(self._listeners) > self._limits.streams:
-            _, oldest = self._listeners.popitem(last=False)
-            oldest.close()
+        self._keep(peer_id, listener)
         return _grpc_name(listener.path)
 
     async def _listen_for(self, peer_id: PeerID) -> "_Listener":
-        listener = self._listeners[peer_id] = _Listener(self._path(_file_name(peer_id)))
+        listener = _Listener(self._path(_file_name(peer_id)))
+        self._keep(peer_id, listener)
         try:
             listener.server = await asyncio.start_unix_server(
                 lambda reader, writer: self._forward(peer_id, listener, (reader, writer)),
@@ -124,6 +123,11 @@ class Tunnels:
             self.failures.inc()
             raise UnreachableError(f"can't open a tunnel to {peer_id}: {error}") from error
         return listener
+
+    def _keep(self, peer_id: PeerID, listener: "_Listener") -> None:
+        """As the one used last; the least recently used ones are closed when there are too many."""
+        for oldest in self._listeners.put(peer_id, listener):
+            oldest.close()
 
     def address_of(self, peer_id: PeerID) -> str:
         """The address that `open_to` returned for the peer."""

@@ -282,9 +282,8 @@ def test_a_claim_renewed_for_ever_leaves_the_expert_vacant(swarm: Swarm, run: An
                 [ReplicaAnnouncement(uid, ReplicaState.CLAIMED, claimed_at=time.time())], LIFETIME_S
             )
             seen.append(len((await reader.replicas([uid]))[uid]))
-            reader.claims._seen = {  # as if seen for the first time long ago
-                claim: (first - 1000.0, last) for claim, (first, last) in reader.claims._seen.items()
-            }
+            for claim, (first, last) in list(reader.claims._seen.items()):
+                reader.claims._seen[claim] = first - 1000.0, last  # as if seen for the first time long ago
         assert seen == [1, 1, 0]
 
     run(scenario())

@@ -344,7 +344,7 @@ def test_memory_of_callers_is_bounded() -> None:
     allowance = Allowance(ProbeLimits(all_burst=10**6))
     for caller in range(3000):
         allowance.take(str(caller), 0.0)
-    assert len(allowance._due) == 1024
+    assert len(allowance._each) == 1024
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.loop import LoopThread
-from peer.rates import BURST_S, Bandwidth, RateLimit, TokenBucket
+from peer.rates import BURST_S, Bandwidth, RateLimit, TokenBucket, TokenBuckets
 
 RATES = st.floats(1.0, 1e6)
 STEPS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 1.0)), min_size=1, max_size=40)
@@ -73,6 +73,22 @@ def test_more_than_the_burst_passes_at_once_and_what_follows_waits_for_it() -> N
     assert bucket.take(500, 0.0) == pytest.approx(40.0)
     assert bucket.take(0, 30.0) == pytest.approx(10.0)
     assert bucket.take(0, 40.0) == bucket.take(100, 50.0) == 0.0
+
+
+def test_each_key_has_a_bucket_and_those_used_last_are_remembered() -> None:
+    buckets = TokenBuckets[str](2.0, 1.0, most=2)
+    buckets.take("a", 4, 0.0)
+    assert (buckets.wait_s("a", 0.0), buckets.wait_s("b", 0.0)) == (1.5, 0.0)
+    assert (buckets.wait_s("a", 1.0), buckets.wait_s("a", 1.5)) == (0.5, 0.0)
+    for key in "bc":
+        buckets.take(key, 4, 0.0)
+    assert (len(buckets), buckets.wait_s("a", 0.0), buckets.wait_s("c", 0.0)) == (2, 0.0, 1.5)
+
+
+def test_without_a_rate_nothing_is_counted() -> None:
+    buckets = TokenBuckets[str](None, 0.0)
+    buckets.take("a", 10**9, 0.0)
+    assert (len(buckets), buckets.wait_s("a", 0.0)) == (0, 0.0)
 
 
 # Callers on a loop
