@@ -32,7 +32,8 @@ START_DEADLINE_S = 60.0
 _STOP_DEADLINE_S = 3.0
 """p2pd is killed if it takes longer to stop when asked."""
 _REINSTALL = (
-    "if p2pd is missing or broken, `python -m pip install --force-reinstall --no-deps hivemind` brings it"
+    "if p2pd is missing or broken, reinstall it: "
+    "`python -m pip install --force-reinstall --no-deps hivemind==1.1.12`"
 )
 
 _RELAY_BUFFER_BYTES = 256 * 2**10

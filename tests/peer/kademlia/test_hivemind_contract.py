@@ -268,6 +268,10 @@ def test_installed_hivemind_is_the_pinned_one() -> None:
         f"hivemind=={PINNED}"
     ]
     assert version("hivemind") == PINNED
+    advice = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "peer").rglob("*.py")]
+    named = [found for path in advice for found in re.findall(r"hivemind==([\d.]*\d)", path.read_text())]
+    assert named == [PINNED] * len(named)
+    assert len(named) >= 2  # how to reinstall p2pd: in an error, and in the troubleshooting page
 
 
 def test_what_we_import_is_there() -> None:
