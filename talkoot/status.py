@@ -31,6 +31,8 @@ from peer.transport.addresses import NetworkConfig
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import FittingTable, Terminal
 
+_WATCH_EVERY_S = 2.0
+_LIST_EVERY_S = 20.0
 _NODES_AT_ONCE = 512
 """Node records asked for in one look-up, which has one deadline."""
 _LOOK_AGAIN_S = 300.0
@@ -123,55 +125,6 @@ class SwarmReader:
                 self._not_there[peer] = look_again
         self._idle -= self._not_there.keys()
         return found
-
-
-def _node_dict(node: NodeInfo, read_at: float) -> dict[str, Any]:
-    return {
-        "peer_id": node.peer_id.to_base58(),
-        "name": node.name or None,
-        "activity": node.activity.name.lower(),
-        "addresses": list(node.addresses),
-        "reachability": node.reachability.name.lower(),
-        "experts": node.expert_count,
-        "capacity": node.expert_capacity,
-        "updates": node.updates,
-        "rows": node.rows_processed,
-        "rows_per_s": node.rows_per_s,
-        "contributed_hours": round(node.contributed_s / 3600, 1),
-        "protocol_version": node.protocol_version,
-        "software_version": node.software_version,
-        "up_s": read_at - node.started_at,
-        "expires_in_s": node.expires_at - read_at,
-    }
-
-
-def _trainer_dict(trainer: TrainerInfo, read_at: float) -> dict[str, Any]:
-    return {
-        "peer_id": trainer.peer_id.to_base58(),
-        "name": trainer.name or None,
-        "step": trainer.step,
-        "steps": trainer.steps,
-        "loss": trainer.loss,
-        "validation_loss": trainer.validation_loss,
-        "bits_per_byte": trainer.bits_per_byte,
-        "tokens_per_s": trainer.tokens_per_s,
-        "failures": dict(trainer.failures),
-        "software_version": trainer.software_version,
-        "up_s": read_at - trainer.started_at,
-        "expires_in_s": trainer.expires_at - read_at,
-    }
-
-
-def _replica_dict(replica: Replica) -> dict[str, Any]:
-    return {
-        "peer_id": replica.peer_id.to_base58(),
-        "state": replica.state.name.lower(),
-        "update_count": replica.update_count,
-    }
-
-
-_WATCH_EVERY_S = 2.0
-_LIST_EVERY_S = 20.0
 
 
 def run_status(terminal: Terminal, join: str | None, watch: bool = False) -> None:
@@ -336,3 +289,48 @@ def _layer_table(view: View, layer: int) -> Table:
         counts = [len(view.hosts(uid)) for uid in uids]
         table.add_row(".".join(map(str, coordinate)), *(str(count) if count else "-" for count in counts))
     return table
+
+
+def _node_dict(node: NodeInfo, read_at: float) -> dict[str, Any]:
+    return {
+        "peer_id": node.peer_id.to_base58(),
+        "name": node.name or None,
+        "activity": node.activity.name.lower(),
+        "addresses": list(node.addresses),
+        "reachability": node.reachability.name.lower(),
+        "experts": node.expert_count,
+        "capacity": node.expert_capacity,
+        "updates": node.updates,
+        "rows": node.rows_processed,
+        "rows_per_s": node.rows_per_s,
+        "contributed_hours": round(node.contributed_s / 3600, 1),
+        "protocol_version": node.protocol_version,
+        "software_version": node.software_version,
+        "up_s": read_at - node.started_at,
+        "expires_in_s": node.expires_at - read_at,
+    }
+
+
+def _trainer_dict(trainer: TrainerInfo, read_at: float) -> dict[str, Any]:
+    return {
+        "peer_id": trainer.peer_id.to_base58(),
+        "name": trainer.name or None,
+        "step": trainer.step,
+        "steps": trainer.steps,
+        "loss": trainer.loss,
+        "validation_loss": trainer.validation_loss,
+        "bits_per_byte": trainer.bits_per_byte,
+        "tokens_per_s": trainer.tokens_per_s,
+        "failures": dict(trainer.failures),
+        "software_version": trainer.software_version,
+        "up_s": read_at - trainer.started_at,
+        "expires_in_s": trainer.expires_at - read_at,
+    }
+
+
+def _replica_dict(replica: Replica) -> dict[str, Any]:
+    return {
+        "peer_id": replica.peer_id.to_base58(),
+        "state": replica.state.name.lower(),
+        "update_count": replica.update_count,
+    }

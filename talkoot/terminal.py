@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE_BYTES = 5_000_000
 """A log file that would grow beyond is kept as `….1`, in place of the one before."""
+_WIDE = 10_000
 
 
 class LogFormat(StrEnum):
@@ -69,6 +70,48 @@ class Terminal:
             return
         with self.err.status(first) as status:
             yield status.update
+
+
+class FittingTable:
+    """A table that leaves out the columns that matter least, rather than break words, where all would be too wide."""
+
+    def __init__(self, title: str, columns: Sequence[str], first_to_go: Sequence[str]) -> None:
+        self._title, self._columns, self._first_to_go = title, tuple(columns), tuple(first_to_go)
+        self._rows: list[tuple[str, ...]] = []
+
+    def add_row(self, *cells: str) -> None:
+        """One cell for each column."""
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for left_out in range(len(self._first_to_go) + 1):
+            table = self._table(self._first_to_go[:left_out])
+            if console.measure(table, options=options.update(width=_WIDE)).maximum <= options.max_width:
+                break
+        yield table
+
+    def _table(self, without: Sequence[str]) -> Table:
+        shown = [n for n, column in enumerate(self._columns) if column not in without]
+        gone = f" (too narrow for: {', '.join(without)})" if without else ""
+        table = Table(title=self._title + gone)
+        for n in shown:
+            table.add_column(self._columns[n], overflow="fold")
+        for row in self._rows:
+            table.add_row(*(row[n] for n in shown))
+        return table
+
+
+class StepBar(Progress):
+    """A bar, and below it a task's description, which takes several lines where the terminal is narrow."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            # the terminal's console leaves lines whole unless told otherwise
+            yield Text(task.description, no_wrap=False, overflow="fold")
 
 
 def set_up_logging(terminal: Terminal) -> None:
@@ -117,6 +160,26 @@ def to_json(values: Mapping[str, Any]) -> str:
         },
         allow_nan=False,
     )
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Better known now than at the end. What the file holds stays. Raises StartError."""
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise _not_written(path, option, error) from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """What `--json FILE` asks for. Raises StartError."""
+    try:
+        path.write_text(to_json(values) + "\n")
+    except OSError as error:
+        raise _not_written(path, "--json", error) from error
+
+
+def _not_written(path: Path, option: str, error: OSError) -> StartError:
+    return StartError(f"can't write {path}: {error.strerror}; pass another {option} FILE")
 
 
 class _TerminalHandler(logging.Handler):
@@ -172,68 +235,3 @@ def _record(message: str, error: Exception | None = None) -> logging.LogRecord:
 def _level(record: logging.LogRecord) -> str:
     """hivemind renames WARNING, so the number decides."""
     return {logging.WARNING: "warning", logging.ERROR: "error"}.get(record.levelno, record.levelname.lower())
-
-
-def check_writable(path: Path, option: str) -> None:
-    """Better known now than at the end. What the file holds stays. Raises StartError."""
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise _not_written(path, option, error) from error
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """What `--json FILE` asks for. Raises StartError."""
-    try:
-        path.write_text(to_json(values) + "\n")
-    except OSError as error:
-        raise _not_written(path, "--json", error) from error
-
-
-def _not_written(path: Path, option: str, error: OSError) -> StartError:
-    return StartError(f"can't write {path}: {error.strerror}; pass another {option} FILE")
-
-
-_WIDE = 10_000
-
-
-class FittingTable:
-    """A table that leaves out the columns that matter least, rather than break words, where all would be too wide."""
-
-    def __init__(self, title: str, columns: Sequence[str], first_to_go: Sequence[str]) -> None:
-        self._title, self._columns, self._first_to_go = title, tuple(columns), tuple(first_to_go)
-        self._rows: list[tuple[str, ...]] = []
-
-    def add_row(self, *cells: str) -> None:
-        """One cell for each column."""
-        self._rows.append(cells)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for left_out in range(len(self._first_to_go) + 1):
-            table = self._table(self._first_to_go[:left_out])
-            if console.measure(table, options=options.update(width=_WIDE)).maximum <= options.max_width:
-                break
-        yield table
-
-    def _table(self, without: Sequence[str]) -> Table:
-        shown = [n for n, column in enumerate(self._columns) if column not in without]
-        gone = f" (too narrow for: {', '.join(without)})" if without else ""
-        table = Table(title=self._title + gone)
-        for n in shown:
-            table.add_column(self._columns[n], overflow="fold")
-        for row in self._rows:
-            table.add_row(*(row[n] for n in shown))
-        return table
-
-
-class StepBar(Progress):
-    """A bar, and below it a task's description, which takes several lines where the terminal is narrow."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), **options)
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        for task in self.tasks:
-            yield self.make_tasks_table([task])
-            # the terminal's console leaves lines whole unless told otherwise
-            yield Text(task.description, no_wrap=False, overflow="fold")

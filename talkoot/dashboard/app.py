@@ -28,7 +28,6 @@ from talkoot.dashboard.watcher import Watcher
 FOLDER = Path(__file__).parent
 STATIC = FOLDER / "static"
 OPENAPI = FOLDER / "openapi.json"
-
 MAX_STREAMS = 200
 _NEWS_AT_LEAST_EVERY_S = 5.0
 _EXPERT_S = 2 * 86400.0
@@ -37,7 +36,6 @@ _EXPERT_POINTS = 12_000
 """So many that each tier is shown in full."""
 _SEND_DEADLINE_S = 15.0
 """A stream is closed when its page takes nothing for this long."""
-
 _HEADERS = [
     (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; "
      b"frame-ancestors 'none'; object-src 'none'"),
@@ -145,60 +143,6 @@ class _Endpoints:
         return JSONResponse({"metric": query.metric, "unit": api.UNITS[query.metric], "series": series})
 
 
-class AddressScope(IntEnum):
-    """How far an address is valid. A swarm's scope is that of its nearest address."""
-
-    LOOPBACK = 0
-    PRIVATE = 1
-    GLOBAL = 2
-
-
-def targets(picture: Picture | None, bootstrap: Iterable[str]) -> list[Json]:
-    """What Prometheus's HTTP service discovery is told: the metrics of every live peer that offers them.
-
-    Anybody can write an address into a record, and Prometheus would scrape it. So only IP addresses count, and only
-    those of the swarm's own scope: no peer of a public swarm can point Prometheus at this machine or at the network
-    behind it. `bootstrap`: multiaddresses of the swarm's peers.
-    """
-    if picture is None:
-        return []
-    nearest = min(map(_multiaddress_scope, bootstrap), default=AddressScope.GLOBAL)
-    groups = []
-    for role, rows in (("node", picture.nodes), ("trainer", picture.trainers)):
-        found = sorted(
-            {
-                row["metrics_address"]
-                for row in rows
-                if row["metrics_address"]
-                and row["state"] != "gone"
-                and _scope(row["metrics_address"].rpartition(":")[0]) >= nearest
-            }
-        )
-        if found:
-            groups.append({"targets": found, "labels": {"role": role, "swarm": picture.figures["name"]}})
-    return groups
-
-
-def _multiaddress_scope(address: str) -> AddressScope:
-    kind, _, rest = address.strip("/").partition("/")
-    if kind not in {"ip4", "ip6"}:
-        return AddressScope.GLOBAL
-    return AddressScope(max(AddressScope.LOOPBACK, _scope(rest.partition("/")[0])))
-
-
-def _scope(host: str) -> int:
-    """-1 when it is not an address."""
-    try:
-        address = ip_address(host.strip("[]"))
-    except ValueError:
-        return -1
-    if address.is_link_local or address.is_unspecified or address.is_multicast:
-        return -1
-    if address.is_loopback:
-        return AddressScope.LOOPBACK
-    return AddressScope.GLOBAL if address.is_global else AddressScope.PRIVATE
-
-
 class EventStream:
     """Sends a page the swarm's state after each reading, at least every few seconds (server-sent events).
 
@@ -275,6 +219,60 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+class AddressScope(IntEnum):
+    """How far an address is valid. A swarm's scope is that of its nearest address."""
+
+    LOOPBACK = 0
+    PRIVATE = 1
+    GLOBAL = 2
+
+
+def targets(picture: Picture | None, bootstrap: Iterable[str]) -> list[Json]:
+    """What Prometheus's HTTP service discovery is told: the metrics of every live peer that offers them.
+
+    Anybody can write an address into a record, and Prometheus would scrape it. So only IP addresses count, and only
+    those of the swarm's own scope: no peer of a public swarm can point Prometheus at this machine or at the network
+    behind it. `bootstrap`: multiaddresses of the swarm's peers.
+    """
+    if picture is None:
+        return []
+    nearest = min(map(_multiaddress_scope, bootstrap), default=AddressScope.GLOBAL)
+    groups = []
+    for role, rows in (("node", picture.nodes), ("trainer", picture.trainers)):
+        found = sorted(
+            {
+                row["metrics_address"]
+                for row in rows
+                if row["metrics_address"]
+                and row["state"] != "gone"
+                and _scope(row["metrics_address"].rpartition(":")[0]) >= nearest
+            }
+        )
+        if found:
+            groups.append({"targets": found, "labels": {"role": role, "swarm": picture.figures["name"]}})
+    return groups
+
+
+def _multiaddress_scope(address: str) -> AddressScope:
+    kind, _, rest = address.strip("/").partition("/")
+    if kind not in {"ip4", "ip6"}:
+        return AddressScope.GLOBAL
+    return AddressScope(max(AddressScope.LOOPBACK, _scope(rest.partition("/")[0])))
+
+
+def _scope(host: str) -> int:
+    """-1 when it is not an address."""
+    try:
+        address = ip_address(host.strip("[]"))
+    except ValueError:
+        return -1
+    if address.is_link_local or address.is_unspecified or address.is_multicast:
+        return -1
+    if address.is_loopback:
+        return AddressScope.LOOPBACK
+    return AddressScope.GLOBAL if address.is_global else AddressScope.PRIVATE
 
 
 def _host_of(scope: Scope) -> str:

@@ -26,19 +26,19 @@ from talkoot.dashboard.picture import Picture
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
 Point = tuple[float, float | None]
-
+MAX_SERIES = 256
+"""Series that are kept, the newest ones."""
+MAX_EXPERTS = 1024
+"""A swarm with more experts than this has no history of each expert."""
 _FORM = 1
 _MAX_PICTURE_BYTES = 64 * 2**20
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _GAP_STEPS = 3
 """After so many steps without a figure a line is broken."""
-
 _PICTURE = "picture"
 _SAY_EVERY_S = 600.0
 """How often a failure is logged: on a full disk every write fails."""
-
 _TABLES = """
 create table if not exists series (id integer primary key, metric text not null, name text not null,
     seen_at real not null, unique (metric, name));
@@ -57,10 +57,6 @@ class Tier:
     kept_s: int
 
 
-MAX_SERIES = 256
-"""Series that are kept, the newest ones."""
-MAX_EXPERTS = 1024
-"""A swarm with more experts than this has no history of each expert."""
 TIERS = (Tier(5, 3600), Tier(60, 86400), Tier(900, 30 * 86400))
 EXPERT_TIERS = (Tier(15, 1800), Tier(900, 2 * 86400))
 """Coarser, because there are many experts."""
@@ -236,6 +232,69 @@ class History:
         )
 
 
+class HistoryStore:
+    """Reads and writes the history on other threads, one call at a time. Owns it: close the store when done."""
+
+    def __init__(self, history: History, metrics: CollectorRegistry | None = None) -> None:
+        self.failures = Counter(
+            "talkoot_dashboard_history_failures",
+            "Reads and writes of the history that failed.",
+            registry=metrics,
+        )
+        self._history = history
+        self._lock = asyncio.Lock()
+        self._say_at = 0.0
+
+    async def add(self, samples: Sequence[Sample], now: float) -> None:
+        await self._run(partial(self._history.add, samples, now), None)
+
+    async def read(
+        self,
+        metric: str,
+        since: float,
+        now: float,
+        most_points: int,
+        most_series: int,
+        only: str | None = None,
+    ) -> list[tuple[str, list[Point]]]:
+        """Nothing when the file can't be read."""
+        return await self._run(
+            partial(self._history.read, metric, since, now, most_points, most_series, only), []
+        )
+
+    async def keep_picture(self, picture: Picture) -> None:
+        await self._run(lambda: self._history.keep(_PICTURE, picture.to_json()), None)
+
+    async def kept_picture(self) -> Picture | None:
+        kept = await self._run(partial(self._history.kept, _PICTURE), None)
+        try:
+            return Picture.from_json(kept)
+        except ValueError:
+            return None
+
+    async def close(self) -> None:
+        async with self._lock:
+            await asyncio.to_thread(self._history.close)
+
+    async def _run(self, call: Callable[[], T], otherwise: T) -> T:
+        async with self._lock:
+            # what runs on the thread can't be cancelled: whoever comes next must not begin before it has ended
+            running = asyncio.ensure_future(asyncio.to_thread(call))
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                await asyncio.wait([running])
+                raise
+            except HistoryLostError:
+                self.failures.inc()  # the history has logged it
+            except sqlite3.Error as error:
+                self.failures.inc()
+                if time.monotonic() >= self._say_at:
+                    self._say_at = time.monotonic() + _SAY_EVERY_S
+                    logger.warning("the history can't be used: %s", error)
+        return otherwise
+
+
 class HistoryLostError(Exception):
     """The file was found broken and was replaced."""
 
@@ -309,66 +368,3 @@ def _with_gaps(points: Iterable[tuple[float, float, int]]) -> Iterator[Point]:
             yield last[0] + last[1], None
         yield float(at), value
         last = at, step
-
-
-class HistoryStore:
-    """Reads and writes the history on other threads, one call at a time. Owns it: close the store when done."""
-
-    def __init__(self, history: History, metrics: CollectorRegistry | None = None) -> None:
-        self.failures = Counter(
-            "talkoot_dashboard_history_failures",
-            "Reads and writes of the history that failed.",
-            registry=metrics,
-        )
-        self._history = history
-        self._lock = asyncio.Lock()
-        self._say_at = 0.0
-
-    async def add(self, samples: Sequence[Sample], now: float) -> None:
-        await self._run(partial(self._history.add, samples, now), None)
-
-    async def read(
-        self,
-        metric: str,
-        since: float,
-        now: float,
-        most_points: int,
-        most_series: int,
-        only: str | None = None,
-    ) -> list[tuple[str, list[Point]]]:
-        """Nothing when the file can't be read."""
-        return await self._run(
-            partial(self._history.read, metric, since, now, most_points, most_series, only), []
-        )
-
-    async def keep_picture(self, picture: Picture) -> None:
-        await self._run(lambda: self._history.keep(_PICTURE, picture.to_json()), None)
-
-    async def kept_picture(self) -> Picture | None:
-        kept = await self._run(partial(self._history.kept, _PICTURE), None)
-        try:
-            return Picture.from_json(kept)
-        except ValueError:
-            return None
-
-    async def close(self) -> None:
-        async with self._lock:
-            await asyncio.to_thread(self._history.close)
-
-    async def _run(self, call: Callable[[], T], otherwise: T) -> T:
-        async with self._lock:
-            # what runs on the thread can't be cancelled: whoever comes next must not begin before it has ended
-            running = asyncio.ensure_future(asyncio.to_thread(call))
-            try:
-                return await asyncio.shield(running)
-            except asyncio.CancelledError:
-                await asyncio.wait([running])
-                raise
-            except HistoryLostError:
-                self.failures.inc()  # the history has logged it
-            except sqlite3.Error as error:
-                self.failures.inc()
-                if time.monotonic() >= self._say_at:
-                    self._say_at = time.monotonic() + _SAY_EVERY_S
-                    logger.warning("the history can't be used: %s", error)
-        return otherwise

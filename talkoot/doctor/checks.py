@@ -41,6 +41,26 @@ from peer.identity import PeerID
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import require_free_port
 
+_PEERS_ASKED = 3
+_SLOW_MBIT = 5.0
+"""A call of 1,000 rows of hidden size 128 then takes about a second."""
+_CLOCK_OFF_S = 1.0
+_CLOCK_BROKEN_S = 3.0
+"""Beyond that, others take fresh records for expired or not valid yet."""
+_SLOW_ROWS_PER_S = 200.0
+"""Slower than that, one sequence of a few hundred tokens takes longer than trainers like to wait."""
+_MEASURE_S = 1.5
+_ROWS = 512
+_FREE_MEMORY_SHARE = 0.25
+"""What a node takes by itself."""
+_DISK_TEST_BYTES = 16 * 2**20
+_SLOW_DISK_BYTES_PER_S = 5e6
+_PYTHONS = ((3, 11), (3, 14))
+"""From, and up to without, as in pyproject.toml."""
+_TIMEX_BYTES = 256
+"""More than `struct timex` of any architecture."""
+_TIME_ERROR = 5
+
 
 class Verdict(StrEnum):
     """How well one thing is fit for a node."""
@@ -67,12 +87,151 @@ class Finding(BaseModel):
     """The figures, with their units in their names."""
 
 
-_PEERS_ASKED = 3
-_SLOW_MBIT = 5.0
-"""A call of 1,000 rows of hidden size 128 then takes about a second."""
-_CLOCK_OFF_S = 1.0
-_CLOCK_BROKEN_S = 3.0
-"""Beyond that, others take fresh records for expired or not valid yet."""
+def check_state(folder: Path, error: UserError | None) -> Finding:
+    """`error`: what was wrong with the state folder."""
+    if error is not None:
+        return Finding(
+            name="state folder", verdict=Verdict.PROBLEM, says=f"{folder} can't be used", fix=str(error)
+        )
+    return Finding(name="state folder", verdict=Verdict.OK, says=str(folder))
+
+
+def check_software() -> Finding:
+    """The versions, and whether p2pd runs on this platform."""
+    versions = {name: _version(name) for name in ("torch", "hivemind", "grpcio")}
+    shown = ", ".join(f"{name} {number}" for name, number in versions.items())
+    python, system = platform.python_version(), f"{platform.system()} {platform.machine()}"
+    verdict, fix = Verdict.OK, ""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        verdict, fix = Verdict.PROBLEM, "p2pd is for Linux on x86-64 only: use such a machine, or a container"
+    elif not _PYTHONS[0] <= sys.version_info[:2] < _PYTHONS[1]:
+        verdict, fix = Verdict.WEAK, "not tried with this Python: take 3.11, 3.12 or 3.13"
+    return Finding(
+        name="software",
+        verdict=verdict,
+        says=f"talkoot {SOFTWARE_VERSION}, protocol version {PROTOCOL_VERSION}, Python {python}, {shown}, {system}",
+        fix=fix,
+        values={"python": python, "system": system, **versions},
+    )
+
+
+def check_device(settings: NodeSettings) -> Finding:
+    """What experts would be computed on. It blocks: finding GPUs takes time."""
+    try:
+        devices = check_devices(settings.device, settings.precision)
+    except UserError as error:
+        return Finding(name="device", verdict=Verdict.PROBLEM, says="it can't be used", fix=str(error))
+    says = ", ".join(f"{name} in {precision}" for name, precision in devices.items())
+    return Finding(name="device", verdict=Verdict.OK, says=says, values={"devices": ",".join(devices)})
+
+
+def check_ports(settings: NodeSettings, host: str) -> Finding:
+    """Whether a node could listen at its three ports. `host`: the address of the first two."""
+    wanted = {
+        "--dht-port": (host, settings.dht_port),
+        "--grpc-port": (host, settings.grpc_port),
+        "--metrics-port": (settings.metrics_host, settings.metrics_port),
+    }
+    taken = []
+    for option, (address, port) in wanted.items():
+        try:
+            require_free_port(address, port)
+        except PortError as error:
+            taken.append(f"{option}: {error}")
+    shown = ", ".join(f"{option} {port or 'any free one'}" for option, (_, port) in wanted.items())
+    verdict, fix = Verdict.PROBLEM if taken else Verdict.OK, "; ".join(taken)
+    if not taken and settings.host is None and host.startswith("127."):
+        verdict, fix = Verdict.WEAK, "no network is up here: nobody else could reach a node"
+    return Finding(name="ports", verdict=verdict, says=f"on {host}: {shown}", fix=fix)
+
+
+def check_clock_keeping() -> Finding:
+    """Whether something keeps the clock right, as the kernel knows it (adjtimex(2))."""
+    kept = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
+    if kept < 0:
+        return Finding(name="clock", verdict=Verdict.SKIPPED, says="the kernel does not say what keeps it")
+    return Finding(
+        name="clock",
+        verdict=Verdict.WEAK if kept == _TIME_ERROR else Verdict.OK,
+        says="nothing keeps it right" if kept == _TIME_ERROR else "kept right by the network's time",
+        fix="`timedatectl set-ntp true`, unless this machine's host keeps it; with --join, peers are asked",
+    )
+
+
+def check_speed(settings: NodeSettings, manifest: Manifest) -> Finding:
+    """Trains one expert of the manifest for a moment. It blocks; not for the event loop."""
+    cores = usable_cores()
+    threads = min(settings.threads or cores, cores)
+    rows_per_s = _rows_per_s(manifest, threads)
+    model, kind = manifest.model, manifest.experts.kind
+    says = f"{rows_per_s:,.0f} rows/s, forward and backward, through a {kind} expert of hidden size {model.hidden}"
+    slow = rows_per_s < _SLOW_ROWS_PER_S
+    return Finding(
+        name="speed",
+        verdict=Verdict.WEAK if slow else Verdict.OK,
+        says=says,
+        fix="close other programs; else this swarm's experts are too large for this machine" if slow else "",
+        values={"rows_per_s": rows_per_s, "threads": threads},
+    )
+
+
+def check_memory(settings: NodeSettings, manifest: Manifest) -> Finding:
+    """How many experts fit."""
+    free, each = psutil.virtual_memory().available, expert_bytes(manifest)
+    values = {"free_bytes": free, "expert_bytes": each, "experts_that_fit": free // each}
+    name, says = "memory", f"{bytes_in_words(free)} free; an expert takes {bytes_in_words(each)}"
+    try:
+        wanted = within_memory(settings, manifest).experts
+    except SettingsError as error:
+        return Finding(name=name, verdict=Verdict.PROBLEM, says=says, fix=str(error), values=values)
+    if each > free:
+        fix = "close other programs: not one expert fits"
+        return Finding(name=name, verdict=Verdict.PROBLEM, says=says, fix=fix, values=values)
+    if wanted is not None and wanted * each > free:
+        fix = f"no room for {counted(wanted, 'expert')}: pass --experts {free // each} or fewer"
+        return Finding(name=name, verdict=Verdict.WEAK, says=says, fix=fix, values=values)
+    hosts = wanted
+    if hosts is None:
+        hosts = min(max(1, int(_FREE_MEMORY_SHARE * free / each)), manifest.experts_total)
+    says += f"; it would host {hosts}, and {free // each} would fit"
+    return Finding(name=name, verdict=Verdict.OK, says=says, values=values | {"experts": hosts})
+
+
+def check_cores() -> Finding:
+    cores, load = usable_cores(), os.getloadavg()[0]
+    says = f"{counted(cores, 'core')}, {load:.1f} busy in the last minute"
+    busy = load > 0.75 * cores
+    return Finding(
+        name="cores",
+        verdict=Verdict.WEAK if busy else Verdict.OK,
+        says=says,
+        fix="other programs need the machine: --only-when-idle lets a node wait for them" if busy else "",
+        values={"cores": cores, "load": load},
+    )
+
+
+def check_disk(state: Path, settings: NodeSettings, manifest: Manifest, experts: int) -> Finding:
+    """Free room and write speed of the state folder, tried with 16 MiB. It blocks; not for the event loop."""
+    try:
+        speed, free = _write_speed(state), shutil.disk_usage(state).free
+    except OSError as error:
+        return Finding(
+            name="disk",
+            verdict=Verdict.PROBLEM,
+            says=f"can't write in {state}: {error.strerror}",
+            fix=("make room there, or " if error.errno == errno.ENOSPC else "") + "pass another --state",
+        )
+    needed = experts * (settings.checkpoints_kept + 1) * expert_bytes(manifest)
+    says = f"{bytes_in_words(free)} free in {state}, {bytes_in_words(speed)}/s"
+    values = {"free_bytes": free, "needed_bytes": needed, "write_bytes_per_s": speed}
+    verdict, fix = Verdict.OK, ""
+    if free < needed:
+        verdict = Verdict.WEAK
+        needs = f"checkpoints of {counted(experts, 'expert')} may take {bytes_in_words(needed)}"
+        fix = f"{needs}: make room, or host fewer"
+    elif speed < _SLOW_DISK_BYTES_PER_S:
+        verdict, fix = Verdict.WEAK, "saving checkpoints would be slow: pass a --state on a faster disk"
+    return Finding(name="disk", verdict=verdict, says=says, fix=fix, values=values)
 
 
 async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> list[Finding]:
@@ -172,117 +331,11 @@ def judge_reachability(dials: Sequence[DialledBack], host: str, port: int, nobod
     )
 
 
-def _skipped(name: str, why: str) -> Finding:
-    return Finding(name=name, verdict=Verdict.SKIPPED, says=why)
-
-
-async def _others(swarm: Swarm) -> list[NodeInfo]:
-    """Nodes of the swarm, without the one that this machine was before."""
-    listed: frozenset[PeerID] = await swarm.registry.node_ids()
-    nodes = await swarm.registry.nodes(listed - {swarm.host.peer_id})
-    return [node for node in nodes.values() if node.addresses]
-
-
-@asynccontextmanager
-async def _listening(host: str, port: int) -> AsyncIterator[int]:
-    """Accepts connections for a moment, and gives the port. Raises PortError."""
-
-    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.close()
-
+def _version(name: str) -> str:
     try:
-        server = await asyncio.start_server(hang_up, host, port, backlog=8)
-    except OSError as error:
-        raise PortError(f"can't listen on {host} port {port}: {error.strerror}; pass another port") from error
-    async with server:
-        chosen: int = server.sockets[0].getsockname()[1]
-        yield chosen
-
-
-_SLOW_ROWS_PER_S = 200.0
-"""Slower than that, one sequence of a few hundred tokens takes longer than trainers like to wait."""
-_MEASURE_S = 1.5
-_ROWS = 512
-_FREE_MEMORY_SHARE = 0.25
-"""What a node takes by itself."""
-_DISK_TEST_BYTES = 16 * 2**20
-_SLOW_DISK_BYTES_PER_S = 5e6
-
-
-def check_speed(settings: NodeSettings, manifest: Manifest) -> Finding:
-    """Trains one expert of the manifest for a moment. It blocks; not for the event loop."""
-    cores = usable_cores()
-    threads = min(settings.threads or cores, cores)
-    rows_per_s = _rows_per_s(manifest, threads)
-    model, kind = manifest.model, manifest.experts.kind
-    says = f"{rows_per_s:,.0f} rows/s, forward and backward, through a {kind} expert of hidden size {model.hidden}"
-    slow = rows_per_s < _SLOW_ROWS_PER_S
-    return Finding(
-        name="speed",
-        verdict=Verdict.WEAK if slow else Verdict.OK,
-        says=says,
-        fix="close other programs; else this swarm's experts are too large for this machine" if slow else "",
-        values={"rows_per_s": rows_per_s, "threads": threads},
-    )
-
-
-def check_memory(settings: NodeSettings, manifest: Manifest) -> Finding:
-    """How many experts fit."""
-    free, each = psutil.virtual_memory().available, expert_bytes(manifest)
-    values = {"free_bytes": free, "expert_bytes": each, "experts_that_fit": free // each}
-    name, says = "memory", f"{bytes_in_words(free)} free; an expert takes {bytes_in_words(each)}"
-    try:
-        wanted = within_memory(settings, manifest).experts
-    except SettingsError as error:
-        return Finding(name=name, verdict=Verdict.PROBLEM, says=says, fix=str(error), values=values)
-    if each > free:
-        fix = "close other programs: not one expert fits"
-        return Finding(name=name, verdict=Verdict.PROBLEM, says=says, fix=fix, values=values)
-    if wanted is not None and wanted * each > free:
-        fix = f"no room for {counted(wanted, 'expert')}: pass --experts {free // each} or fewer"
-        return Finding(name=name, verdict=Verdict.WEAK, says=says, fix=fix, values=values)
-    hosts = wanted
-    if hosts is None:
-        hosts = min(max(1, int(_FREE_MEMORY_SHARE * free / each)), manifest.experts_total)
-    says += f"; it would host {hosts}, and {free // each} would fit"
-    return Finding(name=name, verdict=Verdict.OK, says=says, values=values | {"experts": hosts})
-
-
-def check_cores() -> Finding:
-    cores, load = usable_cores(), os.getloadavg()[0]
-    says = f"{counted(cores, 'core')}, {load:.1f} busy in the last minute"
-    busy = load > 0.75 * cores
-    return Finding(
-        name="cores",
-        verdict=Verdict.WEAK if busy else Verdict.OK,
-        says=says,
-        fix="other programs need the machine: --only-when-idle lets a node wait for them" if busy else "",
-        values={"cores": cores, "load": load},
-    )
-
-
-def check_disk(state: Path, settings: NodeSettings, manifest: Manifest, experts: int) -> Finding:
-    """Free room and write speed of the state folder, tried with 16 MiB. It blocks; not for the event loop."""
-    try:
-        speed, free = _write_speed(state), shutil.disk_usage(state).free
-    except OSError as error:
-        return Finding(
-            name="disk",
-            verdict=Verdict.PROBLEM,
-            says=f"can't write in {state}: {error.strerror}",
-            fix=("make room there, or " if error.errno == errno.ENOSPC else "") + "pass another --state",
-        )
-    needed = experts * (settings.checkpoints_kept + 1) * expert_bytes(manifest)
-    says = f"{bytes_in_words(free)} free in {state}, {bytes_in_words(speed)}/s"
-    values = {"free_bytes": free, "needed_bytes": needed, "write_bytes_per_s": speed}
-    verdict, fix = Verdict.OK, ""
-    if free < needed:
-        verdict = Verdict.WEAK
-        needs = f"checkpoints of {counted(experts, 'expert')} may take {bytes_in_words(needed)}"
-        fix = f"{needs}: make room, or host fewer"
-    elif speed < _SLOW_DISK_BYTES_PER_S:
-        verdict, fix = Verdict.WEAK, "saving checkpoints would be slow: pass a --state on a faster disk"
-    return Finding(name="disk", verdict=verdict, says=says, fix=fix, values=values)
+        return version(name)
+    except PackageNotFoundError:
+        return "of no known version"
 
 
 def _rows_per_s(manifest: Manifest, threads: int) -> float:
@@ -324,86 +377,28 @@ def _write_speed(folder: Path) -> float:
         path.unlink(missing_ok=True)
 
 
-_PYTHONS = ((3, 11), (3, 14))
-"""From, and up to without, as in pyproject.toml."""
-_TIMEX_BYTES = 256
-"""More than `struct timex` of any architecture."""
-_TIME_ERROR = 5
+def _skipped(name: str, why: str) -> Finding:
+    return Finding(name=name, verdict=Verdict.SKIPPED, says=why)
 
 
-def check_software() -> Finding:
-    """The versions, and whether p2pd runs on this platform."""
-    versions = {name: _version(name) for name in ("torch", "hivemind", "grpcio")}
-    shown = ", ".join(f"{name} {number}" for name, number in versions.items())
-    python, system = platform.python_version(), f"{platform.system()} {platform.machine()}"
-    verdict, fix = Verdict.OK, ""
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        verdict, fix = Verdict.PROBLEM, "p2pd is for Linux on x86-64 only: use such a machine, or a container"
-    elif not _PYTHONS[0] <= sys.version_info[:2] < _PYTHONS[1]:
-        verdict, fix = Verdict.WEAK, "not tried with this Python: take 3.11, 3.12 or 3.13"
-    return Finding(
-        name="software",
-        verdict=verdict,
-        says=f"talkoot {SOFTWARE_VERSION}, protocol version {PROTOCOL_VERSION}, Python {python}, {shown}, {system}",
-        fix=fix,
-        values={"python": python, "system": system, **versions},
-    )
+async def _others(swarm: Swarm) -> list[NodeInfo]:
+    """Nodes of the swarm, without the one that this machine was before."""
+    listed: frozenset[PeerID] = await swarm.registry.node_ids()
+    nodes = await swarm.registry.nodes(listed - {swarm.host.peer_id})
+    return [node for node in nodes.values() if node.addresses]
 
 
-def check_device(settings: NodeSettings) -> Finding:
-    """What experts would be computed on. It blocks: finding GPUs takes time."""
+@asynccontextmanager
+async def _listening(host: str, port: int) -> AsyncIterator[int]:
+    """Accepts connections for a moment, and gives the port. Raises PortError."""
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
     try:
-        devices = check_devices(settings.device, settings.precision)
-    except UserError as error:
-        return Finding(name="device", verdict=Verdict.PROBLEM, says="it can't be used", fix=str(error))
-    says = ", ".join(f"{name} in {precision}" for name, precision in devices.items())
-    return Finding(name="device", verdict=Verdict.OK, says=says, values={"devices": ",".join(devices)})
-
-
-def check_ports(settings: NodeSettings, host: str) -> Finding:
-    """Whether a node could listen at its three ports. `host`: the address of the first two."""
-    wanted = {
-        "--dht-port": (host, settings.dht_port),
-        "--grpc-port": (host, settings.grpc_port),
-        "--metrics-port": (settings.metrics_host, settings.metrics_port),
-    }
-    taken = []
-    for option, (address, port) in wanted.items():
-        try:
-            require_free_port(address, port)
-        except PortError as error:
-            taken.append(f"{option}: {error}")
-    shown = ", ".join(f"{option} {port or 'any free one'}" for option, (_, port) in wanted.items())
-    verdict, fix = Verdict.PROBLEM if taken else Verdict.OK, "; ".join(taken)
-    if not taken and settings.host is None and host.startswith("127."):
-        verdict, fix = Verdict.WEAK, "no network is up here: nobody else could reach a node"
-    return Finding(name="ports", verdict=verdict, says=f"on {host}: {shown}", fix=fix)
-
-
-def check_clock_keeping() -> Finding:
-    """Whether something keeps the clock right, as the kernel knows it (adjtimex(2))."""
-    kept = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
-    if kept < 0:
-        return Finding(name="clock", verdict=Verdict.SKIPPED, says="the kernel does not say what keeps it")
-    return Finding(
-        name="clock",
-        verdict=Verdict.WEAK if kept == _TIME_ERROR else Verdict.OK,
-        says="nothing keeps it right" if kept == _TIME_ERROR else "kept right by the network's time",
-        fix="`timedatectl set-ntp true`, unless this machine's host keeps it; with --join, peers are asked",
-    )
-
-
-def check_state(folder: Path, error: UserError | None) -> Finding:
-    """`error`: what was wrong with the state folder."""
-    if error is not None:
-        return Finding(
-            name="state folder", verdict=Verdict.PROBLEM, says=f"{folder} can't be used", fix=str(error)
-        )
-    return Finding(name="state folder", verdict=Verdict.OK, says=str(folder))
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "of no known version"
+        server = await asyncio.start_server(hang_up, host, port, backlog=8)
+    except OSError as error:
+        raise PortError(f"can't listen on {host} port {port}: {error.strerror}; pass another port") from error
+    async with server:
+        chosen: int = server.sockets[0].getsockname()[1]
+        yield chosen

@@ -103,6 +103,26 @@ class Report(BaseModel):
         }
 
 
+def run_check(terminal: Terminal, origin: Origin, settings: NodeSettings, *, cached: bool) -> bool:
+    """Prints what it finds, and keeps it in the state folder. Says whether this machine can serve.
+
+    `cached`: prints what was found the last time instead. Raises UserError when it can't check anything.
+    """
+    quiet_hivemind()
+    folder = node_folder(settings.state)
+    if cached:
+        report = Report.load(folder)
+    else:
+        starter = (
+            origin.swarm_starter()
+            if origin.join or origin.new
+            else SwarmStarter(Manifest(name="demo"), None, ())
+        )
+        report = _check(terminal, starter, settings, folder)
+    show(terminal, report, cached=cached)
+    return report.can_serve
+
+
 def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
     """Prints the findings, and how old they are when they are not new."""
     now = time.time()
@@ -123,26 +143,6 @@ def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
         terminal.line("this machine can host experts")
     else:
         terminal.line("this machine can't host experts: something above prevents it")
-
-
-def run_check(terminal: Terminal, origin: Origin, settings: NodeSettings, *, cached: bool) -> bool:
-    """Prints what it finds, and keeps it in the state folder. Says whether this machine can serve.
-
-    `cached`: prints what was found the last time instead. Raises UserError when it can't check anything.
-    """
-    quiet_hivemind()
-    folder = node_folder(settings.state)
-    if cached:
-        report = Report.load(folder)
-    else:
-        starter = (
-            origin.swarm_starter()
-            if origin.join or origin.new
-            else SwarmStarter(Manifest(name="demo"), None, ())
-        )
-        report = _check(terminal, starter, settings, folder)
-    show(terminal, report, cached=cached)
-    return report.can_serve
 
 
 def _check(terminal: Terminal, starter: SwarmStarter, settings: NodeSettings, path: Path) -> Report:

@@ -47,27 +47,11 @@ from talkoot.terminal import Terminal, log_file
 
 logger = logging.getLogger(__name__)
 
-_LAST_PORT = "dht-port"
-
-
-def last_port(state: Path, host: str) -> int:
-    """0 when there is none, or when it is taken."""
-    try:
-        port = int((state / _LAST_PORT).read_text())
-        require_free_port(host, port)
-    except (OSError, ValueError, OverflowError, PortError):
-        return 0
-    return port
-
-
-def remember_port(state: Path, port: int) -> None:
-    write_atomically(state / _LAST_PORT, f"{port}\n".encode())
-
-
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 2.0, 60.0
 """Between two tries to come back to a swarm of which nobody answers."""
+_LAST_PORT = "dht-port"
 
 
 @dataclass(frozen=True)
@@ -339,6 +323,20 @@ def listen_address(settings: NodeSettings) -> str:
     if address.is_unspecified:
         raise SettingsError(f"nobody can reach a node at {host}: pass the address that others see as --host")
     return host
+
+
+def last_port(state: Path, host: str) -> int:
+    """0 when there is none, or when it is taken."""
+    try:
+        port = int((state / _LAST_PORT).read_text())
+        require_free_port(host, port)
+    except (OSError, ValueError, OverflowError, PortError):
+        return 0
+    return port
+
+
+def remember_port(state: Path, port: int) -> None:
+    write_atomically(state / _LAST_PORT, f"{port}\n".encode())
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,6 +15,91 @@ from peer.formatting import counted
 from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, ControlClient, ControlStatus, node_folder
 from talkoot.terminal import Terminal
 
+_LEAVES_WITHIN_S = 90.0
+"""Longest that a node may take to leave: it finishes calls, saves its experts and says goodbye, all with deadlines."""
+_LOOK_EVERY_S = 0.2
+_UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> None:
+    """Raises UserError when no node runs there, or it can't."""
+    for_s = None if duration is None else parse_duration_s(duration)
+    with ControlClient(node_folder(state)) as control:
+        terminal.line(words(control.ask("pause", for_s=for_s)))
+
+
+def run_resume(terminal: Terminal, state: Path | None) -> None:
+    """Raises UserError when no node runs there, or it can't."""
+    with ControlClient(node_folder(state)) as control:
+        terminal.line(words(control.ask("resume")))
+
+
+def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
+    """Raises UserError when no node runs there, or when its process does not end."""
+    folder = node_folder(state)
+    with ControlClient(folder) as control:
+        log = Follower(folder / LOG_FILE)
+        process = _handle(control.pid, folder)
+        try:
+            log.lines()  # what was before is of no interest
+            status = control.ask("stop")
+            if not wait:
+                terminal.line(f"asked process {control.pid} to leave; {words(status)}")
+                return
+            _wait_until_gone(terminal, process, control.pid, log)
+        finally:
+            os.close(process)
+            log.close()
+    terminal.line(f"stopped; its identity and checkpoints stay in {folder}")
+
+
+def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool) -> None:
+    """Prints the last `count` lines. Raises DataError when there is no log, or it can't be read."""
+    path = node_folder(state) / LOG_FILE
+    if not path.exists():
+        raise DataError(
+            f"no file {path}: a node writes it when it starts; pass the --state that it was started with"
+        )
+    follower = Follower(path)
+    try:
+        lines = follower.lines()
+        if len(lines) < count:
+            lines = _older_lines(path) + lines
+        _print(terminal, lines[-count:] if count else [])
+        while follow:
+            time.sleep(_LOOK_EVERY_S)
+            _print(terminal, follower.lines())
+    except OSError as error:
+        raise DataError(
+            f"can't read {path}: {error.strerror}; run this as the user whose node it is"
+        ) from error
+    finally:
+        follower.close()
+
+
+def words(status: ControlStatus) -> str:
+    """What a node does now, in a line."""
+    state = status.pause_reason if status.state == "paused" and status.pause_reason else status.state
+    return (
+        f"{state}; {status.experts} of at most {counted(status.capacity, 'expert')}, "
+        f"{counted(status.updates, 'update')}, {counted(status.peers, 'DHT peer')}"
+    )
+
+
+def parse_duration_s(text: str, option: str = "--for", longest_s: float = MAX_PAUSE_S) -> float:
+    """Seconds in a text such as 90s, 30m, 1h30m or 2d. Raises SettingsError."""
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip(), re.ASCII)
+    seconds = sum(
+        int(number[:9]) * unit_s  # a longer one is too long anyway
+        for number, unit_s in zip(parts.groups() if parts else (), _UNITS_S.values(), strict=False)
+        if number
+    )
+    if not 0 < seconds <= longest_s:
+        raise SettingsError(
+            f"{option} {text}: pass a time such as 30m, 2h or 1d, at most {longest_s / 86400:.0f}d"
+        )
+    return float(seconds)
+
 
 class Follower:
     """Reads the lines of a log file that grows and is rotated: first those that are there, then the new ones."""
@@ -55,112 +140,6 @@ class Follower:
         return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
 
-def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool) -> None:
-    """Prints the last `count` lines. Raises DataError when there is no log, or it can't be read."""
-    path = node_folder(state) / LOG_FILE
-    if not path.exists():
-        raise DataError(
-            f"no file {path}: a node writes it when it starts; pass the --state that it was started with"
-        )
-    follower = Follower(path)
-    try:
-        lines = follower.lines()
-        if len(lines) < count:
-            lines = _older_lines(path) + lines
-        _print(terminal, lines[-count:] if count else [])
-        while follow:
-            time.sleep(_LOOK_EVERY_S)
-            _print(terminal, follower.lines())
-    except OSError as error:
-        raise DataError(
-            f"can't read {path}: {error.strerror}; run this as the user whose node it is"
-        ) from error
-    finally:
-        follower.close()
-
-
-def _older_lines(path: Path) -> list[str]:
-    rotated = Follower(path.with_name(f"{path.name}.1"))
-    try:
-        return rotated.lines()
-    finally:
-        rotated.close()
-
-
-def _print(terminal: Terminal, lines: list[str]) -> None:
-    if lines:
-        terminal.line("\n".join(lines))
-
-
-def _printable(line: str) -> str:
-    """Log lines quote what peers said, which must not steer a terminal."""
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)
-
-
-_LEAVES_WITHIN_S = 90.0
-"""Longest that a node may take to leave: it finishes calls, saves its experts and says goodbye, all with deadlines."""
-_LOOK_EVERY_S = 0.2
-_UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-
-
-def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> None:
-    """Raises UserError when no node runs there, or it can't."""
-    for_s = None if duration is None else parse_duration_s(duration)
-    with ControlClient(node_folder(state)) as control:
-        terminal.line(words(control.ask("pause", for_s=for_s)))
-
-
-def run_resume(terminal: Terminal, state: Path | None) -> None:
-    """Raises UserError when no node runs there, or it can't."""
-    with ControlClient(node_folder(state)) as control:
-        terminal.line(words(control.ask("resume")))
-
-
-def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
-    """Raises UserError when no node runs there, or when its process does not end."""
-    folder = node_folder(state)
-    with ControlClient(folder) as control:
-        log = Follower(folder / LOG_FILE)
-        process = _handle(control.pid, folder)
-        try:
-            log.lines()  # what was before is of no interest
-            status = control.ask("stop")
-            if not wait:
-                terminal.line(f"asked process {control.pid} to leave; {words(status)}")
-                return
-            _wait_until_gone(terminal, process, control.pid, log)
-        finally:
-            os.close(process)
-            log.close()
-    terminal.line(f"stopped; its identity and checkpoints stay in {folder}")
-
-
-def words(status: ControlStatus) -> str:
-    """What a node does now, in a line."""
-    state = status.pause_reason if status.state == "paused" and status.pause_reason else status.state
-    return (
-        f"{state}; {status.experts} of at most {counted(status.capacity, 'expert')}, "
-        f"{counted(status.updates, 'update')}, {counted(status.peers, 'DHT peer')}"
-    )
-
-
-def parse_duration_s(text: str, option: str = "--for", longest_s: float = MAX_PAUSE_S) -> float:
-    """Seconds in a text such as 90s, 30m, 1h30m or 2d. Raises SettingsError."""
-    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip(), re.ASCII)
-    seconds = sum(
-        int(number[:9]) * unit_s  # a longer one is too long anyway
-        for number, unit_s in zip(parts.groups() if parts else (), _UNITS_S.values(), strict=False)
-        if number
-    )
-    if not 0 < seconds <= longest_s:
-        raise SettingsError(
-            f"{option} {text}: pass a time such as 30m, 2h or 1d, at most {longest_s / 86400:.0f}d"
-        )
-    return float(seconds)
-
-
 def _handle(pid: int, folder: Path) -> int:
     """A descriptor of the process, which stays that of this process when the number is given to another."""
     try:
@@ -183,3 +162,23 @@ def _wait_until_gone(terminal: Terminal, process: int, pid: int, log: Follower) 
                 )
             for line in log.lines()[-1:]:
                 stage(line.split(" ", 2)[-1])  # without its date and time
+
+
+def _older_lines(path: Path) -> list[str]:
+    rotated = Follower(path.with_name(f"{path.name}.1"))
+    try:
+        return rotated.lines()
+    finally:
+        rotated.close()
+
+
+def _print(terminal: Terminal, lines: list[str]) -> None:
+    if lines:
+        terminal.line("\n".join(lines))
+
+
+def _printable(line: str) -> str:
+    """Log lines quote what peers said, which must not steer a terminal."""
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)

@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 Values = Mapping[str, Any]
 """A step's figures: those of `Progress`, and of the swarm."""
-
+Write = Callable[[Mapping[str, Any]], None]
+"""Is told the figures of each step."""
 _LINE_EVERY_STEPS = 10
+_PLOT_POINTS = 2000
 _COUNTS = frozenset(
     (
         *("resumed_at", "skipped_steps", "hedged_calls", "hedges_won", "repeated_forward", "reselected_rows"),
@@ -96,25 +98,6 @@ def summary_table(values: Values) -> Table:
     return table
 
 
-def _log_step(values: Values) -> None:
-    step, steps = values["step"], values["steps"]
-    if step % _LINE_EVERY_STEPS == 0 or step in {1, steps}:
-        logger.info("step %d of %d, %s left: %s", step, steps, _duration(values["left_s"]), describe(values))
-
-
-def _duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    return (
-        f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes // 60} h"
-    )
-
-
-Write = Callable[[Mapping[str, Any]], None]
-"""Is told the figures of each step."""
-
-_PLOT_POINTS = 2000
-
-
 @contextmanager
 def logs_written(log: Path | None, tensorboard: Path | None) -> Iterator[list[Write]]:
     """Gives what is to be told of each step. Raises UserError when a log can't be written."""
@@ -158,6 +141,19 @@ def plot_losses(history: History, path: Path) -> None:
         figure.savefig(path, format="png")
     except OSError as error:
         logger.warning("could not write the plot %s: %s", path, error.strerror or error)
+
+
+def _log_step(values: Values) -> None:
+    step, steps = values["step"], values["steps"]
+    if step % _LINE_EVERY_STEPS == 0 or step in {1, steps}:
+        logger.info("step %d of %d, %s left: %s", step, steps, _duration(values["left_s"]), describe(values))
+
+
+def _duration(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    return (
+        f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes // 60} h"
+    )
 
 
 def _means_about(losses: "np.ndarray[Any, np.dtype[np.float64]]", width: int) -> Any:

@@ -38,6 +38,11 @@ from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoi
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_PROMPT = 2**24
+"""Bytes that are read of standard input."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that could steer a terminal: experts have a say in what comes out."""
+
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
@@ -166,12 +171,6 @@ def _table(values: Mapping[str, Any]) -> Table:
         shown = f"{value:.4f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown)
     return table
-
-
-_LONGEST_PROMPT = 2**24
-"""Bytes that are read of standard input."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that could steer a terminal: experts have a say in what comes out."""
 
 
 def run_generate(
