@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import grpc
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -42,7 +42,7 @@ from expert_server.resources import (
     within_memory,
 )
 from expert_server.server import AccessControl, HealthServicer, Services, start_server
-from expert_server.serving.runtime import Runtime, RuntimeStats
+from expert_server.serving.runtime import Runtime
 from expert_server.serving.servicer import MAX_CALL_S, BudgetLimits, CallLimits, ExpertServicer
 from expert_server.settings import NodeSettings
 from expert_server.state.checkpoints import CheckpointCounts, Checkpoints, CheckpointStore
@@ -51,7 +51,7 @@ from expert_server.state.transfer import SNAPSHOT_S, Snapshot, SnapshotTaker, St
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
 from peer.errors import UnreachableError, UserError
 from peer.loop import RetryingRounds, attempt
-from peer.metrics import MetricsServer
+from peer.metrics import MetricsServer, total
 from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
 from peer.rpc.sessions import SessionClient, SessionServicer
@@ -65,13 +65,11 @@ logger = logging.getLogger(__name__)
 class NodeCounts:
     """What a node counts beside its runtime."""
 
-    experts: int
     adopted: int
     exchanged: int
     dht_failures: int
     checkpoints: CheckpointCounts
     paused: bool
-    calls: int
     memory_bytes: int
     tasks: int
     """Of the event loop."""
@@ -80,35 +78,24 @@ class NodeCounts:
     standby_copies: int
     transfers: TransferCounts
     reachability: Reachability
-    over_budget: int
 
 
 class NodeCollector(Collector):
     """No label here has a value that peers choose."""
 
-    def __init__(self, runtime: Callable[[], RuntimeStats], node: Callable[[], NodeCounts]) -> None:
-        self._runtime = runtime
+    def __init__(self, node: Callable[[], NodeCounts]) -> None:
         self._node = node
 
     def collect(self) -> Iterator[Metric]:
-        stats, node = self._runtime(), self._node()
+        node = self._node()
         yield from _hosting(node)
         yield from _transfers(node.transfers)
-        yield from _work(stats)
         yield from _reachability(node)
-        works = CounterMetricFamily(
-            "talkoot_unfinished_works", "Works that brought no result, by cause.", labels=["cause"]
-        )
-        works.add_metric(["expired"], stats.expired)
-        works.add_metric(["refused"], stats.refused)
-        works.add_metric(["failed"], stats.failed)
-        yield works
 
 
 def _hosting(node: NodeCounts) -> Iterator[Metric]:
     saves = node.checkpoints
     for name, words, level in (
-        ("experts", "Experts hosted.", node.experts),
         ("tasks", "Tasks on the event loop.", node.tasks),
         ("paused", "1 while the node is paused.", node.paused),
         (
@@ -128,36 +115,8 @@ def _hosting(node: NodeCounts) -> Iterator[Metric]:
         ("checkpoints_saved", "Checkpoints written.", saves.saved),
         ("checkpoint_failures", "Checkpoints that could not be written.", saves.failed),
         ("experts_restored", "Experts that went on from a checkpoint.", saves.restored),
-        ("calls", "Forward and backward calls that came.", node.calls),
-        ("calls_over_budget", "Calls refused as their caller's budget was spent.", node.over_budget),
     ):
         yield CounterMetricFamily(f"talkoot_{name}", words, count)
-
-
-def _work(stats: RuntimeStats) -> Iterator[Metric]:
-    yield GaugeMetricFamily("talkoot_queued_rows", "Rows that wait to be computed.", stats.queued_rows)
-    for name, words, count in (
-        ("rows", "Rows computed, forward and backward.", stats.rows),
-        ("batches", "Batches computed.", stats.batches),
-        ("updates", "Optimizer steps taken.", stats.updates),
-        (
-            "skipped_updates",
-            "Optimizer steps skipped for gradients that were not finite.",
-            stats.skipped_updates,
-        ),
-        ("rollbacks", "Experts rolled back to their last good state.", stats.rollbacks),
-        (
-            "compute_seconds",
-            "Time the compute threads were busy, all together counted as one.",
-            stats.busy_s,
-        ),
-    ):
-        yield CounterMetricFamily(f"talkoot_{name}", words, count)
-    for name, words, seen in (
-        ("batch_rows", "Rows in a batch.", stats.batch_rows),
-        ("batch_seconds", "Time to compute a batch.", stats.batch_s),
-    ):
-        yield HistogramMetricFamily(f"talkoot_{name}", words, buckets=seen.buckets(), sum_value=seen.total)
 
 
 def _transfers(counts: TransferCounts) -> Iterator[Metric]:
@@ -252,7 +211,9 @@ class Node:
         limits = CallLimits(
             max_call_s=timing.max_call_s, max_kept_bytes=kept_bytes, budget=BudgetLimits.of(settings)
         )
-        self._servicer = ExpertServicer(runtime, manifest, swarm_id, limits, self.sessions, self.traffic)
+        self._servicer = ExpertServicer(
+            runtime, manifest, swarm_id, limits, self.sessions, self.traffic, swarm.metrics
+        )
         self._expert_bytes = expert_bytes(manifest)
         self._most_bytes = settings.memory or most_bytes(
             settings, manifest, self.hosting.capacity, kept_bytes
@@ -296,6 +257,7 @@ class Node:
             max_queued_rows=settings.max_queued_rows,
             max_batch_rows=batch_rows_of(device.torch_device.type for device in devices),
             threads=threads_of(settings),
+            metrics=swarm.metrics,
         )
         logger.info("computes on %s", ", ".join(map(str, devices)))
         node = cls(settings, swarm, runtime, state, devices, timing)
@@ -440,26 +402,26 @@ class Node:
                 await self.swarm.registry.leave(self._settings.lifetime_s)
 
     def status(self) -> NodeStatus:
-        stats, contribution = self.runtime.stats, self._contribution()
+        work, contribution = self.runtime.metrics, self._contribution()
         settings = self._settings
         return NodeStatus(
             state=self.state,
             experts=len(self.runtime.experts),
             capacity=self.hosting.capacity,
             adopted=self.hosting.adopted,
-            updates=stats.updates,
-            rows=stats.rows,
-            queued_rows=stats.queued_rows,
+            updates=int(total(work.updates)),
+            rows=int(total(work.rows)),
+            queued_rows=self.runtime.queued_rows,
             peers=len(self.swarm.host.peers()),
             pause_reason=self._pauses.in_words,
-            calls=self._servicer.calls,
+            calls=int(total(self._servicer.calls)),
             uploaded_bytes=self.traffic.up.bytes,
             downloaded_bytes=self.traffic.down.bytes,
             upload_mbit=settings.upload_mbit,
             download_mbit=settings.download_mbit,
             memory_bytes=self._memory_bytes(),
             memory_limit_bytes=self._most_bytes,
-            busy_s=stats.busy_s,
+            busy_s=total(work.compute_s),
             threads=threads_of(settings),
             contributed_rows=contribution.rows,
             contributed_updates=contribution.updates,
@@ -472,7 +434,7 @@ class Node:
 
     def _memory_bytes(self) -> int:
         manifest = self.swarm.manifest
-        queued = self.runtime.stats.queued_rows * row_bytes(manifest)
+        queued = self.runtime.queued_rows * row_bytes(manifest)
         experts = len(self.runtime.experts) * self._expert_bytes
         return experts + self._servicer.forward_cache.bytes + queued + self._snapshots.kept_bytes
 
@@ -480,8 +442,8 @@ class Node:
         self._account.note(serves=self.state is NodeState.SERVING)
 
     def _contribution(self) -> Contribution:
-        stats = self.runtime.stats
-        return self._account.total(stats.rows, stats.updates)
+        work = self.runtime.metrics
+        return self._account.total(int(total(work.rows)), int(total(work.updates)))
 
     async def _serve(self, host: str) -> None:
         settings = self._settings
@@ -504,7 +466,7 @@ class Node:
         )
         await self.swarm.host.serve_tunnel()
         self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
-        self.swarm.metrics.register(NodeCollector(lambda: self.runtime.stats, self._counts))
+        self.swarm.metrics.register(NodeCollector(self._counts))
         self._metrics = MetricsServer(self.swarm.metrics, settings.metrics_host, settings.metrics_port)
         self.metrics_address = self._metrics.address
 
@@ -525,13 +487,11 @@ class Node:
 
     def _counts(self) -> NodeCounts:
         return NodeCounts(
-            experts=len(self.runtime.experts),
             adopted=self.hosting.adopted,
             exchanged=self.hosting.exchanged,
             dht_failures=self._rounds.failures,
             checkpoints=self.replicas.checkpoints.counts,
             paused=self.state is NodeState.PAUSED,
-            calls=self._servicer.calls,
             memory_bytes=self._memory_bytes(),
             tasks=len(asyncio.all_tasks(self._loop)),
             handed_over=self.hosting.handed_over,
@@ -539,5 +499,4 @@ class Node:
             standby_copies=self._standby.copied,
             transfers=self.replicas.states.counts,
             reachability=self.reachability.reach.kind,
-            over_budget=self._servicer.budgets.refused,
         )

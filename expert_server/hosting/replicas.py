@@ -145,7 +145,7 @@ class LocalReplicas:
             for uid in (self.experts if uids is None else uids)
             if uid in self._claimed_at  # else it was withdrawn already
         ]
-        queued_rows = self.runtime.stats.queued_rows
+        queued_rows = self.runtime.queued_rows
         await self._swarm.registry.announce(announced, self._lifetime_s, queued_rows)
 
     async def withdraw(self, uids: Collection[UID]) -> None:

@@ -1,9 +1,9 @@
-"""From requests to batches to the compute threads.
+"""The work queue and the compute threads of a node.
 
-`Runtime` is the shell around the policy in `batching.py`: the event loop's thread brings work, and a few threads take
-it in batches, each for another expert. A thread that has ended a batch starts the next itself: a turn through the loop
-would leave it idle, and the loop is busiest when work waits. Optimizer steps are taken when no batch waits, or before
-the expert's next batch: no answer needs them.
+`Runtime` is the shell around the policy in `batching.py`: the event loop adds work, and a few threads take it in
+batches, each for a different expert. A thread that ends a batch starts the next one itself, because a turn through the
+loop would leave it idle, and the loop is busiest when work waits. Optimizer steps are taken when no batch waits, or
+before the expert's next batch, because no answer needs them.
 """
 
 import asyncio
@@ -13,25 +13,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.serving.batching import BatchQueue, Entry, Result, WorkItem
 from expert_server.serving.compute import compute
 from peer.errors import ExpertError
-from peer.metrics import SECONDS, Distribution
+from peer.metrics import SECONDS, start_at_zero
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
 
 _MOST_AT_ONCE = 4
 """Batches: more would keep more tensors in memory and gain little."""
@@ -41,19 +40,40 @@ _BATCH_ROWS = tuple(4.0**power for power in range(8))
 _STOPPING = "this node is stopping"
 
 
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    """What one batch brought: a result for each work, and how long it took and what it changed."""
+class RuntimeMetrics:
+    """What a runtime counts. Its threads use these without a lock."""
 
-    results: Sequence[Result | ExpertError]
-    seconds: float
-    updates: int
-    skipped_updates: int
-    rollbacks: int
+    def __init__(self, metrics: CollectorRegistry | None = None) -> None:
+        self.batches = Counter("talkoot_batches", "Batches computed.", registry=metrics)
+        self.batch_rows = Histogram(
+            "talkoot_batch_rows", "Rows in a batch.", registry=metrics, buckets=_BATCH_ROWS
+        )
+        self.batch_s = Histogram(
+            "talkoot_batch_seconds", "Time to compute a batch.", registry=metrics, buckets=SECONDS
+        )
+        self.rows = Counter("talkoot_rows", "Rows computed, forward and backward.", registry=metrics)
+        self.updates = Counter("talkoot_updates", "Optimizer steps taken.", registry=metrics)
+        self.skipped_updates = Counter(
+            "talkoot_skipped_updates",
+            "Optimizer steps skipped for gradients that were not finite.",
+            registry=metrics,
+        )
+        self.rollbacks = Counter(
+            "talkoot_rollbacks", "Experts rolled back to their last good state.", registry=metrics
+        )
+        self.compute_s = Counter(
+            "talkoot_compute_seconds",
+            "Time the compute threads were busy, all together counted as one.",
+            registry=metrics,
+        )
+        failed = Counter(
+            "talkoot_failed_work_items", "Work items without a result, by cause.", ["cause"], registry=metrics
+        )
+        self.failed = start_at_zero(failed, "expired", "refused", "failed")
 
 
 class _Task:
-    """A function that `run` was given, and its result to come."""
+    """A function given to `run`, and its future result."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.future: Future[Any] = Future()
@@ -64,7 +84,7 @@ class _Task:
             return
         try:
             result = self._function()
-        except BaseException as error:  # noqa: BLE001  # it goes on where the result is awaited
+        except BaseException as error:  # noqa: BLE001  # it is raised where the result is awaited
             self.future.set_exception(error)
         else:
             self.future.set_result(result)
@@ -74,30 +94,11 @@ class _Task:
             self.future.set_exception(ExpertError(StatusCode.UNAVAILABLE, _STOPPING))
 
 
-@dataclass(slots=True)
-class RuntimeStats:
-    """Counts since the start; only `queued_rows` is of now. `failed` counts works of batches that failed."""
-
-    batches: int = 0
-    rows: int = 0
-    updates: int = 0
-    skipped_updates: int = 0
-    rollbacks: int = 0
-    expired: int = 0
-    refused: int = 0
-    failed: int = 0
-    queued_rows: int = 0
-    busy_s: float = 0.0
-    """That all threads together were busy, as if they were one."""
-    batch_rows: Distribution = field(default_factory=lambda: Distribution(_BATCH_ROWS), compare=False)
-    batch_s: Distribution = field(default_factory=lambda: Distribution(SECONDS), compare=False)
-
-
 class Runtime:
-    """Computes work for the experts of one node, in batches, each expert's one after another.
+    """Computes work for the experts of one node in batches, one at a time for each expert.
 
-    Experts with work share the threads: many small batches run beside each other, one large one gets all threads.
-    All public methods belong to the event loop's thread, and none of them blocks it.
+    Experts with work share the threads: many small batches run side by side, and a large one gets all threads. All
+    public methods belong to the event loop's thread, and none of them blocks it.
     """
 
     def __init__(
@@ -108,50 +109,54 @@ class Runtime:
         max_batch_rows: int,
         threads: int,
         clock: Callable[[], float] = time.monotonic,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`threads`: of all batches together. `clock`: what deadlines are measured by."""
+        """`threads`: for all batches together. `clock`: what deadlines are measured by."""
+        self.metrics = RuntimeMetrics(metrics)
         self._clock = clock
         self._lock = threading.Lock()
-        """Of what all threads use: the queue, the experts in service, and what is under way."""
+        """Guards what all threads use: the queue, the experts in service, and what is under way."""
         self._queue = BatchQueue(max_queued_rows, max_batch_rows)
         self._experts = dict(experts)
         self._busy: set[UID] = set()
         """Experts that have a batch under way."""
         self._tasks: deque[_Task] = deque()
-        """Of `run`: each waits until nothing is under way."""
+        """Functions given to `run`. Each waits until nothing is under way."""
         self._exclusive = self._stopped = False
         self._due: dict[UID, None] = {}
         """Experts whose optimizer step is due, oldest first."""
         self._computing = 0
         """Batches under way."""
-        self._done: list[tuple[Sequence[Entry], _Computed, float]] = []
-        """Batches whose results the loop has not delivered yet, with how long all threads were busy for each."""
+        self._done: list[tuple[Sequence[Entry], Sequence[Result | ExpertError]]] = []
+        """Batches whose results the loop has not delivered yet."""
         self._is_told = self._is_starting = False
         """Whether the loop is about to deliver, and to start what waits."""
         self._waiting: set[Entry] = set()
         self._leaving = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stats = RuntimeStats()
         self._threads = threads
         self._at_once = min(threads, _MOST_AT_ONCE)
         self._pool = ThreadPoolExecutor(max_workers=self._at_once, thread_name_prefix="compute")
+        Gauge("talkoot_experts", "Experts hosted.", registry=metrics).set_function(self._experts.__len__)
+        waiting = Gauge("talkoot_queued_rows", "Rows that wait to be computed.", registry=metrics)
+        waiting.set_function(lambda: self.queued_rows)
 
     @property
     def experts(self) -> Mapping[UID, Expert]:
-        """The experts in service; `add` and `remove` change them."""
+        """The experts in service. `add` and `remove` change them."""
         return MappingProxyType(self._experts)
 
     @property
-    def stats(self) -> RuntimeStats:
-        """The counters as they are now."""
-        return replace(self._stats, queued_rows=self._queue.rows)
+    def queued_rows(self) -> int:
+        """Rows that wait to be computed."""
+        return self._queue.rows
 
     async def start(self) -> None:
         assert self._loop is None, "a runtime starts once"
         self._loop = asyncio.get_running_loop()
 
     async def stop(self) -> None:
-        """Fails what waits, lets what is under way end, and ends the threads."""
+        """Fails what waits, lets what is under way finish, and ends the threads."""
         with self._lock:
             self._stopped = True
             waiting, tasks = self._queue.clear(), list(self._tasks)
@@ -176,27 +181,27 @@ class Runtime:
         entry = self._push(work, self._loop.create_future())
         self._waiting.add(entry)
         entry.future.add_done_callback(partial(self._forget, entry))
-        if not self._is_starting:  # not now: what else this turn of the loop brings may join
+        if not self._is_starting:  # later, so that other work from this turn of the loop can join
             self._is_starting = True
             self._loop.call_soon(self._start_enqueued)
         return entry
 
     def refuse(self, leaving: bool = True) -> None:
-        """From now on new work is refused with UNAVAILABLE; with False it is taken again."""
+        """Refuses new work with UNAVAILABLE from now on, or takes it again with False."""
         self._leaving = leaving
 
     async def settle(self) -> None:
-        """Waits for the work that was taken to be done."""
+        """Waits until all work that was taken is done."""
         while self._waiting:
             await asyncio.wait([entry.future for entry in self._waiting])
 
     def add(self, expert: Expert) -> None:
-        """Takes an expert into service, in place of one with the same UID."""
+        """Puts an expert into service, in place of one with the same UID."""
         with self._lock:
             self._experts[expert.uid] = expert
 
     def remove(self, uid: UID) -> None:
-        """Takes an expert out of service; the work that waits for it fails with NOT_FOUND."""
+        """Takes an expert out of service. Work that waits for it fails with NOT_FOUND."""
         with self._lock:
             del self._experts[uid]
             self._due.pop(uid, None)
@@ -204,9 +209,9 @@ class Runtime:
         self._fail(waiting, StatusCode.NOT_FOUND, _not_hosted(uid))
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Runs a function on a compute thread while no batch is under way, before those that wait.
+        """Runs a function on a compute thread while no batch is under way, ahead of waiting batches.
 
-        Whatever reads or writes an expert's tensors goes this way.
+        Everything else that reads or writes an expert's tensors must use this.
         """
         task = _Task(function)
         with self._lock:
@@ -224,9 +229,10 @@ class Runtime:
                 retry_after_s = [self._queue.retry_after_s(other.work.caller) for other in displaced]
                 entry = self._queue.push(work, future, self._discard)
         except ExpertError:
-            self._stats.refused += 1
+            self.metrics.failed.labels("refused").inc()
             raise
-        self._stats.refused += len(displaced)
+        if displaced:
+            self.metrics.failed.labels("refused").inc(len(displaced))
         message = "no room: others wait, and more than your share of the queue was yours"
         for other, seconds in zip(displaced, retry_after_s, strict=True):
             self._fail([other], StatusCode.RESOURCE_EXHAUSTED, message, seconds)
@@ -246,7 +252,7 @@ class Runtime:
         self._start()
 
     def _start(self) -> None:
-        """Starts what can be started now. Called whenever something came or ended, on any thread."""
+        """Starts what can start now. Called on any thread whenever work arrived or ended."""
         with self._lock:
             if self._tasks:
                 if not (self._busy or self._exclusive):
@@ -282,14 +288,21 @@ class Runtime:
 
     def _run_batch(self, expert: Expert, batch: Sequence[Entry], threads: int) -> None:
         assert self._loop is not None, "the runtime was started"
-        torch.set_num_threads(threads)  # of this thread alone
-        computed = self._compute(expert, batch)
+        torch.set_num_threads(threads)  # affects this thread alone
+        began = self._clock()
+        results = self._compute(expert, batch)
+        seconds = self._clock() - began
         rows = sum(len(entry.work.rows) for entry in batch)
+        self.metrics.batches.inc()
+        self.metrics.batch_rows.observe(rows)
+        self.metrics.batch_s.observe(seconds)
+        self.metrics.rows.inc(rows)
+        self.metrics.compute_s.inc(seconds * threads / self._threads)
         with self._lock:
-            self._queue.measure(rows, computed.seconds / len(self._busy))
+            self._queue.measure(rows, seconds / len(self._busy))
             self._computing -= 1
             self._end(expert)
-            self._done.append((batch, computed, computed.seconds * threads / self._threads))
+            self._done.append((batch, results))
             is_last, is_told, self._is_told = not self._computing, self._is_told, True
         self._start()
         if is_last:
@@ -302,10 +315,10 @@ class Runtime:
         began = self._clock()
         try:
             expert.settle()
-        except Exception:  # the outermost loop of the role, as in `_compute`
+        except Exception:  # the thread must go on, as in `_compute`
             logger.exception("expert %s failed in an optimizer step", expert.uid)
+        self.metrics.compute_s.inc((self._clock() - began) * threads / self._threads)
         with self._lock:
-            self._stats.busy_s += (self._clock() - began) * threads / self._threads
             self._end(expert)
         self._start()
 
@@ -314,50 +327,35 @@ class Runtime:
         if expert.step_is_due and self._experts.get(expert.uid) is expert:
             self._due[expert.uid] = None
 
-    def _compute(self, expert: Expert, batch: Sequence[Entry]) -> "_Computed":
+    def _compute(self, expert: Expert, batch: Sequence[Entry]) -> list[Result | ExpertError]:
         updates, rollbacks = expert.update_count, expert.guard.rollbacks
-        start = self._clock()
         try:
             results = compute(expert, [entry.work for entry in batch])
-        except Exception as error:
-            # the outermost loop of the role: one broken batch must not end the others
+        except Exception as error:  # one broken batch must not end the others
             callers = ", ".join(sorted({entry.work.caller for entry in batch}))
             logger.exception("expert %s failed on a batch from %s", expert.uid, callers)
             message = f"expert {expert.uid} failed: {type(error).__name__}"
             results = [ExpertError(StatusCode.INTERNAL, message) for _ in batch]
-        return _Computed(
-            results,
-            self._clock() - start,
-            expert.update_count - updates,
-            sum(isinstance(result, Result) and result.skipped_update for result in results),
-            expert.guard.rollbacks - rollbacks,
-        )
+        # from the expert itself, because a batch that failed may have changed it
+        self.metrics.updates.inc(expert.update_count - updates)
+        self.metrics.rollbacks.inc(expert.guard.rollbacks - rollbacks)
+        for result in results:
+            if isinstance(result, ExpertError):
+                self.metrics.failed.labels("failed").inc()
+            elif result.skipped_update:
+                self.metrics.skipped_updates.inc()
+        return results
 
     def _expire(self, entries: Sequence[Entry]) -> None:
-        self._stats.expired += len(entries)
+        self.metrics.failed.labels("expired").inc(len(entries))
         self._fail(entries, StatusCode.DEADLINE_EXCEEDED, "the deadline passed while this work waited")
 
     def _deliver(self) -> None:
         with self._lock:
             done, self._done = self._done, []
             self._is_told = False
-            for batch, computed, busy_s in done:
-                self._count(batch, computed, busy_s)
-        for batch, computed, _ in done:
-            self._give(batch, computed.results)
-
-    def _count(self, batch: Sequence[Entry], computed: "_Computed", busy_s: float) -> None:
-        stats = self._stats
-        stats.batches += 1
-        rows = sum(len(entry.work.rows) for entry in batch)
-        stats.rows += rows
-        stats.batch_rows.note(rows)
-        stats.batch_s.note(computed.seconds)
-        stats.failed += sum(isinstance(result, ExpertError) for result in computed.results)
-        stats.busy_s += busy_s
-        stats.updates += computed.updates
-        stats.skipped_updates += computed.skipped_updates
-        stats.rollbacks += computed.rollbacks
+        for batch, results in done:
+            self._give(batch, results)
 
     def _give(self, batch: Sequence[Entry], results: Sequence[Result | ExpertError]) -> None:
         for entry, result in zip(batch, results, strict=True):

@@ -7,6 +7,7 @@ from operator import itemgetter
 
 import grpc
 from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter
 
 from dht.manifest import Manifest
 from dht.uid import UID
@@ -54,9 +55,12 @@ class Budgets:
     A call may come while its caller is within its rate and one burst, however large the call is.
     """
 
-    def __init__(self, limits: BudgetLimits) -> None:
-        self.refused = 0
-        """Calls refused because their caller's budget was spent."""
+    def __init__(self, limits: BudgetLimits, metrics: CollectorRegistry | None = None) -> None:
+        self.refused = Counter(
+            "talkoot_calls_over_budget",
+            "Calls refused because their caller's budget was spent.",
+            registry=metrics,
+        )
         hourly = limits.expert_updates_per_hour
         self._rows = _buckets(limits.rows_per_s, _BURST_S)
         self._updates = _buckets(limits.updates_per_s, _BURST_S)
@@ -77,7 +81,7 @@ class Budgets:
             waits["steps of one expert"] = max(self._of_expert.wait_s(step, now) for step in steps)
         what, wait_s = max(waits.items(), key=itemgetter(1))
         if wait_s:
-            self.refused += 1
+            self.refused.inc()
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED,
                 f"your budget of {what} at this node is spent: come back in {wait_s:.1f} s",
@@ -119,11 +123,11 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         limits: CallLimits,
         sessions: Sessions,
         traffic: Bandwidth | None = None,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
-        self.calls = 0
-        """Forward and backward, since the start."""
+        self.calls = Counter("talkoot_calls", "Forward and backward calls that came.", registry=metrics)
         self.forward_cache = ForwardCache(limits.max_kept_bytes)
-        self.budgets = Budgets(limits.budget)
+        self.budgets = Budgets(limits.budget, metrics)
         self._runtime = runtime
         self._parser = HeaderParser(swarm_id, manifest, limits.max_call_bytes, self.forward_cache)
         self._swarm_id = swarm_id
@@ -156,7 +160,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
 
     async def _serve(self, direction: Direction, requests: Requests, context: Context) -> None:
         """Answers one call, part by part."""
-        self.calls += 1
+        self.calls.inc()
         remaining_s = context.time_remaining()
         longest_s = (
             self._limits.max_call_s if remaining_s is None else min(self._limits.max_call_s, remaining_s)

@@ -209,7 +209,7 @@ def test_a_flood_of_one_peer_over_many_connections_leaves_another_its_share(
                 for number in range(each)
             ]
             under_way = asyncio.gather(*calls)
-            await wait_until(lambda: edge.runtime.stats.queued_rows == 48 * 5, 20)
+            await wait_until(lambda: edge.runtime.queued_rows == 48 * 5, 20)
             release.set()
             await under_way
         finally:

@@ -330,7 +330,7 @@ def test_metrics_are_served_on_loopback_as_prometheus_text(play: Play) -> None:
         ):
             assert float(values[f"talkoot_{name}_total"]) == 0
             assert f"# TYPE talkoot_{name}_total counter" in text
-        assert float(values['talkoot_unfinished_works_total{cause="expired"}']) == 0
+        assert float(values['talkoot_failed_work_items_total{cause="expired"}']) == 0
         for outcome in ("fetched", "failed", "broken"):
             assert float(values[f'talkoot_state_fetches_total{{outcome="{outcome}"}}']) == 0
         for direction in ("sent", "received"):

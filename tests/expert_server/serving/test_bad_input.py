@@ -52,6 +52,7 @@ from expert_server.serving.batching import Direction
 from peer.codec import CHUNK_BYTES
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.wire import expert_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -78,7 +79,7 @@ def test_a_claim_of_1_gb_of_kept_rows_with_1_kb_behind_it_is_refused_at_once(run
     async def scenario(edge: Edge) -> None:
         outcome = await exchange(edge, "backward", [header_of(call), piece(bytes(1024))], ends=False)
         refused(outcome, StatusCode.RESOURCE_EXHAUSTED, f"a call of {2**30} bytes")
-        assert edge.updates() == edge.runtime.stats.rows == 0
+        assert edge.updates() == total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
     run(scenario)
@@ -95,7 +96,7 @@ def test_rows_that_were_never_kept_are_said_to_be_lost_and_nothing_is_applied(ru
         assert outcome.code is StatusCode.OK, outcome.details
         ((reply, nothing),) = answers(outcome).values()
         assert (reply.status, nothing) == (StatusCode.FAILED_PRECONDITION.value[0], None)
-        assert edge.updates() == edge.runtime.stats.rows == 0
+        assert edge.updates() == total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
     run(scenario)
@@ -126,7 +127,7 @@ def test_slow_callers_in_every_place_are_let_go_and_the_node_serves(run: Runner)
             await stream.write(piece(call.payload[:1]))
         codes = await asyncio.gather(*(stream.code() for stream in streams))
         assert set(codes) == {StatusCode.DEADLINE_EXCEEDED}
-        assert edge.updates() == edge.runtime.stats.rows == 0
+        assert edge.updates() == total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
     run(scenario, max_call_s=2.0)
@@ -144,7 +145,7 @@ def test_a_trickle_is_no_way_to_stay_longer(run: Runner) -> None:
                 await asyncio.sleep(0.01)
         # grpc.aio makes INTERNAL of a status that comes while it writes
         assert await stream.code() in (StatusCode.DEADLINE_EXCEEDED, StatusCode.INTERNAL)
-        assert edge.runtime.stats.rows == 0
+        assert total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
     run(scenario, max_call_s=0.5)

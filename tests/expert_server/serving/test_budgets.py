@@ -20,6 +20,7 @@ from expert_server.settings import NodeSettings
 from peer.errors import ExpertError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rpc.calls import retry_after_s, retry_metadata
 
 EXPERT = UID(0, (0, 0))
@@ -56,7 +57,7 @@ def test_who_comes_back_when_it_was_told_is_served() -> None:
     assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
     assert takes(budgets, "a", 0.0, direction="forward")  # costs no step
     assert takes(budgets, "a", caught.value.retry_after_s)
-    assert budgets.refused == 2
+    assert total(budgets.refused) == 2
 
 
 def test_the_steps_of_one_expert_are_bounded_and_others_are_not_touched() -> None:

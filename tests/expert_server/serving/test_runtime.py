@@ -22,6 +22,7 @@ from runtime_samples import (
 
 from expert_server.experts.expert import Expert
 from peer.errors import ExpertError
+from peer.metrics import total
 
 
 def test_merged_forward_gives_each_caller_what_it_would_get_alone() -> None:
@@ -34,7 +35,8 @@ def test_merged_forward_gives_each_caller_what_it_would_get_alone() -> None:
         for work, result in zip(works, results, strict=True):
             alone = expert.forward(work.rows)
             torch.testing.assert_close(result.tensor, alone)
-        assert (runtime.stats.batches, runtime.stats.rows, runtime.stats.updates) == (1, 11, 0)
+        assert (total(runtime.metrics.batches), total(runtime.metrics.rows)) == (1, 11)
+        assert total(runtime.metrics.updates) == 0
 
     with_runtime(runtime, scenario)
 
@@ -48,7 +50,7 @@ def test_merged_backward_takes_one_step_and_gives_each_caller_its_gradient() -> 
         for work, result in zip(works, results, strict=True):
             torch.testing.assert_close(result.tensor, backward_alone(work))
         assert [result.update_count for result in results] == [1, 1, 1]
-        assert (runtime.stats.batches, runtime.stats.updates) == (1, 1)
+        assert (total(runtime.metrics.batches), total(runtime.metrics.updates)) == (1, 1)
 
     with_runtime(runtime, scenario)
 
@@ -67,7 +69,7 @@ def test_expired_work_is_refused_and_not_computed() -> None:
 
     async def scenario() -> None:
         assert await status_of(submit(runtime, make_work(deadline=5.0))) is StatusCode.DEADLINE_EXCEEDED
-        assert (runtime.stats.expired, runtime.stats.batches) == (1, 0)
+        assert (total(runtime.metrics.failed, cause="expired"), total(runtime.metrics.batches)) == (1, 0)
 
     with_runtime(runtime, scenario)
 
@@ -79,7 +81,7 @@ def test_a_full_queue_refuses() -> None:
         fits, refused = await submit_in_order(runtime, make_work(4), make_work(2))
         assert await status_of(refused) is StatusCode.RESOURCE_EXHAUSTED
         await fits
-        assert (runtime.stats.refused, runtime.stats.batches) == (1, 1)
+        assert (total(runtime.metrics.failed, cause="refused"), total(runtime.metrics.batches)) == (1, 1)
 
     with_runtime(runtime, scenario)
 
@@ -95,7 +97,7 @@ def test_who_comes_to_a_full_queue_gets_room_from_the_one_that_filled_it() -> No
         assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
         assert caught.value.retry_after_s > 0
         await asyncio.gather(first, other)
-        assert (runtime.stats.refused, runtime.stats.rows) == (1, 6)
+        assert (total(runtime.metrics.failed, cause="refused"), total(runtime.metrics.rows)) == (1, 6)
 
     with_runtime(runtime, scenario)
 
@@ -108,9 +110,9 @@ def test_work_of_a_caller_that_is_gone_is_not_computed() -> None:
             gone, stays = await submit_in_order(runtime, make_work(5), make_work(6))
             gone.cancel()
             await asyncio.wait([gone])
-            assert runtime.stats.queued_rows == 6
+            assert runtime.queued_rows == 6
         await stays
-        assert (runtime.stats.rows, runtime.stats.queued_rows) == (6, 0)
+        assert (total(runtime.metrics.rows), runtime.queued_rows) == (6, 0)
 
     with_runtime(runtime, scenario)
 
@@ -142,7 +144,7 @@ def test_an_expert_has_one_batch_under_way() -> None:
         waiting = await submit_in_order(runtime, make_work(), make_work(direction="backward"))
         await submit(runtime, make_work(uid=SECOND))
         assert expert.threads == [4]
-        assert runtime.stats.queued_rows == 8
+        assert runtime.queued_rows == 8
         expert.let_go()
         await asyncio.gather(first, *waiting)
 
@@ -156,12 +158,12 @@ def test_what_is_run_has_all_experts_for_itself() -> None:
     async def scenario() -> None:
         (computing,) = await submit_in_order(runtime, make_work())
         assert await expert.is_computing()
-        running = asyncio.create_task(runtime.run(lambda: runtime.stats.batches))
+        running = asyncio.create_task(runtime.run(lambda: total(runtime.metrics.batches)))
         await asyncio.sleep(0)
         (waiting,) = await submit_in_order(runtime, make_work(uid=SECOND))
         await asyncio.to_thread(lambda: None)
         assert not running.done()
-        assert runtime.stats.queued_rows == 4
+        assert runtime.queued_rows == 4
         expert.let_go()
         await asyncio.gather(computing, waiting)
         assert await running <= 1  # the second batch came after it
@@ -179,6 +181,6 @@ def test_many_callers_of_many_experts_all_get_their_own_rows() -> None:
         for work, result in zip(works, results, strict=True):
             alone = runtime.experts[work.uid].forward(work.rows)
             torch.testing.assert_close(result.tensor, alone)
-        assert runtime.stats.rows == sum(len(work.rows) for work in works)
+        assert total(runtime.metrics.rows) == sum(len(work.rows) for work in works)
 
     with_runtime(runtime, scenario)

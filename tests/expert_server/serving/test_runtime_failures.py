@@ -26,6 +26,7 @@ from torch import Tensor
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
 from peer.errors import ExpertError
+from peer.metrics import total
 
 
 def test_a_caller_that_leaves_during_its_batch_harms_nobody() -> None:
@@ -35,7 +36,7 @@ def test_a_caller_that_leaves_during_its_batch_harms_nobody() -> None:
     async def scenario() -> None:
         gone, stays = await submit_in_order(runtime, make_work(4), make_work(5))
         assert await expert.is_computing()
-        assert runtime.stats.queued_rows == 0
+        assert runtime.queued_rows == 0
         gone.cancel()
         expert.let_go()
         assert (await stays).tensor.shape == (5, HIDDEN)
@@ -59,7 +60,7 @@ def test_an_unforeseen_error_fails_its_batch_and_the_runtime_goes_on(
         tasks = await submit_in_order(runtime, make_work(), make_work(), make_work(uid=SECOND))
         assert [await status_of(task) for task in tasks[:2]] == [StatusCode.INTERNAL] * 2
         await tasks[2]
-        assert (runtime.stats.failed, runtime.stats.batches) == (2, 2)
+        assert (total(runtime.metrics.failed, cause="failed"), total(runtime.metrics.batches)) == (2, 2)
 
     with_runtime(runtime, scenario)
     (record,) = caplog.records
@@ -79,7 +80,8 @@ def test_numbers_that_overflow_fail_their_own_work_alone() -> None:
         assert await status_of(bad) is StatusCode.INTERNAL
         torch.testing.assert_close((await good).tensor, backward_alone(works[0]))
         assert (await other).tensor.isfinite().all()
-        assert (runtime.stats.batches, runtime.stats.failed, runtime.stats.updates) == (1, 1, 2)
+        assert total(runtime.metrics.failed, cause="failed") == 1
+        assert (total(runtime.metrics.batches), total(runtime.metrics.updates)) == (1, 2)
 
     with_runtime(runtime, scenario)
 
@@ -96,7 +98,7 @@ def test_gradients_that_skip_the_update_do_not_take_it_from_others() -> None:
 
     async def scenario() -> None:
         results = await asyncio.gather(*await submit_in_order(runtime, *works))
-        assert (runtime.stats.updates, runtime.stats.skipped_updates) == (1, 1)
+        assert (total(runtime.metrics.updates), total(runtime.metrics.skipped_updates)) == (1, 1)
         assert [result.skipped_update for result in results] == [False, True]
 
     with_runtime(runtime, scenario)
@@ -182,6 +184,6 @@ def test_rollbacks_are_counted_also_when_the_batch_fails() -> None:
             next(expert.block.parameters()).fill_(torch.nan)
         assert await status_of(submit(runtime, make_work())) is StatusCode.INTERNAL
         assert (await submit(runtime, make_work())).tensor.isfinite().all()
-        assert (runtime.stats.rollbacks, runtime.stats.updates) == (1, 1)
+        assert (total(runtime.metrics.rollbacks), total(runtime.metrics.updates)) == (1, 1)
 
     with_runtime(runtime, scenario)

@@ -23,6 +23,7 @@ from expert_server.experts.optimizer import StepOutcome
 from expert_server.serving.batching import WorkItem
 from expert_server.serving.runtime import Runtime
 from peer.errors import ExpertError
+from peer.metrics import total
 
 WIDTH = 8
 MANIFEST = Manifest(
@@ -194,7 +195,7 @@ class Stress:
                 raise ZeroDivisionError
 
     def check(self) -> None:
-        witness, stats = self.witness, self.runtime.stats
+        witness, metrics = self.witness, self.runtime.metrics
         assert witness.wrong == []
         assert self.ends.keys() == self.rows.keys()
         for number, end in self.ends.items():
@@ -207,13 +208,15 @@ class Stress:
                 assert computed == 0, (number, end)
         counts = Counter(self.ends.values())
         gone = counts["cancelled"]
-        assert stats.queued_rows == 0
-        assert stats.rows == witness.computed.total()
-        assert stats.batches <= witness.batches, "callers whose gradients differ grossly are computed apart"
-        assert stats.updates == witness.steps
-        assert 0 <= stats.expired - counts[StatusCode.DEADLINE_EXCEEDED] <= gone
-        assert 0 <= stats.refused - counts[StatusCode.RESOURCE_EXHAUSTED] <= gone
-        assert 0 <= stats.failed - counts[StatusCode.INTERNAL] <= gone
+        assert self.runtime.queued_rows == 0
+        assert total(metrics.rows) == witness.computed.total()
+        assert total(metrics.batches) <= witness.batches, (
+            "callers whose gradients differ grossly are computed apart"
+        )
+        assert total(metrics.updates) == witness.steps
+        assert 0 <= total(metrics.failed, cause="expired") - counts[StatusCode.DEADLINE_EXCEEDED] <= gone
+        assert 0 <= total(metrics.failed, cause="refused") - counts[StatusCode.RESOURCE_EXHAUSTED] <= gone
+        assert 0 <= total(metrics.failed, cause="failed") - counts[StatusCode.INTERNAL] <= gone
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -27,6 +27,7 @@ from expert_server.serving.batching import Direction
 from peer import PROTOCOL_VERSION
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.wire import expert_pb2, expert_pb2_grpc
 
 
@@ -69,7 +70,7 @@ def test_grpc_without_tls_gets_nothing(run: Runner) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Info(request, timeout=5)
         assert caught.value.code() is StatusCode.UNAVAILABLE
-        assert edge.runtime.stats.rows == 0
+        assert total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
     run(scenario)
@@ -81,7 +82,7 @@ def test_a_caller_that_pins_another_certificate_does_not_call(run: Runner) -> No
         pem = certificate_pem(other.make_certificate(), other.peer_id)
         outcome = await make(replace(edge, pem=pem), Call(), timeout_s=5)
         assert outcome.code is StatusCode.UNAVAILABLE
-        assert edge.runtime.stats.rows == 0
+        assert total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
     run(scenario)

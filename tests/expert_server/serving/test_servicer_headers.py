@@ -38,6 +38,7 @@ from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError, WireError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.wire import expert_pb2
 
 
@@ -121,7 +122,7 @@ def test_a_wrong_header_is_refused_saying_what_is_wrong(run: Runner, name: str, 
 
     async def scenario(edge: Edge) -> None:
         refused(await make(edge, call), StatusCode.INVALID_ARGUMENT, *said)
-        assert edge.updates() == edge.runtime.stats.rows == 0
+        assert edge.updates() == total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
     run(scenario)

@@ -39,6 +39,7 @@ from expert_server.serving.call import RequestStream
 from expert_server.serving.forward_cache import SeenRequests
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rates import RateLimit
 from peer.wire import expert_pb2
 
@@ -156,7 +157,7 @@ def test_a_call_that_is_given_up_leaves_nothing_queued(run: Runner, way: str) ->
 
     async def scenario(edge: Edge) -> None:
         await check_it_goes_on(edge)
-        tasks, rows = len(asyncio.all_tasks()), edge.runtime.stats.rows
+        tasks, rows = len(asyncio.all_tasks()), total(edge.runtime.metrics.rows)
         blocked = asyncio.create_task(edge.runtime.run(release.wait))
         try:
             async with open_channel(edge.address, edge.pem) as channel:
@@ -164,16 +165,16 @@ def test_a_call_that_is_given_up_leaves_nothing_queued(run: Runner, way: str) ->
                 for request in Call("backward", [FIRST, SECOND, THIRD]).requests:
                     await stream.write(request)
                 # the first may be on its way to the compute thread, the others wait
-                await wait_until(lambda: edge.runtime.stats.queued_rows >= 2 * ROWS)
+                await wait_until(lambda: edge.runtime.queued_rows >= 2 * ROWS)
                 if way == "cancelled":
                     assert stream.cancel()
-                    await wait_until(lambda: edge.runtime.stats.queued_rows == 0)
-            await wait_until(lambda: edge.runtime.stats.queued_rows == 0)
+                    await wait_until(lambda: edge.runtime.queued_rows == 0)
+            await wait_until(lambda: edge.runtime.queued_rows == 0)
         finally:
             release.set()
         await blocked
         await wait_until(lambda: len(asyncio.all_tasks()) <= tasks)
-        assert edge.runtime.stats.rows - rows <= ROWS
+        assert total(edge.runtime.metrics.rows) - rows <= ROWS
         assert edge.updates() <= 1
         await make(edge, Call(seed=5))
 

@@ -28,6 +28,7 @@ from expert_server.serving.batching import Direction
 from peer.codec import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.wire import expert_pb2
 
 
@@ -70,7 +71,7 @@ def test_a_wrong_stream_is_refused_saying_what_is_wrong(run: Runner, name: str, 
     async def scenario(edge: Edge) -> None:
         outcome = await exchange(edge, direction, spoil(Call(direction)))
         refused(outcome, StatusCode.INVALID_ARGUMENT, said)
-        assert edge.updates() == edge.runtime.stats.rows == 0
+        assert edge.updates() == total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
     run(scenario)
@@ -129,7 +130,7 @@ def test_numbers_that_are_not_finite_are_refused(
 
     async def scenario(edge: Edge) -> None:
         refused(await make(edge, call), StatusCode.INVALID_ARGUMENT, "numbers that are not finite")
-        assert edge.updates() == edge.runtime.stats.rows == 0
+        assert edge.updates() == total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
     run(scenario)

@@ -12,6 +12,7 @@ from dht.manifest import Manifest, WireSpec
 from peer.codec import CodecName, Floats, codec_of, encoded_bytes
 from peer.errors import ExpertError
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
@@ -29,7 +30,7 @@ async def out_and_back(path: Path, codec: CodecName) -> tuple[list[Floats], int]
         requests = [request(uid, rows(2 + i), answer=forward[i]) for i, uid in enumerate(UIDS)]
         backward = await ask(caller, node, "backward", *requests)
         await channels.close()
-        assert runtime.stats.updates == 2
+        assert total(runtime.metrics.updates) == 2
     tensors = [answers[i].tensor for answers in (forward, backward) for i in range(2)]
     assert caller.bytes_sent == caller.bytes_received
     exact = 4 * encoded_bytes(ROWS, HIDDEN, codec_of("fp32"))
@@ -64,7 +65,7 @@ def test_a_gradient_that_is_not_finite_is_refused_by_the_node_in_every_codec(
                 await ask(caller, node, "backward", request(UIDS[0], gradients))
             finally:
                 await channels.close()
-                assert runtime.stats.updates == 0
+                assert total(runtime.metrics.updates) == 0
 
     with pytest.raises(ExpertError, match="numbers that are not finite"):
         loop.run(scenario(), 30)

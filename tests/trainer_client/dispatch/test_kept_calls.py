@@ -9,6 +9,7 @@ from real_node import GENEROUS, HIDDEN, ROWS, UIDS, a_node, ask, request, rows
 
 from peer.codec import Floats
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
@@ -74,7 +75,7 @@ def test_what_is_kept_is_handed_over_once(loop: LoopThread, tmp_path: Path) -> N
             (again,) = (await ask(caller, node, "forward", request(UIDS[0]))).values()
             assert (answers[0].update_count, again.update_count) == (0, 2)
             await channels.close()
-            assert runtime.stats.updates == 2
+            assert total(runtime.metrics.updates) == 2
         return sent[0], sent[1]
 
     assert loop.run(scenario(), 30) == (ONE_TENSOR, 3 * ONE_TENSOR)
