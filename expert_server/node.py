@@ -428,7 +428,7 @@ class Node:
             contributed_hours=round(contribution.served_s / 3600, 1),
             replicated=self.hosting.replicated,
             handed_over=self.hosting.handed_over,
-            reachability=self.reachability.reach.in_words,
+            reachability=self.reachability.status.in_words,
             reachability_advice=self.reachability.advice,
         )
 
@@ -480,7 +480,7 @@ class Node:
             addresses=self.reachability.addresses,
             bootstrap_addresses=await self.swarm.host.bootstrap_addresses(),
             metrics_address="" if self._metrics is None else self._metrics.offered(self._host),
-            reachability=self.reachability.reach.kind,
+            reachability=self.reachability.status.kind,
             tunnel_addresses=self.reachability.tunnel_addresses,
         )
         await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
@@ -498,5 +498,5 @@ class Node:
             averagings=self.averaging.averagings,
             standby_copies=self._standby.copied,
             transfers=self.replicas.states.counts,
-            reachability=self.reachability.reach.kind,
+            reachability=self.reachability.status.kind,
         )

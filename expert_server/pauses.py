@@ -1,8 +1,7 @@
-"""Pauses of a node: it gives up its experts and stays in the swarm, until it may go on.
+"""Pauses: a node gives up its experts and stays in the swarm, until its owner, schedule and machine let it resume.
 
-The manners of a node: why it should pause now. Pure: times, samples and settings are passed in.
-
-What a node sees of the machine it runs on.
+Why to pause is decided by pure functions and classes that are given times and samples. `Machine` takes the samples, and
+`PauseController` acts on the decision.
 """
 
 import asyncio
@@ -33,7 +32,7 @@ _IDLE_SHARE = 0.4
 
 
 class PauseCause(Enum):
-    """What lets a node pause, beside its owner's word."""
+    """Why a node pauses, when its owner did not ask for it."""
 
     SCHEDULE = "schedule"
     BATTERY = "battery"
@@ -42,7 +41,7 @@ class PauseCause(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What other programs used of all cores between two moments, in monotonic seconds."""
+    """How much of all cores other programs used between two moments, in monotonic seconds."""
 
     start: float
     end: float
@@ -50,10 +49,10 @@ class Load:
 
 
 class LoadMonitor:
-    """Whether other programs need the machine. It begins as not busy.
+    """Whether other programs need the machine. At first it is idle.
 
     It becomes busy when their mean load over `busy_after_s` reaches `busy_percent`, and idle again when the mean over
-    `idle_after_s` is at most two fifths of that. Each window begins anew when it changes, so it never changes faster.
+    `idle_after_s` is at most two fifths of that. A change starts a new window, so changes are at least a window apart.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class LoadMonitor:
         """Of the window, oldest first."""
 
     def note(self, load: Load) -> bool:
-        """Takes the load since the last look. Says whether the machine is busy now."""
+        """Takes the load since the last sample, and returns whether the machine is busy now."""
         self._loads.append(load)
         start = load.end - (self._idle_after_s if self.busy else self._busy_after_s)
         while self._loads[0].end <= start:
@@ -84,7 +83,7 @@ class LoadMonitor:
 
 
 def _mean(loads: Collection[Load], start: float) -> float:
-    """Percent, from `start` on."""
+    """The mean percentage from `start` on."""
     parts = [(load.percent, load.end - max(load.start, start)) for load in loads]
     return sum(percent * seconds for percent, seconds in parts) / sum(seconds for _, seconds in parts)
 
@@ -99,7 +98,7 @@ class MachineState:
 
 
 def reasons_to_pause(settings: NodeSettings, when: datetime, machine: MachineState) -> dict[PauseCause, str]:
-    """In words that follow `paused`. `when`: local time."""
+    """The reasons in words that follow `paused`. `when`: local time."""
     found = {}
     if settings.schedule is not None and not settings.schedule.allows(when):
         found[PauseCause.SCHEDULE] = f"until {settings.schedule.next_start(when)}"
@@ -111,43 +110,43 @@ def reasons_to_pause(settings: NodeSettings, when: datetime, machine: MachineSta
 
 
 class OwnerOverride:
-    """What the owner said last. It wins over every setting.
+    """The owner's last command, which overrides every setting.
 
-    A pause lasts until its time or the next word. Going on sets aside the reasons to pause that there are at that
-    moment, each until it has passed: nobody has to remember to take it back.
+    A pause lasts until its time is over or the next command. A resume overrides the reasons to pause that hold at that
+    moment, each until it no longer holds: nobody has to remember to take the command back.
     """
 
     def __init__(self) -> None:
         self._pause: str | None = None
         self._until: float | None = None
-        self._set_aside: set[PauseCause] = set()
+        self._overridden: set[PauseCause] = set()
 
     def pause(self, reason: str, until: float | None = None) -> None:
-        """`reason`: in words that follow `paused`; `until`: Unix time in seconds, None: the next word."""
+        """`reason`: in words that follow `paused`; `until`: Unix time in seconds, None: the next command."""
         self._pause, self._until = reason, until
-        self._set_aside.clear()
+        self._overridden.clear()
 
-    def go_on(self, causes: Collection[PauseCause]) -> None:
-        """`causes`: of the settings, that there are now."""
+    def resume(self, causes: Collection[PauseCause]) -> None:
+        """`causes`: those that hold now."""
         self._pause = None
-        self._set_aside = set(causes)
+        self._overridden = set(causes)
 
     def judge(self, reasons: Mapping[PauseCause, str], now: float) -> list[str]:
-        """Why to pause now, the owner's word before the settings'. Forgets what has passed."""
+        """Why to pause now, the owner's reason first. Forgets what no longer holds."""
         if self._until is not None and now >= self._until:
             self._pause = self._until = None
-        self._set_aside &= reasons.keys()
+        self._overridden &= reasons.keys()
         own = [] if self._pause is None else [self._pause]
-        return own + [words for cause, words in reasons.items() if cause not in self._set_aside]
+        return own + [words for cause, words in reasons.items() if cause not in self._overridden]
 
-    def set_aside(self, reasons: Mapping[PauseCause, str]) -> list[str]:
-        """The reasons to pause that the owner has set aside."""
-        return [words for cause, words in reasons.items() if cause in self._set_aside]
+    def overridden(self, reasons: Mapping[PauseCause, str]) -> list[str]:
+        """The reasons to pause that the owner's resume overrides."""
+        return [words for cause, words in reasons.items() if cause in self._overridden]
 
 
 @dataclass(frozen=True, slots=True)
 class _Times:
-    """Clocks of the processor, all in seconds."""
+    """The processor's clocks, all in seconds."""
 
     at: float
     total: float
@@ -158,18 +157,18 @@ class _Times:
 
 
 class Machine:
-    """Looks at the machine now and then. A look takes some milliseconds, and belongs on no event loop."""
+    """Samples the battery and the load. A sample takes some milliseconds: not for the event loop."""
 
     def __init__(self, settings: NodeSettings) -> None:
         self._settings = settings
-        self._use = LoadMonitor(settings.busy_percent)
+        self._load_monitor = LoadMonitor(settings.busy_percent)
         self._process = psutil.Process()
         self._last = self._times()
 
     def look(self) -> MachineState:
         return MachineState(
             on_battery=self._settings.not_on_battery and _on_battery(),
-            busy=self._settings.only_when_idle and self._use.note(self._load()),
+            busy=self._settings.only_when_idle and self._load_monitor.note(self._load()),
         )
 
     def _load(self) -> Load:
@@ -191,7 +190,7 @@ class Machine:
 
 
 def _on_battery() -> bool:
-    """A machine that does not tell is plugged in."""
+    """A machine that does not say counts as plugged in."""
     try:
         battery = psutil.sensors_battery()
     except OSError:
@@ -203,19 +202,19 @@ Step = Callable[[], Coroutine[Any, Any, None]]
 
 
 class PauseController:
-    """Whether a node hosts experts now, by its settings and its owner's word. One change at a time.
+    """Whether a node hosts experts now, by its settings and its owner's commands. It makes one change at a time.
 
-    A pause breaks off what takes experts. What was broken off must leave nothing that `release` does not give up.
+    A pause cancels a `take` that is under way, and `release` must give up whatever that leaves.
     """
 
     def __init__(
         self, settings: NodeSettings, take: Step, release: Step, now: Callable[[], float] = time.time
     ) -> None:
-        """`take` and `release`: begin and end to host."""
+        """`take` and `release`: start and stop hosting experts."""
         self.hosts = False
         """Whether the node hosts experts, or would if there were any for it."""
         self.taking = False
-        """Whether it just begins to."""
+        """Whether it is just starting to."""
         self.why: Sequence[str] = ()
         """Why it is paused or about to be, in words that follow `paused`; else nothing."""
         self._settings = settings
@@ -223,20 +222,20 @@ class PauseController:
         self._now = now
         self._machine = Machine(settings)
         self._reasons: dict[PauseCause, str] = {}
-        self._word = OwnerOverride()
+        self._owner = OwnerOverride()
         self._changing = asyncio.Lock()
         self._running: asyncio.Timeout | None = None
-        """Around what a pause breaks off."""
+        """Around what a pause cancels."""
         self._releasing: asyncio.Task[None] | None = None
         self._ended = False
 
     @property
-    def set_aside(self) -> Sequence[str]:
-        """Why it would be paused, had its owner not told it to go on."""
-        return self._word.set_aside(self._reasons)
+    def overridden(self) -> Sequence[str]:
+        """Why it would be paused, had its owner not resumed it."""
+        return self._owner.overridden(self._reasons)
 
     async def look(self) -> None:
-        """Looks at the hour and the machine, and does what follows. Raises what `take` raises."""
+        """Looks at the clock and the machine, and pauses or resumes as they demand. Raises what `take` raises."""
         state = MachineState()
         if self._settings.only_when_idle or self._settings.not_on_battery:
             state = await asyncio.to_thread(self._machine.look)
@@ -248,36 +247,36 @@ class PauseController:
         """Returns when the experts are given up."""
         until = None if for_s is None else self._now() + for_s
         words = reason if until is None else f"{reason} until {datetime.fromtimestamp(until):%H:%M}"
-        self._word.pause(words, until)
+        self._owner.pause(words, until)
         await self._settle()
 
     async def resume(self) -> None:
-        """Sets aside the reasons to pause that there are now, until they have passed. Raises what `take` raises."""
-        self._word.go_on(self._reasons)
+        """Overrides the reasons to pause that hold now, until they no longer do. Raises what `take` raises."""
+        self._owner.resume(self._reasons)
         await self._settle()
 
     @property
     def in_words(self) -> str:
-        """Why it is paused, or would be if it were not told to go on; else empty."""
+        """Why it is paused, or would be had its owner not resumed it; else empty."""
         if self.why:
             return paused_in_words(self.why)
-        if self.set_aside:
-            return f"told to go on, else {paused_in_words(self.set_aside)}"
+        if self.overridden:
+            return f"told to go on, else {paused_in_words(self.overridden)}"
         return ""
 
     async def end(self) -> None:
-        """Breaks off what takes experts, and changes nothing any more."""
+        """Cancels the taking of experts, and from then on changes nothing."""
         self._ended = True
-        self._break_off()
+        self._cancel_taking()
         async with self._changing:
             if self._releasing is not None:
                 await self._give_up()
 
     async def _settle(self) -> None:
-        """Hosts or does not, as is right now; what is right may change meanwhile."""
-        self.why = self._word.judge(self._reasons, self._now())
+        """Starts or stops hosting until that fits the reasons, which may change meanwhile."""
+        self.why = self._owner.judge(self._reasons, self._now())
         if self.why:
-            self._break_off()
+            self._cancel_taking()
         async with self._changing:
             if self._releasing is not None:
                 await self._give_up()
@@ -286,23 +285,22 @@ class PauseController:
                     logger.info(paused_in_words(self.why))
                     await self._give_up()
                 else:
-                    await self._begin()
+                    await self._start_hosting()
 
-    async def _begin(self) -> None:
+    async def _start_hosting(self) -> None:
         self.hosts = self.taking = True
         try:
             ended = await self._run(self._take)
         finally:
             self.taking = False
-        if (
-            not ended and not self._ended
-        ):  # even if it may go on already: half of the experts are no state to be in
+        if not ended and not self._ended:
+            # even if it may resume already: hosting half of the experts is no state to be in
             await self._give_up()
 
     async def _give_up(self) -> None:
-        """In a task of its own, which whoever comes next waits for, too.
+        """Releases the experts in a task of its own, which the next caller waits for as well.
 
-        Experts that are out of service but not yet saved must not be lost when the one who waits is cancelled.
+        Experts that are out of service but not yet saved must not be lost when the caller is cancelled.
         """
         releasing = self._releasing or asyncio.create_task(self._release(), name="release of experts")
         self._releasing = releasing
@@ -314,7 +312,7 @@ class PauseController:
         self.hosts = False
 
     async def _run(self, step: Step) -> bool:
-        """Says whether it came to its end, and was not broken off."""
+        """Returns whether the step came to its end, and was not cancelled by a pause."""
         try:
             async with asyncio.timeout(None) as running:
                 self._running = running
@@ -327,7 +325,7 @@ class PauseController:
             self._running = None
         return True
 
-    def _break_off(self) -> None:
+    def _cancel_taking(self) -> None:
         if self._running is not None:
             self._running.reschedule(0)
             self._running = None

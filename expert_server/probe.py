@@ -1,9 +1,8 @@
-"""The node's side of measuring the way between two peers. A hostile caller gets little of it: all is bounded.
+"""Measures the way between two peers: round trip, clock offset, bandwidth, and whether the other can dial back.
 
-What a caller may cost in the worst case: two probes at once of 8 MiB and 10 s, and a short TCP connection to the
-caller's own address. The bandwidth limits of the node hold for probes, too.
-
-The caller's side of measuring the way to a node: clock, bandwidth, and whether the node can dial back.
+`ProbeServicer` is the node's side. A hostile caller costs it at most two probes at a time of 8 MiB and 10 s, and a
+short TCP connection to the caller's own address. The node's bandwidth limits hold for probes, too. `call_probe` and
+`call_dial_back` are the caller's side.
 """
 
 import asyncio
@@ -37,6 +36,16 @@ ProbeContext = grpc.aio.ServicerContext[probe_pb2.ProbeRequest, probe_pb2.ProbeR
 DialContext = grpc.aio.ServicerContext[probe_pb2.DialBackRequest, probe_pb2.DialBackReply]
 
 _REMEMBERED_CALLERS = 1024
+_PROBE_DEADLINE_S = 15.0
+_DIAL_DEADLINE_S = 8.0
+_ROUND_TRIPS = 4
+_MESSAGE_BYTES = 128 * 1024
+_FIRST_BYTES = 128 * 1024
+"""Even a slow line carries so much in the time that a node gives a probe."""
+_MORE_BYTES = 2 * 2**20
+"""Sent after that if it takes a second at most; else as much as takes about a second."""
+_MOST_CHARACTERS = 200
+"""Of what a node says."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,10 @@ class ProbeLimits:
     at_once: int = 2
     """Probes; and as many dials."""
     burst: int = 6
-    """Calls of one caller that may follow each other at once, after that one every `every_s`."""
+    """Calls that one caller may make in a row; after that, one every `every_s`."""
     every_s: float = 10.0
     all_burst: int = 16
-    """As `burst`, of all callers together."""
+    """The same for all callers together."""
     all_every_s: float = 2.0
 
 
@@ -64,7 +73,7 @@ class Allowance:
         self._all = TokenBuckets[None](1 / limits.all_every_s, limits.all_burst - 1)
 
     def take(self, caller: str, now: float) -> float:
-        """Lets the caller ask once: then it is 0, else how many seconds to wait, and nothing is taken."""
+        """Takes one call and returns 0; or takes nothing, and returns how many seconds to wait."""
         if wait_s := max(self._each.wait_s(caller, now), self._all.wait_s(None, now)):
             return wait_s
         self._each.take(caller, 1, now)
@@ -73,7 +82,7 @@ class Allowance:
 
 
 class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
-    """Lets the peers of one swarm measure the way to this node."""
+    """Lets the peers of a swarm measure the way to this node."""
 
     def __init__(
         self,
@@ -86,7 +95,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc] 
         self._traffic = traffic
         self._limits = limits
         self._clock = clock
-        self._probes, self._dials = _Service(limits), _Service(limits)
+        self._probes, self._dials = _Turns(limits), _Turns(limits)
 
     async def Probe(self, requests: AsyncIterator[probe_pb2.ProbeRequest], context: ProbeContext) -> None:
         try:
@@ -151,8 +160,8 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc] 
         return reply
 
 
-class _Service:
-    """Who may be served now, of one kind of call."""
+class _Turns:
+    """Who may be served now, for one kind of call."""
 
     def __init__(self, limits: ProbeLimits) -> None:
         self._limits = limits
@@ -161,7 +170,7 @@ class _Service:
 
     @contextmanager
     def turn(self, peer: str, now: float) -> Iterator[IpAddress]:
-        """Around a call by gRPC's name of its peer. Raises ExpertError when there is no turn for it."""
+        """Wraps a call. `peer`: as gRPC names it. Raises ExpertError when it is not this caller's turn."""
         address = address_of(peer)
         if address is None:
             raise ExpertError(StatusCode.FAILED_PRECONDITION, "this call comes from no IP address")
@@ -191,14 +200,14 @@ def address_of(peer: str) -> IpAddress | None:
 
 
 def _neighbourhood(address: IpAddress) -> str:
-    """What counts as one caller: one IPv4 address, or the 2^64 IPv6 addresses that one line usually has."""
+    """What counts as one caller: an IPv4 address, or the 2^64 IPv6 addresses that one line usually has."""
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
     return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
 
 
 class _NotReadError(Exception):
-    """The call ended while a reply was on its way to a caller who did not read it."""
+    """The call ended before the caller read a reply."""
 
 
 @dataclass
@@ -208,7 +217,7 @@ class _Refusal:
 
 @contextmanager
 def _refusals() -> Iterator[_Refusal]:
-    """Keeps what the caller is to be told: `abort` must come when nothing is held any more."""
+    """Keeps the error for the caller, because `abort` must come after everything else was released."""
     refusal = _Refusal()
     try:
         yield refusal
@@ -218,17 +227,6 @@ def _refusals() -> Iterator[_Refusal]:
         refusal.error = ExpertError(StatusCode.INVALID_ARGUMENT, str(error))
     except TimeoutError:
         refusal.error = ExpertError(StatusCode.DEADLINE_EXCEEDED, "the probe lasted too long")
-
-
-_ROUND_TRIPS = 4
-_FIRST_BYTES = 128 * 1024
-"""What even a slow line carries in the time that a node gives a probe."""
-_MORE_BYTES = 2 * 2**20
-"""What is sent then, if it takes a second at most; else what takes about a second."""
-_MESSAGE_BYTES = 128 * 1024
-_PROBE_DEADLINE_S = 15.0
-_DIAL_DEADLINE_S = 8.0
-_MOST_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -254,7 +252,7 @@ class DialledBack:
 
 
 async def call_probe(channel: grpc.aio.Channel, swarm_id: str, now: Callable[[], float] = time.time) -> Link:
-    """Measures by way of one call, in which about 4 MiB travel. Raises UnreachableError with the cause."""
+    """Measures the way by one call that carries about 4 MiB. Raises UnreachableError with the cause."""
     stub = make_stub(probe_pb2_grpc.ProbeServiceStub, channel)
     probe = _Probe(stub.Probe(timeout=_PROBE_DEADLINE_S), swarm_id)
     try:
@@ -266,7 +264,7 @@ async def call_probe(channel: grpc.aio.Channel, swarm_id: str, now: Callable[[],
 
 
 async def call_dial_back(channel: grpc.aio.Channel, swarm_id: str, port: int) -> DialledBack:
-    """Lets the node connect to `port` of this machine. Raises UnreachableError when it does not try."""
+    """Asks the node to connect to `port` of this machine. Raises UnreachableError when it does not try."""
     stub = make_stub(probe_pb2_grpc.ProbeServiceStub, channel)
     request = probe_pb2.DialBackRequest(protocol_version=PROTOCOL_VERSION, swarm_id=swarm_id, port=port)
     try:
@@ -287,7 +285,7 @@ class _Probe:
         self._swarm_id = swarm_id
 
     async def exchange(self, sizes: list[tuple[int, int]]) -> float:
-        """Sends requests at once, of so many bytes and for replies of so many, and gives the last reply's time."""
+        """Sends requests of these sizes (bytes sent, bytes wanted back); returns the time in the last reply."""
         for sent, wanted in sizes:
             request = probe_pb2.ProbeRequest(
                 protocol_version=PROTOCOL_VERSION,
@@ -339,5 +337,5 @@ def _unreachable(code: grpc.StatusCode, details: str | None) -> UnreachableError
 
 
 def _short(text: str) -> str:
-    """What a node said, fit for a terminal."""
+    """What a node said, in a form fit for a terminal."""
     return "".join(c for c in text[:_MOST_CHARACTERS] if c.isprintable())

@@ -1,10 +1,6 @@
-"""Whether others reach this node, by what they tell of dialling it back. Pure: what they said is passed in.
-
-Keeps a node reached: lets others dial it back, and gets it relays when they can't.
-"""
+"""Whether and how others reach this node: it asks them to dial back, and finds relays when they can't."""
 
 import asyncio
-import ipaddress
 import logging
 import random
 import time
@@ -23,29 +19,38 @@ from peer.transport.addresses import endpoint, is_public, is_relayed, multiaddre
 
 logger = logging.getLogger(__name__)
 
+_ASKED = 3
+"""Nodes that are asked to dial back."""
+_ASK_S = 20.0
+"""Longest that asking all of them may take."""
+_ASK_AGAIN_S = 600.0
+"""Time until other nodes are asked again."""
+_UNANSWERED = 2
+"""Rounds without an answer after which a machine with a private address takes itself for unreachable."""
+_RELAYS = 4
+
 
 @dataclass(frozen=True)
 class DialledPorts:
-    """What one other node said of its attempts to connect to this one."""
+    """What one other node said of its attempts to connect to this node's two ports."""
 
     service: DialledBack
-    """To the expert service."""
     dht: DialledBack
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether most of those who tried reached the ports."""
+    """Whether at least half of the nodes that tried reached the ports."""
 
     asked: int
     service: bool
     dht: bool
     reached_at: tuple[str, ...]
-    """IP addresses at which anybody reached the expert service, those that most saw first."""
+    """IP addresses at which they reached the expert service, the one seen most often first."""
 
 
 def judge(dials: Sequence[DialledPorts]) -> Judgement:
-    """By at least half of those asked, so that of several one that lies changes little."""
+    """A port counts as reached when at least half of the nodes reached it, so that a single liar changes little."""
     service = sum(dial.service.connected for dial in dials)
     dht = sum(dial.dht.connected for dial in dials)
     seen = Counter(dial.service.address for dial in dials if dial.service.connected)
@@ -63,9 +68,9 @@ class ReachabilityStatus:
 
     kind: Reachability = Reachability.UNKNOWN
     relays: int = 0
-    """Relays by which they do."""
+    """Relays that lead to it."""
     looking: bool = False
-    """It looks for a relay: nobody reaches it until it has one."""
+    """Whether it looks for a relay: nobody reaches it until it has one."""
     asked: int = 0
     """Nodes that were asked to dial back."""
 
@@ -81,37 +86,20 @@ class ReachabilityStatus:
         return self.kind.name.lower()
 
 
-def advice(reach: ReachabilityStatus, host: str, dht_port: int, grpc_port: int) -> str:
-    """What would let others connect directly; empty when they do. A port is 0 when each run has another."""
-    if reach.kind in {Reachability.UNKNOWN, Reachability.DIRECT}:
+def advice(status: ReachabilityStatus, host: str, dht_port: int, grpc_port: int) -> str:
+    """What the owner can do so that others connect directly; empty when they do. A port is 0 when it changes."""
+    if status.kind in {Reachability.UNKNOWN, Reachability.DIRECT}:
         return ""
     if not (dht_port and grpc_port):
         return f"pass --dht-port and --grpc-port, and forward both TCP ports on your router to {host}"
     ports = " and ".join(str(port) for port in sorted({dht_port, grpc_port}))
-    if _is_public(host):
+    if is_public(multiaddress(host, dht_port)):
         return f"let TCP ports {ports} in through the firewall"
     return f"forward TCP ports {ports} on your router to {host}"
 
 
-def _is_public(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_global
-    except ValueError:
-        return False
-
-
-_ASKED = 3
-_RELAYS = 4
-_UNANSWERED = 2
-"""Rounds without an answer, after which a machine with a private address takes itself for hidden."""
-_ASK_S = 20.0
-"""Longest that asking all of them may take."""
-_ASK_AGAIN_S = 600.0
-"""Time until other nodes are asked again."""
-
-
 class ReachabilityMonitor:
-    """How others reach this node, and what it says of that. One per node; `check` now and then."""
+    """Keeps one node reachable, and knows how others reach it. Call `begin` once, and `check` now and then."""
 
     def __init__(
         self,
@@ -120,7 +108,7 @@ class ReachabilityMonitor:
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.reach = ReachabilityStatus()
+        self.status = ReachabilityStatus()
         self.tunnel_addresses: tuple[str, ...] = ()
         self._settings = settings
         self._swarm = swarm
@@ -132,9 +120,9 @@ class ReachabilityMonitor:
         self._next_at = float("-inf")
         self._patience = RelayBackoff()
         self._unanswered = 0
-        """How often in a row nobody was there to ask, or nobody answered."""
+        """How often in a row there was nobody to ask, or nobody answered."""
         self._doubts = 0
-        """How often in a row others said that this node, which they reached before, is not reached any more."""
+        """How often in a row others could not reach this node, which they had reached before."""
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -143,27 +131,27 @@ class ReachabilityMonitor:
 
     @property
     def advice(self) -> str:
-        """What would let others connect directly; empty when they do."""
+        """What the owner can do so that others connect directly; empty when they do."""
         settings = self._settings
-        return advice(self.reach, self._host, settings.dht_port, settings.grpc_port)
+        return advice(self.status, self._host, settings.dht_port, settings.grpc_port)
 
     async def begin(self, host: str, port: int, stage: Stage = logger.info) -> None:
         """Finds out how others reach the expert service on this address and port. Raises UnreachableError."""
         self._host, self._port = host, port
         self._addresses = (self._own_address,)
         await self.check(stage)
-        logger.info("others reach this node: %s", self.reach.in_words)
+        logger.info("others reach this node: %s", self.status.in_words)
 
     async def check(self, stage: Stage = logger.info) -> None:
         """Asks others when it is time, and looks for relays when there are none. Raises UnreachableError."""
         mode = self._settings.reachability
         if mode == "public" or (mode == "auto" and self._host.startswith(("127.", "::1"))):
-            await self._be(ReachabilityStatus(Reachability.DIRECT))
+            await self._need_no_relay(ReachabilityStatus(Reachability.DIRECT))
         elif mode == "private":
             await self._hide(Judgement(0, service=False, dht=False, reached_at=()), stage)
         elif self._clock() >= self._next_at:
             await self._ask(stage)
-        if self.reach.kind in {Reachability.PUNCHED, Reachability.RELAYED}:
+        if self.status.kind in {Reachability.PUNCHED, Reachability.RELAYED}:
             await self._note_relays(stage)
 
     async def _ask(self, stage: Stage) -> None:
@@ -171,8 +159,8 @@ class ReachabilityMonitor:
         judgement = judge(await self._dials())
         if not judgement.asked:
             self._unanswered += 1
-            # what others told once holds until others tell anything else: the line may be down for a while
-            if self._unanswered >= _UNANSWERED and not self.reach.asked and self._is_inside():
+            # what others said holds until they say something else: the line may be down for a while
+            if self._unanswered >= _UNANSWERED and not self.status.asked and self._is_inside():
                 await self._hide(judgement, stage)
             return  # the next announcement tries again
         self._unanswered = 0
@@ -180,20 +168,19 @@ class ReachabilityMonitor:
         if judgement.service:
             self._doubts = 0
             self._addresses = self._announced(judgement)
-            await self._be(
+            await self._need_no_relay(
                 ReachabilityStatus(Reachability.DIRECT, asked=judgement.asked), serves_dht=judgement.dht
             )
             return
         self._doubts += 1
-        if self.reach.kind is Reachability.DIRECT and self._doubts == 1:
-            self._next_at = float(
-                "-inf"
-            )  # who was asked may have been wrong: ask others before all is changed
+        if self.status.kind is Reachability.DIRECT and self._doubts == 1:
+            # those who were asked may be wrong: ask others before anything changes
+            self._next_at = float("-inf")
             return
         await self._hide(judgement, stage)
 
     def _is_inside(self) -> bool:
-        """Whether this machine's address is one that the public peers whom it knows can't dial."""
+        """Whether this machine's address is private, though it knows public peers, which can't dial it."""
         host = self._swarm.host
         own = multiaddress(self._settings.announce_host or self._host, self._port)
         return not is_public(own) and any(
@@ -206,9 +193,9 @@ class ReachabilityMonitor:
         seen = (endpoint(address, self._announced_port) for address in judgement.reached_at)
         return tuple(dict.fromkeys((*seen, self._own_address)))[:8]
 
-    async def _be(self, reach: ReachabilityStatus, serves_dht: bool = True) -> None:
-        """Needs no relays. Whose DHT port nobody reaches hosts no keys."""
-        self.reach = reach
+    async def _need_no_relay(self, status: ReachabilityStatus, serves_dht: bool = True) -> None:
+        """Gives up relays. A peer whose DHT port nobody reaches hosts no keys."""
+        self.status = status
         self.tunnel_addresses = ()
         if self._swarm.host.config.serves_dht is not serves_dht:
             await self._move(serves_dht)
@@ -220,17 +207,17 @@ class ReachabilityMonitor:
             raise UnreachableError(str(error)) from error
 
     async def _hide(self, judgement: Judgement, stage: Stage) -> None:
-        """Is reached by its tunnel: by relays, or directly where others reach the DHT port."""
+        """Is reached through its tunnel from now on: by relays, or directly where others reach the DHT port."""
         self._addresses = tuple(endpoint(a, self._announced_port) for a in judgement.reached_at)
         host = self._swarm.host
         if judgement.dht:
-            await self._be(ReachabilityStatus(Reachability.PUNCHED, asked=judgement.asked))
+            await self._need_no_relay(ReachabilityStatus(Reachability.PUNCHED, asked=judgement.asked))
         elif host.config.serves_dht or not host.config.relays:
             await self._find_relays(stage)
-        self.reach = ReachabilityStatus(self._tunnelled_kind(), asked=judgement.asked)
+        self.status = ReachabilityStatus(self._tunnelled_kind(), asked=judgement.asked)
 
     def _tunnelled_kind(self) -> Reachability:
-        """By the stream that another peer opened last."""
+        """Judged by the last stream that another peer opened."""
         directly = self._swarm.host.config.serves_dht or self._swarm.host.tunnels.last_relayed is False
         return Reachability.PUNCHED if directly else Reachability.RELAYED
 
@@ -243,10 +230,12 @@ class ReachabilityMonitor:
         elif self._patience.is_over(self._clock()):
             await self._find_relays(stage)
         self.tunnel_addresses = addresses
-        self.reach = ReachabilityStatus(self._tunnelled_kind(), len(relayed), not addresses, self.reach.asked)
+        self.status = ReachabilityStatus(
+            self._tunnelled_kind(), len(relayed), not addresses, self.status.asked
+        )
 
     async def _find_relays(self, stage: Stage) -> None:
-        """Takes other peers as relays, and waits a while for the first that lets itself be used."""
+        """Takes other peers as relays, and waits a while for the first that accepts."""
         stage("looking for a relay")
         host, registry = self._swarm.host, self._swarm.registry
         relays = await find_relays(host, registry, self._rng, _RELAYS)

@@ -1,6 +1,7 @@
-"""How a node divides the memory that its owner allows. Pure.
+"""What a node takes of its machine: how memory is divided, how many threads and rows it uses, what it frees.
 
-What becomes of memory that a node frees, where the C library is glibc. Elsewhere nothing is changed.
+All but `keep_freed_memory` and `return_freed_memory` is pure. Those two set glibc's allocator, and do nothing with
+another C library.
 """
 
 import ctypes
@@ -16,9 +17,13 @@ from peer.errors import SettingsError
 from peer.formatting import bytes_in_words
 
 _CPU_BATCH_ROWS, _GPU_BATCH_ROWS = 128, 2048
-
-
-_CPU_BATCH_ROWS, _GPU_BATCH_ROWS = 128, 2048
+_KEPT_SHARE = _QUEUE_SHARE = _SNAPSHOT_SHARE = 1 / 8
+_KEPT_SHARE_OF_FREE = 1 / 16
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -3, -8
+"""Parameters of mallopt, as malloc.h numbers them."""
+_KEPT_BYTES = 256 * 2**20
+_LARGE_BYTES = 32 * 2**20
+"""The most that glibc takes for this parameter. What is larger goes back to the system as soon as it is freed."""
 
 
 def usable_cores() -> int:
@@ -27,33 +32,29 @@ def usable_cores() -> int:
 
 
 def batch_rows_of(device_types: Iterable[str]) -> int:
-    """Up to how many rows works are merged: from where on a device gains little by more.
+    """Up to how many rows work items are merged into one batch: beyond that a device gains little.
 
-    No further: a forward pass that is merged keeps no graph, and steps that are answered together come again together,
-    with nothing to compute in between.
+    Larger batches would cost something: a merged forward pass keeps no graph, and trainers that are answered together
+    call again together, which leaves the device idle in between.
     """
     return _CPU_BATCH_ROWS if set(device_types) == {"cpu"} else _GPU_BATCH_ROWS
 
 
 def threads_of(settings: NodeSettings) -> int:
-    """Of torch; more than one for each core only wait for each other."""
+    """Torch's threads. More than one for each core would only wait for each other."""
     return min(settings.threads or usable_cores(), usable_cores())
 
 
-_KEPT_SHARE = _QUEUE_SHARE = _SNAPSHOT_SHARE = 1 / 8
-_KEPT_SHARE_OF_FREE = 1 / 16
-
-
 def row_bytes(manifest: Manifest) -> int:
-    """Most that a row which waits takes: its inputs and gradients in float32, its position."""
+    """Memory of a waiting row at most: its inputs and gradients in float32, and its position."""
     return 2 * 4 * manifest.model.hidden + 8
 
 
 def kept_bytes_of(settings: NodeSettings, free_bytes: int) -> int:
-    """For kept forward passes. `free_bytes`: of the devices that compute."""
-    return (
-        int(free_bytes * _KEPT_SHARE_OF_FREE) if settings.max_kept_bytes is None else settings.max_kept_bytes
-    )
+    """Memory for kept forward passes. `free_bytes`: of the devices that compute."""
+    if settings.max_kept_bytes is not None:
+        return settings.max_kept_bytes
+    return int(free_bytes * _KEPT_SHARE_OF_FREE)
 
 
 def snapshots_of(settings: NodeSettings, manifest: Manifest) -> int:
@@ -65,14 +66,14 @@ def snapshots_of(settings: NodeSettings, manifest: Manifest) -> int:
 
 
 def most_bytes(settings: NodeSettings, manifest: Manifest, capacity: int, kept_bytes: int) -> int:
-    """What `capacity` experts, kept forward passes, waiting rows and snapshots take together, at most."""
+    """Memory of `capacity` experts, kept forward passes, waiting rows and snapshots together, at most."""
     queue = settings.max_queued_rows * row_bytes(manifest)
     snapshots = snapshots_of(settings, manifest) * largest_state_bytes(manifest)
     return capacity * expert_bytes(manifest) + kept_bytes + queue + snapshots
 
 
 def smallest_memory(manifest: Manifest) -> int:
-    """In bytes: room for one expert and its snapshot, and for one sequence that waits."""
+    """The least `memory` that works, in bytes: for one expert, its snapshot and one waiting sequence."""
     expert, others = expert_bytes(manifest), 1 - _KEPT_SHARE - _QUEUE_SHARE
     for_snapshot = math.ceil((expert + largest_state_bytes(manifest)) / others)
     for_expert = math.ceil(expert / (others - _SNAPSHOT_SHARE))
@@ -81,11 +82,11 @@ def smallest_memory(manifest: Manifest) -> int:
 
 
 def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
-    """The settings with numbers that keep to `memory`, if it is set.
+    """The settings, lowered so that they keep to `memory` if it is set.
 
-    An eighth at most is for forward passes that are kept, one for rows that wait, one for snapshots (or one snapshot),
-    the rest for experts: two thirds of those to host, the others to adopt. Raises SettingsError when that is not
-    enough for one expert.
+    At most an eighth is for kept forward passes, an eighth for waiting rows, and an eighth for snapshots (or one
+    snapshot). The rest is for experts: two thirds of those to host, the others to adopt. Raises SettingsError when that
+    is not enough for one expert.
     """
     memory = settings.memory
     if memory is None:
@@ -115,18 +116,11 @@ def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
     )
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -3, -8
-"""Parameters of mallopt, as malloc.h numbers them."""
-_KEPT_BYTES = 256 * 2**20
-_LARGE_BYTES = 32 * 2**20
-"""The most that glibc takes for this parameter. What is larger goes back to the system as soon as it is freed."""
-
-
 def keep_freed_memory() -> None:
-    """Lets the process keep up to 256 MiB that it freed. For the start: threads that run have arenas of their own.
+    """Lets the process keep up to 256 MiB that it freed. Call it before threads start: they have their own arenas.
 
-    Each batch frees its gradients and activations, and the next one needs as much again: to return it to the system and
-    to have it zeroed anew took a tenth of a node's processor time.
+    Each batch frees its gradients and activations, and the next one needs as much again. Returning the memory to the
+    system and having it zeroed again took a tenth of a node's processor time.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -136,7 +130,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives back to the system now what was freed."""
+    """Returns the freed memory to the system now."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -1,9 +1,4 @@
-"""The gRPC server of a node: its services, behind one port and behind the tunnel's exit.
-
-The standard gRPC health service, by which load balancers and orchestrators ask whether a node serves.
-
-Who may call this node: keeps what it knows of that up to date, and lets nobody in on what no longer holds.
-"""
+"""A node's gRPC server: its services behind one port and the tunnel's exit, its health service, and who may call it."""
 
 import logging
 import time
@@ -33,26 +28,29 @@ _SERVICES = ("", expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_na
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_health has no types
-    """Says SERVING while the node serves experts, and NOT_SERVING before, in pauses and when it leaves."""
+    """The standard gRPC health service: SERVING while the node serves experts, else NOT_SERVING.
+
+    Load balancers and orchestrators ask it. A node that starts, pauses or leaves does not serve.
+    """
 
     def __init__(self, serves: Callable[[], bool]) -> None:
         self._serves = serves
 
     async def Check(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        """NOT_FOUND for a service that is not known, as the protocol has it."""
+        """Answers NOT_FOUND for an unknown service, as the protocol demands."""
         if request.service not in _SERVICES:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"health is known of {_SERVICES[1]!r} and of ''")
         status = health_pb2.HealthCheckResponse
         return status(status=status.SERVING if self._serves() else status.NOT_SERVING)
 
     async def Watch(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-        """Refused, and clients fall back to Check: streams without end would take the places of calls."""
+        """Refused, so that clients fall back to Check: endless streams would take the places of calls."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
 
 
 @dataclass(frozen=True)
 class Services:
-    """What a node answers."""
+    """The services of a node."""
 
     experts: ExpertServicer
     states: StateServicer
@@ -69,9 +67,10 @@ async def start_server(
     max_calls: int,
     tunnel_exit: Path,
 ) -> tuple[grpc.aio.Server, int]:
-    """Serves on an address of this machine and on a unix socket. Gives the server and its port.
+    """Serves on an address of this machine and on a unix socket. Returns the server and its port.
 
-    `port`: 0 for one that is free. `max_calls`: at once, of all services. Raises PortError when it can't listen there.
+    `port`: 0 for any free one. `max_calls`: at the same time, of all services. Raises PortError when it can't listen
+    there.
     """
     require_free_port(host, port)
     server = make_server(max_calls)
@@ -90,10 +89,10 @@ async def start_server(
 
 
 class AccessControl:
-    """One node's. `look` once in every announcement period."""
+    """Who may call this node. `look` once in every announcement period, to keep that up to date."""
 
     def __init__(self, swarm: Swarm, state: Path, now: Callable[[], float] = time.time) -> None:
-        """`state`: the node's folder, where the founder's has the list of the invites it made."""
+        """`state`: the node's state folder; a founder's holds the ledger of its invites."""
         self.sessions = Sessions(
             swarm.keys.swarm_id, swarm.host.peer_id, swarm.admission, now=now, metrics=swarm.metrics
         )
@@ -103,9 +102,9 @@ class AccessControl:
         self._own_problem = ""
 
     async def look(self) -> None:
-        """Reads the denylist and what is revoked, and ends the sessions of those it names.
+        """Reads the denylist and the revocations, and ends the sessions of the peers they name.
 
-        The founder's node publishes what its owner has revoked. Raises UnreachableError.
+        A founder's node first publishes what its owner has revoked. Raises UnreachableError.
         """
         try:
             if self._ledger is not None:
@@ -119,7 +118,7 @@ class AccessControl:
         self._look_at_own()
 
     def _look_at_own(self) -> None:
-        """A node whose own token ends serves nobody any more; its owner should know why."""
+        """Tells the owner when the node's own token has ended: nobody is served by it any more."""
         badge = self._swarm.admission.badge
         if badge is None:
             return

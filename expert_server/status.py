@@ -1,9 +1,4 @@
-"""What a node does now, and what it shows of itself.
-
-What a node has contributed, over all its runs: a small file in its state folder.
-
-What a node says of itself in the DHT. Pure: `now` and the node's status are passed in.
-"""
+"""What a node says of itself: its status, its contribution over all runs, and its record in the DHT."""
 
 import asyncio
 import logging
@@ -23,6 +18,10 @@ from peer.wire import records_pb2
 
 logger = logging.getLogger(__name__)
 
+_MAX_FILE_BYTES = 4096
+_RATE_OVER_S = 5.0
+"""Shortest time over which rows per second are counted."""
+
 
 class NodeState(Enum):
     """What a node does now."""
@@ -37,7 +36,7 @@ class NodeState(Enum):
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What a node shows at a glance."""
+    """What a node shows its owner at a glance."""
 
     state: NodeState
     experts: int
@@ -63,7 +62,7 @@ class NodeStatus:
     memory_limit_bytes: int
     """What they may take at most."""
     busy_s: float
-    """Computed for so long, since the start."""
+    """Time spent computing since the start."""
     threads: int
     contributed_rows: int
     """Over all runs, as are the following."""
@@ -79,9 +78,6 @@ class NodeStatus:
     """What would let them connect directly; empty when they do."""
 
 
-_MAX_FILE_BYTES = 4096
-
-
 class Contribution(BaseModel):
     """Rows computed, optimizer steps taken, and seconds served."""
 
@@ -93,7 +89,7 @@ class Contribution(BaseModel):
 
 
 class ContributionAccount:
-    """Counts on from what the file says. One process at a time uses it."""
+    """A node's contribution over all its runs, kept in a small file. One process uses it at a time."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
@@ -103,7 +99,7 @@ class ContributionAccount:
         self._serves_since: float | None = None
 
     def note(self, *, serves: bool) -> None:
-        """Whether the node serves from now on."""
+        """`serves`: whether the node serves from now on."""
         now = self._clock()
         if self._serves_since is not None:
             self._served_s += now - self._serves_since
@@ -119,7 +115,7 @@ class ContributionAccount:
         )
 
     async def save(self, total: Contribution) -> None:
-        """Whole or not at all. A disk that is full is a warning."""
+        """Writes the file, whole or not at all. A full disk is a warning."""
         try:
             await asyncio.to_thread(self._write, total)
         except OSError as error:
@@ -137,7 +133,7 @@ class ContributionAccount:
 
 
 def _read(path: Path) -> Contribution:
-    """What is not there, or not as it was written, counts as nothing."""
+    """A file that is missing, or not as it was written, counts as no contribution."""
     try:
         with path.open("rb") as file:
             return Contribution.model_validate_json(file.read(_MAX_FILE_BYTES))
@@ -150,12 +146,8 @@ def _read(path: Path) -> Contribution:
         return Contribution()
 
 
-_RATE_OVER_S = 5.0
-"""Shortest time over which rows per second are counted."""
-
-
 class NodeRecordBuilder:
-    """Makes a node's records, one after the other, and remembers what the next one is compared with."""
+    """Makes a node's records, one after the other. Rates in a record come from comparing it with the last one."""
 
     def __init__(self, settings: NodeSettings, certificate: bytes, started_at: float) -> None:
         self._settings = settings
@@ -177,7 +169,7 @@ class NodeRecordBuilder:
         reachability: Reachability = Reachability.UNKNOWN,
         tunnel_addresses: Sequence[str] = (),
     ) -> records_pb2.NodeRecord:
-        """The record that is true now. A node that pauses or leaves offers no room."""
+        """The node's present record. A node that pauses or leaves offers no room."""
         self._count(status.rows, now)
         return records_pb2.NodeRecord(
             addresses=addresses,
@@ -209,7 +201,7 @@ class NodeRecordBuilder:
             self._rows_at = (now, rows)
 
     def _renewal(self, now: float) -> float:
-        """As long as the last time: a round of announcements takes time too."""
+        """Time until the next record: as long as the last one took, for a round of announcements takes time too."""
         last, self._said_at = self._said_at, now
         took_s = 0.0 if last is None else now - last
         return min(max(self._settings.announce_every_s, took_s), self._settings.lifetime_s)

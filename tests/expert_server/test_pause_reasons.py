@@ -166,7 +166,7 @@ def test_a_pause_by_the_owner_holds_whatever_the_settings_say(
     before: list[dict[PauseCause, str]], reasons: dict[PauseCause, str]
 ) -> None:
     word = OwnerOverride()
-    word.go_on(before[0] if before else ())
+    word.resume(before[0] if before else ())
     word.pause("by its owner")
     for moment, found in enumerate([*before, reasons]):
         assert word.judge(found, moment) == ["by its owner", *found.values()]
@@ -178,16 +178,16 @@ def test_going_on_sets_aside_the_reasons_of_that_moment_and_no_others(
 ) -> None:
     word = OwnerOverride()
     word.pause("by its owner")
-    word.go_on(now)
+    word.resume(now)
     assert word.judge(now, 0) == []
-    assert word.set_aside(now) == list(now.values())
+    assert word.overridden(now) == list(now.values())
     assert word.judge(later, 1) == [words for cause, words in later.items() if cause not in now]
 
 
 @given(causes)
 def test_a_reason_that_comes_back_counts_again(now: dict[PauseCause, str]) -> None:
     word = OwnerOverride()
-    word.go_on(now)
+    word.resume(now)
     assert word.judge({}, 0) == []
     assert word.judge(now, 1) == list(now.values())
 
@@ -205,7 +205,7 @@ def test_the_last_word_counts() -> None:
     word.pause("for a while", until=100)
     word.pause("for good")
     assert word.judge({}, 1000) == ["for good"]
-    word.go_on(())
+    word.resume(())
     word.pause("for a while", until=2000)
     assert word.judge({}, 1999) == ["for a while"]
     assert word.judge({}, 2000) == []

@@ -49,20 +49,20 @@ async def nobody(peers: object) -> dict[Any, Any]:
 async def after_rounds(rounds: int, host: LonelyHost, address: str) -> ReachabilityMonitor:
     """Rounds in which it is time to ask."""
     swarm: Any = SimpleNamespace(host=host, registry=SimpleNamespace(nodes=nobody))
-    reaching = ReachabilityMonitor(
+    monitor = ReachabilityMonitor(
         NodeSettings.load(), swarm, random.Random(0), iter(range(0, 10**6, 1000)).__next__
     )
-    await reaching.begin(address, 2)
+    await monitor.begin(address, 2)
     for _ in range(rounds - 1):
-        await reaching.check()
-    return reaching
+        await monitor.check()
+    return monitor
 
 
 def test_a_private_address_and_a_public_peer_are_enough_to_go_behind_relays(identity: Identity) -> None:
     first = asyncio.run(after_rounds(1, LonelyHost(identity.peer_id, (PUBLIC,)), "192.168.1.2"))
-    assert first.reach.kind is Reachability.UNKNOWN, "who was asked may have been busy"
+    assert first.status.kind is Reachability.UNKNOWN, "who was asked may have been busy"
     second = asyncio.run(after_rounds(2, LonelyHost(identity.peer_id, (PUBLIC,)), "192.168.1.2"))
-    assert second.reach.kind is Reachability.RELAYED
+    assert second.status.kind is Reachability.RELAYED
     assert second.tunnel_addresses == (f"{PUBLIC}/p2p-circuit{PEER}",)
 
 
@@ -73,8 +73,8 @@ def test_neighbours_in_one_network_and_public_nodes_stay_as_they_are(
     identity: Identity, known: tuple[str, ...], address: str
 ) -> None:
     host = LonelyHost(identity.peer_id, known)
-    reaching = asyncio.run(after_rounds(4, host, address))
-    assert reaching.reach.kind is Reachability.UNKNOWN
+    monitor = asyncio.run(after_rounds(4, host, address))
+    assert monitor.status.kind is Reachability.UNKNOWN
     assert host.config.serves_dht
 
 
@@ -89,9 +89,9 @@ def test_what_others_told_holds_while_nobody_can_be_asked(
 
     monkeypatch.setattr(ReachabilityMonitor, "_dials", dials)
     host = LonelyHost(identity.peer_id, (PUBLIC,))
-    reaching = asyncio.run(after_rounds(4, host, "192.168.1.2"))
-    assert reaching.reach.kind is Reachability.DIRECT
-    assert "44.1.1.2:2" in reaching.addresses
+    monitor = asyncio.run(after_rounds(4, host, "192.168.1.2"))
+    assert monitor.status.kind is Reachability.DIRECT
+    assert "44.1.1.2:2" in monitor.addresses
     assert host.config.serves_dht
 
 
@@ -118,14 +118,14 @@ def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
     settings = NodeSettings.load(reachability="private")
 
     async def scenario() -> None:
-        reaching = ReachabilityMonitor(settings, swarm, random.Random(0), every_ten_s)
-        await reaching.begin("192.168.1.2", 2)
+        monitor = ReachabilityMonitor(settings, swarm, random.Random(0), every_ten_s)
+        await monitor.begin("192.168.1.2", 2)
         moved_at = []
         for look in range(1, 23):
             before = host.moves
-            await reaching.check()
+            await monitor.check()
             if host.moves > before:
                 moved_at.append(look)
-        assert (moved_at, reaching.reach.kind) == ([3, 9, 21], Reachability.RELAYED)
+        assert (moved_at, monitor.status.kind) == ([3, 9, 21], Reachability.RELAYED)
 
     asyncio.run(scenario())
