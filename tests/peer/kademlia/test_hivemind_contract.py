@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,8 @@ import pytest
 from peer.kademlia.hivemind import install, timed_storage
 
 ROOT = Path(__file__).parents[3]
+PRODUCT = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
+BESIDE = ("benchmarks", "deploy", "docs", "examples", "tests", "tools")
 PINNED = "1.1.12"
 FENCE = (
     "peer/identity.py",
@@ -276,61 +278,61 @@ def test_installed_hivemind_is_the_pinned_one() -> None:
 
 def test_what_we_import_is_there() -> None:
     wanted = {f"{module}.{name}" for module, names in IMPORTED.items() for name in names} | PATCHED_BY_NAME
-    assert [name for name in sorted(wanted) if not _exists(*name.rsplit(".", 1))] == []
+    _expect_none("gone", [name for name in wanted if not _exists(*name.rsplit(".", 1))])
 
 
 @pytest.mark.parametrize("names", [PRIVATE, UNDOCUMENTED], ids=["private", "undocumented"])
 def test_attributes_that_we_use_are_there(names: Mapping[str, set[str]]) -> None:
-    wanted = [(owner, name) for owner, found in names.items() for name in sorted(found)]
-    assert [f"{owner}.{name}" for owner, name in wanted if not _exists(owner, name)] == []
+    wanted = [(owner, name) for owner, found in names.items() for name in found]
+    _expect_none("gone", [f"{owner}.{name}" for owner, name in wanted if not _exists(owner, name)])
 
 
 def test_messages_have_the_fields_that_we_use() -> None:
     fields = {name: set(pkgutil.resolve_name(name).DESCRIPTOR.fields_by_name) for name in MESSAGES}
-    assert [f"{name}.{f}" for name, used in MESSAGES.items() for f in sorted(used - fields[name])] == []
+    _expect_none("gone", [f"{name}.{f}" for name, used in MESSAGES.items() for f in used - fields[name]])
 
 
 def test_methods_that_we_replace_have_not_changed() -> None:
-    assert {name: _digest(name) for name in SOURCES} == SOURCES
+    now = {name: _digest(name) for name in SOURCES}
+    _expect_none("changed", [f"{name} (now {now[name]})" for name in SOURCES if now[name] != SOURCES[name]])
 
 
 def test_what_we_call_takes_the_same_parameters() -> None:
-    assert {name: _parameters(name) for name in PARAMETERS} == PARAMETERS
+    now = {name: _parameters(name) for name in PARAMETERS}
+    changed = [name for name in PARAMETERS if now[name] != PARAMETERS[name]]
+    _expect_none("changed", [f"{name}({PARAMETERS[name]}), now ({now[name]})" for name in changed])
     taken = {name: set(inspect.signature(pkgutil.resolve_name(name)).parameters) for name in KEYWORDS}
-    assert [f"{name}({p})" for name, passed in KEYWORDS.items() for p in sorted(passed - taken[name])] == []
+    _expect_none("gone", [f"{name}({p}=)" for name, used in KEYWORDS.items() for p in used - taken[name]])
 
 
 def test_classes_override_only_what_is_listed() -> None:
     listed = {*SOURCES, *(f"{owner}.{name}" for owner, names in PRIVATE.items() for name in names)}
     listed |= {f"{owner}.{name}" for owner, names in UNDOCUMENTED.items() for name in names}
     found = {f"{_name(base)}.{name}" for base, name in _overridden()}
-    assert sorted(found - {_canonical(name) for name in listed}) == []
-    assert found  # else the scan is broken
+    assert found, "the scan finds nothing"
+    _expect_none("not listed", found - {_canonical(name) for name in listed})
 
 
 def test_hivemind_is_imported_where_it_is_listed_and_nowhere_else() -> None:
     imported: dict[str, set[str]] = {}
     importers = set()
-    for path, tree in _files(
-        "peer", "dht", "expert_server", "trainer_client", "talkoot", "benchmarks", "tests"
-    ):
+    for path, tree in _files(*PRODUCT, *BESIDE):
         for module, names in _imports(tree):
             importers.add(path)
             if path in FENCE:
                 imported.setdefault(module, set()).update(names)
-    assert importers - {_here()} == {*FENCE, *ALSO_IMPORT}
+    _expect_none("must not import hivemind", importers - {_here(), *FENCE, *ALSO_IMPORT})
+    _expect_none("no longer imports hivemind", {*FENCE, *ALSO_IMPORT} - importers)
     assert imported == IMPORTED
 
 
 def test_names_that_are_patched_are_listed() -> None:
     """Such as `patch("hivemind…")`: no import shows them."""
     found = set()
-    for path, tree in _files(
-        "peer", "dht", "expert_server", "trainer_client", "talkoot", "benchmarks", "tests"
-    ):
+    for path, tree in _files(*PRODUCT, *BESIDE):
         if path != _here():
             found |= {text for text in _texts(tree) if re.fullmatch(r"hivemind(\.\w+){2,}", text)}
-    assert sorted(found - PATCHED_BY_NAME) == []
+    _expect_none("not listed", found - PATCHED_BY_NAME)
 
 
 def test_private_names_are_used_where_they_are_listed_and_nowhere_else() -> None:
@@ -338,15 +340,15 @@ def test_private_names_are_used_where_they_are_listed_and_nowhere_else() -> None
     overridden = {name for _, name in _overridden()}
     used: set[str] = set()
     elsewhere = []
-    for path, tree in _files("peer", "dht", "expert_server", "trainer_client", "talkoot"):
+    for path, tree in _files(*PRODUCT):
         foreign = {name for name, is_own in _private_attributes(tree) if not is_own}
         if path == FENCE[0] or path.startswith(("peer/kademlia/", "peer/transport/")):
             used |= foreign
         else:
-            elsewhere += [f"{path}: {name}" for name in sorted(foreign & listed)]
-    assert sorted(used - listed) == []
-    assert sorted(listed - used - overridden) == []
-    assert elsewhere == []
+            elsewhere += [f"{path}: {name}" for name in foreign & listed]
+    _expect_none("not listed", used - listed)
+    _expect_none("listed but not used", listed - used - overridden)
+    _expect_none("used outside the fence", elsewhere)
 
 
 def test_installing_again_changes_nothing() -> None:
@@ -357,6 +359,12 @@ def test_installing_again_changes_nothing() -> None:
     late, soon = timed_storage.HeapEntry(2.0, b"record"), timed_storage.HeapEntry(1.0, 7)
     assert soon < late
     assert not timed_storage.HeapEntry(1.0, b"record") < soon  # hivemind's own compares b"record" with 7
+
+
+def _expect_none(what: str, found: Iterable[str]) -> None:
+    """Shows all of them, where pytest would cut the list short."""
+    lines = [f"{what}: {name}" for name in sorted(found)]
+    assert not lines, "\n".join(["", *lines])
 
 
 def _here() -> str:
