@@ -8,13 +8,14 @@ What a trainer does beside training: each task begins again when it fails, and s
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import uvloop
 
-from peer.errors import UnreachableError
+from peer.errors import TalkootError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,50 @@ class LoopThread:
         self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
+
+
+class TaskSet:
+    """Tasks that their owner ends. Each is held until it is done.
+
+    TalkootErrors are left to those who await the task. Any other exception is a mistake in the program, and is logged.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T], name: str) -> "asyncio.Task[T]":
+        """Starts a task. `name`: what it does, such as `announce this trainer`."""
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._note_end)
+        return task
+
+    @contextmanager
+    def including_current(self) -> Iterator[None]:
+        """Holds the task that runs now, for callbacks that are tasks of somebody else."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            yield
+        finally:
+            self._tasks.discard(task)
+
+    async def aclose(self) -> None:
+        """Cancels what still runs and waits for it. Closing twice is harmless."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _note_end(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, TalkootError):
+            logger.error("could not %s", task.get_name(), exc_info=error)
 
 
 Step: TypeAlias = Callable[[], Awaitable[None]]

@@ -18,6 +18,7 @@ from benchmarks.chaos.links import PairLinks
 from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.schedule import FOUNDER, Deed, Event
 from dht.invites import Invite
+from peer.loop import TaskSet
 from talkoot.demo.links import Link
 from talkoot.demo.processes import DemoProcess, DemoProcesses
 
@@ -113,7 +114,7 @@ class ChaosSwarm:
         self._pids: dict[int, float] = {}
         """Of all processes ever, with the times of their start."""
         self._sockets: set[Path] = set()
-        self._restarting: set[asyncio.Task[None]] = set()
+        self._restarting = TaskSet()
 
     async def start(self) -> Invite:
         """Starts the nodes; gives the founder's invite once there is one."""
@@ -166,9 +167,7 @@ class ChaosSwarm:
                     self._end(node, politely=event.deed is Deed.STOP)
             case Deed.RESTART:
                 for node in nodes:
-                    task = asyncio.create_task(self._restart(node))
-                    self._restarting.add(task)
-                    task.add_done_callback(self._restarting.discard)
+                    self._restarting.spawn(self._restart(node), f"restart {node.name}")
             case Deed.FREEZE | Deed.THAW:
                 for node in nodes:
                     node.is_frozen = event.deed is Deed.FREEZE
@@ -206,8 +205,7 @@ class ChaosSwarm:
 
     async def stop(self) -> None:
         """Ends all of them. Stopping twice is harmless."""
-        for task in list(self._restarting):
-            task.cancel()
+        await self._restarting.aclose()
         await asyncio.gather(*(trainer.stop() for trainer in self._trainers))
         for node in self.nodes:
             self._end(node, politely=True)

@@ -13,7 +13,7 @@ import contextlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from peer.bounded import BoundedDict
 from peer.errors import WireError
@@ -36,7 +36,10 @@ from peer.kademlia.search import (
     UnverifiedNodes,
 )
 from peer.kademlia.validation import drop_invalid_entries, unpack
+from peer.loop import TaskSet
 from peer.transport.p2pd import TRANSPORT_ERRORS
+
+T = TypeVar("T")
 
 _MAX_PEER_ID_BYTES = 64
 _NEAREST = SearchLimits(quorum=2**31)
@@ -116,7 +119,7 @@ class Lookups:
         self._dht = dht
         self.parallel_calls = parallel_calls
         self.round_trips = RttEstimator()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = TaskSet()
         self.unverified = UnverifiedNodes()
         self._near = BoundedDict[DHTID, dict[int, PeerID]](_REMEMBERED_KEYS)
         """Who answered in the last look-up of each key; the key looked up most recently comes last."""
@@ -158,7 +161,7 @@ class Lookups:
                     by_node.setdefault(node, []).append(key)
                     peers[node] = found[key].peers[node]
             stores = [
-                self.own(self._store_at(dht, peers[node], part, by_key, accepted))
+                self.spawn(self._store_at(dht, peers[node], part, by_key, accepted))
                 for node, its_keys in by_node.items()
                 for part in _parts(its_keys, by_key)
             ]
@@ -198,15 +201,12 @@ class Lookups:
         )  # a peer may answer with too few
         return keys
 
-    def own(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """A task that may outlive its look-up. It ends at hivemind's own deadline.
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Starts a call that may outlive its look-up. It ends at hivemind's own deadline.
 
         It is not cancelled, because hivemind leaves the connection of a cancelled call open.
         """
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return self._tasks.spawn(coroutine, "call a DHT peer")
 
 
 def _parts(keys: Sequence[DHTID], by_key: Mapping[DHTID, Sequence[Item]]) -> Iterator[Sequence[DHTID]]:
@@ -323,7 +323,7 @@ class _Run:
                 call = _Call(node, keys[:_KEYS_PER_CALL], late_at)
                 self._waiting.append(call)
                 self._active += 1
-                self._lookups.own(self._ask(call))
+                self._lookups.spawn(self._ask(call))
 
     async def _ask(self, call: _Call) -> None:
         """Always puts an answer, because the look-up waits for it."""

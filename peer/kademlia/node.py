@@ -10,9 +10,8 @@ To join, a peer dials others, they dial back, and both compare their clocks.
 import asyncio
 import math
 import time
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from peer.errors import ClockError, HiddenError, WireError
 from peer.formatting import counted
@@ -31,6 +30,7 @@ from peer.kademlia.hivemind import (
 )
 from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics
 from peer.kademlia.validation import drop_invalid_entries, owns_node_id, patch_validation, unpack
+from peer.loop import TaskSet
 from peer.rates import TokenBucket
 from peer.transport.p2pd import TRANSPORT_ERRORS, Daemon
 
@@ -165,7 +165,7 @@ class BoundedDHTHandlers:
         self._metrics = metrics
         self._validator = protocol.record_validator
         self._meet, self._ping = protocol.update_routing_table, protocol.rpc_ping
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = TaskSet()
         self._handover = TokenBucket(1.0, _HANDOVER_BURST_S, 0.0)
         """In seconds at the rate `handed_bytes_per_s`."""
         protocol.storage = BoundedStorage(bounds, metrics)
@@ -244,11 +244,11 @@ class BoundedDHTHandlers:
                 return  # nobody may take another's node ID
             del table[node_id]
         if known is None and self._may_hand_over():
-            self._own(self._hand_over(node_id, peer_id))
+            self._tasks.spawn(self._hand_over(node_id, peer_id), "hand records to a new DHT peer")
         elif known not in (None, node_id):
             del table[known]
         if (oldest := table.add_or_update_node(node_id, peer_id)) is not None:
-            self._own(self._protocol.call_ping(oldest[1]))
+            self._tasks.spawn(self._protocol.call_ping(oldest[1]), "ping a DHT peer")
 
     async def _meet_sender(self, sender: dht_pb2.NodeInfo, context: P2PContext) -> None:
         if len(sender.node_id) == DHTID.HASH_NBYTES:  # a client has none
@@ -309,11 +309,6 @@ class BoundedDHTHandlers:
             size += taken
         if part:
             await protocol.call_store(peer_id, *zip(*part, strict=True))
-
-    def _own(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 async def install_handlers(protocol: DHTProtocol, bounds: StoreBounds, metrics: StoreMetrics) -> None:

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from peer.bounded import BoundedDict
 from peer.errors import UnreachableError
 from peer.identity import PeerID
+from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.processes import socket_folder, sweep_dead_folders
 from peer.transport.addresses import is_relayed
@@ -80,7 +81,7 @@ class Tunnels:
         self._listeners = BoundedDict[PeerID, _Listener](limits.streams)  # least recently used first
         self._exit: Path | None = None
         self._incoming: Multiset[PeerID] = Multiset()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
         self.streams.set_function(lambda: len(self._tasks))
 
     def exit_path(self) -> Path:
@@ -138,9 +139,7 @@ class Tunnels:
         self._exit = None
         while self._listeners:
             self._listeners.popitem()[1].close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.aclose()
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -176,11 +175,8 @@ class Tunnels:
 
     async def _connect_pipes(self, here: Pipe, opening: Awaitable[Pipe]) -> None:
         """Copies between a pipe and one that is still being opened. `close` cancels the current task."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         try:
-            with contextlib.closing(here[1]):
+            with self._tasks.including_current(), contextlib.closing(here[1]):
                 there = await opening
                 with contextlib.closing(there[1]):
                     await self._copy_both_ways(here, there)
@@ -189,8 +185,6 @@ class Tunnels:
             logger.debug("%s", error)
         except (OSError, TimeoutError) as error:
             logger.debug("a tunnel ended: %s", error)
-        finally:
-            self._tasks.discard(task)
 
     async def _copy_both_ways(self, here: Pipe, there: Pipe) -> None:
         """Copies both ways until either side ends. Reads no faster than the other side accepts."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from peer.errors import SettingsError
+from peer.loop import TaskSet
 
 _PACKET_BYTES = 1448
 _MOST_AT_ONCE = 64 * 1024
@@ -169,8 +170,7 @@ class Proxy:
         self._target = target
         self._wire_from = wire_from
         self._listener = listener
-        self._accepting: asyncio.Task[None] | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
 
     @classmethod
     async def start(
@@ -189,7 +189,7 @@ class Proxy:
         listener.bind((host, port))
         listener.listen(1024)
         proxy = cls(wire, listener, target, wire_from)
-        proxy._accepting = asyncio.create_task(proxy._accept())
+        proxy._tasks.spawn(proxy._accept(), "accept connections")
         return proxy
 
     @property
@@ -199,10 +199,7 @@ class Proxy:
 
     async def close(self) -> None:
         """Ends all connections. Closing twice is harmless."""
-        tasks = [*self._connections, *([self._accepting] if self._accepting else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.aclose()
         self._listener.close()
 
     async def _accept(self) -> None:
@@ -210,9 +207,7 @@ class Proxy:
         while True:
             client, address = await loop.sock_accept(self._listener)
             wire = self.wire if self._wire_from is None else self._wire_from(address[1])
-            task = asyncio.create_task(self._carry(wire, client))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+            self._tasks.spawn(self._carry(wire, client), "carry a connection")
 
     async def _carry(self, wire: Wire, client: socket.socket) -> None:
         there, back = wire.next_chances()

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from expert_server.settings import NodeSettings
 from peer.errors import StartError, TalkootError, UnreachableError, UserError
+from peer.loop import TaskSet
 from peer.settings import describe_validation_error
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ class ControlServer:
         self._state = state
         self._stop = stop or _send_sigterm
         self._node: ControllableNode | None = None
-        self._clients: set[asyncio.Task[None]] = set()
-        self._commands: set[asyncio.Task[ControlStatus]] = set()
+        self._clients, self._commands = TaskSet(), TaskSet()
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
@@ -129,10 +129,8 @@ class ControlServer:
         assert self._server is not None
         self._server.close()
         (self._state / _SOCKET).unlink(missing_ok=True)
-        tasks = [*self._clients, *self._commands]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._clients.aclose()
+        await self._commands.aclose()
         await self._server.wait_closed()
 
     def attach(self, node: ControllableNode) -> None:
@@ -140,15 +138,12 @@ class ControlServer:
         self._node = node
 
     async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._clients.add(task)
-        task.add_done_callback(self._clients.discard)
         try:
-            reply = await self._reply(reader, writer)
-            async with asyncio.timeout(_READ_DEADLINE_S):
-                writer.write(reply.model_dump_json().encode() + b"\n")
-                await writer.drain()
+            with self._clients.including_current():
+                reply = await self._reply(reader, writer)
+                async with asyncio.timeout(_READ_DEADLINE_S):
+                    writer.write(reply.model_dump_json().encode() + b"\n")
+                    await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
             logger.debug("a client of the control socket went away: %r", error)
         finally:
@@ -174,9 +169,7 @@ class ControlServer:
             return ControlReply(error=str(error))
 
     async def _act(self, request: ControlRequest) -> ControlReply:
-        command = asyncio.create_task(self._run(request))
-        self._commands.add(command)
-        command.add_done_callback(self._commands.discard)
+        command = self._commands.spawn(self._run(request), request.command)
         try:
             async with asyncio.timeout(_ACT_DEADLINE_S):
                 # cancelled half-way, a pause would leave the node neither hosting nor paused

@@ -1,0 +1,67 @@
+"""Tasks are held until they are done, end with their owner, and fail aloud."""
+
+import asyncio
+import logging
+
+import pytest
+
+from peer.errors import UnreachableError
+from peer.loop import TaskSet
+
+
+async def for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+def test_closing_ends_what_still_runs() -> None:
+    async def scenario() -> None:
+        tasks = TaskSet()
+        running = [tasks.spawn(for_ever(), "wait") for _ in range(3)]
+        done = tasks.spawn(asyncio.sleep(0, "done"), "sleep")
+        assert await done == "done"
+        await asyncio.sleep(0)
+        assert len(tasks) == 3
+        await tasks.aclose()
+        await tasks.aclose()
+        assert all(task.cancelled() for task in running)
+        assert not len(tasks)
+
+    asyncio.run(scenario())
+
+
+def test_a_mistake_is_logged_and_an_expected_error_is_left_to_the_waiter(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(error: Exception) -> None:
+        raise error
+
+    async def scenario() -> None:
+        tasks = TaskSet()
+        mistake = tasks.spawn(fail(KeyError("a mistake")), "announce this trainer")
+        expected = tasks.spawn(fail(UnreachableError("nobody")), "look around")
+        await asyncio.wait([mistake, expected])
+        assert not len(tasks)
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(scenario())
+    assert caplog.messages == ["could not announce this trainer"]
+    assert caplog.records[0].exc_info is not None
+
+
+def test_a_task_of_somebody_else_ends_with_the_others() -> None:
+    async def scenario() -> None:
+        tasks, inside = TaskSet(), asyncio.Event()
+
+        async def callback() -> None:
+            with tasks.including_current():
+                inside.set()
+                await for_ever()
+
+        running = asyncio.create_task(callback())
+        await inside.wait()
+        assert len(tasks) == 1
+        await tasks.aclose()
+        assert running.cancelled()
+        assert not len(tasks)
+
+    asyncio.run(scenario())
