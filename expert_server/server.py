@@ -15,10 +15,9 @@ from dht.swarm import Swarm
 from expert_server.probe import ProbeServicer
 from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
-from peer.errors import PortError, RecordError, StartError
-from peer.rpc.calls import make_server
+from peer.errors import RecordError, StartError
+from peer.rpc.calls import listen, make_server
 from peer.rpc.sessions import Sessions, SessionServicer
-from peer.transport.addresses import endpoint, require_free_port
 from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -72,20 +71,13 @@ async def start_server(
     `port`: 0 for any free one. `max_calls`: at the same time, of all services. Raises PortError when it can't listen
     there.
     """
-    require_free_port(host, port)
     server = make_server(max_calls)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(services.experts, server)
     state_pb2_grpc.add_StateServiceServicer_to_server(services.states, server)
     session_pb2_grpc.add_SessionServiceServicer_to_server(services.sessions, server)
     probe_pb2_grpc.add_ProbeServiceServicer_to_server(services.probe, server)
     health_pb2_grpc.add_HealthServicer_to_server(services.health, server)
-    try:
-        bound = server.add_secure_port(endpoint(host, port), credentials)
-        server.add_secure_port(f"unix:{tunnel_exit}", credentials)
-    except RuntimeError as error:
-        raise PortError(f"can't listen on {host} port {port}: pass another port") from error
-    await server.start()
-    return server, bound
+    return server, await listen(server, credentials, host, port, tunnel_exit)
 
 
 class AccessControl:

@@ -1,12 +1,7 @@
-"""What every call between two peers must get right: the protocol version and the swarm. How a call is refused.
+"""What all gRPC servers and callers share: how a server starts, how a call is refused, how its messages are read.
 
-Bytes that came as a message and are none: they count as an empty message, which whoever reads it refuses.
-
-gRPC by itself writes a traceback into the log for each, and the caller gets None in place of a reply.
-
-Messages of a gRPC stream, read one after another.
-
-gRPC servers, whose log does not fill with callers that have gone.
+A message that can't be parsed counts as an empty one, which whoever reads it refuses. gRPC by itself would log a
+traceback for each, and give a caller None in place of a reply.
 """
 
 import asyncio
@@ -14,6 +9,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -23,9 +19,10 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from peer import PROTOCOL_VERSION
-from peer.errors import ExpertError, StateError, WireError
+from peer.errors import ExpertError, PortError, StateError, WireError
 from peer.identity import Identity
 from peer.rpc.channels import SERVER_OPTIONS
+from peer.transport.addresses import endpoint, require_free_port
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +171,28 @@ def make_server(max_calls: int) -> grpc.aio.Server:
     return grpc.aio.server(
         interceptors=[TolerantInterceptor()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls
     )
+
+
+async def listen(
+    server: grpc.aio.Server,
+    credentials: grpc.ServerCredentials,
+    host: str,
+    port: int,
+    exit_path: Path | None = None,
+) -> int:
+    """Starts a server on an address of this machine, and on the unix socket to which its tunnel leads, if it has one.
+
+    Returns its port. `port`: 0 for any free one. Raises PortError when it can't listen there.
+    """
+    require_free_port(host, port)
+    try:
+        bound: int = server.add_secure_port(endpoint(host, port), credentials)
+        if exit_path is not None:
+            server.add_secure_port(f"unix:{exit_path}", credentials)
+    except RuntimeError as error:
+        raise PortError(f"can't listen on {host} port {port}: pass another port") from error
+    await server.start()
+    return bound
 
 
 def _is_of_ours(record: logging.LogRecord) -> bool:
