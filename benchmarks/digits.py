@@ -35,7 +35,7 @@ from benchmarks.faults import FaultyCaller
 from benchmarks.village import START_LIMIT_S, running_village
 from peer.kademlia.hivemind import quiet_hivemind
 from peer.layers import seeded, step_size
-from trainer_client.client import SwarmClient
+from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.in_flight import InFlight
@@ -195,7 +195,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def run(plan: Plan, digits: Digits, *, disturbed: bool) -> dict[str, Any]:
     """One training on a swarm of its own."""
     # patient, so that a busy machine is not taken for a fault
-    settings = TrainerSettings(call_deadline_s=60.0, least_deadline_s=60.0, grace_s=60.0, seed=0)
+    settings = TrainerSettings(call_deadline_s=60.0, grace_s=60.0, seed=0)
     faults: list[FaultyCaller] = []
 
     def through(caller: ExpertCaller) -> ExpertCaller:
@@ -208,7 +208,10 @@ def run(plan: Plan, digits: Digits, *, disturbed: bool) -> dict[str, Any]:
     with ExitStack() as stack:
         village = stack.enter_context(running_village(plan.manifest, plan.nodes, experts, options))
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-digits-")))
-        swarm = stack.enter_context(SwarmClient(village.invite, settings, state, through=through))
+        timing = TrainerTiming(least_deadline_s=60.0)
+        swarm = stack.enter_context(
+            SwarmClient(village.invite, settings, state, through=through, timing=timing)
+        )
         swarm.wait_for_experts(START_LIMIT_S, lambda text: None)
         make_model = partial(Classifier, swarm.mixture, plan.hidden)
         model = seeded(0, make_model)

@@ -37,9 +37,10 @@ from benchmarks.faults import FaultyCaller
 from benchmarks.village import START_LIMIT_S, running_village
 from dht.invites import Invite
 from dht.manifest import Manifest
+from peer.metrics import total
 from peer.processes import die_with_parent
 from talkoot.train.local import LocalSwarm
-from trainer_client.client import SwarmClient
+from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.data.corpus import ByteDataset, load_text
 from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.model import LanguageModel
@@ -153,7 +154,7 @@ def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
     torch.set_num_threads(1)
     invite = sys.stdin.readline().strip()
     # patient, so that a busy machine is not taken for a fault
-    patience = {"call_deadline_s": 60.0, "least_deadline_s": 60.0, "grace_s": 60.0}
+    patience = {"call_deadline_s": 60.0, "grace_s": 60.0}
     averaging = {"average_every": plan.average_every, "average_host": "127.0.0.1"}
     settings = TrainerSettings.model_validate(patience | averaging | {"seed": 0})
     faults: list[FaultyCaller] = []
@@ -171,7 +172,10 @@ def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
             manifest.write_text(plan.manifest())
             source = LocalSwarm(Manifest.from_toml(manifest), settings)
         else:
-            source = stack.enter_context(SwarmClient(Invite.parse(invite), settings, state, through=through))
+            timing = TrainerTiming(least_deadline_s=60.0)
+            source = stack.enter_context(
+                SwarmClient(Invite.parse(invite), settings, state, through=through, timing=timing)
+            )
         source.wait_for_experts(START_LIMIT_S, lambda text: None)
         make_model = partial(LanguageModel, source.manifest, source.mixture)
         model, data = make_model(), Part(load_text(None), plan.context, trainer, WAYS[way].trainers)
@@ -184,7 +188,7 @@ def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
         _say_and_wait("trained")
         stats = source.dispatcher.stats
         results: dict[str, Any] = {"seconds": summary.seconds, "staleness": summary.staleness}
-        results["averagings"] = 0 if merges is None else merges.counts.averaged
+        results["averagings"] = 0 if merges is None else int(total(merges.metrics.ends, end="averaged"))
         results["dispatch"] = vars(stats) | {"failures": dict(stats.failures)}
         for caller in faults:
             results["validation_loss_with_faults"] = loss_of(model, plan, data)

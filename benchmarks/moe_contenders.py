@@ -163,15 +163,15 @@ def bound(case: str) -> Iterator[Standing]:
 @contextmanager
 def talkoot(case: str) -> Iterator[Standing]:
     """A node in a process of its own, started with the command; this process is the trainer."""
-    from trainer_client.client import SwarmClient
+    from trainer_client.client import SwarmClient, TrainerTiming
     from trainer_client.settings import TrainerSettings
 
     torch.set_num_threads(1)  # of the trainer, whose own part is small
     manifest = MANIFEST.format(hidden=HIDDEN, context=SEQUENCE, case=case, top_k=TOP_K)
-    settings = TrainerSettings(call_deadline_s=60.0, least_deadline_s=60.0)
+    settings, timing = TrainerSettings(call_deadline_s=60.0), TrainerTiming(least_deadline_s=60.0)
     with (
         running_node(manifest, experts=GRID[0] * GRID[1]) as node,
-        SwarmClient(node.invite, settings, node.folder / "trainer") as client,
+        SwarmClient(node.invite, settings, node.folder / "trainer", timing=timing) as client,
     ):
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
         step = make_step(client.mixture(0, choose_by="sequence"), SHAPES[case])

@@ -72,13 +72,12 @@ def manifest(grid: tuple[int, int], hidden: int, kind: str) -> str:
 
 def train(invite: str, state: Path, seconds: float) -> None:
     """One trainer: says when it is ready, begins when it reads a line, and prints its steps within the time."""
-    from trainer_client.client import SwarmClient
+    from trainer_client.client import SwarmClient, TrainerTiming
     from trainer_client.settings import TrainerSettings
 
     torch.set_num_threads(1)
-    with SwarmClient(
-        Invite.parse(invite), TrainerSettings(call_deadline_s=60.0, least_deadline_s=60.0), state
-    ) as client:
+    settings, timing = TrainerSettings(call_deadline_s=60.0), TrainerTiming(least_deadline_s=60.0)
+    with SwarmClient(Invite.parse(invite), settings, state, timing=timing) as client:
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
         mixture = client.mixture(0)
 

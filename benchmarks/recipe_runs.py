@@ -83,7 +83,8 @@ class Run:
         for uid, expert in self.experts.items():
             counts[str(uid)] = expert.update_count
             tensors |= {f"expert.{uid}/{name}": tensor for name, tensor in expert.export_state().items()}
-        known = {"updates": counts, "cpu_s": self.cpu_s, "load_cv": self.load_cv}
+        age = self.training.part.age
+        known = {"updates": counts, "age": age, "cpu_s": self.cpu_s, "load_cv": self.load_cv}
         temporary = file.with_suffix(".new")
         save_file(tensors, temporary, {"recipe": json.dumps(known)})
         temporary.replace(file)
@@ -97,7 +98,7 @@ class Run:
         for name in [name for name in tensors if name.startswith("expert.")]:
             uid, _, part = name.removeprefix("expert.").partition("/")
             states.setdefault(uid, {})[part] = tensors.pop(name)
-        self.training.import_state(tensors)
+        self.training.import_state(tensors, known["age"])
         for uid, expert in self.experts.items():
             expert.import_state(states[str(uid)], known["updates"][str(uid)])
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import uvloop
+from prometheus_client import Counter
 
 from peer.errors import TalkootError, UnreachableError
 
@@ -155,8 +156,9 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 class BackgroundTasks:
     """Tasks of one loop. They fail by mistakes in the program alone: what peers do, each handles itself."""
 
-    def __init__(self, first_pause_s: float = _FIRST_PAUSE_S) -> None:
-        self.failures = 0
+    def __init__(self, restarts: Counter | None = None, first_pause_s: float = _FIRST_PAUSE_S) -> None:
+        """`restarts` counts the times that a task was started again."""
+        self._restarts = restarts
         self._first_pause_s = first_pause_s
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -176,7 +178,8 @@ class BackgroundTasks:
             try:
                 await run()
             except Exception:
-                self.failures += 1
+                if self._restarts is not None:
+                    self._restarts.inc()
                 if now() - began > _LONGEST_PAUSE_S:
                     pause_s = self._first_pause_s
                 logger.exception("could not %s; trying again in %.0f s", name, pause_s)

@@ -78,7 +78,7 @@ def test_documentation_builds_without_warnings(tmp_path: Path) -> None:
     assert (tmp_path / "settings" / "index.html").exists()
     assert not list(tmp_path.rglob("*.py"))
     reference = (tmp_path / "api" / "index.html").read_text()
-    assert "Joins a swarm as trainer." in reference, "from a docstring"
+    assert "Joins a swarm as a trainer." in reference, "from a docstring"
     assert not re.search(r'id="[\w.]*\._\w', reference), "what is private is nobody's business"
 
 

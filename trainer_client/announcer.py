@@ -20,12 +20,11 @@ from dht.invites import Invite
 from dht.swarm import Swarm
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import UnreachableError
-from peer.loop import BackgroundTasks, LoopThread
+from peer.loop import LoopThread
 from peer.metrics import MetricsServer, total
 from peer.transport.addresses import default_listen_address
 from peer.wire import records_pb2
 from trainer_client.averaging.averager import Averaging
-from trainer_client.averaging.exchange import AveragingCounts
 from trainer_client.dispatch.calls import DispatchStats
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -58,10 +57,6 @@ class TrainerCounts:
     banned: int
     tasks: int
     """Of the event loop."""
-    chore_failures: int
-    """Times that something beside training failed, and began again."""
-    averaging: AveragingCounts | None = None
-    """None: it averages with nobody."""
     relay_addresses: int = 0
     """By which other trainers reach it."""
     tunnel_streams: int = 0
@@ -98,13 +93,6 @@ class TrainerCollector(Collector):
             "talkoot_trainer_tunnel_streams", "Streams open in tunnels, both ways.", counts.tunnel_streams
         )
         yield GaugeMetricFamily("talkoot_trainer_tasks", "Tasks on the event loop.", counts.tasks)
-        yield CounterMetricFamily(
-            "talkoot_trainer_chore_failures",
-            "Times that something beside training failed, such as announcing, and began again.",
-            counts.chore_failures,
-        )
-        if counts.averaging is not None:
-            yield from _averaging(counts.averaging)
 
 
 def _training(counts: TrainerCounts) -> Iterator[Metric]:
@@ -184,28 +172,6 @@ def _calls(counts: TrainerCounts) -> Iterator[Metric]:
         yield CounterMetricFamily(f"talkoot_trainer_{name}", words, value)
 
 
-def _averaging(counts: AveragingCounts) -> Iterator[Metric]:
-    ends = CounterMetricFamily(
-        "talkoot_trainer_averagings",
-        "Meetings with other trainers, by how they ended, and times that others took the dense part to begin with.",
-        labels=["end"],
-    )
-    for end, count in (
-        ("averaged", counts.averaged),
-        ("refused", counts.refused),
-        ("failed", counts.failed),
-        ("given", counts.given),
-    ):
-        ends.add_metric([end], count)
-    yield ends
-    moved = CounterMetricFamily(
-        "talkoot_trainer_dense_bytes", "Of dense parts to and from other trainers.", labels=["direction"]
-    )
-    moved.add_metric(["sent"], counts.bytes_sent)
-    moved.add_metric(["received"], counts.bytes_received)
-    yield moved
-
-
 _FAREWELL_S = 2.0
 """Longest that a trainer which leaves tries to withdraw its record."""
 _SCRAPE_DEADLINE_S = 5.0
@@ -221,7 +187,6 @@ class TrainerAnnouncer:
         settings: TrainerSettings,
         dispatcher: Dispatcher,
         caller: GrpcCaller,
-        chores: BackgroundTasks,
         loop: LoopThread,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -231,7 +196,6 @@ class TrainerAnnouncer:
         self._settings = settings
         self._dispatcher = dispatcher
         self._caller = caller
-        self._chores = chores
         self._loop = loop
         self._progress: Progress | None = None
         self._validated: Progress | None = None
@@ -261,8 +225,8 @@ class TrainerAnnouncer:
             self._news.clear()
             record = trainer_record(await self._count(), self._settings, self._started_at, self._offered)
             if self._averaging is not None:
-                if self._averaging.relayed is not None:
-                    await self._averaging.relayed.look()
+                if self._averaging.relays is not None:
+                    await self._averaging.relays.look()
                 set_dense(record, self._averaging)
             try:
                 await self._registry.publish_trainer(record, self._settings.lifetime_s)
@@ -272,8 +236,8 @@ class TrainerAnnouncer:
                 async with asyncio.timeout(self._settings.announce_every_s):
                     await self._news.wait()
 
-    def averages(self, averaging: Averaging) -> None:
-        """The swarm shall know at once. On the loop's thread."""
+    def announce_averaging(self, averaging: Averaging) -> None:
+        """Tells the swarm at once that this trainer averages with others. On the loop's thread."""
         self._averaging = averaging
         self._news.set()
 
@@ -302,9 +266,7 @@ class TrainerAnnouncer:
             dispatcher.open_breakers(),
             dispatcher.banned(),
             len(asyncio.all_tasks()),
-            self._chores.failures,
-            None if averaging is None else averaging.counts,
-            0 if averaging is None or averaging.relayed is None else len(averaging.relayed.addresses),
+            0 if averaging is None else len(averaging.tunnel_addresses),
             int(total(self._tunnels.streams)),
         )
 
@@ -341,10 +303,9 @@ def trainer_record(
 
 
 def set_dense(record: records_pb2.TrainerRecord, averaging: Averaging) -> None:
-    """By what others average with it."""
+    """Where and with what other trainers can average with this one."""
     record.addresses.extend(averaging.addresses)
-    if averaging.relayed is not None:
-        record.tunnel_addresses.extend(averaging.relayed.addresses)
+    record.tunnel_addresses.extend(averaging.tunnel_addresses)
     record.certificate = averaging.certificate
     record.dense_fingerprint = averaging.form.fingerprint
     record.dense_age = averaging.part.age

@@ -73,8 +73,7 @@ _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
     *("log", "tensorboard", "plot", "wait_for_experts_s"),
     *("name", "announce_every_s", "metrics_host", "metrics_port", "deny", "denylist"),
-    *("average_deadline_s", "average_host", "average_port", "start_from"),
-    *("average_relays", "average_tunnel_streams"),
+    *("average_host", "average_port", "start_from"),
 }
 """Settings that say nothing of what is learned: no checkpoint holds them."""
 
@@ -87,6 +86,12 @@ class TrainerSettings(RoleSettings):
     """How a trainer trains, and how long it waits for experts. Times are in seconds."""
 
     env_prefix: ClassVar[str] = "TALKOOT_TRAIN_"
+    removed: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("in_flight_limit", "least_deadline_s", "backoff_first_s", "backoff_longest_s", "most_hedged"),
+            *("refresh_every_s", "average_deadline_s", "average_relays", "average_tunnel_streams"),
+        }
+    )
 
     data: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
         default=(),
@@ -110,9 +115,6 @@ class TrainerSettings(RoleSettings):
     in_flight: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         default=1,
         description="steps under way at once; auto: as many as cover the latency of the experts, few at first",
-    )
-    in_flight_limit: int = Field(
-        default=32, ge=1, le=1024, description="steps that in_flight auto begins at most at once"
     )
     precision: Precision = Field(
         default="fp32", description="of the dense part's activations; its parameters are float32 always"
@@ -188,45 +190,11 @@ class TrainerSettings(RoleSettings):
     k_min: int = Field(
         default=2, ge=1, le=64, description="answers that a row needs before the others may be late"
     )
-    least_deadline_s: float = Field(
-        default=3.0,
-        gt=0,
-        le=600,
-        allow_inf_nan=False,
-        description="seconds: the shortest deadline, when calls have answered quickly",
-    )
-    backoff_first_s: float = Field(
-        default=2.0,
-        gt=0,
-        le=3600,
-        allow_inf_nan=False,
-        description="seconds that a peer is left alone after a failure; after each further one twice as long",
-    )
-    backoff_longest_s: float = Field(
-        default=120.0,
-        gt=0,
-        le=86400,
-        allow_inf_nan=False,
-        description="seconds: the longest that a peer is left alone after failures",
-    )
-    most_hedged: float = Field(
-        default=0.1,
-        ge=0,
-        le=1,
-        description="part of the calls that may go to a second replica too, when the first is slow; 0: none",
-    )
     spot_checks: float = Field(
         default=0.01,
         ge=0,
         le=1,
         description="part of the answers that are compared with another replica's; 0: none",
-    )
-    refresh_every_s: float = Field(
-        default=3.0,
-        ge=0.1,
-        le=60,
-        allow_inf_nan=False,
-        description="seconds between two looks at who is alive",
     )
     wait_for_experts_s: float = Field(
         default=60.0,
@@ -248,13 +216,6 @@ class TrainerSettings(RoleSettings):
         le=10**7,
         description="steps from one averaging of the dense part with another trainer's to the next; 0: never",
     )
-    average_deadline_s: float = Field(
-        default=120.0,
-        gt=0,
-        le=86400,
-        allow_inf_nan=False,
-        description="seconds: the longest that two trainers may take to exchange their dense parts",
-    )
     average_host: str | None = Field(
         default=None,
         min_length=1,
@@ -263,15 +224,6 @@ class TrainerSettings(RoleSettings):
     )
     average_port: int = Field(
         default=0, ge=0, le=65535, description="TCP port at which they do; 0: any free one"
-    )
-    average_relays: int = Field(
-        default=4,
-        ge=0,
-        le=16,
-        description="relays by which other trainers reach this one where its router lets nobody in, at most; 0: none",
-    )
-    average_tunnel_streams: int = Field(
-        default=32, ge=1, le=10**5, description="streams that they may have open to this one through relays"
     )
     start_from: Literal["swarm", "fresh"] = Field(
         default="swarm",
@@ -315,10 +267,11 @@ class TrainerSettings(RoleSettings):
         return values | {"seed": seed, "data": [str(Path(path).absolute()) for path in self.data]}
 
     def resumed(self, saved: Mapping[str, Any]) -> Self:
-        """What a checkpoint holds, and stronger than it what was given now. Raises SettingsError."""
+        """The settings that a checkpoint holds, overridden by those given now. Raises SettingsError."""
         given = self.model_dump(include=self.model_fields_set)
+        known = {name: value for name, value in saved.items() if name not in self.removed}
         try:
-            return type(self).model_validate({**saved, **given})
+            return type(self).model_validate({**known, **given})
         except ValidationError as error:
             raise SettingsError(describe_validation_error(error, type(self))) from error
 

@@ -15,6 +15,7 @@ from dht.manifest import Manifest
 from peer.errors import SettingsError
 from peer.formatting import counted
 from peer.kademlia.hivemind import quiet_hivemind
+from peer.metrics import total
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, check_writable, write_json
 from talkoot.train.display import Write, check_plot, logs_written, plot_losses, progress_shown, summary_table
@@ -141,7 +142,7 @@ class _Run:
     @property
     def averagings(self) -> int:
         """Since the start of this run."""
-        return 0 if self._averaging is None else self._averaging.counts.averaged
+        return 0 if self._averaging is None else int(total(self._averaging.metrics.ends, end="averaged"))
 
     def train(self, writers: Sequence[Write]) -> Summary:
         """However it ends, its last whole step is saved. `writers` are told of each step."""

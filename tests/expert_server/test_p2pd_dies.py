@@ -27,7 +27,7 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
 from peer.transport.p2pd import Daemon
-from trainer_client.client import SwarmClient
+from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.settings import TrainerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -189,9 +189,9 @@ def test_a_trainer_goes_on_and_leaves_at_once_while_its_p2pd_is_dead(
     village = Village(identities, contextlib.AsyncExitStack(), tmp_path)
     node, invite = loop.run(found(village), 30)
     try:
-        settings = TrainerSettings.load(refresh_every_s=0.2)
-        with SwarmClient(invite, settings, tmp_path / "trainer") as client:
-            host = client._swarm.host  # type: ignore[union-attr]  # joined
+        timing = TrainerTiming(refresh_every_s=0.2)
+        with SwarmClient(invite, TrainerSettings.load(), tmp_path / "trainer", timing=timing) as client:
+            host = client._joined.swarm.host
             for restarts in (1, 2):
                 os.kill(host.p2p._child.pid, signal.SIGKILL)
                 deadline = time.monotonic() + 10

@@ -1,17 +1,20 @@
-"""What a trainer does beside training fails aloud, and begins again."""
+"""A trainer's background tasks log that they failed, and are started again."""
 
 import asyncio
 import logging
 
 import pytest
+from prometheus_client import Counter
 
 from benchmarks.simulated_p2p import simulated_world
 from peer.loop import BackgroundTasks
+from peer.metrics import total
 
 
-def test_a_chore_that_fails_is_told_of_counted_and_begun_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_task_that_fails_is_logged_counted_and_started_again(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        chores, runs, well = BackgroundTasks(first_pause_s=0.001), 0, asyncio.Event()
+        restarts = Counter("restarts", "Of tasks.", registry=None)
+        tasks, runs, well = BackgroundTasks(restarts, first_pause_s=0.001), 0, asyncio.Event()
 
         async def announce() -> None:
             nonlocal runs
@@ -21,12 +24,12 @@ def test_a_chore_that_fails_is_told_of_counted_and_begun_again(caplog: pytest.Lo
             well.set()
             await asyncio.Event().wait()
 
-        chores.begin("announce this trainer", announce)
+        tasks.begin("announce this trainer", announce)
         async with asyncio.timeout(30):
             await well.wait()
-        assert (runs, chores.failures) == (3, 2)
-        await chores.end()
-        await chores.end()
+        assert (runs, total(restarts)) == (3, 2)
+        await tasks.end()
+        await tasks.end()
         assert len(asyncio.all_tasks()) == 1
 
     with caplog.at_level(logging.ERROR):
@@ -35,10 +38,10 @@ def test_a_chore_that_fails_is_told_of_counted_and_begun_again(caplog: pytest.Lo
     assert all(record.exc_info for record in caplog.records)
 
 
-def test_after_a_long_good_run_a_chore_begins_again_soon() -> None:
+def test_after_a_long_good_run_a_task_begins_again_soon() -> None:
     async def scenario() -> None:
         now = asyncio.get_running_loop().time
-        chores, enough = BackgroundTasks(), asyncio.Event()
+        tasks, enough = BackgroundTasks(), asyncio.Event()
         begun: list[float] = []
         failed: list[float] = []
 
@@ -50,9 +53,9 @@ def test_after_a_long_good_run_a_chore_begins_again_soon() -> None:
             failed.append(now())
             raise KeyError("a mistake")
 
-        chores.begin("announce this trainer", announce)
+        tasks.begin("announce this trainer", announce)
         await enough.wait()
-        await chores.end()
+        await tasks.end()
         pauses = [round(began - before) for began, before in zip(begun[1:], failed, strict=False)]
         assert pauses == [1, 2, 4, 8, 16, 32, 60, 1, 1, 1]
 
@@ -60,17 +63,18 @@ def test_after_a_long_good_run_a_chore_begins_again_soon() -> None:
         loop.run_until_complete(scenario())
 
 
-def test_a_chore_that_is_done_stays_so() -> None:
+def test_a_task_that_is_done_stays_so() -> None:
     async def scenario() -> None:
-        chores, runs = BackgroundTasks(first_pause_s=0.001), 0
+        restarts = Counter("restarts", "Of tasks.", registry=None)
+        tasks, runs = BackgroundTasks(restarts, first_pause_s=0.001), 0
 
         async def give_up() -> None:
             nonlocal runs
             runs += 1
 
-        chores.begin("stay in the swarm", give_up)
+        tasks.begin("stay in the swarm", give_up)
         await asyncio.sleep(0.02)
-        assert (runs, chores.failures) == (1, 0)
-        await chores.end()
+        assert (runs, total(restarts)) == (1, 0)
+        await tasks.end()
 
     asyncio.run(scenario())

@@ -15,14 +15,16 @@ from test_dense_part import take_step
 from torch import nn
 
 from dht.announcements import TrainerInfo, read_trainer
+from dht.relays import RelayKeeper
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
-from peer.rpc.sessions import SessionClient, Sessions
+from peer.metrics import total
 from peer.transport.tunnel import Tunnels
-from peer.wire import records_pb2, session_pb2
+from peer.wire import records_pb2
 from trainer_client.announcer import set_dense, trainer_record
-from trainer_client.averaging.averager import Averaging
+from trainer_client.averaging.averager import Averaging, AveragingSchedule
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters
+from trainer_client.averaging.exchange import DenseExchange
 from trainer_client.settings import TrainerSettings
 
 SWARM = "sauna-QmFounder"
@@ -70,17 +72,16 @@ class Square:
         deadline_s: float = 10,
         tunnels: Tunnels | None = None,
         exit_path: Path | None = None,
+        relays: RelayKeeper | None = None,
     ) -> Averaging:
         identity = self.identities[len(self.made)]
-        part = SharedParameters(model)
-        part.age = age
         registry: Any = self.board
         averaging = Averaging(
-            part, DenseForm.of(model, SWARM), identity, registry, Sessions(SWARM, identity.peer_id),
-            SessionClient(identity, SWARM, (session_pb2.RIGHT_AVERAGE,)), every=every, look_every_s=0.05,
-            deadline_s=deadline_s, tunnels=tunnels, rng=random.Random(len(self.made)),
+            DenseExchange(DenseForm.of(model, SWARM), SharedParameters(model, age)), identity, registry,
+            AveragingSchedule(every, 0.05, deadline_s), tunnels=tunnels, relays=relays,
+            rng=random.Random(len(self.made)),
         )  # fmt: skip
-        await averaging.start(LOCAL, 0, asyncio.get_running_loop(), exit_path)
+        await averaging.start(LOCAL, 0, exit_path)
         self.stack.push_async_callback(averaging.close)
         self.made.append(averaging)
         self.announce(averaging, reachable)
@@ -134,6 +135,11 @@ def play(loop: LoopThread, identities: list[Identity], monkeypatch: pytest.Monke
         loop.run(on_a_square(), 60)
 
     return run
+
+
+def ended(averaging: Averaging, how: str) -> float:
+    """How many of its exchanges ended so."""
+    return total(averaging.metrics.ends, end=how)
 
 
 def are_one(part: SharedParameters, other: SharedParameters) -> bool:

@@ -29,7 +29,7 @@ def counts(**changes: Any) -> TrainerCounts:
     values: dict[str, Any] = {
         "progress": None, "validated": None, "dispatch": DispatchStats(), "latencies": Latencies(),
         "bytes_sent": 0, "bytes_received": 0, "repeated": 0, "experts_live": 0, "open_breakers": 0, "tasks": 1,
-        "chore_failures": 0, "fp32_bytes_sent": 0, "fp32_bytes_received": 0, "banned": 0,
+        "fp32_bytes_sent": 0, "fp32_bytes_received": 0, "banned": 0,
     }  # fmt: skip
     return TrainerCounts(**values | changes)
 
@@ -92,7 +92,6 @@ def test_metrics_tell_of_hedges_checks_bans_and_what_the_codec_saved() -> None:
     seen = counts(
         dispatch=stats,
         banned=4,
-        chore_failures=6,
         bytes_sent=25,
         fp32_bytes_sent=100,
         fp32_bytes_received=8,
@@ -102,7 +101,7 @@ def test_metrics_tell_of_hedges_checks_bans_and_what_the_codec_saved() -> None:
     for name, labels, value in (
         ("hedged_calls_total", {}, 3), ("hedges_won_total", {}, 2), ("spot_checks_total", {}, 5),
         ("differing_answers_total", {}, 1), ("odd_answers_total", {}, 1), ("banned", {}, 4),
-        ("chore_failures_total", {}, 6), ("bytes_total", {"direction": "sent"}, 25),
+        ("bytes_total", {"direction": "sent"}, 25),
         ("fp32_bytes_total", {"direction": "sent"}, 100), ("fp32_bytes_total", {"direction": "received"}, 8),
     ):  # fmt: skip
         assert collected.get_sample_value(f"talkoot_trainer_{name}", labels) == value, name

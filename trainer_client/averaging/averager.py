@@ -1,14 +1,16 @@
-"""Averaging the dense part with other trainers that the DHT names, pairwise, and taking the freshest one to begin with.
+"""Averaging the dense part with other trainers, in pairs.
 
-Now and then a trainer calls another that it can reach, and both become their average; a trainer that nobody can reach
-calls others all the same. Two by two is enough (NoLoCo, arXiv 2506.10911).
+Every now and then a trainer calls another that it can reach, and both take the average; a trainer that nobody can reach
+calls others all the same. Pairs are enough (NoLoCo, arXiv 2506.10911). A new trainer takes the freshest dense part in
+the swarm to begin with.
 """
 
 import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import grpc
 from grpc import StatusCode
 
+from dht.admission import SwarmAdmission
 from dht.announcements import TrainerInfo
 from dht.registry import Registry
 from dht.relays import RelayKeeper
@@ -30,75 +33,86 @@ from peer.rpc.sessions import SessionClient, Sessions, SessionServicer
 from peer.rpc.transfer import SnapshotClient, SnapshotReceiver, chunked, receive
 from peer.transport.addresses import require_free_port
 from peer.transport.tunnel import Tunnels
-from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc
-from trainer_client.averaging.dense_part import DenseForm, DenseMerge, SharedParameters
-from trainer_client.averaging.exchange import AveragingCounts, DenseExchange, DenseServicer, Snapshot
+from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, session_pb2_grpc
+from trainer_client.averaging.dense_part import DenseMerge
+from trainer_client.averaging.exchange import AveragingMetrics, DenseExchange, DenseServicer, Snapshot
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = 256
-"""Most trainers whose records are read in one look around; of more, some are drawn."""
+_DEADLINE_S = 120.0
+"""Longest that two trainers may take to exchange their dense parts."""
+_MAX_RECORDS = 256
+"""Trainers whose records are read in one search, at most; of more, a random sample."""
 _FIRST_PAUSE_S = 1.0
-"""Between the first two looks; it doubles up to the usual one."""
+"""Between the first two searches; it doubles up to the usual pause."""
 _TAKE_ATTEMPTS = 4
-"""Trainers that one which joins asks, the freshest first."""
+"""Trainers that a new one asks for their dense part, the freshest first."""
 _REST = 3.0
-"""Times as long as an exchange took, the link is left to the experts' calls."""
+"""After an exchange, its duration times this is left to the calls to experts."""
 _OPEN_S = 10.0
 """Longest that opening a session may take."""
 _MAX_CALLS = 8
 
 
+@dataclass(frozen=True)
+class AveragingSchedule:
+    """How often a trainer averages with others."""
+
+    every: int
+    """Steps from one averaging to the next."""
+    search_every_s: float
+    """Seconds between two searches for other trainers."""
+    deadline_s: float = _DEADLINE_S
+    """Longest that an exchange may take."""
+
+
 class Averaging:
-    """One trainer's averaging with others. `start` it and `run` it as a task of the loop; `close` it at the end."""
+    """Averages one model with other trainers. `start` it and `run` it as a task of the loop; `close` it at the end."""
 
     def __init__(
         self,
-        part: SharedParameters,
-        form: DenseForm,
+        exchange: DenseExchange,
         identity: Identity,
         registry: Registry,
-        sessions: Sessions,
-        own_sessions: SessionClient,
+        schedule: AveragingSchedule,
         *,
-        every: int,
-        look_every_s: float,
-        deadline_s: float,
+        admission: SwarmAdmission | None = None,
         tunnels: Tunnels | None = None,
+        relays: RelayKeeper | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`sessions`: who may call this trainer; `own_sessions`: what shows others who calls.
+        """`admission`: the swarm's rules and this peer's badge; None admits everybody.
 
-        `every`: steps from one averaging to the next. `look_every_s`: seconds between looks at who is there.
-        `deadline_s`: longest that an exchange may take. `tunnels`: by which it calls others behind routers.
+        `tunnels`: through which it calls trainers behind routers. `relays`: through which others reach this one; None:
+        they reach it at its addresses, or not at all.
         """
-        self.meeting = DenseExchange(form, part)
+        self.exchange = exchange
+        self.part = exchange.part
+        self.form = exchange.form
+        self.relays = relays
         self.partners: tuple[TrainerInfo, ...] = ()
-        """Trainers that train the same, as the DHT named them last."""
+        """Trainers of the same model, as of the last search."""
         self.certificate = b""
         self.addresses: tuple[str, ...] = ()
-        self.relayed: RelayKeeper | None = None
-        """None: it is reached at its addresses, or not at all."""
-        self.part = part
-        self.form = form
+        swarm_id, deadline_s = self.form.swarm_id, schedule.deadline_s
+        self.sessions = Sessions(swarm_id, identity.peer_id, admission)
         self._identity = identity
         self._registry = registry
-        self._every = every
-        self._look_every_s = look_every_s
-        self._deadline_s = deadline_s
+        self._schedule = schedule
         self._rng = rng or random.SystemRandom()
+        badge = None if admission is None else admission.badge
         self._service = SnapshotClient(
             dense_pb2_grpc.DenseServiceStub,
             ChannelPool(_MAX_CALLS, tunnels),
-            own_sessions,
-            self.meeting.incoming,
+            SessionClient(identity, swarm_id, (session_pb2.RIGHT_AVERAGE,), badge),
+            exchange.receiver,
             open_s=min(deadline_s, _OPEN_S),
             limit_s=deadline_s,
         )
-        self._servicer = DenseServicer(self.meeting, identity.peer_id, sessions, deadline_s)
-        self.sessions = sessions
+        self._servicer = DenseServicer(exchange, identity.peer_id, self.sessions, deadline_s)
         self._server: grpc.aio.Server | None = None
         self._stepped = asyncio.Event()
+        self._unsubscribe: Callable[[], None] = lambda: None
         self._rested_at = 0.0
 
     @property
@@ -106,13 +120,16 @@ class Averaging:
         return self._identity.peer_id
 
     @property
-    def counts(self) -> AveragingCounts:
-        return self.meeting.counts
+    def metrics(self) -> AveragingMetrics:
+        return self.exchange.metrics
 
-    async def start(
-        self, host: str, port: int, loop: asyncio.AbstractEventLoop, exit_path: Path | None = None
-    ) -> None:
-        """Serves on `host`, and at the unix socket to which this peer's tunnel leads. Raises PortError."""
+    @property
+    def tunnel_addresses(self) -> tuple[str, ...]:
+        """Multiaddresses through which trainers behind other routers reach this one."""
+        return () if self.relays is None else self.relays.addresses
+
+    async def start(self, host: str, port: int, exit_path: Path | None = None) -> None:
+        """Serves on `host`, and on the unix socket at `exit_path`, where this peer's tunnel ends. Raises PortError."""
         require_free_port(host, port)
         self.certificate = self._identity.make_certificate()
         self._server = make_server(_MAX_CALLS)
@@ -128,54 +145,53 @@ class Averaging:
             raise PortError(f"can't listen on {host} port {port}: pass another --average-port") from error
         await self._server.start()
         self.addresses = (f"{shown}:{port}",)
-        self.part.on_step = partial(_wake, loop, self._stepped)
+        self._unsubscribe = self.part.subscribe(partial(_wake, asyncio.get_running_loop(), self._stepped))
 
     async def run(self) -> None:
-        """For ever."""
+        """Runs until it is cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._look_around())
-            group.create_task(self._meet_now_and_then())
+            group.create_task(self._keep_searching())
+            group.create_task(self._keep_averaging())
 
     async def close(self) -> None:
-        """Nobody is served any more."""
-        self.part.on_step = lambda: None
+        self._unsubscribe()
         await self._servicer.close()
         if self._server is not None:
             await self._server.stop(None)
         await self._service.close()
 
-    async def look(self) -> None:
-        """Finds those that train the same. Raises UnreachableError."""
+    async def find_partners(self) -> None:
+        """Searches the DHT for trainers of the same model. Raises UnreachableError."""
         ids = await self._registry.trainer_ids()
         ids -= {self.peer_id}
-        some = self._rng.sample(sorted(ids, key=PeerID.to_bytes), min(len(ids), _LOOKED_AT))
+        some = self._rng.sample(sorted(ids, key=PeerID.to_bytes), min(len(ids), _MAX_RECORDS))
         found = await self._registry.trainers(some)
         self.partners = tuple(
             trainer for trainer in found.values() if trainer.dense_fingerprint == self.form.fingerprint
         )
 
-    async def meet(self, partner: TrainerInfo) -> DenseMerge:
-        """Exchanges dense parts, and waits until this one is the average.
+    async def average_with(self, partner: TrainerInfo) -> DenseMerge:
+        """Exchanges dense parts with the partner, and waits until this trainer's has been merged.
 
-        Raises ExpertError, when one of the two averages with another, TransferError and StateError; then it stays.
+        Raises ExpertError if one of the two averages with another, TransferError and StateError; then nothing changes.
         """
-        self.meeting.begin()
+        self.exchange.begin()
         try:
-            mine = await self.meeting.snapshot()
-            incoming = await self._exchange(partner, mine)
-            theirs = await self.meeting.look_through(mine.part, incoming)
+            mine = await self.exchange.snapshot()
+            incoming = await self._swap(partner, mine)
+            theirs = await self.exchange.check(mine.part, incoming)
             assert incoming.header is not None, "it is whole"
-            return await self.meeting.merge(mine, theirs, incoming.header.met_update_count, partner.peer_id)
+            return await self.exchange.merge(mine, theirs, incoming.header.met_update_count, partner.peer_id)
         finally:
-            self.meeting.end()
+            self.exchange.end()
 
     async def take_freshest(self) -> int | None:
-        """The dense part becomes that of the trainer whose one is the oldest, of those that can be reached; of three or
-        more, none is taken for claiming most.
+        """Takes over the dense part of the reachable trainer that has most steps behind it.
 
-        Gives its age; None when nobody has one to give. Raises UnreachableError when the DHT does not answer.
+        Among three or more, an implausibly high claim wins nothing. Returns the age; None if nobody has an older dense
+        part to give. Raises UnreachableError when the DHT does not answer.
         """
-        await self.look()
+        await self.find_partners()
         reachable = [p for p in self.partners if _is_reachable(p) and p.dense_age > self.part.age]
         most = max_plausible_updates([p.dense_age for p in self.partners])
         for partner in freshest_first(reachable, lambda p: p.dense_age, self._rng)[:_TAKE_ATTEMPTS]:
@@ -186,31 +202,32 @@ class Averaging:
         return None
 
     async def _take(self, partner: TrainerInfo, most: int) -> int:
-        """Gives its age, `most` at most."""
+        """Returns its age, at most `most`."""
         request = dense_pb2.TakeRequest(
             protocol_version=PROTOCOL_VERSION, swarm_id=self.form.swarm_id, fingerprint=self.form.fingerprint
         )
         what = f"the dense part of {partner.peer_id}"
         incoming = await self._service.download(partner, "Take", request, what, RateLimit(None))
         mine = await asyncio.to_thread(self.part.read)
-        theirs = await self.meeting.look_through(mine, incoming)
+        theirs = await self.exchange.check(mine, incoming)
         age = min(theirs.age, most)
         self.part.replace(theirs.tensors, age)
         return age
 
-    async def _exchange(self, partner: TrainerInfo, mine: Snapshot) -> SnapshotReceiver:
-        """What came, not yet looked through."""
-        began = self.meeting.clock()
+    async def _swap(self, partner: TrainerInfo, mine: Snapshot) -> SnapshotReceiver:
+        """Sends this trainer's dense part and returns the partner's, not yet checked."""
+        deadline_s, clock = self._schedule.deadline_s, self.exchange.clock
+        began = clock()
         try:
             stub, session = await self._service.stub(partner)
         except ExpertError as error:
-            raise TransferError(f"{partner.peer_id} opens no session: {error}") from error
-        call = stub.Exchange(timeout=self._deadline_s, metadata=session)
+            raise TransferError(f"{partner.peer_id} refused a session: {error}") from error
+        call = stub.Exchange(timeout=deadline_s, metadata=session)
         accepted = asyncio.Event()
         sending = asyncio.create_task(self._send(call, mine, partner.peer_id, accepted))
-        incoming = self.meeting.incoming()
+        incoming = self.exchange.receiver()
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(deadline_s):
                 await receive(call, incoming, RateLimit(None), begun=accepted.set)
         except grpc.aio.AioRpcError as error:
             if error.code() is StatusCode.UNAUTHENTICATED:
@@ -220,16 +237,16 @@ class Averaging:
             reason = f"{error.code().name}: {error.details()}"[:500]
             raise TransferError(f"{partner.peer_id} did not exchange: {reason}") from error
         except TimeoutError:
-            raise TransferError(f"{partner.peer_id} did not exchange in {self._deadline_s:.0f} s") from None
+            raise TransferError(f"{partner.peer_id} did not exchange in {deadline_s:.0f} s") from None
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
             call.cancel()
-            self._rested_at = self.meeting.clock() + _REST * (self.meeting.clock() - began)
+            self._rested_at = clock() + _REST * (clock() - began)
         return incoming
 
     async def _send(self, call: Any, mine: Snapshot, to: PeerID, accepted: asyncio.Event) -> None:
-        """What is refused is not sent: writing into a call that ends would also hide why."""
+        """Waits until the offer is accepted: writing to a call that is refused would hide the reason."""
         offer = dense_pb2.DenseOffer(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self.form.swarm_id,
@@ -240,56 +257,57 @@ class Averaging:
         await accepted.wait()
         for chunk in chunked(mine.data):
             await call.write(dense_pb2.ExchangeRequest(chunk=chunk))
-            self.counts.bytes_sent += len(chunk)
+            self.metrics.bytes.labels("sent").inc(len(chunk))
         await call.done_writing()
 
-    async def _look_around(self) -> None:
-        """Soon again at first, when others may be about to come."""
-        pause_s = min(_FIRST_PAUSE_S, self._look_every_s)
+    async def _keep_searching(self) -> None:
+        """With short pauses at first, when others may be about to join."""
+        pause_s = min(_FIRST_PAUSE_S, self._schedule.search_every_s)
         while True:
             try:
-                await self.look()
+                await self.find_partners()
             except UnreachableError as error:
                 logger.debug("could not look for other trainers: %s", error)
             await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))
-            pause_s = min(2 * pause_s, self._look_every_s)
+            pause_s = min(2 * pause_s, self._schedule.search_every_s)
 
-    async def _meet_now_and_then(self) -> None:
-        meeting, after = self.meeting, self._pause()
+    async def _keep_averaging(self) -> None:
+        exchange, after = self.exchange, self._steps_to_next()
         while True:
             self._stepped.clear()
             await self._stepped.wait()
-            now = meeting.clock()
-            is_due = self.part.steps >= meeting.ended_at_step + after and now >= self._rested_at
-            partner = choose_partner(self.partners, meeting.breakers.open_at(now), self._rng)
-            if not is_due or meeting.is_on or partner is None:
+            now = exchange.clock()
+            is_due = self.part.steps >= exchange.ended_at_step + after and now >= self._rested_at
+            partner = choose_partner(self.partners, exchange.breakers.open_at(now), self._rng)
+            if not is_due or exchange.is_running or partner is None:
                 continue
-            after = self._pause()
+            after = self._steps_to_next()
             try:
-                await self.meet(partner)
+                await self.average_with(partner)
             except ExpertError as error:
                 logger.debug("%s", error)
-                after = self._rng.randint(1, max(1, self._every // 2))
+                after = self._rng.randint(1, max(1, self._schedule.every // 2))
             except (TransferError, StateError) as error:
                 self._note_failure(partner.peer_id, error)
 
-    def _pause(self) -> int:
-        """Steps to the next meeting that this trainer begins: not always as many, or two that began together would call
-        each other at the same time, again and again.
+    def _steps_to_next(self) -> int:
+        """Steps to the next exchange that this trainer begins.
+
+        It is random, since two trainers in lockstep would call each other at the same moment again and again.
         """
-        return max(1, round(self._every * self._rng.uniform(0.5, 1.5)))
+        return max(1, round(self._schedule.every * self._rng.uniform(0.5, 1.5)))
 
     def _note_failure(self, peer_id: PeerID, error: Exception) -> None:
         if isinstance(error, StateError):
-            self.meeting.refuse(peer_id, error)
+            self.exchange.refuse(peer_id, error)
             return
-        self.meeting.leave_alone(peer_id)
-        self.counts.failed += 1
+        self.exchange.avoid(peer_id)
+        self.metrics.ends.labels("failed").inc()
         logger.debug("no exchange with %s: %s", peer_id, error)
 
 
 def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """From another thread. A loop that has ended needs no waking."""
+    """Called on another thread. Does nothing once the loop is closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(event.set)
 
@@ -297,7 +315,7 @@ def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
 def choose_partner(
     partners: Collection[TrainerInfo], avoided: Collection[PeerID], rng: random.Random
 ) -> TrainerInfo | None:
-    """One of those that can be called, whoever; None when there is none."""
+    """A random one of those that can be called; None if there is none."""
     able = [p for p in partners if _is_reachable(p) and p.peer_id not in avoided]
     return rng.choice(able) if able else None
 

@@ -1,8 +1,7 @@
-"""The dense part between the thread that trains it and those who average it: read at any time, changed after a step.
+"""The dense part of a model, as trainers give it to each other: its form, its bytes, and how it is merged.
 
-The dense part of a model as trainers give it to each other: its form, its bytes, and which of another's are taken.
-
-Pure. A dense part is the parameters alone, without the optimizer's moments.
+A dense part is the trainer's own parameters, without the optimizer's moments. `SharedParameters` stands between the
+thread that trains it and those who average it: they read it at any time, and it changes at the end of a step.
 """
 
 import contextlib
@@ -27,16 +26,19 @@ from peer.errors import StateError
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 MAX_AGE = 10**12
-"""Nobody trains so long: what claims to be older counts as so old, so that lies do not add up."""
+"""In steps. Nobody trains for so long: a higher claim counts as this one, so that lies do not add up."""
 _MOST_SCALE = 4.0
-"""Times what one's own numbers measure, or a part of it, that another's may."""
+"""How many times as large as one's own numbers another trainer's may be, in the whole or in one tensor."""
 _LEAST_LIKENESS = 0.25
-"""Cosine between another's dense part and one's own. They begin equal: training away from there by three times what
-the start measures leaves 0.3; noise or a turned sign have 0 or less."""
+"""Smallest cosine between another trainer's dense part and one's own. Both start equal: moving away from the start by
+three times its own norm leaves 0.3, while noise or a flipped sign gives 0 or less.
+"""
+_MERGES_REMEMBERED = 64
+"""Averagings that `take_merges` can still return, at most."""
 
 
 class Header(CheckpointHeader):
-    """What a dense part says of itself."""
+    """The header of an encoded dense part."""
 
     swarm_id: str
     fingerprint: str
@@ -45,17 +47,17 @@ class Header(CheckpointHeader):
 
 @dataclass(frozen=True)
 class DenseForm:
-    """What two dense parts have in common that can be averaged."""
+    """What two dense parts must share to be averaged: swarm, names, shapes, dtypes and meanings."""
 
     swarm_id: str
     fingerprint: bytes
-    """SHA-256 over it all, 32 bytes."""
+    """SHA-256 of all of it, 32 bytes."""
     kinds: Mapping[str, tuple[torch.Size, torch.dtype]]
-    """Of each parameter, by its name."""
+    """Shape and dtype of each parameter, by name."""
 
     @classmethod
     def of(cls, model: nn.Module, swarm_id: str, *meanings: str) -> Self:
-        """`meanings`: what shapes don't tell, such as which token each row of the embedding is of."""
+        """`meanings`: what the shapes do not show, such as which token each row of the embedding stands for."""
         kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters()}
         told = sorted((name, list(shape), str(dtype)) for name, (shape, dtype) in kinds.items())
         text = json.dumps([swarm_id, told, meanings])
@@ -63,7 +65,7 @@ class DenseForm:
 
     @property
     def max_bytes(self) -> int:
-        """What a dense part may have on the wire, names and header included."""
+        """Upper bound of an encoded dense part's size, names and header included."""
         numbers = sum(shape.numel() * dtype.itemsize for shape, dtype in self.kinds.values())
         return numbers + 1024 * (len(self.kinds) + 4)
 
@@ -73,7 +75,7 @@ class DenseForm:
         return encode_checkpoint(header, dict(tensors))
 
     def from_bytes(self, data: bytes, age: int) -> dict[str, Tensor]:
-        """Raises StateError when they are no dense part of this form and age, and when a number is not finite."""
+        """Raises StateError when they are not a dense part of this form and age, or a number is not finite."""
 
         def check(header: Header) -> None:
             said = (header.swarm_id, header.fingerprint, header.age)
@@ -90,10 +92,10 @@ class DenseForm:
 
 
 def require_near(mine: Tensors, theirs: Tensors) -> float:
-    """How far the two are from each other, as a part of what mine measures. Both of one form, and finite.
+    """The norm of the difference, relative to the norm of `mine`. Both have one form and finite numbers.
 
-    Raises StateError when theirs can't come from the same beginning by training: another scale, in the whole or in one
-    tensor, or another direction. This keeps out what is broken, not who lies well.
+    Raises StateError when training cannot have led to `theirs` from the same start: its scale differs too much, in the
+    whole or in one tensor, or its direction. This keeps out broken dense parts, not a clever liar.
     """
     own, other, product = _square(mine), _square(theirs), 0.0
     count = max(1, sum(tensor.numel() for tensor in mine.values()))
@@ -118,17 +120,13 @@ def _mean_square(tensor: Tensor) -> float:
     return float(tensor.double().square().mean()) if tensor.numel() else 0.0
 
 
-_MERGES_REMEMBERED = 64
-"""Until somebody asks for them."""
-
-
 @dataclass(frozen=True, eq=False)
 class DensePart:
-    """As it was at one moment: a copy, on the CPU."""
+    """A copy of the dense part at one moment, on the CPU."""
 
     tensors: dict[str, Tensor]
     age: int
-    """Steps that it has behind it, those of others that it was averaged with too."""
+    """Steps that have gone into it, including those of other trainers that it was averaged with."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +136,11 @@ class DenseMerge:
     peer: str
     """The other trainer's PeerID."""
     share: float
-    """What part of the average the other was."""
+    """Weight of the other trainer in the average."""
     age: int
     """Of this trainer's dense part afterwards."""
     difference: float
-    """How far the two were from each other, as a part of what this trainer's measured."""
+    """Norm of the difference between the two, relative to the norm of this trainer's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,45 +155,62 @@ class _Waiting:
 
 
 class SharedParameters:
-    """A model's parameters. One thread takes optimizer steps, inside `stepping`; others read, and hand in what is to be
-    merged, which happens at the end of the next step: so no step ever waits, and no forward pass sees a change.
+    """A model's parameters, shared between the training thread and others.
+
+    One thread takes optimizer steps inside `stepping`. Others read the parameters and hand in what is to be merged;
+    that happens at the end of the next step, so no step waits and no forward pass sees a change.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, age: int = 0) -> None:
+        """`age`: steps that have gone into the parameters already."""
         self.model = model
-        self.age = 0
-        """Steps that the dense part has behind it, those of others that it was averaged with too."""
         self.steps = 0
-        """Taken here."""
-        self.on_step: Callable[[], None] = lambda: None
-        """Is told of each step, on the thread that takes it."""
+        """Taken by this trainer."""
+        self._age = age
+        self._subscribers: tuple[Callable[[], None], ...] = ()
         self._parameters = dict(model.named_parameters())
         self._changing = threading.Lock()
         self._waiting: deque[_Waiting] = deque()
         self._merges: deque[DenseMerge] = deque(maxlen=_MERGES_REMEMBERED)
 
+    @property
+    def age(self) -> int:
+        """Steps that have gone into the parameters, including those of other trainers they were averaged with."""
+        return self._age
+
+    def subscribe(self, on_step: Callable[[], None]) -> Callable[[], None]:
+        """Calls `on_step` after each step, on the training thread, until the returned function is called."""
+        self._subscribers += (on_step,)
+
+        def unsubscribe() -> None:
+            self._subscribers = tuple(each for each in self._subscribers if each is not on_step)
+
+        return unsubscribe
+
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
-        """While the optimizer changes the parameters, in place. Whoever reads them waits meanwhile."""
+        """Held while the optimizer changes the parameters in place. Readers wait meanwhile."""
         with self._changing:
             yield
-            self.age = min(self.age + 1, MAX_AGE)
+            self._age = min(self._age + 1, MAX_AGE)
             self.steps += 1
             while self._waiting:
                 self._merge(self._waiting.popleft())
-        self.on_step()
+        for on_step in self._subscribers:
+            on_step()
 
     def read(self) -> DensePart:
-        """Any thread may."""
+        """May be called on any thread."""
         with self._changing:
             tensors = {name: p.detach().cpu().contiguous().clone() for name, p in self._parameters.items()}
-            return DensePart(tensors, self.age)
+            return DensePart(tensors, self._age)
 
     def merge(
         self, peer: str, base: DensePart, theirs: Tensors, their_age: int, share: float, difference: float
     ) -> "Future[DenseMerge]":
-        """At the end of the next step the parameters move by `share` of the way from `base`, which was read here, to
-        what another trainer had then. Any thread may call this.
+        """Moves the parameters, at the end of the next step, by `share` of the way from `base` to `theirs`.
+
+        `base` was read here, and `theirs` is what the other trainer had at that time. May be called on any thread.
         """
         waiting = _Waiting(peer, base, theirs, their_age, share, difference)
         self._waiting.append(waiting)
@@ -203,14 +218,14 @@ class SharedParameters:
 
     @torch.no_grad()
     def replace(self, tensors: Tensors, age: int) -> None:
-        """Another trainer's dense part, to begin with. Not while a step is under way."""
+        """Takes over saved parameters, or another trainer's to begin with. Not while a step is under way."""
         with self._changing:
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[name])
-            self.age = min(age, MAX_AGE)
+            self._age = min(age, MAX_AGE)
 
     def take_merges(self) -> list[DenseMerge]:
-        """Those since the last time, oldest first."""
+        """The averagings since the last call, oldest first."""
         with self._changing:
             merges = list(self._merges)
             self._merges.clear()
@@ -224,7 +239,7 @@ class SharedParameters:
         for name, parameter in self._parameters.items():
             current, then = parameter.cpu(), base.tensors[name]
             parameter.copy_(interpolate(current, then, waiting.theirs[name], waiting.share))
-        self.age = min(max(base.age, waiting.their_age) + self.age - base.age, MAX_AGE)
-        merge = DenseMerge(waiting.peer, waiting.share, self.age, waiting.difference)
+        self._age = min(max(base.age, waiting.their_age) + self._age - base.age, MAX_AGE)
+        merge = DenseMerge(waiting.peer, waiting.share, self._age, waiting.difference)
         self._merges.append(merge)
         waiting.done.set_result(merge)

@@ -1,8 +1,7 @@
-"""Checkpoints of the dense part: all that training needs to go on exactly where it was, in one file for each.
+"""Checkpoints of a training run: what a run starts from, and all that it needs to go on exactly where it was.
 
-A file is a safetensors file with a header and a checksum, as experts' are: `<folder>/<step>.safetensors`.
-
-One run of training: what it starts from, and how it is saved.
+Each checkpoint is one file, `<folder>/<step>.safetensors`: a safetensors file with a header and a checksum, as experts
+have them.
 """
 
 import hashlib
@@ -36,30 +35,32 @@ from trainer_client.training.loop import Training
 
 logger = logging.getLogger(__name__)
 
+_FIXED = ("tokenizer", "vocabulary")
+"""Settings that can't change when a run is resumed: the model would be another one."""
+
 
 class Header(CheckpointHeader):
-    """What a checkpoint says of itself."""
+    """The header of a checkpoint."""
 
     swarm_id: str
     manifest_sha256: str
     step: int = Field(ge=0)
-    """How many were done."""
+    """How many steps were done."""
     age: int | None = Field(default=None, ge=0)
-    """Steps that the dense part has behind it, others' too; None: no more than were done, as releases had it that don't
-    say."""
+    """Steps that have gone into the dense part, including those of other trainers; None: only those that were done."""
     saved_at: float = Field(ge=0, allow_inf_nan=False)
     """Unix time, in seconds."""
     tokenizer: str
-    """See `load_tokenizer`."""
+    """For `load_tokenizer`."""
     data_sha256: str
-    """See `Corpus`."""
+    """As in `Corpus`."""
     settings: dict[str, Any]
-    """See `TrainerSettings.saved`."""
+    """What `TrainerSettings.saved` returned."""
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A header, and the tensors that `Training.export_state` gave."""
+    """A header, and the tensors that `Training.export_state` returned."""
 
     header: Header
     tensors: dict[str, Tensor]
@@ -73,11 +74,11 @@ class Checkpoint:
         }
 
     def check_manifest(self, manifest: Manifest) -> None:
-        """Raises CheckpointError when the swarm has another manifest now."""
+        """Raises CheckpointError when the swarm has a different manifest now."""
         if self.header.manifest_sha256 != manifest_sha256(manifest):
             raise CheckpointError(
-                f"the checkpoint of step {self.header.step} is of another manifest of the swarm "
-                f"{self.header.swarm_id}, so its model is another one: train a new one"
+                f"the checkpoint of step {self.header.step} belongs to another manifest of the swarm "
+                f"{self.header.swarm_id}, so its model is a different one: train a new one"
             )
 
 
@@ -86,14 +87,14 @@ def manifest_sha256(manifest: Manifest) -> str:
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of one run in its folder, and keeps the newest."""
+    """Writes the checkpoints of one run to its folder, and keeps the newest."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self._files = RotatingFiles(folder, keep)
 
     def open(self, resumes: bool) -> None:
-        """Makes the folder. Raises CheckpointError when it can't, or when the checkpoints there are of another run."""
+        """Creates the folder. Raises CheckpointError if that fails, or if there are checkpoints of another run."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -108,7 +109,7 @@ class CheckpointWriter:
             )
 
     def save(self, header: Header, tensors: dict[str, Tensor]) -> bool:
-        """Returns when it is safely on disk. What fails is said and costs no checkpoint before it; gives False then."""
+        """Returns True once it is safely on disk. A failure is logged and costs no earlier checkpoint."""
         try:
             self._files.write(header.step, encode_checkpoint(header, tensors))
         except OSError as error:
@@ -123,9 +124,9 @@ class CheckpointWriter:
 
 
 def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
-    """A checkpoint file, or the newest in a folder that is whole; those that are not are passed over with a warning.
+    """Reads a checkpoint file, or the newest valid one in a folder; invalid ones are skipped with a warning.
 
-    Raises CheckpointError when there is none, and when it is of another swarm.
+    Raises CheckpointError when there is none, and when it belongs to another swarm.
     """
     if path.is_file():
         try:
@@ -133,7 +134,7 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
         except StateError as error:
             raise CheckpointError(f"{path} is no whole checkpoint: {error}") from error
     files, tried = RotatingFiles(path, keep=1), set[int]()
-    # looks each time anew: a trainer that goes on removes the older ones meanwhile
+    # lists the folder each time: a running trainer removes the older ones meanwhile
     while untried := [number for number in files.numbers() if number not in tried]:
         tried.add(number := untried[0])
         try:
@@ -173,7 +174,7 @@ def _read(path: Path, swarm_id: str) -> Checkpoint:
 
 
 def new_run_folder(runs: Path) -> Path:
-    """For a run that begins now. One process at a time uses `runs`, and starting one takes over a second."""
+    """For a run that begins now. One process at a time uses `runs`, and starting one takes more than a second."""
     return runs / time.strftime("%Y%m%d-%H%M%S")
 
 
@@ -191,17 +192,13 @@ def newest_run_folder(runs: Path) -> Path:
 def _written_at(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # its trainer goes on, and has just removed it
+    except FileNotFoundError:  # its trainer is running, and has just removed it
         return -math.inf
-
-
-_FIXED = ("tokenizer", "vocabulary")
-"""Settings that a resume can't change: the model would be another one."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunStart:
-    """What a run starts from. All of it is known before the swarm is joined."""
+    """What a run starts from, known before the swarm is joined."""
 
     settings: TrainerSettings
     swarm_id: str
@@ -212,26 +209,28 @@ class RunStart:
     corpus: Corpus
 
     def restore(self, training: Training) -> None:
-        """Takes the checkpoint over, if there is one. Raises CheckpointError when it is of another model."""
+        """Restores the checkpoint, if there is one. Raises CheckpointError when it is of another model."""
         if self.checkpoint is None:
             return
         header = self.checkpoint.header
         try:
-            training.import_state(self.checkpoint.tensors)
+            training.import_state(self.checkpoint.tensors, header.step if header.age is None else header.age)
         except StateError as error:
             raise CheckpointError(f"the checkpoint of step {header.step} does not fit: {error}") from error
-        training.part.age = header.step if header.age is None else header.age
-        logger.info("goes on after step %d", header.step)
+        logger.info("resuming after step %d", header.step)
 
 
 def prepare_run(
     settings: TrainerSettings, resume: bool, swarm_id: str, state: Path, stage: Callable[[str], None]
 ) -> RunStart:
-    """`state`: the trainer's state folder. `stage` is told what happens. Raises UserError."""
+    """Reads the checkpoint and the text. `state`: the trainer's state folder. `stage` is told what happens.
+
+    Raises UserError.
+    """
     with closing(StateFolder(state)):
         folder = checkpoint_folder(settings.checkpoint, state, swarm_id, newest=resume)
         if folder.is_file():
-            raise CheckpointError(f"{folder} is a file: give its folder, where more checkpoints can stand")
+            raise CheckpointError(f"{folder} is a file: pass its folder, so that more checkpoints fit in")
         checkpoint = load_checkpoint(folder, swarm_id) if resume else None
         if checkpoint is not None:
             settings = _resumed(settings, checkpoint.header)
@@ -246,14 +245,14 @@ def prepare_run(
             tokenizer = load_tokenizer(checkpoint.header.tokenizer)
         corpus = encode_corpus(files, settings.field, tokenizer, state / "text")
     if checkpoint is not None and checkpoint.header.data_sha256 != corpus.sha256:
-        logger.warning("the text is not the one that the checkpoint was trained on")
+        logger.warning("the text differs from the one that the checkpoint was trained on")
     return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus)
 
 
 def checkpoint_folder(given: Path | None, state: Path, swarm_id: str, *, newest: bool) -> Path:
-    """What `--checkpoint` says, else that of the newest run in the state folder, or of a new one.
+    """The folder of `--checkpoint` if it is given, else that of the newest run in the state folder, or of a new run.
 
-    Raises CheckpointError when there is no newest run.
+    Raises CheckpointError when the newest is wanted and there is none.
     """
     if given is not None:
         return given
@@ -262,12 +261,12 @@ def checkpoint_folder(given: Path | None, state: Path, swarm_id: str, *, newest:
 
 
 class CheckpointSaver:
-    """Saves a run's checkpoints: every so many steps, and at the end."""
+    """Saves a run: every `checkpoint_every` steps, and at the end."""
 
     def __init__(self, start: RunStart, training: Training, manifest: Manifest, seed: int) -> None:
         self.folder = start.writer.folder
         self.saved_step = training.step
-        """Of the newest checkpoint of this run; the one it began with before there is any."""
+        """Step of the run's newest checkpoint; until there is one, the step that it began with."""
         self._start = start
         self._training = training
         self._manifest_sha256 = manifest_sha256(manifest)
@@ -279,7 +278,7 @@ class CheckpointSaver:
             self.save()
 
     def save(self) -> None:
-        """Saves the last whole step, if it is not saved yet. What fails is said."""
+        """Saves the last whole step, unless it is saved already. A failure is logged."""
         step = self._training.step
         tensors = self._training.export_state() if step > self.saved_step else None
         if tensors is None:
@@ -300,16 +299,15 @@ class CheckpointSaver:
 
 
 def _resumed(settings: TrainerSettings, header: Header) -> TrainerSettings:
-    """Those of the checkpoint where nothing else is given now, and a warning that names what differs."""
+    """The checkpoint's settings, overridden by those given now. A warning names the differences."""
     resumed = settings.resumed(header.settings)
     now = resumed.saved(resumed.seed or 0)
-    changes = [
-        f"{name} {now[name]}, not {value}" for name, value in header.settings.items() if now[name] != value
-    ]
+    before = {name: value for name, value in header.settings.items() if name not in settings.removed}
+    changes = [f"{name} {now[name]}, not {value}" for name, value in before.items() if now[name] != value]
     for name in _FIXED:
-        if now[name] != header.settings[name]:
+        if now[name] != before[name]:
             raise SettingsError(
-                f"{name}: the checkpoint's model has {header.settings[name]}, and can't change to {now[name]}"
+                f"{name}: the checkpoint's model has {before[name]}, and can't change to {now[name]}"
             )
     if header.step >= resumed.steps:
         raise SettingsError(
@@ -317,7 +315,7 @@ def _resumed(settings: TrainerSettings, header: Header) -> TrainerSettings:
             f"{2 * header.step}"
         )
     if changes:
-        logger.warning("goes on otherwise than it would have done: %s", "; ".join(changes))
+        logger.warning("resuming with other settings: %s", "; ".join(changes))
     return resumed
 
 

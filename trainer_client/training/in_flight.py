@@ -1,7 +1,7 @@
-"""Several training steps at once over shared parameters, so that a slow link costs staleness and not time.
+"""Several training steps at once over shared parameters, so that a slow link costs staleness instead of time.
 
-Ryabinin & Gusev 2020, section 3.3, asynchronous training: every step computes on a copy of the parameters, taken when
-it began, and its gradients are applied to what the parameters are when it ends.
+Asynchronous training (Ryabinin & Gusev 2020, section 3.3): each step computes on a copy of the parameters taken when it
+began, and its gradients are applied to the parameters as they are when it ends.
 """
 
 import math
@@ -18,7 +18,10 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
 
+MAX_IN_FLIGHT = 32
+"""Steps that `in_flight = "auto"` runs at once, at most."""
 _SAFETY = 2.0
+"""Standard deviations of slack. See `InFlightController`."""
 _SMALLEST_WINDOW = 4
 _WINDOWS_REMEMBERED = 3
 _PROBE_AFTER = 50.0
@@ -26,27 +29,27 @@ _STEPS_FOR_ONE_MORE = 4
 
 
 def staleness_limit(step: int) -> int:
-    """How many steps in flight the gradients of a run bear that has done `step`: few at first, one more every 4 steps.
+    """How many steps may be in flight after `step` steps without harm: one at first, one more every 4 steps.
 
-    A gradient is as many updates old as there were others in flight. At the beginning the parameters move fast, and
-    what it was taken at is soon far away; later the same staleness costs little.
+    A gradient is as many updates old as there were other steps in flight. At the beginning the parameters move fast, so
+    an old gradient is soon wrong; later the same staleness costs little.
     """
     return 1 + step // _STEPS_FOR_ONE_MORE
 
 
 class InFlightController:
-    """How many steps at once keep the slowest part of the way busy.
+    """Finds how many steps at once keep the bottleneck busy.
 
-    On average its rate times the time of a step alone are under way (as in BBR: Cardwell et al. 2016, ACM Queue 14(5));
-    twice the square root of that more, since steps are uneven and come in bunches (square-root staffing: Halfin & Whitt
-    1981, Operations Research 29(3)), and so that a rate that more steps would raise is found. How long a step takes
-    when it is alone is measured at first and now and then, since beside others it waits for them, and more of them
-    would seem to be needed, and more.
+    That is its rate times the duration of a step that runs alone (as in BBR: Cardwell et al. 2016, ACM Queue 14(5)),
+    plus twice the square root of this, since steps are uneven and come in bunches (square-root staffing: Halfin & Whitt
+    1981, Operations Research 29(3)); the surplus also shows whether more steps would raise the rate. The duration of a
+    lone step is measured at the start and then every so often: a step that runs beside others waits for them, so its
+    duration would ask for ever more of them.
     """
 
     def __init__(self, limit: int) -> None:
         self.count = 1
-        """Steps that should be in flight now."""
+        """How many steps should be in flight now."""
         self._limit = limit
         self._alone_s: float | None = None
         self._alone_at = 0.0
@@ -56,13 +59,13 @@ class InFlightController:
         self._done_in_window = 0
 
     def note(self, seconds: float, ended_at: float, alone: bool) -> None:
-        """A step ended that took so many seconds; `alone`: no other step was in flight meanwhile."""
+        """Records a step that took so many seconds; `alone`: no other step was in flight meanwhile."""
         if self.count == 1:
             if alone:
                 self._note_alone(seconds, ended_at)
             return
         if self._window_began is None:
-            self._window_began = ended_at  # the first end after a change is of steps that began before it
+            self._window_began = ended_at  # the first step to end after a change began before it
             return
         self._done_in_window += 1
         if self._done_in_window >= max(_SMALLEST_WINDOW, self.count):
@@ -97,12 +100,12 @@ class InFlightController:
 
 @dataclass(frozen=True)
 class Finished(Generic[M, R]):
-    """A step that is done, and the copy that has its gradients: give it back with `InFlight.release`."""
+    """A finished step, and the copy that holds its gradients: return it with `InFlight.release`."""
 
     copy: M
     result: R
     staleness: int
-    """Updates of the shared parameters between the beginning of the step and its end."""
+    """How often the shared parameters were updated while it ran."""
     seconds: float
     ended_at: float
     alone: bool
@@ -117,7 +120,7 @@ class _Begun(Generic[M]):
 
 
 class InFlight(Generic[M, R]):
-    """Steps under way, each on a thread of its own. One thread, which alone changes the shared model, uses this."""
+    """The running steps, each on its own thread. Used by one thread, the only one that changes the shared model."""
 
     def __init__(
         self,
@@ -126,7 +129,7 @@ class InFlight(Generic[M, R]):
         limit: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`make_copy` gives a model of the form of the shared one; at most `limit` are made."""
+        """`make_copy` returns a model of the same shape as the shared one; at most `limit` are made."""
         self._shared = shared
         self._make_copy = make_copy
         self._clock = clock
@@ -139,7 +142,7 @@ class InFlight(Generic[M, R]):
         return len(self._begun)
 
     def begin(self, work: Callable[[M], R]) -> None:
-        """Starts `work` on a copy of the shared model as it is now."""
+        """Starts `work` on a copy of the current shared model."""
         copy = self._free.pop() if self._free else self._make_copy()
         _copy_parameters(self._shared, copy)
         alone = not self._begun
@@ -149,7 +152,7 @@ class InFlight(Generic[M, R]):
         self._begun[self._threads.submit(work, copy)] = begun
 
     def next(self) -> Finished[M, R]:
-        """Waits for the next step to end, in whatever order. Raises what it raised."""
+        """Waits for the next step to end, in any order. Raises what it raised."""
         done, _ = wait(self._begun, return_when=FIRST_COMPLETED)
         future = min(done, key=lambda one: self._begun[one].at)
         begun = self._begun.pop(future)
@@ -159,12 +162,12 @@ class InFlight(Generic[M, R]):
         )
 
     def release(self, finished: Finished[M, R], *, updated: bool) -> None:
-        """Takes the copy back; `updated`: the shared parameters were changed by its gradients."""
+        """Takes the copy back; `updated`: its gradients changed the shared parameters."""
         self._version += updated
         self._free.append(finished.copy)
 
     def close(self) -> None:
-        """Forgets what is under way: it ends when the calls that it waits for do."""
+        """Abandons the running steps: each ends when the calls that it waits for do."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

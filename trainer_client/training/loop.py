@@ -1,4 +1,4 @@
-"""The training loop: AdamW with warm-up and cosine over the dense part of a model."""
+"""The training loop: AdamW with warm-up and cosine decay over the dense part of a model."""
 
 import math
 import statistics
@@ -21,13 +21,13 @@ from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.in_flight import InFlight, InFlightController, staleness_limit
+from trainer_client.training.in_flight import MAX_IN_FLIGHT, InFlight, InFlightController, staleness_limit
 from trainer_client.training.record import History, Progress, Summary, TrainingRecord
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A step whose gradients were applied, or which was skipped: then its loss is not finite."""
+    """A step. Its loss is not finite if it was skipped; else its gradients were applied."""
 
     loss: float
     spread: LoadSpread | None
@@ -49,7 +49,7 @@ def train(
 
 
 class Training:
-    """A model, its optimizer and how far they are. Goes on exactly where its state was taken."""
+    """A model, its optimizer and the steps done. After `import_state` it goes on exactly where the state was taken."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class Training:
         settings: TrainerSettings,
         make_copy: Callable[[], LanguageModel] | None = None,
     ) -> None:
-        """`make_copy` gives another model of the same form, for steps in flight; None: one step at a time."""
+        """`make_copy` returns another model of the same shape, for steps in flight; None: one step at a time."""
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.history = History()
         self.part = SharedParameters(model)
-        """The model's parameters, as those see them who average them with others'."""
+        """The model's parameters, to be averaged with other trainers'."""
         self._model = model
         self._dataset = dataset
         self._settings = settings
@@ -74,7 +74,7 @@ class Training:
 
     @property
     def step(self) -> int:
-        """How many are done."""
+        """How many steps are done."""
         return len(self.history.losses)
 
     def run(
@@ -83,7 +83,7 @@ class Training:
         stop: threading.Event,
         clock: Callable[[], float] = time.monotonic,
     ) -> Summary:
-        """Trains until `settings.steps` are done or `stop` is set, which is looked at between steps.
+        """Trains until `settings.steps` are done or `stop` is set, which is checked between steps.
 
         Validates on fixed batches before the first step, after the last and every `validate_every` steps. A step
         whose loss or gradient is not finite is skipped; raises UserError after 10 of them in a row.
@@ -113,7 +113,7 @@ class Training:
         return record.summary(clock() - began)
 
     def export_state(self) -> dict[str, Tensor] | None:
-        """After the last whole step; None when the optimizer's part of a step was broken off."""
+        """The state after the last whole step; None if the optimizer was interrupted within a step."""
         if not self._is_whole:
             return None
         tensors = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
@@ -123,8 +123,11 @@ class Training:
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         return tensors | _history_tensors(self.history)
 
-    def import_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises StateError when they are of another model; then nothing has changed."""
+    def import_state(self, tensors: Mapping[str, Tensor], age: int) -> None:
+        """Takes over what `export_state` returned; `age`: that of `part` then.
+
+        Raises StateError when they are of another model; then nothing has changed.
+        """
         tensors = dict(tensors)
         history = _take_history(tensors)
         model, moments = _split(tensors, self._parameters)
@@ -133,6 +136,7 @@ class Training:
             parameter = self._parameters[name]
             _check(state, {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter})
         self._model.load_state_dict(model)
+        self.part.replace({name: model[name] for name in self._parameters}, age)
         for name, state in moments.items():
             self._optimizer.state[self._parameters[name]] = {
                 key: moment.clone() for key, moment in state.items()
@@ -145,10 +149,10 @@ class Training:
             yield _Step(self._apply(self._model, computed.loss), computed.spread)
 
     def _in_flight(self) -> Generator[_Step, None, None]:
-        """Steps in the order in which they end. Those still under way when it is closed are lost."""
+        """Steps in the order in which they end. Those still running when it is closed are lost."""
         settings, make_copy = self._settings, self._make_copy
         assert make_copy is not None
-        limit = settings.in_flight_limit if settings.in_flight == "auto" else settings.in_flight
+        limit = MAX_IN_FLIGHT if settings.in_flight == "auto" else settings.in_flight
         enough = InFlightController(limit) if settings.in_flight == "auto" else None
         steps: InFlight[LanguageModel, _Step] = InFlight(self._model, make_copy, limit)
         begun = self.step
@@ -168,7 +172,7 @@ class Training:
             steps.close()
 
     def _compute(self, number: int, model: LanguageModel) -> _Step:
-        """The gradients of step `number` (from 0) with this model's parameters: they are in its parameters then."""
+        """Computes the gradients of step `number` (from 0) into the parameters of `model`."""
         settings, losses = self._settings, []
         model.zero_grad()
         model.begin_step(number)
@@ -180,8 +184,8 @@ class Training:
         return _Step(statistics.fmean(losses), model.load_spread())
 
     def _apply(self, computed: LanguageModel, loss: float) -> float:
-        """Takes the optimizer's step with the gradients of `computed`, and gives the loss: NaN where the gradient is
-        not finite. Then, and where the loss is not, nothing changes.
+        """Takes the optimizer's step with the gradients of `computed`, and returns the loss: NaN if the gradient is
+        not finite. If one of the two is not finite, nothing changes.
         """
         rate = learning_rate(self.step, self._settings)
         for group in self._optimizer.param_groups:
@@ -199,7 +203,7 @@ class Training:
         return loss
 
     def _add_gradients(self, model: LanguageModel, tokens: Tensor) -> float:
-        """Gives the loss of a batch. No backward where it isn't finite: experts would be sent what they must refuse."""
+        """Returns the loss of a batch. If it is not finite there is no backward pass: experts would refuse it."""
         settings = self._settings
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             loss = model.loss(tokens)
@@ -212,13 +216,13 @@ class Training:
 
 
 def learning_rate(step: int, settings: TrainerSettings) -> float:
-    """Of the step (from 0): rises linearly in `warmup_steps`, then falls as a cosine to a tenth."""
+    """The learning rate of a step (from 0): rises linearly in `warmup_steps`, then falls as a cosine to a tenth."""
     return step_size(step, settings.learning_rate, settings.warmup_steps, settings.steps)
 
 
 @torch.no_grad()
 def validation_loss(model: LanguageModel, batches: Sequence[Tensor]) -> float:
-    """Mean over the batches, in nats per token."""
+    """The mean over the batches, in nats per token."""
     model.eval()
     losses = [model.loss(tokens).item() for tokens in batches]
     model.train()
@@ -244,7 +248,7 @@ def _history_tensors(history: History) -> dict[str, Tensor]:
 
 
 def _take_history(tensors: dict[str, Tensor]) -> History:
-    """Takes them out. Raises StateError."""
+    """Removes the history from the tensors and returns it. Raises StateError."""
     losses, validated, validation_losses = (
         tensors.pop(f"history.{name}", torch.empty(0))
         for name in ("losses", "validated", "validation_losses")
@@ -269,7 +273,7 @@ def _split(
             continue
         name, _, key = name.rpartition(".")
         if kind != "optimizer" or name not in parameters:
-            raise StateError(f"it has {full_name!r:.80}, which this model has not")
+            raise StateError(f"it has {full_name!r:.80}, which this model does not have")
         moments.setdefault(name, {})[key] = tensor
     return model, moments
 

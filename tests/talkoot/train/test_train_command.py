@@ -79,7 +79,7 @@ def test_a_run_is_saved_resumed_evaluated_and_speaks(
     plot, result = tmp_path / "loss.png", tmp_path / "result.json"
     again = talkoot(*train(founder, state, "--resume", "--steps", 5, *kept, "--plot", plot, "--json", result))
     assert again.status == 0, again.err
-    assert "goes on after step 3" in caplog.text
+    assert "resuming after step 3" in caplog.text
     summary = json.loads(result.read_text())
     assert (summary["steps"], summary["resumed_at"], summary["checkpoint"]) == (5, 3, str(checkpoint))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -192,7 +192,7 @@ def lose_experts_after(step: int, founder: Founder, monkeypatch: pytest.MonkeyPa
         if steps == step:
             founder.pause()
             while client.dispatcher.live_experts():
-                client._loop.run(client._look_again(), 10)
+                client._loop.run(client._refresh_soon(), 10)
         return real(client)
 
     real = train_run._swarm_now

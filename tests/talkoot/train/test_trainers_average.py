@@ -15,6 +15,7 @@ from training_swarm import TEXT, founded
 
 from dht.invites import Invite
 from peer.loop import LoopThread
+from peer.metrics import total
 from trainer_client.averaging.averager import Averaging
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import ByteDataset
@@ -66,7 +67,7 @@ def wait_for_ages(watcher: Trainer, *others: Trainer) -> None:
     deadline = time.monotonic() + LIMIT_S
     while {partner.peer_id: partner.dense_age for partner in watcher.averaging.partners} != ages:
         assert time.monotonic() < deadline, watcher.averaging.partners
-        watcher.client._loop.run(watcher.averaging.look(), LIMIT_S)
+        watcher.client._loop.run(watcher.averaging.find_partners(), LIMIT_S)
 
 
 def train_together(*trainers: Trainer, meetings: int) -> None:
@@ -75,7 +76,7 @@ def train_together(*trainers: Trainer, meetings: int) -> None:
     short = set(range(len(trainers)))
 
     def watch(number: int, trainer: Trainer, _: Progress) -> None:
-        if trainer.averaging.counts.averaged >= meetings:
+        if total(trainer.averaging.metrics.ends, end="averaged") >= meetings:
             short.discard(number)
         if not short:
             enough.set()
@@ -102,7 +103,8 @@ def test_two_become_one_and_a_third_begins_there(village: str, tmp_path: Path) -
     ):
         assert distance(first, second) == 0, "both begin by the manifest's seed"
         train_together(first, second, meetings=2)
-        assert first.averaging.counts.refused == second.averaging.counts.refused == 0
+        for each in (first, second):
+            assert not total(each.averaging.metrics.ends, end="refused")
         # of the same meetings, but for a last one that only one side has finished
         merges = zip(first.training.part.take_merges(), second.training.part.take_merges(), strict=False)
         shares = [(ours.share, theirs.share) for ours, theirs in merges]

@@ -4,10 +4,11 @@ import asyncio
 
 import pytest
 import torch
-from dense_trainers import Play, Square, are_one, identities, play
+from dense_trainers import Play, Square, are_one, ended, identities, play
 from test_dense_part import make_model, take_step, trained
 
 from peer.errors import ExpertError, TransferError
+from peer.metrics import total
 from trainer_client.averaging.dense_part import DenseMerge
 
 __all__ = ["identities", "play"]
@@ -19,19 +20,20 @@ def test_one_call_brings_both_together(play: Play) -> None:
     async def scenario(square: Square) -> None:
         one = await square.trainer(trained(make_model(), 1), 30)
         other = await square.trainer(trained(make_model(), 2), 10, reachable=False)
-        merge = await square.stepping(other.meet(square.info(one)), one.part, other.part)
-        await square.until(lambda: one.counts.averaged == 1, one.part)
+        merge = await square.stepping(other.average_with(square.info(one)), one.part, other.part)
+        await square.until(lambda: ended(one, "averaged") == 1, one.part)
         (theirs,) = one.part.take_merges()
         assert merge.share == 0.5
         assert theirs.share == pytest.approx(0.25, rel=0.2), "a few steps more while they waited"
         assert (merge.peer, theirs.peer) == (one.peer_id.to_base58(), other.peer_id.to_base58())
         assert theirs.difference > 0.05
         # now the two have as many behind them, whoever stepped more while they waited
-        one.part.age = other.part.age = 50
-        again = await square.stepping(other.meet(square.info(one)), one.part, other.part)
+        for part in (one.part, other.part):
+            part.replace(part.read().tensors, 50)
+        again = await square.stepping(other.average_with(square.info(one)), one.part, other.part)
         assert again.share == pytest.approx(0.5, rel=0.1)
         assert again.difference < 0.5 * merge.difference
-        assert one.counts.bytes_sent == other.counts.bytes_received
+        assert total(one.metrics.bytes, direction="sent") == total(other.metrics.bytes, direction="received")
 
     play(scenario)
 
@@ -46,12 +48,13 @@ def test_who_nobody_reaches_calls_others(play: Play) -> None:
         # each meeting brings them nearer, the more the fewer steps they take while it goes on
         await square.until(
             lambda: (
-                min(hidden.counts.averaged, public.counts.averaged) >= 3 and are_one(hidden.part, public.part)
+                min(ended(hidden, "averaged"), ended(public, "averaged")) >= 3
+                and are_one(hidden.part, public.part)
             ),
             hidden.part,
             public.part,
         )
-        assert public.counts.failed == 0
+        assert ended(public, "failed") == 0
 
     play(scenario)
 
@@ -60,15 +63,15 @@ def test_one_meeting_at_a_time(play: Play) -> None:
     async def scenario(square: Square) -> None:
         one = await square.trainer(make_model(), 10)
         other = await square.trainer(make_model(), 10)
-        one.meeting.begin()
+        one.exchange.begin()
         with pytest.raises(ExpertError, match="averages with another"):
-            await other.meet(square.info(one))
-        one.meeting.end()
-        other.meeting.begin()
+            await other.average_with(square.info(one))
+        one.exchange.end()
+        other.exchange.begin()
         with pytest.raises(ExpertError, match="averages with another"):
-            await other.meet(square.info(one))
-        other.meeting.end()
-        await square.stepping(other.meet(square.info(one)), one.part, other.part)
+            await other.average_with(square.info(one))
+        other.exchange.end()
+        await square.stepping(other.average_with(square.info(one)), one.part, other.part)
 
     play(scenario)
 
@@ -82,7 +85,7 @@ def test_who_joins_takes_the_oldest_that_it_reaches(play: Play) -> None:
         assert joiner.part.age == 70
         for name, tensor in joiner.part.read().tensors.items():
             assert torch.equal(tensor, old.part.read().tensors[name]), "to the bit"
-        assert (old.counts.given, young.counts.given) == (1, 0)
+        assert (ended(old, "given"), ended(young, "given")) == (1, 0)
         # nobody is older now
         assert await joiner.take_freshest() is None
 
@@ -108,7 +111,7 @@ def test_a_claim_of_many_steps_makes_no_trainer_older_than_it_can_be(play: Play)
     async def scenario(square: Square) -> None:
         liar = await square.trainer(trained(make_model(), 1), 10**11)
         one = await square.trainer(trained(make_model(), 2), 10)
-        merge = await square.stepping(one.meet(square.info(liar)), one.part, liar.part)
+        merge = await square.stepping(one.average_with(square.info(liar)), one.part, liar.part)
         assert merge.share == 0.5
         assert one.part.age < 100_000
 
@@ -122,8 +125,8 @@ def test_who_joins_takes_the_next_when_the_oldest_is_gone_or_useless(play: Play)
         young = await square.trainer(trained(make_model(), 2), 30)
         joiner = await square.trainer(make_model(), 0)
         assert await joiner.take_freshest() == 30
-        assert (joiner.counts.failed, young.counts.given) == (1, 1)
-        joiner.part.age = 0
+        assert (ended(joiner, "failed"), ended(young, "given")) == (1, 1)
+        joiner.part.replace(joiner.part.read().tensors, 0)
         next(young.part.model.parameters()).data.fill_(torch.nan)
         take_step(young.part)
         assert await joiner.take_freshest() is None
@@ -136,15 +139,17 @@ def test_a_trainer_never_meets_itself_nor_one_of_another_form(play: Play) -> Non
     async def scenario(square: Square) -> None:
         one = await square.trainer(make_model(), 10)
         other = await square.trainer(make_model(width=6), 10)
-        await one.look()
+        await one.find_partners()
         assert one.partners == ()
-        snapshot = await one.meeting.snapshot()
-        with pytest.raises(TransferError, match="FAILED_PRECONDITION: that is this trainer itself"):
-            await one._exchange(square.info(one), snapshot)
+        snapshot = await one.exchange.snapshot()
+        with pytest.raises(
+            TransferError, match="FAILED_PRECONDITION: this trainer can't average with itself"
+        ):
+            await one._swap(square.info(one), snapshot)
         with pytest.raises(
             TransferError, match="FAILED_PRECONDITION: this trainer trains another dense part"
         ):
-            await one.meet(square.info(other))
+            await one.average_with(square.info(other))
 
     play(scenario)
 
@@ -153,7 +158,7 @@ def test_merges_are_told_once(play: Play) -> None:
     async def scenario(square: Square) -> None:
         one = await square.trainer(trained(make_model(), 1), 10)
         other = await square.trainer(trained(make_model(), 2), 10)
-        await square.stepping(other.meet(square.info(one)), one.part, other.part)
+        await square.stepping(other.average_with(square.info(one)), one.part, other.part)
         told: list[DenseMerge] = other.part.take_merges()
         assert [merge.peer for merge in told] == [one.peer_id.to_base58()]
         assert other.part.take_merges() == []

@@ -50,9 +50,7 @@ def meet(one: SharedParameters, other: SharedParameters, met: int = 0) -> None:
 
 
 def part_of(seed: int, age: int) -> SharedParameters:
-    part = SharedParameters(trained(make_model(), seed))
-    part.age = age
-    return part
+    return SharedParameters(trained(make_model(), seed), age)
 
 
 @given(seeds, seeds, ages, ages)

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from dense_trainers import LOCAL, SWARM, Play, Square, identities, play
+from dense_trainers import LOCAL, SWARM, Play, Square, ended, identities, play
 from garbage_server import garbage_server
 from grpc import StatusCode
 from test_dense_part import make_model, take_step, trained
@@ -49,22 +49,22 @@ def test_a_hostile_dense_part_is_refused_whoever_calls(
     async def scenario(square: Square) -> None:
         victim = await square.trainer(trained(make_model(), 2), 10)
         villain = await square.trainer(hostile(change), 10**9)
-        villain.meeting._open = lambda mine, _: PeerDensePart(mine.tensors, 0, 0.0)  # type: ignore[method-assign, assignment]  # takes all
+        villain.exchange._open = lambda mine, _: PeerDensePart(mine.tensors, 0, 0.0)  # type: ignore[method-assign, assignment]  # takes all
         before = victim.part.read().tensors
         with pytest.raises(StateError) as refused:
-            await square.stepping(victim.meet(square.info(villain)), victim.part)
+            await square.stepping(victim.average_with(square.info(villain)), victim.part)
         victim._note_failure(villain.peer_id, refused.value)
-        assert victim.counts.refused == 1
-        avoided = victim.meeting.breakers.open_at(time.monotonic())
+        assert ended(victim, "refused") == 1
+        avoided = victim.exchange.breakers.open_at(time.monotonic())
         assert choose_partner([square.info(villain)], avoided, random.Random(0)) is None
-        await square.until(lambda: not villain.meeting.is_on, villain.part)
+        await square.until(lambda: not villain.exchange.is_running, villain.part)
         with pytest.raises(TransferError, match="PERMISSION_DENIED"):
-            await villain.meet(square.info(victim))
-        victim.meeting.breakers.succeeded(villain.peer_id)
+            await villain.average_with(square.info(victim))
+        victim.exchange.breakers.succeeded(villain.peer_id)
         with pytest.raises(TransferError, match="INVALID_ARGUMENT"):
-            await villain.meet(square.info(victim))
-        assert victim.counts.refused == 2
-        assert not victim.meeting.is_on
+            await villain.average_with(square.info(victim))
+        assert ended(victim, "refused") == 2
+        assert not victim.exchange.is_running
         take_step(victim.part)
         assert all(torch.equal(tensor, before[name]) for name, tensor in victim.part.read().tensors.items())
 
@@ -123,8 +123,8 @@ def test_what_is_no_dense_part_is_refused(
         info = await lying(square, Liar(replies))
         victim = await square.trainer(make_model(), 10)
         with pytest.raises(StateError, match=reason):
-            await victim.meet(info)
-        assert not victim.meeting.is_on
+            await victim.average_with(info)
+        assert not victim.exchange.is_running
 
     play(scenario)
 
@@ -139,9 +139,9 @@ def test_a_trainer_that_answers_with_no_messages_is_refused(
             liar.addresses = (f"{LOCAL}:{port}",)
             square.announce(liar)
             with pytest.raises(StateError, match="must begin with its header"):
-                await victim.meet(square.info(liar))
+                await victim.average_with(square.info(liar))
             assert await victim.take_freshest() is None
-        assert not victim.meeting.is_on
+        assert not victim.exchange.is_running
 
     play(scenario)
     assert not [record for record in caplog.records if record.exc_info]
@@ -152,8 +152,8 @@ def test_who_hangs_is_waited_for_so_long_and_no_longer(play: Play) -> None:
         info = await lying(square, Liar([state_pb2.FetchReply(header=HEADER)], hangs=True))
         victim = await square.trainer(make_model(), 10, deadline_s=0.3)
         with pytest.raises(TransferError):
-            await victim.meet(info)
-        assert not victim.meeting.is_on
+            await victim.average_with(info)
+        assert not victim.exchange.is_running
 
     play(scenario)
 
@@ -167,7 +167,7 @@ def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
         dying = await square.trainer(trained(make_model(), 2), 10)
         stub, session = await dying._service.stub(square.info(one))
         call = stub.Exchange(timeout=10, metadata=session)
-        snapshot = await dying.meeting.snapshot()
+        snapshot = await dying.exchange.snapshot()
         offer = dense_pb2.DenseOffer(
             protocol_version=PROTOCOL_VERSION, swarm_id=SWARM,
             fingerprint=dying.form.fingerprint, header=snapshot.header(),
@@ -175,12 +175,12 @@ def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
         await call.write(dense_pb2.ExchangeRequest(offer=offer))
         await call.write(dense_pb2.ExchangeRequest(chunk=snapshot.data[:100]))
         assert (await call.read()).header.update_count == 10
-        assert one.meeting.is_on
+        assert one.exchange.is_running
         call.cancel()
-        await square.until(lambda: not one.meeting.is_on, one.part)
-        one.meeting.breakers.succeeded(dying.peer_id)
+        await square.until(lambda: not one.exchange.is_running, one.part)
+        one.exchange.breakers.succeeded(dying.peer_id)
         assert all(torch.equal(tensor, before[name]) for name, tensor in one.part.read().tensors.items())
-        await square.stepping(dying.meet(square.info(one)), one.part, dying.part)
+        await square.stepping(dying.average_with(square.info(one)), one.part, dying.part)
 
     play(scenario)
 
@@ -196,13 +196,13 @@ def test_a_caller_that_stalls_is_let_go_and_left_alone(play: Play, monkeypatch: 
         call = stub.Exchange(timeout=10, metadata=session)
         offer = dense_pb2.DenseOffer(
             protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, fingerprint=slow.form.fingerprint,
-            header=(await slow.meeting.snapshot()).header(),
+            header=(await slow.exchange.snapshot()).header(),
         )  # fmt: skip
         await call.write(dense_pb2.ExchangeRequest(offer=offer))
-        with pytest.raises(grpc.aio.AioRpcError, match="did not come over in time"):
+        with pytest.raises(grpc.aio.AioRpcError, match="were not exchanged in time"):
             await read_all(call)
-        assert not one.meeting.is_on
-        assert slow.peer_id in one.meeting.breakers.open_at(time.monotonic())
+        assert not one.exchange.is_running
+        assert slow.peer_id in one.exchange.breakers.open_at(time.monotonic())
 
     play(scenario)
 
@@ -214,10 +214,10 @@ def test_an_answerer_that_dies_in_the_middle_is_passed_over(play: Play) -> None:
         other = await square.trainer(trained(make_model(), 2), 10, every=1)
         running = asyncio.create_task(other.run())
         square.stack.callback(running.cancel)
-        await square.until(lambda: other.counts.failed == 1, other.part)
+        await square.until(lambda: ended(other, "failed") == 1, other.part)
         third = await square.trainer(trained(make_model(), 3), 10, reachable=True)
-        await square.until(lambda: other.counts.averaged == 1, other.part, third.part)
-        assert other.counts.failed == 1
+        await square.until(lambda: ended(other, "averaged") == 1, other.part, third.part)
+        assert ended(other, "failed") == 1
 
     play(scenario)
 
@@ -227,7 +227,7 @@ def test_others_calls_are_checked_before_they_cost_anything(play: Play) -> None:
         one = await square.trainer(make_model(), 10)
         other = await square.trainer(make_model(), 10)
         stub, session = await other._service.stub(square.info(one))
-        header = (await other.meeting.snapshot()).header()
+        header = (await other.exchange.snapshot()).header()
         right = dense_pb2.DenseOffer(
             protocol_version=PROTOCOL_VERSION, swarm_id=SWARM,
             fingerprint=other.form.fingerprint, header=header,
@@ -252,7 +252,7 @@ def test_others_calls_are_checked_before_they_cost_anything(play: Play) -> None:
         )
         assert await refused(stub, session, None) is StatusCode.INVALID_ARGUMENT
         assert await refused(stub, (), None) is StatusCode.UNAUTHENTICATED
-        assert not one.meeting.is_on
+        assert not one.exchange.is_running
 
     play(scenario)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dense_trainers import Play, Square, are_one, identities, play
+from dense_trainers import Play, Square, are_one, ended, identities, play
 from test_dense_part import make_model, trained
 
 import dht.relays
@@ -46,6 +46,13 @@ def test_who_has_no_public_address_is_hidden(host: str, hidden: bool) -> None:
     assert is_hidden(host) is hidden
 
 
+class KnownRelays(RelayKeeper):
+    """Reached at one address, whoever asks."""
+
+    def __init__(self, address: str) -> None:
+        self.addresses = (address,)
+
+
 def test_dense_parts_are_averaged_through_a_tunnel(play: Play, tmp_path: Path) -> None:
     async def scenario(square: Square) -> None:
         asked: list[tuple[PeerID, Sequence[str]]] = []
@@ -58,17 +65,18 @@ def test_dense_parts_are_averaged_through_a_tunnel(play: Play, tmp_path: Path) -
 
         tunnels = Tunnels(open_stream)
         square.stack.push_async_callback(tunnels.close)
-        hidden = await square.trainer(trained(make_model(), 1), 30, exit_path=tmp_path / "exit")
-        hidden.relayed = RelayKeeper(Any, 1, random.Random(0))  # type: ignore[arg-type]  # its addresses alone are read
-        hidden.relayed.addresses = (circuit(hidden.peer_id),)
+        relays = KnownRelays(circuit(square.identities[0].peer_id))
+        hidden = await square.trainer(
+            trained(make_model(), 1), 30, exit_path=tmp_path / "exit", relays=relays
+        )
         square.announce(hidden, reachable=False)
         other = await square.trainer(trained(make_model(), 2), 10, reachable=False, tunnels=tunnels)
         assert await other.take_freshest() == 30
-        await other.look()
+        await other.find_partners()
         partner = choose_partner(other.partners, (), random.Random(0))
         assert partner is not None
-        await square.stepping(other.meet(partner), hidden.part, other.part)
-        await square.until(lambda: hidden.counts.averaged == 1, hidden.part)
+        await square.stepping(other.average_with(partner), hidden.part, other.part)
+        await square.until(lambda: ended(hidden, "averaged") == 1, hidden.part)
         assert are_one(hidden.part, other.part)
         assert {peer_id for peer_id, _ in asked} == {hidden.peer_id}
         assert set(asked[0][1]) == {circuit(hidden.peer_id)}

@@ -162,7 +162,7 @@ def test_one_of_another_manifest_is_refused(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path, SWARM)
     checkpoint.check_manifest(MANIFEST)
     model = MANIFEST.model.model_copy(update={"hidden": 32})
-    with pytest.raises(CheckpointError, match="step 3 is of another manifest"):
+    with pytest.raises(CheckpointError, match="step 3 belongs to another manifest"):
         checkpoint.check_manifest(MANIFEST.model_copy(update={"model": model}))
 
 
