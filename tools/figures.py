@@ -39,6 +39,9 @@ TRAINER_STEP = (
 """The modules that a trainer's step passes; after a colon, the only class of a module that counts."""
 NODE_STEP = ("expert_server/serving/*.py", "expert_server/experts/graphs.py")
 
+NOT_OF_A_STEP = ("Limits", "Stats")
+"""How the names of records end that are made once at the start."""
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Figures = dict[str, str | int | float | None]
 
@@ -106,10 +109,10 @@ def figures(code: Code) -> Figures:
         f"modules under {SHORT} lines": sum(module.lines < SHORT for module in plain),
         "most parameters of a function": _parameters(most),
         "  which is": f"{where.name}.{most.name}",
-        "records in a training step: trainer": _count(records(code, TRAINER_STEP)),
-        "  of them private to their module: trainer": _count(records(code, TRAINER_STEP), ":_"),
-        "records in a training step: node": _count(records(code, NODE_STEP)),
-        "  of them private to their module: node": _count(records(code, NODE_STEP), ":_"),
+        "records in a training step: trainer": _count(records(code, TRAINER_STEP), private=False),
+        "  and private to their module: trainer": _count(records(code, TRAINER_STEP), private=True),
+        "records in a training step: node": _count(records(code, NODE_STEP), private=False),
+        "  and private to their module: node": _count(records(code, NODE_STEP), private=True),
         "settings": sum(by_role.values()),
         "  of which": ", ".join(
             f"{role.removesuffix('Settings')} {count}" for role, count in by_role.items()
@@ -237,11 +240,13 @@ def records(code: Code, places: tuple[str, ...]) -> list[str] | None:
     return found
 
 
-def _count(names: list[str] | None, part: str = "") -> int | None:
-    return None if names is None else sum(part in name for name in names)
+def _count(names: list[str] | None, *, private: bool) -> int | None:
+    return None if names is None else sum((":_" in name) == private for name in names)
 
 
 def _is_record(node: ast.ClassDef) -> bool:
+    if node.name.endswith(NOT_OF_A_STEP):
+        return False
     decorators = (each.func if isinstance(each, ast.Call) else each for each in node.decorator_list)
     return "dataclass" in map(_last_name, decorators) or "NamedTuple" in map(_last_name, node.bases)
 
