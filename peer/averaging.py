@@ -1,7 +1,7 @@
-"""How two that train the same become one state again, whenever they meet: the weights, and who met whom. Pure.
+"""Pairwise averaging of two copies that train separately: the weights, and a history of who met whom. Pure.
 
-Each side averages by itself, with weights by the steps that each took since they last met; nobody waits for a third
-(NoLoCo, arXiv 2506.10911). How many steps another took is its own word, so it counts within bounds only.
+Each side averages by itself. The weights follow from the steps that each took since the two last met, and nobody waits
+for a third (NoLoCo, arXiv 2506.10911). Another peer only claims how many steps it took, so claims count within bounds.
 """
 
 import random
@@ -16,24 +16,24 @@ from peer.bounded import BoundedDict
 from peer.identity import PeerID
 
 MAX_UPDATE_COUNT = 10**15
-"""An expert that has taken so many steps counts no further, and nobody may say that it has."""
+"""An expert stops counting its steps here, and no peer may claim more."""
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 _PEERS_REMEMBERED = 32
-"""Of each thing: more partners than that meet too seldom to remember."""
+"""For each copy. With more partners, each meets too seldom to be worth remembering."""
 _LARGEST_SHARE = 0.5
 _FASTEST_PER_S = 100
-"""Steps: more than an expert or a dense part takes."""
+"""Steps. No expert or dense part takes as many."""
 _LEAST_S = 10.0
-"""So long others may have trained, however short ago the last meeting was."""
+"""Others may have trained for at least this long, even if the last meeting was a moment ago."""
 _ANNOUNCED_S = 300.0
-"""Longest that an announcement is behind what it announces."""
+"""The longest that an announcement lags behind the copy it announces."""
 
 
 class AveragingHistory(Generic[K]):
-    """The update count that two states of one thing had when they last met: this peer's, and that of another."""
+    """The update count that this peer's copy and another peer's copy had when they last met."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._met: dict[K, BoundedDict[PeerID, int]] = {}
@@ -54,16 +54,17 @@ class AveragingHistory(Generic[K]):
         self._noted_at.pop(thing, None)
 
     def capped_claim(self, thing: K, update_count: int, claimed: int) -> int:
-        """What another's claim counts as: no more than anybody could have taken beyond `update_count`, which is this
-        peer's, since this peer last met any other.
+        """Another peer's claim, capped at what it could have reached since this peer last met anyone.
+
+        `update_count` is this peer's own.
         """
         since_s = max(self._clock() - self._noted_at.get(thing, self._began_at), _LEAST_S)
         return min(claimed, update_count + int(_FASTEST_PER_S * since_s))
 
 
 def partner_weight(update_count: int, their_update_count: int, met_update_count: int) -> float:
-    """What part of the average the other is: as many of the updates since the meeting as are its own, but
-    never more than a half, whatever it says. A half when neither took an update.
+    """The other's weight in the average: its share of the updates since the meeting, and at most a half, whatever it
+    claims. A half if neither took an update.
     """
     met = min(met_update_count, update_count, their_update_count)
     mine, theirs = update_count - met, their_update_count - met
@@ -71,9 +72,9 @@ def partner_weight(update_count: int, their_update_count: int, met_update_count:
 
 
 def freshest_first(claims: Collection[T], count: Callable[[T], int], rng: random.Random) -> list[T]:
-    """By the update counts that they claim; those above the median count as much as it, and their order is drawn.
+    """Sorted by claimed update count. Claims above the median count as the median, and ties are shuffled.
 
-    So of three or more none comes first for claiming most.
+    So if there are three or more, the highest claim does not always come first.
     """
     if not claims:
         return []
@@ -83,13 +84,13 @@ def freshest_first(claims: Collection[T], count: Callable[[T], int], rng: random
 
 
 def max_plausible_updates(counts: Collection[int]) -> int:
-    """The largest update count that a state may bring when others announced `counts`; 0 when nobody did."""
+    """The largest update count that a copy may have if others announced `counts`; 0 if nobody did."""
     return median_high(counts) + int(_FASTEST_PER_S * _ANNOUNCED_S) if counts else 0
 
 
 def interpolate(current: Tensor, base: Tensor, theirs: Tensor, share: float) -> Tensor:
-    """`current` after `base`, from which it came, was averaged with `theirs`: what changed since `base` is kept.
+    """Averages `base` with `theirs`, and adds what changed between `base` and `current`.
 
-    In float64, so that equal states stay equal.
+    In float64, so that equal copies stay equal.
     """
     return current.double() + share * (theirs.double() - base.double())

@@ -1,6 +1,7 @@
-"""Tensors on disk and on the wire: a safetensors file with a header and a checksum over both. Pure.
+"""Checkpoints: their format, and a folder that keeps the newest few.
 
-Checkpoints as files: the newest few `<number>.safetensors` of a folder, each whole or not there.
+A checkpoint is a safetensors file with a header, and with a checksum over the header and the tensors. The same bytes
+are stored on disk and sent to other peers.
 """
 
 import hashlib
@@ -23,19 +24,20 @@ from peer.errors import StateError
 from peer.files import sync_folder, write_atomically
 
 FORMAT_VERSION = 1
-
 _HEADER_KEY = "talkoot"
-"""Of the safetensors metadata, under which the header stands as JSON."""
+"""Key of the safetensors metadata that holds the header as JSON."""
 _KNOWN_TYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 }
+_FILE_NAME = re.compile(r"(0|[1-9][0-9]{0,17})\.safetensors")
+_TEMPORARY = ".*.new"
 
 
 class CheckpointHeader(BaseModel):
-    """What a file of tensors says of itself. A subclass adds what it is of.
+    """Describes the tensors of a file. Subclasses add what kind of state it is.
 
-    A later release may add keys with defaults at the end of a subclass, and this software then ignores them; what it
+    A later release may add keys with defaults at the end of a subclass; this software ignores them. A change that it
     could not ignore needs another `FORMAT_VERSION`.
     """
 
@@ -50,16 +52,16 @@ H = TypeVar("H", bound=CheckpointHeader)
 
 
 def encode_checkpoint(header: H, tensors: dict[str, Tensor]) -> bytes:
-    """Tensors on the CPU, contiguous, and the header with their checksum."""
+    """Packs contiguous tensors on the CPU, and the header with their checksum."""
     digest = _digest(header.model_dump_json(exclude={"sha256"}), tensors)
     header = header.model_copy(update={"sha256": digest})
     return to_safetensors(tensors, {_HEADER_KEY: header.model_dump_json()})
 
 
 def decode_checkpoint(data: bytes, kind: type[H], check: Callable[[H], None]) -> tuple[H, dict[str, Tensor]]:
-    """`check` looks at the header before the checksum is computed, and raises StateError where it is another one.
+    """Unpacks and verifies a checkpoint. Raises StateError if it is malformed or was changed.
 
-    Raises StateError when the bytes are not such a file, or not as they were written.
+    `check` gets the header before the checksum is computed, and raises StateError if it is not the expected one.
     """
     try:
         tensors: dict[str, Tensor] = from_safetensors(data)
@@ -69,9 +71,9 @@ def decode_checkpoint(data: bytes, kind: type[H], check: Callable[[H], None]) ->
         raise StateError(f"it has tensors of type {unknown.pop()}")
     header = _read_header(_metadata(data), kind)
     try:
-        # the keys that were written, which are not all that this software knows when another release wrote them
+        # only the keys that were written: another release may have written fewer than this software knows
         written = header.model_dump_json(exclude={"sha256"}, exclude_unset=True)
-    except ValueError as error:  # halves of characters, or too many lists within lists
+    except ValueError as error:  # lone surrogates, or lists nested too deeply
         raise StateError(f"its header is not as it was written: {error}") from error
     check(header)
     if _digest(written, tensors) != header.sha256:
@@ -80,7 +82,7 @@ def decode_checkpoint(data: bytes, kind: type[H], check: Callable[[H], None]) ->
 
 
 def _metadata(data: bytes) -> Mapping[str, str]:
-    """Of bytes that safetensors has read: 8 bytes of length, then JSON."""
+    """The metadata of a valid safetensors file, which starts with 8 bytes of length and then JSON."""
     outline = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata: Mapping[str, str] = outline.get("__metadata__") or {}
     return metadata
@@ -113,16 +115,12 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-_FILE_NAME = re.compile(r"(0|[1-9][0-9]{0,17})\.safetensors")
-_TEMPORARY = ".*.new"
-
-
 class RotatingFiles:
-    """One folder of them. Other files in it are left alone."""
+    """A folder with the newest few `<number>.safetensors`, each complete. It leaves other files alone."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """`keep`: how many stay."""
-        assert keep >= 1, "a folder that keeps nothing is none"
+        """`keep`: how many files to keep."""
+        assert keep >= 1, "at least one file must be kept"
         self.folder = folder
         self._keep = keep
 
@@ -140,13 +138,13 @@ class RotatingFiles:
         return self.folder / f"{number}.safetensors"
 
     def write(self, number: int, data: bytes) -> None:
-        """Returns when the file is safely on disk. Raises OSError; the files before it stay then."""
+        """Returns when the file is safely on disk. Raises OSError, and then leaves the older files."""
         self._make_folder()
         write_atomically(self.path(number), data)
         self._prune(number)
 
     def sweep(self) -> None:
-        """Removes what writers that were killed have left."""
+        """Removes the temporary files of writers that were killed."""
         for path in self.folder.glob(_TEMPORARY):
             with suppress(OSError):
                 path.unlink()
@@ -156,12 +154,12 @@ class RotatingFiles:
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for folder in missing:
-                sync_folder(folder.parent)  # where it is entered
+                sync_folder(folder.parent)  # which holds the entry of the new folder
 
     def _prune(self, written: int) -> None:
-        """Keeps the newest of those up to the one just written.
+        """Keeps the newest files up to the one just written.
 
-        What claims to be newer was passed over when the newest was loaded, and must not push out what is good.
+        A file with a higher number was rejected when the newest was loaded, and must not displace good ones.
         """
         numbers = [number for number in self.numbers() if number <= written]
         for number in numbers[self._keep :]:

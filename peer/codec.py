@@ -1,6 +1,6 @@
-"""Tensors as bytes on the wire: encoding, sizes, chunks.
+"""Encodes tensors as bytes for the wire: codecs, sizes and chunks.
 
-Shape suffixes: R = rows, D = the model's width, N = all numbers of a tensor.
+Shape suffixes: R = rows, D = the model's width, N = all numbers of a tensor, C = bytes of an encoded row.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,13 +16,13 @@ from peer.wire import expert_pb2
 
 Floats = npt.NDArray[np.float32]
 CodecName: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
-"""As a manifest names them."""
+"""The names of codecs in a manifest."""
 
 CHUNK_BYTES = 512 * 1024
-"""Bigger messages stall the loop, smaller ones cost more than they carry."""
+"""Larger messages stall the loop, and smaller ones have too much overhead."""
 MAX_CHUNK_BYTES = 1024 * 1024
 MAX_MESSAGE_BYTES = 3 * 1024 * 1024
-"""Of a header and a chunk together."""
+"""For a header and a chunk together."""
 
 _CODECS = {
     "fp32": expert_pb2.CODEC_FP32,
@@ -39,20 +39,20 @@ _BYTES_PER_NUMBER = {
 _HALVES = {expert_pb2.CODEC_BF16: torch.bfloat16, expert_pb2.CODEC_FP16: torch.float16}
 _SCALE_BYTES = 4
 _STEP = (1 - 2**-20) / 127
-"""Of a row's largest magnitude, for int8: a little less than 1/127, so that no row overflows when it is decoded."""
+"""int8's step, as a part of the row's largest magnitude. Just below 1/127, so that no row overflows when decoded."""
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
-"""Of rows with a smaller one all numbers are sent as zero: divisions by it would lose precision."""
+"""Rows with a smaller scale are sent as zeros, because dividing by it would lose precision."""
 _BLOCK_NUMBERS = 32_000
-"""Converted at once: fits the processor's cache, and torch begins no threads for so few (its own bound is 32768)."""
+"""Converted at once: they fit the processor's cache, and torch starts no threads for so few (its limit is 32768)."""
 
 
 def codec_of(name: CodecName) -> "expert_pb2.Codec":
-    """The wire's number of a codec that a manifest names."""
+    """The wire's number for a codec in a manifest."""
     return _CODECS[name]
 
 
 def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
-    """Size of an encoded [rows, width] tensor. Raises WireError for a codec that this peer does not speak."""
+    """Size of an encoded [rows, width] tensor. Raises WireError for an unknown codec."""
     if codec not in _BYTES_PER_NUMBER:
         spoken = ", ".join(map(expert_pb2.Codec.Name, _BYTES_PER_NUMBER))
         raise WireError(f"codec {codec} is not spoken here; spoken: {spoken}")
@@ -61,10 +61,10 @@ def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
 
 
 def encode(tensor_RD: Floats, codec: "expert_pb2.Codec") -> memoryview:
-    """The tensor's bytes; as CODEC_FP32 not copied when it is contiguous and of that type.
+    """The tensor's bytes. With CODEC_FP32, a contiguous float32 tensor is not copied.
 
-    Finite numbers beyond a codec's range are clipped to it (fp16: ±65504): one outlier shall not cost a call. What is
-    not finite stays so, in every codec, and the receiver refuses it.
+    Finite numbers beyond a codec's range are clipped to it (fp16: ±65504), so that one outlier doesn't fail a call.
+    Numbers that are not finite stay so in every codec, and the receiver rejects them.
     """
     rows, width = tensor_RD.shape
     size = encoded_bytes(rows, width, codec)
@@ -80,9 +80,9 @@ def encode(tensor_RD: Floats, codec: "expert_pb2.Codec") -> memoryview:
 
 
 def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") -> Floats:
-    """The [rows, width] tensor in `data`, as CODEC_FP32 sharing its memory.
+    """The [rows, width] tensor in `data`. With CODEC_FP32, it shares the memory of `data`.
 
-    Raises WireError when a number is not finite.
+    Raises WireError if a number is not finite.
     """
     encoded_bytes(0, 0, codec)
     if codec == expert_pb2.CODEC_FP32:
@@ -101,7 +101,7 @@ def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") 
 
 
 def chunks(parts: Iterable[memoryview]) -> Iterator[bytes]:
-    """The bytes of all parts, one after another, in as few chunks as fit into messages."""
+    """Joins the bytes of all parts and splits them into as few chunks as messages allow."""
     pieces: list[memoryview] = []
     room = CHUNK_BYTES
     for part in parts:
@@ -136,7 +136,7 @@ def _encode_int8(numbers_RD: Tensor, rows_RC: Tensor) -> None:
         scales_R1.masked_fill_(scales_R1 < _SMALLEST_SCALE, 0.0)
         steps = block / scales_R1.masked_fill(scales_R1 == 0, torch.inf)
         rows[:, :_SCALE_BYTES] = scales_R1.view(torch.uint8)
-        # a row that is not finite has a scale that says so, whatever its steps are
+        # if a row is not finite, its scale is not either, whatever its steps are
         rows[:, _SCALE_BYTES:].view(torch.int8).copy_(steps.round_())
 
 
@@ -148,11 +148,11 @@ def _decode_int8(rows_RC: Tensor, numbers_RD: Tensor) -> None:
 
 
 def _blocks(tensor: Tensor, width: int) -> Iterator[Tensor]:
-    """Some rows of `width` numbers at a time."""
+    """The tensor in blocks of rows of `width` numbers."""
     step = max(1, _BLOCK_NUMBERS // width)
     return (tensor[at : at + step] for at in range(0, len(tensor), step))
 
 
 def _writable(data: bytearray | memoryview, dtype: npt.DTypeLike) -> Tensor:
-    """torch shares memory only that may be written."""
+    """As a torch tensor, which can only share writable memory."""
     return torch.from_numpy(np.require(np.frombuffer(data, dtype), requirements="W"))

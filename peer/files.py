@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens to the writer."""
+"""Atomic file writes, and a state folder that one process locks."""
 
 import fcntl
 import os
@@ -10,10 +10,10 @@ from peer.errors import StateFolderError
 
 
 class StateFolder:
-    """A peer's folder on disk, held by one process at a time; the kernel lets go of it when the process ends."""
+    """A peer's folder on disk, locked by one process at a time. The kernel frees the lock when the process ends."""
 
     def __init__(self, path: Path) -> None:
-        """Raises StateFolderError when the folder can't be used or another process uses it."""
+        """Raises StateFolderError if the folder can't be used or another process uses it."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -35,9 +35,9 @@ class StateFolder:
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Writes under another name (`.NAME.new`), syncs, and renames: who reads the file never sees half of it.
+    """Writes to a temporary file (`.NAME.new`), syncs it and renames it, so that no reader sees a partial file.
 
-    `mode`: what the file may be used for at most, less what the umask takes. Raises OSError; what was there stays then.
+    `mode`: the file's permissions before the umask. Raises OSError, and then leaves the old file.
     """
     temporary = path.with_name(f".{path.name}.new")
     try:
@@ -58,12 +58,12 @@ def _open_new(path: Path, mode: int) -> int:
     try:
         return os.open(path, flags, mode)
     except FileExistsError:
-        path.unlink()  # what a killed writer left: it may be readable for more
+        path.unlink()  # left by a killed writer, and perhaps with wider permissions
         return os.open(path, flags, mode)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes what was renamed or made in a folder last through a power cut."""
+    """Makes new and renamed entries of a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

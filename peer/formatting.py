@@ -1,4 +1,4 @@
-"""Counts as people read them."""
+"""Sizes, ages and counts as text, and sizes parsed from text."""
 
 import re
 
@@ -6,7 +6,7 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECAS
 
 
 def parse_bytes(value: object) -> object:
-    """Bytes from `2GB`, `512MiB` or `1.5g`; what is no text stays as it is. Raises ValueError."""
+    """Parses sizes such as `2GB`, `512MiB` or `1.5g` into bytes; returns non-text as it is. Raises ValueError."""
     if not isinstance(value, str):
         return value
     match = _SIZE.fullmatch(value.strip())
@@ -18,7 +18,7 @@ def parse_bytes(value: object) -> object:
 
 
 def bytes_in_words(size: float) -> str:
-    """Such as `512 MB`, to three digits."""
+    """A size such as `512 MB`, to three digits."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"
@@ -27,7 +27,7 @@ def bytes_in_words(size: float) -> str:
 
 
 def age_in_words(seconds: float) -> str:
-    """Such as `90 s`, `12 min`, `5 h` or `3 days`."""
+    """An age such as `90 s`, `12 min`, `5 h` or `3 days`."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -35,5 +35,5 @@ def age_in_words(seconds: float) -> str:
 
 
 def counted(number: int, noun: str, form: str = "") -> str:
-    """Such as `1 expert`, `1234 rows`, or with `,` as its form `1,234 rows`."""
+    """A count such as `1 expert` or `1234 rows`, or `1,234 rows` with `,` as the form."""
     return f"{number:{form}} {noun}{'' if number == 1 else 's'}"

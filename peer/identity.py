@@ -1,7 +1,8 @@
-"""A peer's one RSA key: it is the libp2p identity, signs records, and is the TLS key.
+"""A peer's single RSA key, which is its libp2p identity, signs its records, and is its TLS key.
 
-The PeerID is the hash of the public key (libp2p's peer-id rules for RSA), so whoever knows a PeerID can check a key,
-a signature and a certificate against it, with no authority anywhere.
+The PeerID is the hash of the public key (libp2p's peer-id rules for RSA). With a PeerID, anyone can check a key, a
+signature and a certificate; no authority is needed. `PeerID` itself is hivemind's class, and this module is its home:
+everything else imports it from here.
 """
 
 import os
@@ -15,33 +16,33 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 from google.protobuf.message import DecodeError
-from hivemind.p2p import PeerID as PeerID  # all others take it from here
+from hivemind.p2p import PeerID as PeerID
 from hivemind.proto import crypto_pb2
 
 from peer.errors import RecordError, StartError
 
 TLS_NAME = "talkoot.peer"
-"""Name in every certificate. Certificates are pinned whole, so the name says nothing about who it is."""
+"""The name in every certificate. It identifies nobody, because whole certificates are pinned."""
 
 _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
-"""What cryptography raises for bytes that are no key, or one of another kind; TypeError when it needs a password."""
+"""What cryptography raises for bytes that are no key or another kind of key; TypeError if it needs a password."""
 _KEY_BITS = 2048
 _SERIAL_BYTES = 16
 _VALID_FROM = datetime(2025, 1, 1, tzinfo=UTC)
 _VALID_UNTIL = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
-"""No end, as RFC 5280 (4.1.2.5) writes it: a certificate says that a key is its own, and holds as long as the key."""
+"""No end, in the notation of RFC 5280 (4.1.2.5). A certificate is valid as long as its key."""
 _SIGNATURE_PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
 RECORD_DOMAIN = b"talkoot record v1\0"
-"""Stands before what is signed, so that a signature of one kind is none of another. So do the following."""
 SESSION_DOMAIN = b"talkoot session v1\0"
 GRANT_DOMAIN = b"talkoot grant v1\0"
+"""Prefixes of signed bytes, so that a signature for one purpose is not valid for another."""
 _EXPONENT = 65537
-"""Of all RSA keys that libp2p makes. With a large one, checking a signature takes as long as making it."""
+"""Used by all of libp2p's RSA keys. With a large exponent, verifying a signature would be as slow as signing."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A key pair, and what follows from it."""
+    """A key pair and its PeerID."""
 
     key: rsa.RSAPrivateKey
     path: Path
@@ -51,7 +52,7 @@ class Identity:
 
     @classmethod
     def load_or_create(cls, path: Path) -> "Identity":
-        """Reads the key at `path`, in libp2p's form; makes a new one the first time. Raises StartError."""
+        """Reads the key at `path`, in libp2p's format; creates it the first time. Raises StartError."""
         try:
             if not path.exists():
                 _write_new_key(path)
@@ -78,7 +79,7 @@ class Identity:
         )
 
     def make_certificate(self) -> bytes:
-        """A self-signed TLS certificate for this key, DER. It is the same each time: others pin it."""
+        """A self-signed TLS certificate for this key, DER. It is always the same, because others pin it."""
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, TLS_NAME)])
         builder = (
             x509.CertificateBuilder()
@@ -91,14 +92,12 @@ class Identity:
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(TLS_NAME)]), critical=False)
         )
-        signed = builder.sign(
-            self.key, hashes.SHA256(), rsa_padding=padding.PKCS1v15()
-        )  # draws nothing at random
+        signed = builder.sign(self.key, hashes.SHA256(), rsa_padding=padding.PKCS1v15())  # deterministic
         return signed.public_bytes(serialization.Encoding.DER)
 
 
 def peer_id_of(public_key: bytes) -> PeerID:
-    """The PeerID of a DER SubjectPublicKeyInfo: sha2-256 multihash of libp2p's PublicKey message."""
+    """The PeerID of a DER SubjectPublicKeyInfo: the sha2-256 multihash of libp2p's PublicKey message."""
     message = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=public_key).SerializeToString()
     digest = hashes.Hash(hashes.SHA256())
     digest.update(message)
@@ -122,7 +121,7 @@ def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = REC
 
 
 def certificate_pem(certificate: bytes, peer_id: PeerID) -> bytes:
-    """PEM of a DER certificate, once its key is known to be the peer's. Raises RecordError."""
+    """Converts a DER certificate to PEM, if its key is the peer's. Raises RecordError."""
     try:
         parsed = x509.load_der_x509_certificate(certificate)
         public_key = parsed.public_key()

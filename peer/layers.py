@@ -1,10 +1,8 @@
-"""The Transformer layer that both roles compute: the trainer's local layer and the `transformer` expert.
+"""What trainers and experts compute alike: the Transformer layer and its parts, and the learning-rate schedule.
 
-Its norm and activation are choices of the manifest; GLaM (Du et al., arXiv 2112.06905) has RMSNorm and GEGLU.
+The manifest chooses norm and activation; GLaM (Du et al., arXiv 2112.06905) uses RMSNorm and GEGLU.
 
 Shape suffixes: R = rows, S = segments, D = hidden, H = heads, C = columns of one head, L = longest segment.
-
-The step size of an optimizer over time, the same rule for the trainer's dense part and for experts.
 """
 
 import math
@@ -20,20 +18,22 @@ M = TypeVar("M", bound=nn.Module)
 Norm: TypeAlias = Literal["layer", "rms"]
 Activation: TypeAlias = Literal["gelu", "swiglu", "geglu"]
 
-_NORM_EPSILON = (
-    1e-5  # torch's for LayerNorm; its default for RMSNorm lets gradients of rows near zero grow 3000-fold
-)
+_NORM_EPSILON = 1e-5
+"""torch's default for LayerNorm. Its default for RMSNorm lets gradients of rows near zero grow 3000-fold."""
 _ROTARY_BASE = 10_000.0
-_LARGEST_PADDING = 1.5  # rows with padding over rows, in one group of segments
+_LARGEST_PADDING = 1.5
+"""Rows with padding over rows without, in one group of segments."""
+_FINAL_SHARE = 0.1
+"""Of the peak learning rate, at the end of the cosine."""
 
 
 def seeded(seed: int, build: Callable[[], M]) -> M:
-    """Builds a module whose parameters follow from the seed alone, and leaves the global generator as it was.
+    """Builds a module whose parameters depend on the seed alone, and restores the global generator.
 
-    Not to be called while another thread draws from torch's global generator; draws on the CPU.
+    It draws on the CPU. Don't call it while another thread draws from torch's global generator.
     """
     with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed: that would seed the accelerators too
+        # torch.manual_seed would seed the accelerators too
         torch.default_generator.manual_seed(seed)
         return build()
 
@@ -44,10 +44,10 @@ def make_norm(norm: Norm, hidden: int) -> nn.Module:
 
 
 def make_feed_forward(hidden: int, inner: int, activation: Activation) -> nn.Sequential:
-    """Maps [R, D] to [R, D] through `inner` columns, without norm or residual.
+    """Maps [R, D] to [R, D] through `inner` columns, without norm or residual connection.
 
     GELU: 2 matrices of D × inner, and biases. SwiGLU and GEGLU (Shazeer, arXiv 2002.05202): 3 matrices of D × inner,
-    no biases, as in the paper and in PaLM. With two thirds of `inner` they have as many parameters as GELU.
+    no biases, as in the paper and in PaLM. With two thirds of GELU's `inner` they have as many parameters.
     """
     if activation == "gelu":
         return nn.Sequential(nn.Linear(hidden, inner), nn.GELU(), nn.Linear(inner, hidden))
@@ -56,7 +56,7 @@ def make_feed_forward(hidden: int, inner: int, activation: Activation) -> nn.Seq
 
 
 class Gate(nn.Module):
-    """Gives the second half of the columns, each times a function of its partner in the first half."""
+    """Multiplies the second half of the columns by a function of the first half."""
 
     def __init__(self, function: nn.Module) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ class Gate(nn.Module):
 class TransformerLayer(nn.Module):
     """Causal attention with rotary positions (Su et al., arXiv 2104.09864), then a feed-forward block.
 
-    Both normalise their input first and add to it. Rows lie packed, segment after segment, so that no linear
-    layer computes padding. A row sees itself and the earlier rows of its own segment.
+    Both normalise their input first and add to it. Rows are packed, segment after segment, so that no linear layer
+    computes padding. A row attends to itself and to the earlier rows of its own segment.
     """
 
     frequencies_C: Tensor
@@ -102,7 +102,7 @@ class TransformerLayer(nn.Module):
         )
 
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
-        """Gives [R, D]. `lengths_S`: int64, on the CPU, each at least 1, R in all. `positions_R`: int64."""
+        """Returns [R, D]. `lengths_S`: int64, on the CPU, each at least 1, with sum R. `positions_R`: int64."""
         x_RD = x_RD + self.attention_output(
             self._attention(self.attention_norm(x_RD), lengths_S.tolist(), positions_R)
         )
@@ -111,7 +111,7 @@ class TransformerLayer(nn.Module):
 
     def _attention(self, x_RD: Tensor, lengths: list[int], positions_R: Tensor) -> Tensor:
         rows, hidden = x_RD.shape
-        assert sum(lengths) == rows, f"segments of {sum(lengths)} rows in all, but {rows} rows"
+        assert sum(lengths) == rows, f"the segments have {sum(lengths)} rows, but there are {rows}"
         qkv_R3HC = self.attention_input(x_RD).view(rows, 3, self.heads, hidden // self.heads)
         angles_R11C = (positions_R[:, None] * self.frequencies_C)[:, None, None]
         qk_R2HC = _rotate(qkv_R3HC[:, :2], angles_R11C.cos(), angles_R11C.sin())
@@ -119,13 +119,13 @@ class TransformerLayer(nn.Module):
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turns each pair (column c, column c + C/2) of the last dimension by its angle, in float32; keeps x's dtype."""
+    """Rotates each pair (column c, column c + C/2) of the last dimension by its angle, in float32; keeps x's dtype."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1).type_as(x)
 
 
 def _attend_segments(qkv_R3HC: Tensor, lengths: list[int]) -> Tensor:
-    """Causal attention within each segment; gives [R, H, C]."""
+    """Causal attention within each segment; returns [R, H, C]."""
     if len(set(lengths)) == 1:
         return _attend(qkv_R3HC, len(lengths))
     lengths_S = torch.tensor(lengths)
@@ -138,7 +138,7 @@ def _attend_segments(qkv_R3HC: Tensor, lengths: list[int]) -> Tensor:
         rows = (starts_S[members_S, None] + steps_L)[inside_SL]
         slots = inside_SL.flatten().nonzero().squeeze(1).to(qkv_R3HC.device)
         order.append(rows)
-        # padding is zero, and stands behind the rows of its segment, where the causal mask hides it
+        # padding is zero and follows the rows of its segment, so the causal mask hides it
         padded = qkv_R3HC.new_zeros(inside_SL.numel(), *qkv_R3HC.shape[1:])
         padded = padded.index_copy(0, slots, qkv_R3HC.index_select(0, rows.to(qkv_R3HC.device)))
         outputs.append(_attend(padded, len(group)).index_select(0, slots))
@@ -146,7 +146,7 @@ def _attend_segments(qkv_R3HC: Tensor, lengths: list[int]) -> Tensor:
 
 
 def _attend(qkv_R3HC: Tensor, segments: int) -> Tensor:
-    """Causal attention within segments of equal length; gives [R, H, C]."""
+    """Causal attention within segments of equal length; returns [R, H, C]."""
     qkv_SL3HC = qkv_R3HC.view(segments, -1, *qkv_R3HC.shape[1:])
     q_SHLC, k_SHLC, v_SHLC = qkv_SL3HC.permute(2, 0, 3, 1, 4).unbind(0)
     output_SHLC = F.scaled_dot_product_attention(q_SHLC, k_SHLC, v_SHLC, is_causal=True)
@@ -154,7 +154,7 @@ def _attend(qkv_R3HC: Tensor, segments: int) -> Tensor:
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of segments, longest first, in groups that padding to the longest swells by half at most."""
+    """Indices of segments, longest first, in groups that grow by half at most when padded to their longest."""
     groups: list[list[int]] = []
     rows = longest = 0
     for segment in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -167,13 +167,11 @@ def group_by_length(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-LOWEST = 0.1
-"""Of the highest, where the cosine ends."""
-
-
 def step_size(step: int, highest: float, warmup: int, last: int) -> float:
-    """Of a step (from 0): rises linearly in `warmup` steps, then falls as a cosine to a tenth at step `last`, where it
-    stays. `last` 0: it does not fall.
+    """The learning rate at a step, counted from 0.
+
+    It rises linearly for `warmup` steps, then falls along a cosine to a tenth at step `last`, and stays there. With
+    `last` 0 it does not fall.
     """
     if step < warmup:
         return highest * (step + 1) / warmup
@@ -181,4 +179,4 @@ def step_size(step: int, highest: float, warmup: int, last: int) -> float:
         return highest
     done = (step - warmup) / max(1, last - warmup)
     share = (1 + math.cos(math.pi * min(1.0, done))) / 2
-    return highest * (LOWEST + (1 - LOWEST) * share)
+    return highest * (_FINAL_SHARE + (1 - _FINAL_SHARE) * share)

@@ -287,6 +287,11 @@ def test_attributes_that_we_use_are_there(names: Mapping[str, set[str]]) -> None
     _expect_none("gone", [f"{owner}.{name}" for owner, name in wanted if not _exists(owner, name)])
 
 
+def test_sockets_have_the_names_by_which_dead_ones_are_swept() -> None:
+    """See `peer.processes.sweep_dead_sockets`, which must not import hivemind, because the demo uses it too."""
+    assert pkgutil.resolve_name("hivemind.p2p.P2P")._UNIX_SOCKET_PREFIX == "/unix/tmp/hivemind-"
+
+
 def test_messages_have_the_fields_that_we_use() -> None:
     fields = {name: set(pkgutil.resolve_name(name).DESCRIPTOR.fields_by_name) for name in MESSAGES}
     _expect_none("gone", [f"{name}.{f}" for name, used in MESSAGES.items() for f in used - fields[name]])
