@@ -49,7 +49,7 @@ class NodeSettings(RoleSettings):
         default=0,
         ge=0,
         le=65535,
-        description="TCP port of the DHT; 0: that of the last start, or any free one",
+        description="TCP port of the DHT; 0: the one of the last start, or any free one",
     )
     grpc_port: int = Field(
         default=0, ge=0, le=65535, description="TCP port of the expert service; 0: any free one"
@@ -58,66 +58,70 @@ class NodeSettings(RoleSettings):
         default=None,
         min_length=1,
         max_length=253,
-        description="address by which others reach this node, where a router forwards ports to it; unset: host",
+        description="address at which others reach this node, if a router forwards ports to it; unset: host",
     )
     announce_dht_port: int | None = Field(
-        default=None, ge=1, le=65535, description="port that is forwarded to dht_port; unset: the same"
+        default=None, ge=1, le=65535, description="port that the router forwards to dht_port; unset: the same"
     )
     announce_grpc_port: int | None = Field(
-        default=None, ge=1, le=65535, description="port that is forwarded to grpc_port; unset: the same"
+        default=None,
+        ge=1,
+        le=65535,
+        description="port that the router forwards to grpc_port; unset: the same",
     )
     reachability: Literal["auto", "public", "private"] = Field(
         default="auto",
-        description="how others reach this node: public, at its addresses; private, through relays and holes in its "
-        "router; auto: as other nodes find that try to connect to it",
+        description="how others reach this node: public, at its addresses; private, through relays and hole punching; "
+        "auto: as other nodes report that try to connect to it",
     )
     upnp: bool = Field(
-        default=True, description="ask the router to forward the DHT's port (UPnP, NAT-PMP); not on loopback"
+        default=True,
+        description="ask the router to forward the DHT's port by UPnP or NAT-PMP, except on loopback",
     )
     metrics_host: MetricsHost = "127.0.0.1"
     metrics_port: MetricsPort = 0
     state: Path | None = Field(
         default=None,
-        description="folder of the node's identity and state; one process at a time uses it; unset: "
+        description="folder for the node's identity and state, used by one process at a time; unset: "
         "~/.local/state/talkoot/node",
     )
     replicas: int = Field(
         default=2,
         ge=1,
         le=100,
-        description="replicas of an expert that are enough: of one with fewer this node takes another into its room",
+        description="replicas that are enough for an expert: if one has fewer, a node with room hosts another",
     )
     average_every_s: float = Field(
         default=60.0,
         ge=0,
         le=86400,
         allow_inf_nan=False,
-        description="seconds between averages of a replica with another of the same expert; 0: never",
+        description="seconds between averages of a replica with another node's replica of the same expert; 0: never",
     )
     drain_timeout_s: float = Field(
         default=30.0,
         ge=0,
         le=3600,
         allow_inf_nan=False,
-        description="longest that a node which leaves waits for others to take its experts over, in seconds",
+        description="seconds that a node which leaves waits for others to take over its experts, at most",
     )
     checkpoint_every_s: float = Field(
         default=60.0,
         ge=0,
         le=86400,
         allow_inf_nan=False,
-        description="seconds between saves of the experts that changed; 0: only when the node stops",
+        description="seconds between checkpoints of the experts that changed; 0: only when the node stops",
     )
     checkpoints_kept: int = Field(
-        default=2, ge=1, le=1000, description="checkpoints kept of each expert, newest first"
+        default=2, ge=1, le=1000, description="checkpoints kept for each expert, newest first"
     )
     standby_every_s: float = Field(
         default=300.0,
         ge=0,
         le=86400,
         allow_inf_nan=False,
-        description="seconds between copies, to this node's checkpoints, of experts that one other node hosts alone; "
-        "0: never",
+        description="seconds between rounds in which this node copies experts to its disk that only one other node "
+        "hosts; 0: never",
     )
     device: str = Field(
         default="auto",
@@ -127,37 +131,37 @@ class NodeSettings(RoleSettings):
     )
     precision: PrecisionSetting = Field(
         default="auto",
-        description="of the experts' computing; auto: bf16 on CUDA GPUs that have it, else fp32",
+        description="precision of the experts' computing; auto: bf16 on CUDA GPUs that have it, else fp32",
     )
     threads: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="torch threads, at most one for each core; unset: one for each core",
+        description="torch threads, at most one per core; unset: one per core",
     )
     memory: Annotated[int, BeforeValidator(parse_bytes)] | None = Field(
         default=None,
         ge=1,
         le=2**50,
-        description="most that experts with their optimizers, kept forward passes and waiting rows take, by lowering "
-        "`experts`, `spare`, `max_kept_bytes` and `max_queued_rows`: in bytes, or such as 2GB or 512MiB; "
-        "unset: no bound",
+        description="memory for experts with their optimizers, kept forward passes and waiting rows, in bytes, or such "
+        "as 2GB or 512MiB; it lowers `experts`, `spare`, `max_kept_bytes` and `max_queued_rows` where needed; "
+        "unset: no limit",
     )
     upload_mbit: float | None = Field(
         default=None,
         ge=0.01,
         le=10**6,
-        description="most that answers to trainers take, in Mbit/s; unset: no bound",
+        description="limit for the answers to trainers, in Mbit/s; unset: no limit",
     )
     download_mbit: float | None = Field(
         default=None,
         ge=0.01,
         le=10**6,
-        description="most that calls of trainers take, in Mbit/s; unset: no bound",
+        description="limit for the calls of trainers, in Mbit/s; unset: no limit",
     )
     schedule: Annotated[InstanceOf[Schedule], BeforeValidator(_parse_schedule)] | None = Field(
         default=None,
-        description="when to work, in local time, such as `22:00-07:00` or "
+        description="hours to work, in local time, such as `22:00-07:00` or "
         "`mon-fri 22:00-07:00,sat-sun 00:00-24:00`; unset: always",
     )
     only_when_idle: bool = Field(default=False, description="pause while other programs need the processor")
@@ -165,26 +169,26 @@ class NodeSettings(RoleSettings):
         default=25.0,
         gt=0,
         le=100,
-        description="load by other programs to pause at, in % of all cores; it resumes at two fifths of that",
+        description="load by other programs at which to pause, in % of all cores; the node resumes at two fifths of it",
     )
     not_on_battery: bool = Field(default=False, description="pause while the machine runs on battery")
     niceness: int = Field(
         default=10,
         ge=0,
         le=19,
-        description="priority that the command gives itself: 0 as any other program, 19 the last",
+        description="priority of the process, from 0, like any other program, to 19, the lowest",
     )
     announce_every_s: float = Field(
         default=10.0,
         ge=0.5,
         le=120,
-        description="seconds between announcements; they live three times as long",
+        description="seconds between announcements; others forget a node that is silent for three times as long",
     )
     max_queued_rows: int = Field(
         default=65536,
         ge=1,
         le=10**9,
-        description="rows that may wait; more are refused with RESOURCE_EXHAUSTED",
+        description="rows that may wait to be computed; more are refused with RESOURCE_EXHAUSTED",
     )
     max_kept_bytes: int | None = Field(
         default=None,
@@ -197,7 +201,7 @@ class NodeSettings(RoleSettings):
         default=64 * 2**20,
         ge=2**20,
         le=2**36,
-        description="memory for what others store in this node's part of the DHT, in bytes",
+        description="memory for what others store at this node in the DHT, in bytes",
     )
     max_calls: int = Field(default=64, ge=1, le=10**5, description="calls served at the same time")
     deny: Denied = ()
@@ -206,19 +210,19 @@ class NodeSettings(RoleSettings):
         default=None,
         gt=0,
         le=10**9,
-        description="most rows of one caller, forward and backward; unset: no bound",
+        description="rows per second that one caller may send, forward and backward; unset: no limit",
     )
     caller_updates_per_s: float | None = Field(
         default=None,
         gt=0,
         le=10**9,
-        description="most optimizer steps that one caller may cause, of all experts; unset: no bound",
+        description="optimizer steps per second that one caller may cause, of all experts; unset: no limit",
     )
     caller_expert_updates_per_hour: float | None = Field(
         default=None,
         gt=0,
         le=10**9,
-        description="most optimizer steps of one expert that one caller may cause; unset: no bound",
+        description="optimizer steps per hour that one caller may cause of one expert; unset: no limit",
     )
 
     @model_validator(mode="after")
@@ -231,5 +235,5 @@ class NodeSettings(RoleSettings):
 
     @property
     def lifetime_s(self) -> float:
-        """How long announcements live."""
+        """How long announcements live, in seconds."""
         return 3 * self.announce_every_s

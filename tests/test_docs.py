@@ -11,6 +11,7 @@ import pytest
 from command_lines import require_parses
 
 from dht.manifest import Manifest
+from expert_server.settings import NodeSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -57,6 +58,13 @@ def test_commands_are_looked_for_where_people_read() -> None:
         require_parses(["service", "install", "--colour", "3"])
     with pytest.raises(Exception, match="valid integer"):
         require_parses(["doctor", "--experts", "many"])
+
+
+@pytest.mark.parametrize("setting", NodeSettings.model_fields)
+def test_every_setting_of_a_node_is_in_a_guide(setting: str) -> None:
+    """Beside the page that lists all, where somebody who needs it would look."""
+    shown = re.compile(rf"`{setting}\b|--(no-)?{setting.replace('_', '-')}\b")
+    assert [path for path in PAGES if path.name != "settings.md" and shown.search(path.read_text())]
 
 
 def test_settings_page_is_what_the_code_says() -> None:
