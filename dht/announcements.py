@@ -276,18 +276,18 @@ class ClaimAges:
     """Since when this peer has seen each claim. The claims themselves say it too, and may lie."""
 
     def __init__(self, longest_s: float = MAX_CLAIM_S) -> None:
-        self.longest_s = longest_s
+        self._longest_s = longest_s
         self._seen = BoundedDict[tuple[UID, PeerID], tuple[float, float]](_MAX_CLAIMS)
         """First and last time that a claim was seen, the one seen last at the end."""
 
     def is_stale(self, uid: UID, peer_id: PeerID, claimed_at: float, now: float) -> bool:
         """Notes the claim. A pause in it shorter than the longest claim does not make it a new one."""
         first, last = self._seen.get((uid, peer_id), (now, now))
-        if now > last + self.longest_s:
+        if now > last + self._longest_s:
             first = now
         self._seen[uid, peer_id] = first, now
         since = claimed_at if 0 < claimed_at < first else first  # 0: it does not say; also right for NaN
-        return now > since + self.longest_s
+        return now > since + self._longest_s
 
     def forget(self, uid: UID, peer_id: PeerID) -> None:
         """The claim was made good: the peer serves the expert."""

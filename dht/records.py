@@ -24,7 +24,7 @@ from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, PeerID, peer_id_of, verify
 from peer.kademlia.hivemind import DHTID, DHTRecord, RecordValidatorBase
-from peer.kademlia.validation import unpack
+from peer.kademlia.validation import CLOCK_TOLERANCE_S, unpack
 from peer.wire import records_pb2
 
 FEWEST_DIGITS, MOST_DIGITS = 2, 4
@@ -66,7 +66,6 @@ MAX_LIFETIME_S = 600.0
 MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
 _LONG_LIVED = {"manifest_json": ".manifest", "revocations": ".revoked"}
 """Records that live as long as that, and how their keys end."""
-CLOCK_TOLERANCE_S = 3.0
 _MAX_INDEX_BYTES = 128
 _VERIFIED = 4096
 """Records remembered as verified, about 1 KB each."""

@@ -50,13 +50,13 @@ from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import SNAPSHOT_S, Snapshot, SnapshotTaker, StateClient, TransferCounts
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
 from peer.errors import UnreachableError, UserError
+from peer.formatting import endpoint
 from peer.loop import RetryingRounds, attempt
 from peer.metrics import MetricsServer, total
 from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
 from peer.rpc.sessions import SessionClient, SessionServicer
 from peer.rpc.transfer import SnapshotCache
-from peer.transport.addresses import endpoint
 
 logger = logging.getLogger(__name__)
 

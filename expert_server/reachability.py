@@ -14,8 +14,9 @@ from dht.swarm import Stage, Swarm
 from expert_server.probe import DialledBack, call_dial_back
 from expert_server.settings import NodeSettings
 from peer.errors import DaemonError, UnreachableError
+from peer.formatting import endpoint
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import endpoint, is_public, is_relayed, multiaddress
+from peer.transport.addresses import is_public, is_relayed, multiaddress
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Sizes, ages and counts as text, and sizes parsed from text."""
+"""Sizes, ages, counts and endpoints as text, and sizes parsed from text."""
 
 import re
 
@@ -37,3 +37,8 @@ def age_in_words(seconds: float) -> str:
 def counted(number: int, noun: str, form: str = "") -> str:
     """A count such as `1 expert` or `1234 rows`, or `1,234 rows` with `,` as the form."""
     return f"{number:{form}} {noun}{'' if number == 1 else 's'}"
+
+
+def endpoint(host: str, port: int) -> str:
+    """`host:port`, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

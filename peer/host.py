@@ -1,4 +1,4 @@
-"""Starts and stops a peer's libp2p daemon (p2pd) and its DHT node."""
+"""One peer of the network: its libp2p daemon (p2pd), its DHT node and its tunnels, restarted when p2pd dies."""
 
 import asyncio
 import contextlib
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
 _RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0)
-"""Waits before p2pd is started again; after the last one it is given up."""
+"""Pauses before p2pd is started again. After the last failure nobody tries any more."""
 _STEADY_S = 60.0
-"""A p2pd that ran so long died of something new: the waits begin anew."""
+"""A p2pd that ran for so long died of something new, and the pauses start from the first."""
 _DOWN = "the libp2p daemon has ended; it is being started again"
 
 
 class Host:
-    """A running p2pd and DHT node, started anew when p2pd dies. Made by `start`; `stop` it when done."""
+    """A running peer. Made by `start`; `stop` it when done."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Host:
         self.config = config
         self.tunnels = Tunnels(self._open_stream, metrics=metrics)
         self.bootstrapped_from: tuple[str, ...] = ()
-        """Those that answered at the start."""
+        """Multiaddresses of the peers that answered at the start."""
         self._restarts = Counter(
             "talkoot_p2pd_restarts",
             "Times that the libp2p daemon died and was started again.",
@@ -79,31 +79,12 @@ class Host:
         If there is no `bootstrap`, it may be that none of the remembered peers answers. Raises StartError when this
         machine can't start it or its clock is wrong, and UnreachableError when no bootstrap address answers.
         """
-        sweep_dead_sockets()
-        if config.serves_dht:
-            require_free_port(config.listen, config.port)
-        reachable = await _answering((*bootstrap, *remembered))
-        if bootstrap and not reachable:
-            raise UnreachableError(
-                f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine "
-                "have a network connection? If it has, they may be gone for good: ask for a new invite"
-            )
         host = cls(identity, config, validator, store_bounds, metrics)
         try:
-            await host._start()
-            # a busy peer may be late, so all are asked twice
-            greetings = await host._greet(reachable) or await host._greet(reachable)
-            if bootstrap and not greetings:
-                raise _no_peer_answered(bootstrap)
-            if greetings:
-                check_bootstrap(greetings, config.serves_dht)
+            await host._start(bootstrap, remembered)
         except BaseException:
             await host.stop()
             raise
-        host.remember((*bootstrap, *remembered))
-        host.bootstrapped_from = _addresses(greetings)
-        host._ready = True
-        host._supervisor = asyncio.create_task(host._supervise())
         return host
 
     async def stop(self) -> None:
@@ -113,15 +94,15 @@ class Host:
         await self._end()
 
     async def restart_as(self, *, serves_dht: bool, relays: Sequence[str] = ()) -> None:
-        """Starts p2pd anew on its port: as a peer to which others connect, or as a client that they reach by relays.
+        """Restarts p2pd on its port: as a peer to which others connect, or as a client that they reach by relays.
 
-        Raises DaemonError when it does not start; then it is tried again as if it had died.
+        Raises DaemonError when it does not start; then it is restarted as if it had died.
         """
         await self._dismiss_supervisor()
         await self._end()
         self.config = replace(self.config, serves_dht=serves_dht, relays=tuple(relays))
         try:
-            await self._start()
+            await self._start_daemon()
             await self.join(self.bootstrap_candidates)
             self._ready = True
             self._restarted.set()
@@ -132,30 +113,25 @@ class Host:
             self._supervisor = asyncio.create_task(self._supervise())
 
     async def serve_tunnel(self, most_streams: int = 256) -> None:
-        """Lets other peers' gRPC in through libp2p, to a server that listens on `tunnels.exit_path()`."""
+        """Forwards other peers' gRPC that comes through libp2p to the server that listens on `tunnels.exit_path()`."""
         self.tunnels.set_exit(self.tunnels.exit_path(), most_streams)
         try:
             await self.tunnels.serve_on(self.p2p)
         except (UnreachableError, *TRANSPORT_ERRORS) as error:
             logger.warning("the tunnel is served when the libp2p daemon runs again: %s", error)
 
-    async def _dismiss_supervisor(self) -> None:
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.wait([self._supervisor])
-
     @property
     def restarts(self) -> int:
-        """How often p2pd was started again."""
+        """How often p2pd died and was started again."""
         return int(total(self._restarts))
 
     @property
     def bootstrap_candidates(self) -> tuple[str, ...]:
-        """Multiaddresses of peers by which to join when p2pd was started again."""
+        """Multiaddresses of peers by which this one joins after a restart of p2pd."""
         return self._remembered
 
     def remember(self, addresses: Sequence[str]) -> None:
-        """Makes these the candidates."""
+        """From now on these are the candidates."""
         self._remembered = tuple(addresses)
 
     @property
@@ -164,37 +140,37 @@ class Host:
 
     @property
     def alive(self) -> bool:
-        """Whether p2pd runs. False while it is being started again and joins."""
+        """Whether p2pd runs. False while it is restarted and joins."""
         return self._ready
 
     @property
     def p2p(self) -> Daemon:
-        """The p2pd of now. Raises UnreachableError while there is none."""
+        """The current p2pd. Raises UnreachableError while there is none."""
         if self._daemon is None:
             raise UnreachableError(_DOWN)
         return self._daemon
 
     @property
     def dht(self) -> DHTNode:
-        """The DHT node of now; don't keep it. Raises UnreachableError while p2pd is being started again."""
+        """The current DHT node; don't keep it. Raises UnreachableError while p2pd is restarted."""
         if self._dht is None or not self._ready:
             raise UnreachableError(_DOWN)
         return self._dht
 
     def peers(self) -> frozenset[PeerID]:
-        """The DHT peers that are known now."""
+        """The DHT peers in the routing table."""
         if self._dht is None or not self._ready:
             return frozenset()
         return known_peers(self._dht)
 
     async def join(self, addresses: Sequence[str]) -> list[str]:
-        """Dials peers, and enters their DHT with this peer's own; gives the addresses of those that answered."""
-        return list(_addresses(await self._greet(await _answering(addresses))))
+        """Dials peers and joins their DHT. Returns the addresses of those that answered."""
+        return list(_addresses(await self._bootstrap(await _accepting(addresses))))
 
     async def wait_for_restart(self, longest_s: float) -> None:
-        """Sleeps, but not beyond a restart of p2pd: then all has to be announced again.
+        """Sleeps for `longest_s`, or until p2pd was restarted: then everything has to be announced again.
 
-        Raises DaemonError when p2pd could not be started again.
+        Raises DaemonError when p2pd could not be restarted.
         """
         if self._supervisor is not None and self._supervisor.done():
             raise DaemonError(
@@ -207,9 +183,9 @@ class Host:
         self._restarted.clear()
 
     async def bootstrap_addresses(self) -> list[str]:
-        """Multiaddresses by which others can join, loopback ones last and only if there is nothing else.
+        """Multiaddresses by which others can join; loopback ones only if there are no others. A client has none.
 
-        A client gives none. Raises UnreachableError when p2pd does not answer.
+        Raises UnreachableError when p2pd does not answer.
         """
         if not self.config.serves_dht:
             return []
@@ -219,7 +195,7 @@ class Host:
         return (public or direct or addresses)[:8]
 
     async def tunnel_addresses(self) -> list[str]:
-        """Multiaddresses by which other peers open streams to this one: its relays', those of a DHT peer first.
+        """Multiaddresses by which other peers open streams to this one: its own, or those of its relays.
 
         Raises UnreachableError when p2pd does not answer.
         """
@@ -249,7 +225,32 @@ class Host:
         except TRANSPORT_ERRORS as error:
             raise UnreachableError(f"no stream to {peer_id}: {error}") from error
 
-    async def _start(self) -> None:
+    async def _start(self, bootstrap: Sequence[str], remembered: Sequence[str]) -> None:
+        sweep_dead_sockets()
+        if self.config.serves_dht:
+            require_free_port(self.config.listen, self.config.port)
+        accepting = await _accepting((*bootstrap, *remembered))
+        if bootstrap and not accepting:
+            raise UnreachableError(
+                f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine "
+                "have a network connection? If it has, they may be gone for good: ask for a new invite"
+            )
+        await self._start_daemon()
+        # a busy peer may be late, so all are asked twice
+        replies = await self._bootstrap(accepting) or await self._bootstrap(accepting)
+        if bootstrap and not replies:
+            raise UnreachableError(
+                f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}; "
+                "other programs may have their ports now: ask for a new invite"
+            )
+        if replies:
+            check_bootstrap(replies, self.config.serves_dht)
+        self.remember((*bootstrap, *remembered))
+        self.bootstrapped_from = _addresses(replies)
+        self._ready = True
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def _start_daemon(self) -> None:
         """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises DaemonError."""
         config = self.config
         daemon = self._daemon = await start_daemon(self.identity, config)
@@ -278,13 +279,18 @@ class Host:
             await self._daemon.shutdown()
             self._daemon = None
 
-    async def _greet(self, addresses: Sequence[str]) -> list[BootstrapReply]:
+    async def _dismiss_supervisor(self) -> None:
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+
+    async def _bootstrap(self, addresses: Sequence[str]) -> list[BootstrapReply]:
         if self._daemon is None or self._dht is None:
             raise UnreachableError(_DOWN)
         return await bootstrap(self._daemon, self._dht, addresses, DIAL_DEADLINE_S)
 
     async def _supervise(self) -> None:
-        """Starts p2pd again whenever it ends, until that has failed too often."""
+        """Restarts p2pd whenever it ends, until that has failed too often."""
         delays: Iterator[float] = iter(_RESTART_DELAYS_S)
         while True:
             started_at = time.monotonic()
@@ -296,14 +302,15 @@ class Host:
             await self._end()
             for delay_s in delays:
                 await asyncio.sleep(delay_s)
-                if await self._is_started_again():
+                if await self._restart():
                     break
             else:
                 return
 
-    async def _is_started_again(self) -> bool:
+    async def _restart(self) -> bool:
+        """Whether it succeeded."""
         try:
-            await self._start()
+            await self._start_daemon()
             joined = await self.join(self.bootstrap_candidates)
         except (*TRANSPORT_ERRORS, UserError) as error:
             logger.warning("the libp2p daemon can't be started again: %s", error)
@@ -316,21 +323,14 @@ class Host:
         return True
 
 
-def _addresses(greetings: Iterable[BootstrapReply]) -> tuple[str, ...]:
-    return tuple(address for greeting in greetings for address in greeting.addresses)
+def _addresses(replies: Iterable[BootstrapReply]) -> tuple[str, ...]:
+    return tuple(address for reply in replies for address in reply.addresses)
 
 
-def _no_peer_answered(bootstrap: Sequence[str]) -> UnreachableError:
-    return UnreachableError(
-        f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}; "
-        "other programs may have their ports now: ask for a new invite"
-    )
-
-
-async def _answering(bootstrap: Sequence[str]) -> list[str]:
+async def _accepting(addresses: Sequence[str]) -> list[str]:
     """Those of the addresses at which something accepts a connection, in the same order."""
 
-    async def answers(address: str) -> bool:
+    async def accepts(address: str) -> bool:
         endpoint = tcp_endpoint(address)
         if endpoint is None:
             return True  # not plain TCP: only libp2p can tell
@@ -342,5 +342,5 @@ async def _answering(bootstrap: Sequence[str]) -> list[str]:
         writer.close()
         return True
 
-    results = await asyncio.gather(*map(answers, bootstrap))
-    return [address for address, ok in zip(bootstrap, results, strict=True) if ok]
+    results = await asyncio.gather(*map(accepts, addresses))
+    return [address for address, ok in zip(addresses, results, strict=True) if ok]

@@ -31,6 +31,7 @@ from prometheus_client import (
 )
 
 from peer.errors import PortError
+from peer.formatting import endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class MetricsServer:
             ) from error
         self._server.handle_error = _note_broken_off  # type: ignore[method-assign]  # its own prints a traceback
         self._host, self._port = host, int(self._server.server_port)
-        self.address = f"http://{_endpoint(host, self._port)}/metrics"
+        self.address = f"http://{endpoint(host, self._port)}/metrics"
 
     def offered(self, reached_at: str | None) -> str:
         """Where others can scrape, `IP address:port`; empty when nobody else can.
@@ -92,7 +93,7 @@ class MetricsServer:
             address = reached
         if address is None or (address.is_loopback and (reached is None or not reached.is_loopback)):
             return ""
-        return _endpoint(str(address), self._port)
+        return endpoint(str(address), self._port)
 
     def close(self) -> None:
         self._server.shutdown()
@@ -109,10 +110,6 @@ def _address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address 
         return None if host is None else ipaddress.ip_address(host)
     except ValueError:
         return None
-
-
-def _endpoint(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Distribution:

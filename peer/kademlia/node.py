@@ -29,13 +29,17 @@ from peer.kademlia.hivemind import (
     install,
 )
 from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics
-from peer.kademlia.validation import drop_invalid_entries, owns_node_id, patch_validation, unpack
+from peer.kademlia.validation import (
+    CLOCK_TOLERANCE_S,
+    drop_invalid_entries,
+    owns_node_id,
+    patch_validation,
+    unpack,
+)
 from peer.loop import TaskSet
 from peer.rates import TokenBucket
 from peer.transport.p2pd import TRANSPORT_ERRORS, Daemon
 
-CLOCK_TOLERANCE_S = 3.0
-"""hivemind's own bound. With larger differences, records are rejected, or expire too early for some peers."""
 _YIELD_AFTER = 64
 """Entries or keys handled before other tasks get a turn."""
 _YIELD_AFTER_ANSWERS = 8

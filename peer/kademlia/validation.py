@@ -25,6 +25,8 @@ from peer.kademlia.hivemind import (
     RecordValidatorBase,
 )
 
+CLOCK_TOLERANCE_S = 3.0
+"""hivemind's own bound. With larger differences, records are rejected, or expire too early for some peers."""
 MAX_ENTRIES = 4096
 """Of one dictionary in one answer. Longer ones are sampled, so that nobody can choose which entries are lost."""
 _DICTIONARY = MSGPackSerializer._ext_types[DictionaryDHTValue]

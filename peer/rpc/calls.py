@@ -20,9 +20,10 @@ from grpc import StatusCode
 
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, PortError, StateError, WireError
+from peer.formatting import endpoint
 from peer.identity import Identity
 from peer.rpc.channels import SERVER_OPTIONS
-from peer.transport.addresses import endpoint, require_free_port
+from peer.transport.addresses import require_free_port
 
 logger = logging.getLogger(__name__)
 

@@ -73,11 +73,6 @@ def require_free_port(host: str, port: int) -> None:
             ) from error
 
 
-def endpoint(host: str, port: int) -> str:
-    """`host:port`, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def ip_address(text: str) -> IpAddress:
     """Parses an IP address; an IPv4 address written as IPv6, such as ::ffff:127.0.0.1, too. Raises ValueError."""
     address = ipaddress.ip_address(text)

@@ -16,6 +16,7 @@ from prometheus_client import ProcessCollector
 from dht.invites import Invite, invite_of
 from peer.errors import PortError
 from peer.files import StateFolder
+from peer.formatting import endpoint
 from peer.kademlia.hivemind import quiet_hivemind
 from peer.metrics import new_registry
 from talkoot.dashboard.app import Streams, make_app
@@ -131,4 +132,4 @@ def listen(host: str, port: int) -> socket.socket:
 
 def address_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    return f"http://{endpoint(host, port)}/"

@@ -6,7 +6,6 @@ import pytest
 from record_samples import EXPIRES_AT, NOW, VALIDATOR, keys, refused, stored
 
 from dht.records import (
-    CLOCK_TOLERANCE_S,
     INDEX_PIECE,
     MAX_LIFETIME_S,
     SwarmKeys,
@@ -14,6 +13,7 @@ from dht.records import (
 )
 from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import DictionaryDHTValue, MSGPackSerializer
+from peer.kademlia.validation import CLOCK_TOLERANCE_S
 
 __all__ = ["keys"]
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from record_samples import EXPIRES_AT, NOW, UID_HERE, VALIDATOR, keys, refused, stored
 
 from dht.records import (
-    CLOCK_TOLERANCE_S,
     MAX_LIFETIME_S,
     MAX_MANIFEST_LIFETIME_S,
     MAX_RECORD_BYTES,
@@ -24,6 +23,7 @@ from dht.uid import UID
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
+from peer.kademlia.validation import CLOCK_TOLERANCE_S
 from peer.wire import records_pb2
 
 __all__ = ["keys"]

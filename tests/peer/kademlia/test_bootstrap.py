@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from peer.errors import StartError
 from peer.kademlia.hivemind import DHTID
-from peer.kademlia.node import CLOCK_TOLERANCE_S, BootstrapReply, check_bootstrap
+from peer.kademlia.node import BootstrapReply, check_bootstrap
+from peer.kademlia.validation import CLOCK_TOLERANCE_S
 
 right = st.floats(-CLOCK_TOLERANCE_S, CLOCK_TOLERANCE_S)
 wrong = st.just(math.nan) | st.floats(CLOCK_TOLERANCE_S + 0.1) | st.floats(max_value=-CLOCK_TOLERANCE_S - 0.1)
