@@ -1,25 +1,20 @@
-"""A volunteer's node: founds or joins a swarm, takes experts that need a host, announces and serves them.
-
-A node's Prometheus metrics, read from its counters when they are scraped.
-"""
+"""A volunteer's node: founds or joins a swarm, takes experts that need a host, announces and serves them."""
 
 import asyncio
 import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import grpc
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client import Gauge
 
 from dht.admission import RIGHTS, Role
-from dht.announcements import Activity, Reachability
+from dht.announcements import Activity
 from dht.swarm import Stage, Swarm
 from expert_server.blocks import builder_of
 from expert_server.experts.devices import ComputeDevice, open_devices
@@ -45,9 +40,9 @@ from expert_server.server import AccessControl, HealthServicer, Services, start_
 from expert_server.serving.runtime import Runtime
 from expert_server.serving.servicer import MAX_CALL_S, BudgetLimits, CallLimits, ExpertServicer
 from expert_server.settings import NodeSettings
-from expert_server.state.checkpoints import CheckpointCounts, Checkpoints, CheckpointStore
+from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from expert_server.state.servicer import StateServicer
-from expert_server.state.transfer import SNAPSHOT_S, Snapshot, SnapshotTaker, StateClient, TransferCounts
+from expert_server.state.transfer import SNAPSHOT_S, Snapshot, SnapshotTaker, StateClient
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
 from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
@@ -59,89 +54,6 @@ from peer.rpc.sessions import SessionClient, SessionServicer
 from peer.rpc.transfer import SnapshotCache
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class NodeCounts:
-    """What a node counts beside its runtime."""
-
-    adopted: int
-    exchanged: int
-    dht_failures: int
-    checkpoints: CheckpointCounts
-    paused: bool
-    memory_bytes: int
-    tasks: int
-    """Of the event loop."""
-    handed_over: int
-    averagings: int
-    standby_copies: int
-    transfers: TransferCounts
-    reachability: Reachability
-
-
-class NodeCollector(Collector):
-    """No label here has a value that peers choose."""
-
-    def __init__(self, node: Callable[[], NodeCounts]) -> None:
-        self._node = node
-
-    def collect(self) -> Iterator[Metric]:
-        node = self._node()
-        yield from _hosting(node)
-        yield from _transfers(node.transfers)
-        yield from _reachability(node)
-
-
-def _hosting(node: NodeCounts) -> Iterator[Metric]:
-    saves = node.checkpoints
-    for name, words, level in (
-        ("tasks", "Tasks on the event loop.", node.tasks),
-        ("paused", "1 while the node is paused.", node.paused),
-        (
-            "memory_bytes",
-            "Memory of experts, kept forward passes and waiting rows, about.",
-            node.memory_bytes,
-        ),
-    ):
-        yield GaugeMetricFamily(f"talkoot_{name}", words, level)
-    for name, words, count in (
-        ("experts_adopted", "Experts taken over because nobody hosted them.", node.adopted),
-        ("experts_exchanged", "Replicas given up for ones that were needed more.", node.exchanged),
-        ("dht_failures", "DHT rounds that failed or timed out.", node.dht_failures),
-        ("experts_handed_over", "Experts that others took over when this node left.", node.handed_over),
-        ("averagings", "Replicas averaged with another node's.", node.averagings),
-        ("standby_copies", "Copies made of experts that one other node hosts alone.", node.standby_copies),
-        ("checkpoints_saved", "Checkpoints written.", saves.saved),
-        ("checkpoint_failures", "Checkpoints that could not be written.", saves.failed),
-        ("experts_restored", "Experts that went on from a checkpoint.", saves.restored),
-    ):
-        yield CounterMetricFamily(f"talkoot_{name}", words, count)
-
-
-def _transfers(counts: TransferCounts) -> Iterator[Metric]:
-    fetches = CounterMetricFamily(
-        "talkoot_state_fetches", "Experts' states fetched from other nodes, by outcome.", labels=["outcome"]
-    )
-    fetches.add_metric(["fetched"], counts.fetched)
-    fetches.add_metric(["failed"], counts.failed)
-    fetches.add_metric(["broken"], counts.broken)
-    yield fetches
-    size = CounterMetricFamily(
-        "talkoot_state_bytes", "Bytes of experts' states, to and from other nodes.", labels=["direction"]
-    )
-    size.add_metric(["sent"], counts.bytes_sent)
-    size.add_metric(["received"], counts.bytes_received)
-    yield size
-
-
-def _reachability(node: NodeCounts) -> Iterator[Metric]:
-    reached = GaugeMetricFamily(
-        "talkoot_reached", "How others reach this node: 1 for what is so.", labels=["way"]
-    )
-    for way in Reachability:
-        reached.add_metric([way.name.lower()], way is node.reachability)
-    yield reached
 
 
 _FAREWELL_S = 2.0
@@ -180,8 +92,8 @@ class Node:
         self._settings = settings
         self._timing = timing
         self._now = now
-        swarm_id, manifest = swarm.keys.swarm_id, swarm.manifest
-        self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit, swarm.metrics)
+        swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
+        self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit, metrics)
         store = CheckpointStore(
             state / "checkpoints", swarm_id, settings.checkpoints_kept, holds=manifest.holds
         )
@@ -190,20 +102,24 @@ class Node:
         self.replicas = LocalReplicas(
             swarm,
             runtime,
-            Checkpoints(store, runtime),
-            StateClient(swarm_id, manifest, own_sessions, self.traffic.down, swarm.host.tunnels),
+            Checkpoints(store, runtime, metrics),
+            StateClient(
+                swarm_id, manifest, own_sessions, self.traffic.down, swarm.host.tunnels, metrics=metrics
+            ),
             devices,
             lifetime_s=settings.lifetime_s,
             claim_wait_s=timing.claim_wait_s,
             now=now,
         )
-        self.hosting = HostingManager(settings, swarm, self.replicas, now)
+        self.hosting = HostingManager(settings, swarm, self.replicas, now, metrics=metrics)
         snapshots: SnapshotCache[Snapshot] = SnapshotCache(snapshots_of(settings, manifest), SNAPSHOT_S)
         self._snapshots = SnapshotTaker(runtime, snapshots, swarm_id, self.replicas.history.of)
         self.averaging = ReplicaAveraging(
-            settings, swarm, self.replicas, self._snapshots, self.hosting.adopt_from
+            settings, swarm, self.replicas, self._snapshots, self.hosting.adopt_from, metrics=metrics
         )
-        self._standby = StandbyCopies(settings, swarm, self.replicas, lambda: self.hosting.seen)
+        self._standby = StandbyCopies(
+            settings, swarm, self.replicas, lambda: self.hosting.seen, metrics=metrics
+        )
         self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, now)
         self._access = AccessControl(swarm, state, now)
         self.sessions = self._access.sessions
@@ -212,7 +128,7 @@ class Node:
             max_call_s=timing.max_call_s, max_kept_bytes=kept_bytes, budget=BudgetLimits.of(settings)
         )
         self._servicer = ExpertServicer(
-            runtime, manifest, swarm_id, limits, self.sessions, self.traffic, swarm.metrics
+            runtime, manifest, swarm_id, limits, self.sessions, self.traffic, metrics
         )
         self._expert_bytes = expert_bytes(manifest)
         self._most_bytes = settings.memory or most_bytes(
@@ -221,14 +137,14 @@ class Node:
         self._account = ContributionAccount(state / "contribution.json")
         self._certificate = swarm.host.identity.make_certificate()
         self._records = NodeRecordBuilder(settings, self._certificate, now())
-        self.reachability = ReachabilityMonitor(settings, swarm, random.Random(swarm.host.peer_id.to_bytes()))  # noqa: S311  # no secret
-        self._rounds = RetryingRounds(settings.announce_every_s)
+        rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
+        self.reachability = ReachabilityMonitor(settings, swarm, rng, metrics=metrics)
+        self._rounds = RetryingRounds(settings.announce_every_s, metrics)
         self._stopping = self._drained = False
         self._host = ""
         self._port = 0
         self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
-        self._loop = asyncio.get_running_loop()  # metrics are read on another thread
 
     @classmethod
     async def start(
@@ -408,7 +324,7 @@ class Node:
             state=self.state,
             experts=len(self.runtime.experts),
             capacity=self.hosting.capacity,
-            adopted=self.hosting.adopted,
+            adopted=int(total(self.hosting.adopted)),
             updates=int(total(work.updates)),
             rows=int(total(work.rows)),
             queued_rows=self.runtime.queued_rows,
@@ -427,10 +343,24 @@ class Node:
             contributed_updates=contribution.updates,
             contributed_hours=round(contribution.served_s / 3600, 1),
             replicated=self.hosting.replicated,
-            handed_over=self.hosting.handed_over,
+            handed_over=int(total(self.hosting.handed_over)),
             reachability=self.reachability.status.in_words,
             reachability_advice=self.reachability.advice,
         )
+
+    def _show_levels(self) -> None:
+        """Exposes what the node as a whole is like now. The functions run on the thread of a scrape."""
+        loop = asyncio.get_running_loop()
+        for name, words, level in (
+            ("paused", "1 while the node is paused.", lambda: self.state is NodeState.PAUSED),
+            (
+                "memory_bytes",
+                "Memory of experts, cached forward passes and waiting rows, about.",
+                self._memory_bytes,
+            ),
+            ("tasks", "Tasks on the event loop.", lambda: len(asyncio.all_tasks(loop))),
+        ):
+            Gauge(f"talkoot_{name}", words, registry=self.swarm.metrics).set_function(level)
 
     def _memory_bytes(self) -> int:
         manifest = self.swarm.manifest
@@ -449,7 +379,7 @@ class Node:
         settings = self._settings
         self._host = host
         states = StateServicer(
-            self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.replicas.states.counts,
+            self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.replicas.states.metrics,
             self.averaging.accept_hint, self.traffic.up, self.sessions,
         )  # fmt: skip
         services = Services(
@@ -466,7 +396,7 @@ class Node:
         )
         await self.swarm.host.serve_tunnel()
         self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
-        self.swarm.metrics.register(NodeCollector(self._counts))
+        self._show_levels()
         self._metrics = MetricsServer(self.swarm.metrics, settings.metrics_host, settings.metrics_port)
         self.metrics_address = self._metrics.address
 
@@ -484,19 +414,3 @@ class Node:
             tunnel_addresses=self.reachability.tunnel_addresses,
         )
         await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
-
-    def _counts(self) -> NodeCounts:
-        return NodeCounts(
-            adopted=self.hosting.adopted,
-            exchanged=self.hosting.exchanged,
-            dht_failures=self._rounds.failures,
-            checkpoints=self.replicas.checkpoints.counts,
-            paused=self.state is NodeState.PAUSED,
-            memory_bytes=self._memory_bytes(),
-            tasks=len(asyncio.all_tasks(self._loop)),
-            handed_over=self.hosting.handed_over,
-            averagings=self.averaging.averagings,
-            standby_copies=self._standby.copied,
-            transfers=self.replicas.states.counts,
-            reachability=self.reachability.status.kind,
-        )

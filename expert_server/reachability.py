@@ -7,6 +7,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Gauge
 
 from dht.announcements import NodeInfo, Reachability
 from dht.relays import RelayBackoff, find_relays, relayed_addresses, some_nodes
@@ -108,6 +111,7 @@ class ReachabilityMonitor:
         swarm: Swarm,
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         self.status = ReachabilityStatus()
         self.tunnel_addresses: tuple[str, ...] = ()
@@ -124,6 +128,14 @@ class ReachabilityMonitor:
         """How often in a row there was nobody to ask, or nobody answered."""
         self._doubts = 0
         """How often in a row others could not reach this node, which they had reached before."""
+        ways = Gauge(
+            "talkoot_reachability",
+            "How others reach this node: 1 for what is so.",
+            ["way"],
+            registry=metrics,
+        )
+        for kind in Reachability:
+            ways.labels(kind.name.lower()).set_function(partial(self._is, kind))
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -135,6 +147,9 @@ class ReachabilityMonitor:
         """What the owner can do so that others connect directly; empty when they do."""
         settings = self._settings
         return advice(self.status, self._host, settings.dht_port, settings.grpc_port)
+
+    def _is(self, kind: Reachability) -> bool:
+        return self.status.kind is kind
 
     async def begin(self, host: str, port: int, stage: Stage = logger.info) -> None:
         """Finds out how others reach the expert service on this address and port. Raises UnreachableError."""

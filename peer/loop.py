@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import uvloop
-from prometheus_client import Counter
+from prometheus_client import CollectorRegistry, Counter
 
 from peer.errors import TalkootError, UnreachableError
 
@@ -117,10 +117,11 @@ Step: TypeAlias = Callable[[], Awaitable[None]]
 class RetryingRounds:
     """Runs steps by the name of their round, and remembers which rounds failed the last time."""
 
-    def __init__(self, again_s: float) -> None:
+    def __init__(self, again_s: float, metrics: CollectorRegistry | None = None) -> None:
         """`again_s`: until the next round, in seconds, for the log."""
-        self.failures = 0
-        """Rounds that failed, since the start."""
+        self.failures = Counter(
+            "talkoot_dht_failures", "DHT rounds that failed or timed out.", registry=metrics
+        )
         self._again_s = again_s
         self._failing: set[str] = set()
 
@@ -133,7 +134,7 @@ class RetryingRounds:
         """Runs all steps, also when the DHT does not answer in one of them."""
         failures = [error for step in steps if (error := await attempt(step))]
         if failures:
-            self.failures += 1
+            self.failures.inc()
             self._failing.add(name)
             logger.warning("%s; trying again in %.0f s", failures[0], self._again_s)
         else:

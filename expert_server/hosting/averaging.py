@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from prometheus_client import CollectorRegistry, Counter
 from torch import Tensor
 
 from dht.registry import NodeInfo, Replica, ReplicaState
@@ -50,10 +51,12 @@ class ReplicaAveraging:
         snapshots: SnapshotTaker,
         adopt: Adopt,
         clock: Callable[[], float] = time.monotonic,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         """`adopt`: takes experts over from a peer that leaves."""
-        self.averagings = 0
-        """Meetings after which this node's replica became the average."""
+        self.averagings = Counter(
+            "talkoot_averagings", "Replicas averaged with another node's.", registry=metrics
+        )
         self._every_s = settings.average_every_s
         self._swarm = swarm
         self._replicas = replicas
@@ -173,7 +176,7 @@ class ReplicaAveraging:
         )
         self._replicas.history.record(base.uid, peer_id, max(base.update_count, believed))
         self._replicas.checkpoints.note_replaced(base.uid)
-        self.averagings += 1
+        self.averagings.inc()
         logger.debug("averaged %s with %s, whose share was %.2f", base.uid, peer_id, share)
 
     def _is_idle(self, replica: Replica) -> bool:

@@ -1,11 +1,13 @@
 """Which experts a node hosts: it adopts orphans, adds or exchanges replicas, and hands its own over when it leaves."""
 
 import asyncio
+import collections
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
+
+from prometheus_client import CollectorRegistry, Counter
 
 from dht.registry import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
@@ -139,15 +141,25 @@ class HostingManager:
         replicas: LocalReplicas,
         now: Callable[[], float] = time.time,
         exchange_every_s: float = _EXCHANGE_EVERY_S,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
-        self.adopted = 0
-        """Experts taken over because nobody hosted them, or their only host left."""
-        self.handed_over = 0
-        """Experts that others took over because this node left."""
+        self.adopted = Counter(
+            "talkoot_experts_adopted",
+            "Experts taken over because nobody hosted them, or their only host left.",
+            registry=metrics,
+        )
+        self.handed_over = Counter(
+            "talkoot_experts_handed_over",
+            "Experts that others took over when this node left.",
+            registry=metrics,
+        )
         self.replicated = 0
         """Of the experts hosted, those that others served too at the last look."""
-        self.exchanged = 0
-        """Replicas given up for ones that were needed more."""
+        self.exchanged = Counter(
+            "talkoot_experts_exchanged",
+            "Replicas given up for ones that were needed more.",
+            registry=metrics,
+        )
         self.seen: Mapping[UID, tuple[Replica, ...]] = {}
         """The replicas found at the last look."""
         self._swarm = swarm
@@ -156,7 +168,7 @@ class HostingManager:
         self._enough = settings.replicas
         self._room = settings.experts if settings.experts is not None else replicas.fitting()
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
-        self._vacant_looks: Counter[UID] = Counter()
+        self._vacant_looks: collections.Counter[UID] = collections.Counter()
         """In how many looks in a row nobody hosted it."""
         self._resolve = ExchangeHysteresis(_FIRM_LOOKS, exchange_every_s)
         self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
@@ -217,7 +229,7 @@ class HostingManager:
                 and any(r.peer_id == leaving and r.state is ReplicaState.LEAVING for r in replicas[uid])
             ]
             if taken := await self._take(wanted[: max(0, self.capacity - len(mine))]):
-                self.adopted += len(taken)
+                self.adopted.inc(len(taken))
                 logger.info("adopted %s of %s, which leaves", counted(len(taken), "expert"), leaving)
 
     async def release(self, timeout_s: float) -> int:
@@ -258,7 +270,7 @@ class HostingManager:
             self._handing_over.cancel()
             (outcome,) = await asyncio.gather(self._handing_over, return_exceptions=True)
             self._handing_over = None
-            self.handed_over += handover.handed_over
+            self.handed_over.inc(handover.handed_over)
         if isinstance(outcome, UnreachableError):
             logger.warning("could not hand experts over: %s", outcome)
         elif isinstance(outcome, Exception):
@@ -277,7 +289,9 @@ class HostingManager:
         Who has no checkpoint of one that was hosted lets those who have come first, for another look.
         The spare room is for those that had a host once: a founder alone leaves the others to those who join.
         """
-        self._vacant_looks = Counter({uid: self._vacant_looks[uid] + 1 for uid in self._vacant(replicas)})
+        self._vacant_looks = collections.Counter(
+            {uid: self._vacant_looks[uid] + 1 for uid in self._vacant(replicas)}
+        )
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
         had_host = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
         lasting = {
@@ -300,7 +314,7 @@ class HostingManager:
         wanted = rank_vacancies(orphans | kept.keys(), room + self._spare, me, {**saved, **kept})
         wanted += rank_vacancies(lasting - orphans, room - len(wanted), me, saved)
         if taken := await self._take(wanted):
-            self.adopted += len(taken)
+            self.adopted.inc(len(taken))
             logger.info(
                 "adopted %s that nobody hosted, or that others had begun anew", counted(len(taken), "expert")
             )
@@ -318,7 +332,7 @@ class HostingManager:
         self._resolve.done(self._now())
         if await self._take([wish.takes], max(enough, lasting_replicas(replicas[wish.takes]) + 1)):
             await self._replicas.release([wish.gives])
-            self.exchanged += 1
+            self.exchanged.inc()
             logger.info("exchanged expert %s, which others host, for %s", wish.gives, wish.takes)
 
     async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:

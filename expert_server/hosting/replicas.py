@@ -22,6 +22,7 @@ from peer.averaging import AveragingHistory, max_plausible_updates
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
+from peer.metrics import total
 
 logger = logging.getLogger(__name__)
 
@@ -192,9 +193,9 @@ class LocalReplicas:
         for uid in lost:
             del claims[uid]
             built.pop(uid, None)
-        restored_before = self.checkpoints.counts.restored
+        restored_before = total(self.checkpoints.restored)
         taken = await self._serve(claims, built, replicas, saved, most_updates)
-        if restored := self.checkpoints.counts.restored - restored_before:
+        if restored := total(self.checkpoints.restored) - restored_before:
             logger.info(
                 "%d of %s can go on from this node's checkpoints", restored, counted(len(taken), "expert")
             )

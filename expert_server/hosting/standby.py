@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from prometheus_client import CollectorRegistry, Counter
+
 from dht.registry import NodeInfo, Replica
 from dht.swarm import Swarm
 from dht.uid import UID
@@ -38,10 +40,14 @@ class StandbyCopies:
         seen: Callable[[], Mapping[UID, tuple[Replica, ...]]],
         limit: int = MAX_STANDBYS,
         clock: Callable[[], float] = time.monotonic,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         """`seen`: gives the replicas of the swarm as this node saw them last."""
-        self.copied = 0
-        """Copies made since the start, newer ones of the same experts too."""
+        self.copied = Counter(
+            "talkoot_standby_copies",
+            "Copies made of experts that one other node hosts alone.",
+            registry=metrics,
+        )
         self._every_s = settings.standby_every_s
         self._swarm = swarm
         self._replicas = replicas
@@ -89,7 +95,7 @@ class StandbyCopies:
             if replica.peer_id in nodes:
                 try:
                     await self._fetch(nodes[replica.peer_id], replica.uid, most[replica.uid])
-                    self.copied += 1
+                    self.copied.inc()
                     self._copied_at[replica.uid] = self._clock()
                 except (TransferError, StateError, OSError) as error:
                     logger.info("no copy of expert %s: %s", replica.uid, error)

@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter
 
 from dht.uid import UID
 from expert_server.experts.expert import Expert
@@ -122,20 +123,19 @@ class CheckpointStore:
         return RotatingFiles(self._folder / str(uid), self._keep)
 
 
-@dataclass
-class CheckpointCounts:
-    """Counts since the start."""
-
-    saved: int = 0
-    failed: int = 0
-    restored: int = 0
-
-
 class Checkpoints:
     """Saves and restores the experts of one runtime: tensors on its compute thread, files on other threads."""
 
-    def __init__(self, store: CheckpointStore, runtime: Runtime) -> None:
-        self.counts = CheckpointCounts()
+    def __init__(
+        self, store: CheckpointStore, runtime: Runtime, metrics: CollectorRegistry | None = None
+    ) -> None:
+        self.saved = Counter("talkoot_checkpoints_saved", "Checkpoints written.", registry=metrics)
+        self.failed = Counter(
+            "talkoot_checkpoint_failures", "Checkpoints that could not be written.", registry=metrics
+        )
+        self.restored = Counter(
+            "talkoot_experts_restored", "Experts that went on from a checkpoint.", registry=metrics
+        )
         self._store = store
         self._runtime = runtime
         self._on_disk: dict[UID, int] = {}
@@ -160,7 +160,7 @@ class Checkpoints:
                 self._store.pass_over(expert.uid, below, error)
                 continue
             self._on_disk[expert.uid] = below
-            self.counts.restored += 1
+            self.restored.inc()
             return True
         self._on_disk.pop(expert.uid, None)
         return False
@@ -192,10 +192,10 @@ class Checkpoints:
             except (StateError, OSError) as error:
                 failures.append((expert.uid, error))
             else:
-                self.counts.saved += 1
+                self.saved.inc()
                 self._on_disk[expert.uid] = checkpoint.update_count
         if failures:
-            self.counts.failed += len(failures)
+            self.failed.inc(len(failures))
             uid, reason = failures[0]
             logger.warning(
                 "could not save %s, such as %s: %s; their checkpoints before this stay",

@@ -12,7 +12,7 @@ from grpc import StatusCode
 
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
-from expert_server.state.transfer import MAX_TRANSFER_S, Snapshot, SnapshotTaker, TransferCounts
+from expert_server.state.transfer import MAX_TRANSFER_S, Snapshot, SnapshotTaker, TransferMetrics
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, WireError
 from peer.identity import PeerID
@@ -91,7 +91,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         snapshots: SnapshotTaker,
         manifest: Manifest,
         swarm_id: str,
-        counts: TransferCounts,
+        metrics: TransferMetrics,
         follow: Callable[[FetchHint], int],
         up: RateLimit,
         sessions: Sessions,
@@ -105,7 +105,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         self._snapshots = snapshots
         self._manifest = manifest
         self._swarm_id = swarm_id
-        self._counts = counts
+        self._metrics = metrics
         self._follow = follow
         self._up = up
         self._sessions = sessions
@@ -161,7 +161,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         )
         async for reply in outgoing(header, snapshot.data, offset, self._up):
             await written(context.write, reply)
-            self._counts.bytes_sent += len(reply.chunk)
+            self._metrics.bytes.labels("sent").inc(len(reply.chunk))
         snapshot.note_given(caller)
 
     def _hint(self, request: state_pb2.AskRequest, caller: PeerID) -> FetchHint:

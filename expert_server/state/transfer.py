@@ -11,6 +11,7 @@ from functools import partial
 import grpc
 import torch
 from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter
 
 from dht.manifest import Manifest
 from dht.registry import NodeInfo
@@ -22,6 +23,7 @@ from expert_server.serving.runtime import Runtime
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, TransferError
 from peer.identity import PeerID
+from peer.metrics import start_at_zero
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
@@ -42,17 +44,25 @@ _ASK_S = 5.0
 _CHANNELS = 64
 
 
-@dataclass
-class TransferCounts:
-    """Counts since the start."""
+class TransferMetrics:
+    """What a node counts of the states that it fetches and gives."""
 
-    fetched: int = 0
-    failed: int = 0
-    """Fetches that ended without the whole state."""
-    broken: int = 0
-    """States that came and were refused."""
-    bytes_sent: int = 0
-    bytes_received: int = 0
+    def __init__(self, metrics: CollectorRegistry | None = None) -> None:
+        fetches = Counter(
+            "talkoot_state_fetches",
+            "Experts' states fetched from other nodes, by outcome.",
+            ["outcome"],
+            registry=metrics,
+        )
+        # "failed" did not come whole, "broken" came and was refused
+        self.fetches = start_at_zero(fetches, "fetched", "failed", "broken")
+        size = Counter(
+            "talkoot_state_bytes",
+            "Bytes of experts' states, to and from other nodes.",
+            ["direction"],
+            registry=metrics,
+        )
+        self.bytes = start_at_zero(size, "sent", "received")
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,11 +176,12 @@ class StateClient:
         down: RateLimit,
         tunnels: Tunnels | None = None,
         max_transfer_s: float = MAX_TRANSFER_S,
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         """`sessions`: what shows nodes who fetches. `down`: how fast states may come. `max_transfer_s`: longest that
         one may take, all attempts together.
         """
-        self.counts = TransferCounts()
+        self.metrics = TransferMetrics(metrics)
         self._down = down
         self._swarm_id = swarm_id
         self._service = SnapshotClient(
@@ -199,12 +210,12 @@ class StateClient:
             incoming = await self._service.download(node, "Fetch", request, what, self._down)
             fetched = await asyncio.to_thread(self._open, incoming, uid)
         except TransferError:
-            self.counts.failed += 1
+            self.metrics.fetches.labels("failed").inc()
             raise
         except StateError:
-            self.counts.broken += 1
+            self.metrics.fetches.labels("broken").inc()
             raise
-        self.counts.fetched += 1
+        self.metrics.fetches.labels("fetched").inc()
         return fetched
 
     async def ask(
@@ -236,7 +247,7 @@ class StateClient:
         return min(int(reply.accepted), len(uids))
 
     def _count_received(self, size: int) -> None:
-        self.counts.bytes_received += size
+        self.metrics.bytes.labels("received").inc(size)
 
     def _open(self, incoming: SnapshotReceiver, uid: UID) -> Fetched:
         header, data = incoming.whole()

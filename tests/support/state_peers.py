@@ -77,7 +77,7 @@ class Street:
             meetings.record(AN_UID, self.identity.peer_id, update_count)
         taker = SnapshotTaker(runtime, SnapshotCache(limit, 60), SWARM, meetings.of)
         servicer = StateServicer(
-            taker, MANIFEST, SWARM, self.client.counts, self.follow, up or RateLimit(None), self.sessions,
+            taker, MANIFEST, SWARM, self.client.metrics, self.follow, up or RateLimit(None), self.sessions,
             max_transfers=max_transfers, max_transfer_s=30,
         )  # fmt: skip
         await self.serve(servicer)

@@ -26,7 +26,7 @@ from expert_server.serving.batching import Direction
 from expert_server.serving.runtime import Runtime
 from expert_server.serving.servicer import BudgetLimits, CallLimits, ExpertServicer
 from expert_server.state.servicer import StateServicer
-from expert_server.state.transfer import SnapshotTaker, TransferCounts
+from expert_server.state.transfer import SnapshotTaker, TransferMetrics
 from peer import PROTOCOL_VERSION
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.identity import Identity, certificate_pem
@@ -113,7 +113,7 @@ async def serving(
     session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
     states = StateServicer(
-        SnapshotTaker(runtime, SnapshotCache(4, 60), SWARM, lambda uid: {}), MANIFEST, SWARM, TransferCounts(),
+        SnapshotTaker(runtime, SnapshotCache(4, 60), SWARM, lambda uid: {}), MANIFEST, SWARM, TransferMetrics(),
         lambda hint: len(hint.uids), RateLimit(None), sessions, max_transfers=4, max_transfer_s=max_call_s,
     )  # fmt: skip
     state_pb2_grpc.add_StateServiceServicer_to_server(states, server)

@@ -22,6 +22,7 @@ from training_swarm import HOST, TEXT, Founder, founded, talkoot
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.loop import LoopThread
+from peer.metrics import total
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 LIVELY: dict[str, Any] = {"replicas": 2, "average_every_s": 0.5, "announce_every_s": 3}
@@ -148,7 +149,9 @@ def test_nodes_and_trainers_of_both_releases_train_together(
         assert_trained(tmp_path / "old.json")
         assert founder.node.status().updates > mine
         wait_until(
-            lambda: founder.node.averaging.averagings > 0 and old.metric("talkoot_averagings_total") > 0,
+            lambda: (
+                total(founder.node.averaging.averagings) > 0 and old.metric("talkoot_averagings_total") > 0
+            ),
             "replicas of both that average",
         )
 

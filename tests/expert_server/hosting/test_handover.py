@@ -23,6 +23,7 @@ from expert_server.status import NodeState
 from peer.errors import ExpertError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 LEAVES: dict[str, Any] = {"drain_timeout_s": 20, "announce_every_s": 3.0}
@@ -66,10 +67,10 @@ def test_a_node_that_leaves_hands_its_experts_over_with_their_updates(
         await leaver.stop()
         assert all(len(heir.runtime.experts) == 4 for heir in heirs)
         await assert_hosted(heirs, states, updates)
-        assert leaver.hosting.handed_over == sum(heir.status().adopted for heir in heirs) == 8
+        assert total(leaver.hosting.handed_over) == sum(heir.status().adopted for heir in heirs) == 8
         assert set(await serving(heirs[0].swarm)) == set(UIDS)
-        assert leaver.replicas.states.counts.bytes_sent == sum(
-            heir.replicas.states.counts.bytes_received for heir in heirs
+        assert total(leaver.replicas.states.metrics.bytes, direction="sent") == sum(
+            total(heir.replicas.states.metrics.bytes, direction="received") for heir in heirs
         )
 
     play(scenario)
@@ -100,7 +101,7 @@ def test_what_nobody_has_room_for_stays_in_the_checkpoints(play: Play) -> None:
         alone = await leaver.hosting.release(20)
         assert time.monotonic() - begin < 15
         assert alone == 5
-        assert len(heir.runtime.experts) == leaver.hosting.handed_over == 3
+        assert len(heir.runtime.experts) == total(leaver.hosting.handed_over) == 3
         assert await leaver.replicas.checkpoints.newest() == dict.fromkeys(UIDS, 2)
         assert not leaver.runtime.experts
 

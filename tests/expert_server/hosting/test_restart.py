@@ -16,6 +16,7 @@ from expert_server.experts.graphs import Rows
 from expert_server.node import Node
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.transport.addresses import NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -73,8 +74,8 @@ def test_a_node_that_stopped_politely_comes_back_with_its_experts(play: Play) ->
         again = await village.found(experts=4)
         assert set(again.runtime.experts) >= {uid for uid, count in updates.items() if count}
         await assert_goes_on(again, states, updates)
-        counts = again.replicas.checkpoints.counts
-        assert (counts.saved, counts.failed, counts.restored) == (0, 0, 3)
+        saves = again.replicas.checkpoints
+        assert (total(saves.saved), total(saves.failed), total(saves.restored)) == (0, 0, 3)
 
     play(scenario)
 
@@ -90,7 +91,7 @@ def test_a_killed_node_comes_back_with_its_last_checkpoints(play: Play) -> None:
 
         async def saved() -> bool:
             return (
-                node.replicas.checkpoints.counts.saved >= 3
+                total(node.replicas.checkpoints.saved) >= 3
                 and await node.replicas.checkpoints.newest() == updates
             )
 
@@ -169,7 +170,7 @@ def test_a_node_serves_on_when_its_folder_cannot_be_written(
         await train(node, dict.fromkeys(node.runtime.experts, 1))
 
         async def failed() -> bool:
-            return node.replicas.checkpoints.counts.failed >= 2
+            return total(node.replicas.checkpoints.failed) >= 2
 
         await eventually(failed, 20)
         assert not running.done()

@@ -19,6 +19,7 @@ from expert_server.settings import NodeSettings
 from expert_server.state.transfer import Fetched
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -75,7 +76,7 @@ async def copied(node: Node, standby: StandbyCopies | None = None) -> int:
     await node.hosting.announce()
     await node.hosting.look()
     await standby.copy()
-    return standby.copied
+    return int(total(standby.copied))
 
 
 def limited(node: Node, limit: int, clock: Callable[[], float] = time.monotonic) -> StandbyCopies:
@@ -189,7 +190,7 @@ def test_a_host_that_answers_with_no_messages_does_not_end_who_copies_its_expert
         await host._server.stop(None)
         async with garbage_server(host.swarm.host.identity, host._certificate, host._port):
             assert await copied(keeper) == 0
-        assert keeper.replicas.states.counts.broken == len(UIDS)
+        assert total(keeper.replicas.states.metrics.fetches, outcome="broken") == len(UIDS)
 
     play(scenario)
     assert not [record for record in caplog.records if record.exc_info]

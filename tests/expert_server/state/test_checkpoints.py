@@ -31,8 +31,9 @@ from checkpoint_samples import (
 
 from expert_server.experts.expert import Expert
 from expert_server.serving.runtime import Runtime
-from expert_server.state.checkpoints import CheckpointCounts, Checkpoints, CheckpointStore
+from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from peer.loop import LoopThread
+from peer.metrics import total
 
 # The store
 
@@ -224,7 +225,7 @@ def play(loop: LoopThread, tmp_path: Path) -> Callable[[Scenario], None]:
                 checkpoints, expert = Checkpoints(make_store(tmp_path), runtime), make_expert(1)
                 runtime.add(expert)
                 await checkpoints.save_changed()
-                assert checkpoints.counts == CheckpointCounts(saved=1)
+                assert (total(checkpoints.saved), total(checkpoints.failed)) == (1, 0)
                 await runtime.run(lambda: step(expert))
                 await scenario(checkpoints, expert)
             finally:
@@ -242,7 +243,7 @@ def test_an_expert_is_saved_again_only_when_it_has_changed(play: Play, tmp_path:
     async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
         for _ in range(3):
             await checkpoints.save_changed()
-        assert checkpoints.counts.saved == 2
+        assert total(checkpoints.saved) == 2
         assert make_store(tmp_path).update_counts(AN_UID) == [2, 1]
 
     play(scenario)
@@ -262,13 +263,13 @@ def test_a_full_disk_costs_no_checkpoint_and_is_tried_again(
         with monkeypatch.context() as full:
             full.setattr(os, call, full_disk)
             await checkpoints.save_changed()
-        assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
+        assert (total(checkpoints.saved), total(checkpoints.failed)) == (1, 1)
         (line,) = warnings_in(caplog)
         assert "could not save 1 expert, such as 1.0.1" in line
         assert "No space left on device" in line
         assert os.listdir(store.path(AN_UID, 1).parent) == ["1.safetensors"]
         await checkpoints.save_changed()
-        assert checkpoints.counts == CheckpointCounts(saved=2, failed=1)
+        assert (total(checkpoints.saved), total(checkpoints.failed)) == (2, 1)
 
     play(scenario)
     assert store.newest() == {AN_UID: 2}
@@ -284,7 +285,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
         assert await checkpoints.newest() == {}
         assert not await checkpoints.restore(make_expert())
         await checkpoints.save_changed()
-        assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
+        assert (total(checkpoints.saved), total(checkpoints.failed)) == (1, 1)
 
     play(scenario)
     assert "could not save 1 expert" in warnings_in(caplog)[0]
@@ -297,7 +298,7 @@ def test_an_expert_that_is_not_finite_never_takes_the_place_of_a_good_checkpoint
         with torch.no_grad():
             next(expert.block.parameters()).fill_(float("inf"))
         await checkpoints.save_changed()
-        assert checkpoints.counts == CheckpointCounts(saved=1, failed=1)
+        assert (total(checkpoints.saved), total(checkpoints.failed)) == (1, 1)
 
     play(scenario)
     assert make_store(tmp_path).newest() == {AN_UID: 1}

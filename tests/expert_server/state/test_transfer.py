@@ -16,6 +16,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import TransferError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rates import BURST_S, RateLimit
 from peer.wire import state_pb2
 
@@ -48,9 +49,11 @@ def test_a_state_comes_as_it_is(play: Callable[[Scenario], None], steps: int) ->
         fetched = await street.client.fetch(street.node, AN_UID)
         assert (fetched.checkpoint.update_count, fetched.met_update_count) == (steps, 2)
         assert_same(fetched.checkpoint.state, expert.export_state())
-        counts = street.client.counts
-        assert (counts.fetched, counts.failed, counts.broken) == (1, 0, 0)
-        assert counts.bytes_sent == counts.bytes_received > 2 * CHUNK
+        metrics = street.client.metrics
+        outcomes = [total(metrics.fetches, outcome=outcome) for outcome in ("fetched", "failed", "broken")]
+        assert outcomes == [1, 0, 0]
+        sent, received = (total(metrics.bytes, direction=way) for way in ("sent", "received"))
+        assert sent == received > 2 * CHUNK
 
     play(scenario)
 

@@ -21,6 +21,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rpc import transfer as downloads
 from peer.rpc import transfer as snapshots
 from peer.rpc.sessions import Metadata
@@ -77,7 +78,7 @@ def test_a_fetch_that_is_cut_off_goes_on_where_it_was(play: Callable[[Scenario],
         assert_same(fetched.checkpoint.state, expert.export_state())
         assert [request.offset for request in liar.requests] == [0, 2500, 4700]
         assert [request.sha256 for request in liar.requests[1:]] == [hashlib.sha256(data).digest()] * 2
-        assert street.client.counts.bytes_received == len(data)
+        assert total(street.client.metrics.bytes, direction="received") == len(data)
 
     play(scenario)
 
@@ -112,8 +113,9 @@ def test_what_is_not_that_experts_state_is_refused(
         with pytest.raises(StateError, match=reason):
             await street.client.fetch(street.node, AN_UID)
         assert len(liar.requests) == 1, "a liar is not asked again"
-        counts = street.client.counts
-        assert (counts.fetched, counts.failed, counts.broken) == (0, 0, 1)
+        fetches = street.client.metrics.fetches
+        outcomes = [total(fetches, outcome=outcome) for outcome in ("fetched", "failed", "broken")]
+        assert outcomes == [0, 0, 1]
 
     play(scenario)
 
@@ -143,7 +145,7 @@ def test_a_stream_that_always_ends_early_is_given_up(play: Callable[[Scenario], 
         with pytest.raises(TransferError, match="the stream ended early"):
             await street.client.fetch(street.node, AN_UID)
         assert 1 < len(liar.requests) < 10
-        assert street.client.counts.failed == 1
+        assert total(street.client.metrics.fetches, outcome="failed") == 1
 
     play(scenario)
 
