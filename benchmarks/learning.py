@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +42,8 @@ from peer.metrics import total
 from peer.processes import die_with_parent
 from talkoot.train.local import LocalSwarm
 from trainer_client.client import SwarmClient, TrainerTiming
-from trainer_client.data.corpus import ByteDataset, load_text
+from trainer_client.data.corpus import Dataset
+from trainer_client.data.sources import read_text
 from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
@@ -117,11 +119,16 @@ QUICK = Plan(steps=12, hidden=32, context=32, nodes=2, delay_s=0.1, average_ever
 # One trainer
 
 
-class Part(ByteDataset):
+def text_of_python() -> bytes:
+    """The text that a trainer learns from when it is given none."""
+    return "".join(read_text([])).encode()
+
+
+class Part(Dataset):
     """Every `trainers`-th sequence of each batch, from `trainer` on."""
 
     def __init__(self, text: bytes, context: int, trainer: int, trainers: int) -> None:
-        super().__init__(text, context, seed=0)
+        super().__init__(np.frombuffer(text, dtype=np.uint8), context, seed=0)
         self._trainer, self._trainers = trainer, trainers
 
     def batch(self, step: int, batch_size: int) -> Tensor:
@@ -178,7 +185,7 @@ def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
             )
         source.wait_for_experts(START_LIMIT_S, lambda text: None)
         make_model = partial(LanguageModel, source.manifest, source.mixture)
-        model, data = make_model(), Part(load_text(None), plan.context, trainer, WAYS[way].trainers)
+        model, data = make_model(), Part(text_of_python(), plan.context, trainer, WAYS[way].trainers)
         training = make_training(model, plan, data, plan.in_flight if way == "faults" else 1, make_model)
         merges = None
         if isinstance(source, SwarmClient) and WAYS[way].trainers > 1:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from byte_texts import byte_dataset
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from training_swarm import HOST, TEXT, Founder, founded
@@ -18,7 +19,6 @@ from talkoot.dashboard.server import address_of, dashboard, listen
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import WatchIntervals
 from trainer_client.client import SwarmClient
-from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
@@ -75,7 +75,7 @@ def trainer_metrics(founder: Founder, tmp_path_factory: pytest.TempPathFactory) 
     settings = TrainerSettings.load(seed=0, announce_every_s=0.5, average_every=2)
     with SwarmClient(Invite.parse(founder.invite), settings, tmp_path_factory.mktemp("trainer")) as client:
         client.wait_for_experts(LIMIT_S, lambda text: None)
-        dataset = ByteDataset(TEXT.encode(), client.manifest.model.context, 0)
+        dataset = byte_dataset(TEXT.encode(), client.manifest.model.context, 0)
         make = partial(LanguageModel, client.manifest, client.mixture)
         client.average(Training(make(), dataset, settings, make).part, "bytes")
         client.note(

@@ -1,10 +1,6 @@
-"""Text from a trained model, token by token.
+"""A trained model at work: text continued token by token, and how well it predicts a given text.
 
-Shapes: V vocabulary.
-
-How well a model knows a text: loss, perplexity, bits per byte.
-
-Shapes: B sequences, T the model's context.
+Shapes: B sequences, T the model's context, K candidate tokens, V vocabulary.
 """
 
 import codecs
@@ -30,10 +26,10 @@ def generate(
     sampling: Sampling,
     is_usable: Callable[[], bool] = lambda: True,
 ) -> Iterator[int]:
-    """The tokens that follow the prompt, of which the model sees as many as its context is long.
+    """Yields the tokens that follow the prompt. The model sees the last ones, as many as fit into its context.
 
-    `is_usable` is asked after each computation whether it counts: else it is done again. Raises DataError for a prompt
-    shorter than those from which the model has learned to go on.
+    `is_usable` is asked after each computation whether its result counts; if not, it is repeated. Raises DataError if
+    the prompt is shorter than the model was trained to continue.
     """
     assert prompt, "the first token follows from one before it"
     if len(prompt) < model.first_scored:
@@ -52,7 +48,7 @@ def generate(
 
 
 def make_generator(seed: int | None) -> torch.Generator:
-    """Draws the same tokens each time for the same seed, and others each time for None."""
+    """Draws the same tokens each time for the same seed, and different ones each time for None."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -62,17 +58,17 @@ def make_generator(seed: int | None) -> torch.Generator:
 
 
 def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draws from the softmax of logits over temperature, of the top k, of these the top p (Holtzman et al. 2019).
+    """Draws from the softmax of logits / temperature, cut to the top k and then to the top p (Holtzman et al. 2019).
 
-    Raises UserError for logits that are not finite.
+    Raises UserError if a logit is not finite.
     """
     if not logits_V.isfinite().all():
-        raise UserError("what the model expects is not finite: its checkpoint or an expert is broken")
+        raise UserError("the model's prediction is not finite: its checkpoint or an expert is broken")
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     values_K, ids_K = logits_V.float().sort(descending=True, stable=True)
     values_K = values_K[: sampling.top_k]
-    # less the highest: a low temperature must not overflow
+    # minus the largest, so that a low temperature does not overflow
     chances_K = ((values_K - values_K[0]) / max(sampling.temperature, 1e-6)).softmax(dim=0)
     if sampling.top_p < 1:
         before_K = chances_K.cumsum(0) - chances_K
@@ -81,7 +77,7 @@ def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator)
 
 
 def decoded(tokens: Iterable[int], token_bytes: Sequence[bytes]) -> Iterator[str]:
-    """Text as soon as its characters are whole; what is no UTF-8 becomes U+FFFD."""
+    """Text, as soon as its characters are complete. Bytes that are not UTF-8 become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         if text := decoder.decode(token_bytes[token]):
@@ -92,13 +88,13 @@ def decoded(tokens: Iterable[int], token_bytes: Sequence[bytes]) -> Iterator[str
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of a whole text."""
+    """How well a model predicts a text."""
 
     loss: float  # nats per token
     perplexity: float  # per token
     bits_per_byte: float
-    tokens: int  # that were predicted: all but the first of the text
-    bytes: int  # that they stand for
+    tokens: int  # predicted: all but the first of the text
+    bytes: int  # that these tokens stand for
 
 
 @torch.no_grad()
@@ -109,10 +105,10 @@ def evaluate(
     batch_size: int,
     observe: Callable[[int], bool] = lambda done: True,
 ) -> Evaluation:
-    """Predicts each token once, from those before it in its piece of the text, which is as long as the context.
+    """Predicts each token once, from those before it in its piece of the text. A piece is as long as the context.
 
-    `observe` is told how many tokens are done after each batch, and says whether the batch counts: else it is
-    computed again. Raises DataError for a text of too few tokens, and UserError for a loss that is not finite.
+    `observe` is told after each batch how many tokens are done, and returns whether the batch counts; if not, it is
+    computed again. Raises DataError if the text is too short, and UserError if the loss is not finite.
     """
     first = model.first_scored
     if len(tokens) <= first:
@@ -138,9 +134,7 @@ def evaluate(
 
 
 def pieces(tokens: Tokens, context: int, batch_size: int, shared: int = 1) -> Iterator[Tensor]:
-    """int64 [B, T + 1], each sequence beginning with the last `shared` tokens of the one before; at the end a shorter
-    one.
-    """
+    """int64 [B, T + 1]. Each sequence begins with the last `shared` tokens of the one before; the last is shorter."""
     stride = context + 1 - shared
     whole = (len(tokens) - shared) // stride
     places_T = np.arange(context + 1)

@@ -1,4 +1,4 @@
-"""The trainer's language model: tokens in, logits of the next token out, a mixture of experts in each layer.
+"""The trainer's language model: tokens in, logits of the next token out, with a mixture of experts in each layer.
 
 Shapes: B sequences, T positions, R = B * T rows, D hidden, V vocabulary.
 """
@@ -24,22 +24,22 @@ _EMBEDDING_SCALE = 0.3
 class LanguageModel(nn.Module):
     """`layers` times (local Transformer layers, then a mixture of experts).
 
-    `make_mixture(layer)` gives a module from [B, T, D] to [B, T, D] that carries its own residual connection:
-    where no expert answers it gives its input back. All parameters, the mixtures' too, follow from
-    `manifest.model.seed`, so that every trainer of a swarm with an equal vocabulary starts equal.
+    `make_mixture(layer)` returns a module from [B, T, D] to [B, T, D] with its own residual connection: where no expert
+    answers it returns its input. All parameters, including the mixtures', follow from `manifest.model.seed`, so all
+    trainers of a swarm with the same vocabulary start equal.
     """
 
     def __init__(
         self, manifest: Manifest, make_mixture: Callable[[int], nn.Module], vocabulary: int = VOCABULARY
     ) -> None:
-        """`vocabulary`: how many tokens there are."""
+        """`vocabulary`: the number of tokens."""
         super().__init__()
         spec = manifest.model
         self.context = spec.context
         self.first_scored = max(1, manifest.routing.prefix)
-        """The first token of a sequence, from 0, that the loss counts: those before it may say how it is routed."""
+        """The first token of a sequence, from 0, that counts in the loss: those before it may decide its routing."""
         seeded(spec.seed, partial(self._add_dense_part, spec, vocabulary))
-        # a seed for each mixture: its gate doesn't depend on what else a mixture holds
+        # a seed for each mixture, so that its gate does not depend on what else a mixture holds
         self.mixtures = nn.ModuleList(
             seeded(spec.seed + 1 + layer, partial(make_mixture, layer)) for layer in range(spec.layers)
         )
@@ -62,22 +62,22 @@ class LanguageModel(nn.Module):
         return logits_BTV
 
     def loss(self, tokens_BT: Tensor) -> Tensor:
-        """Cross-entropy of every token from `first_scored` on, in nats per token. int64 [B, T + 1] -> []"""
+        """Mean cross-entropy of the tokens from `first_scored` on, in nats. int64 [B, T + 1] -> []"""
         first = self.first_scored
         logits_BTV = self(tokens_BT[:, :-1])[:, first - 1 :].float()
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, first:].flatten())
 
     def balancing_loss(self) -> Tensor | None:
-        """What the routers add to the loss of this thread's last forward pass in training; None if nothing. []"""
+        """The sum of the routers' losses in this thread's last training forward pass; None if there are none. []"""
         losses = [routed.balancing_loss for routed in self._routed() if routed.balancing_loss is not None]
         return torch.stack(losses).sum() if losses else None
 
     def load_spread(self) -> LoadSpread | None:
-        """The mean over the mixtures, in this thread's last forward pass in training; None where no expert was live."""
+        """The mean over the mixtures in this thread's last training forward pass; None if no expert was live."""
         return LoadSpread.mean([routed.spread for routed in self._routed() if routed.spread is not None])
 
     def begin_step(self, number: int) -> None:
-        """What the mixtures draw is that of this training step from now on."""
+        """From now on the mixtures draw the random numbers of this training step."""
         for mixture in self._remote():
             mixture.begin_step(number)
 
@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
 
 
 class LocalLayers(nn.Module):
-    """The trainer's own Transformer layers before a mixture: they mix all positions of a sequence."""
+    """The trainer's own Transformer layers before a mixture. They attend over all positions of a sequence."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

@@ -1,9 +1,4 @@
-"""The trainer's settings, from a TOML file, the environment (`TALKOOT_TRAIN_…`) and flags.
-
-Presets: what a trainer sets for each kind of experts, as `benchmarks.recipe` found it (docs/recipe.md).
-
-The manifests that go with them are in deploy/presets/. What a person sets is stronger than a preset.
-"""
+"""The settings of `talkoot train` and `talkoot generate`, with presets for each kind of experts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,52 +17,22 @@ from peer.settings import (
     describe_validation_error,
 )
 
-
-class Sampling(RoleSettings):
-    """How the next token is drawn from what the model expects."""
-
-    env_prefix: ClassVar[str] = "TALKOOT_GENERATE_"
-
-    temperature: float = Field(
-        default=0.8,
-        ge=0,
-        le=100,
-        allow_inf_nan=False,
-        description="how much chance there is in the choice; 0: always the likeliest token",
-    )
-    top_k: int | None = Field(default=None, ge=1, description="only the k likeliest tokens; unset: all")
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="only the likeliest tokens that make up this probability"
-    )
-    seed: int | None = Field(
-        default=None, ge=0, lt=2**63, description="equal seeds draw equal text; unset: a new one each time"
-    )
-    max_tokens: int = Field(default=200, ge=1, le=10**7, description="tokens to generate")
-
-
 PresetName = Literal["transformer", "ffn"]
+RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
+Precision = Literal["fp32", "bf16"]
 
 _ONE_EXPERT: dict[str, Any] = {
     "router": "switch",
     "balance_weight": 0.01,
     "gate_scale": 0.1,
-    # no text was seen twice, so nothing was learned by heart
+    # in the runs that found this preset no text was seen twice
     "expert_dropout": 0.0,
     "learning_rate": 2e-3,
     "warmup_steps": 20,
 }
 
 PRESETS: dict[PresetName, dict[str, Any]] = {"transformer": _ONE_EXPERT, "ffn": _ONE_EXPERT}
-
-
-def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, and those of the preset that they name where they have none. An unknown name is left as it is."""
-    preset = PRESETS.get(values.get("preset"))  # type: ignore[arg-type]  # whatever was given
-    return dict(values) if preset is None else {**preset, **values}
-
-
-RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
-Precision = Literal["fp32", "bf16"]
+"""What learned best with each kind of experts (docs/recipe.md). The manifests for them are in deploy/presets/."""
 
 _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
@@ -75,7 +40,13 @@ _OF_THIS_MACHINE = {
     *("name", "announce_every_s", "metrics_host", "metrics_port", "deny", "denylist"),
     *("average_host", "average_port", "start_from"),
 }
-"""Settings that say nothing of what is learned: no checkpoint holds them."""
+"""Settings that have no influence on what is learned, so that checkpoints leave them out."""
+
+
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, completed with those of the preset that they name. An unknown name changes nothing."""
+    preset = PRESETS.get(values.get("preset"))  # type: ignore[arg-type]  # any value may be given
+    return dict(values) if preset is None else {**preset, **values}
 
 
 def _one_or_several(value: object) -> object:
@@ -99,31 +70,33 @@ class TrainerSettings(RoleSettings):
     )
     field: str = Field(default="text", description="which field of .jsonl and .parquet files is the text")
     validation_share: float = Field(
-        default=0.1, gt=0, lt=1, description="part of the text, its last, that is kept to validate on"
+        default=0.1, gt=0, lt=1, description="share of the text, at its end, that is kept for validation"
     )
     tokenizer: str = Field(
         default="bytes",
         min_length=1,
-        description="what makes tokens: bytes; bpe, byte pairs learned from the data; or a tokenizer.json",
+        description="bytes; bpe, byte pairs learned from the data; or the path of a tokenizer.json",
     )
     vocabulary: int = Field(
-        default=4096, ge=257, le=65536, description="tokens that bpe learns, 256 of them bytes"
+        default=4096, ge=257, le=65536, description="tokens that bpe learns, including the 256 bytes"
     )
-    steps: int = Field(default=200, ge=1, le=10**7, description="training steps, those before a resume too")
+    steps: int = Field(
+        default=200, ge=1, le=10**7, description="training steps in all, with those before a resume"
+    )
     batch_size: int = Field(default=8, ge=1, le=65536, description="sequences in a batch")
     accumulate: int = Field(default=1, ge=1, le=65536, description="batches in a step")
     in_flight: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         default=1,
-        description="steps under way at once; auto: as many as cover the latency of the experts, few at first",
+        description="steps that run at once; auto: as many as hide the latency of the experts, one at first",
     )
     precision: Precision = Field(
-        default="fp32", description="of the dense part's activations; its parameters are float32 always"
+        default="fp32", description="of the dense part's activations; its parameters are always float32"
     )
     learning_rate: float = Field(
-        default=2e-3, gt=0, le=1, allow_inf_nan=False, description="highest step size of the dense part"
+        default=2e-3, gt=0, le=1, allow_inf_nan=False, description="highest learning rate of the dense part"
     )
     warmup_steps: int = Field(
-        default=20, ge=0, le=10**7, description="steps in which the step size rises linearly"
+        default=20, ge=0, le=10**7, description="steps in which the learning rate rises linearly"
     )
     clip_norm: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of the dense part"
@@ -133,115 +106,120 @@ class TrainerSettings(RoleSettings):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="decoupled, of the dense part's matrices, not of its biases and norms",
+        description="decoupled, for the dense part's matrices; biases and norms have none",
     )
     validate_every: int = Field(
-        default=0, ge=0, le=10**7, description="steps between validations; 0 validates only before and after"
+        default=0, ge=0, le=10**7, description="steps between validations; 0: only before and after training"
     )
     validation_batches: int = Field(default=4, ge=1, le=10_000, description="batches in a validation")
     seed: int | None = Field(
         default=None,
         ge=0,
         lt=2**63,
-        description="from which this trainer's batches, noise and dropout are drawn; unset: its own",
+        description="of this trainer's batches, noise and dropout; unset: one that no other trainer has",
     )
     preset: PresetName | None = Field(
         default=None,
-        description="what learned best with this kind of experts: router, gate, step size; other settings are stronger",
+        description="router, gate and learning rate that suit this kind of experts; other settings override it",
     )
-    router: RouterName = Field(default="product-key", description="how tokens find their experts")
+    router: RouterName = Field(default="product-key", description="how experts are chosen for each token")
     top_k: int | None = Field(
         default=None,
         ge=1,
         le=64,
-        description="experts for each token, at most the manifest's top_k; unset: the router's own number",
+        description="experts for each token, at most the manifest's top_k; unset: as many as the router needs",
     )
     balance_weight: float = Field(
         default=0.01,
         ge=0,
         le=100,
         allow_inf_nan=False,
-        description="weight of the balancing loss, in noisy-top-k, switch and glam",
+        description="weight of the balancing loss, for noisy-top-k, switch and glam",
     )
     expert_dropout: float = Field(
-        default=0.1, ge=0, lt=1, description="part of what experts answer that training drops, in switch"
+        default=0.1, ge=0, lt=1, description="dropout of the experts' outputs in training, for switch"
     )
     gate_scale: float = Field(
         default=0.1,
         gt=0,
         le=10,
         allow_inf_nan=False,
-        description="scale of the gate's first weights, in switch: their variance is this over hidden",
+        description="scale of the gate's initial weights, for switch: their variance is this divided by hidden",
     )
     call_deadline_s: float = Field(
         default=10.0,
         gt=0,
         le=600,
         allow_inf_nan=False,
-        description="seconds: the longest that a call to experts may take",
+        description="seconds that a call to experts may take at most",
     )
     grace_s: float = Field(
         default=0.5,
         ge=0,
         le=600,
         allow_inf_nan=False,
-        description="seconds to wait for the other answers once every row has k_min",
+        description="seconds to wait for more answers once every token has k_min",
     )
     k_min: int = Field(
-        default=2, ge=1, le=64, description="answers that a row needs before the others may be late"
+        default=2, ge=1, le=64, description="answers that each token must have before late ones are left out"
     )
     spot_checks: float = Field(
         default=0.01,
         ge=0,
         le=1,
-        description="part of the answers that are compared with another replica's; 0: none",
+        description="share of the answers that are compared with another replica's; 0: none",
     )
     wait_for_experts_s: float = Field(
         default=60.0,
         ge=0,
         le=7 * 86400,
         allow_inf_nan=False,
-        description="seconds: the longest wait while no expert is live, before the command ends",
+        description="seconds that the command waits for a live expert before it ends",
     )
     checkpoint: Path | None = Field(
-        default=None, description="folder of checkpoints; unset: one for each run, in the state folder"
+        default=None, description="folder of checkpoints; unset: a new one for each run, in the state folder"
     )
     checkpoint_every: int = Field(
-        default=100, ge=0, le=10**7, description="steps between checkpoints; 0 saves only at the end"
+        default=100, ge=0, le=10**7, description="steps between checkpoints; 0: only at the end"
     )
-    checkpoints_kept: int = Field(default=3, ge=1, le=10_000, description="checkpoints that stay")
+    checkpoints_kept: int = Field(default=3, ge=1, le=10_000, description="newest checkpoints that are kept")
     average_every: int = Field(
         default=20,
         ge=0,
         le=10**7,
-        description="steps from one averaging of the dense part with another trainer's to the next; 0: never",
+        description="steps between two averagings of the dense part with another trainer's; 0: never",
     )
     average_host: str | None = Field(
         default=None,
         min_length=1,
         max_length=253,
-        description="address at which other trainers reach this one; unset: the first network interface",
+        description="address at which other trainers reach this one; unset: that of the first network interface",
     )
     average_port: int = Field(
-        default=0, ge=0, le=65535, description="TCP port at which they do; 0: any free one"
+        default=0,
+        ge=0,
+        le=65535,
+        description="TCP port at which other trainers reach this one; 0: any free one",
     )
     start_from: Literal["swarm", "fresh"] = Field(
         default="swarm",
-        description="what a new run's dense part begins as: the freshest in the swarm, or a new one",
+        description="where a new run's dense part comes from: the freshest in the swarm, or a fresh start",
     )
     log: Path | None = Field(default=None, description="file that gets a JSON line for each step")
     tensorboard: Path | None = Field(default=None, description="folder for TensorBoard")
-    plot: Path | None = Field(default=None, description="PNG file that shows the loss, written at the end")
+    plot: Path | None = Field(
+        default=None, description="PNG file with a plot of the loss, written at the end"
+    )
     name: PeerName | None = Field(
         default=None,
-        description="what the swarm's dashboards call this trainer; unset: no name",
+        description="this trainer's name on the swarm's dashboards; unset: no name",
     )
     announce_every_s: float = Field(
         default=10.0,
         ge=0.5,
         le=120,
         allow_inf_nan=False,
-        description="seconds between announcements of how it goes; they live three times as long",
+        description="seconds between announcements of this trainer's progress; each is valid for three times as long",
     )
     deny: Denied = ()
     denylist: DenylistPath = None
@@ -262,7 +240,7 @@ class TrainerSettings(RoleSettings):
         return with_preset(values) if isinstance(values, dict) else values
 
     def saved(self, seed: int) -> dict[str, Any]:
-        """What of them a checkpoint holds, for JSON. `seed`: the one that is used."""
+        """What a checkpoint holds of them, for JSON. `seed`: the one in use."""
         values = self.model_dump(mode="json", exclude=_OF_THIS_MACHINE)
         return values | {"seed": seed, "data": [str(Path(path).absolute()) for path in self.data]}
 
@@ -277,5 +255,27 @@ class TrainerSettings(RoleSettings):
 
     @property
     def lifetime_s(self) -> float:
-        """How long announcements live."""
+        """How long an announcement is valid."""
         return 3 * self.announce_every_s
+
+
+class Sampling(RoleSettings):
+    """How the next token is drawn from the model's prediction."""
+
+    env_prefix: ClassVar[str] = "TALKOOT_GENERATE_"
+
+    temperature: float = Field(
+        default=0.8,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="randomness of the choice; 0: always the likeliest token",
+    )
+    top_k: int | None = Field(default=None, ge=1, description="only the k likeliest tokens; unset: all")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="only the likeliest tokens that together have this probability"
+    )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="equal seeds give equal text; unset: a new one each time"
+    )
+    max_tokens: int = Field(default=200, ge=1, le=10**7, description="tokens to generate")

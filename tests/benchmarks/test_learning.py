@@ -10,11 +10,20 @@ from expert_fakes import FakeSwarm, make_manifest, make_node, random_rows, virtu
 from rich.console import Console
 
 from benchmarks.faults import FaultyCaller
-from benchmarks.learning import QUICK, QUICK_WAYS, WAYS, Part, Plan, loss_of, make_training, show
+from benchmarks.learning import (
+    QUICK,
+    QUICK_WAYS,
+    WAYS,
+    Part,
+    Plan,
+    loss_of,
+    make_training,
+    show,
+    text_of_python,
+)
 from dht.manifest import Manifest
 from peer.errors import ExpertError
 from talkoot.train.local import LocalSwarm
-from trainer_client.data.corpus import load_text
 from trainer_client.dispatch.batches import Request
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
@@ -70,7 +79,7 @@ def test_faults_follow_from_their_seed() -> None:
 
 
 def test_three_trainers_see_each_sequence_of_a_batch_once() -> None:
-    text, plan = load_text(None), Plan()
+    text, plan = text_of_python(), Plan()
     whole = Part(text, plan.context, 0, 1).batch(3, plan.batch)
     parts = [Part(text, plan.context, trainer, 3).batch(3, plan.batch) for trainer in range(3)]
     assert {len(part) for part in parts} == {plan.batch // 3}
@@ -83,7 +92,7 @@ def test_a_trainer_learns() -> None:
     experts = {"experts": {"grid": [2]}, "routing": {"top_k": 1}}
     manifest = Manifest.model_validate({"name": "learning", "model": model} | experts)
     learner = LanguageModel(manifest, LocalSwarm(manifest, TrainerSettings(seed=0)).mixture)
-    data = Part(load_text(None), plan.context, 0, 1)
+    data = Part(text_of_python(), plan.context, 0, 1)
     before = loss_of(learner, plan, data)
     summary = make_training(learner, plan, data).run(lambda progress: None, threading.Event())
     assert summary.steps == 30

@@ -132,7 +132,7 @@ def test_a_removed_setting_is_still_accepted(
         (NodeSettings, "grpc_port", "TCP port of the expert service; 0: any free one.  [default: 0]"),
         (NodeSettings, "only_when_idle", "Pause while other programs need the processor.  [default: no]"),
         (NodeSettings, "max_calls", "Calls served at the same time.  [default: 64]"),
-        (TrainerSettings, "learning_rate", "Highest step size of the dense part.  [default: 0.002]"),
+        (TrainerSettings, "learning_rate", "Highest learning rate of the dense part.  [default: 0.002]"),
         (TrainerSettings, "log", "File that gets a JSON line for each step."),
     ],
 )

@@ -1,8 +1,9 @@
-"""Sequences to learn from, in an order that follows from a seed and a position alone.
+"""The encoded text and the batches drawn from it.
+
+A `Corpus` holds the text as tokens in a file that is mapped into memory, so it may be larger than the memory. A
+`Dataset` cuts it into sequences, in an order that follows from a seed and a position alone.
 
 Shapes: B sequences, T the model's context, N positions.
-
-Text as tokens in a file that is mapped into memory, so that it may be larger than the memory.
 """
 
 import hashlib
@@ -21,138 +22,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peer.errors import DataError, StartError
-from trainer_client.data.sources import find_files, read_text
+from trainer_client.data.sources import read_text
 from trainer_client.data.tokenizer import BYTES, Tokenizer, Tokens, digest
 
 VOCABULARY = BYTES
+_PIECES = 32
+"""Pieces of text that are encoded together, so that all cores have work."""
 _ROUNDS = 4
-
-
-def load_text(path: Path | None) -> bytes:
-    """All text of a file or folder at once; None stands for the help in Python itself. Raises DataError."""
-    text = "".join(read_text([] if path is None else find_files([str(path)]))).encode()
-    if not text:
-        raise DataError(f"{path} is empty: give a file or folder with text in it")
-    return text
-
-
-class Dataset:
-    """Sequences of context + 1 tokens: the last part of a text to validate on, and all before it to train on.
-
-    In an epoch each sequence of the training text comes once, in an order of that epoch; each epoch cuts the text at
-    other places. Nothing but the step says what its batch is, so training goes on anywhere.
-    """
-
-    def __init__(
-        self,
-        tokens: Tokens,
-        context: int,
-        seed: int = 0,
-        validation_share: float = 0.1,
-        token_bytes: Sequence[bytes] | None = None,
-    ) -> None:
-        """`token_bytes`: what each token stands for; a byte by default.
-
-        Raises DataError when the text is too short for one sequence of each.
-        """
-        length = context + 1
-        if len(tokens) < 2 * length:
-            unit = "bytes" if token_bytes is None or len(token_bytes) <= BYTES else "tokens"
-            raise DataError(
-                f"the text has {len(tokens)} {unit} and needs {2 * length} or more, "
-                f"twice the model's context of {context} and one: give a longer one"
-            )
-        held_out = min(max(int(len(tokens) * validation_share), length), len(tokens) - length)
-        self.train, self.validation = tokens[:-held_out], tokens[-held_out:]
-        self.context = context
-        self.sequences = max(1, len(self.train) // context - 1)
-        """In an epoch."""
-        self._offsets = min(context, len(self.train) - self.sequences * context)
-        self._bytes_of = np.array(
-            [1] * BYTES if token_bytes is None else [len(token) for token in token_bytes]
-        )
-        self._seed = seed
-
-    def batch(self, step: int, batch_size: int) -> Tensor:
-        """The int64 tokens of a step, the same whenever it is asked for. [B, T + 1]"""
-        positions_B = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs_B, indices_B = np.divmod(positions_B, self.sequences)
-        starts_B = np.empty_like(positions_B)
-        for epoch in np.unique(epochs_B):
-            here = epochs_B == epoch
-            *keys, cut = np.random.SeedSequence([self._seed, int(epoch)]).generate_state(
-                _ROUNDS + 1, np.uint64
-            )
-            order = shuffled(indices_B[here], self.sequences, keys)
-            starts_B[here] = order * self.context + int(cut) % self._offsets
-        return self._sequences(self.train, starts_B)
-
-    def validation_batches(self, batch_size: int, count: int) -> list[Tensor]:
-        """`count` batches [B, T + 1], evenly spread over the held-out text: the same for every seed."""
-        starts = np.linspace(0, len(self.validation) - self.context - 1, batch_size * count).astype(np.int64)
-        return [self._sequences(self.validation, part) for part in np.split(starts, count)]
-
-    def bytes_per_token(self, batches: Sequence[Tensor], first: int = 1) -> float:
-        """The mean over each sequence's tokens from `first` on, those that a model predicts."""
-        return float(np.mean([self._bytes_of[tokens[:, first:].numpy()].mean() for tokens in batches]))
-
-    def _sequences(self, tokens: Tokens, starts_B: NDArray[np.int64]) -> Tensor:
-        places_BT = starts_B[:, None] + np.arange(self.context + 1)
-        return torch.from_numpy(tokens[places_BT].astype(np.int64))
-
-
-class ByteDataset(Dataset):
-    """Of a text whose bytes are the tokens."""
-
-    def __init__(self, text: bytes, context: int, seed: int = 0) -> None:
-        super().__init__(np.frombuffer(text, dtype=np.uint8), context, seed)
-
-
-def shuffled(indices_N: NDArray[np.int64], count: int, keys: Sequence[np.uint64]) -> NDArray[np.int64]:
-    """Where each index is in a random order of `count` things, without a list of them: int64 [N] -> [N].
-
-    A Feistel cipher over the next power of 4, repeated until the result is below `count` (cycle walking: Black and
-    Rogaway 2002, section 3). One key for each round.
-    """
-    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    places_N = indices_N.astype(np.uint64)
-    walking_N = np.ones(len(places_N), dtype=np.bool_)
-    while walking_N.any():
-        left, right = places_N[walking_N] >> half, places_N[walking_N] & mask
-        for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
-        places_N[walking_N] = (left << half) | right
-        walking_N = places_N >= count
-    return places_N.astype(np.int64)
-
-
-def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64: each bit depends on all (Steele et al. 2014, figure 17)."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
-
-
-_AT_ONCE = 32
-"""Pieces that are encoded together, so that all cores have some."""
+"""Of the Feistel cipher in `shuffled`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """All text to learn from."""
+    """All text to learn from, encoded."""
 
     tokens: Tokens
-    """Read from disk where they are used."""
+    """Mapped into memory: read from disk where they are used."""
     sha256: str
-    """Of the tokens, the first half: two corpora with the same give the same batches."""
+    """The first half of the tokens' SHA-256. Equal corpora give equal batches."""
 
 
 def encode_corpus(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path) -> Corpus:
-    """Encodes the text of the files into `folder`, where the last text stays, and is taken when nothing has changed.
-    One process at a time may do so.
+    """Encodes the text of the files into `folder`. The last one stays there, and is used again if nothing has changed.
 
-    Raises DataError when it is no text, and StartError when the folder can't be written.
+    One process at a time may do so. Raises DataError if it is not text, and StartError if the folder is not writable.
     """
     name = _fingerprint(files, field, tokenizer)
     kind = np.uint8 if len(tokenizer.token_bytes) <= BYTES else np.uint16
@@ -179,7 +72,7 @@ def _write(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path
     try:
         with temporary.open("wb") as file:
             pieces = read_text(files, field)
-            while several := list(islice(pieces, _AT_ONCE)):
+            while several := list(islice(pieces, _PIECES)):
                 data = tokenizer.encode(*several).tobytes()
                 file.write(data)
                 sha256.update(data)
@@ -193,10 +86,101 @@ def _write(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path
 
 
 def _fingerprint(files: Sequence[Path], field: str, tokenizer: Tokenizer) -> str:
-    """Changes when a file does."""
+    """A name that changes when a file, the field or the tokenizer does."""
     try:
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     except OSError as error:
         raise DataError(f"can't read {error.filename}: {error.strerror}; check who may read it") from error
     described = [stats, field, digest(tokenizer), "" if files else platform.python_version()]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+
+
+class Dataset:
+    """Sequences of context + 1 tokens: the last part of a text for validation, and all before it for training.
+
+    In an epoch each sequence of the training text comes once, in an order of its own, and each epoch cuts the text at
+    different places. A batch follows from the step alone, so training can be resumed anywhere.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        context: int,
+        seed: int = 0,
+        validation_share: float = 0.1,
+        token_bytes: Sequence[bytes] | None = None,
+    ) -> None:
+        """`token_bytes`: what each token stands for; by default a byte.
+
+        Raises DataError if the text is too short for one sequence of each part.
+        """
+        length = context + 1
+        if len(tokens) < 2 * length:
+            unit = "bytes" if token_bytes is None or len(token_bytes) <= BYTES else "tokens"
+            raise DataError(
+                f"the text has {len(tokens)} {unit} and needs {2 * length} or more, "
+                f"twice the model's context of {context} and one: give a longer one"
+            )
+        held_out = min(max(int(len(tokens) * validation_share), length), len(tokens) - length)
+        self.train, self.validation = tokens[:-held_out], tokens[-held_out:]
+        self.context = context
+        self.sequences = max(1, len(self.train) // context - 1)
+        """Number of sequences in an epoch."""
+        self._offsets = min(context, len(self.train) - self.sequences * context)
+        self._bytes_of = np.array(
+            [1] * BYTES if token_bytes is None else [len(token) for token in token_bytes]
+        )
+        self._seed = seed
+
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        """The int64 tokens of a step, always the same. [B, T + 1]"""
+        positions_B = np.arange(step * batch_size, (step + 1) * batch_size)
+        epochs_B, indices_B = np.divmod(positions_B, self.sequences)
+        starts_B = np.empty_like(positions_B)
+        for epoch in np.unique(epochs_B):
+            here = epochs_B == epoch
+            *keys, cut = np.random.SeedSequence([self._seed, int(epoch)]).generate_state(
+                _ROUNDS + 1, np.uint64
+            )
+            order = shuffled(indices_B[here], self.sequences, keys)
+            starts_B[here] = order * self.context + int(cut) % self._offsets
+        return self._sequences(self.train, starts_B)
+
+    def validation_batches(self, batch_size: int, count: int) -> list[Tensor]:
+        """`count` batches [B, T + 1], spread evenly over the validation text: the same for every seed."""
+        starts = np.linspace(0, len(self.validation) - self.context - 1, batch_size * count).astype(np.int64)
+        return [self._sequences(self.validation, part) for part in np.split(starts, count)]
+
+    def bytes_per_token(self, batches: Sequence[Tensor], first: int = 1) -> float:
+        """The mean over each sequence's tokens from `first` on, which are those that a model predicts."""
+        return float(np.mean([self._bytes_of[tokens[:, first:].numpy()].mean() for tokens in batches]))
+
+    def _sequences(self, tokens: Tokens, starts_B: NDArray[np.int64]) -> Tensor:
+        places_BT = starts_B[:, None] + np.arange(self.context + 1)
+        return torch.from_numpy(tokens[places_BT].astype(np.int64))
+
+
+def shuffled(indices_N: NDArray[np.int64], count: int, keys: Sequence[np.uint64]) -> NDArray[np.int64]:
+    """The place of each index in a random permutation of `count` items, computed without listing it: int64 [N] -> [N].
+
+    A Feistel cipher over the next power of 4, applied until the result is below `count` (cycle walking: Black and
+    Rogaway 2002, section 3). There is one key for each round.
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    places_N = indices_N.astype(np.uint64)
+    walking_N = np.ones(len(places_N), dtype=np.bool_)
+    while walking_N.any():
+        left, right = places_N[walking_N] >> half, places_N[walking_N] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        places_N[walking_N] = (left << half) | right
+        walking_N = places_N >= count
+    return places_N.astype(np.int64)
+
+
+def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of SplitMix64: each bit depends on all (Steele et al. 2014, figure 17)."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders and globs of plain text, JSON lines and Parquet, read piece by piece."""
+"""Sources of text: files, folders and globs of plain text, JSON lines and Parquet, read piece by piece."""
 
 import codecs
 import glob
@@ -11,19 +11,19 @@ from peer.errors import DataError
 from peer.settings import require_extra
 
 PIECE_BYTES = 2**16
-"""Of plain text, read at once."""
+"""Bytes of plain text that are read at once."""
 _LONGEST_LINE = 2**26
-"""Of JSON lines, in bytes: a line is one document, and is read at once."""
+"""Longest line of JSON lines, in bytes. A line is one document, and is read at once."""
 _ROWS = 256
-"""Of Parquet, read at once."""
+"""Rows of Parquet that are read at once."""
 _SUFFIXES = {".txt", ".jsonl", ".parquet"}
-"""What is read of a folder. A file that is named itself is plain text where it has another suffix."""
+"""Files that are read from a folder. A file named by its path with another suffix is plain text."""
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """All files that the paths name, in their order, and by name within a folder or glob; each file once.
+    """All files that the paths name, each once: in the order of the paths, and by name within a folder or glob.
 
-    Raises DataError for a path that names none.
+    Raises DataError for a path that names no file.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -36,8 +36,8 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 def read_text(files: Sequence[Path], field: str = "text") -> Iterator[str]:
     """All text of the files in pieces, with a newline between two documents.
 
-    A plain file is one document, and so is the `field` of a line or row. Without files, 465 KB of help in Python
-    itself. Raises DataError for what is not text, and names the place.
+    A plain file is one document, and so is the `field` of a line or row. Without files, the text is 465 KB of Python's
+    own help. Raises DataError that names the place where something is not text.
     """
     if not files:
         yield "\n".join(pydoc_data.topics.topics.values())
@@ -91,7 +91,7 @@ def _in_pieces(text: str) -> Iterator[str]:
 
 
 def _read_plain(path: Path) -> Iterator[str]:
-    """Pieces that end with white space where there is any: tokens are not cut."""
+    """Pieces that end with white space if there is any, so that no token is cut."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     kept, position = "", 0
     with path.open("rb") as file:

@@ -13,11 +13,11 @@ from peer.errors import DataError
 from peer.settings import require_extra
 
 BYTES = 256
-"""The vocabulary of bytes."""
+"""Size of the vocabulary of bytes."""
 MOST_TOKENS = 2**16
 """A token takes two bytes on disk."""
 _LEARNED_FROM = 2**26
-"""Byte pairs are learned from about as many characters, spread over all text."""
+"""Byte pairs are learned from about this many characters, spread over the whole text."""
 
 Tokens = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -31,11 +31,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, *texts: str) -> Tokens:
-        """One after another."""
+        """The tokens of the texts, one after another."""
         ...
 
     def to_json(self) -> str:
-        """What `load_tokenizer` makes the same one of."""
+        """A text from which `load_tokenizer` makes the same tokenizer."""
         ...
 
 
@@ -53,10 +53,10 @@ class ByteTokenizer:
 
 
 class BytePairTokenizer:
-    """Byte-level BPE (Radford et al. 2019, section 2.2), in the form of the library `tokenizers`."""
+    """Byte-level BPE (Radford et al. 2019, section 2.2), in the format of the library `tokenizers`."""
 
     def __init__(self, json: str) -> None:
-        """Raises DataError when it is no such tokenizer."""
+        """Raises DataError if it is not such a tokenizer."""
         require_extra("tokenizers", "bpe", "a tokenizer of byte pairs")
         from tokenizers import Tokenizer as Library
         from tokenizers.pre_tokenizers import ByteLevel
@@ -79,7 +79,7 @@ class BytePairTokenizer:
 
     @classmethod
     def learn(cls, text: Iterable[str], characters: int, vocabulary: int) -> "BytePairTokenizer":
-        """`text` of about so many characters in all. Learns fewer than `vocabulary` tokens from a short one."""
+        """`characters`: about how many the text has. A short one yields fewer than `vocabulary` tokens."""
         require_extra("tokenizers", "bpe", "a tokenizer of byte pairs")
         from tokenizers import Tokenizer as Library
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -98,7 +98,7 @@ class BytePairTokenizer:
         return cls(library.to_str())
 
     def encode(self, *texts: str) -> Tokens:
-        """At once, on all cores."""
+        """Encodes the texts in parallel, on all cores."""
         encoded = self._library.encode_batch_fast(list(texts))
         return np.fromiter(chain.from_iterable(each.ids for each in encoded), dtype=np.uint16)
 
@@ -107,12 +107,12 @@ class BytePairTokenizer:
 
 
 def load_tokenizer(json: str) -> Tokenizer:
-    """What `to_json` gave. Raises DataError."""
+    """The tokenizer whose `to_json` this is. Raises DataError."""
     return BytePairTokenizer(json) if json else ByteTokenizer()
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """From a `tokenizer.json`, the form of the library `tokenizers`. Raises DataError."""
+    """Reads a `tokenizer.json`, the format of the library `tokenizers`. Raises DataError."""
     try:
         return BytePairTokenizer(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -128,7 +128,7 @@ def digest(tokenizer: Tokenizer) -> str:
 
 
 def _stands_for() -> dict[str, int]:
-    """The byte that each letter of the library's byte-level alphabet stands for: printable ones for themselves."""
+    """The byte that each letter of the library's byte-level alphabet stands for. Printable letters are themselves."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [value for value in range(BYTES) if value not in plain]
     letters = {chr(value): value for value in plain}
@@ -136,6 +136,6 @@ def _stands_for() -> dict[str, int]:
 
 
 def _words(vocabulary: Iterable[str], letters: Iterable[str]) -> set[str]:
-    """Those of the vocabulary that are of these letters alone."""
+    """The words of the vocabulary that consist of these letters alone."""
     known = set(letters)
     return {word for word in vocabulary if known.issuperset(word)}

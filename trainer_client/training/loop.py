@@ -35,19 +35,6 @@ class _Step:
     in_flight: int = 1
 
 
-def train(
-    model: LanguageModel,
-    dataset: Dataset,
-    settings: TrainerSettings,
-    *,
-    observe: Callable[[Progress], None],
-    stop: threading.Event,
-    clock: Callable[[], float] = time.monotonic,
-) -> Summary:
-    """Trains from the first step: see `Training.run`."""
-    return Training(model, dataset, settings).run(observe, stop, clock)
-
-
 class Training:
     """A model, its optimizer and the steps done. After `import_state` it goes on exactly where the state was taken."""
 

@@ -1,4 +1,4 @@
-"""What a training run has measured: figures of each step, and a summary."""
+"""The figures of a training run: of each step, and a summary."""
 
 import math
 import statistics
@@ -16,55 +16,54 @@ _ROLLING_STEPS = 20
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training is after a step (from 1). A skipped step has a loss that is not finite."""
+    """The state of training after a step (from 1). A skipped step has a loss that is not finite."""
 
     step: int
     steps: int
-    epoch: float  # how often the training text was seen
+    epoch: float  # how often the training text has been seen
     loss: float  # nats per token
-    validation_loss: (
-        float | None
-    )  # nats per token; None unless it was measured after this step, as the next two
-    perplexity: float | None  # on the held-out text, per token
-    bits_per_byte: float | None  # on the held-out text
+    # on the held-out text, the next three: None unless measured after this step
+    validation_loss: float | None  # nats per token
+    perplexity: float | None  # per token
+    bits_per_byte: float | None
     tokens_per_s: float  # over the last 20 steps
-    step_s: float  # since the end of the step before, validation left out
-    left_s: float  # to the last step, as fast as the last 20
-    in_flight: int  # steps under way when this one ended
-    staleness: int  # of its gradient: updates since its parameters were taken
-    load_cv: float | None  # of the rows of each live expert; None where there was none: see LoadSpread
+    step_s: float  # since the end of the step before, without validation
+    left_s: float  # to the last step, at the speed of the last 20
+    in_flight: int  # steps running when this one ended
+    staleness: int  # of its gradient: updates since its parameters were copied
+    load_cv: float | None  # of the rows for each live expert; None if none was live: see LoadSpread
     load_max_over_mean: float | None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. `steps` may be fewer than asked for: it was stopped. Losses are in nats per token."""
+    """The result of a run. It has fewer `steps` than asked for if it was stopped. Losses are in nats per token."""
 
-    steps: int  # those before a resume too, as the losses are
+    steps: int  # including those before a resume, as do the losses
     resumed_at: int  # steps before this run
     loss_first: float | None  # None: stopped before a step had a finite loss
     loss_last: float | None
     validation_loss_first: float
     validation_loss_last: float | None  # the last measured after a step; None: stopped before that
-    perplexity: float | None  # of that validation, as the next
+    perplexity: float | None  # of that validation, like the next
     bits_per_byte: float | None
-    tokens_per_s: float  # over all steps of this run, validation left out
+    tokens_per_s: float  # over all steps of this run, without validation
     longest_stall_s: float  # see `longest_stall`
-    seconds: float  # validation included
+    seconds: float  # including validation
     skipped_steps: int
-    in_flight: float | None  # means over steps, as the next; None: no step
+    in_flight: float | None  # mean over steps, like the next; None: no step
     staleness: float | None
-    load_cv: float | None  # means over steps and layers; None where no expert was live
+    load_cv: float | None  # mean over steps and layers; None if no expert was live
     load_max_over_mean: float | None
 
 
 @dataclass
 class History:
-    """The losses of all steps, those before a resume too. NaN where a step was skipped."""
+    """The losses of all steps, including those before a resume. NaN where a step was skipped."""
 
     losses: "array[float]" = field(default_factory=lambda: array("d"))
     validated: "array[int]" = field(default_factory=lambda: array("q"))
-    """After how many steps each validation was."""
+    """For each validation, the number of steps before it."""
     validation_losses: "array[float]" = field(default_factory=lambda: array("d"))
 
     def validation_loss_of(self, step: int) -> float | None:
@@ -73,7 +72,7 @@ class History:
 
 
 class TrainingRecord:
-    """What has been measured so far."""
+    """What a run has measured so far."""
 
     def __init__(self, tokens_in_a_step: int, bytes_per_token: float, history: History) -> None:
         self.history = history
@@ -101,7 +100,7 @@ class TrainingRecord:
         staleness: int = 0,
         in_flight: int = 1,
     ) -> None:
-        """Raises UserError when too many steps in a row were skipped."""
+        """Raises UserError if too many steps in a row were skipped."""
         self.history.losses.append(loss if math.isfinite(loss) else math.nan)
         self._staleness.append(staleness)
         self._in_flight.append(in_flight)
@@ -119,7 +118,7 @@ class TrainingRecord:
             )
 
     def add_validation(self, loss: float) -> None:
-        """After the steps so far."""
+        """A validation after the steps so far."""
         self.history.validated.append(self.steps)
         self.history.validation_losses.append(loss)
 
@@ -169,26 +168,26 @@ class TrainingRecord:
         return bits_per_byte(loss, self._bytes_per_token)
 
     def _rate(self, intervals_s: Sequence[float]) -> float:
-        """Tokens per second; 0 when no time has passed."""
+        """Tokens per second; 0 if no time has passed."""
         passed = sum(intervals_s)
         return self._tokens * len(intervals_s) / passed if passed > 0 else 0.0
 
 
 def perplexity(loss: float) -> float:
-    """Of a loss in nats: between how many equally likely tokens the model wavers."""
+    """Of a loss in nats per token: the number of equally likely tokens that would have the same loss."""
     return math.exp(min(loss, 700.0))
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Of a loss in nats per token: the size that the model would compress a byte of text to."""
+    """Of a loss in nats per token: the size to which the model would compress a byte of text."""
     return loss / math.log(2) / bytes_per_token
 
 
 def longest_stall(intervals_s: Sequence[float]) -> float:
-    """How much longer than usual training stood still at worst: the longest interval less the median one.
+    """How long training stood still at worst: the longest interval minus the median one; 0 for no intervals.
 
-    An interval is the time between the ends of two consecutive steps. Where losing an expert costs nothing,
-    the stall is near 0; where training waited for a lost one, it is that wait. 0 for no intervals.
+    An interval is the time between the ends of two consecutive steps. The stall is near 0 if losing an expert costs
+    nothing; if training waited for a lost one, it is that wait.
     """
     return max(intervals_s) - statistics.median(intervals_s) if intervals_s else 0.0
 

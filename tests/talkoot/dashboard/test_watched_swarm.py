@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_texts import byte_dataset
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dht.invites import Invite
@@ -32,10 +33,9 @@ from talkoot.dashboard.server import address_of, dashboard, listen
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.dashboard.watcher import WatchIntervals
 from trainer_client.client import SwarmClient
-from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.loop import train
+from trainer_client.training.loop import Training
 
 LOCAL = "127.0.0.1"
 LIMIT_S = 60.0
@@ -140,10 +140,10 @@ def training(invite: Invite, folder: Path) -> Iterator[None]:
     with SwarmClient(invite, settings, folder) as client:
         client.wait_for_experts(LIMIT_S, lambda text: None)
         model = LanguageModel(client.manifest, client.mixture)
-        data = ByteDataset(b"In the sauna one must behave as in church. " * 60, MANIFEST.model.context)
+        data = byte_dataset(b"In the sauna one must behave as in church. " * 60, MANIFEST.model.context)
 
         def work() -> None:
-            train(model, data, settings, observe=client.note, stop=stop)
+            Training(model, data, settings).run(client.note, stop)
 
         thread = threading.Thread(target=work)
         thread.start()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from byte_texts import byte_dataset
 from expert_fakes import make_manifest
 from router_fakes import LearningSwarm, every_router, k_of, mixtures
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from dht.manifest import Manifest
 from dht.uid import UID
 from peer.errors import SettingsError
 from talkoot.train.local import LocalSwarm
-from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName, TrainerSettings
 
@@ -25,7 +25,7 @@ MANIFEST = make_manifest((2, 3), k=3, layers=2, hidden=16, feed_forward=32)
 
 def losses(make_mixture: Callable[[int], nn.Module], manifest: Manifest = MANIFEST) -> list[float]:
     model = LanguageModel(manifest, make_mixture)
-    data = ByteDataset(TEXT, 16)
+    data = byte_dataset(TEXT, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     found = []
     for step in range(8):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_texts import byte_dataset
 from training_swarm import TEXT, founded
 
 from dht.invites import Invite
@@ -18,7 +19,6 @@ from peer.loop import LoopThread
 from peer.metrics import total
 from trainer_client.averaging.averager import Averaging
 from trainer_client.client import SwarmClient
-from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
@@ -50,7 +50,7 @@ def trainer(invite: str, state: Path, seed: int, in_flight: int = 1) -> Iterator
     )  # fmt: skip
     with SwarmClient(Invite.parse(invite), settings, state) as client:
         client.wait_for_experts(LIMIT_S, lambda text: None)
-        dataset = ByteDataset(TEXT.encode(), client.manifest.model.context, seed)
+        dataset = byte_dataset(TEXT.encode(), client.manifest.model.context, seed)
         make = partial(LanguageModel, client.manifest, client.mixture)
         training = Training(make(), dataset, settings, make)
         yield Trainer(client, training, client.average(training.part, "bytes", settings.router))

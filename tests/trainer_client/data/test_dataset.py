@@ -3,25 +3,26 @@
 import numpy as np
 import pytest
 import torch
+from byte_texts import byte_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer.errors import DataError
-from trainer_client.data.corpus import VOCABULARY, ByteDataset, Dataset, shuffled
+from trainer_client.data.corpus import VOCABULARY, Dataset, shuffled
 
 TEXT = bytes(range(256)) * 8
 
 
 def test_a_text_too_short_for_two_sequences_is_refused() -> None:
     with pytest.raises(DataError, match="17 bytes and needs 18"):
-        ByteDataset(b"x" * 17, context=8)
+        byte_dataset(b"x" * 17, context=8)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 20), st.integers(0, 500))
 def test_no_byte_is_both_trained_and_validated_on(context: int, more: int) -> None:
     text = torch.arange(2 * (context + 1) + more).remainder(VOCABULARY).to(torch.uint8).numpy().tobytes()
-    dataset = ByteDataset(text, context)
+    dataset = byte_dataset(text, context)
     assert bytes(dataset.train.tolist()) + bytes(dataset.validation.tolist()) == text
     assert len(dataset.validation) == max(len(text) // 10, context + 1)
     assert dataset.batch(0, 3).shape == (3, context + 1)
@@ -29,7 +30,7 @@ def test_no_byte_is_both_trained_and_validated_on(context: int, more: int) -> No
 
 
 def test_batches_are_runs_of_the_training_text() -> None:
-    dataset = ByteDataset(TEXT, context=16)
+    dataset = byte_dataset(TEXT, context=16)
     tokens = dataset.batch(step=3, batch_size=64)
     assert tokens.dtype == torch.int64
     for sequence in tokens.tolist():
@@ -37,7 +38,7 @@ def test_batches_are_runs_of_the_training_text() -> None:
 
 
 def test_a_step_always_has_the_same_batch() -> None:
-    dataset, same = ByteDataset(TEXT, context=16, seed=5), ByteDataset(TEXT, context=16, seed=5)
+    dataset, same = byte_dataset(TEXT, context=16, seed=5), byte_dataset(TEXT, context=16, seed=5)
     first = dataset.batch(7, 8)
     dataset.batch(8, 8)
     assert torch.equal(dataset.batch(7, 8), first)
@@ -46,14 +47,14 @@ def test_a_step_always_has_the_same_batch() -> None:
 
 
 def test_trainers_of_other_seeds_train_on_other_batches_and_validate_on_the_same() -> None:
-    one, other = ByteDataset(TEXT, context=16, seed=1), ByteDataset(TEXT, context=16, seed=2)
+    one, other = byte_dataset(TEXT, context=16, seed=1), byte_dataset(TEXT, context=16, seed=2)
     assert not torch.equal(one.batch(0, 8), other.batch(0, 8))
     for left, right in zip(one.validation_batches(8, 3), other.validation_batches(8, 3), strict=True):
         assert torch.equal(left, right)
 
 
 def test_validation_spans_the_whole_held_out_text() -> None:
-    dataset = ByteDataset(TEXT, context=16)
+    dataset = byte_dataset(TEXT, context=16)
     batches = dataset.validation_batches(4, 2)
     assert batches[0][0].tolist() == dataset.validation[:17].tolist()
     assert batches[-1][-1].tolist() == dataset.validation[-17:].tolist()
@@ -89,7 +90,7 @@ def test_an_epoch_shows_all_of_the_training_text_and_the_next_cuts_it_elsewhere(
 
 
 def test_a_batch_may_span_several_epochs() -> None:
-    dataset = ByteDataset(bytes(range(60)), context=16)
+    dataset = byte_dataset(bytes(range(60)), context=16)
     assert dataset.sequences < 8
     assert dataset.batch(0, 8).shape == (8, 17)
 

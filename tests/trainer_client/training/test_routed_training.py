@@ -5,13 +5,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from byte_texts import byte_dataset
 from expert_fakes import FakeSwarm, make_manifest
 from router_fakes import LearningSwarm, every_router, mixtures
 
-from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName, TrainerSettings
-from trainer_client.training.loop import train
+from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress, Summary
 
 TEXT = b"In the sauna one must behave as in church. " * 60
@@ -27,7 +27,7 @@ def train_with(name: RouterName) -> tuple[Summary, LearningSwarm, list[Progress]
     with mixtures(swarm, name) as make_mixture:
         model = LanguageModel(swarm.manifest, make_mixture)
         before = {key: value.clone() for key, value in model.mixtures.named_parameters()}
-        summary = train(model, ByteDataset(TEXT, 16), values, observe=seen.append, stop=threading.Event())
+        summary = Training(model, byte_dataset(TEXT, 16), values).run(seen.append, threading.Event())
     moved = {key for key, value in model.mixtures.named_parameters() if not torch.equal(value, before[key])}
     assert moved <= before.keys()
     return summary, swarm, seen, before.keys() - moved

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from byte_texts import byte_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dht.manifest import Manifest
 from peer.errors import UserError
-from trainer_client.data.corpus import ByteDataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.loop import Training, learning_rate, train, validation_loss
+from trainer_client.training.loop import Training, learning_rate, validation_loss
 from trainer_client.training.record import Progress, Summary, longest_stall
 
 TEXT = b"In the sauna one must behave as in church. " * 60
@@ -104,7 +104,7 @@ def run(
     if stop_after == 0:
         stop.set()
     timed: dict[str, Any] = {} if clock is None else {"clock": lambda: next(clock)}
-    summary = train(model, ByteDataset(TEXT, 16), settings, observe=observe, stop=stop, **timed)
+    summary = Training(model, byte_dataset(TEXT, 16), settings).run(observe, stop, **timed)
     return summary, seen
 
 
@@ -122,7 +122,7 @@ def run_in_flight(
         if progress.step == stop_after:
             stop.set()
 
-    training = Training(make_model(), ByteDataset(TEXT, 16), make_settings(**given), make_model)
+    training = Training(make_model(), byte_dataset(TEXT, 16), make_settings(**given), make_model)
     return training.run(observe, stop), seen
 
 
@@ -163,7 +163,7 @@ def test_a_bad_step_in_flight_is_skipped_and_costs_the_others_nothing() -> None:
         models.append(BadStepsModel({3, 7}))
         return models[-1]
 
-    dataset = ByteDataset(TEXT, 16, seed=0)
+    dataset = byte_dataset(TEXT, 16, seed=0)
     training = Training(make(), dataset, make_settings(in_flight=3), make)
     summary = training.run(lambda progress: None, threading.Event())
     assert (summary.steps, summary.skipped_steps) == (12, 2)
@@ -183,7 +183,7 @@ def test_equal_runs_give_equal_losses() -> None:
 
 def test_validation_comes_before_the_first_step_and_after_the_last() -> None:
     model = LanguageModel(make_manifest(), lambda layer: nn.Identity())
-    batches = ByteDataset(TEXT, 16).validation_batches(4, 2)
+    batches = byte_dataset(TEXT, 16).validation_batches(4, 2)
     before = validation_loss(model, batches)
     summary, seen = run(make_settings(), model)
     assert summary.validation_loss_first == before
@@ -198,7 +198,7 @@ def test_validation_comes_every_so_many_steps() -> None:
 
 def test_validation_takes_no_gradient_and_leaves_the_model_in_training() -> None:
     model = LanguageModel(make_manifest(), lambda layer: nn.Identity())
-    validation_loss(model, ByteDataset(TEXT, 16).validation_batches(4, 2))
+    validation_loss(model, byte_dataset(TEXT, 16).validation_batches(4, 2))
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -356,7 +356,7 @@ def test_progress_tells_how_long_it_takes_and_how_often_the_text_was_seen() -> N
     times = iter([0.0, 10.0, 20.0, 30.0, 36.0, 44.0, 150.0, 151.0])
     _, seen = run(make_settings(steps=4), clock=times)
     assert [progress.left_s for progress in seen] == [30, 20, pytest.approx(26 / 3), 0]
-    sequences = ByteDataset(TEXT, 16).sequences
+    sequences = byte_dataset(TEXT, 16).sequences
     assert [progress.epoch for progress in seen] == [4 * step / sequences for step in range(1, 5)]
 
 
