@@ -1,7 +1,7 @@
 """All errors of Talkoot, in one tree.
 
 TalkootError
-├── UserError                   T100  what the person at the keyboard can mend; exit status 2
+├── UserError                   T100  an error that the user can fix; exit status 2
 │   ├── SettingsError           T101  a setting, manifest or command line that is not valid
 │   ├── InviteError             T102  a wrong or truncated invite
 │   ├── StartError              T103  a peer could not start, or something could not be written
@@ -35,7 +35,7 @@ class TalkootError(Exception):
 
 
 class UserError(TalkootError):
-    """What the person at the keyboard can mend: the message says how. Exit status 2.
+    """An error that the user can fix. The message says how. Exit status 2.
 
     `code` never changes: docs/troubleshooting.md says what each one means.
     """
@@ -136,7 +136,7 @@ class StateError(TalkootError):
 class TransferError(TalkootError):
     """An expert's state that did not come from another node.
 
-    `answered` tells a node that said no from one that is not there.
+    `answered` tells a node that refused from one that did not answer.
     """
 
     def __init__(self, message: str, answered: bool = False) -> None:
@@ -147,7 +147,7 @@ class TransferError(TalkootError):
 class ExpertError(TalkootError):
     """An expert did not do what was asked.
 
-    `status` is the gRPC status that the caller sees; `retry_after_s` is set when it is RESOURCE_EXHAUSTED.
+    `status` is the gRPC status that the caller gets; `retry_after_s` is set for RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, status: grpc.StatusCode, message: str, retry_after_s: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""What the answers of others say of this machine: its clock by most of them, and whether anybody reaches it."""
+"""What a peer learns when it joins: whether its clock is right, and whether others can reach it."""
 
 import math
 

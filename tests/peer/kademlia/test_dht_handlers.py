@@ -1,4 +1,4 @@
-"""What strangers send to a node of the DHT neither ends it, nor displaces what honest peers stored."""
+"""Hostile requests neither stop a DHT node nor displace what honest peers stored."""
 
 import asyncio
 import math
@@ -39,7 +39,7 @@ def world() -> Iterator[VirtualLoop]:
 def play(
     loop: VirtualLoop, scenario: Callable[[SimulatedSwarm, SimulatedPeer], Awaitable[None]], nodes: int = 1
 ) -> None:
-    """The first peer is the one to which strangers send; it hosts the first experts."""
+    """The strangers send to the first peer, which hosts the first experts."""
 
     async def run() -> None:
         swarm = await SimulatedSwarm.start(loop, nodes, 4, Link(rtt_s=0.1), seed=1)
@@ -65,14 +65,14 @@ def store_request(key: str, subkey: object, value: object, expires_at: float, **
 
 
 class Packed:
-    """What is not what msgpack would make of anything."""
+    """Bytes that are not valid msgpack."""
 
     def __init__(self, packed: bytes) -> None:
         self.packed = packed
 
 
 def nested(depth: int, inner: bytes = b"\x01") -> bytes:
-    """Tuples within tuples, as hivemind packs them."""
+    """Nested tuples, as hivemind packs them."""
     for _ in range(depth):
         inner = b"\xc9" + (len(inner) + 1).to_bytes(4, "big") + b"\x40\x91" + inner
     return inner
@@ -187,7 +187,7 @@ def test_messages_beyond_their_bounds_get_empty_answers(world: VirtualLoop) -> N
     play(world, scenario)
 
 
-def test_one_peer_is_one_node_of_the_dht(world: VirtualLoop) -> None:
+def test_one_peer_has_one_node_id(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         table = peer.dht.protocol.routing_table
         claimed = [DHTID.generate().to_bytes() for _ in range(30)]
@@ -203,7 +203,7 @@ def test_one_peer_is_one_node_of_the_dht(world: VirtualLoop) -> None:
     play(world, scenario)
 
 
-def test_nobody_takes_the_place_of_another(world: VirtualLoop) -> None:
+def test_nobody_takes_the_node_id_of_another(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         table, other = peer.dht.protocol.routing_table, await swarm.make_peer()
         place = other.dht.node_id
@@ -218,7 +218,7 @@ def test_nobody_takes_the_place_of_another(world: VirtualLoop) -> None:
     play(world, scenario)
 
 
-def test_nobody_takes_the_place_of_the_peer_itself(world: VirtualLoop) -> None:
+def test_nobody_takes_the_node_id_of_the_peer_itself(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         own = dht_pb2.NodeInfo(node_id=peer.dht.node_id.to_bytes())
         await send(peer, "ping", dht_pb2.PingRequest(peer=own))
@@ -244,7 +244,7 @@ def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(w
 
 
 async def turns_during(work: Awaitable[object]) -> int:
-    """How often another task gets its turn meanwhile."""
+    """How often another task gets a turn in the meantime."""
     turns = 0
 
     async def count() -> None:
@@ -259,7 +259,7 @@ async def turns_during(work: Awaitable[object]) -> int:
     return turns
 
 
-def test_a_question_for_many_keys_lets_others_take_turns(world: VirtualLoop) -> None:
+def test_a_look_up_of_many_keys_lets_other_tasks_run(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         request = dht_pb2.FindRequest(keys=[DHTID(n).to_bytes() for n in range(256)])
         assert await turns_during(send(peer, "find", request)) >= 256 / 8

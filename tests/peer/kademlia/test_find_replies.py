@@ -1,4 +1,4 @@
-"""What a peer of the DHT answers is taken as far as it is right, and nothing in it breaks the one who asked."""
+"""The good parts of a DHT peer's answer are used, and the bad parts harm nobody."""
 
 import asyncio
 import math
@@ -32,7 +32,7 @@ class OnlyGood(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no ty
 
 
 class Protocol:
-    """hivemind's, as far as a question needs it; the answer is made up."""
+    """The part of hivemind's protocol that a request needs, with a made-up answer."""
 
     record_validator = OnlyGood()
     node_info = dht_pb2.NodeInfo()

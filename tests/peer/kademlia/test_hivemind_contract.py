@@ -418,7 +418,7 @@ def _canonical(name: str) -> str:
 
 
 def _overridden() -> Iterator[tuple[type, str]]:
-    """The hivemind class and the name, for what our subclasses define anew."""
+    """The hivemind class and the attribute, for everything that our subclasses override."""
     for path, tree in _files("peer/kademlia", "peer/transport"):
         module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         for node in ast.walk(tree):

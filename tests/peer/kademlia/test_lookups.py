@@ -1,4 +1,4 @@
-"""Look-ups and stores among simulated peers: the real DHT nodes, on a clock that jumps."""
+"""Look-ups and stores among simulated peers: real DHT nodes in virtual time."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -35,7 +35,7 @@ def play(
     loop.run_until_complete(run())
 
 
-def test_a_dead_peer_costs_its_neighbours_patience_and_not_three_seconds(world: VirtualLoop) -> None:
+def test_a_dead_peer_costs_one_estimated_timeout_and_not_three_seconds(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         reader = swarm.peers[0]
         for _ in range(3):  # gets to know how long an answer takes
@@ -64,10 +64,10 @@ def test_slow_peers_are_waited_for_when_there_are_no_others(world: VirtualLoop) 
 
 
 async def know_one(swarm: SimulatedSwarm, bootstrap: SimulatedPeer) -> SimulatedPeer:
-    """A client that has greeted one peer, and whose look for others found none."""
+    """A client that has pinged one peer and knows no other."""
     client = await swarm.make_peer(serves_dht=False)
     await client.dht.protocol.call_ping(bootstrap.peer_id)
-    await asyncio.sleep(0)  # hivemind enters it on another task
+    await asyncio.sleep(0)  # hivemind adds it to the routing table in another task
     return client
 
 
@@ -105,8 +105,8 @@ def test_keys_for_which_nobody_answers_are_not_taken_for_empty(world: VirtualLoo
     play(world, scenario, nodes=1, experts=24)
 
 
-def test_a_peer_that_is_named_in_another_place_than_its_own_does_not_count(world: VirtualLoop) -> None:
-    """Else a liar could put honest peers, who do not store the key, where its holders should be."""
+def test_a_peer_that_is_named_by_a_wrong_node_id_does_not_count(world: VirtualLoop) -> None:
+    """Otherwise a liar could name honest peers, who don't store the key, in place of its holders."""
 
     async def scenario(swarm: SimulatedSwarm) -> None:
         reader, key = swarm.peers[0], DHTID.generate(source=swarm.keys.expert(HOME))
@@ -120,7 +120,7 @@ def test_a_peer_that_is_named_in_another_place_than_its_own_does_not_count(world
     play(world, scenario)
 
 
-def test_what_others_say_of_a_place_does_not_count_against_its_owner() -> None:
+def test_claims_to_a_node_id_do_not_count_against_its_owner() -> None:
     owner, liar = b"\x12\x20" + bytes(32), b"\x12\x20" + bytes([1]) * 32
     place = int(DHTID.generate(source=owner))
     contacts, unverified = ContactBook(), UnverifiedNodes()
@@ -160,7 +160,7 @@ def test_256_experts_are_renewed_with_a_bounded_number_of_stores(world: VirtualL
     play(world, scenario, experts=256)
 
 
-def test_what_is_stored_lies_at_the_nearest_nodes(world: VirtualLoop) -> None:
+def test_records_are_stored_at_the_nearest_nodes(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         for uid in swarm.manifest.uids():
             key = DHTID.generate(source=swarm.keys.expert(uid))
@@ -214,7 +214,7 @@ def test_every_coordinate_of_a_large_grid_is_read_and_no_value_passes_32_kilobyt
     play(world, scenario, nodes=4)
 
 
-def test_a_second_look_starts_at_the_holders(world: VirtualLoop) -> None:
+def test_a_second_look_up_starts_at_the_holders(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         client = await swarm.make_peer(serves_dht=False)
         await swarm.join(client)
@@ -228,10 +228,10 @@ def test_a_second_look_starts_at_the_holders(world: VirtualLoop) -> None:
     play(world, scenario, nodes=24)
 
 
-def test_a_question_that_fails_by_a_mistake_counts_as_unanswered(
+def test_a_request_that_fails_through_a_bug_counts_as_unanswered(
     world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a look-up would wait for an answer that never comes."""
+    """Otherwise a look-up would wait for an answer that never comes."""
 
     async def breaks(*question: object) -> None:
         raise RuntimeError("a mistake")
@@ -248,7 +248,7 @@ def test_a_question_that_fails_by_a_mistake_counts_as_unanswered(
     play(world, scenario)
 
 
-def test_patience_follows_the_round_trips() -> None:
+def test_the_timeout_follows_the_round_trips() -> None:
     trips = RttEstimator()
     assert trips.timeout_s == 1.0
     for _ in range(50):

@@ -1,4 +1,4 @@
-"""The iterative look-up of Kademlia (section 2.3), as a state machine over made-up networks."""
+"""Kademlia's iterative search (section 2.3), as a state machine over made-up networks."""
 
 import random
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ def by_distance(nodes: Iterable[int], key: int) -> list[int]:
 
 
 def ring(nodes: set[int]) -> dict[int, list[int]]:
-    """Each node knows the two beside it by number, and two far away: enough to reach all."""
+    """Each node knows its two neighbours by number and two distant nodes, which is enough to reach all."""
     ordered = sorted(nodes)
     count = len(ordered)
     return {
@@ -132,7 +132,7 @@ def test_this_peer_counts_without_being_asked() -> None:
     assert search.found_after == 0
 
 
-def test_a_liar_who_names_nearer_nodes_for_ever_is_given_up() -> None:
+def test_a_liar_who_names_nearer_nodes_forever_is_given_up() -> None:
     search, asked, node = IterativeSearch(0, [2**200]), 0, 2**200
     while wanted := search.ask():
         asked += len(wanted)
@@ -142,7 +142,7 @@ def test_a_liar_who_names_nearer_nodes_for_ever_is_given_up() -> None:
     assert asked < 110
 
 
-def test_who_knows_one_node_asks_it_again_when_the_question_is_lost() -> None:
+def test_the_only_known_node_is_asked_again_when_the_request_is_lost() -> None:
     search = IterativeSearch(0, [9])
     assert search.ask() == [9]
     search.failed(9)

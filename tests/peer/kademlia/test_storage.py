@@ -1,4 +1,4 @@
-"""What others store here has bounds, and an older record takes nothing's place."""
+"""The store is bounded, and an older record replaces nothing."""
 
 import random
 from collections import Counter
@@ -48,7 +48,7 @@ def test_an_older_record_stored_again_does_not_end_the_newer_one(clock: Clock) -
     assert entries(stored, KEY) == {1: b"new"}
 
 
-def test_renewing_all_the_time_fills_no_memory(clock: Clock) -> None:
+def test_constant_renewal_fills_no_memory(clock: Clock) -> None:
     stored, counts = storage()
     for n in range(1000):
         assert stored.store_subkey(KEY, 1, b"value", NOW + 10 + n / 1000)
@@ -60,7 +60,7 @@ def test_renewing_all_the_time_fills_no_memory(clock: Clock) -> None:
     assert entries(stored, KEY) == {1: b"value"}
 
 
-def test_a_full_key_takes_new_entries_in_place_of_some_that_are_drawn(clock: Clock) -> None:
+def test_a_full_key_evicts_random_entries_for_new_ones(clock: Clock) -> None:
     most = 20 * size_of(0, bytes(100))
     stored, counts = storage(key_bytes=most)
     for n in range(100):
@@ -119,7 +119,7 @@ def test_many_keys_stay_within_the_bound_and_the_newest_is_there(clock: Clock) -
     assert total(counts.evicted) == 500 - total(counts.keys)
 
 
-def test_what_expires_or_is_removed_counts_no_more(clock: Clock) -> None:
+def test_expired_and_removed_entries_no_longer_count(clock: Clock) -> None:
     stored, counts = storage()
     stored.store_subkey(KEY, 1, b"short", NOW + 10)
     stored.store_subkey(OTHER, 1, b"long", NOW + 20)

@@ -1,4 +1,4 @@
-"""Of what another peer answers or hands over, the good entries are used."""
+"""The good entries of what another peer answers or hands over are used."""
 
 import math
 import time
@@ -30,7 +30,7 @@ def test_a_dictionary_that_is_handed_over_loses_its_bad_entries() -> None:
     assert {subkey: entry.value for subkey, entry in handed_over.items()} == {1: b"good", 3: b"good"}
 
 
-def test_too_many_entries_are_cut_to_some_that_are_drawn() -> None:
+def test_too_many_entries_are_sampled() -> None:
     until = time.time() + 100
     lost = set()
     for _ in range(2):

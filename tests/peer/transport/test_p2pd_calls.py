@@ -1,4 +1,4 @@
-"""Calls by way of p2pd that are broken off, with a stand-in for p2pd on a thread of its own."""
+"""Cancelled calls through p2pd, with a stand-in for p2pd on its own thread."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ OTHER = PeerID.from_base58("QmNLei78zWmzUdbeRB3CiUfAizWUrbeeZh5K1rhAQKCh51")
 
 
 class StandIn:
-    """Takes one connection, and keeps what comes until it is asked for."""
+    """Accepts one connection, and queues what it receives."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,7 +79,9 @@ async def disconnect(control: Any) -> None:
     await asyncio.wait([control._read_task, control._write_task])
 
 
-def test_an_answer_in_the_moment_of_the_deadline_ends_no_other_call(loop: LoopThread, p2pd: StandIn) -> None:
+def test_an_answer_at_the_moment_of_the_deadline_breaks_no_other_call(
+    loop: LoopThread, p2pd: StandIn
+) -> None:
     async def call(control: Any, deadline_s: float) -> bytes:
         async with asyncio.timeout(deadline_s):
             answer: bytes = await control.call_unary_handler(OTHER, "DHTProtocol.rpc_ping", b"?")
@@ -103,7 +105,7 @@ def test_an_answer_in_the_moment_of_the_deadline_ends_no_other_call(loop: LoopTh
     loop.run(scenario(), 20)
 
 
-def test_calls_of_others_that_are_broken_off_are_forgotten(loop: LoopThread, p2pd: StandIn) -> None:
+def test_cancelled_calls_of_others_are_forgotten(loop: LoopThread, p2pd: StandIn) -> None:
     async def scenario() -> None:
         control = await connected(p2pd)
         begun, cancelled = asyncio.Event(), asyncio.Event()

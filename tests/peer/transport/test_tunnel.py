@@ -1,4 +1,4 @@
-"""gRPC through libp2p streams between real hosts: what travels, what is bounded, and what is left behind."""
+"""gRPC through libp2p streams between real hosts: calls pass, streams are bounded, and nothing is left behind."""
 
 import asyncio
 import errno
@@ -31,7 +31,7 @@ CALL_S = 30.0
 
 @dataclass(frozen=True)
 class Known:
-    """A contact, as a record gives it."""
+    """How to reach the peer, as its record says."""
 
     peer_id: PeerID
     certificate_pem: bytes
@@ -58,7 +58,7 @@ async def echo(request: bytes, context: Any) -> bytes:
 
 @asynccontextmanager
 async def echo_server(identity: Identity, path: Path) -> AsyncIterator[bytes]:
-    """Listens on a unix socket only; gives its certificate, DER."""
+    """Listens on a unix socket only; returns its certificate, DER."""
     certificate = identity.make_certificate()
     server = grpc.aio.server(options=SERVER_OPTIONS)
     handler: Any = grpc.unary_unary_rpc_method_handler(echo)
@@ -150,7 +150,7 @@ def test_another_certificate_is_refused_in_the_tunnel(
     run(loop, test, both.caller.tunnels)
 
 
-def test_the_tunnel_is_taken_when_no_address_answers(loop: LoopThread, both: Village) -> None:
+def test_the_tunnel_is_used_when_no_address_answers(loop: LoopThread, both: Village) -> None:
     with socket.socket() as closed:
         closed.bind((LOCAL, 0))
         silent = f"{LOCAL}:{closed.getsockname()[1]}"
@@ -184,7 +184,7 @@ def test_streams_end_with_their_channels_and_leave_nothing(loop: LoopThread, bot
     run(loop, test, both.caller.tunnels)
 
 
-def test_a_peer_gets_so_many_streams_and_no_more(loop: LoopThread, both: Village) -> None:
+def test_a_peer_gets_no_more_streams_than_the_limit(loop: LoopThread, both: Village) -> None:
     limits = TunnelLimits(streams_of_peer=2)
 
     async def test(pool: ChannelPool) -> None:
@@ -246,7 +246,7 @@ def test_a_tunnel_to_nobody_fails_the_call(
     run(loop, test, both.server.tunnels)
 
 
-def test_a_machine_without_sockets_left_digs_the_tunnel_when_it_has_some_again(
+def test_a_tunnel_is_opened_once_the_machine_has_sockets_again(
     loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def opens_nothing(*arguments: Any) -> Any:
@@ -273,7 +273,7 @@ def test_a_machine_without_sockets_left_digs_the_tunnel_when_it_has_some_again(
     loop.run(scenario())
 
 
-def test_p2pd_that_dies_while_the_tunnel_is_begun_ends_nobody(
+def test_a_p2pd_that_dies_while_a_tunnel_opens_stops_nobody(
     loop: LoopThread, identities: list[Identity], caplog: pytest.LogCaptureFixture
 ) -> None:
     class Dying:
