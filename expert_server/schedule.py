@@ -1,4 +1,4 @@
-"""When an owner lets a node work: ranges of the week, by the clock on the wall. Pure."""
+"""When the owner lets a node work: ranges of the week, in local time. Pure."""
 
 import re
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ _HOW = "write for example 22:00-07:00, or mon-fri 22:00-07:00,sat-sun 00:00-24:0
 
 @dataclass(frozen=True)
 class Schedule:
-    """Minutes of the week, from Monday 00:00 on, in half-open ranges that are in order and do not touch.
+    """Half-open ranges of minutes since Monday 00:00, in order, none of which touch.
 
-    By the clock on the wall: when the clocks change, a range ends when the clock shows its end.
+    They follow the local clock: when daylight saving starts or ends, a range still ends when the clock shows its end.
     """
 
     ranges: tuple[tuple[int, int], ...]
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
-        """Reads ranges such as `22:00-07:00`, each with days before it if it is not for all days.
+        """Reads ranges such as `22:00-07:00`, with days in front if a range is not for every day.
 
-        A range that passes midnight belongs to the day on which it begins. Raises ValueError that says what is wrong.
+        A range across midnight belongs to the day on which it begins. Raises ValueError that says what is wrong.
         """
         parts = text.split(",")
         if len(parts) > _MAX_RANGES:
@@ -38,7 +38,7 @@ class Schedule:
         return any(start <= minute < end for start, end in self.ranges)
 
     def next_start(self, when: datetime) -> str:
-        """When the next range begins, as people say it: `22:00`, or `mon 22:00` if that is not within a day."""
+        """When the next range begins: `22:00`, or `mon 22:00` if that is more than a day away."""
         minute = _minute(when)
         wait = min((start - minute - 1) % _WEEK + 1 for start, _ in self.ranges)
         start = when.replace(tzinfo=None) + timedelta(minutes=wait)  # of the wall clock
@@ -46,12 +46,12 @@ class Schedule:
 
 
 def _minute(when: datetime) -> int:
-    """Of the week."""
+    """The minute of the week."""
     return when.weekday() * _DAY + when.hour * 60 + when.minute
 
 
 def _pieces(text: str) -> list[tuple[int, int]]:
-    """One range of the day, on each of its days. None passes the end of the week."""
+    """A range of the day on each of its days, cut at the end of the week."""
     *days, clocks = text.lower().split() or [""]
     start, end = _clocks(clocks)
     if start in (end, _DAY):

@@ -31,9 +31,9 @@ from peer.wire import state_pb2
 logger = logging.getLogger(__name__)
 
 _TAKES_INITIATIVE = 0.5
-"""Share of its replicated experts for which a node seeks a meeting: with those that others seek, about one each."""
-_PART_S = 5.0
-"""Longest that a node which gives its experts up averages them with others' replicas."""
+"""Share of its replicated experts that a node averages by its own initiative: others' make it about one each."""
+_LAST_AVERAGING_S = 5.0
+"""Longest that a node which gives its experts up averages them a last time."""
 _MAX_HINTS = 256
 """Experts that others may ask this node to fetch, at one time."""
 
@@ -67,12 +67,12 @@ class ReplicaAveraging:
         self._hints = HintQueue(_MAX_HINTS, self._every_s / 10)
         self._hinted = asyncio.Event()
         self._runs = False
-        self._parting: asyncio.Task[None] | None = None
+        self._last_averaging: asyncio.Task[None] | None = None
         self._meeting = asyncio.Lock()
         """One meeting at a time: a base that was handed out must stay one."""
 
     def accept_hint(self, hint: FetchHint) -> int:
-        """Takes a hint; says how many of its experts will be looked at, from the first on. None unless it runs."""
+        """Queues a hint, and returns how many of its experts it accepts, from the first on: none unless `run` runs."""
         wanted = self._every_s > 0 if hint.is_average else not self._replicas.leaving
         if not self._runs or not wanted:
             return 0
@@ -92,51 +92,53 @@ class ReplicaAveraging:
             self._runs = False
 
     async def average_some(self) -> None:
-        """Seeks a meeting for about half of the experts that others serve too. Raises UnreachableError."""
+        """Averages about half of the experts that others serve too. Raises UnreachableError."""
         replicas = await self._swarm.registry.replicas(self._replicas.experts)
         partners = choose_partners(replicas, self._swarm.host.peer_id, self._rng)
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
         for replica in partners:
             if replica.peer_id in nodes and not self._is_idle(replica):
-                await self._tried(self.meet(replica.uid, nodes[replica.peer_id]))
+                await self._attempt(self.meet(replica.uid, nodes[replica.peer_id]))
 
     async def average_before_leaving(self, limit_s: float) -> None:
-        """Before its experts are given up: averages them a last time, so that no update is lost with this node's.
+        """Averages the experts a last time before they are given up, so that none of this node's updates is lost.
 
-        Returns when the others have what they need of this node, which must be announced as serving till then.
+        Returns when the others have fetched what they need. Until then this node must be announced as serving.
         """
         if not self._every_s:
             return
-        self._parting = asyncio.create_task(self._tried(self._part()), name="part")
-        await asyncio.wait({self._parting}, timeout=min(_PART_S, limit_s))
-        self._parting.cancel()
-        (problem,) = await asyncio.gather(self._parting, return_exceptions=True)
+        self._last_averaging = asyncio.create_task(
+            self._attempt(self._average_last()), name="average before leaving"
+        )
+        await asyncio.wait({self._last_averaging}, timeout=min(_LAST_AVERAGING_S, limit_s))
+        self._last_averaging.cancel()
+        (problem,) = await asyncio.gather(self._last_averaging, return_exceptions=True)
         if isinstance(problem, Exception):
             raise problem
 
     def hurry(self) -> None:
-        if self._parting is not None:
-            self._parting.cancel()
+        if self._last_averaging is not None:
+            self._last_averaging.cancel()
 
-    async def _part(self) -> None:
+    async def _average_last(self) -> None:
         replicas = await self._swarm.registry.replicas(self._replicas.experts)
         me = self._swarm.host.peer_id
         partners = [self._rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
         for replica in partners:
             if replica.peer_id in nodes and not self._is_idle(replica):
-                await self._tried(self._part_from(replica.uid, nodes[replica.peer_id]))
+                await self._attempt(self._average_last_with(replica.uid, nodes[replica.peer_id]))
 
-    async def _part_from(self, uid: UID, node: NodeInfo) -> None:
+    async def _average_last_with(self, uid: UID, node: NodeInfo) -> None:
         given = await self.meet(uid, node)
         if given is not None:
             await given.wait()
 
     async def meet(self, uid: UID, node: NodeInfo) -> asyncio.Event | None:
-        """Averages with the replica of another node, and asks it to do the same.
+        """Averages this node's replica with another node's, and asks that node to do the same.
 
-        Gives the event that it has fetched what it needs for that, or None when it won't. Raises TransferError,
-        StateError or ExpertError when that can't be; this replica is as it was then.
+        Returns an event that is set when the other node has fetched what it needs for that, or None if it won't. Raises
+        TransferError, StateError or ExpertError if the replica could not be averaged; it is then as it was.
         """
         async with self._meeting:
             base = await self._snapshots.take(uid)
@@ -149,9 +151,9 @@ class ReplicaAveraging:
         return given if accepted else None
 
     async def _answer(self, hint: FetchHint, node: NodeInfo) -> None:
-        """The other half of a meeting, with the two snapshots of the first half.
+        """The other half of `meet`, with the two snapshots of the first half.
 
-        When this replica has met others since, or that peer by itself, there is nothing to add to.
+        Does nothing if this replica was averaged since: the base is then no longer what it came from.
         """
         (uid,) = hint.uids
         async with self._meeting:
@@ -180,7 +182,7 @@ class ReplicaAveraging:
         logger.debug("averaged %s with %s, whose share was %.2f", base.uid, peer_id, share)
 
     def _is_idle(self, replica: Replica) -> bool:
-        """Whether neither took an update since the two met."""
+        """Whether neither replica took an update since the two were averaged."""
         met = self._replicas.history.of(replica.uid).get(replica.peer_id)
         expert = self._replicas.experts.get(replica.uid)
         return expert is None or met == replica.update_count == expert.update_count
@@ -188,7 +190,7 @@ class ReplicaAveraging:
     async def _average_now_and_then(self) -> None:
         while True:
             await asyncio.sleep(self._every_s * self._rng.uniform(0.5, 1.5))
-            await self._tried(self.average_some())
+            await self._attempt(self.average_some())
 
     async def _follow_hints(self) -> None:
         while True:
@@ -197,12 +199,12 @@ class ReplicaAveraging:
                 self._hinted.clear()
                 await self._hinted.wait()
             elif hint.is_average:
-                await self._tried(self._follow_average(hint))
+                await self._attempt(self._follow_average(hint))
             else:
-                await self._tried(self._adopt(hint.peer_id, hint.uids))
+                await self._attempt(self._adopt(hint.peer_id, hint.uids))
 
     async def _follow_average(self, hint: FetchHint) -> None:
-        """Only with a peer that, by the DHT, serves that expert."""
+        """Answers only a peer that serves the expert, as the DHT says."""
         replicas = await self._swarm.registry.replicas(hint.uids)
         hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
         if hint.peer_id in hosts and set(hint.uids) <= self._replicas.experts.keys():
@@ -210,7 +212,7 @@ class ReplicaAveraging:
             if hint.peer_id in nodes:
                 await self._answer(hint, nodes[hint.peer_id])
 
-    async def _tried(self, work: Coroutine[Any, Any, Any]) -> None:
+    async def _attempt(self, work: Coroutine[Any, Any, Any]) -> None:
         try:
             await work
         except (UnreachableError, TransferError, StateError, ExpertError) as error:
@@ -220,16 +222,16 @@ class ReplicaAveraging:
 def choose_partners(
     replicas: Mapping[UID, Collection[Replica]], me: PeerID, rng: random.Random
 ) -> list[Replica]:
-    """For about half of the experts that others serve too, one of those others."""
+    """One of the other replicas for each of about half of the experts that others serve too."""
     found = [serving_elsewhere(hosts, me) for _, hosts in sorted(replicas.items())]
     return [rng.choice(others) for others in found if others and rng.random() < _TAKES_INITIATIVE]
 
 
 def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: str, share: float) -> None:
-    """Makes the expert the average of its state at `base` and `theirs`; updates since `base` are kept.
+    """Gives the expert the average of its state at `base` and `theirs`, and keeps its updates since `base`.
 
-    Raises StateError, and changes nothing, when the state since `base` came by anything but updates, or a state is
-    not this expert's or not finite.
+    `share`: the weight of `theirs`. Raises StateError, and changes nothing, if anything but updates changed the expert
+    since `base`, or if a state is not this expert's or not finite.
     """
     if expert.generation != base.generation:
         raise StateError(f"expert {expert.uid} was replaced or rolled back while it was averaged")
@@ -242,9 +244,9 @@ def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: s
 
 
 def averaged(current: State, base: State, theirs: State, share: float) -> State:
-    """The state `current` after `base`, from which it came, was averaged with `theirs`.
+    """The average of `base` and `theirs`, plus what changed from `base` to `current`.
 
-    So updates that were taken since `base` are kept. A moment that one side lacks counts as zeros there.
+    A moment of the optimizer that one side lacks counts as zeros.
     """
     names = current.keys() | theirs.keys()
     return {
@@ -261,7 +263,7 @@ def _averaged(
     now, then, other = (torch.zeros_like(like) if t is None else t for t in (current, base, theirs))
     if not like.is_floating_point():
         return torch.maximum(now, other)
-    if name.endswith(".step"):  # of the optimizer: a count, for the correction of its bias
+    if name.endswith(".step"):  # the optimizer counts steps to correct its bias
         return now + (torch.maximum(then, other) - then)
     result = interpolate(now, then, other, share)
     if name.endswith(".exp_avg_sq"):

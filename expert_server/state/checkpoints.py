@@ -1,7 +1,7 @@
-"""Checkpoints: experts' states on disk, so that a node that restarts goes on where it was.
+"""Checkpoints: the states of experts on disk, from which a node that restarts resumes.
 
-`CheckpointStore` is the folder: it knows files and nothing of experts in service. `Checkpoints` is the shell around it:
-it saves and restores the experts of one runtime without holding up what they compute.
+`CheckpointStore` is the folder: it knows files, and nothing of experts in service. `Checkpoints` is the shell around
+it: it saves and restores the experts of a runtime without delaying what they compute.
 """
 
 import asyncio
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointStore:
-    """The checkpoints of one swarm's experts: `<folder>/<swarm_id>/<uid>/<update_count>.safetensors`.
+    """The checkpoints of a swarm's experts: `<folder>/<swarm_id>/<uid>/<update_count>.safetensors`.
 
-    A file is whole or not there: it is written under another name, synced, and renamed. One process at a time uses
-    the folder; within it, any thread.
+    A file is whole or not there: it is written under another name, synced, and renamed. One process at a time may use
+    the folder, from any thread.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class CheckpointStore:
         now: Callable[[], float] = time.time,
         holds: Callable[[UID], bool] = lambda uid: True,
     ) -> None:
-        """`keep`: how many checkpoints of each expert stay. `holds`: whether an expert lies on the swarm's grid."""
+        """`keep`: how many checkpoints of each expert stay. `holds`: whether an expert is on the swarm's grid."""
         self._folder = folder / swarm_id
         self._swarm_id = swarm_id
         self._keep = keep
@@ -52,12 +52,12 @@ class CheckpointStore:
         self._writing = threading.Lock()
 
     def sweep(self) -> None:
-        """Removes what writers that were killed have left."""
+        """Removes what killed writers left behind."""
         for path in self._folder.glob("*/"):
             RotatingFiles(path, self._keep).sweep()
 
     def newest(self) -> dict[UID, int]:
-        """The update count of each expert's newest checkpoint, by the file names alone."""
+        """The update count of each expert's newest checkpoint, read from the file names alone."""
         try:
             names = os.listdir(self._folder)
         except OSError:
@@ -73,7 +73,7 @@ class CheckpointStore:
         return found
 
     def _pass_over_stray(self, uid: UID) -> None:
-        """Says so once. The swarm was founded anew with another grid, or the folder is another swarm's."""
+        """Warns once. Either the swarm was founded again with another grid, or the folder is another swarm's."""
         if uid not in self._strays:
             self._strays.add(uid)
             logger.warning(
@@ -82,20 +82,20 @@ class CheckpointStore:
             )
 
     def update_counts(self, uid: UID) -> list[int]:
-        """Of an expert's checkpoints, newest first, by the file names alone."""
+        """The update counts of an expert's checkpoints, newest first, read from the file names alone."""
         return self._files(uid).numbers()
 
     def path(self, uid: UID, update_count: int) -> Path:
         return self._files(uid).path(update_count)
 
     def save(self, uid: UID, checkpoint: Checkpoint) -> None:
-        """Returns when the checkpoint is safely on disk. Raises OSError; the checkpoints before it stay then."""
+        """Returns when the checkpoint is safely on disk. Raises OSError, and then keeps the earlier checkpoints."""
         data = to_bytes(checkpoint, self._swarm_id, uid, self._now())
         with self._writing:
             self._files(uid).write(checkpoint.update_count, data)
 
     def load_newest(self, uid: UID, below: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint that is whole and this expert's, of those with fewer than `below` updates if given.
+        """The newest checkpoint that is valid, and has fewer than `below` updates if given.
 
         Others are passed over, with a line in the log that says why.
         """
@@ -108,11 +108,11 @@ class CheckpointStore:
         return None
 
     def pass_over(self, uid: UID, update_count: int, reason: StateError) -> None:
-        """Says so. The file stays, for people to look at, until newer ones take its place."""
+        """Warns. The file stays, for people to look at, until newer ones replace it."""
         logger.warning("passing over the checkpoint %s: %s", self.path(uid, update_count), reason)
 
     def _load(self, uid: UID, update_count: int) -> Checkpoint:
-        """Raises StateError when the file is not what its place says, or not as it was written."""
+        """Raises StateError if the file is not what its path says, or not as it was written."""
         try:
             data = self.path(uid, update_count).read_bytes()
         except OSError as error:
@@ -124,7 +124,7 @@ class CheckpointStore:
 
 
 class Checkpoints:
-    """Saves and restores the experts of one runtime: tensors on its compute thread, files on other threads."""
+    """Saves and restores the experts of a runtime: tensors on its compute thread, files on other threads."""
 
     def __init__(
         self, store: CheckpointStore, runtime: Runtime, metrics: CollectorRegistry | None = None
@@ -150,7 +150,7 @@ class Checkpoints:
         return await asyncio.to_thread(self._store.newest)
 
     async def restore(self, expert: Expert) -> bool:
-        """Loads the newest valid checkpoint into an expert that does not serve yet. Says whether there was one."""
+        """Loads the newest valid checkpoint into an expert that does not serve yet. Returns whether there was one."""
         below: int | None = None
         while checkpoint := await asyncio.to_thread(self._store.load_newest, expert.uid, below):
             state, below = checkpoint.state, checkpoint.update_count
@@ -170,15 +170,15 @@ class Checkpoints:
         await asyncio.to_thread(self._store.save, uid, checkpoint)
 
     async def save_every(self, seconds: float) -> None:
-        """Saves what changed, again and again, for ever."""
+        """Saves what changed, for ever."""
         while True:
             await asyncio.sleep(seconds)
             await self.save_changed()
 
     async def save_changed(self, experts: Collection[Expert] | None = None) -> None:
-        """Saves those that took updates since they were last saved, one by one: of `experts`, else of all that serve.
+        """Saves the experts that took updates since they were last saved: of `experts`, or of all in service.
 
-        What fails is tried next time.
+        One by one. What fails is tried again next time.
         """
         failures: list[tuple[UID, StateError | OSError]] = []
         for expert in list(self._runtime.experts.values() if experts is None else experts):
@@ -205,7 +205,7 @@ class Checkpoints:
             )
 
     async def save_all_within(self, seconds: float, experts: Collection[Expert] | None = None) -> None:
-        """Saves what changed before the experts go, or as much of it as there is time for."""
+        """Saves what changed, or as much of it as there is time for."""
         if experts is None:
             experts = list(self._runtime.experts.values())
         try:
@@ -216,7 +216,7 @@ class Checkpoints:
             logger.warning("no time to save %s; their checkpoints before this stay", counted(left, "expert"))
 
     def note_replaced(self, uid: UID) -> None:
-        """The expert's state is another one, though it may have as many updates: it needs saving."""
+        """The expert has another state now, perhaps with the same update count, and must be saved."""
         self._on_disk.pop(uid, None)
 
     def _is_changed(self, expert: Expert) -> bool:

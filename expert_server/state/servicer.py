@@ -1,7 +1,4 @@
-"""The gRPC edge for experts' states: others fetch them here, and ask this node to fetch.
-
-What others ask this node to fetch, until it does: a bounded queue that no asker can fill with much. Pure.
-"""
+"""StateService: other nodes fetch the states of experts here, and ask this node to fetch theirs."""
 
 import logging
 from collections.abc import Callable
@@ -33,14 +30,14 @@ _ADOPT_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class FetchHint:
-    """Peer `peer_id` would like this node to fetch these experts from it. Not to be believed."""
+    """Peer `peer_id` asks this node to fetch these experts from it. It may lie."""
 
     peer_id: PeerID
     uids: tuple[UID, ...]
     sha256: bytes = b""
-    """For an average: of that peer's snapshot; empty when it asks for adoption."""
+    """Of that peer's snapshot, if it asks for an average; empty if it asks for adoption."""
     base_sha256: bytes = b""
-    """For an average: of this node's snapshot."""
+    """Of this node's snapshot, if it asks for an average."""
 
     @property
     def is_average(self) -> bool:
@@ -48,7 +45,7 @@ class FetchHint:
 
 
 class HintQueue:
-    """At most `limit` experts wait, and none of them comes again too soon."""
+    """The hints that wait to be followed: at most `limit` experts, none of which may come again too soon. Pure."""
 
     def __init__(self, limit: int, average_every_s: float) -> None:
         self._limit = limit
@@ -57,7 +54,7 @@ class HintQueue:
         self._taken_at = BoundedDict[tuple[UID, bool], float](_REMEMBERED)
 
     def put(self, hint: FetchHint, now: float) -> int:
-        """How many of its experts were taken, from the first on."""
+        """Returns how many of the hint's experts were taken, from the first on."""
         taken: list[UID] = []
         every_s = self._average_every_s if hint.is_average else _ADOPT_EVERY_S
         room = self._limit - sum(len(waiting.uids) for waiting in self._waiting)
@@ -72,7 +69,7 @@ class HintQueue:
         return len(taken)
 
     def pop(self) -> FetchHint | None:
-        """The oldest; adoptions go first, because their askers are leaving."""
+        """The oldest hint. Adoptions come first, because the peers that ask for them are leaving."""
         if not self._waiting:
             return None
         first = min(range(len(self._waiting)), key=lambda n: self._waiting[n].is_average)
@@ -84,7 +81,7 @@ AskContext = grpc.aio.ServicerContext[state_pb2.AskRequest, state_pb2.AskReply]
 
 
 class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
-    """Gives the states of one node's experts to its swarm, and passes hints on."""
+    """Gives the states of a node's experts to other nodes, and passes their hints on."""
 
     def __init__(
         self,
@@ -148,7 +145,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         snapshot = self._snapshots.find(uid, sha256)
         if snapshot is None:
             raise ExpertError(
-                StatusCode.FAILED_PRECONDITION, "that snapshot is kept no more: begin anew without one"
+                StatusCode.FAILED_PRECONDITION, "that snapshot is no longer kept: start again without one"
             )
         return snapshot
 

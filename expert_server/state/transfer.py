@@ -1,4 +1,4 @@
-"""Fetching experts' states from other nodes, and the snapshots that others fetch from here."""
+"""Fetches the states of experts from other nodes, and takes the snapshots that others fetch from this one."""
 
 import asyncio
 import hashlib
@@ -67,7 +67,7 @@ class TransferMetrics:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """One expert's state at one moment, as others fetch it."""
+    """An expert's state at one moment, as others fetch it."""
 
     uid: UID
     update_count: int
@@ -113,7 +113,7 @@ class SnapshotTaker:
         self._taking = asyncio.Lock()
 
     async def take(self, uid: UID) -> Snapshot:
-        """Of the expert as it is now. Raises ExpertError (NOT_FOUND), and StateError when a number is not finite."""
+        """A snapshot of the expert as it is now. Raises ExpertError (NOT_FOUND), or StateError if it is not finite."""
         async with self._taking:
             expert = self._runtime.experts.get(uid)
             if expert is None:
@@ -130,15 +130,15 @@ class SnapshotTaker:
 
     @property
     def kept_bytes(self) -> int:
-        """Of the snapshots that are kept. Any thread may ask."""
+        """Memory of the snapshots that are kept. Any thread may ask."""
         return sum(len(snapshot.data) for snapshot in self._snapshots.in_memory)
 
     def find(self, uid: UID, sha256: bytes) -> Snapshot | None:
-        """One that was taken before, while it is kept."""
+        """The kept snapshot with this checksum."""
         return self._snapshots.find(uid, sha256, self._clock())
 
     def _current(self, expert: Expert, met: Mapping[PeerID, int]) -> Snapshot | None:
-        """One that is kept of the expert as it is now."""
+        """The kept snapshot of the expert as it is now, if there is one."""
         state = expert.uid, expert.update_count, expert.generation, met
         for kept in self._snapshots.all(self._clock()):
             if (kept.uid, kept.update_count, kept.generation, kept.met) == state:
@@ -157,16 +157,16 @@ def _seal(checkpoint: Checkpoint, swarm_id: str, uid: UID) -> tuple[bytes, bytes
 
 @dataclass(frozen=True, eq=False)
 class Fetched:
-    """What another node gave."""
+    """A state that another node gave."""
 
     checkpoint: Checkpoint
     sha256: bytes
     met_update_count: int
-    """Of the last meeting with this peer, as the other remembers it."""
+    """The update count of the last average with this peer, as the other remembers it."""
 
 
 class StateClient:
-    """Fetches states from the nodes of one swarm, whose certificates it pins. Close it when done."""
+    """Fetches states from the nodes of a swarm, and pins their certificates. Close it when done."""
 
     def __init__(
         self,
@@ -178,8 +178,8 @@ class StateClient:
         max_transfer_s: float = MAX_TRANSFER_S,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`sessions`: what shows nodes who fetches. `down`: how fast states may come. `max_transfer_s`: longest that
-        one may take, all attempts together.
+        """`sessions`: show other nodes who fetches. `down`: how fast states may come. `max_transfer_s`: longest that
+        one may take, with all attempts.
         """
         self.metrics = TransferMetrics(metrics)
         self._down = down
@@ -226,7 +226,7 @@ class StateClient:
         sha256: bytes = b"",
         base_sha256: bytes = b"",
     ) -> int:
-        """How many of the experts the node will look at, from the first on; 0 when it does not answer."""
+        """Asks a node to fetch states. Returns how many it accepts, from the first on; 0 if it does not answer."""
         request = state_pb2.AskRequest(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
@@ -240,7 +240,7 @@ class StateClient:
             stub, session = await self._service.stub(node)
             reply = await stub.Ask(request, timeout=_ASK_S, metadata=session)
         except (grpc.aio.AioRpcError, TransferError, ExpertError) as error:
-            # it may be for that; the next time opens another
+            # the session may be the cause: open another next time
             self._service.sessions.ended(node.peer_id, session)
             logger.debug("%s was asked in vain: %s", node.peer_id, error)
             return 0
@@ -256,7 +256,7 @@ class StateClient:
 
 
 def largest_state_bytes(manifest: Manifest) -> int:
-    """What the state of one expert may have on the wire, names and header included. Allocates nothing."""
+    """The largest size of an expert's state on the wire, with names and header. Allocates nothing."""
     block = weightless_block(manifest)
     tensors = [tensor for tensor in block.state_dict().values() if torch.is_tensor(tensor)]
     numbers = sum(tensor.nbytes for tensor in tensors) * (1 + manifest.optimizer.moments)

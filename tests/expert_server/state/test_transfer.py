@@ -70,7 +70,7 @@ def test_a_snapshot_can_be_fetched_though_the_expert_goes_on(play: Callable[[Sce
         assert_same(again.checkpoint.state, first.checkpoint.state)
         await runtime.run(lambda: step(expert))
         await street.client.fetch(street.node, AN_UID)
-        with pytest.raises(TransferError, match="FAILED_PRECONDITION: that snapshot is kept no more"):
+        with pytest.raises(TransferError, match="FAILED_PRECONDITION: that snapshot is no longer kept"):
             await street.client.fetch(street.node, AN_UID, first.sha256)
 
     play(scenario)
