@@ -1,4 +1,4 @@
-"""A volunteer's node: founds or joins a swarm, takes experts that need a host, announces and serves them."""
+"""A volunteer's node: takes experts that need a host, serves and announces them, and hands them over when it leaves."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ from expert_server.serving.servicer import MAX_CALL_S, BudgetLimits, CallLimits,
 from expert_server.settings import NodeSettings
 from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from expert_server.state.servicer import StateServicer
-from expert_server.state.transfer import SNAPSHOT_S, Snapshot, SnapshotTaker, StateClient
+from expert_server.state.transfer import SnapshotTaker, StateClient
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
 from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
@@ -51,16 +51,15 @@ from peer.metrics import MetricsServer, total
 from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
 from peer.rpc.sessions import SessionClient, SessionServicer
-from peer.rpc.transfer import SnapshotCache
 
 logger = logging.getLogger(__name__)
-
 
 _FAREWELL_S = 2.0
 """Longest that a stopping node tries to withdraw its record."""
 _CALLS_GRACE_S = 1.0
 """Longest that a stopping node lets calls finish."""
 _ACCOUNT_EVERY_S = 60.0
+"""Time between saves of the contribution."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,9 @@ class Node:
             now=now,
         )
         self.hosting = HostingManager(settings, swarm, self.replicas, now, metrics=metrics)
-        snapshots: SnapshotCache[Snapshot] = SnapshotCache(snapshots_of(settings, manifest), SNAPSHOT_S)
-        self._snapshots = SnapshotTaker(runtime, snapshots, swarm_id, self.replicas.history.of)
+        self._snapshots = SnapshotTaker(
+            runtime, swarm_id, self.replicas.history.of, snapshots_of(settings, manifest)
+        )
         self.averaging = ReplicaAveraging(
             settings, swarm, self.replicas, self._snapshots, self.hosting.adopt_from, metrics=metrics
         )
@@ -192,16 +192,45 @@ class Node:
             await node.stop()
             raise
 
-    @property
-    def state(self) -> NodeState:
-        if self._stopping:
-            return NodeState.STOPPING if self._drained else NodeState.DRAINING
-        if self._pauses.why:
-            return NodeState.DRAINING if self.runtime.experts else NodeState.PAUSED
-        if self._pauses.taking or not self._pauses.hosts:
-            return NodeState.JOINING
-        cut_off = self._rounds.are_failing or not self.swarm.host.alive
-        return NodeState.UNREACHABLE if cut_off else NodeState.SERVING
+    async def _serve(self, host: str) -> None:
+        """Starts the gRPC server, its exit of the tunnel, and /metrics."""
+        settings = self._settings
+        self._host = host
+        states = StateServicer(
+            self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.replicas.states.metrics,
+            self.averaging.accept_hint, self.traffic.up, self.sessions,
+        )  # fmt: skip
+        services = Services(
+            experts=self._servicer,
+            states=states,
+            sessions=SessionServicer(self.sessions),
+            probe=ProbeServicer(self.swarm.keys.swarm_id, self.traffic),
+            health=HealthServicer(lambda: self.state is NodeState.SERVING),
+        )
+        credentials = server_credentials(self.swarm.host.identity, self._certificate)
+        exit_path = self.swarm.host.tunnels.exit_path()
+        self._server, self._port = await start_server(
+            services, credentials, host, settings.grpc_port, settings.max_calls, exit_path
+        )
+        await self.swarm.host.serve_tunnel()
+        self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
+        self._show_levels()
+        self._metrics = MetricsServer(self.swarm.metrics, settings.metrics_host, settings.metrics_port)
+        self.metrics_address = self._metrics.address
+
+    def _show_levels(self) -> None:
+        """Exposes levels of the node as a whole. The functions run on the thread of a scrape."""
+        loop = asyncio.get_running_loop()
+        for name, words, level in (
+            ("paused", "1 while the node is paused.", lambda: self.state is NodeState.PAUSED),
+            (
+                "memory_bytes",
+                "Memory of experts, cached forward passes and waiting rows, about.",
+                self._memory_bytes,
+            ),
+            ("tasks", "Tasks on the event loop.", lambda: len(asyncio.all_tasks(loop))),
+        ):
+            Gauge(f"talkoot_{name}", words, registry=self.swarm.metrics).set_function(level)
 
     async def run(self) -> None:
         """Announces, adopts, replicates, averages and saves experts, and pauses when it should, for ever."""
@@ -215,17 +244,57 @@ class Node:
             if self._settings.checkpoint_every_s:
                 group.create_task(self.replicas.checkpoints.save_every(self._settings.checkpoint_every_s))
 
+    async def _stay_announced(self) -> None:
+        stay_member = partial(self.swarm.membership.check, announced=True)
+        while True:
+            await self.swarm.host.wait_for_restart(self._settings.announce_every_s)
+            await self._rounds.run(
+                "announce", self.reachability.check, self.hosting.announce, self._publish_record, stay_member
+            )
+            await self._rounds.run("admission", self._access.look)
+
+    async def _publish_record(self) -> None:
+        """Renews what this node says of itself in the DHT."""
+        activity = Activity.PAUSED if self._pauses.why else Activity.SERVING
+        record = self._records.record(
+            self.status(),
+            Activity.LEAVING if self._stopping else activity,
+            self._now(),
+            addresses=self.reachability.addresses,
+            bootstrap_addresses=await self.swarm.host.bootstrap_addresses(),
+            metrics_address="" if self._metrics is None else self._metrics.offered(self._host),
+            reachability=self.reachability.status.kind,
+            tunnel_addresses=self.reachability.tunnel_addresses,
+        )
+        await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
+
+    async def _look_around(self) -> None:
+        """Looks for experts that need a host. Apart from the announcements, which must not wait while states come."""
+        look = self.hosting.replicate
+        while True:
+            if self._pauses.hosts and not self._pauses.why:
+                await self._rounds.run("look", look)
+            look = self.hosting.look
+            await asyncio.sleep(self._settings.announce_every_s)
+
+    async def _watch_pauses(self) -> None:
+        while True:
+            await asyncio.sleep(self._timing.look_every_s)
+            await self._rounds.run("pauses", self._pauses.look)
+            self._note_work()
+
     async def pause(self, reason: str = "by its owner", for_s: float | None = None) -> None:
-        """Gives up its experts and stays in the swarm, until `resume`, or for so many seconds.
+        """Gives up the experts and stays in the swarm, until `resume` or for `for_s` seconds.
 
         `reason`: in words, to be shown. Calls are answered with NOT_FOUND meanwhile. Returns when it has paused.
         """
         await self._pauses.pause(reason, for_s)
 
     async def resume(self) -> None:
-        """Takes experts again, those with checkpoints here before others.
+        """Takes experts again, first those with checkpoints here.
 
-        Wins over the schedule, the battery and other programs as they are now, until they allow it by themselves.
+        Overrides the schedule, the battery and the load of other programs as they are now, until they no longer demand
+        a pause.
         """
         await self._rounds.run("pauses", self._pauses.resume)
 
@@ -240,32 +309,16 @@ class Node:
         await asyncio.to_thread(return_freed_memory)
         await attempt(self._publish_record)
 
-    async def _stay_announced(self) -> None:
-        stay_member = partial(self.swarm.membership.check, announced=True)
-        while True:
-            await self.swarm.host.wait_for_restart(self._settings.announce_every_s)
-            await self._rounds.run(
-                "announce", self.reachability.check, self.hosting.announce, self._publish_record, stay_member
-            )
-            await self._rounds.run("admission", self._access.look)
-
-    async def _look_around(self) -> None:
-        """Beside the announcements, which must not wait while states are fetched."""
-        look = self.hosting.replicate
-        while True:
-            if self._pauses.hosts and not self._pauses.why:
-                await self._rounds.run("look", look)
-            look = self.hosting.look
-            await asyncio.sleep(self._settings.announce_every_s)
-
-    async def _watch_pauses(self) -> None:
-        while True:
-            await asyncio.sleep(self._timing.look_every_s)
-            await self._rounds.run("pauses", self._pauses.look)
-            self._note_work()
+    async def _release(self, limit_s: float) -> None:
+        """Gives up the experts, once others have the updates that only this node's replicas took."""
+        began = time.monotonic()
+        if limit_s and self.runtime.experts:
+            self.runtime.refuse()
+            await self.averaging.average_before_leaving(limit_s)
+        await self.hosting.release(max(0.0, limit_s - (time.monotonic() - began)))
 
     async def stop(self) -> None:
-        """Hands its experts over, saves them, withdraws, and ends. Stopping twice is harmless."""
+        """Hands the experts over, saves them, leaves the swarm, and stops all parts. Stopping twice is harmless."""
         if not self._stopping:
             self._stopping = True
             await self._pauses.end()
@@ -283,8 +336,13 @@ class Node:
             self._metrics = None
         await self.swarm.stop()
 
+    def hurry(self) -> None:
+        """Makes a node that stops wait no longer for others to take over its experts."""
+        self.averaging.hurry()
+        self.hosting.hurry()
+
     async def _drain(self) -> None:
-        """Gives the experts up. Meanwhile the node stays announced, else nobody finds the states to fetch."""
+        """Gives up the experts. Meanwhile the node stays announced, so that others find it and fetch the states."""
         announcing = asyncio.create_task(self._stay_announced_as_leaving(), name="announce while leaving")
         try:
             await self._release(self._settings.drain_timeout_s if self.address else 0)
@@ -292,30 +350,27 @@ class Node:
             announcing.cancel()
             await asyncio.gather(announcing, return_exceptions=True)
 
-    async def _release(self, limit_s: float) -> None:
-        """Gives the experts up, once others have the updates that only this node's replicas took."""
-        began = time.monotonic()
-        if limit_s and self.runtime.experts:
-            self.runtime.refuse()
-            await self.averaging.average_before_leaving(limit_s)
-        await self.hosting.release(max(0.0, limit_s - (time.monotonic() - began)))
-
     async def _stay_announced_as_leaving(self) -> None:
-        await attempt(
-            self._publish_record
-        )  # at once: others that leave must not ask this node to take theirs
+        # at once: others that leave must not ask this node to take theirs
+        await attempt(self._publish_record)
         await self._stay_announced()
 
-    def hurry(self) -> None:
-        """Makes a node that stops wait for nobody to take its experts over."""
-        self.averaging.hurry()
-        self.hosting.hurry()
-
     async def _say_goodbye(self) -> None:
-        """Withdraws its record. A DHT that does not answer must not keep us."""
+        """Withdraws the node's record. A DHT that does not answer must not delay the stop."""
         with contextlib.suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
                 await self.swarm.registry.leave(self._settings.lifetime_s)
+
+    @property
+    def state(self) -> NodeState:
+        if self._stopping:
+            return NodeState.STOPPING if self._drained else NodeState.DRAINING
+        if self._pauses.why:
+            return NodeState.DRAINING if self.runtime.experts else NodeState.PAUSED
+        if self._pauses.taking or not self._pauses.hosts:
+            return NodeState.JOINING
+        cut_off = self._rounds.are_failing or not self.swarm.host.alive
+        return NodeState.UNREACHABLE if cut_off else NodeState.SERVING
 
     def status(self) -> NodeStatus:
         work, contribution = self.runtime.metrics, self._contribution()
@@ -348,20 +403,6 @@ class Node:
             reachability_advice=self.reachability.advice,
         )
 
-    def _show_levels(self) -> None:
-        """Exposes what the node as a whole is like now. The functions run on the thread of a scrape."""
-        loop = asyncio.get_running_loop()
-        for name, words, level in (
-            ("paused", "1 while the node is paused.", lambda: self.state is NodeState.PAUSED),
-            (
-                "memory_bytes",
-                "Memory of experts, cached forward passes and waiting rows, about.",
-                self._memory_bytes,
-            ),
-            ("tasks", "Tasks on the event loop.", lambda: len(asyncio.all_tasks(loop))),
-        ):
-            Gauge(f"talkoot_{name}", words, registry=self.swarm.metrics).set_function(level)
-
     def _memory_bytes(self) -> int:
         manifest = self.swarm.manifest
         queued = self.runtime.queued_rows * row_bytes(manifest)
@@ -374,43 +415,3 @@ class Node:
     def _contribution(self) -> Contribution:
         work = self.runtime.metrics
         return self._account.total(int(total(work.rows)), int(total(work.updates)))
-
-    async def _serve(self, host: str) -> None:
-        settings = self._settings
-        self._host = host
-        states = StateServicer(
-            self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.replicas.states.metrics,
-            self.averaging.accept_hint, self.traffic.up, self.sessions,
-        )  # fmt: skip
-        services = Services(
-            experts=self._servicer,
-            states=states,
-            sessions=SessionServicer(self.sessions),
-            probe=ProbeServicer(self.swarm.keys.swarm_id, self.traffic),
-            health=HealthServicer(lambda: self.state is NodeState.SERVING),
-        )
-        credentials = server_credentials(self.swarm.host.identity, self._certificate)
-        exit_path = self.swarm.host.tunnels.exit_path()
-        self._server, self._port = await start_server(
-            services, credentials, host, settings.grpc_port, settings.max_calls, exit_path
-        )
-        await self.swarm.host.serve_tunnel()
-        self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
-        self._show_levels()
-        self._metrics = MetricsServer(self.swarm.metrics, settings.metrics_host, settings.metrics_port)
-        self.metrics_address = self._metrics.address
-
-    async def _publish_record(self) -> None:
-        """Renews what this node says of itself in the DHT."""
-        activity = Activity.PAUSED if self._pauses.why else Activity.SERVING
-        record = self._records.record(
-            self.status(),
-            Activity.LEAVING if self._stopping else activity,
-            self._now(),
-            addresses=self.reachability.addresses,
-            bootstrap_addresses=await self.swarm.host.bootstrap_addresses(),
-            metrics_address="" if self._metrics is None else self._metrics.offered(self._host),
-            reachability=self.reachability.status.kind,
-            tunnel_addresses=self.reachability.tunnel_addresses,
-        )
-        await self.swarm.registry.publish_node(record, self._settings.lifetime_s)

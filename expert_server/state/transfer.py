@@ -100,13 +100,14 @@ class SnapshotTaker:
     def __init__(
         self,
         runtime: Runtime,
-        snapshots: SnapshotCache[Snapshot],
         swarm_id: str,
         met: Callable[[UID], Mapping[PeerID, int]],
+        limit: int = MAX_SNAPSHOTS,
+        lifetime_s: float = SNAPSHOT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runtime = runtime
-        self._snapshots = snapshots
+        self._snapshots: SnapshotCache[Snapshot] = SnapshotCache(limit, lifetime_s)
         self._swarm_id = swarm_id
         self._met = met
         self._clock = clock

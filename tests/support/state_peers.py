@@ -26,7 +26,6 @@ from peer.rates import RateLimit
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.sessions import Sessions, SessionServicer
-from peer.rpc.transfer import SnapshotCache
 from peer.wire import session_pb2_grpc, state_pb2, state_pb2_grpc
 
 SWARM = "sauna-QmFounder"
@@ -75,7 +74,7 @@ class Street:
         meetings: AveragingHistory[UID] = AveragingHistory()
         for update_count in met.values():
             meetings.record(AN_UID, self.identity.peer_id, update_count)
-        taker = SnapshotTaker(runtime, SnapshotCache(limit, 60), SWARM, meetings.of)
+        taker = SnapshotTaker(runtime, SWARM, meetings.of, limit)
         servicer = StateServicer(
             taker, MANIFEST, SWARM, self.client.metrics, self.follow, up or RateLimit(None), self.sessions,
             max_transfers=max_transfers, max_transfer_s=30,

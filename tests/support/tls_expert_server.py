@@ -35,7 +35,6 @@ from peer.rates import Bandwidth, RateLimit
 from peer.rpc.calls import make_server, server_credentials
 from peer.rpc.channels import CLIENT_OPTIONS
 from peer.rpc.sessions import Metadata, Sessions, SessionServicer
-from peer.rpc.transfer import SnapshotCache
 from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
 
 HIDDEN, CONTEXT = 16, 16
@@ -113,7 +112,7 @@ async def serving(
     session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
     states = StateServicer(
-        SnapshotTaker(runtime, SnapshotCache(4, 60), SWARM, lambda uid: {}), MANIFEST, SWARM, TransferMetrics(),
+        SnapshotTaker(runtime, SWARM, lambda uid: {}), MANIFEST, SWARM, TransferMetrics(),
         lambda hint: len(hint.uids), RateLimit(None), sessions, max_transfers=4, max_transfer_s=max_call_s,
     )  # fmt: skip
     state_pb2_grpc.add_StateServiceServicer_to_server(states, server)
