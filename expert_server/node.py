@@ -5,13 +5,14 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 
 from dht.admission import RIGHTS, Role
 from dht.announcements import Activity
@@ -44,9 +45,9 @@ from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import SnapshotTaker, StateClient
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
-from peer.errors import UnreachableError, UserError
+from peer.errors import StartError, UnreachableError, UserError
 from peer.formatting import endpoint
-from peer.loop import RetryingRounds, attempt
+from peer.loop import RetryingRounds, keep_running
 from peer.metrics import MetricsServer, total
 from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
@@ -140,6 +141,11 @@ class Node:
         rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
         self.reachability = ReachabilityMonitor(settings, swarm, rng, metrics=metrics)
         self._rounds = RetryingRounds(settings.announce_every_s, metrics)
+        self._restarts = Counter(
+            "talkoot_task_restarts",
+            "Times that a task of the node, such as announcing, failed and was started again.",
+            registry=metrics,
+        )
         self._stopping = self._drained = False
         self._host = ""
         self._port = 0
@@ -181,7 +187,8 @@ class Node:
             await node.replicas.checkpoints.open()
             await runtime.start()
             await node._serve(host)
-            await attempt(partial(node.reachability.begin, host, node._port, stage))
+            with contextlib.suppress(UnreachableError):
+                await node.reachability.begin(host, node._port, stage)
             stage("looking for experts that need a host")
             await node._pauses.look()
             if not node._pauses.hosts:
@@ -233,16 +240,24 @@ class Node:
             Gauge(f"talkoot_{name}", words, registry=self.swarm.metrics).set_function(level)
 
     async def run(self) -> None:
-        """Announces, adopts, replicates, averages and saves experts, and pauses when it should, for ever."""
+        """Announces, adopts, replicates, averages and saves experts, and pauses when it should, for ever.
+
+        Raises StartError when p2pd could not be restarted.
+        """
+        every_s = self._settings.checkpoint_every_s
+        tasks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+            "announce": self._stay_announced,
+            "look around": self._look_around,
+            "average with other nodes": self.averaging.run,
+            "copy experts that one node hosts alone": self._standby.run,
+            "watch when to pause": self._watch_pauses,
+            "save the contribution": partial(self._account.save_every, _ACCOUNT_EVERY_S, self._contribution),
+        }
+        if every_s:
+            tasks["save checkpoints"] = partial(self.replicas.checkpoints.save_every, every_s)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._stay_announced())
-            group.create_task(self._look_around())
-            group.create_task(self.averaging.run())
-            group.create_task(self._standby.run())
-            group.create_task(self._watch_pauses())
-            group.create_task(self._account.save_every(_ACCOUNT_EVERY_S, self._contribution))
-            if self._settings.checkpoint_every_s:
-                group.create_task(self.replicas.checkpoints.save_every(self._settings.checkpoint_every_s))
+            for name, run in tasks.items():
+                group.create_task(keep_running(name, run, self._restarts, fatal=StartError), name=name)
 
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
@@ -307,7 +322,8 @@ class Node:
         await self._release(self._settings.drain_timeout_s)
         self._servicer.forward_cache.clear()
         await asyncio.to_thread(return_freed_memory)
-        await attempt(self._publish_record)
+        with contextlib.suppress(UnreachableError):
+            await self._publish_record()
 
     async def _release(self, limit_s: float) -> None:
         """Gives up the experts, once others have the updates that only this node's replicas took."""
@@ -351,8 +367,8 @@ class Node:
             await asyncio.gather(announcing, return_exceptions=True)
 
     async def _stay_announced_as_leaving(self) -> None:
-        # at once: others that leave must not ask this node to take theirs
-        await attempt(self._publish_record)
+        with contextlib.suppress(UnreachableError):
+            await self._publish_record()  # at once: others that leave must not hand this node theirs
         await self._stay_announced()
 
     async def _say_goodbye(self) -> None:

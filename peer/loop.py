@@ -1,14 +1,14 @@
-"""The one asyncio loop of a process: on the main thread of a node, on a thread of its own beside torch.
+"""The asyncio loop of a process, the tasks on it, and what happens when they fail.
 
-The rounds that a running node makes again and again, and what the DHT did not do in them.
-
-What a trainer does beside training: each task begins again when it fails, and says so.
+A node runs its loop on the main thread, a trainer on a thread beside torch. What peers and the DHT do wrong is
+expected: each task handles it, and rounds are tried again (`RetryingRounds`). Any other exception is a mistake in the
+program; it is logged and counted, and the task starts again (`keep_running`).
 """
 
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
@@ -21,6 +21,10 @@ from peer.errors import TalkootError, UnreachableError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Step: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+"""Before a task is started again. The pause doubles with each failure, until the task has run for the longest one."""
 
 
 class LoopThread:
@@ -73,7 +77,10 @@ class TaskSet:
     TalkootErrors are left to those who await the task. Any other exception is a mistake in the program, and is logged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, restarts: Counter | None = None, first_pause_s: float = _FIRST_PAUSE_S) -> None:
+        """`restarts`, `first_pause_s`: of supervised tasks, as in `keep_running`."""
+        self._restarts = restarts
+        self._first_pause_s = first_pause_s
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def __len__(self) -> int:
@@ -85,6 +92,10 @@ class TaskSet:
         self._tasks.add(task)
         task.add_done_callback(self._note_end)
         return task
+
+    def supervise(self, name: str, run: Step) -> None:
+        """Starts a task that is started again whenever it fails."""
+        self.spawn(keep_running(name, run, self._restarts, first_pause_s=self._first_pause_s), name)
 
     @contextmanager
     def including_current(self) -> Iterator[None]:
@@ -111,11 +122,34 @@ class TaskSet:
             logger.error("could not %s", task.get_name(), exc_info=error)
 
 
-Step: TypeAlias = Callable[[], Awaitable[None]]
+async def keep_running(
+    name: str,
+    run: Step,
+    restarts: Counter | None = None,
+    *,
+    fatal: type[Exception] | tuple[type[Exception], ...] = (),
+    first_pause_s: float = _FIRST_PAUSE_S,
+) -> None:
+    """Runs it until it returns or raises a `fatal` exception. After any other it is logged, counted and run again."""
+    pause_s, now = first_pause_s, asyncio.get_running_loop().time
+    while True:
+        began = now()
+        try:
+            return await run()
+        except fatal:
+            raise
+        except Exception:
+            if restarts is not None:
+                restarts.inc()
+            if now() - began > _LONGEST_PAUSE_S:
+                pause_s = first_pause_s
+            logger.exception("could not %s; trying again in %.0f s", name, pause_s)
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 class RetryingRounds:
-    """Runs steps by the name of their round, and remembers which rounds failed the last time."""
+    """Runs the steps of a round, and remembers by the round's name whether the DHT failed in it the last time."""
 
     def __init__(self, again_s: float, metrics: CollectorRegistry | None = None) -> None:
         """`again_s`: until the next round, in seconds, for the log."""
@@ -132,59 +166,15 @@ class RetryingRounds:
 
     async def run(self, name: str, *steps: Step) -> None:
         """Runs all steps, also when the DHT does not answer in one of them."""
-        failures = [error for step in steps if (error := await attempt(step))]
+        failures = []
+        for step in steps:
+            try:
+                await step()
+            except UnreachableError as error:
+                failures.append(error)
         if failures:
             self.failures.inc()
             self._failing.add(name)
             logger.warning("%s; trying again in %.0f s", failures[0], self._again_s)
         else:
             self._failing.discard(name)
-
-
-async def attempt(step: Step) -> UnreachableError | None:
-    """Runs it; gives back what the DHT did not do."""
-    try:
-        await step()
-    except UnreachableError as error:
-        return error
-    return None
-
-
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-"""Before a task begins again; each time twice as long, unless it has run for longer than the longest."""
-
-
-class BackgroundTasks:
-    """Tasks of one loop. They fail by mistakes in the program alone: what peers do, each handles itself."""
-
-    def __init__(self, restarts: Counter | None = None, first_pause_s: float = _FIRST_PAUSE_S) -> None:
-        """`restarts` counts the times that a task was started again."""
-        self._restarts = restarts
-        self._first_pause_s = first_pause_s
-        self._tasks: list[asyncio.Task[None]] = []
-
-    def begin(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._tasks.append(asyncio.create_task(self._keep(name, run), name=name))
-
-    async def end(self) -> None:
-        """Ending twice is harmless."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _keep(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        pause_s, now = self._first_pause_s, asyncio.get_running_loop().time
-        while True:
-            began = now()
-            try:
-                await run()
-            except Exception:
-                if self._restarts is not None:
-                    self._restarts.inc()
-                if now() - began > _LONGEST_PAUSE_S:
-                    pause_s = self._first_pause_s
-                logger.exception("could not %s; trying again in %.0f s", name, pause_s)
-            else:
-                return
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -23,7 +23,7 @@ from peer.codec import codec_of
 from peer.errors import SwarmError, UnreachableError
 from peer.files import StateFolder
 from peer.identity import Identity
-from peer.loop import BackgroundTasks, LoopThread
+from peer.loop import LoopThread, TaskSet
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.settings import DENYLIST
@@ -71,7 +71,7 @@ class _Joined:
     announcer: TrainerAnnouncer
     averaging_metrics: AveragingMetrics
     averagings: list[Averaging]
-    tasks: BackgroundTasks
+    tasks: TaskSet
 
 
 class SwarmClient:
@@ -247,24 +247,24 @@ class SwarmClient:
             "Times that a task beside training failed, such as announcing, and was started again.",
             registry=swarm.metrics,
         )
-        tasks = BackgroundTasks(restarts)
+        tasks = TaskSet(restarts)
         announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher, caller, self._loop)
         exits.push_async_callback(announcer.close)
         exits.push_async_callback(dispatcher.close)
         averagings: list[Averaging] = []
         exits.push_async_callback(_close_all, averagings)
-        exits.push_async_callback(tasks.end)
+        exits.push_async_callback(tasks.aclose)
 
         def recheck() -> None:
             for averaging in averagings:
                 averaging.sessions.recheck()
 
         warmer = SessionWarmer(sessions, channels, directory, time.monotonic)
-        tasks.begin("keep the view of the swarm fresh", directory.keep_fresh)
-        tasks.begin("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
-        tasks.begin("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, recheck))
-        tasks.begin("announce this trainer", announcer.run)
-        tasks.begin("open sessions with nodes", warmer.run)
+        tasks.supervise("keep the view of the swarm fresh", directory.keep_fresh)
+        tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
+        tasks.supervise("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, recheck))
+        tasks.supervise("announce this trainer", announcer.run)
+        tasks.supervise("open sessions with nodes", warmer.run)
         metrics = AveragingMetrics(swarm.metrics)
         return _Joined(swarm, directory, dispatcher, mixtures, announcer, metrics, averagings, tasks)
 
@@ -290,7 +290,7 @@ class SwarmClient:
         if relays is not None:
             self._stage("looking for a relay")
             await relays.begin(_MAX_TUNNEL_STREAMS)
-        joined.tasks.begin("average with other trainers", averaging.run)
+        joined.tasks.supervise("average with other trainers", averaging.run)
         joined.announcer.announce_averaging(averaging)
         return averaging
 

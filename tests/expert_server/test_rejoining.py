@@ -34,6 +34,7 @@ from peer.host import Host
 from peer.identity import Identity
 from peer.kademlia.lookups import Lookups
 from peer.loop import LoopThread
+from peer.metrics import new_registry
 from peer.transport.addresses import NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -114,7 +115,14 @@ async def other_half(village: Village, swarm: Swarm) -> Swarm:
     peer_store = PeerStore(None)
     peer_store.add(await swarm.host.bootstrap_addresses(), time.time())
     membership = Membership(host, registry, peer_store, dial_every_s=0.0)
-    return replace(swarm, host=host, registry=registry, membership=membership, peer_store=peer_store)
+    return replace(
+        swarm,
+        host=host,
+        registry=registry,
+        membership=membership,
+        peer_store=peer_store,
+        metrics=new_registry(),
+    )
 
 
 def test_two_halves_of_a_swarm_find_each_other(play: Play) -> None:

@@ -24,14 +24,14 @@ from dht.registry import Registry
 from dht.relays import RelayKeeper
 from peer import PROTOCOL_VERSION
 from peer.averaging import freshest_first, max_plausible_updates
-from peer.errors import ExpertError, PortError, StateError, TransferError, UnreachableError
+from peer.errors import ExpertError, StateError, TransferError, UnreachableError
+from peer.formatting import endpoint
 from peer.identity import Identity, PeerID
 from peer.rates import RateLimit
-from peer.rpc.calls import make_server, server_credentials
+from peer.rpc.calls import listen, make_server, server_credentials
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient, Sessions, SessionServicer
 from peer.rpc.transfer import SnapshotClient, SnapshotReceiver, chunked, receive
-from peer.transport.addresses import require_free_port
 from peer.transport.tunnel import Tunnels
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, session_pb2_grpc
 from trainer_client.averaging.dense_part import DenseMerge
@@ -130,21 +130,12 @@ class Averaging:
 
     async def start(self, host: str, port: int, exit_path: Path | None = None) -> None:
         """Serves on `host`, and on the unix socket at `exit_path`, where this peer's tunnel ends. Raises PortError."""
-        require_free_port(host, port)
         self.certificate = self._identity.make_certificate()
         self._server = make_server(_MAX_CALLS)
         dense_pb2_grpc.add_DenseServiceServicer_to_server(self._servicer, self._server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.sessions), self._server)
         credentials = server_credentials(self._identity, self.certificate)
-        shown = f"[{host}]" if ":" in host else host
-        try:
-            port = self._server.add_secure_port(f"{shown}:{port}", credentials)
-            if exit_path is not None:
-                self._server.add_secure_port(f"unix:{exit_path}", credentials)
-        except RuntimeError as error:
-            raise PortError(f"can't listen on {host} port {port}: pass another --average-port") from error
-        await self._server.start()
-        self.addresses = (f"{shown}:{port}",)
+        self.addresses = (endpoint(host, await listen(self._server, credentials, host, port, exit_path)),)
         self._unsubscribe = self.part.subscribe(partial(_wake, asyncio.get_running_loop(), self._stepped))
 
     async def run(self) -> None:

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter
 from peer.averaging import AveragingHistory, partner_weight
 from peer.errors import ExpertError, StateError, WireError
 from peer.identity import PeerID
+from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.rates import RateLimit
 from peer.rpc.calls import RequestReader, abort_on_error, require_same_swarm
@@ -215,7 +216,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         self._sessions = sessions
         self._deadline_s = deadline_s
         self._takers = 0
-        self._merging: set[asyncio.Task[None]] = set()
+        self._merging = TaskSet()
 
     async def Exchange(self, requests: Requests, context: ExchangeContext) -> None:
         async with abort_on_error(context, self._deadline_s, "the dense parts were not exchanged in time"):
@@ -227,9 +228,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
 
     async def close(self) -> None:
         """Gives up the merges that still wait for the end of a step."""
-        for task in self._merging:
-            task.cancel()
-        await asyncio.gather(*self._merging, return_exceptions=True)
+        await self._merging.aclose()
 
     async def _answer(
         self, messages: RequestReader[dense_pb2.ExchangeRequest], context: ExchangeContext
@@ -248,9 +247,8 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
             mine = await exchange.snapshot()
             await self._swap(mine, incoming, caller, messages, context)
             theirs = await exchange.check(mine.part, incoming)
-            task = asyncio.create_task(self._merge(mine, theirs, offer.header.met_update_count, caller))
-            self._merging.add(task)
-            task.add_done_callback(self._merging.discard)
+            merge = self._merge(mine, theirs, offer.header.met_update_count, caller)
+            self._merging.spawn(merge, "merge a dense part")
             merging = True
         except StateError as error:
             exchange.refuse(caller, error)

@@ -1,4 +1,4 @@
-"""A trainer's background tasks log that they failed, and are started again."""
+"""A supervised task logs that it failed, and is started again."""
 
 import asyncio
 import logging
@@ -7,14 +7,15 @@ import pytest
 from prometheus_client import Counter
 
 from benchmarks.simulated_p2p import simulated_world
-from peer.loop import BackgroundTasks
+from peer.errors import StartError, UserError
+from peer.loop import TaskSet, keep_running
 from peer.metrics import total
 
 
 def test_a_task_that_fails_is_logged_counted_and_started_again(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         restarts = Counter("restarts", "Of tasks.", registry=None)
-        tasks, runs, well = BackgroundTasks(restarts, first_pause_s=0.001), 0, asyncio.Event()
+        tasks, runs, well = TaskSet(restarts, first_pause_s=0.001), 0, asyncio.Event()
 
         async def announce() -> None:
             nonlocal runs
@@ -24,12 +25,12 @@ def test_a_task_that_fails_is_logged_counted_and_started_again(caplog: pytest.Lo
             well.set()
             await asyncio.Event().wait()
 
-        tasks.begin("announce this trainer", announce)
+        tasks.supervise("announce this trainer", announce)
         async with asyncio.timeout(30):
             await well.wait()
         assert (runs, total(restarts)) == (3, 2)
-        await tasks.end()
-        await tasks.end()
+        await tasks.aclose()
+        await tasks.aclose()
         assert len(asyncio.all_tasks()) == 1
 
     with caplog.at_level(logging.ERROR):
@@ -41,7 +42,7 @@ def test_a_task_that_fails_is_logged_counted_and_started_again(caplog: pytest.Lo
 def test_after_a_long_good_run_a_task_begins_again_soon() -> None:
     async def scenario() -> None:
         now = asyncio.get_running_loop().time
-        tasks, enough = BackgroundTasks(), asyncio.Event()
+        tasks, enough = TaskSet(), asyncio.Event()
         begun: list[float] = []
         failed: list[float] = []
 
@@ -53,9 +54,9 @@ def test_after_a_long_good_run_a_task_begins_again_soon() -> None:
             failed.append(now())
             raise KeyError("a mistake")
 
-        tasks.begin("announce this trainer", announce)
+        tasks.supervise("announce this trainer", announce)
         await enough.wait()
-        await tasks.end()
+        await tasks.aclose()
         pauses = [round(began - before) for began, before in zip(begun[1:], failed, strict=False)]
         assert pauses == [1, 2, 4, 8, 16, 32, 60, 1, 1, 1]
 
@@ -66,15 +67,32 @@ def test_after_a_long_good_run_a_task_begins_again_soon() -> None:
 def test_a_task_that_is_done_stays_so() -> None:
     async def scenario() -> None:
         restarts = Counter("restarts", "Of tasks.", registry=None)
-        tasks, runs = BackgroundTasks(restarts, first_pause_s=0.001), 0
+        tasks, runs = TaskSet(restarts, first_pause_s=0.001), 0
 
         async def give_up() -> None:
             nonlocal runs
             runs += 1
 
-        tasks.begin("stay in the swarm", give_up)
+        tasks.supervise("stay in the swarm", give_up)
         await asyncio.sleep(0.02)
         assert (runs, total(restarts)) == (1, 0)
-        await tasks.end()
+        await tasks.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_a_fatal_error_ends_the_task_and_other_errors_do_not() -> None:
+    async def scenario() -> None:
+        restarts, errors = (
+            Counter("restarts", "Of tasks.", registry=None),
+            [KeyError(), UserError(""), StartError("")],
+        )
+
+        async def announce() -> None:
+            raise errors.pop(0)
+
+        with pytest.raises(StartError):
+            await keep_running("announce", announce, restarts, fatal=StartError, first_pause_s=0.001)
+        assert total(restarts) == 2
 
     asyncio.run(scenario())
