@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
+from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.beam_search import select_experts
 from dht.directory import Directory
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
-from dht.registry import Registry, ReplicaAnnouncement, ReplicaState
+from dht.registry import Registry
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
 from peer.identity import Identity, PeerID

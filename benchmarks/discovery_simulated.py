@@ -16,9 +16,9 @@ from grpc import StatusCode
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, SimulatedPeer, SimulatedSwarm
+from dht.announcements import NodeInfo
 from dht.beam_search import Floats, Selection, select_experts
 from dht.directory import Directory
-from dht.registry import NodeInfo
 from dht.uid import UID
 from peer.errors import ExpertError
 from peer.identity import PeerID

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from grpc import StatusCode
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from peer.errors import ExpertError
 from trainer_client.dispatch.batches import Answer, Direction, ExpertCaller, Request
 

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedP2P, VirtualLoop
+from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
-from dht.registry import Registry, ReplicaAnnouncement, ReplicaState
+from dht.registry import Registry
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.identity import PeerID

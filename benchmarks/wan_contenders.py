@@ -27,7 +27,7 @@ from benchmarks.moe_contenders import make_step
 from benchmarks.rival_blocks import SEQUENCE
 from benchmarks.village import START_LIMIT_S, joining_node, running_node
 from benchmarks.wan_pace import Carried, Turns, auto_pace_of, pace_of
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from peer.codec import codec_of
 from peer.errors import ExpertError
 from talkoot.demo.links import free_ports

@@ -11,9 +11,10 @@ from types import MappingProxyType
 
 import numpy as np
 
+from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.beam_search import Floats, Integers, PrefixIndex, default_beam_size, select_experts
 from dht.manifest import Manifest
-from dht.registry import NodeInfo, Prefix, Registry, Replica, ReplicaState
+from dht.registry import Prefix, Registry
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.identity import PeerID

@@ -10,11 +10,17 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dht.admission import SwarmAdmission
-from dht.announcements import ClaimAges, TrainerInfo, read_node, read_replica, read_trainer
-from dht.announcements import NodeInfo as NodeInfo
-from dht.announcements import Replica as Replica
-from dht.announcements import ReplicaAnnouncement as ReplicaAnnouncement
-from dht.announcements import ReplicaState as ReplicaState
+from dht.announcements import (
+    ClaimAges,
+    NodeInfo,
+    Replica,
+    ReplicaAnnouncement,
+    ReplicaState,
+    TrainerInfo,
+    read_node,
+    read_replica,
+    read_trainer,
+)
 from dht.records import (
     INDEX_PIECE,
     SwarmKeys,

@@ -17,10 +17,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dht.announcements import TrainerInfo
+from dht.announcements import NodeInfo, Replica, TrainerInfo
 from dht.directory import Directory, View
 from dht.invites import Invite, invite_of
-from dht.registry import NodeInfo, Replica
 from dht.swarm import Stage, Swarm, join_swarm
 from dht.uid import UID
 from peer.errors import UnreachableError

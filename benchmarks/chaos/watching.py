@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.chaos.accounts import Death, Observation
 from benchmarks.chaos.swarm import HOST, ChaosSwarm, Node
+from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.invites import Invite
-from dht.registry import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm, join_swarm
 from dht.uid import UID
 from peer.codec import Floats

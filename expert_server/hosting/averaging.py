@@ -13,7 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter
 from torch import Tensor
 
-from dht.registry import NodeInfo, Replica, ReplicaState
+from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from prometheus_client import CollectorRegistry, Counter
 
-from dht.registry import NodeInfo, Replica, ReplicaState
+from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.hosting.placement import (

@@ -15,8 +15,9 @@ from types import MappingProxyType
 
 import numpy as np
 
+from dht.announcements import Replica, ReplicaState
 from dht.manifest import Manifest
-from dht.registry import Prefix, Registry, Replica, ReplicaState
+from dht.registry import Prefix, Registry
 from dht.uid import UID
 from peer.averaging import MAX_UPDATE_COUNT, freshest_first, max_plausible_updates
 from peer.identity import PeerID

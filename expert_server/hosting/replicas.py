@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
-from dht.registry import Replica, ReplicaAnnouncement, ReplicaState
+from dht.announcements import Replica, ReplicaAnnouncement, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.devices import ComputeDevice, roomiest

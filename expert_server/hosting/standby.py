@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, Counter
 
-from dht.registry import NodeInfo, Replica
+from dht.announcements import NodeInfo, Replica
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.blocks import weightless_block

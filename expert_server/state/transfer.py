@@ -13,8 +13,8 @@ import torch
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter
 
+from dht.announcements import NodeInfo
 from dht.manifest import Manifest
-from dht.registry import NodeInfo
 from dht.uid import UID
 from expert_server.blocks import weightless_block
 from expert_server.experts.expert import Expert

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
-from dht.announcements import Activity, Latency, Reachability, TrainerInfo
+from dht.announcements import Activity, Latency, NodeInfo, Reachability, Replica, ReplicaState, TrainerInfo
 from dht.directory import View
 from dht.manifest import Manifest
-from dht.registry import NodeInfo, Replica, ReplicaState
 from peer.identity import PeerID
 
 SILENCE_FACTOR = 1.5

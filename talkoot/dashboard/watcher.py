@@ -12,9 +12,8 @@ from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from dht.announcements import TrainerInfo
+from dht.announcements import NodeInfo, TrainerInfo
 from dht.invites import Invite
-from dht.registry import NodeInfo
 from dht.swarm import Swarm, join_swarm
 from peer.errors import StartError, SwarmError, UnreachableError
 from peer.identity import Identity

@@ -25,8 +25,8 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from dht.announcements import NodeInfo
 from dht.manifest import Manifest
-from dht.registry import NodeInfo
 from dht.swarm import Swarm
 from expert_server.experts.devices import check_devices
 from expert_server.experts.expert import Expert, expert_bytes

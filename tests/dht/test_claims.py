@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
-from dht.announcements import MAX_CLAIM_S, ClaimAges
-from dht.registry import ReplicaAnnouncement, ReplicaState
+from dht.announcements import MAX_CLAIM_S, ClaimAges, ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from expert_server.hosting.placement import lost_claims, vacant
 from peer.averaging import MAX_UPDATE_COUNT

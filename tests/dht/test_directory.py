@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.beam_search import Floats, PrefixIndex, select_experts
 from dht.directory import Directory, View
 from dht.manifest import Manifest
-from dht.registry import NodeInfo, Prefix, Replica, ReplicaState
+from dht.registry import Prefix
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.identity import PeerID

@@ -15,10 +15,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from dht.announcements import NodeInfo, Replica, ReplicaAnnouncement, ReplicaState
 from dht.directory import Directory
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys, sign_record
-from dht.registry import NodeInfo, Prefix, Registry, Replica, ReplicaAnnouncement, ReplicaState
+from dht.registry import Prefix, Registry
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host

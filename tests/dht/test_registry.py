@@ -20,10 +20,11 @@ from three_hosts import (
     three_hosts,
 )
 
+from dht.announcements import Replica, ReplicaAnnouncement
 from dht.directory import Directory
 from dht.manifest import Manifest
 from dht.records import SwarmKeys, open_record
-from dht.registry import Registry, Replica, ReplicaAnnouncement
+from dht.registry import Registry
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.errors import RecordError, UnreachableError

@@ -16,9 +16,9 @@ from three_hosts import (
     three_hosts,
 )
 
+from dht.announcements import ReplicaAnnouncement
 from dht.directory import Directory
 from dht.records import sign_record
-from dht.registry import ReplicaAnnouncement
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.host import Host

@@ -15,8 +15,8 @@ from callers import a_caller
 from node_process import NodeProcess, found_by_a_trainer, started
 from real_swarm import LOCAL, MANIFEST, UIDS, Village, eventually
 
+from dht.announcements import NodeInfo
 from dht.records import SwarmKeys, sign_record
-from dht.registry import NodeInfo
 from dht.swarm import join_swarm
 from dht.uid import UID
 from expert_server.state.checkpoints import CheckpointStore

@@ -29,8 +29,8 @@ from real_swarm import (
     serving,
 )
 
+from dht.announcements import Replica
 from dht.directory import Directory
-from dht.registry import Replica
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
 from expert_server.node import Node, NodeTiming

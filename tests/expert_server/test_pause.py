@@ -16,7 +16,7 @@ from callers import InSession, opened
 from grpc import StatusCode
 from real_swarm import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, make_identities, playing, serving
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert

@@ -21,8 +21,8 @@ from hostile_callers import Troublemakers
 from node_process import NodeProcess, found_by_a_trainer, started
 from real_swarm import eventually
 
+from dht.announcements import NodeInfo
 from dht.manifest import Manifest
-from dht.registry import NodeInfo
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows

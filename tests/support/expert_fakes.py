@@ -12,9 +12,9 @@ import torch
 from grpc import StatusCode
 from torch import Tensor, nn
 
+from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.directory import Directory, View
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, RoutingSpec
-from dht.registry import NodeInfo, Replica, ReplicaState
 from dht.uid import UID
 from expert_server.blocks import build_block
 from peer.codec import Floats

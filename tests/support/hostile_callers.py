@@ -12,8 +12,8 @@ import torch
 from callers import a_caller
 from grpc import StatusCode
 
+from dht.announcements import NodeInfo
 from dht.manifest import Manifest
-from dht.registry import NodeInfo
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.codec import CHUNK_BYTES

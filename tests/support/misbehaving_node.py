@@ -13,7 +13,7 @@ import numpy as np
 from expert_fakes import make_node, random_rows
 from grpc import StatusCode
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from dht.uid import UID
 from peer.codec import CHUNK_BYTES, Floats
 from peer.errors import ExpertError

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from real_swarm import LOCAL
 
+from dht.announcements import NodeInfo
 from dht.invites import Invite
 from dht.manifest import Manifest
-from dht.registry import NodeInfo
 from dht.swarm import join_swarm
 from expert_server.node import NodeTiming
 from peer.identity import Identity

@@ -8,8 +8,8 @@ from pathlib import Path
 import grpc
 import numpy as np
 
+from dht.announcements import NodeInfo
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
-from dht.registry import NodeInfo
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.serving.runtime import Runtime

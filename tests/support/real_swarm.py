@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
+from dht.announcements import ReplicaState
 from dht.invites import Invite
 from dht.manifest import Manifest
-from dht.registry import ReplicaState
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
 from expert_server.node import Node, NodeTiming

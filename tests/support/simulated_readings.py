@@ -12,12 +12,11 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
-from dht.announcements import Activity, Latency, TrainerInfo
+from dht.announcements import Activity, Latency, NodeInfo, Replica, ReplicaState, TrainerInfo
 from dht.directory import View
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.records import SwarmKeys
-from dht.registry import NodeInfo, Replica, ReplicaState
 from peer.identity import PeerID
 from talkoot.dashboard.app import MAX_STREAMS, Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore

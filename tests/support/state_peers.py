@@ -11,7 +11,7 @@ import pytest
 from callers import InSession, a_caller
 from checkpoint_samples import AN_UID, MANIFEST
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import Checkpoint, to_bytes

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from dht.announcements import ReplicaState
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
-from dht.registry import Registry, ReplicaState
+from dht.registry import Registry
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host

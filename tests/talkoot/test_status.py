@@ -11,11 +11,10 @@ import pytest
 from rich.console import Console
 from simulated_readings import NOW, manifest, node, peer, replica, trainer
 
-from dht.announcements import TrainerInfo
+from dht.announcements import NodeInfo, TrainerInfo
 from dht.directory import View
 from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord
 from dht.records import SwarmKeys
-from dht.registry import NodeInfo
 from dht.swarm import Swarm
 from dht.uid import UID
 from peer.errors import SettingsError

@@ -15,8 +15,8 @@ from router_fakes import every_kind, every_router, k_of, mixtures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dht.announcements import NodeInfo
 from dht.beam_search import Selection
-from dht.registry import NodeInfo
 from dht.uid import UID
 from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher

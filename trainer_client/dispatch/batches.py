@@ -17,8 +17,8 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from dht.announcements import NodeInfo
 from dht.beam_search import Selection
-from dht.registry import NodeInfo
 from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import ExpertError

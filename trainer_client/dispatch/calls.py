@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from grpc import StatusCode
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from peer.errors import ExpertError
 from peer.identity import PeerID
 from trainer_client.dispatch.batches import Answer, Direction, ExpertBatch, ExpertCaller, Request

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dht.announcements import NodeInfo
 from dht.beam_search import Selection
 from dht.directory import Directory, PrefixTables
-from dht.registry import NodeInfo
 from peer.codec import Floats
 from peer.errors import UnreachableError
 from peer.identity import PeerID

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dht.announcements import NodeInfo
 from dht.beam_search import Selection, default_beam_size, select_experts
 from dht.directory import Directory, PrefixTables, View
-from dht.registry import NodeInfo
 from dht.uid import UID
 from peer.identity import PeerID
 from trainer_client.dispatch.batches import (

@@ -18,8 +18,8 @@ from typing import TypeAlias
 import grpc
 from grpc import StatusCode
 
+from dht.announcements import NodeInfo
 from dht.directory import Directory
-from dht.registry import NodeInfo
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_CHUNK_BYTES, Floats, chunks, decode, encode, encoded_bytes
 from peer.errors import ExpertError, UnreachableError, WireError

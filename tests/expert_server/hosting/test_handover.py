@@ -12,8 +12,8 @@ import torch
 from real_swarm import UIDS, Play, Village, end, eventually, make_identities, playing, serving
 from test_restart import announced, train
 
+from dht.announcements import ReplicaState
 from dht.directory import Directory
-from dht.registry import ReplicaState
 from dht.uid import UID
 from expert_server.experts.format import State
 from expert_server.experts.graphs import Rows

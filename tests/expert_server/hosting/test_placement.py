@@ -7,7 +7,7 @@ from statistics import median_high
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.registry import Replica, ReplicaState
+from dht.announcements import Replica, ReplicaState
 from dht.uid import UID, grid_coordinates
 from expert_server.hosting.placement import (
     assign_orphans,

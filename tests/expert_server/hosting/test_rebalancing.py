@@ -6,7 +6,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.registry import Replica, ReplicaState
+from dht.announcements import Replica, ReplicaState
 from dht.uid import UID
 from expert_server.hosting.placement import (
     BUSIER,

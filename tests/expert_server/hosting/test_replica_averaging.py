@@ -9,7 +9,7 @@ import torch
 from real_swarm import LOCAL, UIDS, Play, Village, eventually, make_identities, playing, serving
 from test_restart import step, train
 
-from dht.registry import Replica, ReplicaState
+from dht.announcements import Replica, ReplicaState
 from dht.swarm import join_swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert

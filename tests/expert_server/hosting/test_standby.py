@@ -10,7 +10,7 @@ from garbage_server import garbage_server
 from real_swarm import UIDS, Play, Village, eventually, make_identities, playing
 from test_restart import train
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from dht.uid import UID
 from expert_server.experts.format import State
 from expert_server.hosting.standby import StandbyCopies

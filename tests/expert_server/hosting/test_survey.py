@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dht.announcements import Replica, ReplicaState
 from dht.manifest import Manifest
-from dht.registry import Prefix, Replica, ReplicaState
+from dht.registry import Prefix
 from dht.uid import UID
 from expert_server.hosting.placement import MOST_PREFIXES, MOST_VACANT, READ_WHOLE, SAMPLED, HostingSurvey
 from peer.identity import PeerID

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
+from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.records import sign_record
-from dht.registry import ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from peer.identity import PeerID
 from peer.kademlia.hivemind import (

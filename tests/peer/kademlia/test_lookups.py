@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
-from dht.registry import ReplicaAnnouncement, ReplicaState
+from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.identity import PeerID

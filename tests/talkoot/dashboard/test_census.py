@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated_readings import NOW, node, peer, trainer
 
-from dht.announcements import TrainerInfo
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo, TrainerInfo
 from talkoot.dashboard.picture import CallRateMeter, CallRates, Census
 
 

@@ -22,8 +22,7 @@ from simulated_readings import (
     trainer,
 )
 
-from dht.announcements import Activity, Reachability
-from dht.registry import ReplicaState
+from dht.announcements import Activity, Reachability, ReplicaState
 from dht.uid import UID
 from talkoot.dashboard import api
 from talkoot.dashboard.api import ApiError, DashboardState

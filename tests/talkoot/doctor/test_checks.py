@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dht.announcements import NodeInfo
 from dht.manifest import Manifest
-from dht.registry import NodeInfo
 from expert_server.experts.expert import expert_bytes
 from expert_server.probe import DialledBack, Link, ProbeServicer
 from expert_server.settings import NodeSettings

@@ -18,7 +18,7 @@ from expert_fakes import (
 )
 from grpc import StatusCode
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from peer.codec import Floats
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy

@@ -35,7 +35,7 @@ from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 
 
 def test_all_experts_answer_and_the_call_returns_at_once() -> None:

@@ -18,7 +18,7 @@ from expert_fakes import (
 )
 from grpc import StatusCode
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from dht.uid import UID
 from peer.codec import Floats
 from trainer_client.dispatch.batches import Answer, Direction, Request

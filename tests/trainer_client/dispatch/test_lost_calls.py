@@ -10,7 +10,7 @@ from expert_fakes import FakeSwarm, fails, make_manifest, make_peer_id, now, ran
 from grpc import StatusCode
 
 from benchmarks.faults import FaultyCaller
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from peer.errors import ExpertError
 from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher

@@ -10,7 +10,7 @@ from callers import a_caller
 from grpc import StatusCode
 from real_node import GENEROUS, HIDDEN, UIDS, a_node, ask, request, rows
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from expert_server.serving.runtime import Runtime
 from peer.errors import ExpertError
 from peer.loop import LoopThread

@@ -27,7 +27,7 @@ from misbehaving_node import (
     until,
 )
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool

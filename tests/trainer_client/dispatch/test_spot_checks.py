@@ -10,7 +10,7 @@ from expert_fakes import FakeSwarm, make_manifest, make_peer_id, random_rows, vi
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.registry import NodeInfo
+from dht.announcements import NodeInfo
 from peer.codec import Floats
 from trainer_client.dispatch.batches import Answer, Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
