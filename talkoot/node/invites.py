@@ -1,6 +1,6 @@
-"""`talkoot invite`: makes, lists and revokes tokens with the founder's key. It needs no running node.
+"""Invites of a founder: `talkoot invite` makes, lists and revokes them, and a founder's node says who can use its own.
 
-Whether an invite lets people in from anywhere, and what its founder can do when it does not. Pure.
+The command needs the founder's key, and no running node.
 """
 
 import ipaddress
@@ -28,12 +28,12 @@ _LONGEST_S = 10 * 365 * 86400.0
 
 
 class FoundedSwarm(BaseModel):
-    """What a founder's node leaves in its state folder for this command."""
+    """The file that a founder's node leaves in its state folder for `talkoot invite`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     invite: str
-    """As the node shows it: without a token."""
+    """As the node prints it, without a token."""
     admission: Mode
 
     def save(self, folder: Path) -> None:
@@ -50,18 +50,16 @@ class FoundedSwarm(BaseModel):
             return cls.model_validate_json((folder / _FILE).read_bytes())
         except FileNotFoundError:
             raise SettingsError(
-                f"no swarm was founded with the state folder {folder}: pass as --state that of the node which you "
-                "started with --new"
+                f"no swarm was founded with the state folder {folder}: pass the --state of the node that you started "
+                "with --new"
             ) from None
         except (OSError, ValidationError) as error:
-            raise SettingsError(
-                f"can't read {folder / _FILE}: start your node again, it writes it"
-            ) from error
+            raise SettingsError(f"can't read {folder / _FILE}: restart your node, which writes it") from error
 
 
 @dataclass(frozen=True)
 class InviteRequest:
-    """What an invite shall be."""
+    """What kind of invite to make."""
 
     role: Role
     lasts_s: float
@@ -80,28 +78,30 @@ class InviteRequest:
 
 
 def run_invite(
-    terminal: Terminal, state: Path | None, wish: InviteRequest, now: Callable[[], float] = time.time
+    terminal: Terminal, state: Path | None, request: InviteRequest, now: Callable[[], float] = time.time
 ) -> None:
-    """Raises UserError when it is not the founder's folder, or the swarm is open."""
+    """Raises UserError when the folder is not the founder's, or when the swarm needs no tokens."""
     folder = node_folder(state)
     founded = FoundedSwarm.load(folder)
     plain = Invite.parse(founded.invite)
     if founded.admission == "open":
         raise SettingsError(
-            "your swarm is open: whoever has the invite that your node printed can join. Only a swarm whose manifest "
-            'has mode = "token" under [admission] needs others'
+            "your swarm is open: anybody with the invite that your node printed can join. Only a swarm whose manifest "
+            'has mode = "token" under [admission] needs more invites'
         )
     founder = Identity.load_or_create(folder / "identity.key")
     if founder.peer_id != plain.keys.author:
-        raise SettingsError(f"{folder} has not the key of the swarm's founder, so it can make no invites")
+        raise SettingsError(
+            f"{folder} does not have the key of the swarm's founder, so it can't make invites"
+        )
     issued = IssuedInvite(
         serial=new_serial(),
-        role=wish.role,
-        name=wish.name,
+        role=request.role,
+        name=request.name,
         made_at=now(),
-        expires_at=now() + wish.lasts_s,
+        expires_at=now() + request.lasts_s,
     )
-    token = make_token(founder, plain.keys.swarm_id, wish.role, issued.expires_at, issued.serial)
+    token = make_token(founder, plain.keys.swarm_id, request.role, issued.expires_at, issued.serial)
     InviteLedger(folder).add(issued)
     invite = str(replace(plain, token=token.SerializeToString()))
     if terminal.json:
@@ -109,8 +109,8 @@ def run_invite(
         return
     terminal.line(f"invite: {invite}")
     terminal.err.print(
-        f"serial {issued.number}: for a {wish.role.word}, until {_day(issued.expires_at)}. Whoever has this line can "
-        f"come in with it: send it to one person, not to a list. `talkoot invite --revoke {issued.number}` ends it"
+        f"serial {issued.number}: for a {request.role.word}, until {_day(issued.expires_at)}. Anybody who has this "
+        f"line can use it: send it to one person, not to a list. `talkoot invite --revoke {issued.number}` revokes it"
     )
 
 
@@ -134,8 +134,7 @@ def run_revoke(
         terminal.event("revoked", _values(revoked))
     else:
         terminal.line(
-            f"{revoked.number} is revoked: your running node tells the others within about a minute, and a node that "
-            "does not run tells them when it is started"
+            f"{revoked.number} is revoked: your node tells the others within about a minute, or when it is next started"
         )
 
 
@@ -151,7 +150,7 @@ def _table(issued: Sequence[IssuedInvite], now: float) -> Table:
     for column in ("serial", "role", "name", "made", "until", "state"):
         table.add_column(column, overflow="fold")
     for each in issued:
-        state = "revoked" if each.revoked else "expired" if each.expires_at <= now else "holds"
+        state = "revoked" if each.revoked else "expired" if each.expires_at <= now else "valid"
         made, until = _day(each.made_at), _day(each.expires_at)
         table.add_row(each.number, each.role.word, each.name or "-", made, until, state)
     return table
@@ -164,9 +163,10 @@ def _day(at: float) -> str:
 def invite_advice(
     bootstrap: Sequence[str], host: str, dht_port: int, grpc_port: int, *, chosen: bool = True
 ) -> str:
-    """Empty when somebody elsewhere can join by one of these multiaddresses, or when the founder chose loopback.
+    """What a founder should do so that people elsewhere can join by these multiaddresses; empty when they can.
 
-    `host`: where the founder listens; not `chosen`: the machine's first. A port is 0 when each run has another.
+    It is also empty when the founder chose loopback. `host`: the address that the founder listens on; not `chosen`: the
+    machine's first one. A port is 0 when it changes with each run. Pure.
     """
     hosts = [endpoint[0] for endpoint in map(tcp_endpoint, bootstrap) if endpoint is not None]
     if not all(map(_is_private, hosts)):
@@ -175,25 +175,23 @@ def invite_advice(
         return (
             ""
             if chosen
-            else "nobody else can join by this invite: no network is up here. Start again once one is"
+            else "nobody else can join by this invite: this machine has no network. Start again when it has one"
         )
     named = (
-        f"it names only private addresses ({', '.join(dict.fromkeys(hosts))})"
-        if hosts
-        else "it names no address"
+        f"it has only private addresses ({', '.join(dict.fromkeys(hosts))})" if hosts else "it has no address"
     )
     ports = f"TCP ports {dht_port} and {grpc_port}" if dht_port and grpc_port else "both TCP ports"
     fix = "" if dht_port and grpc_port else "pass --dht-port and --grpc-port, "
     return (
-        f"nobody outside this network can join by this invite: {named}. Start again once others reach this machine "
+        f"nobody outside this network can join by this invite: {named}. Make this machine reachable and start again "
         f"({fix}forward {ports} on your router to {host}, and set announce_host to the router's public address), "
         "found the swarm on a machine with a public address, or pass --bootstrap with the address of any DHT peer that "
-        "has one: then others come in and are reached through it"
+        "has one: then others join and are reached through it"
     )
 
 
 def _is_private(host: str) -> bool:
-    """A name is taken for public: whoever passes one knows why."""
+    """A host name counts as public: whoever passes one has a reason."""
     try:
         return not ipaddress.ip_address(host).is_global
     except ValueError:

@@ -1,7 +1,4 @@
-"""`talkoot node`: starts a node, shows what it does, and stops it.
-
-The port that a node's DHT had last, so that it comes back to where invites and other peers' memories lead.
-"""
+"""`talkoot node`: starts a node in the foreground, shows what it does, and stops it."""
 
 import asyncio
 import ipaddress
@@ -41,7 +38,7 @@ from peer.transport.addresses import (
 )
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm, invite_advice
-from talkoot.node.view import Pace, PaceMeter, line, panel
+from talkoot.node.view import NodeRates, RateMeter, line, panel
 from talkoot.signals import Stopped, run_until_stopped
 from talkoot.terminal import Terminal, log_file
 
@@ -50,13 +47,14 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 10.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 2.0, 60.0
-"""Between two tries to come back to a swarm of which nobody answers."""
+"""Between attempts to rejoin a swarm when none of its peers answers."""
 _LAST_PORT = "dht-port"
+"""File with the DHT's last port. A node that keeps its port can be found by invites and by peers that remember it."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a node gets its swarm from: a manifest to found one, or an invite to join one."""
+    """The swarm that a node founds by a manifest or joins by an invite, as given on the command line."""
 
     new: Path | None
     join: str | None
@@ -72,11 +70,11 @@ class Origin:
         for address in self.bootstrap:
             if not is_multiaddress(address):
                 raise SettingsError(
-                    f"--bootstrap {address}: no multiaddress that names a peer, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"
+                    f"--bootstrap {address}: not a multiaddress with a peer, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"
                 )
         if self.new is not None:
             manifest = Manifest.from_toml(self.new)
-            builder_of(manifest.experts.kind)  # better known now than when the manifest is published
+            builder_of(manifest.experts.kind)  # fails now rather than after the manifest is published
             return SwarmStarter(manifest, None, self.bootstrap)
         assert self.join is not None
         invite = Invite.read(self.join)
@@ -85,14 +83,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class SwarmStarter:
-    """A manifest or an invite that was found valid."""
+    """Founds or joins a swarm: has either a valid manifest or a valid invite."""
 
     manifest: Manifest | None
     invite: Invite | None
     bootstrap: tuple[str, ...]
 
-    def comes_back(self, identity: Identity, state: Path) -> bool:
-        """Whether the node was in this swarm before."""
+    def was_member(self, identity: Identity, state: Path) -> bool:
+        """Whether this node has been in the swarm before."""
         if self.invite is not None:
             return was_member(state, self.invite.keys)
         assert self.manifest is not None
@@ -132,27 +130,27 @@ class SwarmStarter:
 
 
 def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_file: Path | None) -> None:
-    """Runs until a signal comes. Raises UserError when it can't start, and Stopped when stopped before it served."""
+    """Runs until a signal arrives. Raises UserError when it can't start, and Stopped when stopped before it serves."""
     keep_freed_memory()
     quiet_hivemind()
-    check_devices(settings.device, settings.precision)  # better known before others are bothered
+    check_devices(settings.device, settings.precision)  # fails before other peers are contacted
     starter = origin.swarm_starter()
     if starter.manifest is not None:
-        within_memory(settings, starter.manifest)  # better known before it is published
+        within_memory(settings, starter.manifest)  # fails before it is published
     host = listen_address(settings)
-    _be_nice(settings.niceness)
+    _lower_priority(settings.niceness)
     folder = StateFolder(node_folder(settings.state))
     try:
         with log_file(folder.path / LOG_FILE):
-            command = _NodeCommand(terminal, starter, settings, host, folder.path, invite_file)
+            run = _NodeRun(terminal, starter, settings, host, folder.path, invite_file)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(command.run())
+                runner.run(run.run())
     finally:
         folder.close()
 
 
-class _NodeCommand:
-    """One run of the command."""
+class _NodeRun:
+    """One run of a node."""
 
     def __init__(
         self,
@@ -174,20 +172,20 @@ class _NodeCommand:
         self._node: Node | None = None
 
     async def run(self) -> None:
-        """Serves until a signal comes. A node that served and was stopped has done its work: no error."""
+        """Serves until a signal arrives. Being stopped after having served is not an error."""
         try:
-            await run_until_stopped(self._serve_steered(), self._hurry)
+            await run_until_stopped(self._serve_with_control(), self._hurry)
         except Stopped:
             if not self._served:
                 raise
             logger.info("left the swarm")
         except ExceptionGroup as group:
-            mendable = group.subgroup(UserError)
-            if mendable is None:
+            user_errors = group.subgroup(UserError)
+            if user_errors is None:
                 raise
-            raise _first(mendable) from group
+            raise _first(user_errors) from group
 
-    async def _serve_steered(self) -> None:
+    async def _serve_with_control(self) -> None:
         async with self._control:
             await self._serve()
 
@@ -195,7 +193,7 @@ class _NodeCommand:
         with self._terminal.stages("making ready") as stage:
             identity = Identity.load_or_create(self._state / "identity.key")
             swarm = await self._start_swarm(identity, stage)
-            # from here on the node stops the swarm
+            # from here on the node owns the swarm and stops it
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
             remember_port(self._state, swarm.host.config.port)
@@ -213,13 +211,13 @@ class _NodeCommand:
             await node.stop()
 
     async def _start_swarm(self, identity: Identity, stage: Stage) -> Swarm:
-        """A node that was in the swarm before is patient: the network may be down yet, or the others."""
+        """Keeps trying when the node was in the swarm before: the network or the other peers may still be down."""
         wait_s = _FIRST_WAIT_S
         while True:
             try:
                 return await self._starter.start(identity, self._settings, self._host, self._state, stage)
             except UnreachableError as error:
-                if not self._starter.comes_back(identity, self._state):
+                if not self._starter.was_member(identity, self._state):
                     raise
                 logger.warning("%s. Trying again in %.0f s", error, wait_s)
             await asyncio.sleep(wait_s)
@@ -244,7 +242,7 @@ class _NodeCommand:
             self._terminal.line(f"invite: {invite}")
             if node.swarm.admission.mode == "token":
                 logger.info(
-                    "this invite lets people look only: `talkoot invite` makes those that let them in"
+                    "this invite only lets people look: `talkoot invite` makes invites that let them take part"
                 )
             if self._terminal.live:
                 self._terminal.err.rule()
@@ -264,27 +262,27 @@ class _NodeCommand:
     async def _show_state(self, node: Node) -> None:
         if self._terminal.json:
             peer_id = node.swarm.host.peer_id.to_base58()
-            await _watch(node, _LOOK_EVERY_S, lambda status, pace: self._event(peer_id, status, pace))
+            await _watch(node, _LOOK_EVERY_S, lambda status, rates: self._event(peer_id, status, rates))
         elif self._terminal.live:
             swarm = node.swarm.manifest.name
             with Live(console=self._terminal.err, auto_refresh=False, transient=True) as live:
                 await _watch(
                     node,
                     _LOOK_EVERY_S,
-                    lambda status, pace: live.update(panel(swarm, status, pace), refresh=True),
+                    lambda status, rates: live.update(panel(swarm, status, rates), refresh=True),
                 )
         else:
-            await _watch(node, _LINE_EVERY_S, lambda status, pace: logger.info(line(status, pace)))
+            await _watch(node, _LINE_EVERY_S, lambda status, rates: logger.info(line(status, rates)))
 
-    def _event(self, peer_id: str, status: NodeStatus, pace: Pace) -> None:
-        values = asdict(status) | {"state": status.state.value, "peer_id": peer_id, "rows_per_s": pace.rows}
+    def _event(self, peer_id: str, status: NodeStatus, rates: NodeRates) -> None:
+        values = asdict(status) | {"state": status.state.value, "peer_id": peer_id, "rows_per_s": rates.rows}
         self._terminal.event("state", values)
 
 
-async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, Pace], None]) -> None:
-    """Shows the node's status and pace, whenever one of them has changed. For ever."""
-    meter = PaceMeter()
-    shown: tuple[NodeStatus, Pace] | None = None
+async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, NodeRates], None]) -> None:
+    """Shows the node's status and rates whenever they have changed, forever."""
+    meter = RateMeter()
+    shown: tuple[NodeStatus, NodeRates] | None = None
     while True:
         status = node.status()
         now = status, meter.note(status, time.monotonic())
@@ -294,8 +292,8 @@ async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, Pace], 
         await asyncio.sleep(every_s)
 
 
-def _be_nice(niceness: int) -> None:
-    """Lets other programs go first. Before threads begin: each has a priority of its own, from who starts it."""
+def _lower_priority(niceness: int) -> None:
+    """Lets other programs go first. Call it before any thread starts: a thread inherits its starter's priority."""
     os.nice(max(0, niceness - os.nice(0)))
 
 
@@ -305,20 +303,20 @@ def _first(error: BaseException) -> BaseException:
 
 
 def announced_address(settings: NodeSettings, host: str) -> str | None:
-    """The multiaddress by which others reach this node's DHT; None when it is where it listens."""
+    """The multiaddress at which others reach this node's DHT; None: the address it listens on."""
     if not (settings.announce_host or settings.announce_dht_port):
         return None
     return multiaddress(settings.announce_host or host, settings.announce_dht_port or settings.dht_port)
 
 
 def listen_address(settings: NodeSettings) -> str:
-    """Where a node listens, which is what it announces. Raises SettingsError."""
+    """The IP address that a node listens on and announces. Raises SettingsError."""
     host = settings.host or default_listen_address()
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         raise SettingsError(
-            f"host {host!r} is no IP address: pass this machine's, such as 192.0.2.7"
+            f"host {host!r} is not an IP address: pass this machine's, such as 192.0.2.7"
         ) from None
     if address.is_unspecified:
         raise SettingsError(f"nobody can reach a node at {host}: pass the address that others see as --host")
@@ -326,7 +324,7 @@ def listen_address(settings: NodeSettings) -> str:
 
 
 def last_port(state: Path, host: str) -> int:
-    """0 when there is none, or when it is taken."""
+    """The DHT's port of the last run; 0 when there is none, or when another program uses it."""
     try:
         port = int((state / _LAST_PORT).read_text())
         require_free_port(host, port)

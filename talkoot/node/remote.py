@@ -1,7 +1,4 @@
-"""`talkoot pause`, `resume` and `stop`: steer a running node.
-
-`talkoot logs`: prints what a node logged, and follows its log file while it is rotated.
-"""
+"""`talkoot pause`, `resume`, `stop` and `logs`: commands for a running node, on the same machine."""
 
 import os
 import re
@@ -16,32 +13,32 @@ from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, ControlClient, ControlSt
 from talkoot.terminal import Terminal
 
 _LEAVES_WITHIN_S = 90.0
-"""Longest that a node may take to leave: it finishes calls, saves its experts and says goodbye, all with deadlines."""
+"""How long a node may take to leave: it finishes calls, saves its experts and hands them over, each with a deadline."""
 _LOOK_EVERY_S = 0.2
 _UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> None:
-    """Raises UserError when no node runs there, or it can't."""
+    """Raises UserError when no node runs there, or when it refuses."""
     for_s = None if duration is None else parse_duration_s(duration)
     with ControlClient(node_folder(state)) as control:
         terminal.line(words(control.ask("pause", for_s=for_s)))
 
 
 def run_resume(terminal: Terminal, state: Path | None) -> None:
-    """Raises UserError when no node runs there, or it can't."""
+    """Raises UserError when no node runs there, or when it refuses."""
     with ControlClient(node_folder(state)) as control:
         terminal.line(words(control.ask("resume")))
 
 
 def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
-    """Raises UserError when no node runs there, or when its process does not end."""
+    """Raises UserError when no node runs there, or when its process does not end in time."""
     folder = node_folder(state)
     with ControlClient(folder) as control:
         log = Follower(folder / LOG_FILE)
         process = _handle(control.pid, folder)
         try:
-            log.lines()  # what was before is of no interest
+            log.lines()  # skips what was logged before
             status = control.ask("stop")
             if not wait:
                 terminal.line(f"asked process {control.pid} to leave; {words(status)}")
@@ -78,7 +75,7 @@ def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool
 
 
 def words(status: ControlStatus) -> str:
-    """What a node does now, in a line."""
+    """What a node is doing, as one line."""
     state = status.pause_reason if status.state == "paused" and status.pause_reason else status.state
     return (
         f"{state}; {status.experts} of at most {counted(status.capacity, 'expert')}, "
@@ -87,10 +84,10 @@ def words(status: ControlStatus) -> str:
 
 
 def parse_duration_s(text: str, option: str = "--for", longest_s: float = MAX_PAUSE_S) -> float:
-    """Seconds in a text such as 90s, 30m, 1h30m or 2d. Raises SettingsError."""
+    """Seconds from a text such as 90s, 30m, 1h30m or 2d. Raises SettingsError."""
     parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip(), re.ASCII)
     seconds = sum(
-        int(number[:9]) * unit_s  # a longer one is too long anyway
+        int(number[:9]) * unit_s  # longer numbers are too large anyway
         for number, unit_s in zip(parts.groups() if parts else (), _UNITS_S.values(), strict=False)
         if number
     )
@@ -102,7 +99,7 @@ def parse_duration_s(text: str, option: str = "--for", longest_s: float = MAX_PA
 
 
 class Follower:
-    """Reads the lines of a log file that grows and is rotated: first those that are there, then the new ones."""
+    """Reads a log file that grows and is rotated: first the lines that are there, then each new one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -110,14 +107,14 @@ class Follower:
         self._rest = b""
 
     def lines(self) -> list[str]:
-        """The lines that were completed since the last call."""
+        """The lines completed since the last call."""
         data = b"" if self._file is None else self._file.read()
         if not self._is_current():
             self.close()
             try:
                 self._file = self._path.open("rb")
             except FileNotFoundError:
-                pass  # between the two steps of a rotation
+                pass  # in the middle of a rotation
             else:
                 data += self._file.read()
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -129,7 +126,7 @@ class Follower:
             self._file = None
 
     def _is_current(self) -> bool:
-        """Whether the open file is still the one that has the name."""
+        """Whether the path still names the open file."""
         if self._file is None:
             return False
         try:
@@ -141,7 +138,7 @@ class Follower:
 
 
 def _handle(pid: int, folder: Path) -> int:
-    """A descriptor of the process, which stays that of this process when the number is given to another."""
+    """A pidfd: it keeps naming this process even when another process gets its number."""
     try:
         return os.pidfd_open(pid)
     except OSError as error:
@@ -149,7 +146,7 @@ def _handle(pid: int, folder: Path) -> int:
 
 
 def _wait_until_gone(terminal: Terminal, process: int, pid: int, log: Follower) -> None:
-    """Shows meanwhile what the node logs."""
+    """Shows what the node logs meanwhile."""
     end = select.poll()
     end.register(process, select.POLLIN)
     deadline = time.monotonic() + _LEAVES_WITHIN_S
@@ -178,7 +175,7 @@ def _print(terminal: Terminal, lines: list[str]) -> None:
 
 
 def _printable(line: str) -> str:
-    """Log lines quote what peers said, which must not steer a terminal."""
+    """Without control characters: log lines quote what peers sent, which must not control a terminal."""
     if line.isprintable():
         return line
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)

@@ -1,4 +1,4 @@
-"""`talkoot service`: runs a node as a systemd service of its user, without anybody logged in watching it."""
+"""`talkoot service`: installs a node as a systemd service of its user, and removes it."""
 
 import configparser
 import getpass
@@ -24,7 +24,7 @@ INVITE_FILE = "invite"
 _DEADLINE_S = 30.0
 _BY_HAND = ("--new", "--check", "--cached", "--json", "--invite-file")
 _SANDBOX = ("PrivateUsers=yes", "ProtectSystem=full", "ProtectHome=read-only")
-"""Needs user namespaces, which some distributions refuse to a user's services."""
+"""Needs user namespaces, which some distributions deny to a user's services."""
 _TEMPLATE = """\
 [Unit]
 Description=Talkoot node: hosts experts of a swarm
@@ -58,12 +58,12 @@ WantedBy=default.target
 [X-Talkoot]
 State={state}
 """
-"""KillMode: only the node gets SIGTERM, and ends p2pd when it has said goodbye by way of it."""
+"""KillMode: only the node gets SIGTERM. It needs p2pd to withdraw its announcements, and then ends it."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What to install: the node's own options, and where its state is."""
+    """A service to install: the node's options, its invite and its state folder."""
 
     options: tuple[str, ...]
     """Of `talkoot node`, without --join and --state."""
@@ -75,7 +75,7 @@ class Service:
         return self.state / INVITE_FILE
 
     def unit(self, *, sandboxed: bool) -> str:
-        """The systemd unit. The invite is in a file: a command line can be read by everybody on the machine."""
+        """The systemd unit. The invite is in a file, because everybody on the machine can read a command line."""
         command = [sys.executable, "-P", "-m", "talkoot.cli", "node", "--join", f"@{self.invite_file}"]
         command += ["--state", str(self.state), *self.options]
         sandbox = [*_SANDBOX, f"ReadWritePaths={_quoted(str(self.state))}"] if sandboxed else []
@@ -90,21 +90,21 @@ class Service:
 def run_install(
     terminal: Terminal, service: Service, *, as_root: bool = False, print_only: bool = False
 ) -> None:
-    """Installs, enables and starts the service; all of that or nothing. Raises UserError."""
+    """Installs, enables and starts the service. If a step fails, the others are undone. Raises UserError."""
     if print_only:
         terminal.line(service.unit(sandboxed=False).rstrip("\n"))
         return
     if os.geteuid() == 0 and not as_root:
         raise SettingsError(
-            "this would install a node that runs as root: use your own account, or pass --as-root to have it so"
+            "this would install a node that runs as root: use your own account, or pass --as-root"
         )
     _require_systemd()
     path = _unit_path()
     replaces = path.exists()
     if replaces:
-        _installed_state()  # raises when somebody else made it
+        _installed_state()  # raises when something else made the unit
     elif is_running(service.state):
-        raise StartError(f"a node runs already with {service.state}: `talkoot stop` it first")
+        raise StartError(f"a node already runs with {service.state}: `talkoot stop` it first")
     _make_folder(service.state, 0o700)
     _make_folder(path.parent, 0o777)
     before = {file: _text(file) for file in (path, service.invite_file)}
@@ -133,7 +133,7 @@ def run_remove(terminal: Terminal) -> None:
 
 
 def run_status(terminal: Terminal) -> bool:
-    """Says what systemd and the node say. Gives whether the service is active. Raises UserError when there is none."""
+    """Prints what systemd and the node say; returns whether the service is active. Raises UserError."""
     state = _installed_state()
     _require_systemd()
     shown = _systemctl("show", UNIT, "--property=ActiveState,SubState,UnitFileState,MainPID,NRestarts,Result")
@@ -147,7 +147,7 @@ def run_status(terminal: Terminal) -> bool:
 
 
 def make_service(options: Mapping[str, Any], join: str | None, state: Path | None) -> Service:
-    """From options of `talkoot node` by their flags, True for a switch. Raises UserError when one can't be."""
+    """`options`: of `talkoot node`, by flag; True for a switch. Raises UserError for one that a service can't have."""
     from dht.invites import invite_of
 
     invite = str(invite_of(join))
@@ -170,12 +170,12 @@ def make_service(options: Mapping[str, Any], join: str | None, state: Path | Non
 def _say_installed(terminal: Terminal, service: Service) -> None:
     terminal.line(f"installed and started {UNIT}")
     terminal.line(
-        f"`talkoot logs --state {service.state}` shows what it does; `talkoot service status` if it runs"
+        f"`talkoot logs --state {service.state}` shows what it does; `talkoot service status` whether it runs"
     )
     user = getpass.getuser()
     if not Path("/var/lib/systemd/linger", user).exists():
         terminal.line(
-            f"it ends when you log out: `loginctl enable-linger {user}` keeps it running, also after a boot"
+            f"it ends when you log out: after `loginctl enable-linger {user}` it keeps running, also after a reboot"
         )
 
 
@@ -194,19 +194,21 @@ def _service_words(values: Mapping[str, str]) -> str:
 def _installed_state() -> Path:
     """The state folder of the installed service."""
     path = _unit_path()
-    # systemd knows keys that occur twice and has no interpolation
+    # a unit may repeat a key, and has no interpolation
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     try:
         unit.read_string(path.read_text(encoding="utf-8"))
         return Path(unit["X-Talkoot"]["State"])
     except FileNotFoundError:
-        raise StartError("no service is installed: `talkoot service install --join INVITE` does it") from None
+        raise StartError(
+            "no service is installed: `talkoot service install --join INVITE` installs one"
+        ) from None
     except (OSError, UnicodeDecodeError, configparser.Error, KeyError) as error:
         raise StartError(f"{path} was not made by this command: remove it by hand") from error
 
 
 def _undo(before: Mapping[Path, str | None], *, replaces: bool) -> None:
-    """Puts back what was there before, as far as systemd lets us."""
+    """Restores what was there before, as far as systemd allows."""
     if not replaces:
         _try_systemctl("disable", "--now", UNIT)
     for path, text in before.items():
@@ -222,7 +224,7 @@ def _text(path: Path) -> str | None:
 
 
 def _require_systemd() -> None:
-    """Raises StartError, with what to do instead, when this user has no systemd that answers."""
+    """Raises StartError, with an alternative, when systemd is missing or does not answer this user."""
     instead = (
         "start `talkoot node --join INVITE` from your own start-up scripts, tmux or cron's @reboot instead"
     )
@@ -231,13 +233,13 @@ def _require_systemd() -> None:
     ended = _try_systemctl("show-environment")
     if ended.returncode:
         raise StartError(
-            f"systemd does not answer this user ({_reason(ended)}): log in as this user itself, not by su or sudo; "
+            f"systemd does not answer this user ({_reason(ended)}): log in as this user, not through su or sudo; "
             f"or {instead}"
         )
 
 
 def _can_sandbox() -> bool:
-    """Whether this user's systemd can give a service its own view of the file system; tried with /bin/true."""
+    """Whether this user's systemd can sandbox a service; tries it with `true`."""
     properties = [f"--property={line}" for line in _SANDBOX]
     command = ["systemd-run", "--user", "--wait", "--collect", "--quiet", *properties, "true"]
     return _run(command).returncode == 0
@@ -276,7 +278,7 @@ def _unit_path() -> Path:
 
 
 def _quoted(argument: str) -> str:
-    """One word of a command line in a unit (systemd.service(5), "Command lines")."""
+    """An argument quoted for a unit's command line (systemd.service(5), "Command lines")."""
     escaped = argument.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{_without_specifiers(escaped).replace("$", "$$")}"'
 
@@ -294,7 +296,7 @@ def _make_folder(path: Path, mode: int) -> None:
 
 
 def _write(path: Path, text: str, mode: int) -> None:
-    """Whole or not at all, and never readable for more than `mode` says. Raises StartError."""
+    """Writes atomically, never readable by more users than `mode` allows. Raises StartError."""
     try:
         write_atomically(path, text.encode(), mode)
     except OSError as error:

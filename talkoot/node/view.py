@@ -1,4 +1,4 @@
-"""What `talkoot node` shows of itself: a panel when somebody watches, else a line now and then."""
+"""How `talkoot node` shows itself: a live panel on a terminal, otherwise a log line now and then."""
 
 import textwrap
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from peer.formatting import bytes_in_words, counted
 WIDTH = 80
 _BAR = 20
 _WORDS = 66
-"""Columns that the panel has beside its labels."""
+"""Columns of the panel without its labels."""
 _STYLES = {
     NodeState.SERVING: "green",
     NodeState.PAUSED: "yellow",
@@ -25,8 +25,8 @@ _STYLES = {
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How fast things went between two looks, per second; `busy` is a share."""
+class NodeRates:
+    """How much a node did per second between two looks; `busy` is a share of the time."""
 
     calls: float = 0.0
     rows: float = 0.0
@@ -35,18 +35,18 @@ class Pace:
     busy: float = 0.0
 
 
-class PaceMeter:
-    """Measures from one look at a node to the next. Pure: `now` is passed in."""
+class RateMeter:
+    """Measures rates from one look at a node to the next. Pure: `now` is passed in."""
 
     def __init__(self) -> None:
         self._last: tuple[float, NodeStatus] | None = None
 
-    def note(self, status: NodeStatus, now: float) -> Pace:
+    def note(self, status: NodeStatus, now: float) -> NodeRates:
         last, self._last = self._last, (now, status)
         if last is None or now <= last[0]:
-            return Pace()
+            return NodeRates()
         seconds, before = now - last[0], last[1]
-        return Pace(
+        return NodeRates(
             calls=(status.calls - before.calls) / seconds,
             rows=(status.rows - before.rows) / seconds,
             up_mbit=(status.uploaded_bytes - before.uploaded_bytes) * 8e-6 / seconds,
@@ -66,8 +66,8 @@ def state_in_words(status: NodeStatus) -> str:
     )
 
 
-def panel(swarm: str, status: NodeStatus, pace: Pace) -> Panel:
-    """Eleven or twelve lines of at most `WIDTH` columns."""
+def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
+    """Eleven or twelve lines, at most `WIDTH` columns wide."""
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -77,14 +77,14 @@ def panel(swarm: str, status: NodeStatus, pace: Pace) -> Panel:
     grid.add_row("experts", _bar(status.experts, status.capacity, experts))
     grid.add_row(
         "work",
-        f"{pace.calls:.1f} requests/s   {pace.rows:,.0f} rows/s   "
+        f"{rates.calls:.1f} requests/s   {rates.rows:,.0f} rows/s   "
         f"{counted(status.queued_rows, 'row', ',')} waiting",
     )
-    grid.add_row("network", _network(status, pace))
+    grid.add_row("network", _network(status, rates))
     reached = textwrap.wrap(_reached(status), _WORDS, max_lines=2, placeholder="…")
     grid.add_row("reached", "\n".join(reached))
     grid.add_row(
-        "compute", _bar(pace.busy, 1.0, f"{pace.busy:.0%} busy, {counted(status.threads, 'thread')}")
+        "compute", _bar(rates.busy, 1.0, f"{rates.busy:.0%} busy, {counted(status.threads, 'thread')}")
     )
     grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
     grid.add_row(
@@ -95,20 +95,20 @@ def panel(swarm: str, status: NodeStatus, pace: Pace) -> Panel:
     return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left", width=WIDTH)
 
 
-def line(status: NodeStatus, pace: Pace) -> str:
-    """The same for a log."""
-    return ", ".join(_parts(status, pace))
+def line(status: NodeStatus, rates: NodeRates) -> str:
+    """The same as one line for a log."""
+    return ", ".join(_parts(status, rates))
 
 
-def _parts(status: NodeStatus, pace: Pace) -> Iterator[str]:
+def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield f"{state_in_words(status)}: {status.experts} of at most {counted(status.capacity, 'expert')}"
     yield _moved(status)
     yield counted(status.updates, "update")
-    yield f"{pace.calls:.1f} requests/s"
-    yield f"{pace.rows:.0f} rows/s"
+    yield f"{rates.calls:.1f} requests/s"
+    yield f"{rates.rows:.0f} rows/s"
     yield f"{counted(status.queued_rows, 'row')} queued"
-    yield f"up {pace.up_mbit:.1f} and down {pace.down_mbit:.1f} Mbit/s"
-    yield f"{pace.busy:.0%} busy"
+    yield f"up {rates.up_mbit:.1f} and down {rates.down_mbit:.1f} Mbit/s"
+    yield f"{rates.busy:.0%} busy"
     yield f"memory {_memory(status)}"
     yield counted(status.peers, "DHT peer")
     yield f"reached: {_reached(status)}"
@@ -120,8 +120,8 @@ def _moved(status: NodeStatus) -> str:
     return f"{status.adopted} adopted, {handed_over if status.handed_over else shared}"
 
 
-def _network(status: NodeStatus, pace: Pace) -> str:
-    up, down = _mbit(pace.up_mbit, status.upload_mbit), _mbit(pace.down_mbit, status.download_mbit)
+def _network(status: NodeStatus, rates: NodeRates) -> str:
+    up, down = _mbit(rates.up_mbit, status.upload_mbit), _mbit(rates.down_mbit, status.download_mbit)
     return f"up {up}   down {down}"
 
 
@@ -148,7 +148,7 @@ def _so_far(status: NodeStatus) -> str:
 
 
 def _bar(value: float, most: float, words: str) -> Table:
-    """Words after a bar."""
+    """A bar, and words after it."""
     row = Table.grid(padding=(0, 2))
     row.add_column(width=_BAR)
     row.add_column(no_wrap=True, overflow="ellipsis")

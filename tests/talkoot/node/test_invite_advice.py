@@ -45,9 +45,9 @@ def test_ports_that_change_with_each_run_are_to_be_fixed_first() -> None:
 
 def test_a_founder_without_a_network_learns_that_it_is_alone() -> None:
     loopback = f"/ip4/127.0.0.1/tcp/31337{PEER}"
-    assert "no network is up here" in invite_advice([loopback], "127.0.0.1", 0, 0, chosen=False)
+    assert "this machine has no network" in invite_advice([loopback], "127.0.0.1", 0, 0, chosen=False)
     assert invite_advice([loopback, PUBLIC], "127.0.0.1", 0, 0, chosen=False) == ""
 
 
 def test_an_invite_without_an_address_is_told() -> None:
-    assert "it names no address" in invite_advice([], "192.168.1.2", 0, 0)
+    assert "it has no address" in invite_advice([], "192.168.1.2", 0, 0)

@@ -88,7 +88,7 @@ def test_only_the_founder_of_a_swarm_that_admits_by_token_invites(tmp_path: Path
     for folder, said in (
         (nobodys, "no swarm was founded"),
         (open_one, "your swarm is open"),
-        (anothers, "has not the key"),
+        (anothers, "does not have the key"),
     ):
         ended = run_here("invite", "--state", str(folder))
         assert ended.returncode == 2

@@ -19,7 +19,7 @@ from rich.live import Live
 
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeState, NodeStatus
-from talkoot.node.view import WIDTH, Pace, PaceMeter, line, panel, state_in_words
+from talkoot.node.view import WIDTH, NodeRates, RateMeter, line, panel, state_in_words
 from talkoot.terminal import to_json
 
 STATUS = NodeStatus(
@@ -83,15 +83,15 @@ def terminal(file: io.StringIO, width: int = WIDTH) -> Console:
     )
 
 
-def shown(status: NodeStatus, pace: Pace, width: int = WIDTH) -> list[str]:
+def shown(status: NodeStatus, rates: NodeRates, width: int = WIDTH) -> list[str]:
     console = terminal(io.StringIO(), width)
     with Live(console=console, auto_refresh=False) as live:
-        live.update(panel("sauna", status, pace), refresh=True)
+        live.update(panel("sauna", status, rates), refresh=True)
     return console.export_text().rstrip("\n").splitlines()
 
 
 def test_a_glance_tells_what_a_node_does_and_gave() -> None:
-    meter = PaceMeter()
+    meter = RateMeter()
     meter.note(STATUS, 100.0)
     lines = shown(LATER, meter.note(LATER, 110.0))[-12:]
     text = "\n".join(lines)
@@ -121,7 +121,7 @@ def test_nothing_is_cut_off_for_a_node_of_a_hundred_experts() -> None:
         reachability_advice="pass --dht-port and --grpc-port, and forward both TCP ports on your router to "
         "192.168.178.123",
     )
-    text = "\n".join(shown(status, Pace()))
+    text = "\n".join(shown(status, NodeRates()))
     assert "128 of 192, 64 adopted, 128 handed over" in text
     assert "on your router to 192.168.178.123" in " ".join(text.replace("│", "").split())
     assert "…" not in text
@@ -130,12 +130,12 @@ def test_nothing_is_cut_off_for_a_node_of_a_hundred_experts() -> None:
 @settings(max_examples=25)
 @given(statuses, st.sampled_from([WIDTH, 100, 200]))
 def test_it_fits_whatever_the_numbers(status: NodeStatus, width: int) -> None:
-    pace = PaceMeter().note(status, 0.0)
+    rates = RateMeter().note(status, 0.0)
     console = terminal(io.StringIO(), width)
-    lines = console.render_lines(panel("sauna", status, pace), console.options)
+    lines = console.render_lines(panel("sauna", status, rates), console.options)
     assert len(lines) <= 12
     assert all(sum(segment.cell_length for segment in row) <= max(WIDTH, width) for row in lines)
-    console.print(panel("sauna", status, pace))
+    console.print(panel("sauna", status, rates))
     assert all(len(row.rstrip()) <= WIDTH for row in console.export_text().splitlines())
 
 
@@ -145,7 +145,7 @@ def test_the_panel_stays_in_its_place_between_looks() -> None:
     with Live(console=terminal(file), auto_refresh=False) as live:
         for _ in range(3):
             before = file.tell()
-            live.update(panel("sauna", STATUS, Pace()), refresh=True)
+            live.update(panel("sauna", STATUS, NodeRates()), refresh=True)
             written = file.getvalue()[before:]
             assert "\x1b[2J" not in written
             assert written.count("\n") <= 12
@@ -168,12 +168,12 @@ def test_the_panel_stays_in_its_place_between_looks() -> None:
 def test_the_state_comes_with_its_reason(state: NodeState, pause_reason: str, words: str) -> None:
     status = replace(STATUS, state=state, pause_reason=pause_reason)
     assert state_in_words(status) == words
-    assert words in "\n".join(shown(status, Pace()))
-    assert line(status, Pace()).startswith(f"{words}: 12 of at most 18 experts")
+    assert words in "\n".join(shown(status, NodeRates()))
+    assert line(status, NodeRates()).startswith(f"{words}: 12 of at most 18 experts")
 
 
 def test_a_line_for_the_log_says_the_same() -> None:
-    meter = PaceMeter()
+    meter = RateMeter()
     meter.note(STATUS, 100.0)
     assert line(LATER, meter.note(LATER, 110.0)) == (
         "serving: 12 of at most 18 experts, 2 adopted, 3 shared, 1234 updates, 3.1 requests/s, 412 rows/s, "
@@ -185,9 +185,9 @@ def test_a_line_for_the_log_says_the_same() -> None:
 
 
 def test_the_first_look_and_one_in_the_same_moment_measure_nothing() -> None:
-    meter = PaceMeter()
-    assert meter.note(STATUS, 1.0) == Pace()
-    assert meter.note(LATER, 1.0) == Pace()
+    meter = RateMeter()
+    assert meter.note(STATUS, 1.0) == NodeRates()
+    assert meter.note(LATER, 1.0) == NodeRates()
 
 
 def test_a_program_reads_every_field() -> None:

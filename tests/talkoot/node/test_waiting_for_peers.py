@@ -19,7 +19,7 @@ from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
 from talkoot.demo.links import free_ports
 from talkoot.node import launch as node_run
-from talkoot.node.launch import Origin, _NodeCommand
+from talkoot.node.launch import Origin, _NodeRun
 from talkoot.terminal import LogFormat, Terminal
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -78,7 +78,7 @@ def test_it_comes_back_when_others_do(
     remember(invite, tmp_path)
     origin = Origin(None, str(invite), ()).swarm_starter()
     terminal = Terminal(LogFormat.TEXT)
-    node = _NodeCommand(terminal, origin, NodeSettings(), HOST, tmp_path, None)
+    node = _NodeRun(terminal, origin, NodeSettings(), HOST, tmp_path, None)
     (tmp_path / "swarm.toml").write_text(MANIFEST)
     joining = Identity.load_or_create(tmp_path / "identity.key")
     found = Origin(tmp_path / "swarm.toml", None, ()).swarm_starter()
