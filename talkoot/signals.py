@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the first one stops the command, the following ones at most hurry it."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first signal stops the command in good order, and later ones only hurry it."""
 
 import asyncio
 import signal
@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _GENTLE_S = 1.0
-"""How long a training step may go on after the signal, before it is broken off."""
+"""How long a training step may continue after the signal before it is interrupted."""
 
 
 class Stopped(BaseException):
-    """Somebody asked this process to stop. No Exception: whoever handles errors must let it through."""
+    """Somebody asked this process to stop. Not an Exception, so that error handlers let it through."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -23,13 +23,13 @@ class Stopped(BaseException):
 
 
 def stop_signals() -> list[signal.Signals]:
-    """The signals that end a command; SIGHUP not when it is ignored, as `nohup` has it."""
+    """The signals that end a command; not SIGHUP when it is ignored, as under `nohup`."""
     always = [signal.SIGINT, signal.SIGTERM]
     return always if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*always, signal.SIGHUP]
 
 
 class StopSignals:
-    """Turns the first signal into Stopped, raised in the main thread. For commands whose main thread runs no loop."""
+    """Raises Stopped in the main thread on the first signal. For commands whose main thread runs no event loop."""
 
     def __init__(self) -> None:
         self.received: Stopped | None = None
@@ -41,7 +41,7 @@ class StopSignals:
 
     @contextmanager
     def gently(self, event: threading.Event) -> Iterator[None]:
-        """Inside, a signal first sets the event, and raises only when that has not helped within a second."""
+        """Inside, a signal sets the event first, and raises only if that has had no effect within a second."""
         self._event = event
         try:
             yield
@@ -50,7 +50,7 @@ class StopSignals:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def ignore(self) -> None:
-        """From now on nothing is raised: the process is stopping, and what it does now must be done."""
+        """Raises nothing from now on, so that the process can finish stopping."""
         _ignore_stop_signals()
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -74,9 +74,9 @@ class StopSignals:
 
 
 async def run_until_stopped(work: Coroutine[Any, Any, T], hurry: Callable[[], None] = lambda: None) -> T:
-    """Runs `work`; the first signal cancels it, and any other calls `hurry`. Raises Stopped when its clean-up is done.
+    """Runs `work`. The first signal cancels it, and later ones call `hurry`. Raises Stopped once it has cleaned up.
 
-    For commands whose main thread runs the loop. Afterwards the signals are ignored: the process is ending.
+    For commands whose main thread runs the event loop. Afterwards signals are ignored, because the process is ending.
     """
     loop = asyncio.get_running_loop()
     task = loop.create_task(work)

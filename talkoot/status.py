@@ -1,7 +1,4 @@
-"""`talkoot status`: looks at a swarm from outside and lists its nodes, trainers and experts.
-
-A swarm as it is seen from outside: its nodes, experts and trainers, by what they wrote to the DHT.
-"""
+"""`talkoot status`: lists the nodes, trainers and experts of a swarm, by what they wrote to the DHT."""
 
 import asyncio
 import tempfile
@@ -33,9 +30,9 @@ from talkoot.terminal import FittingTable, Terminal
 _WATCH_EVERY_S = 2.0
 _LIST_EVERY_S = 20.0
 _NODES_AT_ONCE = 512
-"""Node records asked for in one look-up, which has one deadline."""
+"""Node records in one look-up, which has one deadline."""
 _LOOK_AGAIN_S = 300.0
-"""Seconds until a peer that is listed, and has no record, is looked up again."""
+"""Seconds until a listed peer that has no record is looked up again."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,13 @@ class SwarmReading:
     swarm: str
     view: View
     nodes: dict[PeerID, NodeInfo]
-    """Nodes that host nothing included."""
+    """Includes nodes that host nothing."""
     trainers: dict[PeerID, TrainerInfo] = field(default_factory=dict)
     warning: str = ""
-    """That the manifest expires soon."""
+    """For example that the manifest expires soon; empty: none."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The form of `talkoot status --json`. Ages and times in seconds."""
+        """As `talkoot status --json` prints it. Ages and times are in seconds."""
         uids = self.view.manifest.uids()
         return {
             "swarm": self.swarm,
@@ -71,7 +68,7 @@ class SwarmReading:
 
 
 class SwarmReader:
-    """Reads one swarm again and again. It only reads: it announces nothing, and calls no node but for the DHT."""
+    """Reads one swarm repeatedly. It only reads the DHT: it announces nothing and calls no node's services."""
 
     def __init__(
         self,
@@ -81,7 +78,7 @@ class SwarmReader:
         most_nodes: int = 65536,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`list_every_s`: between two looks through the whole index of nodes; those that host experts show at once."""
+        """`list_every_s`: how often it lists all nodes. Those that host experts are found by each reading."""
         self._swarm = swarm
         self._directory = Directory(swarm.registry, swarm.manifest, refresh_every_s=1.0)
         self._list_every_s = list_every_s
@@ -89,9 +86,9 @@ class SwarmReader:
         self._now = now
         self._listed_at = float("-inf")
         self._idle: set[PeerID] = set()
-        """Nodes that hosted nothing when they were read last."""
-        self._not_there: dict[PeerID, float] = {}
-        """Peers that were listed and had no record: when to look again."""
+        """Nodes that hosted nothing at the last reading."""
+        self._missing: dict[PeerID, float] = {}
+        """When to look again for listed peers that had no record."""
 
     async def read(self) -> SwarmReading:
         """Raises UnreachableError when the DHT does not answer in time."""
@@ -107,12 +104,12 @@ class SwarmReader:
         return SwarmReading(self._swarm.keys.swarm_id, view, nodes, trainers, record.warning)
 
     async def _list(self) -> None:
-        """Anybody can list peers that are not there: they are looked up seldom, and no more than `most_nodes`."""
+        """Anybody can list peers that don't exist, so these are looked up rarely, and at most `most_nodes` of them."""
         now = self._now()
         listed = await self._swarm.registry.node_ids(self._most_nodes)
         self._listed_at = now
-        self._not_there = {p: at for p, at in self._not_there.items() if p in listed and now < at}
-        self._idle = set(listed - self._not_there.keys())
+        self._missing = {p: at for p, at in self._missing.items() if p in listed and now < at}
+        self._idle = set(listed - self._missing.keys())
 
     async def _nodes(self, peers: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
         wanted, found = list(peers), dict[PeerID, NodeInfo]()
@@ -121,13 +118,13 @@ class SwarmReader:
         look_again = self._now() + _LOOK_AGAIN_S
         for peer in wanted:
             if peer not in found:
-                self._not_there[peer] = look_again
-        self._idle -= self._not_there.keys()
+                self._missing[peer] = look_again
+        self._idle -= self._missing.keys()
         return found
 
 
 def run_status(terminal: Terminal, join: str | None, watch: bool = False) -> None:
-    """Prints one reading of the swarm, with `watch` one after the other. Raises UserError when it can't be reached."""
+    """Prints a reading of the swarm; with `watch`, again and again. Raises UserError when it can't be reached."""
     quiet_hivemind()
     invite = invite_of(join)
     with (
@@ -145,7 +142,7 @@ async def _look(terminal: Terminal, invite: Invite, folder: Path, watch: bool) -
         if not watch:
             _show(terminal, await reader.read())
         elif terminal.json or not terminal.out.is_terminal:
-            await _show_again_and_again(terminal, reader)
+            await _show_repeatedly(terminal, reader)
         else:
             await _show_live(terminal, reader)
     finally:
@@ -157,14 +154,14 @@ async def _join(invite: Invite, folder: Path, stage: Stage) -> Swarm:
     return await join_swarm(identity, invite, NetworkConfig("127.0.0.1", serves_dht=False), stage=stage)
 
 
-async def _show_again_and_again(terminal: Terminal, reader: SwarmReader) -> None:
+async def _show_repeatedly(terminal: Terminal, reader: SwarmReader) -> None:
     while True:
         _show(terminal, await reader.read())
         await asyncio.sleep(_WATCH_EVERY_S)
 
 
 async def _show_live(terminal: Terminal, reader: SwarmReader) -> None:
-    """In place, until a signal comes. When the swarm does not answer, the last reading stays, with its age."""
+    """Redraws in place until a signal arrives. If the swarm does not answer, the last reading stays, with its age."""
     reading, trouble = await reader.read(), ""
     with Live(console=terminal.out, auto_refresh=False, screen=True, vertical_overflow="crop") as live:
         while True:
@@ -269,12 +266,12 @@ def _trainers_table(reading: SwarmReading) -> FittingTable:
 
 
 def _shown(value: float | None, form: str) -> str:
-    """`?` for what is not known, which is not 0."""
+    """`?` for an unknown value, which differs from 0."""
     return "?" if value is None else format(value, form)
 
 
 def _layer_table(view: View, layer: int) -> Table:
-    """Replicas that serve, at each place of the layer's grid; a row for all dimensions but the last."""
+    """The number of serving replicas at each place of the grid. The columns are its last dimension."""
     columns = view.manifest.experts.grid[-1]
     table = Table(title=f"layer {layer}: replicas of each expert")
     table.add_column("")

@@ -1,9 +1,4 @@
-"""What a command shows: log lines for people or as JSON, stages of starting, and JSON lines for programs.
-
-Tables that fit on the terminal.
-
-The bar of a training, with what its last step brought.
-"""
+"""What a command shows: results and JSON lines, log lines, stages of starting, tables and progress bars."""
 
 import json
 import logging
@@ -28,12 +23,12 @@ from peer.errors import StartError, UserError
 logger = logging.getLogger(__name__)
 
 LOG_FILE_BYTES = 5_000_000
-"""A log file that would grow beyond is kept as `….1`, in place of the one before."""
+"""A log file that would grow larger is renamed to `….1`, which replaces the one before."""
 _WIDE = 10_000
 
 
 class LogFormat(StrEnum):
-    """How a command speaks: to people, or in JSON lines to programs."""
+    """Whether a command writes for people, or JSON lines for programs."""
 
     TEXT = "text"
     JSON = "json"
@@ -42,7 +37,7 @@ class LogFormat(StrEnum):
 class Terminal:
     """A command's standard output and standard error.
 
-    Results go to standard output: the invite, tables, JSON lines. All else goes to standard error.
+    Results go to standard output: invites, tables, JSON lines. Everything else goes to standard error.
     """
 
     def __init__(self, log_format: LogFormat) -> None:
@@ -50,20 +45,20 @@ class Terminal:
         self.out = Console(soft_wrap=True, highlight=False, markup=False)
         self.err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         self.live = self.err.is_terminal and not self.json
-        """Whether somebody watches, so that lines may move."""
+        """Whether somebody is watching, so that lines may be redrawn."""
 
     def line(self, text: str) -> None:
-        """A line on standard output, at once."""
+        """Prints a line on standard output at once."""
         self.out.print(text)
         self.out.file.flush()
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
-        """A JSON line on standard output, at once."""
+        """Prints a JSON line on standard output at once."""
         self.line(to_json({"event": kind, **values}))
 
     @contextmanager
     def stages(self, first: str) -> Iterator[Callable[[str], None]]:
-        """Gives a function that is told what happens now: a spinner when somebody watches, else a log line each."""
+        """Yields a function that shows the current stage: with a spinner on a terminal, otherwise as a log line."""
         if not self.live:
             logger.info(first)
             yield logger.info
@@ -73,7 +68,7 @@ class Terminal:
 
 
 class FittingTable:
-    """A table that leaves out the columns that matter least, rather than break words, where all would be too wide."""
+    """A table that leaves out the least important columns when it would be too wide for the terminal."""
 
     def __init__(self, title: str, columns: Sequence[str], first_to_go: Sequence[str]) -> None:
         self._title, self._columns, self._first_to_go = title, tuple(columns), tuple(first_to_go)
@@ -102,7 +97,7 @@ class FittingTable:
 
 
 class StepBar(Progress):
-    """A bar, and below it a task's description, which takes several lines where the terminal is narrow."""
+    """A progress bar, with the task's description below it, on several lines if the terminal is narrow."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), **options)
@@ -110,16 +105,16 @@ class StepBar(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:
             yield self.make_tasks_table([task])
-            # the terminal's console leaves lines whole unless told otherwise
+            # the terminal's console does not wrap lines unless told to
             yield Text(task.description, no_wrap=False, overflow="fold")
 
 
 def set_up_logging(terminal: Terminal) -> None:
-    """Sends all log records to the terminal's standard error. Call it before anything imports hivemind."""
+    """Sends all log records to the terminal's standard error. Call it before hivemind is imported."""
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
-    # else whoever connects and speaks no TLS, such as a port scanner, makes gRPC write a line to standard error
+    # otherwise any client that speaks no TLS, such as a port scanner, makes gRPC write to standard error
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # hivemind's import uses torch.jit, which torch has deprecated
+    # importing hivemind uses torch.jit, which torch has deprecated
     warnings.filterwarnings("ignore", message=r".*torch\.jit.*")
     handler = _TerminalHandler(terminal.err)
     handler.setFormatter(_JsonFormatter() if terminal.json else _TextFormatter())
@@ -128,7 +123,7 @@ def set_up_logging(terminal: Terminal) -> None:
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Inside, all log lines also go to a file, which stays small; so does what ends it. Raises StartError."""
+    """Inside, log lines and the final error also go to a file of bounded size. Raises StartError."""
     try:
         handler = _LogFileHandler(
             path, maxBytes=LOG_FILE_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
@@ -141,7 +136,7 @@ def log_file(path: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        handler.handle(_record(str(error)))  # the terminal gets it as its last line
+        handler.handle(_record(str(error)))  # the terminal shows it as its last line
         raise
     except Exception as error:
         handler.handle(_record(f"ended by a {type(error).__name__}", error))
@@ -163,7 +158,7 @@ def to_json(values: Mapping[str, Any]) -> str:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Better known now than at the end. What the file holds stays. Raises StartError."""
+    """Fails now rather than at the end. Leaves the file's content alone. Raises StartError."""
     try:
         path.open("ab").close()
     except OSError as error:
@@ -171,7 +166,7 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """What `--json FILE` asks for. Raises StartError."""
+    """Writes the file of `--json FILE`. Raises StartError."""
     try:
         path.write_text(to_json(values) + "\n")
     except OSError as error:
@@ -183,7 +178,7 @@ def _not_written(path: Path, option: str, error: OSError) -> StartError:
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes by way of rich, so that lines stand above what moves."""
+    """Writes through rich, so that lines appear above what is redrawn."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -195,10 +190,10 @@ class _TerminalHandler(logging.Handler):
 
 class _LogFileHandler(RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk costs lines of the file, which the terminal has too."""
+        """On a full disk, lines are missing from the file. The terminal has them."""
 
     def close(self) -> None:
-        with suppress(OSError):  # what could not be written is tried once more
+        with suppress(OSError):  # closing tries again to write what could not be written
             super().close()
 
 
@@ -233,5 +228,5 @@ def _record(message: str, error: Exception | None = None) -> logging.LogRecord:
 
 
 def _level(record: logging.LogRecord) -> str:
-    """hivemind renames WARNING, so the number decides."""
+    """By number, because hivemind renames WARNING."""
     return {logging.WARNING: "warning", logging.ERROR: "error"}.get(record.levelno, record.levelname.lower())

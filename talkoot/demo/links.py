@@ -1,8 +1,8 @@
-"""An emulated link between peers: a TCP proxy with a rate, a delay, jitter, losses, resets and cuts.
+"""Emulated network links: a TCP proxy with a rate, delay, jitter, packet loss, resets and cuts.
 
-It carries any TCP traffic, gRPC and libp2p alike: listen with a `Proxy` for each port of a peer, and announce the
-proxy's address. A rate is of the bytes that TCP carries, without its headers. TCP's own slow start is not emulated; a
-lost packet holds up all that comes behind it on its connection, as with TCP.
+It carries any TCP traffic, such as gRPC and libp2p: start a `Proxy` for each port of a peer, and announce the proxy's
+address. The rate counts TCP's payload, without headers. TCP's slow start is not emulated. A lost packet holds up
+everything behind it on its connection, as with TCP.
 """
 
 import asyncio
@@ -24,17 +24,17 @@ from peer.loop import TaskSet
 _PACKET_BYTES = 1448
 _MOST_AT_ONCE = 64 * 1024
 _TURN_S = 0.004
-"""Longest that the bytes which one connection may send at once keep the link from others."""
+"""How long one connection may hold the link before others get their turn."""
 _QUEUE_S = 0.05
-"""What may wait for its turn on a link, as in the buffer of a router."""
+"""How much may wait for its turn on a link, like the buffer of a router."""
 _FREE_BYTES = 16 * 2**20
-"""In flight on each connection of a link without a rate."""
+"""May be in flight on each connection of a link without a rate."""
 _SOCKET_BYTES = 64 * 1024
-"""Of the kernel's buffers at a link with a rate: what waits there has not been slowed yet."""
+"""Size of the kernel's buffers at a link with a rate. They are small: what waits there has not been slowed yet."""
 _RETRANSMIT_S = 0.2
-"""Linux' shortest wait before a packet is sent again."""
+"""Linux's shortest retransmission timeout."""
 _RESET = struct.pack("ii", 1, 0)
-"""Lingers for no time: closing then sends a reset."""
+"""SO_LINGER of 0 s: closing then sends a reset."""
 
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(kbit|mbit|gbit|ms|s|%)")
 _MBIT = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}
@@ -43,16 +43,16 @@ _SECONDS = {"ms": 1e-3, "s": 1.0}
 
 @dataclass(frozen=True)
 class Link:
-    """What lies between two peers; both directions are alike."""
+    """The properties of a link. Both directions have the same."""
 
     rate_mbit: float | None = None
-    """Of each direction, which all connections share, in Mbit/s; None: as fast as it goes."""
+    """Mbit/s of each direction, shared by all connections; None: unlimited."""
     delay_s: float = 0.0
-    """There and back together, as `ping` shows it."""
+    """Of a round trip, as `ping` shows it."""
     jitter_s: float = 0.0
-    """Most that is added to each way, evenly spread."""
+    """The most that is added to each way, uniformly distributed."""
     loss: float = 0.0
-    """Share of packets that get lost, below 1."""
+    """Share of packets that are lost, below 1."""
     resets_per_min: float = 0.0
     """How often each connection is reset, on average."""
 
@@ -65,7 +65,7 @@ class Link:
             if match is None:
                 raise SettingsError(
                     f"{part!r} is no part of a link: write for example 100mbit,80ms or 20mbit,80ms,5ms,0.1% "
-                    "(rate, delay there and back, jitter, lost packets)"
+                    "(rate, round-trip delay, jitter, packet loss)"
                 )
             number, unit = float(match[1]), match[2]
             if unit in _MBIT:
@@ -76,7 +76,7 @@ class Link:
                 losses.append(number / 100)
         if len(rates) > 1 or len(times) > 2 or len(losses) > 1 or 0.0 in rates or 1 in losses:
             raise SettingsError(
-                f"{text!r} is no link: one rate above 0, a delay, jitter and a loss below 100%"
+                f"{text!r} is not a link: write one rate above 0, a delay, a jitter and a loss below 100%"
             )
         delay_s, jitter_s = (*times, 0.0, 0.0)[:2]
         return cls(rates[0] if rates else None, delay_s, jitter_s, losses[0] if losses else 0.0)
@@ -87,7 +87,7 @@ class Link:
 
     @property
     def most_in_flight(self) -> float:
-        """Bytes of one connection and direction: what fills the link, and what waits in its queue."""
+        """Bytes of one connection in one direction: those that fill the link, and those in its queue."""
         if self.rate_mbit is None:
             return _FREE_BYTES
         seconds = self.delay_s / 2 + self.jitter_s + _QUEUE_S
@@ -95,12 +95,12 @@ class Link:
 
     @property
     def most_at_once(self) -> int:
-        """Bytes of one connection before it is the turn of others."""
+        """Bytes that one connection sends before others get their turn."""
         return int(min(_MOST_AT_ONCE, max(_PACKET_BYTES, self.bytes_per_s * _TURN_S)))
 
 
 class Direction:
-    """One direction of a link, which all its connections share. Pure: time and chance are passed in."""
+    """One direction of a link, shared by all its connections. Pure: time and randomness are passed in."""
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -108,11 +108,11 @@ class Direction:
         self._free_at = -math.inf
 
     def backlog_s(self, now: float) -> float:
-        """How long a byte that comes now would wait for its turn."""
+        """How long a byte that arrives now waits for its turn."""
         return max(0.0, self._free_at - now)
 
     def carry(self, size: int, now: float, rng: random.Random) -> float:
-        """Takes in `size` bytes; gives the time at which they arrive."""
+        """Takes in `size` bytes; returns when they arrive at the other end."""
         self.bytes_carried += size
         self._free_at = max(now, self._free_at) + size / self.link.bytes_per_s
         arrives = self._free_at + self.link.delay_s / 2 + rng.random() * self.link.jitter_s
@@ -123,7 +123,7 @@ class Direction:
 
 
 class Wire:
-    """A link in use: what its proxies share, and what cuts it. Give both proxies of a peer the same wire."""
+    """A link in use, which can be changed and cut. Give all proxies of a peer the same wire."""
 
     def __init__(self, link: Link, seed: int = 0) -> None:
         self.link = link
@@ -136,22 +136,22 @@ class Wire:
         self._whole.set()
 
     def change(self, link: Link) -> None:
-        """What comes from now on goes over another link."""
+        """Gives the wire other properties from now on."""
         self.link = self.there.link = self.back.link = link
 
     def cut(self) -> None:
-        """From now on nothing passes, and nobody is told: as when a cable is pulled."""
+        """Lets nothing pass from now on, without telling anybody, as when a cable is unplugged."""
         self._whole.clear()
 
     def mend(self) -> None:
-        """What was sent meanwhile passes now."""
+        """Ends a cut. What was sent meanwhile now passes."""
         self._whole.set()
 
     async def whole(self) -> None:
         await self._whole.wait()
 
     def next_chances(self) -> tuple[random.Random, random.Random]:
-        """For both directions of the next connection: the same each time, whatever other connections do."""
+        """For both directions of the next connection: the same in each run, whatever other connections do."""
         self.connections += 1
         there, back = (random.Random(f"{self._seed} {self.connections} {way}") for way in range(2))  # noqa: S311
         return there, back
@@ -161,7 +161,7 @@ WireFrom = Callable[[int], Wire]
 
 
 class Proxy:
-    """Listens, and carries each connection over a wire to the target. Made by `start`; `close` it when done."""
+    """Listens, and carries each connection over a wire to the target. Made by `start`; close it when done."""
 
     def __init__(
         self, wire: Wire, listener: socket.socket, target: tuple[str, int], wire_from: WireFrom | None = None
@@ -171,6 +171,7 @@ class Proxy:
         self._wire_from = wire_from
         self._listener = listener
         self._tasks = TaskSet()
+        self._tasks.spawn(self._accept(), "accept connections")
 
     @classmethod
     async def start(
@@ -181,16 +182,15 @@ class Proxy:
         port: int = 0,
         wire_from: WireFrom | None = None,
     ) -> Self:
-        """`target`: IP address and port, where somebody need not listen yet. `wire_from` gives the wire of a
-        connection by the port that it comes from, where not all go over `wire`.
+        """`target`: an IP address and port where nobody need listen yet.
+
+        `wire_from`: the wire of a connection, by its source port, when not all connections use `wire`.
         """
         listener = _socket(wire.link, host)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(1024)
-        proxy = cls(wire, listener, target, wire_from)
-        proxy._tasks.spawn(proxy._accept(), "accept connections")
-        return proxy
+        return cls(wire, listener, target, wire_from)
 
     @property
     def port(self) -> int:
@@ -218,13 +218,13 @@ class Proxy:
                     await self._connect(wire, server)
                     _Pipe(wire, wire.there, client, server, there).run(group)
                     _Pipe(wire, wire.back, server, client, back).run(group)
-            except* OSError as errors:  # of it is TimeoutError
+            except* OSError as errors:  # TimeoutError is one: the connection's time is over
                 wire.resets += errors.subgroup(TimeoutError) is not None
                 for side in (client, server):
                     side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     async def _connect(self, wire: Wire, server: socket.socket) -> None:
-        """A round trip passes before anything can be sent."""
+        """Connecting takes a round trip, before anything can be sent."""
         await wire.whole()
         await asyncio.sleep(wire.link.delay_s)
         await asyncio.get_running_loop().sock_connect(server, self._target)
@@ -248,12 +248,11 @@ class _Pipe:
         self._sink = sink
         self._rng = rng
         self._waiting: deque[tuple[float, bytes]] = deque()
-
         self._in_flight = 0
         self._changed = asyncio.Event()
 
     def run(self, group: asyncio.TaskGroup) -> None:
-        """Until the source has ended and all has arrived. The tasks raise OSError when either side is reset."""
+        """Runs until everything from the source has arrived. The tasks raise OSError when either side is reset."""
         group.create_task(self._take_in())
         group.create_task(self._deliver())
 
@@ -266,7 +265,7 @@ class _Pipe:
             await asyncio.sleep(self._direction.backlog_s(time.monotonic()) - _QUEUE_S)
             data = await loop.sock_recv(self._source, self._wire.link.most_at_once)
             arrives = self._direction.carry(len(data), time.monotonic(), self._rng)
-            self._waiting.append((arrives, data))  # and waits for all before it
+            self._waiting.append((arrives, data))  # delivered after everything before it
             self._in_flight += len(data)
             self._changed.set()
 
@@ -300,7 +299,7 @@ def _socket(link: Link, host: str) -> socket.socket:
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """TCP ports that nobody uses now, for those who must know theirs beforehand."""
+    """TCP ports that are free now, for peers that must know their ports beforehand."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
         return [each.getsockname()[1] for each in sockets]

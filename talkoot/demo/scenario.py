@@ -1,7 +1,4 @@
-"""`talkoot demo`: a real swarm on this machine. Nodes and a trainer as processes; one node is killed half-way.
-
-What the demo shows while it runs, and at its end.
-"""
+"""`talkoot demo`: a real swarm on this machine, of nodes and a trainer as processes. One node is killed half-way."""
 
 import asyncio
 import math
@@ -31,18 +28,18 @@ from trainer_client.data.sources import find_files
 
 _HOST = "127.0.0.1"
 _ANNOUNCE_EVERY_S = 2.0
-"""Short, so that a dead node is noticed within the demo: announcements live three times as long."""
+"""Short, so that a dead node is noticed during the demo: announcements live three times as long."""
 _FOUNDER_ANNOUNCES_EVERY_S = 4.0
-"""Longer: while the others start, the founder shall not adopt what they are going to host."""
+"""Longer, so that the founder does not adopt the experts of nodes that are still starting."""
 _START_LIMIT_S = 90.0
 _SILENCE_LIMIT_S = 60.0
-"""Longest that the trainer may be silent."""
+"""How long the trainer may be silent."""
 _ADOPTION_LIMIT_S = 30.0
-"""After training: longest that the swarm has left to serve all experts again."""
+"""How long after training the swarm may take to serve all experts again."""
 _CALL_DEADLINE_S = 10.0
-"""For the trainer's calls, and so the longest that training may stand still."""
+"""Of the trainer's calls, and so the longest time that training may stall."""
 _NEEDED_FALL = 0.25
-"""Of the validation loss, for the demo to have worked."""
+"""The demo has worked when the validation loss has fallen by this share."""
 _OF_THE_TRAINER = (
     "steps",
     "loss_first",
@@ -59,21 +56,21 @@ _COLUMNS = ("peer", "process", "state", "experts", "adopted", "updates", "rows/s
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What the demo shall do."""
+    """What the demo does."""
 
     nodes: int
     steps: int
     kill: bool
     data: Path | None
     victim: int = -1
-    """Which node is killed: an index into the nodes, in the order of their start."""
+    """Index of the node to kill, in the order of their start."""
     link: Link | None = None
-    """What lies before every node."""
+    """Emulated before every node."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured, in the form that --json writes. Losses are in nats per byte."""
+    """What the demo measured, as --json writes it. Losses are in nats per byte."""
 
     steps: int
     loss_first: float
@@ -90,11 +87,11 @@ class DemoResult:
 
 
 def run_demo(terminal: Terminal, plan: DemoPlan, json_file: Path | None) -> None:
-    """Raises UserError when a part of it did not do what it should, and Stopped after a signal."""
+    """Raises UserError when something did not work as it should, and Stopped after a signal."""
     if plan.kill and plan.nodes < 2:
         raise SettingsError("a swarm of one node can't lose it: pass --nodes 2 or more, or --no-kill")
     if plan.data is not None:
-        find_files([str(plan.data)])  # better known now than when the trainer starts
+        find_files([str(plan.data)])  # fails now rather than when the trainer starts
     if json_file is not None:
         check_writable(json_file, "--json")
     with tempfile.TemporaryDirectory(prefix="talkoot-demo-") as folder, asyncio.Runner() as runner:
@@ -114,7 +111,7 @@ def _judge(result: DemoResult) -> None:
         )
     if result.longest_stall_s > _CALL_DEADLINE_S:
         raise SwarmError(
-            f"training stood still for {result.longest_stall_s:.1f} s, longer than the call deadline of "
+            f"training stalled for {result.longest_stall_s:.1f} s, longer than the call deadline of "
             f"{_CALL_DEADLINE_S:.0f} s: is this machine busy with other work?"
         )
     if result.experts_alive_end != result.experts_total:
@@ -125,7 +122,7 @@ def _judge(result: DemoResult) -> None:
 
 
 def print_summary(terminal: Terminal, values: Mapping[str, Any]) -> None:
-    """The figures that --json writes, for people."""
+    """Prints the figures that --json writes, as a table."""
     table = Table(title="the demo", show_header=False)
     for name, value in values.items():
         shown = f"{value:.2f}" if isinstance(value, float) else str(value)
@@ -140,7 +137,7 @@ class _Demo:
         self._plan = plan
         self._folder = folder
         self._display = DemoDisplay(terminal, plan.steps)
-        self._children = DemoProcesses(folder, self._on_event)
+        self._processes = DemoProcesses(folder, self._on_event)
         self._nodes: list[DemoProcess] = []
         self._proxies: list[Proxy] = []
         self._invites: dict[DemoProcess, Mapping[str, Any]] = {}
@@ -159,10 +156,10 @@ class _Demo:
                 alive = await self._count_alive()
                 killed = sum(node.killed for node in self._nodes)  # stopping may kill slow ones too
         finally:
-            await self._children.stop()
+            await self._processes.stop()
             for proxy in self._proxies:
                 await proxy.close()
-            sweep_dead_sockets()  # those of the killed node
+            sweep_dead_sockets()  # of the killed node
         return DemoResult(
             **{name: summary[name] for name in _OF_THE_TRAINER},
             nodes_started=len(self._nodes),
@@ -174,33 +171,33 @@ class _Demo:
 
     async def _start_swarm(self) -> None:
         manifest = self._folder / "swarm.toml"
-        manifest.write_text('name = "demo"\n')  # all else has its default
+        manifest.write_text('name = "demo"\n')  # everything else has its default
         founder = await self._start_node(_FOUNDER_ANNOUNCES_EVERY_S, "--new", str(manifest))
-        await self._children.until(lambda: founder in self._invites, _START_LIMIT_S, "the founder's invite")
+        await self._processes.until(lambda: founder in self._invites, _START_LIMIT_S, "the founder's invite")
         invite = self._invites[founder]["invite"]
         for _ in range(1, self._plan.nodes):
             await self._start_node(_ANNOUNCE_EVERY_S, "--join", invite)
         await self._start_trainer(invite)
-        await self._children.until(
+        await self._processes.until(
             lambda: len(self._states) == self._plan.nodes and self._step > 0, _START_LIMIT_S, "the first step"
         )
 
     async def _train(self) -> Mapping[str, Any]:
-        """Until the trainer's summary comes; kills a node when half of the steps are done."""
+        """Waits for the trainer's summary, and kills a node when half of the steps are done."""
         if self._plan.kill:
             await self._until_step(math.ceil(self._plan.steps / 2))
             self._kill(self._nodes[self._plan.victim])
         await self._until_step(self._plan.steps)
-        await self._children.until(
+        await self._processes.until(
             lambda: self._summary is not None, _SILENCE_LIMIT_S, "the trainer's summary"
         )
         assert self._summary is not None
-        self._display.tell("the trainer is done")
+        self._display.tell("the trainer has finished")
         return self._summary
 
     async def _until_step(self, awaited: int) -> None:
         while self._step < awaited:
-            await self._children.until(
+            await self._processes.until(
                 self._step_is_beyond(self._step), _SILENCE_LIMIT_S, "the trainer's next step"
             )
 
@@ -208,18 +205,18 @@ class _Demo:
         return lambda: self._step > step
 
     async def _count_alive(self) -> int:
-        """The experts that living nodes serve, as a newcomer finds them in the DHT."""
+        """The experts that live nodes serve, as a new peer finds them in the DHT."""
         deadline = time.monotonic() + _ADOPTION_LIMIT_S
         survivor = next(node for node in self._nodes if not node.killed)
         while True:
             self._reading = None
             await self._start("status", "status", "--json", "--join", self._invites[survivor]["invite"])
-            await self._children.until(
+            await self._processes.until(
                 lambda: self._reading is not None, _START_LIMIT_S, "the swarm's status"
             )
             assert self._reading is not None
             alive = self._alive(self._reading)
-            self._display.tell(f"{alive} of {self._experts_total} experts are served by nodes that live")
+            self._display.tell(f"{alive} of {self._experts_total} experts are served by live nodes")
             if alive == self._experts_total or time.monotonic() > deadline:
                 return alive
 
@@ -233,22 +230,22 @@ class _Demo:
     async def _start_node(self, announce_every_s: float, *origin: str) -> DemoProcess:
         name = f"node {len(self._nodes) + 1}"
         experts = str(math.ceil(self._experts_total / self._plan.nodes))
-        child = await self._start(
+        node = await self._start(
             name,
             *("node", *origin, "--host", _HOST, "--device", "cpu", "--threads", "1"),
             *await self._behind_link(name),
             *("--log-format", "json"),
             *("--state", str(self._folder / name.replace(" ", "-"))),
-            *("--experts", experts, "--spare", experts),  # room for all that the killed node hosts
-            *("--announce-every-s", str(announce_every_s), "--niceness", "0"),  # their owner watches
-            *("--drain-timeout", "0"),  # all leave together: nobody stays to take over
+            *("--experts", experts, "--spare", experts),  # room for all experts of the killed node
+            *("--announce-every-s", str(announce_every_s), "--niceness", "0"),  # somebody is watching
+            *("--drain-timeout", "0"),  # all leave together, so nobody can take over
         )
-        self._nodes.append(child)
-        self._display.show_node_state(name, child.pid, "starting")
-        return child
+        self._nodes.append(node)
+        self._display.show_node_state(name, node.pid, "starting")
+        return node
 
     async def _behind_link(self, name: str) -> Sequence[str]:
-        """Puts a link before a node that is to be started; gives the flags by which the others see it there."""
+        """Puts a link before a node that is about to start; returns the options by which the node announces it."""
         if self._plan.link is None:
             return ()
         wire, (dht_port, grpc_port) = Wire(self._plan.link, seed=len(self._nodes)), free_ports(_HOST, 2)
@@ -268,9 +265,9 @@ class _Demo:
         )
 
     async def _start(self, name: str, *arguments: str) -> DemoProcess:
-        child = await self._children.start(name, arguments)
-        self._display.tell(f"{name} starts, process {child.pid}")
-        return child
+        process = await self._processes.start(name, arguments)
+        self._display.tell(f"{name} starts, process {process.pid}")
+        return process
 
     def _kill(self, node: DemoProcess) -> None:
         node.kill()
@@ -280,12 +277,12 @@ class _Demo:
             f"{node.name} is killed with SIGKILL at step {self._step}; it hosted {counted(experts, 'expert')}"
         )
 
-    def _on_event(self, child: DemoProcess, event: Mapping[str, Any]) -> None:
+    def _on_event(self, process: DemoProcess, event: Mapping[str, Any]) -> None:
         kind = event.get("event")
         if kind == "invite":
-            self._invites[child] = event
-        elif kind == "state" and not child.killed:
-            self._on_state(child, event)
+            self._invites[process] = event
+        elif kind == "state" and not process.killed:
+            self._on_state(process, event)
         elif kind == "step":
             self._step = event["step"]
             self._display.show_step(event)
@@ -307,7 +304,7 @@ class _Demo:
 
 
 class DemoDisplay:
-    """One picture of all processes when somebody watches, else a line for each thing that happens."""
+    """A live view of all processes on a terminal, otherwise a line for each thing that happens."""
 
     def __init__(self, terminal: Terminal, steps: int) -> None:
         self._terminal = terminal
@@ -316,7 +313,7 @@ class DemoDisplay:
         self._nodes: dict[str, tuple[str, ...]] = {}
         self._news: deque[str] = deque(maxlen=_NEWS_SHOWN)
         self._bar = StepBar(auto_refresh=False)
-        self._task = self._bar.add_task("the trainer has not begun", total=steps)
+        self._task = self._bar.add_task("the trainer has not started", total=steps)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -327,7 +324,7 @@ class DemoDisplay:
             yield
 
     def tell(self, news: str) -> None:
-        """Something happened."""
+        """Shows that something happened."""
         line = f"{time.monotonic() - self._began:5.1f} s  {news}"
         self._news.append(line)
         if not self._terminal.live:
@@ -345,7 +342,7 @@ class DemoDisplay:
         )
 
     def show_node_state(self, name: str, pid: int, state: str) -> None:
-        """A node of which no more is known than this."""
+        """Shows a node of which only the state is known."""
         self._nodes[name] = (name, str(pid), state, "", "", "", "")
 
     def show_step(self, event: Mapping[str, Any]) -> None:

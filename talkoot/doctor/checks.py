@@ -1,8 +1,7 @@
-"""What other nodes say of this machine: whether they can reach it, how fast the way is, and whether clocks agree.
+"""The checks of `talkoot doctor`, each of which makes a finding.
 
-What of this machine can be checked without a network: speed, memory, cores and disk.
-
-What of this machine's set-up can be checked without a swarm: software, device, ports and what keeps the clock.
+First the set-up (state folder, software, device, ports, clock), then the machine's resources (speed, memory, cores,
+disk), and last what other nodes measure: clock, bandwidth and reachability.
 """
 
 import asyncio
@@ -43,38 +42,38 @@ from peer.transport.addresses import require_free_port
 
 _PEERS_ASKED = 3
 _SLOW_MBIT = 5.0
-"""A call of 1,000 rows of hidden size 128 then takes about a second."""
+"""At this rate a call of 1,000 rows of hidden size 128 takes about a second."""
 _CLOCK_OFF_S = 1.0
 _CLOCK_BROKEN_S = 3.0
-"""Beyond that, others take fresh records for expired or not valid yet."""
+"""Beyond this, others mistake fresh records for expired or not yet valid ones."""
 _SLOW_ROWS_PER_S = 200.0
-"""Slower than that, one sequence of a few hundred tokens takes longer than trainers like to wait."""
+"""Below this, a sequence of a few hundred tokens takes longer than trainers are willing to wait."""
 _MEASURE_S = 1.5
 _ROWS = 512
 _FREE_MEMORY_SHARE = 0.25
-"""What a node takes by itself."""
+"""The share that a node uses by default."""
 _DISK_TEST_BYTES = 16 * 2**20
 _SLOW_DISK_BYTES_PER_S = 5e6
 _PYTHONS = ((3, 11), (3, 14))
-"""From, and up to without, as in pyproject.toml."""
+"""The oldest that is supported, and the first that is not, as in pyproject.toml."""
 _TIMEX_BYTES = 256
-"""More than `struct timex` of any architecture."""
+"""Larger than `struct timex` on any architecture."""
 _TIME_ERROR = 5
 
 
 class Verdict(StrEnum):
-    """How well one thing is fit for a node."""
+    """Whether one aspect of the machine is good enough for a node."""
 
     OK = "ok"
     WEAK = "weak"
-    """It can serve, but not well."""
+    """A node can serve, but not well."""
     PROBLEM = "problem"
-    """It can't serve."""
+    """A node can't serve."""
     SKIPPED = "not checked"
 
 
 class Finding(BaseModel):
-    """What was found about one thing."""
+    """The result of one check."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -82,13 +81,13 @@ class Finding(BaseModel):
     verdict: Verdict
     says: str
     fix: str = ""
-    """What to do, when it is not fit."""
+    """What to do about it, when something is wrong."""
     values: Mapping[str, bool | int | float | str] = {}
-    """The figures, with their units in their names."""
+    """The figures. Their names include the units."""
 
 
 def check_state(folder: Path, error: UserError | None) -> Finding:
-    """`error`: what was wrong with the state folder."""
+    """`error`: what is wrong with the state folder, if anything."""
     if error is not None:
         return Finding(
             name="state folder", verdict=Verdict.PROBLEM, says=f"{folder} can't be used", fix=str(error)
@@ -103,9 +102,9 @@ def check_software() -> Finding:
     python, system = platform.python_version(), f"{platform.system()} {platform.machine()}"
     verdict, fix = Verdict.OK, ""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        verdict, fix = Verdict.PROBLEM, "p2pd is for Linux on x86-64 only: use such a machine, or a container"
+        verdict, fix = Verdict.PROBLEM, "p2pd runs only on Linux on x86-64: use such a machine or a container"
     elif not _PYTHONS[0] <= sys.version_info[:2] < _PYTHONS[1]:
-        verdict, fix = Verdict.WEAK, "not tried with this Python: take 3.11, 3.12 or 3.13"
+        verdict, fix = Verdict.WEAK, "not tested with this Python: use 3.11, 3.12 or 3.13"
     return Finding(
         name="software",
         verdict=verdict,
@@ -116,7 +115,7 @@ def check_software() -> Finding:
 
 
 def check_device(settings: NodeSettings) -> Finding:
-    """What experts would be computed on. It blocks: finding GPUs takes time."""
+    """The devices that experts would run on. Blocks: finding GPUs takes time."""
     try:
         devices = check_devices(settings.device, settings.precision)
     except UserError as error:
@@ -126,7 +125,7 @@ def check_device(settings: NodeSettings) -> Finding:
 
 
 def check_ports(settings: NodeSettings, host: str) -> Finding:
-    """Whether a node could listen at its three ports. `host`: the address of the first two."""
+    """Whether a node could listen on its three ports. `host`: the address of the first two."""
     wanted = {
         "--dht-port": (host, settings.dht_port),
         "--grpc-port": (host, settings.grpc_port),
@@ -141,25 +140,27 @@ def check_ports(settings: NodeSettings, host: str) -> Finding:
     shown = ", ".join(f"{option} {port or 'any free one'}" for option, (_, port) in wanted.items())
     verdict, fix = Verdict.PROBLEM if taken else Verdict.OK, "; ".join(taken)
     if not taken and settings.host is None and host.startswith("127."):
-        verdict, fix = Verdict.WEAK, "no network is up here: nobody else could reach a node"
+        verdict, fix = Verdict.WEAK, "this machine has no network: nobody else could reach a node"
     return Finding(name="ports", verdict=verdict, says=f"on {host}: {shown}", fix=fix)
 
 
 def check_clock_keeping() -> Finding:
-    """Whether something keeps the clock right, as the kernel knows it (adjtimex(2))."""
+    """Whether the clock is synchronised, according to the kernel (adjtimex(2))."""
     kept = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
     if kept < 0:
-        return Finding(name="clock", verdict=Verdict.SKIPPED, says="the kernel does not say what keeps it")
+        return Finding(
+            name="clock", verdict=Verdict.SKIPPED, says="the kernel does not say whether it is synchronised"
+        )
     return Finding(
         name="clock",
         verdict=Verdict.WEAK if kept == _TIME_ERROR else Verdict.OK,
-        says="nothing keeps it right" if kept == _TIME_ERROR else "kept right by the network's time",
-        fix="`timedatectl set-ntp true`, unless this machine's host keeps it; with --join, peers are asked",
+        says="not synchronised" if kept == _TIME_ERROR else "synchronised with the network's time",
+        fix="`timedatectl set-ntp true`, unless this machine's host sets it; with --join, peers are asked",
     )
 
 
 def check_speed(settings: NodeSettings, manifest: Manifest) -> Finding:
-    """Trains one expert of the manifest for a moment. It blocks; not for the event loop."""
+    """Trains one expert of the manifest for a moment. Blocks, so don't call it on an event loop."""
     cores = usable_cores()
     threads = min(settings.threads or cores, cores)
     rows_per_s = _rows_per_s(manifest, threads)
@@ -170,13 +171,15 @@ def check_speed(settings: NodeSettings, manifest: Manifest) -> Finding:
         name="speed",
         verdict=Verdict.WEAK if slow else Verdict.OK,
         says=says,
-        fix="close other programs; else this swarm's experts are too large for this machine" if slow else "",
+        fix="close other programs; if that does not help, this swarm's experts are too large for this machine"
+        if slow
+        else "",
         values={"rows_per_s": rows_per_s, "threads": threads},
     )
 
 
 def check_memory(settings: NodeSettings, manifest: Manifest) -> Finding:
-    """How many experts fit."""
+    """How many experts fit into memory."""
     free, each = psutil.virtual_memory().available, expert_bytes(manifest)
     values = {"free_bytes": free, "expert_bytes": each, "experts_that_fit": free // each}
     name, says = "memory", f"{bytes_in_words(free)} free; an expert takes {bytes_in_words(each)}"
@@ -211,15 +214,15 @@ def check_cores() -> Finding:
 
 
 def check_disk(state: Path, settings: NodeSettings, manifest: Manifest, experts: int) -> Finding:
-    """Free room and write speed of the state folder, tried with 16 MiB. It blocks; not for the event loop."""
+    """Free space and write speed of the state folder, measured with 16 MiB. Blocks like check_speed."""
     try:
         speed, free = _write_speed(state), shutil.disk_usage(state).free
     except OSError as error:
         return Finding(
             name="disk",
             verdict=Verdict.PROBLEM,
-            says=f"can't write in {state}: {error.strerror}",
-            fix=("make room there, or " if error.errno == errno.ENOSPC else "") + "pass another --state",
+            says=f"can't write to {state}: {error.strerror}",
+            fix=("free some space, or " if error.errno == errno.ENOSPC else "") + "pass another --state",
         )
     needed = experts * (settings.checkpoints_kept + 1) * expert_bytes(manifest)
     says = f"{bytes_in_words(free)} free in {state}, {bytes_in_words(speed)}/s"
@@ -228,16 +231,16 @@ def check_disk(state: Path, settings: NodeSettings, manifest: Manifest, experts:
     if free < needed:
         verdict = Verdict.WEAK
         needs = f"checkpoints of {counted(experts, 'expert')} may take {bytes_in_words(needed)}"
-        fix = f"{needs}: make room, or host fewer"
+        fix = f"{needs}: free some space, or host fewer"
     elif speed < _SLOW_DISK_BYTES_PER_S:
         verdict, fix = Verdict.WEAK, "saving checkpoints would be slow: pass a --state on a faster disk"
     return Finding(name="disk", verdict=verdict, says=says, fix=fix, values=values)
 
 
 async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> list[Finding]:
-    """Asks some nodes of the swarm. `host`, `port`: where a node here would serve; port 0: any free one.
+    """Asks some nodes of the swarm. `host`, `port`: where a node would serve here; port 0: any free one.
 
-    Raises PortError when nobody can listen there, and UnreachableError when the DHT does not answer.
+    Raises PortError when nothing can listen there, and UnreachableError when the DHT does not answer.
     """
     others = await _others(swarm)
     links: list[Link] = []
@@ -255,7 +258,7 @@ async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> l
                     failures.append(f"{node.addresses[0]}: {error}")
     finally:
         await pool.close()
-    nobody = "; ".join(failures) or "no other node is there to ask"
+    nobody = "; ".join(failures) or "there is no other node to ask"
     return [
         judge_clock(links, nobody),
         judge_bandwidth(links, nobody),
@@ -264,7 +267,7 @@ async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> l
 
 
 def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
-    """By the median of what peers say: one that lies changes nothing."""
+    """Judges by the median of the peers' answers, so that a single lie has no effect."""
     if not links:
         return _skipped("clock", nobody)
     offset_s = statistics.median(link.clock_offset_s for link in links)
@@ -278,13 +281,13 @@ def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
         name="clock",
         verdict=verdict,
         says=f"{abs(offset_s):.2f} s {way} that of {counted(len(links), 'peer')}, give or take {give_or_take_s:.2f} s",
-        fix="set the clock, such as by `timedatectl set-ntp true`: records are only good at the right time",
+        fix="set the clock, for example with `timedatectl set-ntp true`: records are only valid for correct clocks",
         values={"clock_offset_s": offset_s, "give_or_take_s": give_or_take_s},
     )
 
 
 def judge_bandwidth(links: Sequence[Link], nobody: str) -> Finding:
-    """By the fastest peer: a slow one says nothing of this machine."""
+    """Judges by the fastest peer: a slow one says nothing about this machine."""
     if not links:
         return _skipped("bandwidth", nobody)
     up = max(link.upload_mbit for link in links)
@@ -294,15 +297,15 @@ def judge_bandwidth(links: Sequence[Link], nobody: str) -> Finding:
         name="bandwidth",
         verdict=Verdict.OK if min(up, down) >= _SLOW_MBIT else Verdict.WEAK,
         says=f"{up:.1f} Mbit/s up, {down:.1f} Mbit/s down, {1000 * round_trip_s:.0f} ms to a peer and back",
-        fix="answers to trainers will often be late: a cable may be faster than a wireless network",
+        fix="answers to trainers will often be late: a cable may be faster than Wi-Fi",
         values={"upload_mbit": up, "download_mbit": down, "round_trip_s": round_trip_s},
     )
 
 
 def judge_reachability(dials: Sequence[DialledBack], host: str, port: int, nobody: str) -> Finding:
-    """By the best of them: who lies can only say that it is not reachable, or say so of a port it could not reach.
+    """Judges by the best answer: a lying peer can only deny a connection, or claim one that it never made.
 
-    A node that nobody reaches serves through relays, which is slower and costs those who relay.
+    A node that nobody can reach serves through relays, which is slower and takes up the relays' bandwidth.
     """
     if not dials:
         return _skipped("reachability", nobody)
@@ -318,15 +321,13 @@ def judge_reachability(dials: Sequence[DialledBack], host: str, port: int, nobod
         return Finding(name="reachability", verdict=Verdict.OK, says=says, values=values)
     hidden = best.address != host
     fix = (
-        f"forward two TCP ports on the router to {host}"
-        if hidden
-        else "let two TCP ports in through the firewall"
+        f"forward two TCP ports on your router to {host}" if hidden else "open two TCP ports in the firewall"
     )
     return Finding(
         name="reachability",
         verdict=Verdict.WEAK,
         says=f"peers can't connect to {best.address} port {port}: {best.message}; a node would serve through relays",
-        fix=f"{fix}, and pass them as --grpc-port and --dht-port: then others reach it directly",
+        fix=f"{fix}, and pass them as --grpc-port and --dht-port: then others reach the node directly",
         values=values,
     )
 
@@ -335,7 +336,7 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "of no known version"
+        return "(unknown version)"
 
 
 def _rows_per_s(manifest: Manifest, threads: int) -> float:
@@ -348,7 +349,7 @@ def _rows_per_s(manifest: Manifest, threads: int) -> float:
     inputs, gradients = torch.randn(rows, hidden), torch.randn(rows, hidden)
     done, began = 0, 0.0
     while not done or time.perf_counter() - began < _MEASURE_S:
-        if not began:  # the first round sets up what the others use
+        if not began:  # the first round is a warm-up
             _train(expert, inputs, gradients, lengths, positions)
             began = time.perf_counter()
         _train(expert, inputs, gradients, lengths, positions)
@@ -363,7 +364,7 @@ def _train(expert: Expert, *tensors: torch.Tensor) -> None:
 
 
 def _write_speed(folder: Path) -> float:
-    """Bytes per second that reach the disk."""
+    """Bytes per second that reach the disk, with fsync."""
     path = folder / ".check"
     data = os.urandom(_DISK_TEST_BYTES)
     try:
@@ -382,7 +383,7 @@ def _skipped(name: str, why: str) -> Finding:
 
 
 async def _others(swarm: Swarm) -> list[NodeInfo]:
-    """Nodes of the swarm, without the one that this machine was before."""
+    """Nodes of the swarm, except an earlier run of this one."""
     listed: frozenset[PeerID] = await swarm.registry.node_ids()
     nodes = await swarm.registry.nodes(listed - {swarm.host.peer_id})
     return [node for node in nodes.values() if node.addresses]
@@ -390,7 +391,7 @@ async def _others(swarm: Swarm) -> list[NodeInfo]:
 
 @asynccontextmanager
 async def _listening(host: str, port: int) -> AsyncIterator[int]:
-    """Accepts connections for a moment, and gives the port. Raises PortError."""
+    """Accepts connections while it is open; yields the port. Raises PortError."""
 
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()

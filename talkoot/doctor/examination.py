@@ -1,6 +1,6 @@
-"""`talkoot doctor` and `talkoot node --check`: measure whether this machine can host experts, before it does.
+"""`talkoot doctor` and `talkoot node --check`: find out whether this machine can host experts.
 
-What a check of the machine found: printed as a table or JSON, and kept in the state folder.
+The findings are printed as a table or JSON, and saved in the state folder.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class Report(BaseModel):
     checked_at: float
     """Unix time in seconds."""
     swarm: str | None
-    """Its id; None when no invite was given."""
+    """The swarm's id; None when no invite was given."""
     findings: tuple[Finding, ...]
 
     @property
@@ -78,7 +78,7 @@ class Report(BaseModel):
 
     @classmethod
     def load(cls, state: Path) -> "Report":
-        """Raises DataError when there is none that this version can read."""
+        """Raises DataError when there is no report that this version can read."""
         path = state / REPORT_FILE
         again = "run `talkoot doctor` without --cached"
         try:
@@ -89,11 +89,11 @@ class Report(BaseModel):
         except (OSError, ValidationError) as error:
             raise DataError(f"can't read {path}: {again}") from error
         if report.version != _REPORT_VERSION:
-            raise DataError(f"{path} is of another version: {again}")
+            raise DataError(f"{path} was written by another version: {again}")
         return report
 
     def to_dict(self, now: float) -> dict[str, Any]:
-        """The form of `talkoot node --check --json`. Ages in seconds."""
+        """As `talkoot doctor --json` prints it. Ages are in seconds."""
         return {
             "can_serve": self.can_serve,
             "checked_at": self.checked_at,
@@ -104,9 +104,9 @@ class Report(BaseModel):
 
 
 def run_check(terminal: Terminal, origin: Origin, settings: NodeSettings, *, cached: bool) -> bool:
-    """Prints what it finds, and keeps it in the state folder. Says whether this machine can serve.
+    """Checks this machine, prints the findings and saves them; returns whether a node can serve.
 
-    `cached`: prints what was found the last time instead. Raises UserError when it can't check anything.
+    `cached`: prints the last findings instead. Raises UserError when nothing can be checked.
     """
     quiet_hivemind()
     folder = node_folder(settings.state)
@@ -124,7 +124,7 @@ def run_check(terminal: Terminal, origin: Origin, settings: NodeSettings, *, cac
 
 
 def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
-    """Prints the findings, and how old they are when they are not new."""
+    """Prints the findings, and their age when they are from an earlier check."""
     now = time.time()
     if terminal.json:
         terminal.event("check", report.to_dict(now))
@@ -142,7 +142,7 @@ def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
     if report.can_serve:
         terminal.line("this machine can host experts")
     else:
-        terminal.line("this machine can't host experts: something above prevents it")
+        terminal.line("this machine can't host experts: fix the problems above first")
 
 
 def _check(terminal: Terminal, starter: SwarmStarter, settings: NodeSettings, path: Path) -> Report:
@@ -165,7 +165,7 @@ class Check:
         self._findings: list[Finding] = []
 
     async def run(self, stage: Stage) -> Report:
-        """Keeps the report in the state folder, if that can be used."""
+        """Saves the report in the state folder, if that is usable."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(contextlib.closing(StateFolder(self._state)))
@@ -197,12 +197,12 @@ class Check:
             self._skip("p2pd does not start", "swarm", "clock", "bandwidth", "reachability")
         else:
             swarm_id = self._starter.invite.keys.swarm_id
-            manifest = await self._meet_swarm(identity, stage)
+            manifest = await self._join_swarm(identity, stage)
         await self._check_machine(manifest or Manifest(name="demo"), stage)
         return Report(checked_at=time.time(), swarm=swarm_id, findings=tuple(self._findings))
 
     async def _start_daemon(self, identity: Identity) -> bool:
-        """As a node does, with a DHT of its own."""
+        """As a node does, with a DHT of its own; returns whether it worked."""
         began = time.monotonic()
         try:
             host = await Host.start(identity, NetworkConfig(self._host))
@@ -214,11 +214,11 @@ class Check:
         self._note("p2pd", Verdict.OK, f"starts, in {seconds:.1f} s", start_s=seconds)
         return True
 
-    async def _meet_swarm(self, identity: Identity, stage: Stage) -> Manifest | None:
+    async def _join_swarm(self, identity: Identity, stage: Stage) -> Manifest | None:
         assert self._starter.invite is not None
         began = time.monotonic()
         try:
-            # hosts no DHT keys: it stays for a moment only
+            # stores no DHT records, since it leaves again at once
             swarm = await join_swarm(
                 identity, self._starter.invite, NetworkConfig(self._host, serves_dht=False), stage=stage
             )
@@ -248,7 +248,7 @@ class Check:
     async def _ask(self, swarm: Swarm, stage: Stage) -> None:
         stage("asking other nodes: clock, bandwidth, reachability")
         try:
-            rng = random.Random()  # noqa: S311  # whom to ask
+            rng = random.Random()  # noqa: S311  # chooses whom to ask
             self._findings += await ask_peers(swarm, self._host, self._settings.grpc_port, rng)
         except StartError as error:
             self._note("reachability", Verdict.PROBLEM, "nobody can listen there", fix=str(error))

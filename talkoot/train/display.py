@@ -1,6 +1,6 @@
-"""How `talkoot train` shows its progress: a bar, log lines or JSON lines, and the summary.
+"""What `talkoot train` shows and writes: its progress and summary, and logs for other tools.
 
-What `talkoot train` writes for other tools: JSON lines, TensorBoard, and a plot of the loss.
+Progress is a bar, log lines or JSON lines. The logs are JSON lines, TensorBoard's files and a plot of the loss.
 """
 
 import logging
@@ -23,9 +23,9 @@ from trainer_client.training.record import History
 logger = logging.getLogger(__name__)
 
 Values = Mapping[str, Any]
-"""A step's figures: those of `Progress`, and of the swarm."""
+"""A step's figures: those of `Progress`, and those of the swarm."""
 Write = Callable[[Mapping[str, Any]], None]
-"""Is told the figures of each step."""
+"""Gets the figures of each step."""
 _LINE_EVERY_STEPS = 10
 _PLOT_POINTS = 2000
 _COUNTS = frozenset(
@@ -42,12 +42,12 @@ _COUNTS = frozenset(
         *("skipped_updates", "rollbacks", "averagings", "checkpoint"),
     )
 )
-"""What many runs have none of."""
+"""Left out of the summary when they are 0, as in most runs."""
 
 
 @contextmanager
 def progress_shown(terminal: Terminal, steps: int, done: int) -> Iterator[Callable[[Values], None]]:
-    """Gives the function that shows each step: a bar when somebody watches, else JSON or log lines.
+    """Yields a function that shows each step: on a bar when somebody watches, otherwise as JSON or log lines.
 
     `done`: steps before this run.
     """
@@ -64,7 +64,7 @@ def progress_shown(terminal: Terminal, steps: int, done: int) -> Iterator[Callab
 
 
 def describe(values: Values) -> str:
-    """A step in one line."""
+    """A step as one line."""
     failures = ", ".join(f"{count} {cause}" for cause, count in sorted(values["failures"].items()))
     validation = ""
     if values["validation_loss"] is not None:
@@ -85,7 +85,7 @@ def describe(values: Values) -> str:
 
 
 def summary_table(values: Values) -> Table:
-    """Counts that are 0 and have nothing to tell are left out."""
+    """The summary, without counts that are 0."""
     table = Table(title="stopped" if values["stopped"] else "done", show_header=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
@@ -100,7 +100,7 @@ def summary_table(values: Values) -> Table:
 
 @contextmanager
 def logs_written(log: Path | None, tensorboard: Path | None) -> Iterator[list[Write]]:
-    """Gives what is to be told of each step. Raises UserError when a log can't be written."""
+    """Yields the functions that write each step. Raises UserError when a log can't be written."""
     with ExitStack() as stack:
         writers: list[Write] = []
         if log is not None:
@@ -111,16 +111,16 @@ def logs_written(log: Path | None, tensorboard: Path | None) -> Iterator[list[Wr
 
 
 def check_plot(path: Path) -> None:
-    """Raises UserError when nothing can be drawn there."""
+    """Raises UserError when a plot can't be written there."""
     require_extra("matplotlib", "plot", "--plot")
     check_writable(path, "--plot")
 
 
 def plot_losses(history: History, path: Path) -> None:
-    """A PNG with the loss of all steps, a mean over the steps about each, and the validation loss."""
+    """Writes a PNG with the loss of each step, its moving average, and the validation loss."""
     from matplotlib.figure import Figure
 
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its fonts
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs its fonts
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -175,12 +175,12 @@ def _appended(path: Path) -> Iterator[IO[str]]:
     try:
         yield file
     finally:
-        with suppress(OSError):  # what could not be written is tried once more
+        with suppress(OSError):  # closing tries again to write what could not be written
             file.close()
 
 
 class _JsonLines:
-    """A line for each step; a full disk ends them, and not the training."""
+    """Writes a line for each step. On a full disk it stops, and training goes on."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file

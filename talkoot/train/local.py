@@ -1,6 +1,7 @@
-"""Local mode: all experts of a manifest in this process, without a swarm. What a swarm's training is measured by.
+"""Local mode: all experts of a manifest in this process, without a swarm. It is the baseline of a swarm's training.
 
-Experts are the nodes' own: they start by UID, take one optimizer step for each backward call, clip and guard alike.
+The experts are the same as on nodes: they start by UID, take an optimizer step for each backward call, and clip and
+guard alike.
 
 Shapes: R rows, K experts for each row, D hidden size.
 """

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 Client: TypeAlias = SwarmClient | LocalSwarm
 
 _ALL_EXPERTS_WITHIN_S = 60.0
-"""Longest that training waits for the rest once an expert is live."""
+"""How long training waits for the other experts once one is live."""
 
 
 def run_train(
@@ -48,7 +48,7 @@ def run_train(
     resume: bool,
     json_file: Path | None,
 ) -> None:
-    """Raises UserError when it can't train, and Stopped after a signal; a run that was stopped has its summary too."""
+    """Raises UserError when it can't train, and Stopped after a signal. A stopped run prints its summary too."""
     quiet_hivemind()
     if (join is None) == (local is None):
         raise SettingsError(
@@ -84,7 +84,7 @@ def _train(
     resume: bool,
     writers: Sequence[Write],
 ) -> dict[str, Any]:
-    """Gives the summary's values. `where`: in a swarm, or by a manifest in this process alone."""
+    """Returns the summary. `where`: the invite of a swarm, or a manifest to train in this process alone."""
     state = trainer_state(settings)
     client: Client
     with terminal.stages("making ready") as stage:
@@ -110,7 +110,7 @@ def trainer_state(settings: TrainerSettings) -> Path:
 
 
 class _Run:
-    """A run in a swarm that was joined."""
+    """One run, in a swarm that was joined or in this process."""
 
     def __init__(self, terminal: Terminal, signals: StopSignals, client: Client, start: RunStart) -> None:
         """Waits for experts. Raises UserError."""
@@ -137,7 +137,7 @@ class _Run:
         self.saver = (
             None if isinstance(client, LocalSwarm) else CheckpointSaver(start, self._training, manifest, seed)
         )
-        """None in local mode: without its experts a dense part is of no use."""
+        """None in local mode: a dense part is useless without its experts."""
 
     @property
     def averagings(self) -> int:
@@ -145,7 +145,7 @@ class _Run:
         return 0 if self._averaging is None else int(total(self._averaging.metrics.ends, end="averaged"))
 
     def train(self, writers: Sequence[Write]) -> Summary:
-        """However it ends, its last whole step is saved. `writers` are told of each step."""
+        """Trains, and saves the last whole step however it ends. `writers` get the figures of each step."""
         settings = self._settings
         try:
             with (
@@ -174,12 +174,12 @@ class _Run:
                 plot_losses(self._training.history, settings.plot)
 
     def _averaged(self) -> dict[str, Any]:
-        """How many averagings there were, and what each was since the step before."""
+        """The number of averagings, and those since the previous step."""
         merges = self._training.part.take_merges()
         return {"averagings": self.averagings, "averaged": [asdict(merge) for merge in merges]}
 
     def _pause_without_experts(self) -> None:
-        """Without experts only the dense part would learn. Raises SwarmError when none comes back in time."""
+        """Waits while no expert is live: only the dense part would learn. Raises SwarmError if none returns in time."""
         client, limit_s = self._client, self._settings.wait_for_experts_s
         if client.dispatcher.live_experts() or self._stop.is_set():
             return
@@ -189,7 +189,7 @@ class _Run:
 
 
 def _begin_averaging(client: Client, part: SharedParameters, start: RunStart) -> Averaging | None:
-    """A new run begins with what others have trained, if there is any and it shall. Raises UserError."""
+    """Averages with other trainers. A new run starts from what they have trained, if so set. Raises UserError."""
     settings = start.settings
     if isinstance(client, LocalSwarm) or not settings.average_every:
         return None
@@ -198,14 +198,14 @@ def _begin_averaging(client: Client, part: SharedParameters, start: RunStart) ->
         age = client.take_freshest(averaging)
         if age is not None:
             logger.info(
-                "begins with the freshest dense part in the swarm, which has %s behind it",
+                "starts from the freshest dense part in the swarm, which was trained for %s",
                 counted(age, "step"),
             )
     return averaging
 
 
 def once(stage: Callable[[str], None]) -> Callable[[str], None]:
-    """Leaves out what was just said."""
+    """Leaves out repetitions."""
     said = [""]
 
     def say(text: str) -> None:

@@ -1,8 +1,6 @@
-"""A trained model in its swarm: the dense part is from a checkpoint, the experts are called where they are.
+"""`talkoot evaluate` and `talkoot generate`: use a trained model with its swarm.
 
-`talkoot evaluate`: how well a trained model knows a text.
-
-`talkoot generate`: text from a trained model, as it comes.
+The dense part comes from a checkpoint, and the experts are called in the swarm.
 """
 
 import logging
@@ -39,26 +37,26 @@ from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoi
 logger = logging.getLogger(__name__)
 
 _LONGEST_PROMPT = 2**24
-"""Bytes that are read of standard input."""
+"""Bytes to read from standard input."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that could steer a terminal: experts have a say in what comes out."""
+"""Characters that could control a terminal: experts influence the text."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """It serves until the block that made it ends."""
+    """Usable until the block that opened it ends."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     client: SwarmClient
     settings: TrainerSettings
     step: int
-    """How many it was trained for."""
+    """The step of its checkpoint."""
     folder: Path
-    """For what is needed until the end."""
+    """For temporary files. Deleted with the model."""
 
     def has_experts(self) -> bool:
-        """Whether there are any, so that what was just computed counts. Else waits until there are.
+        """Returns whether any expert is live, so that the last result is valid. Otherwise first waits for one.
 
         Raises SwarmError when none comes in time.
         """
@@ -78,9 +76,9 @@ def trained_model(
     settings: TrainerSettings,
     prepare: Callable[[Tokenizer, TrainerSettings, Path], None],
 ) -> Iterator[TrainedModel]:
-    """Joins with a throw-away identity, so that it works beside a trainer. Raises UserError when it can't.
+    """Joins with a temporary identity, so that it works beside a trainer. Raises UserError when it can't.
 
-    `prepare` is called before, with the tokenizer and a folder that is there as long as the model.
+    `prepare` is called first, with the tokenizer, the settings and a folder that lasts as long as the model.
     """
     quiet_hivemind()
     invite = invite_of(join)
@@ -190,7 +188,7 @@ def run_generate(
                 sys.stdout.flush()
             sys.stdout.write("\n")
             sys.stdout.flush()
-        except BrokenPipeError:  # who read it has enough
+        except BrokenPipeError:  # the reader has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if rows := trained.client.dispatcher.stats.unanswered_rows:
             logger.warning(
@@ -203,7 +201,7 @@ def _text(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[st
     context = trained.model.context
     if len(tokens) > context:
         logger.warning(
-            "the prompt has %d tokens and the model's context %d: its beginning, %s, is left out",
+            "the prompt has %d tokens and the model's context %d: the first %s are left out",
             len(tokens),
             context,
             counted(len(tokens) - context, "token"),

@@ -227,7 +227,9 @@ def test_address_that_nobody_can_reach_is_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "swarm.toml"
     manifest.write_text('name = "everywhere"\n')
     assert_one_clear_line(run_here("node", "--new", str(manifest), "--host", "0.0.0.0"), "--host")
-    assert_one_clear_line(run_here("node", "--new", str(manifest), "--host", "my-machine"), "no IP address")
+    assert_one_clear_line(
+        run_here("node", "--new", str(manifest), "--host", "my-machine"), "is not an IP address"
+    )
 
 
 def test_missing_and_empty_data_are_named(founder: Founder, tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def test_a_link_is_read_as_people_write_it(text: str, link: Link) -> None:
     "text", ["", "fast", "100", "100mbit,", "-1mbit", "0mbit", "1mbit,2mbit", "1s,1s,1s", "100%", "1%,1%"]
 )
 def test_what_is_no_link_is_refused_with_an_example_or_its_bounds(text: str) -> None:
-    with pytest.raises(SettingsError, match=r"no part of a link: write for example 100mbit,80ms|is no link"):
+    with pytest.raises(
+        SettingsError, match=r"no part of a link: write for example 100mbit,80ms|is not a link"
+    ):
         Link.parse(text)
 
 

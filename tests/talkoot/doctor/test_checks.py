@@ -104,7 +104,7 @@ def test_machine_behind_a_router_is_told() -> None:
     found = judge_reachability([DialledBack(False, "198.51.100.1", "no answer")], "192.168.1.5", 4711, "")
     assert found.verdict is Verdict.WEAK
     assert "198.51.100.1 port 4711: no answer" in found.says
-    assert "on the router to 192.168.1.5" in found.fix
+    assert "on your router to 192.168.1.5" in found.fix
 
 
 def test_machine_whose_router_forwards_the_port_is_reachable() -> None:

@@ -85,7 +85,7 @@ def test_a_machine_whose_first_address_is_loopback_has_no_network() -> None:
     found = setup.check_ports(NodeSettings(), HOST)
     assert (found.verdict, found.fix) == (
         Verdict.WEAK,
-        "no network is up here: nobody else could reach a node",
+        "this machine has no network: nobody else could reach a node",
     )
     assert setup.check_ports(NodeSettings(host=HOST), HOST).verdict is Verdict.OK
 

@@ -127,8 +127,7 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_word(
     join = ("--join", founder.invite, "--state", trained, "--max-tokens", 1)
     assert talkoot("generate", *join, "--prompt", "-").status == 0
     assert (
-        "the prompt has 20 tokens and the model's context 16: its beginning, 4 tokens, is left out"
-        in caplog.text
+        "the prompt has 20 tokens and the model's context 16: the first 4 tokens are left out" in caplog.text
     )
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
     talkoot("generate", *join, "--prompt", "-").is_one_clear_line("standard input is not text in UTF-8")
