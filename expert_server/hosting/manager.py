@@ -1,7 +1,6 @@
 """Which experts a node hosts: it adopts orphans, adds or exchanges replicas, and hands its own over when it leaves."""
 
 import asyncio
-import collections
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -132,7 +131,7 @@ class Handover:
 
 
 class HostingManager:
-    """Which experts one node hosts, and what the swarm knows of it."""
+    """Decides which experts a node hosts. It makes one change at a time."""
 
     def __init__(
         self,
@@ -154,7 +153,7 @@ class HostingManager:
             registry=metrics,
         )
         self.replicated = 0
-        """Of the experts hosted, those that others served too at the last look."""
+        """How many of the hosted experts others served too at the last look."""
         self.exchanged = Counter(
             "talkoot_experts_exchanged",
             "Replicas given up for ones that were needed more.",
@@ -168,9 +167,9 @@ class HostingManager:
         self._enough = settings.replicas
         self._room = settings.experts if settings.experts is not None else replicas.fitting()
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
-        self._vacant_looks: collections.Counter[UID] = collections.Counter()
-        """In how many looks in a row nobody hosted it."""
-        self._resolve = ExchangeHysteresis(_FIRM_LOOKS, exchange_every_s)
+        self._vacant_looks: dict[UID, int] = {}
+        """In how many looks in a row nobody hosted the expert."""
+        self._hysteresis = ExchangeHysteresis(_FIRM_LOOKS, exchange_every_s)
         self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._hurried = False
         self._changing = asyncio.Lock()
@@ -179,7 +178,7 @@ class HostingManager:
 
     @property
     def capacity(self) -> int:
-        """Experts it would host at most, those it would adopt included."""
+        """How many experts it would host at most, with those it would adopt."""
         return self._room + self._spare
 
     async def take_first(self) -> None:
@@ -194,12 +193,12 @@ class HostingManager:
             await asyncio.sleep(self._replicas.claim_wait_s)  # others give up claims that they lost
 
     async def announce(self) -> None:
-        """Renews what this node says of its replicas, and the manifest."""
+        """Renews the announcements of this node's replicas, and the manifest."""
         await self._replicas.announce()
         await self._swarm.keep_manifest()
 
     async def look(self) -> None:
-        """Adopts experts that nobody hosts, and takes further replicas into the room that is left."""
+        """Adopts experts that nobody hosts, and fills the room that is left with further replicas."""
         async with self._changing:
             replicas = await self._read()
             me, mine = self._swarm.host.peer_id, self._replicas.experts
@@ -212,12 +211,12 @@ class HostingManager:
             await self._exchange(replicas)
 
     async def replicate(self) -> None:
-        """Takes further replicas of the experts with the fewest, as far as there is room."""
+        """Fills the room that is left with replicas of the experts that have the fewest."""
         async with self._changing:
             await self._replicate(await self._read())
 
     async def adopt_from(self, leaving: PeerID, uids: Collection[UID]) -> None:
-        """Takes those of the experts that have, by the DHT, no host but this peer, who leaves."""
+        """Takes those experts that, as the DHT says, only this leaving peer hosts."""
         async with self._changing:
             replicas = await self._swarm.registry.replicas(uids)
             me, mine = self._swarm.host.peer_id, self._replicas.experts
@@ -233,10 +232,10 @@ class HostingManager:
                 logger.info("adopted %s of %s, which leaves", counted(len(taken), "expert"), leaving)
 
     async def release(self, timeout_s: float) -> int:
-        """Gives up all experts; for at most `timeout_s` others adopt those that nobody else serves.
+        """Gives up all experts, and waits at most `timeout_s` for others to adopt those that nobody else serves.
 
-        Says how many experts nobody else hosts now: they are in this node's checkpoints, as far as those could be
-        written. `take_first` begins again.
+        Returns how many experts nobody else hosts now: they are only in this node's checkpoints, if those could be
+        written. `take_first` starts hosting again.
         """
         self._replicas.leave()
         async with self._changing:
@@ -257,7 +256,7 @@ class HostingManager:
         return alone
 
     def hurry(self) -> None:
-        """Waits no longer for others to adopt what this node gives up."""
+        """Stops waiting for others to adopt what this node gives up."""
         self._hurried = True
         if self._handing_over is not None:
             self._handing_over.cancel()
@@ -277,21 +276,19 @@ class HostingManager:
             raise outcome
 
     async def _read(self) -> Mapping[UID, tuple[Replica, ...]]:
-        """The replicas of experts that may need this node."""
+        """Reads the replicas of the experts that may need this node."""
         self.seen = await self._survey.read(
             {*self._replicas.experts, *await self._replicas.checkpoints.newest()}
         )
         return self.seen
 
     async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
-        """Takes experts that had no host at the last look either; before that they may be just changing hands.
+        """Takes experts that had no host in several looks in a row: in the first they may be just changing hands.
 
-        Who has no checkpoint of one that was hosted lets those who have come first, for another look.
-        The spare room is for those that had a host once: a founder alone leaves the others to those who join.
+        A node without a checkpoint of an expert that was hosted waits one look longer, so that nodes with one come
+        first. The spare room is only for experts that had a host once: a founder leaves the others to those who join.
         """
-        self._vacant_looks = collections.Counter(
-            {uid: self._vacant_looks[uid] + 1 for uid in self._vacant(replicas)}
-        )
+        self._vacant_looks = {uid: self._vacant_looks.get(uid, 0) + 1 for uid in self._vacant(replicas)}
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
         had_host = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
         lasting = {
@@ -301,8 +298,8 @@ class HostingManager:
         }
         orphans = lasting & (had_host | saved.keys())
         room = self._room - len(self._replicas.experts)
-        kept = self._kept_here_alone(replicas, saved)
-        lacking = len(orphans | kept.keys()) - room - self._spare
+        gains = self._regressed_elsewhere(replicas, saved)
+        lacking = len(orphans | gains.keys()) - room - self._spare
         if gone := releasable(replicas, self._replicas.experts, me, lacking):
             await self._replicas.release(gone)
             room += len(gone)
@@ -311,25 +308,25 @@ class HostingManager:
                 counted(len(gone), "expert"),
                 lacking,
             )
-        wanted = rank_vacancies(orphans | kept.keys(), room + self._spare, me, {**saved, **kept})
+        wanted = rank_vacancies(orphans | gains.keys(), room + self._spare, me, {**saved, **gains})
         wanted += rank_vacancies(lasting - orphans, room - len(wanted), me, saved)
         if taken := await self._take(wanted):
             self.adopted.inc(len(taken))
             logger.info(
-                "adopted %s that nobody hosted, or that others had begun anew", counted(len(taken), "expert")
+                "adopted %s that nobody hosted, or that others had restarted", counted(len(taken), "expert")
             )
 
     async def _exchange(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
-        """Without room for more, gives up a replica that others host often enough for one that is needed more.
+        """On a full node, exchanges a replica that others host often enough for one that is needed more.
 
-        The new one comes first, into the spare room.
+        It takes the new one first, into the spare room.
         """
         mine, enough = self._replicas.experts, self._enough
         is_full = self._room <= len(mine) < self.capacity
         wish = exchange(replicas, mine, self._swarm.host.peer_id, enough) if is_full else None
-        if not self._resolve.is_due(wish, self._now()) or wish is None:
+        if not self._hysteresis.is_due(wish, self._now()) or wish is None:
             return
-        self._resolve.done(self._now())
+        self._hysteresis.done(self._now())
         if await self._take([wish.takes], max(enough, lasting_replicas(replicas[wish.takes]) + 1)):
             await self._replicas.release([wish.gives])
             self.exchanged.inc()
@@ -348,24 +345,24 @@ class HostingManager:
         return await self._replicas.take(wanted, plausible_updates(self.seen), enough)
 
     async def _take_vacant(self) -> set[UID]:
-        """Gives the experts that nobody serves even so: others may have claimed them, and may lose their claims."""
+        """Returns the experts that nobody serves yet: others may have claimed them, and may lose their claims."""
         replicas = await self._read()
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
         room = self._room - len(self._replicas.experts)
-        kept = self._kept_here_alone(replicas, saved)
-        await self._take(rank_vacancies({*self._vacant(replicas), *kept}, room, me, {**saved, **kept}))
+        gains = self._regressed_elsewhere(replicas, saved)
+        await self._take(rank_vacancies({*self._vacant(replicas), *gains}, room, me, {**saved, **gains}))
         unserved = {uid for uid, hosts in replicas.items() if not serving_elsewhere(hosts, me)}
         return unserved - self._replicas.experts.keys()
 
     def _vacant(self, replicas: Mapping[UID, Collection[Replica]]) -> list[UID]:
-        """What nobody else hosts: what this node hosted before it was killed may still be announced."""
+        """The experts that nobody else hosts. What this node hosted before it was killed may still be announced."""
         me, mine = self._swarm.host.peer_id, self._replicas.experts
         return [uid for uid in vacant(replicas, besides=me) if uid not in mine]
 
-    def _kept_here_alone(
+    def _regressed_elsewhere(
         self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]
     ) -> dict[UID, int]:
-        """What others had to begin anew while this node was away, and how many updates its checkpoints bring back."""
+        """The experts that others restarted while this node was away, with the updates that its checkpoints restore."""
         mine = self._replicas.experts
-        found = regressed(replicas, saved, self._swarm.host.peer_id)
-        return {uid: gain for uid, gain in found.items() if uid not in mine}
+        gains = regressed(replicas, saved, self._swarm.host.peer_id)
+        return {uid: gain for uid, gain in gains.items() if uid not in mine}

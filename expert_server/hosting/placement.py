@@ -44,10 +44,7 @@ _NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
 
 
 def preference(uid: UID, peer_id: PeerID) -> bytes:
-    """How much a peer prefers an expert, larger is more (rendezvous hashing).
-
-    Peers that choose at the same time mostly choose differently, and all agree who wins a contested expert.
-    """
+    """How much a peer prefers an expert: more is larger (rendezvous hashing)."""
     return hashlib.sha256(f"{uid}@{peer_id.to_base58()}".encode()).digest()
 
 
@@ -59,10 +56,9 @@ def vacant(replicas: Mapping[UID, Collection[Replica]], besides: PeerID | None =
 def regressed(
     replicas: Mapping[UID, Collection[Replica]], checkpoints: Mapping[UID, int], peer_id: PeerID
 ) -> dict[UID, int]:
-    """The experts that others serve, all of them with far fewer updates than this peer's checkpoint has, and how many
-    updates it would bring back: their hosts died, and others began anew.
+    """The experts whose replicas all have far fewer updates than this peer's checkpoint, with the updates it restores.
 
-    Where somebody claims one, it may be about to come back already.
+    Their hosts died, and others restarted them. An expert that somebody claims is left out: it may be coming back.
     """
     found = {}
     for uid, saved in checkpoints.items():
@@ -84,7 +80,7 @@ def rank_vacancies(
     peer_id: PeerID,
     checkpoints: Mapping[UID, int] = _NO_CHECKPOINTS,
 ) -> list[UID]:
-    """At most `room` of the vacancies: those with the most updates in this peer's checkpoints, then by preference."""
+    """At most `room` of the vacancies, by updates in this peer's checkpoints, and then by preference."""
 
     def rank(uid: UID) -> tuple[int, bytes]:
         return checkpoints.get(uid, 0), preference(uid, peer_id)
@@ -100,8 +96,8 @@ def under_replicated(
 ) -> list[UID]:
     """At most `room` of the experts with fewer than `enough` replicas, those with the fewest first.
 
-    Left out are those that this peer hosts, and those that nobody could give it. A replica whose peer leaves is one
-    to fetch from, but does not count.
+    It leaves out those that this peer hosts, and those whose state nobody can give it. The replica of a leaving peer
+    is one to fetch from, but does not count.
     """
 
     def rank(uid: UID) -> tuple[int, bytes]:
@@ -118,9 +114,9 @@ def under_replicated(
 
 
 def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) -> dict[UID, Replica]:
-    """The experts that one other peer hosts alone and of which this peer should keep a copy, with that replica.
+    """The experts with a single replica, at another peer, of which this peer should keep a copy; with that replica.
 
-    Of all peers that host anything, the one that prefers the expert most keeps it, besides its host.
+    Among all other peers that host anything, the one that prefers the expert most keeps the copy.
     """
     hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
     hosts.add(peer_id)
@@ -137,9 +133,9 @@ def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) 
 def releasable(
     replicas: Mapping[UID, Collection[Replica]], mine: Collection[UID], peer_id: PeerID, count: int
 ) -> list[UID]:
-    """At most `count` of the experts that this peer hosts and can give up: those with the most replicas first.
+    """At most `count` of this peer's experts that it can give up, those with the most replicas first.
 
-    Of an expert's hosts the one that prefers it most keeps it, so that not all give it up at the same time.
+    The host that prefers an expert most keeps it, so that not all hosts give it up at the same time.
     """
 
     def others(uid: UID) -> list[Replica]:
@@ -159,18 +155,18 @@ def serving_elsewhere(hosts: Collection[Replica], me: PeerID) -> list[Replica]:
 
 
 def lasting_replicas(hosts: Collection[Replica]) -> int:
-    """Of these replicas, those whose peers do not leave."""
+    """How many of these replicas belong to peers that do not leave."""
     return sum(replica.state is not ReplicaState.LEAVING for replica in hosts)
 
 
 def state_sources(hosts: Collection[Replica], besides: PeerID, rng: random.Random) -> list[Replica]:
-    """The replicas of others whose state can be fetched, the freshest first, whatever a single one claims."""
+    """The replicas of others whose state can be fetched, freshest first. A single false claim changes little."""
     able = [r for r in hosts if r.state is not ReplicaState.CLAIMED and r.peer_id != besides]
     return freshest_first(able, lambda replica: replica.update_count, rng)
 
 
 def plausible_updates(replicas: Mapping[UID, Collection[Replica]]) -> int:
-    """The most updates that an expert can have taken, by what all nodes announce. Half of them can't raise it."""
+    """The most updates that any expert can have taken, by what all nodes announce. Half of them can't raise it."""
     most: dict[PeerID, int] = {}
     for replica in chain.from_iterable(replicas.values()):
         if replica.state is not ReplicaState.CLAIMED:
@@ -179,7 +175,7 @@ def plausible_updates(replicas: Mapping[UID, Collection[Replica]]) -> int:
 
 
 def assign_orphans(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[UID, PeerID]:
-    """Who shall adopt which expert: always the peer with most room left, of several the one that prefers it most.
+    """Which peer adopts which expert: the one with most room left, and of several the one that prefers it most.
 
     Experts for which no peer has room are left out.
     """
@@ -201,10 +197,10 @@ def lost_claims(
     checkpoints: Mapping[UID, int] = _NO_CHECKPOINTS,
     enough: int = 1,
 ) -> list[UID]:
-    """Those of this peer's claims that it must give up.
+    """The claims of this peer that it must give up, because `enough` others come first.
 
-    `enough` others serve the expert already, not far behind this peer's checkpoint, or claim it with a checkpoint of
-    more updates, or prefer it more.
+    Another comes first if it serves the expert and is not far behind this peer's checkpoint, or if it claims the expert
+    and has a checkpoint of more updates, or as many and prefers the expert more.
     """
     return [
         uid
@@ -236,12 +232,12 @@ class Exchange:
 def exchange(
     replicas: Mapping[UID, Collection[Replica]], mine: Collection[UID], peer_id: PeerID, enough: int
 ) -> Exchange | None:
-    """The exchange that helps most, by what all peers see; None when none pays.
+    """The exchange that helps most, or None when none is worth it.
 
-    Only an expert with more than `enough` serving replicas is given up, and never by the `enough` hosts that prefer it
-    most: so whoever else exchanges at the same moment, those keep it. It goes for an expert with fewer than `enough`
-    replicas, or else for one whose hosts are all overloaded while those of this one are not. Only what some host can
-    give is taken.
+    An expert is only given up if it has more than `enough` serving replicas, and never by the `enough` hosts that
+    prefer it most: they keep it even if all others exchange it at the same moment. In its place comes an expert with
+    fewer than `enough` replicas, or else one whose hosts are all overloaded while those of the given one are not. Some
+    host must be able to give its state.
     """
     given = [uid for uid in mine if _can_go(replicas.get(uid, ()), uid, peer_id, enough)]
     if not given:
@@ -263,11 +259,12 @@ def exchange(
 
 
 class ExchangeHysteresis:
-    """Lets an exchange happen only when it has been wished for long enough, and the last one is long ago."""
+    """Delays an exchange until it was wanted for several looks in a row, and the last one is long ago."""
 
     def __init__(self, looks: int, pause_s: float) -> None:
-        """`looks` in a row must wish to give up the same expert: longer than announcements live, so that a host
-        which died is not counted on. `pause_s` lies between two exchanges at least; 0: there is none.
+        """`looks`: how many looks in a row must want to give up the same expert. They must take longer than
+        announcements live, so that a dead host is not counted on. `pause_s`: shortest time between two exchanges; 0:
+        never exchange.
         """
         self._looks = looks
         self._pause_s = pause_s
@@ -276,7 +273,7 @@ class ExchangeHysteresis:
         self._last: float | None = None
 
     def is_due(self, wish: Exchange | None, now: float) -> bool:
-        """Notes what one look wished for. Whether it may be done now."""
+        """Notes what a look wants. Returns whether the exchange may be made now."""
         gives = wish.gives if wish is not None else None
         self._seen = self._seen + 1 if gives == self._gives else 1
         self._gives = gives
@@ -300,7 +297,7 @@ def _serving(hosts: Collection[Replica]) -> list[Replica]:
 
 
 def _queue(hosts: Collection[Replica]) -> int:
-    """Rows that wait at the least loaded host."""
+    """How many rows wait at the least loaded host."""
     return min((replica.queued_rows for replica in _serving(hosts)), default=0)
 
 
@@ -323,7 +320,7 @@ class HostingSurvey:
         self._looks = 0
 
     async def read(self, mine: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
-        """The replicas of this node's experts and of others that matter. Raises UnreachableError."""
+        """The replicas of this node's experts and of others that may need it. Raises UnreachableError."""
         if self._manifest.experts_total <= READ_WHOLE:
             return self._noted(await self._registry.replicas(self._manifest.uids()))
         rows = self._rows()
@@ -334,7 +331,7 @@ class HostingSurvey:
         return self._noted(await self._registry.replicas({*mine, *vacant, *sample}))
 
     def had_host(self, uid: UID) -> bool:
-        """Whether anybody was seen to host the expert or to claim it."""
+        """Whether anybody was ever seen to host or claim the expert."""
         return bool(self._had_host[uid.layer, *uid.coordinate])
 
     def _noted(self, replicas: dict[UID, tuple[Replica, ...]]) -> dict[UID, tuple[Replica, ...]]:
@@ -344,15 +341,15 @@ class HostingSurvey:
         return replicas
 
     def _rows(self) -> list[Prefix]:
-        """All prefixes that lack the last coordinate, or as many of them as are read now."""
+        """The prefixes without the last coordinate that are read now: all of them, or a part."""
         shape = (self._manifest.model.layers, *self._manifest.experts.grid[:-1])
         count = int(np.prod(shape))
         numbers = np.arange(count)
         if count > MOST_PREFIXES:
-            # the same for some looks, and other nodes look at others
+            # the same rows for several looks; other nodes read others
             turn = random.Random(f"{self._peer_id} {self._looks // _ROWS_FOR}")  # noqa: S311  # no secret
             numbers = np.random.default_rng(turn.getrandbits(64)).permutation(count)
-            # first rows where somebody was: who died there may have left no prefix
+            # first the rows that had hosts: if those died, their prefixes may be gone
             was_used = self._had_host.any(axis=-1).ravel()[numbers]
             used = numbers[was_used][: MOST_PREFIXES // 2]
             numbers = np.concatenate([used, np.setdiff1d(numbers, used, assume_unique=True)])[:MOST_PREFIXES]
@@ -363,7 +360,7 @@ class HostingSurvey:
         ]
 
     def _vacant(self, rows: Collection[Prefix], active: dict[Prefix, frozenset[int]]) -> Iterator[UID]:
-        """Those that had a host first."""
+        """The vacant experts, those that had a host first."""
         for layer, row in rows:
             self._had_host[layer][row][list(active[layer, row])] = True
         for had_host in (True, False):
@@ -373,7 +370,7 @@ class HostingSurvey:
                         yield UID(layer, (*row, last))
 
     def _preferred(self, vacant: Iterator[UID]) -> list[UID]:
-        """Those that had a host first, then by this peer's preference, which is the same in each look."""
+        """The vacant experts to read: those that had a host, then by this peer's preference, the same in each look."""
         ranked = sorted(
             islice(vacant, 64 * MOST_VACANT),
             key=lambda uid: (self.had_host(uid), preference(uid, self._peer_id)),
