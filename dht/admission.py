@@ -1,9 +1,7 @@
-"""Who may take part in a swarm: tokens that its founder gives, the badges that peers make of them, and the rules.
+"""Who may take part in a swarm: the founder's tokens, the badges that peers make from them, and each peer's denylist.
 
-A token has a key of its own, which the founder's grant names. A peer signs its PeerID with it; grant and signature are
-its badge. So a token lets in whoever holds it, while a badge is of no use to those who see it.
-
-Peers that this one has nothing to do with: those named at the start, and those in a file that is read again.
+A token has a key of its own, which the founder's signed grant names. A peer signs its PeerID with that key; grant and
+signature are its badge. So a token admits whoever holds it, while a badge is of no use to anyone who sees it.
 """
 
 import logging
@@ -31,16 +29,62 @@ from peer.wire import admission_pb2, records_pb2, session_pb2
 
 logger = logging.getLogger(__name__)
 
+Mode = Literal["open", "token"]
 MAX_DENIED = 65_536
+MAX_REVOKED = 1024
+MAX_GRANT_BYTES = 512
 _LONGEST_FILE = 8 * 2**20
-"""Bytes; of a longer file only these are read."""
+"""Bytes of the denylist that are read."""
+_BADGE_DOMAIN = b"talkoot badge v1\0"
+_REMEMBERED_BADGES = 4096
+
+
+class Role(Enum):
+    """How a peer takes part."""
+
+    NODE = admission_pb2.ROLE_NODE
+    TRAINER = admission_pb2.ROLE_TRAINER
+    READER = admission_pb2.ROLE_READER
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+
+RIGHTS: Mapping[Role, frozenset[Right]] = {
+    Role.NODE: frozenset({session_pb2.RIGHT_FETCH}),
+    Role.TRAINER: frozenset(
+        {session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_BACKWARD, session_pb2.RIGHT_AVERAGE}
+    ),
+    Role.READER: frozenset({session_pb2.RIGHT_FORWARD}),
+}
+_RECORDS: Mapping[str, frozenset[Role]] = {
+    "announcement": frozenset({Role.NODE}),
+    "node": frozenset({Role.NODE}),
+    "trainer": frozenset({Role.TRAINER, Role.READER}),
+}
+"""Which roles may write which record."""
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What the founder has signed, after it was checked."""
+
+    swarm_id: str
+    role: Role
+    expires_at: float
+    serial: int
+    key: bytes
 
 
 class Denylist:
-    """One PeerID a line in the file; what follows a `#` is a comment. This peer's owner can add lines at any time."""
+    """The peers that this one neither calls nor answers: those named at the start, and those in a file.
+
+    The file has one PeerID a line; what follows a `#` is a comment. The owner can edit it at any time.
+    """
 
     def __init__(self, path: Path | None = None, denied: Collection[str] = ()) -> None:
-        """`path`: may not be there yet. Raises SettingsError when one of `denied` is no PeerID."""
+        """`path`: of the file, which need not exist yet. Raises SettingsError if one of `denied` is not a PeerID."""
         self._path = path
         self._always = frozenset(map(parse_denied, denied))
         self._from_file: frozenset[PeerID] = frozenset()
@@ -54,7 +98,7 @@ class Denylist:
         return len(self._always | self._from_file)
 
     def reread(self) -> bool:
-        """Reads the file if it has changed. Says whether it has. A file that can't be read changes nothing."""
+        """Reads the file if it has changed, and returns whether it has. A file that can't be read changes nothing."""
         if self._path is None:
             return False
         try:
@@ -91,138 +135,8 @@ class Denylist:
                 logger.warning("%s, line %d: %s", self._path, number, error)
 
 
-def parse_denied(text: str) -> PeerID:
-    """Raises SettingsError."""
-    try:
-        data = base58.b58decode(text)
-    except ValueError:
-        data = b""
-    if len(data) != 34 or data[:2] != b"\x12\x20":
-        raise SettingsError(
-            f"{text[:80]!r} is no PeerID: `talkoot status --json` shows those of a swarm's peers"
-        )
-    return PeerID(data)
-
-
-Mode = Literal["open", "token"]
-
-MAX_REVOKED = 1024
-MAX_GRANT_BYTES = 512
-_BADGE_DOMAIN = b"talkoot badge v1\0"
-_REMEMBERED_BADGES = 4096
-
-
-class Role(Enum):
-    """What a peer takes part as."""
-
-    NODE = admission_pb2.ROLE_NODE
-    TRAINER = admission_pb2.ROLE_TRAINER
-    READER = admission_pb2.ROLE_READER
-
-    @property
-    def word(self) -> str:
-        return self.name.lower()
-
-
-RIGHTS: Mapping[Role, frozenset[Right]] = {
-    Role.NODE: frozenset({session_pb2.RIGHT_FETCH}),
-    Role.TRAINER: frozenset(
-        {session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_BACKWARD, session_pb2.RIGHT_AVERAGE}
-    ),
-    Role.READER: frozenset({session_pb2.RIGHT_FORWARD}),
-}
-_RECORDS: Mapping[str, frozenset[Role]] = {
-    "announcement": frozenset({Role.NODE}),
-    "node": frozenset({Role.NODE}),
-    "trainer": frozenset({Role.TRAINER, Role.READER}),
-}
-"""Who may write which record."""
-
-
-@dataclass(frozen=True)
-class Grant:
-    """What the founder has signed, once it was checked."""
-
-    swarm_id: str
-    role: Role
-    expires_at: float
-    serial: int
-    key: bytes
-
-
-def make_token(
-    founder: Identity, swarm_id: str, role: Role, expires_at: float, serial: int
-) -> admission_pb2.Token:
-    """A new token with a key of its own."""
-    key = Ed25519PrivateKey.generate()
-    grant = admission_pb2.Grant(
-        swarm_id=swarm_id,
-        role=role.value,
-        expires_at=expires_at,
-        serial=serial,
-        key=key.public_key().public_bytes_raw(),
-    ).SerializeToString()
-    return admission_pb2.Token(
-        grant=grant, signature=founder.sign(grant, GRANT_DOMAIN), secret=key.private_bytes_raw()
-    )
-
-
-def new_serial() -> int:
-    return secrets.randbelow(2**32 - 1) + 1
-
-
-def make_badge(token: admission_pb2.Token, peer_id: PeerID) -> admission_pb2.Badge:
-    """Raises RecordError when the token has no key."""
-    try:
-        key = Ed25519PrivateKey.from_private_bytes(token.secret)
-    except ValueError:
-        raise RecordError("the token has no key") from None
-    return admission_pb2.Badge(
-        grant=token.grant,
-        signature=token.signature,
-        holder_signature=key.sign(_BADGE_DOMAIN + peer_id.to_bytes()),
-    )
-
-
-def read_grant(data: bytes) -> Grant:
-    """Raises RecordError. Whether the founder has signed it, `check_badge` tells."""
-    if len(data) > MAX_GRANT_BYTES:
-        raise RecordError(f"a grant of {len(data)} bytes; at most {MAX_GRANT_BYTES}")
-    grant = admission_pb2.Grant()
-    try:
-        grant.ParseFromString(data)
-        role = Role(grant.role)
-    except (DecodeError, ValueError) as error:
-        raise RecordError("the grant can't be parsed") from error
-    if not grant.serial or len(grant.key) != 32 or not math.isfinite(grant.expires_at):
-        raise RecordError("the grant lacks a serial, a key or its end")
-    return Grant(grant.swarm_id, role, grant.expires_at, grant.serial, grant.key)
-
-
-def check_badge(badge: admission_pb2.Badge, peer_id: PeerID, swarm_id: str, founder_key: bytes) -> Grant:
-    """What the founder granted to this peer. Raises RecordError. Neither expiry nor revocation are looked at."""
-    grant = _checked(badge.SerializeToString(deterministic=True), peer_id.to_bytes(), founder_key)
-    if grant.swarm_id != swarm_id:
-        raise RecordError(f"the badge is of swarm {grant.swarm_id[:64]!r}")
-    return grant
-
-
-@lru_cache(maxsize=_REMEMBERED_BADGES)
-def _checked(data: bytes, peer_id: bytes, founder_key: bytes) -> Grant:
-    """Remembered: every record of a peer carries the same badge."""
-    badge = admission_pb2.Badge.FromString(data)
-    grant = read_grant(badge.grant)
-    verify(founder_key, badge.grant, badge.signature, GRANT_DOMAIN)
-    try:
-        holder = Ed25519PublicKey.from_public_bytes(grant.key)
-        holder.verify(badge.holder_signature, _BADGE_DOMAIN + peer_id)
-    except (InvalidSignature, ValueError):
-        raise RecordError("the badge is another peer's") from None
-    return grant
-
-
 class SwarmAdmission:
-    """The rules of one swarm, as this peer applies them to callers and to records. Keeps no secrets."""
+    """The rules of one swarm, as this peer applies them to callers and to records. Holds no secrets."""
 
     def __init__(
         self, keys: SwarmKeys, denylist: Denylist | None = None, now: Callable[[], float] = time.time
@@ -236,9 +150,9 @@ class SwarmAdmission:
         self._revoked: frozenset[int] = frozenset()
 
     def learn(self, founder_key: bytes, mode: Mode) -> None:
-        """Takes over what the manifest says. Before that no call can be admitted, and every record is taken.
+        """Applies the manifest's rules from now on. Until then no call can be admitted, and every record is accepted.
 
-        `founder_key`: DER, as the manifest's record has it.
+        `founder_key`: the DER public key in the manifest's record.
         """
         self._founder_key, self._mode = founder_key, mode
 
@@ -260,18 +174,18 @@ class SwarmAdmission:
 
     @property
     def revoked(self) -> frozenset[int]:
-        """The serials that are revoked, as far as this peer knows."""
+        """The serials of tokens that are revoked, as far as this peer knows."""
         return self._revoked
 
     def revoke(self, serials: Collection[int]) -> None:
-        """What the founder says now. What was revoked once stays so: an old list can't bring it back."""
+        """Adds the founder's current list. A revoked token stays revoked: an older list can't restore it."""
         now = frozenset(list(serials)[:MAX_REVOKED])
         self._revoked |= now
         if len(self._revoked) > 2 * MAX_REVOKED:
             self._revoked = now
 
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
-        """Raises ExpertError (PERMISSION_DENIED) that says what is missing."""
+        """Admits a caller with these rights. Raises ExpertError (PERMISSION_DENIED) that says what is missing."""
         if caller in self.denylist:
             raise ExpertError(StatusCode.PERMISSION_DENIED, "this node's owner has denied you")
         if self.mode == "open" or caller == self._keys.author:
@@ -290,10 +204,11 @@ class SwarmAdmission:
         return Admitted(grant.serial, grant.expires_at)
 
     def still_admits(self, caller: PeerID, serial: int) -> bool:
+        """Whether a caller that was admitted by this grant still is."""
         return caller not in self.denylist and serial not in self._revoked
 
     def check_record(self, payload: records_pb2.RecordPayload, writer: PeerID) -> None:
-        """Raises RecordError when this writer may not write this in this swarm. The signature was checked before."""
+        """Raises RecordError if this writer may not write this in this swarm. The signature was checked before."""
         if self._mode is None or not payload.key.startswith(f"{self._keys.swarm_id}."):
             return
         if writer in self.denylist:
@@ -306,7 +221,7 @@ class SwarmAdmission:
             raise RecordError(f"a {grant.role.word}'s token does not allow a record of kind {body!r}")
 
     def check_own(self, badge: admission_pb2.Badge, peer_id: PeerID) -> None:
-        """Raises RecordError when others do not take this badge, or no more."""
+        """Raises RecordError if others don't accept this badge, or no longer do."""
         self._granted(badge, peer_id)
 
     def _granted(self, badge: admission_pb2.Badge | None, peer_id: PeerID) -> Grant:
@@ -318,6 +233,90 @@ class SwarmAdmission:
         if grant.serial in self._revoked:
             raise RecordError("the token was revoked")
         return grant
+
+
+def parse_denied(text: str) -> PeerID:
+    """Raises SettingsError."""
+    try:
+        data = base58.b58decode(text)
+    except ValueError:
+        data = b""
+    if len(data) != 34 or data[:2] != b"\x12\x20":
+        raise SettingsError(
+            f"{text[:80]!r} is not a PeerID: `talkoot status --json` shows those of a swarm's peers"
+        )
+    return PeerID(data)
+
+
+def make_token(
+    founder: Identity, swarm_id: str, role: Role, expires_at: float, serial: int
+) -> admission_pb2.Token:
+    """Makes a token with a new key of its own."""
+    key = Ed25519PrivateKey.generate()
+    grant = admission_pb2.Grant(
+        swarm_id=swarm_id,
+        role=role.value,
+        expires_at=expires_at,
+        serial=serial,
+        key=key.public_key().public_bytes_raw(),
+    ).SerializeToString()
+    return admission_pb2.Token(
+        grant=grant, signature=founder.sign(grant, GRANT_DOMAIN), secret=key.private_bytes_raw()
+    )
+
+
+def new_serial() -> int:
+    return secrets.randbelow(2**32 - 1) + 1
+
+
+def make_badge(token: admission_pb2.Token, peer_id: PeerID) -> admission_pb2.Badge:
+    """This peer's badge from its token. Raises RecordError if the token has no key."""
+    try:
+        key = Ed25519PrivateKey.from_private_bytes(token.secret)
+    except ValueError:
+        raise RecordError("the token has no key") from None
+    return admission_pb2.Badge(
+        grant=token.grant,
+        signature=token.signature,
+        holder_signature=key.sign(_BADGE_DOMAIN + peer_id.to_bytes()),
+    )
+
+
+def read_grant(data: bytes) -> Grant:
+    """Parses a grant. Raises RecordError. Only `check_badge` checks the founder's signature."""
+    if len(data) > MAX_GRANT_BYTES:
+        raise RecordError(f"a grant of {len(data)} bytes; at most {MAX_GRANT_BYTES}")
+    grant = admission_pb2.Grant()
+    try:
+        grant.ParseFromString(data)
+        role = Role(grant.role)
+    except (DecodeError, ValueError) as error:
+        raise RecordError("the grant can't be parsed") from error
+    if not grant.serial or len(grant.key) != 32 or not math.isfinite(grant.expires_at):
+        raise RecordError("the grant lacks a serial, a key or an expiry")
+    return Grant(grant.swarm_id, role, grant.expires_at, grant.serial, grant.key)
+
+
+def check_badge(badge: admission_pb2.Badge, peer_id: PeerID, swarm_id: str, founder_key: bytes) -> Grant:
+    """What the founder granted to this peer. Raises RecordError. Checks neither expiry nor revocation."""
+    grant = _checked(badge.SerializeToString(deterministic=True), peer_id.to_bytes(), founder_key)
+    if grant.swarm_id != swarm_id:
+        raise RecordError(f"the badge is of swarm {grant.swarm_id[:64]!r}")
+    return grant
+
+
+@lru_cache(maxsize=_REMEMBERED_BADGES)
+def _checked(data: bytes, peer_id: bytes, founder_key: bytes) -> Grant:
+    """Cached, because every record of a peer carries the same badge."""
+    badge = admission_pb2.Badge.FromString(data)
+    grant = read_grant(badge.grant)
+    verify(founder_key, badge.grant, badge.signature, GRANT_DOMAIN)
+    try:
+        holder = Ed25519PublicKey.from_public_bytes(grant.key)
+        holder.verify(badge.holder_signature, _BADGE_DOMAIN + peer_id)
+    except (InvalidSignature, ValueError):
+        raise RecordError("the badge is another peer's") from None
+    return grant
 
 
 def _name_of(right: Right) -> str:

@@ -1,11 +1,7 @@
-"""What peers say of themselves, once it is known to be of a form and size that does no harm.
+"""What peers announce about themselves and their replicas, parsed into values of a harmless form and size.
 
-A signed record proves who wrote it, not that it is true. So texts are short and printable, numbers finite and in their
-range, and whatever is not so counts as not said.
-
-How long experts have been claimed: who claims one for ever, and never serves it, keeps nobody from serving it.
-
-What nodes say of their replicas.
+A signature proves who wrote a record, not that it is true. So texts are short and printable, and numbers are finite and
+in range. Anything else counts as not announced.
 """
 
 import math
@@ -26,28 +22,32 @@ from peer.wire import records_pb2
 
 MAX_NAME_CHARACTERS = 32
 MAX_LATENCIES = 64
-"""Most nodes of which one trainer's record tells how fast they answered."""
+"""Nodes whose mean latency one trainer's record gives, at most."""
+MAX_CLAIM_S = 1800.0
+"""A claim is ignored after this long. Building many large experts from checkpoints takes minutes."""
 DEFAULT_RENEW_S = 10.0
+FAILURE_CAUSES = frozenset(status.name.lower() for status in StatusCode if status is not StatusCode.OK)
 _LONGEST_RENEW_S = 600.0
 _LONGEST_CALL_S = 3600.0
 _LATEST = 2.0**40
-"""Of times in seconds, and of numbers that are no count."""
+"""Largest time in seconds, and largest other number that is not a count."""
 _MAX_COUNT = 2**53
-"""Beyond it a double, as JSON has it, is not exact."""
+"""Beyond it, a double is not exact, and JSON has only those."""
 _MAX_VERSION_CHARACTERS = 32
 _MAX_ADDRESSES = 8
+_MAX_CLAIMS = 65536
+"""Claims that are remembered, those seen last."""
 _ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}")
-"""host:port. gRPC would also take other schemes, such as unix sockets of the caller's own machine."""
-
-FAILURE_CAUSES = frozenset(status.name.lower() for status in StatusCode if status is not StatusCode.OK)
+"""host:port. gRPC accepts other schemes too, such as unix sockets of the caller's own machine."""
+_ENDPOINT = re.compile(r"(?:\[([0-9a-f:.]{2,45})\]|([0-9.]{7,15})):([0-9]{1,5})")
 
 
 class _WireEnum(Enum):
-    """What a record says by a number."""
+    """An enumeration in a record."""
 
     @classmethod
     def of(cls, value: int) -> Self:
-        """UNKNOWN for what a newer version may say."""
+        """UNKNOWN for a value of a newer version."""
         try:
             return cls(value)
         except ValueError:
@@ -55,7 +55,7 @@ class _WireEnum(Enum):
 
 
 class Reachability(_WireEnum):
-    """How others reach a node, as it says."""
+    """How others reach a node, as the node says."""
 
     UNKNOWN = records_pb2.REACHABILITY_UNSPECIFIED
     DIRECT = records_pb2.REACHABILITY_DIRECT
@@ -64,7 +64,7 @@ class Reachability(_WireEnum):
 
 
 class Activity(_WireEnum):
-    """What a node says it does now."""
+    """What a node does now, as it says."""
 
     UNKNOWN = records_pb2.NODE_ACTIVITY_UNSPECIFIED
     SERVING = records_pb2.NODE_ACTIVITY_SERVING
@@ -74,7 +74,7 @@ class Activity(_WireEnum):
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """Who and where a node is, as it said itself."""
+    """A node's record: who and where it is, and what it does."""
 
     peer_id: PeerID
     addresses: tuple[str, ...]
@@ -89,15 +89,15 @@ class NodeInfo:
     bootstrap_addresses: tuple[str, ...]
     expires_at: float
     name: str = ""
-    """What its owner calls it; empty: no name."""
+    """Given by its owner; empty: no name."""
     activity: Activity = Activity.UNKNOWN
     metrics_address: str = ""
     """Where it serves metrics to others, if it does."""
     rows_per_s: float | None = None
     renew_every_s: float = DEFAULT_RENEW_S
-    """Its record is renewed within so many seconds, as far as it can tell."""
+    """Longest time in seconds from one renewal of the record to the next, as far as the node can tell."""
     contributed_rows: int = 0
-    """In all its runs, as are the following."""
+    """Over all its runs, like the next two."""
     contributed_updates: int = 0
     contributed_s: float = 0.0
     reachability: Reachability = Reachability.UNKNOWN
@@ -114,7 +114,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class TrainerInfo:
-    """What a trainer says of itself. Losses in nats per token; None: not measured."""
+    """A trainer's record. Losses in nats per token; None: not measured."""
 
     peer_id: PeerID
     name: str
@@ -138,18 +138,84 @@ class TrainerInfo:
     failures: Mapping[str, int] = field(default_factory=dict)
     node_latency_s: Mapping[PeerID, float] = field(default_factory=dict)
     addresses: tuple[str, ...] = ()
-    """Where others reach it to average dense parts; none of them and no tunnel: only it can call others."""
+    """Where others reach it to average dense parts. With neither these nor a tunnel, only it can call others."""
     certificate_pem: bytes = b""
     dense_fingerprint: bytes = b""
-    """Of the form of its dense part; empty: it averages with nobody."""
+    """Of its dense part's form: names, shapes and what else must agree. Empty: it averages with nobody."""
     dense_age: int = 0
-    """Steps that its dense part has behind it."""
+    """Steps that its dense part has taken."""
     tunnel_addresses: tuple[str, ...] = ()
-    """By which it is reached when its router lets nobody in."""
+    """By which it is reached if its router admits nobody."""
+
+
+class ReplicaState(Enum):
+    """Where a replica is in its life."""
+
+    CLAIMED = records_pb2.REPLICA_STATE_CLAIMED
+    SERVING = records_pb2.REPLICA_STATE_SERVING
+    WITHDRAWN = records_pb2.REPLICA_STATE_WITHDRAWN
+    LEAVING = records_pb2.REPLICA_STATE_LEAVING
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One node's copy of an expert, as the node announced it."""
+
+    uid: UID
+    peer_id: PeerID
+    state: ReplicaState
+    update_count: int
+    queued_rows: int
+    claimed_at: float
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class ReplicaAnnouncement:
+    """What a node announces about one of its replicas."""
+
+    uid: UID
+    state: ReplicaState
+    update_count: int = 0
+    claimed_at: float = 0.0
+
+    def message(self, queued_rows: int) -> records_pb2.Announcement:
+        """`queued_rows`: rows that wait at the node, for all its experts."""
+        return records_pb2.Announcement(
+            state=self.state.value,
+            update_count=self.update_count,
+            queued_rows=queued_rows,
+            claimed_at=self.claimed_at,
+        )
+
+
+class ClaimAges:
+    """Since when this peer has seen each claim. The claims say it too, and may lie.
+
+    A node that claims an expert for ever and never serves it keeps nobody from serving it.
+    """
+
+    def __init__(self, longest_s: float = MAX_CLAIM_S) -> None:
+        self._longest_s = longest_s
+        self._seen = BoundedDict[tuple[UID, PeerID], tuple[float, float]](_MAX_CLAIMS)
+        """The first and last time that each claim was seen."""
+
+    def is_stale(self, uid: UID, peer_id: PeerID, claimed_at: float, now: float) -> bool:
+        """Records that the claim was seen. It counts as a new one after a gap longer than the longest claim."""
+        first, last = self._seen.get((uid, peer_id), (now, now))
+        if now > last + self._longest_s:
+            first = now
+        self._seen[uid, peer_id] = first, now
+        since = claimed_at if 0 < claimed_at < first else first  # 0: it does not say; also right for NaN
+        return now > since + self._longest_s
+
+    def forget(self, uid: UID, peer_id: PeerID) -> None:
+        """Drops the claim, because the peer serves the expert now."""
+        self._seen.pop((uid, peer_id), None)
 
 
 def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo | None:
-    """What a node's checked record says; None when the node has left. Raises RecordError for a wrong certificate."""
+    """Parses a node's checked record; None if the node has left. Raises RecordError for a wrong certificate."""
     node = payload.node
     if node.left:
         return None
@@ -180,7 +246,7 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
 
 
 def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> TrainerInfo | None:
-    """What a trainer's checked record says; None when it has left. Raises RecordError for a wrong certificate."""
+    """Parses a trainer's checked record; None if it has left. Raises RecordError for a wrong certificate."""
     trainer = payload.trainer
     if payload.WhichOneof("body") != "trainer" or trainer.left:
         return None
@@ -215,32 +281,47 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
     )
 
 
+def read_replica(payload: records_pb2.RecordPayload, uid: UID, peer_id: PeerID) -> Replica:
+    """Parses a node's checked announcement. Raises RecordError for an unknown state."""
+    announcement = payload.announcement
+    try:
+        state = ReplicaState(announcement.state)
+    except ValueError as error:
+        raise RecordError(f"a replica in state {announcement.state}") from error
+    return Replica(
+        uid,
+        peer_id,
+        state,
+        announcement.update_count,
+        announcement.queued_rows,
+        announcement.claimed_at,
+        payload.expires_at,
+    )
+
+
 def short_text(text: str, most: int) -> str:
-    """At most so many characters, the printable ones; no two blanks in a row."""
+    """The printable characters, at most `most` of them, with no two blanks in a row."""
     printable = "".join(c for c in text[: 4 * most] if c.isprintable())
     return " ".join(printable.split())[:most]
 
 
 def number(value: float, most: float = _LATEST) -> float | None:
-    """None when it is not finite, negative or absurd."""
+    """The number; None if it is not finite, negative or absurdly large."""
     return value if math.isfinite(value) and 0 <= value <= most else None
 
 
 def count(value: int) -> int:
-    """At most as large as others can show exactly."""
+    """The count, capped at what JSON can hold exactly."""
     return min(value, _MAX_COUNT)
 
 
 def renewal(value: float) -> float:
-    """Seconds until a record is renewed; the usual ones when it says nothing sensible."""
+    """Seconds from one renewal to the next; the default if the record gives nothing sensible."""
     return value if math.isfinite(value) and 0 < value <= _LONGEST_RENEW_S else DEFAULT_RENEW_S
 
 
-_ENDPOINT = re.compile(r"(?:\[([0-9a-f:.]{2,45})\]|([0-9.]{7,15})):([0-9]{1,5})")
-
-
 def metrics_endpoint(text: str) -> str:
-    """`IP address:port` as it stands, or empty: names would be looked up by whoever scrapes."""
+    """`IP address:port` unchanged, or empty. Host names are dropped, because the scraper would look them up."""
     match = _ENDPOINT.fullmatch(text)
     if match is None or not 0 < int(match[3]) < 65536:
         return ""
@@ -262,92 +343,3 @@ def _node_latencies(nodes: "list[records_pb2.NodeLatency]") -> dict[PeerID, floa
         for node in nodes
         if len(node.peer_id) == 34 and (mean_s := number(node.mean_s, _LONGEST_CALL_S)) is not None
     }
-
-
-MAX_CLAIM_S = 1800.0
-"""A claim that lasts longer is ignored, unless told otherwise. Building many large experts from their checkpoints
-takes minutes.
-"""
-_MAX_CLAIMS = 65536
-"""Claims remembered; beyond that those are forgotten that were seen longest ago."""
-
-
-class ClaimAges:
-    """Since when this peer has seen each claim. The claims themselves say it too, and may lie."""
-
-    def __init__(self, longest_s: float = MAX_CLAIM_S) -> None:
-        self._longest_s = longest_s
-        self._seen = BoundedDict[tuple[UID, PeerID], tuple[float, float]](_MAX_CLAIMS)
-        """First and last time that a claim was seen, the one seen last at the end."""
-
-    def is_stale(self, uid: UID, peer_id: PeerID, claimed_at: float, now: float) -> bool:
-        """Notes the claim. A pause in it shorter than the longest claim does not make it a new one."""
-        first, last = self._seen.get((uid, peer_id), (now, now))
-        if now > last + self._longest_s:
-            first = now
-        self._seen[uid, peer_id] = first, now
-        since = claimed_at if 0 < claimed_at < first else first  # 0: it does not say; also right for NaN
-        return now > since + self._longest_s
-
-    def forget(self, uid: UID, peer_id: PeerID) -> None:
-        """The claim was made good: the peer serves the expert."""
-        self._seen.pop((uid, peer_id), None)
-
-
-class ReplicaState(Enum):
-    """How far a replica has got."""
-
-    CLAIMED = records_pb2.REPLICA_STATE_CLAIMED
-    SERVING = records_pb2.REPLICA_STATE_SERVING
-    WITHDRAWN = records_pb2.REPLICA_STATE_WITHDRAWN
-    LEAVING = records_pb2.REPLICA_STATE_LEAVING
-
-
-@dataclass(frozen=True)
-class Replica:
-    """One node's copy of an expert, as the node announced it."""
-
-    uid: UID
-    peer_id: PeerID
-    state: ReplicaState
-    update_count: int
-    queued_rows: int
-    claimed_at: float
-    expires_at: float
-
-
-@dataclass(frozen=True)
-class ReplicaAnnouncement:
-    """What a node says of one of its replicas."""
-
-    uid: UID
-    state: ReplicaState
-    update_count: int = 0
-    claimed_at: float = 0.0
-
-    def message(self, queued_rows: int) -> records_pb2.Announcement:
-        """`queued_rows`: that wait at the node, for all its experts."""
-        return records_pb2.Announcement(
-            state=self.state.value,
-            update_count=self.update_count,
-            queued_rows=queued_rows,
-            claimed_at=self.claimed_at,
-        )
-
-
-def read_replica(payload: records_pb2.RecordPayload, uid: UID, peer_id: PeerID) -> Replica:
-    """What a node's checked announcement says. Raises RecordError for a state that is not known."""
-    announcement = payload.announcement
-    try:
-        state = ReplicaState(announcement.state)
-    except ValueError as error:
-        raise RecordError(f"a replica in state {announcement.state}") from error
-    return Replica(
-        uid,
-        peer_id,
-        state,
-        announcement.update_count,
-        announcement.queued_rows,
-        announcement.claimed_at,
-        payload.expires_at,
-    )

@@ -1,6 +1,7 @@
-"""The founder's signed record of the manifest: every peer keeps it alive, and the founder signs it anew half-way.
+"""The founder's two signed records: the manifest, and the list of revoked tokens.
 
-Which tokens hold no more: a small record that the founder signs, and that every node keeps alive.
+Every peer stores them again and again, so that they outlive the peers that held them. The founder signs each anew when
+half of its lifetime has passed.
 """
 
 import logging
@@ -12,22 +13,23 @@ from dht.registry import Registry
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_LIFETIME_S = 30 * 86400.0
-_MANIFEST_RENEW_AFTER_S = MANIFEST_LIFETIME_S / 2
-_LOOK_EVERY_S = 3600.0
-"""How often the others look for a later record than theirs, in its second half."""
+LIFETIME_S = 30 * 86400.0
+"""Of both records, in seconds. They outlive a founder that is away."""
 EXPIRES_SOON_S = 7 * 86400.0
-"""The founder must come by before: then nobody can join."""
+"""If the founder does not renew the manifest in this time, nobody can join any more."""
+_RENEW_AFTER_S = LIFETIME_S / 2
+_LOOK_EVERY_S = 3600.0
+"""How often other peers look for a newer manifest record, in the second half of its lifetime."""
 
 
 class ManifestRecord:
-    """As a peer of the swarm has it."""
+    """One peer's copy of the manifest's record."""
 
     def __init__(
         self, registry: Registry, data: bytes, expires_at: float, now: Callable[[], float] = time.time
     ) -> None:
         self.data = data
-        """As it is stored."""
+        """The signed record."""
         self.expires_at = expires_at
         self._registry = registry
         self._now = now
@@ -36,7 +38,7 @@ class ManifestRecord:
 
     @property
     def warning(self) -> str:
-        """In words, when the founder should have signed it anew long since; else empty."""
+        """In words, if the founder should have renewed it long ago; else empty."""
         left_s = self.expires_at - self._now()
         if left_s >= EXPIRES_SOON_S:
             return ""
@@ -46,10 +48,10 @@ class ManifestRecord:
         )
 
     async def republish(self) -> None:
-        """Stores it again, so that it outlives the peers that held it. Raises UnreachableError."""
+        """Stores it again; the founder renews it first when it is due. Raises UnreachableError."""
         keys, now = self._registry.keys, self._now()
-        if self._registry.peer_id == keys.author and now >= self.expires_at - _MANIFEST_RENEW_AFTER_S:
-            expires_at = now + MANIFEST_LIFETIME_S
+        if self._registry.peer_id == keys.author and now >= self.expires_at - _RENEW_AFTER_S:
+            expires_at = now + LIFETIME_S
             self.data = await self._registry.publish_manifest(self._manifest_json, expires_at)
             self.expires_at = expires_at
             return
@@ -58,12 +60,12 @@ class ManifestRecord:
         await self._registry.republish(keys.manifest, self.data, self.expires_at)
 
     async def look(self) -> bool:
-        """Takes a later record when there is one. Says whether it looked: once in a while, in this one's second half.
+        """Takes over a newer record if there is one. Returns whether it looked: hourly, in this one's second half.
 
         Raises UnreachableError.
         """
         now = self._now()
-        if now < max(self.expires_at - _MANIFEST_RENEW_AFTER_S, self._looked_at + _LOOK_EVERY_S):
+        if now < max(self.expires_at - _RENEW_AFTER_S, self._looked_at + _LOOK_EVERY_S):
             return False
         self._looked_at = now
         found = (await self._registry.find_manifests()).get(self._registry.keys.author)
@@ -72,13 +74,8 @@ class ManifestRecord:
         return True
 
 
-LIFETIME_S = 30 * 86400.0
-"""Of the record: it outlives a founder that is away."""
-_REVOCATIONS_RENEW_AFTER_S = LIFETIME_S / 2
-
-
 class Revocations:
-    """A peer's knowledge of them. Does nothing in an open swarm."""
+    """One peer's copy of the list of revoked tokens. Does nothing in an open swarm."""
 
     def __init__(
         self, registry: Registry, admission: SwarmAdmission, now: Callable[[], float] = time.time
@@ -87,11 +84,11 @@ class Revocations:
         self._admission = admission
         self._now = now
         self._record: tuple[bytes, float] | None = None
-        """As it is stored, and its expiry."""
+        """The signed record and its expiry."""
         self._published: frozenset[int] = frozenset()
 
     async def read(self) -> None:
-        """What the founder says now. Raises UnreachableError."""
+        """Reads the founder's current list. Raises UnreachableError."""
         if self._admission.mode == "open":
             return
         found = await self._registry.find_revocations()
@@ -104,18 +101,18 @@ class Revocations:
             self._published = frozenset(serials)
 
     async def keep(self) -> None:
-        """Stores the founder's record again, so that it outlives the peers that held it. Raises UnreachableError."""
+        """Stores the founder's record again. Raises UnreachableError."""
         if self._record is not None:
             await self._registry.republish(self._registry.keys.revocations, *self._record)
 
     async def publish(self, serials: Collection[int]) -> None:
-        """By the founder: writes them, when that is news or the record is half-way to its end.
+        """For the founder: signs and stores the list if it is new, or if half of the record's lifetime has passed.
 
         Raises UnreachableError.
         """
         self._admission.revoke(serials)
         wanted = frozenset(sorted(serials)[:MAX_REVOKED])
-        fresh = self._record is not None and self._record[1] > self._now() + _REVOCATIONS_RENEW_AFTER_S
+        fresh = self._record is not None and self._record[1] > self._now() + _RENEW_AFTER_S
         if self._admission.mode == "open" or (wanted <= self._published and (fresh or not wanted)):
             return
         expires_at = self._now() + LIFETIME_S

@@ -24,6 +24,7 @@ from peer.files import write_atomically
 from peer.transport.addresses import is_multiaddress
 from peer.wire import admission_pb2, records_pb2
 
+FILE = "invites.json"
 _SCHEME = "talkoot1"
 """The 1 is the form of the invite; it changes when an old program could not read a new invite."""
 _MAX_CHARACTERS = 4096
@@ -106,24 +107,13 @@ class Invite:
         return cls(SwarmKeys(message.name, author), addresses, token)
 
 
-def _file_of(given: str) -> Path | None:
-    if given.startswith(_SCHEME):
-        return None
-    path = _expanded(given.removeprefix("@"))
-    try:
-        return path if given.startswith("@") or "/" in given or path.is_file() else None
-    except (OSError, ValueError):  # nobody's file has such a name
-        return None
-
-
-def _expanded(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # of a user who does not exist
-        return Path(path)
-
-
-FILE = "invites.json"
+def invite_of(join: str | None) -> Invite:
+    """What was passed as --join. Raises SettingsError when nothing was, and InviteError."""
+    if join is None:
+        raise SettingsError(
+            "pass --join INVITE: the line that you were given, or @FILE with the file that holds it"
+        )
+    return Invite.read(join)
 
 
 class IssuedInvite(BaseModel):
@@ -143,12 +133,6 @@ class IssuedInvite(BaseModel):
     def number(self) -> str:
         """The serial as people read and type it."""
         return f"{self.serial:08x}"
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    issued: tuple[IssuedInvite, ...] = ()
 
 
 class InviteLedger:
@@ -216,10 +200,24 @@ def revoked_in(issued: tuple[IssuedInvite, ...], now: float) -> list[int]:
     return [each.serial for each in issued if each.revoked and each.expires_at > now]
 
 
-def invite_of(join: str | None) -> Invite:
-    """What was passed as --join. Raises SettingsError when nothing was, and InviteError."""
-    if join is None:
-        raise SettingsError(
-            "pass --join INVITE: the line that you were given, or @FILE with the file that holds it"
-        )
-    return Invite.read(join)
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    issued: tuple[IssuedInvite, ...] = ()
+
+
+def _file_of(given: str) -> Path | None:
+    if given.startswith(_SCHEME):
+        return None
+    path = _expanded(given.removeprefix("@"))
+    try:
+        return path if given.startswith("@") or "/" in given or path.is_file() else None
+    except (OSError, ValueError):  # nobody's file has such a name
+        return None
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # of a user who does not exist
+        return Path(path)

@@ -27,6 +27,13 @@ _MAX_ADDRESSES = 4
 _MAX_CHARACTERS = 256
 """Of one address."""
 _MAX_FILE_BYTES = 1 << 20
+_MEETINGS = 8
+"""Most peers whose records are read in one round, to remember where they are."""
+_MEET_AGAIN_S = 600.0
+_DIAL_EVERY_S = 120.0
+"""Seconds between two dials of a remembered peer that the DHT does not know now: so two halves find each other."""
+_LONELY_ROUNDS = 3
+"""After so many rounds without an answer this peer is alone in its swarm, as far as it can tell."""
 
 
 class PeerStore:
@@ -76,40 +83,6 @@ class PeerStore:
             logger.warning("can't keep the peers that were met in %s: %s", self._path, error.strerror)
             return
         self._saved = addresses
-
-
-def _read(path: Path) -> list[tuple[list[str], float]]:
-    """The addresses of each peer and when it was met, newest last.
-
-    Whoever edits the file can only make this peer dial others, whose answers are checked like any.
-    """
-    try:
-        with path.open("rb") as file:
-            peers = json.loads(file.read(_MAX_FILE_BYTES))["peers"]
-        return [
-            (list(map(str, peer["addresses"])), float(peer["met_at"]))
-            for peer in reversed(peers[:_MAX_PEERS])
-        ]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        logger.warning("can't read the peers that were met from %s: %s", path, error)
-        return []
-
-
-def _peer_of(address: str) -> str:
-    """The PeerID in base58 of the peer whom the address leads to."""
-    return address.rsplit("/p2p/", 1)[1]
-
-
-_MEETINGS = 8
-"""Most peers whose records are read in one round, to remember where they are."""
-_MEET_AGAIN_S = 600.0
-_DIAL_EVERY_S = 120.0
-"""Seconds between two dials of a remembered peer that the DHT does not know now: so two halves find each other."""
-
-_LONELY_ROUNDS = 3
-"""After so many rounds without an answer this peer is alone in its swarm, as far as it can tell."""
 
 
 class Membership:
@@ -219,3 +192,27 @@ class Membership:
         strangers = self._peer_store.absent(known)
         if strangers and (joined := await self._host.join(self._rng.choice(strangers))):
             logger.info("found a remembered peer again: %s", joined[0])
+
+
+def _read(path: Path) -> list[tuple[list[str], float]]:
+    """The addresses of each peer and when it was met, newest last.
+
+    Whoever edits the file can only make this peer dial others, whose answers are checked like any.
+    """
+    try:
+        with path.open("rb") as file:
+            peers = json.loads(file.read(_MAX_FILE_BYTES))["peers"]
+        return [
+            (list(map(str, peer["addresses"])), float(peer["met_at"]))
+            for peer in reversed(peers[:_MAX_PEERS])
+        ]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        logger.warning("can't read the peers that were met from %s: %s", path, error)
+        return []
+
+
+def _peer_of(address: str) -> str:
+    """The PeerID in base58 of the peer whom the address leads to."""
+    return address.rsplit("/p2p/", 1)[1]

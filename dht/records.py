@@ -1,14 +1,13 @@
-"""What is announced: signed records, unsigned index entries, and the rules by which both are accepted.
+"""What a swarm stores in the DHT: the keys, the signed records and unsigned index entries, and who accepts them.
 
-A record is signed by the peer that writes it; its key, its owner and its expiry stand inside the signed bytes, so none
-of them can be exchanged. An index entry only says where to look (which coordinates are active, which peers a shard
-has); it is unsigned and small, and what it points to is signed.
+A record is signed by the peer that writes it. Its key, its owner and its expiry are inside the signed bytes, so none of
+them can be exchanged. An index entry only says where to look (which coordinates are active, which peers a shard lists).
+It is small and unsigned, and what it points to is signed.
 
-Where the nodes of a swarm are listed: in shards that split as they fill up. Pure functions.
-
-A shard is named by hex digits, two at least; a node belongs into every shard whose digits begin its own. It is listed
-in the first one that has room, and readers look further where a shard is well filled. So no key outgrows 32 KB: about
-330 entries of 95 bytes. Four digits hold 13 million nodes.
+Nodes are listed in shards, which split as they fill up. A shard is named by two to four hex digits, and a node belongs
+to every shard whose digits its own digits begin with. It is listed in the first of them that has room, and readers go
+on to the child shards where a shard is well filled. So no key outgrows 32 KB, which is about 330 entries of 95 bytes.
+Four digits hold 13 million nodes.
 """
 
 import re
@@ -27,63 +26,38 @@ from peer.kademlia.hivemind import DHTID, DHTRecord, RecordValidatorBase
 from peer.kademlia.validation import CLOCK_TOLERANCE_S, unpack
 from peer.wire import records_pb2
 
-FEWEST_DIGITS, MOST_DIGITS = 2, 4
-FULL = 192
-"""Nodes in a shard beyond which new ones go into the shards below it; some more come in at the same moment."""
-
-
-def digits_of(peer_id: bytes) -> str:
-    """The digits that begin with those of each shard that the peer belongs into. They are from a hash."""
-    return bytes(reversed(peer_id[-MOST_DIGITS // 2 :])).hex()
-
-
-def shards_of(peer_id: PeerID) -> list[str]:
-    """All shards that a node may be listed in, the largest first."""
-    digits = digits_of(peer_id.to_bytes())
-    return [digits[:count] for count in range(FEWEST_DIGITS, MOST_DIGITS + 1)]
-
-
-def first_shards() -> list[str]:
-    return [f"{number:0{FEWEST_DIGITS}x}" for number in range(16**FEWEST_DIGITS)]
-
-
-def below(shard: str, listed: int) -> Iterator[str]:
-    """The shards to read after this one, which lists so many. From half full: it may have been full just now."""
-    if 2 * listed >= FULL and len(shard) < MOST_DIGITS:
-        for digit in range(16):
-            yield f"{shard}{digit:x}"
-
-
-def choose(peer_id: PeerID, others: Mapping[str, int]) -> str:
-    """The shard to be listed in, where `others` says how many other nodes each of `shards_of` lists."""
-    shards = shards_of(peer_id)
-    return next((shard for shard in shards if others.get(shard, 0) < FULL), shards[-1])
-
-
+Rule = Callable[[records_pb2.RecordPayload, PeerID], None]
+"""Raises RecordError if that peer may not write that payload."""
 MAX_RECORD_BYTES = 16 * 1024
 MAX_LIFETIME_S = 600.0
-"""Announcements, node records and index entries that claim to live longer are refused."""
+"""Of announcements, node records and index entries. Those that claim to live longer are refused."""
 MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
+"""The same, of manifests and revocations."""
+INDEX_PIECE = 128
+"""Coordinates under one key. As many index entries with the longest name stay under 32 KB."""
+FEWEST_DIGITS, MOST_DIGITS = 2, 4
+FULL = 192
+"""Nodes in a shard. New ones go into its child shards then; a few more may arrive at the same moment."""
 _LONG_LIVED = {"manifest_json": ".manifest", "revocations": ".revoked"}
-"""Records that live as long as that, and how their keys end."""
+"""The records with that long lifetime, and how their keys end."""
 _MAX_INDEX_BYTES = 128
 _VERIFIED = 4096
-"""Records remembered as verified, about 1 KB each."""
+"""Verified records that are remembered, about 1 KB each."""
 _COORDINATE_LIMIT = 4096
-INDEX_PIECE = 128
-"""Most coordinates under one key: so many index entries of the longest name stay under 32 KB."""
+_SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2,4})$|\.trainers\.([0-9a-f])$")
+_PIECE_PATTERN = re.compile(r":([1-9][0-9]?)$")
 
 
 @dataclass(frozen=True)
 class SwarmKeys:
-    """The DHT keys of a swarm: its name, and the PeerID of the manifest's author."""
+    """The DHT keys of a swarm. A swarm is its name and the PeerID of its manifest's author, the founder."""
 
     name: str
     author: PeerID
 
     @property
     def swarm_id(self) -> str:
-        """Names the swarm in keys and calls; two authors with the same name have different ones."""
+        """Names the swarm in keys and calls. Swarms of the same name by two authors have different ids."""
         return f"{self.name}-{self.author.to_base58()[-12:]}"
 
     @property
@@ -98,7 +72,7 @@ class SwarmKeys:
         return ".".join([self.swarm_id, str(layer), *map(str, coordinate)])
 
     def index(self, layer: int, coordinate: tuple[int, ...], following: int) -> str:
-        """The key that says whether this next coordinate is active. A large grid's prefix has several."""
+        """The key that says whether this next coordinate is active. A prefix in a large grid has several keys."""
         piece = following // INDEX_PIECE
         prefix = self.prefix(layer, coordinate)
         return f"{prefix}:{piece}" if piece else prefix
@@ -119,13 +93,68 @@ class SwarmKeys:
         return f"{self.swarm_id}.trainers.{shard:x}"
 
 
-def trainer_shard_of(peer_id: PeerID) -> int:
-    """Which of the 16 trainer shards a trainer is listed in: a swarm has fewer of them."""
-    return int(digits_of(peer_id.to_bytes())[0], 16)
+class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
+    """Which records this peer accepts, in its own DHT store and in the answers of other peers.
+
+    hivemind passes a validator the hash of the key and not the key, so every value names its key and the hashes are
+    compared. hivemind's RSASignatureValidator would protect only the subkeys that ask for it. Expired records pass,
+    because hivemind drops them by itself.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.time, rule: Rule | None = None) -> None:
+        """`rule`: of the swarm, for the records that are otherwise valid."""
+        self._now = now
+        self._rule = rule
+
+    def validate(self, record: DHTRecord) -> bool:
+        try:
+            self.check(record)
+        except RecordError:
+            return False
+        return True
+
+    def check(self, record: DHTRecord) -> None:
+        """Raises RecordError that says why the record is refused."""
+        if not isinstance(record.value, bytes) or not isinstance(record.expiration_time, int | float):
+            raise RecordError("a stored value is bytes with an expiry time")
+        if len(record.value) > MAX_RECORD_BYTES + 16 or len(record.subkey) > 64:
+            raise RecordError("the record is too large")
+        try:
+            value, subkey = unpack(record.value), unpack(record.subkey)
+        except WireError as error:
+            raise RecordError("the record can't be parsed") from error
+        if isinstance(value, str):
+            self._check_index_entry(record, value, subkey)
+        elif isinstance(value, bytes):
+            payload = _verified(value)
+            if not _is_digest_of(record.key, payload.key) or subkey != payload.peer_id:
+                raise RecordError("the record is stored under another key or subkey than the signed ones")
+            if payload.expires_at != record.expiration_time:
+                raise RecordError("the record's expiry is not the signed one")
+            _check_lifetime(payload.expires_at, self._now(), payload)
+            if self._rule is not None:
+                self._rule(payload, PeerID(payload.peer_id))
+        else:
+            raise RecordError("a value is a record (bytes) or an index entry (text)")
+
+    def _check_index_entry(self, record: DHTRecord, value: str, subkey: object) -> None:
+        if not isinstance(record.value, bytes) or not isinstance(record.expiration_time, int | float):
+            raise RecordError("a stored value is bytes with an expiry time")
+        if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
+            raise RecordError("an index entry's value is the name of its key")
+        if shard := _SHARD_PATTERN.search(value):
+            digits = shard[1] or shard[2]
+            if not isinstance(subkey, bytes) or len(subkey) != 34 or not digits_of(subkey).startswith(digits):
+                raise RecordError("a shard's subkeys are the PeerIDs that belong to it")
+        elif type(subkey) is not int or not 0 <= subkey < _COORDINATE_LIMIT:  # True is no coordinate
+            raise RecordError("a prefix's subkeys are coordinates")
+        elif _piece_of(value) != subkey // INDEX_PIECE:
+            raise RecordError("the coordinate belongs in another piece of the prefix")
+        _check_lifetime(record.expiration_time, self._now(), None)
 
 
 def sign_record(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
-    """Fills in the writer and signs. The result is what is stored under `payload.key`."""
+    """Fills in the writer and signs the payload. Returns what is stored under `payload.key`."""
     payload.peer_id = identity.peer_id.to_bytes()
     data = payload.SerializeToString()
     record = records_pb2.SignedRecord(
@@ -135,7 +164,7 @@ def sign_record(identity: Identity, payload: records_pb2.RecordPayload) -> bytes
 
 
 def open_record(data: object, key: str, peer_id: PeerID, now: float) -> records_pb2.RecordPayload:
-    """The payload of a stored value, once all of it is known to be right. Raises RecordError."""
+    """The payload of a stored value, after all checks. Raises RecordError."""
     if not isinstance(data, bytes):
         raise RecordError("a record must be bytes")
     payload = _verified(data)
@@ -150,13 +179,54 @@ def open_record(data: object, key: str, peer_id: PeerID, now: float) -> records_
 
 
 def writers_key(data: bytes) -> bytes:
-    """The public key in a record that was unsealed before, DER."""
+    """The DER public key in a record that was opened before."""
     return records_pb2.SignedRecord.FromString(data).public_key
+
+
+def parse_peer_id(value: object) -> PeerID:
+    """A PeerID from a DHT subkey. Raises WireError."""
+    if not isinstance(value, bytes) or len(value) != 34 or value[:2] != b"\x12\x20":
+        raise WireError("not the PeerID of an RSA key")
+    return PeerID(value)
+
+
+def digits_of(peer_id: bytes) -> str:
+    """The peer's digits. Each shard that it belongs to is named by the first two or more. They come from a hash."""
+    return bytes(reversed(peer_id[-MOST_DIGITS // 2 :])).hex()
+
+
+def shards_of(peer_id: PeerID) -> list[str]:
+    """All shards that a node may be listed in, the largest first."""
+    digits = digits_of(peer_id.to_bytes())
+    return [digits[:count] for count in range(FEWEST_DIGITS, MOST_DIGITS + 1)]
+
+
+def first_shards() -> list[str]:
+    """The shards with the fewest digits, which readers start from."""
+    return [f"{number:0{FEWEST_DIGITS}x}" for number in range(16**FEWEST_DIGITS)]
+
+
+def child_shards(shard: str, listed: int) -> Iterator[str]:
+    """The shards to read after this one, which lists `listed` nodes. From half full on, it may have been full."""
+    if 2 * listed >= FULL and len(shard) < MOST_DIGITS:
+        for digit in range(16):
+            yield f"{shard}{digit:x}"
+
+
+def choose_shard(peer_id: PeerID, others: Mapping[str, int]) -> str:
+    """The shard in which a node is listed. `others`: how many other nodes each of `shards_of(peer_id)` lists."""
+    shards = shards_of(peer_id)
+    return next((shard for shard in shards if others.get(shard, 0) < FULL), shards[-1])
+
+
+def trainer_shard_of(peer_id: PeerID) -> int:
+    """Which of the 16 trainer shards lists a trainer. They don't split: a swarm has fewer trainers than nodes."""
+    return int(digits_of(peer_id.to_bytes())[0], 16)
 
 
 @lru_cache(maxsize=_VERIFIED)
 def _verified(data: bytes) -> records_pb2.RecordPayload:
-    """Remembered, for several holders answer with the same record; so nobody may change what this gives."""
+    """Cached, because several peers answer with the same record. So callers must not change the result."""
     if len(data) > MAX_RECORD_BYTES:
         raise RecordError(f"a record of {len(data)} bytes; at most {MAX_RECORD_BYTES}")
     record, payload = records_pb2.SignedRecord(), records_pb2.RecordPayload()
@@ -183,74 +253,6 @@ def _check_lifetime(expires_at: float, now: float, payload: records_pb2.RecordPa
         raise RecordError(f"the record claims to live longer than {longest:.0f} s")
 
 
-Rule = Callable[[records_pb2.RecordPayload, PeerID], None]
-"""Raises RecordError when that peer may not write that."""
-
-
-class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
-    """What this peer lets into its DHT store, and takes out of the answers of others.
-
-    hivemind gives a validator the hash of the key, not the key: so every value names its key, and the hash is compared.
-    Not hivemind's RSASignatureValidator, because that protects only the subkeys that ask for it. Expired records pass:
-    hivemind forgets them by itself.
-    """
-
-    def __init__(self, now: Callable[[], float] = time.time, rule: Rule | None = None) -> None:
-        """`rule` raises RecordError where a swarm does not let this writer write this."""
-        self._now = now
-        self._rule = rule
-
-    def validate(self, record: DHTRecord) -> bool:
-        try:
-            self.check(record)
-        except RecordError:
-            return False
-        return True
-
-    def check(self, record: DHTRecord) -> None:
-        """Raises RecordError, saying why the record is refused."""
-        if not isinstance(record.value, bytes) or not isinstance(record.expiration_time, int | float):
-            raise RecordError("a stored value is bytes, and expires at a time")
-        if len(record.value) > MAX_RECORD_BYTES + 16 or len(record.subkey) > 64:
-            raise RecordError("the record is too large")
-        try:
-            value, subkey = unpack(record.value), unpack(record.subkey)
-        except WireError as error:
-            raise RecordError("the record can't be parsed") from error
-        if isinstance(value, str):
-            self._check_index_entry(record, value, subkey)
-        elif isinstance(value, bytes):
-            payload = _verified(value)
-            if not _is_digest_of(record.key, payload.key) or subkey != payload.peer_id:
-                raise RecordError("the record stands under another key or subkey than the signed ones")
-            if payload.expires_at != record.expiration_time:
-                raise RecordError("the record's expiry is not the signed one")
-            _check_lifetime(payload.expires_at, self._now(), payload)
-            if self._rule is not None:
-                self._rule(payload, PeerID(payload.peer_id))
-        else:
-            raise RecordError("a value is a record (bytes) or an index entry (text)")
-
-    def _check_index_entry(self, record: DHTRecord, value: str, subkey: object) -> None:
-        if not isinstance(record.value, bytes) or not isinstance(record.expiration_time, int | float):
-            raise RecordError("a stored value is bytes, and expires at a time")
-        if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
-            raise RecordError("an index entry's value is the name of its key")
-        if shard := _SHARD_PATTERN.search(value):
-            digits = shard[1] or shard[2]
-            if not isinstance(subkey, bytes) or len(subkey) != 34 or not digits_of(subkey).startswith(digits):
-                raise RecordError("a shard's subkeys are the PeerIDs that fall into it")
-        elif type(subkey) is not int or not 0 <= subkey < _COORDINATE_LIMIT:  # True is no coordinate
-            raise RecordError("a prefix's subkeys are coordinates")
-        elif _piece_of(value) != subkey // INDEX_PIECE:
-            raise RecordError("the coordinate belongs in another piece of the prefix")
-        _check_lifetime(record.expiration_time, self._now(), None)
-
-
-_SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2,4})$|\.trainers\.([0-9a-f])$")
-_PIECE_PATTERN = re.compile(r":([1-9][0-9]?)$")
-
-
 def _piece_of(key: str) -> int:
     found = _PIECE_PATTERN.search(key)
     return int(found[1]) if found else 0
@@ -258,10 +260,3 @@ def _piece_of(key: str) -> int:
 
 def _is_digest_of(digest: bytes, key: str) -> bool:
     return bool(DHTID.generate(source=key).to_bytes() == digest)
-
-
-def parse_peer_id(value: object) -> PeerID:
-    """A PeerID from a DHT subkey. Raises WireError."""
-    if not isinstance(value, bytes) or len(value) != 34 or value[:2] != b"\x12\x20":
-        raise WireError("not the PeerID of an RSA key")
-    return PeerID(value)

@@ -24,8 +24,8 @@ from dht.announcements import (
 from dht.records import (
     INDEX_PIECE,
     SwarmKeys,
-    below,
-    choose,
+    child_shards,
+    choose_shard,
     digits_of,
     first_shards,
     open_record,
@@ -211,7 +211,9 @@ class Registry:
         payload = records_pb2.RecordPayload(key=self.keys.node(peer_id), node=node)
         if self._now() >= self._shard_until:
             shards = await self._listed({self.keys.node_shard(shard): shard for shard in shards_of(peer_id)})
-            self._shard = choose(peer_id, {shard: len(some - {peer_id}) for shard, some in shards.items()})
+            self._shard = choose_shard(
+                peer_id, {shard: len(some - {peer_id}) for shard, some in shards.items()}
+            )
             self._shard_until = self._now() + _SHARD_FOR_S
         await self._publish_self(payload, self.keys.node_shard(self._shard), lifetime_s)
 
@@ -273,7 +275,7 @@ class Registry:
         while shards and len(listed) < most:
             found = await self._listed({self.keys.node_shard(shard): shard for shard in shards})
             listed.update(*found.values())
-            wanted = [lower for shard, some in found.items() for lower in below(shard, len(some))]
+            wanted = [lower for shard, some in found.items() for lower in child_shards(shard, len(some))]
             shards = _some(wanted, _MOST_SHARDS)
         return frozenset(_some(listed, most))
 

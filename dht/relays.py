@@ -27,73 +27,6 @@ _LOOK_S = 0.2
 _FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 30.0, 480.0
 
 
-class RelayBackoff:
-    """How long relays that let nobody in are borne: each time twice as long, for a change cuts all tunnels.
-
-    Pure: `now` is passed in, in seconds of a clock that never goes back.
-    """
-
-    def __init__(self) -> None:
-        self.begin_anew()
-
-    def begin_anew(self) -> None:
-        """After a look at which others came in, or when there was nobody to change to."""
-        self._patience_s = _FIRST_PATIENCE_S
-        self._since: float | None = None
-
-    def is_over(self, now: float) -> bool:
-        """To be asked at each look at which nobody came in. After a yes others are taken."""
-        if self._since is None:
-            self._since = now
-        if now - self._since < self._patience_s:
-            return False
-        self._since = now
-        self._patience_s = min(2 * self._patience_s, _LONGEST_PATIENCE_S)
-        return True
-
-
-async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list[NodeInfo]:
-    """Some other nodes, in random order; none when the DHT does not answer."""
-    peers = sorted(host.peers(), key=lambda peer: peer.to_bytes())
-    sample = rng.sample(peers, min(_SAMPLED, len(peers)))
-    try:
-        found = await registry.nodes(sample)
-    except UnreachableError:
-        return []
-    return list(found.values())
-
-
-async def find_relays(host: Host, registry: Registry, rng: random.Random, most: int) -> list[str]:
-    """Addresses of some peers that others reach, one of each. libp2p relays over public addresses only."""
-    nodes = await some_nodes(host, registry, rng)
-    listed = [address for node in nodes for address in node.bootstrap_addresses]
-    usable = [
-        a
-        for a in (*listed, *host.bootstrapped_from, *host.bootstrap_candidates)
-        if is_public(a) and not is_relayed(a)
-    ]
-    by_peer = {address.rpartition("/p2p/")[2]: address for address in usable}
-    by_peer.pop(host.peer_id.to_base58(), None)
-    return rng.sample(list(by_peer.values()), min(most, len(by_peer)))
-
-
-async def relayed_addresses(host: Host) -> tuple[str, ...]:
-    """By which relays others reach this peer, at most 8. Waits a while for the first that lets itself be used."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_RELAY_S):
-            while True:  # p2pd tells of no change
-                with suppress(UnreachableError):
-                    if relayed := tuple(filter(is_relayed, await host.tunnel_addresses())):
-                        return relayed
-                await asyncio.sleep(_LOOK_S)
-    return ()
-
-
-def is_hidden(host: str) -> bool:
-    """Whether the internet does not reach that IP address or name. Loopback is reached by all that are there."""
-    return not (host.startswith(("127.", "::1")) or host == "localhost" or is_public(multiaddress(host, 0)))
-
-
 class RelayKeeper:
     """This trainer's tunnel. `begin` when it has something to serve, then `look` now and then."""
 
@@ -142,3 +75,70 @@ class RelayKeeper:
             logger.warning("could not take relays: %s", error)
             return
         self.addresses = await relayed_addresses(host)
+
+
+class RelayBackoff:
+    """How long relays that let nobody in are borne: each time twice as long, for a change cuts all tunnels.
+
+    Pure: `now` is passed in, in seconds of a clock that never goes back.
+    """
+
+    def __init__(self) -> None:
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """After a look at which others came in, or when there was nobody to change to."""
+        self._patience_s = _FIRST_PATIENCE_S
+        self._since: float | None = None
+
+    def is_over(self, now: float) -> bool:
+        """To be asked at each look at which nobody came in. After a yes others are taken."""
+        if self._since is None:
+            self._since = now
+        if now - self._since < self._patience_s:
+            return False
+        self._since = now
+        self._patience_s = min(2 * self._patience_s, _LONGEST_PATIENCE_S)
+        return True
+
+
+async def find_relays(host: Host, registry: Registry, rng: random.Random, most: int) -> list[str]:
+    """Addresses of some peers that others reach, one of each. libp2p relays over public addresses only."""
+    nodes = await some_nodes(host, registry, rng)
+    listed = [address for node in nodes for address in node.bootstrap_addresses]
+    usable = [
+        a
+        for a in (*listed, *host.bootstrapped_from, *host.bootstrap_candidates)
+        if is_public(a) and not is_relayed(a)
+    ]
+    by_peer = {address.rpartition("/p2p/")[2]: address for address in usable}
+    by_peer.pop(host.peer_id.to_base58(), None)
+    return rng.sample(list(by_peer.values()), min(most, len(by_peer)))
+
+
+async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list[NodeInfo]:
+    """Some other nodes, in random order; none when the DHT does not answer."""
+    peers = sorted(host.peers(), key=lambda peer: peer.to_bytes())
+    sample = rng.sample(peers, min(_SAMPLED, len(peers)))
+    try:
+        found = await registry.nodes(sample)
+    except UnreachableError:
+        return []
+    return list(found.values())
+
+
+async def relayed_addresses(host: Host) -> tuple[str, ...]:
+    """By which relays others reach this peer, at most 8. Waits a while for the first that lets itself be used."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_RELAY_S):
+            while True:  # p2pd tells of no change
+                with suppress(UnreachableError):
+                    if relayed := tuple(filter(is_relayed, await host.tunnel_addresses())):
+                        return relayed
+                await asyncio.sleep(_LOOK_S)
+    return ()
+
+
+def is_hidden(host: str) -> bool:
+    """Whether the internet does not reach that IP address or name. Loopback is reached by all that are there."""
+    return not (host.startswith(("127.", "::1")) or host == "localhost" or is_public(multiaddress(host, 0)))

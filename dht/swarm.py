@@ -11,7 +11,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from dht.admission import Denylist, Role, SwarmAdmission, read_grant
-from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord, Revocations
+from dht.founder_records import LIFETIME_S, ManifestRecord, Revocations
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
@@ -253,14 +253,14 @@ async def _own_manifest(registry: Registry, manifest: Manifest, looks: int) -> t
                 f"your swarm {manifest.name!r} still runs, with another manifest: pass the one that it was founded "
                 "with, or choose another name in it"
             )
-        if expires_at > time.time() + MANIFEST_LIFETIME_S / 2:
+        if expires_at > time.time() + LIFETIME_S / 2:
             return record, expires_at
     elif others:
         raise SwarmError(
             f"a swarm named {manifest.name!r} exists here already, founded by {others.pop()}: "
             "choose another name in the manifest, or join that swarm with its invite"
         )
-    expires_at = time.time() + MANIFEST_LIFETIME_S
+    expires_at = time.time() + LIFETIME_S
     return await registry.publish_manifest(manifest.to_json(), expires_at), expires_at
 
 

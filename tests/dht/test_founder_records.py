@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord
+from dht.founder_records import LIFETIME_S, ManifestRecord
 from dht.records import SwarmKeys
 from peer.identity import PeerID
 
@@ -22,7 +22,7 @@ class Records:
         self.now = 0.0
         self.signed = 0
         self.looks = 0
-        self.held: tuple[bytes, float] = b"record 0 " + JSON, MANIFEST_LIFETIME_S
+        self.held: tuple[bytes, float] = b"record 0 " + JSON, LIFETIME_S
 
     def registry(self, peer_id: PeerID) -> Any:
         records = self
@@ -76,7 +76,7 @@ def test_the_founder_signs_anew_half_way_and_the_manifest_stays_the_same() -> No
     assert records.signed == 1
     assert founder.data == records.held[0] == b"record 1 " + JSON
     live(records, [founder], 60)
-    assert records.held[1] > records.now + MANIFEST_LIFETIME_S / 2 - DAY_S
+    assert records.held[1] > records.now + LIFETIME_S / 2 - DAY_S
     assert records.signed == 5
 
 
@@ -113,4 +113,4 @@ def test_a_founder_that_was_away_renews_when_it_is_back() -> None:
     founder, other = records.kept_by(FOUNDER), records.kept_by(OTHER)
     live(records, [other], 29)
     live(records, [founder, other], 1)
-    assert records.held[1] > records.now + MANIFEST_LIFETIME_S - 2 * DAY_S
+    assert records.held[1] > records.now + LIFETIME_S - 2 * DAY_S

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
-from dht.records import FULL, MOST_DIGITS, below, choose, digits_of, first_shards, shards_of
+from dht.records import FULL, MOST_DIGITS, child_shards, choose_shard, digits_of, first_shards, shards_of
 from dht.registry import Registry
 from peer.identity import PeerID
 from peer.kademlia.hivemind import DHTID, MSGPackSerializer
@@ -32,16 +32,16 @@ def test_a_node_belongs_into_one_shard_of_each_length() -> None:
 
 
 def test_a_node_is_listed_in_the_first_shard_with_room() -> None:
-    assert choose(PEER, {}) == "ab"
-    assert choose(PEER, {"ab": FULL - 1}) == "ab"
-    assert choose(PEER, {"ab": FULL}) == "abc"
-    assert choose(PEER, {"ab": FULL, "abc": FULL, "abcd": FULL}) == "abcd", "the last takes all"
+    assert choose_shard(PEER, {}) == "ab"
+    assert choose_shard(PEER, {"ab": FULL - 1}) == "ab"
+    assert choose_shard(PEER, {"ab": FULL}) == "abc"
+    assert choose_shard(PEER, {"ab": FULL, "abc": FULL, "abcd": FULL}) == "abcd", "the last takes all"
 
 
 def test_readers_look_below_a_shard_before_it_is_full() -> None:
-    assert not list(below("ab", FULL // 2 - 1))
-    assert list(below("ab", FULL // 2)) == [f"ab{digit:x}" for digit in range(16)]
-    assert not list(below("abcd", 10 * FULL))
+    assert not list(child_shards("ab", FULL // 2 - 1))
+    assert list(child_shards("ab", FULL // 2)) == [f"ab{digit:x}" for digit in range(16)]
+    assert not list(child_shards("abcd", 10 * FULL))
     assert len("abcd") == MOST_DIGITS
 
 
@@ -51,7 +51,7 @@ def test_no_shard_of_a_large_swarm_passes_32_kilobytes_and_every_node_is_found(n
     rng, listed, peers = random.Random(1), Counter[str](), []
     for _ in range(nodes // 256):
         peer_id = PeerID(b"\x12\x20" + rng.randbytes(31) + b"\xab")
-        shard = choose(peer_id, listed)
+        shard = choose_shard(peer_id, listed)
         listed[shard] += 1
         peers.append(shard)
     entry = len(MSGPackSerializer.dumps([PEER.to_bytes(), b"x" * 80, 1e9]))
@@ -59,7 +59,7 @@ def test_no_shard_of_a_large_swarm_passes_32_kilobytes_and_every_node_is_found(n
     read, shards = set(), ["ab"]
     while shards:
         read |= set(shards)
-        shards = [lower for shard in shards for lower in below(shard, listed[shard])]
+        shards = [lower for shard in shards for lower in child_shards(shard, listed[shard])]
     assert set(listed) <= read
     assert len(read) < 300
 

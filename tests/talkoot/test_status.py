@@ -13,7 +13,7 @@ from simulated_readings import NOW, manifest, node, peer, replica, trainer
 
 from dht.announcements import NodeInfo, TrainerInfo
 from dht.directory import View
-from dht.founder_records import MANIFEST_LIFETIME_S, ManifestRecord
+from dht.founder_records import LIFETIME_S, ManifestRecord
 from dht.records import SwarmKeys
 from dht.swarm import Swarm
 from dht.uid import UID
@@ -33,7 +33,7 @@ class FakeRegistry:
         self.listed = set(listed)
         self.asked: list[int] = []
         self.lists = 0
-        self.expires_at = NOW + MANIFEST_LIFETIME_S
+        self.expires_at = NOW + LIFETIME_S
         """Of the manifest."""
 
     keys = SwarmKeys("sauna", peer(-1))
