@@ -171,5 +171,5 @@ def test_trainers_are_listed_in_the_shard_of_their_last_half_byte() -> None:
     assert keys.trainer_shard(0xA) == f"{keys.swarm_id}.trainers.a"
     validator.check(entry(keys.trainer_shard(0xA), PEER.to_bytes()))
     for value, subkey in ((keys.trainer_shard(0xB), PEER.to_bytes()), (keys.trainer_shard(0xA), 3)):
-        with pytest.raises(RecordError, match="fall into it"):
+        with pytest.raises(RecordError, match="belong to it"):
             validator.check(entry(value, subkey))

@@ -30,14 +30,14 @@ def test_an_index_entry_in_a_foreign_shard_is_refused(identity: Identity, keys: 
     subkey = identity.peer_id.to_bytes()
     for shard in shards_of(identity.peer_id):
         foreign = keys.node_shard(f"{shard[:-1]}{int(shard[-1], 16) ^ 1:x}")
-        refused(stored(foreign, subkey, foreign), "PeerIDs that fall into it")
+        refused(stored(foreign, subkey, foreign), "PeerIDs that belong to it")
 
 
 @pytest.mark.parametrize("subkey", [0, None, "text", b"", b"x", bytes(33), bytes(35), [bytes(34)]])
 def test_a_shard_takes_only_peer_ids(keys: SwarmKeys, subkey: object) -> None:
     shard = keys.node_shard("00")
     VALIDATOR.check(stored(shard, bytes(34), shard))
-    refused(stored(shard, subkey, shard), "PeerIDs that fall into it")
+    refused(stored(shard, subkey, shard), "PeerIDs that belong to it")
 
 
 @pytest.mark.parametrize(("piece_of", "coordinate"), [(0, 128), (128, 127), (4095, 0), (127, 4095)])
