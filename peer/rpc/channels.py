@@ -1,4 +1,4 @@
-"""gRPC over TLS with pinned certificates: the server's credentials, and a pool of client channels."""
+"""Client channels of gRPC, over TLS with pinned certificates, and the options that servers and clients share."""
 
 import asyncio
 import contextlib
@@ -13,16 +13,8 @@ from peer.errors import UnreachableError
 from peer.identity import TLS_NAME, PeerID
 from peer.transport.tunnel import Tunnels
 
-_TUNNEL = "tunnel"
-"""Stands for a peer's tunnel among its addresses."""
-_HEAD_START_S = 1.0
-"""How long one way is tried alone before the next is tried, too."""
-_TRY_S = 20.0
-_BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
-
 WINDOW_BYTES = 16 * 2**20
-"""What may be under way to a reader, in each direction: 100 Mbit/s at a round trip of over a second."""
-
+"""Bytes in flight in each direction: enough for 100 Mbit/s at a round trip of over a second."""
 _COMMON_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -32,7 +24,7 @@ _COMMON_OPTIONS: list[tuple[str, int | str]] = [
 ]
 SERVER_OPTIONS: list[tuple[str, int | str]] = [
     *_COMMON_OPTIONS,
-    ("grpc.so_reuseport", 0),  # else a second server silently shares the port
+    ("grpc.so_reuseport", 0),  # or a second server would silently share the port
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
@@ -44,11 +36,17 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
+_TUNNEL = "tunnel"
+"""Stands for the tunnel among a peer's addresses."""
+_HEAD_START_S = 1.0
+"""How long one way is tried alone before the next is tried beside it."""
+_TRY_S = 20.0
+_BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 _SILENT = {grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE}
 
 
 class Contact(Protocol):
-    """What must be known of a peer to call it."""
+    """What is needed to call a peer."""
 
     @property
     def peer_id(self) -> PeerID: ...
@@ -59,17 +57,17 @@ class Contact(Protocol):
 
     @property
     def tunnel_addresses(self) -> Sequence[str]:
-        """Multiaddresses by which its tunnel is reached; empty: it has none."""
+        """Multiaddresses by which its tunnel is reached; empty if it has none."""
 
     @property
     def certificate_pem(self) -> bytes: ...
 
 
 class ChannelPool:
-    """Open channels, one per address and pinned certificate; the least recently used is closed when full.
+    """Open channels, one per address and pinned certificate. Of too many, the least recently used is closed.
 
-    A peer that is reached in several ways is called by the one that worked last. All are tried again when that fails,
-    its tunnel last.
+    A peer with several addresses is called by the one that worked last. If that fails, all are tried again, its tunnel
+    last.
     """
 
     def __init__(self, limit: int = 256, tunnels: Tunnels | None = None) -> None:
@@ -79,7 +77,7 @@ class ChannelPool:
         self._tries: dict[PeerID, asyncio.Task[grpc.aio.Channel]] = {}
 
     async def get(self, address: str, certificate_pem: bytes) -> grpc.aio.Channel:
-        """A channel to `host:port` that accepts exactly this certificate. Opening one does no I/O yet."""
+        """A channel to `host:port` that accepts exactly this certificate. Opening it does no I/O yet."""
         key = (address, certificate_pem)
         channel = self._channels.get(key)
         if channel is None:
@@ -90,7 +88,7 @@ class ChannelPool:
         return channel
 
     def is_silent(self, peer: Contact) -> bool:
-        """Whether a connection to the peer is being tried, or failed; not so when nobody has called it."""
+        """Whether a connection to the peer is being tried or has failed. False if nobody has called it."""
         if peer.peer_id in self._tries:
             return True
         ways = self._ways(peer)
@@ -100,10 +98,10 @@ class ChannelPool:
         return channel is not None and channel.get_state() in _SILENT
 
     async def reach(self, peer: Contact) -> grpc.aio.Channel:
-        """A channel to a peer. Does I/O only when there are several ways and none is known to work.
+        """A channel to a peer. Does I/O only if the peer has several addresses and none is known to work.
 
-        It may not be connected: then a call by it says why. Raises UnreachableError when the peer gives no address
-        that can be called from here.
+        It may not be connected; then a call says why. Raises UnreachableError if the peer has no address that can be
+        called from here.
         """
         ways = self._ways(peer)
         if not ways:
@@ -142,7 +140,7 @@ class ChannelPool:
         return await self.get(way, peer.certificate_pem)
 
     async def _try(self, peer: Contact, ways: Sequence[str]) -> grpc.aio.Channel:
-        """Connects in one way after the other; a way that takes long goes on beside the next."""
+        """Tries one way after another. One that takes long goes on beside the next."""
         connecting: dict[asyncio.Task[bool], tuple[str, grpc.aio.Channel]] = {}
         try:
             async with asyncio.timeout(_TRY_S):
@@ -164,7 +162,7 @@ class ChannelPool:
     async def _first(
         self, connecting: dict["asyncio.Task[bool]", tuple[str, grpc.aio.Channel]], longest_s: float | None
     ) -> tuple[str, grpc.aio.Channel] | None:
-        """The first that connects; None when the time is over or all have failed. Those that failed are dropped."""
+        """The first that connects; None when time is up or all have failed. Drops those that failed."""
         ends = None if longest_s is None else asyncio.get_running_loop().time() + longest_s
         while connecting:
             left = None if ends is None else ends - asyncio.get_running_loop().time()
@@ -179,7 +177,7 @@ class ChannelPool:
 
 
 async def _connects(channel: grpc.aio.Channel) -> bool:
-    """Waits until it is connected, or the first attempt has failed."""
+    """Waits until the channel is connected or its first attempt has failed."""
     state = channel.get_state(try_to_connect=True)
     while state is not grpc.ChannelConnectivity.READY:
         await channel.wait_for_state_change(state)

@@ -1,9 +1,7 @@
-"""Sessions that others open with this peer: they prove once who they are, and their calls then only name the session.
+"""Sessions, both sides: a caller proves once who it is, and its calls then only name the session.
 
-The proof is a signed statement that names this server, so that no other can pass it on. TLS is pinned to this server's
-certificate, so a session's name, once given, is known to the two of them alone.
-
-The sessions that this peer has opened with others: what a call to a server carries to show who calls.
+The proof is a signed statement that names the server, so that no server can replay it to another. TLS is pinned to the
+server's certificate, so only the two of them know the session's name.
 """
 
 import asyncio
@@ -30,26 +28,29 @@ from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
 Right: TypeAlias = "session_pb2.Right"
 Metadata: TypeAlias = tuple[tuple[str, bytes], ...]
-
 SESSION_KEY = "talkoot-session-bin"
-"""Of the gRPC metadata in which a call names its session."""
+"""The key of the gRPC metadata in which a call names its session."""
 CLOCK_WINDOW_S = 60.0
-"""By how much a statement's time may differ from the server's."""
+"""How far a statement's time may differ from the server's clock."""
 NONCE_BYTES = 16
 _SESSION_BYTES = 16
 _MAX_REQUEST_BYTES = 4096
 _MAX_RIGHTS = 16
 _REMEMBERED_STATEMENTS = 16_384
 _STATEMENTS_OF_CALLER = 256
-"""Of those, most of one caller."""
+"""The most of these from one caller."""
+_RENEW_AT = 0.8
+"""The share of a session's lifetime after which a new one is opened."""
+_LONGEST_LIFETIME_S = 7 * 86400.0
+_MAX_SESSION_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """What let a caller in."""
+    """By what a caller was admitted."""
 
     serial: int = 0
-    """Of its grant; 0 where none is needed."""
+    """Of its grant; 0 if none is needed."""
     expires_at: float = float("inf")
 
 
@@ -61,12 +62,12 @@ class Admission(Protocol):
         ...
 
     def still_admits(self, caller: PeerID, serial: int) -> bool:
-        """Whether one that was admitted is not denied or revoked by now."""
+        """Whether a caller that was admitted has not been denied or revoked since."""
         ...
 
 
 class AllowAll:
-    """Admits whoever proves who it is."""
+    """Admits every caller that proves who it is."""
 
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
         return Admitted()
@@ -88,10 +89,10 @@ class Session:
 
 
 class ReplayWindow:
-    """Takes each caller's statement once. Pure and bounded: `now` is passed in.
+    """Accepts each statement once. Pure and bounded: `now` is passed in.
 
-    When it is full it forgets the statement with the earliest time, and takes none of that time or earlier any more:
-    so none is ever taken twice. One caller can't fill it: that would shut out the others.
+    When it is full, it forgets the statement with the earliest time and accepts none of that time or earlier any more,
+    so that none is ever accepted twice. One caller can't fill it, which would shut out the others.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class ReplayWindow:
         self._floor = float("-inf")
 
     def take(self, caller: bytes, nonce: bytes, at: float, now: float) -> None:
-        """Raises ExpertError: UNAUTHENTICATED, or RESOURCE_EXHAUSTED when the caller sent too many lately."""
+        """Raises ExpertError: UNAUTHENTICATED, or RESOURCE_EXHAUSTED if the caller sent too many lately."""
         if not abs(at - now) <= self._window_s:  # also refuses NaN
             raise ExpertError(
                 StatusCode.UNAUTHENTICATED,
@@ -143,7 +144,7 @@ class ReplayWindow:
 
 
 class Sessions:
-    """The sessions of one server, one for each caller; the one used longest ago ends when there are too many."""
+    """The sessions of one server, one per caller. The least recently used ends when there are too many."""
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class Sessions:
         now: Callable[[], float] = time.time,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`admission`: everybody by default."""
+        """`admission`: who may do what; by default everybody may do everything."""
         events = Counter(
             "talkoot_session_events",
             "Sessions opened, refused and ended early to make room; calls in none that is open.",
@@ -203,11 +204,11 @@ class Sessions:
         return session_pb2.OpenReply(session=key, lifetime_s=max(0.0, expires_at - now))
 
     def require(self, context: "grpc.aio.ServicerContext[Any, Any]", right: Right) -> Session:
-        """Who calls, once it is known that they may. Raises ExpertError: UNAUTHENTICATED or PERMISSION_DENIED."""
+        """The session of a caller that has the right. Raises ExpertError: UNAUTHENTICATED or PERMISSION_DENIED."""
         return self.find(session_named(context), right)
 
     def find(self, key: bytes, right: Right) -> Session:
-        """As `require`, for the session's name."""
+        """Like `require`, by the session's name."""
         session = self._sessions.get(key)
         if session is None or session.expires_at <= self._now():
             self.events.labels("unknown").inc()
@@ -221,7 +222,7 @@ class Sessions:
         return session
 
     def recheck(self) -> None:
-        """Ends the sessions of callers that are denied or revoked by now, and those that have expired."""
+        """Ends the sessions of callers that have been denied or revoked, and those that have expired."""
         now = self._now()
         for session in self.all():
             gone = session.expires_at <= now
@@ -234,7 +235,7 @@ class Sessions:
             del self._sessions[key]
 
     def _proved(self, request: session_pb2.OpenRequest) -> tuple[session_pb2.OpenStatement, PeerID]:
-        """The statement and its caller, once it is known to be the caller's and for this server."""
+        """The statement and its caller, after checking that it is the caller's and for this server."""
         if request.ByteSize() > _MAX_REQUEST_BYTES:
             raise ExpertError(
                 StatusCode.INVALID_ARGUMENT, f"at most {_MAX_REQUEST_BYTES} bytes open a session"
@@ -262,16 +263,8 @@ class Sessions:
         return statement, caller
 
 
-def session_named(context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
-    """The session that a call says it is in; empty when it names none."""
-    for key, value in context.invocation_metadata() or ():
-        if key == SESSION_KEY and isinstance(value, bytes):
-            return value
-    return b""
-
-
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
-    """Opens sessions for those who prove who they are."""
+    """Opens sessions for callers that prove who they are."""
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
@@ -288,17 +281,11 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):  # type: ignore[
         raise AssertionError("abort raises")
 
 
-_RENEW_AT = 0.8
-"""Of a session's lifetime: after that a new one is opened before it ends."""
-_LONGEST_LIFETIME_S = 7 * 86400.0
-_MAX_SESSION_BYTES = 64
-
-
 class SessionClient:
-    """Opens sessions when they are needed, one with each server, and remembers them. For one event loop.
+    """Opens sessions with servers when they are needed, and remembers them. For one event loop.
 
-    A session that a server does not know any more is told by `ended`; the call can then be repeated, for a server looks
-    at the session before it does anything.
+    Call `ended` when a server no longer knows a session. The call can then be repeated, because a server checks the
+    session before it does anything.
     """
 
     def __init__(
@@ -312,9 +299,7 @@ class SessionClient:
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`limit`: sessions remembered; the one opened longest ago is forgotten first. `now`: what statements say,
-        `clock`: what lifetimes are measured by.
-        """
+        """`limit`: sessions remembered, the newest ones. `now` dates statements, `clock` measures lifetimes."""
         self.opened = 0
         self._identity = identity
         self._swarm_id = swarm_id
@@ -323,18 +308,18 @@ class SessionClient:
         self._now = now
         self._clock = clock
         self._known = BoundedDict[PeerID, tuple[Metadata, float]](limit)
-        """By server: what calls carry, and until when."""
+        """The metadata of calls to each server, and until when it is good."""
         self._opening: dict[PeerID, asyncio.Task[Metadata]] = {}
 
     def known(self, server: PeerID) -> Metadata | None:
-        """What calls to this server carry, if a session is open."""
+        """The metadata for calls to this server, if a session is open."""
         found = self._known.get(server)
         return found[0] if found is not None and self._clock() < found[1] else None
 
     async def metadata(self, server: PeerID, channel: grpc.aio.Channel, deadline_s: float) -> Metadata:
-        """What calls to this server carry. Opens a session when none is; who comes meanwhile waits for the same.
+        """The metadata for calls to this server. Opens a session if there is none; all callers wait for the same one.
 
-        Raises ExpertError with the server's status when it opens none.
+        Raises ExpertError with the server's status if it opens none.
         """
         if (known := self.known(server)) is not None:
             return known
@@ -345,13 +330,13 @@ class SessionClient:
         return await asyncio.shield(opening)
 
     def ended(self, server: PeerID, metadata: Metadata) -> None:
-        """The server does not know this session any more."""
+        """Forgets a session that the server no longer knows."""
         found = self._known.get(server)
         if found is not None and found[0] == metadata:
             del self._known[server]
 
     async def close(self) -> None:
-        """Ends what is being opened."""
+        """Stops opening sessions."""
         opening = list(self._opening.values())
         for task in opening:
             task.cancel()
@@ -377,7 +362,7 @@ class SessionClient:
         return metadata
 
     def statement(self, server: PeerID) -> session_pb2.OpenRequest:
-        """Proves to this server, now, who calls."""
+        """Proves to this server who calls now."""
         statement = session_pb2.OpenStatement(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
@@ -398,3 +383,11 @@ class SessionClient:
         del self._opening[server]
         if not task.cancelled():
             task.exception()  # told to whoever waits; nobody may any more
+
+
+def session_named(context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
+    """The session that a call names; empty if it names none."""
+    for key, value in context.invocation_metadata() or ():
+        if key == SESSION_KEY and isinstance(value, bytes):
+            return value
+    return b""

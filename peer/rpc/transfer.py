@@ -1,6 +1,6 @@
-"""Snapshots of trained state on their way between peers: what they are, their bytes in chunks, their checksum.
+"""Snapshots of trained state sent between peers, in chunks and with a checksum.
 
-Snapshots that are fetched from other peers: whoever was cut off goes on where it was, while the other keeps them.
+A download that was cut off resumes where it was, as long as the other peer still caches the snapshot.
 """
 
 import asyncio
@@ -23,13 +23,30 @@ from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import state_pb2
 
 STALL_S = 30.0
-"""Longest that the next message may take."""
+"""Longest wait for the next message."""
 _CHUNK_S = 20.0
 """Longest that a receiver may take to read one chunk."""
+_ATTEMPTS = 5
+"""Times that a download is started or resumed."""
+_BUSY_ATTEMPTS = 20
+"""The same, at a peer that others keep busy."""
+_BACKOFF_S = 0.2
+"""Pause before the second attempt. It doubles up to eight times that."""
+_PASSING = {
+    StatusCode.UNAUTHENTICATED,  # the session had ended; the next attempt opens another
+    StatusCode.UNAVAILABLE,
+    StatusCode.RESOURCE_EXHAUSTED,
+    StatusCode.DEADLINE_EXCEEDED,
+    StatusCode.CANCELLED,
+    StatusCode.INTERNAL,
+    StatusCode.UNKNOWN,
+}
+"""Statuses of a download that is worth another attempt."""
+M = TypeVar("M")
 
 
 class CachedSnapshot(Protocol):
-    """A snapshot that others may fetch."""
+    """A snapshot that other peers may fetch."""
 
     @property
     def key(self) -> Hashable: ...
@@ -42,11 +59,10 @@ class CachedSnapshot(Protocol):
 
 
 S = TypeVar("S", bound=CachedSnapshot)
-M = TypeVar("M")
 
 
 class SnapshotCache(Generic[S]):
-    """A bounded memory of them. Pure: `now` is passed in."""
+    """The newest snapshots, for as long as they last. Pure: `now` is passed in."""
 
     def __init__(self, limit: int, lifetime_s: float) -> None:
         self.lifetime_s = lifetime_s
@@ -66,7 +82,7 @@ class SnapshotCache(Generic[S]):
 
     @property
     def in_memory(self) -> list[S]:
-        """Also those that have expired since anybody looked. Any thread may ask."""
+        """All snapshots, even those that have expired and were not dropped yet. Thread-safe."""
         return list(self._kept.values())
 
     def __len__(self) -> int:
@@ -78,10 +94,10 @@ class SnapshotCache(Generic[S]):
 
 
 class SnapshotReceiver:
-    """What of a snapshot has come so far. Does no I/O, and takes nothing but what was announced."""
+    """Assembles a snapshot. Does no I/O, and accepts nothing beyond what the header announced."""
 
     def __init__(self, max_bytes: int, count: Callable[[int], None]) -> None:
-        """`max_bytes`: of the whole. `count` is told how many bytes have come, chunk by chunk."""
+        """`max_bytes`: of the whole snapshot. `count` is called with the size of each chunk."""
         self.header: state_pb2.StateHeader | None = None
         self._max_bytes = max_bytes
         self._count = count
@@ -89,7 +105,7 @@ class SnapshotReceiver:
 
     @property
     def offset(self) -> int:
-        """Bytes that are here."""
+        """Bytes received."""
         return len(self._data)
 
     @property
@@ -97,7 +113,7 @@ class SnapshotReceiver:
         return self.header is not None and len(self._data) == self.header.total_bytes
 
     def begin(self, header: state_pb2.StateHeader, sha256: bytes = b"") -> None:
-        """What the next chunks are of; `sha256`: of the snapshot that was asked for. Raises StateError."""
+        """Takes the header of the next chunks. `sha256`: of the snapshot that was asked for. Raises StateError."""
         if len(header.sha256) != 32:
             raise StateError("a state must begin with its header")
         if header.total_bytes > self._max_bytes:
@@ -107,11 +123,11 @@ class SnapshotReceiver:
         if header.update_count > MAX_UPDATE_COUNT:
             raise StateError(f"a state after {header.update_count} updates; nobody takes so many")
         if (self.header is not None and header != self.header) or (sha256 and header.sha256 != sha256):
-            raise StateError("it is another snapshot than was asked for")
+            raise StateError("this is not the snapshot that was asked for")
         self.header = header
 
     def take(self, chunk: bytes) -> None:
-        """Raises StateError."""
+        """Adds a chunk. Raises StateError."""
         assert self.header is not None, "the header comes first"
         if not 1 <= len(chunk) <= MAX_CHUNK_BYTES:
             raise StateError(f"after the header come chunks of 1 to {MAX_CHUNK_BYTES} bytes")
@@ -121,104 +137,36 @@ class SnapshotReceiver:
         self._count(len(chunk))
 
     def whole(self) -> tuple[state_pb2.StateHeader, bytes]:
-        """Takes a while: not for the loop's thread. Raises StateError when it is not what its header says."""
+        """The header and the data. Slow, so not for the loop's thread. Raises StateError if they don't match."""
         if self.header is None or not self.is_whole:
-            raise StateError("the state ended before it was whole")
+            raise StateError("the state is incomplete")
         if hashlib.sha256(self._data).digest() != self.header.sha256:
-            raise StateError("its checksum does not match: it was changed on its way")
+            raise StateError("the checksum does not match: the state was changed on its way")
         return self.header, bytes(self._data)
-
-
-async def receive(
-    call: Any,
-    incoming: SnapshotReceiver,
-    down: RateLimit,
-    sha256: bytes = b"",
-    begun: Callable[[], None] = lambda: None,
-) -> None:
-    """Reads one call's replies to their end. Raises AioRpcError, StateError, and TimeoutError when the next stalls.
-
-    `begun` is told when a header has come that is all right.
-    """
-    reply = await in_time(call.read())
-    if reply is grpc.aio.EOF or reply.WhichOneof("part") != "header":
-        raise StateError("a state must begin with its header")
-    incoming.begin(reply.header, sha256)
-    begun()
-    while (reply := await in_time(call.read())) is not grpc.aio.EOF:
-        incoming.take(reply.chunk)
-        await down.take(len(reply.chunk))
-
-
-async def in_time(message: Awaitable[M]) -> M:
-    """The next message. Raises TimeoutError when it stalls."""
-    async with asyncio.timeout(STALL_S):
-        return await message
-
-
-async def outgoing(
-    header: state_pb2.StateHeader, data: bytes, offset: int, up: RateLimit
-) -> AsyncIterator[state_pb2.FetchReply]:
-    """The replies that give a snapshot from an offset on, as fast as `up` lets. Raises WireError beyond its end."""
-    if offset > len(data):
-        raise WireError(f"offset {offset} of {len(data)} bytes")
-    yield state_pb2.FetchReply(header=header)
-    for chunk in chunked(data, offset):
-        await up.take(len(chunk))
-        yield state_pb2.FetchReply(chunk=chunk)
-
-
-def chunked(data: bytes, offset: int = 0) -> Iterator[bytes]:
-    for start in range(offset, len(data), CHUNK_BYTES):
-        yield data[start : start + CHUNK_BYTES]
-
-
-async def written(write: Callable[[Any], Any], message: Any) -> None:
-    """Raises TimeoutError when the receiver does not read on."""
-    async with asyncio.timeout(_CHUNK_S):
-        await write(message)
-
-
-_ATTEMPTS = 5
-"""How often a download is begun or resumed."""
-_BUSY_ATTEMPTS = 20
-"""How often it is tried at a peer that others keep busy."""
-_BACKOFF_S = 0.2
-"""Before the second attempt; it doubles with each, up to eight times."""
-_PASSING = {
-    StatusCode.UNAUTHENTICATED,  # the session had ended: the next attempt opens another
-    StatusCode.UNAVAILABLE,
-    StatusCode.RESOURCE_EXHAUSTED,
-    StatusCode.DEADLINE_EXCEEDED,
-    StatusCode.CANCELLED,
-    StatusCode.INTERNAL,
-    StatusCode.UNKNOWN,
-}
-"""Of a download that is worth another attempt."""
 
 
 @dataclass(frozen=True)
 class SnapshotClient:
-    """A gRPC service of other peers that gives snapshots. Close it when done."""
+    """Downloads snapshots from one gRPC service of other peers. Close it when done."""
 
     stub_class: Callable[[Any], Any]
-    """The generated one."""
+    """The generated stub."""
     channels: ChannelPool
     sessions: SessionClient
-    """What shows others who calls."""
+    """This peer's sessions with others."""
     incoming: Callable[[], SnapshotReceiver]
-    """Where a snapshot goes, from its beginning on."""
+    """Makes the receiver of a new download."""
     open_s: float
     """Longest that opening a session may take."""
     limit_s: float
-    """Longest that a download may take, all attempts together."""
+    """Longest that a download may take, over all attempts."""
 
     async def close(self) -> None:
         await self.sessions.close()
         await self.channels.close()
 
     async def stub(self, peer: Contact) -> tuple[Any, Metadata]:
-        """With what its calls carry. Raises TransferError, and ExpertError when the peer opens no session."""
+        """A stub and the metadata for its calls. Raises TransferError, and ExpertError if the peer opens no session."""
         try:
             channel = await self.channels.reach(peer)
         except UnreachableError as error:
@@ -229,11 +177,11 @@ class SnapshotClient:
     async def download(
         self, peer: Contact, method: str, request: Any, what: str, down: RateLimit
     ) -> SnapshotReceiver:
-        """By calls of the method, each from where the last was cut off.
+        """Downloads a snapshot by calls of the method, each from where the last one was cut off.
 
-        `request`: whose `sha256` and `offset` are set for each; its first `sha256`: of the snapshot that is wanted,
-        empty: as it is now. `what`: for errors, such as "expert 0.1.2 of node Qm…". `down`: how fast it may come.
-        Raises TransferError, and StateError when what came can't be right.
+        `request`: its `sha256` names the snapshot that is wanted, or is empty for the current state; its `offset` is
+        set for each call. `what`: for errors, such as "expert 0.1.2 of node Qm…". `down`: the limit of bandwidth.
+        Raises TransferError, and StateError if what arrives can't be right.
         """
         try:
             async with asyncio.timeout(self.limit_s):
@@ -261,9 +209,11 @@ class SnapshotClient:
                 reason = f"{status.name}: {error if isinstance(error, ExpertError) else error.details()}"
                 busy += status is StatusCode.RESOURCE_EXHAUSTED
                 if status is StatusCode.DEADLINE_EXCEEDED and incoming.header is None:
-                    raise TransferError(f"{what} did not come: {reason}") from error  # the peer says nothing
+                    raise TransferError(
+                        f"{what} did not come: {reason}"
+                    ) from error  # the peer does not answer
                 if status is StatusCode.FAILED_PRECONDITION and incoming.header and not wanted:
-                    incoming = self.incoming()  # the snapshot is gone, as after a restart: begin anew
+                    incoming = self.incoming()  # the snapshot is gone, as after a restart: start over
                 elif status not in _PASSING:
                     raise TransferError(f"{what} was not given: {reason}", True) from error
             if incoming.is_whole:
@@ -272,7 +222,59 @@ class SnapshotClient:
             if attempts - busy >= _ATTEMPTS or busy >= _BUSY_ATTEMPTS:
                 raise TransferError(f"{what} did not come: {reason}", answered=busy > 0)
             await asyncio.sleep(_BACKOFF_S * 2 ** min(attempts - 1, 3))
-            self.sessions.ended(peer.peer_id, session)  # the attempt may have failed for that
+            self.sessions.ended(
+                peer.peer_id, session
+            )  # the attempt may have failed because the session had ended
+
+
+async def receive(
+    call: Any,
+    incoming: SnapshotReceiver,
+    down: RateLimit,
+    sha256: bytes = b"",
+    begun: Callable[[], None] = lambda: None,
+) -> None:
+    """Reads one call's replies to the end. Raises AioRpcError, StateError, and TimeoutError if a reply stalls.
+
+    `begun` is called when a valid header has arrived.
+    """
+    reply = await in_time(call.read())
+    if reply is grpc.aio.EOF or reply.WhichOneof("part") != "header":
+        raise StateError("a state must begin with its header")
+    incoming.begin(reply.header, sha256)
+    begun()
+    while (reply := await in_time(call.read())) is not grpc.aio.EOF:
+        incoming.take(reply.chunk)
+        await down.take(len(reply.chunk))
+
+
+async def in_time(message: Awaitable[M]) -> M:
+    """Waits for the next message. Raises TimeoutError if it stalls."""
+    async with asyncio.timeout(STALL_S):
+        return await message
+
+
+async def outgoing(
+    header: state_pb2.StateHeader, data: bytes, offset: int, up: RateLimit
+) -> AsyncIterator[state_pb2.FetchReply]:
+    """The replies that send a snapshot from an offset on, no faster than `up`. Raises WireError beyond its end."""
+    if offset > len(data):
+        raise WireError(f"offset {offset} of {len(data)} bytes")
+    yield state_pb2.FetchReply(header=header)
+    for chunk in chunked(data, offset):
+        await up.take(len(chunk))
+        yield state_pb2.FetchReply(chunk=chunk)
+
+
+def chunked(data: bytes, offset: int = 0) -> Iterator[bytes]:
+    for start in range(offset, len(data), CHUNK_BYTES):
+        yield data[start : start + CHUNK_BYTES]
+
+
+async def written(write: Callable[[Any], Any], message: Any) -> None:
+    """Writes a message. Raises TimeoutError if the receiver does not read."""
+    async with asyncio.timeout(_CHUNK_S):
+        await write(message)
 
 
 async def _receive(call: Any, incoming: SnapshotReceiver, down: RateLimit, what: str, wanted: bytes) -> None:
