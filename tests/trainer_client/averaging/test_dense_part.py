@@ -119,6 +119,27 @@ def test_a_broken_step_counts_for_nothing() -> None:
     assert (part.age, part.steps) == (11, 1)
 
 
+def test_subscribers_are_told_of_each_whole_step_until_they_leave() -> None:
+    part, told = part_of(1, 10), [0, 0]
+
+    def first() -> None:
+        told[0] += 1
+
+    def second() -> None:
+        told[1] += 1
+
+    leave = part.subscribe(first)
+    part.subscribe(second)
+    take_step(part)
+    with pytest.raises(ZeroDivisionError), part.stepping():
+        raise ZeroDivisionError
+    assert told == [1, 1]
+    leave()
+    leave()
+    take_step(part)
+    assert told == [1, 2]
+
+
 def test_lies_about_the_age_do_not_add_up() -> None:
     part = part_of(1, MAX_AGE)
     take_step(part)

@@ -27,7 +27,7 @@ from peer.files import StateFolder
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName
-from trainer_client.training.checkpoints import checkpoint_folder
+from trainer_client.training.checkpoints import CheckpointWriter, checkpoint_folder, load_checkpoint
 from trainer_client.training.loop import Training
 
 
@@ -76,6 +76,18 @@ def test_a_resume_needs_nothing_said_again(tmp_path: Path, monkeypatch: pytest.M
     assert (again.settings.seed, again.settings.batch_size) == (7, 4)
     assert again.settings.data == (str(tmp_path / "sauna.txt"),)
     assert again.writer.folder == first.folder
+
+
+def test_a_checkpoint_with_a_setting_that_no_longer_exists_is_resumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = train_dense(start(tmp_path, make_settings(data=str(write_text(tmp_path)))), 4).folder
+    checkpoint = load_checkpoint(folder, SWARM)
+    older = checkpoint.header.settings | {"in_flight_limit": 7}
+    header = checkpoint.header.model_copy(update={"settings": older})
+    assert CheckpointWriter(folder, 3).save(header, checkpoint.tensors)
+    assert train_dense(start(tmp_path, make_settings(), resume=True)).summary.steps == 10
+    assert said(caplog) == ""
 
 
 def test_what_is_changed_at_a_resume_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
