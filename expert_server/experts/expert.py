@@ -17,7 +17,15 @@ from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block, weightless_block
 from expert_server.experts.devices import ComputeDevice
-from expert_server.experts.format import BLOCK, State, block_tensors, check_numbers, check_state, moment_name
+from expert_server.experts.format import (
+    BLOCK,
+    Checkpoint,
+    State,
+    block_tensors,
+    check_numbers,
+    check_state,
+    moment_name,
+)
 from expert_server.experts.graphs import ForwardGraph, ParameterSlots, Rows, WeightVersion
 from expert_server.experts.optimizer import Guard, Optimizer, StepOutcome
 from peer.averaging import MAX_UPDATE_COUNT
@@ -208,6 +216,10 @@ class Expert:
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         check_numbers(self.uid, copies)
         return copies
+
+    def checkpoint(self) -> Checkpoint:
+        """A copy of its state and its update count. Raises StateError when a number is not finite."""
+        return Checkpoint(self.export_state(), self.update_count)
 
     def check_state(self, state: Mapping[str, Tensor], update_count: int) -> list[str]:
         """Returns the names of the parameters that have moments.

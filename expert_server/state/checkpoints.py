@@ -185,7 +185,7 @@ class Checkpoints:
             if not self._is_changed(expert):
                 continue
             try:
-                checkpoint = await self._runtime.run(partial(_export, expert))
+                checkpoint = await self._runtime.run(expert.checkpoint)
                 await asyncio.to_thread(self._store.save, expert.uid, checkpoint)
             except ExpertError:
                 return  # the runtime was stopped
@@ -221,7 +221,3 @@ class Checkpoints:
 
     def _is_changed(self, expert: Expert) -> bool:
         return expert.update_count != self._on_disk.get(expert.uid, 0)
-
-
-def _export(expert: Expert) -> Checkpoint:
-    return Checkpoint(expert.export_state(), expert.update_count)

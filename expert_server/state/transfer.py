@@ -122,8 +122,10 @@ class SnapshotTaker:
             met = self._met(uid)
             snapshot = self._current(expert, met)
             if snapshot is None:
-                checkpoint, generation = await self._runtime.run(partial(_export, expert))
-                data, sha256 = await asyncio.to_thread(_seal, checkpoint, self._swarm_id, uid)
+                checkpoint, generation = await self._runtime.run(
+                    lambda: (expert.checkpoint(), expert.generation)
+                )
+                data, sha256 = await asyncio.to_thread(_encode, checkpoint, self._swarm_id, uid)
                 expires_at = self._clock() + self._snapshots.lifetime_s
                 snapshot = Snapshot(uid, checkpoint.update_count, generation, met, data, sha256, expires_at)
                 self._snapshots.put(snapshot, self._clock())
@@ -147,11 +149,7 @@ class SnapshotTaker:
         return None
 
 
-def _export(expert: Expert) -> tuple[Checkpoint, object]:
-    return Checkpoint(expert.export_state(), expert.update_count), expert.generation
-
-
-def _seal(checkpoint: Checkpoint, swarm_id: str, uid: UID) -> tuple[bytes, bytes]:
+def _encode(checkpoint: Checkpoint, swarm_id: str, uid: UID) -> tuple[bytes, bytes]:
     data = to_bytes(checkpoint, swarm_id, uid, time.time())
     return data, hashlib.sha256(data).digest()
 

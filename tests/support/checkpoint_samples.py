@@ -45,7 +45,7 @@ def make_expert(steps: int = 0, uid: UID = AN_UID) -> Expert:
 
 
 def save(store: CheckpointStore, expert: Expert) -> Path:
-    store.save(expert.uid, Checkpoint(expert.export_state(), expert.update_count))
+    store.save(expert.uid, expert.checkpoint())
     return store.path(expert.uid, expert.update_count)
 
 

@@ -14,7 +14,7 @@ from checkpoint_samples import AN_UID, MANIFEST
 from dht.announcements import NodeInfo
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import Checkpoint, to_bytes
+from expert_server.experts.format import to_bytes
 from expert_server.serving.runtime import Runtime
 from expert_server.state.servicer import FetchHint, StateServicer
 from expert_server.state.transfer import SnapshotTaker, StateClient
@@ -123,7 +123,7 @@ def playing(
 
 
 def packed(expert: Expert, swarm: str = SWARM) -> bytes:
-    return to_bytes(Checkpoint(expert.export_state(), expert.update_count), swarm, expert.uid, 1000.0)
+    return to_bytes(expert.checkpoint(), swarm, expert.uid, 1000.0)
 
 
 def header_of(data: bytes, **changes: Any) -> state_pb2.FetchReply:
