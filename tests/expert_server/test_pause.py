@@ -104,7 +104,7 @@ async def call(swarm: Swarm, node: Node, uid: UID, pool: ChannelPool, *, keep: b
 
 def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        node = await village.found(experts=4, spare=0, announce_every_s=0.5)
+        node = await village.found(experts=4, spare=0, announce_every_s=1)
         observer = await village.observe(1, await node.swarm.invite())
         await village.run(node)
         await train(node, 3)
@@ -126,14 +126,21 @@ def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play
         info = await record_of(node, observer)
         assert (info.expert_count, info.expert_capacity) == (0, 0)  # a peer as before
 
-        await asyncio.sleep(1.2)  # rounds in which others' experts might be adopted
+        async def two_rounds_later() -> bool:
+            return (await record_of(node, observer)).expires_at > info.expires_at + 1.0
+
+        await eventually(two_rounds_later, 20)  # in which others' experts might be adopted
         assert not node.runtime.experts
         await node.resume()
-        status = node.status()
-        assert (status.state, status.pause_reason) == (NodeState.SERVING, "")
         assert updates(node) == before
+
+        async def serves() -> bool:
+            status = node.status()
+            is_seen = set(await serving(observer)) == set(before)
+            return (status.state, status.pause_reason) == (NodeState.SERVING, "") and is_seen
+
+        await eventually(serves, 20)
         assert node.swarm.metrics.get_sample_value("talkoot_paused") == 0
-        assert set(await serving(observer)) == set(before)
 
     play(scenario)
 
