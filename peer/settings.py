@@ -44,13 +44,13 @@ def _several(value: object) -> object:
 Denied = Annotated[
     tuple[str, ...],
     BeforeValidator(_several),
-    Field(description="PeerIDs of peers to have nothing to do with, beside those in the denylist"),
+    Field(description="PeerIDs of peers to refuse, in addition to those in the denylist"),
 ]
 DenylistPath = Annotated[
     Path | None,
     Field(
-        description="file of such PeerIDs, one a line; it is read again when it changes; unset: `denylist` in the "
-        "state folder"
+        description="file of PeerIDs to refuse, one per line, which is read again when it changes; unset: `denylist` "
+        "in the state folder"
     ),
 ]
 DENYLIST = "denylist"

@@ -95,7 +95,7 @@ def visit(
     )
     try:
         visit.page.goto(address)
-        age = "read " if was_read else "never read"
+        age = "read " if was_read else "not read"
         visit.until(f"document.querySelector('#age').textContent.startsWith('{age}')")
         yield visit
     finally:

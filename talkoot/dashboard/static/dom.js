@@ -35,7 +35,7 @@ export function setText(element, text) {
 }
 
 /** A formatted value; one that cannot be seen says so to those who point at it. */
-export function shown(value, format, why = "not measured, or not to be seen from here") {
+export function shown(value, format, why = "not measured, or not visible from here") {
   return value === null || value === undefined
     ? el("span", { class: "unseen", title: why }, UNKNOWN)
     : format(value);

@@ -54,7 +54,7 @@ export function showAge() {
   const old = age !== null && age > Math.max(30, 4 * swarm.refresh_s);
   const box = byId("age");
   box.classList.toggle("old", old);
-  setText(box, age === null ? "never read so far" : `read ${format.duration(age)} ago`);
+  setText(box, age === null ? "not read yet" : `read ${format.duration(age)} ago`);
   box.title =
     swarm.read_at === null
       ? ""
@@ -105,7 +105,7 @@ const TILES = [
 ];
 
 function goneNodes({ nodes }) {
-  if (!nodes.gone) return [nodes.gone === 0 ? "none gone in a day" : shown(null)];
+  if (!nodes.gone) return [nodes.gone === 0 ? "none gone within a day" : shown(null)];
   return [el("a", { href: "#nodes", class: "gone-link" }, `${format.count(nodes.gone)} gone`), " in a day"];
 }
 

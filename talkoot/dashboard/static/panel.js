@@ -198,7 +198,7 @@ function replica(one) {
       [
         format.counted(one.updates, "update"),
         format.counted(one.queued_rows, "queued row"),
-        `announced for ${format.duration(one.expires_in_s)} more`,
+        `announcement valid for ${format.duration(one.expires_in_s)}`,
       ].join(", "),
     ),
   );
