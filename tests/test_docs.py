@@ -12,6 +12,8 @@ from command_lines import require_parses
 
 from dht.manifest import Manifest
 from expert_server.settings import NodeSettings
+from talkoot.dashboard.settings import DashboardSettings
+from trainer_client.settings import Sampling, TrainerSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -60,8 +62,17 @@ def test_commands_are_looked_for_where_people_read() -> None:
         require_parses(["doctor", "--experts", "many"])
 
 
-@pytest.mark.parametrize("setting", NodeSettings.model_fields)
-def test_every_setting_of_a_node_is_in_a_guide(setting: str) -> None:
+@pytest.mark.parametrize(
+    "setting",
+    sorted(
+        {
+            name
+            for role in (NodeSettings, TrainerSettings, Sampling, DashboardSettings)
+            for name in role.model_fields
+        }
+    ),
+)
+def test_every_setting_is_in_a_guide(setting: str) -> None:
     """Beside the page that lists all, where somebody who needs it would look."""
     shown = re.compile(rf"`{setting}\b|--(no-)?{setting.replace('_', '-')}\b")
     assert [path for path in PAGES if path.name != "settings.md" and shown.search(path.read_text())]
