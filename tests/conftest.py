@@ -16,17 +16,34 @@ settings.load_profile("talkoot")
 torch.set_num_threads(1)  # on a busy machine several pools wait for each other
 
 LONGEST = (
+    "test_nat.py",
     "test_demo.py",
+    "test_page.py",
     "test_cli.py",
-    "test_control_commands.py",
+    "test_partition.py",
+    "test_upgrades.py",
+    "test_readme.py",
+    "test_replica_averaging.py",
+    "test_standby.py",
+    "test_page_of_many.py",
     "test_node.py",
-    "test_node_leaves_nothing.py",
+    "test_train_command.py",
+    "test_servicer_headers.py",
+    "test_host.py",
+    "test_colab.py",
+    "test_examples.py",
+    "test_watched_swarm.py",
+    "test_restart.py",
+    "test_pause.py",
+    "test_soak.py",
 )
+"""By the time that they take. Those that mostly wait stand beside those that keep the processor busy."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is left alone with one of them."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -37,8 +37,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture(scope="module")
-def hosts(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
-    with three_hosts(loop, tmp_path_factory) as hosts:
+def hosts(loop: LoopThread) -> Iterator[list[Host]]:
+    with three_hosts(loop) as hosts:
         yield hosts
 
 

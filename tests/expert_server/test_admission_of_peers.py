@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from callers import InSession
+from callers import InSession, numbered_identities
 from grpc import StatusCode
-from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
+from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, eventually, playing
 
 from dht.admission import RIGHTS, Denylist, Role, make_token, new_serial
 from dht.invites import Invite, InviteLedger, IssuedInvite
@@ -27,8 +27,8 @@ BY_TOKEN = MANIFEST.model_copy(update={"admission": AdmissionSpec(mode="token")}
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 4)
+def identities() -> list[Identity]:
+    return numbered_identities(4)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from callers import a_caller
+from callers import a_caller, numbered_identities
 from node_process import NodeProcess, found_by_a_trainer, started
 from real_swarm import LOCAL, MANIFEST, UIDS, Village, eventually
 
@@ -145,9 +145,8 @@ def test_a_state_folder_that_cannot_be_written_costs_no_call(loop: LoopThread, t
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(2)]
+def identities() -> list[Identity]:
+    return numbered_identities(2)
 
 
 def test_another_swarms_records_are_not_taken_for_this_swarms(

@@ -14,7 +14,7 @@ import grpc
 import psutil
 import pytest
 import torch
-from callers import a_caller
+from callers import a_caller, new_identity
 from grpc import StatusCode
 from tls_expert_server import (
     FIRST,
@@ -92,7 +92,7 @@ def right_calls(edge: Edge, seed: int) -> list[Kind]:
     return kinds
 
 
-ANYBODY = a_caller(SWARM)
+ANYBODY = a_caller(SWARM, new_identity())
 
 
 def with_badge(request: session_pb2.OpenRequest, seed: int) -> bytes:

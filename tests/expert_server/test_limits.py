@@ -8,8 +8,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from callers import InSession, opened
-from real_swarm import MANIFEST, UIDS, Play, Village, eventually, make_identities, playing
+from callers import InSession, numbered_identities, opened
+from real_swarm import MANIFEST, UIDS, Play, Village, eventually, playing
 
 from dht.swarm import Swarm
 from dht.uid import UID
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 2)
+def identities() -> list[Identity]:
+    return numbered_identities(2)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from callers import numbered_identities
 from real_swarm import (
     LOCAL,
     MANIFEST,
@@ -23,7 +24,6 @@ from real_swarm import (
     end,
     eventually,
     hosts_of,
-    make_identities,
     node_settings,
     playing,
     serving,
@@ -48,8 +48,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 4)
+def identities() -> list[Identity]:
+    return numbered_identities(4)
 
 
 @pytest.fixture

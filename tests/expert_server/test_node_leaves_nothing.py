@@ -9,11 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from callers import numbered_identities
 from real_swarm import (
     LOCAL,
     MANIFEST,
     children,
-    make_identities,
     node_settings,
 )
 
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 4)
+def identities() -> list[Identity]:
+    return numbered_identities(4)
 
 
 @pytest.fixture

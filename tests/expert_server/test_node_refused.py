@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from callers import numbered_identities
 from real_swarm import (
     LOCAL,
     MANIFEST,
     Play,
     Village,
     children,
-    make_identities,
     playing,
 )
 
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 4)
+def identities() -> list[Identity]:
+    return numbered_identities(4)
 
 
 @pytest.fixture

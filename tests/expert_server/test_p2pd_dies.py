@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from callers import numbered_identities
 from real_swarm import LOCAL, ONCE_EACH, UIDS, Village, eventually, serving
 
 from dht.invites import Invite
@@ -38,9 +39,8 @@ PERIOD_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
+def identities() -> list[Identity]:
+    return numbered_identities(4)
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from callers import InSession, opened
+from callers import InSession, numbered_identities, opened
 from grpc import StatusCode
-from real_swarm import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, make_identities, playing, serving
+from real_swarm import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, playing, serving
 
 from dht.announcements import NodeInfo
 from dht.swarm import Swarm, found_swarm, join_swarm
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 2)
+def identities() -> list[Identity]:
+    return numbered_identities(2)
 
 
 @pytest.fixture

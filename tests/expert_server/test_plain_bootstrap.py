@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from callers import numbered_identities
 from real_swarm import LOCAL, MANIFEST, ONCE_EACH, UIDS, Village, eventually, serving
 
 from dht.directory import Directory
@@ -24,9 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
+def identities() -> list[Identity]:
+    return numbered_identities(4)
 
 
 @pytest.fixture(scope="module")

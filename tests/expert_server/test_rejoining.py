@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from callers import numbered_identities
 from real_swarm import (
     LOCAL,
     MANIFEST,
@@ -18,7 +19,6 @@ from real_swarm import (
     Village,
     end,
     eventually,
-    make_identities,
     playing,
     serving,
 )
@@ -41,8 +41,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 4)
+def identities() -> list[Identity]:
+    return numbered_identities(4)
 
 
 @pytest.fixture

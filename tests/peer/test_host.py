@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from callers import numbered_identities
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,9 +45,8 @@ asyncio.run(main())
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(3)]
+def identities() -> list[Identity]:
+    return numbered_identities(3)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Peers that call servers, and show who they are, for tests."""
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,28 @@ RIGHTS: tuple[Right, ...] = (
 )
 
 
+_CALLER = 100
+"""The number of the identity with which most calls are made; servers and hosts have the small ones."""
+
+
+@functools.cache
+def _keys() -> "tempfile.TemporaryDirectory[str]":
+    """Gone when this process ends."""
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def numbered_identity(number: int) -> Identity:
+    """The same for all tests of this process: making an RSA key and loading it takes 90 ms."""
+    return Identity.load_or_create(Path(_keys().name) / f"{number}.key")
+
+
+def numbered_identities(count: int) -> list[Identity]:
+    return [numbered_identity(number) for number in range(count)]
+
+
 def new_identity() -> Identity:
+    """Of a peer that nobody has met."""
     with tempfile.TemporaryDirectory() as folder:
         return Identity.load_or_create(Path(folder) / "peer.key")
 
@@ -24,8 +46,8 @@ def new_identity() -> Identity:
 def a_caller(
     swarm_id: str, identity: Identity | None = None, rights: Sequence[Right] = RIGHTS
 ) -> SessionClient:
-    """`identity`: a new one unless given."""
-    return SessionClient(identity or new_identity(), swarm_id, rights)
+    """`identity`: always the same unless given, and that of no server."""
+    return SessionClient(identity or numbered_identity(_CALLER), swarm_id, rights)
 
 
 class InSession:
@@ -44,7 +66,7 @@ class InSession:
         return in_session
 
 
-def opened(sessions: Sessions, server: Identity, swarm_id: str) -> Metadata:
-    """What a new caller's calls carry, without a round trip."""
-    request = a_caller(swarm_id).statement(server.peer_id)
+def opened(sessions: Sessions, server: Identity, swarm_id: str, identity: Identity | None = None) -> Metadata:
+    """What a caller's calls carry, without a round trip."""
+    request = a_caller(swarm_id, identity).statement(server.peer_id)
     return (("talkoot-session-bin", sessions.open(request).session),)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from callers import numbered_identities
 from test_announcer import counts as trainer_counts
 from test_dense_part import take_step
 from torch import nn
@@ -118,9 +119,8 @@ Play = Callable[[Scenario], None]
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(4)]
+def identities() -> list[Identity]:
+    return numbered_identities(4)
 
 
 @pytest.fixture

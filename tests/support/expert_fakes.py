@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import math
 import selectors
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from peer.codec import Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
 from trainer_client.dispatch.batches import Answer, Direction, Request
+
+T = TypeVar("T")
 
 
 class _Selector(selectors.DefaultSelector):
@@ -47,10 +50,39 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._virtual.now
 
 
+class VirtualRunner:
+    """Runs coroutines one after the other on one loop.
+
+    Not an `asyncio.Runner`: at the end of each run on the main thread, that makes an error of its SIGINT handler,
+    and with it a text of the task's result. For arrays this takes longer than the tests themselves.
+    """
+
+    def __init__(self) -> None:
+        self._loop = VirtualLoop()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(coroutine)
+
+    def get_loop(self) -> VirtualLoop:
+        return self._loop
+
+    def close(self) -> None:
+        left = asyncio.all_tasks(self._loop)
+        for task in left:
+            task.cancel()
+        if left:
+            self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+
 @contextlib.contextmanager
-def virtual_time() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+def virtual_time() -> Iterator[VirtualRunner]:
+    runner = VirtualRunner()
+    try:
         yield runner
+    finally:
+        runner.close()
 
 
 def now() -> float:

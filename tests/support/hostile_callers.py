@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import torch
-from callers import a_caller
+from callers import a_caller, new_identity
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
@@ -41,7 +41,7 @@ class Troublemakers:
         self._generator = torch.Generator().manual_seed(seed)
         self._channel = self._open()
         self._peer_id = node.peer_id
-        self._sessions = a_caller(swarm_id)
+        self._sessions = a_caller(swarm_id, new_identity())
         self._session: Metadata = ()
 
     async def trouble(self, seconds: float, callers: int, misdeeds: Sequence[str] = ()) -> None:

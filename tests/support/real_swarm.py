@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from dht.announcements import ReplicaState
 from dht.invites import Invite
@@ -80,11 +79,6 @@ class Village:
         )
         self.stack.push_async_callback(node.stop)
         return node
-
-
-def make_identities(folders: pytest.TempPathFactory, count: int) -> list[Identity]:
-    folder = folders.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(count)]
 
 
 def playing(loop: LoopThread, identities: list[Identity], folder: Path, limit_s: float) -> Play:

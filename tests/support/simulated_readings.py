@@ -1,6 +1,7 @@
 """A swarm of any size that is not there, as a reading would look; and how to ask the dashboard without a socket."""
 
 import asyncio
+import functools
 import hashlib
 import json
 import random
@@ -26,6 +27,7 @@ from talkoot.dashboard.watcher import Watcher, WatchIntervals
 NOW = 1_700_000_000.0
 
 
+@functools.cache
 def peer(number: int) -> PeerID:
     return PeerID(b"\x12\x20" + hashlib.sha256(str(number).encode()).digest())
 

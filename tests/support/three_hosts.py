@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from callers import numbered_identity
 
 from dht.announcements import ReplicaState
 from dht.manifest import Manifest
@@ -16,7 +17,6 @@ from dht.registry import Registry
 from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
-from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2
@@ -30,18 +30,19 @@ LIFETIME_S = 60.0
 
 
 @contextmanager
-def three_hosts(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
+def three_hosts(loop: LoopThread) -> Iterator[list[Host]]:
     """Three real hosts, which know each other."""
-    folder = tmp_path_factory.mktemp("identities")
     started: list[Host] = []
 
     async def start() -> None:
         bootstrap: list[str] = []
         for n in range(3):
-            identity = Identity.load_or_create(folder / f"{n}.key")
             started.append(
                 await Host.start(
-                    identity, NetworkConfig("127.0.0.1"), bootstrap=bootstrap, validator=RecordValidator()
+                    numbered_identity(n),
+                    NetworkConfig("127.0.0.1"),
+                    bootstrap=bootstrap,
+                    validator=RecordValidator(),
                 )
             )
             bootstrap = bootstrap or await started[0].bootstrap_addresses()

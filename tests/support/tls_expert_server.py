@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from callers import InSession, opened
+from callers import InSession, numbered_identity, opened
 from grpc import StatusCode
 from torch import Tensor
 
@@ -51,6 +51,7 @@ FIRST, SECOND, THIRD, ABSENT = (UID(0, c) for c in ((0, 0), (0, 1), (1, 0), (1, 
 LENGTHS, POSITIONS = [3, 2], [0, 4, 9, 1, 2]
 ROWS = len(POSITIONS)
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+_ANOTHER = 101
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 
 
@@ -86,7 +87,7 @@ class Edge:
 
     def as_another(self) -> "Edge":
         """The same server, called by another peer."""
-        return replace(self, session=opened(self.sessions, self.identity, SWARM))
+        return replace(self, session=opened(self.sessions, self.identity, SWARM, numbered_identity(_ANOTHER)))
 
     def updates(self) -> int:
         return sum(expert.update_count for expert in self.runtime.experts.values())

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_swarm import Play, Village, make_identities, playing
+from callers import numbered_identities
+from real_swarm import Play, Village, playing
 from test_restart import train
 from test_standby import copied
 
@@ -23,8 +24,8 @@ MOST = 10 * 3 + 30_000
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 2)
+def identities() -> list[Identity]:
+    return numbered_identities(2)
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from real_swarm import UIDS, Play, Village, eventually, make_identities, playing, serving
+from callers import numbered_identities
+from real_swarm import UIDS, Play, Village, eventually, playing, serving
 
 from expert_server.hosting.placement import preference
 from expert_server.node import Node
@@ -16,8 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 3)
+def identities() -> list[Identity]:
+    return numbered_identities(3)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from real_swarm import UIDS, Play, Village, end, eventually, make_identities, playing, serving
+from callers import numbered_identities
+from real_swarm import UIDS, Play, Village, end, eventually, playing, serving
 from test_restart import announced, train
 
 from dht.announcements import ReplicaState
@@ -30,8 +31,8 @@ LEAVES: dict[str, Any] = {"drain_timeout_s": 20, "announce_every_s": 3.0}
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 4)
+def identities() -> list[Identity]:
+    return numbered_identities(4)
 
 
 @pytest.fixture

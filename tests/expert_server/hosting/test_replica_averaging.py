@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from real_swarm import LOCAL, UIDS, Play, Village, eventually, make_identities, playing, serving
+from callers import numbered_identities
+from real_swarm import LOCAL, UIDS, Play, Village, eventually, playing, serving
 from test_restart import step, train
 
 from dht.announcements import Replica, ReplicaState
@@ -34,8 +35,8 @@ def fetched(node: Node) -> int:
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 4)
+def identities() -> list[Identity]:
+    return numbered_identities(4)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_swarm import LOCAL, UIDS, Play, Village, end, eventually, make_identities, playing
+from callers import numbered_identities
+from real_swarm import LOCAL, UIDS, Play, Village, end, eventually, playing
 
 from dht.swarm import found_swarm
 from dht.uid import UID
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 3)
+def identities() -> list[Identity]:
+    return numbered_identities(3)
 
 
 @pytest.fixture

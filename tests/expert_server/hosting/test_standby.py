@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from callers import numbered_identities
 from garbage_server import garbage_server
-from real_swarm import UIDS, Play, Village, eventually, make_identities, playing
+from real_swarm import UIDS, Play, Village, eventually, playing
 from test_restart import train
 
 from dht.announcements import NodeInfo
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    return make_identities(tmp_path_factory, 3)
+def identities() -> list[Identity]:
+    return numbered_identities(3)
 
 
 def lack(state: State) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from callers import numbered_identities
 
 from peer.errors import UnreachableError
 from peer.host import Host
@@ -47,9 +48,8 @@ class Village:
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / f"{n}.key") for n in range(2)]
+def identities() -> list[Identity]:
+    return numbered_identities(2)
 
 
 async def echo(request: bytes, context: Any) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from callers import numbered_identities
 from expert_fakes import random_rows
 from grpc import StatusCode
 from misbehaving_node import (
@@ -34,9 +35,8 @@ from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
 @pytest.fixture(scope="module")
-def identities(tmp_path_factory: pytest.TempPathFactory) -> list[Identity]:
-    folder = tmp_path_factory.mktemp("identities")
-    return [Identity.load_or_create(folder / name) for name in ("own.key", "other.key")]
+def identities() -> list[Identity]:
+    return numbered_identities(2)
 
 
 @pytest.fixture(scope="module")
