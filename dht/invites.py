@@ -1,8 +1,6 @@
-"""The invite: the one line a volunteer pastes. Bootstrap addresses, the swarm's name, its author's key fingerprint.
+"""Invites: the line that a volunteer pastes to join a swarm, and the founder's ledger of those it has issued.
 
-The founder's list of the tokens it has made, in a file beside its key.
-
-Which swarm a command is for.
+An invite holds bootstrap addresses, the swarm's name, the PeerID of its founder and, where the swarm needs it, a token.
 """
 
 import fcntl
@@ -26,22 +24,22 @@ from peer.wire import admission_pb2, records_pb2
 
 FILE = "invites.json"
 _SCHEME = "talkoot1"
-"""The 1 is the form of the invite; it changes when an old program could not read a new invite."""
+"""The 1 is the format. It changes when an old program could not read a new invite."""
 _MAX_CHARACTERS = 4096
 _MAX_ADDRESSES = 16
 _LONGEST_FILE = 8192
-"""Characters read from a file, of which the first word that looks so is the invite; `parse` says what is too long."""
+"""Characters read from a file. The invite is the first word there that looks like one."""
 
 
 @dataclass(frozen=True)
 class Invite:
-    """What one needs to know to join a swarm and to recognise its manifest."""
+    """What a peer needs to join a swarm and to recognise its manifest."""
 
     keys: SwarmKeys
     bootstrap: tuple[str, ...]
-    """Multiaddresses, tried all at once."""
+    """Multiaddresses, which are all tried at the same time."""
     token: bytes = field(default=b"", repr=False)
-    """What lets its holder into a swarm that admits by token: a serialized Token, a secret. Empty: none."""
+    """A serialized Token, which is a secret: it admits its holder to a swarm that admits by token. May be empty."""
 
     def __str__(self) -> str:
         message = records_pb2.InviteMessage(
@@ -55,9 +53,9 @@ class Invite:
 
     @classmethod
     def read(cls, given: str) -> "Invite":
-        """What somebody passed as invite: the line itself, or the file that holds it, as `@FILE` or its path.
+        """Reads what was passed as invite: the line itself, or the file that holds it, as `@FILE` or its path.
 
-        Other users of the machine see what stands on a command line, but not what is in a file. Raises InviteError.
+        Other users of a machine can see its command lines, but not the contents of a file. Raises InviteError.
         """
         path = _file_of(given.strip())
         if path is None:
@@ -108,7 +106,7 @@ class Invite:
 
 
 def invite_of(join: str | None) -> Invite:
-    """What was passed as --join. Raises SettingsError when nothing was, and InviteError."""
+    """The invite that was passed as --join. Raises SettingsError if there was none, and InviteError."""
     if join is None:
         raise SettingsError(
             "pass --join INVITE: the line that you were given, or @FILE with the file that holds it"
@@ -117,32 +115,32 @@ def invite_of(join: str | None) -> Invite:
 
 
 class IssuedInvite(BaseModel):
-    """One token that was made. The token itself is not kept."""
+    """One token that was issued. The token itself is not saved."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     serial: int = Field(gt=0, lt=2**32)
     role: Role
     name: str
-    """Whom it is for, in the founder's words."""
+    """Whom it is for, as the founder wrote."""
     made_at: float
     expires_at: float
     revoked: bool = False
 
     @property
     def number(self) -> str:
-        """The serial as people read and type it."""
+        """The serial, as people read and type it."""
         return f"{self.serial:08x}"
 
 
 class InviteLedger:
-    """Read and written by the command and by the founder's running node, which need not know of each other."""
+    """The founder's list of issued invites, in a file beside its key. The command and the running node share it."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
 
     def read(self) -> tuple[IssuedInvite, ...]:
-        """None made yet: empty. Raises StartError when the file is broken."""
+        """All issued invites. Raises StartError if the file is broken."""
         try:
             return _File.model_validate_json(self._path.read_bytes()).issued
         except FileNotFoundError:
@@ -158,7 +156,7 @@ class InviteLedger:
             self._write((*self.read(), issued))
 
     def revoke(self, number: str, now: float) -> IssuedInvite:
-        """Raises UserError when there is none, or when too many are revoked."""
+        """Marks an invite as revoked. Raises UserError if there is no such invite, or if too many are revoked."""
         with self._locked():
             listed = self.read()
             found = next((each for each in listed if each.number == number.strip().lower()), None)
@@ -173,7 +171,7 @@ class InviteLedger:
             return changed
 
     def revoked(self, now: float) -> list[int]:
-        """The serials to publish: what has expired need not be revoked. Raises StartError."""
+        """The serials to publish: those revoked and not yet expired. Raises StartError."""
         return revoked_in(self.read(), now)
 
     def _write(self, issued: tuple[IssuedInvite, ...]) -> None:
@@ -184,7 +182,7 @@ class InviteLedger:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Against another command at the same time."""
+        """Keeps out other commands that run at the same time."""
         try:
             descriptor = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -197,6 +195,7 @@ class InviteLedger:
 
 
 def revoked_in(issued: tuple[IssuedInvite, ...], now: float) -> list[int]:
+    """The serials that are revoked and not yet expired."""
     return [each.serial for each in issued if each.revoked and each.expires_at > now]
 
 
@@ -212,7 +211,7 @@ def _file_of(given: str) -> Path | None:
     path = _expanded(given.removeprefix("@"))
     try:
         return path if given.startswith("@") or "/" in given or path.is_file() else None
-    except (OSError, ValueError):  # nobody's file has such a name
+    except (OSError, ValueError):  # no file can have such a name
         return None
 
 

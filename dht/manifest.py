@@ -1,7 +1,4 @@
-"""The manifest: the description of the model that every peer of a swarm shares, signed by its author.
-
-What calls about experts must get right: the experts that they name.
-"""
+"""The manifest: the description of the model that all peers of a swarm share, signed by the swarm's founder."""
 
 import json
 from pathlib import Path
@@ -136,7 +133,7 @@ class OptimizerSpec(_Part):
 
     @property
     def moments(self) -> int:
-        """Numbers that the optimizer keeps for each parameter."""
+        """Numbers that the optimizer stores for each parameter."""
         if self.name == "sgd":
             return 1 if self.sgd_momentum else 0
         return 2
@@ -192,7 +189,7 @@ class Manifest(_Part):
 
     @classmethod
     def from_toml(cls, path: Path) -> Self:
-        """Raises SettingsError that names the file and the key that is wrong."""
+        """Raises SettingsError that names the file and the wrong key."""
         values = read_toml(path)
         try:
             return cls._validated(values)
@@ -201,7 +198,7 @@ class Manifest(_Part):
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
-        """Raises SwarmError when the manifest is of another protocol version or not valid."""
+        """Raises SwarmError if the manifest is of another protocol version or invalid."""
         try:
             version = _Versioned.model_validate_json(text).protocol_version
             if version != PROTOCOL_VERSION:
@@ -217,7 +214,7 @@ class Manifest(_Part):
             ) from error
 
     def to_json(self) -> bytes:
-        """Keys at their defaults are left out, so that a release that knows more keys makes the same bytes of it."""
+        """Leaves out keys with default values, so that a release that knows more keys writes the same bytes."""
         values = {"name": self.name, "protocol_version": self.protocol_version}
         return json.dumps(values | self.model_dump(mode="json", exclude_defaults=True)).encode()
 
@@ -254,13 +251,13 @@ class Manifest(_Part):
 
 
 class _Versioned(BaseModel):
-    """Only the version, so that a manifest of another one is told from a broken one."""
+    """Only the version, to tell a manifest of another version from a broken one."""
 
     protocol_version: int
 
 
 def parse_uid(text: str, manifest: Manifest) -> UID:
-    """Raises WireError when it is no UID, or one off the swarm's grid."""
+    """Raises WireError if the text is not the UID of an expert on the swarm's grid."""
     uid = UID.parse(text)
     if not manifest.holds(uid):
         raise WireError(

@@ -1,7 +1,4 @@
-"""The watchdog: it sees whether this peer is still in its swarm, and brings it back when it is not.
-
-The peers that were met, kept on disk: a peer comes back to its swarm by them when its bootstrap is dead.
-"""
+"""Staying in a swarm: known peers on disk, and a watchdog that rejoins by them when this peer is isolated."""
 
 import asyncio
 import json
@@ -28,19 +25,19 @@ _MAX_CHARACTERS = 256
 """Of one address."""
 _MAX_FILE_BYTES = 1 << 20
 _MEETINGS = 8
-"""Most peers whose records are read in one round, to remember where they are."""
+"""Peers whose records are read in one round to remember their addresses, at most."""
 _MEET_AGAIN_S = 600.0
 _DIAL_EVERY_S = 120.0
-"""Seconds between two dials of a remembered peer that the DHT does not know now: so two halves find each other."""
+"""Seconds between two dials of known peers that the DHT does not name. So two halves of a swarm find each other."""
 _LONELY_ROUNDS = 3
-"""After so many rounds without an answer this peer is alone in its swarm, as far as it can tell."""
+"""After this many rounds without an answer, this peer counts itself as alone in its swarm."""
 
 
 class PeerStore:
-    """Addresses of the peers that were met last, newest first."""
+    """Addresses of the peers that were met last."""
 
     def __init__(self, path: Path | None) -> None:
-        """`path`: the file that keeps them; None: memory alone. A file that can't be read is as good as none."""
+        """`path`: where they are saved; None: only in memory. A file that can't be read counts as empty."""
         self._path = path
         self._met = BoundedDict[str, tuple[tuple[str, ...], float]](_MAX_PEERS)
         if path is not None:
@@ -49,7 +46,7 @@ class PeerStore:
         self._saved = frozenset(self.addresses())
 
     def add(self, addresses: Iterable[str], now: float) -> None:
-        """Notes addresses at which peers were alive at this Unix time. What is no multiaddress is left out."""
+        """Adds addresses at which peers were alive at this Unix time. Ignores what is not a multiaddress."""
         by_peer: dict[str, list[str]] = {}
         for address in addresses:
             if len(address) <= _MAX_CHARACTERS and is_multiaddress(address):
@@ -58,19 +55,19 @@ class PeerStore:
             self._met[peer] = tuple(dict.fromkeys(listed))[:_MAX_ADDRESSES], now
 
     def addresses(self) -> list[str]:
-        """All of them, those of the peer that was met last first."""
+        """All addresses, those of the last peer met first."""
         return [address for listed, _ in reversed(self._met.values()) for address in listed]
 
     def met_at(self, peer: str) -> float:
-        """When the peer (PeerID in base58) was met last; minus infinity for a stranger."""
+        """When the peer (PeerID in base58) was last met; minus infinity if it never was."""
         return self._met[peer][1] if peer in self._met else -math.inf
 
     def absent(self, known: Collection[str]) -> list[list[str]]:
-        """The addresses of each peer that was met once and is not among the `known` (PeerIDs in base58) now."""
+        """The addresses of each peer that was met and is not among the `known` ones (PeerIDs in base58)."""
         return [list(listed) for peer, (listed, _) in self._met.items() if peer not in known]
 
     def save(self) -> None:
-        """Writes them to disk, whole or not at all, if there are others than there. A full disk is a warning."""
+        """Writes them to disk atomically if they have changed. A full disk only causes a warning."""
         if self._path is None or (addresses := frozenset(self.addresses())) == self._saved:
             return
         peers = [
@@ -80,13 +77,13 @@ class PeerStore:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, json.dumps({"peers": peers}, indent=1).encode())
         except OSError as error:
-            logger.warning("can't keep the peers that were met in %s: %s", self._path, error.strerror)
+            logger.warning("can't save the known peers to %s: %s", self._path, error.strerror)
             return
         self._saved = addresses
 
 
 class Membership:
-    """One peer's place in its swarm. `check` it once in every announcement period, or `keep` it as a task."""
+    """Whether this peer is still in its swarm. `check` it in every announcement period, or `keep` it as a task."""
 
     def __init__(
         self,
@@ -99,7 +96,7 @@ class Membership:
         rng: random.Random | None = None,
     ) -> None:
         self.rejoined = 0
-        """How often this peer had to join again."""
+        """How often this peer had to rejoin."""
         self._host = host
         self._registry = registry
         self._peer_store = peer_store
@@ -108,14 +105,13 @@ class Membership:
         self._rng = rng or random.SystemRandom()
         self._dialled_at = now()
         self._lonely = 0
-        """Rounds in a row in which nobody answered."""
+        """Consecutive rounds in which nobody answered."""
 
     async def check(self, announced: bool) -> None:
-        """Looks whether others see this peer, and joins again by the remembered peers when they don't.
+        """Checks whether other peers see this one, and rejoins by known peers if they don't.
 
-        `announced`: whether its node record should be there now; a trainer has none, and only needs somebody to ask.
-        Raises UnreachableError when it had to join again, so that what was announced has to be announced anew, and when
-        nobody answers.
+        `announced`: whether its node record should be in the DHT. A trainer has none and only needs somebody to ask.
+        Raises UnreachableError if nobody answers, and after a rejoin: then everything has to be announced again.
         """
         if await self._is_cut_off(announced):
             await self._join_again(announced)
@@ -126,7 +122,7 @@ class Membership:
             await self._dial_one()
 
     async def keep(self, every_s: float) -> None:
-        """Checks until p2pd is given up. For a peer that announces nothing."""
+        """Checks until p2pd can't be restarted. For a peer that announces nothing."""
         while True:
             try:
                 await self._host.wait_for_restart(every_s)
@@ -134,19 +130,19 @@ class Membership:
             except UnreachableError as error:
                 logger.warning("%s", error)
             except StartError as error:
-                logger.error("%s: who is alive is not known any more", error)
+                logger.error("%s: this peer no longer knows who is alive", error)
                 return
 
     async def _is_cut_off(self, announced: bool) -> bool:
-        """A peer that knows nobody, and never knew anybody, is no less in its swarm for that."""
+        """A peer that has never known anybody is not cut off."""
         if not self._host.peers():
             return bool(self._peer_store.addresses())
         return announced and await self._registry.is_seen_by_others() is False
 
     async def _join_again(self, announced: bool) -> None:
-        """Raises UnreachableError, but not for ever: the last peer of a swarm goes on, and looks now and then.
+        """Raises UnreachableError, but not for ever: the last peer of a swarm goes on, and tries now and then.
 
-        One that announces nothing is of no use alone, and looks each time: a trainer waits for its nodes to come back.
+        A peer that announces nothing is of no use alone and tries each time: a trainer waits for its nodes.
         """
         if announced and self._lonely >= _LONELY_ROUNDS and not self._is_time_to_dial():
             return
@@ -155,14 +151,14 @@ class Membership:
             self._lonely = 0
             self.rejoined += 1
             raise UnreachableError(
-                f"no other peer gave back what this one announced: joined again by {len(joined)} addresses"
+                f"no other peer returned what this one announced: rejoined by {len(joined)} addresses"
             )
         self._lonely += 1
         if self._lonely < _LONELY_ROUNDS:
             raise UnreachableError("no other peer answers; is this machine's network connection up?")
         if self._lonely == _LONELY_ROUNDS:
             logger.warning(
-                "no other peer answers: this one goes on alone, and looks for them %s",
+                "no other peer answers: this one goes on alone, and looks for others %s",
                 f"every {self._dial_every_s:.0f} s" if announced else "again and again",
             )
 
@@ -173,7 +169,7 @@ class Membership:
         return True
 
     async def _meet(self) -> None:
-        """Remembers where some of the DHT peers are, by their own records: those first that were not seen for long."""
+        """Remembers the addresses of some DHT peers, from their own records; those that were not met lately."""
         due = [
             peer
             for peer in self._host.peers()
@@ -187,11 +183,11 @@ class Membership:
         await asyncio.to_thread(self._peer_store.save)
 
     async def _dial_one(self) -> None:
-        """Dials a remembered peer that the DHT does not know: it may live in another half of the swarm."""
+        """Dials a known peer that the DHT does not name: it may be in another half of the swarm."""
         known = {peer.to_base58() for peer in self._host.peers()} | {self._host.peer_id.to_base58()}
-        strangers = self._peer_store.absent(known)
-        if strangers and (joined := await self._host.join(self._rng.choice(strangers))):
-            logger.info("found a remembered peer again: %s", joined[0])
+        absent = self._peer_store.absent(known)
+        if absent and (joined := await self._host.join(self._rng.choice(absent))):
+            logger.info("found a known peer again: %s", joined[0])
 
 
 def _read(path: Path) -> list[tuple[list[str], float]]:
@@ -209,10 +205,10 @@ def _read(path: Path) -> list[tuple[list[str], float]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, LookupError) as error:
-        logger.warning("can't read the peers that were met from %s: %s", path, error)
+        logger.warning("can't read the known peers from %s: %s", path, error)
         return []
 
 
 def _peer_of(address: str) -> str:
-    """The PeerID in base58 of the peer whom the address leads to."""
+    """The PeerID, in base58, in a multiaddress."""
     return address.rsplit("/p2p/", 1)[1]

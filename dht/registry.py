@@ -54,21 +54,21 @@ Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
 _SHARD_FOR_S = 60.0
-"""After so long a node looks whether it is still listed where it should."""
+"""How often a node checks which shard it should be listed in."""
 _MOST_SHARDS = 4096
-"""Most of one length that are read: whoever fills shards could make all of them be read."""
+"""Shards of one length that are read, at most. Somebody could fill shards to make readers read them all."""
 _MAX_REPLICAS = 256
-"""Most announcements of one expert that are looked at."""
+"""Announcements of one expert that are read, at most."""
 
 
 def _some(found: Collection[T], most: int) -> Sequence[T]:
-    """All of them; of more than `most` some, so drawn that no writer can choose which are left out."""
+    """All of them, or a random `most`, so that no writer can choose which are left out."""
     listed = list(found)
     return listed if len(listed) <= most else random.SystemRandom().sample(listed, most)
 
 
 class Registry:
-    """A peer's access to its swarm's DHT keys. All answers are checked; whatever is not right is left out."""
+    """One peer's access to its swarm's DHT keys. All answers are checked, and invalid ones are left out."""
 
     def __init__(
         self,
@@ -81,10 +81,10 @@ class Registry:
         now: Callable[[], float] = time.time,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`dht` gives the DHT node of now, which is another one once p2pd was started again.
+        """`dht` returns the current DHT node, which is another one after a restart of p2pd.
 
         `admission`: the swarm's rules and this peer's badge; None takes every record.
-        `deadline_s`: longest that one look-up or store may take, all its keys together.
+        `deadline_s`: longest that one look-up or store may take, for all its keys together.
         """
         self.keys = keys
         self._keys_read = Counter("talkoot_dht_keys_read", "Keys looked up in the DHT.", registry=metrics)
@@ -112,7 +112,7 @@ class Registry:
         self._deadline_s = deadline_s
         self._now = now
         self.claims = ClaimAges()
-        """How long others' claims count is set there."""
+        """Since when others have claimed experts."""
         self._shard = ""
         self._shard_until = 0.0
 
@@ -122,7 +122,7 @@ class Registry:
         return self._identity.peer_id
 
     async def publish_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
-        """Signs and stores the manifest; returns what was stored, so that others can store it again."""
+        """Signs and stores the manifest. Returns what was stored, so that others can store it again."""
         payload = records_pb2.RecordPayload(
             key=self.keys.manifest, expires_at=expires_at, manifest_json=manifest_json
         )
@@ -133,13 +133,13 @@ class Registry:
     async def republish(self, key: str, record: bytes, expires_at: float) -> None:
         """Stores a record of the author again, so that it outlives the peers that held it.
 
-        Peers that have it already refuse it, which is no failure.
+        Peers that already have it refuse it, which does not count as a failure.
         """
         item = Item(key, self.keys.author.to_bytes(), record, expires_at)
         await self._in_time(self.lookups.store([item]))
 
     async def publish_revocations(self, serials: Collection[int], expires_at: float) -> bytes:
-        """Signs and stores which grants hold no more; returns what was stored."""
+        """Signs and stores the serials of revoked grants. Returns what was stored."""
         payload = records_pb2.RecordPayload(
             key=self.keys.revocations,
             expires_at=expires_at,
@@ -150,17 +150,17 @@ class Registry:
         return record
 
     async def find_revocations(self) -> tuple[tuple[int, ...], bytes, float] | None:
-        """Which grants hold no more, the author's record that says so, and its expiry."""
+        """The serials of revoked grants, the author's record of them, and its expiry."""
         key, author = self.keys.revocations, self.keys.author
         value, expires_at = (await self._get([key]))[key].get(author.to_bytes(), (None, 0.0))
         try:
             payload = open_record(value, key, author, self._now())
         except RecordError:
-            return None  # or there is none
+            return None  # also if there is none
         return tuple(payload.revocations.serials), value, expires_at
 
     async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
-        """Author → (signed manifest record, its expiry), for every author who used this swarm's name."""
+        """Author → (signed manifest record, its expiry), for every author that used this swarm's name."""
         found = await self._get([self.keys.manifest])
         manifests = {}
         for subkey, (value, expires_at) in found[self.keys.manifest].items():
@@ -174,13 +174,13 @@ class Registry:
         return manifests
 
     def manifest_json(self, record: bytes) -> bytes:
-        """The manifest inside the author's record."""
+        """The manifest in the author's record."""
         return open_record(record, self.keys.manifest, self.keys.author, self._now()).manifest_json
 
     async def announce(
         self, replicas: Collection[ReplicaAnnouncement], lifetime_s: float, queued_rows: int = 0
     ) -> None:
-        """Writes each replica under its expert's key, and every coordinate on the way there as active."""
+        """Stores each replica under its expert's key, and marks every coordinate on the way there as active."""
         expires_at = self._now() + lifetime_s
         items: dict[tuple[str, int | bytes], Item] = {}
         for replica in replicas:
@@ -194,19 +194,19 @@ class Registry:
                 for depth, coordinate in enumerate(replica.uid.coordinate):
                     prefix = self.keys.index(replica.uid.layer, replica.uid.coordinate[:depth], coordinate)
                     items[prefix, coordinate] = Item(prefix, coordinate, prefix, expires_at)
-            await asyncio.sleep(0)  # a signature takes about a millisecond, and others wait for the loop
+            await asyncio.sleep(0)  # a signature takes about a millisecond; let other tasks run
         await self._store(list(items.values()))
 
     async def withdraw(self, uids: Iterable[UID], lifetime_s: float) -> None:
-        """Says that this peer hosts these experts no more."""
+        """Announces that this peer no longer hosts these experts."""
         await self.announce([ReplicaAnnouncement(uid, ReplicaState.WITHDRAWN) for uid in uids], lifetime_s)
 
     async def leave(self, lifetime_s: float) -> None:
-        """Says that this peer is no node of the swarm any more."""
+        """Announces that this peer is no longer a node of the swarm."""
         await self.publish_node(records_pb2.NodeRecord(left=True), lifetime_s)
 
     async def publish_node(self, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
-        """Writes this peer's node record, and lists the peer in its shard."""
+        """Stores this peer's node record, and lists the peer in its shard."""
         peer_id = self._identity.peer_id
         payload = records_pb2.RecordPayload(key=self.keys.node(peer_id), node=node)
         if self._now() >= self._shard_until:
@@ -218,7 +218,7 @@ class Registry:
         await self._publish_self(payload, self.keys.node_shard(self._shard), lifetime_s)
 
     async def publish_trainer(self, trainer: records_pb2.TrainerRecord, lifetime_s: float) -> None:
-        """Writes this peer's trainer record, and lists the peer in its shard."""
+        """Stores this peer's trainer record, and lists the peer in its shard."""
         peer_id = self._identity.peer_id
         payload = records_pb2.RecordPayload(key=self.keys.trainer(peer_id), trainer=trainer)
         await self._publish_self(payload, self.keys.trainer_shard(trainer_shard_of(peer_id)), lifetime_s)
@@ -239,36 +239,36 @@ class Registry:
         return {prefix: frozenset(c for c in some if c < size) for prefix, some in active.items()}
 
     async def replicas(self, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
-        """Every live announcement for each expert, withdrawn ones left out."""
+        """The live announcements of each expert, without the withdrawn ones."""
         keys = {self.keys.expert(uid): uid for uid in uids}
         found = await self._get(list(keys))
         return {uid: tuple(self._replicas_of(uid, key, found[key])) for key, uid in keys.items()}
 
     async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
-        """The node records of those peers that have a valid one."""
+        """The node records of these peers, as far as they have valid ones."""
         return await self._own_records(
             {self.keys.node(peer_id): peer_id for peer_id in peer_ids}, self._node_info
         )
 
     async def trainers(self, peer_ids: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
-        """The trainer records of those peers that have a valid one."""
+        """The trainer records of these peers, as far as they have valid ones."""
         return await self._own_records(
             {self.keys.trainer(peer_id): peer_id for peer_id in peer_ids}, self._trainer_info
         )
 
     async def is_seen_by_others(self) -> bool:
-        """Whether another peer gives back this one's node record, as some should once it was published."""
+        """Whether another peer returns this one's node record, as some should after it was published."""
         peer_id = self._identity.peer_id
         return await self._in_time(self._is_held_by_others(self.keys.node(peer_id), peer_id.to_bytes()))
 
     async def is_manifest_held(self) -> bool:
-        """Whether another peer gives back the manifest, as some do in every swarm that can be reached."""
+        """Whether another peer returns the manifest, as some do in every reachable swarm."""
         return await self._in_time(self._is_held_by_others(self.keys.manifest, self.keys.author.to_bytes()))
 
     async def node_ids(self, most: int = 65536) -> frozenset[PeerID]:
-        """The peers listed in the shards, as many shards as `most` take; of more than `most` peers, some are drawn.
+        """The peers listed in the shards, at most `most` of them, drawn at random.
 
-        Anybody can list a peer that is not there: only its node record shows that it is.
+        Anybody can list a peer that does not exist. Only its node record shows that it does.
         """
         listed: set[PeerID] = set()
         shards: Sequence[str] = first_shards()
@@ -280,12 +280,12 @@ class Registry:
         return frozenset(_some(listed, most))
 
     async def trainer_ids(self, most: int = 4096) -> frozenset[PeerID]:
-        """The peers listed in the 16 trainer shards; of more than `most`, some are drawn."""
+        """The peers listed in the 16 trainer shards, at most `most` of them, drawn at random."""
         found = await self._listed({self.keys.trainer_shard(shard): f"{shard:x}" for shard in range(16)})
         return frozenset(_some(set().union(*found.values()), most))
 
     async def _listed(self, shards: Mapping[str, str]) -> dict[str, set[PeerID]]:
-        """`shards`: key → digits. Gives for each of those the peers that stand there and belong there."""
+        """`shards`: key → digits. Returns, by digits, the peers that are listed there and belong there."""
         found = await self._get(list(shards))
         listed: dict[str, set[PeerID]] = {digits: set() for digits in shards.values()}
         for key, digits in shards.items():
@@ -309,7 +309,7 @@ class Registry:
     async def _own_records(
         self, keys: Mapping[str, PeerID], read: Callable[[object, str, PeerID], T | None]
     ) -> dict[PeerID, T]:
-        """Of each key the record that its peer wrote, as far as it is valid and the peer has not left."""
+        """The record of each peer, by its key, as far as it is valid and the peer has not left."""
         found = await self._get(list(keys))
         records = {}
         for key, peer_id in keys.items():
@@ -342,13 +342,13 @@ class Registry:
                 yield replica
 
     def _seal(self, payload: records_pb2.RecordPayload) -> bytes:
-        """With this peer's badge, if it has one."""
+        """Signs, and adds this peer's badge if it has one."""
         if self._admission is not None and self._admission.badge is not None:
             payload.badge.CopyFrom(self._admission.badge)
         return sign_record(self._identity, payload)
 
     def _unseal(self, value: object, key: str, peer_id: PeerID) -> records_pb2.RecordPayload:
-        """Raises RecordError also when the swarm's rules do not let that peer write this."""
+        """Raises RecordError, also if the swarm's rules don't let that peer write this."""
         payload = open_record(value, key, peer_id, self._now())
         if self._admission is not None:
             self._admission.check_record(payload, peer_id)
@@ -361,21 +361,21 @@ class Registry:
         return read_trainer(self._unseal(value, key, peer_id), peer_id)
 
     async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
-        """A look-up would not tell: this peer's own store answers it too."""
+        """A normal look-up can't tell, because it finds what this peer stores itself."""
         key_id = DHTID.generate(source=key)
         found = await self.lookups.find([key_id], besides_self=True)
         return subkey in found[key_id].entries
 
     async def _store(self, items: Sequence[Item]) -> None:
-        """Raises UnreachableError when no peer took any of them."""
+        """Raises UnreachableError if no peer accepted any of them."""
         self._records_stored.inc(len(items))
         if items and not await self._in_time(self.lookups.store(items), "store"):
             raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
 
     async def _get(self, keys: Collection[str]) -> dict[str, dict[object, tuple[Any, float]]]:
-        """For each key, its dictionary: subkey → (value, expiry). Several holders of a key are asked and merged.
+        """The dictionary of each key: subkey → (value, expiry). Merges the answers of several holders.
 
-        Raises UnreachableError when nobody answered for one of the keys: that it is empty is not known.
+        Raises UnreachableError if nobody answered for one of the keys, because it may not be empty.
         """
         if not keys:
             return {}
@@ -395,7 +395,7 @@ class Registry:
         }
 
     async def _in_time(self, call: Awaitable[T], operation: str = "") -> T:
-        """`operation`: by which its time is counted, if it is."""
+        """`operation`: the label under which its time is measured; empty: it is not."""
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._deadline_s):

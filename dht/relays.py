@@ -1,7 +1,4 @@
-"""Which peers of a swarm can be relays for one that others can't connect to, and how long they are waited for.
-
-How other trainers reach one whose router lets nobody in: by relays, which are looked after.
-"""
+"""How a peer whose router admits nobody is reached: through relays, which are found, kept and replaced."""
 
 import asyncio
 import logging
@@ -20,15 +17,15 @@ from peer.transport.addresses import is_public, is_relayed, multiaddress
 logger = logging.getLogger(__name__)
 
 _SAMPLED = 24
-"""DHT peers of which it is looked whether they are nodes that could be asked, or relays."""
+"""DHT peers whose records are read to find nodes, which may be relays."""
 _RELAY_S = 15.0
-"""How long a relay is waited for before the peer goes on without, and looks again later."""
+"""Longest wait for a relay. Then the peer goes on without one and checks again later."""
 _LOOK_S = 0.2
 _FIRST_PATIENCE_S, _LONGEST_PATIENCE_S = 30.0, 480.0
 
 
 class RelayKeeper:
-    """This trainer's tunnel. `begin` when it has something to serve, then `look` now and then."""
+    """Keeps relays for this trainer. `begin` when it has something to serve, then `look` now and then."""
 
     def __init__(
         self,
@@ -37,37 +34,37 @@ class RelayKeeper:
         rng: random.Random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`relays`: how many it takes, at most."""
+        """`relays`: how many to keep, at most."""
         self.addresses: tuple[str, ...] = ()
         """Multiaddresses by which its tunnel is reached, at most 8."""
         self._swarm = swarm
         self._relays = relays
         self._rng = rng
         self._clock = clock
-        self._patience = RelayBackoff()
+        self._backoff = RelayBackoff()
 
     async def begin(self, most_streams: int) -> None:
-        """Lets others in and takes relays; gives up waiting for one after a while."""
+        """Opens the tunnel and takes relays. Stops waiting for one after a while."""
         await self._swarm.host.serve_tunnel(most_streams)
         await self._take()
 
     async def look(self) -> None:
-        """By which addresses it is reached now. Takes other relays when those before are of no use any more."""
+        """Updates `addresses`. Takes other relays if the current ones no longer work."""
         try:
             found = await self._swarm.host.tunnel_addresses()
         except UnreachableError:
             return
         self.addresses = tuple(filter(is_relayed, found))
         if self.addresses:
-            self._patience.begin_anew()
-        elif self._patience.is_over(self._clock()):
+            self._backoff.reset()
+        elif self._backoff.is_due(self._clock()):
             await self._take()
 
     async def _take(self) -> None:
         host = self._swarm.host
         relays = await find_relays(host, self._swarm.registry, self._rng, self._relays)
         if not relays:
-            self._patience.begin_anew()
+            self._backoff.reset()
             return
         try:
             await host.restart_as(serves_dht=False, relays=relays)
@@ -78,21 +75,21 @@ class RelayKeeper:
 
 
 class RelayBackoff:
-    """How long relays that let nobody in are borne: each time twice as long, for a change cuts all tunnels.
+    """When to replace relays through which nobody comes: after twice as long each time, because it cuts all tunnels.
 
-    Pure: `now` is passed in, in seconds of a clock that never goes back.
+    Pure: `now` is passed in, in seconds of a monotonic clock.
     """
 
     def __init__(self) -> None:
-        self.begin_anew()
+        self.reset()
 
-    def begin_anew(self) -> None:
-        """After a look at which others came in, or when there was nobody to change to."""
+    def reset(self) -> None:
+        """After a check that found working relays, or when there are no others to take."""
         self._patience_s = _FIRST_PATIENCE_S
         self._since: float | None = None
 
-    def is_over(self, now: float) -> bool:
-        """To be asked at each look at which nobody came in. After a yes others are taken."""
+    def is_due(self, now: float) -> bool:
+        """Ask at each check that found none working. After True, take other relays."""
         if self._since is None:
             self._since = now
         if now - self._since < self._patience_s:
@@ -103,7 +100,7 @@ class RelayBackoff:
 
 
 async def find_relays(host: Host, registry: Registry, rng: random.Random, most: int) -> list[str]:
-    """Addresses of some peers that others reach, one of each. libp2p relays over public addresses only."""
+    """Addresses of some reachable peers, one of each. libp2p relays only over public addresses."""
     nodes = await some_nodes(host, registry, rng)
     listed = [address for node in nodes for address in node.bootstrap_addresses]
     usable = [
@@ -117,7 +114,7 @@ async def find_relays(host: Host, registry: Registry, rng: random.Random, most: 
 
 
 async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list[NodeInfo]:
-    """Some other nodes, in random order; none when the DHT does not answer."""
+    """Some other nodes, in random order; none if the DHT does not answer."""
     peers = sorted(host.peers(), key=lambda peer: peer.to_bytes())
     sample = rng.sample(peers, min(_SAMPLED, len(peers)))
     try:
@@ -128,10 +125,10 @@ async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list
 
 
 async def relayed_addresses(host: Host) -> tuple[str, ...]:
-    """By which relays others reach this peer, at most 8. Waits a while for the first that lets itself be used."""
+    """The addresses by which others reach this peer through relays, at most 8. Waits a while for the first relay."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_RELAY_S):
-            while True:  # p2pd tells of no change
+            while True:  # p2pd has no event for this
                 with suppress(UnreachableError):
                     if relayed := tuple(filter(is_relayed, await host.tunnel_addresses())):
                         return relayed
@@ -140,5 +137,5 @@ async def relayed_addresses(host: Host) -> tuple[str, ...]:
 
 
 def is_hidden(host: str) -> bool:
-    """Whether the internet does not reach that IP address or name. Loopback is reached by all that are there."""
+    """Whether the internet can't reach that IP address or name. Loopback is not hidden: its whole swarm is there."""
     return not (host.startswith(("127.", "::1")) or host == "localhost" or is_public(multiaddress(host, 0)))

@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 _MANIFEST_DEADLINE_S = 20.0
 _RETRY_S = 0.5
 _FOUNDER_LOOKS = 3
-"""How often a founder looks for its swarm before it founds it."""
+"""Times that a founder looks for its swarm before it founds a new one."""
 _REMEMBERED_TRIED = 64
-"""Most addresses from earlier runs that are tried at the start."""
+"""Addresses from earlier runs that are tried at the start, at most."""
 _OTHERS_IN_INVITE = 4
-"""Most addresses of others in an invite, beside this peer's own."""
+"""Addresses of other peers in an invite, at most."""
 
 Stage = Callable[[str], None]
-"""Called with what a starting peer does now, in words."""
+"""Called with what a starting peer does next, in words."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,22 @@ class Swarm:
         return self.registry.keys
 
     async def invite(self) -> Invite:
-        """An invite by which others join through this peer, or through some that it met when it is gone."""
+        """An invite by which others join through this peer, or through peers that it met if it is gone."""
         own = await self.host.bootstrap_addresses()
         return Invite(self.keys, (*own, *self.peer_store.addresses()[:_OTHERS_IN_INVITE]))
 
     async def keep_manifest(self) -> None:
-        """Stores what the author signed again, so that it outlives the peers that held it; the author renews it."""
+        """Stores the founder's records again, so that they outlive their holders. The founder renews them."""
         await self.manifest_record.republish()
         await self.revocations.keep()
 
     async def refresh_admission(self) -> None:
-        """Reads the denylist again and, in a swarm that admits by token, what the founder has revoked.
-
-        Raises UnreachableError.
-        """
+        """Reads the denylist and, in a swarm that admits by token, the revoked tokens. Raises UnreachableError."""
         self.admission.denylist.reread()
         await self.revocations.read()
 
     async def keep_admission(self, every_s: float, then: Callable[[], None]) -> None:
-        """Refreshes it for ever, and calls `then`. When the DHT does not answer, what was known stays."""
+        """Refreshes it for ever, and calls `then` each time. If the DHT does not answer, the old state stays."""
         while True:
             await asyncio.sleep(every_s)
             with contextlib.suppress(UnreachableError):
@@ -166,7 +163,7 @@ def _peer_store(state: Path | None, keys: SwarmKeys) -> PeerStore:
 
 
 class _Peer:
-    """What a peer has of its swarm before it knows the manifest."""
+    """The parts of a peer that exist before it knows the manifest."""
 
     def __init__(
         self, identity: Identity, keys: SwarmKeys, state: Path | None, denylist: Denylist | None
@@ -213,7 +210,7 @@ class _Peer:
 
 
 async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) -> None:
-    """Makes this peer's badge of the invite's token, where it needs one. Raises InviteError."""
+    """Makes this peer's badge from the invite's token, if it needs one. Raises InviteError."""
     if swarm.admission.mode == "open" or swarm.host.peer_id == swarm.keys.author:
         return
     with contextlib.suppress(UnreachableError):  # then it is seen later
@@ -230,7 +227,9 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
         swarm.admission.present(token, swarm.host.peer_id)
         role = read_grant(token.grant).role
     except RecordError as error:
-        raise InviteError(f"this invite lets you in no more: {error}; ask the founder for another") from error
+        raise InviteError(
+            f"this invite no longer admits you: {error}; ask the founder for another"
+        ) from error
     if role not in roles:
         raise InviteError(
             f"this invite is for a {role.word}, not for a {wanted}: ask the founder for another"
@@ -238,10 +237,10 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
 
 
 async def _own_manifest(registry: Registry, manifest: Manifest, looks: int) -> tuple[bytes, float]:
-    """The founder's record of the manifest and its expiry: as it is in the DHT, else a new one."""
+    """The founder's record of the manifest and its expiry: the one in the DHT, or a new one."""
     me = registry.keys.author
     found = await registry.find_manifests()
-    for _ in range(looks - 1):  # a newcomer's first look-ups can miss
+    for _ in range(looks - 1):  # the first look-ups of a new peer can miss
         if me not in found:
             await asyncio.sleep(_RETRY_S)
             found = await registry.find_manifests()
@@ -265,7 +264,7 @@ async def _own_manifest(registry: Registry, manifest: Manifest, looks: int) -> t
 
 
 async def _find_manifest(registry: Registry, invite: Invite) -> tuple[bytes, float]:
-    """A newcomer's first look-ups can miss: its routing table is still filling."""
+    """Looks several times: a new peer's routing table is still filling."""
     deadline = time.monotonic() + _MANIFEST_DEADLINE_S
     while True:
         with contextlib.suppress(UnreachableError):
@@ -275,6 +274,6 @@ async def _find_manifest(registry: Registry, invite: Invite) -> tuple[bytes, flo
         if time.monotonic() > deadline:
             raise SwarmError(
                 f"the peers at the invite's addresses know no manifest of swarm {invite.keys.name!r}: "
-                "it has ended, or was founded anew; ask its founder for a new invite"
+                "it has ended, or was founded again; ask its founder for a new invite"
             )
         await asyncio.sleep(_RETRY_S)

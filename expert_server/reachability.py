@@ -123,7 +123,7 @@ class ReachabilityMonitor:
         self._rng = rng
         self._clock = clock
         self._next_at = float("-inf")
-        self._patience = RelayBackoff()
+        self._backoff = RelayBackoff()
         self._unanswered = 0
         """How often in a row there was nobody to ask, or nobody answered."""
         self._doubts = 0
@@ -242,8 +242,8 @@ class ReachabilityMonitor:
         addresses = tuple(await host.tunnel_addresses())
         relayed = [address for address in addresses if is_relayed(address)]
         if addresses:
-            self._patience.begin_anew()
-        elif self._patience.is_over(self._clock()):
+            self._backoff.reset()
+        elif self._backoff.is_due(self._clock()):
             await self._find_relays(stage)
         self.tunnel_addresses = addresses
         self.status = ReachabilityStatus(
@@ -256,7 +256,7 @@ class ReachabilityMonitor:
         host, registry = self._swarm.host, self._swarm.registry
         relays = await find_relays(host, registry, self._rng, _RELAYS)
         if not relays:
-            self._patience.begin_anew()
+            self._backoff.reset()
         if relays or host.config.serves_dht:
             await self._move(False, relays)
         if relays:

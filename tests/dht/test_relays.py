@@ -17,8 +17,8 @@ def changes(
     found = []
     for now in range(until):
         if is_let_in(now):
-            patience.begin_anew()
-        elif patience.is_over(now):
+            patience.reset()
+        elif patience.is_due(now):
             found.append(now)
     return found
 
@@ -40,7 +40,7 @@ def test_relays_that_let_others_in_now_and_then_are_kept() -> None:
 def test_how_often_one_looks_changes_little(every_s: float) -> None:
     patience = RelayBackoff()
     looks = [at * every_s for at in range(int(10_000 / every_s))]
-    found = [now for now in looks if patience.is_over(now)]
+    found = [now for now in looks if patience.is_due(now)]
     for (before, now), borne_s in zip(pairwise(found), (60, 120, 240, 480, 480), strict=False):
         assert borne_s <= now - before < borne_s + every_s
 
@@ -51,7 +51,7 @@ def test_two_changes_never_lie_nearer_than_the_first_patience(looks: list[tuple[
     for pause_s, is_let_in in looks:
         now += pause_s
         if is_let_in:
-            patience.begin_anew()
-        elif patience.is_over(now):
+            patience.reset()
+        elif patience.is_due(now):
             assert now - changed_at >= 30
             changed_at = now

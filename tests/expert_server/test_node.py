@@ -39,6 +39,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import NetworkConfig
 from peer.transport.p2pd import Daemon
@@ -303,6 +304,26 @@ def test_a_node_serves_on_an_ipv6_address(play: Play) -> None:
 def fetch(address: str) -> tuple[str, str]:
     with urllib.request.urlopen(address, timeout=10) as response:
         return response.headers["Content-Type"], response.read().decode()
+
+
+def test_a_mistake_in_one_task_does_not_end_the_node(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=2, spare=0, announce_every_s=0.5)
+
+        async def breaks() -> None:
+            raise KeyError("a mistake")
+
+        monkeypatch.setattr(node._standby, "run", breaks)
+        running = await village.run(node)
+        restarts = node._restarts
+
+        async def went_on() -> bool:
+            return total(restarts) >= 2 and node.state is NodeState.SERVING
+
+        await eventually(went_on, 30)
+        assert not running.done()
+
+    play(scenario)
 
 
 def test_metrics_are_served_on_loopback_as_prometheus_text(play: Play) -> None:

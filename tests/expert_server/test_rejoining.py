@@ -134,7 +134,7 @@ def test_two_halves_of_a_swarm_find_each_other(play: Play) -> None:
         assert first.swarm.host.peers() == second.swarm.host.peers() == frozenset()
         assert set(second.runtime.experts) == set(UIDS), "nothing is known of the other half"
 
-        with pytest.raises(UnreachableError, match="joined again by 1 addresses"):
+        with pytest.raises(UnreachableError, match="rejoined by 1 addresses"):
             await apart.membership.check(announced=True)
         await village.run(second)
         both = Counter([*first.runtime.experts, *second.runtime.experts])
@@ -176,7 +176,7 @@ def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_agai
         swarm.host.dht.blacklist.register_failure(first.swarm.host.peer_id)  # as after a call that failed
         assert await swarm.registry.nodes([swarm.host.peer_id]), "its own store answers"
         assert not await swarm.registry.is_seen_by_others()
-        with pytest.raises(UnreachableError, match=r"no other peer gave back .* joined again by"):
+        with pytest.raises(UnreachableError, match=r"no other peer returned .* rejoined by"):
             await swarm.membership.check(announced=True)
         assert swarm.membership.rejoined == 1
         assert first.swarm.host.peer_id not in swarm.host.dht.blacklist
