@@ -4,7 +4,9 @@ Eight trainers, each a process of its own, train on one node of 16 experts: toge
 reaches, and the slowest at least half of its fair share. Then a node serves 256 small experts: how soon, in how many
 processes, and in how much memory once each has taken a step; hivemind.moe's server of the same experts beside it.
 
-    python -m benchmarks.node [--json FILE]
+    python -m benchmarks.node [--quick] [--json FILE]
+
+`--quick` measures the trainers for a few seconds and leaves hivemind.moe out, which takes most of a minute to start.
 """
 
 import argparse
@@ -263,7 +265,8 @@ def show(results: dict[str, float | str], console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--seconds", type=float, default=15.0, help="measured seconds with trainers")
+    parser.add_argument("--quick", action="store_true", help="fewer seconds, without hivemind.moe")
+    parser.add_argument("--seconds", type=float, help="measured seconds with trainers (default: 15)")
     parser.add_argument(
         "--rival-limit", type=float, default=120.0, metavar="S", help="seconds hivemind.moe may take to start"
     )
@@ -277,14 +280,16 @@ def main() -> None:
     if options.hivemind:
         serve_hivemind()
         return
+    seconds = options.seconds or (5.0 if options.quick else 15.0)
     console = Console(width=110)
     results: dict[str, float | str] = {}
     with console.status("trainers"):
-        results |= measure_trainers(options.seconds)
+        results |= measure_trainers(seconds)
     with console.status("256 experts"):
         results |= measure_many_experts()
-    with console.status("256 experts of hivemind.moe"):
-        results |= measure_hivemind(options.rival_limit)
+    if not options.quick:
+        with console.status("256 experts of hivemind.moe"):
+            results |= measure_hivemind(options.rival_limit)
     show(results, console)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
