@@ -66,10 +66,10 @@ def total(metric: Counter | Gauge | Histogram, **labels: str) -> float:
 
 
 class MetricsServer:
-    """An HTTP server on a thread of its own. Close it when done."""
+    """Exposes a registry over HTTP, on a thread of its own. Close it when done."""
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        """Port 0 takes a free one. Raises PortError when the port is taken or the address is not this machine's."""
+        """Port 0 takes a free one. Raises PortError if the port is taken or the address is not this machine's."""
         ProcessCollector(registry=registry)
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry)
@@ -83,10 +83,10 @@ class MetricsServer:
         self.address = f"http://{endpoint(host, self._port)}/metrics"
 
     def offered(self, reached_at: str | None) -> str:
-        """Where others can scrape, `IP address:port`; empty when nobody else can.
+        """Where others can scrape, as `IP address:port`; empty if nobody else can.
 
         `reached_at`: the IP address by which others reach this peer, if it is known. Loopback is offered in a swarm
-        that is all on loopback.
+        that is entirely on loopback.
         """
         address, reached = _address(self._host), _address(reached_at)
         if address is not None and address.is_unspecified:

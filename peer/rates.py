@@ -1,4 +1,4 @@
-"""Limits of rates: a token bucket, one for each of many callers, and the bandwidth that all calls share."""
+"""Rate limits: a token bucket, a bucket for each of many callers, and the bandwidth that all calls share."""
 
 import asyncio
 import time
@@ -13,19 +13,19 @@ from peer.metrics import total
 K = TypeVar("K")
 
 BURST_S = 0.2
-"""How much of its rate a bucket holds that was idle."""
+"""The burst of a bandwidth limit, in seconds of its rate."""
 _PIECE_S = 0.05
-"""Callers take turns after so much of the rate, so that a short message need not wait for long ones to end."""
+"""Callers take turns after this much of the rate, so that a short message need not wait for long ones to end."""
 
 
 class TokenBucket:
-    """In any span of `t` seconds it lets pass at most rate × t + burst bytes, and what one take has beyond the burst.
+    """Lets at most rate × t + burst bytes pass in any t seconds, plus what a single take exceeds the burst by.
 
     Pure: `now` is passed in, and never goes back.
     """
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
-        """`rate` in bytes per second, `burst` in bytes; or in whatever is taken."""
+        """`rate` in bytes per second, `burst` in bytes. Other units work too."""
         assert rate > 0, "a bucket that never fills lets nothing pass"
         self._rate = rate
         self._burst = burst
@@ -33,8 +33,9 @@ class TokenBucket:
         self._at = now
 
     def take(self, size: float, now: float) -> float:
-        """Takes `size` bytes, after those before. Says how many seconds to wait until they may pass; of no bytes: until
-        those before may.
+        """Takes `size` bytes and returns how many seconds to wait until they may pass.
+
+        With size 0, returns the wait for the bytes that were taken before.
         """
         self._level = min(self._burst, self._level + (now - self._at) * self._rate) - size
         self._at = now
@@ -75,10 +76,7 @@ class TokenBuckets(Generic[K]):
 
 
 class RateLimit:
-    """How fast bytes may pass, whoever sends them: first come, first served, by small pieces. Counts them, too.
-
-    For one event loop.
-    """
+    """Limits and counts bytes, whoever sends them: first come, first served, in small pieces. For one event loop."""
 
     def __init__(
         self,
@@ -86,7 +84,7 @@ class RateLimit:
         clock: Callable[[], float] = time.monotonic,
         counter: Counter | None = None,
     ) -> None:
-        """`limit`: bytes per second; None: as fast as they come. `counter`: of the bytes that have passed."""
+        """`limit`: bytes per second; None: no limit. `counter`: of the bytes that have passed."""
         self._passed = counter or Counter("passed_bytes", "Bytes that have passed.", registry=None)
         self._clock = clock
         self._turn = asyncio.Lock()  # first come, first served
@@ -95,7 +93,7 @@ class RateLimit:
 
     @property
     def bytes(self) -> int:
-        """That have passed since the start."""
+        """Bytes that have passed since the start."""
         return int(total(self._passed))
 
     async def take(self, size: int) -> None:
@@ -122,7 +120,7 @@ class RateLimit:
 
 
 class Bandwidth:
-    """What passes up and down, all calls together."""
+    """Upload and download of all calls together."""
 
     def __init__(
         self,
@@ -130,7 +128,7 @@ class Bandwidth:
         down_mbit: float | None = None,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """Limits in Mbit/s; None: none."""
+        """Limits in Mbit/s; None: no limit."""
         sent = Counter("talkoot_uploaded_bytes", "Payload of answers, in bytes.", registry=metrics)
         received = Counter("talkoot_downloaded_bytes", "Payload of calls, in bytes.", registry=metrics)
         self.up = RateLimit(_bytes_per_s(up_mbit), counter=sent)
