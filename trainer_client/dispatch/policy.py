@@ -13,12 +13,13 @@ How long to wait for experts: deadlines that follow from how long calls took lat
 """
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from peer.bounded import BoundedDict
 from peer.codec import Floats
 from peer.identity import PeerID
 from peer.metrics import SECONDS, Distribution
@@ -52,8 +53,7 @@ class CircuitBreakers:
         """`limit`: peers remembered at most; beyond it the one is forgotten whose last failure is longest ago."""
         self._first_s = first_s
         self._longest_s = longest_s
-        self._limit = limit
-        self._breakers: OrderedDict[PeerID, _Breaker] = OrderedDict()
+        self._breakers = BoundedDict[PeerID, _Breaker](limit)
 
     def failed(self, peer_id: PeerID, now: float, *, quickly: bool = False) -> None:
         """The peer did not do what it was asked. A failure while the breaker is open changes nothing."""
@@ -103,10 +103,7 @@ class CircuitBreakers:
         )
 
     def _breaker(self, peer_id: PeerID) -> _Breaker:
-        breaker = self._breakers.setdefault(peer_id, _Breaker())
-        self._breakers.move_to_end(peer_id)
-        if len(self._breakers) > self._limit:
-            self._breakers.popitem(last=False)
+        breaker = self._breakers[peer_id] = self._breakers.get(peer_id) or _Breaker()
         return breaker
 
 
@@ -149,7 +146,7 @@ class Latencies:
     def __init__(self) -> None:
         self.forward = Durations()
         self.backward = Durations()
-        self.nodes: dict[PeerID, float] = {}
+        self.nodes = BoundedDict[PeerID, float](_NODES)
         """Seconds until each node's first answer to a call, a moving mean; the node that answered last at the end."""
 
     def note(self, direction: str, seconds: float) -> None:
@@ -158,10 +155,8 @@ class Latencies:
 
     def note_node(self, peer_id: PeerID, seconds: float) -> None:
         """A node's first answer to a call."""
-        mean = self.nodes.pop(peer_id, seconds)
+        mean = self.nodes.get(peer_id, seconds)
         self.nodes[peer_id] = mean + _WEIGHT * (seconds - mean)
-        if len(self.nodes) > _NODES:
-            del self.nodes[next(iter(self.nodes))]
 
 
 def _nearest(ordered: Sequence[float], share: float) -> float:
@@ -193,7 +188,7 @@ class AnswerScreening:
     """What is wrong with answers, by each one alone and by those that the same peer gave lately."""
 
     def __init__(self) -> None:
-        self._lately: OrderedDict[PeerID, list[_Kept]] = OrderedDict()
+        self._lately = BoundedDict[PeerID, list[_Kept]](_REMEMBERED_PEERS)
 
     def fault_of_gradient(self, gradients_RD: Floats, answer_RD: Floats) -> str | None:
         """In a word, or None. Small gradients may well become zeros on their way, and so equal."""
@@ -209,10 +204,7 @@ class AnswerScreening:
 
     def _is_replayed(self, peer_id: PeerID, inputs_D: Floats, answer_D: Floats) -> bool:
         """Whether the answer's first row came lately, for other inputs. Also remembers it."""
-        lately = self._lately.setdefault(peer_id, [])
-        self._lately.move_to_end(peer_id)
-        if len(self._lately) > _REMEMBERED_PEERS:
-            self._lately.popitem(last=False)
+        lately = self._lately[peer_id] = self._lately.get(peer_id) or []
         row, compared = answer_D.tobytes(), inputs_D[:_COMPARED].copy()
         for kept in lately:
             if kept.answer == row:
