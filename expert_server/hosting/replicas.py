@@ -150,10 +150,14 @@ class LocalReplicas:
         await self._swarm.registry.announce(announced, self._lifetime_s, queued_rows)
 
     async def withdraw(self, uids: Collection[UID]) -> None:
-        """Takes the announcements back. Raises UnreachableError."""
-        for uid in uids:
-            self._claimed_at.pop(uid, None)
-        await self._swarm.registry.withdraw(uids, self._lifetime_s)
+        """Takes the announcements back. Raises UnreachableError, and then goes on announcing."""
+        # removed first, so that no announcement made meanwhile comes after the withdrawal
+        claimed_at = {uid: self._claimed_at.pop(uid) for uid in uids if uid in self._claimed_at}
+        try:
+            await self._swarm.registry.withdraw(uids, self._lifetime_s)
+        except UnreachableError:
+            self._claimed_at |= claimed_at
+            raise
 
     async def release(self, uids: Collection[UID]) -> None:
         """Withdraws some experts, serves them no more, and saves them. Raises UnreachableError and then keeps them."""

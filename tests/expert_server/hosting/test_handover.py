@@ -21,7 +21,7 @@ from expert_server.experts.graphs import Rows
 from expert_server.node import Node
 from expert_server.serving.batching import WorkItem
 from expert_server.status import NodeState
-from peer.errors import ExpertError
+from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
@@ -162,6 +162,27 @@ def test_a_leaving_replica_is_called_no_more_and_still_counts_as_a_host(play: Pl
         work = WorkItem(UIDS[0], "forward", rows, deadline=1e12, caller="test")
         with pytest.raises(ExpertError, match="this node is leaving"):
             node.runtime.enqueue(work)
+
+    play(scenario)
+
+
+def test_an_expert_whose_withdrawal_fails_is_still_announced(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=2)
+        uid = next(iter(node.runtime.experts))
+
+        async def fail(*_: object) -> None:
+            raise UnreachableError("the DHT does not answer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(node.swarm.registry, "withdraw", fail)
+            with pytest.raises(UnreachableError):
+                await node.replicas.release([uid])
+        await train(node, {uid: 2})
+        await node.hosting.announce()
+        assert await announced(node, [uid]) == {uid: 2}
 
     play(scenario)
 
