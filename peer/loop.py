@@ -74,7 +74,8 @@ class LoopThread:
 class TaskSet:
     """Tasks that their owner ends. Each is held until it is done.
 
-    TalkootErrors are left to those who await the task. Any other exception is a mistake in the program, and is logged.
+    TalkootErrors are left to those who await the task. Any other exception is a mistake in the program, and the loop's
+    exception handler logs it at once, not when the task is collected.
     """
 
     def __init__(self, restarts: Counter | None = None, first_pause_s: float = _FIRST_PAUSE_S) -> None:
@@ -119,7 +120,8 @@ class TaskSet:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, TalkootError):
-            logger.error("could not %s", task.get_name(), exc_info=error)
+            context = {"message": f"could not {task.get_name()}", "exception": error, "task": task}
+            task.get_loop().call_exception_handler(context)
 
 
 async def keep_running(
