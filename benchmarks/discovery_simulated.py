@@ -17,15 +17,17 @@ from grpc import StatusCode
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, SimulatedPeer, SimulatedSwarm
 from dht.announcements import NodeInfo
-from dht.beam_search import Floats, Selection, select_experts
+from dht.beam_search import Selection, select_experts
 from dht.directory import Directory
 from dht.uid import UID
+from peer.codec import Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.kademlia.hivemind import DHTID
-from trainer_client.dispatch.batches import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, NodeCall, RoutedRows
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
+from trainer_client.routers import best
 
 TOP_K = 4
 BATCH = 64
@@ -248,7 +250,9 @@ async def measure_replacing(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[st
             directory, caller, policy, seed=1, clock=loop.time, is_silent=caller.is_silent
         )
         inputs, began = np.zeros((BATCH, 8), dtype=np.float32), loop.time()
-        answered = (await dispatcher.forward(0, inputs, scores, TOP_K, 1)).answered
+        live = await dispatcher.find(0, scores, TOP_K)
+        rows = RoutedRows(0, inputs, scores, TOP_K, sequence_length=1, keep=False)
+        answered = (await dispatcher.send(rows, best(scores, live.tables, TOP_K), live)).answered
         assert loop.time() - began < CALL_DEADLINE_S + 0.01
         await dispatcher.close()
         result[name] = float((answered.sum(axis=1) >= k_min).mean())
@@ -267,17 +271,16 @@ class _SimulatedCaller:
     def is_silent(self, node: NodeInfo) -> bool:
         return node.peer_id not in self._living
 
-    async def call(
-        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
-    ) -> AsyncIterator[Answer]:
-        if node.peer_id not in self._living and not self._refuses:
-            await asyncio.sleep(deadline_s)
+    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+        peer_id = call.node.peer_id
+        if peer_id not in self._living and not self._refuses:
+            await asyncio.sleep(call.deadline_s)
             raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "silent")
         await asyncio.sleep(self._rtt_s)
-        if node.peer_id not in self._living:
+        if peer_id not in self._living:
             raise ExpertError(StatusCode.UNAVAILABLE, "connection refused")
-        for n, request in enumerate(requests):
-            yield Answer(n, request.inputs)
+        for request in call.requests:
+            yield Answer(request, peer_id, request.inputs)
 
 
 async def _let_the_dead_expire(swarm: SimulatedSwarm) -> None:

@@ -2,13 +2,12 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 from grpc import StatusCode
 
-from dht.announcements import NodeInfo
 from peer.errors import ExpertError
-from trainer_client.dispatch.batches import Answer, Direction, ExpertCaller, Request
+from trainer_client.dispatch.batches import Answer, ExpertCaller, NodeCall
 
 
 class FaultyCaller:
@@ -27,11 +26,9 @@ class FaultyCaller:
         self._failing = failing
         self._rng = random.Random(seed)
 
-    async def call(
-        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
-    ) -> AsyncIterator[Answer]:
+    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
         if not self.on:
-            async for answer in self._caller.call(node, direction, requests, deadline_s):
+            async for answer in self._caller.call(call):
                 yield answer
             return
         fails, arrives = self._rng.random() < self._failing, self._rng.random() < 0.5
@@ -39,7 +36,7 @@ class FaultyCaller:
         await asyncio.sleep(self._delay_s / 2)
         answers = []
         if arrives or not fails:
-            answers = [a async for a in self._caller.call(node, direction, requests, deadline_s)]
+            answers = [a async for a in self._caller.call(call)]
         await asyncio.sleep(self._delay_s / 2)
         if fails:
             raise ExpertError(StatusCode.UNAVAILABLE, "lost on the way, as told")

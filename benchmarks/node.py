@@ -37,7 +37,7 @@ from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.transport.addresses import NetworkConfig
 from peer.wire import session_pb2
-from trainer_client.dispatch.batches import Request
+from trainer_client.dispatch.batches import ExpertBatch, NodeCall, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 TRAINERS = 8
@@ -159,11 +159,14 @@ async def step_all(invite: Invite, state: Path) -> int:
         (host,) = {replica.peer_id for r in (await swarm.registry.replicas(uids)).values() for replica in r}
         node = (await swarm.registry.nodes([host]))[host]
         rows = np.random.default_rng(0).standard_normal((4, hidden)).astype(np.float32)
-        requests = [Request(uid, [1] * 4, [0] * 4, rows, rows) for uid in uids]
+        each, zeros = np.arange(4), np.zeros(4, dtype=np.int64)
+        batches = [ExpertBatch(uid, each, zeros, np.ones_like(each), zeros) for uid in uids]
+        requests = [Request(batch, rows, rows) for batch in batches]
         rights = (session_pb2.RIGHT_BACKWARD,)
         sessions = SessionClient(swarm.host.identity, invite.keys.swarm_id, rights)
         caller = GrpcCaller(channels, invite.keys.swarm_id, hidden, sessions=sessions)
-        answers = [answer async for answer in caller.call(node, "backward", requests, 60.0)]
+        call = NodeCall(node, "backward", requests, 60.0)
+        answers = [answer async for answer in caller.call(call)]
         return sum(answer.tensor is not None for answer in answers)
     finally:
         await channels.close()

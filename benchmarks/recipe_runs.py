@@ -22,8 +22,8 @@ from benchmarks.recipe_configurations import Configuration, Size
 from benchmarks.recipe_texts import BYTE_KINDS, Mixed, byte_kinds
 from dht.uid import UID
 from expert_server.experts.expert import Expert
+from peer.codec import Integers
 from talkoot.train.local import LocalSwarm
-from trainer_client.dispatch.batches import Integers
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS

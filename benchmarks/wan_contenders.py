@@ -27,11 +27,10 @@ from benchmarks.moe_contenders import make_step
 from benchmarks.rival_blocks import SEQUENCE
 from benchmarks.village import START_LIMIT_S, joining_node, running_node
 from benchmarks.wan_pace import Carried, Turns, auto_pace_of, pace_of
-from dht.announcements import NodeInfo
 from peer.codec import codec_of
 from peer.errors import ExpertError
 from talkoot.demo.links import free_ports
-from trainer_client.dispatch.batches import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 if TYPE_CHECKING:
@@ -129,17 +128,11 @@ class Failing:
     def of_talkoot(self) -> Iterator[None]:
         whole = GrpcCaller.call
 
-        async def call(
-            caller: GrpcCaller,
-            node: NodeInfo,
-            direction: Direction,
-            requests: Sequence[Request],
-            deadline_s: float,
-        ) -> AsyncIterator[Answer]:
+        async def call(caller: GrpcCaller, call: NodeCall) -> AsyncIterator[Answer]:
             self.caller = caller
             if self.next():
                 raise ExpertError(StatusCode.UNAVAILABLE, "fails on purpose")
-            async for answer in whole(caller, node, direction, requests, deadline_s):
+            async for answer in whole(caller, call):
                 yield answer
 
         with patch.object(GrpcCaller, "call", call):

@@ -1,11 +1,11 @@
-"""SelectExperts: beam search for the k live experts with the highest scores.
+"""Beam search for the k live experts with the highest scores.
 
 Ryabinin & Gusev 2020 (arXiv 2002.04013), appendix "SelectExperts". An expert's score is the sum of one
 number per grid dimension (product keys), so the search goes by prefixes, not by experts.
 
-Shapes: R rows, G_d size of grid dimension d, W prefixes in the beam, C candidates, k experts for each row.
+`PrefixIndex` holds what a peer knows of one layer's prefixes on a grid that it can't know whole.
 
-What a peer knows of one layer's prefixes, on a grid that it can't know whole.
+Shapes: R rows, G_d size of grid dimension d, W prefixes in the beam, C candidates, k experts for each row.
 """
 
 import math
@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Integers = NDArray[np.int64]
-Booleans = NDArray[np.bool_]
+from peer.codec import Booleans, Floats, Integers
+
+Coordinate = tuple[int, ...]
 
 _LIMIT = np.float32(1e30)  # far from overflow, so that sums of clipped scores stay finite
 _DEAD = np.int32(-(2**31))  # the order of a dead prefix: below that of every score
@@ -193,9 +192,6 @@ def _selection(keys_Rk: Integers, grid: tuple[int, ...]) -> Selection:
     return Selection(np.stack(np.unravel_index(experts, grid), axis=-1), scores, valid)
 
 
-Coordinate = tuple[int, ...]
-
-
 class PrefixIndex:
     """Prefix tables that are filled as prefixes are read. What was read and is empty is known as well."""
 
@@ -222,12 +218,27 @@ class PrefixIndex:
         """Nobody hosts the expert, whatever its prefix says; until the prefix is read again."""
         self.alive[-1][expert] = False
 
-    def best(self, scores: Sequence[Floats], width: int, everything: bool = False) -> list[Coordinate]:
-        """The prefixes in the beams of all rows: the `width` best active ones of each.
+    def tables(self, passed_over: Booleans | None = None) -> list[Booleans]:
+        """`alive` without the experts in `passed_over`, a table of the grid, and without prefixes that are known to
+        lead to no expert.
+        """
+        tables = [self.alive[-1] if passed_over is None else self.alive[-1] & ~passed_over]
+        for active, is_known in zip(self.alive[-2::-1], self._known[:0:-1], strict=True):
+            tables.insert(0, active & (~is_known | tables[0].any(axis=-1)))
+        return tables
+
+    def best(
+        self,
+        scores: Sequence[Floats],
+        width: int,
+        passed_over: Booleans | None = None,
+        everything: bool = False,
+    ) -> list[Coordinate]:
+        """The prefixes in the beams of all rows: the `width` best active ones of each, as in `tables`.
 
         `scores` has one float32 [R, G_d] for each dimension of these prefixes. `everything`: as if all were active.
         """
-        tables = self.alive[: len(scores)]
+        tables = self.tables(passed_over)[: len(scores)]
         if everything:
             tables = [np.ones_like(table) for table in tables]
         chosen = select_experts(scores, tables, width, width)

@@ -1,4 +1,10 @@
-"""A peer's cached view of the swarm, refreshed in the background, so that choosing experts costs no round trip."""
+"""A peer's cached view of the swarm, refreshed in the background, so that choosing experts costs no round trip.
+
+A `Directory` keeps a `View` fresh and, on a grid too large to know whole, searches it by the scores of the rows that
+are to be sent. `LiveExperts` is one moment of a layer, by which a training step goes to its end.
+
+Shapes: R rows, G_d size of grid dimension d.
+"""
 
 import asyncio
 import logging
@@ -12,16 +18,17 @@ from types import MappingProxyType
 import numpy as np
 
 from dht.announcements import NodeInfo, Replica, ReplicaState
-from dht.beam_search import Floats, Integers, PrefixIndex, default_beam_size, select_experts
+from dht.beam_search import PrefixIndex, Selection, default_beam_size, select_experts
 from dht.manifest import Manifest
 from dht.registry import Prefix, Registry
 from dht.uid import UID
+from peer.codec import Booleans, Floats
 from peer.errors import UnreachableError
 from peer.identity import PeerID
 
 logger = logging.getLogger(__name__)
 
-PrefixTables = tuple[np.ndarray, ...]
+PrefixTables = tuple[Booleans, ...]
 """One bool array per grid dimension, of shape grid[:d+1]: True where a prefix leads to a live expert."""
 
 _MAX_READ = 4096
@@ -100,6 +107,19 @@ class View:
         return tuple(np.asarray(alive.any(axis=tuple(range(d + 1, dimensions)))) for d in range(dimensions))
 
 
+@dataclass(frozen=True)
+class LiveExperts:
+    """The experts of one layer that can be called at one moment. Never changed: a training step chooses, balances and
+    weighs by the one that it began with.
+    """
+
+    layer: int
+    view: View
+    avoided: frozenset[PeerID]
+    """Peers that are not called, and whose replicas don't count."""
+    tables: PrefixTables
+
+
 class Directory:
     """Keeps a `View` fresh. `refresh` once, then run `keep_fresh` as a task somebody owns."""
 
@@ -164,44 +184,69 @@ class Directory:
                 if self.failures == 1:
                     logger.warning("can't refresh the view of the swarm: %s", error)
 
-    async def search(self, layer: int, scores: Sequence[Floats], k: int) -> View:
-        """Brings the top-k experts of each row into the view, on a grid too large to know whole.
+    def live(self, layer: int, avoided: frozenset[PeerID] = NOBODY) -> LiveExperts:
+        """The layer's experts by the view, without those that only `avoided` peers host."""
+        return LiveExperts(layer, self.view, avoided, self.view.tables(layer, avoided))
+
+    async def search(
+        self, layer: int, scores: Sequence[Floats], k: int, avoided: frozenset[PeerID] = NOBODY
+    ) -> View:
+        """Brings the top-k experts of each row into the view, on a grid too large to know whole. Passes over experts
+        that only `avoided` peers host.
 
         `scores` has one float32 [R, G_d] per grid dimension. Reads the prefixes that a beam search comes by, then the
-        experts that it chose: nothing, when all of that is known. Raises UnreachableError.
+        experts that it chose: nothing, when all of that is known. Rows that met experts which can't be called go on,
+        each time twice as far. Raises UnreachableError.
         """
         index = self._index(layer)
-        for _ in range(_SEARCH_ROUNDS):
-            await self._read_way(layer, index, scores, default_beam_size(k))
-            chosen = self._chosen(index, scores, k)
-            if not (unknown := self._without_host(layer, chosen)):
-                break
+        for round_number in range(_SEARCH_ROUNDS):
+            passed_over = self._only_at(avoided, layer)
+            await self._read_way(layer, index, scores, default_beam_size(k), passed_over)
+            chosen = select_experts(scores, index.tables(passed_over), k << round_number)
+            unknown = self._experts_at(layer, chosen, self._lacking(layer, chosen, avoided))
             await self._read_experts([uid for uid in unknown if uid not in self.view.replicas])
-            if not (gone := self._without_host(layer, chosen)):
+            lacking = self._lacking(layer, chosen, avoided)
+            if not lacking.any():
                 break
-            for uid in gone:
-                index.drop(uid.coordinate)
+            for uid in self._experts_at(layer, chosen, lacking):
+                if not self.view.hosts(uid):
+                    index.drop(uid.coordinate)
+            scores = [table[lacking.any(axis=1)] for table in scores]
         return self.view
 
-    def _chosen(self, index: PrefixIndex, scores: Sequence[Floats], k: int) -> Integers:
-        """The experts that any row chooses, as numbers in the grid."""
-        chosen = select_experts(scores, index.alive, k)
-        coordinates = chosen.coordinates[chosen.valid]
-        return np.unique(np.ravel_multi_index(tuple(coordinates.T), self._manifest.experts.grid))
+    def _only_at(self, avoided: frozenset[PeerID], layer: int) -> Booleans | None:
+        """The experts that nobody but these peers is known to host, as a table of the grid."""
+        if not avoided:
+            return None
+        return self.view.tables(layer)[-1] & ~self.view.tables(layer, avoided)[-1]
 
-    def _without_host(self, layer: int, experts: Integers) -> list[UID]:
-        """Those of the experts that nobody hosts by the view."""
-        live = self.view.tables(layer)[-1].ravel()[experts]
-        missing = np.unravel_index(experts[~live], self._manifest.experts.grid)
-        return [UID(layer, coordinate) for coordinate in zip(*(c.tolist() for c in missing), strict=True)]
+    def _lacking(self, layer: int, chosen: Selection, avoided: frozenset[PeerID]) -> Booleans:
+        """Which of the chosen experts nobody hosts by the view, but for the `avoided` peers. [R, k]"""
+        live = self.view.tables(layer, avoided)[-1]
+        lacking: Booleans = chosen.valid & ~live[tuple(np.moveaxis(chosen.coordinates, -1, 0))]
+        return lacking
 
-    async def _read_way(self, layer: int, index: PrefixIndex, scores: Sequence[Floats], width: int) -> None:
+    def _experts_at(self, layer: int, chosen: Selection, slots: Booleans) -> list[UID]:
+        """The experts in these slots [R, k], each once."""
+        grid = self._manifest.experts.grid
+        numbers = np.unique(np.ravel_multi_index(tuple(chosen.coordinates[slots].T), grid))
+        coordinates = zip(*(c.tolist() for c in np.unravel_index(numbers, grid)), strict=True)
+        return [UID(layer, coordinate) for coordinate in coordinates]
+
+    async def _read_way(
+        self,
+        layer: int,
+        index: PrefixIndex,
+        scores: Sequence[Floats],
+        width: int,
+        passed_over: Booleans | None,
+    ) -> None:
         """Level by level the prefixes that are not known yet; the first two levels together, to save a round trip."""
         ahead = [] if index.knows(()) else index.best(scores[:1], width, everything=True)
         for depth in range(len(scores)):
             if index.knows_all_of(depth):
                 continue
-            wanted = [(), *ahead] if depth == 0 else index.best(scores[:depth], width)
+            wanted = [(), *ahead] if depth == 0 else index.best(scores[:depth], width, passed_over)
             prefixes = [(layer, coordinate) for coordinate in wanted if not index.knows(coordinate)]
             by_size: dict[int, list[Prefix]] = {}
             for prefix in prefixes:

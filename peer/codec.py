@@ -15,6 +15,8 @@ from peer.errors import WireError
 from peer.wire import expert_pb2
 
 Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 CodecName: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
 """The names of codecs in a manifest."""
 

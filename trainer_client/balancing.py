@@ -1,12 +1,11 @@
-"""How evenly a router uses the live experts: the loss that evens it out, and the figures that show it.
+"""How evenly a router uses the live experts: the loss that evens it out, the figures that show it, and the assignment
+that enforces it.
 
-Shapes: R rows, G_d size of grid dimension d, K experts for each row.
+`balanced_assignment` gives each row one expert and each expert as many rows, with the highest total of scores. That is
+a linear assignment problem (BASE layers, Lewis et al. 2021, arXiv 2103.16716, section 3.1).
 
-Balanced assignment: one expert for each row, as many rows for each expert, the highest total of scores.
-
-Lewis et al. 2021, BASE layers (arXiv 2103.16716), section 3.1: a linear assignment problem.
-
-Shapes: R rows, E experts, N rows that a price doesn't decide.
+Shapes: R rows, G_d size of grid dimension d, K experts for each row, E live experts, N rows that prices
+leave undecided.
 """
 
 from collections.abc import Sequence
@@ -19,8 +18,14 @@ from torch import Tensor
 
 from dht.beam_search import Selection
 from dht.directory import PrefixTables
-from peer.codec import Floats
-from trainer_client.dispatch.batches import Integers
+from peer.codec import Floats, Integers
+
+_LIMIT = np.float32(1e15)  # its square is far from overflow
+_SOLVED_WHOLE = 256  # rows
+_SOLVED_AT_ONCE = 512
+_STEPS = 26
+_LAST_TEMPERATURE = 0.001
+_CLEAR = 8  # last temperatures
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,6 @@ def balancing_loss(scores: Sequence[Tensor], selection: Selection, alive: Prefix
         probability_G = scores_RG.index_select(1, index).softmax(dim=1).mean(dim=0)
         losses.append((ratio_G * probability_G).sum())
     return torch.stack(losses).mean()
-
-
-_LIMIT = np.float32(1e15)  # its square is far from overflow
-_SOLVED_WHOLE = 256  # rows
-_SOLVED_AT_ONCE = 512
-_STEPS = 26
-_LAST_TEMPERATURE = 0.001
-_CLEAR = 8  # last temperatures
 
 
 def balanced_assignment(scores_RE: Floats) -> Integers:

@@ -1,17 +1,15 @@
 """A decentralized mixture of experts as a torch layer.
 
-Ryabinin & Gusev 2020 (arXiv 2002.04013), section 3.1: y = sum of w_k f_k(x) over the experts that answered. Which
-experts, and which weights, the router says.
+Ryabinin & Gusev 2020 (arXiv 2002.04013), section 3.1: y = sum of w_k f_k(x) over the experts that answered. The router
+says which experts a row is sent to, and what their answers weigh.
 
-Shapes: B sequences, T positions, R = B * T rows, U rows that are routed (tokens, or whole sequences), K experts for
-each row, D hidden size.
-
-The mixture layers of one trainer, as its settings and the manifest want them.
+Shapes: B sequences, T positions, R = B * T rows, U routed rows (each token, or each sequence as a whole), K experts for
+each row, D hidden size, G_d size of grid dimension d.
 """
 
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -20,12 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dht.beam_search import Selection
-from dht.directory import PrefixTables
+from dht.directory import LiveExperts, PrefixTables
 from dht.manifest import Manifest
 from peer.codec import Floats
 from peer.errors import SettingsError
 from trainer_client.balancing import LoadSpread, balancing_loss, load_spread
-from trainer_client.dispatch.batches import ForwardPass
+from trainer_client.dispatch.batches import ForwardPass, RoutedRows
 from trainer_client.routers import Gate, Routing, experts_for_each_row, noisy_scores
 from trainer_client.settings import TrainerSettings
 
@@ -36,22 +34,19 @@ RunOnLoop = Callable[[Coroutine[Any, Any, T]], T]
 
 
 class Experts(Protocol):
-    """What the layer needs of `dispatch`: all experts of a swarm, forward and backward."""
+    """All experts of a swarm, as a mixture sees them."""
 
-    async def forward(
-        self,
-        layer: int,
-        inputs: Floats,
-        scores: Sequence[Floats],
-        k: int,
-        sequence_length: int,
-        keep: bool = False,
-        first: Selection | None = None,
-    ) -> ForwardPass: ...
+    async def find(self, layer: int, scores: Sequence[Floats], k: int) -> LiveExperts:
+        """The experts of a layer that can be called now, among them the best k of each row by its `scores`."""
+        ...
 
-    async def alive(self, layer: int) -> PrefixTables: ...
+    async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
+        """Sends each row to the experts that were selected for it among the `live`, and takes what they answer."""
+        ...
 
-    async def backward(self, forward: ForwardPass, gradients: Floats) -> Floats: ...
+    async def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
+        """Sends the gradients of the outputs [R, K, D] to whoever answered; gives those of the inputs [R, D]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -133,49 +128,50 @@ class RemoteMixtureOfExperts(nn.Module):
         return y_RD.to(x.dtype).view(x.shape)
 
     def _mix(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [R, D], float32."""
+        """[B, T, D] -> [R, D], float32. One step of a layer: score, find, choose, send, weigh."""
+        length, rng = x_BTD.shape[1], self._rng if self.training else None
+        scores = self._score(x_BTD, rng)
+        live: LiveExperts = self._run(self._experts.find(self.layer, _arrays(scores), self.k))
+        selection = self._router.choose(_arrays(scores), live.tables, self.k, rng)
+        if self.training:
+            self._note_routing(scores, selection, live.tables)
+        if self.choose_by == "sequence":
+            scores, selection = _for_each_row(scores, selection, length)
         x_RD = x_BTD.flatten(0, 1).float()
-        alive: PrefixTables = self._run(self._experts.alive(self.layer))
-        scores, selection = self._route(x_BTD, alive)
-        call = _Call(_arrays(scores), selection, x_BTD.shape[1], torch.is_grad_enabled())
-        outputs_RKD, answered_RK, coordinates = _CallExperts.apply(  # type: ignore[no-untyped-call]  # torch's lacks types
-            x_RD, self.gate.linear.weight, self, call
+        inputs = x_RD.detach().cpu().numpy()
+        rows = RoutedRows(self.layer, inputs, _arrays(scores), self.k, length, torch.is_grad_enabled())
+        outputs_RKD, answered_RK, coordinates = _SendToExperts.apply(  # type: ignore[no-untyped-call]  # torch's lacks types
+            x_RD, self.gate.linear.weight, self, rows, selection, live
         )
-        if self.training and self._router.drops_outputs:
-            outputs_RKD = self._drop(outputs_RKD, x_RD)
         logits_RK = self.gate.logits(scores, coordinates)
-        weights_RK = self._router.weigh(scores, alive, logits_RK, answered_RK).float()
-        mixed_RD = (weights_RK.unsqueeze(1) @ outputs_RKD).squeeze(1)
-        if self._router.keeps_rest:
-            mixed_RD = mixed_RD + (1 - weights_RK.sum(dim=1, keepdim=True)) * x_RD
-        return torch.where(answered_RK.any(dim=1, keepdim=True), mixed_RD, x_RD)
+        weights_RK = self._router.weigh(scores, live.tables, logits_RK, answered_RK).float()
+        return self._combine(x_RD, outputs_RKD, weights_RK, answered_RK)
 
-    def _route(self, x_BTD: Tensor, alive: PrefixTables) -> tuple[tuple[Tensor, ...], Selection]:
-        """The scores, one [R, G_d] table per grid dimension, and the experts of each row."""
+    def _score(self, x_BTD: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
+        """One table [U, G_d] per grid dimension, with the router's noise in training."""
         if self.choose_by == "token":
             x_UD = x_BTD.flatten(0, 1)
         else:
             x_UD = x_BTD[:, : self.routing_prefix or None].float().mean(dim=1)
-        rng = self._rng if self.training else None
         scores: tuple[Tensor, ...] = self.gate(x_UD)
         if rng is not None and self._router.has_noise:
             scores = noisy_scores(scores, self.gate.spreads(x_UD), rng)
-        selection = self._router.choose(_arrays(scores), alive, self.k, rng)
-        if self.training:
-            loss = None
-            if self._router.has_balancing_loss:
-                loss = self._routing.balance_weight * balancing_loss(scores, selection, alive)
-            self._last.routed = Routed(loss, load_spread(selection, alive))
-        if self.choose_by == "token":
-            return scores, selection
-        length = x_BTD.shape[1]
-        scores = tuple(table.repeat_interleave(length, dim=0) for table in scores)
-        return scores, replace(
-            selection,
-            coordinates=selection.coordinates.repeat(length, axis=0),
-            scores=selection.scores.repeat(length, axis=0),
-            valid=selection.valid.repeat(length, axis=0),
-        )
+        return scores
+
+    def _note_routing(self, scores: Sequence[Tensor], selection: Selection, alive: PrefixTables) -> None:
+        loss = None
+        if self._router.has_balancing_loss:
+            loss = self._routing.balance_weight * balancing_loss(scores, selection, alive)
+        self._last.routed = Routed(loss, load_spread(selection, alive))
+
+    def _combine(self, x_RD: Tensor, outputs_RKD: Tensor, weights_RK: Tensor, answered_RK: Tensor) -> Tensor:
+        """[R, D]: the weighed outputs, and what their weights lack to 1 of the row itself where the router keeps it."""
+        if self.training and self._router.drops_outputs:
+            outputs_RKD = self._drop(outputs_RKD, x_RD)
+        mixed_RD = (weights_RK.unsqueeze(1) @ outputs_RKD).squeeze(1)
+        if self._router.keeps_rest:
+            mixed_RD = mixed_RD + (1 - weights_RK.sum(dim=1, keepdim=True)) * x_RD
+        return torch.where(answered_RK.any(dim=1, keepdim=True), mixed_RD, x_RD)
 
     def _drop(self, outputs_RKD: Tensor, x_RD: Tensor) -> Tensor:
         """Dropout of what experts add to their input: dropping the input too would cut their residual connection."""
@@ -184,42 +180,39 @@ class RemoteMixtureOfExperts(nn.Module):
         x_R1D = x_RD.unsqueeze(1)
         return x_R1D + (outputs_RKD - x_R1D) * kept.to(outputs_RKD) / (1 - rate)
 
-    def call_forward(self, inputs: Floats, call: "_Call") -> ForwardPass:
-        result: ForwardPass = self._run(
-            self._experts.forward(
-                self.layer, inputs, call.scores, self.k, call.sequence_length, call.keep, call.first
-            )
-        )
+    def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
+        result: ForwardPass = self._run(self._experts.send(rows, selection, live))
         return result
 
-    def call_backward(self, forward: ForwardPass, gradients: Floats) -> Floats:
+    def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
         """Calls nobody where a gradient is not finite: experts would refuse it. Then all it gives are NaN."""
         if not np.isfinite(gradients).all():
-            return np.full_like(forward.inputs, np.nan)
+            return np.full_like(forward.rows.inputs, np.nan)
         if self._gradient_scale is None:
-            unscaled: Floats = self._run(self._experts.backward(forward, gradients))
+            unscaled: Floats = self._run(self._experts.send_back(forward, gradients))
             return unscaled
         scale = np.float32(self._gradient_scale())
-        unscaled = self._run(self._experts.backward(forward, gradients / scale))
+        unscaled = self._run(self._experts.send_back(forward, gradients / scale))
         return unscaled * scale
-
-
-@dataclass(frozen=True)
-class _Call:
-    """How the rows of a forward pass are to be sent."""
-
-    scores: Sequence[Floats]
-    first: Selection
-    sequence_length: int
-    keep: bool
 
 
 def _arrays(scores: Sequence[Tensor]) -> list[Floats]:
     return [table.detach().cpu().numpy() for table in scores]
 
 
-class _CallExperts(torch.autograd.Function):
-    """The remote part of the layer as one function, so that backward too calls all servers at once."""
+def _for_each_row(
+    scores: Sequence[Tensor], selection: Selection, length: int
+) -> tuple[tuple[Tensor, ...], Selection]:
+    """From one of each sequence to one of each row: U to R."""
+    return tuple(table.repeat_interleave(length, dim=0) for table in scores), Selection(
+        selection.coordinates.repeat(length, axis=0),
+        selection.scores.repeat(length, axis=0),
+        selection.valid.repeat(length, axis=0),
+    )
+
+
+class _SendToExperts(torch.autograd.Function):
+    """The remote part of the layer as one function, so that backward too calls all nodes at once."""
 
     @staticmethod
     def forward(
@@ -227,14 +220,17 @@ class _CallExperts(torch.autograd.Function):
         x_RD: Tensor,
         anchor: Tensor,
         mixture: RemoteMixtureOfExperts,
-        call: _Call,
+        rows: RoutedRows,
+        selection: Selection,
+        live: LiveExperts,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs [R, K, D], which of them are there [R, K], and the experts' coordinates [R, K, dims].
 
         `anchor` is any parameter: experts are sent gradients also where x needs none, as in a model's first layer.
+        `rows` holds the numbers of `x_RD`.
         """
         ctx.mixture = mixture
-        ctx.forward_pass = result = mixture.call_forward(x_RD.detach().cpu().numpy(), call)
+        ctx.forward_pass = result = mixture.send(rows, selection, live)
         outputs_RKD = torch.from_numpy(result.outputs).to(x_RD.device)
         answered_RK = torch.from_numpy(result.answered).to(x_RD.device)
         coordinates = torch.from_numpy(result.coordinates).to(x_RD.device)
@@ -246,8 +242,8 @@ class _CallExperts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradients_RKD = gradients[0]
         numbers = np.ascontiguousarray(gradients_RKD.detach().cpu().numpy())
-        total_RD = ctx.mixture.call_backward(ctx.forward_pass, numbers)
-        return torch.from_numpy(total_RD).to(gradients_RKD.device), None, None, None
+        total_RD = ctx.mixture.send_back(ctx.forward_pass, numbers)
+        return torch.from_numpy(total_RD).to(gradients_RKD.device), None, None, None, None, None
 
 
 class Mixtures:

@@ -1,17 +1,15 @@
-"""Routers: the policies that turn a gate's scores into chosen experts and weights. Pure functions over live experts.
+"""The gate, which scores grid coordinates, and the routers, which turn its scores into chosen experts and weights.
 
-Shapes: R rows, G_d size of grid dimension d, K chosen experts for each row.
-
-A router chooses by the same scores that weigh its choice, so where it adds noise it adds it before both. All but `base`
-leave the choice to the beam search over live prefixes, which needs no list of the experts. `switch` needs the softmax
-over all live experts, and `log_total` has that without a list too: the exponential of a sum of scores is a product.
-`base` weighs every row against every expert, so it needs the list, and at most `MOST_BALANCED` experts in a layer.
+Routers are pure functions over live experts. A router chooses by the same scores that weigh its choice, so where it
+adds noise it adds it before both. All but `base` leave the choice to the beam search over live prefixes, which needs no
+list of the experts. `switch` needs the softmax over all live experts, and `log_total` has that without a list too: the
+exponential of a sum of scores is a product. `base` weighs every row against every expert, so it needs the list, and at
+most `MOST_BALANCED` experts in a layer.
 
 `rng` is None in evaluation. Then nothing is random, and each row's choice follows from its own scores.
 
-The gate: scores for every grid coordinate, and weights for the experts that answered.
-
-Shapes: R rows, D model width, G_d size of grid dimension d, K chosen experts.
+Shapes: R rows, D hidden size, G_d size of grid dimension d, K chosen experts for each row, E live experts, P prefixes
+of all dimensions but the last.
 """
 
 import math
@@ -30,6 +28,15 @@ from peer.codec import Floats
 from peer.errors import SettingsError
 from trainer_client.balancing import balanced_assignment
 from trainer_client.settings import RouterName
+
+MOST_BALANCED = 256
+"""Experts in a layer that `base` can balance."""
+
+Choose = Callable[[Sequence[Floats], PrefixTables, int, np.random.Generator | None], Selection]
+"""(one [R, G_d] of scores per grid dimension, prefix tables, k, rng) -> k experts for each row, best first"""
+
+Weigh = Callable[[Sequence[Tensor], PrefixTables, Tensor, Tensor], Tensor]
+"""(scores, prefix tables, logits [R, K], which experts answered [R, K]) -> weights [R, K]; 0 where none answered"""
 
 
 class Gate(nn.Module):
@@ -86,16 +93,6 @@ def mixture_weights(logits_RK: Tensor, answered_RK: Tensor) -> Tensor:
     left_out_RK = ~answered_RK
     lowest = torch.finfo(logits_RK.dtype).min  # not -inf: a row of those has NaN for its softmax and gradient
     return logits_RK.masked_fill(left_out_RK, lowest).softmax(dim=-1).masked_fill(left_out_RK, 0)
-
-
-MOST_BALANCED = 256
-"""Experts in a layer that `base` can balance."""
-
-Choose = Callable[[Sequence[Floats], PrefixTables, int, np.random.Generator | None], Selection]
-"""(one [R, G_d] of scores per grid dimension, prefix tables, k, rng) -> k experts for each row, best first"""
-
-Weigh = Callable[[Sequence[Tensor], PrefixTables, Tensor, Tensor], Tensor]
-"""(scores, prefix tables, logits [R, K], which experts answered [R, K]) -> weights [R, K]; 0 where none answered"""
 
 
 # Choosing

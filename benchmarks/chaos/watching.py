@@ -22,7 +22,7 @@ from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.transport.addresses import NetworkConfig
 from peer.wire import session_pb2
-from trainer_client.dispatch.batches import Request
+from trainer_client.dispatch.batches import ExpertBatch, NodeCall, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 from trainer_client.dispatch.spot_checks import TOLERANCE, difference
 
@@ -129,13 +129,16 @@ class Watcher:
         uids = self._announced_by(node)
         if info is None or not uids:
             return {}
-        requests = [Request(uid, [_ROWS], list(range(_ROWS)), self._rows, None) for uid in uids]
+        rows = np.arange(_ROWS)
+        batches = [ExpertBatch(uid, rows, np.zeros_like(rows), np.array([_ROWS]), rows) for uid in uids]
+        call = NodeCall(info, "forward", [Request(batch, self._rows) for batch in batches], _CALL_S)
         counts, tensors = dict[str, int](), dict[UID, Floats]()
         try:
-            async for answer in self._caller.call(info, "forward", requests, _CALL_S):
+            async for answer in self._caller.call(call):
                 if answer.tensor is not None:
-                    counts[str(uids[answer.index])] = answer.update_count
-                    tensors[uids[answer.index]] = answer.tensor
+                    uid = answer.request.batch.uid
+                    counts[str(uid)] = answer.update_count
+                    tensors[uid] = answer.tensor
         except ExpertError as error:
             logger.debug("%s did not answer: %s", node.name, error)
             return {}

@@ -14,15 +14,15 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from dht.beam_search import Selection, default_beam_size, select_experts
-from dht.directory import PrefixTables
+from dht.beam_search import Selection
+from dht.directory import NOBODY, LiveExperts, View
 from dht.manifest import Manifest
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
 from expert_server.experts.optimizer import StepOutcome
 from peer.codec import Floats
 from peer.errors import ExpertError
-from trainer_client.dispatch.batches import ExpertBatch, ForwardPass, group_by_expert
+from trainer_client.dispatch.batches import ExpertBatch, ForwardPass, RoutedRows, group_by_expert
 from trainer_client.dispatch.calls import DispatchStats
 from trainer_client.moe import Mixtures, RemoteMixtureOfExperts
 from trainer_client.settings import TrainerSettings
@@ -85,48 +85,33 @@ class LocalExperts:
         grid = manifest.experts.grid
         self.stats = DispatchStats()
         self.experts = {uid: Expert(uid, manifest) for uid in manifest.uids()}
+        self._view = View(manifest, {}, {}, 0.0)
         self._tables = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
-        self._grid = grid
         self._lock = threading.Lock()
 
     def live_experts(self) -> int:
         return len(self.experts)
 
-    async def alive(self, layer: int) -> PrefixTables:
-        return self._tables
+    async def find(self, layer: int, scores: Sequence[Floats], k: int) -> LiveExperts:
+        """All of them: they are all here."""
+        return LiveExperts(layer, self._view, NOBODY, self._tables)
 
-    async def forward(
-        self,
-        layer: int,
-        inputs: Floats,
-        scores: Sequence[Floats],
-        k: int,
-        sequence_length: int,
-        keep: bool = False,
-        first: Selection | None = None,
-    ) -> ForwardPass:
+    async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
         """As the dispatcher's, but no row is sent elsewhere when an expert's outputs are not finite."""
-        chosen = first or select_experts(scores, self._tables, k, default_beam_size(k))
-        result = LocalForward(
-            layer,
-            sequence_length,
-            inputs,
-            np.zeros((*chosen.valid.shape, inputs.shape[1]), dtype=np.float32),
-            np.zeros_like(chosen.valid),
-            chosen.coordinates,
-        )
-        with self._lock, torch.set_grad_enabled(keep), torch.autocast("cpu", enabled=False):
-            for share in group_by_expert(
-                layer, chosen.coordinates, chosen.valid, self._grid, sequence_length
+        result = LocalForward.of(rows)
+        result.coordinates[:] = selection.coordinates
+        with self._lock, torch.set_grad_enabled(rows.keep), torch.autocast("cpu", enabled=False):
+            for batch in group_by_expert(
+                rows.layer, selection.coordinates, selection.valid, rows.grid, rows.sequence_length
             ):
-                self._compute(share, result, keep)
+                self._compute(batch, result)
         self.stats.unanswered_rows += int((~result.answered.any(axis=1)).sum())
         return result
 
-    def _compute(self, share: ExpertBatch, result: LocalForward, keep: bool) -> None:
-        expert = self.experts[share.uid]
-        x_RD = torch.from_numpy(result.inputs[share.rows])
-        lengths, positions = torch.from_numpy(share.lengths), torch.from_numpy(share.positions)
+    def _compute(self, batch: ExpertBatch, result: LocalForward) -> None:
+        expert, keep = self.experts[batch.uid], result.rows.keep
+        x_RD = torch.from_numpy(result.rows.inputs[batch.rows])
+        lengths, positions = torch.from_numpy(batch.lengths), torch.from_numpy(batch.positions)
         graph = None
         try:
             if keep:
@@ -136,20 +121,20 @@ class LocalExperts:
         except ExpertError as error:
             self._note_failure(error)
             return
-        result.outputs[share.rows, share.slots] = y_RD.numpy()
-        result.answered[share.rows, share.slots] = True
+        result.outputs[batch.rows, batch.slots] = y_RD.numpy()
+        result.answered[batch.rows, batch.slots] = True
         if keep:
-            result.parts.append((share, Rows(x_RD, lengths, positions, x_RD, graph)))
+            result.parts.append((batch, Rows(x_RD, lengths, positions, x_RD, graph)))
 
-    async def backward(self, forward: ForwardPass, gradients: Floats) -> Floats:
+    async def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
         """As the dispatcher's: each expert steps once, after all its rows."""
         assert isinstance(forward, LocalForward), "of another swarm"
-        total = np.zeros_like(forward.inputs)
+        total = np.zeros_like(forward.rows.inputs)
         with self._lock, torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            for share, part in forward.parts:
-                own = torch.from_numpy(gradients[share.rows, share.slots])
-                total[share.rows] += self._step(
-                    self.experts[share.uid],
+            for batch, part in forward.parts:
+                own = torch.from_numpy(gradients[batch.rows, batch.slots])
+                total[batch.rows] += self._step(
+                    self.experts[batch.uid],
                     Rows(part.inputs, part.lengths, part.positions, own, part.graph),
                 )
         return total

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.beam_search import Booleans, Floats, Selection, default_beam_size, select_experts
+from dht.beam_search import Selection, default_beam_size, select_experts
+from peer.codec import Booleans, Floats
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.announcements import NodeInfo, Replica, ReplicaState
-from dht.beam_search import Floats, PrefixIndex, select_experts
+from dht.beam_search import PrefixIndex, select_experts
 from dht.directory import Directory, View
 from dht.manifest import Manifest
 from dht.registry import Prefix
 from dht.uid import UID
+from peer.codec import Floats
 from peer.errors import UnreachableError
 from peer.identity import PeerID
 
@@ -262,6 +263,65 @@ def test_a_dead_peers_replicas_are_gone_at_once_until_it_announces_itself_anew(
         assert await rows_of_choice() == {0, 1}
 
     asyncio.run(scenario())
+
+
+def rows_of(scores: list[Floats], view: View, avoided: frozenset[PeerID]) -> set[int]:
+    """Of the experts that are chosen: even ones are FIRST's, odd ones SECOND's."""
+    chosen = select_experts(scores, view.tables(0, avoided), 4)
+    assert chosen.valid.all()
+    return set((chosen.coordinates[..., 0] % 2).ravel().tolist())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_search_passes_over_peers_that_are_avoided(seed: int) -> None:
+    experts, scores = random_experts(1.0, 0), random_scores(seed, rows=1)
+    directory, avoided = make_directory(TwoHosts(experts, experts)), frozenset({FIRST})
+
+    async def scenario() -> None:
+        view = await directory.search(0, scores, 4, avoided)
+        assert rows_of(scores, view, avoided) == {1}
+        found = select_experts(scores, view.tables(0, avoided), 4)
+        odd = [expert for expert in experts if expert[0] % 2]
+        np.testing.assert_array_equal(found.coordinates, best(scores, odd).coordinates)
+
+    asyncio.run(scenario())
+
+
+def test_a_peer_that_was_avoided_is_found_again_when_it_may_be_called() -> None:
+    experts, scores = random_experts(1.0, 0), random_scores(3)
+    directory, avoided = make_directory(TwoHosts(experts, experts)), frozenset({FIRST})
+
+    async def scenario() -> None:
+        await directory.search(0, scores, 4, avoided)
+        view = await directory.search(0, scores, 4)
+        found = select_experts(scores, view.tables(0), 4)
+        np.testing.assert_array_equal(found.coordinates, best(scores, experts).coordinates)
+
+    asyncio.run(scenario())
+
+
+def test_a_search_that_may_call_nobody_ends() -> None:
+    experts = random_experts(1.0, 0)
+    registry = TwoHosts(experts, experts)
+    directory, everybody = make_directory(registry), frozenset({FIRST, SECOND})
+    view = asyncio.run(directory.search(0, random_scores(1), 4, everybody))
+    assert not select_experts(random_scores(1), view.tables(0, everybody), 4).valid.any()
+    assert len(registry.reads) < 12
+
+
+def test_prefixes_that_lead_nowhere_take_no_place_in_the_beam() -> None:
+    index = PrefixIndex((4, 3))
+    index.note((), [0, 1, 2, 3])
+    index.note((3,), [])
+    index.note((2,), [0, 1])
+    scores = np.arange(4, dtype=np.float32)[None]
+    passed_over = np.zeros((4, 3), dtype=bool)
+    assert index.best([scores], 1) == [(2,)]
+    passed_over[2] = True
+    assert index.best([scores], 1, passed_over) == [(1,)]
+    index.drop((2, 0))
+    index.drop((2, 1))
+    assert index.best([scores], 2) == [(0,), (1,)]
 
 
 def test_a_peer_that_is_not_known_can_be_forgotten() -> None:

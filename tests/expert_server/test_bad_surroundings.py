@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from callers import a_caller, numbered_identities
+from expert_fakes import make_request
 from node_process import NodeProcess, found_by_a_trainer, started
 from real_swarm import LOCAL, MANIFEST, UIDS, Village, eventually
 
@@ -25,7 +26,7 @@ from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2
-from trainer_client.dispatch.batches import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -58,8 +59,8 @@ class Trainer:
     async def call(self, direction: Direction) -> Answer:
         rows = np.random.default_rng(0).standard_normal((ROWS, HIDDEN), dtype=np.float32)
         gradients = rows if direction == "backward" else None
-        request = Request(AN_EXPERT, [ROWS], range(ROWS), rows, gradients)
-        (answer,) = [a async for a in self.caller.call(self.node, direction, [request], 20.0)]
+        request = make_request(AN_EXPERT, [ROWS], range(ROWS), rows, gradients)
+        (answer,) = [a async for a in self.caller.call(NodeCall(self.node, direction, [request], 20.0))]
         assert answer.error is None, answer.error
         assert answer.tensor is not None
         assert np.isfinite(answer.tensor).all()

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from callers import a_caller
+from expert_fakes import make_request
 from hostile_callers import Troublemakers
 from node_process import NodeProcess, found_by_a_trainer, started
 from real_swarm import eventually
@@ -29,7 +30,7 @@ from expert_server.experts.graphs import Rows
 from expert_server.node import NodeTiming
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from trainer_client.dispatch.batches import Answer, Direction, KeptForward, Request
+from trainer_client.dispatch.batches import Answer, Direction, KeptForward, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -128,16 +129,16 @@ class RightCaller:
         keep: bool = False,
         kept: KeptForward | None = None,
     ) -> Answer:
-        request = Request(
+        request = make_request(
             OWN,
             [ROWS],
             range(ROWS),
             inputs.numpy(),
             None if gradients is None else gradients.numpy(),
-            keep,
-            kept,
+            keep=keep,
+            kept=kept,
         )
-        (answer,) = [a async for a in self._caller.call(self._node, direction, [request], 30.0)]
+        (answer,) = [a async for a in self._caller.call(NodeCall(self._node, direction, [request], 30.0))]
         assert answer.error is None, answer.error
         return answer
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from callers import a_caller
+from expert_fakes import make_request
 from grpc import StatusCode
 
 from dht.manifest import Manifest
@@ -19,7 +20,7 @@ from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import NetworkConfig, multiaddress
 from talkoot.demo.links import Link, Proxy, Wire, free_ports
-from trainer_client.dispatch.batches import Request
+from trainer_client.dispatch.batches import NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -65,13 +66,13 @@ def test_others_find_and_call_a_node_where_it_says_that_it_is(loop: LoopThread, 
                 channels, invite.keys.swarm_id, 8, sessions=a_caller(invite.keys.swarm_id, identities[1])
             )
             rows = np.ones((2, 8), np.float32)
-            request = Request(MANIFEST.uids()[0], [2], [0, 1], rows, None)
-            (answer,) = [a async for a in caller.call(found, "forward", [request], 30.0)]
+            request = make_request(MANIFEST.uids()[0], [2], [0, 1], rows)
+            (answer,) = [a async for a in caller.call(NodeCall(found, "forward", [request], 30.0))]
             assert answer.tensor is not None
             assert all(wire.there.bytes_carried and wire.back.bytes_carried for wire in wires)
             wires[1].cut()
             with pytest.raises(ExpertError) as caught:
-                [a async for a in caller.call(found, "forward", [request], 0.5)]
+                [a async for a in caller.call(NodeCall(found, "forward", [request], 0.5))]
             assert caught.value.status is StatusCode.DEADLINE_EXCEEDED
             wires[1].mend()
         finally:

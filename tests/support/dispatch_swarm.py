@@ -11,6 +11,7 @@ from expert_fakes import (
     FakeSwarm,
     make_manifest,
     random_rows,
+    send_to_best,
     virtual_time,
 )
 
@@ -72,7 +73,7 @@ def answered_by(result: ForwardPass, row: int) -> list[int]:
 
 def answered_by_all_rows(result: ForwardPass) -> list[int]:
     experts = answered_by(result, 0)
-    assert all(answered_by(result, row) == experts for row in range(len(result.inputs)))
+    assert all(answered_by(result, row) == experts for row in range(len(result.outputs)))
     return experts
 
 
@@ -84,15 +85,12 @@ def check_outputs(swarm: FakeSwarm, result: ForwardPass) -> None:
     assert not result.outputs[~result.answered].any()
     computed = np.zeros_like(result.outputs)
     counted = np.zeros(result.answered.shape, int)
-    for answer in result.answers:
-        share = answer.share
-        inputs = result.inputs[share.rows]
-        tensor = swarm.compute(
-            "forward", Request(share.uid, share.lengths.tolist(), share.positions.tolist(), inputs, None)
-        )
-        rows, slots = share.rows[answer.counts], share.slots[answer.counts]
-        assert (result.coordinates[rows, slots] == share.uid.coordinate).all()
-        computed[rows, slots] = tensor[answer.counts]
+    for sent in result.answers:
+        batch = sent.batch
+        tensor = swarm.compute("forward", Request(batch, result.rows.inputs[batch.rows]))
+        rows, slots = batch.rows[sent.counts], batch.slots[sent.counts]
+        assert (result.coordinates[rows, slots] == batch.uid.coordinate).all()
+        computed[rows, slots] = tensor[sent.counts]
         counted[rows, slots] += 1
     np.testing.assert_array_equal(counted, result.answered)
     np.testing.assert_allclose(result.outputs, computed, rtol=0, atol=1e-5)
@@ -104,7 +102,7 @@ async def settle() -> None:
 
 
 async def forward_once(dispatcher: Dispatcher, experts: int, k: int = 3) -> ForwardPass:
-    return await dispatcher.forward(0, random_rows(8), ranked(8, experts), k, LENGTH)
+    return await send_to_best(dispatcher, random_rows(8), ranked(8, experts), k, LENGTH)
 
 
 def random_gradients(result: ForwardPass, seed: int = 1) -> Floats:

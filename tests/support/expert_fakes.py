@@ -21,7 +21,18 @@ from expert_server.blocks import build_block
 from peer.codec import Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
-from trainer_client.dispatch.batches import Answer, Direction, Request
+from trainer_client.dispatch.batches import (
+    Answer,
+    Direction,
+    ExpertBatch,
+    ForwardPass,
+    KeptForward,
+    NodeCall,
+    Request,
+    RoutedRows,
+)
+from trainer_client.dispatch.dispatcher import Dispatcher
+from trainer_client.routers import best
 
 T = TypeVar("T")
 
@@ -122,7 +133,37 @@ class Call:
 
     @property
     def uids(self) -> list[UID]:
-        return [request.uid for request in self.requests]
+        return [request.batch.uid for request in self.requests]
+
+
+async def send_to_best(
+    dispatcher: Dispatcher,
+    inputs: Floats,
+    scores: Sequence[Floats],
+    k: int,
+    sequence_length: int,
+    keep: bool = False,
+) -> ForwardPass:
+    """A forward pass of layer 0 in which each row is sent to its best live experts."""
+    live = await dispatcher.find(0, scores, k)
+    rows = RoutedRows(0, inputs, scores, k, sequence_length, keep)
+    return await dispatcher.send(rows, best(scores, live.tables, k), live)
+
+
+def make_request(
+    uid: UID,
+    lengths: Sequence[int],
+    positions: Sequence[int],
+    inputs: Floats,
+    gradients: Floats | None = None,
+    *,
+    keep: bool = False,
+    kept: KeptForward | None = None,
+) -> Request:
+    """One that stands alone: its rows are all there are."""
+    rows = np.arange(len(inputs))
+    batch = ExpertBatch(uid, rows, np.zeros_like(rows), np.array(lengths), np.array(positions))
+    return Request(batch, inputs, gradients, keep, kept)
 
 
 class FakeDirectory(Directory):
@@ -179,26 +220,24 @@ class FakeSwarm:
             len(request.inputs)
             for call in self.called(direction)
             for request in call.requests
-            if request.uid == uid
+            if request.batch.uid == uid
         )
 
-    async def call(
-        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
-    ) -> AsyncIterator[Answer]:
-        began = now()
-        self.calls.append(Call(node.peer_id, direction, requests, deadline_s, began))
+    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+        began, peer_id = now(), call.node.peer_id
+        self.calls.append(Call(peer_id, call.direction, call.requests, call.deadline_s, began))
         try:
-            peer = self._behaviour(node.peer_id)
-            await self._wait_until(began + peer.after_s, began + deadline_s)
+            peer, ends = self._behaviour(peer_id), began + call.deadline_s
+            await self._wait_until(began + peer.after_s, ends)
             if peer.error is not None:
                 raise peer.error
-            parts = [(self._behaviour(request.uid), index) for index, request in enumerate(requests)]
-            for behaviour, index in sorted(parts, key=lambda part: part[0].after_s):
-                await self._wait_until(began + peer.after_s + behaviour.after_s, began + deadline_s)
+            parts = [(self._behaviour(request.batch.uid), request) for request in call.requests]
+            for behaviour, request in sorted(parts, key=lambda part: part[0].after_s):
+                await self._wait_until(began + peer.after_s + behaviour.after_s, ends)
                 if behaviour.error is None:
-                    yield Answer(index, self.compute(direction, requests[index]))
+                    yield Answer(request, peer_id, self.compute(call.direction, request))
                 else:
-                    yield Answer(index, None, behaviour.error)
+                    yield Answer(request, peer_id, None, behaviour.error)
         finally:
             self.ended += 1
 
@@ -207,8 +246,8 @@ class FakeSwarm:
         inputs = torch.from_numpy(request.inputs.copy())
         with torch.enable_grad():
             inputs.requires_grad_(direction == "backward")
-            outputs: Tensor = self.block(request.uid)(
-                inputs, torch.tensor(request.lengths), torch.tensor(request.positions)
+            outputs: Tensor = self.block(request.batch.uid)(
+                inputs, torch.from_numpy(request.batch.lengths), torch.from_numpy(request.batch.positions)
             )
             if direction == "backward":
                 assert request.gradients is not None

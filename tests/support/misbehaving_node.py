@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import grpc
 import numpy as np
-from expert_fakes import make_node, random_rows
+from expert_fakes import make_node, make_request, random_rows
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
@@ -23,7 +23,7 @@ from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.wire import expert_pb2
 from peer.wire.expert_pb2 import CallReply, CallRequest, ExpertReply
-from trainer_client.dispatch.batches import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, NodeCall, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 WIDTH = 8
@@ -130,9 +130,17 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @dataclass
 class Collected:
+    """What came of a call."""
+
+    requests: Sequence[Request]
     answers: list[Answer] = field(default_factory=list)
     error: ExpertError | None = None
     seconds: float = 0.0
+
+    @property
+    def answered(self) -> list[int]:
+        """Which of the requests were answered, in the order of the answers."""
+        return [self.requests.index(answer.request) for answer in self.answers]
 
     @property
     def status(self) -> StatusCode | None:
@@ -147,9 +155,9 @@ async def collect(
     deadline_s: float = LONG,
     direction: Direction = "forward",
 ) -> Collected:
-    collected, began = Collected(), time.monotonic()
+    collected, began = Collected(requests), time.monotonic()
     try:
-        async for answer in caller.call(node, direction, requests, deadline_s):
+        async for answer in caller.call(NodeCall(node, direction, requests, deadline_s)):
             collected.answers.append(answer)
     except ExpertError as error:
         collected.error = error
@@ -162,7 +170,7 @@ def requests_for(
 ) -> list[Request]:
     """Expert i's inputs come from seed i."""
     return [
-        Request(UID(0, (i,)), [rows], list(range(rows)), random_rows(rows, width, seed=i), gradients)
+        make_request(UID(0, (i,)), [rows], range(rows), random_rows(rows, width, seed=i), gradients)
         for i in experts
     ]
 

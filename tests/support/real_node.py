@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+from expert_fakes import make_request
 
 from dht.announcements import NodeInfo
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
@@ -20,7 +21,7 @@ from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.sessions import Sessions, SessionServicer
 from peer.wire import expert_pb2_grpc, session_pb2_grpc
-from trainer_client.dispatch.batches import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, NodeCall, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 HIDDEN, ROWS = 16, 6
@@ -39,7 +40,7 @@ def request(
     uid: UID, gradients: Floats | None = None, keep: bool = False, answer: Answer | None = None
 ) -> Request:
     kept = None if answer is None else answer.kept
-    return Request(uid, [4, 2], [0, 1, 2, 5, 3, 4], rows(1), gradients, keep, kept)
+    return make_request(uid, [4, 2], [0, 1, 2, 5, 3, 4], rows(1), gradients, keep=keep, kept=kept)
 
 
 @asynccontextmanager
@@ -74,4 +75,6 @@ async def a_node(path: Path, max_kept_bytes: int) -> AsyncIterator[tuple[NodeInf
 async def ask(
     caller: GrpcCaller, node: NodeInfo, direction: Direction, *requests: Request
 ) -> dict[int, Answer]:
-    return {answer.index: answer async for answer in caller.call(node, direction, requests, 20.0)}
+    """The answers, by the place of what they answer among the requests."""
+    call = NodeCall(node, direction, requests, 20.0)
+    return {requests.index(answer.request): answer async for answer in caller.call(call)}

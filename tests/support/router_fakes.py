@@ -32,8 +32,11 @@ class LearningSwarm(FakeSwarm):
 
     def compute(self, direction: Direction, request: Request) -> Floats:
         inputs = torch.from_numpy(request.inputs.copy())
-        lengths, positions = torch.tensor(request.lengths), torch.tensor(request.positions)
-        expert = self.experts[request.uid]
+        lengths, positions = (
+            torch.from_numpy(request.batch.lengths),
+            torch.from_numpy(request.batch.positions),
+        )
+        expert = self.experts[request.batch.uid]
         if direction == "forward":
             answer: Floats = expert.forward(Rows(inputs, lengths, positions)).numpy()
             return answer

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from peer.codec import Floats
+from peer.codec import Floats, Integers
 from trainer_client import balancing as assignment
 from trainer_client.balancing import balanced_assignment
-from trainer_client.dispatch.batches import Integers
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -55,8 +55,8 @@ def test_rows_know_their_positions_and_their_sequences() -> None:
         make_mixture(0)(random_input(2, 2, 2))
     (call,) = swarm.called("forward")
     (request,) = call.requests
-    assert list(request.lengths) == [2, 2, 2, 2]
-    assert list(request.positions) == [0, 1] * 4
+    assert request.batch.lengths.tolist() == [2, 2, 2, 2]
+    assert request.batch.positions.tolist() == [0, 1] * 4
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])

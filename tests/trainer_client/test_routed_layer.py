@@ -1,13 +1,13 @@
 """The mixture layer with each router: formulas, randomness, failures, causality. Real blocks, no network."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from expert_fakes import FakeSwarm, fails, make_manifest, virtual_time
+from expert_fakes import FakeSwarm, fails, make_manifest, send_to_best, virtual_time
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,10 +15,9 @@ from router_fakes import every_kind, every_router, k_of, mixtures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dht.announcements import NodeInfo
 from dht.beam_search import Selection
 from dht.uid import UID
-from trainer_client.dispatch.batches import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, NodeCall, RoutedRows
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.model import LanguageModel
@@ -142,7 +141,9 @@ def test_a_sequence_that_is_routed_as_one_stays_together_under_noise_and_chance(
     swarm = FakeSwarm(make_manifest((9,)))
     with mixtures(swarm, "noisy-top-k", choose_by="sequence") as make_mixture:
         make_mixture(0)(random_rows(6, 4))
-    lengths = [n for call in swarm.called("forward") for request in call.requests for n in request.lengths]
+    lengths = [
+        n for call in swarm.called("forward") for request in call.requests for n in request.batch.lengths
+    ]
     assert set(lengths) == {4}
 
 
@@ -211,23 +212,25 @@ def test_rows_of_an_expert_that_fails_go_to_their_next_best(name: RouterName) ->
     assert mixture.gate.linear.weight.grad.isfinite().all()
 
 
-def test_where_a_chosen_expert_has_gone_since_all_rows_ask_their_best() -> None:
+def test_where_a_chosen_expert_has_gone_since_its_rows_alone_choose_again() -> None:
     swarm = FakeSwarm(make_manifest((4,)))
-    live = [UID(0, (number,)) for number in (0, 1, 3)]
     scores = [np.tile(np.array([[0.0, 1.0, 2.0, 3.0]], np.float32), (6, 1))]
-    gone = Selection(np.full((6, 1, 1), 2), np.zeros((6, 1), np.float32), np.ones((6, 1), np.bool_))
-    there = Selection(np.zeros((6, 1, 1), np.int64), np.zeros((6, 1), np.float32), np.ones((6, 1), np.bool_))
-    inputs = np.ones((6, HIDDEN), np.float32)
+    chosen = np.array([0, 2, 1, 2, 0, 1]).reshape(6, 1, 1)  # not one row's best
+    selection = Selection(chosen, np.zeros((6, 1), np.float32), np.ones((6, 1), np.bool_))
+    rows = RoutedRows(0, np.ones((6, HIDDEN), np.float32), scores, 1, 3, keep=False)
     with virtual_time() as runner:
-        dispatcher = Dispatcher(
-            swarm.directory(live), swarm, WaitPolicy(10.0, 0.0, 1), clock=runner.get_loop().time
-        )
-        first = runner.run(dispatcher.forward(0, inputs, scores, 1, 3, first=there))
-        second = runner.run(dispatcher.forward(0, inputs, scores, 1, 3, first=gone))
-        assert runner.run(dispatcher.alive(0))[-1].tolist() == [True, True, False, True]
-    assert first.coordinates.flatten().tolist() == [0] * 6
-    assert second.coordinates.flatten().tolist() == [3] * 6
-    assert second.answered.all()
+        directory = swarm.directory()
+        dispatcher = Dispatcher(directory, swarm, WaitPolicy(10.0, 0.0, 1), clock=runner.get_loop().time)
+        live = runner.run(dispatcher.find(0, scores, 1))
+        there = runner.run(dispatcher.send(rows, selection, live))
+        directory.view = swarm.directory([UID(0, (number,)) for number in (0, 1, 3)]).view
+        gone = runner.run(dispatcher.send(rows, selection, live))
+        assert runner.run(dispatcher.find(0, scores, 1)).tables[-1].tolist() == [True, True, False, True]
+    assert there.coordinates.flatten().tolist() == [0, 2, 1, 2, 0, 1]
+    assert gone.coordinates.flatten().tolist() == [0, 3, 1, 3, 0, 1]
+    assert there.answered.all()
+    assert gone.answered.all()
+    assert dispatcher.stats.reselected_rows == 2
 
 
 # Causality
@@ -308,12 +311,10 @@ def test_base_does_see_other_rows_in_training() -> None:
 class GuardedSwarm(FakeSwarm):
     """Whose second expert skips its update, and whose third goes back to its last good state besides."""
 
-    async def call(
-        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
-    ) -> AsyncIterator[Answer]:
-        async for answer in super().call(node, direction, requests, deadline_s):
-            if direction == "backward":
-                (number,) = requests[answer.index].uid.coordinate
+    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+        async for answer in super().call(call):
+            if call.direction == "backward":
+                (number,) = answer.request.batch.uid.coordinate
                 answer = replace(answer, skipped_update=number > 0, rolled_back=number > 1)
             yield answer
 
@@ -324,6 +325,6 @@ def test_what_experts_guards_did_is_counted() -> None:
         clock = runner.get_loop().time
         dispatcher = Dispatcher(swarm.directory(), swarm, WaitPolicy(10.0, 0.0, 1), clock=clock)
         scores = [np.zeros((4, 3), np.float32)]
-        result = runner.run(dispatcher.forward(0, np.ones((4, HIDDEN), np.float32), scores, 3, 4))
-        runner.run(dispatcher.backward(result, np.ones_like(result.outputs)))
+        result = runner.run(send_to_best(dispatcher, np.ones((4, HIDDEN), np.float32), scores, 3, 4))
+        runner.run(dispatcher.send_back(result, np.ones_like(result.outputs)))
     assert (dispatcher.stats.skipped_updates, dispatcher.stats.rollbacks) == (2, 1)

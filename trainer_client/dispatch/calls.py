@@ -1,18 +1,19 @@
-"""Calls under way: starts calls to nodes, notes how they went, and hands over the outcome of every share."""
+"""Calls under way: starts calls to nodes, notes how they went, and hands over an answer to every request."""
 
 import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
 from peer.errors import ExpertError
 from peer.identity import PeerID
-from trainer_client.dispatch.batches import Answer, Direction, ExpertBatch, ExpertCaller, Request
+from trainer_client.dispatch.batches import Answer, Direction, ExpertCaller, NodeCall, Request
 from trainer_client.dispatch.policy import AnswerScreening, CallTimes, CircuitBreakers, Latencies
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ _PROVEN_S = 30.0
 """A peer that answered so lately is most probably there."""
 _HEARD = 4096
 """Peers of which it is known when they answered last, at most."""
+
+Answers: TypeAlias = asyncio.Queue[Answer]
 
 
 @dataclass
@@ -40,11 +43,11 @@ class DispatchStats:
     hedged_calls: int = 0
     """Forward calls that were sent to a second replica too, because the first was slow or silent."""
     hedges_won: int = 0
-    """Shares that the second replica answered first."""
+    """Batches that the second replica answered first."""
     repeated_forward: int = 0
     """Forward calls that were made once more, as the first broke off or came to its deadline."""
     late_backward: int = 0
-    """Shares whose gradient did not come in time."""
+    """Batches whose gradient did not come in time."""
     spot_checks: int = 0
     """Answers compared with those of another replica."""
     differing_answers: int = 0
@@ -57,36 +60,6 @@ class DispatchStats:
     """Optimizer steps that experts' guards refused."""
     rollbacks: int = 0
     """Times that experts went back to their last good state."""
-
-
-@dataclass
-class Outcome:
-    """One share's end: its answer, or None when it failed."""
-
-    share: ExpertBatch
-    peer_id: PeerID
-    answer: Answer | None
-    lost: bool = False
-    """Failed as the call broke off or came to its deadline, not by what the node said of the expert."""
-
-
-Outcomes = asyncio.Queue[list[Outcome]]
-
-
-@dataclass(frozen=True)
-class NodeCall:
-    """One call to one node, and where the outcomes of its shares go."""
-
-    node: NodeInfo
-    direction: Direction
-    shares: Sequence[ExpertBatch]
-    requests: Sequence[Request]
-    """One for each share."""
-    deadline_s: float
-    outcomes: Outcomes
-
-    def fail(self, shares: Sequence[ExpertBatch], lost: bool = False) -> None:
-        self.outcomes.put_nowait([Outcome(share, self.node.peer_id, None, lost) for share in shares])
 
 
 class CallTracker:
@@ -108,13 +81,13 @@ class CallTracker:
         self.latencies = Latencies()
         self.breakers = breakers
         self.now = clock
+        self.is_silent = is_silent
         self.call_times: dict[Direction, CallTimes] = {"forward": CallTimes(), "backward": CallTimes()}
         self._caller = caller
-        self.is_silent = is_silent
         self._gone = gone
         self._heard_at: dict[PeerID, float] = {}
         """When each peer answered last, the last one at the end."""
-        self._poison = AnswerScreening()
+        self._screening = AnswerScreening()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -127,12 +100,15 @@ class CallTracker:
         since = self.now() - _PROVEN_S
         return frozenset(peer_id for peer_id, heard_at in self._heard_at.items() if heard_at > since)
 
-    def start(self, call: NodeCall) -> None:
-        """Starts a call that puts the outcome of every share into its queue, also when nobody reads them any more."""
+    def start(self, call: NodeCall, sink: Answers) -> None:
+        """Starts a call that puts an answer to each of its requests into `sink`, also when nobody reads them any more.
+
+        Where the call fails, the answers say so.
+        """
         if self._closed:
-            call.fail(call.shares)
+            _fail(call, call.requests, _CLOSED, sink)
             return
-        task = asyncio.create_task(self._call(call))
+        task = asyncio.create_task(self._make(call, sink))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -143,54 +119,53 @@ class CallTracker:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _call(self, call: NodeCall) -> None:
+    async def _make(self, call: NodeCall, sink: Answers) -> None:
         self.stats.calls += 1
         peer_id = call.node.peer_id
         call_times = self.call_times[call.direction]
-        waiting = dict(enumerate(call.shares))
-        did_well, lost, began = True, False, self.now()
+        waiting = dict.fromkeys(call.requests)
+        did_well, failure, began = True, _CLOSED, self.now()
         try:
-            async for answer in self._caller.call(call.node, call.direction, call.requests, call.deadline_s):
-                if len(waiting) == len(call.shares):
+            async for answer in self._caller.call(call):
+                if len(waiting) == len(call.requests):
                     self.latencies.note_node(peer_id, self.now() - began)
                     self._hear(peer_id)
-                share = waiting.pop(answer.index)
-                answer = self._examined(call, answer)
+                del waiting[answer.request]
+                answer = self._screened(answer)
                 if answer.error is not None:
                     self._note_failure(peer_id, answer.error)
                     did_well &= answer.error.status in _NOT_THE_PEERS_FAULT
-                self._note_guard(share, peer_id, answer)
-                call.outcomes.put_nowait([Outcome(share, peer_id, answer if answer.error is None else None)])
+                self._note_guard(answer)
+                sink.put_nowait(answer)
             if did_well:
                 self.breakers.succeeded(peer_id)
                 call_times.add(self.now() - began)
                 self.latencies.note(call.direction, self.now() - began)
         except ExpertError as error:
+            failure = error
             lost_quickly = error.status is StatusCode.UNAVAILABLE and self.now() - began < call.deadline_s / 2
             self._note_failure(peer_id, error, lost_quickly)
             if error.status is StatusCode.DEADLINE_EXCEEDED:
                 call_times.add_unfinished(self.now() - began)
-            lost = error.status in _LOST
-            if lost and self.is_silent(call.node):
+            if error.status in _LOST and self.is_silent(call.node):
                 self._gone(peer_id)
         finally:
-            if waiting:  # no empty list: that would look like a time-out
-                call.fail(list(waiting.values()), lost)
+            _fail(call, waiting, failure, sink)
 
-    def _examined(self, call: NodeCall, answer: Answer) -> Answer:
+    def _screened(self, answer: Answer) -> Answer:
         """An answer that can't be an honest expert's counts as none, and its peer is banned for a while."""
         if answer.tensor is None:
             return answer
-        peer_id, request = call.node.peer_id, call.requests[answer.index]
+        peer_id, request = answer.peer_id, answer.request
         if request.gradients is not None:
-            fault = self._poison.fault_of_gradient(request.gradients, answer.tensor)
+            fault = self._screening.fault_of_gradient(request.gradients, answer.tensor)
         else:
-            fault = self._poison.find_fault(peer_id, request.inputs, answer.tensor)
+            fault = self._screening.find_fault(peer_id, request.inputs, answer.tensor)
         if fault is None:
             return answer
-        error = ExpertError(StatusCode.DATA_LOSS, f"expert {request.uid} gave a {fault} answer")
+        error = ExpertError(StatusCode.DATA_LOSS, f"expert {request.batch.uid} gave a {fault} answer")
         logger.warning("node %s: %s: banned for a while", peer_id, error)
-        return Answer(answer.index, None, error)
+        return Answer(request, peer_id, None, error)
 
     def _hear(self, peer_id: PeerID) -> None:
         self._heard_at.pop(peer_id, None)
@@ -198,11 +173,12 @@ class CallTracker:
         if len(self._heard_at) > _HEARD:
             del self._heard_at[next(iter(self._heard_at))]
 
-    def _note_guard(self, share: ExpertBatch, peer_id: PeerID, answer: Answer) -> None:
+    def _note_guard(self, answer: Answer) -> None:
         self.stats.skipped_updates += answer.skipped_update
         self.stats.rollbacks += answer.rolled_back
         if answer.rolled_back:
-            logger.warning("expert %s of node %s went back to its last good state", share.uid, peer_id)
+            uid = answer.request.batch.uid
+            logger.warning("expert %s of node %s went back to its last good state", uid, answer.peer_id)
 
     def _note_failure(self, peer_id: PeerID, error: ExpertError, lost_quickly: bool = False) -> None:
         self.stats.failures[error.status.name.lower()] += 1
@@ -217,15 +193,24 @@ class CallTracker:
         logger.debug("node %s: %s: %s", peer_id, error.status.name, error)
 
 
-async def next_outcomes(outcomes: Outcomes, timeout_s: float) -> list[Outcome]:
-    """All outcomes that are there, or the next; none when the time is over."""
-    if outcomes.empty():
+_CLOSED = ExpertError(StatusCode.CANCELLED, "the trainer ended the call")
+
+
+def _fail(call: NodeCall, requests: Iterable[Request], error: ExpertError, sink: Answers) -> None:
+    for request in requests:
+        lost = error.status in _LOST
+        sink.put_nowait(Answer(request, call.node.peer_id, None, error, call_lost=lost))
+
+
+async def next_answers(answers: Answers, timeout_s: float) -> list[Answer]:
+    """All answers that are there, after waiting for the next one if there is none; none when the time is over."""
+    found: list[Answer] = []
+    if answers.empty():
         try:
             async with asyncio.timeout(timeout_s):
-                return await outcomes.get()
+                found.append(await answers.get())
         except TimeoutError:
             return []
-    found: list[Outcome] = []
-    while not outcomes.empty():
-        found += outcomes.get_nowait()
+    while not answers.empty():
+        found.append(answers.get_nowait())
     return found

@@ -1,8 +1,8 @@
-"""One call to one node over gRPC: its header and payload out, the answers of its experts in, as they are ready.
+"""Calls to nodes over gRPC: a header and the rows of a node's experts go out, and each expert's answer comes in as soon
+as it is ready.
 
-Puts the answers of one call together, message by message. Does no I/O.
-
-Introduces a trainer to nodes before it calls them: a first call then costs no more than any other.
+`ReplyAssembler` puts the answers of one call together and does no I/O. `SessionWarmer` opens sessions with nodes before
+a trainer calls them, so that a first call costs no more than any other.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from peer.rpc.calls import make_stub, retry_after_s
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import expert_pb2, expert_pb2_grpc
-from trainer_client.dispatch.batches import Answer, Direction, KeptForward, Request
+from trainer_client.dispatch.batches import Answer, KeptForward, NodeCall, Request
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +36,15 @@ _STATUS = {status.value[0]: status for status in StatusCode}
 
 
 class ReplyAssembler:
-    """Of one call, to which these requests were sent under that id."""
+    """Puts the answers to one call together, message by message. Does no I/O."""
 
-    def __init__(
-        self, request_id: bytes, requests: Sequence[Request], width: int, codec: "expert_pb2.Codec"
-    ) -> None:
+    def __init__(self, call: NodeCall, request_id: bytes, width: int, codec: "expert_pb2.Codec") -> None:
+        """`request_id`: under which the call was sent."""
+        self._call = call
         self._request_id = request_id
-        self._requests = requests
         self._width = width
         self._codec = codec
-        self._waiting = set(range(len(requests)))
+        self._waiting = set(range(len(call.requests)))
         self._due: deque[expert_pb2.ExpertReply] = deque()
         """Answers whose tensors have not come in whole."""
         self._data = bytearray()
@@ -84,7 +83,7 @@ class ReplyAssembler:
             raise WireError(f"an answer for part {expert.index}, which is not waited for")
         size = 0
         if not expert.status:
-            rows = len(self._requests[expert.index].inputs)
+            rows = len(self._call.requests[expert.index].inputs)
             size = encoded_bytes(rows, self._width, self._codec)
         if expert.payload_bytes != size:
             raise WireError(f"a tensor of {expert.payload_bytes} bytes; expected {size}")
@@ -93,19 +92,17 @@ class ReplyAssembler:
         self._missing += size
 
     def _answer(self, expert: expert_pb2.ExpertReply, data: bytearray) -> Answer:
+        request, peer_id = self._call.requests[expert.index], self._call.node.peer_id
         if expert.status:
             status = _STATUS.get(expert.status, StatusCode.UNKNOWN)
-            return Answer(
-                expert.index,
-                None,
-                ExpertError(status, expert.message[:500], max(0.0, expert.retry_after_s)),
-            )
-        kept = KeptForward(self._request_id, expert.index) if expert.kept else None
+            error = ExpertError(status, expert.message[:500], max(0.0, expert.retry_after_s))
+            return Answer(request, peer_id, None, error)
         return Answer(
-            expert.index,
+            request,
+            peer_id,
             decode(data, self._width, self._codec),
             update_count=expert.update_count,
-            kept=kept,
+            kept=KeptForward(self._request_id, expert.index) if expert.kept else None,
             skipped_update=expert.skipped_update,
             rolled_back=expert.rolled_back,
         )
@@ -145,53 +142,50 @@ class GrpcCaller:
         self.repeated = 0
         """Backward calls that were made once more, since they broke off."""
 
-    async def call(
-        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
-    ) -> AsyncIterator[Answer]:
-        if deadline_s <= 0:
+    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+        if call.deadline_s <= 0:
             raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no time was left for the call")
-        ends = time.monotonic() + deadline_s
+        ends = time.monotonic() + call.deadline_s
         lost = []  # the node had to give up what it kept
-        async with aclosing(self._call_or_repeat(node, direction, requests, deadline_s)) as answers:
+        async with aclosing(self._call_or_repeat(call)) as answers:
             async for answer in answers:
-                if requests[answer.index].kept and _is_lost(answer):
-                    lost.append(answer.index)
+                if answer.request.kept and _is_lost(answer):
+                    lost.append(answer.request)
                 else:
                     yield answer
         if lost:
-            whole = [replace(requests[index], kept=None) for index in lost]
+            asked = {replace(request, kept=None): request for request in lost}
             left = max(ends - time.monotonic(), 0.001)
-            async with aclosing(self._call_or_repeat(node, direction, whole, left)) as answers:
+            again = replace(call, requests=list(asked), deadline_s=left)
+            async with aclosing(self._call_or_repeat(again)) as answers:
                 async for answer in answers:
-                    yield replace(answer, index=lost[answer.index])
+                    yield replace(answer, request=asked[answer.request])
 
     def is_silent(self, node: NodeInfo) -> bool:
         """Whether a connection to the node was tried and does not stand: it is being made, or was refused."""
         return self._channels.is_silent(node)
 
-    async def _call_or_repeat(
-        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
-    ) -> AsyncGenerator[Answer, None]:
+    async def _call_or_repeat(self, call: NodeCall) -> AsyncGenerator[Answer, None]:
         """A backward call that breaks off before any answer came is made once more, while there is time, with the same
         id: a node that has seen it applies nothing twice.
         """
-        request_id, ends, answered = secrets.token_bytes(16), time.monotonic() + deadline_s, False
+        request_id, ends, answered = secrets.token_bytes(16), time.monotonic() + call.deadline_s, False
         try:
-            async with aclosing(self._call_once(node, direction, request_id, requests, ends)) as answers:
+            async with aclosing(self._call_once(call, request_id, ends)) as answers:
                 async for answer in answers:
                     answered = True
                     yield answer
             return
         except ExpertError as error:
             broke_off = error.status is StatusCode.UNAVAILABLE and not answered
-            in_time = ends - time.monotonic() > deadline_s / 2 + _REPEAT_AFTER_S
-            if direction == "forward" or not broke_off or not in_time:
+            in_time = ends - time.monotonic() > call.deadline_s / 2 + _REPEAT_AFTER_S
+            if call.direction == "forward" or not broke_off or not in_time:
                 raise
             first = error
         await asyncio.sleep(_REPEAT_AFTER_S)
         self.repeated += 1
         try:
-            async with aclosing(self._call_once(node, direction, request_id, requests, ends)) as answers:
+            async with aclosing(self._call_once(call, request_id, ends)) as answers:
                 async for answer in answers:
                     yield answer
         except ExpertError as error:
@@ -199,21 +193,15 @@ class GrpcCaller:
             raise (first if error.status is StatusCode.ALREADY_EXISTS else error) from error
 
     async def _call_once(
-        self,
-        node: NodeInfo,
-        direction: Direction,
-        request_id: bytes,
-        requests: Sequence[Request],
-        ends: float,
+        self, call: NodeCall, request_id: bytes, ends: float
     ) -> AsyncGenerator[Answer, None]:
+        node = call.node
         channel = await self._channel(node, max(ends - time.monotonic(), 0.001))
         for may_repeat in (True, False):
             session = await self._session(node, channel, ends - time.monotonic())
             left = max(ends - time.monotonic(), 0.001)
             try:
-                async with aclosing(
-                    self._call_in(session, channel, node, direction, request_id, requests, left)
-                ) as answers:
+                async with aclosing(self._call_in(session, channel, call, request_id, left)) as answers:
                     async for answer in answers:
                         yield answer
                 return
@@ -248,18 +236,16 @@ class GrpcCaller:
         self,
         session: Metadata | None,
         channel: grpc.aio.Channel,
-        node: NodeInfo,
-        direction: Direction,
+        call: NodeCall,
         request_id: bytes,
-        requests: Sequence[Request],
         deadline_s: float,
     ) -> AsyncGenerator[Answer, None]:
         stub = make_stub(expert_pb2_grpc.ExpertServiceStub, channel)
-        method = stub.Forward if direction == "forward" else stub.Backward
+        method = stub.Forward if call.direction == "forward" else stub.Backward
         stream: Stream = method(timeout=deadline_s, metadata=session)
         try:
-            await self._send(stream, request_id, requests)
-            async with aclosing(self._answers(stream, request_id, requests)) as answers:
+            await self._send(stream, request_id, call.requests)
+            async with aclosing(self._answers(stream, request_id, call)) as answers:
                 async for answer in answers:
                     yield answer
         except grpc.aio.AioRpcError as error:
@@ -276,7 +262,7 @@ class GrpcCaller:
             raise ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call") from error
         except WireError as error:
             raise ExpertError(
-                StatusCode.DATA_LOSS, f"node {node.peer_id} answered wrongly: {error}"
+                StatusCode.DATA_LOSS, f"node {call.node.peer_id} answered wrongly: {error}"
             ) from error
         finally:
             stream.cancel()  # no effect on a call that has ended
@@ -302,12 +288,12 @@ class GrpcCaller:
         await stream.done_writing()
 
     async def _answers(
-        self, stream: Stream, request_id: bytes, requests: Sequence[Request]
+        self, stream: Stream, request_id: bytes, call: NodeCall
     ) -> AsyncGenerator[Answer, None]:
         """Raises WireError for whatever a correct node would not send. Reads to the stream's end: calls that are
         cancelled leak (grpc issue 43360).
         """
-        replies = ReplyAssembler(request_id, requests, self._width, self._codec)
+        replies = ReplyAssembler(call, request_id, self._width, self._codec)
         while not replies.complete:
             reply = await stream.read()
             if not isinstance(reply, expert_pb2.CallReply):
@@ -332,15 +318,16 @@ def _tensors(requests: Sequence[Request]) -> Iterator[Floats]:
 
 
 def _expert_rows(request: Request) -> expert_pb2.ExpertRows:
+    batch = request.batch
     if request.kept is not None:
         return expert_pb2.ExpertRows(
-            uid=str(request.uid),
+            uid=str(batch.uid),
             kept_request_id=request.kept.request_id,
             kept_index=request.kept.index,
-            kept_rows=len(request.positions),
+            kept_rows=len(batch.positions),
         )
     return expert_pb2.ExpertRows(
-        uid=str(request.uid), segment_lengths=request.lengths, positions=request.positions
+        uid=str(batch.uid), segment_lengths=batch.lengths.tolist(), positions=batch.positions.tolist()
     )
 
 

@@ -9,15 +9,14 @@ import asyncio
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from dht.directory import View
 from peer.codec import Floats
-from peer.identity import PeerID
-from trainer_client.dispatch.batches import Answer, ExpertBatch, Request
-from trainer_client.dispatch.calls import CallTracker, NodeCall, Outcome, Outcomes, next_outcomes
+from trainer_client.dispatch.batches import Answer, NodeCall
+from trainer_client.dispatch.calls import Answers, CallTracker, next_answers
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +45,12 @@ def outlier(inputs: Floats, answers: Sequence[Floats]) -> int | None:
     return agree.index(True) if sum(agree) == 1 else None
 
 
-@dataclass(frozen=True)
-class _Opinion:
-    peer_id: PeerID
-    tensor: Floats
-    update_count: int
-
-
 class SpotChecks:
     """Those of one trainer. Its methods belong to the loop's thread."""
 
-    def __init__(self, outgoing: CallTracker, part: float, rng: random.Random) -> None:
+    def __init__(self, calls: CallTracker, part: float, rng: random.Random) -> None:
         """`part`: of the answers of experts that have another replica."""
-        self._outgoing = outgoing
+        self._calls = calls
         self._part = part
         self._rng = rng
         self._tasks: set[asyncio.Task[None]] = set()
@@ -67,17 +59,17 @@ class SpotChecks:
         """Whether the answer that has just come is one to check."""
         return self._rng.random() < self._part and len(self._tasks) < _MOST_AT_ONCE
 
-    def begin(self, view: View, outcome: Outcome, request: Request, deadline_s: float) -> None:
+    def begin(self, view: View, answer: Answer, deadline_s: float) -> None:
         """Checks an answer, if another node can be asked. Costs whoever waits for the answer nothing."""
-        if outcome.answer is None:
+        hosts = view.hosts(answer.request.batch.uid, self._calls.avoided() | {answer.peer_id})
+        if not hosts or answer.tensor is None:
             return
-        hosts = view.hosts(outcome.share.uid, self._outgoing.avoided() | {outcome.peer_id})
-        first = _opinion(outcome.peer_id, outcome.answer)
-        if not hosts or first is None:
-            return
-        peers = [replica.peer_id for replica in self._rng.sample(hosts, min(2, len(hosts)))]
-        calls = [(view, outcome.share, request, peer_id, deadline_s) for peer_id in peers]
-        task = asyncio.create_task(self._check(first, request.inputs, calls))
+        replicas = self._rng.sample(hosts, min(2, len(hosts)))
+        request = replace(answer.request, keep=False)
+        calls = [
+            NodeCall(view.nodes[replica.peer_id], "forward", [request], deadline_s) for replica in replicas
+        ]
+        task = asyncio.create_task(self._check(answer, calls))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -86,53 +78,44 @@ class SpotChecks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _check(
-        self,
-        first: _Opinion,
-        inputs: Floats,
-        calls: Sequence[tuple[View, ExpertBatch, Request, PeerID, float]],
-    ) -> None:
-        stats = self._outgoing.stats
-        opinions = [first]
-        for number, call in enumerate(calls):
-            opinion = await self._ask(*call)
-            if opinion is None or opinion.update_count != first.update_count:
-                return
-            opinions.append(opinion)
-            if number:
-                continue
-            stats.spot_checks += 1
-            if (apart := difference(inputs, first.tensor, opinion.tensor)) <= TOLERANCE:
-                return
-            stats.differing_answers += 1
-            logger.warning(
-                "two replicas of expert %s differ by %.2f: those of nodes %s and %s",
-                call[1].uid, apart, first.peer_id, opinion.peer_id,
-            )  # fmt: skip
-        if len(opinions) == 3:
-            self._judge(inputs, opinions)
+    async def _check(self, first: Answer, calls: Sequence[NodeCall]) -> None:
+        stats, inputs = self._calls.stats, first.request.inputs
+        second = await self._ask(calls[0])
+        if not _are_comparable(first, second):
+            return
+        stats.spot_checks += 1
+        apart = difference(inputs, _tensor(first), _tensor(second))
+        if apart <= TOLERANCE:
+            return
+        stats.differing_answers += 1
+        logger.warning(
+            "two replicas of expert %s differ by %.2f: those of nodes %s and %s",
+            first.request.batch.uid, apart, first.peer_id, second.peer_id,
+        )  # fmt: skip
+        if len(calls) < 2:
+            return
+        third = await self._ask(calls[1])
+        if _are_comparable(first, third):
+            self._judge(inputs, [first, second, third])
 
-    def _judge(self, inputs: Floats, opinions: Sequence[_Opinion]) -> None:
-        odd = outlier(inputs, [opinion.tensor for opinion in opinions])
+    async def _ask(self, call: NodeCall) -> Answer:
+        answers: Answers = asyncio.Queue()
+        self._calls.start(call, answers)
+        found = await next_answers(answers, 2 * call.deadline_s)
+        return found[0] if found else Answer(call.requests[0], call.node.peer_id, None)
+
+    def _judge(self, inputs: Floats, answers: Sequence[Answer]) -> None:
+        odd = outlier(inputs, [_tensor(answer) for answer in answers])
         if odd is not None:
-            self._outgoing.stats.odd_answers += 1
-            self._outgoing.breakers.distrust(opinions[odd].peer_id, self._outgoing.now())
-            logger.warning("node %s answers otherwise than two others: left alone", opinions[odd].peer_id)
-
-    async def _ask(
-        self, view: View, share: ExpertBatch, request: Request, peer_id: PeerID, deadline_s: float
-    ) -> _Opinion | None:
-        outcomes: Outcomes = asyncio.Queue()
-        self._outgoing.start(
-            NodeCall(view.nodes[peer_id], "forward", [share], [request], deadline_s, outcomes)
-        )
-        for outcome in await next_outcomes(outcomes, 2 * deadline_s):
-            if outcome.answer is not None:
-                return _opinion(peer_id, outcome.answer)
-        return None
+            self._calls.stats.odd_answers += 1
+            self._calls.breakers.distrust(answers[odd].peer_id, self._calls.now())
+            logger.warning("node %s answers otherwise than two others: left alone", answers[odd].peer_id)
 
 
-def _opinion(peer_id: PeerID, answer: Answer) -> _Opinion | None:
-    if answer.tensor is None:
-        return None
-    return _Opinion(peer_id, answer.tensor, answer.update_count)
+def _are_comparable(one: Answer, other: Answer) -> bool:
+    return other.tensor is not None and one.update_count == other.update_count
+
+
+def _tensor(answer: Answer) -> Floats:
+    assert answer.tensor is not None
+    return answer.tensor

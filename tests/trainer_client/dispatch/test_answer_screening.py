@@ -11,6 +11,7 @@ from expert_fakes import (
     make_manifest,
     make_peer_id,
     random_rows,
+    send_to_best,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,7 +113,7 @@ class PoisonedSwarm(FakeSwarm):
 
     def compute(self, direction: Direction, request: Request) -> Floats:
         answer = super().compute(direction, request)
-        poisoned = self.peer_of[request.uid] == make_peer_id(0)
+        poisoned = self.peer_of[request.batch.uid] == make_peer_id(0)
         return np.ones_like(answer) if poisoned else answer
 
 
@@ -121,7 +122,7 @@ async def dispatch(swarm: FakeSwarm) -> tuple[Dispatcher, list[np.ndarray]]:
     scores = [random_rows(6, 2, seed=2), random_rows(6, 2, seed=3)]
     answered = []
     for _ in range(2):
-        result = await dispatcher.forward(0, random_rows(6), scores, 4, 6)
+        result = await send_to_best(dispatcher, random_rows(6), scores, 4, 6)
         answered.append(result.answered)
         assert not (result.outputs[result.answered] == 1.0).all(axis=-1).any()
     return dispatcher, answered

@@ -1,4 +1,4 @@
-"""Shares and refilling, against what a loop over rows and slots would do."""
+"""Batches and refilling, against what a loop over rows and slots would do."""
 
 from collections import defaultdict
 
@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from dht.beam_search import Selection
 from dht.uid import UID
+from peer.codec import Booleans, Integers
 from trainer_client.dispatch.batches import (
-    Booleans,
     ExpertBatch,
-    Integers,
     group_by_expert,
     prefer_proven,
     refill,
@@ -32,7 +31,7 @@ def distinct_coordinates(rng: np.random.Generator, rows: int, k: int, grid: tupl
 
 
 @given(grids, st.integers(1, 4), st.integers(0, 3), st.integers(1, 7), st.floats(0, 1), seeds)
-def test_shares_cover_the_wanted_slots_each_once_with_whole_sequences_as_segments(
+def test_batches_cover_the_wanted_slots_each_once_with_whole_sequences_as_segments(
     grid: tuple[int, ...], k: int, sequences: int, length: int, density: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -45,20 +44,20 @@ def test_shares_cover_the_wanted_slots_each_once_with_whole_sequences_as_segment
             if wanted[row, slot]:
                 expected[UID(3, tuple(coordinates[row, slot].tolist()))].append((row, slot))
 
-    shares = list(group_by_expert(3, coordinates, wanted, grid, length))
+    batches = list(group_by_expert(3, coordinates, wanted, grid, length))
 
-    assert sorted(share.uid for share in shares) == sorted(expected)  # and so none twice
-    for share in shares:
-        pairs = expected[share.uid]
-        assert list(zip(share.rows.tolist(), share.slots.tolist(), strict=True)) == pairs
-        assert share.positions.tolist() == [row % length for row, _ in pairs]
+    assert sorted(batch.uid for batch in batches) == sorted(expected)  # and so none twice
+    for batch in batches:
+        pairs = expected[batch.uid]
+        assert list(zip(batch.rows.tolist(), batch.slots.tolist(), strict=True)) == pairs
+        assert batch.positions.tolist() == [row % length for row, _ in pairs]
         in_sequence: dict[int, int] = defaultdict(int)
         for row, _ in pairs:
             in_sequence[row // length] += 1
-        assert share.lengths.tolist() == list(in_sequence.values())
+        assert batch.lengths.tolist() == list(in_sequence.values())
 
 
-def test_share_of_two_sequences_by_hand() -> None:
+def test_batch_of_two_sequences_by_hand() -> None:
     coordinates = np.array([[[0, 1], [1, 0]]] * 6)
     wanted = np.array([[1, 0], [0, 1], [1, 1], [1, 0], [0, 0], [1, 0]], dtype=bool)
     first, second = group_by_expert(0, coordinates, wanted, (2, 2), 3)
@@ -72,15 +71,15 @@ def test_share_of_two_sequences_by_hand() -> None:
     assert second.lengths.tolist() == [2]
 
 
-def test_where_nothing_is_wanted_there_are_no_shares() -> None:
+def test_where_nothing_is_wanted_there_are_no_batches() -> None:
     assert list(group_by_expert(0, np.zeros((4, 2, 2), np.int64), np.zeros((4, 2), bool), (3, 3), 2)) == []
     assert list(group_by_expert(0, np.zeros((0, 2, 2), np.int64), np.zeros((0, 2), bool), (3, 3), 2)) == []
 
 
 def test_coordinates_of_slots_that_are_not_wanted_may_be_anything() -> None:
     coordinates = np.array([[[0], [99]], [[-5], [1]]])
-    shares = list(group_by_expert(0, coordinates, np.array([[True, False], [False, True]]), (2,), 2))
-    assert [(share.uid.coordinate, share.rows.tolist()) for share in shares] == [((0,), [0]), ((1,), [1])]
+    batches = list(group_by_expert(0, coordinates, np.array([[True, False], [False, True]]), (2,), 2))
+    assert [(batch.uid.coordinate, batch.rows.tolist()) for batch in batches] == [((0,), [0]), ((1,), [1])]
 
 
 @st.composite
@@ -123,7 +122,7 @@ def refill_slot_by_slot(
 @given(refills())
 def test_refill_does_what_a_loop_over_slots_would(case: tuple[Integers, Booleans, Selection]) -> None:
     coordinates, taken, fresh = case
-    new, filled = refill(coordinates, taken, fresh)
+    new, filled = refill(coordinates, taken, ~taken, fresh)
     expected_new, expected_filled = refill_slot_by_slot(coordinates, taken, fresh)
     assert [[tuple(c) for c in row] for row in new.tolist()] == expected_new
     assert filled.tolist() == expected_filled
@@ -135,7 +134,7 @@ def test_no_row_has_an_expert_twice_after_a_refill_and_taken_slots_stay(
 ) -> None:
     coordinates, taken, fresh = case
     before = coordinates.copy()
-    new, filled = refill(coordinates, taken, fresh)
+    new, filled = refill(coordinates, taken, ~taken, fresh)
     np.testing.assert_array_equal(coordinates, before)
     np.testing.assert_array_equal(new[~filled], coordinates[~filled])
     assert not (taken & filled).any()
@@ -147,17 +146,17 @@ def test_no_row_has_an_expert_twice_after_a_refill_and_taken_slots_stay(
 def test_the_best_fresh_experts_fill_the_free_slots_in_order_and_the_rest_stays_free() -> None:
     coordinates = np.array([[[0], [1], [2], [3]]])
     fresh = Selection(np.array([[[1], [7], [5]]]), np.zeros((1, 3), np.float32), np.array([[True] * 3]))
-    new, filled = refill(coordinates, np.array([[False, True, False, False]]), fresh)
+    new, filled = refill(coordinates, taken := np.array([[False, True, False, False]]), ~taken, fresh)
     assert new.tolist() == [[[7], [1], [5], [3]]]
     assert filled.tolist() == [[True, False, True, False]]
 
 
-def test_shares_after_a_refill_hold_only_the_filled_slots() -> None:
+def test_batches_after_a_refill_hold_only_the_filled_slots() -> None:
     coordinates = np.array([[[0], [1]], [[0], [1]]])
     fresh = Selection(np.array([[[2]], [[1]]]), np.zeros((2, 1), np.float32), np.array([[True], [True]]))
-    new, filled = refill(coordinates, np.array([[True, False], [False, True]]), fresh)
-    shares: list[ExpertBatch] = list(group_by_expert(0, new, filled, (3,), 2))
-    assert [(share.uid.coordinate, share.rows.tolist()) for share in shares] == [((2,), [0])]
+    new, filled = refill(coordinates, taken := np.array([[True, False], [False, True]]), ~taken, fresh)
+    batches: list[ExpertBatch] = list(group_by_expert(0, new, filled, (3,), 2))
+    assert [(batch.uid.coordinate, batch.rows.tolist()) for batch in batches] == [((2,), [0])]
 
 
 @given(refills(), refills(), seeds)

@@ -14,6 +14,7 @@ from expert_fakes import (
     make_peer_id,
     now,
     random_rows,
+    send_to_best,
     virtual_time,
 )
 from grpc import StatusCode
@@ -57,7 +58,7 @@ def test_of_nodes_three_in_ten_silent_all_are_replaced_within_the_deadline(
         dispatcher = make_dispatcher(
             swarm, swarm.directory(), lambda node: connections_show_it and node.peer_id in peers
         )
-        result = await dispatcher.forward(0, random_rows(ROWS), random_scores(EXPERTS, seed), K, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(ROWS), random_scores(EXPERTS, seed), K, LENGTH)
         assert result.answered.all()
         assert now() <= DEADLINE * (1 / 2 if connections_show_it else 3 / 4)
 
@@ -72,7 +73,7 @@ def test_a_node_without_a_connection_is_replaced_at_a_quarter_of_the_deadline_an
 
     async def scenario() -> None:
         dispatcher = make_dispatcher(swarm, directory, lambda node: node.peer_id == dead)
-        result = await dispatcher.forward(0, random_rows(ROWS), by_number(8), K, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(ROWS), by_number(8), K, LENGTH)
         assert result.answered.all()
         assert now() == DEADLINE / 4
         assert dispatcher.live_experts() == 7, "nobody calls it while the call lasts"
@@ -91,7 +92,7 @@ def test_a_slow_node_whose_connection_stands_is_waited_for() -> None:
     async def scenario() -> None:
         directory = swarm.directory()
         dispatcher = make_dispatcher(swarm, directory, lambda node: False)
-        await dispatcher.forward(0, random_rows(ROWS), by_number(8), K, LENGTH)
+        await send_to_best(dispatcher, random_rows(ROWS), by_number(8), K, LENGTH)
         assert now() == DEADLINE * 0.4
         assert directory.forgotten == []
 
@@ -106,7 +107,7 @@ def test_in_place_of_a_silent_node_its_experts_are_asked_of_another_host() -> No
     async def scenario() -> None:
         directory = swarm.directory(more_hosts=[other])
         dispatcher = make_dispatcher(swarm, directory, lambda node: node.peer_id != other)
-        result = await dispatcher.forward(0, random_rows(ROWS), by_number(8), K, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(ROWS), by_number(8), K, LENGTH)
         assert result.answered.all()
         assert (np.sort(result.coordinates[..., 0], axis=1) == np.arange(K)).all(), "the best experts"
         assert dispatcher.stats.reselected_rows == 0
@@ -123,7 +124,7 @@ def test_a_refused_connection_is_forgotten_at_once_and_a_call_that_broke_off_is_
     async def scenario() -> None:
         directory = swarm.directory()
         dispatcher = make_dispatcher(swarm, directory, lambda node: node.peer_id == refusing)
-        await dispatcher.forward(0, random_rows(ROWS), by_number(8), K, LENGTH)
+        await send_to_best(dispatcher, random_rows(ROWS), by_number(8), K, LENGTH)
         assert now() == 0
         assert directory.forgotten == [refusing]
 
@@ -138,8 +139,8 @@ def test_who_was_let_down_twice_chooses_among_those_that_answered_lately() -> No
 
     async def scenario() -> None:
         dispatcher = make_dispatcher(swarm, swarm.directory(), lambda node: False)
-        await dispatcher.forward(0, random_rows(ROWS), [-scores[0]], K, LENGTH)
-        result = await dispatcher.forward(0, random_rows(ROWS), scores, K, LENGTH)
+        await send_to_best(dispatcher, random_rows(ROWS), [-scores[0]], K, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(ROWS), scores, K, LENGTH)
         assert (np.sort(result.coordinates[..., 0], axis=1) == np.arange(12, 16)).all()
 
     with virtual_time() as runner:

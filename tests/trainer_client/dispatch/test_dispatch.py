@@ -1,7 +1,7 @@
 """Fan-out with experts that fail, are late or never answer. Time is virtual: what is asserted of it is exact."""
 
 import asyncio
-from typing import Any
+from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
@@ -30,19 +30,20 @@ from expert_fakes import (
     make_peer_id,
     now,
     random_rows,
+    send_to_best,
 )
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dht.announcements import NodeInfo
+from trainer_client.dispatch.batches import Answer, NodeCall
 
 
 def test_all_experts_answer_and_the_call_returns_at_once() -> None:
     async def scenario() -> None:
         swarm = make_swarm(6)
         dispatcher = make_dispatcher(swarm)
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 6, 4, 1, 5), 3, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 6, 4, 1, 5), 3, LENGTH)
         assert result.answered.all()
         assert answered_by_all_rows(result) == [1, 4, 5]
         check_outputs(swarm, result)
@@ -56,7 +57,7 @@ def test_all_experts_answer_and_the_call_returns_at_once() -> None:
 def test_each_server_gets_one_call_with_all_its_experts() -> None:
     async def scenario() -> None:
         swarm = make_swarm(6, peers=2)
-        result = await make_dispatcher(swarm).forward(0, random_rows(8), ranked(8, 6), 4, LENGTH)
+        result = await send_to_best(make_dispatcher(swarm), random_rows(8), ranked(8, 6), 4, LENGTH)
         assert result.answered.all()
         assert {call.peer_id: call.uids for call in swarm.calls} == {
             make_peer_id(0): [uid(0), uid(2)],
@@ -70,7 +71,7 @@ def test_late_expert_is_left_out_once_every_row_has_k_min_and_the_grace_time_is_
     async def scenario() -> None:
         swarm = make_swarm(4)
         swarm.behaviours[uid(2)] = LATE
-        result = await make_dispatcher(swarm).forward(0, random_rows(8), ranked(8, 4), 3, LENGTH)
+        result = await send_to_best(make_dispatcher(swarm), random_rows(8), ranked(8, 4), 3, LENGTH)
         assert now() == GRACE
         assert answered_by_all_rows(result) == [0, 1]
         check_outputs(swarm, result)
@@ -84,7 +85,7 @@ def test_grace_time_is_given_to_the_others_also_after_the_first_whole_call_has_e
         swarm = make_swarm(4)
         swarm.behaviours[uid(1)] = Behaviour(after_s=0.2)
         swarm.behaviours[uid(2)] = Behaviour(after_s=0.2 + 0.9 * GRACE)
-        result = await make_dispatcher(swarm).forward(0, random_rows(8), ranked(8, 4), 3, LENGTH)
+        result = await send_to_best(make_dispatcher(swarm), random_rows(8), ranked(8, 4), 3, LENGTH)
         assert answered_by_all_rows(result) == [0, 1, 2]
         assert now() == pytest.approx(0.2 + 0.9 * GRACE)
 
@@ -95,7 +96,7 @@ def test_slow_experts_are_waited_for_while_a_row_lacks_k_min_and_nobody_else_is_
     async def scenario() -> None:
         swarm = make_swarm(6)
         swarm.behaviours[uid(1)] = swarm.behaviours[uid(2)] = LATE
-        result = await make_dispatcher(swarm).forward(0, random_rows(8), ranked(8, 6), 3, LENGTH)
+        result = await send_to_best(make_dispatcher(swarm), random_rows(8), ranked(8, 6), 3, LENGTH)
         assert answered_by_all_rows(result) == [0, 1, 2]
         assert now() == LATE.after_s
         assert len(swarm.calls) == 3
@@ -109,7 +110,7 @@ def test_with_no_grace_time_the_call_returns_as_soon_as_there_is_enough() -> Non
         swarm.behaviours[uid(1)] = Behaviour(after_s=0.1)
         swarm.behaviours[uid(2)] = Behaviour(after_s=0.2)
         dispatcher = make_dispatcher(swarm, grace_s=0.0)
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 4), 3, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 4), 3, LENGTH)
         assert answered_by_all_rows(result) == [0, 1]
         assert now() == pytest.approx(0.1)
 
@@ -120,7 +121,7 @@ def test_late_answer_changes_nothing_after_the_call_has_returned() -> None:
     async def scenario() -> None:
         swarm = make_swarm(3)
         swarm.behaviours[uid(2)] = LATE
-        result = await make_dispatcher(swarm).forward(0, random_rows(8), ranked(8, 3), 3, LENGTH)
+        result = await send_to_best(make_dispatcher(swarm), random_rows(8), ranked(8, 3), 3, LENGTH)
         outputs, answers = result.outputs.copy(), len(result.answers)
         await settle()
         assert swarm.ended == 3
@@ -135,14 +136,14 @@ def test_all_experts_dead_ends_at_once_with_nothing_and_no_exception() -> None:
         swarm = make_swarm(30)
         swarm.behaviours |= {make_peer_id(i): fails() for i in range(30)}
         dispatcher = make_dispatcher(swarm)
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 30), 4, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 30), 4, LENGTH)
         assert now() == 0
         assert not result.answered.any()
         assert not result.outputs.any()
         assert dispatcher.stats.unanswered_rows == 8
         calls = len(swarm.calls)
         assert 4 < calls <= 2 * 8 * 4  # in eight rounds, each expert at most twice
-        gradients = await dispatcher.backward(result, np.ones((8, 4, 8), np.float32))
+        gradients = await dispatcher.send_back(result, np.ones((8, 4, 8), np.float32))
         assert not gradients.any()
         assert len(swarm.calls) == calls
 
@@ -153,7 +154,7 @@ def test_empty_view_ends_at_once_with_nothing() -> None:
     async def scenario() -> None:
         swarm = make_swarm(6)
         dispatcher = make_dispatcher(swarm, directory=swarm.directory(live=[]))
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 6), 4, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 6), 4, LENGTH)
         assert not result.answered.any()
         assert dispatcher.stats.unanswered_rows == 8
         assert not swarm.calls
@@ -165,7 +166,7 @@ def test_empty_view_ends_at_once_with_nothing() -> None:
 def test_no_rows_need_no_experts() -> None:
     async def scenario() -> None:
         swarm = make_swarm(6)
-        result = await make_dispatcher(swarm).forward(0, random_rows(0), ranked(0, 6), 4, LENGTH)
+        result = await send_to_best(make_dispatcher(swarm), random_rows(0), ranked(0, 6), 4, LENGTH)
         assert result.outputs.shape == (0, 4, 8)
         assert not swarm.calls
 
@@ -176,7 +177,7 @@ def test_one_live_expert_is_enough_for_top_4() -> None:
     async def scenario() -> None:
         swarm = make_swarm(6)
         dispatcher = make_dispatcher(swarm, directory=swarm.directory(live=[uid(5)]))
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 6), 4, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 6), 4, LENGTH)
         assert answered_by_all_rows(result) == [5]
         assert now() == 0
         assert dispatcher.stats.reselected_rows == 0
@@ -191,7 +192,7 @@ def test_fewer_live_experts_than_k_min_are_waited_for_only_the_grace_time_togeth
         swarm.behaviours[uid(1)] = Behaviour(after_s=0.3)
         directory = swarm.directory(live=[uid(0), uid(1)])
         dispatcher = make_dispatcher(swarm, k_min=4, directory=directory)
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 6), 4, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 6), 4, LENGTH)
         assert answered_by_all_rows(result) == [0, 1]
         assert now() == pytest.approx(0.3)
         assert len(swarm.calls) == 2
@@ -225,11 +226,11 @@ def test_whatever_fails_a_call_ends_in_time_with_the_right_outputs_and_no_expert
         rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
         dispatcher = make_dispatcher(swarm, k_min=k_min)
         scores = [rng.standard_normal((12, 3), dtype=np.float32) for _ in range(2)]
-        result = await dispatcher.forward(0, random_rows(12), scores, k, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(12), scores, k, LENGTH)
         assert now() <= DEADLINE
         check_outputs(swarm, result)
         began = now()
-        gradients = await dispatcher.backward(result, np.ones_like(result.outputs))
+        gradients = await dispatcher.send_back(result, np.ones_like(result.outputs))
         assert np.isfinite(gradients).all()
         assert now() <= began + DEADLINE
         await settle()
@@ -260,7 +261,7 @@ def test_forward_and_backward_that_are_under_way_end_at_close_and_start_nothing_
         result = await forward_once(dispatcher, 8)
         swarm.behaviours |= {make_peer_id(i): SILENT for i in range(8)}
         forward = asyncio.create_task(forward_once(dispatcher, 8))
-        backward = asyncio.create_task(dispatcher.backward(result, random_gradients(result)))
+        backward = asyncio.create_task(dispatcher.send_back(result, random_gradients(result)))
         await asyncio.sleep(1.0)
         calls = len(swarm.calls)
         assert calls == 9
@@ -274,12 +275,12 @@ def test_forward_and_backward_that_are_under_way_end_at_close_and_start_nothing_
     run(scenario())
 
 
-def test_caller_with_a_fault_of_its_own_costs_its_shares_and_no_time() -> None:
+def test_caller_with_a_fault_of_its_own_costs_its_batches_and_no_time() -> None:
     class Faulty(FakeSwarm):
-        def call(self, node: NodeInfo, *arguments: Any) -> Any:
-            if node.peer_id == make_peer_id(0):
+        def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+            if call.node.peer_id == make_peer_id(0):
                 raise ZeroDivisionError("a bug")
-            return super().call(node, *arguments)
+            return super().call(call)
 
     async def scenario() -> None:
         errors: list[object] = []

@@ -23,6 +23,7 @@ from expert_fakes import (
     make_peer_id,
     now,
     random_rows,
+    send_to_best,
 )
 
 from trainer_client.dispatch.policy import CircuitBreakers
@@ -34,7 +35,7 @@ def test_rows_of_a_dead_peer_are_given_to_the_next_best_experts() -> None:
         swarm.behaviours[make_peer_id(0)] = fails()
         dispatcher = make_dispatcher(swarm)
         scores = ranked(8, 8, 0, 4, 1)  # two of three at the dead peer: one answer is below k_min
-        result = await dispatcher.forward(0, random_rows(8), scores, 3, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), scores, 3, LENGTH)
         assert answered_by_all_rows(result) == [1, 2, 3]
         check_outputs(swarm, result)
         assert now() == 0
@@ -50,7 +51,7 @@ def test_rows_that_have_k_min_without_the_dead_peer_are_not_sent_again() -> None
         swarm = make_swarm(8)
         swarm.behaviours[uid(0)] = fails()
         dispatcher = make_dispatcher(swarm)
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 8), 3, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 8), 3, LENGTH)
         assert answered_by_all_rows(result) == [1, 2]
         assert dispatcher.stats.calls == 3
         assert dispatcher.stats.reselected_rows == 0
@@ -64,10 +65,13 @@ def test_only_rows_that_lack_answers_are_sent_to_others() -> None:
         swarm.behaviours[uid(0)] = fails()
         scores = ranked(8, 6)
         scores[0][:4] = ranked(4, 6, 1, 2)[0]  # the first sequence doesn't want expert 0
-        result = await make_dispatcher(swarm).forward(0, random_rows(8), scores, 2, LENGTH)
+        result = await send_to_best(make_dispatcher(swarm), random_rows(8), scores, 2, LENGTH)
         assert [answered_by(result, row) for row in range(8)] == [[1, 2]] * 8
         assert swarm.rows_sent("forward", uid(2)) == 8
-        assert [call.requests[0].lengths for call in swarm.calls if call.uids == [uid(2)]] == [[4], [4]]
+        assert [call.requests[0].batch.lengths.tolist() for call in swarm.calls if call.uids == [uid(2)]] == [
+            [4],
+            [4],
+        ]
         check_outputs(swarm, result)
 
     run(scenario())
@@ -83,7 +87,7 @@ def test_rows_of_peers_that_fail_one_after_another_are_all_chosen_again() -> Non
             swarm.behaviours[make_peer_id(i)] = fails(after_s=0.1 * (i + 1))
         scores = np.concatenate([ranked(1, experts, i, dead + i)[0] for i in range(dead)])
         scores[:, :dead] -= 100 * (scores[:, :dead] < 0)  # a dead expert is only ever somebody's best
-        result = await make_dispatcher(swarm).forward(0, random_rows(dead), [scores], 2, dead)
+        result = await send_to_best(make_dispatcher(swarm), random_rows(dead), [scores], 2, dead)
         assert (result.answered.sum(axis=1) == 2).all()
         check_outputs(swarm, result)
 
@@ -100,7 +104,7 @@ def test_rows_of_frozen_peers_are_given_to_others_at_half_of_the_deadline(
         for i in frozen:
             swarm.behaviours[make_peer_id(i)] = SILENT
         dispatcher = make_dispatcher(swarm, k_min=3)
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 8), 3, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 8), 3, LENGTH)
         assert now() == DEADLINE / 2
         assert (result.answered.sum(axis=1) >= 3).all()
         assert not set(answered_by_all_rows(result)) & set(frozen)
@@ -116,7 +120,7 @@ def test_frozen_peer_is_not_asked_again_while_its_first_call_lasts() -> None:
         swarm.behaviours[make_peer_id(0)] = SILENT
         dispatcher = make_dispatcher(swarm, breakers=CircuitBreakers(first_s=5.0))
         for _ in range(3):
-            await dispatcher.forward(0, random_rows(8), ranked(8, 4), 2, LENGTH)
+            await send_to_best(dispatcher, random_rows(8), ranked(8, 4), 2, LENGTH)
         assert now() == DEADLINE / 2  # the second and third call cost no time
         assert swarm.rows_sent("forward", uid(0)) == 8
         await asyncio.sleep(DEADLINE / 2 + 4.9)
@@ -132,7 +136,7 @@ def test_everybody_frozen_ends_by_the_deadline_with_nothing() -> None:
         swarm = make_swarm(8)
         swarm.behaviours |= {make_peer_id(i): SILENT for i in range(8)}
         dispatcher = make_dispatcher(swarm)
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 8), 4, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 8), 4, LENGTH)
         assert now() == DEADLINE
         assert not result.answered.any()
         assert not result.answers
@@ -146,7 +150,7 @@ def test_where_everybody_is_slow_the_first_answers_count_though_others_were_aske
         swarm = make_swarm(8)
         swarm.behaviours |= {make_peer_id(i): Behaviour(after_s=0.7 * DEADLINE) for i in range(8)}
         dispatcher = make_dispatcher(swarm)
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 8), 3, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 8), 3, LENGTH)
         assert answered_by_all_rows(result) == [0, 1, 2]
         assert now() == pytest.approx(0.7 * DEADLINE)
         assert len(swarm.calls) == 6
@@ -161,8 +165,12 @@ def test_late_expert_is_not_asked_again_at_another_of_its_hosts() -> None:
         swarm.behaviours[uid(0)] = Behaviour(after_s=0.7 * DEADLINE)
         swarm.behaviours[uid(5)] = Behaviour(after_s=0.9 * DEADLINE)
         directory = swarm.directory(more_hosts=[make_peer_id(9)])
-        result = await make_dispatcher(swarm, directory=directory, most_hedged=0).forward(
-            0, random_rows(8), ranked(8, 6, 0, 5), 2, LENGTH
+        result = await send_to_best(
+            make_dispatcher(swarm, directory=directory, most_hedged=0),
+            random_rows(8),
+            ranked(8, 6, 0, 5),
+            2,
+            LENGTH,
         )
         assert swarm.rows_sent("forward", uid(0)) == swarm.rows_sent("forward", uid(5)) == 8
         assert answered_by_all_rows(result) == [1, 2]
@@ -175,7 +183,7 @@ def test_late_experts_that_nobody_can_replace_may_answer_until_the_deadline() ->
     async def scenario() -> None:
         swarm = make_swarm(2)
         swarm.behaviours |= {uid(i): Behaviour(after_s=0.8 * DEADLINE) for i in range(2)}
-        result = await make_dispatcher(swarm).forward(0, random_rows(8), ranked(8, 2), 2, LENGTH)
+        result = await send_to_best(make_dispatcher(swarm), random_rows(8), ranked(8, 2), 2, LENGTH)
         assert result.answered.all()
         assert now() == pytest.approx(0.8 * DEADLINE)
         check_outputs(swarm, result)

@@ -27,6 +27,7 @@ from expert_fakes import (
     make_peer_id,
     now,
     random_rows,
+    send_to_best,
 )
 from grpc import StatusCode
 
@@ -35,18 +36,17 @@ from trainer_client.dispatch.batches import ForwardPass, Request
 
 
 def gradients_of(swarm: FakeSwarm, result: ForwardPass, gradients: Floats, without: Sequence[int]) -> Floats:
-    """By autograd over whole shares: what the experts that answered contribute, row by row."""
-    total = np.zeros_like(result.inputs)
-    for answer in result.answers:
-        share = answer.share
-        if share.uid.coordinate[0] not in without:
-            of_share = np.zeros((len(share.rows), result.inputs.shape[1]), np.float32)
-            for i, (row, slot) in enumerate(zip(share.rows, share.slots, strict=True)):
-                if answer.counts[i]:
-                    of_share[i] = gradients[row, slot]
-            inputs = result.inputs[share.rows]
-            request = Request(share.uid, share.lengths.tolist(), share.positions.tolist(), inputs, of_share)
-            total[share.rows] += swarm.compute("backward", request)
+    """By autograd over whole batches: what the experts that answered contribute, row by row."""
+    inputs = result.rows.inputs
+    total = np.zeros_like(inputs)
+    for sent in result.answers:
+        batch = sent.batch
+        if batch.uid.coordinate[0] not in without:
+            of_batch = np.zeros((len(batch.rows), inputs.shape[1]), np.float32)
+            for i, (row, slot) in enumerate(zip(batch.rows, batch.slots, strict=True)):
+                if sent.counts[i]:
+                    of_batch[i] = gradients[row, slot]
+            total[batch.rows] += swarm.compute("backward", Request(batch, inputs[batch.rows], of_batch))
     return total
 
 
@@ -56,7 +56,7 @@ def test_gradient_is_the_sum_over_the_experts() -> None:
         dispatcher = make_dispatcher(swarm)
         result = await forward_once(dispatcher, 5)
         gradients = random_gradients(result)
-        total = await dispatcher.backward(result, gradients)
+        total = await dispatcher.send_back(result, gradients)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, ()), atol=1e-5)
         assert np.abs(total).min() > 0
         assert sorted(call.uids for call in swarm.called("backward")) == [[uid(0)], [uid(1)], [uid(2)]]
@@ -83,7 +83,7 @@ def test_expert_that_fails_in_backward_contributes_nothing_and_one_that_is_slow_
         result = await forward_once(dispatcher, 5)
         swarm.behaviours[uid(1)] = behaviour
         gradients = random_gradients(result)
-        total = await dispatcher.backward(result, gradients)
+        total = await dispatcher.send_back(result, gradients)
         without = () if behaviour is LATE else (1,)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, without), atol=1e-5)
         assert now() == ends_at
@@ -99,7 +99,7 @@ def test_backward_waits_for_a_frozen_peer_only_once() -> None:
         layers = [await forward_once(dispatcher, 5) for _ in range(3)]
         swarm.behaviours[make_peer_id(1)] = SILENT
         for result in layers:
-            await dispatcher.backward(result, random_gradients(result))
+            await dispatcher.send_back(result, random_gradients(result))
         assert now() == DEADLINE
         assert dispatcher.stats.late_backward == 3
         assert swarm.rows_sent("backward", uid(1)) == 8
@@ -113,10 +113,10 @@ def test_backward_is_sent_only_to_experts_whose_answer_counts() -> None:
         swarm.behaviours[uid(0)] = fails(StatusCode.NOT_FOUND)
         swarm.behaviours[uid(1)] = Behaviour(after_s=0.9 * DEADLINE)
         dispatcher = make_dispatcher(swarm, k_min=3)
-        result = await dispatcher.forward(0, random_rows(8), ranked(8, 8), 3, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 8), 3, LENGTH)
         assert answered_by_all_rows(result) == [2, 3, 4]
         await settle()
-        await dispatcher.backward(result, random_gradients(result))
+        await dispatcher.send_back(result, random_gradients(result))
         assert sorted(call.uids for call in swarm.called("backward")) == [[uid(2)], [uid(3)], [uid(4)]]
 
     run(scenario())
@@ -132,7 +132,7 @@ def test_late_expert_whose_slots_have_all_been_answered_by_others_gets_no_gradie
         assert now() == pytest.approx(5.9)  # so that expert 1 has answered meanwhile
         assert answered_by_all_rows(result) == [0, 3, 4]
         check_outputs(swarm, result)
-        await dispatcher.backward(result, random_gradients(result))
+        await dispatcher.send_back(result, random_gradients(result))
         assert sorted(call.uids for call in swarm.called("backward")) == [[uid(0)], [uid(3)], [uid(4)]]
 
     run(scenario())
@@ -152,22 +152,22 @@ def test_expert_that_lost_some_of_its_slots_is_sent_zero_gradients_for_them() ->
         swarm.behaviours[uid(3)] = Behaviour(after_s=0.6)  # asked at 5 s by all: answers before expert 0
         dispatcher = make_dispatcher(swarm)
         inputs = random_rows(8)
-        result = await dispatcher.forward(0, inputs, scores, 2, LENGTH)
+        result = await send_to_best(dispatcher, inputs, scores, 2, LENGTH)
         check_outputs(swarm, result)
-        partial = [answer for answer in result.answers if not answer.counts.all()]
+        partial = [batch for batch in result.answers if not batch.counts.all()]
         assert partial, "the scenario must have an expert that lost slots"
         swarm.behaviours.clear()
         await settle()
         gradients = random_gradients(result)
-        total = await dispatcher.backward(result, gradients)
+        total = await dispatcher.send_back(result, gradients)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, ()), atol=1e-5)
-        sent = {call.uids[0]: call.requests[0] for call in swarm.called("backward")}
-        for answer in partial:
-            request = sent[answer.share.uid]
+        requests = {call.uids[0]: call.requests[0] for call in swarm.called("backward")}
+        for sent in partial:
+            request = requests[sent.batch.uid]
             assert request.gradients is not None
-            assert len(request.gradients) == len(answer.share.rows)
-            assert not request.gradients[~answer.counts].any()
-            assert request.gradients[answer.counts].any(axis=1).all()
+            assert len(request.gradients) == len(sent.batch.rows)
+            assert not request.gradients[~sent.counts].any()
+            assert request.gradients[sent.counts].any(axis=1).all()
 
     run(scenario())
 
@@ -180,7 +180,7 @@ def test_peer_whose_record_has_expired_since_gets_no_gradients() -> None:
         result = await forward_once(dispatcher, 4)
         directory.view = FakeSwarm(swarm.manifest, peers=1).directory().view  # only peer 0 is known
         gradients = random_gradients(result)
-        total = await dispatcher.backward(result, gradients)
+        total = await dispatcher.send_back(result, gradients)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, (1, 2)), atol=1e-5)
         assert now() == 0
         assert dispatcher.stats.late_backward == 2

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from callers import numbered_identities
-from expert_fakes import random_rows
+from expert_fakes import make_request, random_rows
 from grpc import StatusCode
 from misbehaving_node import (
     BYTES,
@@ -30,7 +30,6 @@ from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2
-from trainer_client.dispatch.batches import Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
@@ -72,11 +71,11 @@ def test_every_expert_is_answered_with_its_own_tensor(
     requests = requests_for(4, 7, 9)
     collected = loop.run(collect(caller, server.info, requests))
     assert collected.error is None
-    assert [answer.index for answer in collected.answers] == [2, 1, 0]
+    assert collected.answered == [2, 1, 0]
     for answer in collected.answers:
         assert answer.error is None
         assert answer.tensor is not None
-        np.testing.assert_array_equal(answer.tensor, 2 * requests[answer.index].inputs)
+        np.testing.assert_array_equal(answer.tensor, 2 * answer.request.inputs)
     assert caller.bytes_sent == caller.bytes_received == 3 * BYTES
 
 
@@ -85,8 +84,8 @@ def test_the_header_says_what_follows_and_each_call_has_an_id_of_its_own(
 ) -> None:
     ids = set()
     requests = [
-        Request(UID(2, (1, 3)), [1, 2], [5, 0, 7], random_rows(3), random_rows(3, seed=1)),
-        Request(UID(2, (0, 0)), [1], [3], random_rows(1, seed=2), random_rows(1, seed=3)),
+        make_request(UID(2, (1, 3)), [1, 2], [5, 0, 7], random_rows(3), random_rows(3, seed=1)),
+        make_request(UID(2, (0, 0)), [1], [3], random_rows(1, seed=2), random_rows(1, seed=3)),
     ]
     for _ in range(3):
         collected = loop.run(collect(caller, server.info, requests, direction="backward"))
@@ -112,7 +111,7 @@ def test_tensors_of_many_chunks_go_both_ways(loop: LoopThread, server: Server, p
     assert collected.error is None
     for answer in collected.answers:
         assert answer.tensor is not None
-        np.testing.assert_array_equal(answer.tensor, 2 * requests[answer.index].inputs)
+        np.testing.assert_array_equal(answer.tensor, 2 * answer.request.inputs)
 
 
 def test_a_call_that_went_well_is_not_cancelled_at_the_server(

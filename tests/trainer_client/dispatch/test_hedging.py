@@ -14,14 +14,14 @@ from expert_fakes import (
     make_manifest,
     make_peer_id,
     random_rows,
+    send_to_best,
     virtual_time,
 )
 from grpc import StatusCode
 
-from dht.announcements import NodeInfo
 from dht.uid import UID
 from peer.codec import Floats
-from trainer_client.dispatch.batches import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, Direction, NodeCall
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import LEAST_KNOWN, WaitPolicy
 
@@ -48,7 +48,7 @@ def make_dispatcher(
 
 
 async def forward(dispatcher: Dispatcher, k: int = 3) -> Floats:
-    result = await dispatcher.forward(0, random_rows(ROWS), SCORES, k, LENGTH)
+    result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, k, LENGTH)
     assert result.answered.all()
     return result.outputs
 
@@ -82,10 +82,10 @@ def test_the_first_answer_counts_and_gradients_go_only_to_its_giver() -> None:
         dispatcher = make_dispatcher(swarm, most_hedged=1.0)
         swarm.behaviours |= {make_peer_id(number): Behaviour(after_s=3.5) for number in range(3)}
         swarm.behaviours[OTHER] = Behaviour(after_s=1.0)
-        result = await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH, keep=True)
+        result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH, keep=True)
         assert dispatcher.stats.hedged_calls == 1
         assert dispatcher.stats.hedges_won == 0
-        await dispatcher.backward(result, np.ones_like(result.outputs))
+        await dispatcher.send_back(result, np.ones_like(result.outputs))
         rows = [swarm.rows_sent("backward", uid) for uid in swarm.manifest.uids()]
         assert rows == [ROWS] * 3
         await dispatcher.close()
@@ -119,7 +119,7 @@ def test_an_expert_that_fails_at_both_replicas_has_failed() -> None:
     async def scenario() -> None:
         dispatcher = make_dispatcher(swarm, most_hedged=1.0)
         swarm.behaviours[broken] = fails(StatusCode.INTERNAL, after_s=4.0)
-        result = await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH)
         assert result.answered.sum() == 2 * ROWS
         assert swarm.rows_sent("forward", broken) == 2 * ROWS
         assert dispatcher.stats.failures == {"internal": 2}
@@ -136,7 +136,7 @@ def test_no_more_is_hedged_than_the_policy_allows() -> None:
     async def scenario() -> None:
         dispatcher = make_dispatcher(swarm, most_hedged=0.1)
         for _ in range(20):
-            await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
+            await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH)
         assert 0 < dispatcher.stats.hedged_calls <= 0.1 * dispatcher.stats.calls + 1
         await dispatcher.close()
 
@@ -149,9 +149,9 @@ def test_backward_calls_are_never_sent_twice() -> None:
 
     async def scenario() -> None:
         dispatcher = make_dispatcher(swarm, most_hedged=1.0)
-        result = await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
+        result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH)
         swarm.behaviours |= {make_peer_id(number): SILENT for number in (0, 1, 2, 9)}
-        await dispatcher.backward(result, np.ones_like(result.outputs))
+        await dispatcher.send_back(result, np.ones_like(result.outputs))
         assert [swarm.rows_sent("backward", uid) for uid in swarm.manifest.uids()] == [ROWS] * 3
         await dispatcher.close()
 
@@ -167,16 +167,16 @@ def test_after_quick_calls_a_silent_peer_costs_the_shortest_deadline(direction: 
         time = asyncio.get_running_loop().time
         dispatcher = make_dispatcher(swarm, hosts=(), least_deadline_s=1.5)
         while swarm.ended < 4 * LEAST_KNOWN:
-            result = await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
-            await dispatcher.backward(result, np.ones_like(result.outputs))
+            result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH)
+            await dispatcher.send_back(result, np.ones_like(result.outputs))
         if direction == "forward":
             swarm.behaviours |= dict.fromkeys(swarm.manifest.uids(), SILENT)
             began = time()
-            await dispatcher.forward(0, random_rows(ROWS), SCORES, 3, LENGTH)
+            await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH)
         else:
             swarm.behaviours |= dict.fromkeys(swarm.manifest.uids(), SILENT)
             began = time()
-            await dispatcher.backward(result, np.ones_like(result.outputs))
+            await dispatcher.send_back(result, np.ones_like(result.outputs))
         assert time() - began == pytest.approx(1.5, abs=0.1)
         await dispatcher.close()
 
@@ -191,16 +191,14 @@ class UnsteadySwarm(FakeSwarm):
         super().__init__(make_manifest((4,)))
         self._schedule = random.Random(seed)
 
-    async def call(
-        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
-    ) -> AsyncIterator[Answer]:
+    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
         chance = self._schedule.random()
         after_s = self._schedule.expovariate(2)
         if chance < 0.1:
-            self.behaviours[node.peer_id] = fails(after_s=after_s)
+            self.behaviours[call.node.peer_id] = fails(after_s=after_s)
         else:
-            self.behaviours[node.peer_id] = SILENT if chance < 0.15 else Behaviour(after_s=after_s)
-        async for answer in super().call(node, direction, requests, deadline_s):
+            self.behaviours[call.node.peer_id] = SILENT if chance < 0.15 else Behaviour(after_s=after_s)
+        async for answer in super().call(call):
             yield answer
 
 
@@ -220,8 +218,8 @@ def history(seed: int, schedule: int) -> tuple[list[object], object]:
             clock=asyncio.get_running_loop().time,
         )
         for _ in range(25):
-            result = await dispatcher.forward(0, random_rows(ROWS), [scores], 2, LENGTH)
-            gradients = await dispatcher.backward(result, np.ones_like(result.outputs))
+            result = await send_to_best(dispatcher, random_rows(ROWS), [scores], 2, LENGTH)
+            gradients = await dispatcher.send_back(result, np.ones_like(result.outputs))
             seen.append((result.outputs.tobytes(), result.coordinates.tobytes(), gradients.tobytes()))
             await asyncio.sleep(3.0)  # virtual: breakers close again
         await dispatcher.close()

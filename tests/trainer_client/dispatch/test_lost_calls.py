@@ -1,18 +1,17 @@
 """A forward call that is lost is made once more: it changes nothing at the node. Time is virtual."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
 from dispatch_swarm import DEADLINE, LENGTH, check_outputs, forward_once, make_dispatcher, ranked, run, uid
-from expert_fakes import FakeSwarm, fails, make_manifest, make_peer_id, now, random_rows
+from expert_fakes import FakeSwarm, fails, make_manifest, make_peer_id, now, random_rows, send_to_best
 from grpc import StatusCode
 
 from benchmarks.faults import FaultyCaller
-from dht.announcements import NodeInfo
 from peer.errors import ExpertError
-from trainer_client.dispatch.batches import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, NodeCall
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 
@@ -36,11 +35,9 @@ class LossySwarm(FakeSwarm):
         super().__init__(make_manifest((experts,)), peers)
         self._lost, self._after_s, self._answers, self._status = lost, after_s, answers, status
 
-    async def call(
-        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
-    ) -> AsyncIterator[Answer]:
+    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
         left = self._answers if len(self.calls) < self._lost else None
-        async for answer in super().call(node, direction, requests, deadline_s):
+        async for answer in super().call(call):
             if left == 0:
                 break
             left = None if left is None else left - 1
@@ -63,7 +60,7 @@ def test_a_lost_call_is_made_again_at_the_only_host() -> None:
         assert (stats.calls, stats.repeated_forward, stats.reselected_rows) == (4, 1, 0)
         assert stats.failures == {"unavailable": 1}
         assert dispatcher.live_experts() == 3
-        gradients = await dispatcher.backward(result, np.ones_like(result.outputs))
+        gradients = await dispatcher.send_back(result, np.ones_like(result.outputs))
         assert gradients.any()
         assert [swarm.rows_sent("backward", uid(i)) for i in range(3)] == [8, 8, 8]
 
@@ -79,7 +76,7 @@ def test_another_replica_is_asked_when_there_is_one(status: StatusCode) -> None:
         assert result.answered.all()
         first, second = (call.peer_id for call in swarm.calls)
         assert {first, second} == {make_peer_id(0), OTHER}
-        assert [answer.peer_id for answer in result.answers] == [second]
+        assert [sent.answered_by for sent in result.answers] == [second]
 
     run(scenario())
 
@@ -151,7 +148,7 @@ def outcome_of_passes(seed: int) -> tuple[float, list[object], object]:
         caller = FaultyCaller(swarm, 1.0, FAILING, seed)
         dispatcher = Dispatcher(swarm.directory(), caller, WaitPolicy(60.0, 60.0, 2), clock=now)
         for number in range(50):
-            result = await dispatcher.forward(0, random_rows(8, seed=number), ranked(8, 4), 2, LENGTH)
+            result = await send_to_best(dispatcher, random_rows(8, seed=number), ranked(8, 4), 2, LENGTH)
             answered.append(result.answered.mean())
             seen.append((now(), result.outputs.tobytes(), result.coordinates.tobytes()))
         return dispatcher

@@ -31,7 +31,7 @@ class FaultyLine(GrpcCaller):
         self._arrives = arrives
 
     async def _call_in(self, *arguments: Any) -> Any:
-        self.ids.append(arguments[4])
+        self.ids.append(arguments[3])
         loses = len(self.ids) <= self._lost
         if loses and not self._arrives:
             raise UNAVAILABLE

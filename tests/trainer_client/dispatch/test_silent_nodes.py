@@ -33,6 +33,7 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.wire.expert_pb2 import CallReply
+from trainer_client.dispatch.batches import NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
@@ -110,7 +111,7 @@ def test_silence_ends_at_the_deadline(
     server.behave = behave
     collected = loop.run(collect(caller, server.info, requests_for(0, 1), deadline_s=SHORT))
     assert collected.status is StatusCode.DEADLINE_EXCEEDED
-    assert [answer.index for answer in collected.answers] == answered
+    assert collected.answered == answered
     assert SHORT * 0.9 <= collected.seconds < LONG / 3
 
 
@@ -176,8 +177,9 @@ def test_consumer_that_stops_early_ends_the_call_at_the_server(
     server.behave = stops_after_one_answer
 
     async def scenario() -> None:
-        answers = caller.call(server.info, "forward", requests_for(0, 1), LONG)
-        assert (await anext(answers)).index == 0
+        call = NodeCall(server.info, "forward", requests_for(0, 1), LONG)
+        answers = caller.call(call)
+        assert (await anext(answers)).request is call.requests[0]
         await answers.aclose()  # type: ignore[attr-defined]  # it is a generator, though promised is an iterator
         await until(lambda: server.running == 0)
 

@@ -1,18 +1,17 @@
 """Replicas that answer otherwise than others of the same expert, found by asking a second and a third."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from expert_fakes import FakeSwarm, make_manifest, make_peer_id, random_rows, virtual_time
+from expert_fakes import FakeSwarm, make_manifest, make_peer_id, random_rows, send_to_best, virtual_time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.announcements import NodeInfo
 from peer.codec import Floats
-from trainer_client.dispatch.batches import Answer, Direction, Request
+from trainer_client.dispatch.batches import Answer, NodeCall, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import CircuitBreakers, WaitPolicy
 from trainer_client.dispatch.spot_checks import TOLERANCE, difference, outlier
@@ -38,15 +37,14 @@ class LyingSwarm(FakeSwarm):
         self.lie = lie
         self._update_counts = {make_peer_id(n): count for n, count in (update_counts or {}).items()}
 
-    async def call(
-        self, node: NodeInfo, direction: Direction, requests: Sequence[Request], deadline_s: float
-    ) -> AsyncIterator[Answer]:
-        async for answer in super().call(node, direction, requests, deadline_s):
+    async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
+        peer_id = call.node.peer_id
+        async for answer in super().call(call):
             tensor = answer.tensor
             assert tensor is not None
-            if self.lie is not None and node.peer_id == make_peer_id(LIAR):
-                tensor = self.lie(requests[answer.index], tensor)
-            yield replace(answer, tensor=tensor, update_count=self._update_counts.get(node.peer_id, 7))
+            if self.lie is not None and peer_id == make_peer_id(LIAR):
+                tensor = self.lie(answer.request, tensor)
+            yield replace(answer, tensor=tensor, update_count=self._update_counts.get(peer_id, 7))
 
 
 def checked(swarm: FakeSwarm, hosts: int, passes: int = 20, part: float = 1.0) -> Dispatcher:
@@ -62,7 +60,7 @@ def checked(swarm: FakeSwarm, hosts: int, passes: int = 20, part: float = 1.0) -
         )
         for _ in range(passes):
             scores = [np.zeros((ROWS, 1), np.float32)]
-            await dispatcher.forward(0, random_rows(ROWS), scores, 1, LENGTH)
+            await send_to_best(dispatcher, random_rows(ROWS), scores, 1, LENGTH)
             await asyncio.sleep(0.1)  # virtual
         await dispatcher.close()
         return dispatcher
@@ -72,7 +70,7 @@ def checked(swarm: FakeSwarm, hosts: int, passes: int = 20, part: float = 1.0) -
 
 
 def left_alone(dispatcher: Dispatcher) -> set[object]:
-    return set(dispatcher._outgoing.avoided())
+    return set(dispatcher._calls.avoided())
 
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
