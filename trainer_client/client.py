@@ -5,7 +5,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -36,7 +36,8 @@ from trainer_client.dispatch.batches import ExpertCaller
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.grpc_caller import GrpcCaller, SessionWarmer
 from trainer_client.dispatch.policy import WaitPolicy
-from trainer_client.moe import Mixtures, RemoteMixtureOfExperts
+from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.record import Progress
 
@@ -67,7 +68,7 @@ class _Joined:
     swarm: Swarm
     directory: Directory
     dispatcher: Dispatcher
-    mixtures: Mixtures
+    routing: Routing
     announcer: TrainerAnnouncer
     averaging_metrics: AveragingMetrics
     averagings: list[Averaging]
@@ -159,7 +160,12 @@ class SwarmClient:
         Unless `choose_by` is given it routes as the manifest says: with a `prefix` there, by the first tokens of each
         sequence, none of which may then be predicted in the loss.
         """
-        return self._joined.mixtures.make(layer, choose_by, gradient_scale, routing_prefix)
+        routing = self._joined.routing
+        if choose_by is not None:
+            routing = replace(routing, choose_by=choose_by, prefix=routing_prefix)
+        return RemoteMixtureOfExperts(
+            layer, self.manifest, self.dispatcher, self._loop.run, routing, gradient_scale
+        )
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
         """Waits until `share` of all experts are live, at most `limit_s` seconds; after that one is enough.
@@ -223,6 +229,7 @@ class SwarmClient:
         )
         exits.push_async_callback(swarm.stop)
         self._stage("reading who hosts what")
+        routing = Routing.of(settings, swarm.manifest, _seed_of(swarm))
         directory = Directory(swarm.registry, swarm.manifest, refresh_every_s=timing.refresh_every_s)
         await directory.refresh()
 
@@ -241,7 +248,6 @@ class SwarmClient:
             seed=random.SystemRandom().getrandbits(32),
             is_silent=caller.is_silent,
         )
-        mixtures = Mixtures(swarm.manifest, settings, _seed_of(swarm), dispatcher, self._loop.run)
         restarts = Counter(
             "talkoot_trainer_task_restarts",
             "Times that a task beside training failed, such as announcing, and was started again.",
@@ -266,7 +272,7 @@ class SwarmClient:
         tasks.supervise("announce this trainer", announcer.run)
         tasks.supervise("open sessions with nodes", warmer.run)
         metrics = AveragingMetrics(swarm.metrics)
-        return _Joined(swarm, directory, dispatcher, mixtures, announcer, metrics, averagings, tasks)
+        return _Joined(swarm, directory, dispatcher, routing, announcer, metrics, averagings, tasks)
 
     async def _average(self, exchange: DenseExchange) -> Averaging:
         joined, settings = self._joined, self._settings

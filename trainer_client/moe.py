@@ -10,7 +10,7 @@ each row, D hidden size, G_d size of grid dimension d.
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ from peer.codec import Floats
 from peer.errors import SettingsError
 from trainer_client.balancing import LoadSpread, balancing_loss, load_spread
 from trainer_client.dispatch.batches import ForwardPass, RoutedRows
-from trainer_client.routers import Gate, Routing, experts_for_each_row, noisy_scores
-from trainer_client.settings import TrainerSettings
+from trainer_client.routers import Gate, Routing, noisy_scores
 
 T = TypeVar("T")
 
@@ -69,32 +68,25 @@ class RemoteMixtureOfExperts(nn.Module):
     def __init__(
         self,
         layer: int,
-        hidden: int,
-        grid: tuple[int, ...],
-        k: int,
+        manifest: Manifest,
         experts: Experts,
         run: "RunOnLoop[Any]",
-        choose_by: Literal["token", "sequence"] = "token",
-        routing: Routing | None = None,
+        routing: Routing,
         gradient_scale: Callable[[], float] | None = None,
-        routing_prefix: int = 0,
     ) -> None:
-        """`choose_by="sequence"` sends all tokens of a sequence where the mean of its first `routing_prefix` says, or
-        that of all with 0, which is not for causal models. With a prefix a model is causal from the prediction of the
-        token after it on: tokens of the prefix may not be predicted in the loss.
-
-        `gradient_scale` is a GradScaler's `get_scale`, where one is used: experts are sent gradients without it.
+        """`layer`: of the model, from 0. `gradient_scale` is a GradScaler's `get_scale`, where one is used: experts are
+        sent gradients without it. Raises SettingsError when the swarm has no such layer.
         """
         super().__init__()
+        if not 0 <= layer < manifest.model.layers:
+            raise SettingsError(f"layer {layer}: this swarm has layers 0 to {manifest.model.layers - 1}")
         self.layer = layer
-        self.hidden = hidden
-        self.k = k
-        self.choose_by = choose_by
-        self.routing_prefix = routing_prefix
-        self._routing = routing = routing or Routing()
+        self.hidden = manifest.model.hidden
+        self.k = routing.k
+        self._routing = routing
         self._router = routing.router
         scale = routing.gate_scale if self._router.starts_small else None
-        self.gate = Gate(hidden, grid, scale=scale, has_noise=self._router.has_noise)
+        self.gate = Gate(self.hidden, manifest.experts.grid, scale=scale, has_noise=self._router.has_noise)
         self._experts = experts
         self._run = run
         self._gradient_scale = gradient_scale
@@ -135,7 +127,7 @@ class RemoteMixtureOfExperts(nn.Module):
         selection = self._router.choose(_arrays(scores), live.tables, self.k, rng)
         if self.training:
             self._note_routing(scores, selection, live.tables)
-        if self.choose_by == "sequence":
+        if self._routing.choose_by == "sequence":
             scores, selection = _for_each_row(scores, selection, length)
         x_RD = x_BTD.flatten(0, 1).float()
         inputs = x_RD.detach().cpu().numpy()
@@ -149,10 +141,10 @@ class RemoteMixtureOfExperts(nn.Module):
 
     def _score(self, x_BTD: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
         """One table [U, G_d] per grid dimension, with the router's noise in training."""
-        if self.choose_by == "token":
+        if self._routing.choose_by == "token":
             x_UD = x_BTD.flatten(0, 1)
         else:
-            x_UD = x_BTD[:, : self.routing_prefix or None].float().mean(dim=1)
+            x_UD = x_BTD[:, : self._routing.prefix or None].float().mean(dim=1)
         scores: tuple[Tensor, ...] = self.gate(x_UD)
         if rng is not None and self._router.has_noise:
             scores = noisy_scores(scores, self.gate.spreads(x_UD), rng)
@@ -244,58 +236,3 @@ class _SendToExperts(torch.autograd.Function):
         numbers = np.ascontiguousarray(gradients_RKD.detach().cpu().numpy())
         total_RD = ctx.mixture.send_back(ctx.forward_pass, numbers)
         return torch.from_numpy(total_RD).to(gradients_RKD.device), None, None, None, None, None
-
-
-class Mixtures:
-    """Makes them, all with the same experts behind them."""
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        settings: TrainerSettings,
-        own_seed: int,
-        experts: Experts,
-        run: "RunOnLoop[Any]",
-    ) -> None:
-        """`own_seed` is taken where the settings have none. Raises SettingsError when the router doesn't fit."""
-        self._manifest = manifest
-        self._k = experts_for_each_row(settings.router, settings.top_k, manifest)
-        self._routing = Routing(
-            settings.router,
-            settings.balance_weight,
-            settings.expert_dropout,
-            settings.gate_scale,
-            own_seed if settings.seed is None else settings.seed,
-        )
-        self._experts = experts
-        self._run = run
-
-    def make(
-        self,
-        layer: int,
-        choose_by: Literal["token", "sequence"] | None = None,
-        gradient_scale: Callable[[], float] | None = None,
-        routing_prefix: int = 0,
-    ) -> RemoteMixtureOfExperts:
-        """The mixture of one layer of the model, from 0, which routes as the manifest says unless `choose_by` is given.
-
-        Raises SettingsError.
-        """
-        model = self._manifest.model
-        if choose_by is None:
-            routing_prefix = self._manifest.routing.prefix
-            choose_by = "sequence" if routing_prefix else "token"
-        if not 0 <= layer < model.layers:
-            raise SettingsError(f"layer {layer}: this swarm has layers 0 to {model.layers - 1}")
-        return RemoteMixtureOfExperts(
-            layer,
-            model.hidden,
-            self._manifest.experts.grid,
-            self._k,
-            self._experts,
-            self._run,
-            choose_by,
-            self._routing,
-            gradient_scale,
-            routing_prefix,
-        )

@@ -15,6 +15,7 @@ of all dimensions but the last.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from dht.manifest import Manifest
 from peer.codec import Floats
 from peer.errors import SettingsError
 from trainer_client.balancing import balanced_assignment
-from trainer_client.settings import RouterName
+from trainer_client.settings import RouterName, TrainerSettings
 
 MOST_BALANCED = 256
 """Experts in a layer that `base` can balance."""
@@ -234,17 +235,45 @@ ROUTERS: dict[RouterName, Router] = {
 }  # fmt: skip
 
 
+ChooseBy: TypeAlias = Literal["token", "sequence"]
+
+
 @dataclass(frozen=True)
 class Routing:
     """A router with its figures."""
 
     name: RouterName = "product-key"
+    k: int = 4
+    """Experts for each row."""
+    choose_by: ChooseBy = "token"
+    """By "sequence" all tokens of a sequence go where the mean of its first `prefix` says."""
+    prefix: int = 0
+    """0: the mean of all tokens says so, which is not for causal models. With a prefix a model is causal from the
+    prediction of the token after it on: tokens of the prefix may not be predicted in the loss.
+    """
     balance_weight: float = 0.01
     """Of the balancing loss in the loss."""
     expert_dropout: float = 0.1
     gate_scale: float = 0.1
     seed: int = 0
     """Of noise, chance and dropout."""
+
+    @classmethod
+    def of(cls, settings: TrainerSettings, manifest: Manifest, own_seed: int) -> Self:
+        """As a trainer's settings and the manifest say. `own_seed` is taken where the settings have none.
+
+        Raises SettingsError when the router does not fit the swarm.
+        """
+        return cls(
+            settings.router,
+            experts_for_each_row(settings.router, settings.top_k, manifest),
+            "sequence" if manifest.routing.prefix else "token",
+            manifest.routing.prefix,
+            settings.balance_weight,
+            settings.expert_dropout,
+            settings.gate_scale,
+            own_seed if settings.seed is None else settings.seed,
+        )
 
     @property
     def router(self) -> Router:

@@ -8,7 +8,7 @@ Shapes: R rows, K experts for each row, D hidden size.
 
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -24,7 +24,8 @@ from peer.codec import Floats
 from peer.errors import ExpertError
 from trainer_client.dispatch.batches import ExpertBatch, ForwardPass, RoutedRows, group_by_expert
 from trainer_client.dispatch.calls import DispatchStats
-from trainer_client.moe import Mixtures, RemoteMixtureOfExperts
+from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.record import Progress
 
@@ -42,13 +43,16 @@ class LocalSwarm:
         """Raises UserError when the settings or the experts' kind do not fit."""
         self.manifest = manifest
         self.dispatcher = LocalExperts(manifest)
-        self._mixtures = Mixtures(manifest, settings, _OWN_SEED, self.dispatcher, run_at_once)
+        self._routing = Routing.of(settings, manifest, _OWN_SEED)
 
     def mixture(
         self, layer: int, choose_by: Literal["token", "sequence"] | None = None
     ) -> RemoteMixtureOfExperts:
         """The mixture of the experts in one layer of the model, from 0. Raises SettingsError."""
-        return self._mixtures.make(layer, choose_by)
+        routing = self._routing
+        if choose_by is not None:
+            routing = replace(routing, choose_by=choose_by, prefix=0)
+        return RemoteMixtureOfExperts(layer, self.manifest, self.dispatcher, run_at_once, routing)
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
         """They are all here."""

@@ -62,21 +62,12 @@ def mixtures(
     **routing: Any,
 ) -> Iterator[Callable[[int], RemoteMixtureOfExperts]]:
     """Makes the layers of a trainer that calls this swarm in virtual time."""
-    spec = swarm.manifest
+    how = Routing(name, k_of(name), choose_by, routing_prefix, **routing)
     with virtual_time() as runner:
         dispatcher = Dispatcher(
             swarm.directory(), swarm, WaitPolicy(10.0, 0.0, 1), clock=runner.get_loop().time
         )
         yield lambda layer: RemoteMixtureOfExperts(
-            layer,
-            spec.model.hidden,
-            spec.experts.grid,
-            k_of(name),
-            dispatcher,
-            runner.run,
-            choose_by,
-            Routing(name, **routing),
-            gradient_scale,
-            routing_prefix,
+            layer, swarm.manifest, dispatcher, runner.run, how, gradient_scale
         )
         runner.run(dispatcher.close())

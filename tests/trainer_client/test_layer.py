@@ -15,6 +15,7 @@ from peer.loop import LoopThread
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.routers import Routing
 from trainer_client.settings import RouterName
 
 HIDDEN = 8
@@ -167,7 +168,7 @@ def test_a_second_derivative_is_refused() -> None:
 def test_several_threads_train_one_layer_at_once(loop: LoopThread) -> None:
     swarm = make_swarm()
     dispatcher = Dispatcher(swarm.directory(), swarm, WaitPolicy(60.0, 60.0, 1))
-    mixture = RemoteMixtureOfExperts(0, HIDDEN, (2, 3), 2, dispatcher, loop.run)
+    mixture = RemoteMixtureOfExperts(0, swarm.manifest, dispatcher, loop.run, Routing(k=2))
     together = threading.Barrier(4)
 
     def gradient(seed: int, alone: bool) -> Tensor:

@@ -25,7 +25,7 @@ from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
-from trainer_client.routers import Gate
+from trainer_client.routers import Gate, Routing
 
 HIDDEN = 8
 SENT_LATE = Behaviour(after_s=2.0)
@@ -43,9 +43,8 @@ def mixtures(
         dispatcher = Dispatcher(
             swarm.directory(live), swarm, WaitPolicy(10.0, grace_s, k_min), clock=runner.get_loop().time
         )
-        spec = swarm.manifest
         yield lambda layer: RemoteMixtureOfExperts(
-            layer, spec.model.hidden, spec.experts.grid, k, dispatcher, runner.run
+            layer, swarm.manifest, dispatcher, runner.run, Routing(k=k)
         )
         runner.run(dispatcher.close())
 
@@ -279,7 +278,7 @@ def test_the_state_holds_only_the_gate() -> None:
 def test_it_works_from_this_thread_with_the_loop_on_its_own(loop: LoopThread) -> None:
     swarm = FakeSwarm(make_manifest((2, 3)))
     dispatcher = Dispatcher(swarm.directory(), swarm, WaitPolicy(60.0, 60.0, 1))
-    mixture = RemoteMixtureOfExperts(0, HIDDEN, (2, 3), 2, dispatcher, loop.run)
+    mixture = RemoteMixtureOfExperts(0, swarm.manifest, dispatcher, loop.run, Routing(k=2))
     assert_equals_local(swarm, mixture, *random_tensors(0, 2, 4))
     loop.run(dispatcher.close())
 

@@ -95,15 +95,8 @@ def watched(swarm: FakeSwarm, name: RouterName, seed: int = 0) -> Iterator[Watch
         assert not directory.knows_all
         dispatcher = Dispatcher(directory, swarm, WaitPolicy(10.0, 0.0, 1), clock=runner.get_loop().time)
         torch.manual_seed(seed)
-        mixture = RemoteMixtureOfExperts(
-            0,
-            HIDDEN,
-            manifest.experts.grid,
-            ROUTERS[name].k or 3,
-            dispatcher,
-            runner.run,
-            routing=Routing(name, seed=seed),
-        )
+        routing = Routing(name, ROUTERS[name].k or 3, seed=seed)
+        mixture = RemoteMixtureOfExperts(0, manifest, dispatcher, runner.run, routing)
         nn.init.normal_(mixture.gate.linear.weight, std=0.5)
         yield Watched(mixture, directory, registry)
         runner.run(dispatcher.close())
@@ -187,9 +180,8 @@ def test_a_refresh_between_choice_and_weights_changes_neither() -> None:
     with virtual_time() as runner:
         clock = runner.get_loop().time
         dispatcher = Dispatcher(directory, Refreshing(swarm.manifest), WaitPolicy(10.0, 0.0, 1), clock=clock)
-        mixture = RemoteMixtureOfExperts(
-            0, HIDDEN, (6,), 1, dispatcher, runner.run, routing=Routing("switch", expert_dropout=0.0)
-        )
+        routing = Routing("switch", k=1, expert_dropout=0.0)
+        mixture = RemoteMixtureOfExperts(0, swarm.manifest, dispatcher, runner.run, routing)
         step = Watched(mixture, directory, SwarmRegistry(swarm))
         mixture(random_input(0))
         mixture(random_input(1))
