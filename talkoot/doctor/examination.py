@@ -16,6 +16,7 @@ import uvloop
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
+from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from expert_server.settings import NodeSettings
@@ -41,7 +42,7 @@ from talkoot.doctor.checks import (
     check_state,
 )
 from talkoot.node.control import node_folder
-from talkoot.node.launch import Origin, SwarmStarter, listen_address
+from talkoot.node.launch import Origin, listen_address
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import Terminal
 
@@ -113,12 +114,8 @@ def run_check(terminal: Terminal, origin: Origin, settings: NodeSettings, *, cac
     if cached:
         report = Report.load(folder)
     else:
-        starter = (
-            origin.swarm_starter()
-            if origin.join or origin.new
-            else SwarmStarter(Manifest(name="demo"), None, ())
-        )
-        report = _check(terminal, starter, settings, folder)
+        source = origin.read() if origin.join or origin.new else Manifest(name="demo")
+        report = _check(terminal, source, settings, folder)
     show(terminal, report, cached=cached)
     return report.can_serve
 
@@ -145,8 +142,8 @@ def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
         terminal.line("this machine can't host experts: fix the problems above first")
 
 
-def _check(terminal: Terminal, starter: SwarmStarter, settings: NodeSettings, path: Path) -> Report:
-    check = Check(starter, settings, listen_address(settings), path)
+def _check(terminal: Terminal, source: Manifest | Invite, settings: NodeSettings, path: Path) -> Report:
+    check = Check(source, settings, listen_address(settings), path)
     with (
         terminal.stages("making ready") as stage,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
@@ -157,8 +154,8 @@ def _check(terminal: Terminal, starter: SwarmStarter, settings: NodeSettings, pa
 class Check:
     """One check of this machine."""
 
-    def __init__(self, starter: SwarmStarter, settings: NodeSettings, host: str, state: Path) -> None:
-        self._starter = starter
+    def __init__(self, source: Manifest | Invite, settings: NodeSettings, host: str, state: Path) -> None:
+        self._source = source
         self._settings = settings
         self._host = host
         self._state = state
@@ -188,17 +185,18 @@ class Check:
         ]
         stage("starting p2pd, the libp2p daemon")
         starts = await self._start_daemon(identity)
-        manifest, swarm_id = self._starter.manifest, None
-        if self._starter.invite is None:
+        manifest, swarm_id = Manifest(name="demo"), None
+        if isinstance(self._source, Manifest):
+            manifest = self._source
             why = "pass --join INVITE to check against a swarm"
             self._skip(why, "swarm", "bandwidth", "reachability")
             self._findings.append(check_clock_keeping())
         elif not starts:
             self._skip("p2pd does not start", "swarm", "clock", "bandwidth", "reachability")
         else:
-            swarm_id = self._starter.invite.keys.swarm_id
-            manifest = await self._join_swarm(identity, stage)
-        await self._check_machine(manifest or Manifest(name="demo"), stage)
+            swarm_id = self._source.keys.swarm_id
+            manifest = await self._join_swarm(identity, self._source, stage) or manifest
+        await self._check_machine(manifest, stage)
         return Report(checked_at=time.time(), swarm=swarm_id, findings=tuple(self._findings))
 
     async def _start_daemon(self, identity: Identity) -> bool:
@@ -214,14 +212,12 @@ class Check:
         self._note("p2pd", Verdict.OK, f"starts, in {seconds:.1f} s", start_s=seconds)
         return True
 
-    async def _join_swarm(self, identity: Identity, stage: Stage) -> Manifest | None:
-        assert self._starter.invite is not None
+    async def _join_swarm(self, identity: Identity, invite: Invite, stage: Stage) -> Manifest | None:
         began = time.monotonic()
         try:
             # stores no DHT records, since it leaves again at once
-            swarm = await join_swarm(
-                identity, self._starter.invite, NetworkConfig(self._host, serves_dht=False), stage=stage
-            )
+            config = NetworkConfig(self._host, serves_dht=False)
+            swarm = await join_swarm(identity, invite, config, stage=stage)
         except ClockError as error:
             self._note("clock", Verdict.PROBLEM, "it is wrong", fix=str(error))
             self._skip("the clock is wrong", "swarm", "bandwidth", "reachability")

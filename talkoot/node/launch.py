@@ -60,8 +60,8 @@ class Origin:
     join: str | None
     bootstrap: tuple[str, ...]
 
-    def swarm_starter(self) -> "SwarmStarter":
-        """Reads the manifest or the invite. Raises UserError when it is not valid."""
+    def read(self) -> Manifest | Invite:
+        """The manifest to found a swarm with, or the invite to join one by. Raises UserError when it is not valid."""
         if (self.new is None) == (self.join is None):
             raise SettingsError(
                 "pass either --new swarm.toml to found a swarm, or --join INVITE to join one"
@@ -75,58 +75,9 @@ class Origin:
         if self.new is not None:
             manifest = Manifest.from_toml(self.new)
             builder_of(manifest.experts.kind)  # fails now rather than after the manifest is published
-            return SwarmStarter(manifest, None, self.bootstrap)
-        assert self.join is not None
-        invite = Invite.read(self.join)
-        return SwarmStarter(None, replace(invite, bootstrap=(*invite.bootstrap, *self.bootstrap)), ())
-
-
-@dataclass(frozen=True)
-class SwarmStarter:
-    """Founds or joins a swarm: has either a valid manifest or a valid invite."""
-
-    manifest: Manifest | None
-    invite: Invite | None
-    bootstrap: tuple[str, ...]
-
-    def was_member(self, identity: Identity, state: Path) -> bool:
-        """Whether this node has been in the swarm before."""
-        if self.invite is not None:
-            return was_member(state, self.invite.keys)
-        assert self.manifest is not None
-        return was_member(state, SwarmKeys(self.manifest.name, identity.peer_id))
-
-    async def start(
-        self, identity: Identity, settings: NodeSettings, host: str, state: Path, stage: Stage
-    ) -> Swarm:
-        announce = announced_address(settings, host)
-        port = settings.dht_port or last_port(state, host)
-        denylist = Denylist(settings.denylist or state / DENYLIST, settings.deny)
-        maps_port = settings.upnp and announce is None and not host.startswith("127.")
-        config = NetworkConfig(host, port, announce, maps_port=maps_port)
-        bounds = StoreBounds(settings.max_dht_bytes)
-        if self.manifest is not None:
-            return await found_swarm(
-                identity,
-                self.manifest,
-                config,
-                bootstrap=self.bootstrap,
-                state=state,
-                denylist=denylist,
-                store_bounds=bounds,
-                stage=stage,
-            )
-        assert self.invite is not None
-        return await join_swarm(
-            identity,
-            self.invite,
-            config,
-            state=state,
-            roles=(Role.NODE,),
-            denylist=denylist,
-            store_bounds=bounds,
-            stage=stage,
-        )
+            return manifest
+        invite = Invite.read(self.join or "")
+        return replace(invite, bootstrap=(*invite.bootstrap, *self.bootstrap))
 
 
 def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_file: Path | None) -> None:
@@ -134,15 +85,15 @@ def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_
     keep_freed_memory()
     quiet_hivemind()
     check_devices(settings.device, settings.precision)  # fails before other peers are contacted
-    starter = origin.swarm_starter()
-    if starter.manifest is not None:
-        within_memory(settings, starter.manifest)  # fails before it is published
+    source = origin.read()
+    if isinstance(source, Manifest):
+        within_memory(settings, source)  # fails before it is published
     host = listen_address(settings)
     _lower_priority(settings.niceness)
     folder = StateFolder(node_folder(settings.state))
     try:
         with log_file(folder.path / LOG_FILE):
-            run = _NodeRun(terminal, starter, settings, host, folder.path, invite_file)
+            run = _NodeRun(terminal, source, origin.bootstrap, settings, host, folder.path, invite_file)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(run.run())
     finally:
@@ -155,14 +106,17 @@ class _NodeRun:
     def __init__(
         self,
         terminal: Terminal,
-        starter: SwarmStarter,
+        source: Manifest | Invite,
+        bootstrap: tuple[str, ...],
         settings: NodeSettings,
         host: str,
         state: Path,
         invite_file: Path | None,
     ) -> None:
+        """`source`, `bootstrap`: as the `Origin` has them."""
         self._terminal = terminal
-        self._starter = starter
+        self._source = source
+        self._bootstrap = bootstrap
         self._settings = settings
         self._host = host
         self._state = state
@@ -215,13 +169,48 @@ class _NodeRun:
         wait_s = _FIRST_WAIT_S
         while True:
             try:
-                return await self._starter.start(identity, self._settings, self._host, self._state, stage)
+                return await self._found_or_join(identity, stage)
             except UnreachableError as error:
-                if not self._starter.was_member(identity, self._state):
+                if not was_member(self._state, self._keys(identity)):
                     raise
                 logger.warning("%s. Trying again in %.0f s", error, wait_s)
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    async def _found_or_join(self, identity: Identity, stage: Stage) -> Swarm:
+        settings, host, state = self._settings, self._host, self._state
+        announce = announced_address(settings, host)
+        maps_port = settings.upnp and announce is None and not host.startswith("127.")
+        port = settings.dht_port or last_port(state, host)
+        config = NetworkConfig(host, port, announce, maps_port=maps_port)
+        denylist = Denylist(settings.denylist or state / DENYLIST, settings.deny)
+        bounds = StoreBounds(settings.max_dht_bytes)
+        if isinstance(self._source, Manifest):
+            return await found_swarm(
+                identity,
+                self._source,
+                config,
+                bootstrap=self._bootstrap,
+                state=state,
+                denylist=denylist,
+                store_bounds=bounds,
+                stage=stage,
+            )
+        return await join_swarm(
+            identity,
+            self._source,
+            config,
+            state=state,
+            roles=(Role.NODE,),
+            denylist=denylist,
+            store_bounds=bounds,
+            stage=stage,
+        )
+
+    def _keys(self, identity: Identity) -> SwarmKeys:
+        if isinstance(self._source, Manifest):
+            return SwarmKeys(self._source.name, identity.peer_id)
+        return self._source.keys
 
     def _hurry(self) -> None:
         if self._node is not None:
@@ -236,7 +225,7 @@ class _NodeRun:
         peer_id = node.swarm.host.peer_id.to_base58()
         if self._terminal.json:
             self._terminal.event("invite", {"peer_id": peer_id, "invite": invite})
-        elif self._starter.manifest is not None:
+        elif isinstance(self._source, Manifest):
             if self._terminal.live:
                 self._terminal.err.rule("others join with")
             self._terminal.line(f"invite: {invite}")
@@ -247,7 +236,7 @@ class _NodeRun:
             if self._terminal.live:
                 self._terminal.err.rule()
         settings = self._settings
-        if self._starter.manifest is not None and (
+        if isinstance(self._source, Manifest) and (
             narrow := invite_advice(
                 made.bootstrap,
                 self._host,

@@ -27,7 +27,6 @@ from talkoot.doctor import checks as setup
 from talkoot.doctor import examination as run
 from talkoot.doctor.checks import Finding, Verdict
 from talkoot.doctor.examination import Check, Report
-from talkoot.node.launch import SwarmStarter
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -51,9 +50,8 @@ def doctor(loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def check(
         state: Path = tmp_path / "state", invite: Invite | None = None, **settings: object
     ) -> dict[str, Finding]:
-        starter = SwarmStarter(None if invite else SMALL, invite, ())
         chosen = NodeSettings.model_validate({"threads": 1, **settings})
-        report = loop.run(Check(starter, chosen, HOST, state).run(lambda stage: None), 60)
+        report = loop.run(Check(invite or SMALL, chosen, HOST, state).run(lambda stage: None), 60)
         assert len(report.findings) == len(ALL)
         return {finding.name: finding for finding in report.findings}
 

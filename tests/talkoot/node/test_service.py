@@ -133,7 +133,7 @@ def test_invite_is_for_its_owner_alone(machine: Machine) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(machine.state.stat().st_mode) == 0o700
     assert machine.invite not in machine.unit_file.read_text()
-    assert Origin(None, f"@{path}", ()).swarm_starter().invite == Invite.parse(machine.invite)
+    assert Origin(None, f"@{path}", ()).read() == Invite.parse(machine.invite)
 
 
 def test_invite_may_come_from_a_file(machine: Machine, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, wait_until
 
 from dht.invites import Invite
+from dht.manifest import Manifest
 from dht.membership import PeerStore
 from dht.records import SwarmKeys
 from dht.swarm import found_swarm
@@ -76,14 +77,13 @@ def test_it_comes_back_when_others_do(
     (port,) = free_ports(HOST, 1)
     invite = invite_of(founder, port)
     remember(invite, tmp_path)
-    origin = Origin(None, str(invite), ()).swarm_starter()
+    source = Origin(None, str(invite), ()).read()
     terminal = Terminal(LogFormat.TEXT)
-    node = _NodeRun(terminal, origin, NodeSettings(), HOST, tmp_path, None)
+    node = _NodeRun(terminal, source, (), NodeSettings(), HOST, tmp_path, None)
     (tmp_path / "swarm.toml").write_text(MANIFEST)
     joining = Identity.load_or_create(tmp_path / "identity.key")
-    found = Origin(tmp_path / "swarm.toml", None, ()).swarm_starter()
-    manifest = found.manifest
-    assert manifest is not None
+    manifest = Origin(tmp_path / "swarm.toml", None, ()).read()
+    assert isinstance(manifest, Manifest)
 
     async def scenario() -> None:
         coming = asyncio.create_task(node._start_swarm(joining, lambda text: None))
