@@ -11,8 +11,10 @@ from typing import TypeAlias
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
+from peer.bounded import BoundedDict
 from peer.errors import ExpertError
 from peer.identity import PeerID
+from peer.loop import TaskSet
 from trainer_client.dispatch.batches import Answer, Direction, ExpertCaller, NodeCall, Request
 from trainer_client.dispatch.policy import AnswerScreening, CallTimes, CircuitBreakers, Latencies
 
@@ -85,10 +87,10 @@ class CallTracker:
         self.call_times: dict[Direction, CallTimes] = {"forward": CallTimes(), "backward": CallTimes()}
         self._caller = caller
         self._gone = gone
-        self._heard_at: dict[PeerID, float] = {}
+        self._heard_at = BoundedDict[PeerID, float](_HEARD)
         """When each peer answered last, the last one at the end."""
         self._screening = AnswerScreening()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
         self._closed = False
 
     def avoided(self) -> frozenset[PeerID]:
@@ -108,16 +110,12 @@ class CallTracker:
         if self._closed:
             _fail(call, call.requests, _CLOSED, sink)
             return
-        task = asyncio.create_task(self._make(call, sink))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.spawn(self._make(call, sink), "call a node")
 
     async def close(self) -> None:
         """Ends the calls that are still under way; whoever waits for one goes on as if it had failed."""
         self._closed = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.aclose()
 
     async def _make(self, call: NodeCall, sink: Answers) -> None:
         self.stats.calls += 1
@@ -129,7 +127,7 @@ class CallTracker:
             async for answer in self._caller.call(call):
                 if len(waiting) == len(call.requests):
                     self.latencies.note_node(peer_id, self.now() - began)
-                    self._hear(peer_id)
+                    self._heard_at[peer_id] = self.now()
                 del waiting[answer.request]
                 answer = self._screened(answer)
                 if answer.error is not None:
@@ -166,12 +164,6 @@ class CallTracker:
         error = ExpertError(StatusCode.DATA_LOSS, f"expert {request.batch.uid} gave a {fault} answer")
         logger.warning("node %s: %s: banned for a while", peer_id, error)
         return Answer(request, peer_id, None, error)
-
-    def _hear(self, peer_id: PeerID) -> None:
-        self._heard_at.pop(peer_id, None)
-        self._heard_at[peer_id] = self.now()
-        if len(self._heard_at) > _HEARD:
-            del self._heard_at[next(iter(self._heard_at))]
 
     def _note_guard(self, answer: Answer) -> None:
         self.stats.skipped_updates += answer.skipped_update

@@ -15,6 +15,7 @@ import numpy as np
 
 from dht.directory import View
 from peer.codec import Floats
+from peer.loop import TaskSet
 from trainer_client.dispatch.batches import Answer, NodeCall
 from trainer_client.dispatch.calls import Answers, CallTracker, next_answers
 
@@ -53,7 +54,7 @@ class SpotChecks:
         self._calls = calls
         self._part = part
         self._rng = rng
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
 
     def is_due(self) -> bool:
         """Whether the answer that has just come is one to check."""
@@ -69,14 +70,10 @@ class SpotChecks:
         calls = [
             NodeCall(view.nodes[replica.peer_id], "forward", [request], deadline_s) for replica in replicas
         ]
-        task = asyncio.create_task(self._check(answer, calls))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.spawn(self._check(answer, calls), "check an answer at another replica")
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.aclose()
 
     async def _check(self, first: Answer, calls: Sequence[NodeCall]) -> None:
         stats, inputs = self._calls.stats, first.request.inputs
