@@ -218,7 +218,7 @@ def run(plan: Plan, digits: Digits, *, disturbed: bool) -> dict[str, Any]:
         began = time.monotonic()
         staleness = train(model, make_model, digits, plan, plan.in_flight if disturbed else 1)
         seconds = time.monotonic() - began
-        caller, stats = faults[0], swarm.dispatcher.stats
+        caller, counts = faults[0], swarm.dispatcher.metrics.values()
         caller.on = False
         swarm.wait_for_experts(START_LIMIT_S, lambda text: None)  # until breakers have closed again
         return {
@@ -226,9 +226,9 @@ def run(plan: Plan, digits: Digits, *, disturbed: bool) -> dict[str, Any]:
             "accuracy_on_training_images": accuracy(model, digits.images, digits.labels),
             "seconds": seconds,
             "staleness": staleness,
-            "calls": stats.calls,
+            "calls": counts["calls"],
             "calls_made_to_fail": caller.failed,
-            "dispatch": vars(stats) | {"failures": dict(stats.failures)},
+            "dispatch": counts,
         }
 
 

@@ -193,10 +193,9 @@ def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
         _say_and_wait("ready")
         summary = training.run(lambda progress: None, threading.Event())
         _say_and_wait("trained")
-        stats = source.dispatcher.stats
         results: dict[str, Any] = {"seconds": summary.seconds, "staleness": summary.staleness}
         results["averagings"] = 0 if merges is None else int(total(merges.metrics.ends, end="averaged"))
-        results["dispatch"] = vars(stats) | {"failures": dict(stats.failures)}
+        results["dispatch"] = source.dispatcher.metrics.values()
         for caller in faults:
             results["validation_loss_with_faults"] = loss_of(model, plan, data)
             results["calls_made_to_fail"] = caller.failed

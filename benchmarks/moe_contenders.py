@@ -176,7 +176,7 @@ def talkoot(case: str) -> Iterator[Standing]:
         client.wait_for_experts(START_LIMIT_S, lambda text: None)
         step = make_step(client.mixture(0, choose_by="sequence"), SHAPES[case])
         facts = {"start_s": node.start_s, "processes": 2}
-        yield Standing(step, step, facts, lambda: dict(client.dispatcher.stats.failures))
+        yield Standing(step, step, facts, lambda: client.dispatcher.metrics.failures_by_cause())
 
 
 @contextmanager

@@ -94,7 +94,10 @@ def train(invite: str, state: Path, seconds: float) -> None:
         while time.monotonic() < ends:
             step()
             steps += 1
-        print(json.dumps({"steps": steps, "failures": dict(client.dispatcher.stats.failures)}), flush=True)
+        print(
+            json.dumps({"steps": steps, "failures": client.dispatcher.metrics.failures_by_cause()}),
+            flush=True,
+        )
 
 
 def trainers_at_once(count: int, invite: str, folder: Path, seconds: float) -> list[float]:

@@ -29,6 +29,7 @@ from benchmarks.village import START_LIMIT_S, joining_node, running_node
 from benchmarks.wan_pace import Carried, Turns, auto_pace_of, pace_of
 from peer.codec import codec_of
 from peer.errors import ExpertError
+from peer.metrics import total
 from talkoot.demo.links import free_ports
 from trainer_client.dispatch.batches import Answer, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -184,7 +185,10 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
 
         def payload() -> tuple[int, int]:
             caller = failing.caller  # None before the first call
-            return (0, 0) if caller is None else (caller.bytes_sent, caller.bytes_received)
+            if caller is None:
+                return 0, 0
+            moved = caller.metrics.bytes
+            return int(total(moved, direction="sent")), int(total(moved, direction="received"))
 
         def use_int8() -> None:
             assert failing.caller is not None
@@ -194,12 +198,8 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
             results = run_case(
                 options, mixture, links, failing, payload, use_int8, partial(make_mixture, client)
             )
-        stats = client.dispatcher.stats
-        return results | {
-            "failures": dict(stats.failures),
-            "unanswered_rows": stats.unanswered_rows,
-            "late_backward": stats.late_backward,
-        }
+        counts = client.dispatcher.metrics.values()
+        return results | {name: counts[name] for name in ("failures", "unanswered_rows", "late_gradients")}
 
 
 def make_mixture(client: "SwarmClient") -> "RemoteMixtureOfExperts":

@@ -10,14 +10,12 @@ How a class counts what happens in it:
 - A label's values are a fixed set that no peer chooses. `start_at_zero` makes all of them show from the start.
 - A level that can be read at any time is a gauge with `set_function`. The function runs on the thread of the scrape, so
   it reads plain values and lengths only. A level that is not known is NaN, which Prometheus shows as a gap.
-- Code and tests read a metric back with `total`. There are no counters beside the metrics.
+- Code and tests read a metric back with `total` and `totals`. There are no counters beside the metrics.
 """
 
 import errno
 import ipaddress
 import logging
-from bisect import bisect_left
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from prometheus_client import (
@@ -65,6 +63,17 @@ def total(metric: Counter | Gauge | Histogram, **labels: str) -> float:
     )
 
 
+def totals(metric: Counter, label: str) -> dict[str, float]:
+    """What was counted, by the values of one label."""
+    (family,) = metric.collect()
+    found: dict[str, float] = {}
+    for sample in family.samples:
+        if sample.name == family.name + "_total":
+            value = sample.labels[label]
+            found[value] = found.get(value, 0.0) + sample.value
+    return found
+
+
 class MetricsServer:
     """Exposes a registry over HTTP, on a thread of its own. Close it when done."""
 
@@ -110,30 +119,3 @@ def _address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address 
         return None if host is None else ipaddress.ip_address(host)
     except ValueError:
         return None
-
-
-class Distribution:
-    """Counts values. As large after many as after few."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        """`bounds`: the upper ones, ascending; there is one bucket more, for what lies beyond."""
-        self.total = 0.0
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-
-    @property
-    def count(self) -> int:
-        return sum(self._counts)
-
-    def note(self, value: float) -> None:
-        self.total += value
-        self._counts[bisect_left(self._bounds, value)] += 1
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Upper bound → how many values are no larger."""
-        counts, so_far = list(self._counts), 0
-        found = []
-        for bound, count in zip([*map(str, self._bounds), "+Inf"], counts, strict=True):
-            so_far += count
-            found.append((bound, float(so_far)))
-        return found

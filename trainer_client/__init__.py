@@ -16,7 +16,7 @@ else:
     _HOMES = {"SwarmClient": "trainer_client.client", "RemoteMixtureOfExperts": "trainer_client.moe"}
 
     def __getattr__(name: str) -> object:
-        """Imports torch and hivemind, which take seconds, only for who uses them."""
+        """Imports torch and hivemind, which takes seconds, only when they are needed."""
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(_HOMES[name]), name)

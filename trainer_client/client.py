@@ -33,6 +33,7 @@ from trainer_client.averaging.averager import Averaging, AveragingSchedule
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters
 from trainer_client.averaging.exchange import AveragingMetrics, DenseExchange
 from trainer_client.dispatch.batches import ExpertCaller
+from trainer_client.dispatch.calls import DispatchMetrics
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.grpc_caller import GrpcCaller, SessionWarmer
 from trainer_client.dispatch.policy import WaitPolicy
@@ -239,7 +240,9 @@ class SwarmClient:
         sessions = SessionClient(identity, swarm.keys.swarm_id, rights, swarm.admission.badge)
         exits.push_async_callback(sessions.close)
         codec = codec_of(swarm.manifest.wire.codec)
-        caller = GrpcCaller(channels, swarm.keys.swarm_id, swarm.manifest.model.hidden, codec, sessions)
+        metrics = DispatchMetrics(swarm.metrics)
+        width = swarm.manifest.model.hidden
+        caller = GrpcCaller(channels, swarm.keys.swarm_id, width, codec, sessions, metrics)
         dispatcher = Dispatcher(
             directory,
             through(caller),
@@ -247,6 +250,7 @@ class SwarmClient:
             spot_checks=settings.spot_checks,
             seed=random.SystemRandom().getrandbits(32),
             is_silent=caller.is_silent,
+            metrics=metrics,
         )
         restarts = Counter(
             "talkoot_trainer_task_restarts",
@@ -254,7 +258,7 @@ class SwarmClient:
             registry=swarm.metrics,
         )
         tasks = TaskSet(restarts)
-        announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher, caller, self._loop)
+        announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher)
         exits.push_async_callback(announcer.close)
         exits.push_async_callback(dispatcher.close)
         averagings: list[Averaging] = []
@@ -271,8 +275,8 @@ class SwarmClient:
         tasks.supervise("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, recheck))
         tasks.supervise("announce this trainer", announcer.run)
         tasks.supervise("open sessions with nodes", warmer.run)
-        metrics = AveragingMetrics(swarm.metrics)
-        return _Joined(swarm, directory, dispatcher, routing, announcer, metrics, averagings, tasks)
+        averaging_metrics = AveragingMetrics(swarm.metrics)
+        return _Joined(swarm, directory, dispatcher, routing, announcer, averaging_metrics, averagings, tasks)
 
     async def _average(self, exchange: DenseExchange) -> Averaging:
         joined, settings = self._joined, self._settings

@@ -30,13 +30,13 @@ _LINE_EVERY_STEPS = 10
 _PLOT_POINTS = 2000
 _COUNTS = frozenset(
     (
-        *("resumed_at", "skipped_steps", "hedged_calls", "hedges_won", "repeated_forward", "reselected_rows"),
+        *("resumed_at", "skipped_steps", "hedged_calls", "hedges_won", "repeated_calls", "reselected_rows"),
         *(
             "unanswered_rows",
-            "late_backward",
+            "late_gradients",
             "spot_checks",
             "differing_answers",
-            "odd_answers",
+            "outvoted_answers",
             "wrong_answers",
         ),
         *("skipped_updates", "rollbacks", "averagings", "checkpoint"),

@@ -23,7 +23,7 @@ from expert_server.experts.optimizer import StepOutcome
 from peer.codec import Floats
 from peer.errors import ExpertError
 from trainer_client.dispatch.batches import ExpertBatch, ForwardPass, RoutedRows, group_by_expert
-from trainer_client.dispatch.calls import DispatchStats
+from trainer_client.dispatch.calls import DispatchMetrics
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
@@ -87,7 +87,7 @@ class LocalExperts:
 
     def __init__(self, manifest: Manifest) -> None:
         grid = manifest.experts.grid
-        self.stats = DispatchStats()
+        self.metrics = DispatchMetrics()
         self.experts = {uid: Expert(uid, manifest) for uid in manifest.uids()}
         self._view = View(manifest, {}, {}, 0.0)
         self._tables = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
@@ -109,7 +109,7 @@ class LocalExperts:
                 rows.layer, selection.coordinates, selection.valid, rows.grid, rows.sequence_length
             ):
                 self._compute(batch, result)
-        self.stats.unanswered_rows += int((~result.answered.any(axis=1)).sum())
+        self.metrics.unanswered_rows.inc(int((~result.answered.any(axis=1)).sum()))
         return result
 
     def _compute(self, batch: ExpertBatch, result: LocalForward) -> None:
@@ -150,10 +150,10 @@ class LocalExperts:
         except ExpertError as error:
             self._note_failure(error)
             return np.zeros_like(part.inputs.detach().numpy())
-        self.stats.skipped_updates += StepOutcome.SKIPPED in outcome
-        self.stats.rollbacks += StepOutcome.ROLLED_BACK in outcome
+        self.metrics.skipped_updates.inc(StepOutcome.SKIPPED in outcome)
+        self.metrics.rollbacks.inc(StepOutcome.ROLLED_BACK in outcome)
         answer: Floats = gradient.numpy()
         return answer
 
     def _note_failure(self, error: ExpertError) -> None:
-        self.stats.failures[error.status.name.lower()] += 1
+        self.metrics.failures.labels(error.status.name.lower()).inc()

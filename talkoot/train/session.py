@@ -220,24 +220,9 @@ def _swarm_now(client: Client) -> dict[str, Any]:
     return {
         "experts_live": client.dispatcher.live_experts(),
         "experts_total": client.manifest.experts_total,
-        "failures": dict(client.dispatcher.stats.failures),
+        "failures": client.dispatcher.metrics.failures_by_cause(),
     }
 
 
 def _dispatched(client: Client) -> dict[str, Any]:
-    stats = client.dispatcher.stats
-    return _swarm_now(client) | {
-        "calls": stats.calls,
-        "hedged_calls": stats.hedged_calls,
-        "hedges_won": stats.hedges_won,
-        "repeated_forward": stats.repeated_forward,
-        "reselected_rows": stats.reselected_rows,
-        "unanswered_rows": stats.unanswered_rows,
-        "late_backward": stats.late_backward,
-        "spot_checks": stats.spot_checks,
-        "differing_answers": stats.differing_answers,
-        "odd_answers": stats.odd_answers,
-        "wrong_answers": stats.wrong_answers,
-        "skipped_updates": stats.skipped_updates,
-        "rollbacks": stats.rollbacks,
-    }
+    return _swarm_now(client) | client.dispatcher.metrics.values()

@@ -22,6 +22,7 @@ from dht.invites import invite_of
 from peer.errors import CheckpointError, DataError
 from peer.formatting import counted
 from peer.kademlia.hivemind import quiet_hivemind
+from peer.metrics import total
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, to_json
 from talkoot.train.session import once, trainer_state
@@ -124,7 +125,7 @@ def run_evaluate(
 
     with trained_model(terminal, signals, join, settings, read_files) as trained:
         evaluation = _evaluate(terminal, trained, read[0])
-        unanswered = trained.client.dispatcher.stats.unanswered_rows
+        unanswered = int(total(trained.client.dispatcher.metrics.unanswered_rows))
     values = asdict(evaluation) | {"step": trained.step, "unanswered_rows": unanswered}
     if terminal.json:
         terminal.line(to_json(values))
@@ -190,7 +191,7 @@ def run_generate(
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if rows := trained.client.dispatcher.stats.unanswered_rows:
+        if rows := int(total(trained.client.dispatcher.metrics.unanswered_rows)):
             logger.warning(
                 "no expert answered for %s, so the text is worse than it could be", counted(rows, "row")
             )

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from callers import numbered_identities
-from test_announcer import counts as trainer_counts
 from test_dense_part import take_step
 from torch import nn
 
@@ -22,10 +21,12 @@ from peer.loop import LoopThread
 from peer.metrics import total
 from peer.transport.tunnel import Tunnels
 from peer.wire import records_pb2
-from trainer_client.announcer import set_dense, trainer_record
+from trainer_client.announcer import TrainingMetrics, set_dense, trainer_record
 from trainer_client.averaging.averager import Averaging, AveragingSchedule
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters
 from trainer_client.averaging.exchange import DenseExchange
+from trainer_client.dispatch.calls import DispatchMetrics
+from trainer_client.dispatch.policy import Latencies
 from trainer_client.settings import TrainerSettings
 
 SWARM = "sauna-QmFounder"
@@ -89,7 +90,9 @@ class Square:
         return averaging
 
     def announce(self, averaging: Averaging, reachable: bool = True) -> None:
-        record = trainer_record(trainer_counts(), TrainerSettings.load(), 0.0, "")
+        record = trainer_record(
+            TrainerSettings.load(), 0.0, "", TrainingMetrics(), DispatchMetrics(), Latencies()
+        )
         set_dense(record, averaging)
         if not reachable:
             del record.addresses[:]

@@ -9,8 +9,8 @@ from test_latencies import peer
 
 from dht.announcements import FAILURE_CAUSES, Latency, TrainerInfo, read_trainer
 from peer.wire import records_pb2
-from trainer_client.announcer import TrainerCollector, TrainerCounts, trainer_record
-from trainer_client.dispatch.calls import DispatchStats
+from trainer_client.announcer import TrainingMetrics, trainer_record
+from trainer_client.dispatch.calls import DispatchMetrics
 from trainer_client.dispatch.policy import Latencies
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.record import Progress
@@ -25,38 +25,45 @@ def progress(**changes: Any) -> Progress:
     return Progress(**values | changes)
 
 
-def counts(**changes: Any) -> TrainerCounts:
-    values: dict[str, Any] = {
-        "progress": None, "validated": None, "dispatch": DispatchStats(), "latencies": Latencies(),
-        "bytes_sent": 0, "bytes_received": 0, "repeated": 0, "experts_live": 0, "open_breakers": 0, "tasks": 1,
-        "fp32_bytes_sent": 0, "fp32_bytes_received": 0, "banned": 0,
-    }  # fmt: skip
-    return TrainerCounts(**values | changes)
-
-
-def said(counted: TrainerCounts, **settings: Any) -> TrainerInfo:
-    record = trainer_record(counted, TrainerSettings.load(**settings), 1000.0, "")
+def said(
+    *seen: Progress,
+    calls: DispatchMetrics | None = None,
+    latencies: Latencies | None = None,
+    **settings: Any,
+) -> TrainerInfo:
+    """What others read after these steps."""
+    training = TrainingMetrics()
+    for step in seen:
+        training.note(step)
+    record = trainer_record(
+        TrainerSettings.load(**settings),
+        1000.0,
+        "",
+        training,
+        calls or DispatchMetrics(),
+        latencies or Latencies(),
+    )
     info = read_trainer(records_pb2.RecordPayload(trainer=record, expires_at=2000.0), peer(1))
     assert info is not None
     return info
 
 
 def test_before_the_first_step_nothing_is_said_of_it() -> None:
-    info = said(counts(), steps=77)
+    info = said(steps=77)
     assert (info.step, info.steps, info.loss, info.tokens_per_s) == (0, 77, None, None)
     assert (info.forward, info.backward, info.failures, info.started_at) == (None, None, {}, 1000.0)
 
 
 def test_what_was_measured_is_said() -> None:
-    latencies, dispatch = Latencies(), DispatchStats(calls=4)
+    latencies, calls = Latencies(), DispatchMetrics()
     latencies.note("forward", 0.25)
     latencies.note_node(peer(2), 0.25)
-    dispatch.failures["deadline_exceeded"] += 3
-    counted = counts(
-        progress=progress(), validated=progress(validation_loss=1.5, bits_per_byte=2.0), latencies=latencies,
-        dispatch=dispatch, bytes_sent=10, bytes_received=20,
-    )  # fmt: skip
-    info = said(counted, name="Aino", announce_every_s=2.0)
+    calls.calls.inc(4)
+    calls.failures.labels("deadline_exceeded").inc(3)
+    calls.bytes.labels("sent").inc(10)
+    calls.bytes.labels("received").inc(20)
+    steps = progress(step=4, validation_loss=1.5, bits_per_byte=2.0), progress()
+    info = said(*steps, calls=calls, latencies=latencies, name="Aino", announce_every_s=2.0)
     assert (info.name, info.step, info.steps, info.loss, info.renew_every_s) == ("Aino", 5, 9, 2.5, 2.0)
     assert info.bits_per_byte == pytest.approx(2.0)
     assert (info.forward, info.backward) == (Latency(0.25, 0.25), None)
@@ -66,19 +73,16 @@ def test_what_was_measured_is_said() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_not_said() -> None:
-    bad = progress(loss=math.nan, validation_loss=math.inf, bits_per_byte=math.inf)
-    info = said(counts(progress=bad, validated=bad))
+    info = said(progress(loss=math.nan, validation_loss=math.inf, bits_per_byte=math.inf))
     assert (info.loss, info.validation_loss, info.bits_per_byte) == (None, None, None)
 
 
 def test_metrics_name_no_peer_and_no_unknown_cause() -> None:
-    latencies, dispatch = Latencies(), DispatchStats(calls=1)
-    latencies.note("backward", 0.25)
-    dispatch.failures["unavailable"] += 1
     registry = CollectorRegistry()
-    registry.register(
-        TrainerCollector(lambda: counts(progress=progress(), dispatch=dispatch, latencies=latencies))
-    )
+    calls = DispatchMetrics(registry)
+    TrainingMetrics(registry).note(progress())
+    calls.call_seconds.labels("backward").observe(0.25)
+    calls.failures.labels("unavailable").inc()
     text = generate_latest(registry).decode()
     assert 'talkoot_trainer_failures_total{cause="unavailable"} 1.0' in text
     assert 'talkoot_trainer_call_seconds_bucket{direction="backward",le="0.25"} 1.0' in text
@@ -88,20 +92,33 @@ def test_metrics_name_no_peer_and_no_unknown_cause() -> None:
 
 
 def test_metrics_tell_of_hedges_checks_bans_and_what_the_codec_saved() -> None:
-    stats = DispatchStats(hedged_calls=3, hedges_won=2, spot_checks=5, differing_answers=1, odd_answers=1)
-    seen = counts(
-        dispatch=stats,
-        banned=4,
-        bytes_sent=25,
-        fp32_bytes_sent=100,
-        fp32_bytes_received=8,
-    )
-    collected = CollectorRegistry()
-    collected.register(TrainerCollector(lambda: seen))
+    registry = CollectorRegistry()
+    calls = DispatchMetrics(registry)
+    calls.hedged_calls.inc(3)
+    calls.hedges_won.inc(2)
+    calls.spot_checks.inc(5)
+    calls.differing_answers.inc()
+    calls.outvoted_answers.inc()
+    calls.banned.set_function(lambda: 4)
+    calls.bytes.labels("sent").inc(25)
+    calls.fp32_bytes.labels("sent").inc(100)
+    calls.fp32_bytes.labels("received").inc(8)
     for name, labels, value in (
         ("hedged_calls_total", {}, 3), ("hedges_won_total", {}, 2), ("spot_checks_total", {}, 5),
-        ("differing_answers_total", {}, 1), ("odd_answers_total", {}, 1), ("banned", {}, 4),
+        ("differing_answers_total", {}, 1), ("outvoted_answers_total", {}, 1), ("banned", {}, 4),
         ("bytes_total", {"direction": "sent"}, 25),
         ("fp32_bytes_total", {"direction": "sent"}, 100), ("fp32_bytes_total", {"direction": "received"}, 8),
     ):  # fmt: skip
-        assert collected.get_sample_value(f"talkoot_trainer_{name}", labels) == value, name
+        assert registry.get_sample_value(f"talkoot_trainer_{name}", labels) == value, name
+
+
+def test_what_is_not_known_before_the_first_step_is_a_gap() -> None:
+    registry = CollectorRegistry()
+    training = TrainingMetrics(registry)
+    for name in ("loss_nats", "tokens_per_second", "validation_loss_nats", "validation_bpb"):
+        assert math.isnan(registry.get_sample_value(f"talkoot_trainer_{name}") or 0.0), name
+    training.note(progress(step=1))
+    training.note(progress(step=3))
+    assert registry.get_sample_value("talkoot_trainer_steps_total") == 3
+    assert registry.get_sample_value("talkoot_trainer_loss_nats") == 2.5
+    assert math.isnan(registry.get_sample_value("talkoot_trainer_validation_bpb") or 0.0)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dht.beam_search import Selection
 from dht.uid import UID
+from peer.metrics import total
 from trainer_client.dispatch.batches import Answer, NodeCall, RoutedRows
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
@@ -230,7 +231,7 @@ def test_where_a_chosen_expert_has_gone_since_its_rows_alone_choose_again() -> N
     assert gone.coordinates.flatten().tolist() == [0, 3, 1, 3, 0, 1]
     assert there.answered.all()
     assert gone.answered.all()
-    assert dispatcher.stats.reselected_rows == 2
+    assert total(dispatcher.metrics.reselected_rows) == 2
 
 
 # Causality
@@ -327,4 +328,4 @@ def test_what_experts_guards_did_is_counted() -> None:
         scores = [np.zeros((4, 3), np.float32)]
         result = runner.run(send_to_best(dispatcher, np.ones((4, HIDDEN), np.float32), scores, 3, 4))
         runner.run(dispatcher.send_back(result, np.ones_like(result.outputs)))
-    assert (dispatcher.stats.skipped_updates, dispatcher.stats.rollbacks) == (2, 1)
+    assert (total(dispatcher.metrics.skipped_updates), total(dispatcher.metrics.rollbacks)) == (2, 1)

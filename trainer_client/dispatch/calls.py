@@ -3,18 +3,18 @@
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dht.announcements import NodeInfo
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.loop import TaskSet
+from peer.metrics import SECONDS, start_at_zero, total, totals
 from trainer_client.dispatch.batches import Answer, Direction, ExpertCaller, NodeCall, Request
 from trainer_client.dispatch.policy import AnswerScreening, CallTimes, CircuitBreakers, Latencies
 
@@ -32,36 +32,81 @@ _HEARD = 4096
 Answers: TypeAlias = asyncio.Queue[Answer]
 
 
-@dataclass
-class DispatchStats:
-    """Counted since the start."""
+class DispatchMetrics:
+    """What one trainer counts of its calls to experts."""
 
-    calls: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
-    """By cause: the gRPC status in small letters."""
-    reselected_rows: int = 0
-    unanswered_rows: int = 0
-    """Rows that went on with no expert at all."""
-    hedged_calls: int = 0
-    """Forward calls that were sent to a second replica too, because the first was slow or silent."""
-    hedges_won: int = 0
-    """Batches that the second replica answered first."""
-    repeated_forward: int = 0
-    """Forward calls that were made once more, as the first broke off or came to its deadline."""
-    late_backward: int = 0
-    """Batches whose gradient did not come in time."""
-    spot_checks: int = 0
-    """Answers compared with those of another replica."""
-    differing_answers: int = 0
-    """Spot checks in which the two differed grossly."""
-    odd_answers: int = 0
-    """Those of them in which a third replica showed which was wrong."""
-    wrong_answers: int = 0
-    """Calls, and parts of them, whose answer no honest node gives."""
-    skipped_updates: int = 0
-    """Optimizer steps that experts' guards refused."""
-    rollbacks: int = 0
-    """Times that experts went back to their last good state."""
+    def __init__(self, metrics: CollectorRegistry | None = None) -> None:
+        def counter(name: str, description: str, *labels: str) -> Counter:
+            return Counter(f"talkoot_trainer_{name}", description, labels, registry=metrics)
+
+        def gauge(name: str, description: str) -> Gauge:
+            return Gauge(f"talkoot_trainer_{name}", description, registry=metrics)
+
+        self.calls = counter("calls", "Calls to nodes.")
+        self.failures = counter("failures", "Calls, and parts of them, that failed, by gRPC status.", "cause")
+        self.call_seconds = Histogram(
+            "talkoot_trainer_call_seconds",
+            "Duration of calls that were answered in full.",
+            ["direction"],
+            buckets=SECONDS,
+            registry=metrics,
+        )
+        start_at_zero(self.call_seconds, "forward", "backward")
+        self.bytes = counter("bytes", "Payload to and from nodes, in bytes.", "direction")
+        start_at_zero(self.bytes, "sent", "received")
+        self.fp32_bytes = counter(
+            "fp32_bytes", "What that payload would take as fp32, in bytes.", "direction"
+        )
+        start_at_zero(self.fp32_bytes, "sent", "received")
+        self.reselected_rows = counter(
+            "reselected_rows", "Rows sent to other experts because the first did not answer."
+        )
+        self.unanswered_rows = counter("unanswered_rows", "Rows that went on with no expert.")
+        self.repeated_calls = counter("repeated_calls", "Calls repeated because the first was lost.")
+        self.hedged_calls = counter("hedged_calls", "Forward calls also sent to a second replica.")
+        self.hedges_won = counter(
+            "hedges_won", "Parts of hedged calls that the second replica answered first."
+        )
+        self.spot_checks = counter("spot_checks", "Answers compared with another replica's.")
+        self.differing_answers = counter(
+            "differing_answers", "Spot checks in which the two differed grossly."
+        )
+        self.outvoted_answers = counter(
+            "outvoted_answers", "Differing answers that a third replica showed to be wrong."
+        )
+        self.late_gradients = counter("late_gradients", "Gradients that did not come in time.")
+        self.wrong_answers = counter("wrong_answers", "Answers that no honest node gives.")
+        self.skipped_updates = counter("skipped_updates", "Optimizer steps that experts refused.")
+        self.rollbacks = counter("rollbacks", "Times that an expert went back to its last good state.")
+        self.live_experts = gauge("live_experts", "Experts that can be called now.")
+        self.open_breakers = gauge(
+            "open_breakers", "Nodes avoided for a while because they failed or were busy."
+        )
+        self.banned = gauge("banned", "Nodes avoided for a while because of wrong answers.")
+
+    def values(self) -> dict[str, Any]:
+        """The counts by name, with the failures by cause."""
+        named = {
+            "calls": self.calls,
+            "hedged_calls": self.hedged_calls,
+            "hedges_won": self.hedges_won,
+            "repeated_calls": self.repeated_calls,
+            "reselected_rows": self.reselected_rows,
+            "unanswered_rows": self.unanswered_rows,
+            "late_gradients": self.late_gradients,
+            "spot_checks": self.spot_checks,
+            "differing_answers": self.differing_answers,
+            "outvoted_answers": self.outvoted_answers,
+            "wrong_answers": self.wrong_answers,
+            "skipped_updates": self.skipped_updates,
+            "rollbacks": self.rollbacks,
+        }
+        counts = {name: int(total(metric)) for name, metric in named.items()}
+        return counts | {"failures": self.failures_by_cause()}
+
+    def failures_by_cause(self) -> dict[str, int]:
+        """By the gRPC status in lower case."""
+        return {cause: int(count) for cause, count in totals(self.failures, "cause").items()}
 
 
 class CallTracker:
@@ -75,11 +120,12 @@ class CallTracker:
         *,
         is_silent: Callable[[NodeInfo], bool] = lambda node: False,
         gone: Callable[[PeerID], None] = lambda peer_id: None,
+        metrics: DispatchMetrics | None = None,
     ) -> None:
         """`is_silent`: whether a connection to the node was tried and does not stand. `gone` is told of peers whose
         call failed so.
         """
-        self.stats = DispatchStats()
+        self.metrics = metrics or DispatchMetrics()
         self.latencies = Latencies()
         self.breakers = breakers
         self.now = clock
@@ -118,7 +164,7 @@ class CallTracker:
         await self._tasks.aclose()
 
     async def _make(self, call: NodeCall, sink: Answers) -> None:
-        self.stats.calls += 1
+        self.metrics.calls.inc()
         peer_id = call.node.peer_id
         call_times = self.call_times[call.direction]
         waiting = dict.fromkeys(call.requests)
@@ -136,9 +182,11 @@ class CallTracker:
                 self._note_guard(answer)
                 sink.put_nowait(answer)
             if did_well:
+                took_s = self.now() - began
                 self.breakers.succeeded(peer_id)
-                call_times.add(self.now() - began)
-                self.latencies.note(call.direction, self.now() - began)
+                call_times.add(took_s)
+                self.latencies.note(call.direction, took_s)
+                self.metrics.call_seconds.labels(call.direction).observe(took_s)
         except ExpertError as error:
             failure = error
             lost_quickly = error.status is StatusCode.UNAVAILABLE and self.now() - began < call.deadline_s / 2
@@ -166,17 +214,17 @@ class CallTracker:
         return Answer(request, peer_id, None, error)
 
     def _note_guard(self, answer: Answer) -> None:
-        self.stats.skipped_updates += answer.skipped_update
-        self.stats.rollbacks += answer.rolled_back
+        self.metrics.skipped_updates.inc(answer.skipped_update)
+        self.metrics.rollbacks.inc(answer.rolled_back)
         if answer.rolled_back:
             uid = answer.request.batch.uid
             logger.warning("expert %s of node %s went back to its last good state", uid, answer.peer_id)
 
     def _note_failure(self, peer_id: PeerID, error: ExpertError, lost_quickly: bool = False) -> None:
-        self.stats.failures[error.status.name.lower()] += 1
+        self.metrics.failures.labels(error.status.name.lower()).inc()
         now = self.now()
         if error.status is StatusCode.DATA_LOSS:
-            self.stats.wrong_answers += 1
+            self.metrics.wrong_answers.inc()
             self.breakers.distrust(peer_id, now)
         elif error.status is StatusCode.RESOURCE_EXHAUSTED:
             self.breakers.busy(peer_id, now, error.retry_after_s)

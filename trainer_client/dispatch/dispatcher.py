@@ -26,7 +26,7 @@ from trainer_client.dispatch.batches import (
     RoutedRows,
     SentBatch,
 )
-from trainer_client.dispatch.calls import Answers, CallTracker, DispatchStats, next_answers
+from trainer_client.dispatch.calls import Answers, CallTracker, DispatchMetrics, next_answers
 from trainer_client.dispatch.forward import ForwardRun
 from trainer_client.dispatch.policy import CircuitBreakers, Latencies, WaitPolicy
 from trainer_client.dispatch.spot_checks import SpotChecks
@@ -46,6 +46,7 @@ class Dispatcher:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         is_silent: Callable[[NodeInfo], bool] = lambda node: False,
+        metrics: DispatchMetrics | None = None,
     ) -> None:
         """`spot_checks`: part of the answers that are compared with another replica's. All that is left to chance
         follows from `seed`. `is_silent`: whether a connection to the node was tried and does not stand.
@@ -53,14 +54,22 @@ class Dispatcher:
         self._directory = directory
         self._policy = policy
         self._calls = CallTracker(
-            caller, breakers or CircuitBreakers(), clock, is_silent=is_silent, gone=directory.forget
+            caller,
+            breakers or CircuitBreakers(),
+            clock,
+            is_silent=is_silent,
+            gone=directory.forget,
+            metrics=metrics,
         )
         self._rng = random.Random(seed)  # noqa: S311  # spreads load, keeps no secret
         self._checks = SpotChecks(self._calls, spot_checks, random.Random(seed))  # noqa: S311
+        self.metrics.live_experts.set_function(self.live_experts)
+        self.metrics.open_breakers.set_function(self.open_breakers)
+        self.metrics.banned.set_function(self.banned)
 
     @property
-    def stats(self) -> DispatchStats:
-        return self._calls.stats
+    def metrics(self) -> DispatchMetrics:
+        return self._calls.metrics
 
     @property
     def latencies(self) -> Latencies:
@@ -103,7 +112,7 @@ class Dispatcher:
         )
         run = ForwardRun(rows, live, self._directory, self._calls, self._policy, self._rng, self._checks)
         await run.until_enough(selection)
-        self.stats.unanswered_rows += int((~run.result.answered.any(axis=1)).sum())
+        self.metrics.unanswered_rows.inc(int((~run.result.answered.any(axis=1)).sum()))
         return run.result
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
@@ -126,7 +135,7 @@ class Dispatcher:
                 if answer.tensor is not None:
                     total[answer.request.batch.rows] += answer.tensor  # a batch names each row once
                     answered += 1
-        self.stats.late_backward += len(forward.answers) - answered
+        self.metrics.late_gradients.inc(len(forward.answers) - answered)
         for peer_id, missing in waiting.items():
             if missing:  # at the deadline: the next layer must not wait for this peer again
                 self._calls.breakers.failed(peer_id, self._calls.now())

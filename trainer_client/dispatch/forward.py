@@ -17,6 +17,7 @@ from dht.directory import Directory, LiveExperts, PrefixTables
 from dht.uid import UID
 from peer.codec import Booleans, Integers
 from peer.identity import PeerID
+from peer.metrics import total
 from trainer_client.dispatch.batches import (
     Answer,
     ExpertBatch,
@@ -136,13 +137,13 @@ class ForwardRun:
         fresh = self._best(rows, tables)
         coordinates[rows], filled = refill(coordinates[rows], wanted[rows], gone[rows], fresh)
         wanted[rows] |= filled
-        self._calls.stats.reselected_rows += len(rows)
+        self._calls.metrics.reselected_rows.inc(len(rows))
         return coordinates, wanted
 
     def _reselect(self, rows: Integers) -> None:
         """Fills these rows' free slots with their best live experts that have not failed, and sends them there."""
         self._rounds[rows] += 1
-        self._calls.stats.reselected_rows += len(rows)
+        self._calls.metrics.reselected_rows.inc(len(rows))
         now = self._live_now()
         fresh = self._best(rows, self._without_failed(now.tables))
         often = self._rounds[rows] > _FREE_ROUNDS
@@ -214,7 +215,7 @@ class ForwardRun:
                 self._fail(sent)
             return answer.call_lost and not sent.peers
         sent.answered_by, sent.kept = answer.peer_id, answer.kept
-        self._calls.stats.hedges_won += answer.peer_id == sent.hedge
+        self._calls.metrics.hedges_won.inc(answer.peer_id == sent.hedge)
         sent.counts = ~result.answered[batch.rows, batch.slots]
         if not sent.counts.any():
             return False
@@ -263,7 +264,7 @@ class ForwardRun:
             else:
                 by_node.setdefault(node.peer_id, (node, []))[1].append(sent)
         for node, batches in by_node.values():
-            self._calls.stats.repeated_forward += 1
+            self._calls.metrics.repeated_calls.inc()
             self._call(node, batches)
 
     def _node_to_repeat(self, sent: SentBatch, first: PeerID) -> NodeInfo | None:
@@ -283,10 +284,10 @@ class ForwardRun:
 
     def _hedge(self) -> None:
         """Asks another replica of each expert that is slow, as far as the policy allows. The first answer counts."""
-        stats = self._calls.stats
+        metrics = self._calls.metrics
 
         def may_hedge() -> bool:
-            return self._policy.may_hedge(stats.hedged_calls, stats.calls)
+            return self._policy.may_hedge(total(metrics.hedged_calls), total(metrics.calls))
 
         self._ask_replicas([sent for sent in self._sent.values() if sent.is_waiting], may_hedge)
 
@@ -305,7 +306,7 @@ class ForwardRun:
                 by_peer[other.peer_id].append(sent)
         for peer_id, together in by_peer.items():
             if may_ask():
-                self._calls.stats.hedged_calls += 1
+                self._calls.metrics.hedged_calls.inc()
                 for sent in together:
                     sent.hedge = peer_id
                 self._call(view.nodes[peer_id], together)

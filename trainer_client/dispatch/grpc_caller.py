@@ -29,6 +29,7 @@ from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import expert_pb2, expert_pb2_grpc
 from trainer_client.dispatch.batches import Answer, KeptForward, NodeCall, Request
+from trainer_client.dispatch.calls import DispatchMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class GrpcCaller:
         width: int,
         codec: "expert_pb2.Codec" = expert_pb2.CODEC_FP32,
         sessions: SessionClient | None = None,
+        metrics: DispatchMetrics | None = None,
     ) -> None:
         """`sessions`: what shows nodes who calls; None for nodes that ask nobody."""
         self._channels = channels
@@ -134,13 +136,7 @@ class GrpcCaller:
         self._width = width
         self._codec = codec
         self._sessions = sessions
-        self.bytes_sent = 0
-        self.bytes_received = 0
-        self.fp32_bytes_sent = 0
-        self.fp32_bytes_received = 0
-        """What the same rows would take as fp32."""
-        self.repeated = 0
-        """Backward calls that were made once more, since they broke off."""
+        self.metrics = metrics or DispatchMetrics()
 
     async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
         if call.deadline_s <= 0:
@@ -183,7 +179,7 @@ class GrpcCaller:
                 raise
             first = error
         await asyncio.sleep(_REPEAT_AFTER_S)
-        self.repeated += 1
+        self.metrics.repeated_calls.inc()
         try:
             async with aclosing(self._call_once(call, request_id, ends)) as answers:
                 async for answer in answers:
@@ -280,11 +276,11 @@ class GrpcCaller:
         payload = chunks(encode(tensor, self._codec) for tensor in _tensors(requests))
         first = next(payload, b"")
         await stream.write(expert_pb2.CallRequest(header=header, chunk=first))
-        self.bytes_sent += len(first)
+        self.metrics.bytes.labels("sent").inc(len(first))
         for chunk in payload:
             await stream.write(expert_pb2.CallRequest(chunk=chunk))
-            self.bytes_sent += len(chunk)
-        self.fp32_bytes_sent += sum(tensor.nbytes for tensor in _tensors(requests))
+            self.metrics.bytes.labels("sent").inc(len(chunk))
+        self.metrics.fp32_bytes.labels("sent").inc(sum(tensor.nbytes for tensor in _tensors(requests)))
         await stream.done_writing()
 
     async def _answers(
@@ -299,10 +295,10 @@ class GrpcCaller:
             if not isinstance(reply, expert_pb2.CallReply):
                 # the end, with status OK: any other was raised by read()
                 raise WireError("the stream ended before all experts had answered")
-            self.bytes_received += len(reply.chunk)
+            self.metrics.bytes.labels("received").inc(len(reply.chunk))
             for answer in replies.take(reply):
                 if answer.tensor is not None:
-                    self.fp32_bytes_received += answer.tensor.nbytes
+                    self.metrics.fp32_bytes.labels("received").inc(answer.tensor.nbytes)
                 yield answer
         if await stream.read() is not grpc.aio.EOF:
             raise WireError("more than all experts' answers")

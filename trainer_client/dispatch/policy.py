@@ -13,6 +13,7 @@ How long to wait for experts: deadlines that follow from how long calls took lat
 """
 
 import math
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ import numpy as np
 from peer.bounded import BoundedDict
 from peer.codec import Floats
 from peer.identity import PeerID
-from peer.metrics import SECONDS, Distribution
 
 _LONGEST_BAN_S = 86400.0
 _FORGIVEN = 3
@@ -54,6 +54,7 @@ class CircuitBreakers:
         self._first_s = first_s
         self._longest_s = longest_s
         self._breakers = BoundedDict[PeerID, _Breaker](limit)
+        self._lock = threading.Lock()  # metrics read the breakers on other threads
 
     def failed(self, peer_id: PeerID, now: float, *, quickly: bool = False) -> None:
         """The peer did not do what it was asked. A failure while the breaker is open changes nothing."""
@@ -86,25 +87,29 @@ class CircuitBreakers:
 
     def banned(self, now: float) -> int:
         """How many peers are avoided now for wrong answers."""
-        return sum(now < breaker.distrusted_until for breaker in self._breakers.values())
+        with self._lock:
+            return sum(now < breaker.distrusted_until for breaker in self._breakers.values())
 
     def succeeded(self, peer_id: PeerID) -> None:
-        breaker = self._breakers.pop(peer_id, None)
-        if breaker is not None and breaker.offences:
-            kept = _Breaker(distrusted_until=breaker.distrusted_until, offences=breaker.offences)
-            self._breakers[peer_id] = kept
+        with self._lock:
+            breaker = self._breakers.pop(peer_id, None)
+            if breaker is not None and breaker.offences:
+                kept = _Breaker(distrusted_until=breaker.distrusted_until, offences=breaker.offences)
+                self._breakers[peer_id] = kept
 
     def open_at(self, now: float) -> frozenset[PeerID]:
         """The peers to avoid now."""
-        return frozenset(
-            peer_id
-            for peer_id, b in self._breakers.items()
-            if now < max(b.failed_until, b.busy_until, b.distrusted_until)
-        )
+        with self._lock:
+            return frozenset(
+                peer_id
+                for peer_id, b in self._breakers.items()
+                if now < max(b.failed_until, b.busy_until, b.distrusted_until)
+            )
 
     def _breaker(self, peer_id: PeerID) -> _Breaker:
-        breaker = self._breakers[peer_id] = self._breakers.get(peer_id) or _Breaker()
-        return breaker
+        with self._lock:
+            breaker = self._breakers[peer_id] = self._breakers.get(peer_id) or _Breaker()
+            return breaker
 
 
 _RECENT = 512
@@ -127,11 +132,9 @@ class Durations:
     """Of one direction."""
 
     def __init__(self) -> None:
-        self.all = Distribution(SECONDS)
         self._recent: deque[float] = deque(maxlen=_RECENT)
 
     def note(self, seconds: float) -> None:
-        self.all.note(seconds)
         self._recent.append(seconds)
 
     def quantiles(self) -> Quantiles | None:
@@ -298,6 +301,6 @@ class WaitPolicy:
         slow = call_times.quantile(_SLOW)
         return latest if slow is None else min(max(slow, _LEAST_HEDGE_S), latest)
 
-    def may_hedge(self, hedged: int, calls: int) -> bool:
+    def may_hedge(self, hedged: float, calls: float) -> bool:
         """Whether one call more of `calls` may be sent twice, after `hedged`."""
         return hedged < self.most_hedged * calls

@@ -76,15 +76,15 @@ class SpotChecks:
         await self._tasks.aclose()
 
     async def _check(self, first: Answer, calls: Sequence[NodeCall]) -> None:
-        stats, inputs = self._calls.stats, first.request.inputs
+        metrics, inputs = self._calls.metrics, first.request.inputs
         second = await self._ask(calls[0])
         if not _are_comparable(first, second):
             return
-        stats.spot_checks += 1
+        metrics.spot_checks.inc()
         apart = difference(inputs, _tensor(first), _tensor(second))
         if apart <= TOLERANCE:
             return
-        stats.differing_answers += 1
+        metrics.differing_answers.inc()
         logger.warning(
             "two replicas of expert %s differ by %.2f: those of nodes %s and %s",
             first.request.batch.uid, apart, first.peer_id, second.peer_id,
@@ -104,7 +104,7 @@ class SpotChecks:
     def _judge(self, inputs: Floats, answers: Sequence[Answer]) -> None:
         odd = outlier(inputs, [_tensor(answer) for answer in answers])
         if odd is not None:
-            self._calls.stats.odd_answers += 1
+            self._calls.metrics.outvoted_answers.inc()
             self._calls.breakers.distrust(answers[odd].peer_id, self._calls.now())
             logger.warning("node %s answers otherwise than two others: left alone", answers[odd].peer_id)
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from expert_server.blocks import build_block
 from peer.codec import CodecName, Floats, codec_of, decode, encode
+from peer.metrics import total
 from trainer_client.dispatch.batches import Direction, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import (
@@ -130,7 +131,7 @@ async def dispatch(swarm: FakeSwarm) -> tuple[Dispatcher, list[np.ndarray]]:
 
 def test_a_peer_that_answers_wrongly_is_left_out_and_banned() -> None:
     dispatcher, answered = asyncio.run(dispatch(PoisonedSwarm(MANIFEST)))
-    assert dispatcher.stats.wrong_answers == 1
-    assert dispatcher.stats.failures["data_loss"] == 1
+    assert total(dispatcher.metrics.wrong_answers) == 1
+    assert total(dispatcher.metrics.failures, cause="data_loss") == 1
     assert dispatcher.open_breakers() == 1
     assert [row.sum() for row in answered] == [18, 18]

@@ -12,7 +12,7 @@ from dht.manifest import Manifest, WireSpec
 from peer.codec import CodecName, Floats, codec_of, encoded_bytes
 from peer.errors import ExpertError
 from peer.loop import LoopThread
-from peer.metrics import total
+from peer.metrics import total, totals
 from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
@@ -21,7 +21,7 @@ CLOSE = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.003, "int8": 0.04}
 """Of the largest number: both ways' rounding together, as a network of one layer carries it on."""
 
 
-async def out_and_back(path: Path, codec: CodecName) -> tuple[list[Floats], int]:
+async def out_and_back(path: Path, codec: CodecName) -> tuple[list[Floats], float]:
     """What both experts answer, forward and backward, and the bytes that went both ways."""
     channels = ChannelPool()
     async with a_node(path, GENEROUS) as (node, runtime):
@@ -32,10 +32,10 @@ async def out_and_back(path: Path, codec: CodecName) -> tuple[list[Floats], int]
         await channels.close()
         assert total(runtime.metrics.updates) == 2
     tensors = [answers[i].tensor for answers in (forward, backward) for i in range(2)]
-    assert caller.bytes_sent == caller.bytes_received
+    assert total(caller.metrics.bytes, direction="sent") == total(caller.metrics.bytes, direction="received")
     exact = 4 * encoded_bytes(ROWS, HIDDEN, codec_of("fp32"))
-    assert (caller.fp32_bytes_sent, caller.fp32_bytes_received) == (exact, exact)
-    return [tensor for tensor in tensors if tensor is not None], caller.bytes_sent
+    assert totals(caller.metrics.fp32_bytes, "direction") == {"sent": exact, "received": exact}
+    return [tensor for tensor in tensors if tensor is not None], total(caller.metrics.bytes, direction="sent")
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -21,6 +21,7 @@ from grpc import StatusCode
 
 from dht.announcements import NodeInfo
 from peer.codec import Floats
+from peer.metrics import total
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 
@@ -110,7 +111,7 @@ def test_in_place_of_a_silent_node_its_experts_are_asked_of_another_host() -> No
         result = await send_to_best(dispatcher, random_rows(ROWS), by_number(8), K, LENGTH)
         assert result.answered.all()
         assert (np.sort(result.coordinates[..., 0], axis=1) == np.arange(K)).all(), "the best experts"
-        assert dispatcher.stats.reselected_rows == 0
+        assert total(dispatcher.metrics.reselected_rows) == 0
 
     with virtual_time() as runner:
         runner.run(scenario())

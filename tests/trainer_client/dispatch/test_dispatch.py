@@ -36,6 +36,7 @@ from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peer.metrics import total
 from trainer_client.dispatch.batches import Answer, NodeCall
 
 
@@ -48,8 +49,8 @@ def test_all_experts_answer_and_the_call_returns_at_once() -> None:
         assert answered_by_all_rows(result) == [1, 4, 5]
         check_outputs(swarm, result)
         assert now() == 0
-        assert dispatcher.stats.calls == 3
-        assert not dispatcher.stats.failures
+        assert total(dispatcher.metrics.calls) == 3
+        assert not dispatcher.metrics.failures_by_cause()
 
     run(scenario())
 
@@ -140,7 +141,7 @@ def test_all_experts_dead_ends_at_once_with_nothing_and_no_exception() -> None:
         assert now() == 0
         assert not result.answered.any()
         assert not result.outputs.any()
-        assert dispatcher.stats.unanswered_rows == 8
+        assert total(dispatcher.metrics.unanswered_rows) == 8
         calls = len(swarm.calls)
         assert 4 < calls <= 2 * 8 * 4  # in eight rounds, each expert at most twice
         gradients = await dispatcher.send_back(result, np.ones((8, 4, 8), np.float32))
@@ -156,7 +157,7 @@ def test_empty_view_ends_at_once_with_nothing() -> None:
         dispatcher = make_dispatcher(swarm, directory=swarm.directory(live=[]))
         result = await send_to_best(dispatcher, random_rows(8), ranked(8, 6), 4, LENGTH)
         assert not result.answered.any()
-        assert dispatcher.stats.unanswered_rows == 8
+        assert total(dispatcher.metrics.unanswered_rows) == 8
         assert not swarm.calls
         assert dispatcher.live_experts() == 0
 
@@ -180,7 +181,7 @@ def test_one_live_expert_is_enough_for_top_4() -> None:
         result = await send_to_best(dispatcher, random_rows(8), ranked(8, 6), 4, LENGTH)
         assert answered_by_all_rows(result) == [5]
         assert now() == 0
-        assert dispatcher.stats.reselected_rows == 0
+        assert total(dispatcher.metrics.reselected_rows) == 0
         check_outputs(swarm, result)
 
     run(scenario())

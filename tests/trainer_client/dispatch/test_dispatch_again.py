@@ -26,6 +26,7 @@ from expert_fakes import (
     send_to_best,
 )
 
+from peer.metrics import total
 from trainer_client.dispatch.policy import CircuitBreakers
 
 
@@ -39,9 +40,9 @@ def test_rows_of_a_dead_peer_are_given_to_the_next_best_experts() -> None:
         assert answered_by_all_rows(result) == [1, 2, 3]
         check_outputs(swarm, result)
         assert now() == 0
-        assert dispatcher.stats.reselected_rows == 8
-        assert dispatcher.stats.failures == {"unavailable": 2}  # it was asked once more
-        assert dispatcher.stats.unanswered_rows == 0
+        assert total(dispatcher.metrics.reselected_rows) == 8
+        assert dispatcher.metrics.failures_by_cause() == {"unavailable": 2}  # it was asked once more
+        assert total(dispatcher.metrics.unanswered_rows) == 0
 
     run(scenario())
 
@@ -53,8 +54,8 @@ def test_rows_that_have_k_min_without_the_dead_peer_are_not_sent_again() -> None
         dispatcher = make_dispatcher(swarm)
         result = await send_to_best(dispatcher, random_rows(8), ranked(8, 8), 3, LENGTH)
         assert answered_by_all_rows(result) == [1, 2]
-        assert dispatcher.stats.calls == 3
-        assert dispatcher.stats.reselected_rows == 0
+        assert total(dispatcher.metrics.calls) == 3
+        assert total(dispatcher.metrics.reselected_rows) == 0
 
     run(scenario())
 
@@ -140,7 +141,7 @@ def test_everybody_frozen_ends_by_the_deadline_with_nothing() -> None:
         assert now() == DEADLINE
         assert not result.answered.any()
         assert not result.answers
-        assert dispatcher.stats.unanswered_rows == 8
+        assert total(dispatcher.metrics.unanswered_rows) == 8
 
     run(scenario())
 

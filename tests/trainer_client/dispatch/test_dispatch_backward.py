@@ -31,8 +31,14 @@ from expert_fakes import (
 )
 from grpc import StatusCode
 
+from peer import metrics
 from peer.codec import Floats
 from trainer_client.dispatch.batches import ForwardPass, Request
+from trainer_client.dispatch.dispatcher import Dispatcher
+
+
+def late_gradients(dispatcher: Dispatcher) -> float:
+    return metrics.total(dispatcher.metrics.late_gradients)
 
 
 def gradients_of(swarm: FakeSwarm, result: ForwardPass, gradients: Floats, without: Sequence[int]) -> Floats:
@@ -60,7 +66,7 @@ def test_gradient_is_the_sum_over_the_experts() -> None:
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, ()), atol=1e-5)
         assert np.abs(total).min() > 0
         assert sorted(call.uids for call in swarm.called("backward")) == [[uid(0)], [uid(1)], [uid(2)]]
-        assert dispatcher.stats.late_backward == 0
+        assert late_gradients(dispatcher) == 0
 
     run(scenario())
 
@@ -87,7 +93,7 @@ def test_expert_that_fails_in_backward_contributes_nothing_and_one_that_is_slow_
         without = () if behaviour is LATE else (1,)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, without), atol=1e-5)
         assert now() == ends_at
-        assert dispatcher.stats.late_backward == len(without)
+        assert late_gradients(dispatcher) == len(without)
 
     run(scenario())
 
@@ -101,7 +107,7 @@ def test_backward_waits_for_a_frozen_peer_only_once() -> None:
         for result in layers:
             await dispatcher.send_back(result, random_gradients(result))
         assert now() == DEADLINE
-        assert dispatcher.stats.late_backward == 3
+        assert late_gradients(dispatcher) == 3
         assert swarm.rows_sent("backward", uid(1)) == 8
 
     run(scenario())
@@ -183,6 +189,6 @@ def test_peer_whose_record_has_expired_since_gets_no_gradients() -> None:
         total = await dispatcher.send_back(result, gradients)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, (1, 2)), atol=1e-5)
         assert now() == 0
-        assert dispatcher.stats.late_backward == 2
+        assert late_gradients(dispatcher) == 2
 
     run(scenario())

@@ -23,6 +23,7 @@ from expert_fakes import (
 )
 from grpc import StatusCode
 
+from peer.metrics import total
 from trainer_client.dispatch.policy import CircuitBreakers
 
 
@@ -80,7 +81,7 @@ def test_busy_peer_is_left_alone_as_long_as_it_asks_and_no_longer(whole_call: bo
         swarm.behaviours[make_peer_id(0) if whole_call else uid(0)] = busy
         dispatcher = make_dispatcher(swarm, breakers=CircuitBreakers(first_s=100.0))
         await forward_once(dispatcher, 5)
-        assert dispatcher.stats.failures == {"resource_exhausted": 1}
+        assert dispatcher.metrics.failures_by_cause() == {"resource_exhausted": 1}
         assert dispatcher.live_experts() == 4
         await asyncio.sleep(6.9)
         assert dispatcher.live_experts() == 4
@@ -136,9 +137,13 @@ def test_failures_are_counted_by_cause() -> None:
         dispatcher = make_dispatcher(swarm, k_min=1)
         await forward_once(dispatcher, 8, k=8)
         assert now() == GRACE
-        assert dispatcher.stats.failures == {"not_found": 2, "data_loss": 1}
+        assert dispatcher.metrics.failures_by_cause() == {"not_found": 2, "data_loss": 1}
         await settle()
-        assert dispatcher.stats.failures == {"not_found": 2, "data_loss": 1, "deadline_exceeded": 1}
-        assert dispatcher.stats.calls == 4
+        assert dispatcher.metrics.failures_by_cause() == {
+            "not_found": 2,
+            "data_loss": 1,
+            "deadline_exceeded": 1,
+        }
+        assert total(dispatcher.metrics.calls) == 4
 
     run(scenario())

@@ -28,6 +28,7 @@ from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
+from peer.metrics import total, totals
 from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -76,7 +77,7 @@ def test_every_expert_is_answered_with_its_own_tensor(
         assert answer.error is None
         assert answer.tensor is not None
         np.testing.assert_array_equal(answer.tensor, 2 * answer.request.inputs)
-    assert caller.bytes_sent == caller.bytes_received == 3 * BYTES
+    assert totals(caller.metrics.bytes, "direction") == {"sent": 3 * BYTES, "received": 3 * BYTES}
 
 
 def test_the_header_says_what_follows_and_each_call_has_an_id_of_its_own(
@@ -148,7 +149,7 @@ def test_node_with_another_certificate_than_the_pinned_is_unavailable_and_sent_n
     assert collected.status is StatusCode.UNAVAILABLE
     assert not collected.answers
     assert server.calls == 0
-    assert caller.bytes_sent == 0
+    assert total(caller.metrics.bytes, direction="sent") == 0
     assert collected.seconds < LONG / 3
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from grpc import StatusCode
 
 from dht.uid import UID
 from peer.codec import Floats
+from peer.metrics import total
 from trainer_client.dispatch.batches import Answer, Direction, NodeCall
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import LEAST_KNOWN, WaitPolicy
@@ -65,9 +67,9 @@ def test_another_replica_answers_for_one_that_is_silent() -> None:
         np.testing.assert_allclose(await forward(slow), expected, atol=1e-6)
         hedges = [call for call in swarm.calls if call.began == pytest.approx(3.0)]
         assert {call.peer_id for call in hedges} == {OTHER}
-        assert slow.stats.hedged_calls == len(hedges) == 1
-        assert slow.stats.hedges_won == len(hedges[0].uids) > 0
-        assert slow.stats.reselected_rows == 0
+        assert total(slow.metrics.hedged_calls) == len(hedges) == 1
+        assert total(slow.metrics.hedges_won) == len(hedges[0].uids) > 0
+        assert total(slow.metrics.reselected_rows) == 0
         await slow.close()
 
     with virtual_time() as runner:
@@ -83,8 +85,8 @@ def test_the_first_answer_counts_and_gradients_go_only_to_its_giver() -> None:
         swarm.behaviours |= {make_peer_id(number): Behaviour(after_s=3.5) for number in range(3)}
         swarm.behaviours[OTHER] = Behaviour(after_s=1.0)
         result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH, keep=True)
-        assert dispatcher.stats.hedged_calls == 1
-        assert dispatcher.stats.hedges_won == 0
+        assert total(dispatcher.metrics.hedged_calls) == 1
+        assert total(dispatcher.metrics.hedges_won) == 0
         await dispatcher.send_back(result, np.ones_like(result.outputs))
         rows = [swarm.rows_sent("backward", uid) for uid in swarm.manifest.uids()]
         assert rows == [ROWS] * 3
@@ -104,8 +106,8 @@ def test_an_expert_whose_first_replica_fails_is_still_waited_for_at_the_second()
         swarm.behaviours[OTHER] = Behaviour(after_s=1.0)
         await forward(dispatcher)
         assert asyncio.get_running_loop().time() == pytest.approx(4.0)
-        assert dispatcher.stats.hedges_won > 0
-        assert dispatcher.stats.reselected_rows == 0
+        assert total(dispatcher.metrics.hedges_won) > 0
+        assert total(dispatcher.metrics.reselected_rows) == 0
         await dispatcher.close()
 
     with virtual_time() as runner:
@@ -122,7 +124,7 @@ def test_an_expert_that_fails_at_both_replicas_has_failed() -> None:
         result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH)
         assert result.answered.sum() == 2 * ROWS
         assert swarm.rows_sent("forward", broken) == 2 * ROWS
-        assert dispatcher.stats.failures == {"internal": 2}
+        assert dispatcher.metrics.failures_by_cause() == {"internal": 2}
         await dispatcher.close()
 
     with virtual_time() as runner:
@@ -137,7 +139,7 @@ def test_no_more_is_hedged_than_the_policy_allows() -> None:
         dispatcher = make_dispatcher(swarm, most_hedged=0.1)
         for _ in range(20):
             await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH)
-        assert 0 < dispatcher.stats.hedged_calls <= 0.1 * dispatcher.stats.calls + 1
+        assert 0 < total(dispatcher.metrics.hedged_calls) <= 0.1 * total(dispatcher.metrics.calls) + 1
         await dispatcher.close()
 
     with virtual_time() as runner:
@@ -202,7 +204,7 @@ class UnsteadySwarm(FakeSwarm):
             yield answer
 
 
-def history(seed: int, schedule: int) -> tuple[list[object], object]:
+def history(seed: int, schedule: int) -> tuple[list[object], dict[str, Any]]:
     """Every call of 25 passes, forward and backward, with what came of them and what was counted."""
     swarm = UnsteadySwarm(schedule)
     seen: list[object] = []
@@ -226,7 +228,7 @@ def history(seed: int, schedule: int) -> tuple[list[object], object]:
         return dispatcher
 
     with virtual_time() as runner:
-        stats = runner.run(scenario()).stats
+        stats = runner.run(scenario()).metrics.values()
     seen += [(c.peer_id, c.direction, c.uids, c.deadline_s, c.began) for c in swarm.calls]
     return seen, stats
 
@@ -243,11 +245,11 @@ def test_with_faults_all_kinds_of_counters_move() -> None:
     named = (
         "hedged_calls",
         "hedges_won",
-        "repeated_forward",
+        "repeated_calls",
         "spot_checks",
         "reselected_rows",
-        "late_backward",
+        "late_gradients",
     )
     for name in named:
-        assert getattr(stats, name) > 0, name
-    assert stats.failures.keys() >= {"unavailable", "deadline_exceeded"}  # type: ignore[attr-defined]
+        assert stats[name] > 0, name
+    assert stats["failures"].keys() >= {"unavailable", "deadline_exceeded"}

@@ -14,19 +14,21 @@ from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
-async def forward_and_backward(path: Path, keep: bool, max_kept_bytes: int) -> tuple[list[Floats], int]:
+async def forward_and_backward(path: Path, keep: bool, max_kept_bytes: int) -> tuple[list[Floats], float]:
     """The gradients of the inputs of both experts, and the payload bytes of the backward call."""
     channels = ChannelPool()
     async with a_node(path, max_kept_bytes) as (node, _):
         caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
         answers = await ask(caller, node, "forward", *(request(uid, keep=keep) for uid in UIDS))
-        sent = caller.bytes_sent
+        sent = total(caller.metrics.bytes, direction="sent")
         requests = [request(uid, rows(2 + i), answer=answers[i]) for i, uid in enumerate(UIDS)]
         gradients = await ask(caller, node, "backward", *requests)
         tensors = [gradients[i].tensor for i in range(2)]
         await channels.close()
     assert all(tensor is not None for tensor in tensors), gradients
-    return [tensor for tensor in tensors if tensor is not None], caller.bytes_sent - sent
+    return [tensor for tensor in tensors if tensor is not None], total(
+        caller.metrics.bytes, direction="sent"
+    ) - sent
 
 
 ONE_TENSOR = ROWS * HIDDEN * 4
@@ -62,16 +64,16 @@ def test_a_node_that_gave_up_what_it_kept_is_sent_the_inputs(loop: LoopThread, t
 
 
 def test_what_is_kept_is_handed_over_once(loop: LoopThread, tmp_path: Path) -> None:
-    async def scenario() -> tuple[int, int]:
+    async def scenario() -> tuple[float, float]:
         channels = ChannelPool()
         async with a_node(tmp_path, GENEROUS) as (node, runtime):
             caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
             answers = await ask(caller, node, "forward", request(UIDS[0], keep=True))
             sent = []
             for _ in range(2):
-                before = caller.bytes_sent
+                before = total(caller.metrics.bytes, direction="sent")
                 await ask(caller, node, "backward", request(UIDS[0], rows(2), answer=answers[0]))
-                sent.append(caller.bytes_sent - before)
+                sent.append(total(caller.metrics.bytes, direction="sent") - before)
             (again,) = (await ask(caller, node, "forward", request(UIDS[0]))).values()
             assert (answers[0].update_count, again.update_count) == (0, 2)
             await channels.close()

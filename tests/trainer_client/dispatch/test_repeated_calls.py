@@ -14,6 +14,7 @@ from dht.announcements import NodeInfo
 from expert_server.serving.runtime import Runtime
 from peer.errors import ExpertError
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.batches import Direction
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -72,7 +73,7 @@ def test_a_call_that_never_arrived_is_made_again(
             answers = await ask(line, node, "backward", *(request(uid, rows(2)) for uid in UIDS))
             assert [answers[index].tensor is not None for index in range(2)] == [True, True]
             assert updates(runtime) == [1, 1]
-            assert line.repeated == 1
+            assert total(line.metrics.repeated_calls) == 1
             assert line.ids[0] == line.ids[1]
 
     run(scenario())
@@ -96,7 +97,7 @@ def test_what_was_applied_is_not_applied_again_when_its_answer_is_lost(
             with pytest.raises(ExpertError) as error:
                 await ask(line, node, "backward", *(request(uid, rows(2)) for uid in UIDS))
             assert error.value.status is StatusCode.UNAVAILABLE
-            assert (line.repeated, updates(runtime)) == (1, [1, 1])
+            assert (total(line.metrics.repeated_calls), updates(runtime)) == (1, [1, 1])
 
     run(scenario())
 
@@ -131,6 +132,6 @@ def test_without_time_nothing_is_repeated(
         async with a_line(tmp_path, 1, arrives=False) as (line, node, _):
             with pytest.raises(ExpertError, match="cut off"):
                 await ask(line, node, "backward", request(UIDS[0], rows(2)))
-            assert line.repeated == 0
+            assert total(line.metrics.repeated_calls) == 0
 
     run(scenario())

@@ -31,6 +31,7 @@ from misbehaving_node import (
 from dht.announcements import NodeInfo
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from peer.wire.expert_pb2 import CallReply
 from trainer_client.dispatch.batches import NodeCall
@@ -124,7 +125,7 @@ def test_node_that_takes_no_payload_ends_at_the_deadline(
     collected = loop.run(collect(caller, server.info, requests, deadline_s=SHORT))
     assert collected.status in (StatusCode.DEADLINE_EXCEEDED, StatusCode.UNAVAILABLE)
     assert collected.seconds < LONG / 3
-    assert caller.bytes_sent < requests[0].inputs.nbytes
+    assert total(caller.metrics.bytes, direction="sent") < requests[0].inputs.nbytes
 
 
 def test_no_time_left_is_deadline_exceeded(loop: LoopThread, server: Server, caller: GrpcCaller) -> None:

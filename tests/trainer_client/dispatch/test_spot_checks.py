@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.codec import Floats
+from peer.metrics import total
 from trainer_client.dispatch.batches import Answer, NodeCall, Request
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import CircuitBreakers, WaitPolicy
@@ -77,7 +78,7 @@ def left_alone(dispatcher: Dispatcher) -> set[object]:
 def test_of_three_replicas_the_one_that_lies_is_left_alone(lie: Lie) -> None:
     swarm = LyingSwarm(lie)
     dispatcher = checked(swarm, hosts=3)
-    assert dispatcher.stats.odd_answers == 1
+    assert total(dispatcher.metrics.outvoted_answers) == 1
     assert left_alone(dispatcher) == {make_peer_id(LIAR)}
     asked = [call.began for call in swarm.calls if call.peer_id == make_peer_id(LIAR)]
     assert max(asked) < 1.5, "it was asked again after it had been found out"
@@ -85,32 +86,32 @@ def test_of_three_replicas_the_one_that_lies_is_left_alone(lie: Lie) -> None:
 
 def test_of_two_that_differ_nobody_is_blamed() -> None:
     dispatcher = checked(LyingSwarm(LIES["gives noise"]), hosts=2)
-    assert dispatcher.stats.differing_answers > 0
-    assert dispatcher.stats.odd_answers == 0
+    assert total(dispatcher.metrics.differing_answers) > 0
+    assert total(dispatcher.metrics.outvoted_answers) == 0
     assert not left_alone(dispatcher)
 
 
 def test_replicas_that_agree_are_counted_and_nothing_else_happens() -> None:
     dispatcher = checked(LyingSwarm(), hosts=3)
-    assert dispatcher.stats.spot_checks == 20
-    assert (dispatcher.stats.differing_answers, dispatcher.stats.odd_answers) == (0, 0)
+    assert total(dispatcher.metrics.spot_checks) == 20
+    assert (total(dispatcher.metrics.differing_answers), total(dispatcher.metrics.outvoted_answers)) == (0, 0)
     assert not left_alone(dispatcher)
 
 
 def test_replicas_with_other_update_counts_are_not_compared() -> None:
     dispatcher = checked(LyingSwarm(LIES["gives noise"], {0: 1, 1: 2, 2: 3}), hosts=3)
-    assert dispatcher.stats.spot_checks == 0
+    assert total(dispatcher.metrics.spot_checks) == 0
 
 
 @pytest.mark.parametrize(("part", "least", "most"), [(0.0, 0, 0), (0.2, 10, 40)])
 def test_only_the_part_that_was_asked_for_is_checked(part: float, least: int, most: int) -> None:
     dispatcher = checked(LyingSwarm(), hosts=2, passes=100, part=part)
-    assert least <= dispatcher.stats.spot_checks <= most
-    assert dispatcher.stats.calls == 100 + dispatcher.stats.spot_checks
+    assert least <= total(dispatcher.metrics.spot_checks) <= most
+    assert total(dispatcher.metrics.calls) == 100 + total(dispatcher.metrics.spot_checks)
 
 
 def test_a_single_replica_is_not_checked() -> None:
-    assert checked(LyingSwarm(LIES["gives noise"]), hosts=1).stats.calls == 20
+    assert total(checked(LyingSwarm(LIES["gives noise"]), hosts=1).metrics.calls) == 20
 
 
 # Pure parts
