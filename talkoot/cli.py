@@ -116,6 +116,14 @@ def _talkoot(
         typer.echo(WELCOME)
 
 
+Bootstrap = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MULTIADDR", help="Another peer to join the DHT through. May be given several times."
+    ),
+]
+
+
 @app.command(cls=NodeCommand, epilog=_ALL_SETTINGS.format(example="--checkpoint-every-s 300"))
 def node(
     context: typer.Context,
@@ -124,12 +132,7 @@ def node(
         Path | None, typer.Option(metavar="SWARM.TOML", help="Found a swarm with this manifest.")
     ] = None,
     join: Join = None,
-    bootstrap: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MULTIADDR", help="Another peer to join the DHT through. May be given several times."
-        ),
-    ] = None,
+    bootstrap: Bootstrap = None,
     config: Config = None,
     invite_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write this node's invite to a file.")

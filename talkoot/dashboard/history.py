@@ -35,7 +35,7 @@ _FORM = 1
 _MAX_PICTURE_BYTES = 64 * 2**20
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _GAP_STEPS = 3
-"""After so many steps without a figure a line is broken."""
+"""A line is broken after so many steps without a figure."""
 _PICTURE = "picture"
 _SAY_EVERY_S = 600.0
 """How often a failure is logged: on a full disk every write fails."""
@@ -51,7 +51,7 @@ create table if not exists kept (name text primary key, value text not null);
 
 @dataclass(frozen=True)
 class Tier:
-    """Means over `step_s` seconds are kept for `kept_s`."""
+    """Means over `step_s` seconds, kept for `kept_s`."""
 
     step_s: int
     kept_s: int
@@ -66,7 +66,7 @@ _EXPERT = "expert_"
 
 @dataclass(frozen=True)
 class Sample:
-    """One figure, as it is now."""
+    """One figure at one moment."""
 
     metric: str
     name: str
@@ -92,7 +92,7 @@ class History:
         self._connection.close()
 
     def add(self, samples: Iterable[Sample], now: float) -> None:
-        """Adds figures to their steps. A full disk costs figures, not the dashboard."""
+        """Adds figures to their steps."""
         rows = [
             (self._series(sample), tier.step_s, int(now // tier.step_s) * tier.step_s, float(sample.value))
             for sample in samples
@@ -121,7 +121,7 @@ class History:
         most_series: int,
         only: str | None = None,
     ) -> list[tuple[str, list[Point]]]:
-        """The newest series of a metric, or the one named; each with at most about so many points, oldest first."""
+        """The newest series of a metric, or only the one named. Each has about `most_points` at most, oldest first."""
         spans = _spans(_tiers(metric), since, now, most_points)
         with self._transaction() as connection:
             found = connection.execute(
@@ -132,14 +132,14 @@ class History:
             return [(name, list(_with_gaps(self._points(series, spans)))) for series, name in found]
 
     def keep(self, name: str, value: Any) -> None:
-        """Keeps one thing under a name, as JSON, in place of what was kept there."""
+        """Stores a JSON value under a name, and replaces the one before."""
         text = json.dumps(value, allow_nan=False)
         if len(text) <= _MAX_PICTURE_BYTES:
             with self._transaction() as connection:
                 connection.execute("insert or replace into kept values (?, ?)", (name, text))
 
     def kept(self, name: str) -> Any:
-        """None when nothing is kept there."""
+        """None when nothing is stored under the name."""
         with self._transaction() as connection:
             row = connection.execute("select value from kept where name = ?", (name,)).fetchone()
         try:
@@ -170,7 +170,7 @@ class History:
         return self._ids[key]
 
     def _prune(self, now: float) -> None:
-        """Forgets what is too old, and the oldest of too many series. Also what a wrong clock put far ahead."""
+        """Deletes what is too old, the oldest of too many series, and what a wrong clock put far into the future."""
         self._pruned_at = now
         self._ids.clear()
         with self._transaction() as connection:
@@ -194,7 +194,7 @@ class History:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A file that breaks is set aside, and a new one begun; what was to be written then is lost."""
+        """If the file turns out broken, it is set aside and a new one started. What was being written is lost."""
         try:
             with self._connection:
                 yield self._connection
@@ -228,7 +228,7 @@ class History:
         self._ids.clear()
         self.set_aside = aside
         logger.warning(
-            "the history %s is broken (%s): moved to %s, a new one begins", self._path, error, aside
+            "the history %s is broken (%s): moved to %s, and started a new one", self._path, error, aside
         )
 
 
@@ -257,7 +257,7 @@ class HistoryStore:
         most_series: int,
         only: str | None = None,
     ) -> list[tuple[str, list[Point]]]:
-        """Nothing when the file can't be read."""
+        """Empty when the file can't be read."""
         return await self._run(
             partial(self._history.read, metric, since, now, most_points, most_series, only), []
         )
@@ -278,7 +278,7 @@ class HistoryStore:
 
     async def _run(self, call: Callable[[], T], otherwise: T) -> T:
         async with self._lock:
-            # what runs on the thread can't be cancelled: whoever comes next must not begin before it has ended
+            # the thread can't be cancelled, and the next call must not begin before it has ended
             running = asyncio.ensure_future(asyncio.to_thread(call))
             try:
                 return await asyncio.shield(running)
@@ -296,7 +296,7 @@ class HistoryStore:
 
 
 class HistoryLostError(Exception):
-    """The file was found broken and was replaced."""
+    """The file was broken and has been replaced."""
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -334,17 +334,17 @@ def _tiers(metric: str) -> Sequence[Tier]:
 
 @dataclass(frozen=True)
 class _Span:
-    """A piece of time, and from which tier it is read."""
+    """A time span, and the tier that it is read from."""
 
     begin: int
     end: int
     step_s: int
     shown_s: int
-    """Means over so many seconds, a multiple of the tier's own."""
+    """Means over so many seconds, a multiple of the tier's step."""
 
 
 def _spans(tiers: Sequence[Tier], since: float, now: float, most_points: int) -> list[_Span]:
-    """Oldest first: each piece from the finest tier that still has it."""
+    """Oldest first. Each span is read from the finest tier that still has it."""
     since = max(since, now - tiers[-1].kept_s)
     wanted_s = (now - since) / most_points
     spans, end = [], int(now) + tiers[0].step_s
@@ -361,7 +361,7 @@ def _spans(tiers: Sequence[Tier], since: float, now: float, most_points: int) ->
 
 
 def _with_gaps(points: Iterable[tuple[float, float, int]]) -> Iterator[Point]:
-    """A point without a value where nothing was seen for long, so that no line is drawn across."""
+    """Adds a point without a value in each long gap, so that no line is drawn across it."""
     last: tuple[float, int] | None = None
     for at, value, step in points:
         if last is not None and at - last[0] > _GAP_STEPS * max(step, last[1]):

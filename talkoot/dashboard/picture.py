@@ -50,7 +50,7 @@ class Seen(Generic[T]):
     name: str
     """The PeerID, in base58."""
     seen_at: float
-    """When the record was seen first, by this machine's clock: clocks of others may be wrong."""
+    """When the record was first seen, by this machine's clock, because others may be wrong."""
     gone: bool = False
 
 
@@ -160,14 +160,15 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Picture:
-    """A swarm at one moment. Times are Unix times in seconds; None: cannot be told."""
+    """A swarm at one moment. Times are Unix times in seconds; None: not known."""
 
     read_at: float
     figures: Json
-    """What stands at the head of the page."""
+    """The figures at the top of the page."""
     layers: list[Json]
-    """For each layer its grid and, in row-major order, of each coordinate: replicas, queued rows, updates, and when
-    these were last seen to rise (`updated_at`; None: not yet)."""
+    """Each layer's grid and, for each coordinate in row-major order: replicas, queued rows, updates, and when updates
+    were last seen to rise (`updated_at`; None: not yet).
+    """
     nodes: list[Json]
     trainers: list[Json]
     replicas: dict[str, list[Json]]
@@ -277,7 +278,7 @@ def _figures(
 
 
 def _latency_figures(trainers: Iterable[TrainerInfo]) -> Json:
-    """Over trainers: the median of their medians, and the worst of their p99."""
+    """Over all trainers: the median of their medians, and the largest of their p99."""
     found: dict[str, list[Latency]] = {"forward": [], "backward": []}
     for trainer in trainers:
         for direction, latency in (("forward", trainer.forward), ("backward", trainer.backward)):
@@ -293,7 +294,7 @@ def _latency_figures(trainers: Iterable[TrainerInfo]) -> Json:
 
 
 def _node_latencies(trainers: Iterable[TrainerInfo]) -> dict[PeerID, float]:
-    """Milliseconds: the mean of what the trainers measured."""
+    """Milliseconds: the mean of the trainers' measurements."""
     found: dict[PeerID, list[float]] = {}
     for trainer in trainers:
         for peer_id, seconds in trainer.node_latency_s.items():
@@ -390,7 +391,7 @@ _STATES = {
 
 
 def _reach(node: NodeInfo) -> str:
-    """How others reach it, as it says; a node that says nothing is older than the question."""
+    """How others reach it, as it reports. Nodes older than the field report nothing."""
     if node.reachability is not Reachability.UNKNOWN:
         return node.reachability.name.lower()
     return "direct" if node.addresses else "unknown"
@@ -428,7 +429,7 @@ def _quantiles(direction: str, latency: Latency | None) -> Mapping[str, float | 
 
 
 def _up_s(seen: Seen[Any], read_at: float, started_at: float) -> float:
-    """0 when it does not say, or its clock is ahead."""
+    """0 when the start is not known, or lies in the future by a wrong clock."""
     return max(0.0, (seen.seen_at if seen.gone else read_at) - started_at) if started_at else 0.0
 
 
