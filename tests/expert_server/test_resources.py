@@ -1,6 +1,8 @@
-"""What an owner allows is divided so that it is never passed, and the smallest that works is named."""
+"""What an owner allows is divided so that it is never exceeded, and freed memory is kept between batches."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -113,3 +115,38 @@ def test_sizes_are_said_in_three_digits(size: int) -> None:
     number, unit = words.split()
     back = float(number) * 1000 ** ("bytes", "kB", "MB", "GB", "TB").index(unit)
     assert back == pytest.approx(size, rel=0.006, abs=0.01)
+
+
+BATCHES = """
+import resource
+import torch
+from expert_server.resources import keep_freed_memory, return_freed_memory
+
+keep_freed_memory()
+
+def batch():
+    gradients = [torch.ones(2**18) for _ in range(16)]
+    return torch.ones(100)  # small, and above them in memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def resident_bytes():
+    return 4096 * int(open("/proc/self/statm").read().split()[1])
+
+kept = [batch() for _ in range(5)]
+before = faults()
+kept += [batch() for _ in range(20)]
+print((faults() - before) // 20)
+before = resident_bytes()
+return_freed_memory()
+print(before - resident_bytes())
+"""
+
+
+def test_batches_use_memory_again_until_it_is_returned() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", BATCHES]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    faults_per_batch, returned = map(int, output.split())
+    assert faults_per_batch < 400, "16 MiB are 4096 pages"
+    assert returned > 8 * 2**20

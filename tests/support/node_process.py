@@ -23,9 +23,14 @@ from peer.transport.addresses import NetworkConfig
 
 _MAIN = """
 from functools import partial
-from expert_server.node import Node, NodeTiming
+from talkoot import options
 from talkoot.cli import main
-Node.start = partial(Node.start, timing={})
+set_up_logging = options.set_up_logging
+def set_up_and_patch(*arguments):
+    set_up_logging(*arguments)  # first: it says how loud gRPC is, which gRPC reads when it is imported
+    from expert_server.node import Node, NodeTiming
+    Node.start = partial(Node.start, timing={})
+options.set_up_logging = set_up_and_patch
 main()
 """
 
