@@ -72,7 +72,7 @@ def test_container_is_healthy_while_its_node_answers(loop: LoopThread, tmp_path:
         async with ControlServer(tmp_path):
             return await asyncio.to_thread(health, tmp_path)
 
-    assert loop.run(ask(), 60) == 0
+    assert loop.run(ask(), 120) == 0
     assert health(tmp_path) != 0
 
 

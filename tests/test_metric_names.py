@@ -92,7 +92,7 @@ def trainer_metrics(founder: Founder, tmp_path_factory: pytest.TempPathFactory) 
             return next((trainer.metrics_address for trainer in found.values() if trainer.step), None)
 
         deadline = time.monotonic() + LIMIT_S
-        while (address := founder.loop.run(announced(), 30)) is None:
+        while (address := founder.loop.run(announced(), 120)) is None:
             assert time.monotonic() < deadline, "no trainer in the swarm"
             time.sleep(0.1)
         yield f"http://{address}/metrics"
@@ -112,9 +112,9 @@ def test_metrics_of_a_dashboard(founder: Founder, tmp_path: Path) -> None:
     listener: socket.socket = listen(HOST, 0)
     intervals = WatchIntervals(0.5, list_every_s=1.0)
     running = dashboard(Invite.parse(founder.invite), settings, tmp_path, listener, intervals)
-    founder.loop.run(running.__aenter__(), 30)
+    founder.loop.run(running.__aenter__(), 120)
     try:
         check("dashboard", lambda: fetch(address_of(listener) + "metrics"))
     finally:
-        founder.loop.run(running.__aexit__(None, None, None), 30)
+        founder.loop.run(running.__aexit__(None, None, None), 120)
         listener.close()

@@ -74,10 +74,10 @@ def swarm(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         return Swarm(hosts, SwarmKeys("swarm", hosts[0].peer_id))
 
     try:
-        yield loop.run(start(), 60)
+        yield loop.run(start(), 120)
     finally:
         for host in reversed(hosts):
-            loop.run(host.stop(), 30)
+            loop.run(host.stop(), 120)
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_a_flooded_directory_reads_a_bounded_number_and_keeps_what_lives(
         assert seen == set(CountingRegistry.alive), "the others are found in time"
         assert 64 < registry.largest <= 100
 
-    loop.run(scenario(), 30)
+    loop.run(scenario(), 120)
 
 
 def test_a_claim_renewed_for_ever_leaves_the_expert_vacant(swarm: Swarm, run: Any) -> None:

@@ -105,7 +105,7 @@ def test_no_changed_record_is_taken_for_another(founder: Identity, node: Identit
     right = right_records(keys, founder, node)
     assert all(map(validator.validate, right))
     rng, taken = random.Random(1), 0
-    before, began = psutil.Process().memory_info().rss, time.monotonic()
+    before, began = psutil.Process().memory_info().rss, time.thread_time()
     for _ in range(COUNT):
         original = rng.choice(right)
         record = spoilt(original, right, rng)
@@ -119,4 +119,4 @@ def test_no_changed_record_is_taken_for_another(founder: Identity, node: Identit
             assert isinstance(coordinate, int | bytes)
     assert taken < COUNT / 20
     assert psutil.Process().memory_info().rss - before < 32 * 2**20
-    assert time.monotonic() - began < 60
+    assert time.thread_time() - began < 60

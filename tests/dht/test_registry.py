@@ -47,7 +47,7 @@ def swarm(loop: LoopThread, hosts: list[Host], request: pytest.FixtureRequest) -
     return swarm_for(loop, hosts, request)
 
 
-async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float = 15.0) -> None:
+async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float = 60.0) -> None:
     async with asyncio.timeout(deadline_s):
         while True:
             if await check():

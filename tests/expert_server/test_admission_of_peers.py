@@ -33,7 +33,7 @@ def identities() -> list[Identity]:
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    return playing(loop, identities, tmp_path, 90)
+    return playing(loop, identities, tmp_path)
 
 
 async def invited(village: Village, founder: Node, role: Role) -> tuple[Invite, IssuedInvite]:
@@ -106,7 +106,7 @@ def test_nodes_and_trainers_come_in_by_token_until_it_is_revoked(play: Play) -> 
         async def is_out() -> bool:
             return trainer.host.peer_id not in {s.caller for s in node.sessions.all()}
 
-        await eventually(is_out, 30)
+        await eventually(is_out)
         assert await ask(trainer, node, forward) is StatusCode.PERMISSION_DENIED
         with pytest.raises(InviteError, match="revoked"):
             await come_in(village, 3, invite, Role.TRAINER)

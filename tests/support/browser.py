@@ -13,7 +13,7 @@ from typing import Literal
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, sync_playwright
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 CHROMIUM = Path("/usr/bin/chromium")
 _ARGUMENTS = [
@@ -25,7 +25,7 @@ _ARGUMENTS = [
     "--no-first-run",
     "--enable-precise-memory-info",
 ]
-WAIT_MS = 30_000
+WAIT_MS = 120_000  # for a busy machine: only what fails waits so long
 
 needs_chromium = pytest.mark.skipif(
     not CHROMIUM.exists(), reason=f"no {CHROMIUM}: apt-get install chromium (Debian)"
@@ -104,7 +104,7 @@ def visit(
 
 
 @contextmanager
-def served(app: Starlette) -> Iterator[str]:
+def served(app: ASGIApp) -> Iterator[str]:
     """The application's address; it runs on a thread of its own."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1)

@@ -31,7 +31,7 @@ from trainer_client.settings import TrainerSettings
 
 SWARM = "sauna-QmFounder"
 LOCAL = "127.0.0.1"
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 T = TypeVar("T")
 
@@ -135,7 +135,7 @@ def play(loop: LoopThread, identities: list[Identity], monkeypatch: pytest.Monke
             async with contextlib.AsyncExitStack() as stack:
                 await scenario(Square(identities, stack))
 
-        loop.run(on_a_square(), 60)
+        loop.run(on_a_square(), 120)
 
     return run
 

@@ -16,7 +16,11 @@ from typing import Any
 from peer.processes import die_with_parent, sweep_dead_sockets
 
 HOST = "127.0.0.1"
-ANNOUNCE_EVERY_S = 12.0  # long enough that a busy machine keeps the two in time
+ANNOUNCE_EVERY_S = 60.0
+"""So seldom that a busy machine is not late, by which a peer would seem to be gone."""
+DOOMED_EVERY_S = 4.0
+"""Of the node that a test kills: that it has gone is seen after one and a half times as long."""
+DOOMED = "doomed"
 HOSTILE_NAME = "<img src=x onerror=pwned=1>"
 MANIFEST = """
 name = "talkoot-test"
@@ -32,7 +36,7 @@ grid = [4, 4]
 top_k = 2
 """
 EXPERTS = 32
-_START_LIMIT_S = 120.0
+_START_LIMIT_S = 300.0
 
 
 @dataclass
@@ -45,7 +49,7 @@ class LiveSwarm:
     dashboard: subprocess.Popen[bytes]
 
     def api(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self.address}/api/v1/{path}", timeout=10) as response:
+        with urllib.request.urlopen(f"{self.address}/api/v1/{path}", timeout=60) as response:
             return json.load(response)
 
 
@@ -103,7 +107,7 @@ def live_swarm(folder: Path) -> Iterator[LiveSwarm]:
 def _start(processes: _Processes, folder: Path) -> LiveSwarm:
     manifest, invite_file = folder / "swarm.toml", folder / "invite"
     manifest.write_text(MANIFEST)
-    names = ["founder", HOSTILE_NAME, "doomed"]
+    names = ["founder", HOSTILE_NAME, DOOMED]
     founding = ("--new", str(manifest), "--invite-file", str(invite_file))
     nodes = {names[0]: _start_node(processes, 0, names[0], *founding)}
     processes.until(lambda: invite_file.exists() and bool(invite_file.read_text()), "the invite")
@@ -123,10 +127,11 @@ def _start(processes: _Processes, folder: Path) -> LiveSwarm:
 
 
 def _start_node(processes: _Processes, number: int, name: str, *origin: str) -> "subprocess.Popen[bytes]":
+    every_s = DOOMED_EVERY_S if name == DOOMED else ANNOUNCE_EVERY_S
     return processes.start(
         f"node-{number}",
         *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1", "--name", name),
-        *("--experts", "12", "--spare", "12", "--announce-every-s", str(ANNOUNCE_EVERY_S)),
+        *("--experts", "12", "--spare", "12", "--announce-every-s", str(every_s)),
         *("--niceness", "0", "--drain-timeout", "0"),
     )
 

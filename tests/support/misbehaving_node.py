@@ -28,7 +28,7 @@ from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 WIDTH = 8
 BYTES = 4 * 3 * WIDTH  # of three rows
-LONG = 30.0  # a deadline that no test waits for
+LONG = 600.0  # a deadline that no test waits for
 SHORT = 0.4
 
 Context: TypeAlias = "grpc.aio.ServicerContext[CallRequest, CallReply | bytes]"
@@ -123,7 +123,7 @@ async def count_tasks() -> int:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  # what is waited for are grpc's own tasks: they set no event
             await asyncio.sleep(0.01)
 

@@ -22,6 +22,9 @@ from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
 
 LOCAL = "127.0.0.1"
+DEADLINE_S = 60.0
+"""For what comes soon, on a machine that may be busy."""
+_PLAY_S = 240.0
 MANIFEST = Manifest.model_validate(
     {
         "name": "sauna",
@@ -81,7 +84,7 @@ class Village:
         return node
 
 
-def playing(loop: LoopThread, identities: list[Identity], folder: Path, limit_s: float) -> Play:
+def playing(loop: LoopThread, identities: list[Identity], folder: Path) -> Play:
     """Gives the function that plays a scenario in a village of its own, which is gone afterwards."""
 
     def play(scenario: Scenario) -> None:
@@ -89,7 +92,7 @@ def playing(loop: LoopThread, identities: list[Identity], folder: Path, limit_s:
             async with contextlib.AsyncExitStack() as stack:
                 await scenario(Village(identities, stack, folder))
 
-        loop.run(with_village(), limit_s)
+        loop.run(with_village(), _PLAY_S)
 
     return play
 
@@ -105,8 +108,8 @@ def node_settings(**changes: Any) -> NodeSettings:
     return NodeSettings.load(**{"threads": 1, **alone, **changes})
 
 
-async def eventually(check: Callable[[], Awaitable[bool]], deadline_s: float) -> None:
-    async with asyncio.timeout(deadline_s):
+async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
         while True:
             if await check():
                 return

@@ -117,7 +117,7 @@ def playing(
                 sessions = Sessions(SWARM, identity.peer_id)
                 await scenario(Street(identity, stack, identity.make_certificate(), client, down, sessions))
 
-        loop.run(with_street(), 60)
+        loop.run(with_street(), 120)
 
     return run
 

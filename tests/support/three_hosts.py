@@ -48,11 +48,11 @@ def three_hosts(loop: LoopThread) -> Iterator[list[Host]]:
             bootstrap = bootstrap or await started[0].bootstrap_addresses()
 
     try:
-        loop.run(start(), 60)
+        loop.run(start(), 120)
         yield started
     finally:
         for host in reversed(started):
-            loop.run(host.stop(), 30)
+            loop.run(host.stop(), 120)
 
 
 @dataclass

@@ -153,7 +153,7 @@ class Runner:
             async with serving(self.identity, **limits) as edge:
                 await scenario(edge)
 
-        self.loop.run(with_server(), 60)
+        self.loop.run(with_server(), 240)
 
 
 @contextlib.contextmanager
@@ -221,7 +221,7 @@ async def exchange(
     requests: Sequence[expert_pb2.CallRequest],
     *,
     ends: bool = True,
-    timeout_s: float | None = 20.0,
+    timeout_s: float | None = 60.0,
 ) -> Outcome:
     """Sends the requests, and reads until the server ends the call.
 
@@ -286,7 +286,7 @@ async def check_it_goes_on(edge: Edge) -> None:
     torch.testing.assert_close(answer[1], call.expected(Expert(THIRD, MANIFEST)))
 
 
-async def wait_until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
+async def wait_until(condition: Callable[[], bool], deadline_s: float = 60.0) -> None:
     async with asyncio.timeout(deadline_s):
         while True:
             if condition():

@@ -77,10 +77,10 @@ class Founder:
 
     def pause(self) -> None:
         """All experts of the swarm are gone."""
-        self.loop.run(self.node.pause(), 30)
+        self.loop.run(self.node.pause(), 120)
 
     def resume(self) -> None:
-        self.loop.run(self.node.resume(), 30)
+        self.loop.run(self.node.resume(), 120)
 
 
 @contextmanager
@@ -100,10 +100,10 @@ def founded(
         node = await Node.start(settings, swarm, host=HOST, state=folder / "founder")
         return node, str(await node.swarm.invite())
 
-    node, invite = loop.run(start(), 60)
+    node, invite = loop.run(start(), 120)
     running = loop.submit(node.run())
     try:
         yield Founder(node, invite, loop)
     finally:
         running.cancel()
-        loop.run(node.stop(), 60)
+        loop.run(node.stop(), 120)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import HOST, assert_one_clear_line, command, run, run_here, sockets_of, wait_until
+from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, run_here, sockets_of, wait_until
 
 from dht.invites import Invite
 from dht.manifest import Manifest
@@ -47,7 +47,7 @@ def founding(folder: Path, *options: str) -> Iterator[Founder]:
     )
     try:
         wait_until(lambda: invite.exists() or process.poll() is not None, "the invite")
-        wait_until(lambda: "metrics at" in (folder / "log").read_text(), "the node", 5.0)
+        wait_until(lambda: "metrics at" in (folder / "log").read_text(), "the node")
         port = re.search(r"metrics at http://127\.0\.0\.1:(\d+)/", (folder / "log").read_text())
         assert port is not None
         yield Founder(process, invite.read_text().strip(), state, int(port[1]))
@@ -363,14 +363,14 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serving_node_leaves_at_once_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    with founding(tmp_path, "--experts", "1") as node:
+    with founding(tmp_path, "--experts", "1", "--drain-timeout", "600") as node:
         processes = kin(node.process)
         assert "p2pd" in {p.name() for p in processes}
         assert (sockets := sockets_of(processes))
         os.killpg(node.process.pid, number)  # as a terminal does it
-        wait_until(lambda: gone(processes[1:]), "p2pd's end", 8.0)
+        wait_until(lambda: gone(processes[1:]), "p2pd's end")
         node.process.send_signal(number)  # impatience changes nothing
-        output, _ = node.process.communicate(timeout=8.0)
+        output, _ = node.process.communicate(timeout=DEADLINE_S)
         assert node.process.returncode == 0, (tmp_path / "log").read_text()
         assert f"invite: {node.invite}\n" in output
     assert gone(processes)
@@ -384,7 +384,7 @@ def test_serving_node_leaves_at_once_and_leaves_nothing(tmp_path: Path, number: 
 def test_a_founders_invite_holds_when_it_comes_back(tmp_path: Path) -> None:
     with founding(tmp_path, "--experts", "1") as first:
         first.process.send_signal(signal.SIGTERM)
-        first.process.communicate(timeout=16.0)
+        first.process.communicate(timeout=DEADLINE_S)
     (tmp_path / "invite").unlink()
     with founding(tmp_path, "--experts", "1") as second:
         assert second.invite == first.invite
@@ -403,12 +403,12 @@ def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, num
             text=True,
             env=os.environ | {"TMPDIR": str(tmp_path)},
         )
-        wait_until(lambda: "p2pd" in {p.name() for p in kin(process)}, "p2pd", 20.0)
-        wait_until(lambda: bool(sockets_of(kin(process))), "p2pd's socket", 20.0)
+        wait_until(lambda: "p2pd" in {p.name() for p in kin(process)}, "p2pd")
+        wait_until(lambda: bool(sockets_of(kin(process))), "p2pd's socket")
         processes = kin(process)
         sockets = sockets_of(processes)
         process.send_signal(number)
-        process.wait(8.0)
+        process.wait(DEADLINE_S)
     said = (tmp_path / "log").read_text()
     assert process.returncode == 128 + number, said
     assert "Traceback" not in said

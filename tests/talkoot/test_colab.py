@@ -90,7 +90,7 @@ def hosted_by(founder: Founder, name: str) -> int:
         nodes = await registry.nodes(await registry.node_ids())
         return sum(node.expert_count for node in nodes.values() if node.name == name)
 
-    return founder.loop.run(look(), 30)
+    return founder.loop.run(look(), 120)
 
 
 def test_notebook_asks_for_an_invite() -> None:

@@ -34,4 +34,4 @@ def test_the_second_signal_hurries_what_the_first_one_stopped() -> None:
         assert process.stdout.readline() == "leaves\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.readlines() == ["cleaned up\n", f"{128 + signal.SIGTERM}\n"]
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0

@@ -78,7 +78,7 @@ class OldNode:
         address = re.search(r"metrics at (http://\S+)", self._log.read_text())
         if address is None:
             return 0.0
-        with urllib.request.urlopen(address[1], timeout=10) as response:
+        with urllib.request.urlopen(address[1], timeout=60) as response:
             found = re.search(rf"^{name} (\S+)$", response.read().decode(), re.MULTILINE)
         assert found is not None, name
         return float(found[1])
@@ -101,7 +101,7 @@ def joined(release: Path, invite: str, folder: Path) -> Iterator[OldNode]:
         yield OldNode(log)
     finally:
         node.terminate()
-        assert node.wait(30) in (0, 130, 143), log.read_text()
+        assert node.wait(DEADLINE_S) in (0, 130, 143), log.read_text()
     assert "Traceback" not in log.read_text(), log.read_text()
 
 

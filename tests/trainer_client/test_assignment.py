@@ -107,9 +107,9 @@ def test_4096_rows_and_64_experts_take_under_100_ms_of_cpu() -> None:
     balanced_assignment(scores)
     taken_s = []
     for _ in range(5):
-        began = time.process_time()
+        began = time.thread_time()
         balanced_assignment(scores)
-        taken_s.append(time.process_time() - began)
+        taken_s.append(time.thread_time() - began)
     assert min(taken_s) < 0.1
 
 

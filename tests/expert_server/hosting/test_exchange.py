@@ -23,7 +23,7 @@ def identities() -> list[Identity]:
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    return playing(loop, identities, tmp_path, 60)
+    return playing(loop, identities, tmp_path)
 
 
 def test_of_three_replicas_one_goes_for_an_expert_with_a_single_one(
@@ -54,7 +54,7 @@ def test_of_three_replicas_one_goes_for_an_expert_with_a_single_one(
         async def spread() -> bool:
             return await serving(founder.swarm) == {**dict.fromkeys(UIDS, 1), crowded: 2, taken: 2}
 
-        await eventually(spread, 10)
+        await eventually(spread)
         for _ in range(5):
             await leaver.hosting.look()
         assert set(leaver.runtime.experts) == {taken}

@@ -41,7 +41,7 @@ def identities() -> list[Identity]:
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    return playing(loop, identities, tmp_path, 90)
+    return playing(loop, identities, tmp_path)
 
 
 async def couple(village: Village, updates: int, **settings: Any) -> tuple[Node, Node]:
@@ -120,7 +120,7 @@ def test_two_replicas_that_took_different_updates_meet_and_come_together(play: P
         async def averaged() -> bool:
             return total(second.averaging.averagings) == 1
 
-        await eventually(averaged, 20)
+        await eventually(averaged)
         after = await state_of(first, AN_UID), await state_of(second, AN_UID)
         name = "block.attention_input.weight"
         # 3 updates and 1 since the second fetched; nobody is more than half of another's average
@@ -156,7 +156,7 @@ def test_updates_since_the_last_meeting_stay_when_their_node_leaves(play: Play) 
         async def averaged() -> bool:
             return second.runtime.experts[AN_UID].update_count == 5
 
-        await eventually(averaged, 20)
+        await eventually(averaged)
         name = "block.attention_input.weight"
         expected = (before[0][name] + before[1][name]) / 2
         torch.testing.assert_close((await state_of(second, AN_UID))[name], expected)
@@ -182,7 +182,7 @@ def test_full_nodes_drop_what_others_host_too_for_what_nobody_hosts(play: Play) 
         async def all_are_hosted() -> bool:
             return {uid for node in staying for uid in node.runtime.experts} == set(UIDS)
 
-        await eventually(all_are_hosted, 60)
+        await eventually(all_are_hosted)
 
     play(scenario)
 
@@ -257,7 +257,7 @@ def test_a_hint_that_the_dht_does_not_confirm_moves_nothing(play: Play) -> None:
         async def followed() -> bool:
             return not first.averaging._hints._waiting and not second.averaging._hints._waiting
 
-        await eventually(followed, 10)
+        await eventually(followed)
         async with second.hosting._changing:  # whatever it began is over
             assert not second.runtime.experts
         for uid, state in states.items():

@@ -30,7 +30,7 @@ def identities() -> list[Identity]:
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    return playing(loop, identities, tmp_path, 90)
+    return playing(loop, identities, tmp_path)
 
 
 def step(expert: Expert) -> None:
@@ -96,7 +96,7 @@ def test_a_killed_node_comes_back_with_its_last_checkpoints(play: Play) -> None:
                 and await node.replicas.checkpoints.newest() == updates
             )
 
-        await eventually(saved, 20)
+        await eventually(saved)
         await end(running)
         await train(node, updates)  # these updates are lost
         await node.swarm.host.stop()  # no farewell: it is announced for 30 s more
@@ -153,7 +153,7 @@ def test_an_adopted_expert_goes_on_from_the_adopters_checkpoint(play: Play) -> N
         async def adopted() -> bool:
             return again.status().adopted == 8 and await announced(again, UIDS) == dict.fromkeys(UIDS, 1)
 
-        await eventually(adopted, 20)
+        await eventually(adopted)
         await assert_goes_on(again, states, dict.fromkeys(UIDS, 1))
 
     play(scenario)
@@ -173,7 +173,7 @@ def test_a_node_serves_on_when_its_folder_cannot_be_written(
         async def failed() -> bool:
             return total(node.replicas.checkpoints.failed) >= 2
 
-        await eventually(failed, 20)
+        await eventually(failed)
         assert not running.done()
         await train(node, dict.fromkeys(node.runtime.experts, 1))
         await node.stop()

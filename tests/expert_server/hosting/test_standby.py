@@ -68,7 +68,7 @@ SPOILS = [lack, add, reshape, retype, overflow, negate, unstep, void]
 
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
-    return playing(loop, identities, tmp_path, 90)
+    return playing(loop, identities, tmp_path)
 
 
 async def copied(node: Node, standby: StandbyCopies | None = None) -> int:
@@ -102,7 +102,7 @@ def test_an_orphan_goes_on_from_the_copy_on_another_nodes_disk(play: Play) -> No
         async def adopted() -> bool:
             return set(keeper.runtime.experts) == set(UIDS)
 
-        await eventually(adopted, 60)
+        await eventually(adopted)
         for uid, state in states.items():
             expert = keeper.runtime.experts[uid]
             assert expert.update_count == 3

@@ -68,7 +68,7 @@ def test_grpc_without_tls_gets_nothing(run: Runner) -> None:
             stub: Any = expert_pb2_grpc.ExpertServiceStub(channel)
             request = expert_pb2.InfoRequest(protocol_version=PROTOCOL_VERSION, swarm_id=SWARM)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.Info(request, timeout=5)
+                await stub.Info(request, timeout=60)
         assert caught.value.code() is StatusCode.UNAVAILABLE
         assert total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
@@ -103,7 +103,7 @@ def test_messages_that_are_no_protobuf_are_refused_and_leave_no_trace_in_the_log
     async def scenario(edge: Edge) -> None:
         call: Any = edge.channel.stream_stream(f"/talkoot.v1.{method}")
         for size in (1, 10, 1000):
-            stream = call(timeout=10, metadata=edge.session)
+            stream = call(timeout=60, metadata=edge.session)
             await stream.write(b"\xff" + rng.randbytes(size))
             await stream.done_writing()
             assert await stream.code() in (StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION)
@@ -126,7 +126,7 @@ def test_bytes_that_are_no_message_spoil_the_call_wherever_they_come(
 
     async def scenario(edge: Edge) -> None:
         method: Any = edge.channel.stream_stream(f"/talkoot.v1.ExpertService/{direction.title()}")
-        stream = method(iter(frames), timeout=10, metadata=edge.session)
+        stream = method(iter(frames), timeout=60, metadata=edge.session)
         with pytest.raises(grpc.RpcError):
             async for _ in stream:
                 pass

@@ -114,7 +114,7 @@ def restore(loop: LoopThread) -> Callable[[CheckpointStore], Expert]:
                 await runtime.stop()
             return expert
 
-        return loop.run(restored(), 30)
+        return loop.run(restored(), 120)
 
     return run
 

@@ -278,7 +278,7 @@ def test_a_session_is_opened_once_and_again_when_it_has_ended(
             own.ended(server.peer_id, first)  # told late by another call: the new one stays
             assert own.known(server.peer_id) == second
 
-    loop.run(scenario(), 30)
+    loop.run(scenario(), 120)
 
 
 def test_who_is_refused_is_told_why(loop: LoopThread, server: Identity, alice: Identity) -> None:
@@ -288,7 +288,7 @@ def test_who_is_refused_is_told_why(loop: LoopThread, server: Identity, alice: I
                 await a_caller(SWARM, alice).metadata(server.peer_id, channel, 10.0)
             assert caught.value.status is StatusCode.FAILED_PRECONDITION
 
-    loop.run(scenario(), 30)
+    loop.run(scenario(), 120)
 
 
 def test_a_stolen_session_opens_nothing_at_another_server(
@@ -302,4 +302,4 @@ def test_a_stolen_session_opens_nothing_at_another_server(
             there.find(stolen[0][1], FORWARD)
         assert caught.value.status is StatusCode.UNAUTHENTICATED
 
-    loop.run(scenario(), 30)
+    loop.run(scenario(), 120)

@@ -107,14 +107,14 @@ async def call(pool: ChannelPool, contact: Known, payload: bytes) -> bytes:
     return answer
 
 
-async def until(is_so: Callable[[], bool], within_s: float = 10.0) -> None:
+async def until(is_so: Callable[[], bool], within_s: float = 60.0) -> None:
     async with asyncio.timeout(within_s):
         while not is_so():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
 async def until_restarted(host: Host) -> None:
-    await until(lambda: host.restarts == 1, 20)
+    await until(lambda: host.restarts == 1)
 
 
 def run(loop: LoopThread, test: Callable[[ChannelPool], Awaitable[None]], tunnels: Tunnels) -> None:

@@ -1,18 +1,17 @@
 """The page in a real browser, on a real running swarm of three nodes and a trainer."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from browser import Visit, chromium, needs_chromium, visit
-from live_swarm import ANNOUNCE_EVERY_S, EXPERTS, HOSTILE_NAME, LiveSwarm, live_swarm
+from live_swarm import DOOMED, EXPERTS, HOSTILE_NAME, LiveSwarm, live_swarm
 from playwright.sync_api import Browser
 
 WIDTHS = (1440, 820, 360)
 
-pytestmark = [needs_chromium, pytest.mark.timeout(300)]  # the first test starts the swarm
+pytestmark = [needs_chromium, pytest.mark.timeout(600)]  # the first test starts the swarm
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +42,25 @@ def figure(seen: Visit, tile: str) -> str:
     return seen.text(f"#tile-{tile} .figure")
 
 
+def until_figures(seen: Visit, **expected: str) -> None:
+    """By tile. What the page shows follows the swarm, in which a node may be late for a moment."""
+
+    def are_shown() -> bool:
+        return {tile: figure(seen, tile) for tile in expected} == expected
+
+    seen.until(are_shown)
+
+
 def test_head_has_the_right_counts(swarm: LiveSwarm, seen: Visit) -> None:
     assert seen.text("#swarm-name") == "talkoot-test"
-    assert seen.text("#state-words") == "healthy"
-    assert seen.page.title().startswith("✓ talkoot-test: healthy")
-    assert figure(seen, "nodes") == "3"
-    assert figure(seen, "experts") == str(EXPERTS)
-    assert seen.text("#tile-experts .sub") == f"of {EXPERTS}, 100 %"
-    assert figure(seen, "trainers") == "1"
-    assert figure(seen, "replicas") == str(swarm.api("swarm")["replicas"])
-    assert figure(seen, "speed") != "–"
+    seen.until(lambda: seen.text("#state-words") == "healthy")
+    seen.until(lambda: seen.page.title().startswith("✓ talkoot-test: healthy"))
+    until_figures(seen, nodes="3", experts=str(EXPERTS), trainers="1")
+    seen.until(lambda: seen.text("#tile-experts .sub") == f"of {EXPERTS}, 100 %")
+    seen.until(lambda: figure(seen, "replicas") == str(swarm.api("swarm")["replicas"]))
+    seen.until(lambda: figure(seen, "speed") != "–")
     seen.until("document.querySelectorAll('#nodes-table tbody tr').length === 3")
-    assert seen.page.locator("#nodes-table .badge[data-level=ok]").count() == 3
+    seen.until("document.querySelectorAll('#nodes-table .badge[data-level=ok]').length === 3")
 
 
 def test_charts_move(seen: Visit) -> None:
@@ -79,12 +85,17 @@ def test_click_opens_an_expert(swarm: LiveSwarm, seen: Visit, pictures: Path) ->
     seen.until("document.querySelectorAll('#panel .replicas li').length > 0")
     assert seen.page.url.endswith("#/expert/0.0.0")
     assert seen.text("#panel-title") == "0.0.0"
-    replicas = swarm.api("experts/0.0.0")["replicas"]
-    assert seen.page.locator("#panel .replicas li").count() == len(replicas)
+
+    def replicas() -> list[Any]:
+        found: list[Any] = swarm.api("experts/0.0.0")["replicas"]
+        return found
+
+    seen.until(lambda: seen.page.locator("#panel .replicas li").count() == len(replicas()))
     seen.page.screenshot(path=pictures / "expert.png")
+    hosts = {replica["peer_id"] for replica in replicas()}
     seen.page.locator("#panel .replicas a").first.click()
     seen.until("document.querySelector('#panel .facts') !== null")
-    assert replicas[0]["peer_id"] in seen.text("#panel .facts")
+    assert any(host in seen.text("#panel .facts") for host in hosts)
     seen.page.keyboard.press("Escape")
     assert seen.page.locator("#panel").is_hidden()
 
@@ -144,25 +155,30 @@ def test_nothing_is_wider_than_the_window(
         assert seen.overflow() == 0
 
 
-def test_killed_node_turns_red_within_two_announcements(
-    swarm: LiveSwarm, seen: Visit, pictures: Path
-) -> None:
-    row = seen.page.locator("#nodes-table tr", has_text="doomed")
-    assert row.locator(".badge").inner_text() == "serving"
+def test_killed_node_turns_red(swarm: LiveSwarm, seen: Visit, pictures: Path) -> None:
+    """After one and a half of its announcements, as `test_census` measures by a clock of its own."""
     # in one go: rows are made anew with every picture, and one that has just gone has no colour
-    found = (
-        "[...document.querySelectorAll('#nodes-table tr')].find(row => row.textContent.includes('doomed'))"
+    row = (
+        f"[...document.querySelectorAll('#nodes-table tr')].find(row => row.textContent.includes('{DOOMED}'))"
     )
-    colour = f"getComputedStyle({found}).backgroundColor"
-    ground = seen.page.evaluate(colour)
-    killed_at = time.monotonic()
-    swarm.nodes["doomed"].kill()
-    seen.page.locator("#nodes-table tr.lost", has_text="doomed").wait_for()
-    assert time.monotonic() - killed_at < 2 * ANNOUNCE_EVERY_S
-    assert row.locator(".badge").inner_text() == "gone"
-    assert seen.page.evaluate(colour) != ground
-    seen.until("document.querySelector('#tile-nodes .figure')?.textContent === '2'")
-    assert seen.text("#tile-nodes .sub") == "1 gone in a day"
+    look = f"(row => [row?.querySelector('.badge').textContent, row && getComputedStyle(row).backgroundColor])({row})"
+
+    def colour_as(badge: str) -> str:
+        looked: list[str] = []
+
+        def is_shown() -> bool:
+            looked[:] = seen.page.evaluate(look)
+            return looked[0] == badge
+
+        seen.until(is_shown)
+        return looked[1]
+
+    ground = colour_as("serving")
+    swarm.nodes[DOOMED].kill()
+    seen.page.locator("#nodes-table tr.lost", has_text=DOOMED).wait_for()
+    assert colour_as("gone") != ground
+    until_figures(seen, nodes="2")
+    seen.until(lambda: seen.text("#tile-nodes .sub") == "1 gone in a day")
     seen.page.screenshot(path=pictures / "killed.png")
 
 

@@ -165,7 +165,7 @@ def test_demo_learns_loses_a_node_and_serves_its_experts_again(installed: Path, 
     assert values["validation_loss_last"] < 0.75 * values["validation_loss_first"]
     assert (values["nodes_started"], values["nodes_killed"]) == (3, 1)
     assert values["experts_alive_end"] == values["experts_total"] == 32
-    assert values["longest_stall_s"] < 10
+    assert values["longest_stall_s"] < 60
     assert "is killed with SIGKILL" in demo.log.read_text()
     assert not list(demo.temporary.iterdir())
     assert len(sockets) >= 4  # of three nodes and a trainer

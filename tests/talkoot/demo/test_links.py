@@ -124,7 +124,7 @@ def test_a_full_link_carries_its_rate_both_ways() -> None:
             seconds = time.monotonic() - began
             assert received == bytes(size)
             # never faster than the link; how much slower is up to what else this machine does
-            assert 8e-6 * size / 100.0 - 0.005 < seconds < 10
+            assert 8e-6 * size / 100.0 - 0.005 < seconds
 
     run(scenario())
 
@@ -226,7 +226,7 @@ def test_each_connection_takes_the_wire_of_who_opened_it() -> None:
                 read, write = await asyncio.open_connection(sock=sock)
                 write.write(b"x")
                 try:
-                    async with asyncio.timeout(0.2 if is_cut_off else 10):
+                    async with asyncio.timeout(0.2 if is_cut_off else 60):
                         assert await read.readexactly(1) == b"x"
                         assert not is_cut_off
                 except TimeoutError:
@@ -283,7 +283,7 @@ def test_many_connections_pass_at_once_and_closing_leaves_nothing() -> None:
             await echo.proxy.close()
             assert await read.read() == b""
             write.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(asyncio.all_tasks()) > tasks:  # noqa: ASYNC110  # the servers' own tasks set no event
                 await asyncio.sleep(0.01)
 

@@ -171,7 +171,7 @@ def play(loop: LoopThread, tmp_path: Path) -> Play:
             finally:
                 await swarm.server.stop(0)
 
-        loop.run(do(), 30)
+        loop.run(do(), 120)
 
     return run
 

@@ -51,7 +51,7 @@ def doctor(loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         state: Path = tmp_path / "state", invite: Invite | None = None, **settings: object
     ) -> dict[str, Finding]:
         chosen = NodeSettings.model_validate({"threads": 1, **settings})
-        report = loop.run(Check(invite or SMALL, chosen, HOST, state).run(lambda stage: None), 60)
+        report = loop.run(Check(invite or SMALL, chosen, HOST, state).run(lambda stage: None), 120)
         assert len(report.findings) == len(ALL)
         return {finding.name: finding for finding in report.findings}
 

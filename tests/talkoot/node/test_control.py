@@ -30,7 +30,7 @@ from talkoot.node.control import (
     node_folder,
 )
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 class FakeNode:

@@ -246,7 +246,7 @@ def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(tmp_path: Pa
             assert {member.nice() for member in family} == {max(10, os.nice(0))}
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 @pytest.mark.parametrize("name", ["node", "train", "dashboard"])

@@ -226,12 +226,12 @@ def test_without_systemd_it_says_what_to_do_instead(
 def test_state_folder_of_a_running_node_is_refused(machine: Machine, loop: LoopThread) -> None:
     machine.state.mkdir()
     server = ControlServer(machine.state)
-    loop.run(server.__aenter__(), 10)
+    loop.run(server.__aenter__(), 120)
     try:
         with pytest.raises(StartError, match="`talkoot stop` it first"):
             machine.install()
     finally:
-        loop.run(server.__aexit__(), 10)
+        loop.run(server.__aexit__(), 120)
     assert not machine.unit_file.exists()
 
 

@@ -32,7 +32,7 @@ def test_the_swarm_hears_of_the_first_step_at_once(founder: Founder, tmp_path: P
         return [trainer.step for trainer in trainers.values() if trainer.renew_every_s == 120]
 
     try:
-        wait_until(lambda: founder.loop.run(steps(), 30) == [0], "the trainer in the swarm")
+        wait_until(lambda: founder.loop.run(steps(), 120) == [0], "the trainer in the swarm")
         client.note(
             Progress(
                 step=1, steps=9, epoch=0.1, loss=2.5, validation_loss=None, perplexity=None, bits_per_byte=None,
@@ -40,6 +40,6 @@ def test_the_swarm_hears_of_the_first_step_at_once(founder: Founder, tmp_path: P
                 load_max_over_mean=None,
             )
         )  # fmt: skip
-        wait_until(lambda: founder.loop.run(steps(), 30) == [1], "its first step in the swarm")
+        wait_until(lambda: founder.loop.run(steps(), 120) == [1], "its first step in the swarm")
     finally:
         client.close()

@@ -38,7 +38,7 @@ def test_a_session_that_has_ended_is_opened_again_and_the_call_repeated(
             assert sessions.opened == 1
         await channels.close()
 
-    loop.run(scenario(), 60)
+    loop.run(scenario(), 120)
 
 
 def test_who_asks_for_forward_alone_may_not_go_backward(loop: LoopThread, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_who_asks_for_forward_alone_may_not_go_backward(loop: LoopThread, tmp_pa
             assert runtime.experts[UIDS[0]].update_count == 0
         await channels.close()
 
-    loop.run(scenario(), 60)
+    loop.run(scenario(), 120)
 
 
 def test_without_a_session_nothing_is_done(loop: LoopThread, tmp_path: Path) -> None:
@@ -69,4 +69,4 @@ def test_without_a_session_nothing_is_done(loop: LoopThread, tmp_path: Path) -> 
             assert runtime.experts[UIDS[0]].update_count == 0
         await channels.close()
 
-    loop.run(scenario(), 60)
+    loop.run(scenario(), 120)

@@ -42,8 +42,8 @@ async def out_and_back(path: Path, codec: CodecName) -> tuple[list[Floats], floa
 def test_answers_are_close_to_those_of_fp32_and_as_small_as_the_codec_makes_them(
     loop: LoopThread, tmp_path: Path, codec: CodecName
 ) -> None:
-    exact, _ = loop.run(out_and_back(tmp_path / "exact", "fp32"), 30)
-    found, sent = loop.run(out_and_back(tmp_path / "coded", codec), 30)
+    exact, _ = loop.run(out_and_back(tmp_path / "exact", "fp32"), 120)
+    found, sent = loop.run(out_and_back(tmp_path / "coded", codec), 120)
     assert sent == 4 * encoded_bytes(ROWS, HIDDEN, codec_of(codec))
     assert len(found) == len(exact) == 4
     for one, other in zip(found, exact, strict=True):
@@ -68,7 +68,7 @@ def test_a_gradient_that_is_not_finite_is_refused_by_the_node_in_every_codec(
                 assert total(runtime.metrics.updates) == 0
 
     with pytest.raises(ExpertError, match="numbers that are not finite"):
-        loop.run(scenario(), 30)
+        loop.run(scenario(), 120)
 
 
 def test_a_manifest_names_the_codec_and_without_one_it_is_fp32() -> None:

@@ -42,13 +42,13 @@ ONE_TENSOR = ROWS * HIDDEN * 4
 def test_kept_inputs_do_not_travel_twice(
     loop: LoopThread, tmp_path: Path, keep: bool, max_kept_bytes: int, tensors_sent: int
 ) -> None:
-    _, sent = loop.run(forward_and_backward(tmp_path, keep, max_kept_bytes), 30)
+    _, sent = loop.run(forward_and_backward(tmp_path, keep, max_kept_bytes), 120)
     assert sent == tensors_sent * ONE_TENSOR
 
 
 def test_kept_or_sent_again_the_gradients_are_the_same(loop: LoopThread, tmp_path: Path) -> None:
-    kept, _ = loop.run(forward_and_backward(tmp_path / "kept", True, GENEROUS), 30)
-    sent, _ = loop.run(forward_and_backward(tmp_path / "sent", False, GENEROUS), 30)
+    kept, _ = loop.run(forward_and_backward(tmp_path / "kept", True, GENEROUS), 120)
+    sent, _ = loop.run(forward_and_backward(tmp_path / "sent", False, GENEROUS), 120)
     for one, other in zip(kept, sent, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
@@ -56,9 +56,9 @@ def test_kept_or_sent_again_the_gradients_are_the_same(loop: LoopThread, tmp_pat
 def test_a_node_that_gave_up_what_it_kept_is_sent_the_inputs(loop: LoopThread, tmp_path: Path) -> None:
     """The memory is enough for one of the two experts' inputs, without a graph."""
     enough_for_one = ONE_TENSOR + ROWS * 8 + 2 * 8
-    kept, sent = loop.run(forward_and_backward(tmp_path / "kept", True, enough_for_one), 30)
+    kept, sent = loop.run(forward_and_backward(tmp_path / "kept", True, enough_for_one), 120)
     assert sent == (2 + 2) * ONE_TENSOR  # a gradient each, and then one expert's inputs and gradients
-    plain, _ = loop.run(forward_and_backward(tmp_path / "sent", False, GENEROUS), 30)
+    plain, _ = loop.run(forward_and_backward(tmp_path / "sent", False, GENEROUS), 120)
     for one, other in zip(kept, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
@@ -80,7 +80,7 @@ def test_what_is_kept_is_handed_over_once(loop: LoopThread, tmp_path: Path) -> N
             assert total(runtime.metrics.updates) == 2
         return sent[0], sent[1]
 
-    assert loop.run(scenario(), 30) == (ONE_TENSOR, 3 * ONE_TENSOR)
+    assert loop.run(scenario(), 120) == (ONE_TENSOR, 3 * ONE_TENSOR)
 
 
 def test_another_experts_kept_inputs_are_refused(loop: LoopThread, tmp_path: Path) -> None:
@@ -95,4 +95,4 @@ def test_another_experts_kept_inputs_are_refused(loop: LoopThread, tmp_path: Pat
                 await channels.close()
 
     with pytest.raises(Exception, match=r"of 6 rows for expert 0\.0\.0"):
-        loop.run(scenario(), 30)
+        loop.run(scenario(), 120)
