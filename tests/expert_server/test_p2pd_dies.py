@@ -34,7 +34,7 @@ from trainer_client.settings import TrainerSettings
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 
-PERIOD_S = 1.0
+PERIOD_S = 2.0
 """Between announcements. Shorter-lived ones expire on a busy machine, and others adopt what is well hosted."""
 
 
