@@ -321,7 +321,7 @@ def test_a_mistake_in_one_task_does_not_end_the_node(play: Play, monkeypatch: py
         async def went_on() -> bool:
             return total(restarts) >= 2 and node.state is NodeState.SERVING
 
-        await eventually(went_on, 30)
+        await eventually(went_on)
         assert not running.done()
 
     play(scenario)
