@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from real_swarm import eventually
 
-from expert_server import probe as probing
+from expert_server import probe
 from expert_server.probe import (
     MAX_PROBE_BYTES,
     MAX_PROBE_REQUESTS,
@@ -174,7 +174,7 @@ def test_node_that_is_gone_or_too_old_is_told(play: Play, monkeypatch: pytest.Mo
         with pytest.raises(UnreachableError, match=r"FAILED_PRECONDITION: .*belongs to swarm sauna-1"):
             await call_probe(peers.channel, "another")
 
-    monkeypatch.setattr(probing, "_PROBE_DEADLINE_S", 5.0)
+    monkeypatch.setattr(probe, "_PROBE_DEADLINE_S", 5.0)
     play(scenario, FREE)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from peer.codec import Floats, Integers
-from trainer_client import balancing as assignment
+from trainer_client import balancing
 from trainer_client.balancing import balanced_assignment
 
 seeds = st.integers(0, 2**32 - 1)
@@ -135,5 +135,5 @@ def test_equal_scores_give_equal_choices(monkeypatch: pytest.MonkeyPatch) -> Non
     scores = random_scores(600, 8)
     first = balanced_assignment(scores)
     assert (balanced_assignment(scores.copy()) == first).all()
-    monkeypatch.setattr(assignment, "_SOLVED_WHOLE", 600)
+    monkeypatch.setattr(balancing, "_SOLVED_WHOLE", 600)
     assert total(scores, balanced_assignment(scores)) == pytest.approx(total(scores, first), rel=1e-5)

@@ -22,8 +22,7 @@ from peer.errors import StateError, TransferError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
-from peer.rpc import transfer as downloads
-from peer.rpc import transfer as snapshots
+from peer.rpc import transfer
 from peer.rpc.sessions import Metadata
 from peer.wire import state_pb2, state_pb2_grpc
 
@@ -241,7 +240,7 @@ def test_after_a_restart_of_the_server_a_fetch_begins_anew(
         before, after = make_expert(2), make_expert(3)
         liar = Liar(sends(packed(before), 2500, error=True, update_count=2))
         server = await street.serve(liar)
-        receive = snapshots.receive
+        receive = transfer.receive
 
         async def receive_and_restart(*arguments: Any) -> None:
             try:
@@ -253,7 +252,7 @@ def test_after_a_restart_of_the_server_a_fetch_begins_anew(
                     await street.host(after)
                 raise
 
-        monkeypatch.setattr(downloads, "receive", receive_and_restart)  # cuts a real call
+        monkeypatch.setattr(transfer, "receive", receive_and_restart)  # cuts a real call
         fetched = await street.client.fetch(street.node, AN_UID)
         assert len(liar.requests) == 1
         assert fetched.checkpoint.update_count == 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peer.kademlia import storage as store
+from peer.kademlia import storage as storage_module
 from peer.kademlia.hivemind import DHTID, timed_storage
 from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics, size_of
 from peer.metrics import total
@@ -82,7 +82,7 @@ def test_an_entry_costs_no_look_at_all_the_others_of_its_key(
         looks["sizes"] += 1
         return size_of(subkey, value)
 
-    monkeypatch.setattr(store, "size_of", counted)
+    monkeypatch.setattr(storage_module, "size_of", counted)
     stored, counts = storage(key_bytes=200 * size_of(0, b"value"))
     for n in range(1000):
         assert stored.store_subkey(KEY, n, b"value", NOW + 10)

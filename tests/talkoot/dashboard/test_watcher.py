@@ -15,7 +15,7 @@ from dht.swarm import Swarm
 from peer.errors import SwarmError, UnreachableError
 from peer.metrics import total
 from peer.wire import admission_pb2
-from talkoot.dashboard import watcher as watch
+from talkoot.dashboard import watcher as watcher_module
 from talkoot.dashboard.picture import Picture
 from talkoot.dashboard.watcher import Watcher, WatchIntervals
 
@@ -24,7 +24,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     async def join(*_: Any, **__: Any) -> Swarm:
         raise error
 
-    monkeypatch.setattr(watch, "join_swarm", join)
+    monkeypatch.setattr(watcher_module, "join_swarm", join)
 
 
 async def until_told(watcher: Watcher) -> None:

@@ -27,7 +27,7 @@ from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.wire import probe_pb2_grpc
-from talkoot.doctor import checks as machine
+from talkoot.doctor import checks
 from talkoot.doctor.checks import (
     Finding,
     Verdict,
@@ -215,11 +215,11 @@ def test_peers_that_do_not_answer_are_named(play: Play) -> None:
 
 
 def test_speed_is_measured_with_one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_MEASURE_S", 0.01)
+    monkeypatch.setattr(checks, "_MEASURE_S", 0.01)
     found = check_speed(NodeSettings(threads=1), SMALL)
     assert found.values["threads"] == 1
     assert float(found.values["rows_per_s"]) > 0
-    monkeypatch.setattr(machine, "_SLOW_ROWS_PER_S", 1e12)
+    monkeypatch.setattr(checks, "_SLOW_ROWS_PER_S", 1e12)
     assert check_speed(NodeSettings(threads=1), SMALL).verdict is Verdict.WEAK
 
 
@@ -242,12 +242,12 @@ def test_cores_are_counted() -> None:
 
 
 def test_disk_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_SLOW_DISK_BYTES_PER_S", 0.0)
+    monkeypatch.setattr(checks, "_SLOW_DISK_BYTES_PER_S", 0.0)
     found = check_disk(tmp_path, NodeSettings(), SMALL, experts=1)
     assert (found.verdict, list(tmp_path.iterdir())) == (Verdict.OK, [])
     assert found.values["needed_bytes"] == 3 * expert_bytes(SMALL)
     assert check_disk(tmp_path, NodeSettings(), SMALL, experts=10**15).verdict is Verdict.WEAK
-    monkeypatch.setattr(machine, "_SLOW_DISK_BYTES_PER_S", 1e15)
+    monkeypatch.setattr(checks, "_SLOW_DISK_BYTES_PER_S", 1e15)
     assert check_disk(tmp_path, NodeSettings(), SMALL, experts=1).verdict is Verdict.WEAK
     missing = check_disk(tmp_path / "missing", NodeSettings(), SMALL, experts=1)
     assert (missing.verdict, "another --state" in missing.fix) == (Verdict.PROBLEM, True)

@@ -22,9 +22,7 @@ from peer.errors import ClockError, UserError
 from peer.files import StateFolder
 from peer.identity import Identity
 from peer.loop import LoopThread
-from talkoot.doctor import checks as machine
-from talkoot.doctor import checks as setup
-from talkoot.doctor import examination as run
+from talkoot.doctor import checks, examination
 from talkoot.doctor.checks import Finding, Verdict
 from talkoot.doctor.examination import Check, Report
 
@@ -44,8 +42,8 @@ Doctor = Callable[..., dict[str, Finding]]
 @pytest.fixture
 def doctor(loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Doctor:
     """Checks this machine with these settings, and gives what was found by its name."""
-    monkeypatch.setattr(machine, "_MEASURE_S", 0.01)
-    monkeypatch.setattr(machine, "_SLOW_ROWS_PER_S", 0.0)
+    monkeypatch.setattr(checks, "_MEASURE_S", 0.01)
+    monkeypatch.setattr(checks, "_SLOW_ROWS_PER_S", 0.0)
 
     def check(
         state: Path = tmp_path / "state", invite: Invite | None = None, **settings: object
@@ -80,12 +78,12 @@ def test_sound_machine_has_no_problem(doctor: Doctor, tmp_path: Path) -> None:
 
 
 def test_a_machine_whose_first_address_is_loopback_has_no_network() -> None:
-    found = setup.check_ports(NodeSettings(), HOST)
+    found = checks.check_ports(NodeSettings(), HOST)
     assert (found.verdict, found.fix) == (
         Verdict.WEAK,
         "this machine has no network: nobody else could reach a node",
     )
-    assert setup.check_ports(NodeSettings(host=HOST), HOST).verdict is Verdict.OK
+    assert checks.check_ports(NodeSettings(host=HOST), HOST).verdict is Verdict.OK
 
 
 @pytest.mark.parametrize("option", ["dht_port", "grpc_port", "metrics_port"])
@@ -132,7 +130,7 @@ def test_clock_that_is_off_is_named(doctor: Doctor, invite: Invite, monkeypatch:
     async def join(*_: object, **__: object) -> None:
         raise ClockError("this machine's clock is 60 s behind those of most of the 3 peers asked")
 
-    monkeypatch.setattr(run, "join_swarm", join)
+    monkeypatch.setattr(examination, "join_swarm", join)
     found = doctor(invite=invite)
     assert problems(found) == {"clock"}
     assert "60 s behind" in found["clock"].fix
@@ -154,9 +152,9 @@ def test_manifest_that_expires_soon_is_named(
         record = SimpleNamespace(warning="nobody can join")
         return SimpleNamespace(manifest=Manifest(name="sauna"), manifest_record=record, stop=nothing)
 
-    monkeypatch.setattr(run, "join_swarm", join)
+    monkeypatch.setattr(examination, "join_swarm", join)
     monkeypatch.setattr(
-        run.Check,
+        examination.Check,
         "_ask",
         lambda check, *_: nothing(check._skip("a test", "clock", "bandwidth", "reachability")),
     )
@@ -184,8 +182,8 @@ def test_platforms_and_pythons_that_were_not_tried_are_named(
     system: str, python: tuple[int, int], verdict: Verdict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "system", lambda: system)
-    monkeypatch.setattr(setup, "sys", SimpleNamespace(version_info=(*python, 0)))
-    found = setup.check_software()
+    monkeypatch.setattr(checks, "sys", SimpleNamespace(version_info=(*python, 0)))
+    found = checks.check_software()
     assert (found.verdict, bool(found.fix)) == (verdict, verdict is not Verdict.OK)
 
 
@@ -195,7 +193,7 @@ def test_kernel_says_what_keeps_the_clock(
 ) -> None:
     libc = SimpleNamespace(adjtimex=lambda buffer: answer)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
-    assert setup.check_clock_keeping().verdict is verdict
+    assert checks.check_clock_keeping().verdict is verdict
 
 
 def test_doctor_takes_the_options_of_a_node(tmp_path: Path) -> None:

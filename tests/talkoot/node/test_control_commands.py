@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import SettingsError
-from talkoot import terminal as console
+from talkoot import terminal
 from talkoot.doctor.checks import Finding, Verdict
 from talkoot.doctor.examination import Report
 from talkoot.node.control import ControlClient
@@ -153,11 +153,11 @@ def lines_in(path: Path) -> list[str]:
 
 
 def log(text: str) -> None:
-    console.logger.warning(text)
+    terminal.logger.warning(text)
 
 
 def test_log_file_is_rotated_and_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "LOG_FILE_BYTES", 400)
+    monkeypatch.setattr(terminal, "LOG_FILE_BYTES", 400)
     path = tmp_path / "node.log"
     follower = Follower(path)
     assert follower.lines() == []

@@ -19,7 +19,7 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
 from talkoot.demo.links import free_ports
-from talkoot.node import launch as node_run
+from talkoot.node import launch
 from talkoot.node.launch import Origin, _NodeRun
 from talkoot.terminal import LogFormat, Terminal
 
@@ -73,7 +73,7 @@ def test_who_was_there_waits_and_leaves_at_once_when_told(founder: Identity, tmp
 def test_it_comes_back_when_others_do(
     loop: LoopThread, founder: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_run, "_FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr(launch, "_FIRST_WAIT_S", 0.05)
     (port,) = free_ports(HOST, 1)
     invite = invite_of(founder, port)
     remember(invite, tmp_path)

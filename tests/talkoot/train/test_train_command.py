@@ -19,9 +19,9 @@ from torch import Tensor
 from training_swarm import TEXT, Founder, founded, talkoot
 
 from dht.invites import Invite
-from peer import checkpoints as numbered
+from peer import checkpoints
 from peer.loop import LoopThread
-from talkoot.train import session as train_run
+from talkoot.train import session
 from trainer_client.client import SwarmClient
 from trainer_client.model import LanguageModel
 
@@ -149,12 +149,12 @@ def test_when_all_experts_are_lost_training_waits_and_loses_no_step(
 
     lose_experts_after(2, founder, monkeypatch)
     comes_back, log = ComesBack(), tmp_path / "log"
-    train_run.logger.addHandler(comes_back)
+    session.logger.addHandler(comes_back)
     try:
         options = ("--data", text, "--steps", 6, "--in-flight", in_flight, "--log", log)
         ended = talkoot(*train(founder, tmp_path / "state", *options))
     finally:
-        train_run.logger.removeHandler(comes_back)
+        session.logger.removeHandler(comes_back)
         founder.resume()
     assert ended.status == 0, ended.err
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
@@ -194,8 +194,8 @@ def lose_experts_after(step: int, founder: Founder, monkeypatch: pytest.MonkeyPa
                 client._loop.run(client._refresh_soon(), 10)
         return real(client)
 
-    real = train_run._swarm_now
-    monkeypatch.setattr(train_run, "_swarm_now", swarm_now)
+    real = session._swarm_now
+    monkeypatch.setattr(session, "_swarm_now", swarm_now)
 
 
 def test_without_a_live_expert_nothing_begins(founder: Founder, trained: Path) -> None:
@@ -255,7 +255,7 @@ def test_ctrl_c_saves_the_last_whole_step(
                 time.sleep(stuck_s)  # longer than a command waits
             return super().loss(tokens_BT)
 
-    monkeypatch.setattr(train_run, "LanguageModel", Interrupted)
+    monkeypatch.setattr(session, "LanguageModel", Interrupted)
     ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 50))
     assert ended.status == 128 + signal.SIGINT
     saved = 2 if stuck_s else 3
@@ -272,7 +272,7 @@ def test_a_run_that_could_save_nothing_names_no_checkpoint(
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(numbered, "write_atomically", full)
+    monkeypatch.setattr(checkpoints, "write_atomically", full)
     result = tmp_path / "result.json"
     ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 2, "--json", result))
     assert ended.status == 0, ended.err
@@ -287,7 +287,7 @@ def test_a_loss_that_stays_not_finite_is_one_clear_line(
         def loss(self, tokens_BT: Tensor) -> Tensor:
             return super().loss(tokens_BT) * math.nan
 
-    monkeypatch.setattr(train_run, "LanguageModel", Broken)
+    monkeypatch.setattr(session, "LanguageModel", Broken)
     ended = talkoot(*train(founder, tmp_path, "--data", text, "--steps", 50))
     ended.is_one_clear_line(
         "not finite in 10 steps in a row, up to step 10: train with a smaller learning_rate"

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from peer import settings as optional
+from peer import settings
 from peer.errors import SettingsError, StartError
 from talkoot.terminal import LogFormat, Terminal
 from talkoot.train.display import check_plot, describe, logs_written, plot_losses, progress_shown
@@ -88,7 +88,7 @@ def test_a_plot_that_can_not_be_written_is_known_before(
         check_plot(tmp_path / "no" / "such.png")
     plot_losses(make_history(1.0), tmp_path / "no" / "such.png")
     assert "could not write the plot" in caplog.text
-    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(
         SettingsError, match=r"--plot needs the package matplotlib: pip install 'talkoot\[plot\]'"
     ):

@@ -12,7 +12,7 @@ from dense_trainers import Play, Square, are_one, ended, identities, play
 from test_dense_part import make_model, trained
 
 import dht.relays
-from dht import relays as reached
+from dht import relays as relays_module
 from dht.announcements import read_trainer
 from dht.relays import RelayKeeper, is_hidden
 from peer.identity import PeerID
@@ -133,7 +133,7 @@ def swarm(monkeypatch: pytest.MonkeyPatch) -> FakeSwarm:
     async def find_relays(host: Any, registry: Any, rng: random.Random, most: int) -> list[str]:
         return [RELAY] * most
 
-    monkeypatch.setattr(reached, "find_relays", find_relays)
+    monkeypatch.setattr(relays_module, "find_relays", find_relays)
     monkeypatch.setattr(dht.relays, "_LOOK_S", 0.001)
     return FakeSwarm()
 
@@ -201,7 +201,7 @@ def test_where_nobody_can_be_a_relay_the_daemon_is_left_alone(
         searches += 1
         return []
 
-    monkeypatch.setattr(reached, "find_relays", find_none)
+    monkeypatch.setattr(relays_module, "find_relays", find_none)
 
     async def scenario() -> None:
         relayed = RelayKeeper(swarm, 4, random.Random(0), ten_seconds_apart().__next__)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer import settings as optional
+from peer import settings
 from peer.errors import DataError, SettingsError, StartError
 from trainer_client.data.corpus import Corpus, encode_corpus
 from trainer_client.data.tokenizer import (
@@ -90,7 +90,7 @@ def test_a_tokenizer_of_words_is_refused() -> None:
 
 
 def test_byte_pairs_without_their_package_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"tokenizers: pip install 'talkoot\[bpe\]'"):
         load_tokenizer("{}")
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer import settings as optional
+from peer import settings
 from peer.errors import DataError, SettingsError
 from trainer_client.data import sources
 from trainer_client.data.sources import find_files, read_text
@@ -190,7 +190,7 @@ def test_what_cannot_be_read_is_named() -> None:
 def test_parquet_without_its_package_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     (tmp_path / "a.parquet").touch()
     with pytest.raises(SettingsError, match=r"pyarrow: pip install 'talkoot\[parquet\]'"):
         find_files([str(tmp_path)])
