@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from dht.announcements import MAX_LATENCIES
+from dht.announcements import MAX_LATENCIES, Latency
 from dht.invites import Invite
 from dht.swarm import Swarm
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
@@ -20,7 +20,7 @@ from peer.wire import records_pb2
 from trainer_client.averaging.averager import Averaging
 from trainer_client.dispatch.calls import DispatchMetrics
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.dispatch.policy import Latencies, Quantiles
+from trainer_client.dispatch.policy import Latencies
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.record import Progress
 
@@ -209,7 +209,7 @@ def _set_progress(record: records_pb2.TrainerRecord, progress: Progress, validat
         record.bits_per_byte = validated.bits_per_byte
 
 
-def _latency(quantiles: Quantiles | None) -> records_pb2.Latency | None:
+def _latency(quantiles: Latency | None) -> records_pb2.Latency | None:
     return None if quantiles is None else records_pb2.Latency(p50_s=quantiles.p50_s, p99_s=quantiles.p99_s)
 
 

@@ -1,15 +1,15 @@
-"""Circuit breakers: peers that failed are left alone for a while, each time longer. Pure: `now` is passed in.
+"""What a trainer decides by about peers and time: circuit breakers, answer screening, latencies and the wait policy.
 
-How long calls to nodes took: the last ones for quantiles, all of them for a histogram, and a mean of each node.
+- `CircuitBreakers`: peers that failed are left alone for a while, each time longer.
+- `AnswerScreening`: answers that no honest expert gives, seen by the answer alone. Experts carry their own residual
+  connection, so what they answer stays near its input in size and follows it. Wrong shapes and numbers that are not
+  finite are refused earlier, where a call is read.
+- `Latencies`: how long calls to nodes took lately.
+- `WaitPolicy`: deadlines and hedging that follow from that.
 
-Answers that no honest expert gives: seen by the answer alone, with no second opinion. Pure and bounded.
-
-Experts carry their own residual connection: what they answer stays near its input in size and follows it. Wrong shapes
-and numbers that are not finite are refused before, where a call is read.
+Everything is bounded, and pure: `now` is passed in.
 
 Shapes: R rows, D hidden size.
-
-How long to wait for experts: deadlines that follow from how long calls took lately. Pure: reads no clock.
 """
 
 import math
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dht.announcements import Latency
 from peer.bounded import BoundedDict
 from peer.codec import Floats
 from peer.identity import PeerID
@@ -27,6 +28,33 @@ from peer.identity import PeerID
 _LONGEST_BAN_S = 86400.0
 _FORGIVEN = 3
 """Quick failures in a row. On a line that loses every tenth call four in a row are one in 10,000."""
+
+_RECENT = 512
+"""Calls of each direction that quantiles are taken from."""
+_NODES = 4096
+"""Nodes whose mean is kept, those that answered last."""
+_WEIGHT = 0.25
+"""Of a new call in its node's mean."""
+
+MOST_GROWTH = 1000.0
+"""An answer's largest number, against one and the largest that it was computed from."""
+MOST_GRADIENT_GROWTH = 1e6
+"""The same for gradients: the norm of a row whose numbers are nearly equal makes them large, by 1/√ε at most."""
+_APART = 0.1
+"""How far two rows must be apart, against their size, that no expert and no codec makes one of them."""
+_COMPARED = 64
+"""Columns of a row that are kept to compare it."""
+_REMEMBERED_ROWS = 8
+_REMEMBERED_PEERS = 256
+
+LEAST_KNOWN = 32
+"""With fewer calls than that nothing is said about how long they take."""
+
+_WINDOW = 256
+_USUAL, _SLOW = 0.9, 0.95
+_DEADLINE_FACTOR = 4.0
+_LEAST_HEDGE_S = 0.05
+"""Quicker answers are not worth a second call."""
 
 
 @dataclass
@@ -112,22 +140,6 @@ class CircuitBreakers:
             return breaker
 
 
-_RECENT = 512
-"""Calls of each direction that quantiles are taken from."""
-_NODES = 4096
-"""Nodes whose mean is kept, those that answered last."""
-_WEIGHT = 0.25
-"""Of a new call in its node's mean."""
-
-
-@dataclass(frozen=True)
-class Quantiles:
-    """In seconds."""
-
-    p50_s: float
-    p99_s: float
-
-
 class Durations:
     """Of one direction."""
 
@@ -137,10 +149,10 @@ class Durations:
     def note(self, seconds: float) -> None:
         self._recent.append(seconds)
 
-    def quantiles(self) -> Quantiles | None:
+    def quantiles(self) -> Latency | None:
         """Of the last calls; None before the first."""
         ordered = sorted(self._recent)
-        return Quantiles(_nearest(ordered, 0.5), _nearest(ordered, 0.99)) if ordered else None
+        return Latency(_nearest(ordered, 0.5), _nearest(ordered, 0.99)) if ordered else None
 
 
 class Latencies:
@@ -167,20 +179,8 @@ def _nearest(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-MOST_GROWTH = 1000.0
-"""An answer's largest number, against one and the largest that it was computed from."""
-MOST_GRADIENT_GROWTH = 1e6
-"""The same for gradients: the norm of a row whose numbers are nearly equal makes them large, by 1/√ε at most."""
-_APART = 0.1
-"""How far two rows must be apart, against their size, that no expert and no codec makes one of them."""
-_COMPARED = 64
-"""Columns of a row that are kept to compare it."""
-_REMEMBERED_ROWS = 8
-_REMEMBERED_PEERS = 256
-
-
 @dataclass(frozen=True)
-class _Kept:
+class _RememberedAnswer:
     """The first row of an answer, and of what it was computed from."""
 
     answer: bytes
@@ -191,7 +191,7 @@ class AnswerScreening:
     """What is wrong with answers, by each one alone and by those that the same peer gave lately."""
 
     def __init__(self) -> None:
-        self._lately = BoundedDict[PeerID, list[_Kept]](_REMEMBERED_PEERS)
+        self._lately = BoundedDict[PeerID, list[_RememberedAnswer]](_REMEMBERED_PEERS)
 
     def fault_of_gradient(self, gradients_RD: Floats, answer_RD: Floats) -> str | None:
         """In a word, or None. Small gradients may well become zeros on their way, and so equal."""
@@ -212,7 +212,7 @@ class AnswerScreening:
         for kept in lately:
             if kept.answer == row:
                 return are_apart(kept.inputs, compared)
-        lately.append(_Kept(row, compared))
+        lately.append(_RememberedAnswer(row, compared))
         del lately[:-_REMEMBERED_ROWS]
         return False
 
@@ -235,16 +235,6 @@ def are_apart(one_D: Floats, other_D: Floats) -> bool:
 
 def _largest(numbers_RD: Floats) -> float:
     return max(float(numbers_RD.max(initial=0.0)), -float(numbers_RD.min(initial=0.0)))
-
-
-LEAST_KNOWN = 32
-"""With fewer calls than that nothing is said about how long they take."""
-
-_WINDOW = 256
-_USUAL, _SLOW = 0.9, 0.95
-_DEADLINE_FACTOR = 4.0
-_LEAST_HEDGE_S = 0.05
-"""Quicker answers are not worth a second call."""
 
 
 class CallTimes:

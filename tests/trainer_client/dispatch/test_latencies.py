@@ -2,8 +2,9 @@
 
 import pytest
 
+from dht.announcements import Latency
 from peer.identity import PeerID
-from trainer_client.dispatch.policy import Durations, Latencies, Quantiles
+from trainer_client.dispatch.policy import Durations, Latencies
 
 
 def peer(number: int) -> PeerID:
@@ -15,7 +16,7 @@ def test_quantiles_are_of_values_that_were_seen() -> None:
     assert durations.quantiles() is None
     for hundredths in range(1, 101):
         durations.note(hundredths / 100)
-    assert durations.quantiles() == Quantiles(0.5, 0.99)
+    assert durations.quantiles() == Latency(0.5, 0.99)
 
 
 def test_old_calls_are_forgotten_in_quantiles() -> None:
@@ -24,7 +25,7 @@ def test_old_calls_are_forgotten_in_quantiles() -> None:
         durations.note(9.0)
     for _ in range(600):
         durations.note(0.001)
-    assert durations.quantiles() == Quantiles(0.001, 0.001)
+    assert durations.quantiles() == Latency(0.001, 0.001)
 
 
 def test_a_nodes_mean_moves_towards_its_calls() -> None:
