@@ -89,13 +89,17 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(pl
 
         back = await found()
         await village.run(back)
+        all_of_them = {n.swarm.host.peer_id for n in (back, others[0], late)}
+
+        async def lists_all(swarm: Swarm) -> bool:
+            return await swarm.registry.node_ids() == all_of_them
+
         assert back.swarm.manifest_record.data == record
         assert back.swarm.manifest_record.expires_at == founder.swarm.manifest_record.expires_at
         await eventually(lambda: at_least_once(back.swarm))
         for node in (others[0], late):
             await eventually(lambda node=node: at_least_once(node.swarm))  # type: ignore[misc]
-            listed = await node.swarm.registry.node_ids()
-            assert listed == {n.swarm.host.peer_id for n in (back, others[0], late)}
+            await eventually(lambda node=node: lists_all(node.swarm))  # type: ignore[misc]
 
         await back.stop()
         changed = MANIFEST.model_copy(update={"routing": MANIFEST.routing.model_copy(update={"top_k": 1})})

@@ -20,6 +20,8 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
 
 @dataclass(frozen=True)
 class Founder:
@@ -203,7 +205,7 @@ def test_busy_port_is_named(tmp_path: Path, option: str) -> None:
     manifest = tmp_path / "swarm.toml"
     manifest.write_text('name = "busy"\n')
     with listening() as port:
-        ended = run(
+        ended = run_here(
             *("node", "--new", str(manifest), "--host", HOST, "--state", str(tmp_path / "state")),
             *("--experts", "0", option, str(port)),
         )
@@ -298,7 +300,7 @@ def test_missing_manifest_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["node", "train"])
 def test_state_folder_in_use_is_named(founder: Founder, name: str) -> None:
     host = ["--host", HOST] if name == "node" else []
-    ended = run(name, "--join", founder.invite, "--state", str(founder.state), *host)
+    ended = run_here(name, "--join", founder.invite, "--state", str(founder.state), *host)
     assert_one_clear_line(ended, f"another process uses the state folder {founder.state}", "--state")
 
 
@@ -317,7 +319,7 @@ def test_second_founder_of_a_name_is_refused(founder: Founder, tmp_path: Path) -
         "--bootstrap",
     ]
     assert_one_clear_line(run(*found, bootstrap), "'taken' exists here already", "choose another name")
-    assert_one_clear_line(run(*found, "there"), "--bootstrap there")
+    assert_one_clear_line(run_here(*found, "there"), "--bootstrap there")
 
 
 def test_demo_of_one_node_has_none_to_lose() -> None:

@@ -17,14 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import DEADLINE_S, assert_one_clear_line, wait_until
+from commands import assert_one_clear_line, wait_until
 from training_swarm import HOST, TEXT, Founder, founded, talkoot
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.loop import LoopThread
 from peer.metrics import total
 
-pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+LIMIT_S = 180.0
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),  # hivemind's, on 3.11
+    pytest.mark.timeout(3 * LIMIT_S),
+]
 LIVELY: dict[str, Any] = {"replicas": 2, "average_every_s": 0.5, "announce_every_s": 3}
 """Settings with which a node soon replicates what another hosts, and averages with it."""
 NEW: dict[str, Any] = {"experts": 4, "spare": 0}
@@ -62,7 +66,7 @@ def run_of(release: Path, *arguments: object) -> subprocess.CompletedProcess[str
         command(*arguments),
         capture_output=True,
         text=True,
-        timeout=DEADLINE_S,
+        timeout=LIMIT_S,
         cwd=release,
         env=os.environ | {"PYTHONPATH": str(release)},
     )
@@ -101,7 +105,7 @@ def joined(release: Path, invite: str, folder: Path) -> Iterator[OldNode]:
         yield OldNode(log)
     finally:
         node.terminate()
-        assert node.wait(DEADLINE_S) in (0, 130, 143), log.read_text()
+        assert node.wait(LIMIT_S) in (0, 130, 143), log.read_text()
     assert "Traceback" not in log.read_text(), log.read_text()
 
 

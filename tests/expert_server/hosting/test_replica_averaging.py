@@ -177,7 +177,8 @@ def test_full_nodes_drop_what_others_host_too_for_what_nobody_hosts(play: Play) 
         staying = first, third
         for node in staying:
             await village.run(node)
-        await second.swarm.host.stop()  # no farewell
+        await second.swarm.registry.withdraw(UIDS, 60)  # or it would take the lifetime of an announcement
+        await second.swarm.host.stop()
 
         async def all_are_hosted() -> bool:
             return {uid for node in staying for uid in node.runtime.experts} == set(UIDS)

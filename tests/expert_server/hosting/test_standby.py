@@ -97,9 +97,9 @@ def test_an_orphan_goes_on_from_the_copy_on_another_nodes_disk(play: Play) -> No
 
         host.swarm.host.p2p._child.kill()  # its announcements expire, and its disk is out of reach
         await host.swarm.stop()
-        await village.run(keeper)
 
         async def adopted() -> bool:
+            await keeper.hosting.look()  # an expert must be vacant twice in a row
             return set(keeper.runtime.experts) == set(UIDS)
 
         await eventually(adopted)

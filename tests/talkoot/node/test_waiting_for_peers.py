@@ -86,8 +86,16 @@ def test_it_comes_back_when_others_do(
     assert isinstance(manifest, Manifest)
 
     async def scenario() -> None:
-        coming = asyncio.create_task(node._start_swarm(joining, lambda text: None))
-        await asyncio.sleep(0.5)
+        tries = 0
+
+        def stage(text: str) -> None:
+            nonlocal tries
+            tries += text == "joining the DHT"
+
+        coming = asyncio.create_task(node._start_swarm(joining, stage))
+        async with asyncio.timeout(DEADLINE_S):
+            while tries < 3:  # noqa: ASYNC110  # a stage is told to a function
+                await asyncio.sleep(0.01)
         assert not coming.done()
         other = await found_swarm(founder, manifest, NetworkConfig(HOST, port))
         try:
