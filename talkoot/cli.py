@@ -32,6 +32,7 @@ from talkoot.options import (
     given_settings,
     load_settings,
 )
+from talkoot.signals import exit_at_once_on_signals
 from talkoot.terminal import LogFormat
 
 WELCOME = """\
@@ -70,6 +71,7 @@ def main() -> None:
     The command has closed all that it opened. Python's own shutdown takes more than a second once torch is imported,
     and gRPC's threads keep running meanwhile.
     """
+    exit_at_once_on_signals()  # until a command handles them: options import the settings
     try:
         app()
     except SystemExit as end:
@@ -145,15 +147,16 @@ def node(
     log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Host experts, in a new swarm or one that you were invited to."""
-    with command(LogFormat.JSON if as_json else log_format) as (terminal, _):
-        with imports_without_gc():
+    with command(LogFormat.JSON if as_json else log_format) as (terminal, signals):
+        with signals.importing(), imports_without_gc():
             from expert_server.settings import NodeSettings
             from talkoot.node.launch import Origin, run_node
 
         origin = Origin(new, join, tuple(bootstrap or ()))
         settings = load_settings(context, NodeSettings)
         if check:
-            from talkoot.doctor.examination import run_check
+            with signals.importing():
+                from talkoot.doctor.examination import run_check
 
             if not run_check(terminal, origin, settings, cached=cached):
                 raise typer.Exit(_FAILED)
@@ -186,7 +189,7 @@ def train(
 ) -> None:
     """Train a language model on the experts of a swarm."""
     with command(log_format) as (terminal, signals):
-        with imports_without_gc():
+        with signals.importing(), imports_without_gc():
             from talkoot.train.session import run_train
             from trainer_client.settings import TrainerSettings
 
@@ -202,8 +205,9 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Repeat until Ctrl-C.")] = False,
 ) -> None:
     """List the nodes, trainers and experts of a swarm."""
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, _):
-        from talkoot.status import run_status
+    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+        with signals.importing():
+            from talkoot.status import run_status
 
         run_status(terminal, join, watch)
 
@@ -213,9 +217,10 @@ def dashboard(
     context: typer.Context, *, join: Join = None, config: Config = None, log_format: Format = LogFormat.TEXT
 ) -> None:
     """Show a swarm on a web page, and to other programs."""
-    with command(log_format) as (terminal, _):
-        from talkoot.dashboard.server import run_dashboard
-        from talkoot.dashboard.settings import DashboardSettings
+    with command(log_format) as (terminal, signals):
+        with signals.importing():
+            from talkoot.dashboard.server import run_dashboard
+            from talkoot.dashboard.settings import DashboardSettings
 
         run_dashboard(terminal, join, load_settings(context, DashboardSettings))
 
@@ -254,9 +259,10 @@ def demo(
     ] = None,
 ) -> None:
     """Train on a swarm on this machine, and kill a node meanwhile."""
-    with command(LogFormat.TEXT) as (terminal, _):
-        from talkoot.demo.links import Link
-        from talkoot.demo.scenario import DemoPlan, run_demo
+    with command(LogFormat.TEXT) as (terminal, signals):
+        with signals.importing():
+            from talkoot.demo.links import Link
+            from talkoot.demo.scenario import DemoPlan, run_demo
 
         before = None if link is None else Link.parse(link)
         run_demo(terminal, DemoPlan(nodes, steps, kill, data, link=before), json_file)
@@ -273,8 +279,9 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained model."""
     with command(LogFormat.TEXT) as (terminal, signals):
-        from talkoot.train.trained import run_generate
-        from trainer_client.settings import Sampling, TrainerSettings
+        with signals.importing():
+            from talkoot.train.trained import run_generate
+            from trainer_client.settings import Sampling, TrainerSettings
 
         settings, sampling = load_settings(context, TrainerSettings), load_settings(context, Sampling)
         run_generate(terminal, signals, join, prompt, settings, sampling)
@@ -294,8 +301,9 @@ def evaluate(
 ) -> None:
     """Measure a trained model's loss and perplexity on a text."""
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
-        from talkoot.train.trained import run_evaluate
-        from trainer_client.settings import TrainerSettings
+        with signals.importing():
+            from talkoot.train.trained import run_evaluate
+            from trainer_client.settings import TrainerSettings
 
         run_evaluate(terminal, signals, join, paths, load_settings(context, TrainerSettings))
 

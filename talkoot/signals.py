@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and SIGHUP: the first signal stops the command in good order, and later ones only hurry it."""
 
 import asyncio
+import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -28,6 +29,16 @@ def stop_signals() -> list[signal.Signals]:
     return always if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*always, signal.SIGHUP]
 
 
+def exit_at_once_on_signals() -> None:
+    """From now on a signal ends the process. For a time in which there is nothing to clean up."""
+    for number in stop_signals():
+        signal.signal(number, _exit_at_once)
+
+
+def _exit_at_once(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
 class StopSignals:
     """Raises Stopped in the main thread on the first signal. For commands whose main thread runs no event loop."""
 
@@ -35,9 +46,24 @@ class StopSignals:
         self.received: Stopped | None = None
         self._raised = False
         self._event: threading.Event | None = None
+        self._install()
+        signal.signal(signal.SIGALRM, self._on_alarm)
+
+    def _install(self) -> None:
         for number in stop_signals():
             signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGALRM, self._on_alarm)
+
+    @contextmanager
+    def importing(self) -> Iterator[None]:
+        """Inside, a signal ends the process at once.
+
+        An exception in the middle of an import can be lost: torch drops those raised while numpy is imported.
+        """
+        exit_at_once_on_signals()
+        try:
+            yield
+        finally:
+            self._install()
 
     @contextmanager
     def gently(self, event: threading.Event) -> Iterator[None]:

@@ -1,8 +1,13 @@
-"""The first signal stops a command politely, the second one hurries it, and its clean-up is always done."""
+"""The first signal stops a command politely, the second one hurries it, and its clean-up is always done.
+
+While a command imports what it runs there is nothing to clean up, and it ends at once.
+"""
 
 import signal
 import subprocess
 import sys
+
+import pytest
 
 SCRIPT = """
 import asyncio
@@ -35,3 +40,36 @@ def test_the_second_signal_hurries_what_the_first_one_stopped() -> None:
         process.send_signal(signal.SIGINT)
         assert process.stdout.readlines() == ["cleaned up\n", f"{128 + signal.SIGTERM}\n"]
         assert process.wait(60) == 0
+
+
+IMPORT_SCRIPT = """
+import signal
+from talkoot.signals import Stopped, StopSignals
+
+signals = StopSignals()
+if {importing}:
+    with signals.importing():
+        try:
+            signal.raise_signal({number})
+        except BaseException:
+            pass  # as in torch, while numpy is imported
+else:
+    with signals.importing():
+        pass
+    try:
+        signal.raise_signal({number})
+    except Stopped as stopped:
+        print("stopped", stopped.exit_status)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_an_import_ends_the_process_at_once(number: signal.Signals) -> None:
+    script = IMPORT_SCRIPT.format(importing=True, number=int(number))
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 128 + number
+
+
+def test_a_signal_after_the_imports_is_raised() -> None:
+    script = IMPORT_SCRIPT.format(importing=False, number=int(signal.SIGINT))
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert result.stdout == f"stopped {128 + signal.SIGINT}\n"
