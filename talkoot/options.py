@@ -272,6 +272,8 @@ class TrainCommand(SettingsCommand):
             "preset",
             "router",
             "average_every",
+            "seed",
+            "threads",
         ),
         "Checkpoints": ("resume", "checkpoint", "checkpoint_every"),
         "Settings and output": ("state", "config", "log", "plot", "json_file", "log_format"),
@@ -285,12 +287,28 @@ class TrainCommand(SettingsCommand):
 
 
 _TRAINED_MODEL = ("checkpoint", "wait_for_experts_s", "threads", "state")
+_TRAINED_MODEL_SHOWN = ("join", "checkpoint", "state", "threads", "wait_for_experts_s")
 
 
-class GenerateCommand(SettingsCommand):
+class TrainedModelCommand(SettingsCommand):
+    """A command that reads what `talkoot train` wrote."""
+
+    @cached_property
+    def _setting_options(self) -> list[Any]:
+        options = super()._setting_options
+        for option in options:
+            if option.name == "checkpoint":
+                option.help = "Folder of checkpoints, or one of its files.  [default: the newest run's]"
+            elif option.name == "state":
+                where = option.help[option.help.index("  [default: ") :]
+                option.help = f"The trainer's state folder, where its checkpoints are.{where}"
+        return options
+
+
+class GenerateCommand(TrainedModelCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Text": ("prompt", "max_tokens", "temperature", "top_k", "top_p", "seed"),
-        "Model": ("join", "checkpoint", "state", "threads"),
+        "Model": _TRAINED_MODEL_SHOWN,
     }
 
     @staticmethod
@@ -300,10 +318,10 @@ class GenerateCommand(SettingsCommand):
         return {TrainerSettings: _TRAINED_MODEL, Sampling: _all_settings(Sampling)}
 
 
-class EvaluateCommand(SettingsCommand):
+class EvaluateCommand(TrainedModelCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Text": ("paths", "field"),
-        "Model": ("join", "checkpoint", "state", "threads"),
+        "Model": _TRAINED_MODEL_SHOWN,
         "Output": ("as_json",),
     }
 

@@ -161,6 +161,18 @@ def test_an_option_shows_what_its_value_is(name: str, option: str, metavar: str)
     assert options_of(name)[option].metavar == metavar
 
 
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+def test_a_command_that_reads_checkpoints_does_not_offer_to_write_them(name: str) -> None:
+    options = options_of(name)
+    assert options["checkpoint"].help.endswith("[default: the newest run's]")
+    assert options["state"].help.startswith(
+        "The trainer's state folder, where its checkpoints are.  [default: ~"
+    )
+    assert options_of("train")["checkpoint"].help.endswith(
+        "[default: a new one for each run, in the state folder]"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "folder"),
     [
