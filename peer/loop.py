@@ -110,11 +110,12 @@ class TaskSet:
             self._tasks.discard(task)
 
     async def aclose(self) -> None:
-        """Cancels what still runs and waits for it. Closing twice is harmless."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Cancels what still runs and waits for it, except for the task that closes. Closing twice is harmless."""
+        current = asyncio.current_task()
+        while tasks := self._tasks - {current}:  # those that end may have started others
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _note_end(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)

@@ -29,6 +29,37 @@ def test_closing_ends_what_still_runs() -> None:
     asyncio.run(scenario())
 
 
+def test_closing_ends_what_was_started_meanwhile_too() -> None:
+    async def scenario() -> None:
+        tasks, late = TaskSet(), list[asyncio.Task[None]]()
+
+        async def start_another() -> None:
+            try:
+                await for_ever()
+            finally:
+                late.append(tasks.spawn(for_ever(), "wait"))
+
+        tasks.spawn(start_another(), "start another")
+        await asyncio.sleep(0)
+        await tasks.aclose()
+        assert late[0].cancelled()
+        assert not len(tasks)
+
+    asyncio.run(scenario())
+
+
+def test_a_task_may_close_the_set_that_holds_it() -> None:
+    async def scenario() -> None:
+        tasks = TaskSet()
+        other = tasks.spawn(for_ever(), "wait")
+        closing = tasks.spawn(tasks.aclose(), "close")
+        await asyncio.wait([closing], timeout=60)
+        assert closing.done()
+        assert other.cancelled()
+
+    asyncio.run(scenario())
+
+
 def test_a_mistake_is_logged_and_an_expected_error_is_left_to_the_waiter(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
