@@ -19,10 +19,9 @@ DEADLINE_S = 120.0
 @pytest.mark.timeout(600)  # four processes start and end, on a machine that may be busy
 @pytest.mark.parametrize("cut_s", [0.0, pytest.param(90.0, marks=pytest.mark.slow)])
 def test_two_halves_train_on_and_find_each_other_again(
-    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_s: float
+    loop: LoopThread, tmp_path: Path, cut_s: float
 ) -> None:
     """`cut_s`: how long, after the halves have forgotten each other. Connections die of a minute's silence."""
-    monkeypatch.setenv("TALKOOT_TRAIN_REFRESH_EVERY_S", "0.5")
 
     async def scenario() -> None:
         swarm = ChaosSwarm(PLAN, tmp_path)

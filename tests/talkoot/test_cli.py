@@ -267,7 +267,9 @@ def test_router_that_does_not_exist_is_named_with_those_that_do(founder: Founder
 
 def test_number_of_experts_that_a_router_can_not_have_is_named(founder: Founder, tmp_path: Path) -> None:
     state = str(tmp_path / "state")
-    ended = run("train", "--join", founder.invite, "--state", state, "--router", "switch", "--top-k", "2")
+    ended = run_here(
+        "train", "--join", founder.invite, "--state", state, "--router", "switch", "--top-k", "2"
+    )
     assert_one_clear_line(ended, "top_k: switch sends each token to 1 expert")
 
 
@@ -330,7 +332,7 @@ def test_result_that_can_not_be_written_is_known_before_the_work(founder: Founde
     nowhere = tmp_path / "no" / "such.json"
     state = str(tmp_path / "state")
     assert_one_clear_line(run_here("demo", "--json", str(nowhere)), str(nowhere))
-    train = run("train", "--join", founder.invite, "--state", state, "--json", str(nowhere))
+    train = run_here("train", "--join", founder.invite, "--state", state, "--json", str(nowhere))
     assert_one_clear_line(train, str(nowhere))
 
 
@@ -347,7 +349,7 @@ def test_status_lists_nodes_and_experts(founder: Founder) -> None:
 def test_trainer_with_too_short_a_text_is_told_what_it_needs(founder: Founder, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short")
-    ended = run("train", "--join", founder.invite, "--state", str(tmp_path / "s"), "--data", str(text))
+    ended = run_here("train", "--join", founder.invite, "--state", str(tmp_path / "s"), "--data", str(text))
     assert_one_clear_line(ended, "9 bytes")
 
 
