@@ -174,7 +174,8 @@ class TrainerSettings(RoleSettings):
         ge=0,
         le=7 * 86400,
         allow_inf_nan=False,
-        description="seconds that the command waits for a live expert before it ends",
+        description="longest wait for the first live expert, in seconds; then `train` waits as long for all of "
+        "them, but at most a minute",
     )
     checkpoint: Path | None = Field(
         default=None, description="folder of checkpoints; unset: a new one for each run, in the state folder"
