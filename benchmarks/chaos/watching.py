@@ -136,7 +136,7 @@ class Watcher:
         try:
             async for answer in self._caller.call(call):
                 if answer.tensor is not None:
-                    uid = answer.request.batch.uid
+                    uid = answer.batch.uid
                     counts[str(uid)] = answer.update_count
                     tensors[uid] = answer.tensor
         except ExpertError as error:

@@ -235,9 +235,9 @@ class FakeSwarm:
             for behaviour, request in sorted(parts, key=lambda part: part[0].after_s):
                 await self._wait_until(began + peer.after_s + behaviour.after_s, ends)
                 if behaviour.error is None:
-                    yield Answer(request, peer_id, self.compute(call.direction, request))
+                    yield Answer(request.batch, peer_id, self.compute(call.direction, request))
                 else:
-                    yield Answer(request, peer_id, None, behaviour.error)
+                    yield Answer(request.batch, peer_id, None, behaviour.error)
         finally:
             self.ended += 1
 

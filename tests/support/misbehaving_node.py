@@ -140,7 +140,8 @@ class Collected:
     @property
     def answered(self) -> list[int]:
         """Which of the requests were answered, in the order of the answers."""
-        return [self.requests.index(answer.request) for answer in self.answers]
+        batches = [request.batch for request in self.requests]
+        return [batches.index(answer.batch) for answer in self.answers]
 
     @property
     def status(self) -> StatusCode | None:

@@ -77,4 +77,5 @@ async def ask(
 ) -> dict[int, Answer]:
     """The answers, by the place of what they answer among the requests."""
     call = NodeCall(node, direction, requests, 20.0)
-    return {requests.index(answer.request): answer async for answer in caller.call(call)}
+    batches = [request.batch for request in requests]
+    return {batches.index(answer.batch): answer async for answer in caller.call(call)}

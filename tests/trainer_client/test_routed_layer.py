@@ -315,7 +315,7 @@ class GuardedSwarm(FakeSwarm):
     async def call(self, call: NodeCall) -> AsyncIterator[Answer]:
         async for answer in super().call(call):
             if call.direction == "backward":
-                (number,) = answer.request.batch.uid.coordinate
+                (number,) = answer.batch.uid.coordinate
                 answer = replace(answer, skipped_update=number > 0, rolled_back=number > 1)
             yield answer
 

@@ -86,9 +86,12 @@ class NodeCall:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one expert answered to a request: a tensor, or why there is none."""
+    """What one expert answered for a batch: a tensor, or why there is none.
 
-    request: Request
+    Names the batch and not the request, so that what was sent can be freed as soon as its call has ended.
+    """
+
+    batch: ExpertBatch
     peer_id: PeerID
     tensor: Floats | None  # [r, D]
     error: ExpertError | None = None

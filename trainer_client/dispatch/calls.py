@@ -15,7 +15,7 @@ from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import SECONDS, start_at_zero, total, totals
-from trainer_client.dispatch.batches import Answer, Direction, ExpertCaller, NodeCall, Request
+from trainer_client.dispatch.batches import Answer, Direction, ExpertBatch, ExpertCaller, NodeCall, Request
 from trainer_client.dispatch.policy import AnswerScreening, CallTimes, CircuitBreakers, Latencies
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class CallTracker:
         Where the call fails, the answers say so.
         """
         if self._closed:
-            _fail(call, call.requests, _CLOSED, sink)
+            _fail(call, [request.batch for request in call.requests], _CLOSED, sink)
             return
         self._tasks.spawn(self._make(call, sink), "call a node")
 
@@ -167,15 +167,14 @@ class CallTracker:
         self.metrics.calls.inc()
         peer_id = call.node.peer_id
         call_times = self.call_times[call.direction]
-        waiting = dict.fromkeys(call.requests)
+        waiting = {request.batch: request for request in call.requests}
         did_well, failure, began = True, _CLOSED, self.now()
         try:
             async for answer in self._caller.call(call):
                 if len(waiting) == len(call.requests):
                     self.latencies.note_node(peer_id, self.now() - began)
                     self._heard_at[peer_id] = self.now()
-                del waiting[answer.request]
-                answer = self._screened(answer)
+                answer = self._screened(waiting.pop(answer.batch), answer)
                 if answer.error is not None:
                     self._note_failure(peer_id, answer.error)
                     did_well &= answer.error.status in _NOT_THE_PEERS_FAULT
@@ -198,27 +197,28 @@ class CallTracker:
         finally:
             _fail(call, waiting, failure, sink)
 
-    def _screened(self, answer: Answer) -> Answer:
+    def _screened(self, request: Request, answer: Answer) -> Answer:
         """An answer that can't be an honest expert's counts as none, and its peer is banned for a while."""
         if answer.tensor is None:
             return answer
-        peer_id, request = answer.peer_id, answer.request
+        peer_id = answer.peer_id
         if request.gradients is not None:
             fault = self._screening.fault_of_gradient(request.gradients, answer.tensor)
         else:
             fault = self._screening.find_fault(peer_id, request.inputs, answer.tensor)
         if fault is None:
             return answer
-        error = ExpertError(StatusCode.DATA_LOSS, f"expert {request.batch.uid} gave a {fault} answer")
+        error = ExpertError(StatusCode.DATA_LOSS, f"expert {answer.batch.uid} gave a {fault} answer")
         logger.warning("node %s: %s: banned for a while", peer_id, error)
-        return Answer(request, peer_id, None, error)
+        return Answer(answer.batch, peer_id, None, error)
 
     def _note_guard(self, answer: Answer) -> None:
         self.metrics.skipped_updates.inc(answer.skipped_update)
         self.metrics.rollbacks.inc(answer.rolled_back)
         if answer.rolled_back:
-            uid = answer.request.batch.uid
-            logger.warning("expert %s of node %s went back to its last good state", uid, answer.peer_id)
+            logger.warning(
+                "expert %s of node %s went back to its last good state", answer.batch.uid, answer.peer_id
+            )
 
     def _note_failure(self, peer_id: PeerID, error: ExpertError, lost_quickly: bool = False) -> None:
         self.metrics.failures.labels(error.status.name.lower()).inc()
@@ -236,10 +236,10 @@ class CallTracker:
 _CLOSED = ExpertError(StatusCode.CANCELLED, "the trainer ended the call")
 
 
-def _fail(call: NodeCall, requests: Iterable[Request], error: ExpertError, sink: Answers) -> None:
-    for request in requests:
+def _fail(call: NodeCall, batches: Iterable[ExpertBatch], error: ExpertError, sink: Answers) -> None:
+    for batch in batches:
         lost = error.status in _LOST
-        sink.put_nowait(Answer(request, call.node.peer_id, None, error, call_lost=lost))
+        sink.put_nowait(Answer(batch, call.node.peer_id, None, error, call_lost=lost))
 
 
 async def next_answers(answers: Answers, timeout_s: float) -> list[Answer]:

@@ -133,7 +133,7 @@ class Dispatcher:
             for answer in await next_answers(answers, left):
                 waiting[answer.peer_id] -= 1
                 if answer.tensor is not None:
-                    total[answer.request.batch.rows] += answer.tensor  # a batch names each row once
+                    total[answer.batch.rows] += answer.tensor  # a batch names each row once
                     answered += 1
         self.metrics.late_gradients.inc(len(forward.answers) - answered)
         for peer_id, missing in waiting.items():

@@ -205,7 +205,7 @@ class ForwardRun:
 
         Gives whether the batch's last call was lost.
         """
-        sent, result = self._sent[answer.request.batch], self.result
+        sent, result = self._sent[answer.batch], self.result
         batch = sent.batch
         sent.peers.remove(answer.peer_id)
         if sent.answered_by is not None:
@@ -226,7 +226,8 @@ class ForwardRun:
         self._pending[rows, slots] = False
         result.answers.append(sent)
         if self._checks.is_due():
-            self._checks.begin(self._directory.view, answer, self._deadline_s)
+            request = self._request(batch, keep=False)
+            self._checks.begin(self._directory.view, answer, request, self._deadline_s)
         return False
 
     def _fail(self, sent: SentBatch) -> None:
@@ -257,7 +258,7 @@ class ForwardRun:
         """Makes calls that were lost once more: a forward call changes nothing at the node."""
         by_node: dict[PeerID, tuple[NodeInfo, list[SentBatch]]] = {}
         for answer in lost:
-            sent = self._sent[answer.request.batch]
+            sent = self._sent[answer.batch]
             node = self._node_to_repeat(sent, answer.peer_id)
             if node is None:
                 self._fail(sent)

@@ -93,13 +93,13 @@ class ReplyAssembler:
         self._missing += size
 
     def _answer(self, expert: expert_pb2.ExpertReply, data: bytearray) -> Answer:
-        request, peer_id = self._call.requests[expert.index], self._call.node.peer_id
+        batch, peer_id = self._call.requests[expert.index].batch, self._call.node.peer_id
         if expert.status:
             status = _STATUS.get(expert.status, StatusCode.UNKNOWN)
             error = ExpertError(status, expert.message[:500], max(0.0, expert.retry_after_s))
-            return Answer(request, peer_id, None, error)
+            return Answer(batch, peer_id, None, error)
         return Answer(
-            request,
+            batch,
             peer_id,
             decode(data, self._width, self._codec),
             update_count=expert.update_count,
@@ -142,20 +142,21 @@ class GrpcCaller:
         if call.deadline_s <= 0:
             raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no time was left for the call")
         ends = time.monotonic() + call.deadline_s
+        kept = {request.batch: request for request in call.requests if request.kept}
         lost = []  # the node had to give up what it kept
         async with aclosing(self._call_or_repeat(call)) as answers:
             async for answer in answers:
-                if answer.request.kept and _is_lost(answer):
-                    lost.append(answer.request)
+                if answer.batch in kept and _is_lost(answer):
+                    lost.append(replace(kept[answer.batch], kept=None))
                 else:
                     yield answer
         if lost:
-            asked = {replace(request, kept=None): request for request in lost}
             left = max(ends - time.monotonic(), 0.001)
-            again = replace(call, requests=list(asked), deadline_s=left)
-            async with aclosing(self._call_or_repeat(again)) as answers:
+            async with aclosing(
+                self._call_or_repeat(replace(call, requests=lost, deadline_s=left))
+            ) as answers:
                 async for answer in answers:
-                    yield replace(answer, request=asked[answer.request])
+                    yield answer
 
     def is_silent(self, node: NodeInfo) -> bool:
         """Whether a connection to the node was tried and does not stand: it is being made, or was refused."""

@@ -9,14 +9,13 @@ import asyncio
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from dht.directory import View
 from peer.codec import Floats
 from peer.loop import TaskSet
-from trainer_client.dispatch.batches import Answer, NodeCall
+from trainer_client.dispatch.batches import Answer, NodeCall, Request
 from trainer_client.dispatch.calls import Answers, CallTracker, next_answers
 
 logger = logging.getLogger(__name__)
@@ -60,13 +59,12 @@ class SpotChecks:
         """Whether the answer that has just come is one to check."""
         return self._rng.random() < self._part and len(self._tasks) < _MOST_AT_ONCE
 
-    def begin(self, view: View, answer: Answer, deadline_s: float) -> None:
-        """Checks an answer, if another node can be asked. Costs whoever waits for the answer nothing."""
-        hosts = view.hosts(answer.request.batch.uid, self._calls.avoided() | {answer.peer_id})
+    def begin(self, view: View, answer: Answer, request: Request, deadline_s: float) -> None:
+        """Checks the answer to a request, if another node can be asked. Costs whoever waits for the answer nothing."""
+        hosts = view.hosts(answer.batch.uid, self._calls.avoided() | {answer.peer_id})
         if not hosts or answer.tensor is None:
             return
         replicas = self._rng.sample(hosts, min(2, len(hosts)))
-        request = replace(answer.request, keep=False)
         calls = [
             NodeCall(view.nodes[replica.peer_id], "forward", [request], deadline_s) for replica in replicas
         ]
@@ -76,7 +74,7 @@ class SpotChecks:
         await self._tasks.aclose()
 
     async def _check(self, first: Answer, calls: Sequence[NodeCall]) -> None:
-        metrics, inputs = self._calls.metrics, first.request.inputs
+        metrics, inputs = self._calls.metrics, calls[0].requests[0].inputs
         second = await self._ask(calls[0])
         if not _are_comparable(first, second):
             return
@@ -87,7 +85,7 @@ class SpotChecks:
         metrics.differing_answers.inc()
         logger.warning(
             "two replicas of expert %s differ by %.2f: those of nodes %s and %s",
-            first.request.batch.uid, apart, first.peer_id, second.peer_id,
+            first.batch.uid, apart, first.peer_id, second.peer_id,
         )  # fmt: skip
         if len(calls) < 2:
             return
@@ -99,7 +97,7 @@ class SpotChecks:
         answers: Answers = asyncio.Queue()
         self._calls.start(call, answers)
         found = await next_answers(answers, 2 * call.deadline_s)
-        return found[0] if found else Answer(call.requests[0], call.node.peer_id, None)
+        return found[0] if found else Answer(call.requests[0].batch, call.node.peer_id, None)
 
     def _judge(self, inputs: Floats, answers: Sequence[Answer]) -> None:
         odd = outlier(inputs, [_tensor(answer) for answer in answers])

@@ -73,10 +73,10 @@ def test_every_expert_is_answered_with_its_own_tensor(
     collected = loop.run(collect(caller, server.info, requests))
     assert collected.error is None
     assert collected.answered == [2, 1, 0]
-    for answer in collected.answers:
+    for answer, index in zip(collected.answers, collected.answered, strict=True):
         assert answer.error is None
         assert answer.tensor is not None
-        np.testing.assert_array_equal(answer.tensor, 2 * answer.request.inputs)
+        np.testing.assert_array_equal(answer.tensor, 2 * requests[index].inputs)
     assert totals(caller.metrics.bytes, "direction") == {"sent": 3 * BYTES, "received": 3 * BYTES}
 
 
@@ -110,9 +110,9 @@ def test_tensors_of_many_chunks_go_both_ways(loop: LoopThread, server: Server, p
     requests = requests_for(0, 1, rows=2000, width=512)  # 4 MB each
     collected = loop.run(collect(GrpcCaller(pool, "s", 512), server.info, requests))
     assert collected.error is None
-    for answer in collected.answers:
+    for answer, index in zip(collected.answers, collected.answered, strict=True):
         assert answer.tensor is not None
-        np.testing.assert_array_equal(answer.tensor, 2 * answer.request.inputs)
+        np.testing.assert_array_equal(answer.tensor, 2 * requests[index].inputs)
 
 
 def test_a_call_that_went_well_is_not_cancelled_at_the_server(

@@ -182,7 +182,7 @@ def test_consumer_that_stops_early_ends_the_call_at_the_server(
     async def scenario() -> None:
         call = NodeCall(server.info, "forward", requests_for(0, 1), LONG)
         answers = caller.call(call)
-        assert (await anext(answers)).request is call.requests[0]
+        assert (await anext(answers)).batch is call.requests[0].batch
         await answers.aclose()  # type: ignore[attr-defined]  # it is a generator, though promised is an iterator
         await until(lambda: server.running == 0)
 

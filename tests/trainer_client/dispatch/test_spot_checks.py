@@ -44,7 +44,8 @@ class LyingSwarm(FakeSwarm):
             tensor = answer.tensor
             assert tensor is not None
             if self.lie is not None and peer_id == make_peer_id(LIAR):
-                tensor = self.lie(answer.request, tensor)
+                (request,) = call.requests
+                tensor = self.lie(request, tensor)
             yield replace(answer, tensor=tensor, update_count=self._update_counts.get(peer_id, 7))
 
 
