@@ -1,6 +1,7 @@
 """A plain `hivemind-dht` process, which knows nothing of us and checks nothing, as way into a swarm."""
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -38,6 +39,8 @@ def plain() -> Iterator[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env=os.environ
+        | {"HIVEMIND_LOGLEVEL": "INFO"},  # it logs its address; our commands ask for errors only
     )
     family = [psutil.Process(process.pid)]
     assert process.stdout is not None

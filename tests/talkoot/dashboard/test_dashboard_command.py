@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,12 +25,15 @@ from talkoot.dashboard.server import address_of, listen
 LIMIT_S = 90.0
 
 
-def dead_invite() -> str:
-    """Of a swarm whose only known peer has gone."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+@pytest.fixture
+def dead_invite() -> Iterator[str]:
+    """Of a swarm whose only known peer has gone. Its port is held, so that nobody else answers there."""
     author = peer(1)
-    return str(Invite(SwarmKeys("sauna", author), (f"/ip4/127.0.0.1/tcp/{port}/p2p/{author.to_base58()}",)))
+    with socket.socket() as bound:  # and not listening: connections are refused
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{author.to_base58()}"
+        yield str(Invite(SwarmKeys("sauna", author), (address,)))
 
 
 def command(*arguments: str) -> list[str]:
@@ -46,11 +50,11 @@ def test_an_address_that_is_not_this_machines_is_refused() -> None:
         listen("192.0.2.7", 0)
 
 
-def test_a_port_in_use_is_one_line_and_status_2(tmp_path: Path) -> None:
+def test_a_port_in_use_is_one_line_and_status_2(dead_invite: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = subprocess.run(
-            command("--join", dead_invite(), "--port", str(port), "--state", str(tmp_path)),
+            command("--join", dead_invite, "--port", str(port), "--state", str(tmp_path)),
             capture_output=True, text=True, timeout=LIMIT_S,
         )  # fmt: skip
     assert ended.returncode == 2
@@ -59,9 +63,9 @@ def test_a_port_in_use_is_one_line_and_status_2(tmp_path: Path) -> None:
     )
 
 
-def test_a_swarm_that_cannot_be_reached_is_shown_so_until_ctrl_c(tmp_path: Path) -> None:
+def test_a_swarm_that_cannot_be_reached_is_shown_so_until_ctrl_c(dead_invite: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        command("--join", dead_invite(), "--port", "0", "--state", str(tmp_path / "state")),
+        command("--join", dead_invite, "--port", "0", "--state", str(tmp_path / "state")),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)},
     )  # fmt: skip
     try:
