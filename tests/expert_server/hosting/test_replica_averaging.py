@@ -176,6 +176,7 @@ def test_full_nodes_drop_what_others_host_too_for_what_nobody_hosts(play: Play) 
         assert len(third.runtime.experts) == 4
         staying = first, third
         for node in staying:
+            await node.hosting.look()  # full nodes make room only for what they have seen hosted
             await village.run(node)
         await second.swarm.registry.withdraw(UIDS, 60)  # or it would take the lifetime of an announcement
         await second.swarm.host.stop()
