@@ -1,5 +1,6 @@
 """Shared by all tests: one event loop for the network, one torch thread, two peers' keys, and a release's wheel."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,14 @@ def loop() -> Iterator[LoopThread]:
     thread = LoopThread()
     yield thread
     thread.close()
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port of 127.0.0.1 that refuses connections. It is held, so that no other process listens there meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield int(bound.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def tcp_address(port: int, identity: Identity, host: str = "/ip4/127.0.0.1") -> 
     return f"{host}/tcp/{port}/p2p/{identity.peer_id.to_base58()}"
 
 
-def closed_port() -> int:
+def free_port() -> int:
     with socket.create_server((LOCAL, 0)) as server:
         return int(server.getsockname()[1])
 
@@ -148,11 +148,11 @@ def test_a_client_joins_but_listens_nowhere(
 
 
 def test_joining_works_when_only_one_of_several_addresses_answers(
-    loop: LoopThread, identities: list[Identity], first: Host
+    loop: LoopThread, identities: list[Identity], first: Host, closed_port: int
 ) -> None:
     async def scenario() -> None:
         good = await first.bootstrap_addresses()
-        dead = [tcp_address(closed_port(), identities[2])]
+        dead = [tcp_address(closed_port, identities[2])]
         host = await Host.start(identities[1], NetworkConfig(LOCAL), bootstrap=dead + good)
         await host.stop()
 
@@ -231,10 +231,10 @@ def test_sockets_of_living_programs_are_not_touched(loop: LoopThread, identities
 
 
 def test_an_unreachable_bootstrap_is_said_at_once(
-    loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+    loop: LoopThread, identities: list[Identity], closed_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peer.host.DIAL_DEADLINE_S", 600.0)  # which is not waited for
-    addresses = [tcp_address(closed_port(), identities[0]), tcp_address(closed_port(), identities[2])]
+    addresses = [tcp_address(closed_port, identities[n]) for n in (0, 2)]
     with pytest.raises(UnreachableError, match="no bootstrap address answers") as caught:
         loop.run(start_and_stop(identities[1], addresses), 120)
     assert all(address in str(caught.value) for address in addresses)
@@ -288,7 +288,7 @@ def test_an_address_of_another_machine_is_named() -> None:
 
 
 def test_a_free_port_is_used(loop: LoopThread, identities: list[Identity]) -> None:
-    port = closed_port()
+    port = free_port()
 
     async def scenario() -> list[str]:
         host = await Host.start(identities[1], NetworkConfig(LOCAL, port))

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,14 +25,11 @@ LIMIT_S = 90.0
 
 
 @pytest.fixture
-def dead_invite() -> Iterator[str]:
-    """Of a swarm whose only known peer has gone. Its port is held, so that nobody else answers there."""
+def dead_invite(closed_port: int) -> str:
+    """Of a swarm whose only known peer has gone."""
     author = peer(1)
-    with socket.socket() as bound:  # and not listening: connections are refused
-        bound.bind(("127.0.0.1", 0))
-        port = bound.getsockname()[1]
-        address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{author.to_base58()}"
-        yield str(Invite(SwarmKeys("sauna", author), (address,)))
+    address = f"/ip4/127.0.0.1/tcp/{closed_port}/p2p/{author.to_base58()}"
+    return str(Invite(SwarmKeys("sauna", author), (address,)))
 
 
 def command(*arguments: str) -> list[str]:

@@ -220,16 +220,9 @@ def test_a_node_that_accepts_and_says_nothing_is_silent_and_one_that_computes_is
 
 
 def test_a_node_that_refuses_the_connection_is_silent(
-    loop: LoopThread, server: Server, caller: GrpcCaller
+    loop: LoopThread, server: Server, caller: GrpcCaller, closed_port: int
 ) -> None:
-    node = replace(server.info, addresses=(f"127.0.0.1:{closed_port()}",))
+    node = replace(server.info, addresses=(f"127.0.0.1:{closed_port}",))
     assert loop.run(call_in_vain(caller, node)) is StatusCode.UNAVAILABLE
     assert caller.is_silent(node)
     assert not caller.is_silent(replace(server.info, addresses=()))
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
