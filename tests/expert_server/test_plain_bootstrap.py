@@ -39,8 +39,8 @@ def plain() -> Iterator[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ
-        | {"HIVEMIND_LOGLEVEL": "INFO"},  # it logs its address; our commands ask for errors only
+        # it logs its address, and a command run earlier in this process may have asked hivemind for errors only
+        env=os.environ | {"HIVEMIND_LOGLEVEL": "INFO"},
     )
     family = [psutil.Process(process.pid)]
     assert process.stdout is not None

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _NOT_THE_PEERS_FAULT = {StatusCode.NOT_FOUND, StatusCode.INTERNAL, StatusCode.INVALID_ARGUMENT}
 
 _LOST = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
+_CLOSED = ExpertError(StatusCode.CANCELLED, "the trainer ended the call")
 _PROVEN_S = 30.0
 """A peer that answered so lately is most probably there."""
 _HEARD = 4096
@@ -231,9 +232,6 @@ class CallTracker:
         elif error.status not in _NOT_THE_PEERS_FAULT:
             self.breakers.failed(peer_id, now, quickly=lost_quickly)
         logger.debug("node %s: %s: %s", peer_id, error.status.name, error)
-
-
-_CLOSED = ExpertError(StatusCode.CANCELLED, "the trainer ended the call")
 
 
 def _fail(call: NodeCall, batches: Iterable[ExpertBatch], error: ExpertError, sink: Answers) -> None:
