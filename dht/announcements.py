@@ -16,6 +16,7 @@ from grpc import StatusCode
 from dht.uid import UID
 from peer.bounded import BoundedDict
 from peer.errors import RecordError
+from peer.formatting import printable
 from peer.identity import PeerID, certificate_pem
 from peer.transport.addresses import ip_address, tunnel_addresses_of
 from peer.wire import records_pb2
@@ -224,7 +225,7 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         tuple(filter(_ADDRESS.fullmatch, node.addresses[:_MAX_ADDRESSES])),
         certificate_pem(node.certificate, peer_id),
         node.protocol_version,
-        short_text(node.software_version, _MAX_VERSION_CHARACTERS),
+        printable(node.software_version, _MAX_VERSION_CHARACTERS),
         node.expert_count,
         node.expert_capacity,
         count(node.rows_processed),
@@ -232,7 +233,7 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         number(node.started_at) or 0.0,
         tuple(node.bootstrap_addresses[:_MAX_ADDRESSES]),
         payload.expires_at,
-        short_text(node.name, MAX_NAME_CHARACTERS),
+        printable(node.name, MAX_NAME_CHARACTERS),
         Activity.of(node.activity),
         metrics_endpoint(node.metrics_address),
         number(node.rows_per_s),
@@ -253,9 +254,9 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
     serves = bool(trainer.certificate)
     return TrainerInfo(
         peer_id,
-        short_text(trainer.name, MAX_NAME_CHARACTERS),
+        printable(trainer.name, MAX_NAME_CHARACTERS),
         trainer.protocol_version,
-        short_text(trainer.software_version, _MAX_VERSION_CHARACTERS),
+        printable(trainer.software_version, _MAX_VERSION_CHARACTERS),
         number(trainer.started_at) or 0.0,
         renewal(trainer.renew_every_s),
         metrics_endpoint(trainer.metrics_address),
@@ -297,12 +298,6 @@ def read_replica(payload: records_pb2.RecordPayload, uid: UID, peer_id: PeerID) 
         announcement.claimed_at,
         payload.expires_at,
     )
-
-
-def short_text(text: str, most: int) -> str:
-    """The printable characters, at most `most` of them, with no two blanks in a row."""
-    printable = "".join(c for c in text[: 4 * most] if c.isprintable())
-    return " ".join(printable.split())[:most]
 
 
 def number(value: float, most: float = _LATEST) -> float | None:

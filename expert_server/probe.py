@@ -23,6 +23,7 @@ from grpc import StatusCode
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import ExpertError, UnreachableError, WireError
+from peer.formatting import printable
 from peer.rates import Bandwidth, TokenBuckets
 from peer.rpc.calls import make_stub, require_same_swarm
 from peer.transport.addresses import IpAddress, ip_address
@@ -44,8 +45,6 @@ _FIRST_BYTES = 128 * 1024
 """Even a slow line carries so much in the time that a node gives a probe."""
 _MORE_BYTES = 2 * 2**20
 """Sent after that if it takes a second at most; else as much as takes about a second."""
-_MOST_CHARACTERS = 200
-"""Of what a node says."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +273,7 @@ async def call_dial_back(channel: grpc.aio.Channel, swarm_id: str, port: int) ->
         raise _unreachable(error.code(), error.details()) from error
     except ValueError:
         raise UnreachableError("the node named no IP address that it dialled") from None
-    return DialledBack(reply.connected, address, _short(reply.message))
+    return DialledBack(reply.connected, address, printable(reply.message))
 
 
 class _Probe:
@@ -333,9 +332,4 @@ async def _rate_mbit(probe: _Probe, round_trip_s: float, *, upload: bool) -> flo
 
 
 def _unreachable(code: grpc.StatusCode, details: str | None) -> UnreachableError:
-    return UnreachableError(f"{code.name}: {_short(details or 'no reason given')}")
-
-
-def _short(text: str) -> str:
-    """What a node said, in a form fit for a terminal."""
-    return "".join(c for c in text[:_MOST_CHARACTERS] if c.isprintable())
+    return UnreachableError(f"{code.name}: {printable(details or 'no reason given')}")

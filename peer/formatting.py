@@ -1,4 +1,4 @@
-"""Sizes, ages, counts and endpoints as text, and sizes parsed from text."""
+"""Sizes, ages, counts and endpoints as text, sizes parsed from text, and what other peers wrote, fit to be shown."""
 
 import re
 
@@ -42,3 +42,12 @@ def counted(number: int, noun: str, form: str = "") -> str:
 def endpoint(host: str, port: int) -> str:
     """`host:port`, an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def printable(text: str, most: int = 200) -> str:
+    """What another peer wrote, fit for a log, an error or a terminal: one line of at most `most` printable characters.
+
+    Anything else, such as an escape sequence's first character, a line break or a change of direction, becomes a blank.
+    """
+    shown = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
+    return " ".join(shown.split())[:most].rstrip()

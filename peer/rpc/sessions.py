@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError
+from peer.formatting import printable
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.metrics import start_at_zero
 from peer.rpc.calls import make_stub, require_same_swarm
@@ -347,7 +348,7 @@ class SessionClient:
         try:
             reply: session_pb2.OpenReply = await stub.Open(self.statement(server), timeout=deadline_s)
         except grpc.aio.AioRpcError as error:
-            raise ExpertError(error.code(), f"no session: {error.details() or ''}"[:500]) from error
+            raise ExpertError(error.code(), f"no session: {printable(error.details() or '')}") from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():

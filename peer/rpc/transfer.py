@@ -16,6 +16,7 @@ from peer.averaging import MAX_UPDATE_COUNT
 from peer.bounded import BoundedDict
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError, WireError
+from peer.formatting import printable
 from peer.rates import RateLimit
 from peer.rpc.calls import make_stub
 from peer.rpc.channels import ChannelPool, Contact
@@ -206,7 +207,8 @@ class SnapshotClient:
                 reason = "the stream ended early"
             except (grpc.aio.AioRpcError, ExpertError) as error:
                 status = error.status if isinstance(error, ExpertError) else error.code()
-                reason = f"{status.name}: {error if isinstance(error, ExpertError) else error.details()}"
+                said = str(error) if isinstance(error, ExpertError) else printable(error.details() or "")
+                reason = f"{status.name}: {said}"
                 busy += status is StatusCode.RESOURCE_EXHAUSTED
                 if status is StatusCode.DEADLINE_EXCEEDED and incoming.header is None:
                     raise TransferError(

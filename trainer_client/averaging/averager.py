@@ -25,7 +25,7 @@ from dht.relays import RelayKeeper
 from peer import PROTOCOL_VERSION
 from peer.averaging import freshest_first, max_plausible_updates
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
-from peer.formatting import endpoint
+from peer.formatting import endpoint, printable
 from peer.identity import Identity, PeerID
 from peer.rates import RateLimit
 from peer.rpc.calls import listen, make_server, server_credentials
@@ -225,7 +225,7 @@ class Averaging:
                 self._service.sessions.ended(partner.peer_id, session)  # the next time opens another
             if error.code() is StatusCode.RESOURCE_EXHAUSTED:
                 raise ExpertError(error.code(), f"{partner.peer_id} averages with another") from error
-            reason = f"{error.code().name}: {error.details()}"[:500]
+            reason = f"{error.code().name}: {printable(error.details() or '')}"
             raise TransferError(f"{partner.peer_id} did not exchange: {reason}") from error
         except TimeoutError:
             raise TransferError(f"{partner.peer_id} did not exchange in {deadline_s:.0f} s") from None

@@ -23,6 +23,7 @@ from dht.directory import Directory
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_CHUNK_BYTES, Floats, chunks, decode, encode, encoded_bytes
 from peer.errors import ExpertError, UnreachableError, WireError
+from peer.formatting import printable
 from peer.identity import PeerID
 from peer.rpc.calls import make_stub, retry_after_s
 from peer.rpc.channels import ChannelPool
@@ -96,7 +97,7 @@ class ReplyAssembler:
         batch, peer_id = self._call.requests[expert.index].batch, self._call.node.peer_id
         if expert.status:
             status = _STATUS.get(expert.status, StatusCode.UNKNOWN)
-            error = ExpertError(status, expert.message[:500], max(0.0, expert.retry_after_s))
+            error = ExpertError(status, printable(expert.message), max(0.0, expert.retry_after_s))
             return Answer(batch, peer_id, None, error)
         return Answer(
             batch,
@@ -339,15 +340,16 @@ def _is_hidden(error: ExpertError) -> bool:
 
 def _call_error(status: StatusCode, details: str | None, retry_s: float = _BUSY_S) -> ExpertError:
     """Why a call failed as a whole."""
+    said = printable(details or "")
     if status is StatusCode.OK:
         return ExpertError(StatusCode.DATA_LOSS, "the node ended the call before it had all rows")
     if status is StatusCode.CANCELLED:
         return ExpertError(StatusCode.UNAVAILABLE, "the channel was closed during the call")
     if status is StatusCode.INTERNAL:
         # what grpc.aio makes of every status that comes while it writes a message
-        return ExpertError(StatusCode.UNAVAILABLE, f"{_BROKE_OFF}: {details}"[:500])
+        return ExpertError(StatusCode.UNAVAILABLE, f"{_BROKE_OFF}: {said}")
     busy = status is StatusCode.RESOURCE_EXHAUSTED
-    return ExpertError(status, (details or "")[:500], retry_s if busy else 0.0)
+    return ExpertError(status, said, retry_s if busy else 0.0)
 
 
 _MOST = 64
