@@ -47,7 +47,7 @@ from expert_server.state.transfer import SnapshotTaker, StateClient
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
 from peer.errors import StartError, UnreachableError, UserError
 from peer.formatting import endpoint
-from peer.loop import RetryingRounds, keep_running
+from peer.loop import LoopLag, RetryingRounds, keep_running
 from peer.metrics import MetricsServer, total
 from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
@@ -146,6 +146,7 @@ class Node:
             "Times that a task of the node, such as announcing, failed and was started again.",
             registry=metrics,
         )
+        self._lag = LoopLag(metrics)
         self._stopping = self._drained = False
         self._host = ""
         self._port = 0
@@ -222,6 +223,7 @@ class Node:
         await self.swarm.host.serve_tunnel()
         self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
         self._show_levels()
+        self._lag.start()
         self._metrics = MetricsServer(self.swarm.metrics, settings.metrics_host, settings.metrics_port)
         self.metrics_address = self._metrics.address
 
@@ -345,6 +347,7 @@ class Node:
             await self._server.stop(_CALLS_GRACE_S)
         await self.replicas.states.close()
         await self.runtime.stop()
+        self._lag.stop()
         if self._metrics is not None:
             self._note_work()
             await self._account.save(self._contribution())

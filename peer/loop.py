@@ -8,15 +8,17 @@ program; it is logged and counted, and the task starts again (`keep_running`).
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import uvloop
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from peer.errors import TalkootError, UnreachableError
+from peer.metrics import SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,11 @@ Step: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 """Before a task is started again. The pause doubles with each failure, until the task has run for the longest one."""
+
+_TICK_S = 0.025
+_LATELY_S = 60.0
+_MOST_MISSED = 4000
+"""Ticks counted for one late one: enough for a stall of 100 s, and soon done."""
 
 
 class LoopThread:
@@ -69,6 +76,72 @@ class LoopThread:
         self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
+
+
+class LoopLag:
+    """Measures how late the loop is, by a timer of its own. Its methods belong to the loop's thread.
+
+    Nothing else happens while a callback holds the loop, the timer included. One late tick therefore stands for all
+    those that it kept from coming: each is counted as late as it would have been. So the histogram's quantiles are
+    weighted by time, and say how long something that happens at any moment has to wait.
+    """
+
+    def __init__(
+        self, metrics: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.seconds = Histogram(
+            "talkoot_loop_lag_seconds",
+            "How late the event loop ran a timer that is due 40 times a second.",
+            buckets=SECONDS,
+            registry=metrics,
+        )
+        longest = Gauge(
+            "talkoot_loop_longest_lag_seconds",
+            "The latest that the event loop ran this timer in the last one to two minutes.",
+            registry=metrics,
+        )
+        longest.set_function(lambda: self.longest_s)
+        self._clock = clock
+        self._due = 0.0
+        self._lately = self._before = 0.0
+        self._lately_until = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def longest_s(self) -> float:
+        return max(self._lately, self._before)
+
+    def start(self) -> None:
+        """Forgets the longest lag of an earlier time."""
+        now = self._clock()
+        self._due, self._lately_until = now + _TICK_S, now + _LATELY_S
+        self._lately = self._before = 0.0
+        self._wait()
+
+    def stop(self) -> None:
+        """Stopping twice is harmless."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def tick(self) -> None:
+        """Notes how late it is now."""
+        now = self._clock()
+        if now > self._lately_until:
+            self._lately, self._before, self._lately_until = 0.0, self._lately, now + _LATELY_S
+        late = max(0.0, now - self._due)
+        self._lately = max(self._lately, late)
+        self.seconds.observe(late)
+        for missed in range(1, min(int(late / _TICK_S), _MOST_MISSED) + 1):
+            self.seconds.observe(late - missed * _TICK_S)
+        self._due = now + _TICK_S
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self.tick()
+        self._wait()
 
 
 class TaskSet:

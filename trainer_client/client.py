@@ -23,7 +23,7 @@ from peer.codec import codec_of
 from peer.errors import SwarmError, UnreachableError
 from peer.files import StateFolder
 from peer.identity import Identity
-from peer.loop import LoopThread, TaskSet
+from peer.loop import LoopLag, LoopThread, TaskSet
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.settings import DENYLIST
@@ -229,6 +229,9 @@ class SwarmClient:
             stage=self._stage,
         )
         exits.push_async_callback(swarm.stop)
+        lag = LoopLag(swarm.metrics)
+        lag.start()
+        exits.callback(lag.stop)
         self._stage("reading who hosts what")
         routing = Routing.of(settings, swarm.manifest, _seed_of(swarm))
         directory = Directory(swarm.registry, swarm.manifest, refresh_every_s=timing.refresh_every_s)

@@ -1,0 +1,50 @@
+"""How late a loop ran under attack, by the metric that a node, trainer or dashboard exposes, for tests."""
+
+import urllib.request
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+LONGEST_STALL_S, P99_S = 0.5, 0.1
+"""What a loop must keep to, whatever strangers do."""
+
+Read = Callable[[], Iterable[Metric]]
+
+
+def exposed_at(address: str) -> Read:
+    """Reads the metrics of another process. Blocks."""
+
+    def read() -> Iterable[Metric]:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return text_string_to_metric_families(answer.read().decode())
+
+    return read
+
+
+class LoopLags:
+    """The lags since this was made."""
+
+    def __init__(self, read: Read | CollectorRegistry) -> None:
+        self._read = read.collect if isinstance(read, CollectorRegistry) else read
+        self._before = self._buckets()
+
+    def quantile(self, share: float) -> float:
+        """The upper bound of the bucket that holds this share of the time, in seconds; 1.0: the longest stall."""
+        now = self._buckets()
+        since = {bound: count - self._before[bound] for bound, count in now.items()}
+        ticks = since[float("inf")]
+        assert ticks > 0, "the loop did not run at all, or nobody measures it"
+        return min(bound for bound, count in since.items() if count >= share * ticks)
+
+    def check(self) -> None:
+        assert self.quantile(1.0) <= LONGEST_STALL_S, f"the loop stalled for up to {self.quantile(1.0)} s"
+        assert self.quantile(0.99) <= P99_S, f"the loop's p99 is up to {self.quantile(0.99)} s"
+
+    def _buckets(self) -> dict[float, float]:
+        return {
+            float(sample.labels["le"]): sample.value
+            for family in self._read()
+            for sample in family.samples
+            if sample.name == "talkoot_loop_lag_seconds_bucket"
+        }
