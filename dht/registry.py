@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -35,12 +36,13 @@ from dht.records import (
     trainer_shard_of,
 )
 from dht.uid import UID
-from peer.errors import RecordError, UnreachableError, WireError
+from peer.errors import UnreachableError, WireError
 from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import DHTID, DHTNode
 from peer.kademlia.lookups import Item, Lookups
 from peer.kademlia.validation import unpack
 from peer.metrics import SECONDS, start_at_zero
+from peer.parsing import Message, ParseGuard
 from peer.wire import admission_pb2, records_pb2
 
 logger = logging.getLogger(__name__)
@@ -77,13 +79,14 @@ class Registry:
         identity: Identity,
         admission: SwarmAdmission | None = None,
         *,
+        guard: ParseGuard | None = None,
         deadline_s: float = 15.0,
         now: Callable[[], float] = time.time,
         metrics: CollectorRegistry | None = None,
     ) -> None:
         """`dht` returns the current DHT node, which is another one after a restart of p2pd.
 
-        `admission`: the swarm's rules and this peer's badge; None takes every record.
+        `admission`: the swarm's rules and this peer's badge; None takes every record. `guard`: of this process.
         `deadline_s`: longest that one look-up or store may take, for all its keys together.
         """
         self.keys = keys
@@ -109,6 +112,7 @@ class Registry:
         self.lookups = Lookups(dht)
         self._identity = identity
         self._admission = admission
+        self._guard = guard or ParseGuard()
         self._deadline_s = deadline_s
         self._now = now
         self.claims = ClaimAges()
@@ -153,24 +157,19 @@ class Registry:
         """The serials of revoked grants, the author's record of them, and its expiry."""
         key, author = self.keys.revocations, self.keys.author
         value, expires_at = (await self._get([key]))[key].get(author.to_bytes(), (None, 0.0))
-        try:
-            payload = open_record(value, key, author, self._now())
-        except RecordError:
-            return None  # also if there is none
-        return tuple(payload.revocations.serials), value, expires_at
+        payload = self._guard.read(
+            "revocations", author, lambda: open_record(value, key, author, self._now())
+        )
+        return None if payload is None else (tuple(payload.revocations.serials), value, expires_at)
 
     async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
         """Author → (signed manifest record, its expiry), for every author that used this swarm's name."""
         found = await self._get([self.keys.manifest])
         manifests = {}
         for subkey, (value, expires_at) in found[self.keys.manifest].items():
-            try:
-                author = parse_peer_id(subkey)
-                open_record(value, self.keys.manifest, author, self._now())
-            except (RecordError, WireError) as error:
-                logger.debug("left out a manifest: %s", error)
-                continue
-            manifests[author] = (value, expires_at)
+            author = self._guard.read("manifest", subkey, partial(self._author_of, subkey, value))
+            if author is not None:
+                manifests[author] = (value, expires_at)
         return manifests
 
     def manifest_json(self, record: bytes) -> bytes:
@@ -247,13 +246,13 @@ class Registry:
     async def nodes(self, peer_ids: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
         """The node records of these peers, as far as they have valid ones."""
         return await self._own_records(
-            {self.keys.node(peer_id): peer_id for peer_id in peer_ids}, self._node_info
+            "node", {self.keys.node(peer_id): peer_id for peer_id in peer_ids}, self._node_info
         )
 
     async def trainers(self, peer_ids: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
         """The trainer records of these peers, as far as they have valid ones."""
         return await self._own_records(
-            {self.keys.trainer(peer_id): peer_id for peer_id in peer_ids}, self._trainer_info
+            "trainer", {self.keys.trainer(peer_id): peer_id for peer_id in peer_ids}, self._trainer_info
         )
 
     async def is_seen_by_others(self) -> bool:
@@ -307,18 +306,19 @@ class Registry:
         )
 
     async def _own_records(
-        self, keys: Mapping[str, PeerID], read: Callable[[object, str, PeerID], T | None]
+        self,
+        message: Message,
+        keys: Mapping[str, PeerID],
+        read: Callable[[object, str, PeerID], T | None],
     ) -> dict[PeerID, T]:
         """The record of each peer, by its key, as far as it is valid and the peer has not left."""
         found = await self._get(list(keys))
         records = {}
         for key, peer_id in keys.items():
             value, _ = found[key].get(peer_id.to_bytes(), (None, 0.0))
-            try:
-                record = None if value is None else read(value, key, peer_id)
-            except RecordError as error:
-                logger.debug("left out the record of %s: %s", peer_id, error)
+            if value is None:
                 continue
+            record = self._guard.read(message, peer_id, partial(read, value, key, peer_id))
             if record is not None:
                 records[peer_id] = record
         return records
@@ -327,17 +327,14 @@ class Registry:
         self, uid: UID, key: str, found: Mapping[object, tuple[Any, float]]
     ) -> Iterable[Replica]:
         for subkey, (value, _) in _some(found.items(), _MAX_REPLICAS):
-            try:
-                peer_id = parse_peer_id(subkey)
-                replica = read_replica(self._unseal(value, key, peer_id), uid, peer_id)
-            except (RecordError, WireError) as error:
-                logger.debug("left out a replica of %s: %s", uid, error)
+            replica = self._guard.read("replica", subkey, partial(self._replica, uid, key, subkey, value))
+            if replica is None:
                 continue
             if replica.state is ReplicaState.CLAIMED:
-                if self.claims.is_stale(uid, peer_id, replica.claimed_at, self._now()):
+                if self.claims.is_stale(uid, replica.peer_id, replica.claimed_at, self._now()):
                     continue
             else:
-                self.claims.forget(uid, peer_id)
+                self.claims.forget(uid, replica.peer_id)
             if replica.state is not ReplicaState.WITHDRAWN:
                 yield replica
 
@@ -353,6 +350,15 @@ class Registry:
         if self._admission is not None:
             self._admission.check_record(payload, peer_id)
         return payload
+
+    def _author_of(self, subkey: object, manifest: object) -> PeerID:
+        author = parse_peer_id(subkey)
+        open_record(manifest, self.keys.manifest, author, self._now())
+        return author
+
+    def _replica(self, uid: UID, key: str, subkey: object, value: object) -> Replica:
+        peer_id = parse_peer_id(subkey)
+        return read_replica(self._unseal(value, key, peer_id), uid, peer_id)
 
     def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo | None:
         return read_node(self._unseal(value, key, peer_id), peer_id)

@@ -22,6 +22,7 @@ from peer.host import Host
 from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
 from peer.metrics import new_registry
+from peer.parsing import ParseGuard
 from peer.transport.addresses import NetworkConfig
 from peer.wire import admission_pb2
 
@@ -52,6 +53,8 @@ class Swarm:
     peer_store: PeerStore
     admission: SwarmAdmission
     revocations: Revocations
+    guard: ParseGuard
+    """Of all parsers of what strangers write."""
     metrics: CollectorRegistry
     """Of this peer in this swarm."""
 
@@ -173,6 +176,7 @@ class _Peer:
         self._store = _peer_store(state, keys)
         self._admission = SwarmAdmission(keys, denylist)
         self._metrics = new_registry()
+        self._guard = ParseGuard(self._metrics)
 
     async def start(
         self, config: NetworkConfig, bootstrap: Sequence[str], store_bounds: StoreBounds | None
@@ -188,7 +192,14 @@ class _Peer:
         )
 
     def registry(self, host: Host) -> Registry:
-        return Registry(lambda: host.dht, self._keys, self._identity, self._admission, metrics=self._metrics)
+        return Registry(
+            lambda: host.dht,
+            self._keys,
+            self._identity,
+            self._admission,
+            guard=self._guard,
+            metrics=self._metrics,
+        )
 
     def member(
         self, host: Host, registry: Registry, manifest: Manifest, record: tuple[bytes, float]
@@ -205,6 +216,7 @@ class _Peer:
             self._store,
             self._admission,
             Revocations(registry, self._admission),
+            self._guard,
             self._metrics,
         )
 

@@ -16,12 +16,13 @@ from three_hosts import (
     three_hosts,
 )
 
-from dht.announcements import ReplicaAnnouncement
+from dht.announcements import NodeInfo, ReplicaAnnouncement, read_node
 from dht.directory import Directory
 from dht.records import sign_record
 from dht.uid import UID
 from peer.errors import UnreachableError
 from peer.host import Host
+from peer.identity import PeerID
 from peer.loop import LoopThread
 from peer.wire import records_pb2
 
@@ -150,3 +151,23 @@ def test_a_peer_listed_in_a_wrong_shard_is_not_stored(swarm: Swarm) -> None:
         assert await swarm.registry(2).node_ids() == frozenset()
 
     swarm.run(scenario())
+
+
+def test_a_record_that_breaks_its_parser_hides_no_others(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def parse(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo | None:
+        if payload.node.name == "breaks it":
+            raise TypeError("unforeseen")
+        return read_node(payload, peer_id)
+
+    monkeypatch.setattr("dht.registry.read_node", parse)
+
+    async def scenario() -> None:
+        await swarm.registry(1).publish_node(node_record(swarm.hosts[1], name="breaks it"), LIFETIME_S)
+        await swarm.registry(2).publish_node(node_record(swarm.hosts[2]), LIFETIME_S)
+        found = await swarm.registry(0).nodes([host.peer_id for host in swarm.hosts])
+        assert set(found) == {swarm.hosts[2].peer_id}
+
+    swarm.run(scenario())
+    assert f"can't parse what {swarm.hosts[1].peer_id} wrote (node)" in caplog.text
