@@ -1,15 +1,19 @@
 """The founder's two signed records: the manifest, and the list of revoked tokens.
 
 Every peer stores them again and again, so that they outlive the peers that held them. The founder signs each anew when
-half of its lifetime has passed.
+half of its lifetime has passed. A peer with a state folder keeps the manifest's record there too, so it can start
+again when nobody gives it the manifest.
 """
 
 import logging
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 from dht.admission import MAX_REVOKED, SwarmAdmission
+from dht.records import MAX_RECORD_BYTES
 from dht.registry import Registry
+from peer.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +30,21 @@ class ManifestRecord:
     """One peer's copy of the manifest's record."""
 
     def __init__(
-        self, registry: Registry, data: bytes, expires_at: float, now: Callable[[], float] = time.time
+        self,
+        registry: Registry,
+        data: bytes,
+        expires_at: float,
+        file: "RecordFile | None" = None,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        """`file`: where the newest record is saved."""
         self.data = data
         """The signed record."""
         self.expires_at = expires_at
         self._registry = registry
         self._now = now
+        self._file = file or RecordFile(None)
+        self._file.save(data)
         self._manifest_json = registry.manifest_json(data)
         self._looked_at = 0.0
 
@@ -52,10 +64,8 @@ class ManifestRecord:
         keys, now = self._registry.keys, self._now()
         if self._registry.peer_id == keys.author and now >= self.expires_at - _RENEW_AFTER_S:
             expires_at = now + LIFETIME_S
-            self.data = await self._registry.publish_manifest(self._manifest_json, expires_at)
-            self.expires_at = expires_at
-            return
-        if await self.look() and (warning := self.warning):
+            self._take(self._registry.sign_manifest(self._manifest_json, expires_at), expires_at)
+        elif await self.look() and (warning := self.warning):
             logger.warning("%s", warning)
         await self._registry.republish(keys.manifest, self.data, self.expires_at)
 
@@ -68,10 +78,48 @@ class ManifestRecord:
         if now < max(self.expires_at - _RENEW_AFTER_S, self._looked_at + _LOOK_EVERY_S):
             return False
         self._looked_at = now
-        found = (await self._registry.find_manifests()).get(self._registry.keys.author)
+        found = await self._registry.find_manifest()
         if found is not None and found[1] > self.expires_at:
-            self.data, self.expires_at = found
+            self._take(*found)
         return True
+
+    def _take(self, data: bytes, expires_at: float) -> None:
+        self.data, self.expires_at = data, expires_at
+        self._file.save(data)
+
+
+class RecordFile:
+    """A founder's signed record on disk."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path`: None if nothing is saved."""
+        self.path = path
+        self._saved: bytes | None = None
+
+    def read(self) -> bytes | None:
+        """What was saved last, which need not be valid any more; None if nothing was, or if it can't be read."""
+        if self.path is None:
+            return None
+        try:
+            with self.path.open("rb") as file:
+                self._saved = file.read(MAX_RECORD_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("can't read %s: %s", self.path, error.strerror)
+        return self._saved
+
+    def save(self, data: bytes) -> None:
+        """Writes it if it has changed. A full disk only causes a warning."""
+        if self.path is None or data == self._saved:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, data)
+        except OSError as error:
+            logger.warning("can't save the manifest to %s: %s", self.path, error.strerror)
+            return
+        self._saved = data
 
 
 class Revocations:

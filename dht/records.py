@@ -38,8 +38,8 @@ INDEX_PIECE = 128
 FEWEST_DIGITS, MOST_DIGITS = 2, 4
 FULL = 192
 """Nodes in a shard. New ones go into its child shards then; a few more may arrive at the same moment."""
-_LONG_LIVED = {"manifest_json": ".manifest", "revocations": ".revoked"}
-"""The records with that long lifetime, and how their keys end."""
+_FOUNDERS = {"manifest_json": ".manifest", "revocations": ".revoked"}
+"""The founder's records, and how their keys end. They have that long lifetime."""
 _MAX_INDEX_BYTES = 128
 _VERIFIED = 4096
 """Verified records that are remembered, about 1 KB each."""
@@ -58,11 +58,11 @@ class SwarmKeys:
     @property
     def swarm_id(self) -> str:
         """Names the swarm in keys and calls. Swarms of the same name by two authors have different ids."""
-        return f"{self.name}-{self.author.to_base58()[-12:]}"
+        return self.name + _author_suffix(self.author)
 
     @property
     def manifest(self) -> str:
-        return f"{self.name}.manifest"
+        return f"{self.swarm_id}.manifest"
 
     @property
     def revocations(self) -> str:
@@ -142,6 +142,8 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             raise RecordError("a stored value is bytes with an expiry time")
         if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
             raise RecordError("an index entry's value is the name of its key")
+        if value.endswith(tuple(_FOUNDERS.values())):
+            raise RecordError("only a founder writes under such a key")
         if shard := _SHARD_PATTERN.search(value):
             digits = shard[1] or shard[2]
             if not isinstance(subkey, bytes) or len(subkey) != 34 or not digits_of(subkey).startswith(digits):
@@ -241,14 +243,34 @@ def _verified(data: bytes) -> records_pb2.RecordPayload:
         raise RecordError(
             f"a replica after {payload.announcement.update_count} updates; nobody takes so many"
         )
+    _check_founder(payload)
     verify(record.public_key, record.payload, record.signature)
     return payload
 
 
+def _author_suffix(author: PeerID) -> str:
+    """How the ids of an author's swarms end. No second key gives the same 70 bits."""
+    return f"-{author.to_base58()[-12:]}"
+
+
+def _check_founder(payload: records_pb2.RecordPayload) -> None:
+    """Raises RecordError if this is a founder's record, or under the key of one, and not the founder's own.
+
+    So a swarm's name is unique only for each founder, and nobody can crowd a founder's keys.
+    """
+    ending = _FOUNDERS.get(payload.WhichOneof("body") or "")
+    under = next((each for each in _FOUNDERS.values() if payload.key.endswith(each)), None)
+    if ending != under:
+        raise RecordError("the record is of another kind than its key")
+    if ending is not None:
+        swarm_id = payload.key.removesuffix(ending)
+        if not swarm_id.endswith(_author_suffix(PeerID(payload.peer_id))):
+            raise RecordError("only the swarm's founder writes this record")
+
+
 def _check_lifetime(expires_at: float, now: float, payload: records_pb2.RecordPayload | None) -> None:
-    ending = None if payload is None else _LONG_LIVED.get(payload.WhichOneof("body") or "")
-    is_long_lived = payload is not None and ending is not None and payload.key.endswith(ending)
-    longest = MAX_MANIFEST_LIFETIME_S if is_long_lived else MAX_LIFETIME_S
+    is_founders = payload is not None and payload.WhichOneof("body") in _FOUNDERS
+    longest = MAX_MANIFEST_LIFETIME_S if is_founders else MAX_LIFETIME_S
     if not expires_at <= now + longest + CLOCK_TOLERANCE_S:  # also refuses NaN
         raise RecordError(f"the record claims to live longer than {longest:.0f} s")
 

@@ -125,14 +125,12 @@ class Registry:
         """This peer's own."""
         return self._identity.peer_id
 
-    async def publish_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
-        """Signs and stores the manifest. Returns what was stored, so that others can store it again."""
+    def sign_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
+        """The manifest's record, to be stored by `republish`."""
         payload = records_pb2.RecordPayload(
             key=self.keys.manifest, expires_at=expires_at, manifest_json=manifest_json
         )
-        record = sign_record(self._identity, payload)
-        await self.republish(self.keys.manifest, record, expires_at)
-        return record
+        return sign_record(self._identity, payload)
 
     async def republish(self, key: str, record: bytes, expires_at: float) -> None:
         """Stores a record of the author again, so that it outlives the peers that held it.
@@ -162,15 +160,17 @@ class Registry:
         )
         return None if payload is None else (tuple(payload.revocations.serials), value, expires_at)
 
-    async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
-        """Author → (signed manifest record, its expiry), for every author that used this swarm's name."""
-        found = await self._get([self.keys.manifest])
-        manifests = {}
-        for subkey, (value, expires_at) in found[self.keys.manifest].items():
-            author = self._guard.read("manifest", subkey, partial(self._author_of, subkey, value))
-            if author is not None:
-                manifests[author] = (value, expires_at)
-        return manifests
+    async def find_manifest(self) -> tuple[bytes, float] | None:
+        """The author's signed record of the manifest, and its expiry."""
+        key, author = self.keys.manifest, self.keys.author
+        value, _ = (await self._get([key]))[key].get(author.to_bytes(), (None, 0.0))
+        return self.manifest_record(value)
+
+    def manifest_record(self, value: object) -> tuple[bytes, float] | None:
+        """The same, of a value that may be anything; None if it is not that record or has expired."""
+        key, author = self.keys.manifest, self.keys.author
+        payload = self._guard.read("manifest", author, lambda: open_record(value, key, author, self._now()))
+        return (value, payload.expires_at) if isinstance(value, bytes) and payload is not None else None
 
     def manifest_json(self, record: bytes) -> bytes:
         """The manifest in the author's record."""
@@ -350,11 +350,6 @@ class Registry:
         if self._admission is not None:
             self._admission.check_record(payload, peer_id)
         return payload
-
-    def _author_of(self, subkey: object, manifest: object) -> PeerID:
-        author = parse_peer_id(subkey)
-        open_record(manifest, self.keys.manifest, author, self._now())
-        return author
 
     def _replica(self, uid: UID, key: str, subkey: object, value: object) -> Replica:
         peer_id = parse_peer_id(subkey)

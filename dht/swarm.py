@@ -6,12 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from dht.admission import Denylist, Role, SwarmAdmission, read_grant
-from dht.founder_records import LIFETIME_S, ManifestRecord, Revocations
+from dht.founder_records import LIFETIME_S, ManifestRecord, RecordFile, Revocations
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _MANIFEST_DEADLINE_S = 20.0
 _RETRY_S = 0.5
-_FOUNDER_LOOKS = 3
-"""Times that a founder looks for its swarm before it founds a new one."""
+_LOOKS = 3
+"""Times that a peer looks for the manifest before it takes its own copy, or a founder founds a new swarm."""
 _REMEMBERED_TRIED = 64
 """Addresses from earlier runs that are tried at the start, at most."""
 _OTHERS_IN_INVITE = 4
@@ -100,10 +101,10 @@ async def found_swarm(
     store_bounds: StoreBounds | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
-    """Starts a peer and writes its manifest to the DHT, or finds it there: a founder comes back to its swarm.
+    """Starts a peer and publishes its manifest, or finds it in the DHT or on disk: a founder comes back to its swarm.
 
-    `state`: folder in which the peers that were met are kept. `store_bounds`: of what others store here. Raises
-    SwarmError when the name is somebody else's there, or the manifest is not the one that the swarm was founded with.
+    `state`: folder in which the manifest and the peers that were met are kept. `store_bounds`: of what others store
+    here. Raises SwarmError when the manifest is not the one that the swarm was founded with and others are in it.
     """
     stage("starting the DHT")
     peer = _Peer(identity, SwarmKeys(manifest.name, identity.peer_id), state, denylist)
@@ -111,7 +112,7 @@ async def found_swarm(
     try:
         registry = peer.registry(host)
         stage("publishing the manifest")
-        record = await _own_manifest(registry, manifest, _FOUNDER_LOOKS if host.bootstrapped_from else 1)
+        record = await _own_manifest(registry, manifest, peer.manifest_file, bool(host.bootstrapped_from))
         return peer.member(host, registry, manifest, record)
     except BaseException:
         await host.stop()
@@ -131,10 +132,10 @@ async def join_swarm(
 ) -> Swarm:
     """Starts a peer, joins by the invite or by peers met before, and reads the manifest that its author signed.
 
-    `state`: folder in which the peers that were met are kept. `roles`: as one of these it takes part; with none it
-    only looks. `store_bounds`: of what others store here. Raises UnreachableError when nobody answers, SwarmError
-    when the manifest is missing or not for this software, and InviteError when the swarm admits by token and the
-    invite's token admits it as none of the roles.
+    `state`: folder in which the manifest and the peers that were met are kept. `roles`: as one of these it takes part;
+    with none it only looks. `store_bounds`: of what others store here. Raises UnreachableError when nobody answers,
+    SwarmError when the manifest is missing or not for this software, and InviteError when the swarm admits by token
+    and the invite's token admits it as none of the roles.
     """
     stage("joining the DHT")
     peer = _Peer(identity, invite.keys, state, denylist)
@@ -142,7 +143,7 @@ async def join_swarm(
     try:
         registry = peer.registry(host)
         stage("reading the manifest")
-        record = await _find_manifest(registry, invite)
+        record = await _find_manifest(registry, peer.manifest_file)
         manifest = Manifest.from_json(registry.manifest_json(record[0]))
         if manifest.name != invite.keys.name:
             raise SwarmError(
@@ -174,6 +175,7 @@ class _Peer:
         self._identity = identity
         self._keys = keys
         self._store = _peer_store(state, keys)
+        self.manifest_file = RecordFile(None if state is None else state / "manifests" / keys.swarm_id)
         self._admission = SwarmAdmission(keys, denylist)
         self._metrics = new_registry()
         self._guard = ParseGuard(self._metrics)
@@ -211,7 +213,7 @@ class _Peer:
             host,
             registry,
             manifest,
-            ManifestRecord(registry, *record),
+            ManifestRecord(registry, *record, self.manifest_file),
             Membership(host, registry, self._store),
             self._store,
             self._admission,
@@ -248,44 +250,70 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
         )
 
 
-async def _own_manifest(registry: Registry, manifest: Manifest, looks: int) -> tuple[bytes, float]:
-    """The founder's record of the manifest and its expiry: the one in the DHT, or a new one."""
-    me = registry.keys.author
-    found = await registry.find_manifests()
-    for _ in range(looks - 1):  # the first look-ups of a new peer can miss
-        if me not in found:
-            await asyncio.sleep(_RETRY_S)
-            found = await registry.find_manifests()
-    others = found.keys() - {me}
-    if me in found:
-        record, expires_at = found[me]
-        if Manifest.from_json(registry.manifest_json(record)) != manifest:
-            raise SwarmError(
-                f"your swarm {manifest.name!r} still runs, with another manifest: pass the one that it was founded "
-                "with, or choose another name in it"
-            )
-        if expires_at > time.time() + LIFETIME_S / 2:
-            return record, expires_at
-    elif others:
+async def _own_manifest(
+    registry: Registry, manifest: Manifest, file: RecordFile, joined: bool
+) -> tuple[bytes, float]:
+    """The founder's record of the manifest and its expiry: the newest in the DHT or on disk, or a new one.
+
+    `joined`: whether other peers answered. A founder that is alone may found its swarm again with another manifest.
+    """
+    found, saved = await _look_for_manifest(registry, _LOOKS if joined else 1), _saved(registry, file)
+    record = max(filter(None, (found, saved)), key=itemgetter(1), default=None)
+    if record is not None and joined and _manifest_in(registry, record) != manifest:
         raise SwarmError(
-            f"a swarm named {manifest.name!r} exists here already, founded by {others.pop()}: "
-            "choose another name in the manifest, or join that swarm with its invite"
+            f"your swarm {manifest.name!r} was founded with another manifest: pass that one, or choose another name "
+            "in it" + ("" if found is not None else f"; if that swarm has ended, remove {file.path}")
         )
-    expires_at = time.time() + LIFETIME_S
-    return await registry.publish_manifest(manifest.to_json(), expires_at), expires_at
+    if record is None or _manifest_in(registry, record) != manifest:
+        expires_at = time.time() + LIFETIME_S
+        record = registry.sign_manifest(manifest.to_json(), expires_at), expires_at
+    try:
+        await registry.republish(registry.keys.manifest, *record)
+    except UnreachableError as error:
+        logger.warning("the manifest is not published yet: %s", error)  # `keep_manifest` publishes it again
+    return record
 
 
-async def _find_manifest(registry: Registry, invite: Invite) -> tuple[bytes, float]:
-    """Looks several times: a new peer's routing table is still filling."""
+async def _find_manifest(registry: Registry, file: RecordFile) -> tuple[bytes, float]:
+    """The newest record of the manifest, in the DHT or on disk. Without one on disk it looks for longer."""
+    saved = _saved(registry, file)
+    if saved is not None:
+        found = await _look_for_manifest(registry, _LOOKS)
+        return max(filter(None, (found, saved)), key=itemgetter(1))
     deadline = time.monotonic() + _MANIFEST_DEADLINE_S
-    while True:
-        with contextlib.suppress(UnreachableError):
-            found = (await registry.find_manifests()).get(invite.keys.author)
-            if found is not None:
-                return found
+    while (found := await _look_for_manifest(registry, 1)) is None:
         if time.monotonic() > deadline:
             raise SwarmError(
-                f"the peers at the invite's addresses know no manifest of swarm {invite.keys.name!r}: "
+                f"the peers at the invite's addresses know no manifest of swarm {registry.keys.name!r}: "
                 "it has ended, or was founded again; ask its founder for a new invite"
             )
         await asyncio.sleep(_RETRY_S)
+    return found
+
+
+async def _look_for_manifest(registry: Registry, looks: int) -> tuple[bytes, float] | None:
+    """Looks several times, because the first look-ups of a new peer can miss: its routing table is still filling."""
+    for look in range(looks):
+        if look:
+            await asyncio.sleep(_RETRY_S)
+        with contextlib.suppress(UnreachableError):
+            if (found := await registry.find_manifest()) is not None:
+                return found
+    return None
+
+
+def _saved(registry: Registry, file: RecordFile) -> tuple[bytes, float] | None:
+    """The record on disk, unless it has expired or is of a release with another protocol."""
+    record = registry.manifest_record(file.read())
+    try:
+        if record is not None:
+            _manifest_in(registry, record)
+    except SwarmError as error:
+        logger.warning("%s is not used: %s", file.path, error)
+        return None
+    return record
+
+
+def _manifest_in(registry: Registry, record: tuple[bytes, float]) -> Manifest:
+    """Raises SwarmError if it is not for this software."""
+    return Manifest.from_json(registry.manifest_json(record[0]))

@@ -11,7 +11,7 @@ TalkootError
 │   │   ├── ClockError          T107  this machine's clock is wrong
 │   │   └── HiddenError         T108  no peer can reach this one
 │   ├── UnreachableError        T109  nobody answers at the addresses given
-│   ├── SwarmError              T110  the swarm is not what was expected: no manifest, other version, name taken
+│   ├── SwarmError              T110  the swarm is not what was expected: no manifest, or another one or version
 │   ├── DataError               T111  text that is missing, empty or unreadable
 │   ├── InstallationError       T112  something that Talkoot needs is missing or broken
 │   └── CheckpointError         T113  a trainer's checkpoint that is missing, broken or of another swarm
@@ -98,7 +98,7 @@ class UnreachableError(UserError):
 
 
 class SwarmError(UserError):
-    """The swarm is not what was expected: no manifest, another protocol version, name taken."""
+    """The swarm is not what was expected: no manifest, or another one or protocol version."""
 
     code = "T110"
 

@@ -36,16 +36,14 @@ class Records:
             def manifest_json(self, record: bytes) -> bytes:
                 return record.split(b" ", 2)[2]
 
-            async def publish_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
+            def sign_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
                 assert peer_id == FOUNDER
                 records.signed += 1
-                record = f"record {records.signed} ".encode() + manifest_json
-                records.held = record, expires_at
-                return record
+                return f"record {records.signed} ".encode() + manifest_json
 
-            async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
+            async def find_manifest(self) -> tuple[bytes, float] | None:
                 records.looks += 1
-                return {FOUNDER: records.held} if records.held[1] > records.now else {}
+                return records.held if records.held[1] > records.now else None
 
             async def republish(self, key: str, record: bytes, expires_at: float) -> None:
                 if expires_at > max(records.now, records.held[1]):

@@ -24,7 +24,7 @@ from peer.errors import RecordError, WireError
 from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
 from peer.kademlia.validation import CLOCK_TOLERANCE_S
-from peer.wire import records_pb2
+from peer.wire import admission_pb2, records_pb2
 
 __all__ = ["keys"]
 
@@ -54,7 +54,7 @@ def test_keys_name_the_swarm_with_its_author(keys: SwarmKeys, other: Identity) -
     swarm_id = keys.swarm_id
     assert swarm_id == f"sauna-{keys.author.to_base58()[-12:]}"
     assert swarm_id != SwarmKeys("sauna", other.peer_id).swarm_id
-    assert keys.manifest == "sauna.manifest"
+    assert keys.manifest == f"{swarm_id}.manifest"
     assert keys.prefix(1) == f"{swarm_id}.1"
     assert keys.prefix(1, (2,)) == f"{swarm_id}.1.2"
     assert keys.expert(UID_HERE) == f"{swarm_id}.1.2.3"
@@ -199,6 +199,32 @@ def test_a_manifest_that_would_live_too_long_is_refused(identity: Identity, keys
     until = NOW + MAX_MANIFEST_LIFETIME_S + CLOCK_TOLERANCE_S + 1
     value = sign_record(identity, manifest(keys, until))
     refused(stored(keys.manifest, identity.peer_id.to_bytes(), value, until), "live longer")
+
+
+def test_only_the_founder_writes_under_a_founders_keys(
+    identity: Identity, other: Identity, keys: SwarmKeys
+) -> None:
+    subkey, revocations = other.peer_id.to_bytes(), admission_pb2.Revocations(serials=[7])
+    for payload in (
+        manifest(keys, EXPIRES_AT),
+        announcement(keys.manifest),
+        records_pb2.RecordPayload(key=keys.revocations, expires_at=EXPIRES_AT, revocations=revocations),
+    ):
+        value = sign_record(other, payload)
+        refused(stored(payload.key, subkey, value), "only the swarm's founder|another kind than its key")
+    for key in (keys.manifest, keys.revocations):
+        refused(stored(key, 3, key), "only a founder")
+
+
+@pytest.mark.parametrize("key", ["sauna.manifest", "sauna", ".manifest"])
+def test_a_manifest_is_under_the_key_that_names_its_founder(
+    identity: Identity, keys: SwarmKeys, key: str
+) -> None:
+    payload = manifest(keys, EXPIRES_AT)
+    for wrong in (key, keys.revocations, keys.node(identity.peer_id)):
+        payload.key = wrong
+        value = sign_record(identity, payload)
+        refused(stored(wrong, identity.peer_id.to_bytes(), value), "only the swarm's founder|another kind")
 
 
 def test_a_signed_expiry_that_is_no_number_is_refused(identity: Identity, keys: SwarmKeys) -> None:

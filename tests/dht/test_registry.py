@@ -29,7 +29,6 @@ from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.errors import RecordError, UnreachableError
 from peer.host import Host
-from peer.identity import PeerID
 from peer.loop import LoopThread
 from peer.metrics import new_registry
 
@@ -264,16 +263,16 @@ def test_a_manifest_is_found_and_outlives_a_republication(swarm: Swarm) -> None:
     async def scenario() -> None:
         until = time.time() + 3600
         author = swarm.registry(0)
-        record = await author.publish_manifest(MANIFEST.to_json(), until)
+        record = author.sign_manifest(MANIFEST.to_json(), until)
         await swarm.registry(1).republish(swarm.registry(1).keys.manifest, record, until)
         reader = swarm.registry(2)
-        assert await reader.find_manifests() == {swarm.keys.author: (record, until)}
+        assert await reader.find_manifest() == (record, until)
         assert Manifest.from_json(reader.manifest_json(record)) == MANIFEST
 
     swarm.run(scenario())
 
 
-def test_two_authors_of_one_name_are_both_listed(swarm: Swarm) -> None:
+def test_two_authors_of_one_name_do_not_see_each_other(swarm: Swarm) -> None:
     async def scenario() -> None:
         until = time.time() + 3600
         rival = Registry(
@@ -281,14 +280,16 @@ def test_two_authors_of_one_name_are_both_listed(swarm: Swarm) -> None:
             SwarmKeys(swarm.keys.name, swarm.hosts[1].peer_id),
             swarm.hosts[1].identity,
         )
-        records: dict[PeerID, tuple[bytes, float]] = {}
+        records = []
         for author, text in ((swarm.registry(0), b"first"), (rival, b"second")):
-            records[author.keys.author] = await author.publish_manifest(text, until), until
+            records.append((author.sign_manifest(text, until), until))
+            await author.republish(author.keys.manifest, *records[-1])
         reader = swarm.registry(2)
-        assert await reader.find_manifests() == records
-        assert reader.manifest_json(records[swarm.keys.author][0]) == b"first"
-        with pytest.raises(RecordError, match="another peer's"):
-            reader.manifest_json(records[rival.keys.author][0])
+        assert await reader.find_manifest() == records[0]
+        assert await rival.find_manifest() == records[1]
+        assert reader.manifest_record(records[1][0]) is None
+        with pytest.raises(RecordError, match="belongs under"):
+            reader.manifest_json(records[1][0])
 
     swarm.run(scenario())
 

@@ -1,5 +1,6 @@
 """Nodes that can not start say why, and leave nothing behind."""
 
+import contextlib
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -49,14 +50,27 @@ def test_a_busy_port_is_named_and_nothing_is_left(play: Play, setting: str) -> N
     play(scenario)
 
 
-def test_a_second_founder_of_a_name_is_refused_and_leaves_nothing(play: Play) -> None:
+def test_another_manifest_is_refused_while_others_are_in_the_swarm(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        node = await village.found(experts=1)
+        state = village.folder / "founder"
+        other = MANIFEST.model_copy(update={"routing": MANIFEST.routing.model_copy(update={"top_k": 1})})
+        swarm = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL), state=state)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(swarm.stop)
+            witness = await village.join(1, await swarm.invite(), experts=1)
+            bootstrap = await witness.swarm.host.bootstrap_addresses()
         before = children()
-        bootstrap = await node.swarm.host.bootstrap_addresses()
-        with pytest.raises(SwarmError, match="a swarm named 'sauna' exists here already, founded by Qm"):
-            await found_swarm(village.identities[1], MANIFEST, NetworkConfig(LOCAL), bootstrap=bootstrap)
+        for folder in (None, state):
+            with pytest.raises(SwarmError, match="was founded with another manifest: pass that one, or"):
+                await found_swarm(
+                    village.identities[0], other, NetworkConfig(LOCAL), bootstrap=bootstrap, state=folder
+                )
         assert children() == before
+
+        await witness.stop()
+        again = await found_swarm(village.identities[0], other, NetworkConfig(LOCAL), state=state)
+        village.stack.push_async_callback(again.stop)
+        assert again.manifest == other, "alone, a founder may begin anew"
 
     play(scenario)
 

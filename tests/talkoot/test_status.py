@@ -41,8 +41,8 @@ class FakeRegistry:
     def manifest_json(self, data: bytes) -> bytes:
         return data
 
-    async def find_manifests(self) -> dict[PeerID, tuple[bytes, float]]:
-        return {peer(-1): (b"", self.expires_at)}
+    async def find_manifest(self) -> tuple[bytes, float]:
+        return b"", self.expires_at
 
     async def prefixes(self, prefixes: Collection[Any], size: int) -> dict[Any, frozenset[int]]:
         return {prefix: frozenset({0, 1}) for prefix in prefixes}

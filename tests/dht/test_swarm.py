@@ -1,0 +1,101 @@
+"""A swarm that its DHT has forgotten, or that a stranger hides: its peers start from what they keep on disk."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from callers import numbered_identities
+from real_swarm import LOCAL, MANIFEST
+
+from dht.invites import Invite
+from dht.records import RecordValidator
+from dht.swarm import found_swarm, join_swarm
+from peer.host import Host
+from peer.identity import Identity
+from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+CONFIG = NetworkConfig(LOCAL)
+
+
+@pytest.fixture(scope="module")
+def identities() -> list[Identity]:
+    return numbered_identities(4)
+
+
+async def forgetful_peer(stack: contextlib.AsyncExitStack, identity: Identity) -> list[str]:
+    """The addresses of a DHT peer that knows nothing."""
+    host = await Host.start(identity, CONFIG, validator=RecordValidator())
+    stack.push_async_callback(host.stop)
+    return await host.bootstrap_addresses()
+
+
+def test_founder_and_joiner_start_again_without_the_dhts_manifest(
+    loop: LoopThread, identities: list[Identity], tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        founder, joiner, stranger, _ = identities
+        founded = await found_swarm(founder, MANIFEST, CONFIG, state=tmp_path / "founder")
+        invite = await founded.invite()
+        joined = await join_swarm(joiner, invite, CONFIG, state=tmp_path / "joiner")
+        await joined.stop()
+        await founded.stop()
+        async with contextlib.AsyncExitStack() as stack:
+            only = tuple(await forgetful_peer(stack, stranger))
+            hidden = Invite(invite.keys, only)
+            again = await join_swarm(joiner, hidden, CONFIG, state=tmp_path / "joiner")
+            stack.push_async_callback(again.stop)
+            assert again.manifest == MANIFEST
+            assert again.manifest_record.data == founded.manifest_record.data
+            back = await found_swarm(founder, MANIFEST, CONFIG, bootstrap=only, state=tmp_path / "founder")
+            stack.push_async_callback(back.stop)
+            assert back.manifest_record.data == founded.manifest_record.data
+
+    loop.run(scenario(), 120)
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"\xff" * 100_000, b"talkoot"])
+def test_a_spoilt_copy_on_disk_counts_as_none(
+    loop: LoopThread, identities: list[Identity], tmp_path: Path, spoilt: bytes
+) -> None:
+    async def scenario() -> None:
+        file = tmp_path / "manifests" / f"sauna-{identities[0].peer_id.to_base58()[-12:]}"
+        file.parent.mkdir()
+        file.write_bytes(spoilt)
+        swarm = await found_swarm(identities[0], MANIFEST, CONFIG, state=tmp_path)
+        await swarm.stop()
+        assert file.read_bytes() == swarm.manifest_record.data != spoilt
+
+    loop.run(scenario(), 60)
+
+
+def test_a_stranger_of_the_same_name_stops_nobody(
+    loop: LoopThread, identities: list[Identity], tmp_path: Path
+) -> None:
+    """Both swarms run in one DHT; each is founded again while the other runs."""
+
+    async def scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            first = await found_swarm(identities[0], MANIFEST, CONFIG, state=tmp_path)
+            away = contextlib.AsyncExitStack()
+            away.push_async_callback(first.stop)
+            bootstrap = await first.host.bootstrap_addresses()
+            others = MANIFEST.model_copy(update={"routing": MANIFEST.routing.model_copy(update={"top_k": 1})})
+            rival = await found_swarm(identities[1], others, CONFIG, bootstrap=bootstrap)
+            stack.push_async_callback(rival.stop)
+            await away.aclose()
+            back = await found_swarm(
+                identities[0],
+                MANIFEST,
+                CONFIG,
+                bootstrap=await rival.host.bootstrap_addresses(),
+            )
+            stack.push_async_callback(back.stop)
+            assert back.manifest == MANIFEST
+            joined = await join_swarm(identities[2], await back.invite(), CONFIG)
+            stack.push_async_callback(joined.stop)
+            assert joined.manifest == MANIFEST
+
+    loop.run(scenario(), 120)
