@@ -1,0 +1,265 @@
+"""Real `talkoot` processes that strangers attack, what shows how they fare, and an honest caller of a node.
+
+with founder(folder) as node, trainer(folder, node.invite) as train:
+    ...
+    assert node.alive and train.alive
+    node.metric("talkoot_dht_failures_total"), node.rss_bytes, node.log_lines, node.status()
+async with honest_caller(node_info, swarm_id, manifest, uids) as caller:
+    await caller.call_for(3.0)
+    assert caller.share >= 0.95
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+from expert_fakes import make_request
+from stranger import ALL_RIGHTS, LOCAL, new_identity
+
+from dht.announcements import NodeInfo
+from dht.invites import Invite
+from dht.manifest import Manifest
+from dht.uid import UID
+from peer.errors import ExpertError
+from peer.identity import Identity
+from peer.processes import die_with_parent
+from peer.rpc.channels import ChannelPool
+from peer.rpc.sessions import SessionClient
+from talkoot.node.control import ControlClient, ControlStatus
+from trainer_client.dispatch.batches import NodeCall
+from trainer_client.dispatch.grpc_caller import GrpcCaller
+
+MANIFEST_TOML = """
+name = "siege"
+[model]
+layers = 1
+hidden = 16
+heads = 2
+context = 16
+feed_forward = 16
+[experts]
+grid = [2, 2]
+[routing]
+top_k = 2
+"""
+_START_S = 120.0
+_STOP_S = 30.0
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A `talkoot` command in a process of its own. With one thread of torch."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    state: Path
+    metrics_address: str = ""
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def log_lines(self) -> list[str]:
+        """What it wrote to its terminal, in bytes that may be no text."""
+        return self.log.read_text(errors="backslashreplace").split("\n")
+
+    @property
+    def rss_bytes(self) -> int:
+        """Of the process itself, without p2pd."""
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    @property
+    def p2pd(self) -> psutil.Process:
+        """Its libp2p daemon."""
+        (child,) = (
+            c for c in psutil.Process(self.process.pid).children(recursive=True) if c.name() == "p2pd"
+        )
+        return child
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(self.metrics_address, timeout=10) as response:
+            text: str = response.read().decode()
+            return text
+
+    def metric(self, name: str) -> float:
+        """`name`: with its labels, as in the text of /metrics."""
+        found = re.search(rf"^{re.escape(name)} (\S+)$", self.metrics(), re.MULTILINE)
+        assert found is not None, name
+        return float(found[1])
+
+    def status(self) -> ControlStatus:
+        """Of a node, by its control socket."""
+        with ControlClient(self.state) as client:
+            return client.ask("status")
+
+    def until(self, condition: Callable[[], object], awaited: str, deadline_s: float = _START_S) -> None:
+        ends = time.monotonic() + deadline_s
+        while not condition():
+            assert self.alive, f"it ended with status {self.process.returncode}:\n{self.log.read_text()}"
+            assert time.monotonic() < ends, f"waited in vain for {awaited}:\n{self.log.read_text()}"
+            time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class NodeVictim(Victim):
+    """A `talkoot node`."""
+
+    invite: Invite = field(kw_only=True)
+    """By which others join through it."""
+
+
+@contextlib.contextmanager
+def founder(folder: Path, manifest: str = MANIFEST_TOML, **settings: object) -> Iterator[NodeVictim]:
+    """A node that founds a swarm and hosts its experts; with the same folder it comes back.
+
+    `settings`: of the node, without `TALKOOT_NODE_`.
+    """
+    toml = folder / "swarm.toml"
+    toml.write_text(manifest)
+    with _node(folder, "founder", ["--new", str(toml)], settings) as node:
+        yield node
+
+
+@contextlib.contextmanager
+def member(folder: Path, invite: Invite, name: str = "member", **settings: object) -> Iterator[NodeVictim]:
+    """A node that joins."""
+    with _node(folder, name, ["--join", str(invite)], settings) as node:
+        yield node
+
+
+@contextlib.contextmanager
+def trainer(folder: Path, invite: Invite, **settings: object) -> Iterator[Victim]:
+    """A trainer that trains for ever. Yields once it has taken a step."""
+    with socket.socket() as free:
+        free.bind((LOCAL, 0))
+        port = free.getsockname()[1]
+    endless: dict[str, object] = {"steps": 10**7, "threads": 1, "seed": 0, "metrics_port": port}
+    arguments = ["train", "--join", str(invite), "--log-format", "json"]
+    with _running(folder, "trainer", arguments, "TRAIN", endless | settings) as (process, log, state):
+        victim = Victim(process, log, state, f"http://{LOCAL}:{port}/metrics")
+        victim.until(lambda: '"step"' in log.read_text(), "the trainer's first step")
+        yield victim
+
+
+@contextlib.contextmanager
+def _node(
+    folder: Path, name: str, origin: Sequence[str], settings: dict[str, object]
+) -> Iterator[NodeVictim]:
+    invite = folder / f"{name}.invite"
+    invite.unlink(missing_ok=True)
+    arguments = ["node", *origin, "--host", LOCAL, "--invite-file", str(invite)]
+    usual: dict[str, object] = {"threads": 1, "drain_timeout_s": 0, "niceness": 0, "device": "cpu"}
+    with _running(folder, name, arguments, "NODE", usual | settings) as (process, log, state):
+        started = Victim(process, log, state)
+        started.until(lambda: "metrics at" in log.read_text(), "the node to serve")
+        metrics = re.search(r"metrics at (http://\S+)", log.read_text())
+        assert metrics is not None
+        parsed = Invite.parse(invite.read_text().strip())
+        yield NodeVictim(process, log, state, metrics[1], invite=parsed)
+
+
+@contextlib.contextmanager
+def _running(
+    folder: Path, name: str, arguments: Sequence[str], prefix: str, settings: dict[str, object]
+) -> Iterator[tuple["subprocess.Popen[bytes]", Path, Path]]:
+    """Afterwards, there may be no traceback in its log."""
+    log, state = folder / f"{name}.log", folder / name
+    environment = {f"TALKOOT_{prefix}_{key.upper()}": str(value) for key, value in settings.items()}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            die_with_parent([sys.executable, "-P", "-m", "talkoot.cli", *arguments, "--state", str(state)]),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        )
+    try:
+        yield process, log, state
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+    _, fault, what = log.read_text(errors="backslashreplace").partition("Traceback")
+    assert not fault, what[:5000]
+
+
+@dataclass
+class HonestCaller:
+    """A right client of a node, which calls its experts again and again."""
+
+    caller: GrpcCaller
+    node: NodeInfo
+    uids: Sequence[UID]
+    width: int
+    deadline_s: float = 5.0
+    calls: int = 0
+    failed: int = 0
+    last_error: str = ""
+    longest_s: float = 0.0
+    """Of a call that succeeded."""
+
+    @property
+    def share(self) -> float:
+        """Of the calls, those that succeeded within their deadline."""
+        return 1 - self.failed / self.calls if self.calls else 0.0
+
+    async def call(self) -> bool:
+        """Whether one forward call succeeds."""
+        inputs = np.ones((4, self.width), dtype=np.float32)
+        requests = [make_request(self.uids[self.calls % len(self.uids)], [4], range(4), inputs)]
+        self.calls += 1
+        began = time.monotonic()
+        try:
+            answers = self.caller.call(NodeCall(self.node, "forward", requests, self.deadline_s))
+            errors = [answer.error async for answer in answers]
+        except ExpertError as error:
+            errors = [error]
+        if any(errors) or not errors:
+            self.failed += 1
+            self.last_error = str(errors)
+            return False
+        self.longest_s = max(self.longest_s, time.monotonic() - began)
+        return True
+
+    async def call_for(self, seconds: float, pause_s: float = 0.02) -> None:
+        """One call after another."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            await self.call()
+            await asyncio.sleep(pause_s)
+
+
+@contextlib.asynccontextmanager
+async def honest_caller(
+    node: NodeInfo,
+    swarm_id: str,
+    manifest: Manifest,
+    uids: Sequence[UID] = (),
+    identity: Identity | None = None,
+) -> AsyncIterator[HonestCaller]:
+    """`uids`: experts that the node hosts; by default all of the manifest."""
+    sessions = SessionClient(identity or new_identity(), swarm_id, ALL_RIGHTS)
+    channels = ChannelPool()
+    width = manifest.model.hidden
+    caller = GrpcCaller(channels, swarm_id, width, sessions=sessions)
+    try:
+        yield HonestCaller(caller, node, uids or manifest.uids(), width)
+    finally:
+        await sessions.close()
+        await channels.close()
