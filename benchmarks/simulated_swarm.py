@@ -25,7 +25,7 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.identity import PeerID
 from peer.kademlia.hivemind import DHTID, DHTNode, MSGPackSerializer
 from peer.kademlia.lookups import Found, Item, Lookups
-from peer.kademlia.node import start_dht
+from peer.kademlia.node import meet_neighbours, ping, start_dht
 from peer.kademlia.search import DEFAULT_LIMITS, ContactBook, IterativeSearch, SearchLimits
 from peer.wire import records_pb2
 
@@ -100,10 +100,9 @@ class SimulatedSwarm:
     async def join(self, peer: SimulatedPeer, by: Sequence[SimulatedPeer] = ()) -> None:
         """Greets one of these, or of all, and looks for its own neighbours, as `peer.kademlia.node` does."""
         bootstrap = self.rng.choice(by or self.peers)
-        while await peer.dht.protocol.call_ping(bootstrap.peer_id) is None:
+        while await ping(peer.dht.protocol, bootstrap.peer_id, peer.dht.protocol.wait_timeout) is None:
             pass  # lost: whoever starts a peer tries again
-        await asyncio.sleep(0)  # hivemind enters who answered on another task
-        await peer.dht.find_nearest_nodes([peer.dht.node_id])
+        await meet_neighbours(peer.dht)
 
     def fill_tables(self, peers: Collection[SimulatedPeer], known: Sequence[SimulatedPeer]) -> None:
         """Lets these peers know up to 20 of each distance: one half of all, one quarter, one eighth."""

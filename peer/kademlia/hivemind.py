@@ -10,7 +10,7 @@ import os
 
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import DHTProtocol
-from hivemind.dht.routing import DHTID
+from hivemind.dht.routing import DHTID, RoutingTable
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2PContext
@@ -28,6 +28,7 @@ __all__ = [
     "MSGPackSerializer",
     "P2PContext",
     "RecordValidatorBase",
+    "RoutingTable",
     "dht_pb2",
     "install",
     "quiet_hivemind",

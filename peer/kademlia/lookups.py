@@ -35,13 +35,12 @@ from peer.kademlia.search import (
     SearchLimits,
     UnverifiedNodes,
 )
-from peer.kademlia.validation import drop_invalid_entries, unpack
+from peer.kademlia.validation import drop_invalid_entries, is_peer_id, node_id_of, serves_keys, unpack
 from peer.loop import TaskSet
 from peer.transport.p2pd import TRANSPORT_ERRORS
 
 T = TypeVar("T")
 
-_MAX_PEER_ID_BYTES = 64
 _NEAREST = SearchLimits(quorum=2**31)
 """For writers, which need all of the nearest nodes whatever values those have."""
 _KEYS_PER_CALL = 32
@@ -58,15 +57,6 @@ class FindResult:
     """The entries that the validator accepts; None if it has no value."""
     nearer: dict[int, bytes]
     """Kademlia ID → PeerID of the nodes it knows nearest to the key."""
-
-
-@dataclass(frozen=True)
-class FindReply:
-    """A peer's answer."""
-
-    node: int | None
-    """Its own Kademlia ID; others may have named it by another. None for a client."""
-    answers: dict[DHTID, FindResult]
 
 
 class Entry(NamedTuple):
@@ -335,15 +325,13 @@ class _Run:
 
     async def _answers_of(self, call: _Call) -> Mapping[DHTID, FindResult] | None:
         peer, began = self._peers[call.node], self._clock()
-        reply = await find(self._dht.protocol, peer, call.keys)
-        if reply is not None:
+        answers = await find(self._dht.protocol, peer, call.keys)
+        if answers is not None:
             self._dht.blacklist.register_success(peer)
             self._lookups.round_trips.note(self._clock() - began)
         else:
             self._dht.blacklist.register_failure(peer)
-        # a liar may have named this peer by another node ID
-        is_there = reply is not None and reply.node == call.node
-        return reply.answers if reply is not None and is_there else None
+        return answers
 
     async def _next_answers(self) -> list[tuple[_Call, Mapping[DHTID, FindResult] | None]]:
         """The answers since the last time: at least one, unless calls become late first."""
@@ -395,32 +383,26 @@ class _Run:
         self._advance(call.keys)
 
 
-async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> FindReply | None:
+async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> dict[DHTID, FindResult] | None:
     """None if the peer gives no proper answer within hivemind's `wait_timeout`."""
     request = dht_pb2.FindRequest(keys=[key.to_bytes() for key in keys], peer=protocol.node_info)
     try:
         response = await protocol.get_stub(peer).rpc_find(request, timeout=protocol.wait_timeout)
     except TRANSPORT_ERRORS:
         response = None
+    node = node_id_of(peer.to_bytes())
     if response is None or len(response.results) != len(keys):
-        await protocol.update_routing_table(None, peer, responded=False)
+        await protocol.update_routing_table(node, peer, responded=False)
         return None
-    node = None
-    if len(response.peer.node_id) == DHTID.HASH_NBYTES:  # a client has none
-        node = DHTID.from_bytes(response.peer.node_id)
+    if serves_keys(response.peer):
         await protocol.update_routing_table(node, peer)
     results = zip(keys, response.results, strict=True)
-    return FindReply(node, {key: _answer(protocol, key, result) for key, result in results})
+    return {key: _answer(protocol, key, result) for key, result in results}
 
 
 def _answer(protocol: DHTProtocol, key: DHTID, result: dht_pb2.FindResult) -> FindResult:
-    named = list(zip(result.nearest_node_ids, result.nearest_peer_ids, strict=False))[: protocol.bucket_size]
-    once = {
-        peer: int.from_bytes(node, "big")
-        for node, peer in named
-        if len(node) == DHTID.HASH_NBYTES and len(peer) <= _MAX_PEER_ID_BYTES
-    }
-    nearer = {node: peer for peer, node in once.items()}
+    named = result.nearest_peer_ids[: protocol.bucket_size]
+    nearer: dict[int, bytes] = {node_id_of(peer): peer for peer in named if is_peer_id(peer)}
     if result.type != dht_pb2.FOUND_DICTIONARY:
         return FindResult(None, nearer)  # Talkoot stores no plain values
     try:

@@ -1,8 +1,8 @@
 """The DHT node: how it starts, how it joins others, and how it serves them within bounds.
 
-The node is hivemind's, with our handlers. hivemind accepts any Kademlia ID that a peer claims, and does not bound what
-one message asks for or brings. It stops storing a dictionary at its first outdated entry, and lets a value that was
-stored as cached hide the rest of its key.
+The node is hivemind's, with our handlers. hivemind accepts any Kademlia ID that a peer claims; here it is the hash of
+the PeerID, whatever is claimed. hivemind does not bound what one message asks for or brings. It stops storing a
+dictionary at its first outdated entry, and lets a value that was stored as cached hide the rest of its key.
 
 To join, a peer dials others, they dial back, and both compare their clocks.
 """
@@ -25,15 +25,21 @@ from peer.kademlia.hivemind import (
     MSGPackSerializer,
     P2PContext,
     RecordValidatorBase,
+    RoutingTable,
     dht_pb2,
     install,
+    timed_storage,
 )
+from peer.kademlia.lookups import Lookups
+from peer.kademlia.search import NEIGHBOURS
 from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics
 from peer.kademlia.validation import (
     CLOCK_TOLERANCE_S,
     drop_invalid_entries,
-    owns_node_id,
+    is_peer_id,
+    node_id_of,
     patch_validation,
+    serves_keys,
     unpack,
 )
 from peer.loop import TaskSet
@@ -53,7 +59,6 @@ class BootstrapReply:
     """What a peer answered when this peer joined by it."""
 
     addresses: tuple[str, ...]
-    node_id: DHTID
     clock_offset_s: float
     """How far its clock is ahead of ours, corrected by half the round trip."""
     reaches_us: bool
@@ -71,8 +76,7 @@ async def start_dht(
     install()
     dht = await DHTNode.create(
         p2p=daemon,
-        # derived from the PeerID, or a restarted peer would be in the routing tables of others twice
-        node_id=DHTID.generate(source=daemon.peer_id.to_bytes()),
+        node_id=node_id_of(daemon.peer_id.to_bytes()),
         record_validator=validator,
         client_mode=not serves_dht,
         cache_locally=False,  # `dht.directory` is the cache, with rules of its own
@@ -111,35 +115,54 @@ async def bootstrap(
         if peer_id != daemon.peer_id:
             by_peer.setdefault(peer_id.to_bytes(), []).append(address)
     answers = await asyncio.gather(
-        *(_ping(daemon, dht, PeerID(peer), listed, deadline_s) for peer, listed in by_peer.items())
+        *(_greet(daemon, dht, PeerID(peer), listed, deadline_s) for peer, listed in by_peer.items())
     )
     replies = [answer for answer in answers if answer is not None]
     if replies:
         # not cancelled at the deadline: what it finds later still fills the routing table
-        look = asyncio.create_task(dht.find_nearest_nodes([dht.node_id]))
+        look = asyncio.create_task(meet_neighbours(dht))
         await asyncio.wait([look], timeout=deadline_s)
     return replies
 
 
-async def _ping(
+async def meet_neighbours(dht: DHTNode) -> None:
+    """Looks this peer's own ID up: whoever answers on the way enters its routing table."""
+    await Lookups(lambda: dht).find([dht.node_id], NEIGHBOURS)
+
+
+async def ping(
+    protocol: DHTProtocol, peer_id: PeerID, deadline_s: float, validate: bool = False
+) -> dht_pb2.PingResponse | None:
+    """The answer of a peer that serves DHT keys; it enters the routing table, and leaves it if it does not answer.
+
+    `validate`: asks it to dial back.
+    """
+    node_id = node_id_of(peer_id.to_bytes())
+    request = dht_pb2.PingRequest(peer=protocol.node_info, validate=validate)
+    try:
+        answer = await protocol.get_stub(peer_id).rpc_ping(request, timeout=deadline_s)
+    except TRANSPORT_ERRORS:
+        answer = None
+    responded = answer is not None and serves_keys(answer.peer)
+    await protocol.update_routing_table(node_id, peer_id, responded=responded)
+    return answer if responded else None
+
+
+async def _greet(
     daemon: Daemon, dht: DHTNode, peer_id: PeerID, addresses: Sequence[str], deadline_s: float
 ) -> BootstrapReply | None:
-    protocol = dht.protocol
     try:
         await daemon.connect(peer_id, addresses, deadline_s)
-        asked_at = time.time()
-        request = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
-        answer = await protocol.get_stub(peer_id).rpc_ping(request, timeout=deadline_s)
-        took_s = time.time() - asked_at
     except TRANSPORT_ERRORS:
         return None
-    if len(answer.peer.node_id) != DHTID.HASH_NBYTES:
-        return None  # it serves no DHT keys
-    node_id = DHTID.from_bytes(answer.peer.node_id)
+    asked_at = time.time()
+    answer = await ping(dht.protocol, peer_id, deadline_s, validate=True)
+    took_s = time.time() - asked_at
+    if answer is None:
+        return None
     dht.blacklist.register_success(peer_id)  # it may be listed from before it restarted
-    await protocol.update_routing_table(node_id, peer_id)
     offset_s = answer.dht_time - asked_at - took_s / 2
-    return BootstrapReply(tuple(addresses), node_id, offset_s, answer.available)
+    return BootstrapReply(tuple(addresses), offset_s, answer.available)
 
 
 def check_bootstrap(replies: Collection[BootstrapReply], serves_dht: bool) -> None:
@@ -168,7 +191,6 @@ class BoundedDHTHandlers:
         self._bounds = bounds
         self._metrics = metrics
         self._validator = protocol.record_validator
-        self._meet, self._ping = protocol.update_routing_table, protocol.rpc_ping
         self._tasks = TaskSet()
         self._handover = TokenBucket(1.0, _HANDOVER_BURST_S, 0.0)
         """In seconds at the rate `handed_bytes_per_s`."""
@@ -181,9 +203,16 @@ class BoundedDHTHandlers:
         )
 
     async def rpc_ping(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
-        if len(request.peer.node_id) != DHTID.HASH_NBYTES:  # a client has none
-            request = dht_pb2.PingRequest()
-        return await self._ping(request, context)
+        """Tells the time and, if asked, whether this peer can dial back."""
+        protocol = self._protocol
+        response = dht_pb2.PingResponse(peer=protocol.node_info, dht_time=timed_storage.get_dht_time())
+        if request.validate and serves_keys(request.peer):
+            # whoever answers enters the routing table, and nobody else
+            answer = await ping(protocol, context.remote_id, protocol.wait_timeout)
+            response.available = answer is not None
+        else:
+            await self._meet_sender(request.peer, context)
+        return response
 
     async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
         """Tells for each entry whether it was stored."""
@@ -235,28 +264,28 @@ class BoundedDHTHandlers:
     async def update_routing_table(
         self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True
     ) -> None:
-        """Records the one node ID that a peer has now, and hands a new peer what it should store."""
-        table = self._protocol.routing_table
+        """Enters a peer that answered or asked, and hands a new one what it should store; removes a silent one.
+
+        `node_id`, which hivemind's own calls take from what the peer claims, is not read.
+        """
+        protocol, name = self._protocol, peer_id.to_bytes()
+        table, place = protocol.routing_table, node_id_of(name)
         if not responded:
-            await self._meet(node_id, peer_id, responded=False)
+            if place in table:
+                del table[place]
             return
-        known = table.get(peer_id=peer_id)
-        if node_id is None or node_id == self._protocol.node_id:
+        if place == protocol.node_id or not is_peer_id(name):
             return
-        if table.get(node_id=node_id, default=peer_id) != peer_id:
-            if not owns_node_id(node_id, peer_id.to_bytes()):
-                return  # nobody may take another's node ID
-            del table[node_id]
-        if known is None and self._may_hand_over():
-            self._tasks.spawn(self._hand_over(node_id, peer_id), "hand records to a new DHT peer")
-        elif known not in (None, node_id):
-            del table[known]
-        if (oldest := table.add_or_update_node(node_id, peer_id)) is not None:
-            self._tasks.spawn(self._protocol.call_ping(oldest[1]), "ping a DHT peer")
+        if place not in table:
+            _make_room(table, place)
+            if self._may_hand_over():
+                self._tasks.spawn(self._hand_over(place, peer_id), "hand records to a new DHT peer")
+        if (oldest := table.add_or_update_node(place, peer_id)) is not None:
+            self._tasks.spawn(ping(protocol, oldest[1], protocol.wait_timeout), "ping a DHT peer")
 
     async def _meet_sender(self, sender: dht_pb2.NodeInfo, context: P2PContext) -> None:
-        if len(sender.node_id) == DHTID.HASH_NBYTES:  # a client has none
-            await self.update_routing_table(DHTID.from_bytes(sender.node_id), context.remote_id)
+        if serves_keys(sender):
+            await self.update_routing_table(None, context.remote_id)
 
     async def _store(self, key: bytes, tag: bytes, value: bytes, expires_at: float) -> bool:
         """Whether any entry was new. `tag`: the subkey, or a mark that the value is a dictionary."""
@@ -313,6 +342,13 @@ class BoundedDHTHandlers:
             size += taken
         if part:
             await protocol.call_store(peer_id, *zip(*part, strict=True))
+
+
+def _make_room(table: RoutingTable, place: DHTID) -> None:
+    """Drops the oldest spare node of the bucket if it has many. hivemind keeps all that ever came."""
+    bucket = table.buckets[table.get_bucket_index(place)]
+    if len(bucket.replacement_nodes) >= bucket.size:
+        del table[next(iter(bucket.replacement_nodes))]
 
 
 async def install_handlers(protocol: DHTProtocol, bounds: StoreBounds, metrics: StoreMetrics) -> None:

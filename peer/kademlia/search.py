@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from peer.identity import PeerID
 from peer.kademlia.hivemind import DHTID
-from peer.kademlia.validation import owns_node_id
 
 _MIN_TIMEOUT_S, _MAX_TIMEOUT_S = 0.3, 3.0
 _BUCKET_SHIFT = 8 * DHTID.HASH_NBYTES - 8
@@ -40,6 +39,8 @@ class SearchLimits:
 
 
 DEFAULT_LIMITS = SearchLimits()
+NEIGHBOURS = SearchLimits(front=20, quorum=2**31)
+"""For a peer that joins and looks itself up: as many as fill a bucket of its routing table."""
 
 
 class IterativeSearch:
@@ -202,14 +203,7 @@ class ContactBook:
             self._made.setdefault(node, peer)
 
     def hear(self, peers: Mapping[int, bytes]) -> None:
-        """If several peers are named for one node ID, the first one counts, unless the ID is another's own."""
-        for node, peer in peers.items():
-            known = self._heard.get(node)
-            if known is None and node not in self._made:
-                self._heard[node] = peer
-            elif known not in (None, peer) and owns_node_id(node, peer):
-                self._heard[node] = peer
-                self._made.pop(node, None)
+        self._heard.update(peers)
 
 
 class RttEstimator:
@@ -244,8 +238,8 @@ class UnverifiedNodes:
     def note(self, peers: Mapping[int, bytes]) -> None:
         for node, peer in peers.items():
             bucket = self._buckets.setdefault(node >> _BUCKET_SHIFT, {})
-            known = bucket.pop(node, peer)
-            bucket[node] = peer if known == peer or owns_node_id(node, peer) else known
+            bucket.pop(node, None)
+            bucket[node] = peer
             if len(bucket) > _BUCKET_NODES:
                 del bucket[next(iter(bucket))]
 

@@ -23,6 +23,7 @@ from peer.kademlia.hivemind import (
     DictionaryDHTValue,
     MSGPackSerializer,
     RecordValidatorBase,
+    dht_pb2,
 )
 
 CLOCK_TOLERANCE_S = 3.0
@@ -30,6 +31,8 @@ CLOCK_TOLERANCE_S = 3.0
 MAX_ENTRIES = 4096
 """Of one dictionary in one answer. Longer ones are sampled, so that nobody can choose which entries are lost."""
 _DICTIONARY = MSGPackSerializer._ext_types[DictionaryDHTValue]
+_PEER_ID_PREFIXES = b"\x12\x20", b"\x00\x24\x08\x01\x12\x20"
+"""Of a key's SHA-256 hash, and of an Ed25519 key as it is. 32 bytes follow."""
 
 
 class StrictSerializer(MSGPackSerializer):  # type: ignore[misc]  # hivemind has no types
@@ -65,9 +68,19 @@ def drop_invalid_entries(validator: RecordValidatorBase, key: bytes, dictionary:
     return True
 
 
-def owns_node_id(node: int, peer_id: bytes) -> bool:
-    """Whether this Kademlia ID is the hash of the PeerID, as it is for every Talkoot peer. Others draw theirs."""
-    return hashlib.sha1(peer_id, usedforsecurity=False).digest() == node.to_bytes(DHTID.HASH_NBYTES, "big")
+def node_id_of(peer_id: bytes) -> DHTID:
+    """The peer's place in the DHT: the hash of its PeerID. The ID that a peer claims is never read."""
+    return DHTID(int.from_bytes(hashlib.sha1(peer_id, usedforsecurity=False).digest(), "big"))
+
+
+def serves_keys(peer: dht_pb2.NodeInfo) -> bool:
+    """Whether a peer says that it is a node of the DHT and no mere client."""
+    return bool(len(peer.node_id) == DHTID.HASH_NBYTES)
+
+
+def is_peer_id(name: bytes) -> bool:
+    """Whether it is the PeerID of an RSA key, as Talkoot's peers have, or of an Ed25519 key, as `hivemind-dht` has."""
+    return any(len(name) == len(prefix) + 32 and name.startswith(prefix) for prefix in _PEER_ID_PREFIXES)
 
 
 def _unpack(data: bytes, hook: Any) -> Any:

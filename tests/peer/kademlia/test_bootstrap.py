@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import StartError
-from peer.kademlia.hivemind import DHTID
 from peer.kademlia.node import BootstrapReply, check_bootstrap
 from peer.kademlia.validation import CLOCK_TOLERANCE_S
 
@@ -16,7 +15,7 @@ wrong = st.just(math.nan) | st.floats(CLOCK_TOLERANCE_S + 0.1) | st.floats(max_v
 
 
 def said(offset_s: float, reaches_us: bool = True) -> BootstrapReply:
-    return BootstrapReply(("/ip4/192.0.2.1/tcp/1/p2p/Qm",), DHTID(1), offset_s, reaches_us)
+    return BootstrapReply(("/ip4/192.0.2.1/tcp/1/p2p/Qm",), offset_s, reaches_us)
 
 
 @given(st.lists(right, min_size=1, max_size=9), st.lists(wrong, max_size=9))

@@ -22,7 +22,7 @@ from peer.kademlia.hivemind import (
     dht_pb2,
 )
 from peer.kademlia.storage import StoreBounds
-from peer.kademlia.validation import owns_node_id
+from peer.kademlia.validation import node_id_of
 from peer.metrics import total
 from peer.wire import records_pb2
 
@@ -187,44 +187,44 @@ def test_messages_beyond_their_bounds_get_empty_answers(world: VirtualLoop) -> N
     play(world, scenario)
 
 
-def test_one_peer_has_one_node_id(world: VirtualLoop) -> None:
+def test_one_peer_has_one_node_id_whatever_it_claims(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         table = peer.dht.protocol.routing_table
-        claimed = [DHTID.generate().to_bytes() for _ in range(30)]
+        other = await swarm.make_peer()
+        claimed = [DHTID.generate().to_bytes() for _ in range(30)] + [
+            other.dht.node_id.to_bytes(),
+            peer.dht.node_id.to_bytes(),
+        ]
         for node_id in (b"", b"short", bytes(40), *claimed):
             sender = dht_pb2.NodeInfo(node_id=node_id)
             await send(peer, "ping", dht_pb2.PingRequest(peer=sender))
             await send(peer, "find", dht_pb2.FindRequest(peer=sender, keys=[bytes(20)]))
             await send(peer, "store", dht_pb2.StoreRequest(peer=sender))
         await asyncio.sleep(1)
-        assert list(table.uid_to_peer_id.values()) == [STRANGER.peer_id]
-        assert table.get(peer_id=STRANGER.peer_id) == DHTID.from_bytes(claimed[-1])
+        assert table.uid_to_peer_id == {node_id_of(STRANGER.peer_id.to_bytes()): STRANGER.peer_id}
 
     play(world, scenario)
 
 
-def test_nobody_takes_the_node_id_of_another(world: VirtualLoop) -> None:
+@pytest.mark.parametrize("name", [b"", b"\x12\x20" + bytes(31), bytes(34), b"\x12\x20" + bytes(33)])
+def test_a_peer_whose_name_is_no_peer_id_has_no_place(world: VirtualLoop, name: bytes) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        table, other = peer.dht.protocol.routing_table, await swarm.make_peer()
-        place = other.dht.node_id
-        assert owns_node_id(place, other.peer_id.to_bytes())
-        for sender in (STRANGER.peer_id, other.peer_id, STRANGER.peer_id):
-            node = dht_pb2.NodeInfo(node_id=place.to_bytes())
-            await send(peer, "ping", dht_pb2.PingRequest(peer=node), sender)
-            await asyncio.sleep(1)
-        assert table.get(node_id=place) == other.peer_id
-        assert len(table.uid_to_peer_id) == 1
-
-    play(world, scenario)
-
-
-def test_nobody_takes_the_node_id_of_the_peer_itself(world: VirtualLoop) -> None:
-    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        own = dht_pb2.NodeInfo(node_id=peer.dht.node_id.to_bytes())
-        await send(peer, "ping", dht_pb2.PingRequest(peer=own))
-        await send(peer, "find", dht_pb2.FindRequest(peer=own, keys=[bytes(20)]))
-        await asyncio.sleep(1)
+        node = dht_pb2.NodeInfo(node_id=node_id_of(name).to_bytes())
+        await send(peer, "ping", dht_pb2.PingRequest(peer=node), PeerID(name))
         assert not peer.dht.protocol.routing_table.uid_to_peer_id
+
+    play(world, scenario)
+
+
+def test_the_routing_table_stays_small_however_many_strangers_come(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        for n in range(2000):
+            stranger: Any = SimulatedIdentity(10_000 + n)
+            node = dht_pb2.NodeInfo(node_id=bytes(20))
+            await send(peer, "find", dht_pb2.FindRequest(peer=node), stranger.peer_id)
+        table = peer.dht.protocol.routing_table
+        assert len(table.peer_id_to_uid) == len(table.uid_to_peer_id) <= 2 * 20 * len(table.buckets)
+        assert len(table.buckets) < 64
 
     play(world, scenario)
 

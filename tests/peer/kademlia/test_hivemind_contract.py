@@ -48,7 +48,7 @@ ALSO_IMPORT = {
 IMPORTED = {
     "hivemind.dht.node": {"DHTNode"},
     "hivemind.dht.protocol": {"DHTProtocol"},
-    "hivemind.dht.routing": {"DHTID"},
+    "hivemind.dht.routing": {"DHTID", "RoutingTable"},
     "hivemind.dht.storage": {"DHTLocalStorage", "DictionaryDHTValue"},
     "hivemind.dht.validation": {"DHTRecord", "RecordValidatorBase"},
     "hivemind.p2p": {"P2P", "P2PContext", "PeerID"},
@@ -115,7 +115,8 @@ UNDOCUMENTED = {
         "wait_timeout",
     },
     "hivemind.dht.routing.DHTID": {"HASH_NBYTES"},
-    "hivemind.dht.routing.RoutingTable": {"peer_id_to_uid"},
+    "hivemind.dht.routing.KBucket": {"replacement_nodes", "size"},
+    "hivemind.dht.routing.RoutingTable": {"buckets", "peer_id_to_uid"},
     "hivemind.dht.validation.DHTRecord": {"expiration_time", "key", "subkey", "value"},
     "hivemind.p2p.P2P": {"is_alive", "peer_id"},
     "hivemind.p2p.P2PContext": {"remote_id"},
@@ -162,7 +163,6 @@ SOURCES = {
 
 PARAMETERS = {
     "hivemind.dht.protocol.DHTProtocol.add_p2p_handlers": "p2p, wrapper=, namespace=, balanced=",
-    "hivemind.dht.protocol.DHTProtocol.call_ping": "peer, validate=, strict=",
     "hivemind.dht.protocol.DHTProtocol.call_store": "peer, keys, values, expiration_time, subkeys=, in_cache=",
     "hivemind.dht.protocol.DHTProtocol.get_stub": "peer",
     "hivemind.dht.protocol.DHTProtocol.remove_p2p_handlers": "p2p, namespace=",
@@ -171,6 +171,7 @@ PARAMETERS = {
     "hivemind.dht.routing.DHTID.xor_distance": "other",
     "hivemind.dht.routing.RoutingTable.add_or_update_node": "node_id, peer_id",
     "hivemind.dht.routing.RoutingTable.get": "node_id=, peer_id=, default=",
+    "hivemind.dht.routing.RoutingTable.get_bucket_index": "node_id",
     "hivemind.dht.routing.RoutingTable.get_nearest_neighbors": "query_id, k, exclude=",
     "hivemind.dht.storage.DHTLocalStorage.store": "key, value, expiration_time, subkey=",
     "hivemind.dht.validation.DHTRecord": "key, subkey, value, expiration_time",
@@ -203,7 +204,6 @@ KEYWORDS = {
         "p2p",
         "record_validator",
     },
-    "hivemind.dht.node.DHTNode.find_nearest_nodes": {"queries"},
     "hivemind.p2p.P2P.create": {
         "announce_maddrs",
         "auto_nat",

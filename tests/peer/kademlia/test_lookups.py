@@ -10,9 +10,10 @@ from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.uid import UID
 from peer.errors import UnreachableError
-from peer.identity import PeerID
 from peer.kademlia.hivemind import DHTID, P2PContext, dht_pb2
-from peer.kademlia.search import ContactBook, RttEstimator, UnverifiedNodes
+from peer.kademlia.node import ping
+from peer.kademlia.search import RttEstimator
+from peer.kademlia.validation import node_id_of
 
 HOME = UID(0, (0, 1))
 
@@ -66,8 +67,7 @@ def test_slow_peers_are_waited_for_when_there_are_no_others(world: VirtualLoop) 
 async def know_one(swarm: SimulatedSwarm, bootstrap: SimulatedPeer) -> SimulatedPeer:
     """A client that has pinged one peer and knows no other."""
     client = await swarm.make_peer(serves_dht=False)
-    await client.dht.protocol.call_ping(bootstrap.peer_id)
-    await asyncio.sleep(0)  # hivemind adds it to the routing table in another task
+    await ping(client.dht.protocol, bootstrap.peer_id, 3.0)
     return client
 
 
@@ -105,33 +105,21 @@ def test_keys_for_which_nobody_answers_are_not_taken_for_empty(world: VirtualLoo
     play(world, scenario, nodes=1, experts=24)
 
 
-def test_a_peer_that_is_named_by_a_wrong_node_id_does_not_count(world: VirtualLoop) -> None:
-    """Otherwise a liar could name honest peers, who don't store the key, in place of its holders."""
+def test_peers_that_claim_the_places_beside_a_key_are_not_found_there(world: VirtualLoop) -> None:
+    """Otherwise a liar could put itself, or honest peers who don't store the key, in place of its holders."""
 
     async def scenario(swarm: SimulatedSwarm) -> None:
         reader, key = swarm.peers[0], DHTID.generate(source=swarm.keys.expert(HOME))
-        named = {DHTID(key ^ n): peer.peer_id.to_bytes() for n, peer in enumerate(swarm.peers[1:], 1)}
-        reader.lookups.unverified.note(named)
+        for n, liar in enumerate(swarm.peers[6:], 1):
+            liar.dht.protocol.node_info.node_id = DHTID(key ^ n).to_bytes()
+            await ping(liar.dht.protocol, reader.peer_id, 3.0)
         found = (await reader.lookups.find([key]))[key]
-        assert not set(found.search.nearest()) & named.keys()
+        places = {node_id_of(peer.peer_id.to_bytes()) for peer in swarm.peers}
+        assert set(found.search.nearest()) <= places
+        assert set(reader.dht.protocol.routing_table.uid_to_peer_id) <= places
         assert found.entries
-        assert not any(peer.peer_id in reader.dht.blacklist for peer in swarm.peers)
 
     play(world, scenario)
-
-
-def test_claims_to_a_node_id_do_not_count_against_its_owner() -> None:
-    owner, liar = b"\x12\x20" + bytes(32), b"\x12\x20" + bytes([1]) * 32
-    place = int(DHTID.generate(source=owner))
-    contacts, unverified = ContactBook(), UnverifiedNodes()
-    for peer in (liar, owner, liar):
-        contacts.hear({place: peer})
-        unverified.note({place: peer})
-    assert contacts[place].to_bytes() == unverified.near(place)[place] == owner
-    met = ContactBook()
-    met.know({place: PeerID(liar)})
-    met.hear({place: owner})
-    assert met[place].to_bytes() == liar, "who was met there is there"
 
 
 def test_many_keys_travel_in_few_calls(world: VirtualLoop) -> None:
