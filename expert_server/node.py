@@ -94,9 +94,7 @@ class Node:
         self._now = now
         swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
         self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit, metrics)
-        store = CheckpointStore(
-            state / "checkpoints", swarm_id, settings.checkpoints_kept, holds=manifest.holds
-        )
+        store = CheckpointStore(state / "checkpoints", swarm_id, manifest, settings.checkpoints_kept)
         rights = sorted(RIGHTS[Role.NODE])
         own_sessions = SessionClient(swarm.host.identity, swarm_id, rights, swarm.admission.badge)
         self.replicas = LocalReplicas(
@@ -104,7 +102,13 @@ class Node:
             runtime,
             Checkpoints(store, runtime, metrics),
             StateClient(
-                swarm_id, manifest, own_sessions, self.traffic.down, swarm.host.tunnels, metrics=metrics
+                swarm_id,
+                manifest,
+                own_sessions,
+                self.traffic.down,
+                swarm.host.tunnels,
+                metrics=metrics,
+                guard=swarm.guard,
             ),
             devices,
             lifetime_s=settings.lifetime_s,

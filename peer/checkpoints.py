@@ -1,37 +1,58 @@
 """Checkpoints: their format, and a folder that keeps the newest few.
 
 A checkpoint is a safetensors file with a header, and with a checksum over the header and the tensors. The same bytes
-are stored on disk and sent to other peers.
+are stored on disk and sent to other peers, so whoever reads them reads what a stranger may have made up. They are
+parsed here and nowhere else: a file is what the grammar allows, and what its reader expects, or it is refused before
+anything is made of it.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as from_safetensors
+from pydantic_core import from_json
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from peer.errors import StateError
 from peer.files import sync_folder, write_atomically
+from peer.formatting import printable
 
 FORMAT_VERSION = 1
+MAX_OUTLINE_BYTES = 2**24
+"""Of the JSON before the tensors, which has their names and the header."""
 _HEADER_KEY = "talkoot"
 """Key of the safetensors metadata that holds the header as JSON."""
-_KNOWN_TYPES = {
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+_ALIGNMENT = 8
+_MAX_DIMENSIONS, _MAX_NUMBERS, _MAX_NAME = 8, 2**48, 500
 _FILE_NAME = re.compile(r"(0|[1-9][0-9]{0,17})\.safetensors")
 _TEMPORARY = ".*.new"
+
+Form: TypeAlias = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+Outline: TypeAlias = Mapping[str, Form]
+"""What a file says that it holds, by name."""
 
 
 class CheckpointHeader(BaseModel):
@@ -53,47 +74,134 @@ H = TypeVar("H", bound=CheckpointHeader)
 
 def encode_checkpoint(header: H, tensors: dict[str, Tensor]) -> bytes:
     """Packs contiguous tensors on the CPU, and the header with their checksum."""
-    digest = _digest(header.model_dump_json(exclude={"sha256"}), tensors)
+    parts = ((name, form_of(tensor), _bytes_of(tensor)) for name, tensor in tensors.items())
+    digest = _digest(header.model_dump_json(exclude={"sha256"}), parts)
     header = header.model_copy(update={"sha256": digest})
     return to_safetensors(tensors, {_HEADER_KEY: header.model_dump_json()})
 
 
-def decode_checkpoint(data: bytes, kind: type[H], check: Callable[[H], None]) -> tuple[H, dict[str, Tensor]]:
+def decode_checkpoint(
+    data: bytes,
+    kind: type[H],
+    check: Callable[[H, Outline], None],
+    max_outline_bytes: int = MAX_OUTLINE_BYTES,
+) -> tuple[H, dict[str, Tensor]]:
     """Unpacks and verifies a checkpoint. Raises StateError if it is malformed or was changed.
 
-    `check` gets the header before the checksum is computed, and raises StateError if it is not the expected one.
+    `check` raises StateError if the header or the outline is not the expected one. It is called before the checksum is
+    computed and any tensor is made. `max_outline_bytes`: what is parsed to get there.
     """
-    try:
-        tensors: dict[str, Tensor] = from_safetensors(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
-        raise StateError(f"it can't be read: {error}") from error
-    if unknown := {tensor.dtype for tensor in tensors.values()} - _KNOWN_TYPES:
-        raise StateError(f"it has tensors of type {unknown.pop()}")
-    header = _read_header(_metadata(data), kind)
+    text, places = _read_outline(data, max_outline_bytes)
+    header = _read_header(text, kind)
     try:
         # only the keys that were written: another release may have written fewer than this software knows
         written = header.model_dump_json(exclude={"sha256"}, exclude_unset=True)
-    except ValueError as error:  # lone surrogates, or lists nested too deeply
-        raise StateError(f"its header is not as it was written: {error}") from error
-    check(header)
-    if _digest(written, tensors) != header.sha256:
+    except ValueError as error:
+        raise StateError(f"its header is not as it was written: {printable(str(error))}") from error
+    check(header, {place.name: place.form for place in places})
+    content = memoryview(data)
+    parts = ((place.name, place.form, content[place.start : place.end]) for place in places)
+    if _digest(written, parts) != header.sha256:
         raise StateError("its checksum does not match: something changed it after it was written")
-    return header, tensors
+    return header, _tensors(data, places)
 
 
-def _metadata(data: bytes) -> Mapping[str, str]:
-    """The metadata of a valid safetensors file, which starts with 8 bytes of length and then JSON."""
-    outline = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata: Mapping[str, str] = outline.get("__metadata__") or {}
-    return metadata
+def read_checkpoint(path: Path, most: int | None = None) -> bytes:
+    """A file's content. Raises StateError if it can't be read, or has more than `most` bytes."""
+    try:
+        if most is not None and (size := path.stat().st_size) > most:
+            raise StateError(f"it has {size} bytes; at most {most}")
+        return path.read_bytes()
+    except OSError as error:
+        raise StateError(f"it can't be read: {error.strerror}") from error
 
 
-def _read_header(metadata: Mapping[str, str], kind: type[H]) -> H:
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is in a file."""
+
+    name: str
+    form: Form
+    start: int
+    end: int
+
+
+def _read_outline(data: bytes, most: int) -> tuple[str, list[_Place]]:
+    """The header's JSON, and the places of the tensors, which fill the file. Raises StateError.
+
+    A safetensors file starts with the 8 bytes of a length, and then JSON of that length.
+    """
+    begin = 8 + int.from_bytes(data[:8], "little")
+    if not 8 < begin <= len(data) or begin % _ALIGNMENT:
+        raise StateError("it can't be read: it is no safetensors file")
+    if begin - 8 > most:
+        raise StateError(f"it can't be read: an outline of {begin - 8} bytes; at most {most}")
+    try:
+        outline = json.loads(
+            data[8:begin].decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"it can't be read: {printable(str(error))}") from error
+    if not isinstance(outline, dict):
+        raise StateError("it can't be read: its outline is no object")
+    metadata = outline.pop("__metadata__", None)
+    places = sorted(
+        (_read_place(name, entry, begin) for name, entry in outline.items()), key=lambda p: (p.start, p.end)
+    )
+    end = begin
+    for place in places:
+        if place.start != end:
+            raise StateError("it can't be read: its tensors overlap, or leave gaps")
+        end = place.end
+    if end != len(data):
+        raise StateError("it can't be read: its tensors do not fill it")
+    if not isinstance(metadata, dict) or metadata.keys() != {_HEADER_KEY}:
+        raise StateError("it has no header of a checkpoint")
+    text = metadata[_HEADER_KEY]
+    if not isinstance(text, str):
+        raise StateError("it has no header of a checkpoint")
+    return text, places
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _read_place(name: str, entry: Any, begin: int) -> _Place:
+    """`begin`: where the tensors begin. Raises StateError."""
+    if len(name) > _MAX_NAME or not name.isprintable():
+        raise StateError(f"it can't be read: the name {printable(name)!r}")
+    match entry:
+        case {"dtype": str(type_name), "shape": list(shape), "data_offsets": [start, end]} if len(
+            entry
+        ) == 3 and all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+            pass
+        case _:
+            raise StateError(f"it can't be read: {name!r} is not described as a tensor")
+    dtype = _TYPES.get(type_name)
+    if dtype is None:
+        raise StateError(f"it has tensors of type {printable(type_name, 40)}")
+    # of no numbers at all too: torch computes with the sizes of the other dimensions
+    if len(shape) > _MAX_DIMENSIONS or prod(max(1, size) for size in shape) > _MAX_NUMBERS:
+        raise StateError(f"it can't be read: {name!r} has too large a shape")
+    if end - start != prod(shape) * dtype.itemsize or start % dtype.itemsize:
+        raise StateError(f"it can't be read: {name!r} is not where its shape needs it")
+    return _Place(name, (tuple(shape), dtype), begin + start, begin + end)
+
+
+def _read_header(text: str, kind: type[H]) -> H:
     """Raises StateError."""
     try:
-        values = json.loads(metadata[_HEADER_KEY])
+        values = from_json(text, allow_inf_nan=False)
         version = values["format_version"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise StateError("it has no header of a checkpoint") from error
     if version != FORMAT_VERSION:
         later = isinstance(version, int) and version > FORMAT_VERSION
@@ -107,11 +215,35 @@ def _read_header(metadata: Mapping[str, str], kind: type[H]) -> H:
         raise StateError(f"its header is not valid: {error.error_count()} errors") from error
 
 
-def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+def _tensors(data: bytes, places: Iterable[_Place]) -> dict[str, Tensor]:
+    """Views of one copy of the data, which can be changed. Raises StateError."""
+    buffer, tensors = bytearray(data), {}
+    for place in places:
+        shape, dtype = place.form
+        if place.start == place.end:
+            tensors[place.name] = torch.empty(shape, dtype=dtype)
+            continue
+        if dtype is torch.bool and max(buffer[place.start : place.end]) > 1:
+            raise StateError(f"{place.name!r} has numbers in place of truth values")
+        flat = torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=place.start)
+        tensors[place.name] = flat.reshape(shape)
+    return tensors
+
+
+def form_of(tensor: Tensor) -> Form:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _digest(header: str, parts: Iterable[tuple[str, Form, memoryview]]) -> str:
     digest = hashlib.sha256(header.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name, (shape, dtype), content in sorted(parts, key=lambda part: part[0]):
+        digest.update(f"\n{name} {dtype} {shape}\n".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -197,7 +197,8 @@ class SwarmClient:
         as the tokenizer. Raises PortError.
         """
         form = DenseForm.of(part.model, self._joined.swarm.keys.swarm_id, *meanings)
-        return self._loop.run(self._average(DenseExchange(form, part, self._joined.averaging_metrics)))
+        exchange = DenseExchange(form, part, self._joined.averaging_metrics, guard=self._joined.swarm.guard)
+        return self._loop.run(self._average(exchange))
 
     def take_freshest(self, averaging: Averaging) -> int | None:
         """Takes over the parameters of the trainer in the swarm that has most steps behind it.

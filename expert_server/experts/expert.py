@@ -21,6 +21,7 @@ from expert_server.experts.format import (
     BLOCK,
     Checkpoint,
     State,
+    StateForm,
     block_tensors,
     check_numbers,
     check_state,
@@ -56,6 +57,7 @@ class Expert:
         self._places = ParameterSlots(self.block)
         self.optimizer = Optimizer(self._parameters, self._settings)
         self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
+        self.form = StateForm.of(manifest)
         self._step_is_due = False
         self._version: WeightVersion | None = None
         """The present parameters, once a graph was made with them."""
@@ -226,7 +228,7 @@ class Expert:
 
         Raises StateError when a name, shape or dtype is not this expert's or a number is not finite.
         """
-        return check_state(self.uid, state, update_count, self.block, self.optimizer.moments)
+        return check_state(self.uid, state, update_count, self.form)
 
     def import_state(self, state: Mapping[str, Tensor], update_count: int) -> None:
         """Goes on from an exported state as if it had never stopped.

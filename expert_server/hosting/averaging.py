@@ -236,7 +236,7 @@ def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: s
     if expert.generation != base.generation:
         raise StateError(f"expert {expert.uid} was replaced or rolled back while it was averaged")
     expert.check_state(theirs.state, theirs.update_count)
-    before = from_bytes(base.data, swarm_id, base.uid, base.update_count)
+    before = from_bytes(base.data, swarm_id, base.uid, base.update_count, expert.form)
     state = averaged(expert.export_state(), before.state, theirs.state, share)
     since = expert.update_count - base.update_count
     updates = max(base.update_count, theirs.update_count) + since

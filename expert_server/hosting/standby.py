@@ -11,9 +11,7 @@ from prometheus_client import CollectorRegistry, Counter
 from dht.announcements import NodeInfo, Replica
 from dht.swarm import Swarm
 from dht.uid import UID
-from expert_server.blocks import weightless_block
-from expert_server.experts.format import Checkpoint, check_state
-from expert_server.experts.optimizer import moments_of
+from expert_server.experts.format import Checkpoint, StateForm, check_state
 from expert_server.hosting.placement import plausible_updates, single_hosted
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
@@ -117,6 +115,4 @@ class StandbyCopies:
 
     def _check(self, uid: UID, checkpoint: Checkpoint) -> None:
         """Raises StateError."""
-        manifest = self._swarm.manifest
-        block, moments = weightless_block(manifest), moments_of(manifest.optimizer)
-        check_state(uid, checkpoint.state, checkpoint.update_count, block, moments)
+        check_state(uid, checkpoint.state, checkpoint.update_count, StateForm.of(self._swarm.manifest))

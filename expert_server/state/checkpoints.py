@@ -16,11 +16,12 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter
 
+from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import Checkpoint, from_bytes, to_bytes
+from expert_server.experts.format import Checkpoint, StateForm, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
-from peer.checkpoints import RotatingFiles
+from peer.checkpoints import RotatingFiles, read_checkpoint
 from peer.errors import ExpertError, StateError, WireError
 from peer.formatting import counted
 
@@ -38,16 +39,17 @@ class CheckpointStore:
         self,
         folder: Path,
         swarm_id: str,
+        manifest: Manifest,
         keep: int,
         now: Callable[[], float] = time.time,
-        holds: Callable[[UID], bool] = lambda uid: True,
     ) -> None:
-        """`keep`: how many checkpoints of each expert stay. `holds`: whether an expert is on the swarm's grid."""
+        """`keep`: how many checkpoints of each expert stay."""
         self._folder = folder / swarm_id
         self._swarm_id = swarm_id
         self._keep = keep
         self._now = now
-        self._holds = holds
+        self._holds = manifest.holds
+        self._form = StateForm.of(manifest)
         self._strays: set[UID] = set()
         self._writing = threading.Lock()
 
@@ -113,11 +115,8 @@ class CheckpointStore:
 
     def _load(self, uid: UID, update_count: int) -> Checkpoint:
         """Raises StateError if the file is not what its path says, or not as it was written."""
-        try:
-            data = self.path(uid, update_count).read_bytes()
-        except OSError as error:
-            raise StateError(f"it can't be read: {error}") from error
-        return from_bytes(data, self._swarm_id, uid, update_count)
+        data = read_checkpoint(self.path(uid, update_count), self._form.max_bytes)
+        return from_bytes(data, self._swarm_id, uid, update_count, self._form)
 
     def _files(self, uid: UID) -> RotatingFiles:
         return RotatingFiles(self._folder / str(uid), self._keep)

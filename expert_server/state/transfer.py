@@ -9,21 +9,20 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
-import torch
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter
 
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
 from dht.uid import UID
-from expert_server.blocks import weightless_block
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import Checkpoint, from_bytes, to_bytes
+from expert_server.experts.format import Checkpoint, StateForm, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, TransferError
 from peer.identity import PeerID
 from peer.metrics import start_at_zero
+from peer.parsing import ParseGuard
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
@@ -176,18 +175,21 @@ class StateClient:
         tunnels: Tunnels | None = None,
         max_transfer_s: float = MAX_TRANSFER_S,
         metrics: CollectorRegistry | None = None,
+        guard: ParseGuard | None = None,
     ) -> None:
         """`sessions`: show other nodes who fetches. `down`: how fast states may come. `max_transfer_s`: longest that
-        one may take, with all attempts.
+        one may take, with all attempts. `guard`: of the parser of states.
         """
         self.metrics = TransferMetrics(metrics)
         self._down = down
         self._swarm_id = swarm_id
+        self._form = StateForm.of(manifest)
+        self._guard = guard or ParseGuard()
         self._service = SnapshotClient(
             state_pb2_grpc.StateServiceStub,
             ChannelPool(_CHANNELS, tunnels),
             sessions,
-            partial(SnapshotReceiver, largest_state_bytes(manifest), self._count_received),
+            partial(SnapshotReceiver, self._form.max_bytes, self._count_received),
             open_s=_ASK_S,
             limit_s=max_transfer_s,
         )
@@ -207,7 +209,7 @@ class StateClient:
         what = f"expert {uid} of {node.peer_id}"
         try:
             incoming = await self._service.download(node, "Fetch", request, what, self._down)
-            fetched = await asyncio.to_thread(self._open, incoming, uid)
+            fetched = await asyncio.to_thread(self._open, incoming, uid, node.peer_id)
         except TransferError:
             self.metrics.fetches.labels("failed").inc()
             raise
@@ -248,15 +250,13 @@ class StateClient:
     def _count_received(self, size: int) -> None:
         self.metrics.bytes.labels("received").inc(size)
 
-    def _open(self, incoming: SnapshotReceiver, uid: UID) -> Fetched:
+    def _open(self, incoming: SnapshotReceiver, uid: UID, peer_id: PeerID) -> Fetched:
         header, data = incoming.whole()
-        checkpoint = from_bytes(data, self._swarm_id, uid, header.update_count)
+        with self._guard.guarding("state", peer_id, StateError):
+            checkpoint = from_bytes(data, self._swarm_id, uid, header.update_count, self._form)
         return Fetched(checkpoint, header.sha256, header.met_update_count)
 
 
 def largest_state_bytes(manifest: Manifest) -> int:
     """The largest size of an expert's state on the wire, with names and header. Allocates nothing."""
-    block = weightless_block(manifest)
-    tensors = [tensor for tensor in block.state_dict().values() if torch.is_tensor(tensor)]
-    numbers = sum(tensor.nbytes for tensor in tensors) * (1 + manifest.optimizer.moments)
-    return numbers + 1024 * (len(tensors) * (2 + manifest.optimizer.moments) + 4)
+    return StateForm.of(manifest).max_bytes

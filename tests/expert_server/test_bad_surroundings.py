@@ -87,7 +87,7 @@ async def reaches(node: NodeProcess, name: str, least: float) -> None:
 def saved(node: NodeProcess, folder: Path) -> int:
     """The update count of the newest valid checkpoint, as the next start would find it."""
     (path,) = (folder / "state" / "checkpoints").iterdir()
-    checkpoint = CheckpointStore(path.parent, path.name, 2).load_newest(AN_EXPERT)
+    checkpoint = CheckpointStore(path.parent, path.name, MANIFEST, 2).load_newest(AN_EXPERT)
     return checkpoint.update_count if checkpoint else 0
 
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from peer.checkpoints import CheckpointHeader, decode_checkpoint, encode_checkpoint
+from peer.checkpoints import CheckpointHeader, Outline, decode_checkpoint, encode_checkpoint
 from peer.errors import StateError
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3)}
@@ -20,7 +20,7 @@ class LaterHeader(Header):
     score: float = 0.0
 
 
-def accept(header: CheckpointHeader) -> None:
+def accept(header: CheckpointHeader, outline: Outline) -> None:
     pass
 
 

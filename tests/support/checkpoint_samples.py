@@ -11,7 +11,7 @@ from torch import Tensor
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import Checkpoint, State
+from expert_server.experts.format import Checkpoint, State, StateForm, moment_name
 from expert_server.experts.graphs import Rows
 from expert_server.state.checkpoints import CheckpointStore
 
@@ -27,8 +27,10 @@ AN_UID, OTHER_UID = UID(1, (0, 1)), UID(0, (1, 1))
 SWARM = "sauna-QmFounder"
 
 
-def make_store(folder: Path, keep: int = 2, swarm_id: str = SWARM) -> CheckpointStore:
-    return CheckpointStore(folder, swarm_id, keep, now=lambda: 1000.5)
+def make_store(
+    folder: Path, keep: int = 2, swarm_id: str = SWARM, manifest: Manifest = MANIFEST
+) -> CheckpointStore:
+    return CheckpointStore(folder, swarm_id, manifest, keep, now=lambda: 1000.5)
 
 
 def step(expert: Expert, steps: int = 1) -> Expert:
@@ -68,5 +70,17 @@ def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], 
 WEIGHT, MOMENT = "block.attention_input.weight", "optimizer.attention_input.weight.exp_avg"
 
 
+LARGER = MANIFEST.model_copy(
+    update={"model": MANIFEST.model.model_copy(update={"hidden": 32, "feed_forward": 128})}
+)
+"""Its states have about 150 kB."""
+
+
 def filled_with(number: int) -> Checkpoint:
-    return Checkpoint({name: torch.full((64, 64), float(number)) for name in "abcdefgh"}, number)
+    """A state of an expert of `LARGER`."""
+    form = StateForm.of(LARGER)
+    outline = dict(form.block)
+    for name, like in form.parameters.items():
+        outline |= {moment_name(name, m): ((), torch.float32) if m == "step" else like for m in form.moments}
+    state = {name: torch.full(shape, float(number), dtype=dtype) for name, (shape, dtype) in outline.items()}
+    return Checkpoint(state, number)

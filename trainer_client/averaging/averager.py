@@ -170,7 +170,7 @@ class Averaging:
         try:
             mine = await self.exchange.snapshot()
             incoming = await self._swap(partner, mine)
-            theirs = await self.exchange.check(mine.part, incoming)
+            theirs = await self.exchange.check(mine.part, incoming, partner.peer_id)
             assert incoming.header is not None, "it is whole"
             return await self.exchange.merge(mine, theirs, incoming.header.met_update_count, partner.peer_id)
         finally:
@@ -200,7 +200,7 @@ class Averaging:
         what = f"the dense part of {partner.peer_id}"
         incoming = await self._service.download(partner, "Take", request, what, RateLimit(None))
         mine = await asyncio.to_thread(self.part.read)
-        theirs = await self.exchange.check(mine, incoming)
+        theirs = await self.exchange.check(mine, incoming, partner.peer_id)
         age = min(theirs.age, most)
         self.part.replace(theirs.tensors, age)
         return age

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peer.averaging import interpolate
-from peer.checkpoints import CheckpointHeader, decode_checkpoint, encode_checkpoint
+from peer.checkpoints import CheckpointHeader, Outline, decode_checkpoint, encode_checkpoint
 from peer.errors import StateError
 
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -67,7 +67,12 @@ class DenseForm:
     def max_bytes(self) -> int:
         """Upper bound of an encoded dense part's size, names and header included."""
         numbers = sum(shape.numel() * dtype.itemsize for shape, dtype in self.kinds.values())
-        return numbers + 1024 * (len(self.kinds) + 4)
+        return numbers + self.max_outline_bytes
+
+    @property
+    def max_outline_bytes(self) -> int:
+        """Of its names and its header."""
+        return 1024 * (len(self.kinds) + 4)
 
     def to_bytes(self, tensors: Tensors, age: int) -> bytes:
         """Tensors on the CPU, contiguous."""
@@ -77,15 +82,14 @@ class DenseForm:
     def from_bytes(self, data: bytes, age: int) -> dict[str, Tensor]:
         """Raises StateError when they are not a dense part of this form and age, or a number is not finite."""
 
-        def check(header: Header) -> None:
+        def check(header: Header, outline: Outline) -> None:
             said = (header.swarm_id, header.fingerprint, header.age)
             if said != (self.swarm_id, self.fingerprint.hex(), age):
                 raise StateError("it is another dense part than was offered")
+            if outline != self.kinds:
+                raise StateError("its tensors are not those of this model")
 
-        _, tensors = decode_checkpoint(data, Header, check)
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        if found != dict(self.kinds):
-            raise StateError("its tensors are not those of this model")
+        _, tensors = decode_checkpoint(data, Header, check, self.max_outline_bytes)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise StateError("it has numbers that are not finite")
         return tensors

@@ -20,6 +20,7 @@ from peer.errors import ExpertError, StateError, WireError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
+from peer.parsing import ParseGuard
 from peer.rates import RateLimit
 from peer.rpc.calls import RequestReader, abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
@@ -111,7 +112,9 @@ class DenseExchange:
         part: SharedParameters,
         metrics: AveragingMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
+        guard: ParseGuard | None = None,
     ) -> None:
+        """`guard`: of the parser of dense parts."""
         self.form = form
         self.part = part
         self.metrics = metrics or AveragingMetrics()
@@ -120,6 +123,7 @@ class DenseExchange:
         self.ended_at_step = 0
         """Steps of this trainer when its last exchange ended, whoever began it."""
         self.is_running = False
+        self._guard = guard or ParseGuard()
         self._history: AveragingHistory[bytes] = AveragingHistory(clock)
         self._snapshots: SnapshotCache[Snapshot] = SnapshotCache(_MAX_SNAPSHOTS, _SNAPSHOT_LIFETIME_S)
 
@@ -161,9 +165,9 @@ class DenseExchange:
         self._snapshots.put(snapshot, self.clock())
         return snapshot
 
-    async def check(self, mine: DensePart, incoming: SnapshotReceiver) -> PeerDensePart:
-        """Raises StateError when what was received must not be averaged with."""
-        return await asyncio.to_thread(self._open, mine, incoming)
+    async def check(self, mine: DensePart, incoming: SnapshotReceiver, peer_id: PeerID) -> PeerDensePart:
+        """Raises StateError when what was received from the peer must not be averaged with."""
+        return await asyncio.to_thread(self._open, mine, incoming, peer_id)
 
     def refuse(self, peer_id: PeerID, error: StateError) -> None:
         """Avoids that trainer for a while, each time for longer."""
@@ -199,10 +203,11 @@ class DenseExchange:
         data = self.form.to_bytes(part.tensors, part.age)
         return part, data, hashlib.sha256(data).digest()
 
-    def _open(self, mine: DensePart, incoming: SnapshotReceiver) -> PeerDensePart:
+    def _open(self, mine: DensePart, incoming: SnapshotReceiver, peer_id: PeerID) -> PeerDensePart:
         header, data = incoming.whole()
-        tensors = self.form.from_bytes(data, header.update_count)
-        difference = require_near(mine.tensors, tensors)
+        with self._guard.guarding("dense", peer_id, StateError):
+            tensors = self.form.from_bytes(data, header.update_count)
+            difference = require_near(mine.tensors, tensors)
         return PeerDensePart(tensors, min(header.update_count, MAX_AGE), difference)
 
 
@@ -246,7 +251,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
             incoming.begin(offer.header)
             mine = await exchange.snapshot()
             await self._swap(mine, incoming, caller, messages, context)
-            theirs = await exchange.check(mine.part, incoming)
+            theirs = await exchange.check(mine.part, incoming, caller)
             merge = self._merge(mine, theirs, offer.header.met_update_count, caller)
             self._merging.spawn(merge, "merge a dense part")
             merging = True

@@ -18,7 +18,14 @@ from pydantic import Field
 from torch import Tensor
 
 from dht.manifest import Manifest
-from peer.checkpoints import CheckpointHeader, RotatingFiles, decode_checkpoint, encode_checkpoint
+from peer.checkpoints import (
+    CheckpointHeader,
+    Outline,
+    RotatingFiles,
+    decode_checkpoint,
+    encode_checkpoint,
+    read_checkpoint,
+)
 from peer.errors import CheckpointError, DataError, SettingsError, StateError
 from peer.files import StateFolder
 from trainer_client.data.corpus import Corpus, encode_corpus
@@ -155,18 +162,14 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
 
 def _read(path: Path, swarm_id: str) -> Checkpoint:
     """Raises StateError when it is not whole."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StateError(f"it can't be read: {error.strerror}") from error
 
-    def check(header: Header) -> None:
+    def check(header: Header, outline: Outline) -> None:
         if header.swarm_id != swarm_id:
             raise CheckpointError(
                 f"{path} is of the swarm {header.swarm_id}, and you join {swarm_id}: pass a --checkpoint of this one"
             )
 
-    header, tensors = decode_checkpoint(data, Header, check)
+    header, tensors = decode_checkpoint(read_checkpoint(path), Header, check)
     # a history may hold the loss of a step that was skipped
     if not all(t.isfinite().all() for name, t in tensors.items() if not name.startswith("history.")):
         raise StateError("it has numbers that are not finite")

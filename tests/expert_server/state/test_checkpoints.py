@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 from checkpoint_samples import (
     AN_UID,
+    LARGER,
+    MANIFEST,
     OTHER_UID,
     SWARM,
     assert_same,
@@ -29,6 +31,7 @@ from checkpoint_samples import (
     warnings_in,
 )
 
+from dht.manifest import ExpertSpec
 from expert_server.experts.expert import Expert
 from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import Checkpoints, CheckpointStore
@@ -79,7 +82,8 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 def test_checkpoints_off_the_grid_are_passed_over_and_said_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = CheckpointStore(tmp_path, SWARM, 2, holds=lambda uid: uid == AN_UID)
+    smaller = MANIFEST.model_copy(update={"experts": ExpertSpec(grid=(1, 2))})
+    store = make_store(tmp_path, manifest=smaller)
     save(store, make_expert())
     save(store, make_expert(1, OTHER_UID))
     for _ in range(2):
@@ -117,7 +121,7 @@ _WRITERS = """
 import os, sys
 from pathlib import Path
 import torch
-from checkpoint_samples import AN_UID, filled_with, make_store
+from checkpoint_samples import AN_UID, LARGER, filled_with, make_store
 
 torch.set_num_threads(1)  # so that this process has one thread, and can fork
 while sys.stdin.readline():
@@ -125,7 +129,7 @@ while sys.stdin.readline():
         os.waitpid(writer, 0)
         print("dead", flush=True)
         continue
-    store = make_store(Path(sys.argv[1]))
+    store = make_store(Path(sys.argv[1]), manifest=LARGER)
     newest = store.load_newest(AN_UID)
     update_count = newest.update_count if newest else 0
     print(os.getpid(), flush=True)
@@ -140,7 +144,7 @@ while sys.stdin.readline():
 def test_a_writer_killed_at_any_moment_loses_nothing_that_was_saved(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests" / "support")])}
-    store, rng, last_saved = make_store(tmp_path / "state"), random.Random(2), 0
+    store, rng, last_saved = make_store(tmp_path / "state", manifest=LARGER), random.Random(2), 0
     with subprocess.Popen(
         [sys.executable, "-c", _WRITERS, str(tmp_path / "state")],
         stdin=subprocess.PIPE,

@@ -49,7 +49,7 @@ def test_a_hostile_dense_part_is_refused_whoever_calls(
     async def scenario(square: Square) -> None:
         victim = await square.trainer(trained(make_model(), 2), 10)
         villain = await square.trainer(hostile(change), 10**9)
-        villain.exchange._open = lambda mine, _: PeerDensePart(mine.tensors, 0, 0.0)  # type: ignore[method-assign, assignment]  # takes all
+        villain.exchange._open = lambda mine, *_: PeerDensePart(mine.tensors, 0, 0.0)  # type: ignore[method-assign]  # takes all
         before = victim.part.read().tensors
         with pytest.raises(StateError) as refused:
             await square.stepping(victim.average_with(square.info(villain)), victim.part)
