@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -26,7 +25,7 @@ from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.rates import Bandwidth, TokenBuckets
 from peer.rpc.calls import make_stub, require_same_swarm
-from peer.transport.addresses import IpAddress, ip_address
+from peer.transport.addresses import IpAddress, address_of, neighbourhood
 from peer.wire import probe_pb2, probe_pb2_grpc
 
 MAX_PROBE_BYTES = 8 * 2**20
@@ -177,32 +176,13 @@ class _Turns:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED, "others are served now: try again in some seconds"
             )
-        if wait_s := self._allowance.take(_neighbourhood(address), now):
+        if wait_s := self._allowance.take(neighbourhood(address), now):
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, f"too many calls: try again in {wait_s:.0f} s")
         self._running += 1
         try:
             yield address
         finally:
             self._running -= 1
-
-
-def address_of(peer: str) -> IpAddress | None:
-    """The IP address in gRPC's name of a peer, such as `ipv4:192.0.2.7:4711` or `ipv6:%5B::1%5D:4711`."""
-    kind, _, rest = unquote(peer).partition(":")
-    if kind not in {"ipv4", "ipv6"}:
-        return None
-    host = rest.rpartition(":")[0].strip("[]")
-    try:
-        return ip_address(host)
-    except ValueError:
-        return None
-
-
-def _neighbourhood(address: IpAddress) -> str:
-    """What counts as one caller: an IPv4 address, or the 2^64 IPv6 addresses that one line usually has."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
-    return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
 
 
 class _NotReadError(Exception):

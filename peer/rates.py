@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections import Counter as Multiset
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -73,6 +75,72 @@ class TokenBuckets(Generic[K]):
         bucket = self._buckets.get(key) or TokenBucket(self._rate, self._burst, now)
         bucket.take(amount, now)
         self._buckets[key] = bucket
+
+
+class FairTurns:
+    """Gives out turns, so many in a second. Those who must wait are served in a fair order. For one event loop.
+
+    Neighbourhoods take turns, and so do the sources in each. So whoever floods a server waits for itself.
+    """
+
+    def __init__(
+        self, rate: float, burst: float, *, most: int = 1024, near: int = 256, same: int = 2
+    ) -> None:
+        """`rate`: turns per second. `burst`: turns given at once after a pause.
+
+        `most`, `near`, `same`: how many may wait, in all, in one neighbourhood and of one source.
+        """
+        self._bucket = TokenBucket(rate, burst, time.monotonic())
+        self._most, self._most_near, self._most_same = most, near, same
+        self._waiting = OrderedDict[str, OrderedDict[str, deque[asyncio.Future[None]]]]()
+        """By neighbourhood and source. The first ones are served next."""
+        self._count = Multiset[str]()
+        """Of each neighbourhood."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def turn(self, near: str, source: str) -> bool:
+        """Waits for a turn of this source in this neighbourhood. False at once if too many wait."""
+        if not self._waiting and not self._bucket.take(0, time.monotonic()):
+            self._bucket.take(1, time.monotonic())
+            return True
+        waiting = self._waiting[near].get(source) if near in self._waiting else None
+        if (
+            (waiting is not None and len(waiting) >= self._most_same)
+            or self._count[near] >= self._most_near
+            or self._count.total() >= self._most
+        ):
+            return False
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._waiting.setdefault(near, OrderedDict()).setdefault(source, deque()).append(future)
+        self._count[near] += 1
+        if self._timer is None:
+            self._timer = loop.call_later(self._bucket.take(0, time.monotonic()), self._serve)
+        await future
+        return True
+
+    def _serve(self) -> None:
+        self._timer = None
+        while self._waiting:
+            if not (future := self._next()).done():  # its caller may have gone
+                future.set_result(None)
+                wait_s = self._bucket.take(1, time.monotonic())
+                if wait_s:
+                    self._timer = asyncio.get_running_loop().call_later(wait_s, self._serve)
+                    return
+
+    def _next(self) -> "asyncio.Future[None]":
+        near, sources = self._waiting.popitem(last=False)
+        source, futures = sources.popitem(last=False)
+        future = futures.popleft()
+        if futures:
+            sources[source] = futures
+        if sources:
+            self._waiting[near] = sources
+        self._count[near] -= 1
+        if not self._count[near]:
+            del self._count[near]
+        return future
 
 
 class RateLimit:

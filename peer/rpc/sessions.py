@@ -1,16 +1,20 @@
 """Sessions, both sides: a caller proves once who it is, and its calls then only name the session.
 
-The proof is a signed statement that names the server, so that no server can replay it to another. TLS is pinned to the
-server's certificate, so only the two of them know the session's name.
+The proof is a signed statement that names the server, so that no server can replay it to another, and a challenge that
+the server has just given. So it is of use once, whatever the two clocks say, and strangers can't fill a memory of
+statements, because what a server remembers is bounded by how many it checks. TLS is pinned to the server's certificate,
+so only the two of them know the session's name.
 """
 
 import asyncio
+import hmac
 import secrets
+import struct
 import time
-from collections import Counter as Multiset
-from collections.abc import Callable, Sequence, Set
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from typing import Any, Protocol, TypeAlias
 
 import grpc
@@ -24,26 +28,31 @@ from peer.errors import ExpertError, RecordError
 from peer.formatting import printable
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.metrics import start_at_zero
-from peer.rpc.calls import make_stub, require_same_swarm
+from peer.rates import FairTurns
+from peer.rpc.calls import abort_on_error, make_stub, require_same_swarm
+from peer.transport.addresses import address_of, neighbourhood
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
 Right: TypeAlias = "session_pb2.Right"
 Metadata: TypeAlias = tuple[tuple[str, bytes], ...]
 SESSION_KEY = "talkoot-session-bin"
 """The key of the gRPC metadata in which a call names its session."""
-CLOCK_WINDOW_S = 60.0
-"""How far a statement's time may differ from the server's clock."""
-NONCE_BYTES = 16
+_CHALLENGE_S = 30.0
+"""How long a challenge can be used."""
+_RANDOM_BYTES = 16
+_MAC_BYTES = 16
 _SESSION_BYTES = 16
 _MAX_REQUEST_BYTES = 4096
 _MAX_RIGHTS = 16
-_REMEMBERED_STATEMENTS = 16_384
-_STATEMENTS_OF_CALLER = 256
-"""The most of these from one caller."""
+_CHECKS_PER_S = 200.0
+"""Signatures checked for callers that open sessions. Each takes about 0.2 ms of the loop."""
+_CHECKS_AT_ONCE = 32
+_TUNNELS = "tunnels"
+"""The neighbourhood of all callers that come by the server's unix socket."""
 _RENEW_AT = 0.8
 """The share of a session's lifetime after which a new one is opened."""
 _LONGEST_LIFETIME_S = 7 * 86400.0
-_MAX_SESSION_BYTES = 64
+_MAX_SESSION_BYTES = _MAX_CHALLENGE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,66 +95,59 @@ class Session:
     """The caller's PeerID in base58."""
     rights: frozenset[Right]
     serial: int
-    expires_at: float
+    ends_at: float
+    """By the server's monotonic clock."""
+    near: str = ""
+    """The neighbourhood that it was opened from."""
 
 
-class ReplayWindow:
-    """Accepts each statement once. Pure and bounded: `now` is passed in.
+class Challenges:
+    """Makes challenges without remembering them, and accepts each once. It remembers those that were used lately."""
 
-    When it is full, it forgets the statement with the earliest time and accepts none of that time or earlier any more,
-    so that none is ever accepted twice. One caller can't fill it, which would shut out the others.
-    """
-
-    def __init__(
-        self,
-        window_s: float = CLOCK_WINDOW_S,
-        limit: int = _REMEMBERED_STATEMENTS,
-        limit_of_caller: int = _STATEMENTS_OF_CALLER,
-    ) -> None:
-        self._window_s = window_s
-        self._limit = limit
-        self._limit_of_caller = limit_of_caller
-        self._seen: set[tuple[bytes, bytes]] = set()
-        self._by_time: list[tuple[float, bytes, bytes]] = []
-        self._of_caller: Multiset[bytes] = Multiset()
-        self._floor = float("-inf")
-
-    def take(self, caller: bytes, nonce: bytes, at: float, now: float) -> None:
-        """Raises ExpertError: UNAUTHENTICATED, or RESOURCE_EXHAUSTED if the caller sent too many lately."""
-        if not abs(at - now) <= self._window_s:  # also refuses NaN
-            raise ExpertError(
-                StatusCode.UNAUTHENTICATED,
-                f"the caller's clock differs by more than {self._window_s:.0f} s from this node's",
-            )
-        while self._by_time and self._by_time[0][0] < now - self._window_s:
-            self._forget_earliest()
-        if (caller, nonce) in self._seen or at <= self._floor:
-            raise ExpertError(StatusCode.UNAUTHENTICATED, "this statement was seen before: sign a new one")
-        if self._of_caller[caller] >= self._limit_of_caller:
-            raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED,
-                f"at most {self._limit_of_caller} sessions of one caller in {2 * self._window_s:.0f} s",
-            )
-        self._seen.add((caller, nonce))
-        self._of_caller[caller] += 1
-        heappush(self._by_time, (at, caller, nonce))
-        if len(self._by_time) > self._limit:
-            self._floor = max(self._floor, self._forget_earliest())
+    def __init__(self, lifetime_s: float = _CHALLENGE_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lifetime_s = lifetime_s
+        self._clock = clock
+        self._began = clock()
+        self._secret = secrets.token_bytes(32)
+        self._used: OrderedDict[bytes, float] = OrderedDict()
+        """When each was used, the earliest first."""
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return len(self._used)
 
-    def _forget_earliest(self) -> float:
-        at, caller, nonce = heappop(self._by_time)
-        self._seen.remove((caller, nonce))
-        self._of_caller[caller] -= 1
-        if not self._of_caller[caller]:
-            del self._of_caller[caller]
-        return at
+    def new(self) -> bytes:
+        made = struct.pack(">d", self._clock() - self._began) + secrets.token_bytes(_RANDOM_BYTES)
+        return made + self._mac(made)
+
+    def check(self, challenge: bytes) -> None:
+        """Raises ExpertError (UNAUTHENTICATED) if it can't be used now."""
+        made = challenge[:-_MAC_BYTES]
+        if not hmac.compare_digest(challenge[-_MAC_BYTES:], self._mac(made)):
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "this is no challenge of this server")
+        age_s = self._clock() - self._began - struct.unpack_from(">d", made)[0]
+        if age_s > self._lifetime_s:
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "the challenge is too old: ask for a new one")
+        if challenge in self._used:
+            raise ExpertError(StatusCode.UNAUTHENTICATED, "the challenge was used before: ask for a new one")
+
+    def use(self, challenge: bytes) -> None:
+        """Like `check`, and then it can't be used again."""
+        self.check(challenge)
+        now = self._clock()
+        while self._used and next(iter(self._used.values())) < now - self._lifetime_s:
+            self._used.popitem(last=False)
+        self._used[challenge] = now
+
+    def _mac(self, data: bytes) -> bytes:
+        return hmac.digest(self._secret, data, "sha256")[:_MAC_BYTES]
 
 
 class Sessions:
-    """The sessions of one server, one per caller. The least recently used ends when there are too many."""
+    """The sessions of one server, one per caller.
+
+    When there are too many, one of the neighbourhood with the most sessions ends, the one used longest ago. So a
+    stranger with many keys pushes out its own.
+    """
 
     def __init__(
         self,
@@ -153,12 +155,13 @@ class Sessions:
         server: PeerID,
         admission: Admission | None = None,
         *,
-        limit: int = 4096,
+        limit: int = 8192,
         lifetime_s: float = 3600.0,
         now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`admission`: who may do what; by default everybody may do everything."""
+        """`admission`: who may do what; by default everybody may do everything. `now` dates admissions."""
         events = Counter(
             "talkoot_session_events",
             "Sessions opened, refused and ended early to make room; calls in none that is open.",
@@ -167,14 +170,18 @@ class Sessions:
         )
         self.events = start_at_zero(events, "opened", "refused", "evicted", "unknown")
         Gauge("talkoot_sessions", "Callers that are known now.", registry=metrics).set_function(self.__len__)
+        self.challenges = Challenges(clock=clock)
         self._swarm_id = swarm_id
         self._server = server
         self._admission = admission or AllowAll()
+        self._limit = limit
         self._lifetime_s = lifetime_s
         self._now = now
-        self._window = ReplayWindow()
-        self._sessions = BoundedDict[bytes, Session](limit)  # used longest ago first
+        self._clock = clock
+        self._sessions: dict[bytes, Session] = {}
         self._by_caller: dict[PeerID, bytes] = {}
+        self._near: dict[str, OrderedDict[bytes, None]] = {}
+        """The sessions of each neighbourhood, used longest ago first."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -182,27 +189,26 @@ class Sessions:
     def all(self) -> list[Session]:
         return list(self._sessions.values())
 
-    def open(self, request: session_pb2.OpenRequest) -> session_pb2.OpenReply:
-        """Raises ExpertError."""
-        try:
-            statement, caller = self._proved(request)
+    def open(self, request: session_pb2.OpenRequest, near: str = "") -> session_pb2.OpenReply:
+        """`near`: the neighbourhood that the caller is in. Raises ExpertError."""
+        statement = self.check(request)
+        with self.counting_refusals():
+            caller = self._proved(request, statement)
             rights = frozenset(statement.rights)
             badge = statement.badge if statement.HasField("badge") else None
             admitted = self._admission.admit(caller, rights, badge)
-            self._window.take(statement.caller, statement.nonce, statement.time, self._now())
-        except ExpertError:
-            self.events.labels("refused").inc()
-            raise
+            self.challenges.use(statement.challenge)
         self._end(caller)
-        key, now = secrets.token_bytes(_SESSION_BYTES), self._now()
-        expires_at = min(now + self._lifetime_s, admitted.expires_at)
-        session = Session(caller, caller.to_base58(), rights, admitted.serial, expires_at)
+        while len(self._sessions) >= self._limit:
+            self._evict()
+        key = secrets.token_bytes(_SESSION_BYTES)
+        lifetime_s = max(0.0, min(self._lifetime_s, admitted.expires_at - self._now()))
+        ends_at = self._clock() + lifetime_s
+        self._sessions[key] = Session(caller, caller.to_base58(), rights, admitted.serial, ends_at, near)
         self._by_caller[caller] = key
-        for evicted in self._sessions.put(key, session):
-            self.events.labels("evicted").inc()
-            del self._by_caller[evicted.caller]
+        self._near.setdefault(near, OrderedDict())[key] = None
         self.events.labels("opened").inc()
-        return session_pb2.OpenReply(session=key, lifetime_s=max(0.0, expires_at - now))
+        return session_pb2.OpenReply(session=key, lifetime_s=lifetime_s)
 
     def require(self, context: "grpc.aio.ServicerContext[Any, Any]", right: Right) -> Session:
         """The session of a caller that has the right. Raises ExpertError: UNAUTHENTICATED or PERMISSION_DENIED."""
@@ -211,12 +217,12 @@ class Sessions:
     def find(self, key: bytes, right: Right) -> Session:
         """Like `require`, by the session's name."""
         session = self._sessions.get(key)
-        if session is None or session.expires_at <= self._now():
+        if session is None or session.ends_at <= self._clock():
             self.events.labels("unknown").inc()
             raise ExpertError(
                 StatusCode.UNAUTHENTICATED, "the call is in no session that is open here: open one"
             )
-        self._sessions.move_to_end(key)
+        self._near[session.near].move_to_end(key)
         if right not in session.rights:
             name = session_pb2.Right.Name(right)
             raise ExpertError(StatusCode.PERMISSION_DENIED, f"the session was opened without {name}")
@@ -224,36 +230,45 @@ class Sessions:
 
     def recheck(self) -> None:
         """Ends the sessions of callers that have been denied or revoked, and those that have expired."""
-        now = self._now()
+        now = self._clock()
         for session in self.all():
-            gone = session.expires_at <= now
+            gone = session.ends_at <= now
             if gone or not self._admission.still_admits(session.caller, session.serial):
                 self._end(session.caller)
 
-    def _end(self, caller: PeerID) -> None:
-        key = self._by_caller.pop(caller, None)
-        if key is not None:
-            del self._sessions[key]
+    def check(self, request: session_pb2.OpenRequest) -> session_pb2.OpenStatement:
+        """The statement, after all checks that need no signature: none is made for a request that is refused anyway.
 
-    def _proved(self, request: session_pb2.OpenRequest) -> tuple[session_pb2.OpenStatement, PeerID]:
-        """The statement and its caller, after checking that it is the caller's and for this server."""
-        if request.ByteSize() > _MAX_REQUEST_BYTES:
-            raise ExpertError(
-                StatusCode.INVALID_ARGUMENT, f"at most {_MAX_REQUEST_BYTES} bytes open a session"
-            )
-        statement = session_pb2.OpenStatement()
+        Raises ExpertError.
+        """
+        with self.counting_refusals():
+            if request.ByteSize() > _MAX_REQUEST_BYTES:
+                raise ExpertError(
+                    StatusCode.INVALID_ARGUMENT, f"at most {_MAX_REQUEST_BYTES} bytes open a session"
+                )
+            statement = session_pb2.OpenStatement()
+            try:
+                statement.ParseFromString(request.statement)
+            except DecodeError:
+                raise ExpertError(StatusCode.INVALID_ARGUMENT, "the statement can't be parsed") from None
+            require_same_swarm(self._swarm_id, statement.protocol_version, statement.swarm_id)
+            if not 1 <= len(statement.rights) <= _MAX_RIGHTS:
+                raise ExpertError(StatusCode.INVALID_ARGUMENT, f"a statement has 1 to {_MAX_RIGHTS} rights")
+            if statement.server != self._server.to_bytes():
+                raise ExpertError(StatusCode.UNAUTHENTICATED, "the statement is for another server")
+            self.challenges.check(statement.challenge)
+            return statement
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
         try:
-            statement.ParseFromString(request.statement)
-        except DecodeError:
-            raise ExpertError(StatusCode.INVALID_ARGUMENT, "the statement can't be parsed") from None
-        require_same_swarm(self._swarm_id, statement.protocol_version, statement.swarm_id)
-        if len(statement.nonce) != NONCE_BYTES or not 1 <= len(statement.rights) <= _MAX_RIGHTS:
-            raise ExpertError(
-                StatusCode.INVALID_ARGUMENT,
-                f"a statement has a nonce of {NONCE_BYTES} bytes and 1 to {_MAX_RIGHTS} rights",
-            )
-        if statement.server != self._server.to_bytes():
-            raise ExpertError(StatusCode.UNAUTHENTICATED, "the statement is for another server")
+            yield
+        except ExpertError:
+            self.events.labels("refused").inc()
+            raise
+
+    def _proved(self, request: session_pb2.OpenRequest, statement: session_pb2.OpenStatement) -> PeerID:
+        """The caller that signed the statement."""
         caller = peer_id_of(request.public_key)
         if statement.caller != caller.to_bytes():
             raise ExpertError(StatusCode.UNAUTHENTICATED, "the key is not that of the caller named")
@@ -261,7 +276,20 @@ class Sessions:
             verify(request.public_key, request.statement, request.signature, SESSION_DOMAIN)
         except RecordError:
             raise ExpertError(StatusCode.UNAUTHENTICATED, "the statement's signature is wrong") from None
-        return statement, caller
+        return caller
+
+    def _end(self, caller: PeerID) -> None:
+        key = self._by_caller.pop(caller, None)
+        if key is not None:
+            near = self._sessions.pop(key).near
+            del self._near[near][key]
+            if not self._near[near]:
+                del self._near[near]
+
+    def _evict(self) -> None:
+        most: OrderedDict[bytes, None] = max(self._near.values(), key=len)
+        self._end(self._sessions[next(iter(most))].caller)
+        self.events.labels("evicted").inc()
 
 
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
@@ -269,16 +297,30 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):  # type: ignore[
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
+        self._checks = FairTurns(_CHECKS_PER_S, _CHECKS_AT_ONCE)
+
+    async def Challenge(
+        self,
+        request: session_pb2.ChallengeRequest,
+        context: grpc.aio.ServicerContext[session_pb2.ChallengeRequest, session_pb2.ChallengeReply],
+    ) -> session_pb2.ChallengeReply:
+        return session_pb2.ChallengeReply(challenge=self._sessions.challenges.new())
 
     async def Open(
         self,
         request: session_pb2.OpenRequest,
         context: grpc.aio.ServicerContext[session_pb2.OpenRequest, session_pb2.OpenReply],
     ) -> session_pb2.OpenReply:
-        try:
-            return self._sessions.open(request)
-        except ExpertError as error:
-            await context.abort(error.status, str(error))
+        async with abort_on_error(context):
+            statement = self._sessions.check(request)
+            address = address_of(context.peer())
+            near = _TUNNELS if address is None else neighbourhood(address)
+            # a tunnel's connections look alike: there, the caller that is named counts as one
+            connection = statement.caller.hex() if address is None else context.peer()
+            with self._sessions.counting_refusals():
+                if not await self._checks.turn(near, connection):
+                    raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "too many open sessions now", 1.0)
+            return self._sessions.open(request, near)
         raise AssertionError("abort raises")
 
 
@@ -297,16 +339,14 @@ class SessionClient:
         badge: admission_pb2.Badge | None = None,
         *,
         limit: int = 1024,
-        now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`limit`: sessions remembered, the newest ones. `now` dates statements, `clock` measures lifetimes."""
+        """`limit`: sessions remembered, the newest ones."""
         self.opened = 0
         self._identity = identity
         self._swarm_id = swarm_id
         self._rights = rights
         self._badge = badge
-        self._now = now
         self._clock = clock
         self._known = BoundedDict[PeerID, tuple[Metadata, float]](limit)
         """The metadata of calls to each server, and until when it is good."""
@@ -346,7 +386,14 @@ class SessionClient:
     async def _open(self, server: PeerID, channel: grpc.aio.Channel, deadline_s: float) -> Metadata:
         stub = make_stub(session_pb2_grpc.SessionServiceStub, channel)
         try:
-            reply: session_pb2.OpenReply = await stub.Open(self.statement(server), timeout=deadline_s)
+            until = time.monotonic() + deadline_s
+            given: session_pb2.ChallengeReply = await stub.Challenge(
+                session_pb2.ChallengeRequest(), timeout=deadline_s
+            )
+            if len(given.challenge) > _MAX_CHALLENGE_BYTES:
+                raise ExpertError(StatusCode.DATA_LOSS, "the server gave no usable challenge")
+            request = self.statement(server, given.challenge)
+            reply: session_pb2.OpenReply = await stub.Open(request, timeout=until - time.monotonic())
         except grpc.aio.AioRpcError as error:
             raise ExpertError(error.code(), f"no session: {printable(error.details() or '')}") from error
         except asyncio.CancelledError as error:
@@ -362,15 +409,14 @@ class SessionClient:
         self.opened += 1
         return metadata
 
-    def statement(self, server: PeerID) -> session_pb2.OpenRequest:
-        """Proves to this server who calls now."""
+    def statement(self, server: PeerID, challenge: bytes) -> session_pb2.OpenRequest:
+        """Proves to the server that gave the challenge who calls."""
         statement = session_pb2.OpenStatement(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
             server=server.to_bytes(),
             caller=self._identity.peer_id.to_bytes(),
-            time=self._now(),
-            nonce=secrets.token_bytes(NONCE_BYTES),
+            challenge=challenge,
             rights=self._rights,
             badge=self._badge,
         ).SerializeToString()

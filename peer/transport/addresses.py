@@ -9,6 +9,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+from urllib.parse import unquote
 
 import psutil
 from hivemind.utils.multiaddr import Multiaddr
@@ -78,6 +79,25 @@ def ip_address(text: str) -> IpAddress:
     address = ipaddress.ip_address(text)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
+
+
+def address_of(peer: str) -> IpAddress | None:
+    """The IP address in gRPC's name of a peer, such as `ipv4:192.0.2.7:4711` or `ipv6:%5B::1%5D:4711`."""
+    kind, _, rest = unquote(peer).partition(":")
+    if kind not in {"ipv4", "ipv6"}:
+        return None
+    host = rest.rpartition(":")[0].strip("[]")
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def neighbourhood(address: IpAddress) -> str:
+    """What counts as one caller: an IPv4 address, or the 2^64 IPv6 addresses that one line usually has."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
 
 
 def multiaddress(host: str, port: int) -> str:

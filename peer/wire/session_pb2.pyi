@@ -21,6 +21,16 @@ RIGHT_BACKWARD: Right
 RIGHT_FETCH: Right
 RIGHT_AVERAGE: Right
 
+class ChallengeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ChallengeReply(_message.Message):
+    __slots__ = ("challenge",)
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    challenge: bytes
+    def __init__(self, challenge: _Optional[bytes] = ...) -> None: ...
+
 class OpenRequest(_message.Message):
     __slots__ = ("statement", "public_key", "signature")
     STATEMENT_FIELD_NUMBER: _ClassVar[int]
@@ -32,24 +42,22 @@ class OpenRequest(_message.Message):
     def __init__(self, statement: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class OpenStatement(_message.Message):
-    __slots__ = ("protocol_version", "swarm_id", "server", "caller", "time", "nonce", "rights", "badge")
+    __slots__ = ("protocol_version", "swarm_id", "server", "caller", "challenge", "rights", "badge")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SWARM_ID_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
     CALLER_FIELD_NUMBER: _ClassVar[int]
-    TIME_FIELD_NUMBER: _ClassVar[int]
-    NONCE_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
     RIGHTS_FIELD_NUMBER: _ClassVar[int]
     BADGE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     swarm_id: str
     server: bytes
     caller: bytes
-    time: float
-    nonce: bytes
+    challenge: bytes
     rights: _containers.RepeatedScalarFieldContainer[Right]
     badge: _admission_pb2.Badge
-    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., server: _Optional[bytes] = ..., caller: _Optional[bytes] = ..., time: _Optional[float] = ..., nonce: _Optional[bytes] = ..., rights: _Optional[_Iterable[_Union[Right, str]]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., server: _Optional[bytes] = ..., caller: _Optional[bytes] = ..., challenge: _Optional[bytes] = ..., rights: _Optional[_Iterable[_Union[Right, str]]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("session", "lifetime_s")

@@ -34,6 +34,11 @@ class SessionServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Challenge = channel.unary_unary(
+                '/talkoot.v1.SessionService/Challenge',
+                request_serializer=peer_dot_wire_dot_session__pb2.ChallengeRequest.SerializeToString,
+                response_deserializer=peer_dot_wire_dot_session__pb2.ChallengeReply.FromString,
+                _registered_method=True)
         self.Open = channel.unary_unary(
                 '/talkoot.v1.SessionService/Open',
                 request_serializer=peer_dot_wire_dot_session__pb2.OpenRequest.SerializeToString,
@@ -44,10 +49,19 @@ class SessionServiceStub:
 class SessionServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
+    def Challenge(self, request, context):
+        """Gives the caller a challenge. A statement that names it opens a session, once and within half a minute.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Open(self, request, context):
-        """Opens a session. Refused with UNAUTHENTICATED when the statement does not prove who the caller is, or was seen
-        before; with PERMISSION_DENIED when the caller may not do what it asks for; and with FAILED_PRECONDITION when it
-        is of another swarm or protocol version. A caller has one session with a server: a new one ends the one before.
+        """Opens a session. Refused with UNAUTHENTICATED when the statement does not prove who the caller is, or when its
+        challenge is not this server's, is too old or was used before; with PERMISSION_DENIED when the caller may not do
+        what it asks for; with FAILED_PRECONDITION when it is of another swarm or protocol version; and with
+        RESOURCE_EXHAUSTED when too many callers wait. A caller has one session with a server: a new one ends the one
+        before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -56,6 +70,11 @@ class SessionServiceServicer:
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Challenge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Challenge,
+                    request_deserializer=peer_dot_wire_dot_session__pb2.ChallengeRequest.FromString,
+                    response_serializer=peer_dot_wire_dot_session__pb2.ChallengeReply.SerializeToString,
+            ),
             'Open': grpc.unary_unary_rpc_method_handler(
                     servicer.Open,
                     request_deserializer=peer_dot_wire_dot_session__pb2.OpenRequest.FromString,
@@ -71,6 +90,33 @@ def add_SessionServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class SessionService:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Challenge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/talkoot.v1.SessionService/Challenge',
+            peer_dot_wire_dot_session__pb2.ChallengeRequest.SerializeToString,
+            peer_dot_wire_dot_session__pb2.ChallengeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Open(request,

@@ -66,7 +66,7 @@ def right_calls(edge: Edge, seed: int) -> list[Kind]:
         ]
         path = f"/talkoot.v1.ExpertService/{direction.title()}"
         kinds.append(Kind(path, [part.SerializeToString() for part in parts]))
-    opening = ANYBODY.statement(edge.identity.peer_id)
+    opening = ANYBODY.statement(edge.identity.peer_id, edge.sessions.challenges.new())
     fetch = state_pb2.FetchRequest(protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, uid=str(FIRST))
     info = expert_pb2.InfoRequest(protocol_version=PROTOCOL_VERSION, swarm_id=SWARM)
     ask = state_pb2.AskRequest(
@@ -84,6 +84,7 @@ def right_calls(edge: Edge, seed: int) -> list[Kind]:
         Kind("/talkoot.v1.StateService/Ask", [ask.SerializeToString()], False),
         Kind("/talkoot.v1.ProbeService/Probe", [probe.SerializeToString()] * 3),
         Kind("/talkoot.v1.ProbeService/DialBack", [dial.SerializeToString()], False),
+        Kind("/talkoot.v1.SessionService/Challenge", [b""], False),
         Kind("/talkoot.v1.SessionService/Open", [opening.SerializeToString()], False),
         Kind("/talkoot.v1.SessionService/Open", [with_badge(opening, seed)], False),
         Kind("/talkoot.v1.ExpertService/Info", [info.SerializeToString()], False),

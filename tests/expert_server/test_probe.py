@@ -23,7 +23,6 @@ from expert_server.probe import (
     Allowance,
     ProbeLimits,
     ProbeServicer,
-    address_of,
     call_dial_back,
     call_probe,
 )
@@ -35,6 +34,7 @@ from peer.loop import LoopThread
 from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
+from peer.transport.addresses import address_of
 from peer.wire import probe_pb2, probe_pb2_grpc
 
 LOCAL = "127.0.0.1"

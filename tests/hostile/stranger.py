@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import functools
 import itertools
-import os
 import ssl
 import tempfile
 import time
@@ -39,7 +38,7 @@ from peer.kademlia.hivemind import DHTID, MSGPackSerializer, dht_pb2
 from peer.kademlia.lookups import Item
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS, Contact
-from peer.rpc.sessions import NONCE_BYTES, SESSION_KEY, Metadata, Right, Sessions, SessionServicer
+from peer.rpc.sessions import SESSION_KEY, Metadata, Right, Sessions, SessionServicer
 from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2, session_pb2, session_pb2_grpc
 
@@ -247,7 +246,15 @@ class HostileCaller:
         """Its first connection."""
         return self._channels[0] if self._channels else self.new_channel()
 
-    def statement(self, identity: Identity | None = None, **fields: Any) -> session_pb2.OpenRequest:
+    async def challenge(self) -> bytes:
+        """A challenge of the server's, which one statement names. Raises grpc.aio.AioRpcError."""
+        answer = await self.unary("talkoot.v1.SessionService/Challenge", b"")
+        given: bytes = session_pb2.ChallengeReply.FromString(answer).challenge
+        return given
+
+    def statement(
+        self, challenge: bytes, identity: Identity | None = None, **fields: Any
+    ) -> session_pb2.OpenRequest:
         """A signed statement that asks for all rights. `fields`: in place of the right ones."""
         identity = identity or self.identity
         right: dict[str, Any] = {
@@ -255,8 +262,7 @@ class HostileCaller:
             "swarm_id": self.swarm_id,
             "caller": identity.peer_id.to_bytes(),
             "server": self.server.peer_id.to_bytes(),
-            "time": time.time(),
-            "nonce": os.urandom(NONCE_BYTES),
+            "challenge": challenge,
             "rights": ALL_RIGHTS,
         }
         data = session_pb2.OpenStatement(**right | fields).SerializeToString()
@@ -266,7 +272,7 @@ class HostileCaller:
 
     async def open_session(self, identity: Identity | None = None, **fields: Any) -> Metadata:
         """Opens a session, which later calls carry. Raises grpc.aio.AioRpcError."""
-        request = self.statement(identity, **fields).SerializeToString()
+        request = self.statement(await self.challenge(), identity, **fields).SerializeToString()
         answer = await self.unary("talkoot.v1.SessionService/Open", request)
         self.session = ((SESSION_KEY, session_pb2.OpenReply.FromString(answer).session),)
         return self.session

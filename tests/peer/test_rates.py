@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.loop import LoopThread
-from peer.rates import BURST_S, Bandwidth, RateLimit, TokenBucket, TokenBuckets
+from peer.rates import BURST_S, Bandwidth, FairTurns, RateLimit, TokenBucket, TokenBuckets
 
 RATES = st.floats(1.0, 1e6)
 STEPS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 1.0)), min_size=1, max_size=40)
@@ -150,3 +150,85 @@ def test_who_gives_up_leaves_its_turn_and_its_bytes(loop: LoopThread) -> None:
         return time.monotonic() - begin
 
     assert loop.run(scenario(), 120) >= 0.08
+
+
+def test_turns_beyond_the_rate_are_given_in_a_fair_order(loop: LoopThread) -> None:
+    """A flood from one place and many sources does not delay a single caller elsewhere, or a second source there."""
+    served: list[str] = []
+
+    async def scenario() -> None:
+        turns = FairTurns(200.0, 1.0)
+
+        async def ask(near: str, source: str) -> None:
+            if await turns.turn(near, source):
+                served.append(source)
+
+        flood = [asyncio.create_task(ask("flood", f"flood {n % 8}")) for n in range(400)]
+        await asyncio.sleep(0)
+        honest = [asyncio.create_task(ask(near, f"honest {near}")) for near in ("flood", "elsewhere")]
+        await asyncio.gather(*flood, *honest)
+
+    loop.run(scenario(), 30)
+    first = served.index("honest elsewhere")
+    assert first <= 5, "neighbourhoods take turns"
+    assert served.index("honest flood") <= 8 + 5, "so do sources"
+    assert len(served) <= 2 + 8 * 2 + 2, "the flood waits for itself, and no more of it than two a source"
+
+
+async def use_up(turns: FairTurns) -> None:
+    """Takes all turns that need no waiting."""
+    while not turns._bucket.take(0, time.monotonic()):
+        await turns.turn("here", "first")
+
+
+def test_a_turn_is_not_lost_when_its_caller_goes(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        turns = FairTurns(100.0, 1.0)
+        await use_up(turns)
+        gone = asyncio.create_task(turns.turn("here", "gone"))
+        next_one = asyncio.create_task(turns.turn("here", "next"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        assert await asyncio.wait_for(next_one, 5)
+        assert await asyncio.wait_for(turns.turn("here", "later"), 5)
+
+    loop.run(scenario(), 30)
+
+
+def test_the_rate_of_turns_holds_under_a_flood(loop: LoopThread) -> None:
+    async def scenario() -> int:
+        turns = FairTurns(100.0, 10.0)
+        given = 0
+
+        async def keep_asking(source: str) -> None:
+            nonlocal given
+            while True:
+                given += await turns.turn("here", source)
+                await asyncio.sleep(0.001)
+
+        tasks = [asyncio.create_task(keep_asking(str(n))) for n in range(20)]
+        await asyncio.wait(tasks, timeout=0.5)
+        for task in tasks:
+            task.cancel()
+        return given
+
+    assert 10 <= loop.run(scenario(), 30) <= 0.5 * 100 + 10 + 20  # a few more where the machine is late
+
+
+def test_too_many_that_wait_are_refused_at_once(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        turns = FairTurns(0.1, 1.0, most=4, near=3, same=2)
+        await use_up(turns)
+        waiting = [asyncio.create_task(turns.turn(near, source)) for near, source in (("a", "1"), ("a", "1"))]
+        await asyncio.sleep(0)
+        assert not await turns.turn("a", "1"), "two of one source"
+        waiting.append(asyncio.create_task(turns.turn("a", "2")))
+        await asyncio.sleep(0)
+        assert not await turns.turn("a", "3"), "three in one neighbourhood"
+        waiting.append(asyncio.create_task(turns.turn("b", "4")))
+        await asyncio.sleep(0)
+        assert not await turns.turn("c", "5"), "four in all"
+        for task in waiting:
+            task.cancel()
+
+    loop.run(scenario(), 30)

@@ -68,5 +68,5 @@ class InSession:
 
 def opened(sessions: Sessions, server: Identity, swarm_id: str, identity: Identity | None = None) -> Metadata:
     """What a caller's calls carry, without a round trip."""
-    request = a_caller(swarm_id, identity).statement(server.peer_id)
+    request = a_caller(swarm_id, identity).statement(server.peer_id, sessions.challenges.new())
     return (("talkoot-session-bin", sessions.open(request).session),)

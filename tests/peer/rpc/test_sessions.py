@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from callers import RIGHTS, a_caller, new_identity
+from callers import RIGHTS, a_caller, new_identity, numbered_identities
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from hypothesis import given
@@ -19,7 +19,7 @@ from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS
-from peer.rpc.sessions import Admitted, ReplayWindow, Right, SessionClient, Sessions, SessionServicer
+from peer.rpc.sessions import Admitted, Challenges, Right, SessionClient, Sessions, SessionServicer
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
 SWARM = "sauna-abcdefghijkl"
@@ -46,9 +46,11 @@ def make_sessions(server: Identity, **options: Any) -> Sessions:
 
 
 def statement_of(
-    caller: Identity, server: Identity, now: float = 1000.0, rights: tuple[Right, ...] = RIGHTS
+    caller: Identity, server: Identity, sessions: Sessions, rights: tuple[Right, ...] = RIGHTS
 ) -> session_pb2.OpenRequest:
-    return SessionClient(caller, SWARM, rights, now=lambda: now).statement(server.peer_id)
+    """`sessions`: those that give the challenge."""
+    challenge = sessions.challenges.new()
+    return SessionClient(caller, SWARM, rights).statement(server.peer_id, challenge)
 
 
 def refused(sessions: Sessions, request: session_pb2.OpenRequest, status: StatusCode, said: str) -> None:
@@ -61,7 +63,7 @@ def refused(sessions: Sessions, request: session_pb2.OpenRequest, status: Status
 
 def test_a_session_knows_its_caller_and_what_it_may(server: Identity, alice: Identity) -> None:
     sessions = make_sessions(server)
-    key = sessions.open(statement_of(alice, server, rights=(FORWARD,))).session
+    key = sessions.open(statement_of(alice, server, sessions, rights=(FORWARD,))).session
     assert sessions.find(key, FORWARD).caller == alice.peer_id
     with pytest.raises(ExpertError, match="RIGHT_BACKWARD") as caught:
         sessions.find(key, BACKWARD)
@@ -72,9 +74,10 @@ def test_a_session_knows_its_caller_and_what_it_may(server: Identity, alice: Ide
 
 
 def test_a_statement_opens_one_session_and_no_more(server: Identity, alice: Identity) -> None:
-    sessions, request = make_sessions(server), statement_of(alice, server)
+    sessions = make_sessions(server)
+    request = statement_of(alice, server, sessions)
     key = sessions.open(request).session
-    with pytest.raises(ExpertError, match="seen before") as caught:
+    with pytest.raises(ExpertError, match="used before") as caught:
         sessions.open(request)
     assert caught.value.status is StatusCode.UNAUTHENTICATED
     assert sessions.find(key, FORWARD).caller == alice.peer_id  # a replay does not end it either
@@ -83,18 +86,38 @@ def test_a_statement_opens_one_session_and_no_more(server: Identity, alice: Iden
 def test_a_statement_for_one_server_opens_nothing_at_another(
     server: Identity, alice: Identity, bob: Identity
 ) -> None:
-    refused(make_sessions(bob), statement_of(alice, server), StatusCode.UNAUTHENTICATED, "for another server")
+    sessions = make_sessions(bob)
+    request = statement_of(alice, server, sessions)
+    refused(sessions, request, StatusCode.UNAUTHENTICATED, "for another server")
 
 
-@pytest.mark.parametrize("age_s", [61.0, -61.0, float("nan"), float("inf")])
-def test_a_statement_from_another_time_is_refused(server: Identity, alice: Identity, age_s: float) -> None:
-    request = statement_of(alice, server, 1000.0 - age_s)
-    refused(make_sessions(server), request, StatusCode.UNAUTHENTICATED, "clock")
+def test_a_challenge_is_of_use_for_half_a_minute_and_at_its_server(server: Identity, alice: Identity) -> None:
+    time = [1000.0]
+    sessions = make_sessions(server, clock=lambda: time[0])
+    other = statement_of(alice, server, make_sessions(server))
+    refused(sessions, other, StatusCode.UNAUTHENTICATED, "no challenge of this server")
+    request = statement_of(alice, server, sessions)
+    time[0] = 1031.0
+    refused(sessions, request, StatusCode.UNAUTHENTICATED, "too old: ask for a new one")
+    request = statement_of(alice, server, sessions)
+    time[0] = 1060.0
+    assert sessions.open(request).session
+
+
+def test_what_the_clocks_say_does_not_matter(server: Identity, alice: Identity) -> None:
+    wall = [1e9]
+    sessions = make_sessions(server, now=lambda: wall[0])
+    request = statement_of(alice, server, sessions)
+    wall[0] -= 3600
+    key = sessions.open(request).session
+    wall[0] += 2 * 3600
+    sessions.recheck()
+    assert sessions.find(key, FORWARD).caller == alice.peer_id
 
 
 def test_nobody_opens_a_session_in_anothers_name(server: Identity, alice: Identity, bob: Identity) -> None:
     sessions = make_sessions(server)
-    request = statement_of(alice, server)
+    request = statement_of(alice, server, sessions)
     stolen = session_pb2.OpenRequest(
         statement=request.statement,
         public_key=bob.public_key,
@@ -115,10 +138,10 @@ def test_nobody_opens_a_session_in_anothers_name(server: Identity, alice: Identi
 def test_no_changed_byte_makes_another_caller(
     server: Identity, alice: Identity, position: int, change: int
 ) -> None:
-    request = statement_of(alice, server)
+    sessions = make_sessions(server)
+    request = statement_of(alice, server, sessions)
     spoilt = bytearray(request.SerializeToString())
     spoilt[position % len(spoilt)] ^= change
-    sessions = make_sessions(server)
     with contextlib.suppress(ExpertError, DecodeError):
         parsed = session_pb2.OpenRequest.FromString(bytes(spoilt))
         key = sessions.open(parsed).session
@@ -132,7 +155,9 @@ def test_no_changed_byte_makes_another_caller(
     [
         ({"swarm_id": "banya"}, StatusCode.FAILED_PRECONDITION),
         ({"protocol_version": 99}, StatusCode.FAILED_PRECONDITION),
-        ({"nonce": b"short"}, StatusCode.INVALID_ARGUMENT),
+        ({"challenge": b"short"}, StatusCode.UNAUTHENTICATED),
+        ({"challenge": b""}, StatusCode.UNAUTHENTICATED),
+        ({"challenge": bytes(40)}, StatusCode.UNAUTHENTICATED),
         ({"rights": []}, StatusCode.INVALID_ARGUMENT),
         ({"rights": [FORWARD] * 17}, StatusCode.INVALID_ARGUMENT),
         ({"swarm_id": "a" * 5000}, StatusCode.INVALID_ARGUMENT),
@@ -141,7 +166,8 @@ def test_no_changed_byte_makes_another_caller(
 def test_a_statement_that_is_not_right_is_refused(
     server: Identity, alice: Identity, changes: dict[str, Any], status: StatusCode
 ) -> None:
-    statement = session_pb2.OpenStatement.FromString(statement_of(alice, server).statement)
+    sessions = make_sessions(server)
+    statement = session_pb2.OpenStatement.FromString(statement_of(alice, server, sessions).statement)
     for name, value in changes.items():
         statement.ClearField(name)
         if isinstance(value, list):
@@ -152,20 +178,20 @@ def test_a_statement_that_is_not_right_is_refused(
     request = session_pb2.OpenRequest(
         statement=data, public_key=alice.public_key, signature=alice.sign(data, SESSION_DOMAIN)
     )
-    refused(make_sessions(server), request, status, "")
+    refused(sessions, request, status, "")
 
 
 def test_a_caller_has_one_session_and_the_one_used_longest_ago_makes_room(server: Identity) -> None:
-    sessions, now = make_sessions(server, limit=2), 1000.0
+    sessions = make_sessions(server, limit=2)
     people = [new_identity() for _ in range(3)]
-    first = sessions.open(statement_of(people[0], server)).session
-    again = sessions.open(statement_of(people[0], server)).session
+    first = sessions.open(statement_of(people[0], server, sessions)).session
+    again = sessions.open(statement_of(people[0], server, sessions)).session
     assert len(sessions) == 1
     with pytest.raises(ExpertError):
         sessions.find(first, FORWARD)
-    second = sessions.open(statement_of(people[1], server, now)).session
+    second = sessions.open(statement_of(people[1], server, sessions)).session
     sessions.find(again, FORWARD)
-    sessions.open(statement_of(people[2], server, now))
+    sessions.open(statement_of(people[2], server, sessions))
     assert (len(sessions), total(sessions.events, event="evicted")) == (2, 1)
     assert sessions.find(again, FORWARD)
     with pytest.raises(ExpertError):
@@ -174,8 +200,8 @@ def test_a_caller_has_one_session_and_the_one_used_longest_ago_makes_room(server
 
 def test_a_session_ends_at_its_time(server: Identity, alice: Identity) -> None:
     time = [1000.0]
-    sessions = make_sessions(server, lifetime_s=10.0, now=lambda: time[0])
-    reply = sessions.open(statement_of(alice, server))
+    sessions = make_sessions(server, lifetime_s=10.0, clock=lambda: time[0])
+    reply = sessions.open(statement_of(alice, server, sessions))
     assert reply.lifetime_s == 10.0
     time[0] = 1010.0
     with pytest.raises(ExpertError) as caught:
@@ -201,7 +227,7 @@ class Gate:
 def test_a_session_lasts_no_longer_than_its_admission(server: Identity, alice: Identity) -> None:
     gate = Gate()
     sessions = make_sessions(server, admission=gate)
-    assert sessions.open(statement_of(alice, server)).lifetime_s == 5.0
+    assert sessions.open(statement_of(alice, server, sessions)).lifetime_s == 5.0
     sessions.recheck()
     assert len(sessions) == 1
     gate.open = False
@@ -209,35 +235,33 @@ def test_a_session_lasts_no_longer_than_its_admission(server: Identity, alice: I
     assert len(sessions) == 0
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.floats(900, 1100)), max_size=60), st.integers(1, 8))
-def test_the_window_takes_nothing_twice_however_small_it_is(
-    statements: list[tuple[int, float]], limit: int
-) -> None:
-    window, taken = ReplayWindow(60.0, limit), set[tuple[int, float]]()
-    for number, at in statements:
-        try:
-            window.take(b"alice", repr((number, at)).encode(), at, 1000.0)
-        except ExpertError:
-            continue
-        assert (number, at) not in taken
-        taken.add((number, at))
-        assert len(window) <= limit
+def test_a_stranger_with_many_keys_pushes_out_its_own_sessions(server: Identity, alice: Identity) -> None:
+    sessions = make_sessions(server, limit=8)
+    key = sessions.open(statement_of(alice, server, sessions), near="192.0.2.1").session
+    for stranger in numbered_identities(20):
+        sessions.open(statement_of(stranger, server, sessions), near="198.51.100.7")
+    assert len(sessions) == 8
+    assert sessions.find(key, FORWARD).caller == alice.peer_id
+    assert total(sessions.events, event="evicted") == 13
 
 
-def test_one_caller_that_signs_for_ever_does_not_shut_the_others_out() -> None:
-    window = ReplayWindow(60.0, limit=16, limit_of_caller=4)
-    for n in range(100):
-        with contextlib.suppress(ExpertError):
-            window.take(b"mallory", bytes([n]), 1050.0 + n / 1000, 1000.0)
-    for n, caller in enumerate((b"alice", b"bob", b"alice")):
-        window.take(caller, bytes([n]), 1000.0, 1000.0)
-    with pytest.raises(ExpertError, match="at most 4 sessions") as refused:
-        window.take(b"mallory", b"more", 1001.0, 1001.0)
-    assert refused.value.status is grpc.StatusCode.RESOURCE_EXHAUSTED
-    with pytest.raises(ExpertError, match="seen before"):
-        window.take(b"alice", bytes([0]), 1000.0, 1001.0)
-    window.take(b"mallory", b"later", 1200.0, 1200.0)
-    assert len(window) == 1
+@given(st.lists(st.tuples(st.sampled_from(["new", "use"]), st.integers(0, 5), st.floats(0, 20))))
+def test_no_challenge_is_taken_twice_and_few_are_remembered(steps: list[tuple[str, int, float]]) -> None:
+    now, given, used = 0.0, dict[int, bytes](), set[bytes]()
+    challenges = Challenges(30.0, clock=lambda: now)
+    times: list[float] = []
+    for what, number, wait_s in steps:
+        now += wait_s
+        if what == "new":
+            given[number] = challenges.new()
+        elif number in given:
+            with contextlib.suppress(ExpertError):
+                challenges.use(given[number])
+                assert given[number] not in used
+                used.add(given[number])
+                times.append(now)
+        assert len(set(given.values())) == len(given)
+    assert len(challenges) <= sum(at >= times[-1] - 30.0 for at in times) if times else True
 
 
 # Over a socket
