@@ -1,8 +1,8 @@
 """The founder's two signed records: the manifest, and the list of revoked tokens.
 
 Every peer stores them again and again, so that they outlive the peers that held them. The founder signs each anew when
-half of its lifetime has passed. A peer with a state folder keeps the manifest's record there too, so it can start
-again when nobody gives it the manifest.
+half of its lifetime has passed. A peer with a state folder keeps both there too. So it can start again when nobody
+gives it the manifest, and knows from the start who is revoked.
 """
 
 import logging
@@ -117,7 +117,7 @@ class RecordFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, data)
         except OSError as error:
-            logger.warning("can't save the manifest to %s: %s", self.path, error.strerror)
+            logger.warning("can't save %s: %s", self.path, error.strerror)
             return
         self._saved = data
 
@@ -126,14 +126,22 @@ class Revocations:
     """One peer's copy of the list of revoked tokens. Does nothing in an open swarm."""
 
     def __init__(
-        self, registry: Registry, admission: SwarmAdmission, now: Callable[[], float] = time.time
+        self,
+        registry: Registry,
+        admission: SwarmAdmission,
+        file: "RecordFile | None" = None,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        """Applies what is on disk at once. `file`: where the newest record is saved."""
         self._registry = registry
         self._admission = admission
+        self._file = file or RecordFile(None)
         self._now = now
         self._record: tuple[bytes, float] | None = None
         """The signed record and its expiry."""
         self._published: frozenset[int] = frozenset()
+        if (saved := registry.revocations_record(self._file.read())) is not None:
+            self._take(*saved)
 
     async def read(self) -> None:
         """Reads the founder's current list. Raises UnreachableError."""
@@ -142,11 +150,7 @@ class Revocations:
         found = await self._registry.find_revocations()
         if found is None:
             return
-        serials, record, expires_at = found
-        self._admission.revoke(serials)
-        if self._record is None or expires_at > self._record[1]:
-            self._record = record, expires_at
-            self._published = frozenset(serials)
+        self._take(*found)
 
     async def keep(self) -> None:
         """Stores the founder's record again. Raises UnreachableError."""
@@ -163,6 +167,13 @@ class Revocations:
         fresh = self._record is not None and self._record[1] > self._now() + _RENEW_AFTER_S
         if self._admission.mode == "open" or (wanted <= self._published and (fresh or not wanted)):
             return
-        expires_at = self._now() + LIFETIME_S
-        self._record = await self._registry.publish_revocations(wanted, expires_at), expires_at
-        self._published = wanted
+        # later than the last one, even if the clock was set back: peers keep what expires last
+        expires_at = max(self._now() + LIFETIME_S, 0.0 if self._record is None else self._record[1] + 1.0)
+        self._take(wanted, await self._registry.publish_revocations(wanted, expires_at), expires_at)
+
+    def _take(self, serials: Collection[int], record: bytes, expires_at: float) -> None:
+        self._admission.revoke(serials)
+        if self._record is None or expires_at > self._record[1]:
+            self._record = record, expires_at
+            self._published = frozenset(serials)
+            self._file.save(record)

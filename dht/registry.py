@@ -154,11 +154,18 @@ class Registry:
     async def find_revocations(self) -> tuple[tuple[int, ...], bytes, float] | None:
         """The serials of revoked grants, the author's record of them, and its expiry."""
         key, author = self.keys.revocations, self.keys.author
-        value, expires_at = (await self._get([key]))[key].get(author.to_bytes(), (None, 0.0))
+        value, _ = (await self._get([key]))[key].get(author.to_bytes(), (None, 0.0))
+        return self.revocations_record(value)
+
+    def revocations_record(self, value: object) -> tuple[tuple[int, ...], bytes, float] | None:
+        """The same, of a value that may be anything; None if it is not that record or has expired."""
+        key, author = self.keys.revocations, self.keys.author
         payload = self._guard.read(
             "revocations", author, lambda: open_record(value, key, author, self._now())
         )
-        return None if payload is None else (tuple(payload.revocations.serials), value, expires_at)
+        if payload is None or not isinstance(value, bytes):
+            return None
+        return tuple(payload.revocations.serials), value, payload.expires_at
 
     async def find_manifest(self) -> tuple[bytes, float] | None:
         """The author's signed record of the manifest, and its expiry."""

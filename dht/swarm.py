@@ -175,7 +175,8 @@ class _Peer:
         self._identity = identity
         self._keys = keys
         self._store = _peer_store(state, keys)
-        self.manifest_file = RecordFile(None if state is None else state / "manifests" / keys.swarm_id)
+        self._folder = state
+        self.manifest_file = self._record_file("manifests")
         self._admission = SwarmAdmission(keys, denylist)
         self._metrics = new_registry()
         self._guard = ParseGuard(self._metrics)
@@ -203,6 +204,9 @@ class _Peer:
             metrics=self._metrics,
         )
 
+    def _record_file(self, kind: str) -> RecordFile:
+        return RecordFile(None if self._folder is None else self._folder / kind / self._keys.swarm_id)
+
     def member(
         self, host: Host, registry: Registry, manifest: Manifest, record: tuple[bytes, float]
     ) -> Swarm:
@@ -217,7 +221,7 @@ class _Peer:
             Membership(host, registry, self._store),
             self._store,
             self._admission,
-            Revocations(registry, self._admission),
+            Revocations(registry, self._admission, self._record_file("revocations")),
             self._guard,
             self._metrics,
         )

@@ -92,22 +92,29 @@ class AccessControl:
         self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None
         self._now = now
         self._own_problem = ""
+        # before anybody is served: what was revoked while this node was away is not in the DHT yet
+        swarm.admission.revoke(self._revoked())
 
     async def look(self) -> None:
         """Reads the denylist and the revocations, and ends the sessions of the peers they name.
 
         A founder's node first publishes what its owner has revoked. Raises UnreachableError.
         """
-        try:
-            if self._ledger is not None:
-                await self._swarm.revocations.publish(self._ledger.revoked(self._now()))
-        except StartError as error:
-            logger.warning("%s; until then nothing more is revoked", error)
+        if revoked := self._revoked():
+            await self._swarm.revocations.publish(revoked)
         try:
             await self._swarm.refresh_admission()
         finally:
             self.sessions.recheck()
         self._look_at_own()
+
+    def _revoked(self) -> list[int]:
+        """What the owner of a founder's node has revoked."""
+        try:
+            return [] if self._ledger is None else self._ledger.revoked(self._now())
+        except StartError as error:
+            logger.warning("%s; until then nothing more is revoked", error)
+            return []
 
     def _look_at_own(self) -> None:
         """Tells the owner when the node's own token has ended: nobody is served by it any more."""

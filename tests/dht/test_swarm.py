@@ -8,6 +8,7 @@ from callers import numbered_identities
 from real_swarm import LOCAL, MANIFEST
 
 from dht.invites import Invite
+from dht.manifest import AdmissionSpec
 from dht.records import RecordValidator
 from dht.swarm import found_swarm, join_swarm
 from peer.host import Host
@@ -52,6 +53,32 @@ def test_founder_and_joiner_start_again_without_the_dhts_manifest(
             back = await found_swarm(founder, MANIFEST, CONFIG, bootstrap=only, state=tmp_path / "founder")
             stack.push_async_callback(back.stop)
             assert back.manifest_record.data == founded.manifest_record.data
+
+    loop.run(scenario(), 120)
+
+
+def test_what_was_revoked_is_known_at_the_start(
+    loop: LoopThread, identities: list[Identity], tmp_path: Path
+) -> None:
+    by_token = MANIFEST.model_copy(update={"admission": AdmissionSpec(mode="token")})
+
+    async def scenario() -> None:
+        founder, joiner, stranger, _ = identities
+        founded = await found_swarm(founder, by_token, CONFIG, state=tmp_path / "founder")
+        invite = await founded.invite()
+        joined = await join_swarm(joiner, invite, CONFIG, state=tmp_path / "joiner")
+        await founded.revocations.publish([7])
+        await joined.refresh_admission()
+        await joined.stop()
+        await founded.stop()
+        async with contextlib.AsyncExitStack() as stack:
+            hidden = Invite(invite.keys, tuple(await forgetful_peer(stack, stranger)))
+            again = await join_swarm(joiner, hidden, CONFIG, state=tmp_path / "joiner")
+            stack.push_async_callback(again.stop)
+            assert again.admission.revoked == {7}
+            back = await found_swarm(founder, by_token, CONFIG, state=tmp_path / "founder")
+            stack.push_async_callback(back.stop)
+            assert back.admission.revoked == {7}
 
     loop.run(scenario(), 120)
 
