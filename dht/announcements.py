@@ -103,6 +103,8 @@ class NodeInfo:
     contributed_s: float = 0.0
     reachability: Reachability = Reachability.UNKNOWN
     tunnel_addresses: tuple[str, ...] = ()
+    unsteady: bool = False
+    """Some of its tasks fail and start again too often."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         number(node.contributed_s) or 0.0,
         Reachability.of(node.reachability),
         tunnel_addresses_of(peer_id, node.tunnel_addresses),
+        node.unsteady,
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from prometheus_client import Counter, Gauge
+from prometheus_client import Gauge
 
 from dht.admission import RIGHTS, Role
 from dht.announcements import Activity
@@ -47,7 +47,7 @@ from expert_server.state.transfer import SnapshotTaker, StateClient
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
 from peer.errors import StartError, UnreachableError, UserError
 from peer.formatting import endpoint
-from peer.loop import LoopLag, RetryingRounds, keep_running
+from peer.loop import LoopLag, Restarts, RetryingRounds, keep_running, tolerating
 from peer.metrics import MetricsServer, total
 from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
@@ -93,6 +93,7 @@ class Node:
         self._timing = timing
         self._now = now
         swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
+        self.restarts = Restarts(metrics)
         self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit, metrics)
         store = CheckpointStore(state / "checkpoints", swarm_id, manifest, settings.checkpoints_kept)
         rights = sorted(RIGHTS[Role.NODE])
@@ -120,7 +121,13 @@ class Node:
             runtime, swarm_id, self.replicas.history.of, snapshots_of(settings, manifest)
         )
         self.averaging = ReplicaAveraging(
-            settings, swarm, self.replicas, self._snapshots, self.hosting.adopt_from, metrics=metrics
+            settings,
+            swarm,
+            self.replicas,
+            self._snapshots,
+            self.hosting.adopt_from,
+            metrics=metrics,
+            restarts=self.restarts,
         )
         self._standby = StandbyCopies(
             settings, swarm, self.replicas, lambda: self.hosting.seen, metrics=metrics
@@ -144,12 +151,7 @@ class Node:
         self._records = NodeRecordBuilder(settings, self._certificate, now())
         rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
         self.reachability = ReachabilityMonitor(settings, swarm, rng, metrics=metrics)
-        self._rounds = RetryingRounds(settings.announce_every_s, metrics)
-        self._restarts = Counter(
-            "talkoot_task_restarts",
-            "Times that a task of the node, such as announcing, failed and was started again.",
-            registry=metrics,
-        )
+        self._rounds = RetryingRounds(settings.announce_every_s, metrics, self.restarts)
         self._lag = LoopLag(metrics)
         self._stopping = self._drained = False
         self._host = ""
@@ -192,10 +194,15 @@ class Node:
             await node.replicas.checkpoints.open()
             await runtime.start()
             await node._serve(host)
-            with contextlib.suppress(UnreachableError):
+            # what other peers say is looked at again and again; a start must not depend on it
+            with (
+                contextlib.suppress(UnreachableError),
+                tolerating("see who reaches this node", node.restarts),
+            ):
                 await node.reachability.begin(host, node._port, stage)
             stage("looking for experts that need a host")
-            await node._pauses.look()
+            with tolerating("take the first experts", node.restarts):
+                await node._pauses.look()
             if not node._pauses.hosts:
                 await node._publish_record()
             node._note_work()
@@ -222,7 +229,7 @@ class Node:
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
         exit_path = self.swarm.host.tunnels.exit_path()
         self._server, self._port = await start_server(
-            services, credentials, host, settings.grpc_port, settings.max_calls, exit_path
+            services, credentials, host, settings.grpc_port, settings.max_calls, exit_path, self.restarts
         )
         await self.swarm.host.serve_tunnel()
         self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
@@ -263,7 +270,7 @@ class Node:
             tasks["save checkpoints"] = partial(self.replicas.checkpoints.save_every, every_s)
         async with asyncio.TaskGroup() as group:
             for name, run in tasks.items():
-                group.create_task(keep_running(name, run, self._restarts, fatal=StartError), name=name)
+                group.create_task(keep_running(name, run, self.restarts, fatal=StartError), name=name)
 
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
@@ -336,7 +343,8 @@ class Node:
         began = time.monotonic()
         if limit_s and self.runtime.experts:
             self.runtime.refuse()
-            await self.averaging.average_before_leaving(limit_s)
+            with tolerating("average before leaving", self.restarts):
+                await self.averaging.average_before_leaving(limit_s)
         await self.hosting.release(max(0.0, limit_s - (time.monotonic() - began)))
 
     async def stop(self) -> None:
@@ -424,6 +432,7 @@ class Node:
             handed_over=int(total(self.hosting.handed_over)),
             reachability=self.reachability.status.in_words,
             reachability_advice=self.reachability.advice,
+            unsteady=self.restarts.unsteady,
         )
 
     def _memory_bytes(self) -> int:

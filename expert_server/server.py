@@ -16,6 +16,7 @@ from expert_server.probe import ProbeServicer
 from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
 from peer.errors import RecordError, StartError
+from peer.loop import Restarts
 from peer.rpc.calls import listen, make_server
 from peer.rpc.sessions import Sessions, SessionServicer
 from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
@@ -65,13 +66,14 @@ async def start_server(
     port: int,
     max_calls: int,
     tunnel_exit: Path,
+    restarts: Restarts,
 ) -> tuple[grpc.aio.Server, int]:
     """Serves on an address of this machine and on a unix socket. Returns the server and its port.
 
-    `port`: 0 for any free one. `max_calls`: at the same time, of all services. Raises PortError when it can't listen
-    there.
+    `port`: 0 for any free one. `max_calls`: at the same time, of all services. `restarts`: counts calls that fail
+    unexpectedly. Raises PortError when it can't listen there.
     """
-    server = make_server(max_calls)
+    server = make_server(max_calls, restarts)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(services.experts, server)
     state_pb2_grpc.add_StateServiceServicer_to_server(services.states, server)
     session_pb2_grpc.add_SessionServiceServicer_to_server(services.sessions, server)

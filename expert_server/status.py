@@ -76,6 +76,8 @@ class NodeStatus:
     """How others reach it, in words, such as `direct` or `relayed by 3 relays`."""
     reachability_advice: str = ""
     """What would let them connect directly; empty when they do."""
+    unsteady: tuple[str, ...] = ()
+    """What it does that failed and started again too often lately, such as `announce`."""
 
 
 class Contribution(BaseModel):
@@ -192,6 +194,7 @@ class NodeRecordBuilder:
             contributed_s=status.contributed_hours * 3600,
             reachability=reachability.value,
             tunnel_addresses=tunnel_addresses,
+            unsteady=bool(status.unsteady),
         )
 
     def _count(self, rows: int, now: float) -> None:

@@ -2,13 +2,15 @@
 
 A node runs its loop on the main thread, a trainer on a thread beside torch. What peers and the DHT do wrong is
 expected: each task handles it, and rounds are tried again (`RetryingRounds`). Any other exception is a mistake in the
-program; it is logged and counted, and the task starts again (`keep_running`).
+program, and a stranger may know what provokes it. It never ends the process: it is logged and counted (`Restarts`), and
+the task starts again (`keep_running`) or goes on with what comes next (`tolerating`).
 """
 
 import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ import uvloop
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from peer.errors import TalkootError, UnreachableError
-from peer.metrics import SECONDS
+from peer.metrics import SECONDS, total
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,9 @@ Step: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 """Before a task is started again. The pause doubles with each failure, until the task has run for the longest one."""
+
+_TOO_OFTEN, _LATELY_RESTARTED_S = 3, 900.0
+"""A task that fails so many times within so many seconds is unsteady."""
 
 _TICK_S = 0.025
 _LATELY_S = 60.0
@@ -144,6 +149,36 @@ class LoopLag:
         self._wait()
 
 
+class Restarts:
+    """What failed unexpectedly in this process, and went on or started again. One for each process."""
+
+    def __init__(
+        self, metrics: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._count = Counter(
+            "talkoot_task_restarts",
+            "Times that a task failed unexpectedly, and was started again or went on.",
+            registry=metrics,
+        )
+        self._clock = clock
+        self._lately: dict[str, deque[float]] = {}
+
+    def note(self, name: str) -> None:
+        """`name`: what the task does, such as `announce`. One of a few: no peer may choose it."""
+        self._count.inc()
+        self._lately.setdefault(name, deque(maxlen=_TOO_OFTEN)).append(self._clock())
+
+    @property
+    def total(self) -> int:
+        return int(total(self._count))
+
+    @property
+    def unsteady(self) -> tuple[str, ...]:
+        """The tasks that failed too often lately."""
+        since = self._clock() - _LATELY_RESTARTED_S
+        return tuple(name for name, at in self._lately.items() if len(at) == _TOO_OFTEN and at[0] >= since)
+
+
 class TaskSet:
     """Tasks that their owner ends. Each is held until it is done.
 
@@ -151,7 +186,7 @@ class TaskSet:
     exception handler logs it at once, not when the task is collected.
     """
 
-    def __init__(self, restarts: Counter | None = None, first_pause_s: float = _FIRST_PAUSE_S) -> None:
+    def __init__(self, restarts: Restarts | None = None, first_pause_s: float = _FIRST_PAUSE_S) -> None:
         """`restarts`, `first_pause_s`: of supervised tasks, as in `keep_running`."""
         self._restarts = restarts
         self._first_pause_s = first_pause_s
@@ -194,6 +229,8 @@ class TaskSet:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, TalkootError):
+            if self._restarts is not None:
+                self._restarts.note(task.get_name())
             context = {"message": f"could not {task.get_name()}", "exception": error, "task": task}
             task.get_loop().call_exception_handler(context)
 
@@ -201,7 +238,7 @@ class TaskSet:
 async def keep_running(
     name: str,
     run: Step,
-    restarts: Counter | None = None,
+    restarts: Restarts | None = None,
     *,
     fatal: type[Exception] | tuple[type[Exception], ...] = (),
     first_pause_s: float = _FIRST_PAUSE_S,
@@ -216,7 +253,7 @@ async def keep_running(
             raise
         except Exception:
             if restarts is not None:
-                restarts.inc()
+                restarts.note(name)
             if now() - began > _LONGEST_PAUSE_S:
                 pause_s = first_pause_s
             logger.exception("could not %s; trying again in %.0f s", name, pause_s)
@@ -224,15 +261,31 @@ async def keep_running(
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
+@contextmanager
+def tolerating(name: str, restarts: Restarts | None = None) -> Iterator[None]:
+    """For one of several things, after which the others are done all the same. TalkootErrors pass, and nothing else."""
+    try:
+        yield
+    except TalkootError:
+        raise
+    except Exception:
+        if restarts is not None:
+            restarts.note(name)
+        logger.exception("could not %s", name)
+
+
 class RetryingRounds:
     """Runs the steps of a round, and remembers by the round's name whether the DHT failed in it the last time."""
 
-    def __init__(self, again_s: float, metrics: CollectorRegistry | None = None) -> None:
-        """`again_s`: until the next round, in seconds, for the log."""
+    def __init__(
+        self, again_s: float, metrics: CollectorRegistry | None = None, restarts: Restarts | None = None
+    ) -> None:
+        """`again_s`: until the next round, in seconds, for the log. `restarts`: counts steps that fail otherwise."""
         self.failures = Counter(
             "talkoot_dht_failures", "DHT rounds that failed or timed out.", registry=metrics
         )
         self._again_s = again_s
+        self._restarts = restarts
         self._failing: set[str] = set()
 
     @property
@@ -241,11 +294,12 @@ class RetryingRounds:
         return bool(self._failing)
 
     async def run(self, name: str, *steps: Step) -> None:
-        """Runs all steps, also when the DHT does not answer in one of them."""
+        """Runs all steps, also when the DHT does not answer in one of them, or one fails unexpectedly."""
         failures = []
         for step in steps:
             try:
-                await step()
+                with tolerating(name, self._restarts):
+                    await step()
             except UnreachableError as error:
                 failures.append(error)
         if failures:

@@ -29,7 +29,7 @@ from typer.core import TyperCommand
 
 from peer.errors import InstallationError, UserError
 from talkoot.signals import Stopped, StopSignals
-from talkoot.terminal import LogFormat, Terminal, set_up_logging
+from talkoot.terminal import LogFormat, Terminal, escaped, set_up_logging
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -375,5 +375,5 @@ _OWN_PACKAGES = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 
 
 def _fail(error: UserError) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())} [{error.code}]", file=sys.stderr)  # noqa: T201  # the one line
+    print(f"error: {escaped(' '.join(str(error).split()))} [{error.code}]", file=sys.stderr)  # noqa: T201  # the one line
     raise typer.Exit(USER_ERROR_STATUS) from None

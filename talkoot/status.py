@@ -221,7 +221,7 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
         table.add_row(
             node.peer_id.to_base58()[-8:],
             node.name or "-",
-            node.activity.name.lower(),
+            node.activity.name.lower() + (", unsteady" if node.unsteady else ""),
             ", ".join(node.addresses) or "-",
             node.reachability.name.lower(),
             f"{node.expert_count}/{node.expert_capacity}",
@@ -292,6 +292,7 @@ def _node_dict(node: NodeInfo, read_at: float) -> dict[str, Any]:
         "peer_id": node.peer_id.to_base58(),
         "name": node.name or None,
         "activity": node.activity.name.lower(),
+        "unsteady": node.unsteady,
         "addresses": list(node.addresses),
         "reachability": node.reachability.name.lower(),
         "experts": node.expert_count,

@@ -1,5 +1,6 @@
 """What a command shows: results and JSON lines, log lines, stages of starting, tables and progress bars."""
 
+import copy
 import json
 import logging
 import math
@@ -19,12 +20,15 @@ from rich.table import Table
 from rich.text import Text
 
 from peer.errors import StartError, UserError
+from peer.rates import TokenBucket
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE_BYTES = 5_000_000
 """A log file that would grow larger is renamed to `….1`, which replaces the one before."""
 _WIDE = 10_000
+_LINES, _LINE_EVERY_S = 50, 3.0
+"""What one line of code may log at once, and how often in the long run: 4 MB a day, of a file that holds 5 MB."""
 
 
 class LogFormat(StrEnum):
@@ -125,9 +129,7 @@ def set_up_logging(terminal: Terminal) -> None:
 def log_file(path: Path) -> Iterator[None]:
     """Inside, log lines and the final error also go to a file of bounded size. Raises StartError."""
     try:
-        handler = _LogFileHandler(
-            path, maxBytes=LOG_FILE_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
-        )
+        handler = _LogFileHandler(path)
     except OSError as error:
         raise StartError(f"can't write {path}: {error.strerror}; pass another --state") from error
     handler.setFormatter(_TextFormatter("%Y-%m-%d %H:%M:%S"))
@@ -144,6 +146,13 @@ def log_file(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
+
+
+def escaped(text: str) -> str:
+    """On one line and without control characters: what is logged quotes what peers sent."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
 def to_json(values: Mapping[str, Any]) -> str:
@@ -177,18 +186,73 @@ def _not_written(path: Path, option: str, error: OSError) -> StartError:
     return StartError(f"can't write {path}: {error.strerror}; pass another {option} FILE")
 
 
+class RepeatLimit:
+    """Bounds what each line of code logs. Otherwise a stranger who provokes a line often rotates the real log away.
+
+    After many lines in a short time, one passes now and then, and says how many were left out. The traceback of a
+    failure is shown once.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._places: dict[tuple[str, int], tuple[TokenBucket, int]] = {}
+        """Of each line of code: what it may still log, and how many of its records were left out."""
+        self._traced: set[tuple[str, int, str]] = set()
+
+    def admit(self, record: logging.LogRecord) -> logging.LogRecord | None:
+        """The record as it is to be shown; None if it is left out."""
+        place, now = (record.pathname, record.lineno), self._clock()
+        bucket, left_out = self._places.get(place) or (TokenBucket(1 / _LINE_EVERY_S, _LINES, now), 0)
+        refused = bucket.take(1.0, now) > 0
+        if refused:
+            bucket.give_back(1.0)
+        self._places[place] = bucket, left_out + 1 if refused else 0
+        if refused:
+            return None
+        shown, text = copy.copy(record), record.getMessage()
+        if left_out:
+            text += f" ({left_out} more like it were left out)"
+        if record.exc_info and (error := record.exc_info[1]) is not None and not self._is_new(error):
+            text += f": {type(error).__name__}: {error}, at the same place as before"
+            shown.exc_info = shown.exc_text = None
+        shown.msg, shown.args = text, ()
+        return shown
+
+    def _is_new(self, error: BaseException) -> bool:
+        """Whether this is the first error of its type at its place."""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        place = ("", 0) if trace is None else (trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+        known = (*place, type(error).__name__) in self._traced
+        self._traced.add((*place, type(error).__name__))
+        return not known
+
+
 class _TerminalHandler(logging.Handler):
     """Writes through rich, so that lines appear above what is redrawn."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
+        self._limit = RepeatLimit()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(self.format(record))
+        if (shown := self._limit.admit(record)) is not None:
+            self._console.print(self.format(shown))
 
 
 class _LogFileHandler(RotatingFileHandler):
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            path, maxBytes=LOG_FILE_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
+        )
+        self._limit = RepeatLimit()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (shown := self._limit.admit(record)) is not None:
+            super().emit(shown)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """On a full disk, lines are missing from the file. The terminal has them."""
 
@@ -205,8 +269,11 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime(self._clock, time.localtime(record.created))
         level = "" if record.levelno < logging.WARNING else f"{_level(record)}: "
-        text = f"{clock} {level}{record.getMessage()}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        lines = [f"{clock} {level}{escaped(record.getMessage())}"]
+        if record.exc_info:
+            # indented, because the text of an error may have lines, too, which must not look like lines of the log
+            lines += [f"  {escaped(line)}" for line in self.formatException(record.exc_info).split("\n")]
+        return "\n".join(lines)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import platformdirs
-from prometheus_client import Counter
 
 from dht.admission import RIGHTS, Denylist, Role
 from dht.directory import Directory
@@ -23,7 +22,7 @@ from peer.codec import codec_of
 from peer.errors import SwarmError, UnreachableError
 from peer.files import StateFolder
 from peer.identity import Identity
-from peer.loop import LoopLag, LoopThread, TaskSet
+from peer.loop import LoopLag, LoopThread, Restarts, TaskSet
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.settings import DENYLIST
@@ -256,12 +255,7 @@ class SwarmClient:
             is_silent=caller.is_silent,
             metrics=metrics,
         )
-        restarts = Counter(
-            "talkoot_trainer_task_restarts",
-            "Times that a task beside training failed, such as announcing, and was started again.",
-            registry=swarm.metrics,
-        )
-        tasks = TaskSet(restarts)
+        tasks = TaskSet(Restarts(swarm.metrics))
         announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher)
         exits.push_async_callback(announcer.close)
         exits.push_async_callback(dispatcher.close)

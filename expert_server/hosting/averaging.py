@@ -26,6 +26,7 @@ from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker
 from peer.averaging import MAX_UPDATE_COUNT, interpolate, partner_weight
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.identity import PeerID
+from peer.loop import Restarts, keep_running, tolerating
 from peer.wire import state_pb2
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,13 @@ class ReplicaAveraging:
         adopt: Adopt,
         clock: Callable[[], float] = time.monotonic,
         metrics: CollectorRegistry | None = None,
+        restarts: Restarts | None = None,
     ) -> None:
-        """`adopt`: takes experts over from a peer that leaves."""
+        """`adopt`: takes experts over from a peer that leaves. `restarts`: counts what fails unexpectedly."""
         self.averagings = Counter(
             "talkoot_averagings", "Replicas averaged with another node's.", registry=metrics
         )
+        self._restarts = restarts
         self._every_s = settings.average_every_s
         self._swarm = swarm
         self._replicas = replicas
@@ -85,9 +88,10 @@ class ReplicaAveraging:
         self._runs = True
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._follow_hints())
+                follow, average = self._follow_hints, self._average_now_and_then
+                group.create_task(keep_running("follow others' hints", follow, self._restarts))
                 if self._every_s:
-                    group.create_task(self._average_now_and_then())
+                    group.create_task(keep_running("average now and then", average, self._restarts))
         finally:
             self._runs = False
 
@@ -214,7 +218,8 @@ class ReplicaAveraging:
 
     async def _attempt(self, work: Coroutine[Any, Any, Any]) -> None:
         try:
-            await work
+            with tolerating("average or adopt", self._restarts):
+                await work
         except (UnreachableError, TransferError, StateError, ExpertError) as error:
             logger.info("%s", error)
 

@@ -272,8 +272,8 @@ class HostingManager:
             self.handed_over.inc(handover.handed_over)
         if isinstance(outcome, UnreachableError):
             logger.warning("could not hand experts over: %s", outcome)
-        elif isinstance(outcome, Exception):
-            raise outcome
+        elif isinstance(outcome, Exception):  # the experts must still be saved
+            logger.error("could not hand experts over", exc_info=outcome)
 
     async def _read(self) -> Mapping[UID, tuple[Replica, ...]]:
         """Reads the replicas of the experts that may need this node."""

@@ -1,10 +1,12 @@
 """What all gRPC servers and callers share: how a server starts, how a call is refused, how its messages are read.
 
 A message that can't be parsed counts as an empty one, which whoever reads it refuses. gRPC by itself would log a
-traceback for each, and give a caller None in place of a reply.
+traceback for each, and give a caller None in place of a reply. A handler that
+fails unexpectedly ends only its own call.
 """
 
 import asyncio
+import inspect
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -22,6 +24,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, PortError, StateError, WireError
 from peer.formatting import endpoint
 from peer.identity import Identity
+from peer.loop import Restarts
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.transport.addresses import require_free_port
 
@@ -31,14 +34,21 @@ M = TypeVar("M")
 Parse = Callable[[bytes], M]
 _RETRY_KEY = "talkoot-retry-after-s"
 _LONGEST_RETRY_S = 3600.0
+_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+"""Of handlers: each has one of these."""
 _GRPC = logging.getLogger("grpc._cython.cygrpc")
 
 
-def make_server(max_calls: int) -> grpc.aio.Server:
-    """A server without services and ports. `max_calls`: at the same time, of all services; more are refused."""
+def make_server(max_calls: int, restarts: Restarts | None = None) -> grpc.aio.Server:
+    """A server without services and ports. `max_calls`: at the same time, of all services; more are refused.
+
+    `restarts`: counts handlers that fail unexpectedly.
+    """
     _GRPC.addFilter(_is_of_ours)
     return grpc.aio.server(
-        interceptors=[TolerantInterceptor()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls
+        interceptors=[TolerantInterceptor(restarts)],
+        options=SERVER_OPTIONS,
+        maximum_concurrent_rpcs=max_calls,
     )
 
 
@@ -146,7 +156,10 @@ class RequestReader(Generic[M]):
 
 
 class TolerantInterceptor(grpc.aio.ServerInterceptor):
-    """Makes a server parse requests tolerantly: those that can't be parsed are empty."""
+    """Makes a server parse requests tolerantly, and end a call whose handler fails unexpectedly."""
+
+    def __init__(self, restarts: Restarts | None = None) -> None:
+        self._restarts = restarts
 
     async def intercept_service(
         self,
@@ -156,7 +169,37 @@ class TolerantInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:  # no such method
             return None
-        return handler._replace(request_deserializer=_or_empty(handler.request_deserializer))
+        behaviour = {
+            kind: self._supervised(getattr(handler, kind)) for kind in _KINDS if getattr(handler, kind)
+        }
+        return handler._replace(request_deserializer=_or_empty(handler.request_deserializer), **behaviour)
+
+    def _supervised(self, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        async def replies(request: Any, context: Any) -> AsyncIterator[Any]:
+            async with self._ending(context):
+                async for reply in behaviour(request, context):
+                    yield reply
+
+        async def reply(request: Any, context: Any) -> Any:
+            async with self._ending(context):
+                return await behaviour(request, context)
+
+        return replies if inspect.isasyncgenfunction(behaviour) else reply
+
+    @asynccontextmanager
+    async def _ending(self, context: Any) -> AsyncIterator[None]:
+        """gRPC itself would tell the caller what failed."""
+        try:
+            yield
+        except grpc.aio.BaseError:  # the handler ended the call, or the caller has gone
+            raise
+        except NotImplementedError:  # a method that a generated base class has, and ours does not
+            await context.abort(StatusCode.UNIMPLEMENTED, "this peer does not serve this method")
+        except Exception:
+            if self._restarts is not None:
+                self._restarts.note("answer a call")
+            logger.exception("could not answer a call")
+            await context.abort(StatusCode.INTERNAL, "this peer failed to answer")
 
 
 def note_failure(transfer: "asyncio.Future[Any]") -> None:

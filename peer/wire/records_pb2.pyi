@@ -88,7 +88,7 @@ class Announcement(_message.Message):
     def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., update_count: _Optional[int] = ..., queued_rows: _Optional[int] = ..., claimed_at: _Optional[float] = ...) -> None: ...
 
 class NodeRecord(_message.Message):
-    __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "bootstrap_addresses", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s", "reachability", "tunnel_addresses")
+    __slots__ = ("addresses", "certificate", "protocol_version", "software_version", "expert_count", "expert_capacity", "rows_processed", "updates", "started_at", "bootstrap_addresses", "left", "name", "activity", "metrics_address", "rows_per_s", "renew_every_s", "contributed_rows", "contributed_updates", "contributed_s", "reachability", "tunnel_addresses", "unsteady")
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class NodeRecord(_message.Message):
     CONTRIBUTED_S_FIELD_NUMBER: _ClassVar[int]
     REACHABILITY_FIELD_NUMBER: _ClassVar[int]
     TUNNEL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    UNSTEADY_FIELD_NUMBER: _ClassVar[int]
     addresses: _containers.RepeatedScalarFieldContainer[str]
     certificate: bytes
     protocol_version: int
@@ -131,7 +132,8 @@ class NodeRecord(_message.Message):
     contributed_s: float
     reachability: Reachability
     tunnel_addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., bootstrap_addresses: _Optional[_Iterable[str]] = ..., left: _Optional[bool] = ..., name: _Optional[str] = ..., activity: _Optional[_Union[NodeActivity, str]] = ..., metrics_address: _Optional[str] = ..., rows_per_s: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., contributed_rows: _Optional[int] = ..., contributed_updates: _Optional[int] = ..., contributed_s: _Optional[float] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    unsteady: bool
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., expert_count: _Optional[int] = ..., expert_capacity: _Optional[int] = ..., rows_processed: _Optional[int] = ..., updates: _Optional[int] = ..., started_at: _Optional[float] = ..., bootstrap_addresses: _Optional[_Iterable[str]] = ..., left: _Optional[bool] = ..., name: _Optional[str] = ..., activity: _Optional[_Union[NodeActivity, str]] = ..., metrics_address: _Optional[str] = ..., rows_per_s: _Optional[float] = ..., renew_every_s: _Optional[float] = ..., contributed_rows: _Optional[int] = ..., contributed_updates: _Optional[int] = ..., contributed_s: _Optional[float] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., tunnel_addresses: _Optional[_Iterable[str]] = ..., unsteady: _Optional[bool] = ...) -> None: ...
 
 class TrainerRecord(_message.Message):
     __slots__ = ("name", "protocol_version", "software_version", "started_at", "renew_every_s", "metrics_address", "step", "steps", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "forward", "backward", "calls", "failures", "bytes_sent", "bytes_received", "nodes", "left", "addresses", "certificate", "dense_fingerprint", "dense_age", "tunnel_addresses")

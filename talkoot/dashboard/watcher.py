@@ -15,8 +15,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from dht.announcements import NodeInfo, TrainerInfo
 from dht.invites import Invite
 from dht.swarm import Swarm, join_swarm
-from peer.errors import StartError, SwarmError, UnreachableError
+from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.identity import Identity
+from peer.loop import Restarts, TaskSet, keep_running
 from peer.transport.addresses import NetworkConfig
 from talkoot.dashboard.api import DashboardState
 from talkoot.dashboard.history import MAX_EXPERTS, HistoryStore, Sample
@@ -81,6 +82,7 @@ class Watcher:
         self.failures = Counter(
             "talkoot_dashboard_failed_readings", "Readings of the swarm that failed.", registry=metrics
         )
+        self._restarts = Restarts(metrics)
         self._expose(metrics)
         self._was_read = False
         self._invite = invite
@@ -115,12 +117,15 @@ class Watcher:
 
     async def run(self) -> None:
         """Joins and watches forever. Raises UserError when the invite is for a swarm that was never seen here."""
+        await keep_running("watch the swarm", self._join_and_watch, self._restarts, fatal=UserError)
+
+    async def _join_and_watch(self) -> None:
         while True:
             try:
                 swarm = await self._join()
             except UnreachableError as error:
                 self._failed(error)
-            except SwarmError as error:
+            except (SwarmError, StartError) as error:
                 if self.picture is None:
                     raise
                 self._failed(error)
@@ -178,9 +183,10 @@ class Watcher:
 
     async def _watch(self, swarm: Swarm) -> None:
         reader = SwarmReader(swarm, list_every_s=self._intervals.list_every_s, most_nodes=MAX_NODES)
-        member = asyncio.create_task(swarm.membership.keep(_CHECK_EVERY_S), name="stay in the swarm")
+        tasks = TaskSet(self._restarts)
+        tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
         try:
-            while not member.done():
+            while tasks:
                 try:
                     reading = await reader.read()
                     if not await swarm.registry.is_manifest_held():
@@ -190,8 +196,7 @@ class Watcher:
                     self._failed(error)
                 await asyncio.sleep(self._intervals.refresh_s)
         finally:
-            member.cancel()
-            await asyncio.gather(member, return_exceptions=True)
+            await tasks.aclose()
 
     async def _note(self, reading: SwarmReading) -> None:
         if self.unreachable_since is not None:

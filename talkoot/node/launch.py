@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -28,6 +29,7 @@ from peer.files import StateFolder, write_atomically
 from peer.identity import Identity
 from peer.kademlia.hivemind import quiet_hivemind
 from peer.kademlia.storage import StoreBounds
+from peer.loop import keep_running
 from peer.settings import DENYLIST
 from peer.transport.addresses import (
     NetworkConfig,
@@ -157,7 +159,8 @@ class _NodeRun:
             self._show_invite(node, await swarm.invite())
             async with asyncio.TaskGroup() as group:
                 group.create_task(node.run())
-                group.create_task(self._show_state(node))
+                show = partial(self._show_state, node)
+                group.create_task(keep_running("show the node's state", show, node.restarts))
         finally:
             if experts := node.status().experts:
                 what = "1 expert goes" if experts == 1 else f"{experts} experts go"

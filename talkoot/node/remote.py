@@ -10,7 +10,7 @@ from typing import IO
 from peer.errors import DataError, SettingsError, UnreachableError, UserError
 from peer.formatting import counted
 from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, ControlClient, ControlStatus, node_folder
-from talkoot.terminal import Terminal
+from talkoot.terminal import Terminal, escaped
 
 _LEAVES_WITHIN_S = 90.0
 """How long a node may take to leave: it finishes calls, saves its experts and hands them over, each with a deadline."""
@@ -118,7 +118,7 @@ class Follower:
             else:
                 data += self._file.read()
         *lines, self._rest = (self._rest + data).split(b"\n")
-        return [_printable(line.decode(errors="backslashreplace")) for line in lines]
+        return [escaped(line.decode(errors="backslashreplace")) for line in lines]
 
     def close(self) -> None:
         if self._file is not None:
@@ -172,10 +172,3 @@ def _older_lines(path: Path) -> list[str]:
 def _print(terminal: Terminal, lines: list[str]) -> None:
     if lines:
         terminal.line("\n".join(lines))
-
-
-def _printable(line: str) -> str:
-    """Without control characters: log lines quote what peers sent, which must not control a terminal."""
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line)

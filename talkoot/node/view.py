@@ -67,7 +67,7 @@ def state_in_words(status: NodeStatus) -> str:
 
 
 def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
-    """Eleven or twelve lines, at most `WIDTH` columns wide."""
+    """Eleven to thirteen lines, at most `WIDTH` columns wide."""
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -92,6 +92,8 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
         f"{status.peers:,} known by the DHT   {counted(status.updates, 'update', ',')} since the start",
     )
     grid.add_row("all runs", _so_far(status))
+    if status.unsteady:
+        grid.add_row("trouble", Text(_trouble(status), style="red"))
     return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left", width=WIDTH)
 
 
@@ -113,6 +115,8 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield counted(status.peers, "DHT peer")
     yield f"reached: {_reached(status)}"
     yield f"in all runs {_so_far(status)}"
+    if status.unsteady:
+        yield _trouble(status)
 
 
 def _moved(status: NodeStatus) -> str:
@@ -145,6 +149,10 @@ def _so_far(status: NodeStatus) -> str:
     rows = counted(status.contributed_rows, "row", ",")
     updates = counted(status.contributed_updates, "update", ",")
     return f"{rows}, {updates}, {status.contributed_hours:.1f} hours served"
+
+
+def _trouble(status: NodeStatus) -> str:
+    return f"fails again and again: {', '.join(status.unsteady)}; see `talkoot logs`"
 
 
 def _bar(value: float, most: float, words: str) -> Table:

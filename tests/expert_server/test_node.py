@@ -38,7 +38,6 @@ from peer import PROTOCOL_VERSION
 from peer.errors import StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import NetworkConfig
 from peer.transport.p2pd import Daemon
@@ -316,10 +315,9 @@ def test_a_mistake_in_one_task_does_not_end_the_node(play: Play, monkeypatch: py
 
         monkeypatch.setattr(node._standby, "run", breaks)
         running = await village.run(node)
-        restarts = node._restarts
 
         async def went_on() -> bool:
-            return total(restarts) >= 2 and node.state is NodeState.SERVING
+            return node.restarts.total >= 2 and node.state is NodeState.SERVING
 
         await eventually(went_on)
         assert not running.done()

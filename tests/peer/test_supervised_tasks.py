@@ -4,17 +4,15 @@ import asyncio
 import logging
 
 import pytest
-from prometheus_client import Counter
 
 from benchmarks.simulated_p2p import simulated_world
-from peer.errors import StartError, UserError
-from peer.loop import TaskSet, keep_running
-from peer.metrics import total
+from peer.errors import StartError, UnreachableError, UserError
+from peer.loop import Restarts, RetryingRounds, TaskSet, keep_running, tolerating
 
 
 def test_a_task_that_fails_is_logged_counted_and_started_again(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        restarts = Counter("restarts", "Of tasks.", registry=None)
+        restarts = Restarts()
         tasks, runs, well = TaskSet(restarts, first_pause_s=0.001), 0, asyncio.Event()
 
         async def announce() -> None:
@@ -28,7 +26,7 @@ def test_a_task_that_fails_is_logged_counted_and_started_again(caplog: pytest.Lo
         tasks.supervise("announce this trainer", announce)
         async with asyncio.timeout(30):
             await well.wait()
-        assert (runs, total(restarts)) == (3, 2)
+        assert (runs, restarts.total) == (3, 2)
         await tasks.aclose()
         await tasks.aclose()
         assert len(asyncio.all_tasks()) == 1
@@ -66,7 +64,7 @@ def test_after_a_long_good_run_a_task_begins_again_soon() -> None:
 
 def test_a_task_that_is_done_stays_so() -> None:
     async def scenario() -> None:
-        restarts = Counter("restarts", "Of tasks.", registry=None)
+        restarts = Restarts()
         tasks, runs = TaskSet(restarts, first_pause_s=0.001), 0
 
         async def give_up() -> None:
@@ -75,7 +73,7 @@ def test_a_task_that_is_done_stays_so() -> None:
 
         tasks.supervise("stay in the swarm", give_up)
         await asyncio.sleep(0.02)
-        assert (runs, total(restarts)) == (1, 0)
+        assert (runs, restarts.total) == (1, 0)
         await tasks.aclose()
 
     asyncio.run(scenario())
@@ -83,16 +81,59 @@ def test_a_task_that_is_done_stays_so() -> None:
 
 def test_a_fatal_error_ends_the_task_and_other_errors_do_not() -> None:
     async def scenario() -> None:
-        restarts, errors = (
-            Counter("restarts", "Of tasks.", registry=None),
-            [KeyError(), UserError(""), StartError("")],
-        )
+        restarts, errors = Restarts(), [KeyError(), UserError(""), StartError("")]
 
         async def announce() -> None:
             raise errors.pop(0)
 
         with pytest.raises(StartError):
             await keep_running("announce", announce, restarts, fatal=StartError, first_pause_s=0.001)
-        assert total(restarts) == 2
+        assert restarts.total == 2
 
     asyncio.run(scenario())
+
+
+def test_what_fails_in_one_step_keeps_no_other_from_its_turn(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        restarts, done = Restarts(), list[str]()
+        rounds = RetryingRounds(1.0, restarts=restarts)
+
+        async def break_down() -> None:
+            raise TypeError("a stranger's bytes")
+
+        async def announce() -> None:
+            done.append("announced")
+
+        async def miss() -> None:
+            raise UnreachableError("nobody answers")
+
+        await rounds.run("look", break_down, announce, miss, announce)
+        assert done == ["announced", "announced"]
+        assert restarts.total == 1
+        assert rounds.are_failing
+
+    asyncio.run(scenario())
+    assert [record.exc_info is not None for record in caplog.records] == [True, False]
+
+
+def test_an_expected_error_passes_and_an_unexpected_one_is_counted() -> None:
+    restarts = Restarts()
+    with pytest.raises(UnreachableError), tolerating("look around", restarts):
+        raise UnreachableError("nobody answers")
+    with tolerating("look around", restarts):
+        raise RecursionError
+    assert restarts.total == 1
+
+
+def test_a_task_that_fails_too_often_is_named_until_it_runs_well() -> None:
+    now = 0.0
+    restarts = Restarts(clock=lambda: now)
+    for task, at in [("announce", 0.0), ("look", 1.0), ("announce", 300.0), ("announce", 600.0)]:
+        assert not restarts.unsteady
+        now = at
+        restarts.note(task)
+    assert restarts.unsteady == ("announce",)
+    now = 899.0
+    assert restarts.unsteady == ("announce",)
+    now = 901.0
+    assert not restarts.unsteady

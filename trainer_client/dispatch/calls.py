@@ -195,6 +195,11 @@ class CallTracker:
                 call_times.add_unfinished(self.now() - began)
             if error.status in _LOST and self.is_silent(call.node):
                 self._gone(peer_id)
+        except Exception:
+            # a mistake in how answers are read: the peer that found it is left alone, and training goes on
+            logger.exception("could not read the answers of node %s", peer_id)
+            failure = ExpertError(StatusCode.DATA_LOSS, "its answers can't be read")
+            self._note_failure(peer_id, failure)
         finally:
             _fail(call, waiting, failure, sink)
 

@@ -1,0 +1,82 @@
+"""Log lines: what strangers wrote forges none, and one line that is provoked again and again displaces no others."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from talkoot.terminal import RepeatLimit, log_file
+
+LOGGER = logging.getLogger("talkoot.test")
+FORGED = "lost: \x1b[2Jcleared\n12:00:00 error: send your key to\u202e mallory"
+
+
+@pytest.fixture(autouse=True)
+def informed() -> Iterator[None]:
+    LOGGER.setLevel(logging.INFO)
+    yield
+    LOGGER.setLevel(logging.NOTSET)
+
+
+def test_controls_are_escaped_in_lines_and_in_tracebacks(tmp_path: Path) -> None:
+    path = tmp_path / "node.log"
+    with log_file(path):
+        LOGGER.warning("node %s: %s", "Qm", FORGED)
+        try:
+            raise ValueError(FORGED)
+        except ValueError:
+            LOGGER.exception("could not announce")
+    first, *rest = path.read_text().splitlines()
+    assert first.endswith(
+        r"warning: node Qm: lost: \x1b[2Jcleared\n12:00:00 error: send your key to\u202e mallory"
+    )
+    assert not {"\x1b", "\u202e"} & set(path.read_text())
+    assert [line.split()[2] for line in rest if not line.startswith("  ")] == ["error:"]
+
+
+def record(line: int, message: str = "what %s said", error: Exception | None = None) -> logging.LogRecord:
+    raised = None if error is None else (type(error), error, error.__traceback__)
+    return logging.LogRecord("peer", logging.WARNING, "peer.py", line, message, ("a peer",), raised)
+
+
+def test_what_one_line_of_code_logs_is_bounded_and_the_rest_is_counted() -> None:
+    now = 0.0
+    limit = RepeatLimit(lambda: now)
+    shown = [limit.admit(record(1)) for _ in range(10_000)]
+    assert sum(one is not None for one in shown) == 50
+    assert limit.admit(record(2)) is not None, "another line has its own allowance"
+    now = 3.5
+    (again,) = [one for one in (limit.admit(record(1)) for _ in range(100)) if one is not None]
+    assert again.getMessage() == "what a peer said (9950 more like it were left out)"
+    now = 1e6
+    assert sum(limit.admit(record(1)) is not None for _ in range(100)) == 50
+
+
+def failure(kind: type[Exception], text: str) -> Exception:
+    try:
+        raise kind(text)
+    except kind as error:
+        return error
+
+
+def test_a_traceback_is_shown_once_for_each_kind_of_failure() -> None:
+    limit = RepeatLimit()
+    first = limit.admit(record(1, error=failure(KeyError, "one")))
+    again = limit.admit(record(1, error=failure(KeyError, "two")))
+    other = limit.admit(record(1, error=failure(TypeError, "three")))
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert first.exc_info is not None
+    assert again.exc_info is None
+    assert again.getMessage() == "what a peer said: KeyError: 'two', at the same place as before"
+    assert other.exc_info is not None
+
+
+def test_another_handler_still_sees_the_record_as_it_was() -> None:
+    limit, seen = RepeatLimit(), record(1, error=failure(KeyError, "one"))
+    for _ in range(3):
+        limit.admit(seen)
+    assert seen.exc_info is not None
+    assert seen.getMessage() == "what a peer said"
