@@ -16,7 +16,7 @@ from peer.kademlia.hivemind import DHTNode, RecordValidatorBase
 from peer.kademlia.node import BootstrapReply, bootstrap, check_bootstrap, known_peers, start_dht, stop_dht
 from peer.kademlia.storage import StoreBounds, StoreMetrics
 from peer.metrics import total
-from peer.processes import sweep_dead_sockets
+from peer.processes import sweep_socket_folders
 from peer.transport.addresses import NetworkConfig, is_public, is_relayed, require_free_port, tcp_endpoint
 from peer.transport.p2pd import START_DEADLINE_S, TRANSPORT_ERRORS, Daemon, start_daemon
 from peer.transport.tunnel import Pipe, Tunnels
@@ -226,7 +226,7 @@ class Host:
             raise UnreachableError(f"no stream to {peer_id}: {error}") from error
 
     async def _start(self, bootstrap: Sequence[str], remembered: Sequence[str]) -> None:
-        sweep_dead_sockets()
+        sweep_socket_folders()
         if self.config.serves_dht:
             require_free_port(self.config.listen, self.config.port)
         accepting = await _accepting((*bootstrap, *remembered))

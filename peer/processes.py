@@ -4,13 +4,15 @@ import contextlib
 import os
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-_SOCKET_FOLDER = Path("/tmp")  # noqa: S108  # hivemind puts its sockets there, whatever TMPDIR says
-_LONGEST_FOLDER = 55
+_PREFIX = "talkoot-sockets-"
+"""Of a folder's name. The process id and a random word follow."""
+_LONGEST_PARENT = 40
 """Bytes. A unix socket's path has at most 107, and its own folder and name need the rest."""
 
 # Runs in a fresh interpreter, which then becomes the child. It asks the kernel for SIGKILL when the parent ends
@@ -30,29 +32,31 @@ def die_with_parent(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *arguments]
 
 
-def sweep_dead_sockets() -> None:
-    """Removes the unix sockets that hivemind left when its process was killed."""
-    for path in _SOCKET_FOLDER.glob("hivemind-p2p*.sock"):
-        if _is_unbound(path):
-            path.unlink(missing_ok=True)
+def private_socket_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A new folder for unix sockets that only this user can enter, whatever the umask. Its owner removes it."""
+    parent = Path(tempfile.gettempdir())
+    if len(os.fsencode(parent)) > _LONGEST_PARENT:
+        parent = Path("/tmp")  # noqa: S108  # the folder itself has an unpredictable name
+    return tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent)
 
 
-def socket_folder() -> Path:
-    """The folder for folders of unix sockets: the temporary folder, or /tmp if that makes their paths too long."""
-    folder = Path(tempfile.gettempdir())
-    return folder if len(os.fsencode(folder)) <= _LONGEST_FOLDER else _SOCKET_FOLDER
+def sweep_socket_folders() -> None:
+    """Removes the socket folders of this user's processes that were killed."""
+    for parent in {Path(tempfile.gettempdir()), Path("/tmp")}:  # noqa: S108  # where the others may be
+        for folder in parent.glob(f"{_PREFIX}*"):
+            number = folder.name.removeprefix(_PREFIX).partition("-")[0]
+            if number.isdecimal() and not Path(f"/proc/{number}").exists():
+                with contextlib.suppress(OSError):
+                    _remove_dead(folder)
 
 
-def sweep_dead_folders(prefix: str) -> None:
-    """Removes folders of unix sockets named `<prefix><process id>-<word>`, if that process has ended."""
-    for folder in socket_folder().glob(f"{prefix}*"):
-        number = folder.name.removeprefix(prefix).partition("-")[0]
-        if number.isdecimal() and not Path(f"/proc/{number}").exists():
-            with contextlib.suppress(OSError):  # it may belong to another user
-                if all(
-                    map(_is_unbound, folder.iterdir())
-                ):  # otherwise it belongs to another process namespace
-                    shutil.rmtree(folder)
+def _remove_dead(folder: Path) -> None:
+    """Only a folder of this user in which nothing but dead sockets is. Others live in another process namespace."""
+    about = folder.lstat()
+    if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid():
+        paths = list(folder.iterdir())
+        if all(path.is_socket() and _is_unbound(path) for path in paths):
+            shutil.rmtree(folder)
 
 
 def _is_unbound(path: Path) -> bool:

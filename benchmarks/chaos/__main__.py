@@ -30,7 +30,7 @@ from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
 from benchmarks.chaos.swarm import ChaosSwarm, until
 from benchmarks.chaos.watching import Watcher
 from peer.kademlia.hivemind import quiet_hivemind
-from peer.processes import sweep_dead_sockets
+from peer.processes import sweep_socket_folders
 
 PARTS = ("calm", "chaos")
 _ALL_SERVED_S = 60.0
@@ -173,7 +173,7 @@ def main() -> None:
             {part: events[part] for part in parts}, plan, seconds, options.quick or options.at_once, console
         )
     )
-    sweep_dead_sockets()
+    sweep_socket_folders()
     if all(part in results for part in PARTS):
         results["verdicts"] = verdicts(results)
     show(results, console)

@@ -5,9 +5,8 @@ pending calls fail at once. A cancelled call affects no other call, and leaves n
 """
 
 import asyncio
-import contextlib
 import math
-import os
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
@@ -25,7 +24,7 @@ from hivemind.proto import p2pd_pb2
 
 from peer.errors import DaemonError
 from peer.identity import Identity
-from peer.processes import die_with_parent
+from peer.processes import die_with_parent, private_socket_folder
 from peer.transport.addresses import NetworkConfig, multiaddress, multiaddress_bytes
 
 START_DEADLINE_S = 60.0
@@ -63,6 +62,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
     # hivemind's `_terminate` reads both, even if no p2pd was found
     _daemon_listen_maddr: Any = None
     _client_listen_maddr: Any = None
+    _sockets: tempfile.TemporaryDirectory[str] | None = None
 
     async def ended(self) -> int:
         """Waits until p2pd has ended; returns its exit status, negative after a signal."""
@@ -127,15 +127,14 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
             task.cancel()
         # retrieves the errors of those that failed when p2pd died: nobody else does
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._child is None:
-            return
-        try:
-            await asyncio.wait_for(self._child.wait(), _STOP_DEADLINE_S)
-        except TimeoutError:
-            self._child.kill()
-            await self._child.wait()
-        with contextlib.suppress(FileNotFoundError):  # hivemind leaves it when p2pd ended by itself
-            os.remove(self._daemon_listen_maddr["unix"])
+        if self._child is not None:
+            try:
+                await asyncio.wait_for(self._child.wait(), _STOP_DEADLINE_S)
+            except TimeoutError:
+                self._child.kill()
+                await self._child.wait()
+        if self._sockets is not None:
+            self._sockets.cleanup()
 
     def _has_ended(self) -> None:
         """Fails the pending calls, whose answers can't come any more."""
@@ -157,12 +156,17 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
 async def start_daemon(identity: Identity, config: NetworkConfig) -> Daemon:
     """Starts p2pd. Raises DaemonError when this machine can't."""
     started: list[Daemon] = []
+    sockets = private_socket_folder()
 
     class Started(Daemon):
         """Noted, so that it can be stopped if `create` is cancelled: hivemind would leave p2pd and its sockets."""
 
+        # hivemind's is in /tmp, where any user can connect unless the umask forbids it
+        _UNIX_SOCKET_PREFIX = f"/unix{sockets.name}/"
+
         def __init__(self) -> None:
             super().__init__()
+            self._sockets = sockets
             started.append(self)
 
         @staticmethod

@@ -8,7 +8,6 @@ either side ends a stream, p2pd ends both directions: there is no half-close, an
 import asyncio
 import contextlib
 import logging
-import os
 import tempfile
 from collections import Counter as Multiset
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,7 +22,7 @@ from peer.errors import UnreachableError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
-from peer.processes import socket_folder, sweep_dead_folders
+from peer.processes import private_socket_folder
 from peer.transport.addresses import is_relayed
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,6 @@ OPEN_DEADLINE_S = 15.0
 _FLUSH_DEADLINE_S = 5.0
 """For the last bytes of one side to reach the other."""
 _CHUNK_BYTES = 256 * 2**10
-_FOLDER_PREFIX = "talkoot-tunnel-"
 
 Pipe: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 OpenStream: TypeAlias = Callable[[PeerID, Sequence[str], str, float], Awaitable[Pipe]]
@@ -216,11 +214,8 @@ class Tunnels:
             await target.wait_closed()
 
     def _path(self, name: str) -> Path:
-        if self._folder is None:  # mode 0700: only this user's processes get in
-            sweep_dead_folders(_FOLDER_PREFIX)
-            self._folder = tempfile.TemporaryDirectory(
-                prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=socket_folder()
-            )
+        if self._folder is None:
+            self._folder = private_socket_folder()
         return Path(self._folder.name) / name
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from dht.manifest import Manifest
 from peer.errors import SettingsError, SwarmError
 from peer.formatting import counted
-from peer.processes import sweep_dead_sockets
+from peer.processes import sweep_socket_folders
 from talkoot.demo.links import Link, Proxy, Wire, free_ports
 from talkoot.demo.processes import DemoProcess, DemoProcesses
 from talkoot.signals import run_until_stopped
@@ -159,7 +159,7 @@ class _Demo:
             await self._processes.stop()
             for proxy in self._proxies:
                 await proxy.close()
-            sweep_dead_sockets()  # of the killed node
+            sweep_socket_folders()  # of the killed node
         return DemoResult(
             **{name: summary[name] for name in _OF_THE_TRAINER},
             nodes_started=len(self._nodes),

@@ -36,15 +36,15 @@ def identities() -> list[Identity]:
 @pytest.fixture
 def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Path]]]:
     """Lists the socket files that hosts of this test have made and not removed."""
-    used: list[str] = []
+    used: list[Path] = []
 
     def note_socket(arguments: Sequence[str]) -> list[str]:
-        (listen,) = [a for a in arguments if a.startswith("-listen=/unix/tmp/hivemind-p2pd-")]
-        used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
+        (listen,) = [a for a in arguments if a.startswith("-listen=/unix")]
+        used.append(Path(listen.removeprefix("-listen=/unix")).parent)
         return die_with_parent(arguments)
 
     monkeypatch.setattr("peer.transport.p2pd.die_with_parent", note_socket)
-    yield lambda: [path for name in used for path in Path("/tmp").glob(f"hivemind-*-{name}")]
+    yield lambda: [path for folder in used for path in (folder, *folder.glob("*")) if path.exists()]
     assert used, "no host was started"
 
 

@@ -1,7 +1,9 @@
 """A peer's host starts, joins and stops, and leaves nothing behind, however it ends."""
 
 import asyncio
+import os
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -24,7 +26,6 @@ from peer.transport.p2pd import Daemon
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
-SOCKETS = Path("/tmp")
 LOCAL = "127.0.0.1"
 
 OWNER = """
@@ -59,18 +60,18 @@ def first(loop: LoopThread, identities: list[Identity]) -> Iterator[Host]:
 @pytest.fixture
 def sockets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Path]]:
     """Lists the socket files that hosts of this test have made and not removed."""
-    used: list[str] = []
+    used: list[Path] = []
 
     def note_socket(arguments: Sequence[str]) -> list[str]:
-        (listen,) = [a for a in arguments if a.startswith("-listen=/unix/tmp/hivemind-p2pd-")]
-        used.append(listen.removeprefix("-listen=/unix/tmp/hivemind-p2pd-"))
+        (listen,) = [a for a in arguments if a.startswith("-listen=/unix")]
+        used.append(Path(listen.removeprefix("-listen=/unix")).parent)
         return die_with_parent(arguments)
 
     monkeypatch.setattr("peer.transport.p2pd.die_with_parent", note_socket)
 
     def left() -> list[Path]:
         assert used, "no host was started"
-        return [path for name in used for path in SOCKETS.glob(f"hivemind-*-{name}")]
+        return [path for folder in used for path in (folder, *folder.glob("*")) if path.exists()]
 
     return left
 
@@ -206,28 +207,26 @@ def test_p2pd_dies_with_a_killed_process_and_the_next_start_sweeps_its_sockets(
     wait_until(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE)
     wait_until(lambda: _is_unbound(Path(left)))  # its last thread ends, and closes it, a moment later
     loop.run(start_and_stop(identities[1], []), 120)
-    assert not Path(left).exists()
+    assert not Path(left).parent.exists()
     assert live.exists(), "the socket of a living host was swept"
     assert loop.run(first.bootstrap_addresses(), 120)
 
 
-def test_sockets_of_living_programs_are_not_touched(loop: LoopThread, identities: list[Identity]) -> None:
-    path = SOCKETS / f"hivemind-p2pd-test-{time.time_ns()}.sock"
+def test_no_other_user_can_enter_the_folder_of_the_sockets(
+    loop: LoopThread, identities: list[Identity]
+) -> None:
+    before = os.umask(0)
     try:
-        with socket.socket(socket.AF_UNIX) as living:
-            living.bind(str(path))  # not listening yet: a connection is refused
-            loop.run(start_and_stop(identities[1], []), 120)
-            assert path.exists()
-            living.listen()
-            loop.run(start_and_stop(identities[1], []), 120)
-            assert path.exists()
-            living.settimeout(0)
-            with pytest.raises(BlockingIOError):  # and nobody called there
-                living.accept()
-        loop.run(start_and_stop(identities[1], []), 120)
-        assert not path.exists()
+        host = loop.run(Host.start(identities[1], NetworkConfig(LOCAL)), 120)
     finally:
-        path.unlink(missing_ok=True)
+        os.umask(before)
+    try:
+        sockets = [Path(host.p2p.daemon_listen_maddr["unix"]), Path(host.p2p._client_listen_maddr["unix"])]
+        sockets.append(host.tunnels.exit_path())
+        assert all(stat.S_IMODE(path.parent.stat().st_mode) == 0o700 for path in sockets)
+        assert sockets[0].is_socket()
+    finally:
+        loop.run(host.stop(), 120)
 
 
 def test_an_unreachable_bootstrap_is_said_at_once(

@@ -1,5 +1,6 @@
 """Child processes die with their parent; a state folder has one user at a time."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -8,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -16,7 +18,7 @@ import pytest
 
 from peer.errors import StartError
 from peer.files import StateFolder
-from peer.processes import die_with_parent, socket_folder, sweep_dead_sockets
+from peer.processes import die_with_parent, private_socket_folder, sweep_socket_folders
 
 SLEEP = shutil.which("sleep") or "/bin/sleep"
 
@@ -162,30 +164,72 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("length", [20, 55, 56, 200])
-def test_unix_sockets_have_room_for_their_paths(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = "/" + "x" * (length - 1)
-    monkeypatch.setattr(tempfile, "tempdir", given)
-    folder = str(socket_folder())
-    assert folder == (given if length <= 55 else "/tmp")
-    with socket.socket(socket.AF_UNIX) as probe, pytest.raises(FileNotFoundError):
-        probe.connect(f"{folder}/talkoot-tunnel-4194304-abcdefgh/{'x' * 16}")
+@pytest.mark.parametrize("length", [20, 40, 41, 200])
+def test_unix_sockets_have_room_for_their_paths(
+    length: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = Path(f"/tmp/{uuid.uuid4().hex}".ljust(length, "x")[:length])
+    given.mkdir()
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(given))
+        with private_socket_folder() as folder, socket.socket(socket.AF_UNIX) as bound:
+            assert Path(folder).parent == (given if length <= 40 else Path("/tmp"))
+            bound.bind(f"{folder}/{'x' * 27}")
+    finally:
+        shutil.rmtree(given)
 
 
-def test_sweeping_removes_dead_sockets_and_disturbs_nobody_who_listens() -> None:
-    name = f"hivemind-p2pd-test-{os.getpid()}"
-    live, dead = (Path(f"/tmp/{name}-{which}.sock") for which in ("live", "dead"))
-    with socket.socket(socket.AF_UNIX) as ended:
-        ended.bind(str(dead))
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(live))
-        listener.listen()
-        listener.setblocking(False)
-        try:
-            sweep_dead_sockets()
-            assert (live.exists(), dead.exists()) == (True, False)
-            with pytest.raises(BlockingIOError):
-                listener.accept()
-        finally:
-            live.unlink(missing_ok=True)
-            dead.unlink(missing_ok=True)
+@pytest.fixture
+def dead_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """As a process with this process id, which has ended, would have left it."""
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: ended.pid)
+        folder = private_socket_folder()
+    yield Path(folder.name)
+    with contextlib.suppress(FileNotFoundError):
+        folder.cleanup()
+
+
+def test_folders_of_ended_processes_are_swept_with_their_sockets(dead_folder: Path) -> None:
+    with private_socket_folder() as own, socket.socket(socket.AF_UNIX) as ended:
+        ended.bind(str(dead_folder / "socket"))
+        ended.close()
+        sweep_socket_folders()
+        assert not dead_folder.exists()
+        assert Path(own).exists()
+
+
+def test_sockets_of_living_programs_are_not_touched(dead_folder: Path) -> None:
+    """Its process id may be that of a process in another container."""
+    with socket.socket(socket.AF_UNIX) as living:
+        living.bind(str(dead_folder / "socket"))  # not listening yet: a connection is refused
+        sweep_socket_folders()
+        assert dead_folder.exists()
+        living.listen()
+        living.setblocking(False)
+        sweep_socket_folders()
+        assert dead_folder.exists()
+        with pytest.raises(BlockingIOError):  # and nobody called there
+            living.accept()
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_nothing_but_folders_of_dead_sockets_is_swept(dead_folder: Path, kind: str, tmp_path: Path) -> None:
+    """Any user can make a folder with such a name."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("kept")
+    if kind == "file":
+        (dead_folder / "file").write_text("kept")
+    elif kind == "link":
+        dead_folder.rmdir()
+        dead_folder.symlink_to(kept)
+    else:
+        (dead_folder / "folder").mkdir()
+    sweep_socket_folders()
+    assert dead_folder.exists()
+    assert (kept / "file").exists()
+    if kind == "link":
+        dead_folder.unlink()

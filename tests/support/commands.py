@@ -19,7 +19,7 @@ from talkoot.cli import app
 
 HOST = "127.0.0.1"
 DEADLINE_S = 60.0
-_LISTEN = "-listen=/unix/tmp/hivemind-p2pd-"
+_LISTEN = "-listen=/unix"
 
 
 def command(*arguments: str) -> list[str]:
@@ -76,10 +76,10 @@ def assert_one_clear_line(ended: subprocess.CompletedProcess[str], *said: str) -
 
 
 def sockets_of(processes: Iterable[psutil.Process]) -> set[Path]:
-    """The sockets in /tmp of those that are p2pd, the one for each client too."""
-    names = set()
+    """The sockets of those that are p2pd, the one for each client too."""
+    folders = set()
     for process in processes:
         with suppress(psutil.Error):
             listens = [word for word in process.cmdline() if word.startswith(_LISTEN)]
-            names |= {word.removeprefix(_LISTEN) for word in listens}
-    return {path for name in names for path in Path("/tmp").glob(f"hivemind-*-{name}")}
+            folders |= {Path(word.removeprefix(_LISTEN)).parent for word in listens}
+    return {path for folder in folders for path in folder.glob("*")}

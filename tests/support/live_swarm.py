@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peer.processes import die_with_parent, sweep_dead_sockets
+from peer.processes import die_with_parent, sweep_socket_folders
 
 HOST = "127.0.0.1"
 ANNOUNCE_EVERY_S = 60.0
@@ -88,7 +88,7 @@ class _Processes:
         for _, process in self._running:
             process.kill()  # and with it its p2pd
             process.wait()
-        sweep_dead_sockets()
+        sweep_socket_folders()
 
     def _logs(self) -> str:
         return "\n".join(f"{name}: {self.log(name)[-1500:]}" for name, _ in self._running)
