@@ -29,10 +29,10 @@ from expert_server.probe import ProbeServicer
 from expert_server.reachability import ReachabilityMonitor
 from expert_server.resources import (
     batch_rows_of,
+    call_memory_of,
     kept_bytes_of,
     most_bytes,
     return_freed_memory,
-    row_bytes,
     snapshots_of,
     threads_of,
     within_memory,
@@ -137,7 +137,10 @@ class Node:
         self.sessions = self._access.sessions
         kept_bytes = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
         limits = CallLimits(
-            max_call_s=timing.max_call_s, max_kept_bytes=kept_bytes, budget=BudgetLimits.of(settings)
+            max_call_s=timing.max_call_s,
+            max_kept_bytes=kept_bytes,
+            budget=BudgetLimits.of(settings),
+            max_memory_bytes=call_memory_of(settings),
         )
         self._servicer = ExpertServicer(
             runtime, manifest, swarm_id, limits, self.sessions, self.traffic, metrics
@@ -245,7 +248,7 @@ class Node:
             ("paused", "1 while the node is paused.", lambda: self.state is NodeState.PAUSED),
             (
                 "memory_bytes",
-                "Memory of experts, cached forward passes and waiting rows, about.",
+                "Memory of experts, cached forward passes and calls under way, about.",
                 self._memory_bytes,
             ),
             ("tasks", "Tasks on the event loop.", lambda: len(asyncio.all_tasks(loop))),
@@ -436,10 +439,9 @@ class Node:
         )
 
     def _memory_bytes(self) -> int:
-        manifest = self.swarm.manifest
-        queued = self.runtime.queued_rows * row_bytes(manifest)
         experts = len(self.runtime.experts) * self._expert_bytes
-        return experts + self._servicer.forward_cache.bytes + queued + self._snapshots.kept_bytes
+        calls = self._servicer.memory.used + self._servicer.forward_cache.bytes
+        return experts + calls + self._snapshots.kept_bytes
 
     def _note_work(self) -> None:
         self._account.note(serves=self.state is NodeState.SERVING)

@@ -11,14 +11,17 @@ from collections.abc import Iterable
 
 from dht.manifest import Manifest
 from expert_server.experts.expert import expert_bytes
+from expert_server.serving.call import smallest_call_memory
 from expert_server.settings import NodeSettings
 from expert_server.state.transfer import MAX_SNAPSHOTS, largest_state_bytes
 from peer.errors import SettingsError
 from peer.formatting import bytes_in_words
 
 _CPU_BATCH_ROWS, _GPU_BATCH_ROWS = 128, 2048
-_KEPT_SHARE = _QUEUE_SHARE = _SNAPSHOT_SHARE = 1 / 8
+_KEPT_SHARE = _CALLS_SHARE = _SNAPSHOT_SHARE = 1 / 8
 _KEPT_SHARE_OF_FREE = 1 / 16
+_CALLS_BYTES = 512 * 2**20
+"""For calls under way, if `memory` is not set."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -3, -8
 """Parameters of mallopt, as malloc.h numbers them."""
 _KEPT_BYTES = 256 * 2**20
@@ -45,16 +48,16 @@ def threads_of(settings: NodeSettings) -> int:
     return min(settings.threads or usable_cores(), usable_cores())
 
 
-def row_bytes(manifest: Manifest) -> int:
-    """Memory of a waiting row at most: its inputs and gradients in float32, and its position."""
-    return 2 * 4 * manifest.model.hidden + 8
-
-
 def kept_bytes_of(settings: NodeSettings, free_bytes: int) -> int:
     """Memory for kept forward passes. `free_bytes`: of the devices that compute."""
     if settings.max_kept_bytes is not None:
         return settings.max_kept_bytes
     return int(free_bytes * _KEPT_SHARE_OF_FREE)
+
+
+def call_memory_of(settings: NodeSettings) -> int:
+    """Memory for all calls under way together, with the rows that wait."""
+    return _CALLS_BYTES if settings.memory is None else int(settings.memory * _CALLS_SHARE)
 
 
 def snapshots_of(settings: NodeSettings, manifest: Manifest) -> int:
@@ -66,25 +69,24 @@ def snapshots_of(settings: NodeSettings, manifest: Manifest) -> int:
 
 
 def most_bytes(settings: NodeSettings, manifest: Manifest, capacity: int, kept_bytes: int) -> int:
-    """Memory of `capacity` experts, kept forward passes, waiting rows and snapshots together, at most."""
-    queue = settings.max_queued_rows * row_bytes(manifest)
+    """Memory of `capacity` experts, kept forward passes, calls under way and snapshots together, at most."""
     snapshots = snapshots_of(settings, manifest) * largest_state_bytes(manifest)
-    return capacity * expert_bytes(manifest) + kept_bytes + queue + snapshots
+    return capacity * expert_bytes(manifest) + kept_bytes + call_memory_of(settings) + snapshots
 
 
 def smallest_memory(manifest: Manifest) -> int:
-    """The least `memory` that works, in bytes: for one expert, its snapshot and one waiting sequence."""
-    expert, others = expert_bytes(manifest), 1 - _KEPT_SHARE - _QUEUE_SHARE
+    """The least `memory` that works, in bytes: for one expert, its snapshot and a backward call of one sequence."""
+    expert, others = expert_bytes(manifest), 1 - _KEPT_SHARE - _CALLS_SHARE
     for_snapshot = math.ceil((expert + largest_state_bytes(manifest)) / others)
     for_expert = math.ceil(expert / (others - _SNAPSHOT_SHARE))
-    for_queue = math.ceil(manifest.model.context * row_bytes(manifest) / _QUEUE_SHARE)
-    return max(for_snapshot, for_expert, for_queue)
+    for_call = math.ceil(smallest_call_memory(manifest) / _CALLS_SHARE)
+    return max(for_snapshot, for_expert, for_call)
 
 
 def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
     """The settings, lowered so that they keep to `memory` if it is set.
 
-    At most an eighth is for kept forward passes, an eighth for waiting rows, and an eighth for snapshots (or one
+    At most an eighth is for kept forward passes, an eighth for calls under way, and an eighth for snapshots (or one
     snapshot). The rest is for experts: two thirds of those to host, the others to adopt. Raises SettingsError when that
     is not enough for one expert.
     """
@@ -99,9 +101,8 @@ def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
     kept = int(memory * _KEPT_SHARE)
     if settings.max_kept_bytes is not None:
         kept = min(kept, settings.max_kept_bytes)
-    queued_rows = min(settings.max_queued_rows, int(memory * _QUEUE_SHARE) // row_bytes(manifest))
     snapshots = snapshots_of(settings, manifest) * largest_state_bytes(manifest)
-    left = memory - kept - queued_rows * row_bytes(manifest) - snapshots
+    left = memory - kept - call_memory_of(settings) - snapshots
     fitting = left // expert_bytes(manifest)
     usual = min(max(1, 2 * fitting // 3), manifest.experts_total)
     experts = min(settings.experts if settings.experts is not None else usual, fitting)
@@ -111,7 +112,6 @@ def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
             "experts": experts,
             "spare": min(spare, fitting - experts),
             "max_kept_bytes": kept,
-            "max_queued_rows": queued_rows,
         }
     )
 

@@ -143,9 +143,8 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=1,
         le=2**50,
-        description="memory for experts with their optimizers, kept forward passes and waiting rows, in bytes, or such "
-        "as 2GB or 512MiB; it lowers `experts`, `spare`, `max_kept_bytes` and `max_queued_rows` where needed; "
-        "unset: no limit",
+        description="memory for experts with their optimizers, kept forward passes and calls under way, in bytes, or "
+        "such as 2GB or 512MiB; it lowers `experts`, `spare` and `max_kept_bytes` where needed; unset: no limit",
     )
     upload_mbit: float | None = Field(
         default=None,

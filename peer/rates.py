@@ -1,4 +1,4 @@
-"""Rate limits: a token bucket, a bucket for each of many callers, and the bandwidth that all calls share."""
+"""Rates: token buckets, one for each of many callers, the bandwidth that all calls share, the least of a sender."""
 
 import asyncio
 import time
@@ -46,6 +46,28 @@ class TokenBucket:
     def give_back(self, size: float) -> None:
         """Undoes the last take, of bytes that did not pass."""
         self._level += size
+
+
+class LeastRate:
+    """How long to wait for a sender that may be slow, but not stall or trickle. Pure.
+
+    A sender falls behind while its bytes come slower than `rate`, and catches up while they come faster. It is given up
+    once it is `grace_s` behind. So whatever it does, `size` bytes take at most `grace_s` + size / `rate` seconds.
+    """
+
+    def __init__(self, rate: float, grace_s: float) -> None:
+        """`rate`: in bytes per second."""
+        self._rate = rate
+        self._grace_s = grace_s
+        self._left_s = grace_s
+
+    def limit_s(self, size: int) -> float:
+        """How long the next message, of about `size` bytes, may take."""
+        return self._left_s + size / self._rate
+
+    def note(self, size: int, took_s: float) -> None:
+        """Counts a message that has come."""
+        self._left_s = min(self._grace_s, self.limit_s(size) - took_s)
 
 
 class TokenBuckets(Generic[K]):

@@ -101,8 +101,6 @@ class BatchQueue:
         self.rows = 0
         self._max_queued_rows = max_queued_rows
         self._max_batch_rows = max_batch_rows
-        self._share = (max_queued_rows + 1) // 2
-        """Rows that one caller may have waiting while others wait."""
         self._order = count()
         self._waiting: dict[int, Entry] = {}
         """All entries, by order."""
@@ -118,25 +116,27 @@ class BatchQueue:
         self._measured_rows = self._measured_s = 0.0
 
     def make_room(self, work: WorkItem) -> list[Entry]:
-        """Takes out what one caller has beyond its share, latest deadlines first, if this work has room only then.
+        """Takes out work of the callers with the most rows, latest deadlines first, if this work has room only then.
 
-        A caller has more than its share only if it was alone when it came. Only one can: the share is half of the room.
+        Takes out nothing if this work's caller would be the one with the most. So a caller with no more than the room
+        divided by the number of callers always has room, and loses nothing (longest queue drop, as in `peer.budget`).
         """
-        if self.rows + len(work.rows) <= self._max_queued_rows or self._is_beyond_share(work):
+        missing = self.rows + len(work.rows) - self._max_queued_rows
+        if missing <= 0:
             return []
-        others = (caller for name, caller in self._callers.items() if name != work.caller)
-        large = next((caller for caller in others if caller.rows > self._share), None)
-        if large is None:
-            return []
-        beyond, left = list[Entry](), large.rows
-        for _, _, order in sorted(large.line.items(), reverse=True):
-            if left <= self._share:
-                break
-            beyond.append(self._waiting[order])
-            left -= len(beyond[-1].work.rows)
-        if self.rows - large.rows + left + len(work.rows) > self._max_queued_rows:
-            return []
-        return [self._take(entry) for entry in beyond]
+        wanted = self._rows_of(work.caller) + len(work.rows)
+        rows = {name: caller.rows for name, caller in self._callers.items() if name != work.caller}
+        latest = {name: sorted(self._callers[name].line.items()) for name in rows}
+        taken: list[Entry] = []
+        while missing > 0:
+            largest = max(rows, key=rows.__getitem__, default=work.caller)
+            if rows.get(largest, 0) <= wanted:
+                return []
+            _, _, order = latest[largest].pop()
+            taken.append(self._waiting[order])
+            rows[largest] -= len(taken[-1].work.rows)
+            missing -= len(taken[-1].work.rows)
+        return [self._take(entry) for entry in taken]
 
     def push(
         self, work: WorkItem, future: "asyncio.Future[Result]", discard: Callable[[Entry], None]
@@ -145,18 +145,12 @@ class BatchQueue:
 
         `discard`: calls the method of that name, in the way that whoever shares this queue must.
         """
-        if self._is_beyond_share(work):
-            raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED,
-                f"no room for {len(work.rows)} rows: {self._rows_of(work.caller)} of yours wait, "
-                f"and while others wait you may have {self._share}",
-                retry_after_s=self.retry_after_s(work.caller),
-            )
         if self.rows + len(work.rows) > self._max_queued_rows:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED,
-                f"no room for {len(work.rows)} rows: {self.rows} of at most {self._max_queued_rows} wait already",
-                retry_after_s=self.retry_after_s(),
+                f"no room for {len(work.rows)} rows: {self.rows} of at most {self._max_queued_rows} wait already, "
+                f"{self._rows_of(work.caller)} of them yours",
+                retry_after_s=self.retry_after_s(work.caller if self._rows_of(work.caller) else None),
             )
         entry = Entry(work, next(self._order), future, discard)
         self._waiting[entry.order] = entry
@@ -210,10 +204,6 @@ class BatchQueue:
             rows = min(rows, self._rows_of(caller) * len(self._callers))
         estimate = rows * self._measured_s / self._measured_rows
         return min(max(estimate, _RETRY_LEAST_S), _RETRY_MOST_S)
-
-    def _is_beyond_share(self, work: WorkItem) -> bool:
-        own = self._rows_of(work.caller)
-        return self.rows > own and own + len(work.rows) > self._share
 
     def _rows_of(self, caller: str) -> int:
         return self._callers[caller].rows if caller in self._callers else 0

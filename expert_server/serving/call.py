@@ -7,6 +7,7 @@ Shape suffixes: S = segments, R = rows, D = hidden.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -25,11 +26,23 @@ from expert_server.serving.batching import Direction, Entry, Result, WorkItem
 from expert_server.serving.forward_cache import CachedForward, CacheKey, ForwardCache
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
-from peer.rates import Bandwidth, RateLimit
+from peer.rates import Bandwidth, LeastRate, RateLimit
 from peer.rpc.calls import RequestReader, note_failure, require_same_swarm
+from peer.rpc.channels import SERVER_WINDOW_BYTES
 from peer.wire import expert_pb2
 
 MAX_EXPERTS_IN_CALL = 4096
+OPEN_CALL_BYTES = SERVER_WINDOW_BYTES + MAX_CHUNK_BYTES
+"""Memory of a call whatever its header says: what gRPC receives ahead of its reader, and the chunk that was read."""
+_TENSORS_OF_ROW = 2
+"""Its inputs or gradients as they came, and what is answered."""
+_ROW_BYTES = 24
+"""Memory of a row's position, and of a segment's length: parsed, and as int64."""
+_LEAST_BYTES_PER_S = 16_384
+"""The slowest payload that is waited for: an upload of 1 Mbit/s that eight calls share."""
+_GRACE_S = 5.0
+"""How long a payload may stall."""
+_STALLED = f"the payload stalled, or came slower than {_LEAST_BYTES_PER_S} bytes a second"
 _SETTLE_S = 1.0
 """How long a call that has failed waits at most for a caller that does not read."""
 
@@ -134,6 +147,20 @@ def parse_part(index: int, expert: expert_pb2.ExpertRows, manifest: Manifest) ->
     return Part(index, uid, len(positions), torch.from_numpy(lengths), torch.from_numpy(positions))
 
 
+def call_bytes(header: expert_pb2.CallHeader, direction: Direction) -> int:
+    """Memory that a call needs for its header, its payload and its answers."""
+    rows = sum(_tensor_rows(expert, direction) for expert in header.experts)
+    described = sum(len(expert.positions) + len(expert.segment_lengths) for expert in header.experts)
+    return _TENSORS_OF_ROW * 4 * rows * header.width + _ROW_BYTES * described
+
+
+def smallest_call_memory(manifest: Manifest) -> int:
+    """What a node must have, to take a backward call of one whole sequence."""
+    return OPEN_CALL_BYTES + manifest.model.context * (
+        2 * _TENSORS_OF_ROW * 4 * manifest.model.hidden + 2 * _ROW_BYTES
+    )
+
+
 def _tensor_rows(expert: expert_pb2.ExpertRows, direction: Direction) -> int:
     """Rows in the payload, of inputs and gradients together."""
     if expert.kept_request_id:
@@ -182,11 +209,16 @@ class Call:
         traffic: Bandwidth,
         keep: Keep,
     ) -> "Call":
-        """Reads the header. Raises WireError or ExpertError when it is wrong."""
+        """Reads the header. Raises WireError or ExpertError when it is wrong, and TimeoutError if it does not come."""
         stream = RequestStream(requests, traffic.down)
         header = await stream.header()
         parts = parser.parse(header, direction, caller)
         return cls(header, parts, direction, stream, ReplyStream(context, traffic.up), caller, keep)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it needs beside what every call does."""
+        return call_bytes(self.header, self._direction)
 
     async def __aenter__(self) -> None:
         self._writing = asyncio.create_task(self._write_replies(), name="write replies")
@@ -207,8 +239,8 @@ class Call:
     async def read(self, part: Part) -> Rows:
         """Reads the rows of the next part.
 
-        Raises ExpertError (FAILED_PRECONDITION) when the forward pass is kept no more, and WireError when the payload
-        is too short or a number in it is not finite.
+        Raises ExpertError (FAILED_PRECONDITION) when the forward pass is kept no more, WireError when the payload is
+        too short or a number in it is not finite, and TimeoutError when it stalls.
         """
         size = encoded_bytes(part.row_count, self.header.width, self.header.codec)
         sends_inputs = part.cached is None and not part.lost
@@ -293,17 +325,18 @@ def _error_reply(part: Part, error: ExpertError) -> Reply:
 class RequestStream:
     """Reads the messages of one call: its header, then exact numbers of payload bytes.
 
-    It never holds more than was asked for and one chunk.
+    It never holds more than was asked for and one chunk, and gives up a caller that stalls or trickles.
     """
 
     def __init__(self, requests: Requests, downloads: RateLimit) -> None:
         self._messages = RequestReader(requests)
         self._downloads = downloads
+        self._pace = LeastRate(_LEAST_BYTES_PER_S, _GRACE_S)
         self._chunk = memoryview(b"")
 
     async def header(self) -> expert_pb2.CallHeader:
         """The first message. It may bring the first payload bytes, too."""
-        request = await self._next()
+        request = await self._next(CHUNK_BYTES)
         if request is None or not request.HasField("header"):
             raise WireError("a call must begin with its header")
         self._chunk = memoryview(_checked(request.chunk, least=0))
@@ -322,19 +355,25 @@ class RequestStream:
 
     async def expect_end(self) -> None:
         """Raises WireError when there is more than the header said."""
-        if self._chunk or await self._next() is not None:
+        if self._chunk or await self._next(0) is not None:
             raise WireError("the payload is longer than the header says")
 
     async def _next_chunk(self, missing: int) -> bytes:
-        request = await self._next()
+        request = await self._next(min(missing, CHUNK_BYTES))
         if request is None:
             raise WireError(f"the payload ended {missing} bytes before what the header says")
         return _checked(b"" if request.HasField("header") else request.chunk, least=1)
 
-    async def _next(self) -> expert_pb2.CallRequest | None:
-        """None at the end."""
-        request = await self._messages.next()
+    async def _next(self, expected: int) -> expert_pb2.CallRequest | None:
+        """None at the end. `expected`: how many bytes of payload the message may bring."""
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._pace.limit_s(expected)):
+                request = await self._messages.next()
+        except TimeoutError:
+            raise TimeoutError(_STALLED) from None
         if request is not None:
+            self._pace.note(len(request.chunk), time.monotonic() - began)
             # gRPC reads on only after this wait, so the sender slows down
             await self._downloads.take(len(request.chunk))
         return request

@@ -5,7 +5,7 @@ calls ensures that none is applied twice.
 """
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from dht.uid import UID
@@ -34,16 +34,20 @@ class CachedForward:
 
 
 class ForwardCache:
-    """Keeps within a memory budget: when full, it evicts the oldest graphs first, then the oldest inputs."""
+    """Keeps within a memory budget. When full, it evicts passes of the caller that takes the most memory.
+
+    Of that caller, it evicts the oldest graphs first, then the oldest inputs. So a stranger evicts only its own passes
+    as long as the others take less than it does.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
         self._cached: OrderedDict[CacheKey, CachedForward] = OrderedDict()
         """Oldest first."""
-        self._graphs: dict[CacheKey, WeightVersion] = {}
-        """The weights of each pass that has its graph, oldest first."""
+        self._callers: dict[str, _Kept] = {}
+        """None is empty."""
         self._versions: Counter[WeightVersion] = Counter()
-        """How many of those graphs each version has."""
+        """How many graphs each version has."""
         self._own_bytes = 0
 
     @property
@@ -59,11 +63,7 @@ class ForwardCache:
         if forward.bytes > self._budget_bytes:
             return False
         self._remove(key)
-        self._cached[key] = forward
-        self._own_bytes += forward.bytes
-        if forward.rows.graph is not None:
-            version = self._graphs[key] = forward.rows.graph.version
-            self._versions[version] += 1
+        self._add(key, forward)
         self._keep_to_budget()
         return key in self._cached
 
@@ -75,48 +75,79 @@ class ForwardCache:
 
     def clear(self) -> None:
         self._cached.clear()
-        self._graphs.clear()
+        self._callers.clear()
         self._versions.clear()
         self._own_bytes = 0
 
     def __len__(self) -> int:
         return len(self._cached)
 
+    def _add(self, key: CacheKey, forward: CachedForward) -> None:
+        self._cached[key] = forward
+        kept = self._callers.setdefault(key[0], _Kept())
+        kept.passes[key] = None
+        kept.own_bytes += forward.bytes
+        self._own_bytes += forward.bytes
+        if forward.rows.graph is not None:
+            version = kept.graphs[key] = forward.rows.graph.version
+            for versions in (kept.versions, self._versions):
+                versions[version] += 1
+
     def _remove(self, key: CacheKey) -> CachedForward | None:
         forward = self._cached.pop(key, None)
         if forward is not None:
-            self._own_bytes -= forward.bytes
-            self._forget_graph(key)
+            kept = self._callers[key[0]]
+            del kept.passes[key]
+            self._shrink(key, forward.bytes)
+            if not kept.passes:
+                del self._callers[key[0]]
         return forward
 
     def _keep_to_budget(self) -> None:
         """Called even when nothing was added, because versions grow whenever an expert steps."""
         while self.bytes > self._budget_bytes:
-            self._evict_oldest()
+            largest = max(self._callers.values(), key=lambda kept: kept.bytes)
+            if largest.graphs:
+                key = next(iter(largest.graphs))
+                forward = self._cached[key]
+                self._cached[key] = bare = forward.without_graph()
+                self._shrink(key, forward.bytes - bare.bytes)
+            else:
+                self._remove(next(iter(largest.passes)))
 
-    def _evict_oldest(self) -> None:
-        if self._graphs:
-            key = next(iter(self._graphs))
-            forward = self._cached[key]
-            self._cached[key] = bare = forward.without_graph()
-            self._own_bytes += bare.bytes - forward.bytes
-            self._forget_graph(key)
-        else:
-            self._remove(next(iter(self._cached)))
-
-    def _forget_graph(self, key: CacheKey) -> None:
-        """Does nothing if the pass has no graph."""
-        version = self._graphs.pop(key, None)
+    def _shrink(self, key: CacheKey, size: int) -> None:
+        """Notes that a pass has gone, or its graph."""
+        kept = self._callers[key[0]]
+        kept.own_bytes -= size
+        self._own_bytes -= size
+        version = kept.graphs.pop(key, None)
         if version is None:
             return
-        self._versions[version] -= 1
-        if not self._versions[version]:
-            del self._versions[version]
+        for versions in (kept.versions, self._versions):
+            versions[version] -= 1
+            if not versions[version]:
+                del versions[version]
 
     def _drop_expired(self, now: float) -> None:
         """All passes have the same lifetime, so the oldest expire first."""
         while self._cached and next(iter(self._cached.values())).expires_at <= now:
             self._remove(next(iter(self._cached)))
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is cached for one caller, oldest first."""
+
+    passes: dict[CacheKey, None] = field(default_factory=dict)
+    graphs: dict[CacheKey, WeightVersion] = field(default_factory=dict)
+    """The weights of each pass that has its graph."""
+    versions: Counter[WeightVersion] = field(default_factory=Counter)
+    own_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """With older parameters that its graphs hold, be it alone or with others."""
+        return self.own_bytes + sum(version.bytes for version in self.versions)
 
 
 class SeenRequests:

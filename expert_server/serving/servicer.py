@@ -12,11 +12,12 @@ from prometheus_client import CollectorRegistry, Counter
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.serving.batching import Direction, Result, WorkItem
-from expert_server.serving.call import Call, Context, HeaderParser, Requests
+from expert_server.serving.call import OPEN_CALL_BYTES, Call, Context, HeaderParser, Requests
 from expert_server.serving.forward_cache import CachedForward, CacheKey, ForwardCache, SeenRequests
 from expert_server.serving.runtime import Runtime
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.budget import MemoryBudget
 from peer.errors import ExpertError
 from peer.rates import Bandwidth, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
@@ -110,6 +111,8 @@ class CallLimits:
     remembered_requests: int = 65_536
     """How many request ids of backward calls are remembered."""
     budget: BudgetLimits = field(default_factory=BudgetLimits)
+    max_memory_bytes: int = 512 * 2**20
+    """Memory for all calls under way together, each from its header to its last answer."""
 
 
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
@@ -128,6 +131,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         self.calls = Counter("talkoot_calls", "Forward and backward calls that came.", registry=metrics)
         self.forward_cache = ForwardCache(limits.max_kept_bytes)
         self.budgets = Budgets(limits.budget, metrics)
+        self.memory = MemoryBudget(limits.max_memory_bytes, metrics)
         self._runtime = runtime
         self._parser = HeaderParser(swarm_id, manifest, limits.max_call_bytes, self.forward_cache)
         self._swarm_id = swarm_id
@@ -168,20 +172,25 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):  # type: ignore[mis
         deadline = time.monotonic() + longest_s
         async with abort_on_error(context, longest_s, f"the call lasted longer than {longest_s:.1f} s"):
             caller = self._sessions.require(context, _RIGHTS[direction]).name
-            call = await Call.open(
-                direction, requests, context, caller, self._parser, self._traffic, self._keep
-            )
-            self._admit(direction, call, caller)
-            keep = call.header.keep and direction == "forward"
-            async with call:
-                for part in call.parts:  # in the payload's order
-                    try:
-                        rows = await call.read(part)
-                        work = WorkItem(part.uid, direction, rows, deadline, caller, keep)
-                        call.begin(part, self._runtime.enqueue(work))
-                    except ExpertError as error:  # concerns this part alone
-                        call.refuse(part, error)
-                await call.finish()
+            with self.memory.holding(caller, OPEN_CALL_BYTES) as memory:
+                call = await Call.open(
+                    direction, requests, context, caller, self._parser, self._traffic, self._keep
+                )
+                memory.grow(call.bytes)
+                self._admit(direction, call, caller)
+                await self._answer(call, direction, caller, deadline)
+
+    async def _answer(self, call: Call, direction: Direction, caller: str, deadline: float) -> None:
+        keep = call.header.keep and direction == "forward"
+        async with call:
+            for part in call.parts:  # in the payload's order
+                try:
+                    rows = await call.read(part)
+                    work = WorkItem(part.uid, direction, rows, deadline, caller, keep)
+                    call.begin(part, self._runtime.enqueue(work))
+                except ExpertError as error:  # concerns this part alone
+                    call.refuse(part, error)
+            await call.finish()
 
     def _admit(self, direction: Direction, call: Call, caller: str) -> None:
         """Raises ExpertError when the caller's budget is spent, or when this backward call was seen before."""

@@ -100,7 +100,7 @@ async def abort_on_error(
 ) -> AsyncIterator[None]:
     """Ends the call with the status of an error that is raised inside.
 
-    `late`: the message if it takes longer than `longest_s`.
+    `late`: the message if it takes longer than `longest_s`, or if a TimeoutError says nothing.
     """
     try:
         async with asyncio.timeout(longest_s):
@@ -111,8 +111,8 @@ async def abort_on_error(
         await context.abort(error.status, str(error), retry_metadata(error.retry_after_s))
     except StateError as error:
         await context.abort(StatusCode.FAILED_PRECONDITION, str(error))
-    except TimeoutError:
-        await context.abort(StatusCode.DEADLINE_EXCEEDED, late)
+    except TimeoutError as error:
+        await context.abort(StatusCode.DEADLINE_EXCEEDED, str(error) or late)
 
 
 def retry_metadata(retry_after_s: float) -> tuple[tuple[str, str], ...]:

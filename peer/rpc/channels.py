@@ -14,22 +14,25 @@ from peer.identity import TLS_NAME, PeerID
 from peer.transport.tunnel import Tunnels
 
 WINDOW_BYTES = 16 * 2**20
-"""Bytes in flight in each direction: enough for 100 Mbit/s at a round trip of over a second."""
+"""Bytes in flight to a client: enough for 100 Mbit/s at a round trip of over a second."""
+SERVER_WINDOW_BYTES = 2**20
+"""Bytes of each call that a server receives before anybody reads them. It holds as many for every stranger's call."""
 _COMMON_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ("grpc.http2.bdp_probe", 0),  # its guesses fall far behind on busy machines with a second of delay
 ]
 SERVER_OPTIONS: list[tuple[str, int | str]] = [
     *_COMMON_OPTIONS,
+    ("grpc.http2.lookahead_bytes", SERVER_WINDOW_BYTES),
     ("grpc.so_reuseport", 0),  # or a second server would silently share the port
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 CLIENT_OPTIONS: list[tuple[str, int | str]] = [
     *_COMMON_OPTIONS,
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ("grpc.ssl_target_name_override", TLS_NAME),
     ("grpc.use_local_subchannel_pool", 1),  # channels to one address may pin different certificates
     ("grpc.keepalive_time_ms", 20_000),

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from dht.manifest import Manifest
 from expert_server.experts.expert import expert_bytes
-from expert_server.resources import kept_bytes_of, most_bytes, smallest_memory, snapshots_of, within_memory
+from expert_server.resources import (
+    call_memory_of,
+    kept_bytes_of,
+    most_bytes,
+    smallest_memory,
+    snapshots_of,
+    within_memory,
+)
+from expert_server.serving.call import smallest_call_memory
 from expert_server.settings import NodeSettings
 from expert_server.state.transfer import largest_state_bytes
 from peer.errors import SettingsError
@@ -34,15 +42,12 @@ manifests = st.builds(manifest_of, st.sampled_from([8, 16, 64]), st.integers(2, 
     st.none() | st.integers(0, 100),
     st.none() | st.integers(0, 100),
     st.none() | st.integers(0, 2**30),
-    st.integers(1, 10**6),
 )
 def test_all_together_never_takes_more_than_is_allowed(
-    manifest: Manifest, times: float, experts: int | None, spare: int | None, kept: int | None, rows: int
+    manifest: Manifest, times: float, experts: int | None, spare: int | None, kept: int | None
 ) -> None:
     memory = int(smallest_memory(manifest) * times)
-    asked = NodeSettings(
-        memory=memory, experts=experts, spare=spare, max_kept_bytes=kept, max_queued_rows=rows
-    )
+    asked = NodeSettings(memory=memory, experts=experts, spare=spare, max_kept_bytes=kept)
     fitted = within_memory(asked, manifest)
     assert fitted.experts is not None
     assert fitted.spare is not None
@@ -52,7 +57,7 @@ def test_all_together_never_takes_more_than_is_allowed(
     assert fitted.experts <= (manifest.experts_total if experts is None else experts)
     assert fitted.spare <= (fitted.spare if spare is None else spare)
     assert kept is None or kept_bytes <= kept
-    assert 1 <= fitted.max_queued_rows <= rows
+    assert smallest_call_memory(manifest) <= call_memory_of(fitted)
 
 
 @settings(max_examples=40)
@@ -67,9 +72,9 @@ def test_the_smallest_that_works_is_named(manifest: Manifest) -> None:
 
 
 def test_what_is_left_is_for_experts_a_third_of_it_to_adopt() -> None:
-    manifest = manifest_of(64, 16)
+    manifest = manifest_of(256, 16)
     memory = 16 * expert_bytes(manifest)
-    fitted = within_memory(NodeSettings(memory=memory, max_queued_rows=10**9), manifest)
+    fitted = within_memory(NodeSettings(memory=memory), manifest)
     assert (fitted.experts, fitted.spare) == (6, 3)
     assert fitted.max_kept_bytes == memory // 8
     assert snapshots_of(fitted, manifest) == memory // 8 // largest_state_bytes(manifest)

@@ -55,7 +55,6 @@ class ModelQueue:
 
     def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
         self.max_queued_rows, self.max_batch_rows = max_queued_rows, max_batch_rows
-        self.share = (max_queued_rows + 1) // 2
         self.entries: list[Entry] = []
         self.virtual_times: dict[str, int] = {}
         self.virtual_time = 0
@@ -68,21 +67,20 @@ class ModelQueue:
         return sum(len(entry.work.rows) for entry in self.entries if caller in (None, entry.work.caller))
 
     def displaced_by(self, work: WorkItem) -> list[Entry]:
-        displaced: list[Entry] = []
-        if self.rows + len(work.rows) > self.max_queued_rows and not self.is_beyond_share(work):
-            for entry in sorted(self.entries, key=self.place, reverse=True):
-                left = self.rows_of(entry.work.caller) - sum(len(e.work.rows) for e in displaced)
-                if entry.work.caller != work.caller and left > self.share:
-                    displaced.append(entry)
-        left = self.rows - sum(len(entry.work.rows) for entry in displaced)
-        return displaced if left + len(work.rows) <= self.max_queued_rows else []
-
-    def is_beyond_share(self, work: WorkItem) -> bool:
-        own = self.rows_of(work.caller)
-        return self.rows > own and own + len(work.rows) > self.share
+        left = list(self.entries)
+        while sum(len(entry.work.rows) for entry in left) + len(work.rows) > self.max_queued_rows:
+            rows = Counter({entry.work.caller: 0 for entry in self.entries})
+            for entry in left:
+                rows[entry.work.caller] += len(entry.work.rows)
+            wanted = rows.pop(work.caller, 0) + len(work.rows)
+            largest = max(rows, key=lambda name: rows[name], default="")
+            if rows[largest] <= wanted:
+                return []
+            left.remove(max((e for e in left if e.work.caller == largest), key=self.place))
+        return [entry for entry in self.entries if entry not in left]
 
     def refuses(self, work: WorkItem) -> bool:
-        return self.is_beyond_share(work) or self.rows + len(work.rows) > self.max_queued_rows
+        return self.rows + len(work.rows) > self.max_queued_rows
 
     def add(self, entry: Entry) -> None:
         caller = entry.work.caller
@@ -144,9 +142,13 @@ def test_queue_does_what_full_scans_would(steps: list[object]) -> None:
         match step:
             case WorkItem():
                 displaced = model.displaced_by(step)
-                assert queue.make_room(step) == displaced
+                callers = {entry.work.caller for entry in model.entries} | {step.caller}
+                assert set(queue.make_room(step)) == set(displaced)
+                assert all(model.rows_of(e.work.caller) > 30 / len(callers) for e in displaced)
+                is_fair = model.rows_of(step.caller) + len(step.rows) <= 30 / len(callers)
                 model.take(displaced)
                 if model.refuses(step):
+                    assert not is_fair
                     with pytest.raises(ExpertError):
                         add(queue, step)
                 else:
@@ -331,18 +333,26 @@ def test_a_caller_alone_may_fill_the_queue() -> None:
     assert queue.rows == 10
 
 
-def test_while_others_wait_a_caller_may_have_half_of_the_queue() -> None:
+def test_a_caller_whose_rows_fill_the_queue_is_told_when_they_are_done() -> None:
     queue = BatchQueue(100, 10)
-    add(queue, make_work(rows=1, caller="other"))
-    add(queue, make_work(rows=49, caller="greedy"))
+    add(queue, make_work(rows=50, caller="greedy"))
+    add(queue, make_work(rows=50, caller="other"))
     queue.measure(rows=100, seconds=1.0)
-    with pytest.raises(
-        ExpertError, match="49 of yours wait, and while others wait you may have 50"
-    ) as caught:
-        add(queue, make_work(rows=2, caller="greedy"))
+    with pytest.raises(ExpertError, match="100 of at most 100 wait already, 50 of them yours") as caught:
+        push(queue, make_work(rows=2, caller="greedy"))
     assert caught.value.status is StatusCode.RESOURCE_EXHAUSTED
-    assert caught.value.retry_after_s == pytest.approx(0.5)
-    add(queue, make_work(rows=49, caller="other"))
+    assert caught.value.retry_after_s == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("strangers", [1, 2, 9])
+def test_strangers_that_fill_the_queue_together_leave_a_newcomer_its_share(strangers: int) -> None:
+    queue = BatchQueue(100, 10)
+    for number in range(100):
+        add(queue, make_work(rows=1, caller=f"stranger {number % strangers}"))
+    entries = [push(queue, make_work(rows=1, caller="honest"))[0] for _ in range(100 // (strangers + 1))]
+    waiting = queue.clear()
+    assert len(waiting) == 100
+    assert set(entries) <= set(waiting)
 
 
 def test_who_comes_to_a_full_queue_gets_room_from_the_one_that_filled_it() -> None:
@@ -355,7 +365,8 @@ def test_who_comes_to_a_full_queue_gets_room_from_the_one_that_filled_it() -> No
 
 def test_no_one_is_displaced_for_work_that_is_refused_anyway() -> None:
     queue = BatchQueue(10, 10)
-    add(queue, make_work(10, caller="greedy"))
+    add(queue, make_work(5, caller="greedy"))
+    add(queue, make_work(5, caller="fair"))
     assert queue.make_room(make_work(6, caller="other")) == []
     assert queue.rows == 10
 

@@ -90,6 +90,26 @@ def test_what_nobody_came_for_expires() -> None:
     assert store.take(key(2)) is not None
 
 
+def test_a_stranger_that_fills_it_evicts_only_its_own_passes() -> None:
+    store = ForwardCache(20 * (BARE + 100))
+    honest = [key(number) for number in range(8)]
+    assert all(store.put(each, a_forward(), now=0.0) for each in honest)
+    for number in range(100):
+        store.put(key(number, "stranger"), a_forward(), now=0.0)
+    kept = [store.take(each) for each in honest]
+    assert all(forward is not None and forward.rows.graph is not None for forward in kept)
+
+
+def test_a_stranger_whose_small_graphs_hold_many_older_parameters_loses_them_first() -> None:
+    store = ForwardCache(3000)
+    assert store.put(key(0), a_forward(graph_bytes=1200), now=0.0)
+    for number in range(20):
+        store.put(key(number, "stranger"), a_forward(1, version=a_stashed_version(1000)), now=0.0)
+    kept = store.take(key(0))
+    assert kept is not None
+    assert kept.rows.graph is not None
+
+
 def test_older_parameters_count_once_however_many_graphs_hold_them() -> None:
     store, version = ForwardCache(10_000), a_version(1000)
     for number in range(2):

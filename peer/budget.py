@@ -1,0 +1,169 @@
+"""Memory for what strangers send: one budget for all of them, shared fairly. Reserved before anything is read.
+
+Longest queue drop (Wei, Coyle & Hsiao 1991), with bytes for packets: an owner may hold whatever is free. If nothing is,
+the owner who holds the most gives up what it reserved last, unless that is the one who asks. So whoever holds no more
+than its share, the limit divided by the number of owners, is never refused and never loses anything.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from peer.errors import ExpertError
+from peer.metrics import start_at_zero
+
+_RETRY_S = 1.0
+_REVOKED = "others need the memory, and more than your share of it was yours: try again soon"
+
+
+class Reservation:
+    """Part of a budget, until it is released."""
+
+    __slots__ = ("_budget", "_revoke", "owner", "size")
+
+    def __init__(self, budget: "FairBudget", owner: str, revoke: Callable[[], None]) -> None:
+        self.owner = owner
+        self.size = 0
+        self._budget = budget
+        self._revoke = revoke
+
+    def grow(self, size: int) -> None:
+        """Reserves more. Raises ExpertError (RESOURCE_EXHAUSTED), and then changes nothing."""
+        self._budget._add(self, size)
+
+    def release(self) -> None:
+        """Releasing it twice is harmless."""
+        self._budget._remove(self)
+
+    def revoke(self) -> None:
+        """Takes it back from its owner."""
+        self.release()
+        self._revoke()
+
+
+class FairBudget:
+    """What is reserved, and for whom. Pure: it knows no clock, and `revoke` is called for what others need."""
+
+    def __init__(self, limit: int) -> None:
+        """`limit`: in bytes, or in any other unit."""
+        self.limit = limit
+        self.used = 0
+        self.revoked = 0
+        """How often a reservation was taken back."""
+        self._held: dict[str, dict[Reservation, None]] = {}
+        """By owner, the latest last. No owner is without any."""
+        self._sums: dict[str, int] = {}
+
+    def reserve(self, owner: str, size: int, revoke: Callable[[], None]) -> Reservation:
+        """Raises ExpertError (RESOURCE_EXHAUSTED) if there is no room for it.
+
+        `revoke`: is called if the reservation is taken back, and must give up what it was for. It must not raise.
+        """
+        reservation = Reservation(self, owner, revoke)
+        self._add(reservation, size)
+        return reservation
+
+    def held(self, owner: str) -> int:
+        return self._sums.get(owner, 0)
+
+    @property
+    def owners(self) -> int:
+        return len(self._held)
+
+    def _add(self, reservation: Reservation, size: int) -> None:
+        owner = reservation.owner
+        wanted = self.held(owner) + size
+        if reservation.size + size > self.limit:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED,
+                f"this needs {reservation.size + size} bytes; at most {self.limit} can be had: send less at once",
+            )
+        for richest in self._to_revoke(owner, wanted, self.used + size - self.limit):
+            self.revoked += 1
+            richest.revoke()
+        self._held.setdefault(owner, {})[reservation] = None
+        self._sums[owner] = wanted
+        reservation.size += size
+        self.used += size
+
+    def _to_revoke(self, owner: str, wanted: int, missing: int) -> list[Reservation]:
+        """What must be taken back from others to free `missing` bytes. Raises ExpertError if that would be unfair."""
+        found: list[Reservation] = []
+        if missing <= 0:
+            return found
+        sums = {name: held for name, held in self._sums.items() if name != owner}
+        latest = {name: list(self._held[name]) for name in sums}
+        while missing > 0:
+            richest = max(sums, key=sums.__getitem__, default=None)
+            if richest is None or sums[richest] <= wanted:
+                raise ExpertError(
+                    StatusCode.RESOURCE_EXHAUSTED,
+                    f"no memory: {self.used} of {self.limit} bytes are in use, {self.held(owner)} of them by you",
+                    retry_after_s=_RETRY_S,
+                )
+            found.append(latest[richest].pop())
+            sums[richest] -= found[-1].size
+            missing -= found[-1].size
+        return found
+
+    def _remove(self, reservation: Reservation) -> None:
+        owned = self._held.get(reservation.owner, {})
+        if reservation not in owned:
+            return
+        del owned[reservation]
+        self.used -= reservation.size
+        self._sums[reservation.owner] -= reservation.size
+        if not owned:
+            del self._held[reservation.owner], self._sums[reservation.owner]
+
+
+class MemoryBudget(FairBudget):
+    """The memory that one process has for calls under way. For one event loop."""
+
+    def __init__(self, limit: int, metrics: CollectorRegistry | None = None) -> None:
+        super().__init__(limit)
+        events = Counter(
+            "talkoot_call_memory_events",
+            "Calls refused for want of memory, and calls broken off because others needed their memory.",
+            ["event"],
+            registry=metrics,
+        )
+        self.events = start_at_zero(events, "refused", "revoked")
+        used = Gauge("talkoot_call_memory_bytes", "Memory reserved for calls under way.", registry=metrics)
+        used.set_function(lambda: self.used)
+
+    @contextmanager
+    def holding(self, owner: str, size: int) -> Iterator[Reservation]:
+        """Reserves memory for what the current task does inside.
+
+        Raises ExpertError (RESOURCE_EXHAUSTED) if there is none, or if others need it meanwhile.
+        """
+        task = asyncio.current_task()
+        assert task is not None, "memory is held by tasks of the loop"
+        cancelling, was_revoked = task.cancelling(), False
+
+        def revoke() -> None:
+            nonlocal was_revoked
+            was_revoked = True
+            self.events.labels("revoked").inc()
+            task.cancel()
+
+        reservation = self.reserve(owner, size, revoke)
+        try:
+            yield reservation
+        except BaseException as error:
+            if was_revoked and task.uncancel() <= cancelling and isinstance(error, asyncio.CancelledError):
+                raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, _REVOKED, retry_after_s=_RETRY_S) from error
+            raise
+        finally:
+            reservation.release()
+
+    def _add(self, reservation: Reservation, size: int) -> None:
+        try:
+            super()._add(reservation, size)
+        except ExpertError:
+            self.events.labels("refused").inc()
+            raise

@@ -1,0 +1,176 @@
+"""One budget for strangers: never exceeded, always back to nothing, and nobody within its share loses by others."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+from grpc import StatusCode
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from peer.budget import FairBudget, MemoryBudget, Reservation
+from peer.errors import ExpertError
+from peer.loop import LoopThread
+
+LIMIT = 100
+OWNERS = ["QmA", "QmB", "QmC", "QmD"]
+
+
+@dataclass(eq=False)
+class Use:
+    """One use of the budget: what a call would be."""
+
+    owner: str
+    lost: bool = False
+    reservation: Reservation = field(init=False)
+
+    def lose(self) -> None:
+        self.lost = True
+
+
+class Budgeting(RuleBasedStateMachine):
+    uses = Bundle("uses")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.budget = FairBudget(LIMIT)
+        self.live: list[Use] = []
+
+    @rule(target=uses, owner=st.sampled_from(OWNERS), size=st.integers(0, 60))
+    def reserve(self, owner: str, size: int) -> Use:
+        use = Use(owner)
+        with self.judging(owner, size):
+            use.reservation = self.budget.reserve(owner, size, use.lose)
+            self.live.append(use)
+        return use
+
+    @rule(use=uses, size=st.integers(0, 60))
+    def grow(self, use: Use, size: int) -> None:
+        if use in self.live:
+            with self.judging(use.owner, size, use.reservation.size):
+                use.reservation.grow(size)
+
+    @rule(use=consumes(uses))
+    def release(self, use: Use) -> None:
+        if use in self.live:
+            use.reservation.release()
+            use.reservation.release()
+            self.live.remove(use)
+
+    def judging(self, owner: str, size: int, had: int = 0) -> "Judge":
+        return Judge(self, owner, size, had)
+
+    @invariant()
+    def is_within_its_limit_and_adds_up(self) -> None:
+        assert self.budget.used == sum(use.reservation.size for use in self.live) <= LIMIT
+        for owner in OWNERS:
+            assert self.budget.held(owner) == sum(u.reservation.size for u in self.live if u.owner == owner)
+        assert self.budget.owners == len({use.owner for use in self.live})
+
+    def teardown(self) -> None:
+        for use in self.live:
+            use.reservation.release()
+        assert (self.budget.used, self.budget.owners) == (0, 0)
+
+
+class Judge:
+    """Checks that one request was treated fairly."""
+
+    def __init__(self, machine: Budgeting, owner: str, size: int, had: int) -> None:
+        self.machine, self.owner, self.size, self.had = machine, owner, size, had
+        held = {name: machine.budget.held(name) for name in OWNERS}
+        self.wanted = held[owner] + size
+        self.share = LIMIT / len({owner, *(u.owner for u in machine.live)})
+        self.others = {name: amount for name, amount in held.items() if name != owner}
+        self.fits = machine.budget.used + size <= LIMIT
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        lost = [use for use in self.machine.live if use.lost]
+        self.machine.live = [use for use in self.machine.live if not use.lost]
+        if kind is None:
+            assert all(self.others[use.owner] > max(self.wanted, self.share) for use in lost)
+            assert not (self.fits and lost)
+            return False
+        assert isinstance(error, ExpertError)
+        assert error.status is StatusCode.RESOURCE_EXHAUSTED
+        assert not lost, "whoever is refused takes nothing from others"
+        assert not self.fits or self.had + self.size > LIMIT
+        assert self.wanted > self.share, "nobody is refused its share"
+        return True
+
+
+TestBudgeting = Budgeting.TestCase
+
+
+@given(st.integers(1, 20), st.integers(1, 9))
+def test_a_newcomer_has_its_share_however_many_strangers_took_everything_before(
+    strangers: int, size: int
+) -> None:
+    budget = FairBudget(1000)
+    uses = []
+    for number in range(1000):
+        use = Use(f"stranger {number % strangers}")
+        try:
+            use.reservation = budget.reserve(use.owner, size, use.lose)
+        except ExpertError:
+            break
+        uses.append(use)
+    share = 1000 // (strangers + 1)
+    honest = Use("honest")
+    for _ in range(share // size):
+        budget.reserve(honest.owner, size, honest.lose)
+    assert not honest.lost
+    assert budget.held("honest") == share // size * size
+
+
+def test_what_never_fits_is_refused_without_a_time_to_come_back() -> None:
+    with pytest.raises(ExpertError, match="at most 10 can be had: send less at once") as refused:
+        FairBudget(10).reserve("QmA", 11, lambda: None)
+    assert refused.value.retry_after_s == 0
+
+
+def test_a_task_whose_memory_others_need_ends_with_an_error_and_not_as_cancelled(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        budget = MemoryBudget(10)
+        begun = asyncio.Event()
+
+        async def call() -> None:
+            with budget.holding("greedy", 10):
+                begun.set()
+                await asyncio.sleep(60)
+
+        greedy = asyncio.create_task(call())
+        await begun.wait()
+        with budget.holding("honest", 4):
+            (error,) = await asyncio.gather(greedy, return_exceptions=True)
+            assert isinstance(error, ExpertError)
+            assert error.status is StatusCode.RESOURCE_EXHAUSTED
+            assert error.retry_after_s > 0
+            assert budget.used == 4
+        assert budget.used == 0
+
+    loop.run(scenario(), 20)
+
+
+def test_a_task_that_is_cancelled_from_outside_stays_cancelled(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        budget = MemoryBudget(10)
+        begun = asyncio.Event()
+
+        async def call() -> None:
+            with budget.holding("greedy", 10):
+                begun.set()
+                await asyncio.sleep(60)
+
+        greedy = asyncio.create_task(call())
+        await begun.wait()
+        greedy.cancel()
+        with budget.holding("honest", 4):  # and the memory is taken from it, too
+            await asyncio.wait([greedy])
+        assert greedy.cancelled()
+        assert budget.used == 0
+
+    loop.run(scenario(), 20)
