@@ -11,6 +11,7 @@ import torch
 from callers import InSession, numbered_identities, opened
 from real_swarm import MANIFEST, UIDS, Play, Village, eventually, playing
 
+from dht.manifest import ModelSpec
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.resources import smallest_memory, usable_cores
@@ -39,10 +40,11 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 def test_a_node_keeps_to_the_memory_that_it_may_take(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        node = await village.found(memory=2 * smallest_memory(MANIFEST))
+        large = MANIFEST.model_copy(update={"model": ModelSpec(layers=2, hidden=256, heads=2, context=8)})
+        node = await village.found(manifest=large, memory=2 * smallest_memory(large))
         status = node.status()
         assert 1 <= status.experts <= status.capacity < len(UIDS)
-        assert status.memory_bytes <= status.memory_limit_bytes == 2 * smallest_memory(MANIFEST)
+        assert status.memory_bytes <= status.memory_limit_bytes == 2 * smallest_memory(large)
 
     play(scenario)
 

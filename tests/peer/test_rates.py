@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.loop import LoopThread
-from peer.rates import BURST_S, Bandwidth, FairTurns, RateLimit, TokenBucket, TokenBuckets
+from peer.rates import BURST_S, Bandwidth, FairTurns, LeastRate, RateLimit, TokenBucket, TokenBuckets
 
 RATES = st.floats(1.0, 1e6)
 STEPS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 1.0)), min_size=1, max_size=40)
@@ -232,3 +232,33 @@ def test_too_many_that_wait_are_refused_at_once(loop: LoopThread) -> None:
             task.cancel()
 
     loop.run(scenario(), 30)
+
+
+@given(
+    RATES, st.floats(0.1, 60.0), st.lists(st.tuples(st.integers(0, 10**6), st.floats(0.0, 1.0)), min_size=1)
+)
+def test_a_sender_at_the_least_rate_is_never_given_up(
+    rate: float, grace_s: float, messages: list[tuple[int, float]]
+) -> None:
+    pace = LeastRate(rate, grace_s)
+    for size, share in messages:
+        took_s = share * size / rate
+        assert took_s <= pace.limit_s(size)
+        pace.note(size, took_s)
+    assert grace_s <= pace.limit_s(0) * 1.001
+
+
+@given(
+    RATES, st.floats(0.1, 60.0), st.lists(st.tuples(st.integers(0, 10**6), st.floats(0.0, 1.0)), min_size=1)
+)
+def test_no_sender_takes_longer_than_its_bytes_at_the_least_rate_and_the_grace(
+    rate: float, grace_s: float, messages: list[tuple[int, float]]
+) -> None:
+    pace, took_s, size = LeastRate(rate, grace_s), 0.0, 0
+    for expected, share in messages:
+        seconds = share * pace.limit_s(expected)  # as long as it is waited for, at most
+        pace.note(expected, seconds)
+        took_s += seconds
+        size += expected
+        assert took_s <= (grace_s + size / rate) * 1.001
+        assert pace.limit_s(0) <= grace_s, "nothing is saved up for a stall"

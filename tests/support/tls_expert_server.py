@@ -28,6 +28,7 @@ from expert_server.serving.servicer import BudgetLimits, CallLimits, ExpertServi
 from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import SnapshotTaker, TransferMetrics
 from peer import PROTOCOL_VERSION
+from peer.budget import MemoryBudget
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
@@ -70,6 +71,7 @@ class Edge:
     """A running server and a client of it."""
 
     runtime: Runtime
+    memory: MemoryBudget
     address: str
     pem: bytes
     channel: grpc.aio.Channel
@@ -101,6 +103,7 @@ async def serving(
     max_queued_rows: int = 65536,
     max_batch_rows: int = 8192,
     budget: BudgetLimits | None = None,
+    max_memory_bytes: int = 2**30,
 ) -> AsyncIterator[Edge]:
     experts = {uid: Expert(uid, MANIFEST) for uid in (FIRST, SECOND, THIRD)}
     runtime = Runtime(experts, max_queued_rows=max_queued_rows, max_batch_rows=max_batch_rows, threads=1)
@@ -108,7 +111,9 @@ async def serving(
     certificate = identity.make_certificate()
     server = make_server(64)
     sessions = Sessions(SWARM, identity.peer_id)
-    limits = CallLimits(max_call_bytes, max_call_s, budget=budget or BudgetLimits())
+    limits = CallLimits(
+        max_call_bytes, max_call_s, budget=budget or BudgetLimits(), max_memory_bytes=max_memory_bytes
+    )
     servicer = ExpertServicer(runtime, MANIFEST, SWARM, limits, sessions)
     session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
@@ -124,7 +129,7 @@ async def serving(
     try:
         async with open_channel(address, pem) as channel:
             session = opened(sessions, identity, SWARM)
-            yield Edge(runtime, address, pem, channel, identity, sessions, session)
+            yield Edge(runtime, servicer.memory, address, pem, channel, identity, sessions, session)
     finally:
         await server.stop(None)
         await runtime.stop()

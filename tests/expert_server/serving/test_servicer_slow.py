@@ -35,8 +35,9 @@ from tls_expert_server import (
 
 from expert_server.experts.expert import Expert
 from expert_server.serving.batching import Direction
-from expert_server.serving.call import RequestStream
+from expert_server.serving.call import OPEN_CALL_BYTES, RequestStream
 from expert_server.serving.forward_cache import SeenRequests
+from peer.codec import CHUNK_BYTES
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
@@ -77,6 +78,39 @@ def test_a_caller_that_stops_sending_is_let_go_at_its_deadline(run: Runner, name
         await check_it_goes_on(edge)
 
     run(scenario)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_payload_that_stalls_is_given_up_long_before_the_longest_call(
+    run: Runner, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.serving.call._GRACE_S", 0.1)
+    monkeypatch.setattr("expert_server.serving.call._LEAST_BYTES_PER_S", CHUNK_BYTES)  # a header takes 1 s
+
+    async def scenario(edge: Edge) -> None:
+        outcome = await exchange(edge, "forward", SLOW[name](Call()), ends=False, timeout_s=None)
+        refused(outcome, StatusCode.DEADLINE_EXCEEDED, "the payload stalled")
+        await wait_until(lambda: edge.memory.used == 0)
+        await check_it_goes_on(edge)
+
+    run(scenario)
+
+
+def test_a_call_takes_memory_back_from_the_caller_with_the_most(run: Runner) -> None:
+    async def scenario(edge: Edge) -> None:
+        stalled = [
+            asyncio.create_task(exchange(edge, "forward", Call().requests[:1], ends=False, timeout_s=3.0))
+            for _ in range(3)
+        ]
+        await wait_until(lambda: edge.memory.used > 3 * OPEN_CALL_BYTES)
+        assert (await make(edge.as_another(), Call())).code is StatusCode.OK
+        (done,), others = await asyncio.wait(stalled, return_when=asyncio.FIRST_COMPLETED)
+        refused(done.result(), StatusCode.RESOURCE_EXHAUSTED, "others need the memory")
+        await asyncio.wait(others)
+        await wait_until(lambda: edge.memory.used == 0)
+        await check_it_goes_on(edge)
+
+    run(scenario, max_memory_bytes=4 * OPEN_CALL_BYTES - 1)
 
 
 def test_a_caller_that_never_closes_its_side_gets_its_answer_before_it_is_let_go(run: Runner) -> None:
