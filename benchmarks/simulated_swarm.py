@@ -27,6 +27,7 @@ from peer.kademlia.hivemind import DHTID, DHTNode, MSGPackSerializer
 from peer.kademlia.lookups import Found, Item, Lookups
 from peer.kademlia.node import meet_neighbours, ping, start_dht
 from peer.kademlia.search import DEFAULT_LIMITS, ContactBook, IterativeSearch, SearchLimits
+from peer.kademlia.validation import Entry
 from peer.wire import records_pb2
 
 LIFETIME_S = 600.0
@@ -170,7 +171,7 @@ class _Placing(Lookups):
             key = DHTID.generate(source=item.key)
             value = MSGPackSerializer.dumps(item.value)
             for node in self._nearest_to(key):
-                node.protocol.storage.store(key, value, item.expires_at, subkey=item.subkey)
+                node.protocol.storage.put(key, {item.subkey: Entry(value, item.expires_at)})
         return {(item.key, item.subkey) for item in items}
 
     async def find(
@@ -181,8 +182,7 @@ class _Placing(Lookups):
         for key in keys:
             nearest = self._nearest_to(key)[0]
             found[key] = Found(IterativeSearch(key, []), ContactBook())
-            stored = nearest.protocol.storage.get(key)
-            has_value = stored is not None and found[key].take(stored.value)
+            has_value = found[key].take(nearest.protocol.storage.get(key))
             found[key].search.holds(nearest.node_id, has_value)
         return found
 

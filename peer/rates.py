@@ -1,4 +1,4 @@
-"""Rates: token buckets, one for each of many callers, the bandwidth that all calls share, the least of a sender."""
+"""Rates: token buckets, budgets and turns that callers share, the bandwidth of all calls, the least of a sender."""
 
 import asyncio
 import time
@@ -18,6 +18,10 @@ BURST_S = 0.2
 """The burst of a bandwidth limit, in seconds of its rate."""
 _PIECE_S = 0.05
 """Callers take turns after this much of the rate, so that a short message need not wait for long ones to end."""
+
+
+_LEAST_BURST = 1 / 64
+"""What each may take at once when nothing is left for all, as a part of its usual burst."""
 
 
 class TokenBucket:
@@ -46,6 +50,11 @@ class TokenBucket:
     def give_back(self, size: float) -> None:
         """Undoes the last take, of bytes that did not pass."""
         self._level += size
+
+    def left(self, now: float) -> float:
+        """The part of the burst that is left: 1 when it is full, below 0 while takers wait."""
+        self.take(0.0, now)
+        return self._level / self._burst
 
 
 class LeastRate:
@@ -165,6 +174,43 @@ class FairTurns:
         return future
 
 
+class SharedBudget(Generic[K]):
+    """What callers may take, each and all together. When all take too much, they have equal shares.
+
+    Virtual time, as in fair queueing (Demers, Keshav & Shenker 1989), is what a caller has been given that always took
+    its share. So a caller that takes little passes, whatever others do. Pure: `now` is passed in, and never goes back.
+    """
+
+    def __init__(self, rate: float, rate_of_each: float, burst_s: float = 16.0) -> None:
+        """Rates per second. `burst_s`: for so long's worth may be taken at once after a pause, by each and by all."""
+        self._rate, self._rate_of_each = rate, rate_of_each
+        self._burst_of_each = burst_s * rate_of_each
+        self._all = TokenBucket(rate, burst_s * rate, 0.0)
+        self._virtual = self._at = self._counted_at = 0.0
+        self._taken: dict[K, float] = {}
+        """The virtual time to which each caller has taken; of those that are ahead."""
+
+    def allows(self, key: K, now: float) -> bool:
+        """Whether it may take something now, however much that is."""
+        self._advance(now)
+        left = self._all.left(now)
+        ahead = self._taken.get(key, self._virtual) - self._virtual
+        return left > -1 and ahead < self._burst_of_each * max(left, _LEAST_BURST)
+
+    def take(self, key: K, amount: float, now: float) -> None:
+        self._advance(now)
+        self._all.take(amount, now)
+        self._taken[key] = max(self._taken.get(key, 0.0), self._virtual) + amount
+
+    def _advance(self, now: float) -> None:
+        share = self._rate / max(1, len(self._taken))
+        self._virtual += (now - self._at) * min(self._rate_of_each, share)
+        self._at = now
+        if now - self._counted_at > 1.0:
+            self._counted_at = now
+            self._taken = {key: taken for key, taken in self._taken.items() if taken > self._virtual}
+
+
 class RateLimit:
     """Limits and counts bytes, whoever sends them: first come, first served, in small pieces. For one event loop."""
 
@@ -175,6 +221,7 @@ class RateLimit:
         counter: Counter | None = None,
     ) -> None:
         """`limit`: bytes per second; None: no limit. `counter`: of the bytes that have passed."""
+        self.limit = limit
         self._passed = counter or Counter("passed_bytes", "Bytes that have passed.", registry=None)
         self._clock = clock
         self._turn = asyncio.Lock()  # first come, first served
@@ -198,6 +245,12 @@ class RateLimit:
                 await self._wait(self._bucket, piece)
             self._passed.inc(piece)
             left -= piece
+
+    def spend(self, size: int) -> None:
+        """Lets `size` bytes pass at once. Those that wait go later instead."""
+        if self._bucket is not None:
+            self._bucket.take(size, self._clock())
+        self._passed.inc(size)
 
     async def _wait(self, bucket: TokenBucket, size: int) -> None:
         if not (delay_s := bucket.take(size, self._clock())):

@@ -23,7 +23,6 @@ from peer.kademlia.hivemind import (
     DHTNode,
     DHTProtocol,
     DHTRecord,
-    DictionaryDHTValue,
     MSGPackSerializer,
     dht_pb2,
 )
@@ -35,7 +34,19 @@ from peer.kademlia.search import (
     SearchLimits,
     UnverifiedNodes,
 )
-from peer.kademlia.validation import drop_invalid_entries, is_peer_id, node_id_of, serves_keys, unpack
+from peer.kademlia.validation import (
+    MAX_ANSWER_BYTES,
+    MAX_FIND_KEYS,
+    MAX_ITEMS,
+    Entries,
+    Entry,
+    EntryChecker,
+    is_peer_id,
+    node_id_of,
+    serves_keys,
+    unpack_entries,
+    unpack_subkey,
+)
 from peer.loop import TaskSet
 from peer.transport.p2pd import TRANSPORT_ERRORS
 
@@ -43,9 +54,11 @@ T = TypeVar("T")
 
 _NEAREST = SearchLimits(quorum=2**31)
 """For writers, which need all of the nearest nodes whatever values those have."""
-_KEYS_PER_CALL = 32
-_ITEMS_PER_CALL = 32
-"""In one store request: about 25 KB of records."""
+_CALLS_OF_NODE = 8
+"""Under way in one look-up."""
+_STORED_BYTES = MAX_ANSWER_BYTES // 4
+"""In one request to store items."""
+_ITEM_OVERHEAD_BYTES = 64
 _REMEMBERED_KEYS = 4096
 
 
@@ -53,18 +66,10 @@ _REMEMBERED_KEYS = 4096
 class FindResult:
     """A peer's answer for one key."""
 
-    value: DictionaryDHTValue | None
-    """The entries that the validator accepts; None if it has no value."""
+    entries: Entries
+    """Those that the validator accepts."""
     nearer: dict[int, bytes]
     """Kademlia ID → PeerID of the nodes it knows nearest to the key."""
-
-
-class Entry(NamedTuple):
-    """What is stored under one subkey of a key."""
-
-    value: bytes
-    """As it is stored: packed with msgpack."""
-    expires_at: float
 
 
 class Item(NamedTuple):
@@ -76,25 +81,32 @@ class Item(NamedTuple):
     expires_at: float
 
 
+class Row(NamedTuple):
+    """The same, packed."""
+
+    key: DHTID
+    tag: bytes
+    """The subkey; empty if the value is a dictionary of entries."""
+    value: bytes
+    expires_at: float
+
+
 @dataclass(frozen=True)
 class Found:
     """The result of a look-up."""
 
     search: IterativeSearch
     peers: ContactBook = field(repr=False)
-    entries: dict[object, Entry] = field(default_factory=dict)
+    entries: Entries = field(default_factory=dict)
     """By subkey, from the answer that expires last. Some may have expired."""
 
-    def take(self, value: object) -> bool:
-        """Merges a holder's answer; False if it is empty. A plain value counts as empty: Talkoot stores none."""
-        if not isinstance(value, DictionaryDHTValue):
-            return False
-        items = list(value.items())
-        for subkey, (data, expires_at) in items:
+    def take(self, entries: Entries) -> bool:
+        """Merges a holder's answer; False if it is empty."""
+        for subkey, entry in entries.items():
             known = self.entries.get(subkey)
-            if known is None or known.expires_at < expires_at:
-                self.entries[subkey] = Entry(data, expires_at)
-        return bool(items)
+            if known is None or known.expires_at < entry.expires_at:
+                self.entries[subkey] = entry
+        return bool(entries)
 
     @property
     def someone_answered(self) -> bool:
@@ -109,6 +121,7 @@ class Lookups:
         self._dht = dht
         self.parallel_calls = parallel_calls
         self.round_trips = RttEstimator()
+        self.checker = EntryChecker()
         self._tasks = TaskSet()
         self.unverified = UnverifiedNodes()
         self._near = BoundedDict[DHTID, dict[int, PeerID]](_REMEMBERED_KEYS)
@@ -171,19 +184,11 @@ class Lookups:
     ) -> Sequence[DHTID]:
         """Returns the keys if the peer answered, whether it accepted them or not, else none."""
         items = [(key, item) for key in keys for item in by_key[key]]
-        values = [MSGPackSerializer.dumps(item.value) for _, item in items]
+        rows = [_row(key, item) for key, item in items]
         if peer == dht.peer_id:
-            stored = [
-                _store_here(dht, key, item, value) for (key, item), value in zip(items, values, strict=True)
-            ]
+            stored: Sequence[bool] | None = [_store_here(dht, row) for row in rows]
         else:
-            stored = await dht.protocol.call_store(
-                peer,
-                [key for key, _ in items],
-                values,
-                [item.expires_at for _, item in items],
-                [item.subkey for _, item in items],
-            )
+            stored = await store(dht.protocol, peer, rows)
         if not stored:
             return []
         accepted.update(
@@ -200,25 +205,31 @@ class Lookups:
 
 
 def _parts(keys: Sequence[DHTID], by_key: Mapping[DHTID, Sequence[Item]]) -> Iterator[Sequence[DHTID]]:
-    """Splits the keys in order, with at most _ITEMS_PER_CALL items in a part; a key's items stay together."""
+    """Splits the keys in order, for one request each; a key's items stay together."""
     part: list[DHTID] = []
-    count = 0
+    size = count = 0
     for key in keys:
-        if part and count + len(by_key[key]) > _ITEMS_PER_CALL:
+        taken = sum(_ITEM_OVERHEAD_BYTES + len(item.value) for item in by_key[key])
+        if part and (size + taken > _STORED_BYTES or count + len(by_key[key]) > MAX_ITEMS):
             yield part
-            part, count = [], 0
+            part, size, count = [], 0, 0
         part.append(key)
+        size += taken
         count += len(by_key[key])
     yield part
 
 
-def _store_here(dht: DHTNode, key: DHTID, item: Item, value: bytes) -> bool:
+def _row(key: DHTID, item: Item) -> Row:
+    pack = MSGPackSerializer.dumps
+    return Row(key, pack(item.subkey), pack(item.value), float(item.expires_at))
+
+
+def _store_here(dht: DHTNode, row: Row) -> bool:
     validator = dht.protocol.record_validator
-    if validator is not None:
-        subkey = MSGPackSerializer.dumps(item.subkey)
-        if not validator.validate(DHTRecord(key.to_bytes(), subkey, value, item.expires_at)):
-            return False
-    return bool(dht.protocol.storage.store(key, value, item.expires_at, subkey=item.subkey))
+    if validator is not None and not validator.validate(DHTRecord(row.key.to_bytes(), *row[1:])):
+        return False
+    entry = Entry(row.value, row.expires_at)
+    return bool(dht.protocol.storage.put(row.key, {unpack_subkey(row.tag): entry}))
 
 
 @dataclass(eq=False)
@@ -250,6 +261,8 @@ class _Run:
         self._waiting: deque[_Call] = deque()
         """Calls, oldest first. Answered ones are removed when they come to the front."""
         self._active = 0
+        self._calls: Counter[int] = Counter()
+        """Calls under way to each node, without late ones."""
         self._overdue: Counter[DHTID] = Counter()
         """Late calls for each key. A search with too few answers waits for them after all."""
         self._answers: asyncio.Queue[tuple[_Call, Mapping[DHTID, FindResult] | None]] = asyncio.Queue()
@@ -280,9 +293,9 @@ class _Run:
                 self._settle(call, answers)
 
     def _ask_self(self, key: DHTID) -> None:
-        found, stored = self.found[key], self._dht.protocol.storage.get(key)
+        found = self.found[key]
         self._peers.know({self._dht.node_id: self._dht.peer_id})
-        found.search.holds(self._dht.node_id, stored is not None and found.take(stored.value))
+        found.search.holds(self._dht.node_id, found.take(self._dht.protocol.storage.get(key)))
 
     def _advance(self, keys: Iterable[DHTID]) -> None:
         """Queues the next requests of these searches."""
@@ -303,17 +316,21 @@ class _Run:
                 self._unfinished.discard(key)
 
     def _send(self) -> None:
-        while self._queue and self._active < self._lookups.parallel_calls:
-            node = next(iter(self._queue))
-            keys = [key for key in self._queue.pop(node) if key in self._unfinished]
-            if len(keys) > _KEYS_PER_CALL:
-                self._queue[node] = keys[_KEYS_PER_CALL:]
-            if keys:
-                late_at = self._clock() + self._lookups.round_trips.timeout_s
-                call = _Call(node, keys[:_KEYS_PER_CALL], late_at)
-                self._waiting.append(call)
-                self._active += 1
-                self._lookups.spawn(self._ask(call))
+        for node in list(self._queue):
+            while node in self._queue and self._may_call(node):
+                keys = [key for key in self._queue.pop(node) if key in self._unfinished]
+                if len(keys) > MAX_FIND_KEYS:
+                    self._queue[node] = keys[MAX_FIND_KEYS:]
+                if keys:
+                    late_at = self._clock() + self._lookups.round_trips.timeout_s
+                    call = _Call(node, keys[:MAX_FIND_KEYS], late_at)
+                    self._waiting.append(call)
+                    self._active += 1
+                    self._calls[node] += 1
+                    self._lookups.spawn(self._ask(call))
+
+    def _may_call(self, node: int) -> bool:
+        return self._active < self._lookups.parallel_calls and self._calls[node] < _CALLS_OF_NODE
 
     async def _ask(self, call: _Call) -> None:
         """Always puts an answer, because the look-up waits for it."""
@@ -325,7 +342,7 @@ class _Run:
 
     async def _answers_of(self, call: _Call) -> Mapping[DHTID, FindResult] | None:
         peer, began = self._peers[call.node], self._clock()
-        answers = await find(self._dht.protocol, peer, call.keys)
+        answers = await find(self._dht.protocol, peer, call.keys, self._lookups.checker)
         if answers is not None:
             self._dht.blacklist.register_success(peer)
             self._lookups.round_trips.note(self._clock() - began)
@@ -351,66 +368,102 @@ class _Run:
             call = self._waiting.popleft()
             if not call.is_answered:
                 call.is_late = gave_up = True
-                self._active -= 1
+                is_silent = call.node not in self._answering and self._calls[call.node] == _CALLS_OF_NODE
+                # the keys that waited for a node from which nothing comes need not wait once more
+                held_back = self._queue.pop(call.node, []) if is_silent else []
+                self._ended(call)
                 self._overdue.update(call.keys)
-                self._fail(call)
+                self._fail(call.node, [*call.keys, *held_back])
         return gave_up
 
-    def _fail(self, call: _Call) -> None:
-        self._lookups.unverified.forget(call.node)
-        for key in call.keys:
-            self.found[key].search.failed(call.node)
-        self._advance(call.keys)
+    def _ended(self, call: _Call) -> None:
+        self._active -= 1
+        self._calls[call.node] -= 1
+
+    def _fail(self, node: int, keys: Sequence[DHTID]) -> None:
+        self._lookups.unverified.forget(node)
+        for key in keys:
+            self.found[key].search.failed(node)
+        self._advance(keys)
 
     def _settle(self, call: _Call, answers: Mapping[DHTID, FindResult] | None) -> None:
         call.is_answered = True
         if call.is_late:
             self._overdue.subtract(call.keys)
         else:
-            self._active -= 1
+            self._ended(call)
         if answers is None:
-            self._fail(call)
+            self._fail(call.node, call.keys)
             return
         self._answering.add(call.node)
         named: dict[int, bytes] = {}
-        for key in call.keys:
-            answer, found = answers[key], self.found[key]
+        for key, answer in answers.items():
+            found = self.found[key]
             answer.nearer.pop(self._dht.node_id, None)
             named.update(answer.nearer)
-            found.search.answered(call.node, answer.nearer, found.take(answer.value))
+            found.search.answered(call.node, answer.nearer, found.take(answer.entries))
+        if not call.is_late and len(answers) < len(call.keys):
+            self._queue.setdefault(call.node, []).extend(call.keys[len(answers) :])
         self._peers.hear(named)
         self._lookups.unverified.note(named)
-        self._advance(call.keys)
+        self._advance(answers)
 
 
-async def find(protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID]) -> dict[DHTID, FindResult] | None:
-    """None if the peer gives no proper answer within hivemind's `wait_timeout`."""
+async def find(
+    protocol: DHTProtocol, peer: PeerID, keys: Sequence[DHTID], checker: EntryChecker
+) -> dict[DHTID, FindResult] | None:
+    """The answers for the first keys, or for all: a message has an end.
+
+    None if the peer gives no proper answer within hivemind's `wait_timeout`. `checker`: takes turns with other answers.
+    """
     request = dht_pb2.FindRequest(keys=[key.to_bytes() for key in keys], peer=protocol.node_info)
     try:
         response = await protocol.get_stub(peer).rpc_find(request, timeout=protocol.wait_timeout)
     except TRANSPORT_ERRORS:
         response = None
     node = node_id_of(peer.to_bytes())
-    if response is None or len(response.results) != len(keys):
+    if response is None or not 0 < len(response.results) <= len(keys):
         await protocol.update_routing_table(node, peer, responded=False)
         return None
     if serves_keys(response.peer):
         await protocol.update_routing_table(node, peer)
-    results = zip(keys, response.results, strict=True)
-    return {key: _answer(protocol, key, result) for key, result in results}
+    answers = {}
+    for key, result in zip(keys, response.results, strict=False):
+        entries = _entries(result)
+        if entries and protocol.record_validator is not None:
+            entries = await checker.accepted(protocol.record_validator, key, entries)
+        named = result.nearest_peer_ids[: protocol.bucket_size]
+        nearer: dict[int, bytes] = {node_id_of(peer): peer for peer in named if is_peer_id(peer)}
+        answers[key] = FindResult(entries, nearer)
+    return answers
 
 
-def _answer(protocol: DHTProtocol, key: DHTID, result: dht_pb2.FindResult) -> FindResult:
-    named = result.nearest_peer_ids[: protocol.bucket_size]
-    nearer: dict[int, bytes] = {node_id_of(peer): peer for peer in named if is_peer_id(peer)}
-    if result.type != dht_pb2.FOUND_DICTIONARY:
-        return FindResult(None, nearer)  # Talkoot stores no plain values
+async def store(protocol: DHTProtocol, peer: PeerID, rows: Sequence[Row]) -> Sequence[bool] | None:
+    """Tells for each row whether it was stored; None if the peer does not answer in time."""
+    request = dht_pb2.StoreRequest(
+        keys=[row.key.to_bytes() for row in rows],
+        subkeys=[row.tag for row in rows],
+        values=[row.value for row in rows],
+        expiration_time=[row.expires_at for row in rows],
+        in_cache=[False] * len(rows),
+        peer=protocol.node_info,
+    )
+    node = node_id_of(peer.to_bytes())
     try:
-        value = unpack(result.value)
+        response = await protocol.get_stub(peer).rpc_store(request, timeout=protocol.wait_timeout)
+    except TRANSPORT_ERRORS:
+        await protocol.update_routing_table(node, peer, responded=False)
+        return None
+    if serves_keys(response.peer):
+        await protocol.update_routing_table(node, peer)
+    stored: Sequence[bool] = response.store_ok[: len(rows)]
+    return stored
+
+
+def _entries(result: dht_pb2.FindResult) -> Entries:
+    if result.type != dht_pb2.FOUND_DICTIONARY:
+        return {}  # Talkoot stores no plain values
+    try:
+        return unpack_entries(result.value)
     except WireError:
-        return FindResult(None, nearer)
-    if not isinstance(value, DictionaryDHTValue):
-        return FindResult(None, nearer)
-    if protocol.record_validator is not None:
-        drop_invalid_entries(protocol.record_validator, key.to_bytes(), value)
-    return FindResult(value, nearer)
+        return {}

@@ -1,16 +1,19 @@
 """The DHT node: how it starts, how it joins others, and how it serves them within bounds.
 
 The node is hivemind's, with our handlers. hivemind accepts any Kademlia ID that a peer claims; here it is the hash of
-the PeerID, whatever is claimed. hivemind does not bound what one message asks for or brings. It stops storing a
-dictionary at its first outdated entry, and lets a value that was stored as cached hide the rest of its key.
+the PeerID, whatever is claimed. hivemind bounds neither what one message asks for or brings, nor how many calls are
+under way, nor what it stores. It stops storing a dictionary at its first outdated entry, and lets a value that was
+stored as cached hide the rest of its key.
 
 To join, a peer dials others, they dial back, and both compare their clocks.
 """
 
 import asyncio
+import contextlib
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from peer.errors import ClockError, HiddenError, WireError
@@ -20,36 +23,47 @@ from peer.kademlia.hivemind import (
     DHTID,
     DHTNode,
     DHTProtocol,
-    DHTRecord,
-    DictionaryDHTValue,
-    MSGPackSerializer,
     P2PContext,
     RecordValidatorBase,
     RoutingTable,
     dht_pb2,
-    install,
     timed_storage,
 )
-from peer.kademlia.lookups import Lookups
+from peer.kademlia.lookups import Lookups, Row, store
 from peer.kademlia.search import NEIGHBOURS
 from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics
 from peer.kademlia.validation import (
     CLOCK_TOLERANCE_S,
-    drop_invalid_entries,
+    MAX_ANSWER_BYTES,
+    MAX_FIND_KEYS,
+    MAX_ITEMS,
+    Entries,
+    Entry,
+    EntryChecker,
+    Subkey,
     is_peer_id,
     node_id_of,
-    patch_validation,
     serves_keys,
-    unpack,
+    unpack_entries,
+    unpack_subkey,
 )
 from peer.loop import TaskSet
-from peer.rates import TokenBucket
+from peer.rates import RateLimit, SharedBudget, TokenBucket
 from peer.transport.p2pd import TRANSPORT_ERRORS, Daemon
 
 _YIELD_AFTER = 64
 """Entries or keys handled before other tasks get a turn."""
 _YIELD_AFTER_ANSWERS = 8
 """The same, for keys that a peer looks up."""
+_CALLS = 512
+"""Calls of others under way. From half of them on, a peer may have one."""
+_CALLS_OF_PEER = 64
+_WORK = (2000.0, 1000.0)
+"""What others may make this peer do in a second, all and each. The unit is a key looked up or an entry checked, of
+0.1 ms or less.
+"""
+_RESULT_OVERHEAD_BYTES = 8
+_ITEM_OVERHEAD_BYTES = 64
 _HANDOVER_BURST_S = 16.0
 """How much of its rate the handover may use at once after a pause."""
 
@@ -71,9 +85,12 @@ async def start_dht(
     serves_dht: bool,
     bounds: StoreBounds | None = None,
     metrics: StoreMetrics | None = None,
+    upload: RateLimit | None = None,
 ) -> DHTNode:
-    """A DHT node that knows no peers yet. `bounds`, `metrics`: of what other peers store here."""
-    install()
+    """A DHT node that knows no peers yet.
+
+    `bounds`, `metrics`: of what other peers store here. `upload`: in which the answers to them are counted.
+    """
     dht = await DHTNode.create(
         p2p=daemon,
         node_id=node_id_of(daemon.peer_id.to_bytes()),
@@ -85,8 +102,7 @@ async def start_dht(
         cache_refresh_before_expiry=0,
     )
     if validator is not None:
-        patch_validation(dht.protocol)
-        await install_handlers(dht.protocol, bounds or StoreBounds(), metrics or StoreMetrics())
+        await install_handlers(dht.protocol, bounds or StoreBounds(), metrics or StoreMetrics(), upload)
     return dht
 
 
@@ -184,16 +200,31 @@ def check_bootstrap(replies: Collection[BootstrapReply], serves_dht: bool) -> No
 
 
 class BoundedDHTHandlers:
-    """Replaces a DHT node's handlers. A bad request gets an empty answer, because an error would fill the log."""
+    """Replaces a DHT node's handlers. A bad request gets an empty answer, because an error would fill the log.
 
-    def __init__(self, protocol: DHTProtocol, bounds: StoreBounds, metrics: StoreMetrics) -> None:
+    One call at a time looks something up or stores it, in short slices, so that the loop is never held.
+    """
+
+    def __init__(
+        self,
+        protocol: DHTProtocol,
+        bounds: StoreBounds,
+        metrics: StoreMetrics,
+        upload: RateLimit | None = None,
+    ) -> None:
+        """`upload`: in which answers are counted."""
         self._protocol = protocol
         self._bounds = bounds
         self._metrics = metrics
-        self._validator = protocol.record_validator
+        self._upload = upload or RateLimit(None)
+        self._checker = EntryChecker()
         self._tasks = TaskSet()
         self._handover = TokenBucket(1.0, _HANDOVER_BURST_S, 0.0)
         """In seconds at the rate `handed_bytes_per_s`."""
+        self._work = SharedBudget[PeerID](*_WORK)
+        self._answers = SharedBudget[PeerID](*bounds.answer_rates(self._upload.limit))
+        self._under_way = Counter[PeerID]()
+        self._turn = asyncio.Lock()
         protocol.storage = BoundedStorage(bounds, metrics)
         protocol.update_routing_table = self.update_routing_table
         protocol.rpc_ping, protocol.rpc_store, protocol.rpc_find = (
@@ -205,61 +236,133 @@ class BoundedDHTHandlers:
     async def rpc_ping(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
         """Tells the time and, if asked, whether this peer can dial back."""
         protocol = self._protocol
-        response = dht_pb2.PingResponse(peer=protocol.node_info, dht_time=timed_storage.get_dht_time())
-        if request.validate and serves_keys(request.peer):
-            # whoever answers enters the routing table, and nobody else
-            answer = await ping(protocol, context.remote_id, protocol.wait_timeout)
-            response.available = answer is not None
-        else:
-            await self._meet_sender(request.peer, context)
-        return response
+        with self._admit(context.remote_id, 1) as is_admitted:
+            if not is_admitted:
+                return dht_pb2.PingResponse()
+            response = dht_pb2.PingResponse(peer=protocol.node_info, dht_time=timed_storage.get_dht_time())
+            if request.validate and serves_keys(request.peer):
+                # whoever answers enters the routing table, and nobody else
+                answer = await ping(protocol, context.remote_id, protocol.wait_timeout)
+                response.available = answer is not None
+            else:
+                await self._meet_sender(request.peer, context)
+            return response
 
     async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
         """Tells for each entry whether it was stored."""
-        items = list(
-            zip(request.keys, request.subkeys, request.values, request.expiration_time, strict=False)
-        )
         response = dht_pb2.StoreResponse(store_ok=[False] * len(request.keys), peer=self._protocol.node_info)
-        if request.ByteSize() > self._bounds.message_bytes or len(items) != len(request.keys):
+        is_aligned = len(request.keys) == len(request.subkeys) == len(request.values) and len(
+            request.keys
+        ) == len(request.expiration_time)
+        if not is_aligned or len(request.keys) > MAX_ITEMS:
             self._metrics.refused.inc()
-            return response
-        await self._meet_sender(request.peer, context)
-        cached = list(request.in_cache) or [False] * len(items)
-        for number, (item, is_cached) in enumerate(zip(items, cached, strict=False)):
-            # Talkoot peers never store in caches, which would only be more to keep
-            response.store_ok[number] = not is_cached and await self._store(*item)
-            if number % _YIELD_AFTER == _YIELD_AFTER - 1:
-                await asyncio.sleep(0)
+            return dht_pb2.StoreResponse()
+        with self._admit(context.remote_id, len(request.keys)) as is_admitted:
+            if not is_admitted:
+                return response
+            await self._meet_sender(request.peer, context)
+            await self._store_all(request, response, context.remote_id)
         return response
 
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
-        """For each key, what is stored here and the nearest nodes that this peer knows."""
-        response, protocol = dht_pb2.FindResponse(peer=self._protocol.node_info), self._protocol
-        if len(request.keys) > self._bounds.find_keys:
+        """For each key, what is stored here and the nearest nodes that this peer knows.
+
+        When a message is full, the rest of the keys have no result, and are asked again. A peer that has had more
+        than its share hears of the nearest nodes only.
+        """
+        response, keys = dht_pb2.FindResponse(peer=self._protocol.node_info), request.keys
+        if len(keys) > MAX_FIND_KEYS or any(len(key) != DHTID.HASH_NBYTES for key in keys):
             self._metrics.refused.inc()
             return response
-        await self._meet_sender(request.peer, context)
-        sender = protocol.routing_table.get(peer_id=context.remote_id)
-        room = self._bounds.answer_bytes
-        for number, key in enumerate(request.keys):
+        with self._admit(context.remote_id, len(keys)) as is_admitted:
+            if not is_admitted:
+                return response
+            await self._meet_sender(request.peer, context)
+            async with self._turn:
+                await self._answer(keys, response, context.remote_id)
+        return response
+
+    @contextlib.contextmanager
+    def _admit(self, sender: PeerID, work: int) -> Iterator[bool]:
+        """Whether this call is handled now. Otherwise the sender has too much under way, or had too much done."""
+        now, busy = asyncio.get_running_loop().time(), self._under_way.total()
+        most = _CALLS_OF_PEER if busy < _CALLS / 2 else 1
+        if busy >= _CALLS or self._under_way[sender] >= most or not self._work.allows(sender, now):
+            self._metrics.refused.inc()
+            yield False
+            return
+        self._work.take(sender, work, now)
+        self._under_way[sender] += 1
+        try:
+            yield True
+        finally:
+            self._under_way[sender] -= 1
+            if not self._under_way[sender]:
+                del self._under_way[sender]
+
+    async def _answer(self, keys: Sequence[bytes], response: dht_pb2.FindResponse, sender: PeerID) -> None:
+        protocol, now = self._protocol, asyncio.get_running_loop().time()
+        own_node = protocol.routing_table.get(peer_id=sender)
+        room, is_within_share = MAX_ANSWER_BYTES, self._answers.allows(sender, now)
+        for number, key in enumerate(keys):
             if number % _YIELD_AFTER_ANSWERS == _YIELD_AFTER_ANSWERS - 1:
                 await asyncio.sleep(0)
-            if len(key) != DHTID.HASH_NBYTES:
-                return dht_pb2.FindResponse(peer=protocol.node_info)
-            result, key_id = response.results.add(type=dht_pb2.NOT_FOUND), DHTID.from_bytes(key)
-            stored = protocol.storage.get(key_id)
-            if stored is not None and room > 0:
-                value = MSGPackSerializer.dumps(stored.value)
-                room -= len(value)
-                if room >= 0:
-                    result.type, result.value = dht_pb2.FOUND_DICTIONARY, value
-                    result.expiration_time = stored.expiration_time
+            key_id = DHTID.from_bytes(key)
+            result = dht_pb2.FindResult(type=dht_pb2.NOT_FOUND)
             for node, peer in protocol.routing_table.get_nearest_neighbors(
-                key_id, k=protocol.bucket_size, exclude=sender
+                key_id, k=protocol.bucket_size, exclude=own_node
             ):
                 result.nearest_node_ids.append(node.to_bytes())
                 result.nearest_peer_ids.append(peer.to_bytes())
-        return response
+            if packed := protocol.storage.packed(key_id):
+                if is_within_share:
+                    result.type, result.value = dht_pb2.FOUND_DICTIONARY, packed
+                else:
+                    self._metrics.withheld.inc()
+            room -= result.ByteSize() + _RESULT_OVERHEAD_BYTES
+            if room < 0 and number:
+                break
+            response.results.append(result)
+        size = response.ByteSize()
+        self._answers.take(sender, size, now)
+        self._upload.spend(size)
+
+    async def _store_all(
+        self, request: dht_pb2.StoreRequest, response: dht_pb2.StoreResponse, sender: PeerID
+    ) -> None:
+        """The entries of one key are stored together."""
+        cached = list(request.in_cache) or [False] * len(request.keys)
+        brought: dict[DHTID, Entries] = {}
+        places: dict[DHTID, list[tuple[int, Collection[Subkey]]]] = {}
+        rows = zip(
+            request.keys, request.subkeys, request.values, request.expiration_time, cached, strict=False
+        )
+        for number, (key, tag, value, expires_at, is_cached) in enumerate(rows):
+            if len(key) != DHTID.HASH_NBYTES or is_cached:
+                continue  # Talkoot peers never store in caches, which would only be more to keep
+            try:
+                entries = self._entries(tag, value, expires_at)
+            except WireError:
+                continue
+            self._work.take(sender, len(entries), asyncio.get_running_loop().time())
+            key_id = DHTID.from_bytes(key)
+            places.setdefault(key_id, []).append((number, entries.keys()))
+            brought.setdefault(key_id, {}).update(entries)
+            if number % _YIELD_AFTER == _YIELD_AFTER - 1:
+                await asyncio.sleep(0)
+        for key_id, entries in brought.items():
+            accepted = await self._checker.accepted(self._protocol.record_validator, key_id, entries)
+            stored = self._protocol.storage.put(key_id, accepted)
+            for number, subkeys in places[key_id]:
+                response.store_ok[number] = not stored.isdisjoint(subkeys)
+
+    def _entries(self, tag: bytes, value: bytes, expires_at: float) -> Entries:
+        """`tag`: the subkey, or a mark that the value is a dictionary. Raises WireError."""
+        if tag == self._protocol.IS_DICTIONARY:
+            return unpack_entries(value)
+        if not math.isfinite(expires_at):
+            raise WireError("an entry that never expires")
+        return {unpack_subkey(tag): Entry(value, expires_at)}
 
     async def update_routing_table(
         self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True
@@ -287,28 +390,6 @@ class BoundedDHTHandlers:
         if serves_keys(sender):
             await self.update_routing_table(None, context.remote_id)
 
-    async def _store(self, key: bytes, tag: bytes, value: bytes, expires_at: float) -> bool:
-        """Whether any entry was new. `tag`: the subkey, or a mark that the value is a dictionary."""
-        if len(key) != DHTID.HASH_NBYTES:
-            return False
-        key_id, storage = DHTID.from_bytes(key), self._protocol.storage
-        if tag == self._protocol.IS_REGULAR_VALUE:
-            return False  # Talkoot stores no plain values
-        if tag != self._protocol.IS_DICTIONARY:
-            if not self._validator.validate(DHTRecord(key, tag, value, expires_at)):
-                return False
-            return bool(storage.store_subkey(key_id, unpack(tag), value, expires_at))
-        try:
-            entries = unpack(value)
-        except WireError:
-            return False
-        if not isinstance(entries, DictionaryDHTValue):
-            return False
-        drop_invalid_entries(self._validator, key, entries)
-        await asyncio.sleep(0)  # checking the signatures took a while
-        stored = [storage.store_subkey(key_id, subkey, *entry) for subkey, entry in entries.items()]
-        return any(stored)
-
     def _may_hand_over(self) -> bool:
         """Takes from the allowance, if there is any. A newcomer that gets nothing hears the next announcements."""
         now = asyncio.get_running_loop().time()
@@ -320,9 +401,9 @@ class BoundedDHTHandlers:
 
     async def _hand_over(self, node_id: DHTID, peer_id: PeerID) -> None:
         """Stores at the new node the keys that it is near enough to hold, if this peer is their nearest holder."""
-        protocol, size = self._protocol, 0
-        part: list[tuple[DHTID, DictionaryDHTValue, float]] = []
-        for number, (key, item) in enumerate(list(protocol.storage.items())):
+        protocol, room = self._protocol, MAX_ANSWER_BYTES
+        part: list[Row] = []
+        for number, key in enumerate(protocol.storage.keys()):
             if number % _YIELD_AFTER == _YIELD_AFTER - 1:
                 await asyncio.sleep(0)
             nearest = protocol.routing_table.get_nearest_neighbors(
@@ -334,14 +415,17 @@ class BoundedDHTHandlers:
                 and key.xor_distance(protocol.node_id) < distances[0]
             ):
                 continue
-            taken = protocol.storage.size(key)
-            if part and size + taken > self._bounds.message_bytes // 2:
-                await protocol.call_store(peer_id, *zip(*part, strict=True))
-                part, size = [], 0
-            part.append((key, item.value, item.expiration_time))
-            size += taken
+            packed = protocol.storage.packed(key)
+            size = len(packed) + _ITEM_OVERHEAD_BYTES
+            if part and (size > room or len(part) == MAX_ITEMS):
+                await store(protocol, peer_id, part)
+                part, room = [], MAX_ANSWER_BYTES
+            if packed:
+                self._upload.spend(size)
+                part.append(Row(key, protocol.IS_DICTIONARY, packed, 0.0))
+                room -= size
         if part:
-            await protocol.call_store(peer_id, *zip(*part, strict=True))
+            await store(protocol, peer_id, part)
 
 
 def _make_room(table: RoutingTable, place: DHTID) -> None:
@@ -351,9 +435,11 @@ def _make_room(table: RoutingTable, place: DHTID) -> None:
         del table[next(iter(bucket.replacement_nodes))]
 
 
-async def install_handlers(protocol: DHTProtocol, bounds: StoreBounds, metrics: StoreMetrics) -> None:
+async def install_handlers(
+    protocol: DHTProtocol, bounds: StoreBounds, metrics: StoreMetrics, upload: RateLimit | None = None
+) -> None:
     """Bounds what other peers may store and look up at this DHT node, which must have a validator and be new."""
-    BoundedDHTHandlers(protocol, bounds, metrics)
+    BoundedDHTHandlers(protocol, bounds, metrics, upload)
     if not protocol.client_mode:
         await protocol.remove_p2p_handlers(protocol.p2p)
         await protocol.add_p2p_handlers(protocol.p2p)

@@ -1,24 +1,34 @@
 """The store of a DHT node: its share of the swarm's records, within bounds.
 
-hivemind's store is unbounded. It also drops an entry too early after it rejected an older one, because it records the
-expiry of what it rejects.
+It replaces hivemind's, which is unbounded and takes three times the memory of what it stores. Here, all entries of a
+key are kept as they travel, packed in one piece.
 """
 
-import heapq
+import math
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from peer.kademlia.hivemind import DHTID, DHTLocalStorage, DictionaryDHTValue, timed_storage
+from peer.kademlia.hivemind import DHTID, timed_storage
+from peer.kademlia.validation import (
+    MAX_ENTRIES,
+    MAX_KEY_BYTES,
+    Entries,
+    Subkey,
+    entry_bytes,
+    pack_entries,
+    packed_bytes,
+    unpack_entries,
+)
 
-_ENTRY_BYTES = 128
-"""Overhead of an entry, beside its subkey and value."""
-_NUMBER_BYTES = 9
-"""Size of a subkey that is a coordinate."""
-_KEPT_WHEN_FULL = 7 / 8
-"""Eviction frees room for several entries at once, because it costs a look at all keys."""
+_KEY_BYTES = 256
+"""Memory of a key beside its packed entries: the objects, and its places in a dictionary and a list. Measured."""
+_FRAGMENTATION = 1.3
+"""Memory for each byte that is packed: pieces of different sizes, evicted at random, leave gaps. Measured."""
+_LOOKED_AT = 8
+"""Keys drawn whenever something is stored; those that have expired go. So about an eighth are expired ones."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +36,19 @@ class StoreBounds:
     """What other peers may store and look up at this one. Sizes in bytes."""
 
     total_bytes: int = 64 * 2**20
-    key_bytes: int = 96 * 2**10
-    """All entries of one key. They must fit into one answer."""
-    find_keys: int = 256
-    """Keys in one look-up request."""
-    message_bytes: int = 2**20
-    """One request to store entries."""
-    answer_bytes: int = 3 * 2**20
-    """All values in one answer; further keys get none. p2pd accepts 4 MiB."""
+    key_bytes: int = MAX_KEY_BYTES
+    """All entries of one key, packed."""
+    answer_bytes_per_s: float = 2 * 2**20
+    """Rate of all answers."""
+    answer_bytes_per_s_of_peer: float = 512 * 2**10
+    """Rate of answers to one peer, which may ask for a while's worth at once when it gets to know the swarm."""
     handed_bytes_per_s: float = 256 * 2**10
     """Rate of handing entries to new peers. Each one counts for the whole store, which is searched for it."""
+
+    def answer_rates(self, upload_limit: float | None) -> tuple[float, float]:
+        """Of answers to all and to each: at most a quarter of what this peer uploads."""
+        most = math.inf if upload_limit is None else upload_limit / 4
+        return min(self.answer_bytes_per_s, most), min(self.answer_bytes_per_s_of_peer, most)
 
 
 class StoreMetrics:
@@ -54,6 +67,11 @@ class StoreMetrics:
             "Messages that asked for or brought more than is allowed.",
             registry=metrics,
         )
+        self.withheld = Counter(
+            "talkoot_dht_values_withheld",
+            "Values that were left out of answers, since the peer that asked had had its share.",
+            registry=metrics,
+        )
         self.not_handed_over = Counter(
             "talkoot_dht_not_handed_over",
             "Newcomers to the DHT that were handed nothing of what is stored here, since too many came before.",
@@ -61,103 +79,124 @@ class StoreMetrics:
         )
 
 
-class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no types
-    """When it is full, it evicts entries at random, so that no writer can choose which."""
+class _Stored(NamedTuple):
+    """All entries of one key."""
+
+    packed: bytes
+    first_expiry: float
+    last_expiry: float
+
+
+class BoundedStorage:
+    """When it is full, it evicts keys at random, so that no writer can choose which."""
 
     def __init__(self, bounds: StoreBounds, metrics: StoreMetrics, rng: random.Random | None = None) -> None:
-        super().__init__()
         self.bytes = 0
-        """The size of all entries."""
+        """The memory of all entries."""
         self._bounds = bounds
         self._metrics = metrics
         self._rng = rng or random.SystemRandom()
-        self._sizes: dict[DHTID, int] = {}
-        self._numbers: dict[DHTID, int] = {}
-        """Entries of each key when it was last counted. Some may have expired since."""
-        metrics.bytes.set(0)
-        metrics.keys.set(0)
+        self._stored: dict[bytes, _Stored] = {}
+        self._order: list[bytes] = []
+        """The same keys, to draw from."""
+        self._report()
 
-    def store_subkey(self, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
-        """False if it is not newer than the stored entry, or larger than a whole key may be."""
-        size = size_of(subkey, value)
-        if size > self._bounds.key_bytes:
-            return False
-        held = self.get(key)
-        known = held.value.get(subkey) if held and isinstance(held.value, DictionaryDHTValue) else None
-        if known is not None and known.expiration_time >= expiration_time:
-            return False
-        if not super().store_subkey(key, subkey, value, expiration_time):
-            return False
-        entries = self.data[key].value
-        total = self.size(key) + size - (size_of(subkey, known.value) if known else 0)
-        if len(entries.data) != self._numbers.get(key, 0) + (known is None):
-            total = sum(size_of(name, entry.value) for name, entry in entries.items())
-        self._note_size(key, self._make_room_in(entries, subkey, total), len(entries.data))
-        _forget_old_times(entries)
-        _forget_old_times(self)
-        if self.bytes > self._bounds.total_bytes:
-            self._make_room_beside(key)
-        return True
+    def put(self, key: DHTID, entries: Entries) -> set[Subkey]:
+        """Stores those that are newer than what is stored. Returns their subkeys."""
+        now, held = timed_storage.get_dht_time(), self.get(key)
+        new = {
+            subkey: entry
+            for subkey, entry in entries.items()
+            if entry.expires_at > now
+            and (subkey not in held or held[subkey].expires_at < entry.expires_at)
+            and packed_bytes({subkey: entry}) <= self._bounds.key_bytes
+        }
+        if new:
+            self._set(key.to_bytes(), self._fitting({**held, **new}, next(iter(new))))
+            self._drop_expired(now)
+            self._make_room_beside(key.to_bytes())
+            self._report()
+        return set(new)
 
-    def size(self, key: DHTID) -> int:
-        """The size of a key's entries, in bytes."""
-        return self._sizes.get(key, 0)
+    def get(self, key: DHTID) -> Entries:
+        """The entries that have not expired."""
+        now, stored = timed_storage.get_dht_time(), self._stored.get(key.to_bytes())
+        if stored is None or stored.last_expiry <= now:
+            return {}
+        entries = unpack_entries(stored.packed)
+        if stored.first_expiry > now:
+            return entries
+        return {subkey: entry for subkey, entry in entries.items() if entry.expires_at > now}
 
-    def __delitem__(self, key: DHTID) -> None:
-        super().__delitem__(key)
-        self._note_size(key, 0)
+    def packed(self, key: DHTID) -> bytes:
+        """The same, as `pack_entries` packs them. Empty if there are none."""
+        now, stored = timed_storage.get_dht_time(), self._stored.get(key.to_bytes())
+        if stored is None or stored.last_expiry <= now:
+            return b""
+        if stored.first_expiry <= now:
+            self._set(key.to_bytes(), self.get(key))
+            self._report()
+        return self._stored[key.to_bytes()].packed
+
+    def keys(self) -> list[DHTID]:
+        """Some may have expired."""
+        return [DHTID.from_bytes(key) for key in self._order]
 
     def clear(self) -> None:
-        super().clear()
-        for key in list(self._sizes):
-            self._note_size(key, 0)
+        self._stored.clear()
+        self._order.clear()
+        self.bytes = 0
+        self._report()
 
-    def _remove_outdated(self) -> None:
-        times, now = self.expiration_heap, timed_storage.get_dht_time()
-        while times and times[0].expiration_time < now:
-            passed = heapq.heappop(times)
-            if self.key_to_heap.get(passed.key) is passed:
-                del self[passed.key]
+    def _set(self, key: bytes, entries: Entries) -> None:
+        """The entries must not be empty."""
+        expiries = [entry.expires_at for entry in entries.values()]
+        before = self._stored.get(key)
+        if before is None:
+            self._order.append(key)
+        self._stored[key] = _Stored(pack_entries(entries), min(expiries), max(expiries))
+        self.bytes += memory_of(self._stored[key].packed) - (
+            0 if before is None else memory_of(before.packed)
+        )
 
-    def _make_room_in(self, entries: DictionaryDHTValue, newest: object, total: int) -> int:
-        """`total`: the size of its entries. Returns the size of those that stay."""
-        if total <= self._bounds.key_bytes:
-            return total
-        others = [subkey for subkey in entries.data if subkey != newest]
-        while total > self._bounds.key_bytes:
-            drawn = self._rng.randrange(len(others))
-            others[drawn], others[-1] = others[-1], others[drawn]
-            gone = others.pop()
-            total -= size_of(gone, entries.data[gone].value)
-            del entries[gone]
+    def _fitting(self, entries: Entries, newest: Subkey) -> Entries:
+        """As many as may be under one key. Evicts at random, but not `newest`."""
+        size, others = packed_bytes(entries), [subkey for subkey in entries if subkey != newest]
+        while size > self._bounds.key_bytes or len(entries) > MAX_ENTRIES:
+            gone = _draw(others, self._rng)
+            size -= entry_bytes(gone, entries.pop(gone))
             self._metrics.evicted.inc()
-        return total
+        return entries
 
-    def _make_room_beside(self, newest: DHTID) -> None:
-        others = [key for key in self._sizes if key != newest]
-        self._rng.shuffle(others)
-        while others and self.bytes > _KEPT_WHEN_FULL * self._bounds.total_bytes:
-            key = others.pop()
-            self._metrics.evicted.inc(len(self.data[key].value))
-            del self[key]
+    def _drop_expired(self, now: float) -> None:
+        for _ in range(min(_LOOKED_AT, len(self._order))):
+            drawn = self._rng.randrange(len(self._order))
+            if self._stored[self._order[drawn]].last_expiry <= now:
+                self._remove(drawn)
 
-    def _note_size(self, key: DHTID, size: int, number: int = 0) -> None:
-        self.bytes += size - self._sizes.pop(key, 0)
-        self._numbers.pop(key, None)
-        if size:
-            self._sizes[key], self._numbers[key] = size, number
+    def _make_room_beside(self, newest: bytes) -> None:
+        while self.bytes > self._bounds.total_bytes and len(self._order) > 1:
+            drawn = self._rng.randrange(len(self._order))
+            if self._order[drawn] != newest:
+                self._metrics.evicted.inc(len(unpack_entries(self._stored[self._order[drawn]].packed)))
+                self._remove(drawn)
+
+    def _remove(self, place: int) -> None:
+        self._order[place], self._order[-1] = self._order[-1], self._order[place]
+        self.bytes -= memory_of(self._stored.pop(self._order.pop()).packed)
+
+    def _report(self) -> None:
         self._metrics.bytes.set(self.bytes)
-        self._metrics.keys.set(len(self._sizes))
+        self._metrics.keys.set(len(self._order))
 
 
-def size_of(subkey: object, value: bytes) -> int:
-    """The size of an entry, in bytes."""
-    name = len(subkey) if isinstance(subkey, bytes) else _NUMBER_BYTES
-    return _ENTRY_BYTES + name + len(value)
+def memory_of(packed: bytes) -> int:
+    """The memory that a key takes with its packed entries, in bytes."""
+    return _KEY_BYTES + int(_FRAGMENTATION * len(packed))
 
 
-def _forget_old_times(storage: Any) -> None:
-    """hivemind keeps the expiry of each renewal until it passes, so that constant renewal would fill the memory."""
-    if len(storage.expiration_heap) > 2 * len(storage.key_to_heap) + 64:
-        storage.expiration_heap[:] = storage.key_to_heap.values()
-        heapq.heapify(storage.expiration_heap)
+def _draw(subkeys: list[Subkey], rng: random.Random) -> Subkey:
+    """Removes one at random."""
+    drawn = rng.randrange(len(subkeys))
+    subkeys[drawn], subkeys[-1] = subkeys[-1], subkeys[drawn]
+    return subkeys.pop()

@@ -1,71 +1,147 @@
 """What this peer accepts of the values that other peers pack, answer and hand over.
 
-hivemind's own unpacker follows nested tuples as deep as they go; at some hundred levels the whole process ends with a
-stack overflow. Here, a value contains no types of its sender's choice, and a dictionary is one level of entries.
+A value is refused by its size before it is unpacked. hivemind's own unpacker follows nested tuples as deep as they go;
+at some hundred levels the whole process ends with a stack overflow. Here, a value contains no types of its sender's
+choice, and a dictionary is one level of entries.
 
 hivemind also rejects a whole dictionary for one bad entry, and a peer that checks nothing stores bad entries from
 anybody. Here, the entries that the validator rejects are left out, and the others are used.
 """
 
+import asyncio
 import hashlib
 import math
 import random
-from functools import partial
-from typing import Any
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import msgpack
 
 from peer.errors import WireError
 from peer.kademlia.hivemind import (
     DHTID,
-    DHTProtocol,
     DHTRecord,
-    DictionaryDHTValue,
     MSGPackSerializer,
     RecordValidatorBase,
     dht_pb2,
 )
+from peer.transport.p2pd import MAX_MESSAGE_BYTES
 
 CLOCK_TOLERANCE_S = 3.0
 """hivemind's own bound. With larger differences, records are rejected, or expire too early for some peers."""
-MAX_ENTRIES = 4096
-"""Of one dictionary in one answer. Longer ones are sampled, so that nobody can choose which entries are lost."""
-_DICTIONARY = MSGPackSerializer._ext_types[DictionaryDHTValue]
+MAX_ENTRIES = 512
+"""Under one key. A shard of nodes is full at 192."""
+MAX_KEY_BYTES = 96 * 2**10
+"""All entries of one key, packed. With the nearest nodes, they fit into one message."""
+MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 4 * 2**10
+"""Of a message, with room for the headers of libp2p."""
+MAX_FIND_KEYS = 16
+"""Keys in one look-up request. Their nearest nodes take 19 KiB of the answer, and three records for each 48 KiB."""
+MAX_ITEMS = 256
+"""Items in one request to store entries."""
+MAX_SUBKEY_BYTES = 64
+_MAX_NUMBER = 2**31
+_ENTRY_BYTES = 24
+"""The most that msgpack needs for an entry beside its subkey and value."""
+_HEADER_BYTES = 32
+"""The same, for a dictionary beside its entries."""
+_DICTIONARY = 0x50
+"""How hivemind marks a dictionary."""
 _PEER_ID_PREFIXES = b"\x12\x20", b"\x00\x24\x08\x01\x12\x20"
 """Of a key's SHA-256 hash, and of an Ed25519 key as it is. 32 bytes follow."""
+_NO_BOUND = math.inf
+"""hivemind packs the most entries that a dictionary may have. Ours have no bound of their own."""
+_SLICE_S = 0.002
+"""Entries are checked for so long before other tasks get a turn. A signature takes about 0.1 ms."""
+
+Subkey: TypeAlias = int | bytes
+"""A coordinate or a PeerID."""
 
 
-class StrictSerializer(MSGPackSerializer):  # type: ignore[misc]  # hivemind has no types
-    """Replaces hivemind's serializer where it reads what other peers sent."""
+class Entry(NamedTuple):
+    """What is stored under one subkey of a key."""
 
-    @classmethod
-    def loads(cls, buf: bytes) -> object:
-        """Raises WireError."""
-        return unpack(buf)
-
-
-def patch_validation(protocol: DHTProtocol) -> None:
-    """Makes this DHT node use the good entries of dictionaries that also have bad ones. It must have a validator."""
-    protocol.serializer = StrictSerializer
-    protocol._validate_dictionary = partial(drop_invalid_entries, protocol.record_validator)
+    value: bytes
+    """As it is stored: packed with msgpack."""
+    expires_at: float
 
 
-def unpack(data: bytes) -> Any:
-    """A plain value, or the entries of a dictionary that may be stored under a key. Raises WireError."""
-    value = _unpack(data, _mark_dictionary)
-    return _dictionary(value.data) if isinstance(value, msgpack.ExtType) else value
+Entries: TypeAlias = dict[Subkey, Entry]
 
 
-def drop_invalid_entries(validator: RecordValidatorBase, key: bytes, dictionary: DictionaryDHTValue) -> bool:
-    """Removes the entries that the validator rejects, and those beyond MAX_ENTRIES."""
-    with dictionary.freeze():
-        entries = list(dictionary.items())
-    kept = set(random.sample(range(len(entries)), min(len(entries), MAX_ENTRIES)))
-    for n, (subkey, entry) in enumerate(entries):
-        record = DHTRecord(key, MSGPackSerializer.dumps(subkey), entry.value, entry.expiration_time)
-        if n not in kept or not validator.validate(record):
-            del dictionary[subkey]
-    return True
+class EntryChecker:
+    """Lets validators judge the entries of one message after the other, in slices that don't hold the loop."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+
+    async def accepted(self, validator: RecordValidatorBase, key: DHTID, entries: Entries) -> Entries:
+        """The entries that the validator accepts."""
+        kept, packed = {}, key.to_bytes()
+        async with self._turn:
+            began = time.perf_counter()
+            for subkey, entry in entries.items():
+                if validator.validate(DHTRecord(packed, MSGPackSerializer.dumps(subkey), *entry)):
+                    kept[subkey] = entry
+                if time.perf_counter() - began > _SLICE_S:
+                    await asyncio.sleep(0)
+                    began = time.perf_counter()
+        return kept
+
+
+def unpack(data: bytes) -> str | bytes | int:
+    """A value, or a subkey. Raises WireError."""
+    value = _unpack(data, _refuse_type, max_array_len=0, max_map_len=0, max_ext_len=0)
+    if type(value) not in (str, bytes, int):
+        raise WireError("a value of the DHT is text, bytes or a number")
+    return value  # type: ignore[no-any-return]  # just checked
+
+
+def unpack_subkey(data: bytes) -> Subkey:
+    """Raises WireError."""
+    subkey = unpack(data) if len(data) <= MAX_SUBKEY_BYTES + 2 else None
+    if subkey is None or not _is_subkey(subkey):
+        raise WireError("a subkey is a coordinate or a PeerID")
+    return subkey
+
+
+def unpack_entries(data: bytes) -> Entries:
+    """The entries of a dictionary that another peer packed, without those that are malformed. Raises WireError.
+
+    A peer that runs plain hivemind stores what anybody brings, among it entries that are malformed, or too many. Of
+    those a sample is taken, so that nobody can choose which are lost.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a dictionary of {len(data)} bytes")
+    outer = _unpack(data, _mark_dictionary, max_array_len=0, max_map_len=0)
+    if not isinstance(outer, msgpack.ExtType):
+        raise WireError("not a dictionary")
+    inner = _unpack(outer.data, _drop_type)
+    if not isinstance(inner, list) or len(inner) != 3 or not isinstance(inner[2], list):
+        raise WireError("a dictionary has a size, an expiry and entries")
+    rows = inner[2] if len(inner[2]) <= MAX_ENTRIES else random.sample(inner[2], MAX_ENTRIES)
+    return {row[0]: Entry(row[1], row[2]) for row in rows if _is_well_formed(row)}
+
+
+def pack_entries(entries: Mapping[Subkey, Entry]) -> bytes:
+    """A dictionary, as hivemind packs it."""
+    latest = max((entry.expires_at for entry in entries.values()), default=-math.inf)
+    rows = [[subkey, *entry] for subkey, entry in entries.items()]
+    packed: bytes = msgpack.packb(
+        msgpack.ExtType(_DICTIONARY, msgpack.packb([_NO_BOUND, latest, rows], use_bin_type=True))
+    )
+    return packed
+
+
+def packed_bytes(entries: Mapping[Subkey, Entry]) -> int:
+    """An upper bound of what `pack_entries` makes."""
+    return _HEADER_BYTES + sum(entry_bytes(subkey, entry) for subkey, entry in entries.items())
+
+
+def entry_bytes(subkey: Subkey, entry: Entry) -> int:
+    """An entry's share of `packed_bytes`."""
+    return _ENTRY_BYTES + (len(subkey) if isinstance(subkey, bytes) else 0) + len(entry.value)
 
 
 def node_id_of(peer_id: bytes) -> DHTID:
@@ -83,41 +159,40 @@ def is_peer_id(name: bytes) -> bool:
     return any(len(name) == len(prefix) + 32 and name.startswith(prefix) for prefix in _PEER_ID_PREFIXES)
 
 
-def _unpack(data: bytes, hook: Any) -> Any:
+def _unpack(data: bytes, hook: Any, **bounds: int) -> Any:
     try:
-        return msgpack.unpackb(data, ext_hook=hook, raw=False)
+        return msgpack.unpackb(data, ext_hook=hook, raw=False, **bounds)
     except (ValueError, TypeError, RecursionError) as error:  # ValueError: all of msgpack's own
         raise WireError("not packed as values of the DHT are") from error
 
 
-def _mark_dictionary(code: int, data: bytes) -> msgpack.ExtType | None:
-    return msgpack.ExtType(code, data) if code == _DICTIONARY else None
+def _mark_dictionary(code: int, data: bytes) -> msgpack.ExtType:
+    if code != _DICTIONARY:
+        raise ValueError("no other types are packed")
+    return msgpack.ExtType(code, data)
 
 
-def _dictionary(data: bytes) -> DictionaryDHTValue:
-    """Leaves out what can't be stored. Raises WireError."""
-    value = _unpack(data, _drop_nested)
-    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[2], list):
-        raise WireError("a dictionary has a size, an expiry and entries")
-    with DictionaryDHTValue().freeze() as entries:
-        for entry in value[2]:
-            if _is_well_formed(entry):
-                entries.store(*entry)
-    return entries
+def _drop_type(code: int, data: bytes) -> None:
+    """An entry with such a value is malformed."""
 
 
-def _drop_nested(code: int, data: bytes) -> None:
-    """An entry with such a value is malformed; the others in the dictionary may be good."""
+def _refuse_type(code: int, data: bytes) -> None:
+    raise ValueError("no types are packed here")
 
 
-def _is_well_formed(entry: object) -> bool:
-    """Whether it is a coordinate or a PeerID, the value stored under it, and when that expires."""
-    if not isinstance(entry, list) or len(entry) != 3:
+def _is_well_formed(row: object) -> bool:
+    if not isinstance(row, list) or len(row) != 3:
         return False
-    subkey, value, expires_at = entry
+    subkey, value, expires_at = row
     return (
-        type(subkey) in (int, bytes)
+        _is_subkey(subkey)
         and isinstance(value, bytes)
-        and type(expires_at) in (int, float)
+        and type(expires_at) is float
         and math.isfinite(expires_at)
     )
+
+
+def _is_subkey(value: object) -> TypeGuard[Subkey]:
+    if type(value) is int:
+        return 0 <= value < _MAX_NUMBER
+    return isinstance(value, bytes) and len(value) <= MAX_SUBKEY_BYTES

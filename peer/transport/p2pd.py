@@ -30,6 +30,8 @@ from peer.transport.addresses import NetworkConfig, multiaddress, multiaddress_b
 START_DEADLINE_S = 60.0
 _STOP_DEADLINE_S = 3.0
 """p2pd is killed if it takes longer to stop when asked."""
+MAX_MESSAGE_BYTES = 128 * 2**10
+"""Of a message of the DHT, in either direction. p2pd resets a stream that brings more; hivemind's default is 4 MiB."""
 _REINSTALL = (
     "if p2pd is missing or broken, reinstall it: "
     "`python -m pip install --force-reinstall --no-deps hivemind==1.1.12`"
@@ -193,6 +195,7 @@ async def start_daemon(identity: Identity, config: NetworkConfig) -> Daemon:
             use_auto_relay=bool(config.relays),
             trusted_relays=config.relays or None,
             startup_timeout=START_DEADLINE_S,
+            persistent_conn_max_msg_size=MAX_MESSAGE_BYTES,
         )
         if task.cancelling() > cancels:  # Python 3.11's wait_for, in hivemind, loses it
             raise asyncio.CancelledError

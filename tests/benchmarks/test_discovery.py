@@ -63,10 +63,7 @@ def test_a_swarm_put_in_place_is_like_one_that_joined_and_announced() -> None:
 
 
 def holders(swarm: SimulatedSwarm, keys: list[DHTID]) -> list[set[int]]:
-    return [
-        {n for n, peer in enumerate(swarm.peers) if peer.dht.protocol.storage.get(key) is not None}
-        for key in keys
-    ]
+    return [{n for n, peer in enumerate(swarm.peers) if peer.dht.protocol.storage.get(key)} for key in keys]
 
 
 @given(st.integers(0, 2**32), st.integers(20, 80))
@@ -83,7 +80,7 @@ def test_the_walk_takes_as_many_rounds_as_the_simulation(seed: int, nodes: int) 
             tables = {int(p.dht.node_id): p.dht.protocol.routing_table for p in swarm.peers}
             name = swarm.keys.node(random.Random(seed).choice(swarm.peers).peer_id)
             key = DHTID.generate(source=name)
-            having = {int(p.dht.node_id) for p in swarm.peers if p.dht.protocol.storage.get(key) is not None}
+            having = {int(p.dht.node_id) for p in swarm.peers if p.dht.protocol.storage.get(key)}
             asking = next(p for p in swarm.peers if int(p.dht.node_id) not in having)
             me = asking.dht.node_id
 

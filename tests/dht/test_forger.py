@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from raw_dht import Gullible, read_raw, store_raw
 
 from dht.announcements import NodeInfo, Replica, ReplicaAnnouncement, ReplicaState
 from dht.directory import Directory
@@ -24,7 +25,6 @@ from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
 from peer.identity import Identity, PeerID, peer_id_of
-from peer.kademlia.hivemind import DHTID, MSGPackSerializer
 from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2
@@ -50,10 +50,7 @@ class Swarm:
 
     async def forge(self, key: str, subkey: object, value: object, expires_at: float) -> None:
         """Offers it to all, and keeps it in the forger's own store, from where it is given to whoever asks."""
-        forger = self.hosts[2].dht
-        await forger.store(key, value, expires_at, subkey=subkey)
-        data = MSGPackSerializer.dumps(value)
-        forger.protocol.storage.store(DHTID.generate(source=key), data, expires_at, subkey=subkey)
+        await store_raw(self.hosts[2], key, subkey, value, expires_at)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +60,7 @@ def swarm(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     async def start() -> Swarm:
         bootstrap: list[str] = []
-        for n, validator in enumerate((RecordValidator(), RecordValidator(), None)):
+        for n, validator in enumerate((RecordValidator(), RecordValidator(), Gullible())):
             identity = Identity.load_or_create(folder / f"{n}.key")
             hosts.append(
                 await Host.start(
@@ -153,8 +150,7 @@ def test_a_record_that_expires_with_the_entries_of_a_prefix_does_not_hide_them(
     async def scenario() -> None:
         forger = swarm.hosts[2].identity
         for key in (swarm.keys.prefix(0), swarm.keys.prefix(0, (0,)), swarm.keys.prefix(0, (1,))):
-            found = await swarm.hosts[2].dht.get(key, latest=True)
-            for _, expires_at in list(found.value.values()):
+            for _, expires_at in (await read_raw(swarm.hosts[2], key)).values():
                 record = sign_record(forger, announcement(key, expires_at, 2))
                 await swarm.forge(key, forger.peer_id.to_bytes(), record, expires_at)
         await see_only_honest(swarm)
@@ -170,8 +166,8 @@ def test_a_forged_or_exchanged_announcement_is_believed_by_nobody(
         victim, forger = swarm.hosts[0], swarm.hosts[2]
         until = time.time() + expires_in_s
         key, other = swarm.keys.expert(UIDS[0]), swarm.keys.expert(UIDS[1])
-        own = await swarm.hosts[1].dht.get(other, latest=True)
-        genuine = own.value[victim.peer_id.to_bytes()].value
+        own = await read_raw(swarm.hosts[1], other)
+        genuine = own[victim.peer_id.to_bytes()].value
         withdrawn = announcement(key, until, records_pb2.REPLICA_STATE_WITHDRAWN)
         for value in (sign_record(forger.identity, withdrawn), genuine, genuine[:-1] + b"\0"):
             await swarm.forge(key, victim.peer_id.to_bytes(), value, until)

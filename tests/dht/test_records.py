@@ -157,7 +157,7 @@ def test_a_record_under_another_peers_subkey_is_refused(
     identity: Identity, other: Identity, keys: SwarmKeys
 ) -> None:
     key, _, value = announced(identity, keys)
-    for subkey in (other.peer_id.to_bytes(), "text", 0, None, [identity.peer_id.to_bytes()]):
+    for subkey in (other.peer_id.to_bytes(), "text", 0, b""):
         refused(stored(key, subkey, value), "another key or subkey")
     with pytest.raises(RecordError, match="another peer's"):
         open_record(value, key, other.peer_id, NOW)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
 import pytest
+from raw_dht import read_raw
 from three_hosts import (
     CLAIMED,
     FIRST,
@@ -29,6 +30,7 @@ from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.errors import RecordError, UnreachableError
 from peer.host import Host
+from peer.kademlia.validation import unpack
 from peer.loop import LoopThread
 from peer.metrics import new_registry
 
@@ -298,8 +300,8 @@ def test_what_is_stored_can_be_unsealed_by_anyone(swarm: Swarm) -> None:
     async def scenario() -> None:
         await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING, 9)], LIFETIME_S)
         key, peer_id = swarm.keys.expert(FIRST), swarm.hosts[1].peer_id
-        found = await swarm.hosts[2].dht.get(key, latest=True)
-        payload = open_record(found.value[peer_id.to_bytes()].value, key, peer_id, time.time())
+        found = await read_raw(swarm.hosts[2], key)
+        payload = open_record(unpack(found[peer_id.to_bytes()].value), key, peer_id, time.time())
         assert payload.announcement.update_count == 9
 
     swarm.run(scenario())

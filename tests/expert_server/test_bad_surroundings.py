@@ -14,6 +14,7 @@ import pytest
 from callers import a_caller, numbered_identities
 from expert_fakes import make_request
 from node_process import NodeProcess, found_by_a_trainer, started
+from raw_dht import store_raw
 from real_swarm import LOCAL, MANIFEST, UIDS, Village, eventually
 
 from dht.announcements import NodeInfo
@@ -167,9 +168,11 @@ def test_another_swarms_records_are_not_taken_for_this_swarms(
                 identities[1],
                 records_pb2.RecordPayload(key=there, expires_at=until, announcement=announced),
             )
-            dht, subkey = stranger.host.dht, identities[1].peer_id.to_bytes()
-            assert await dht.store(there, foreign, until, subkey=subkey), "where it belongs it is right"
-            assert not await dht.store(here, foreign, until, subkey=subkey)
+            subkey = identities[1].peer_id.to_bytes()
+            assert await store_raw(stranger.host, there, subkey, foreign, until), (
+                "where it belongs it is right"
+            )
+            assert not await store_raw(stranger.host, here, subkey, foreign, until)
             (replicas,) = (await node.swarm.registry.replicas([UIDS[0]])).values()
             assert [(r.peer_id, r.update_count) for r in replicas] == [(node.swarm.host.peer_id, 0)]
 

@@ -1,6 +1,7 @@
 """Bandwidth: never more than rate × time + burst, all of it when there is enough to send, and every caller in turn."""
 
 import asyncio
+import random
 import time
 from itertools import accumulate, pairwise
 
@@ -9,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.loop import LoopThread
-from peer.rates import BURST_S, Bandwidth, FairTurns, LeastRate, RateLimit, TokenBucket, TokenBuckets
+from peer.rates import (
+    BURST_S,
+    Bandwidth,
+    FairTurns,
+    LeastRate,
+    RateLimit,
+    SharedBudget,
+    TokenBucket,
+    TokenBuckets,
+)
 
 RATES = st.floats(1.0, 1e6)
 STEPS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 1.0)), min_size=1, max_size=40)
@@ -262,3 +272,36 @@ def test_no_sender_takes_longer_than_its_bytes_at_the_least_rate_and_the_grace(
         size += expected
         assert took_s <= (grace_s + size / rate) * 1.001
         assert pace.limit_s(0) <= grace_s, "nothing is saved up for a stall"
+
+
+def take_all(budget: SharedBudget[str], key: str, now: float) -> int:
+    taken = 0
+    while budget.allows(key, now):
+        budget.take(key, 1.0, now)
+        taken += 1
+    return taken
+
+
+def test_a_shared_budget_holds_for_each_and_for_all() -> None:
+    budget = SharedBudget[str](100.0, 20.0, burst_s=10.0)
+    assert take_all(budget, "greedy", 0.0) in range(150, 201), "the burst of one"
+    assert sum(take_all(budget, "greedy", n / 10) for n in range(1, 101)) in range(190, 251), "its rate"
+    many = sum(take_all(budget, f"name {n}", 10.0) for n in range(1000))
+    assert 1000 < many < 2 * 1000 + 200, "the burst of all, and a debt as large at most"
+
+
+@pytest.mark.parametrize("count", [5, 20, 100])
+def test_who_takes_little_from_a_shared_budget_passes_while_many_take_all_they_can(count: int) -> None:
+    budget, rng, passed, taken = SharedBudget[str](1000.0, 250.0), random.Random(1), 0, 0.0
+    for step in range(4000):
+        now = step / 100
+        callers = [f"greedy {n}" for n in range(count)] + ["modest"] * (step % 100 == 0)
+        rng.shuffle(callers)
+        for caller in callers:
+            if budget.allows(caller, now):
+                amount = 1.0 if caller == "modest" else 50.0
+                budget.take(caller, amount, now)
+                passed += caller == "modest"
+                taken += amount
+    assert passed == 40
+    assert taken < 40 * 1000 + 2 * 16_000

@@ -1,7 +1,9 @@
 """How late a loop ran under attack, by the metric that a node, trainer or dashboard exposes, for tests."""
 
+import asyncio
+import time
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -48,3 +50,22 @@ class LoopLags:
             for sample in family.samples
             if sample.name == "talkoot_loop_lag_seconds_bucket"
         }
+
+
+async def longest_slice(work: Awaitable[object]) -> float:
+    """The most CPU time, in seconds, that the loop spends on the work between two turns of another task."""
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        while True:
+            began = time.thread_time()
+            await asyncio.sleep(0)
+            longest = max(longest, time.thread_time() - began)
+
+    watching = asyncio.create_task(watch())
+    try:
+        await work
+    finally:
+        watching.cancel()
+    return longest

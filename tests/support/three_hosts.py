@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from callers import numbered_identity
+from raw_dht import store_raw
 
 from dht.announcements import ReplicaState
 from dht.manifest import Manifest
@@ -68,7 +69,7 @@ class Swarm:
 
     async def store(self, n: int, key: str, subkey: object, value: object, expires_at: float) -> bool:
         """Past the registry."""
-        return bool(await self.hosts[n].dht.store(key, value, expires_at, subkey=subkey))
+        return await store_raw(self.hosts[n], key, subkey, value, expires_at)
 
 
 def swarm_for(loop: LoopThread, hosts: list[Host], request: pytest.FixtureRequest) -> Swarm:

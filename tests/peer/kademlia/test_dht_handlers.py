@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
+from loop_lags import longest_slice
 
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
@@ -16,14 +17,24 @@ from peer.identity import PeerID
 from peer.kademlia.hivemind import (
     DHTID,
     DHTProtocol,
-    DictionaryDHTValue,
     MSGPackSerializer,
     P2PContext,
     dht_pb2,
 )
+from peer.kademlia.node import ping
 from peer.kademlia.storage import StoreBounds
-from peer.kademlia.validation import node_id_of
+from peer.kademlia.validation import (
+    MAX_FIND_KEYS,
+    MAX_ITEMS,
+    Entries,
+    Entry,
+    node_id_of,
+    pack_entries,
+    unpack_entries,
+)
 from peer.metrics import total
+from peer.rates import RateLimit, SharedBudget
+from peer.transport.p2pd import MAX_MESSAGE_BYTES
 from peer.wire import records_pb2
 
 HOME = UID(0, (0, 1))
@@ -78,12 +89,12 @@ def nested(depth: int, inner: bytes = b"\x01") -> bytes:
     return inner
 
 
-async def held(peer: SimulatedPeer, key: str) -> dict[object, tuple[bytes, float]]:
+async def held(peer: SimulatedPeer, key: str) -> Entries:
     request = dht_pb2.FindRequest(keys=[DHTID.generate(source=key).to_bytes()])
     (result,) = (await send(peer, "find", request)).results
     if result.type == dht_pb2.NOT_FOUND:
         return {}
-    return {subkey: tuple(entry) for subkey, entry in MSGPackSerializer.loads(result.value).items()}
+    return unpack_entries(result.value)
 
 
 def announced_by(identity: Any, key: str, expires_at: float) -> bytes:
@@ -119,9 +130,7 @@ def test_an_entry_with_an_odd_expiry_is_refused(world: VirtualLoop, expires_in_s
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         key, until = swarm.keys.prefix(5), world.unix_time() + expires_in_s
         await send(peer, "store", store_request(key, 3, key, until))
-        dictionary = DictionaryDHTValue()
-        dictionary.frozen = True
-        dictionary.store(4, MSGPackSerializer.dumps(key), until)
+        dictionary = Packed(pack_entries({4: Entry(MSGPackSerializer.dumps(key), until)}))
         await send(peer, "store", store_request(key, b"", dictionary, until))
         assert await held(peer, key) == {}
 
@@ -153,16 +162,15 @@ def test_what_is_stored_as_cached_does_not_hide_the_rest(world: VirtualLoop) -> 
     play(world, scenario)
 
 
-def test_a_dictionary_that_is_handed_over_is_taken_beyond_its_first_old_entry(world: VirtualLoop) -> None:
+def test_a_dictionary_that_is_handed_over_is_taken_but_for_its_bad_entries(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         key, until = swarm.keys.prefix(5), world.unix_time() + 60
         await send(peer, "store", store_request(key, 3, key, until))
-        dictionary = DictionaryDHTValue()
-        for coordinate, its_until in ((3, until - 10), (4, until), ("odd", until)):
-            dictionary.store(coordinate, MSGPackSerializer.dumps(key), its_until)
-        assert list((await send(peer, "store", store_request(key, b"", dictionary, until))).store_ok) == [
-            True
-        ]
+        other = swarm.keys.prefix(6)
+        brought = ((3, key, until - 10), (4, key, until), (5, other, until), (500, key, until))
+        handed_over = pack_entries({n: Entry(MSGPackSerializer.dumps(v), t) for n, v, t in brought})
+        answer = await send(peer, "store", store_request(key, b"", Packed(handed_over), until))
+        assert list(answer.store_ok) == [True]
         assert {name: expiry for name, (_, expiry) in (await held(peer, key)).items()} == {3: until, 4: until}
 
     play(world, scenario)
@@ -170,19 +178,125 @@ def test_a_dictionary_that_is_handed_over_is_taken_beyond_its_first_old_entry(wo
 
 def test_messages_beyond_their_bounds_get_empty_answers(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        keys = [DHTID(n).to_bytes() for n in range(257)]
-        assert len((await send(peer, "find", dht_pb2.FindRequest(keys=keys[:256]))).results) == 256
+        keys = [DHTID(n).to_bytes() for n in range(MAX_FIND_KEYS + 1)]
+        assert len((await send(peer, "find", dht_pb2.FindRequest(keys=keys[:-1]))).results) == MAX_FIND_KEYS
         assert not (await send(peer, "find", dht_pb2.FindRequest(keys=keys))).results
         assert not (await send(peer, "find", dht_pb2.FindRequest(keys=[b"short"]))).results
         key, until = swarm.keys.prefix(5), world.unix_time() + 60
-        big = store_request(key, 3, key, until)
-        big.keys.append(big.keys[0])
-        big.subkeys.append(big.subkeys[0])
-        big.expiration_time.append(until)
-        assert list((await send(peer, "store", big)).store_ok) == [False, False], "a value is missing"
-        big.values.append(bytes(2**20))
-        assert list((await send(peer, "store", big)).store_ok) == [False, False]
+        odd = store_request(key, 3, key, until)
+        odd.keys.append(odd.keys[0])
+        odd.subkeys.append(odd.subkeys[0])
+        odd.expiration_time.append(until)
+        assert not (await send(peer, "store", odd)).store_ok, "a value is missing"
+        many = store_request(key, 3, key, until)
+        for name in ("keys", "subkeys", "values", "expiration_time"):
+            getattr(many, name).extend(list(getattr(many, name)) * MAX_ITEMS)
+        assert not (await send(peer, "store", many)).store_ok
         assert await held(peer, key) == {}
+
+    play(world, scenario)
+
+
+def test_an_answer_fits_into_a_message_and_the_rest_is_asked_again(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        until, names = world.unix_time() + 60, [swarm.keys.expert(UID(0, (9, n))) for n in range(16)]
+        strangers: list[Any] = [SimulatedIdentity(2000 + n) for n in range(30)]
+        for name in names:
+            for stranger in strangers:
+                record = announced_by(stranger, name, until)
+                subkey = stranger.peer_id.to_bytes()
+                (stored,) = (
+                    await send(peer, "store", store_request(name, subkey, record, until), stranger.peer_id)
+                ).store_ok
+                assert stored
+        ids = [DHTID.generate(source=name) for name in names]
+        request = dht_pb2.FindRequest(keys=[key.to_bytes() for key in ids])
+        answer = await send(peer, "find", request)
+        assert 1 < len(answer.results) < len(names)
+        assert answer.ByteSize() <= MAX_MESSAGE_BYTES - 2**11
+        assert all(len(unpack_entries(result.value)) == 30 for result in answer.results)
+        client = await swarm.make_peer(serves_dht=False)
+        await ping(client.dht.protocol, peer.peer_id, 3.0)
+        found = await client.registry.lookups.find(ids)
+        assert [len(found[key].entries) for key in ids] == [30] * len(names)
+
+    play(world, scenario)
+
+
+def test_a_peer_that_asks_for_more_than_its_share_hears_of_neighbours_only(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        handlers = peer.dht.protocol.rpc_find.__self__
+        upload = handlers._upload = RateLimit(1e6, world.time)
+        handlers._answers = SharedBudget(*StoreBounds().answer_rates(upload.limit))
+        withheld, other = handlers._metrics.withheld, SimulatedIdentity(1001).peer_id
+        request = dht_pb2.FindRequest(
+            keys=[DHTID.generate(source=swarm.keys.expert(uid)).to_bytes() for uid in swarm.manifest.uids()]
+        )
+
+        async def ask(sender: PeerID) -> Any:
+            answer = await send(peer, "find", request, sender)
+            assert len(answer.results) == len(request.keys)
+            return [result.type for result in answer.results]
+
+        full, empty = ([kind] * len(request.keys) for kind in (dht_pb2.FOUND_DICTIONARY, dht_pb2.NOT_FOUND))
+        began, asked = world.time(), 0
+        while await ask(STRANGER.peer_id) == full:
+            asked += 1
+            assert upload.bytes < 16 * 250_000 * 1.1, "a quarter of 1 MB/s, for 16 s"
+        assert asked > 100
+        assert await ask(STRANGER.peer_id) == empty
+        assert total(withheld) == 2 * len(request.keys)
+        assert await ask(other) == full, "who asked for nothing yet"
+        await asyncio.sleep(60)
+        assert await ask(STRANGER.peer_id) == full
+        assert world.time() - began < 100
+
+    play(world, scenario)
+
+
+def test_a_peer_that_makes_others_work_without_end_gets_empty_answers(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        key, until = swarm.keys.prefix(5), world.unix_time() + 60
+        forged = Packed(pack_entries({n: Entry(b"\xc4\x01x", until) for n in range(500)}))
+        refused = peer.dht.protocol.rpc_find.__self__._metrics.refused
+        sent = 0
+        while not total(refused):
+            await send(peer, "store", store_request(key, b"", forged, until))
+            sent += 1
+            assert sent < 40
+        find = dht_pb2.FindRequest(keys=[DHTID.generate(source=key).to_bytes()])
+        assert not (await send(peer, "find", find)).results
+        assert len((await send(peer, "find", find, SimulatedIdentity(1001).peer_id)).results) == 1
+        await asyncio.sleep(10)
+        assert len((await send(peer, "find", find)).results) == 1
+
+    play(world, scenario)
+
+
+def test_calls_under_way_are_bounded_for_each_peer_and_in_all(world: VirtualLoop) -> None:
+    """hivemind starts a task for each call, without a limit. Here, nobody answers the pings that were asked for."""
+
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        handlers = peer.dht.protocol.rpc_find.__self__
+        senders = [SimulatedIdentity(3000 + n).peer_id for n in range(500)]
+
+        def pings(sender: PeerID, count: int) -> None:
+            node = dht_pb2.NodeInfo(node_id=DHTID.generate(source=sender.to_bytes()).to_bytes())
+            request = dht_pb2.PingRequest(peer=node, validate=True)
+            tasks.extend(asyncio.create_task(send(peer, "ping", request, sender)) for _ in range(count))
+
+        tasks: list[asyncio.Task[Any]] = []
+        pings(senders[0], 200)
+        await asyncio.sleep(0.1)
+        assert handlers._under_way[senders[0]] == 64
+        for sender in senders[1:]:
+            pings(sender, 3)
+        await asyncio.sleep(0.1)
+        assert handlers._under_way.total() == 512
+        newest = [handlers._under_way[sender] for sender in senders[200:300]]
+        assert newest == [1] * 100, "when there are many, each has one"
+        await asyncio.gather(*tasks)
+        assert not handlers._under_way
 
     play(world, scenario)
 
@@ -243,50 +357,15 @@ def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(w
     play(world, scenario)
 
 
-async def turns_during(work: Awaitable[object]) -> int:
-    """How often another task gets a turn in the meantime."""
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    counting = asyncio.create_task(count())
-    await work
-    counting.cancel()
-    return turns
-
-
-def test_a_look_up_of_many_keys_lets_other_tasks_run(world: VirtualLoop) -> None:
+def test_look_ups_by_many_leave_turns_to_others(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        request = dht_pb2.FindRequest(keys=[DHTID(n).to_bytes() for n in range(256)])
-        assert await turns_during(send(peer, "find", request)) >= 256 / 8
-
-    play(world, scenario)
-
-
-def test_beyond_a_full_answer_no_values_are_packed(
-    world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
-        peer.dht.protocol.rpc_find.__self__._bounds = StoreBounds(answer_bytes=1000)
-        until = world.unix_time() + 60
-        names = [swarm.keys.prefix(layer) for layer in range(64)]
-        for name in names:
-            await send(peer, "store", store_request(name, 3, name, until))
-        request = dht_pb2.FindRequest(keys=[DHTID.generate(source=name).to_bytes() for name in names])
-        packed: list[object] = []
-
-        def pack(value: object) -> bytes:
-            packed.append(value)
-            return bytes(600)
-
-        monkeypatch.setattr("peer.kademlia.node.MSGPackSerializer.dumps", pack)
-        response = await send(peer, "find", request)
-        assert [result.type for result in response.results].count(dht_pb2.FOUND_DICTIONARY) == 1
-        assert len(packed) == 2
+        table = peer.dht.protocol.routing_table
+        for n in range(200):
+            other = SimulatedIdentity(4000 + n).peer_id
+            table.add_or_update_node(DHTID.generate(source=other.to_bytes()), other)
+        request = dht_pb2.FindRequest(keys=[DHTID.generate().to_bytes() for _ in range(MAX_FIND_KEYS)])
+        asked = [send(peer, "find", request, SimulatedIdentity(4000 + n).peer_id) for n in range(50)]
+        assert await longest_slice(asyncio.gather(*asked)) < 0.05, "0.3 s together"
 
     play(world, scenario)
 

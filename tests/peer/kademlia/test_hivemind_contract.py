@@ -18,8 +18,6 @@ from types import ModuleType
 
 import pytest
 
-from peer.kademlia.hivemind import install, timed_storage
-
 ROOT = Path(__file__).parents[3]
 PRODUCT = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 BESIDE = ("benchmarks", "deploy", "docs", "examples", "tests", "tools")
@@ -51,7 +49,6 @@ IMPORTED = {
     "hivemind.dht.node": {"DHTNode"},
     "hivemind.dht.protocol": {"DHTProtocol"},
     "hivemind.dht.routing": {"DHTID", "RoutingTable"},
-    "hivemind.dht.storage": {"DHTLocalStorage", "DictionaryDHTValue"},
     "hivemind.dht.validation": {"DHTRecord", "RecordValidatorBase"},
     "hivemind.p2p": {"P2P", "P2PContext", "PeerID"},
     "hivemind.p2p.p2p_daemon_bindings.utils": {
@@ -68,7 +65,6 @@ IMPORTED = {
 }
 
 PRIVATE = {
-    "hivemind.dht.protocol.DHTProtocol": {"_validate_dictionary"},
     "hivemind.p2p.P2P": {
         "_UNIX_SOCKET_PREFIX",
         "_alive",
@@ -87,8 +83,6 @@ PRIVATE = {
         "_read_task",
         "_write_task",
     },
-    "hivemind.utils.MSGPackSerializer": {"_ext_types"},
-    "hivemind.utils.timed_storage.TimedStorage": {"_remove_outdated"},
 }
 
 UNDOCUMENTED = {
@@ -113,7 +107,6 @@ UNDOCUMENTED = {
         "p2p",
         "record_validator",
         "routing_table",
-        "serializer",
         "storage",
         "wait_timeout",
     },
@@ -126,22 +119,17 @@ UNDOCUMENTED = {
     "hivemind.p2p.p2p_daemon_bindings.control.ControlClient": {"daemon_connector"},
     "hivemind.p2p.p2p_daemon_bindings.datastructures.StreamInfo": {"addr", "peer_id"},
     "hivemind.p2p.p2p_daemon_bindings.p2pclient.Client": {"control"},
-    "hivemind.utils.timed_storage.HeapEntry": {"expiration_time", "key"},
-    "hivemind.utils.timed_storage.TimedStorage": {"data", "expiration_heap", "key_to_heap"},
-    "hivemind.utils.timed_storage.ValueWithExpiration": {"expiration_time", "value"},
 }
 """Attributes that we read or set."""
 
 SOURCES = {
     "hivemind.dht.protocol.DHTProtocol.call_find": "433adef0e520",
+    "hivemind.dht.protocol.DHTProtocol.call_store": "61fc01b360f0",
     "hivemind.dht.protocol.DHTProtocol.rpc_find": "b7e0365bc4ba",
     "hivemind.dht.protocol.DHTProtocol.rpc_ping": "34c1159e968b",
     "hivemind.dht.protocol.DHTProtocol.rpc_store": "1be6960bd046",
     "hivemind.dht.protocol.DHTProtocol.update_routing_table": "2deae2e944d3",
-    "hivemind.dht.protocol.DHTProtocol._validate_dictionary": "64e1927db3e3",
-    "hivemind.dht.storage.DHTLocalStorage.store_subkey": "a03eb0eed2a6",
     "hivemind.dht.storage.DictionaryDHTValue.packb": "7cfaf78a8faf",
-    "hivemind.dht.storage.DictionaryDHTValue.unpackb": "96920de88f80",
     "hivemind.p2p.P2P.__init__": "a83eaaf45423",
     "hivemind.p2p.P2P._make_process_args": "def6fcf33d0d",
     "hivemind.p2p.P2P._terminate": "1d7bc5829e4d",
@@ -154,19 +142,11 @@ SOURCES = {
     "hivemind.p2p.p2p_daemon_bindings.control.ControlClient.connect": "0be03f1f1d91",
     "hivemind.p2p.p2p_daemon_bindings.control.ControlClient.stream_open": "002f5d5b8262",
     "hivemind.utils.MSGPackSerializer.dumps": "b5889c447075",
-    "hivemind.utils.MSGPackSerializer.loads": "e34bc04a8ccf",
-    "hivemind.utils.timed_storage.HeapEntry": "3301de8a6c52",
-    "hivemind.utils.timed_storage.TimedStorage.__init__": "2359c9eb417f",
-    "hivemind.utils.timed_storage.TimedStorage.__delitem__": "5d7c2772a69e",
-    "hivemind.utils.timed_storage.TimedStorage._remove_outdated": "bf66730f18d3",
-    "hivemind.utils.timed_storage.TimedStorage.clear": "eb6c8b0730d4",
-    "hivemind.utils.timed_storage.TimedStorage.store": "312d87832aae",
 }
 """Digests of the methods that we replace, extend or imitate, or whose inner workings we rely on."""
 
 PARAMETERS = {
     "hivemind.dht.protocol.DHTProtocol.add_p2p_handlers": "p2p, wrapper=, namespace=, balanced=",
-    "hivemind.dht.protocol.DHTProtocol.call_store": "peer, keys, values, expiration_time, subkeys=, in_cache=",
     "hivemind.dht.protocol.DHTProtocol.get_stub": "peer",
     "hivemind.dht.protocol.DHTProtocol.remove_p2p_handlers": "p2p, namespace=",
     "hivemind.dht.routing.DHTID.from_bytes": "raw, byteorder=, signed=",
@@ -176,7 +156,6 @@ PARAMETERS = {
     "hivemind.dht.routing.RoutingTable.get": "node_id=, peer_id=, default=",
     "hivemind.dht.routing.RoutingTable.get_bucket_index": "node_id",
     "hivemind.dht.routing.RoutingTable.get_nearest_neighbors": "query_id, k, exclude=",
-    "hivemind.dht.storage.DHTLocalStorage.store": "key, value, expiration_time, subkey=",
     "hivemind.dht.validation.DHTRecord": "key, subkey, value, expiration_time",
     "hivemind.dht.validation.RecordValidatorBase.validate": "record",
     "hivemind.p2p.P2P.add_binary_stream_handler": "name, handler, balanced=",
@@ -190,9 +169,6 @@ PARAMETERS = {
     "hivemind.p2p.p2p_daemon_bindings.utils.write_pbmsg": "stream, pbmsg",
     "hivemind.utils.logging.use_hivemind_log_handler": "where",
     "hivemind.utils.multiaddr.Multiaddr": "addr, registry=",
-    "hivemind.utils.timed_storage.TimedStorage.freeze": "",
-    "hivemind.utils.timed_storage.TimedStorage.get": "key",
-    "hivemind.utils.timed_storage.TimedStorage.items": "",
 }
 """Of what we call; `=` marks those with a default."""
 
@@ -217,6 +193,7 @@ KEYWORDS = {
         "identity_path",
         "nat_port_map",
         "no_listen",
+        "persistent_conn_max_msg_size",
         "startup_timeout",
         "trusted_relays",
         "use_auto_relay",
@@ -356,16 +333,6 @@ def test_private_names_are_used_where_they_are_listed_and_nowhere_else() -> None
     _expect_none("not listed", used - listed)
     _expect_none("listed but not used", listed - used - overridden)
     _expect_none("used outside the fence", elsewhere)
-
-
-def test_installing_again_changes_nothing() -> None:
-    install()
-    first = timed_storage.HeapEntry.__lt__
-    install()
-    assert timed_storage.HeapEntry.__lt__ is first
-    late, soon = timed_storage.HeapEntry(2.0, b"record"), timed_storage.HeapEntry(1.0, 7)
-    assert soon < late
-    assert not timed_storage.HeapEntry(1.0, b"record") < soon  # hivemind's own compares b"record" with 7
 
 
 def _expect_none(what: str, found: Iterable[str]) -> None:

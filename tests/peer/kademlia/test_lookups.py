@@ -152,7 +152,7 @@ def test_records_are_stored_at_the_nearest_nodes(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         for uid in swarm.manifest.uids():
             key = DHTID.generate(source=swarm.keys.expert(uid))
-            holders = {p.dht.node_id for p in swarm.peers if p.dht.protocol.storage.get(key) is not None}
+            holders = {p.dht.node_id for p in swarm.peers if p.dht.protocol.storage.get(key)}
             nearest = sorted((p.dht.node_id for p in swarm.peers), key=key.xor_distance)
             assert holders >= set(nearest[:5])
 
