@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dht.registry import Registry
 from peer.bounded import BoundedDict
-from peer.errors import StartError, UnreachableError
+from peer.errors import UnreachableError
 from peer.files import write_atomically
 from peer.host import Host
 from peer.transport.addresses import is_multiaddress
@@ -122,16 +122,13 @@ class Membership:
             await self._dial_one()
 
     async def keep(self, every_s: float) -> None:
-        """Checks until p2pd can't be restarted. For a peer that announces nothing."""
+        """Checks for ever. For a peer that announces nothing."""
         while True:
             try:
                 await self._host.wait_for_restart(every_s)
                 await self.check(announced=False)
             except UnreachableError as error:
                 logger.warning("%s", error)
-            except StartError as error:
-                logger.error("%s: this peer no longer knows who is alive", error)
-                return
 
     async def _is_cut_off(self, announced: bool) -> bool:
         """A peer that has never known anybody is not cut off."""

@@ -45,7 +45,7 @@ from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import SnapshotTaker, StateClient
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
-from peer.errors import StartError, UnreachableError, UserError
+from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
 from peer.loop import LoopLag, Restarts, RetryingRounds, keep_running, tolerating
 from peer.metrics import MetricsServer, total
@@ -256,10 +256,7 @@ class Node:
             Gauge(f"talkoot_{name}", words, registry=self.swarm.metrics).set_function(level)
 
     async def run(self) -> None:
-        """Announces, adopts, replicates, averages and saves experts, and pauses when it should, for ever.
-
-        Raises StartError when p2pd could not be restarted.
-        """
+        """Announces, adopts, replicates, averages and saves experts, and pauses when it should, for ever."""
         every_s = self._settings.checkpoint_every_s
         tasks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "announce": self._stay_announced,
@@ -273,7 +270,7 @@ class Node:
             tasks["save checkpoints"] = partial(self.replicas.checkpoints.save_every, every_s)
         async with asyncio.TaskGroup() as group:
             for name, run in tasks.items():
-                group.create_task(keep_running(name, run, self.restarts, fatal=StartError), name=name)
+                group.create_task(keep_running(name, run, self.restarts), name=name)
 
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)

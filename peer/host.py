@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -15,6 +15,7 @@ from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import DHTNode, RecordValidatorBase
 from peer.kademlia.node import BootstrapReply, bootstrap, check_bootstrap, known_peers, start_dht, stop_dht
 from peer.kademlia.storage import StoreBounds, StoreMetrics
+from peer.loop import keep_running
 from peer.metrics import total
 from peer.processes import sweep_socket_folders
 from peer.transport.addresses import NetworkConfig, is_public, is_relayed, require_free_port, tcp_endpoint
@@ -24,10 +25,13 @@ from peer.transport.tunnel import Pipe, Tunnels
 logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
-_RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0)
-"""Pauses before p2pd is started again. After the last failure nobody tries any more."""
+_RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)
+"""Before p2pd is started again. The last one holds for all later tries: whoever can end p2pd must not end its node."""
 _STEADY_S = 60.0
 """A p2pd that ran for so long died of something new, and the pauses start from the first."""
+_MOST_DAEMON_BYTES = 256 * 2**20
+"""A p2pd that takes more memory is started again. Usually it takes about 60 MiB."""
+_WATCH_EVERY_S = 1.0
 _DOWN = "the libp2p daemon has ended; it is being started again"
 
 
@@ -61,6 +65,8 @@ class Host:
         self._ready = False
         self._supervisor: asyncio.Task[None] | None = None
         self._restarted = asyncio.Event()
+        self._problem = ""
+        """Why p2pd can't be started, as logged last."""
 
     @classmethod
     async def start(
@@ -110,7 +116,7 @@ class Host:
             await self._end()
             raise
         finally:
-            self._supervisor = asyncio.create_task(self._supervise())
+            self._start_supervisor()
 
     async def serve_tunnel(self, most_streams: int = 256) -> None:
         """Forwards other peers' gRPC that comes through libp2p to the server that listens on `tunnels.exit_path()`."""
@@ -168,15 +174,7 @@ class Host:
         return list(_addresses(await self._bootstrap(await _accepting(addresses))))
 
     async def wait_for_restart(self, longest_s: float) -> None:
-        """Sleeps for `longest_s`, or until p2pd was restarted: then everything has to be announced again.
-
-        Raises DaemonError when p2pd could not be restarted.
-        """
-        if self._supervisor is not None and self._supervisor.done():
-            raise DaemonError(
-                f"the libp2p daemon died, and did not start again in {len(_RESTART_DELAYS_S)} tries: `talkoot doctor` "
-                "says why; then start this again"
-            )
+        """Sleeps for `longest_s`, or until p2pd was restarted: then everything has to be announced again."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(longest_s):
                 await self._restarted.wait()
@@ -248,7 +246,7 @@ class Host:
         self.remember((*bootstrap, *remembered))
         self.bootstrapped_from = _addresses(replies)
         self._ready = True
-        self._supervisor = asyncio.create_task(self._supervise())
+        self._start_supervisor()
 
     async def _start_daemon(self) -> None:
         """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises DaemonError."""
@@ -279,6 +277,9 @@ class Host:
             await self._daemon.shutdown()
             self._daemon = None
 
+    def _start_supervisor(self) -> None:
+        self._supervisor = asyncio.create_task(keep_running("supervise the libp2p daemon", self._supervise))
+
     async def _dismiss_supervisor(self) -> None:
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -290,22 +291,20 @@ class Host:
         return await bootstrap(self._daemon, self._dht, addresses, DIAL_DEADLINE_S)
 
     async def _supervise(self) -> None:
-        """Restarts p2pd whenever it ends, until that has failed too often."""
-        delays: Iterator[float] = iter(_RESTART_DELAYS_S)
+        """Restarts p2pd whenever it ends or takes too much memory."""
+        tries = 0
         while True:
-            started_at = time.monotonic()
-            if self._daemon is not None:
-                status = await self._daemon.ended()
-                logger.warning("the libp2p daemon ended with status %d; starting it again", status)
-            if time.monotonic() - started_at > _STEADY_S:
-                delays = iter(_RESTART_DELAYS_S)
-            await self._end()
-            for delay_s in delays:
-                await asyncio.sleep(delay_s)
-                if await self._restart():
-                    break
-            else:
-                return
+            if self._daemon is not None and self._ready:
+                began = time.monotonic()
+                logger.warning("the libp2p daemon %s; starting it again", await _failure(self._daemon))
+                if time.monotonic() - began > _STEADY_S:
+                    tries = 0
+            restarted = False
+            while not restarted:
+                await self._end()
+                await asyncio.sleep(_RESTART_PAUSES_S[min(tries, len(_RESTART_PAUSES_S) - 1)])
+                tries += 1
+                restarted = await self._restart()
 
     async def _restart(self) -> bool:
         """Whether it succeeded."""
@@ -313,14 +312,29 @@ class Host:
             await self._start_daemon()
             joined = await self.join(self.bootstrap_candidates)
         except (*TRANSPORT_ERRORS, UserError) as error:
-            logger.warning("the libp2p daemon can't be started again: %s", error)
-            await self._end()
+            if str(error) != self._problem:
+                logger.warning("the libp2p daemon can't be started again: %s; trying on", error)
+            self._problem = str(error)
             return False
+        self._problem = ""
         self._ready = True
         self._restarts.inc()
         self._restarted.set()
         logger.warning("the libp2p daemon runs again and has joined by %d known addresses", len(joined))
         return True
+
+
+async def _failure(daemon: Daemon) -> str:
+    """Waits until p2pd ends or takes too much memory, and says which."""
+    ended = asyncio.ensure_future(daemon.ended())
+    try:
+        while not ended.done():
+            if (taken := daemon.memory_bytes) > _MOST_DAEMON_BYTES:
+                return f"takes {taken / 2**20:.0f} MiB of memory, which is too much"
+            await asyncio.wait([ended], timeout=_WATCH_EVERY_S)
+        return f"ended with status {ended.result()}"
+    finally:
+        ended.cancel()
 
 
 def _addresses(replies: Iterable[BootstrapReply]) -> tuple[str, ...]:

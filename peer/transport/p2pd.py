@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
+import psutil
 from google.protobuf.message import DecodeError
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import (
@@ -43,10 +44,14 @@ _RELAYED_BYTES = 2**40
 _RELAYED_FOR = "24h"
 """A relay ends a connection after this many bytes or this long; the peers then make a new one."""
 
-_ONE_PROCESSOR = ("/usr/bin/env", "GOMAXPROCS=1")
-"""Prefix of the command for a p2pd that relays. p2pd starts two relay services, one with the limits above and one that
-ends each connection after 128 KiB. The one that starts last counts, and with several processors it may be either.
+_ONE_PROCESSOR = "GOMAXPROCS=1"
+"""For a p2pd that relays. It starts two relay services, one with the limits above and one that ends each connection
+after 128 KiB. The one that starts last counts, and with several processors it may be either.
 """
+_RETURNS_MEMORY = "GOMEMLIMIT=128MiB"
+"""Above this, Go's runtime collects at once what strangers made p2pd take, and gives it back to the system."""
+_CONNECTIONS = {"connLo": 192, "connHi": 256, "connGrace": "20s"}
+"""Beyond the higher number, p2pd closes connections that are no longer new, the idle ones first."""
 
 TRANSPORT_ERRORS = (
     P2PDaemonError,
@@ -71,6 +76,14 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         status: int = await self._child.wait()
         self._has_ended()
         return status
+
+    @property
+    def memory_bytes(self) -> int:
+        """What p2pd takes of the machine's memory; 0 if it has ended."""
+        try:
+            return int(psutil.Process(self._child.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
 
     async def connect(self, peer_id: PeerID, addresses: Sequence[str], deadline_s: float) -> None:
         """Dials a peer at these multiaddresses, which may end with its PeerID.
@@ -174,7 +187,8 @@ async def start_daemon(identity: Identity, config: NetworkConfig) -> Daemon:
         @staticmethod
         def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
             command = P2P._make_process_args(*arguments, **options, **_relay_options(config))
-            return die_with_parent([*_ONE_PROCESSOR, *command] if config.serves_dht else command)
+            environment = [_RETURNS_MEMORY, *([_ONE_PROCESSOR] if config.serves_dht else [])]
+            return die_with_parent(["/usr/bin/env", *environment, *command])
 
     task = asyncio.current_task()
     assert task is not None
@@ -244,4 +258,5 @@ def _relay_options(config: NetworkConfig) -> dict[str, Any]:
         "relayDataLimit": _RELAYED_BYTES,
         "relayTimeLimit": _RELAYED_FOR,
         "relayDiscovery": False,  # otherwise p2pd waits 3 minutes unless it knows four relays
+        **_CONNECTIONS,
     }

@@ -103,7 +103,7 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(pl
 
         await back.stop()
         changed = MANIFEST.model_copy(update={"routing": MANIFEST.routing.model_copy(update={"top_k": 1})})
-        with pytest.raises(SwarmError, match="still runs, with another manifest"):
+        with pytest.raises(SwarmError, match="was founded with another manifest"):
             await found_swarm(
                 village.identities[0], changed, NetworkConfig(LOCAL), state=village.folder / "founder"
             )
