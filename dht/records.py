@@ -10,6 +10,7 @@ on to the child shards where a shard is well filled. So no key outgrows 32 KB, w
 Four digits hold 13 million nodes.
 """
 
+import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from google.protobuf.message import DecodeError
 
 from dht.uid import UID
 from peer.averaging import MAX_UPDATE_COUNT
+from peer.bounded import BoundedDict
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, PeerID, peer_id_of, verify
 from peer.kademlia.hivemind import DHTID, DHTRecord, RecordValidatorBase
@@ -43,6 +45,7 @@ _FOUNDERS = {"manifest_json": ".manifest", "revocations": ".revoked"}
 _MAX_INDEX_BYTES = 128
 _VERIFIED = 4096
 """Verified records that are remembered, about 1 KB each."""
+_REFUSED = 4096
 _COORDINATE_LIMIT = 4096
 _SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2,4})$|\.trainers\.([0-9a-f])$")
 _PIECE_PATTERN = re.compile(r":([1-9][0-9]?)$")
@@ -101,10 +104,19 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
     because hivemind drops them by itself.
     """
 
-    def __init__(self, now: Callable[[], float] = time.time, rule: Rule | None = None) -> None:
-        """`rule`: of the swarm, for the records that are otherwise valid."""
+    def __init__(
+        self,
+        now: Callable[[], float] = time.time,
+        rule: Rule | None = None,
+        *,
+        swarm_id: str | None = None,
+    ) -> None:
+        """`rule`: of the swarm, for the records that are otherwise valid. `swarm_id`: None to accept any swarm's."""
         self._now = now
         self._rule = rule
+        self._prefix = "" if swarm_id is None else f"{swarm_id}."
+        self._refused = BoundedDict[bytes, None](_REFUSED)
+        """Digests of records with wrong signatures, so that a flood of copies costs no check each."""
 
     def validate(self, record: DHTRecord) -> bool:
         try:
@@ -126,22 +138,40 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         if isinstance(value, str):
             self._check_index_entry(record, value, subkey)
         elif isinstance(value, bytes):
-            payload = _verified(value)
-            if not _is_digest_of(record.key, payload.key) or subkey != payload.peer_id:
-                raise RecordError("the record is stored under another key or subkey than the signed ones")
-            if payload.expires_at != record.expiration_time:
-                raise RecordError("the record's expiry is not the signed one")
-            _check_lifetime(payload.expires_at, self._now(), payload)
-            if self._rule is not None:
-                self._rule(payload, PeerID(payload.peer_id))
+            self._check_signed(record, value, subkey)
         else:
             raise RecordError("a value is a record (bytes) or an index entry (text)")
+
+    def _check_signed(self, record: DHTRecord, value: bytes, subkey: object) -> None:
+        """The signature comes last, because it costs most."""
+        _, payload = _parsed(value)
+        self._check_swarm(payload.key)
+        if not _is_digest_of(record.key, payload.key) or subkey != payload.peer_id:
+            raise RecordError("the record is stored under another key or subkey than the signed ones")
+        if payload.expires_at != record.expiration_time:
+            raise RecordError("the record's expiry is not the signed one")
+        _check_lifetime(payload.expires_at, self._now(), payload)
+        digest = hashlib.blake2b(value, digest_size=16).digest()
+        if digest in self._refused:
+            raise RecordError("the record was refused before")
+        try:
+            _verified(value)
+        except RecordError:
+            self._refused[digest] = None
+            raise
+        if self._rule is not None:
+            self._rule(payload, PeerID(payload.peer_id))
+
+    def _check_swarm(self, key: str) -> None:
+        if not key.startswith(self._prefix):
+            raise RecordError("the record is another swarm's")
 
     def _check_index_entry(self, record: DHTRecord, value: str, subkey: object) -> None:
         if not isinstance(record.value, bytes) or not isinstance(record.expiration_time, int | float):
             raise RecordError("a stored value is bytes with an expiry time")
         if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
             raise RecordError("an index entry's value is the name of its key")
+        self._check_swarm(value)
         if value.endswith(tuple(_FOUNDERS.values())):
             raise RecordError("only a founder writes under such a key")
         if shard := _SHARD_PATTERN.search(value):
@@ -226,9 +256,8 @@ def trainer_shard_of(peer_id: PeerID) -> int:
     return int(digits_of(peer_id.to_bytes())[0], 16)
 
 
-@lru_cache(maxsize=_VERIFIED)
-def _verified(data: bytes) -> records_pb2.RecordPayload:
-    """Cached, because several peers answer with the same record. So callers must not change the result."""
+def _parsed(data: bytes) -> tuple[records_pb2.SignedRecord, records_pb2.RecordPayload]:
+    """What the record says, before it is verified."""
     if len(data) > MAX_RECORD_BYTES:
         raise RecordError(f"a record of {len(data)} bytes; at most {MAX_RECORD_BYTES}")
     record, payload = records_pb2.SignedRecord(), records_pb2.RecordPayload()
@@ -237,6 +266,13 @@ def _verified(data: bytes) -> records_pb2.RecordPayload:
         payload.ParseFromString(record.payload)
     except DecodeError as error:
         raise RecordError("the record can't be parsed") from error
+    return record, payload
+
+
+@lru_cache(maxsize=_VERIFIED)
+def _verified(data: bytes) -> records_pb2.RecordPayload:
+    """Cached, because several peers answer with the same record. So callers must not change the result."""
+    record, payload = _parsed(data)
     if peer_id_of(record.public_key).to_bytes() != payload.peer_id:
         raise RecordError("the record's key is not its writer's")
     if payload.announcement.update_count > MAX_UPDATE_COUNT:

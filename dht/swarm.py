@@ -189,7 +189,7 @@ class _Peer:
             config,
             bootstrap=bootstrap,
             remembered=self._store.addresses()[:_REMEMBERED_TRIED],
-            validator=RecordValidator(rule=self._admission.check_record),
+            validator=RecordValidator(rule=self._admission.check_record, swarm_id=self._keys.swarm_id),
             store_bounds=store_bounds,
             metrics=self._metrics,
         )

@@ -49,7 +49,7 @@ from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
 from peer.loop import LoopLag, Restarts, RetryingRounds, keep_running, tolerating
 from peer.metrics import MetricsServer, total
-from peer.rates import Bandwidth
+from peer.rates import Bandwidth, download_limit
 from peer.rpc.calls import server_credentials
 from peer.rpc.sessions import SessionClient, SessionServicer
 
@@ -94,7 +94,7 @@ class Node:
         self._now = now
         swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
         self.restarts = Restarts(metrics)
-        self.traffic = Bandwidth(settings.upload_mbit, settings.download_mbit, metrics)
+        self.traffic = Bandwidth(swarm.host.upload, download_limit(settings.download_mbit, metrics))
         store = CheckpointStore(state / "checkpoints", swarm_id, manifest, settings.checkpoints_kept)
         rights = sorted(RIGHTS[Role.NODE])
         own_sessions = SessionClient(swarm.host.identity, swarm_id, rights, swarm.admission.badge)

@@ -18,6 +18,7 @@ from peer.kademlia.storage import StoreBounds, StoreMetrics
 from peer.loop import keep_running
 from peer.metrics import total
 from peer.processes import sweep_socket_folders
+from peer.rates import upload_limit
 from peer.transport.addresses import NetworkConfig, is_public, is_relayed, require_free_port, tcp_endpoint
 from peer.transport.p2pd import START_DEADLINE_S, TRANSPORT_ERRORS, Daemon, start_daemon
 from peer.transport.tunnel import Pipe, Tunnels
@@ -57,7 +58,10 @@ class Host:
             registry=metrics,
         )
         self._store_bounds = store_bounds or StoreBounds()
-        self._store_metrics = StoreMetrics(metrics if config.serves_dht else None)
+        served = metrics if config.serves_dht else None
+        self._store_metrics = StoreMetrics(served)
+        self.upload = upload_limit(self._store_bounds.upload_mbit, served)
+        """Of all that this peer sends, in the DHT and elsewhere."""
         self._validator = validator
         self._daemon: Daemon | None = None
         self._dht: DHTNode | None = None
@@ -255,7 +259,12 @@ class Host:
         try:
             async with asyncio.timeout(START_DEADLINE_S):
                 self._dht = await start_dht(
-                    daemon, self._validator, config.serves_dht, self._store_bounds, self._store_metrics
+                    daemon,
+                    self._validator,
+                    config.serves_dht,
+                    self._store_bounds,
+                    self._store_metrics,
+                    self.upload,
                 )
                 await self.tunnels.serve_on(daemon)
                 addresses = await self._visible() if config.listens else []

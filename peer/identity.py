@@ -36,6 +36,8 @@ RECORD_DOMAIN = b"talkoot record v1\0"
 SESSION_DOMAIN = b"talkoot session v1\0"
 GRANT_DOMAIN = b"talkoot grant v1\0"
 """Prefixes of signed bytes, so that a signature for one purpose is not valid for another."""
+_MAX_PUBLIC_KEY_BYTES = 600
+"""In DER. A key of 4096 bits takes 550."""
 _EXPONENT = 65537
 """Used by all of libp2p's RSA keys. With a large exponent, verifying a signature would be as slow as signing."""
 
@@ -106,6 +108,8 @@ def peer_id_of(public_key: bytes) -> PeerID:
 
 def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = RECORD_DOMAIN) -> None:
     """Raises RecordError unless `signature` is the key's over `data`, in this domain."""
+    if len(public_key) > _MAX_PUBLIC_KEY_BYTES:
+        raise RecordError("the record's key is too long")
     try:
         key = serialization.load_der_public_key(public_key)
     except _NO_KEY as error:

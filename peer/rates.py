@@ -265,17 +265,21 @@ class RateLimit:
 class Bandwidth:
     """Upload and download of all calls together."""
 
-    def __init__(
-        self,
-        up_mbit: float | None = None,
-        down_mbit: float | None = None,
-        metrics: CollectorRegistry | None = None,
-    ) -> None:
-        """Limits in Mbit/s; None: no limit."""
-        sent = Counter("talkoot_uploaded_bytes", "Payload of answers, in bytes.", registry=metrics)
-        received = Counter("talkoot_downloaded_bytes", "Payload of calls, in bytes.", registry=metrics)
-        self.up = RateLimit(_bytes_per_s(up_mbit), counter=sent)
-        self.down = RateLimit(_bytes_per_s(down_mbit), counter=received)
+    def __init__(self, up: RateLimit | None = None, down: RateLimit | None = None) -> None:
+        self.up = up or RateLimit(None)
+        self.down = down or RateLimit(None)
+
+
+def upload_limit(mbit: float | None, metrics: CollectorRegistry | None = None) -> RateLimit:
+    """In Mbit/s; None: no limit."""
+    sent = Counter("talkoot_uploaded_bytes", "Payload of answers, in bytes.", registry=metrics)
+    return RateLimit(_bytes_per_s(mbit), counter=sent)
+
+
+def download_limit(mbit: float | None, metrics: CollectorRegistry | None = None) -> RateLimit:
+    """In Mbit/s; None: no limit."""
+    received = Counter("talkoot_downloaded_bytes", "Payload of calls, in bytes.", registry=metrics)
+    return RateLimit(_bytes_per_s(mbit), counter=received)
 
 
 def _bytes_per_s(mbit: float | None) -> float | None:

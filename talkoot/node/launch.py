@@ -187,7 +187,7 @@ class _NodeRun:
         port = settings.dht_port or last_port(state, host)
         config = NetworkConfig(host, port, announce, maps_port=maps_port)
         denylist = Denylist(settings.denylist or state / DENYLIST, settings.deny)
-        bounds = StoreBounds(settings.max_dht_bytes)
+        bounds = StoreBounds(settings.max_dht_bytes, upload_mbit=settings.upload_mbit)
         if isinstance(self._source, Manifest):
             return await found_swarm(
                 identity,

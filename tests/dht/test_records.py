@@ -1,7 +1,9 @@
 """Signed records: own ones pass, and whatever is exchanged, changed or invented does not."""
 
 import math
+import os
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from dht.records import (
     MAX_RECORD_BYTES,
     RecordValidator,
     SwarmKeys,
+    digits_of,
     open_record,
     parse_peer_id,
     shards_of,
@@ -21,7 +24,7 @@ from dht.records import (
 )
 from dht.uid import UID
 from peer.errors import RecordError, WireError
-from peer.identity import Identity, PeerID
+from peer.identity import Identity, PeerID, verify
 from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
 from peer.kademlia.validation import CLOCK_TOLERANCE_S
 from peer.wire import admission_pb2, records_pb2
@@ -340,3 +343,59 @@ def test_the_clock_is_the_real_one_when_none_is_given(identity: Identity, keys: 
     record = stored(key, identity.peer_id.to_bytes(), sign_record(identity, announcement(key, until)), until)
     assert RecordValidator().validate(record)
     assert not RecordValidator(lambda: until - MAX_LIFETIME_S - 60).validate(record)
+
+
+def test_another_swarms_entries_are_refused_whoever_signed_them(identity: Identity, keys: SwarmKeys) -> None:
+    other = SwarmKeys("saunas", identity.peer_id)
+    validator = RecordValidator(lambda: NOW, swarm_id=keys.swarm_id)
+    mine = identity.peer_id.to_bytes()
+    for here, there in (
+        (keys.expert(UID_HERE), other.expert(UID_HERE)),
+        (keys.node(identity.peer_id), other.node(identity.peer_id)),
+    ):
+        for key, is_right in ((here, True), (there, False)):
+            record = stored(key, mine, sign_record(identity, announcement(key, EXPIRES_AT)))
+            assert VALIDATOR.validate(record)
+            assert validator.validate(record) is is_right
+    for here, there, subkey in (
+        (keys.prefix(0), other.prefix(0), 3),
+        (keys.node_shard(digits_of(mine)[:2]), other.node_shard(digits_of(mine)[:2]), mine),
+    ):
+        assert validator.validate(stored(here, subkey, here))
+        assert VALIDATOR.validate(stored(there, subkey, there))
+        assert not validator.validate(stored(there, subkey, there))
+
+
+def test_signatures_are_checked_last_and_a_wrong_one_once(
+    identity: Identity, keys: SwarmKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal checks
+        checks += 1
+        verify(*arguments)
+
+    monkeypatch.setattr("dht.records.verify", counted)
+    validator, mine = RecordValidator(lambda: NOW, swarm_id=keys.swarm_id), identity.peer_id.to_bytes()
+    key, there = keys.expert(UID_HERE), SwarmKeys("other", identity.peer_id).expert(UID_HERE)
+    forged = records_pb2.SignedRecord.FromString(sign_record(identity, announcement(key, EXPIRES_AT)))
+    forged.signature = os.urandom(256)
+    data = forged.SerializeToString()
+    for odd in (
+        stored(key + "x", mine, data),
+        stored(key, bytes(34), data),
+        stored(key, mine, data, EXPIRES_AT + 1),
+        stored(there, mine, sign_record(identity, announcement(there, EXPIRES_AT))),
+    ):
+        assert not validator.validate(odd)
+    assert checks == 0
+    for _ in range(10):
+        assert not validator.validate(stored(key, mine, data))
+    assert checks == 1
+
+
+def test_a_key_of_a_size_that_nobody_has_is_not_even_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peer.identity.serialization.load_der_public_key", None)
+    with pytest.raises(RecordError, match="too long"):
+        verify(bytes(10_000), b"data", b"signature")

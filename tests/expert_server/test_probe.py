@@ -31,7 +31,7 @@ from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import UnreachableError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
-from peer.rates import Bandwidth
+from peer.rates import Bandwidth, download_limit, upload_limit
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.transport.addresses import address_of
@@ -126,7 +126,7 @@ def test_probe_measures_clock_and_bandwidth(play: Play) -> None:
 
 def test_probe_respects_the_limits_of_bandwidth(play: Play) -> None:
     async def scenario(peers: Peers) -> None:
-        peers.servicer._traffic = Bandwidth(up_mbit=20.0, down_mbit=40.0)
+        peers.servicer._traffic = Bandwidth(upload_limit(20.0), download_limit(40.0))
         link = await call_probe(peers.channel, SWARM)
         assert link.download_mbit < 2 * 20
         assert link.upload_mbit < 2 * 40

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from peer.loop import LoopThread
 from peer.rates import (
     BURST_S,
-    Bandwidth,
     FairTurns,
     LeastRate,
     RateLimit,
     SharedBudget,
     TokenBucket,
     TokenBuckets,
+    upload_limit,
 )
 
 RATES = st.floats(1.0, 1e6)
@@ -116,7 +116,7 @@ def test_without_a_limit_nobody_waits_and_bytes_are_counted(loop: LoopThread) ->
 
 def test_a_large_message_takes_the_time_that_it_must(loop: LoopThread) -> None:
     async def scenario() -> tuple[float, int]:
-        rate = Bandwidth(up_mbit=8.0).up  # 1 MB/s, 200 kB at once
+        rate = upload_limit(8.0)  # 1 MB/s, 200 kB at once
         begin = time.monotonic()
         await rate.take(500_000)
         return time.monotonic() - begin, rate.bytes

@@ -18,6 +18,7 @@ from dht.uid import UID
 from expert_server.node import Node, NodeTiming
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
+from peer.kademlia.storage import StoreBounds
 from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
 
@@ -51,7 +52,8 @@ class Village:
     async def found(
         self, *, manifest: Manifest = MANIFEST, timing: NodeTiming = QUICK, **settings: Any
     ) -> Node:
-        swarm = await found_swarm(self.identities[0], manifest, NetworkConfig(LOCAL))
+        bounds = StoreBounds(upload_mbit=settings.get("upload_mbit"))
+        swarm = await found_swarm(self.identities[0], manifest, NetworkConfig(LOCAL), store_bounds=bounds)
         return await self.start(swarm, settings, timing)
 
     async def join(self, number: int, invite: Invite, **settings: Any) -> Node:
