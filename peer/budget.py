@@ -6,7 +6,7 @@ than its share, the limit divided by the number of owners, is never refused and 
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 from grpc import StatusCode
@@ -24,7 +24,7 @@ class Reservation:
 
     __slots__ = ("_budget", "_revoke", "owner", "size")
 
-    def __init__(self, budget: "FairBudget", owner: str, revoke: Callable[[], None]) -> None:
+    def __init__(self, budget: "FairBudget", owner: Hashable, revoke: Callable[[], None]) -> None:
         self.owner = owner
         self.size = 0
         self._budget = budget
@@ -53,11 +53,11 @@ class FairBudget:
         self.used = 0
         self.revoked = 0
         """How often a reservation was taken back."""
-        self._held: dict[str, dict[Reservation, None]] = {}
+        self._held: dict[Hashable, dict[Reservation, None]] = {}
         """By owner, the latest last. No owner is without any."""
-        self._sums: dict[str, int] = {}
+        self._sums: dict[Hashable, int] = {}
 
-    def reserve(self, owner: str, size: int, revoke: Callable[[], None]) -> Reservation:
+    def reserve(self, owner: Hashable, size: int, revoke: Callable[[], None]) -> Reservation:
         """Raises ExpertError (RESOURCE_EXHAUSTED) if there is no room for it.
 
         `revoke`: is called if the reservation is taken back, and must give up what it was for. It must not raise.
@@ -66,7 +66,7 @@ class FairBudget:
         self._add(reservation, size)
         return reservation
 
-    def held(self, owner: str) -> int:
+    def held(self, owner: Hashable) -> int:
         return self._sums.get(owner, 0)
 
     @property
@@ -89,13 +89,13 @@ class FairBudget:
         reservation.size += size
         self.used += size
 
-    def _to_revoke(self, owner: str, wanted: int, missing: int) -> list[Reservation]:
+    def _to_revoke(self, owner: Hashable, wanted: int, missing: int) -> list[Reservation]:
         """What must be taken back from others to free `missing` bytes. Raises ExpertError if that would be unfair."""
         found: list[Reservation] = []
         if missing <= 0:
             return found
         sums = {name: held for name, held in self._sums.items() if name != owner}
-        latest = {name: list(self._held[name]) for name in sums}
+        latest = {name: reversed(self._held[name]) for name in sums}
         while missing > 0:
             richest = max(sums, key=sums.__getitem__, default=None)
             if richest is None or sums[richest] <= wanted:
@@ -104,7 +104,7 @@ class FairBudget:
                     f"no memory: {self.used} of {self.limit} bytes are in use, {self.held(owner)} of them by you",
                     retry_after_s=_RETRY_S,
                 )
-            found.append(latest[richest].pop())
+            found.append(next(latest[richest]))
             sums[richest] -= found[-1].size
             missing -= found[-1].size
         return found
@@ -136,7 +136,7 @@ class MemoryBudget(FairBudget):
         used.set_function(lambda: self.used)
 
     @contextmanager
-    def holding(self, owner: str, size: int) -> Iterator[Reservation]:
+    def holding(self, owner: Hashable, size: int) -> Iterator[Reservation]:
         """Reserves memory for what the current task does inside.
 
         Raises ExpertError (RESOURCE_EXHAUSTED) if there is none, or if others need it meanwhile.

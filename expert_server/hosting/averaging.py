@@ -4,10 +4,11 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 from prometheus_client import CollectorRegistry, Counter
@@ -37,6 +38,8 @@ _LAST_AVERAGING_S = 5.0
 """Longest that a node which gives its experts up averages them a last time."""
 _MAX_HINTS = 256
 """Experts that others may ask this node to fetch, at one time."""
+_FOLLOWERS = 4
+"""Hints of one kind that are followed at the same time, and averages that are begun."""
 
 Adopt: TypeAlias = Callable[[PeerID, Collection[UID]], Coroutine[Any, Any, None]]
 
@@ -68,11 +71,12 @@ class ReplicaAveraging:
         self._rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # whom to average with is no secret
         self._clock = clock
         self._hints = HintQueue(_MAX_HINTS, self._every_s / 10)
-        self._hinted = asyncio.Event()
+        self._hinted = {kind: asyncio.Event() for kind in (False, True)}
+        """Whether averages were asked for, and adoptions."""
         self._runs = False
         self._last_averaging: asyncio.Task[None] | None = None
-        self._meeting = asyncio.Lock()
-        """One meeting at a time: a base that was handed out must stay one."""
+        self._meeting = WeakValueDictionary[UID, asyncio.Lock]()
+        """One meeting of an expert at a time: a base that was handed out must stay one."""
 
     def accept_hint(self, hint: FetchHint) -> int:
         """Queues a hint, and returns how many of its experts it accepts, from the first on: none unless `run` runs."""
@@ -80,7 +84,7 @@ class ReplicaAveraging:
         if not self._runs or not wanted:
             return 0
         accepted = self._hints.put(hint, self._clock())
-        self._hinted.set()
+        self._hinted[hint.is_average].set()
         return accepted
 
     async def run(self) -> None:
@@ -88,8 +92,10 @@ class ReplicaAveraging:
         self._runs = True
         try:
             async with asyncio.TaskGroup() as group:
-                follow, average = self._follow_hints, self._average_now_and_then
-                group.create_task(keep_running("follow others' hints", follow, self._restarts))
+                average = self._average_now_and_then
+                for kind in _FOLLOWERS * [*self._hinted]:
+                    follow = partial(self._follow_hints, kind)
+                    group.create_task(keep_running("follow others' hints", follow, self._restarts))
                 if self._every_s:
                     group.create_task(keep_running("average now and then", average, self._restarts))
         finally:
@@ -100,9 +106,11 @@ class ReplicaAveraging:
         replicas = await self._swarm.registry.replicas(self._replicas.experts)
         partners = choose_partners(replicas, self._swarm.host.peer_id, self._rng)
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
-        for replica in partners:
-            if replica.peer_id in nodes and not self._is_idle(replica):
-                await self._attempt(self.meet(replica.uid, nodes[replica.peer_id]))
+        await self._attempt_all(
+            self.meet(replica.uid, nodes[replica.peer_id])
+            for replica in partners
+            if replica.peer_id in nodes and not self._is_idle(replica)
+        )
 
     async def average_before_leaving(self, limit_s: float) -> None:
         """Averages the experts a last time before they are given up, so that none of this node's updates is lost.
@@ -129,9 +137,11 @@ class ReplicaAveraging:
         me = self._swarm.host.peer_id
         partners = [self._rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
-        for replica in partners:
-            if replica.peer_id in nodes and not self._is_idle(replica):
-                await self._attempt(self._average_last_with(replica.uid, nodes[replica.peer_id]))
+        await self._attempt_all(
+            self._average_last_with(replica.uid, nodes[replica.peer_id])
+            for replica in partners
+            if replica.peer_id in nodes and not self._is_idle(replica)
+        )
 
     async def _average_last_with(self, uid: UID, node: NodeInfo) -> None:
         given = await self.meet(uid, node)
@@ -144,7 +154,7 @@ class ReplicaAveraging:
         Returns an event that is set when the other node has fetched what it needs for that, or None if it won't. Raises
         TransferError, StateError or ExpertError if the replica could not be averaged; it is then as it was.
         """
-        async with self._meeting:
+        async with self._lock_of(uid):
             base = await self._snapshots.take(uid)
             fetched = await self._replicas.states.fetch(node, uid)
             await self._average(base, fetched, node.peer_id)
@@ -160,7 +170,7 @@ class ReplicaAveraging:
         Does nothing if this replica was averaged since: the base is then no longer what it came from.
         """
         (uid,) = hint.uids
-        async with self._meeting:
+        async with self._lock_of(uid):
             base = self._snapshots.find(uid, hint.base_sha256)
             expert = self._replicas.experts.get(uid)
             if base is None or expert is None or base.generation != expert.generation:
@@ -196,12 +206,15 @@ class ReplicaAveraging:
             await asyncio.sleep(self._every_s * self._rng.uniform(0.5, 1.5))
             await self._attempt(self.average_some())
 
-    async def _follow_hints(self) -> None:
+    def _lock_of(self, uid: UID) -> asyncio.Lock:
+        return self._meeting.setdefault(uid, asyncio.Lock())
+
+    async def _follow_hints(self, is_average: bool) -> None:
         while True:
-            hint = self._hints.pop()
+            hint = self._hints.pop(is_average)
             if hint is None:
-                self._hinted.clear()
-                await self._hinted.wait()
+                self._hinted[is_average].clear()
+                await self._hinted[is_average].wait()
             elif hint.is_average:
                 await self._attempt(self._follow_average(hint))
             else:
@@ -215,6 +228,18 @@ class ReplicaAveraging:
             nodes = await self._swarm.registry.nodes([hint.peer_id])
             if hint.peer_id in nodes:
                 await self._answer(hint, nodes[hint.peer_id])
+
+    async def _attempt_all(self, works: Iterable[Coroutine[Any, Any, Any]]) -> None:
+        """A few at the same time, so that one peer that is slow does not hold all others up."""
+        queue = iter(works)
+
+        async def take_turns() -> None:
+            for work in queue:
+                await self._attempt(work)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_FOLLOWERS):
+                group.create_task(take_turns())
 
     async def _attempt(self, work: Coroutine[Any, Any, Any]) -> None:
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import Counter as Multiset
 from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
 
@@ -48,7 +49,9 @@ _EXCHANGE_EVERY_S = 600.0
 _CLAIM_WITHIN_S = 10.0
 """An heir that has not claimed what it accepted within this time is passed over: it may be leaving too."""
 _LOOK_EVERY_S = 0.2
-"""How often a node that leaves looks whether its heirs serve."""
+"""How often a node that leaves looks whether its heirs serve, and asks those again that refused."""
+_ASKS = 3
+"""How often an heir that refuses is asked: strangers may keep it busy."""
 
 
 class Handover:
@@ -66,6 +69,7 @@ class Handover:
         self._nodes: dict[PeerID, NodeInfo] = {}
         self._rooms: dict[PeerID, int] = {}
         self._asked: dict[UID, tuple[PeerID, float]] = {}
+        self._refusals: Multiset[PeerID] = Multiset()
 
     async def run(self) -> None:
         """Returns when others serve all of them, or nobody is left to ask. What others serve is withdrawn.
@@ -78,7 +82,7 @@ class Handover:
             await self._find_rooms()
         while self.alone:
             await self._ask(sorted(self.alone - self._asked.keys()))
-            if not self.alone & self._asked.keys():
+            if not (self.alone & self._asked.keys() or self._shares(self.alone - self._asked.keys())):
                 return
             await asyncio.sleep(_LOOK_EVERY_S)
             self._pass_over(await self._withdraw_served())
@@ -101,13 +105,10 @@ class Handover:
         self._rooms = {p: node.expert_capacity - node.expert_count for p, node in self._nodes.items()}
 
     async def _ask(self, uids: Collection[UID]) -> None:
-        """Asks the heirs all at once, and then others for what those don't take."""
-        left = list(uids)
-        while shares := self._shares(left):
-            async with asyncio.TaskGroup() as group:
-                for heir, share in shares:
-                    group.create_task(self._ask_one(heir, share))
-            left = [uid for uid in left if uid not in self._asked]
+        """Asks the heirs all at once. What they don't take is left for the next time, or for others."""
+        async with asyncio.TaskGroup() as group:
+            for heir, share in self._shares(uids):
+                group.create_task(self._ask_one(heir, share))
 
     def _shares(self, uids: Collection[UID]) -> list[tuple[PeerID, list[UID]]]:
         found = assign_orphans(uids, self._rooms)
@@ -118,8 +119,8 @@ class Handover:
         accepted = await self._replicas.states.ask(self._nodes[heir], state_pb2.ASK_REASON_ADOPT, share)
         for uid in share[:accepted]:
             self._asked[uid] = heir, self._clock()
-        full = accepted < len(share)
-        self._rooms[heir] = 0 if full else self._rooms[heir] - accepted
+        self._refusals[heir] += accepted < len(share)
+        self._rooms[heir] = 0 if self._refusals[heir] >= _ASKS else self._rooms[heir] - accepted
 
     def _pass_over(self, replicas: dict[UID, tuple[Replica, ...]]) -> None:
         """Forgets heirs that did not claim what they accepted."""
@@ -217,19 +218,25 @@ class HostingManager:
 
     async def adopt_from(self, leaving: PeerID, uids: Collection[UID]) -> None:
         """Takes those experts that, as the DHT says, only this leaving peer hosts."""
+        if not await self._given_up_by(leaving, uids):
+            return  # and nobody else had to wait for a stranger's lie
         async with self._changing:
-            replicas = await self._swarm.registry.replicas(uids)
-            me, mine = self._swarm.host.peer_id, self._replicas.experts
-            wanted = [
-                uid
-                for uid in uids
-                if uid not in mine
-                and not serving_elsewhere(replicas[uid], me)
-                and any(r.peer_id == leaving and r.state is ReplicaState.LEAVING for r in replicas[uid])
-            ]
+            wanted = await self._given_up_by(leaving, uids)
+            mine = self._replicas.experts
             if taken := await self._take(wanted[: max(0, self.capacity - len(mine))]):
                 self.adopted.inc(len(taken))
                 logger.info("adopted %s of %s, which leaves", counted(len(taken), "expert"), leaving)
+
+    async def _given_up_by(self, leaving: PeerID, uids: Collection[UID]) -> list[UID]:
+        replicas = await self._swarm.registry.replicas(uids)
+        me, mine = self._swarm.host.peer_id, self._replicas.experts
+        return [
+            uid
+            for uid in uids
+            if uid not in mine
+            and not serving_elsewhere(replicas[uid], me)
+            and any(r.peer_id == leaving and r.state is ReplicaState.LEAVING for r in replicas[uid])
+        ]
 
     async def release(self, timeout_s: float) -> int:
         """Gives up all experts, and waits at most `timeout_s` for others to adopt those that nobody else serves.

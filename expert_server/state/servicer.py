@@ -1,8 +1,10 @@
 """StateService: other nodes fetch the states of experts here, and ask this node to fetch theirs."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import grpc
 from grpc import StatusCode
@@ -11,9 +13,10 @@ from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
 from expert_server.state.transfer import MAX_TRANSFER_S, Snapshot, SnapshotTaker, TransferMetrics
 from peer.bounded import BoundedDict
+from peer.budget import FairBudget, Reservation
 from peer.errors import ExpertError, WireError
 from peer.identity import PeerID
-from peer.rates import RateLimit
+from peer.rates import RateLimit, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import outgoing, written
@@ -26,6 +29,8 @@ MAX_TRANSFERS = 4
 MAX_UIDS_IN_ASK = 256
 _REMEMBERED = 4096
 _ADOPT_EVERY_S = 1.0
+_EXPERTS_PER_S = 32.0
+"""That one peer may ask this one to fetch, on average."""
 
 
 @dataclass(frozen=True)
@@ -45,35 +50,67 @@ class FetchHint:
 
 
 class HintQueue:
-    """The hints that wait to be followed: at most `limit` experts, none of which may come again too soon. Pure."""
+    """The hints that wait to be followed. Pure.
+
+    The peers take turns, and share the room fairly, so that no stranger keeps others from being heard. What one peer
+    asked for may come again from another at once, but not from the same one.
+    """
 
     def __init__(self, limit: int, average_every_s: float) -> None:
-        self._limit = limit
+        """`limit`: experts, of all hints together. `average_every_s`: before a peer may ask again for the same one."""
+        self._room = FairBudget(limit)
         self._average_every_s = average_every_s
-        self._waiting: list[FetchHint] = []
-        self._taken_at = BoundedDict[tuple[UID, bool], float](_REMEMBERED)
+        self._waiting: OrderedDict[PeerID, dict[tuple[UID, bool], tuple[FetchHint, Reservation]]] = (
+            OrderedDict()
+        )
+        """By peer, those whose turn was longest ago first. No peer is without any."""
+        self._taken_at = BoundedDict[tuple[PeerID, UID, bool], float](_REMEMBERED)
+        self._paces = TokenBuckets[PeerID](_EXPERTS_PER_S, MAX_UIDS_IN_ASK)
 
     def put(self, hint: FetchHint, now: float) -> int:
         """Returns how many of the hint's experts were taken, from the first on."""
-        taken: list[UID] = []
         every_s = self._average_every_s if hint.is_average else _ADOPT_EVERY_S
-        room = self._limit - sum(len(waiting.uids) for waiting in self._waiting)
-        for uid in hint.uids[: max(room, 0)]:
-            key = uid, hint.is_average
-            if now < self._taken_at.get(key, float("-inf")) + every_s:
-                break
+        if self._paces.wait_s(hint.peer_id, now):
+            return 0
+        self._paces.take(hint.peer_id, len(hint.uids), now)
+        for taken, uid in enumerate(hint.uids):
+            key = hint.peer_id, uid, hint.is_average
+            if now < self._taken_at.get(key, float("-inf")) + every_s or not self._add(hint, uid):
+                return taken
             self._taken_at[key] = now
-            taken.append(uid)
-        if taken:
-            self._waiting.append(replace(hint, uids=tuple(taken)))
-        return len(taken)
+        return len(hint.uids)
 
-    def pop(self) -> FetchHint | None:
-        """The oldest hint. Adoptions come first, because the peers that ask for them are leaving."""
-        if not self._waiting:
-            return None
-        first = min(range(len(self._waiting)), key=lambda n: self._waiting[n].is_average)
-        return self._waiting.pop(first)
+    def pop(self, is_average: bool) -> FetchHint | None:
+        """The next hint of this kind. All experts that one peer asks for adoption of come as one hint."""
+        for peer_id, waiting in self._waiting.items():
+            keys = [key for key in waiting if key[1] is is_average]
+            if keys:
+                self._waiting.move_to_end(peer_id)
+                keys = keys[:1] if is_average else keys
+                hint = replace(waiting[keys[0]][0], uids=tuple(uid for uid, _ in keys))
+                for key in keys:
+                    waiting[key][1].release()
+                    self._drop(peer_id, key)
+                return hint
+        return None
+
+    def _add(self, hint: FetchHint, uid: UID) -> bool:
+        key = uid, hint.is_average
+        own = self._waiting.get(hint.peer_id, {})
+        if key in own:
+            own[key] = hint, own[key][1]  # the newest snapshots of an average
+            return True
+        try:
+            reservation = self._room.reserve(hint.peer_id, 1, partial(self._drop, hint.peer_id, key))
+        except ExpertError:
+            return False
+        self._waiting.setdefault(hint.peer_id, {})[key] = hint, reservation
+        return True
+
+    def _drop(self, peer_id: PeerID, key: tuple[UID, bool]) -> None:
+        del self._waiting[peer_id][key]
+        if not self._waiting[peer_id]:
+            del self._waiting[peer_id]
 
 
 FetchContext = grpc.aio.ServicerContext[state_pb2.FetchRequest, state_pb2.FetchReply]

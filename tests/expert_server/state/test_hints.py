@@ -1,4 +1,7 @@
-"""What others ask for is bounded, whoever asks how often."""
+"""What others ask for is bounded, and no stranger keeps the others from being heard."""
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dht.uid import UID
 from expert_server.state.servicer import FetchHint, HintQueue
@@ -8,35 +11,70 @@ ASKER, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
 UIDS = tuple(UID(0, (n, 0)) for n in range(10))
 
 
-def average(uid: UID, asker: PeerID = ASKER) -> FetchHint:
-    return FetchHint(asker, (uid,), b"a" * 32, b"b" * 32)
+def average(uid: UID, asker: PeerID = ASKER, sha256: bytes = b"a" * 32) -> FetchHint:
+    return FetchHint(asker, (uid,), sha256, b"b" * 32)
 
 
-def test_hints_come_out_in_order_with_adoptions_first() -> None:
+def test_hints_of_a_kind_come_out_peer_by_peer() -> None:
     queue = HintQueue(10, 6.0)
-    adopt = [FetchHint(ASKER, UIDS[:3]), FetchHint(OTHER, UIDS[3:5])]
     assert queue.put(average(UIDS[0]), 0.0) == 1
-    assert [queue.put(hint, 0.0) for hint in adopt] == [3, 2]
-    assert [queue.pop() for _ in range(4)] == [*adopt, average(UIDS[0]), None]
+    assert queue.put(FetchHint(ASKER, UIDS[:2]), 0.0) == 2
+    assert queue.put(FetchHint(OTHER, UIDS[3:5]), 0.0) == 2
+    assert queue.put(FetchHint(ASKER, UIDS[2:3]), 0.0) == 1
+    adopt = [FetchHint(ASKER, UIDS[:3]), FetchHint(OTHER, UIDS[3:5])]
+    assert [queue.pop(is_average=False) for _ in range(3)] == [*adopt, None]
+    assert [queue.pop(is_average=True) for _ in range(2)] == [average(UIDS[0]), None]
 
 
-def test_no_more_wait_than_the_limit() -> None:
+def test_no_more_wait_than_the_limit_and_peers_share_it() -> None:
     queue = HintQueue(4, 6.0)
-    assert queue.put(FetchHint(ASKER, UIDS[:3]), 0.0) == 3
-    assert queue.put(FetchHint(OTHER, UIDS[3:]), 0.0) == 1
-    assert queue.put(FetchHint(OTHER, UIDS[5:]), 0.0) == 0
-    assert queue.put(average(UIDS[9]), 0.0) == 0
-    assert (queue.pop(), queue.pop()) == (FetchHint(ASKER, UIDS[:3]), FetchHint(OTHER, UIDS[3:4]))
-    assert queue.pop() is None
-    assert queue.put(FetchHint(OTHER, UIDS[5:]), 0.0) == 4
+    assert queue.put(FetchHint(ASKER, UIDS), 0.0) == 4
+    assert queue.put(FetchHint(OTHER, UIDS[5:]), 0.0) == 2
+    assert queue.pop(is_average=False) == FetchHint(ASKER, UIDS[:2])
+    assert queue.pop(is_average=False) == FetchHint(OTHER, UIDS[5:7])
+    assert queue.pop(is_average=False) is None
 
 
-def test_an_expert_comes_again_only_after_a_while_whoever_asks() -> None:
+def test_an_expert_comes_again_only_after_a_while_from_the_same_peer() -> None:
     queue = HintQueue(100, 6.0)
     assert queue.put(average(UIDS[0]), 10.0) == 1
-    assert queue.put(average(UIDS[0], OTHER), 15.9) == 0
-    assert queue.put(average(UIDS[1]), 15.9) == 1
-    assert queue.put(average(UIDS[0], OTHER), 16.0) == 1
+    assert queue.put(average(UIDS[0], OTHER), 10.0) == 1
+    assert queue.put(average(UIDS[0], sha256=b"c" * 32), 15.9) == 0
+    assert queue.put(average(UIDS[0], sha256=b"c" * 32), 16.0) == 1
+    assert queue.pop(is_average=True) == average(UIDS[0], sha256=b"c" * 32), "the newest"
+    assert queue.pop(is_average=True) == average(UIDS[0], OTHER)
     assert queue.put(FetchHint(ASKER, UIDS[:2]), 16.0) == 2
     assert queue.put(FetchHint(ASKER, UIDS[:2]), 16.5) == 0
     assert queue.put(FetchHint(ASKER, UIDS[:2]), 17.0) == 2
+
+
+def test_one_peer_asks_for_no_more_experts_a_second_than_are_looked_up() -> None:
+    queue = HintQueue(1000, 6.0)
+    many = tuple(UID(0, (n, 0)) for n in range(256))
+    took = 0
+    for second in range(100):
+        took += queue.put(FetchHint(ASKER, many), float(second))
+        while queue.pop(is_average=False):
+            pass
+    assert took <= 2 * 256 + 32 * 100
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.lists(st.integers(0, 7), max_size=20))
+def test_however_many_strangers_ask_a_newcomer_has_its_share_and_its_turn(
+    strangers: int, uids: int, order: list[int]
+) -> None:
+    queue = HintQueue(64, 6.0)
+    peers = [PeerID(b"\x12\x20" + bytes([n]) * 32) for n in range(strangers)]
+    for number in [*range(strangers), *(n % strangers for n in order)]:
+        queue.put(FetchHint(peers[number], UIDS), 0.0)
+    for number in order:
+        queue.put(average(UIDS[number], peers[number % strangers]), 0.0)
+    honest = PeerID(b"\x12\x20" + bytes([99]) * 32)
+    share = min(uids, 64 // (strangers + 1))
+    assert queue.put(FetchHint(honest, UIDS[:uids]), 0.0) >= share
+    turns = [queue.pop(is_average=False) for _ in range(strangers + 1)]
+    assert honest in {hint.peer_id for hint in turns if hint is not None}
+    while queue.pop(is_average=False) or queue.pop(is_average=True):
+        pass
+    assert not queue._waiting
+    assert queue._room.used == 0
