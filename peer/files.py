@@ -1,10 +1,10 @@
-"""Atomic file writes, and a state folder that one process locks."""
+"""Atomic file writes, and a state folder that one process locks and that no other user can write to."""
 
 import fcntl
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from peer.errors import StateFolderError
 
@@ -13,11 +13,15 @@ class StateFolder:
     """A peer's folder on disk, locked by one process at a time. The kernel frees the lock when the process ends."""
 
     def __init__(self, path: Path) -> None:
-        """Raises StateFolderError if the folder can't be used or another process uses it."""
+        """Raises StateFolderError if the folder can't be used, another process uses it, or others can write to it."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock: IO[str] = (path / "lock").open("w")
+            _protect(path)
+            for inner in path.iterdir():
+                if inner.is_dir() and not inner.is_symlink():
+                    _protect(inner)
+            self._lock = os.fdopen(open_plainly(path / "lock", os.O_WRONLY | os.O_CREAT), "wb")
         except OSError as error:
             raise StateFolderError(
                 f"can't use the state folder {path}: {error.strerror}; pass another --state"
@@ -32,6 +36,34 @@ class StateFolder:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def open_plainly(path: Path, flags: int, mode: int = 0o600) -> int:
+    """A descriptor of a file that is no link. For names that somebody may have led elsewhere. Raises OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
+def _protect(folder: Path) -> None:
+    """Lets nobody else write to a folder of this user. Raises StateFolderError if that is not enough, and OSError."""
+    about, me = folder.stat(), os.geteuid()
+    if {about.st_uid, folder.lstat().st_uid} - {me, 0}:
+        raise StateFolderError(f"the state folder {folder} belongs to another user: pass another --state")
+    others = stat.S_IMODE(about.st_mode) & 0o022
+    if not others:
+        return
+    if about.st_uid == me:
+        folder.chmod(stat.S_IMODE(about.st_mode) & ~0o022)
+    elif others & stat.S_IWOTH:  # a group that root gave the folder may be this user's alone
+        raise StateFolderError(
+            f"every user can write to the state folder {folder}: pass a folder in it as --state, which will be yours"
+        )
+    # whoever could write there may have planted something before
+    for path in folder.iterdir():
+        if path.is_symlink() or path.lstat().st_uid not in {me, 0}:
+            raise StateFolderError(
+                f"other users could write to the state folder {folder}, and {path.name!r} there may be theirs: "
+                "remove it, or pass another --state"
+            )
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:

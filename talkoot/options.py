@@ -353,6 +353,7 @@ def command(log_format: LogFormat) -> Iterator[tuple[Terminal, StopSignals]]:
     """What stands around every command: errors of the user become one line, and signals the exit status."""
     # torch's threads must not spin while they wait: others need the cores; OpenMP reads this when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.umask(os.umask(0o077) | 0o022)  # nothing that a command writes may be written to by other users
     signals = StopSignals()
     terminal = Terminal(log_format)
     try:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peer.errors import StartError, UserError
+from peer.files import open_plainly
 from peer.rates import TokenBucket
 
 logger = logging.getLogger(__name__)
@@ -248,6 +250,11 @@ class _LogFileHandler(RotatingFileHandler):
             path, maxBytes=LOG_FILE_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
         )
         self._limit = RepeatLimit()
+
+    def _open(self) -> TextIOWrapper:
+        """Not where a link leads: another user may have planted it."""
+        descriptor = open_plainly(Path(self.baseFilename), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        return open(descriptor, "a", encoding=self.encoding, errors=self.errors)
 
     def emit(self, record: logging.LogRecord) -> None:
         if (shown := self._limit.admit(record)) is not None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from enum import IntEnum
 from pathlib import Path
@@ -36,6 +37,7 @@ _EXPERT_POINTS = 12_000
 """So many that each tier is shown in full."""
 _SEND_DEADLINE_S = 15.0
 """A stream is closed when its page takes nothing for this long."""
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]{1,5})?")
 _HEADERS = [
     (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; "
      b"frame-ancestors 'none'; object-src 'none'"),
@@ -276,9 +278,10 @@ def _scope(host: str) -> int:
 
 
 def _host_of(scope: Scope) -> str:
-    """The host that was asked for, without its port."""
-    host: str = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"host"), "")
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    """The host that was asked for, without its port; empty unless exactly one is named, in the form of RFC 9110."""
+    named = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
+    match = _HOST.fullmatch(named[0]) if len(named) == 1 else None
+    return "" if match is None else match[1] or match[2]
 
 
 async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:

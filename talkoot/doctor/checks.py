@@ -369,7 +369,8 @@ def _write_speed(folder: Path) -> float:
     data = os.urandom(_DISK_TEST_BYTES)
     try:
         began = time.perf_counter()
-        with path.open("wb") as file:
+        path.unlink(missing_ok=True)
+        with path.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

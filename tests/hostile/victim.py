@@ -232,7 +232,7 @@ class HonestCaller:
             errors = [error]
         if any(errors) or not errors:
             self.failed += 1
-            self.last_error = str(errors)
+            self.last_error = "; ".join(map(str, errors))
             return False
         self.longest_s = max(self.longest_s, time.monotonic() - began)
         return True

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -162,6 +163,55 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         with pytest.raises(StartError, match="can't use the state folder") as caught:
             StateFolder(path)
         assert str(path) in str(caught.value)
+
+
+def test_a_state_folder_that_others_can_write_to_is_taken_from_them(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    (state / "peers").mkdir(parents=True)
+    (state / "peers" / "sauna.json").write_text("{}")
+    (state / "peers").chmod(0o777)
+    state.chmod(0o777)
+    StateFolder(state).close()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (state, state / "peers")] == [0o755, 0o755]
+
+
+@pytest.mark.parametrize("at", [".", "peers"])
+def test_what_others_may_have_planted_in_a_state_folder_is_refused(tmp_path: Path, at: str) -> None:
+    state, kept = tmp_path / "state", tmp_path / "kept"
+    (state / "peers").mkdir(parents=True)
+    kept.write_text("kept")
+    (state / at).chmod(0o777)
+    (state / at / "lock").symlink_to(kept)
+    with pytest.raises(StartError, match="'lock' there may be theirs"):
+        StateFolder(state)
+    assert kept.read_text() == "kept"
+
+
+def test_a_lock_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    state, kept = tmp_path / "state", tmp_path / "kept"
+    state.mkdir(mode=0o700)
+    kept.write_text("kept")
+    (state / "lock").symlink_to(kept)
+    with pytest.raises(StartError, match="can't use the state folder"):
+        StateFolder(state)
+    assert kept.read_text() == "kept"
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o700)
+    with monkeypatch.context() as patched:
+        me = os.geteuid()
+        patched.setattr(os, "geteuid", lambda: me + 1)
+        if me:  # root may hand a folder to a user
+            with pytest.raises(StartError, match="belongs to another user"):
+                StateFolder(tmp_path)
+        else:
+            tmp_path.chmod(0o1777)
+            with pytest.raises(StartError, match="every user can write to"):
+                StateFolder(tmp_path)
+            os.chown(tmp_path, me + 2, -1)
+            with pytest.raises(StartError, match="belongs to another user"):
+                StateFolder(tmp_path)
 
 
 @pytest.mark.parametrize("length", [20, 40, 41, 200])

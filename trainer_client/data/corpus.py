@@ -70,7 +70,7 @@ def _write(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path
             old.unlink()
     temporary, sha256 = folder / f"{name}.new", hashlib.sha256()
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             pieces = read_text(files, field)
             while several := list(islice(pieces, _PIECES)):
                 data = tokenizer.encode(*several).tobytes()

@@ -140,7 +140,25 @@ def test_hostile_names_stay_json(asked: Asked) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8080", "", "127.0.0.1.evil.example", "localhost.evil"]
+    "host",
+    [
+        "evil.example",
+        "evil.example:8080",
+        "",
+        "127.0.0.1.evil.example",
+        "localhost.evil",
+        "[::1].evil",
+        "[::1]evil:80",
+        "[::1",
+        "::1",
+        "localhost:80:evil",
+        "localhost:evil",
+        "localhost@evil",
+        "127.0.0.1/evil",
+        "[::1%25lo]",
+        " localhost",
+        "localhost, evil",
+    ],
 )
 def test_on_loopback_other_names_are_refused(asked: Asked, host: str) -> None:
     assert asked.get("/api/v1/swarm", host).status == 421

@@ -13,7 +13,7 @@ from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, run_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.errors import SettingsError
+from peer.errors import SettingsError, StartError
 from talkoot import terminal
 from talkoot.doctor.checks import Finding, Verdict
 from talkoot.doctor.examination import Report
@@ -211,10 +211,24 @@ def test_what_ended_a_node_is_in_its_log(tmp_path: Path) -> None:
     assert "ZeroDivisionError: integer division or modulo by zero" in path.read_text()
 
 
-def test_full_disk_costs_lines_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_is_not_written_where_a_link_leads(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    (tmp_path / "node.log").symlink_to(kept)
+    with (
+        pytest.raises(StartError, match=r"node\.log: Too many levels of symbolic links"),
+        log_file(tmp_path / "node.log"),
+    ):
+        log("lost")
+    assert kept.read_text() == "kept"
+
+
+def test_full_disk_costs_lines_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    os.symlink("/dev/full", tmp_path / "node.log")
+    monkeypatch.setattr(terminal, "open_plainly", lambda path, flags: os.open("/dev/full", os.O_WRONLY))
     with log_file(tmp_path / "node.log"):
         log("lost")
     assert "Traceback" not in capsys.readouterr().err
