@@ -32,8 +32,8 @@ from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Registry
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
-from peer.identity import Identity, PeerID
-from peer.transport.addresses import NetworkConfig
+from peer.identity import Identity
+from peer.transport.addresses import Multiaddress, NetworkConfig
 from peer.wire import records_pb2
 
 GRID = (16, 16)
@@ -52,13 +52,13 @@ def batches(seed: int) -> list[np.ndarray]:
     return [rng.standard_normal((BATCH, size)).astype(np.float32) for size in GRID]
 
 
-async def talkoot_village(folder: Path, nodes: int) -> list[str]:
+async def talkoot_village(folder: Path, nodes: int) -> list[Multiaddress]:
     """Gives the first peer's addresses, once all experts are announced."""
 
     manifest = Manifest.model_validate(
         {"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}}
     )
-    bootstrap: list[str] = []
+    bootstrap: list[Multiaddress] = []
     hosts = []
     for n in range(nodes):
         identity = Identity.load_or_create(folder / f"{n}.key")
@@ -86,11 +86,11 @@ def _registry(host: Host, keys: SwarmKeys) -> Registry:
     return Registry(lambda: host.dht, keys, host.identity)
 
 
-async def talkoot_client(folder: Path, bootstrap: Sequence[str]) -> dict[str, list[float]]:
+async def talkoot_client(folder: Path, bootstrap: Sequence[Multiaddress]) -> dict[str, list[float]]:
     manifest = Manifest.model_validate(
         {"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}}
     )
-    keys = SwarmKeys("benchmark", PeerID.from_base58(bootstrap[0].rsplit("/p2p/", 1)[1]))
+    keys = SwarmKeys("benchmark", bootstrap[0].peer_id)
     cold_ms: list[float] = []
     warm_ms: list[float] = []
     for n in range(TRIES):
@@ -143,7 +143,7 @@ async def hivemind_village(folder: Path, nodes: int) -> list[str]:
     return bootstrap
 
 
-def hivemind_client(bootstrap: Sequence[str]) -> dict[str, list[float]]:
+def hivemind_client(bootstrap: Sequence[Multiaddress]) -> dict[str, list[float]]:
     from hivemind import DHT
 
     from benchmarks.rival_search import RepairedSearcher

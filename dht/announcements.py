@@ -5,8 +5,7 @@ in range. Anything else counts as not announced.
 """
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Self
@@ -18,7 +17,7 @@ from peer.bounded import BoundedDict
 from peer.errors import RecordError
 from peer.formatting import printable
 from peer.identity import PeerID, certificate_pem
-from peer.transport.addresses import ip_address, tunnel_addresses_of
+from peer.transport.addresses import AddressScope, Endpoint, Multiaddress, known
 from peer.wire import records_pb2
 
 MAX_NAME_CHARACTERS = 32
@@ -38,9 +37,6 @@ _MAX_VERSION_CHARACTERS = 32
 _MAX_ADDRESSES = 8
 _MAX_CLAIMS = 65536
 """Claims that are remembered, those seen last."""
-_ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}")
-"""host:port. gRPC accepts other schemes too, such as unix sockets of the caller's own machine."""
-_ENDPOINT = re.compile(r"(?:\[([0-9a-f:.]{2,45})\]|([0-9.]{7,15})):([0-9]{1,5})")
 
 
 class _WireEnum(Enum):
@@ -78,7 +74,8 @@ class NodeInfo:
     """A node's record: who and where it is, and what it does."""
 
     peer_id: PeerID
-    addresses: tuple[str, ...]
+    addresses: tuple[Endpoint, ...]
+    """Of its expert service, as IP addresses."""
     certificate_pem: bytes
     protocol_version: int
     software_version: str
@@ -87,7 +84,8 @@ class NodeInfo:
     rows_processed: int
     updates: int
     started_at: float
-    bootstrap_addresses: tuple[str, ...]
+    bootstrap_addresses: tuple[Multiaddress, ...]
+    """Its own, without a relay."""
     expires_at: float
     name: str = ""
     """Given by its owner; empty: no name."""
@@ -102,7 +100,7 @@ class NodeInfo:
     contributed_updates: int = 0
     contributed_s: float = 0.0
     reachability: Reachability = Reachability.UNKNOWN
-    tunnel_addresses: tuple[str, ...] = ()
+    tunnel_addresses: tuple[Multiaddress, ...] = ()
     unsteady: bool = False
     """Some of its tasks fail and start again too often."""
 
@@ -140,14 +138,14 @@ class TrainerInfo:
     expires_at: float
     failures: Mapping[str, int] = field(default_factory=dict)
     node_latency_s: Mapping[PeerID, float] = field(default_factory=dict)
-    addresses: tuple[str, ...] = ()
+    addresses: tuple[Endpoint, ...] = ()
     """Where others reach it to average dense parts. With neither these nor a tunnel, only it can call others."""
     certificate_pem: bytes = b""
     dense_fingerprint: bytes = b""
     """Of its dense part's form: names, shapes and what else must agree. Empty: it averages with nobody."""
     dense_age: int = 0
     """Steps that its dense part has taken."""
-    tunnel_addresses: tuple[str, ...] = ()
+    tunnel_addresses: tuple[Multiaddress, ...] = ()
     """By which it is reached if its router admits nobody."""
 
 
@@ -224,7 +222,7 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         return None
     return NodeInfo(
         peer_id,
-        tuple(filter(_ADDRESS.fullmatch, node.addresses[:_MAX_ADDRESSES])),
+        _endpoints(node.addresses),
         certificate_pem(node.certificate, peer_id),
         node.protocol_version,
         printable(node.software_version, _MAX_VERSION_CHARACTERS),
@@ -233,7 +231,7 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         count(node.rows_processed),
         count(node.updates),
         number(node.started_at) or 0.0,
-        tuple(node.bootstrap_addresses[:_MAX_ADDRESSES]),
+        tuple(a for a in _own(peer_id, node.bootstrap_addresses) if not a.is_relayed),
         payload.expires_at,
         printable(node.name, MAX_NAME_CHARACTERS),
         Activity.of(node.activity),
@@ -244,7 +242,7 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo |
         count(node.contributed_updates),
         number(node.contributed_s) or 0.0,
         Reachability.of(node.reachability),
-        tunnel_addresses_of(peer_id, node.tunnel_addresses),
+        _own(peer_id, node.tunnel_addresses),
         node.unsteady,
     )
 
@@ -277,11 +275,11 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
         payload.expires_at,
         {f.cause: count(f.count) for f in trainer.failures[:32] if f.cause in FAILURE_CAUSES},
         _node_latencies(trainer.nodes[:MAX_LATENCIES]),
-        tuple(filter(_ADDRESS.fullmatch, trainer.addresses[:_MAX_ADDRESSES])) if serves else (),
+        _endpoints(trainer.addresses) if serves else (),
         certificate_pem(trainer.certificate, peer_id) if serves else b"",
         trainer.dense_fingerprint if len(trainer.dense_fingerprint) == 32 else b"",
         count(trainer.dense_age),
-        tunnel_addresses_of(peer_id, trainer.tunnel_addresses) if serves else (),
+        _own(peer_id, trainer.tunnel_addresses) if serves else (),
     )
 
 
@@ -319,15 +317,22 @@ def renewal(value: float) -> float:
 
 
 def metrics_endpoint(text: str) -> str:
-    """`IP address:port` unchanged, or empty. Host names are dropped, because the scraper would look them up."""
-    match = _ENDPOINT.fullmatch(text)
-    if match is None or not 0 < int(match[3]) < 65536:
-        return ""
-    try:
-        address = ip_address(match[1] or match[2])
-    except ValueError:
-        return ""
-    return "" if address.is_unspecified or address.is_multicast or address.is_link_local else text
+    """The text as `IP address:port`, or empty. Host names are dropped, because the scraper would look them up."""
+    return next(iter(_endpoints([text])), "")
+
+
+def _endpoints(texts: Iterable[str]) -> tuple[Endpoint, ...]:
+    return tuple(e for e in known(Endpoint, texts, _MAX_ADDRESSES) if _is_numeric(e))
+
+
+def _own(peer_id: PeerID, texts: Iterable[str]) -> tuple[Multiaddress, ...]:
+    addresses = known(Multiaddress, texts, _MAX_ADDRESSES)
+    return tuple(a for a in addresses if a.peer_id == peer_id and _is_numeric(a.endpoint))
+
+
+def _is_numeric(endpoint: Endpoint) -> bool:
+    """Whether it is the IP address of a machine. A name would be looked up, and lead wherever its owner likes."""
+    return endpoint.scope not in {None, AddressScope.NONE}
 
 
 def _latency(latency: records_pb2.Latency) -> Latency | None:

@@ -19,7 +19,7 @@ from dht.admission import MAX_REVOKED, Role
 from dht.records import SwarmKeys, parse_peer_id
 from peer.errors import InviteError, SettingsError, StartError, UserError, WireError
 from peer.files import write_atomically
-from peer.transport.addresses import is_multiaddress
+from peer.transport.addresses import Multiaddress, known
 from peer.wire import admission_pb2, records_pb2
 
 FILE = "invites.json"
@@ -36,8 +36,8 @@ class Invite:
     """What a peer needs to join a swarm and to recognise its manifest."""
 
     keys: SwarmKeys
-    bootstrap: tuple[str, ...]
-    """Multiaddresses, which are all tried at the same time."""
+    bootstrap: tuple[Multiaddress, ...]
+    """They are all tried at the same time."""
     token: bytes = field(default=b"", repr=False)
     """A serialized Token, which is a secret: it admits its holder to a swarm that admits by token. May be empty."""
 
@@ -96,8 +96,8 @@ class Invite:
             raise InviteError(
                 "the invite is incomplete or mistyped (its checksum does not fit): copy the whole line again"
             ) from error
-        addresses = tuple(message.bootstrap_addresses)
-        if not addresses or len(addresses) > _MAX_ADDRESSES or not all(map(is_multiaddress, addresses)):
+        addresses = known(Multiaddress, message.bootstrap_addresses, _MAX_ADDRESSES)
+        if not addresses:
             raise InviteError("the invite names no usable bootstrap address: ask for a new one")
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}[a-z0-9]", message.name):
             raise InviteError("the invite names no valid swarm: ask for a new one")

@@ -6,23 +6,23 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from dht.registry import Registry
 from peer.bounded import BoundedDict
-from peer.errors import UnreachableError
+from peer.errors import AddressError, UnreachableError
 from peer.files import write_atomically
+from peer.formatting import printable
 from peer.host import Host
-from peer.transport.addresses import is_multiaddress
+from peer.identity import PeerID
+from peer.transport.addresses import Multiaddress
 
 logger = logging.getLogger(__name__)
 
 _MAX_PEERS = 64
 _MAX_ADDRESSES = 4
 """Of one peer."""
-_MAX_CHARACTERS = 256
-"""Of one address."""
 _MAX_FILE_BYTES = 1 << 20
 _MEETINGS = 8
 """Peers whose records are read in one round to remember their addresses, at most."""
@@ -39,31 +39,30 @@ class PeerStore:
     def __init__(self, path: Path | None) -> None:
         """`path`: where they are saved; None: only in memory. A file that can't be read counts as empty."""
         self._path = path
-        self._met = BoundedDict[str, tuple[tuple[str, ...], float]](_MAX_PEERS)
+        self._met = BoundedDict[PeerID, tuple[tuple[Multiaddress, ...], float]](_MAX_PEERS)
         if path is not None:
             for addresses, met_at in _read(path):
                 self.add(addresses, met_at)
-        self._saved = frozenset(self.addresses())
+        self._saved: frozenset[Multiaddress] | None = None  # what the file says may be bad or incomplete
 
-    def add(self, addresses: Iterable[str], now: float) -> None:
-        """Adds addresses at which peers were alive at this Unix time. Ignores what is not a multiaddress."""
-        by_peer: dict[str, list[str]] = {}
+    def add(self, addresses: Iterable[Multiaddress], now: float) -> None:
+        """Adds addresses at which peers were alive at this Unix time."""
+        by_peer: dict[PeerID, list[Multiaddress]] = {}
         for address in addresses:
-            if len(address) <= _MAX_CHARACTERS and is_multiaddress(address):
-                by_peer.setdefault(_peer_of(address), []).append(address)
+            by_peer.setdefault(address.peer_id, []).append(address)
         for peer, listed in by_peer.items():
             self._met[peer] = tuple(dict.fromkeys(listed))[:_MAX_ADDRESSES], now
 
-    def addresses(self) -> list[str]:
+    def addresses(self) -> list[Multiaddress]:
         """All addresses, those of the last peer met first."""
         return [address for listed, _ in reversed(self._met.values()) for address in listed]
 
-    def met_at(self, peer: str) -> float:
-        """When the peer (PeerID in base58) was last met; minus infinity if it never was."""
+    def met_at(self, peer: PeerID) -> float:
+        """When the peer was last met; minus infinity if it never was."""
         return self._met[peer][1] if peer in self._met else -math.inf
 
-    def absent(self, known: Collection[str]) -> list[list[str]]:
-        """The addresses of each peer that was met and is not among the `known` ones (PeerIDs in base58)."""
+    def absent(self, known: Collection[PeerID]) -> list[list[Multiaddress]]:
+        """The addresses of each peer that was met and is not among the `known` ones."""
         return [list(listed) for peer, (listed, _) in self._met.items() if peer not in known]
 
     def save(self) -> None:
@@ -168,26 +167,24 @@ class Membership:
     async def _meet(self) -> None:
         """Remembers the addresses of some DHT peers, from their own records; those that were not met lately."""
         due = [
-            peer
-            for peer in self._host.peers()
-            if self._peer_store.met_at(peer.to_base58()) < self._now() - _MEET_AGAIN_S
+            peer for peer in self._host.peers() if self._peer_store.met_at(peer) < self._now() - _MEET_AGAIN_S
         ]
         met = await self._registry.nodes(self._rng.sample(due, min(_MEETINGS, len(due))))
-        for node in met.values():
-            own = f"/p2p/{node.peer_id.to_base58()}"
-            self._peer_store.add([a for a in node.bootstrap_addresses if a.endswith(own)], self._now())
+        listed = [address for node in met.values() for address in node.bootstrap_addresses]
+        # anybody can list a victim's address, and what is remembered is dialled and passed on in invites
+        self._peer_store.add(await self._host.confirmed(listed), self._now())
         self._host.remember(self._peer_store.addresses())
         await asyncio.to_thread(self._peer_store.save)
 
     async def _dial_one(self) -> None:
         """Dials a known peer that the DHT does not name: it may be in another half of the swarm."""
-        known = {peer.to_base58() for peer in self._host.peers()} | {self._host.peer_id.to_base58()}
+        known = self._host.peers() | {self._host.peer_id}
         absent = self._peer_store.absent(known)
         if absent and (joined := await self._host.join(self._rng.choice(absent))):
             logger.info("found a known peer again: %s", joined[0])
 
 
-def _read(path: Path) -> list[tuple[list[str], float]]:
+def _read(path: Path) -> list[tuple[list[Multiaddress], float]]:
     """The addresses of each peer and when it was met, newest last.
 
     Whoever edits the file can only make this peer dial others, whose answers are checked like any.
@@ -196,7 +193,7 @@ def _read(path: Path) -> list[tuple[list[str], float]]:
         with path.open("rb") as file:
             peers = json.loads(file.read(_MAX_FILE_BYTES))["peers"]
         return [
-            (list(map(str, peer["addresses"])), float(peer["met_at"]))
+            (list(_usable(path, list(peer["addresses"]))), float(peer["met_at"]))
             for peer in reversed(peers[:_MAX_PEERS])
         ]
     except FileNotFoundError:
@@ -206,6 +203,10 @@ def _read(path: Path) -> list[tuple[list[str], float]]:
         return []
 
 
-def _peer_of(address: str) -> str:
-    """The PeerID, in base58, in a multiaddress."""
-    return address.rsplit("/p2p/", 1)[1]
+def _usable(path: Path, listed: list[object]) -> Iterator[Multiaddress]:
+    """Drops what an earlier version stored without checking it as strictly."""
+    for text in listed[:_MAX_ADDRESSES]:
+        try:
+            yield Multiaddress(str(text))
+        except AddressError as error:
+            logger.warning("dropped %s from %s: %s", printable(str(text)), path, error)

@@ -12,12 +12,14 @@ from dht.registry import Registry
 from dht.swarm import Swarm
 from peer.errors import DaemonError, UnreachableError
 from peer.host import Host
-from peer.transport.addresses import is_public, is_relayed, multiaddress
+from peer.transport.addresses import Multiaddress, is_public
 
 logger = logging.getLogger(__name__)
 
 _SAMPLED = 24
 """DHT peers whose records are read to find nodes, which may be relays."""
+_TRIED_FOR_EACH = 3
+"""Peers that are tried for each relay that is wanted."""
 _RELAY_S = 15.0
 """Longest wait for a relay. Then the peer goes on without one and checks again later."""
 _LOOK_S = 0.2
@@ -35,7 +37,7 @@ class RelayKeeper:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`relays`: how many to keep, at most."""
-        self.addresses: tuple[str, ...] = ()
+        self.addresses: tuple[Multiaddress, ...] = ()
         """Multiaddresses by which its tunnel is reached, at most 8."""
         self._swarm = swarm
         self._relays = relays
@@ -54,7 +56,7 @@ class RelayKeeper:
             found = await self._swarm.host.tunnel_addresses()
         except UnreachableError:
             return
-        self.addresses = tuple(filter(is_relayed, found))
+        self.addresses = tuple(a for a in found if a.is_relayed)
         if self.addresses:
             self._backoff.reset()
         elif self._backoff.is_due(self._clock()):
@@ -99,18 +101,23 @@ class RelayBackoff:
         return True
 
 
-async def find_relays(host: Host, registry: Registry, rng: random.Random, most: int) -> list[str]:
-    """Addresses of some reachable peers, one of each. libp2p relays only over public addresses."""
+async def find_relays(host: Host, registry: Registry, rng: random.Random, most: int) -> list[Multiaddress]:
+    """Addresses of some reachable peers, on different machines. libp2p relays only over public addresses."""
     nodes = await some_nodes(host, registry, rng)
     listed = [address for node in nodes for address in node.bootstrap_addresses]
     usable = [
         a
         for a in (*listed, *host.bootstrapped_from, *host.bootstrap_candidates)
-        if is_public(a) and not is_relayed(a)
+        if a.is_public and not a.is_relayed
     ]
-    by_peer = {address.rpartition("/p2p/")[2]: address for address in usable}
-    by_peer.pop(host.peer_id.to_base58(), None)
-    return rng.sample(list(by_peer.values()), min(most, len(by_peer)))
+    rng.shuffle(usable)
+    by_machine = {address.endpoint.ip: address for address in usable if address.peer_id != host.peer_id}
+    try:
+        # p2pd dials its relays again and again, so none is a machine that is no peer
+        found = await host.confirmed(list(by_machine.values())[: _TRIED_FOR_EACH * most])
+    except UnreachableError:
+        return []
+    return found[:most]
 
 
 async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list[NodeInfo]:
@@ -124,13 +131,13 @@ async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list
     return list(found.values())
 
 
-async def relayed_addresses(host: Host) -> tuple[str, ...]:
+async def relayed_addresses(host: Host) -> tuple[Multiaddress, ...]:
     """The addresses by which others reach this peer through relays, at most 8. Waits a while for the first relay."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_RELAY_S):
             while True:  # p2pd has no event for this
                 with suppress(UnreachableError):
-                    if relayed := tuple(filter(is_relayed, await host.tunnel_addresses())):
+                    if relayed := tuple(a for a in await host.tunnel_addresses() if a.is_relayed):
                         return relayed
                 await asyncio.sleep(_LOOK_S)
     return ()
@@ -138,4 +145,4 @@ async def relayed_addresses(host: Host) -> tuple[str, ...]:
 
 def is_hidden(host: str) -> bool:
     """Whether the internet can't reach that IP address or name. Loopback is not hidden: its whole swarm is there."""
-    return not (host.startswith(("127.", "::1")) or host == "localhost" or is_public(multiaddress(host, 0)))
+    return not (host.startswith(("127.", "::1")) or host == "localhost" or is_public(host))

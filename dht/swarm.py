@@ -24,7 +24,7 @@ from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
 from peer.metrics import new_registry
 from peer.parsing import ParseGuard
-from peer.transport.addresses import NetworkConfig
+from peer.transport.addresses import Multiaddress, NetworkConfig
 from peer.wire import admission_pb2
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ async def found_swarm(
     manifest: Manifest,
     config: NetworkConfig,
     *,
-    bootstrap: Sequence[str] = (),
+    bootstrap: Sequence[Multiaddress] = (),
     state: Path | None = None,
     denylist: Denylist | None = None,
     store_bounds: StoreBounds | None = None,
@@ -182,7 +182,7 @@ class _Peer:
         self._guard = ParseGuard(self._metrics)
 
     async def start(
-        self, config: NetworkConfig, bootstrap: Sequence[str], store_bounds: StoreBounds | None
+        self, config: NetworkConfig, bootstrap: Sequence[Multiaddress], store_bounds: StoreBounds | None
     ) -> Host:
         return await Host.start(
             self._identity,

@@ -52,6 +52,7 @@ from peer.metrics import MetricsServer, total
 from peer.rates import Bandwidth, download_limit
 from peer.rpc.calls import server_credentials
 from peer.rpc.sessions import SessionClient, SessionServicer
+from peer.transport.dialling import resolved
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Node:
                 own_sessions,
                 self.traffic.down,
                 swarm.host.tunnels,
+                swarm.host.dialling,
                 metrics=metrics,
                 guard=swarm.guard,
             ),
@@ -288,11 +290,11 @@ class Node:
             self.status(),
             Activity.LEAVING if self._stopping else activity,
             self._now(),
-            addresses=self.reachability.addresses,
-            bootstrap_addresses=await self.swarm.host.bootstrap_addresses(),
+            addresses=await resolved(self.reachability.addresses),
+            bootstrap_addresses=await resolved(await self.swarm.host.bootstrap_addresses()),
             metrics_address="" if self._metrics is None else self._metrics.offered(self._host),
             reachability=self.reachability.status.kind,
-            tunnel_addresses=self.reachability.tunnel_addresses,
+            tunnel_addresses=await resolved(self.reachability.tunnel_addresses),
         )
         await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
 

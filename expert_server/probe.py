@@ -7,7 +7,6 @@ short TCP connection to the caller's own address. The node's bandwidth limits ho
 
 import asyncio
 import contextlib
-import ipaddress
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,7 +24,7 @@ from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.rates import Bandwidth, TokenBuckets
 from peer.rpc.calls import make_stub, require_same_swarm
-from peer.transport.addresses import IpAddress, address_of, neighbourhood
+from peer.transport.addresses import IpAddress, address_of, ip_address, neighbourhood
 from peer.wire import probe_pb2, probe_pb2_grpc
 
 MAX_PROBE_BYTES = 8 * 2**20
@@ -248,7 +247,7 @@ async def call_dial_back(channel: grpc.aio.Channel, swarm_id: str, port: int) ->
     request = probe_pb2.DialBackRequest(protocol_version=PROTOCOL_VERSION, swarm_id=swarm_id, port=port)
     try:
         reply: probe_pb2.DialBackReply = await stub.DialBack(request, timeout=_DIAL_DEADLINE_S)
-        address = str(ipaddress.ip_address(reply.address))
+        address = str(ip_address(reply.address))
     except grpc.aio.AioRpcError as error:
         raise _unreachable(error.code(), error.details()) from error
     except ValueError:

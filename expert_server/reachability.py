@@ -17,9 +17,8 @@ from dht.swarm import Stage, Swarm
 from expert_server.probe import DialledBack, call_dial_back
 from expert_server.settings import NodeSettings
 from peer.errors import DaemonError, UnreachableError
-from peer.formatting import endpoint
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import is_public, is_relayed, multiaddress
+from peer.transport.addresses import AddressScope, Endpoint, Multiaddress, is_public
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Judgement:
     service: bool
     dht: bool
     reached_at: tuple[str, ...]
-    """IP addresses at which they reached the expert service, the one seen most often first."""
+    """IP addresses at which at least half of them reached the expert service, the one seen most often first."""
 
 
 def judge(dials: Sequence[DialledPorts]) -> Judgement:
@@ -62,7 +61,8 @@ def judge(dials: Sequence[DialledPorts]) -> Judgement:
         asked=len(dials),
         service=2 * service >= len(dials) > 0,
         dht=2 * dht >= len(dials) > 0,
-        reached_at=tuple(address for address, _ in seen.most_common()),
+        # so that no single liar has this node announce another machine's address
+        reached_at=tuple(address for address, times in seen.most_common() if 2 * times >= service),
     )
 
 
@@ -97,7 +97,7 @@ def advice(status: ReachabilityStatus, host: str, dht_port: int, grpc_port: int)
     if not (dht_port and grpc_port):
         return f"pass --dht-port and --grpc-port, and forward both TCP ports on your router to {host}"
     ports = " and ".join(str(port) for port in sorted({dht_port, grpc_port}))
-    if is_public(multiaddress(host, dht_port)):
+    if is_public(host):
         return f"let TCP ports {ports} in through the firewall"
     return f"forward TCP ports {ports} on your router to {host}"
 
@@ -114,12 +114,12 @@ class ReachabilityMonitor:
         metrics: CollectorRegistry | None = None,
     ) -> None:
         self.status = ReachabilityStatus()
-        self.tunnel_addresses: tuple[str, ...] = ()
+        self.tunnel_addresses: tuple[Multiaddress, ...] = ()
         self._settings = settings
         self._swarm = swarm
         self._host = ""
         self._port = 0
-        self._addresses: tuple[str, ...] = ()
+        self._addresses: tuple[Endpoint, ...] = ()
         self._rng = rng
         self._clock = clock
         self._next_at = float("-inf")
@@ -138,7 +138,7 @@ class ReachabilityMonitor:
             ways.labels(kind.name.lower()).set_function(partial(self._is, kind))
 
     @property
-    def addresses(self) -> tuple[str, ...]:
+    def addresses(self) -> tuple[Endpoint, ...]:
         """`host:port` of the expert service, as it is announced."""
         return self._addresses
 
@@ -198,15 +198,14 @@ class ReachabilityMonitor:
     def _is_inside(self) -> bool:
         """Whether this machine's address is private, though it knows public peers, which can't dial it."""
         host = self._swarm.host
-        own = multiaddress(self._settings.announce_host or self._host, self._port)
-        return not is_public(own) and any(
-            map(is_public, (*host.bootstrapped_from, *host.bootstrap_candidates))
-        )
+        known = (*host.bootstrapped_from, *host.bootstrap_candidates)
+        own = self._settings.announce_host or self._host
+        return not is_public(own) and any(address.is_public for address in known)
 
-    def _announced(self, judgement: Judgement) -> tuple[str, ...]:
+    def _announced(self, judgement: Judgement) -> tuple[Endpoint, ...]:
         if self._settings.announce_host:
             return (self._own_address,)
-        seen = (endpoint(address, self._announced_port) for address in judgement.reached_at)
+        seen = (Endpoint.of(address, self._announced_port) for address in judgement.reached_at)
         return tuple(dict.fromkeys((*seen, self._own_address)))[:8]
 
     async def _need_no_relay(self, status: ReachabilityStatus, serves_dht: bool = True) -> None:
@@ -216,7 +215,7 @@ class ReachabilityMonitor:
         if self._swarm.host.config.serves_dht is not serves_dht:
             await self._move(serves_dht)
 
-    async def _move(self, serves_dht: bool, relays: Sequence[str] = ()) -> None:
+    async def _move(self, serves_dht: bool, relays: Sequence[Multiaddress] = ()) -> None:
         try:
             await self._swarm.host.restart_as(serves_dht=serves_dht, relays=relays)
         except DaemonError as error:  # the host tries again
@@ -224,7 +223,7 @@ class ReachabilityMonitor:
 
     async def _hide(self, judgement: Judgement, stage: Stage) -> None:
         """Is reached through its tunnel from now on: by relays, or directly where others reach the DHT port."""
-        self._addresses = tuple(endpoint(a, self._announced_port) for a in judgement.reached_at)
+        self._addresses = tuple(Endpoint.of(a, self._announced_port) for a in judgement.reached_at)
         host = self._swarm.host
         if judgement.dht:
             await self._need_no_relay(ReachabilityStatus(Reachability.PUNCHED, asked=judgement.asked))
@@ -240,7 +239,7 @@ class ReachabilityMonitor:
     async def _note_relays(self, stage: Stage) -> None:
         host = self._swarm.host
         addresses = tuple(await host.tunnel_addresses())
-        relayed = [address for address in addresses if is_relayed(address)]
+        relayed = [address for address in addresses if address.is_relayed]
         if addresses:
             self._backoff.reset()
         elif self._backoff.is_due(self._clock()):
@@ -265,8 +264,10 @@ class ReachabilityMonitor:
     async def _dials(self) -> Sequence[DialledPorts]:
         some = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)
         nodes = [node for node in some if node.addresses]
-        nodes.sort(key=lambda node: not is_public(_multiaddress_of(node)))  # those of the internet first
-        pool = ChannelPool()
+        nodes.sort(
+            key=lambda node: node.addresses[0].scope is not AddressScope.GLOBAL
+        )  # those of the internet first
+        pool = ChannelPool(dialling=self._swarm.host.dialling)
         try:
             async with asyncio.timeout(_ASK_S):
                 dials = await asyncio.gather(*(self._dial(pool, node) for node in nodes[:_ASKED]))
@@ -294,9 +295,5 @@ class ReachabilityMonitor:
         return self._settings.announce_grpc_port or self._port
 
     @property
-    def _own_address(self) -> str:
-        return endpoint(self._settings.announce_host or self._host, self._announced_port)
-
-
-def _multiaddress_of(node: NodeInfo) -> str:
-    return multiaddress(node.addresses[0].rpartition(":")[0].strip("[]"), 0)
+    def _own_address(self) -> Endpoint:
+        return Endpoint.of(self._settings.announce_host or self._host, self._announced_port)

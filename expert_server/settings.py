@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 from expert_server.schedule import Schedule
 from peer.formatting import parse_bytes
 from peer.settings import Denied, DenylistPath, MetricsHost, MetricsPort, PeerName, RoleSettings
+from peer.transport.addresses import HostName
 
 PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
 
@@ -54,10 +55,8 @@ class NodeSettings(RoleSettings):
     grpc_port: int = Field(
         default=0, ge=0, le=65535, description="TCP port of the expert service; 0: any free one"
     )
-    announce_host: str | None = Field(
+    announce_host: HostName | None = Field(
         default=None,
-        min_length=1,
-        max_length=253,
         description="address at which others reach this node, if a router forwards ports to it; unset: host",
     )
     announce_dht_port: int | None = Field(

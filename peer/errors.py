@@ -16,6 +16,7 @@ TalkootError
 │   ├── InstallationError       T112  something that Talkoot needs is missing or broken
 │   └── CheckpointError         T113  a trainer's checkpoint that is missing, broken or of another swarm
 ├── RecordError                 a DHT record that is malformed, unsigned, expired or not its writer's
+├── AddressError                an endpoint or a multiaddress that is malformed, or of a kind that is not known
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
 ├── StateError                  saved tensors that are broken, or not those of this expert or model
 ├── TransferError               an expert's state that did not come from another node
@@ -123,6 +124,10 @@ class CheckpointError(UserError):
 
 class RecordError(TalkootError):
     """A DHT record that is malformed, unsigned, expired or not its writer's."""
+
+
+class AddressError(TalkootError):
+    """An endpoint or a multiaddress that is malformed, or of a kind that is not known."""
 
 
 class WireError(TalkootError):

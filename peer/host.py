@@ -19,7 +19,14 @@ from peer.loop import keep_running
 from peer.metrics import total
 from peer.processes import sweep_socket_folders
 from peer.rates import upload_limit
-from peer.transport.addresses import NetworkConfig, is_public, is_relayed, require_free_port, tcp_endpoint
+from peer.transport.addresses import (
+    AddressScope,
+    Endpoint,
+    Multiaddress,
+    NetworkConfig,
+    require_free_port,
+)
+from peer.transport.dialling import Dialling, nearest_scope, resolved
 from peer.transport.p2pd import START_DEADLINE_S, TRANSPORT_ERRORS, Daemon, start_daemon
 from peer.transport.tunnel import Pipe, Tunnels
 
@@ -46,12 +53,15 @@ class Host:
         validator: RecordValidatorBase | None,
         store_bounds: StoreBounds | None = None,
         metrics: CollectorRegistry | None = None,
+        dialling: Dialling | None = None,
     ) -> None:
         self.identity = identity
+        self.dialling = dialling or Dialling(AddressScope.LOOPBACK)
+        """Which of the addresses that others write are dialled; for all that this process dials."""
         self.config = config
         self.tunnels = Tunnels(self._open_stream, metrics=metrics)
-        self.bootstrapped_from: tuple[str, ...] = ()
-        """Multiaddresses of the peers that answered at the start."""
+        self.bootstrapped_from: tuple[Multiaddress, ...] = ()
+        """Addresses of the peers that answered at the start."""
         self._restarts = Counter(
             "talkoot_p2pd_restarts",
             "Times that the libp2p daemon died and was started again.",
@@ -65,7 +75,7 @@ class Host:
         self._validator = validator
         self._daemon: Daemon | None = None
         self._dht: DHTNode | None = None
-        self._remembered: tuple[str, ...] = ()
+        self._remembered: tuple[Multiaddress, ...] = ()
         self._ready = False
         self._supervisor: asyncio.Task[None] | None = None
         self._restarted = asyncio.Event()
@@ -78,8 +88,8 @@ class Host:
         identity: Identity,
         config: NetworkConfig,
         *,
-        bootstrap: Sequence[str] = (),
-        remembered: Sequence[str] = (),
+        bootstrap: Sequence[Multiaddress] = (),
+        remembered: Sequence[Multiaddress] = (),
         validator: RecordValidatorBase | None = None,
         store_bounds: StoreBounds | None = None,
         metrics: CollectorRegistry | None = None,
@@ -89,7 +99,15 @@ class Host:
         If there is no `bootstrap`, it may be that none of the remembered peers answers. Raises StartError when this
         machine can't start it or its clock is wrong, and UnreachableError when no bootstrap address answers.
         """
-        host = cls(identity, config, validator, store_bounds, metrics)
+        given = await resolved(bootstrap)
+        own = (
+            []
+            if bootstrap
+            else await resolved([config.announce or Endpoint.of(config.listen, config.port or 1)])
+        )
+        named = [address.endpoint for address in given or (remembered if bootstrap else ())]
+        dialling = Dialling(nearest_scope(named or own), [a.endpoint for a in given], metrics)
+        host = cls(identity, config, validator, store_bounds, metrics, dialling)
         try:
             await host._start(bootstrap, remembered)
         except BaseException:
@@ -103,7 +121,7 @@ class Host:
         await self.tunnels.close()
         await self._end()
 
-    async def restart_as(self, *, serves_dht: bool, relays: Sequence[str] = ()) -> None:
+    async def restart_as(self, *, serves_dht: bool, relays: Sequence[Multiaddress] = ()) -> None:
         """Restarts p2pd on its port: as a peer to which others connect, or as a client that they reach by relays.
 
         Raises DaemonError when it does not start; then it is restarted as if it had died.
@@ -136,11 +154,11 @@ class Host:
         return int(total(self._restarts))
 
     @property
-    def bootstrap_candidates(self) -> tuple[str, ...]:
-        """Multiaddresses of peers by which this one joins after a restart of p2pd."""
+    def bootstrap_candidates(self) -> tuple[Multiaddress, ...]:
+        """Addresses of peers by which this one joins after a restart of p2pd."""
         return self._remembered
 
-    def remember(self, addresses: Sequence[str]) -> None:
+    def remember(self, addresses: Sequence[Multiaddress]) -> None:
         """From now on these are the candidates."""
         self._remembered = tuple(addresses)
 
@@ -173,9 +191,36 @@ class Host:
             return frozenset()
         return known_peers(self._dht)
 
-    async def join(self, addresses: Sequence[str]) -> list[str]:
+    async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         """Dials peers and joins their DHT. Returns the addresses of those that answered."""
-        return list(_addresses(await self._bootstrap(await _accepting(addresses))))
+        return list(_addresses(await self._bootstrap(await self._accepting(addresses))))
+
+    async def confirmed(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
+        """Those of the addresses at which the peers are, as far as can be told: it is there that they are connected.
+
+        Peers that are not connected are dialled. Raises UnreachableError if p2pd does not answer.
+        """
+        daemon = self.p2p
+        by_peer: dict[PeerID, list[Multiaddress]] = {}
+        for address in addresses:
+            by_peer.setdefault(address.peer_id, []).append(address)
+
+        async def dial(peer_id: PeerID) -> None:
+            with contextlib.suppress(*TRANSPORT_ERRORS):
+                await daemon.connect(peer_id, by_peer[peer_id], DIAL_DEADLINE_S)
+
+        try:
+            connected = await daemon.connected_ips(DIAL_DEADLINE_S)
+            await asyncio.gather(*map(dial, by_peer.keys() - connected.keys()))
+            connected = await daemon.connected_ips(DIAL_DEADLINE_S)
+        except TRANSPORT_ERRORS as error:
+            raise UnreachableError("the libp2p daemon does not answer") from error
+        return [
+            address
+            for address in addresses
+            if self.dialling.allows(address.endpoint)
+            and address.endpoint.ip in connected.get(address.peer_id, ())
+        ]
 
     async def wait_for_restart(self, longest_s: float) -> None:
         """Sleeps for `longest_s`, or until p2pd was restarted: then everything has to be announced again."""
@@ -184,38 +229,34 @@ class Host:
                 await self._restarted.wait()
         self._restarted.clear()
 
-    async def bootstrap_addresses(self) -> list[str]:
+    async def bootstrap_addresses(self) -> list[Multiaddress]:
         """Multiaddresses by which others can join; loopback ones only if there are no others. A client has none.
 
         Raises UnreachableError when p2pd does not answer.
         """
         if not self.config.serves_dht:
             return []
-        addresses = await self._visible()
-        direct = [a for a in addresses if a.startswith(("/ip4/", "/ip6/", "/dns")) and "/tcp/" in a]
-        public = [a for a in direct if not a.startswith(("/ip4/127.", "/ip6/::1/"))]
-        return (public or direct or addresses)[:8]
+        direct = [a for a in await self._visible() if not a.is_relayed]
+        further = [a for a in direct if a.endpoint.scope is not AddressScope.LOOPBACK]
+        return (further or direct)[:8]
 
-    async def tunnel_addresses(self) -> list[str]:
+    async def tunnel_addresses(self) -> list[Multiaddress]:
         """Multiaddresses by which other peers open streams to this one: its own, or those of its relays.
 
         Raises UnreachableError when p2pd does not answer.
         """
         if self.config.serves_dht:
             return await self.bootstrap_addresses()
-        return [a for a in await self._visible() if is_relayed(a) or is_public(a)][:8]
+        return [a for a in await self._visible() if a.is_relayed or a.is_public][:8]
 
-    async def _visible(self) -> list[str]:
+    async def _visible(self) -> list[Multiaddress]:
         try:
-            async with asyncio.timeout(DIAL_DEADLINE_S):
-                return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
-        except ValueError:  # there are none
-            return []
+            return await self.p2p.own_addresses(DIAL_DEADLINE_S)
         except TRANSPORT_ERRORS as error:
             raise UnreachableError("the libp2p daemon does not answer") from error
 
     async def _open_stream(
-        self, peer_id: PeerID, addresses: Sequence[str], protocol: str, deadline_s: float
+        self, peer_id: PeerID, addresses: Sequence[Multiaddress], protocol: str, deadline_s: float
     ) -> Pipe:
         """Raises UnreachableError."""
         if self._daemon is None:
@@ -227,11 +268,11 @@ class Host:
         except TRANSPORT_ERRORS as error:
             raise UnreachableError(f"no stream to {peer_id}: {error}") from error
 
-    async def _start(self, bootstrap: Sequence[str], remembered: Sequence[str]) -> None:
+    async def _start(self, bootstrap: Sequence[Multiaddress], remembered: Sequence[Multiaddress]) -> None:
         sweep_socket_folders()
         if self.config.serves_dht:
             require_free_port(self.config.listen, self.config.port)
-        accepting = await _accepting((*bootstrap, *remembered))
+        accepting = await self._accepting((*bootstrap, *remembered))
         if bootstrap and not accepting:
             raise UnreachableError(
                 f"no bootstrap address answers, of {', '.join(bootstrap)}; does this machine "
@@ -255,7 +296,7 @@ class Host:
     async def _start_daemon(self) -> None:
         """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises DaemonError."""
         config = self.config
-        daemon = self._daemon = await start_daemon(self.identity, config)
+        daemon = self._daemon = await start_daemon(self.identity, config, self.dialling)
         try:
             async with asyncio.timeout(START_DEADLINE_S):
                 self._dht = await start_dht(
@@ -272,10 +313,10 @@ class Host:
             raise DaemonError(
                 "the libp2p daemon does not answer: is this machine very busy? Start this again"
             ) from error
-        own = (tcp_endpoint(address) for address in addresses if not is_relayed(address))
-        if not config.port and (endpoint := next(filter(None, own), None)):
+        own = next((address for address in addresses if not address.is_relayed), None)
+        if not config.port and own is not None:
             # what is announced need not be where it listens
-            self.config = replace(config, port=endpoint[1])
+            self.config = replace(config, port=own.endpoint.port)
 
     async def _end(self) -> None:
         self._ready = False
@@ -294,10 +335,32 @@ class Host:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
 
-    async def _bootstrap(self, addresses: Sequence[str]) -> list[BootstrapReply]:
+    async def _bootstrap(self, addresses: Sequence[Multiaddress]) -> list[BootstrapReply]:
         if self._daemon is None or self._dht is None:
             raise UnreachableError(_DOWN)
         return await bootstrap(self._daemon, self._dht, addresses, DIAL_DEADLINE_S)
+
+    async def _accepting(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
+        """Those of the addresses that may be dialled and at which something accepts a connection, in the same order.
+
+        Names are looked up: only the owner and the invite give any.
+        """
+
+        async def accepts(address: Multiaddress) -> bool:
+            endpoint = address.endpoint
+            if not self.dialling.begin(endpoint, address.dialled):
+                return False
+            try:
+                async with asyncio.timeout(DIAL_DEADLINE_S):
+                    _, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+            except OSError:
+                return False
+            writer.close()
+            return True
+
+        numeric = await resolved(addresses)
+        results = await asyncio.gather(*map(accepts, numeric))
+        return [address for address, ok in zip(numeric, results, strict=True) if ok]
 
     async def _supervise(self) -> None:
         """Restarts p2pd whenever it ends or takes too much memory."""
@@ -346,24 +409,5 @@ async def _failure(daemon: Daemon) -> str:
         ended.cancel()
 
 
-def _addresses(replies: Iterable[BootstrapReply]) -> tuple[str, ...]:
+def _addresses(replies: Iterable[BootstrapReply]) -> tuple[Multiaddress, ...]:
     return tuple(address for reply in replies for address in reply.addresses)
-
-
-async def _accepting(addresses: Sequence[str]) -> list[str]:
-    """Those of the addresses at which something accepts a connection, in the same order."""
-
-    async def accepts(address: str) -> bool:
-        endpoint = tcp_endpoint(address)
-        if endpoint is None:
-            return True  # not plain TCP: only libp2p can tell
-        try:
-            async with asyncio.timeout(DIAL_DEADLINE_S):
-                _, writer = await asyncio.open_connection(*endpoint)
-        except (OSError, UnicodeError):  # the latter for a host name that can't be one
-            return False
-        writer.close()
-        return True
-
-    results = await asyncio.gather(*map(accepts, addresses))
-    return [address for address, ok in zip(addresses, results, strict=True) if ok]

@@ -107,6 +107,11 @@ class TokenBuckets(Generic[K]):
         bucket.take(amount, now)
         self._buckets[key] = bucket
 
+    def give_back(self, key: K, amount: float) -> None:
+        """Undoes a take."""
+        if bucket := self._buckets.get(key):
+            bucket.give_back(amount)
+
 
 class FairTurns:
     """Gives out turns, so many in a second. Those who must wait are served in a fair order. For one event loop.

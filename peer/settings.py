@@ -25,6 +25,8 @@ def _printable(text: str) -> str:
 
 PeerName = Annotated[str, Field(min_length=1, max_length=32), AfterValidator(_printable)]
 """What the owner of a peer calls it."""
+
+
 MetricsHost = Annotated[
     str,
     Field(

@@ -26,7 +26,7 @@ from peer.loop import LoopLag, LoopThread, Restarts, TaskSet
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.settings import DENYLIST
-from peer.transport.addresses import NetworkConfig, default_listen_address, tcp_endpoint
+from peer.transport.addresses import AddressScope, NetworkConfig, default_listen_address
 from trainer_client.announcer import TrainerAnnouncer, reached_at
 from trainer_client.averaging.averager import Averaging, AveragingSchedule
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters
@@ -237,7 +237,7 @@ class SwarmClient:
         directory = Directory(swarm.registry, swarm.manifest, refresh_every_s=timing.refresh_every_s)
         await directory.refresh()
 
-        channels = ChannelPool(tunnels=swarm.host.tunnels)
+        channels = ChannelPool(tunnels=swarm.host.tunnels, dialling=swarm.host.dialling)
         exits.push_async_callback(channels.close)
         rights = sorted(RIGHTS[Role.READER if reads_only else Role.TRAINER])
         sessions = SessionClient(identity, swarm.keys.swarm_id, rights, swarm.admission.badge)
@@ -291,6 +291,7 @@ class SwarmClient:
             AveragingSchedule(settings.average_every, settings.announce_every_s),
             admission=swarm.admission,
             tunnels=tunnels,
+            dialling=swarm.host.dialling,
             relays=relays,
         )
         joined.averagings.append(averaging)
@@ -319,6 +320,5 @@ def _seed_of(swarm: Swarm) -> int:
 
 def _listen_address(invite: Invite) -> str:
     """A trainer listens for nodes behind routers, which connect to it directly where that is possible."""
-    endpoints = map(tcp_endpoint, invite.bootstrap)
-    on_loopback = all(endpoint is not None and endpoint[0].startswith("127.") for endpoint in endpoints)
+    on_loopback = all(address.endpoint.scope is AddressScope.LOOPBACK for address in invite.bootstrap)
     return "127.0.0.1" if on_loopback else default_listen_address()

@@ -16,6 +16,7 @@ from peer.settings import (
     RoleSettings,
     describe_validation_error,
 )
+from peer.transport.addresses import HostName
 
 PresetName = Literal["transformer", "ffn"]
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
@@ -190,10 +191,8 @@ class TrainerSettings(RoleSettings):
         le=10**7,
         description="steps between two averagings of the dense part with another trainer's; 0: never",
     )
-    average_host: str | None = Field(
+    average_host: HostName | None = Field(
         default=None,
-        min_length=1,
-        max_length=253,
         description="address at which other trainers reach this one; unset: that of the first network interface",
     )
     average_port: int = Field(

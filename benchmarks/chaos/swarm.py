@@ -19,6 +19,7 @@ from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.schedule import FOUNDER, Deed, Event
 from dht.invites import Invite
 from peer.loop import TaskSet
+from peer.transport.addresses import Multiaddress
 from talkoot.demo.links import Link
 from talkoot.demo.processes import DemoProcess, DemoProcesses
 
@@ -266,7 +267,7 @@ class ChaosSwarm:
         addresses = []
         for node in self.nodes:
             if node.is_well and node is not newcomer and node.peer_id:
-                addresses.append(f"/ip4/{HOST}/tcp/{node.ports[1][0]}/p2p/{node.peer_id}")
+                addresses.append(Multiaddress(f"/ip4/{HOST}/tcp/{node.ports[1][0]}/p2p/{node.peer_id}"))
         return str(Invite(self.invite.keys, tuple(addresses[:3]) or self.invite.bootstrap))
 
     async def _start_node(self, node: Node, *origin: str) -> None:

@@ -27,6 +27,7 @@ from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.rpc.transfer import SnapshotCache, SnapshotClient, SnapshotReceiver
+from peer.transport.dialling import Dialling
 from peer.transport.tunnel import Tunnels
 from peer.wire import state_pb2, state_pb2_grpc
 
@@ -173,12 +174,14 @@ class StateClient:
         sessions: SessionClient,
         down: RateLimit,
         tunnels: Tunnels | None = None,
+        dialling: Dialling | None = None,
         max_transfer_s: float = MAX_TRANSFER_S,
         metrics: CollectorRegistry | None = None,
         guard: ParseGuard | None = None,
     ) -> None:
-        """`sessions`: show other nodes who fetches. `down`: how fast states may come. `max_transfer_s`: longest that
-        one may take, with all attempts. `guard`: of the parser of states.
+        """`sessions`: show other nodes who fetches. `down`: how fast states may come. `dialling`: the rules for
+        addresses that others wrote. `max_transfer_s`: longest that one may take, with all attempts. `guard`: of the
+        parser of states.
         """
         self.metrics = TransferMetrics(metrics)
         self._down = down
@@ -187,7 +190,7 @@ class StateClient:
         self._guard = guard or ParseGuard()
         self._service = SnapshotClient(
             state_pb2_grpc.StateServiceStub,
-            ChannelPool(_CHANNELS, tunnels),
+            ChannelPool(_CHANNELS, tunnels, dialling),
             sessions,
             partial(SnapshotReceiver, self._form.max_bytes, self._count_received),
             open_s=_ASK_S,

@@ -49,6 +49,7 @@ from peer.kademlia.validation import (
 )
 from peer.loop import TaskSet
 from peer.rates import RateLimit, SharedBudget, TokenBucket
+from peer.transport.addresses import Multiaddress
 from peer.transport.p2pd import TRANSPORT_ERRORS, Daemon
 
 _YIELD_AFTER = 64
@@ -72,7 +73,7 @@ _HANDOVER_BURST_S = 16.0
 class BootstrapReply:
     """What a peer answered when this peer joined by it."""
 
-    addresses: tuple[str, ...]
+    addresses: tuple[Multiaddress, ...]
     clock_offset_s: float
     """How far its clock is ahead of ours, corrected by half the round trip."""
     reaches_us: bool
@@ -119,19 +120,18 @@ def known_peers(dht: DHTNode) -> frozenset[PeerID]:
 
 
 async def bootstrap(
-    daemon: Daemon, dht: DHTNode, addresses: Sequence[str], deadline_s: float
+    daemon: Daemon, dht: DHTNode, addresses: Sequence[Multiaddress], deadline_s: float
 ) -> list[BootstrapReply]:
     """Pings the peers at these addresses in parallel, then looks up this peer's own neighbours.
 
     `deadline_s` applies to each dial, each ping and the look-up. Returns the replies of those that answered.
     """
-    by_peer: dict[bytes, list[str]] = {}
+    by_peer: dict[PeerID, list[Multiaddress]] = {}
     for address in addresses:
-        peer_id = PeerID.from_base58(address.rsplit("/p2p/", 1)[1])
-        if peer_id != daemon.peer_id:
-            by_peer.setdefault(peer_id.to_bytes(), []).append(address)
+        if address.peer_id != daemon.peer_id:
+            by_peer.setdefault(address.peer_id, []).append(address)
     answers = await asyncio.gather(
-        *(_greet(daemon, dht, PeerID(peer), listed, deadline_s) for peer, listed in by_peer.items())
+        *(_greet(daemon, dht, peer, listed, deadline_s) for peer, listed in by_peer.items())
     )
     replies = [answer for answer in answers if answer is not None]
     if replies:
@@ -165,7 +165,7 @@ async def ping(
 
 
 async def _greet(
-    daemon: Daemon, dht: DHTNode, peer_id: PeerID, addresses: Sequence[str], deadline_s: float
+    daemon: Daemon, dht: DHTNode, peer_id: PeerID, addresses: Sequence[Multiaddress], deadline_s: float
 ) -> BootstrapReply | None:
     try:
         await daemon.connect(peer_id, addresses, deadline_s)

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import grpc
@@ -11,6 +14,8 @@ from peer.bounded import BoundedDict
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import UnreachableError
 from peer.identity import TLS_NAME, PeerID
+from peer.transport.addresses import AddressScope, Endpoint, Multiaddress
+from peer.transport.dialling import Dialling
 from peer.transport.tunnel import Tunnels
 
 WINDOW_BYTES = 16 * 2**20
@@ -44,6 +49,8 @@ _TUNNEL = "tunnel"
 _HEAD_START_S = 1.0
 """How long one way is tried alone before the next is tried beside it."""
 _TRY_S = 20.0
+_SILENT_S = 5.0
+"""How long a peer counts as silent after a connection failed."""
 _BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 _SILENT = {grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE}
 
@@ -55,12 +62,12 @@ class Contact(Protocol):
     def peer_id(self) -> PeerID: ...
 
     @property
-    def addresses(self) -> Sequence[str]:
-        """`host:port`, the best first."""
+    def addresses(self) -> Sequence[Endpoint]:
+        """The best first."""
 
     @property
-    def tunnel_addresses(self) -> Sequence[str]:
-        """Multiaddresses by which its tunnel is reached; empty if it has none."""
+    def tunnel_addresses(self) -> Sequence[Multiaddress]:
+        """By which its tunnel is reached; empty if it has none."""
 
     @property
     def certificate_pem(self) -> bytes: ...
@@ -70,17 +77,26 @@ class ChannelPool:
     """Open channels, one per address and pinned certificate. Of too many, the least recently used is closed.
 
     A peer with several addresses is called by the one that worked last. If that fails, all are tried again, its tunnel
-    last.
+    last. gRPC dials again and again for a channel that is broken, so only those that connected once are kept.
     """
 
-    def __init__(self, limit: int = 256, tunnels: Tunnels | None = None) -> None:
+    def __init__(
+        self, limit: int = 256, tunnels: Tunnels | None = None, dialling: Dialling | None = None
+    ) -> None:
+        """`dialling`: the rules for addresses that others wrote; None: all of this machine may be dialled."""
         self._tunnels = tunnels
+        self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
         self._channels = BoundedDict[tuple[str, bytes], grpc.aio.Channel](limit)
         self._worked = BoundedDict[PeerID, str](limit)
-        self._tries: dict[PeerID, asyncio.Task[grpc.aio.Channel]] = {}
+        self._tries: dict[tuple[PeerID, tuple[str, ...]], asyncio.Task[grpc.aio.Channel | None]] = {}
+        self._failed = BoundedDict[PeerID, float](limit)
+        """When a connection to the peer failed last."""
 
     async def get(self, address: str, certificate_pem: bytes) -> grpc.aio.Channel:
-        """A channel to `host:port` that accepts exactly this certificate. Opening it does no I/O yet."""
+        """A channel to `host:port` that accepts exactly this certificate. Opening it does no I/O yet.
+
+        For an address that no stranger wrote: nothing asks whether it may be dialled.
+        """
         key = (address, certificate_pem)
         channel = self._channels.get(key)
         if channel is None:
@@ -92,35 +108,41 @@ class ChannelPool:
 
     def is_silent(self, peer: Contact) -> bool:
         """Whether a connection to the peer is being tried or has failed. False if nobody has called it."""
-        if peer.peer_id in self._tries:
-            return True
         ways = self._ways(peer)
-        way = self._worked.get(peer.peer_id, ways[0] if ways else "")
+        if not ways:
+            return False
+        if (peer.peer_id, tuple(ways)) in self._tries:
+            return True
+        way = self._worked.get(peer.peer_id, ways[0])
         address = way if way != _TUNNEL or self._tunnels is None else self._tunnels.address_of(peer.peer_id)
         channel = self._channels.get((address, peer.certificate_pem))
-        return channel is not None and channel.get_state() in _SILENT
+        if channel is None:
+            return time.monotonic() - self._failed.get(peer.peer_id, -math.inf) < _SILENT_S
+        return channel.get_state() in _SILENT
 
     async def reach(self, peer: Contact) -> grpc.aio.Channel:
-        """A channel to a peer. Does I/O only if the peer has several addresses and none is known to work.
+        """A channel to a peer. Waits for a connection if the peer was never connected to, or has several addresses.
 
-        It may not be connected; then a call says why. Raises UnreachableError if the peer has no address that can be
-        called from here.
+        A channel that was connected before may be broken, and a tunnel may lead nowhere; then a call says why. Raises
+        UnreachableError if the peer has no address that can be called from here, or none that answers.
         """
         ways = self._ways(peer)
         if not ways:
-            raise UnreachableError(f"node {peer.peer_id} gives no address")
-        if len(ways) == 1:
-            return await self._open(peer, ways[0])
-        worked = self._worked.get(peer.peer_id)
+            raise UnreachableError(f"node {peer.peer_id} gives no address that is called from here")
+        worked = _TUNNEL if ways == [_TUNNEL] else self._worked.get(peer.peer_id)
         if worked in ways:
             channel = await self._open(peer, worked)
-            if channel.get_state() not in _BROKEN:
+            if len(ways) == 1 or channel.get_state() not in _BROKEN:
                 return channel
-        trying = self._tries.get(peer.peer_id)
+        key = peer.peer_id, tuple(ways)
+        trying = self._tries.get(key)
         if trying is None:
-            trying = self._tries[peer.peer_id] = asyncio.create_task(self._try(peer, ways))
-            trying.add_done_callback(lambda _: self._tries.pop(peer.peer_id, None))
-        return await asyncio.shield(trying)  # the other callers still wait for it
+            trying = self._tries[key] = asyncio.create_task(self._try(peer, ways))
+            trying.add_done_callback(lambda _: self._tries.pop(key, None))
+        channel_or_none = await asyncio.shield(trying)  # the other callers still wait for it
+        if channel_or_none is None:
+            raise UnreachableError(f"node {peer.peer_id} does not answer at {', '.join(ways)}")
+        return channel_or_none
 
     async def close(self) -> None:
         tries = list(self._tries.values())
@@ -134,7 +156,7 @@ class ChannelPool:
 
     def _ways(self, peer: Contact) -> list[str]:
         tunnel = [_TUNNEL] if self._tunnels is not None and peer.tunnel_addresses else []
-        return [*peer.addresses, *tunnel]
+        return [*filter(self._dialling.allows, peer.addresses), *tunnel]
 
     async def _open(self, peer: Contact, way: str) -> grpc.aio.Channel:
         if way == _TUNNEL:
@@ -142,25 +164,46 @@ class ChannelPool:
             way = await self._tunnels.open_to(peer.peer_id, peer.tunnel_addresses)
         return await self.get(way, peer.certificate_pem)
 
-    async def _try(self, peer: Contact, ways: Sequence[str]) -> grpc.aio.Channel:
-        """Tries one way after another. One that takes long goes on beside the next."""
+    async def _try(self, peer: Contact, ways: Sequence[str]) -> grpc.aio.Channel | None:
+        """Tries one way after another. One that takes long goes on beside the next. None if none connects."""
         connecting: dict[asyncio.Task[bool], tuple[str, grpc.aio.Channel]] = {}
+        opened: list[str] = []
+        found = None
         try:
             async with asyncio.timeout(_TRY_S):
-                for way in (*ways, None):
+                for way in (*filter(partial(self._may_dial, peer), ways), None):
                     if way is not None:
                         channel = await self._open(peer, way)
+                        opened.append(way)
                         connecting[asyncio.create_task(_connects(channel))] = way, channel
                     if found := await self._first(connecting, None if way is None else _HEAD_START_S):
-                        self._worked[peer.peer_id] = found[0]
-                        return found[1]
-        except TimeoutError:
+                        break
+        except (TimeoutError, UnreachableError):  # the latter: there are no sockets left for a tunnel
             pass
         finally:
             for task in connecting:
                 task.cancel()
             await asyncio.gather(*connecting, return_exceptions=True)
-        return await self._open(peer, ways[-1])
+        if found is None:
+            self._failed[peer.peer_id] = time.monotonic()
+        else:
+            self._failed.pop(peer.peer_id, None)
+            self._worked[peer.peer_id] = found[0]
+            if found[0] != _TUNNEL:
+                self._dialling.reached(Endpoint(found[0]), peer.peer_id)
+        await self._close_unknown(peer, opened)
+        return None if found is None else found[1]
+
+    def _may_dial(self, peer: Contact, way: str) -> bool:
+        return way == _TUNNEL or self._dialling.begin(Endpoint(way), peer.peer_id)
+
+    async def _close_unknown(self, peer: Contact, ways: Sequence[str]) -> None:
+        """Closes the channels to endpoints at which the peer was never found."""
+        for way in ways:
+            if way != _TUNNEL and not self._dialling.is_known(Endpoint(way), peer.peer_id):
+                channel = self._channels.pop((way, peer.certificate_pem), None)
+                if channel is not None:
+                    await channel.close()
 
     async def _first(
         self, connecting: dict["asyncio.Task[bool]", tuple[str, grpc.aio.Channel]], longest_s: float | None

@@ -169,9 +169,12 @@ class SnapshotClient:
     async def stub(self, peer: Contact) -> tuple[Any, Metadata]:
         """A stub and the metadata for its calls. Raises TransferError, and ExpertError if the peer opens no session."""
         try:
-            channel = await self.channels.reach(peer)
+            async with asyncio.timeout(self.open_s):
+                channel = await self.channels.reach(peer)
         except UnreachableError as error:
             raise TransferError(str(error)) from error
+        except TimeoutError as error:
+            raise TransferError(f"no connection to {peer.peer_id} within {self.open_s:.0f} s") from error
         stub = make_stub(self.stub_class, channel)
         return stub, await self.sessions.metadata(peer.peer_id, channel, self.open_s)
 

@@ -7,7 +7,7 @@ pending calls fail at once. A cancelled call affects no other call, and leaves n
 import asyncio
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -26,7 +26,15 @@ from hivemind.proto import p2pd_pb2
 from peer.errors import DaemonError
 from peer.identity import Identity
 from peer.processes import die_with_parent, private_socket_folder
-from peer.transport.addresses import NetworkConfig, multiaddress, multiaddress_bytes
+from peer.transport.addresses import (
+    AddressScope,
+    IpAddress,
+    Multiaddress,
+    NetworkConfig,
+    known_bytes,
+    multiaddress,
+)
+from peer.transport.dialling import Dialling
 
 START_DEADLINE_S = 60.0
 _STOP_DEADLINE_S = 3.0
@@ -70,6 +78,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
     _daemon_listen_maddr: Any = None
     _client_listen_maddr: Any = None
     _sockets: tempfile.TemporaryDirectory[str] | None = None
+    _dialling: Dialling
 
     async def ended(self) -> int:
         """Waits until p2pd has ended; returns its exit status, negative after a signal."""
@@ -85,20 +94,55 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         except psutil.Error:
             return 0
 
-    async def connect(self, peer_id: PeerID, addresses: Sequence[str], deadline_s: float) -> None:
-        """Dials a peer at these multiaddresses, which may end with its PeerID.
+    async def own_addresses(self, deadline_s: float) -> list[Multiaddress]:
+        """Those of this peer that p2pd knows, without any of a kind that is not known here."""
+        answer, _, writer = await self._request(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY), deadline_s)
+        writer.close()
+        return known_bytes(answer.identify.addrs, self.peer_id)
+
+    async def connect(self, peer_id: PeerID, addresses: Sequence[Multiaddress], deadline_s: float) -> None:
+        """Dials a peer at those of its addresses that may be dialled now; p2pd does not if it is connected already.
 
         hivemind's own method leaves its connection to p2pd open when it is cancelled.
         """
-        own = f"/p2p/{peer_id.to_base58()}"
+        connected = await self._connections(deadline_s)
+        new = [a for a in addresses if not _is_there(a, connected)]
+        addresses = [a for a in addresses if a not in new or self._dialling.begin(a.endpoint, a.dialled)]
+        if not addresses:
+            raise P2PDaemonError("none of the peer's addresses may be dialled now")
         connect = p2pd_pb2.ConnectRequest(
             peer=peer_id.to_bytes(),
-            addrs=[multiaddress_bytes(address.removesuffix(own)) for address in addresses],
+            addrs=[address.to_bytes(without_peer=True) for address in addresses],
             timeout=math.ceil(deadline_s),
         )
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect)
         _, _, writer = await self._request(request, deadline_s)
         writer.close()
+        if new:
+            connected = await self._connections(deadline_s)
+            for address in new:
+                if _is_there(address, connected):
+                    self._dialling.reached(address.endpoint, address.dialled)
+
+    async def connected_ips(self, deadline_s: float) -> dict[PeerID, frozenset[IpAddress]]:
+        """The peers to which there are connections, and the IP addresses at their other ends."""
+        return {
+            PeerID(peer): frozenset(
+                a.endpoint.ip for a in known_bytes(ends, PeerID(peer)) if a.endpoint.ip and not a.is_relayed
+            )
+            for peer, ends in (await self._connections(deadline_s)).items()
+        }
+
+    async def _connections(self, deadline_s: float) -> dict[bytes, list[bytes]]:
+        """PeerID → the multiaddresses at the other ends of the connections to that peer, as p2pd encodes them."""
+        answer, _, writer = await self._request(
+            p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS), deadline_s
+        )
+        writer.close()
+        ends: dict[bytes, list[bytes]] = {}
+        for peer in answer.peers:
+            ends.setdefault(peer.id, []).extend(peer.addrs)
+        return ends
 
     async def open_stream(
         self, peer_id: PeerID, protocol: str, deadline_s: float
@@ -168,8 +212,11 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         return [task for task in tasks if task is not None]
 
 
-async def start_daemon(identity: Identity, config: NetworkConfig) -> Daemon:
-    """Starts p2pd. Raises DaemonError when this machine can't."""
+async def start_daemon(identity: Identity, config: NetworkConfig, dialling: Dialling | None = None) -> Daemon:
+    """Starts p2pd. Raises DaemonError when this machine can't.
+
+    `dialling`: this process's rules for addresses that others wrote; None: all of this machine may be dialled.
+    """
     started: list[Daemon] = []
     sockets = private_socket_folder()
 
@@ -182,6 +229,7 @@ async def start_daemon(identity: Identity, config: NetworkConfig) -> Daemon:
         def __init__(self) -> None:
             super().__init__()
             self._sockets = sockets
+            self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
             started.append(self)
 
         @staticmethod
@@ -198,8 +246,8 @@ async def start_daemon(identity: Identity, config: NetworkConfig) -> Daemon:
         created = await Started.create(
             identity_path=str(identity.path),
             check_if_identity_free=False,  # the lock of the state folder protects it
-            host_maddrs=[multiaddress(config.listen, config.port)],
-            announce_maddrs=None if config.announce is None else [config.announce],
+            host_maddrs=[config.listening],
+            announce_maddrs=None if config.announce is None else [multiaddress(config.announce)],
             dht_mode="server" if config.serves_dht else "client",
             no_listen=not config.listens,
             nat_port_map=config.maps_port,
@@ -248,6 +296,12 @@ class _HandlerTasks(dict[UUID, "asyncio.Task[None]"]):
 def patch_control_client(control: Any) -> None:
     """Replaces the tables of a hivemind ControlClient, which must have no calls under way."""
     control._pending_calls, control._handler_tasks = _PendingCalls(), _HandlerTasks()
+
+
+def _is_there(address: Multiaddress, connected: Mapping[bytes, Sequence[bytes]]) -> bool:
+    """Whether one of the connections is to the peer that is dialled at this address, and leads there."""
+    end = address.endpoint_bytes()
+    return any(data.startswith(end) for data in connected.get(address.dialled.to_bytes(), ()))
 
 
 def _relay_options(config: NetworkConfig) -> dict[str, Any]:

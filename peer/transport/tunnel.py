@@ -23,7 +23,7 @@ from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.processes import private_socket_folder
-from peer.transport.addresses import is_relayed
+from peer.transport.addresses import Multiaddress, is_circuit
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _FLUSH_DEADLINE_S = 5.0
 _CHUNK_BYTES = 256 * 2**10
 
 Pipe: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-OpenStream: TypeAlias = Callable[[PeerID, Sequence[str], str, float], Awaitable[Pipe]]
+OpenStream: TypeAlias = Callable[[PeerID, Sequence[Multiaddress], str, float], Awaitable[Pipe]]
 """Takes a peer, its addresses, the protocol and a deadline in seconds. Raises UnreachableError."""
 
 
@@ -97,7 +97,7 @@ class Tunnels:
         if self._exit is not None:
             await daemon.add_binary_stream_handler(PROTOCOL, self._accept)
 
-    async def open_to(self, peer_id: PeerID, addresses: Sequence[str]) -> str:
+    async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
         """Returns the address at which gRPC reaches that peer through a tunnel; nothing is dialled yet.
 
         `addresses`: the multiaddresses that the peer announces now. Raises UnreachableError if this machine has no
@@ -149,7 +149,7 @@ class Tunnels:
             self.opened.labels("refused").inc()
             writer.close()
             return
-        self.last_relayed = is_relayed(str(info.addr))
+        self.last_relayed = is_circuit(info.addr.to_bytes())
         self.opened.labels("relayed" if self.last_relayed else "punched").inc()
         self._incoming[caller] += 1
         try:
@@ -224,7 +224,7 @@ class _Listener:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.addresses: tuple[str, ...] = ()
+        self.addresses: tuple[Multiaddress, ...] = ()
         self.server: asyncio.Server | None = None
 
     def close(self) -> None:

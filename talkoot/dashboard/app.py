@@ -6,7 +6,6 @@ import ipaddress
 import json
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from peer.transport.addresses import ip_address
+from peer.errors import AddressError
+from peer.transport.addresses import AddressScope, Endpoint, Multiaddress
+from peer.transport.dialling import nearest_scope
 from talkoot.dashboard import api
 from talkoot.dashboard.history import HistoryStore
 from talkoot.dashboard.picture import Json, Picture
@@ -223,24 +224,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class AddressScope(IntEnum):
-    """How far an address is valid. A swarm's scope is that of its nearest address."""
-
-    LOOPBACK = 0
-    PRIVATE = 1
-    GLOBAL = 2
-
-
-def targets(picture: Picture | None, bootstrap: Iterable[str]) -> list[Json]:
+def targets(picture: Picture | None, bootstrap: Iterable[Multiaddress]) -> list[Json]:
     """What Prometheus's HTTP service discovery is told: the metrics of every live peer that offers them.
 
     Anybody can write an address into a record, and Prometheus would scrape it. So only IP addresses count, and only
     those of the swarm's own scope: no peer of a public swarm can point Prometheus at this machine or at the network
-    behind it. `bootstrap`: multiaddresses of the swarm's peers.
+    behind it. `bootstrap`: the addresses in the swarm's invite.
     """
     if picture is None:
         return []
-    nearest = min(map(_multiaddress_scope, bootstrap), default=AddressScope.GLOBAL)
+    nearest = nearest_scope(address.endpoint for address in bootstrap)
     groups = []
     for role, rows in (("node", picture.nodes), ("trainer", picture.trainers)):
         found = sorted(
@@ -249,7 +242,7 @@ def targets(picture: Picture | None, bootstrap: Iterable[str]) -> list[Json]:
                 for row in rows
                 if row["metrics_address"]
                 and row["state"] != "gone"
-                and _scope(row["metrics_address"].rpartition(":")[0]) >= nearest
+                and _scope(row["metrics_address"]) >= nearest
             }
         )
         if found:
@@ -257,24 +250,11 @@ def targets(picture: Picture | None, bootstrap: Iterable[str]) -> list[Json]:
     return groups
 
 
-def _multiaddress_scope(address: str) -> AddressScope:
-    kind, _, rest = address.strip("/").partition("/")
-    if kind not in {"ip4", "ip6"}:
-        return AddressScope.GLOBAL
-    return AddressScope(max(AddressScope.LOOPBACK, _scope(rest.partition("/")[0])))
-
-
-def _scope(host: str) -> int:
-    """-1 when it is not an address."""
+def _scope(endpoint: str) -> AddressScope:
     try:
-        address = ip_address(host.strip("[]"))
-    except ValueError:
-        return -1
-    if address.is_link_local or address.is_unspecified or address.is_multicast:
-        return -1
-    if address.is_loopback:
-        return AddressScope.LOOPBACK
-    return AddressScope.GLOBAL if address.is_global else AddressScope.PRIVATE
+        return Endpoint(endpoint).scope or AddressScope.NONE
+    except AddressError:
+        return AddressScope.NONE
 
 
 def _host_of(scope: Scope) -> str:

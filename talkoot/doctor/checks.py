@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -246,12 +247,12 @@ async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> l
     links: list[Link] = []
     dials: list[DialledBack] = []
     failures: list[str] = []
-    pool = ChannelPool()
+    pool = ChannelPool(dialling=swarm.host.dialling)
     try:
         async with _listening(host, port) as own_port:
             for node in rng.sample(others, min(_PEERS_ASKED, len(others))):
                 try:
-                    channel = await pool.get(node.addresses[0], node.certificate_pem)
+                    channel = await pool.reach(replace(node, tunnel_addresses=()))
                     links.append(await call_probe(channel, swarm.keys.swarm_id))
                     dials.append(await call_dial_back(channel, swarm.keys.swarm_id, own_port))
                 except UnreachableError as error:

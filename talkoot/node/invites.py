@@ -17,7 +17,7 @@ from dht.invites import Invite, InviteLedger, IssuedInvite
 from peer.errors import SettingsError, StartError
 from peer.files import write_atomically
 from peer.identity import Identity
-from peer.transport.addresses import tcp_endpoint
+from peer.transport.addresses import Multiaddress
 from talkoot.node.control import node_folder
 from talkoot.node.remote import parse_duration_s
 from talkoot.terminal import Terminal
@@ -161,14 +161,14 @@ def _day(at: float) -> str:
 
 
 def invite_advice(
-    bootstrap: Sequence[str], host: str, dht_port: int, grpc_port: int, *, chosen: bool = True
+    bootstrap: Sequence[Multiaddress], host: str, dht_port: int, grpc_port: int, *, chosen: bool = True
 ) -> str:
     """What a founder should do so that people elsewhere can join by these multiaddresses; empty when they can.
 
     It is also empty when the founder chose loopback. `host`: the address that the founder listens on; not `chosen`: the
     machine's first one. A port is 0 when it changes with each run. Pure.
     """
-    hosts = [endpoint[0] for endpoint in map(tcp_endpoint, bootstrap) if endpoint is not None]
+    hosts = [address.endpoint.host for address in bootstrap]
     if not all(map(_is_private, hosts)):
         return ""
     if ipaddress.ip_address(host).is_loopback:

@@ -1,7 +1,6 @@
 """`talkoot node`: starts a node in the foreground, shows what it does, and stops it."""
 
 import asyncio
-import ipaddress
 import logging
 import os
 import time
@@ -24,7 +23,7 @@ from expert_server.node import Node
 from expert_server.resources import keep_freed_memory, within_memory
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeStatus
-from peer.errors import PortError, SettingsError, StartError, UnreachableError, UserError
+from peer.errors import AddressError, PortError, SettingsError, StartError, UnreachableError, UserError
 from peer.files import StateFolder, write_atomically
 from peer.identity import Identity
 from peer.kademlia.hivemind import quiet_hivemind
@@ -32,10 +31,11 @@ from peer.kademlia.storage import StoreBounds
 from peer.loop import keep_running
 from peer.settings import DENYLIST
 from peer.transport.addresses import (
+    Endpoint,
+    Multiaddress,
     NetworkConfig,
     default_listen_address,
-    is_multiaddress,
-    multiaddress,
+    ip_address,
     require_free_port,
 )
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
@@ -69,17 +69,23 @@ class Origin:
                 "pass either --new swarm.toml to found a swarm, or --join INVITE to join one"
                 + ("; not both" if self.new else "")
             )
-        for address in self.bootstrap:
-            if not is_multiaddress(address):
-                raise SettingsError(
-                    f"--bootstrap {address}: not a multiaddress with a peer, such as /ip4/10.0.0.1/tcp/31337/p2p/Qm…"
-                )
+        self.addresses()
         if self.new is not None:
             manifest = Manifest.from_toml(self.new)
             builder_of(manifest.experts.kind)  # fails now rather than after the manifest is published
             return manifest
         invite = Invite.read(self.join or "")
-        return replace(invite, bootstrap=(*invite.bootstrap, *self.bootstrap))
+        return replace(invite, bootstrap=(*invite.bootstrap, *self.addresses()))
+
+    def addresses(self) -> tuple[Multiaddress, ...]:
+        """Those of `bootstrap`. Raises SettingsError."""
+        try:
+            return tuple(map(Multiaddress, self.bootstrap))
+        except AddressError as error:
+            raise SettingsError(
+                f"--bootstrap {' '.join(self.bootstrap)}: not a multiaddress with a peer, such as "
+                f"/ip4/10.0.0.1/tcp/31337/p2p/Qm…: {error}"
+            ) from error
 
 
 def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_file: Path | None) -> None:
@@ -95,7 +101,7 @@ def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_
     folder = StateFolder(node_folder(settings.state))
     try:
         with log_file(folder.path / LOG_FILE):
-            run = _NodeRun(terminal, source, origin.bootstrap, settings, host, folder.path, invite_file)
+            run = _NodeRun(terminal, source, origin.addresses(), settings, host, folder.path, invite_file)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(run.run())
     finally:
@@ -109,7 +115,7 @@ class _NodeRun:
         self,
         terminal: Terminal,
         source: Manifest | Invite,
-        bootstrap: tuple[str, ...],
+        bootstrap: tuple[Multiaddress, ...],
         settings: NodeSettings,
         host: str,
         state: Path,
@@ -294,19 +300,20 @@ def _first(error: BaseException) -> BaseException:
     return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
-def announced_address(settings: NodeSettings, host: str) -> str | None:
-    """The multiaddress at which others reach this node's DHT; None: the address it listens on."""
+def announced_address(settings: NodeSettings, host: str) -> Endpoint | None:
+    """Where others reach this node's DHT; None: where it listens."""
     if not (settings.announce_host or settings.announce_dht_port):
         return None
-    return multiaddress(settings.announce_host or host, settings.announce_dht_port or settings.dht_port)
+    return Endpoint.of(settings.announce_host or host, settings.announce_dht_port or settings.dht_port)
 
 
 def listen_address(settings: NodeSettings) -> str:
     """The IP address that a node listens on and announces. Raises SettingsError."""
     host = settings.host or default_listen_address()
     try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
+        address = ip_address(host)
+        Endpoint.of(host, 1)
+    except (ValueError, AddressError):
         raise SettingsError(
             f"host {host!r} is not an IP address: pass this machine's, such as 192.0.2.7"
         ) from None

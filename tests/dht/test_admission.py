@@ -27,6 +27,7 @@ from peer.errors import ExpertError, RecordError, SettingsError, StartError, Use
 from peer.identity import Identity
 from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
 from peer.rpc.sessions import Admitted, Right
+from peer.transport.addresses import Multiaddress
 from peer.wire import admission_pb2, records_pb2, session_pb2
 
 NOW, LATER = 1000.0, 2000.0
@@ -224,11 +225,11 @@ def test_long_lives_are_for_manifests_and_revocations_under_their_own_keys(found
 def test_an_invite_carries_a_token_and_does_not_show_it_by_chance(founder: Identity) -> None:
     token = token_of(founder).SerializeToString()
     address = f"/ip4/192.0.2.7/tcp/31337/p2p/{founder.peer_id.to_base58()}"
-    invite = Invite(keys_of(founder), (address,), token)
+    invite = Invite(keys_of(founder), (Multiaddress(address),), token)
     assert Invite.parse(str(invite)) == invite
     assert len(str(invite)) < 1024
     assert "token" not in repr(invite)
-    assert Invite.parse(str(Invite(keys_of(founder), (address,)))).token == b""
+    assert Invite.parse(str(Invite(keys_of(founder), (Multiaddress(address),)))).token == b""
 
 
 def issued(serial: int, expires_at: float = LATER) -> IssuedInvite:

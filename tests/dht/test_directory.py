@@ -20,6 +20,7 @@ from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import UnreachableError
 from peer.identity import PeerID
+from peer.transport.addresses import Endpoint
 
 GRID = (30, 20)
 FIRST, SECOND = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
@@ -59,7 +60,7 @@ def make_replica(uid: UID, peer_id: PeerID, queued_rows: int = 0) -> Replica:
 
 
 def make_node(peer_id: PeerID, expires_at: float = math.inf) -> NodeInfo:
-    return NodeInfo(peer_id, ("127.0.0.1:1",), b"", 1, "0", 1, 1, 0, 0, 0.0, (), expires_at)
+    return NodeInfo(peer_id, (Endpoint("127.0.0.1:1"),), b"", 1, "0", 1, 1, 0, 0, 0.0, (), expires_at)
 
 
 def make_directory(registry: Any) -> Directory:

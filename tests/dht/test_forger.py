@@ -26,7 +26,7 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
 from peer.identity import Identity, PeerID, peer_id_of
 from peer.loop import LoopThread
-from peer.transport.addresses import NetworkConfig
+from peer.transport.addresses import Multiaddress, NetworkConfig
 from peer.wire import records_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -59,7 +59,7 @@ def swarm(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     hosts: list[Host] = []
 
     async def start() -> Swarm:
-        bootstrap: list[str] = []
+        bootstrap: list[Multiaddress] = []
         for n, validator in enumerate((RecordValidator(), RecordValidator(), Gullible())):
             identity = Identity.load_or_create(folder / f"{n}.key")
             hosts.append(

@@ -4,21 +4,21 @@ import json
 import math
 from pathlib import Path
 
-import base58
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.membership import PeerStore
+from peer.identity import PeerID
+from peer.transport.addresses import Endpoint, Multiaddress
 
 
-def peer(number: int) -> str:
-    name: bytes = base58.b58encode(b"\x12\x20" + number.to_bytes(32, "big"))
-    return name.decode()
+def peer(number: int) -> PeerID:
+    return PeerID(b"\x12\x20" + number.to_bytes(32, "big"))
 
 
-def address(number: int, port: int = 31337) -> str:
-    return f"/ip4/192.0.2.1/tcp/{port}/p2p/{peer(number)}"
+def address(number: int, port: int = 31337) -> Multiaddress:
+    return Multiaddress.of(Endpoint.of("192.0.2.1", port), peer(number))
 
 
 def test_what_was_met_is_there_after_a_restart_newest_first(tmp_path: Path) -> None:
@@ -52,12 +52,23 @@ def test_a_peer_has_at_most_four_addresses() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    ["", "x", "/ip4/1.2.3.4/tcp/1", "/p2p/" + peer(1), "/ip4/1.2.3.4/tcp/1/p2p/0", address(1) + "/" * 300],
-)
-def test_what_is_no_address_of_a_peer_is_left_out(bad: str) -> None:
-    peer_store = PeerStore(None)
-    peer_store.add([bad, address(2)], now=0.0)
+    [
+        "", "x", "/ip4/1.2.3.4/tcp/1", f"/p2p/{peer(1)}", "/ip4/1.2.3.4/tcp/1/p2p/0", f"{address(1)}" + "/" * 300,
+        f"/ip4/1.2.3.4/tcp/x/p2p/{peer(1)}", f"/ip4/1.2.3.4/tcp/1/p2p/{peer(1)}/ip4/1.2.3.4/p2p/{peer(1)}",
+        f"/onion/aaimaq4ygg2iegci:80/dns/a/p2p/{peer(1)}", 7, None,
+    ],
+)  # fmt: skip
+def test_a_bad_address_that_was_stored_earlier_is_dropped_at_the_start(
+    tmp_path: Path, bad: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "peers.json"
+    peers = [{"addresses": [bad, address(2)], "met_at": 1.0}, {"addresses": [bad], "met_at": 0.5}]
+    path.write_text(json.dumps({"peers": peers}))
+    peer_store = PeerStore(path)
     assert peer_store.addresses() == [address(2)]
+    assert caplog.text.count("dropped") == 2
+    peer_store.save()
+    assert json.loads(path.read_text()) == {"peers": [{"addresses": [address(2)], "met_at": 1.0}]}
 
 
 @pytest.mark.parametrize(

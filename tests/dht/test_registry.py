@@ -117,12 +117,16 @@ def test_withdrawn_replicas_are_gone_at_once_and_the_others_stay(swarm: Swarm) -
 def test_a_node_record_is_seen_in_full(swarm: Swarm) -> None:
     async def scenario() -> None:
         host = swarm.hosts[1]
-        record = node_record(host, software_version="1.0\x1b[31m\n" + "x" * 99, addresses=["a:1"] * 20)
+        record = node_record(
+            host,
+            software_version="1.0\x1b[31m\n" + "x" * 99,
+            addresses=[*(f"10.0.0.1:{port}" for port in range(1, 21))],
+        )
         await swarm.registry(1).publish_node(record, LIFETIME_S)
         found = await swarm.registry(2).nodes([host.peer_id, swarm.hosts[0].peer_id])
         assert set(found) == {host.peer_id}
         node = found[host.peer_id]
-        assert node.addresses == ("a:1",) * 8
+        assert node.addresses == tuple(f"10.0.0.1:{port}" for port in range(1, 9))
         assert node.software_version.isprintable()
         assert len(node.software_version) <= 32
         assert node.certificate_pem.startswith(b"-----BEGIN CERTIFICATE-----")

@@ -14,7 +14,7 @@ from dht.swarm import found_swarm, join_swarm
 from peer.host import Host
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.transport.addresses import NetworkConfig
+from peer.transport.addresses import Multiaddress, NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -26,7 +26,7 @@ def identities() -> list[Identity]:
     return numbered_identities(4)
 
 
-async def forgetful_peer(stack: contextlib.AsyncExitStack, identity: Identity) -> list[str]:
+async def forgetful_peer(stack: contextlib.AsyncExitStack, identity: Identity) -> list[Multiaddress]:
     """The addresses of a DHT peer that knows nothing."""
     host = await Host.start(identity, CONFIG, validator=RecordValidator())
     stack.push_async_callback(host.stop)

@@ -20,7 +20,7 @@ from expert_server.node import Node
 from peer.host import Host
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.transport.addresses import NetworkConfig
+from peer.transport.addresses import Multiaddress, NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -67,7 +67,9 @@ def test_a_swarm_is_founded_and_joined_through_it_and_forgers_spoil_nothing(
     loop: LoopThread, identities: list[Identity], tmp_path: Path, plain: str
 ) -> None:
     async def scenario(village: Village) -> None:
-        founder = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL), bootstrap=[plain])
+        founder = await found_swarm(
+            village.identities[0], MANIFEST, NetworkConfig(LOCAL), bootstrap=[Multiaddress(plain)]
+        )
         first = await village.start(founder, {"experts": 5})
         alone = [a for a in (await founder.invite()).bootstrap if a == plain]
         assert alone == [plain], "an invite names others beside its writer"
@@ -97,7 +99,7 @@ def test_a_swarm_is_founded_and_joined_through_it_and_forgers_spoil_nothing(
 
 async def spoil(identity: Identity, plain: str, node: Node) -> None:
     """Stores a bad entry in each dictionary, at the plain peer, with no validator of its own."""
-    forger = await Host.start(identity, NetworkConfig(LOCAL), bootstrap=[plain])
+    forger = await Host.start(identity, NetworkConfig(LOCAL), bootstrap=[Multiaddress(plain)])
     try:
         keys = node.swarm.keys
         spoilt = [keys.expert(uid) for uid in UIDS] + [keys.prefix(layer) for layer in range(2)]

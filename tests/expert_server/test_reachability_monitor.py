@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,11 @@ from expert_server.probe import DialledBack
 from expert_server.reachability import DialledPorts, ReachabilityMonitor
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
+from peer.transport.addresses import AddressScope, Multiaddress
+from peer.transport.dialling import Dialling
 
 PEER = "/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
-PUBLIC, NEIGHBOUR = f"/ip4/44.1.1.1/tcp/1{PEER}", f"/ip4/192.168.1.9/tcp/1{PEER}"
+PUBLIC, NEIGHBOUR = Multiaddress(f"/ip4/44.1.1.1/tcp/1{PEER}"), Multiaddress(f"/ip4/192.168.1.9/tcp/1{PEER}")
 
 
 @dataclass
@@ -25,21 +28,26 @@ class LonelyHost:
     """Knows peers, of which none is a node of its swarm."""
 
     peer_id: Any
-    bootstrap_candidates: tuple[str, ...]
-    bootstrapped_from: tuple[str, ...] = ()
+    bootstrap_candidates: tuple[Multiaddress, ...]
+    bootstrapped_from: tuple[Multiaddress, ...] = ()
     config: SimpleNamespace = field(
         default_factory=lambda: SimpleNamespace(serves_dht=True, relays=(), port=1)
     )
     tunnels: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(last_relayed=None))
 
+    dialling: Dialling = field(default_factory=lambda: Dialling(AddressScope.GLOBAL))
+
     def peers(self) -> frozenset[Any]:
         return frozenset()
 
-    async def restart_as(self, *, serves_dht: bool, relays: tuple[str, ...]) -> None:
+    async def restart_as(self, *, serves_dht: bool, relays: tuple[Multiaddress, ...]) -> None:
         self.config = SimpleNamespace(serves_dht=serves_dht, relays=tuple(relays), port=1)
 
-    async def tunnel_addresses(self) -> list[str]:
-        return [f"{relay}/p2p-circuit{PEER}" for relay in self.config.relays]
+    async def tunnel_addresses(self) -> list[Multiaddress]:
+        return [Multiaddress(f"{relay}/p2p-circuit{PEER}") for relay in self.config.relays]
+
+    async def confirmed(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
+        return list(addresses)
 
 
 async def nobody(peers: object) -> dict[Any, Any]:
@@ -70,7 +78,7 @@ def test_a_private_address_and_a_public_peer_are_enough_to_go_behind_relays(iden
     ("known", "address"), [((NEIGHBOUR,), "192.168.1.2"), ((), "192.168.1.2"), ((PUBLIC,), "44.1.1.2")]
 )
 def test_neighbours_in_one_network_and_public_nodes_stay_as_they_are(
-    identity: Identity, known: tuple[str, ...], address: str
+    identity: Identity, known: tuple[Multiaddress, ...], address: str
 ) -> None:
     host = LonelyHost(identity.peer_id, known)
     monitor = asyncio.run(after_rounds(4, host, address))
@@ -100,11 +108,11 @@ class HostWithoutEntrance(LonelyHost):
 
     moves = 0
 
-    async def restart_as(self, *, serves_dht: bool, relays: tuple[str, ...]) -> None:
+    async def restart_as(self, *, serves_dht: bool, relays: tuple[Multiaddress, ...]) -> None:
         await super().restart_as(serves_dht=serves_dht, relays=relays)
         self.moves += 1
 
-    async def tunnel_addresses(self) -> list[str]:
+    async def tunnel_addresses(self) -> list[Multiaddress]:
         return []
 
 

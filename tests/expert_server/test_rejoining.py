@@ -35,7 +35,7 @@ from peer.identity import Identity
 from peer.kademlia.lookups import Lookups
 from peer.loop import LoopThread
 from peer.metrics import new_registry
-from peer.transport.addresses import NetworkConfig
+from peer.transport.addresses import Multiaddress, NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -204,7 +204,7 @@ def test_a_peer_that_announces_nothing_looks_each_time_for_those_that_were_lost(
         tried = 0
         join = host.join
 
-        async def counted(addresses: Sequence[str]) -> list[str]:
+        async def counted(addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
             nonlocal tried
             tried += 1
             return await join(addresses)

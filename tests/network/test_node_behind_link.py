@@ -18,7 +18,7 @@ from peer.errors import ExpertError, SettingsError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import NetworkConfig, multiaddress
+from peer.transport.addresses import Endpoint, Multiaddress, NetworkConfig, multiaddress
 from talkoot.demo.links import Link, Proxy, Wire, free_ports
 from trainer_client.dispatch.batches import NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -43,7 +43,7 @@ def test_others_find_and_call_a_node_where_it_says_that_it_is(loop: LoopThread, 
         wires = [Wire(Link(100.0, 0.02)) for _ in range(2)]
         dht = await Proxy.start(wires[0], (LOCAL, dht_port))
         calls = await Proxy.start(wires[1], (LOCAL, grpc_port))
-        announce = multiaddress(LOCAL, dht.port)
+        announce = Endpoint.of(LOCAL, dht.port)
         swarm = await found_swarm(identities[0], MANIFEST, NetworkConfig(LOCAL, dht_port, announce=announce))
         settings = NodeSettings.load(
             experts=4,
@@ -56,7 +56,7 @@ def test_others_find_and_call_a_node_where_it_says_that_it_is(loop: LoopThread, 
             settings, swarm, host=LOCAL, state=tmp_path, timing=NodeTiming(claim_wait_s=0.1)
         )
         invite = await swarm.invite()
-        assert invite.bootstrap == (f"{announce}/p2p/{swarm.host.peer_id}",)
+        assert invite.bootstrap == (Multiaddress.of(announce, swarm.host.peer_id),)
         observer = await join_swarm(identities[1], invite, NetworkConfig(LOCAL, serves_dht=False))
         channels = ChannelPool()
         try:
@@ -89,7 +89,7 @@ def test_p2pd_listens_where_it_did_when_it_is_started_again(loop: LoopThread, tm
         port, elsewhere = free_ports(LOCAL, 2)
         identity = Identity.load_or_create(tmp_path / "key")
         swarm = await found_swarm(
-            identity, MANIFEST, NetworkConfig(LOCAL, port, announce=multiaddress(LOCAL, elsewhere))
+            identity, MANIFEST, NetworkConfig(LOCAL, port, announce=Endpoint.of(LOCAL, elsewhere))
         )
         try:
             swarm.host.p2p._child.kill()
@@ -128,4 +128,4 @@ def test_a_port_that_is_forwarded_to_must_be_given(given: dict[str, Any], named:
     ],
 )
 def test_a_multiaddress_is_of_an_address_or_a_name(host: str, address: str) -> None:
-    assert multiaddress(host, 7) == address
+    assert multiaddress(Endpoint.of(host, 7)) == address

@@ -21,6 +21,7 @@ from expert_server.blocks import build_block
 from peer.codec import Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
+from peer.transport.addresses import Endpoint
 from trainer_client.dispatch.batches import (
     Answer,
     Direction,
@@ -272,7 +273,7 @@ def make_peer_id(number: int) -> PeerID:
 
 
 def make_node(peer_id: PeerID) -> NodeInfo:
-    return NodeInfo(peer_id, ("127.0.0.1:1",), b"", 1, "0", 1, 1, 0, 0, 0.0, (), math.inf)
+    return NodeInfo(peer_id, (Endpoint("127.0.0.1:1"),), b"", 1, "0", 1, 1, 0, 0, 0.0, (), math.inf)
 
 
 def make_replica(uid: UID, peer_id: PeerID) -> Replica:

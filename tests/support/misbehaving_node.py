@@ -21,6 +21,7 @@ from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
+from peer.transport.addresses import Endpoint
 from peer.wire import expert_pb2
 from peer.wire.expert_pb2 import CallReply, CallRequest, ExpertReply
 from trainer_client.dispatch.batches import Answer, Direction, NodeCall, Request
@@ -88,7 +89,7 @@ class Server:
         await server.start()
         pem = certificate_pem(certificate, identity.peer_id)
         node = make_node(identity.peer_id)
-        self.info = replace(node, addresses=(f"127.0.0.1:{port}",), certificate_pem=pem)
+        self.info = replace(node, addresses=(Endpoint.of("127.0.0.1", port),), certificate_pem=pem)
         return server
 
 

@@ -20,6 +20,7 @@ from peer.identity import Identity, certificate_pem
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.sessions import Sessions, SessionServicer
+from peer.transport.addresses import Endpoint
 from peer.wire import expert_pb2_grpc, session_pb2_grpc
 from trainer_client.dispatch.batches import Answer, Direction, NodeCall, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -64,7 +65,20 @@ async def a_node(path: Path, max_kept_bytes: int) -> AsyncIterator[tuple[NodeInf
     address = (f"127.0.0.1:{port}",)
     try:
         yield (
-            NodeInfo(identity.peer_id, address, pem, 1, "0", 2, 2, 0, 0, 0.0, (), time.time() + 60),
+            NodeInfo(
+                identity.peer_id,
+                tuple(map(Endpoint, address)),
+                pem,
+                1,
+                "0",
+                2,
+                2,
+                0,
+                0,
+                0.0,
+                (),
+                time.time() + 60,
+            ),
             runtime,
         )
     finally:

@@ -19,6 +19,7 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from peer.identity import PeerID
+from peer.transport.addresses import Endpoint, Multiaddress
 from talkoot.dashboard.app import MAX_STREAMS, Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
 from talkoot.dashboard.picture import CallRateMeter, Census, Picture, paint
@@ -32,7 +33,7 @@ def peer(number: int) -> PeerID:
     return PeerID(b"\x12\x20" + hashlib.sha256(str(number).encode()).digest())
 
 
-INVITE = Invite(SwarmKeys("sauna", peer(-1)), (f"/ip4/127.0.0.1/tcp/1/p2p/{peer(-1).to_base58()}",))
+INVITE = Invite(SwarmKeys("sauna", peer(-1)), (Multiaddress.of(Endpoint("127.0.0.1:1"), peer(-1)),))
 
 
 def manifest(grid: Sequence[int] = (4, 4), layers: int = 2) -> Manifest:

@@ -26,6 +26,7 @@ from peer.rates import RateLimit
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.sessions import Sessions, SessionServicer
+from peer.transport.addresses import Endpoint
 from peer.wire import session_pb2_grpc, state_pb2, state_pb2_grpc
 
 SWARM = "sauna-QmFounder"
@@ -94,7 +95,7 @@ class Street:
         pem = certificate_pem(self.certificate, self.identity.peer_id)
         address = f"127.0.0.1:{self.port}"
         return NodeInfo(
-            self.identity.peer_id, (address,), pem, PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, (), 1e12
+            self.identity.peer_id, (Endpoint(address),), pem, PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, (), 1e12
         )
 
 

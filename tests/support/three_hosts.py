@@ -19,7 +19,7 @@ from dht.uid import UID
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import Host
 from peer.loop import LoopThread
-from peer.transport.addresses import NetworkConfig
+from peer.transport.addresses import Multiaddress, NetworkConfig
 from peer.wire import records_pb2
 
 MANIFEST = Manifest.model_validate(
@@ -36,7 +36,7 @@ def three_hosts(loop: LoopThread) -> Iterator[list[Host]]:
     started: list[Host] = []
 
     async def start() -> None:
-        bootstrap: list[str] = []
+        bootstrap: list[Multiaddress] = []
         for n in range(3):
             started.append(
                 await Host.start(

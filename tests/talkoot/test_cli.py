@@ -19,6 +19,7 @@ from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, run_
 from dht.invites import Invite
 from dht.manifest import Manifest
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.transport.addresses import Endpoint, Multiaddress
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -75,7 +76,7 @@ def listening() -> Iterator[int]:
 def silent_invite(founder: Founder, port: int) -> str:
     """The founder's invite, with the port of another address."""
     invite = Invite.parse(founder.invite)
-    return str(Invite(invite.keys, (f"/ip4/{HOST}/tcp/{port}/p2p/{invite.keys.author.to_base58()}",)))
+    return str(Invite(invite.keys, (Multiaddress.of(Endpoint.of(HOST, port), invite.keys.author),)))
 
 
 # What everybody types first

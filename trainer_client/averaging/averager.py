@@ -25,13 +25,15 @@ from dht.relays import RelayKeeper
 from peer import PROTOCOL_VERSION
 from peer.averaging import freshest_first, max_plausible_updates
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
-from peer.formatting import endpoint, printable
+from peer.formatting import printable
 from peer.identity import Identity, PeerID
 from peer.rates import RateLimit
 from peer.rpc.calls import listen, make_server, server_credentials
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient, Sessions, SessionServicer
 from peer.rpc.transfer import SnapshotClient, SnapshotReceiver, chunked, receive
+from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.dialling import Dialling, resolved
 from peer.transport.tunnel import Tunnels
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, session_pb2_grpc
 from trainer_client.averaging.dense_part import DenseMerge
@@ -78,13 +80,14 @@ class Averaging:
         *,
         admission: SwarmAdmission | None = None,
         tunnels: Tunnels | None = None,
+        dialling: Dialling | None = None,
         relays: RelayKeeper | None = None,
         rng: random.Random | None = None,
     ) -> None:
         """`admission`: the swarm's rules and this peer's badge; None admits everybody.
 
-        `tunnels`: through which it calls trainers behind routers. `relays`: through which others reach this one; None:
-        they reach it at its addresses, or not at all.
+        `tunnels`: through which it calls trainers behind routers. `dialling`: the rules for addresses that others
+        wrote. `relays`: through which others reach this one; None: they reach it at its addresses, or not at all.
         """
         self.exchange = exchange
         self.part = exchange.part
@@ -93,7 +96,7 @@ class Averaging:
         self.partners: tuple[TrainerInfo, ...] = ()
         """Trainers of the same model, as of the last search."""
         self.certificate = b""
-        self.addresses: tuple[str, ...] = ()
+        self.addresses: tuple[Endpoint, ...] = ()
         swarm_id, deadline_s = self.form.swarm_id, schedule.deadline_s
         self.sessions = Sessions(swarm_id, identity.peer_id, admission)
         self._identity = identity
@@ -103,7 +106,7 @@ class Averaging:
         badge = None if admission is None else admission.badge
         self._service = SnapshotClient(
             dense_pb2_grpc.DenseServiceStub,
-            ChannelPool(_MAX_CALLS, tunnels),
+            ChannelPool(_MAX_CALLS, tunnels, dialling),
             SessionClient(identity, swarm_id, (session_pb2.RIGHT_AVERAGE,), badge),
             exchange.receiver,
             open_s=min(deadline_s, _OPEN_S),
@@ -124,7 +127,7 @@ class Averaging:
         return self.exchange.metrics
 
     @property
-    def tunnel_addresses(self) -> tuple[str, ...]:
+    def tunnel_addresses(self) -> tuple[Multiaddress, ...]:
         """Multiaddresses through which trainers behind other routers reach this one."""
         return () if self.relays is None else self.relays.addresses
 
@@ -135,7 +138,8 @@ class Averaging:
         dense_pb2_grpc.add_DenseServiceServicer_to_server(self._servicer, self._server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.sessions), self._server)
         credentials = server_credentials(self._identity, self.certificate)
-        self.addresses = (endpoint(host, await listen(self._server, credentials, host, port, exit_path)),)
+        served = Endpoint.of(host, await listen(self._server, credentials, host, port, exit_path))
+        self.addresses = tuple(await resolved([served]))
         self._unsubscribe = self.part.subscribe(partial(_wake, asyncio.get_running_loop(), self._stepped))
 
     async def run(self) -> None:

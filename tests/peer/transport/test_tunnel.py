@@ -21,7 +21,7 @@ from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
-from peer.transport.addresses import NetworkConfig, multiaddress
+from peer.transport.addresses import Endpoint, Multiaddress, NetworkConfig
 from peer.transport.tunnel import TunnelLimits, Tunnels
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
@@ -36,8 +36,8 @@ class Known:
 
     peer_id: PeerID
     certificate_pem: bytes
-    addresses: tuple[str, ...] = ()
-    tunnel_addresses: tuple[str, ...] = ()
+    addresses: tuple[Endpoint, ...] = ()
+    tunnel_addresses: tuple[Multiaddress, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ async def village(identities: list[Identity]) -> AsyncIterator[Village]:
                 identities[1], NetworkConfig(LOCAL, serves_dht=False), bootstrap=addresses
             )
             pem = certificate_pem(certificate, server.peer_id)
-            yield Village(server, caller, Known(server.peer_id, pem, (), addresses))
+            yield Village(server, caller, Known(server.peer_id, pem, (), tuple(addresses)))
     finally:
         if caller is not None:
             await caller.stop()
@@ -153,7 +153,7 @@ def test_another_certificate_is_refused_in_the_tunnel(
 def test_the_tunnel_is_used_when_no_address_answers(loop: LoopThread, both: Village) -> None:
     with socket.socket() as closed:
         closed.bind((LOCAL, 0))
-        silent = f"{LOCAL}:{closed.getsockname()[1]}"
+        silent = Endpoint.of(LOCAL, closed.getsockname()[1])
         contact = Known(
             both.contact.peer_id, both.contact.certificate_pem, (silent,), both.contact.tunnel_addresses
         )
@@ -235,7 +235,7 @@ def test_a_tunnel_to_nobody_fails_the_call(
     nobody = Known(
         identities[1].peer_id,
         certificate_pem(identities[1].make_certificate(), identities[1].peer_id),
-        tunnel_addresses=(f"{multiaddress(LOCAL, 9)}/p2p/{identities[1].peer_id.to_base58()}",),
+        tunnel_addresses=(Multiaddress.of(Endpoint.of(LOCAL, 9), identities[1].peer_id),),
     )
 
     async def test(pool: ChannelPool) -> None:

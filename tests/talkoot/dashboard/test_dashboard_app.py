@@ -10,6 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from simulated_readings import NOW, Answer, Asked, manifest, node, peer, picture_of, replica, trainer
 
+from peer.transport.addresses import Endpoint, Multiaddress
 from talkoot.dashboard.app import OPENAPI, is_loopback, targets
 from talkoot.dashboard.history import Sample
 from talkoot.dashboard.picture import Picture
@@ -258,21 +259,24 @@ def test_pages_beyond_the_bound_are_refused(tmp_path: Path) -> None:
 
 # Service discovery
 
-LOCAL = ["/ip4/127.0.0.1/tcp/1/p2p/Qm"]
-HOME = ["/ip4/192.168.1.5/tcp/1/p2p/Qm", "/ip4/8.8.8.8/tcp/1/p2p/Qm"]
-PUBLIC = ["/ip4/8.8.8.8/tcp/1/p2p/Qm", "/dns4/example.org/tcp/1/p2p/Qm"]
+LOCAL, HOME, PUBLIC = (
+    [Multiaddress.of(Endpoint(text), peer(0)) for text in texts]
+    for texts in (["127.0.0.1:1"], ["192.168.1.5:1", "8.8.8.8:1"], ["8.8.8.8:1", "example.org:1"])
+)
 
 
 @pytest.mark.parametrize(
     ("address", "swarms"),
     [
         ("127.0.0.1:9100", [LOCAL]), ("[::1]:9100", [LOCAL]), ("192.168.1.9:9100", [LOCAL, HOME]),
-        ("1.1.1.1:9100", [LOCAL, HOME, PUBLIC]), ("[::ffff:127.0.0.1]:9100", [LOCAL]),
-        ("[::ffff:192.168.1.9]:9100", [LOCAL, HOME]), ("[::ffff:1.1.1.1]:9100", [LOCAL, HOME, PUBLIC]),
+        ("1.1.1.1:9100", [LOCAL, HOME, PUBLIC]), ("[::ffff:127.0.0.1]:9100", []),
+        ("[::ffff:192.168.1.9]:9100", []), ("[::ffff:1.1.1.1]:9100", []), ("a.example:9100", []),
         ("[::ffff:169.254.169.254]:80", []), ("[::ffff:0.0.0.0]:80", []), ("169.254.169.254:80", []), ("", []),
     ],
 )  # fmt: skip
-def test_only_what_the_swarm_itself_could_reach_is_scraped(address: str, swarms: list[list[str]]) -> None:
+def test_only_what_the_swarm_itself_could_reach_is_scraped(
+    address: str, swarms: list[list[Multiaddress]]
+) -> None:
     picture = picture_of([node(0, metrics_address=address)])
     for bootstrap in (LOCAL, HOME, PUBLIC):
         found = targets(picture, bootstrap)

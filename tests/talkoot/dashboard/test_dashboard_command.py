@@ -19,6 +19,7 @@ from simulated_readings import peer
 from dht.invites import Invite
 from dht.records import SwarmKeys
 from peer.errors import StartError
+from peer.transport.addresses import Multiaddress
 from talkoot.dashboard.server import address_of, listen
 
 LIMIT_S = 90.0
@@ -29,7 +30,7 @@ def dead_invite(closed_port: int) -> str:
     """Of a swarm whose only known peer has gone."""
     author = peer(1)
     address = f"/ip4/127.0.0.1/tcp/{closed_port}/p2p/{author.to_base58()}"
-    return str(Invite(SwarmKeys("sauna", author), (address,)))
+    return str(Invite(SwarmKeys("sauna", author), (Multiaddress(address),)))
 
 
 def command(*arguments: str) -> list[str]:

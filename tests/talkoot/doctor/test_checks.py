@@ -26,6 +26,7 @@ from peer.loop import LoopThread
 from peer.rates import Bandwidth
 from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
+from peer.transport.addresses import Endpoint
 from peer.wire import probe_pb2_grpc
 from talkoot.doctor import checks
 from talkoot.doctor.checks import (
@@ -137,7 +138,7 @@ class Swarm:
         peer_id = self.identity.peer_id
         pem = certificate_pem(certificate, peer_id)
         self.nodes[peer_id] = NodeInfo(
-            peer_id, (address,), pem, PROTOCOL_VERSION, "", 0, 0, 0, 0, 0.0, (), 0.0
+            peer_id, (Endpoint(address),), pem, PROTOCOL_VERSION, "", 0, 0, 0, 0, 0.0, (), 0.0
         )
 
     async def ask(self, host: str = LOCAL, port: int = 0) -> dict[str, Finding]:

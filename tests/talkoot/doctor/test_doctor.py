@@ -22,6 +22,7 @@ from peer.errors import ClockError, UserError
 from peer.files import StateFolder
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import Endpoint, Multiaddress
 from talkoot.doctor import checks, examination
 from talkoot.doctor.checks import Finding, Verdict
 from talkoot.doctor.examination import Check, Report
@@ -64,7 +65,7 @@ def problems(found: dict[str, Finding]) -> set[str]:
 @pytest.fixture
 def invite(tmp_path: Path) -> Invite:
     author = Identity.load_or_create(tmp_path / "author").peer_id
-    return Invite(SwarmKeys("sauna", author), (f"/ip4/{HOST}/tcp/1/p2p/{author.to_base58()}",))
+    return Invite(SwarmKeys("sauna", author), (Multiaddress.of(Endpoint.of(HOST, 1), author),))
 
 
 def test_sound_machine_has_no_problem(doctor: Doctor, tmp_path: Path) -> None:

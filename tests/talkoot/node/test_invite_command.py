@@ -11,6 +11,7 @@ from dht.admission import Mode, Role, SwarmAdmission, read_grant
 from dht.invites import Invite
 from dht.records import SwarmKeys
 from peer.identity import Identity
+from peer.transport.addresses import Endpoint, Multiaddress
 from peer.wire import admission_pb2
 from talkoot.node.invites import FoundedSwarm
 
@@ -19,7 +20,7 @@ def founded(folder: Path, mode: Mode = "token", author: Identity | None = None) 
     """What a founder's node leaves behind."""
     identity = Identity.load_or_create(folder / "identity.key")
     keys = SwarmKeys("sauna", (author or identity).peer_id)
-    invite = Invite(keys, (f"/ip4/192.0.2.7/tcp/31337/p2p/{identity.peer_id}",))
+    invite = Invite(keys, (Multiaddress.of(Endpoint("192.0.2.7:31337"), identity.peer_id),))
     FoundedSwarm(invite=str(invite), admission=mode).save(folder)
     return invite
 

@@ -18,6 +18,7 @@ from dht.records import SwarmKeys
 from peer.errors import InviteError, SettingsError, StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.transport.addresses import Endpoint, Multiaddress
 from talkoot.node.control import ControlServer
 from talkoot.node.launch import Origin
 from talkoot.node.service import UNIT, Service, make_service, run_install, run_remove, run_status
@@ -71,7 +72,7 @@ def terminal() -> Terminal:
 @pytest.fixture(scope="module")
 def invite(tmp_path_factory: pytest.TempPathFactory) -> str:
     peer_id = Identity.load_or_create(tmp_path_factory.mktemp("identity") / "key").peer_id
-    return str(Invite(SwarmKeys("sauna", peer_id), (f"/ip4/127.0.0.1/tcp/1/p2p/{peer_id.to_base58()}",)))
+    return str(Invite(SwarmKeys("sauna", peer_id), (Multiaddress.of(Endpoint("127.0.0.1:1"), peer_id),)))
 
 
 @pytest.fixture

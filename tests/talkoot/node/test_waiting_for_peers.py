@@ -17,7 +17,7 @@ from dht.swarm import found_swarm
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.transport.addresses import NetworkConfig
+from peer.transport.addresses import Multiaddress, NetworkConfig
 from talkoot.demo.links import free_ports
 from talkoot.node import launch
 from talkoot.node.launch import Origin, _NodeRun
@@ -36,7 +36,7 @@ def founder(tmp_path_factory: pytest.TempPathFactory) -> Identity:
 
 def invite_of(founder: Identity, port: int) -> Invite:
     address = f"/ip4/{HOST}/tcp/{port}/p2p/{founder.peer_id.to_base58()}"
-    return Invite(SwarmKeys("patient", founder.peer_id), (address,))
+    return Invite(SwarmKeys("patient", founder.peer_id), (Multiaddress(address),))
 
 
 def remember(invite: Invite, state: Path) -> None:

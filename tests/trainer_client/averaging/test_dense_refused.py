@@ -21,6 +21,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import StateError, TransferError
 from peer.rpc.calls import server_credentials
 from peer.rpc.sessions import Metadata, SessionServicer
+from peer.transport.addresses import Endpoint
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc, state_pb2
 from trainer_client.averaging.averager import choose_partner
 from trainer_client.averaging.exchange import PeerDensePart
@@ -112,7 +113,7 @@ async def lying(square: Square, liar: Liar) -> TrainerInfo:
     port = server.add_secure_port(f"{LOCAL}:0", server_credentials(square.identities[0], honest.certificate))
     await server.start()
     square.stack.push_async_callback(server.stop, None)
-    return replace(square.info(honest), addresses=(f"{LOCAL}:{port}",))
+    return replace(square.info(honest), addresses=(Endpoint.of(LOCAL, port),))
 
 
 @pytest.mark.parametrize(("replies", "reason"), LIES.values(), ids=LIES)
@@ -136,7 +137,7 @@ def test_a_trainer_that_answers_with_no_messages_is_refused(
         liar = await square.trainer(make_model(), 10)
         victim = await square.trainer(make_model(), 3)
         async with garbage_server(square.identities[0], liar.certificate) as port:
-            liar.addresses = (f"{LOCAL}:{port}",)
+            liar.addresses = (Endpoint.of(LOCAL, port),)
             square.announce(liar)
             with pytest.raises(StateError, match="must begin with its header"):
                 await victim.average_with(square.info(liar))

@@ -16,13 +16,15 @@ from dht import relays as relays_module
 from dht.announcements import read_trainer
 from dht.relays import RelayKeeper, is_hidden
 from peer.identity import PeerID
+from peer.transport.addresses import Endpoint, Multiaddress
 from peer.transport.tunnel import Pipe, Tunnels
 from peer.wire import records_pb2
 from trainer_client.averaging.averager import choose_partner
 
 __all__ = ["identities", "play"]
 
-RELAY = "/ip4/44.1.1.1/tcp/31337/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+RELAY = Multiaddress("/ip4/44.1.1.1/tcp/31337/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N")
+RELAYED = Multiaddress(f"{RELAY}/p2p-circuit/p2p/{RELAY.peer_id}")
 
 
 def circuit(peer_id: PeerID, relay: str = RELAY) -> str:
@@ -50,7 +52,7 @@ class KnownRelays(RelayKeeper):
     """Reached at one address, whoever asks."""
 
     def __init__(self, address: str) -> None:
-        self.addresses = (address,)
+        self.addresses = (Multiaddress(address),)
 
 
 def test_dense_parts_are_averaged_through_a_tunnel(play: Play, tmp_path: Path) -> None:
@@ -122,15 +124,15 @@ class FakeSwarm:
         self.moves.append(relays)
         self._looks = 0
 
-    async def tunnel_addresses(self) -> list[str]:
+    async def tunnel_addresses(self) -> list[Multiaddress]:
         self._looks += 1
         is_found = self.finds and self.moves and self._looks > 1
-        return [f"{RELAY}/p2p-circuit/p2p/Qm", "/ip4/44.1.1.9/tcp/1/p2p/Qm"] if is_found else []
+        return [RELAYED, Multiaddress.of(Endpoint("44.1.1.9:1"), RELAY.peer_id)] if is_found else []
 
 
 @pytest.fixture
 def swarm(monkeypatch: pytest.MonkeyPatch) -> FakeSwarm:
-    async def find_relays(host: Any, registry: Any, rng: random.Random, most: int) -> list[str]:
+    async def find_relays(host: Any, registry: Any, rng: random.Random, most: int) -> list[Multiaddress]:
         return [RELAY] * most
 
     monkeypatch.setattr(relays_module, "find_relays", find_relays)
@@ -143,7 +145,7 @@ def test_relays_are_taken_and_waited_for(swarm: Any) -> None:
         relayed = RelayKeeper(swarm, 2, random.Random(0))
         await relayed.begin(most_streams=5)
         assert (swarm.moves, swarm.most_streams) == ([[RELAY, RELAY]], 5)
-        assert relayed.addresses == (f"{RELAY}/p2p-circuit/p2p/Qm",)
+        assert relayed.addresses == (RELAYED,)
 
     asyncio.run(scenario())
 

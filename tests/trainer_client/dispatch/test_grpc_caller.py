@@ -30,6 +30,7 @@ from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.metrics import total, totals
 from peer.rpc.channels import ChannelPool
+from peer.transport.addresses import Endpoint
 from peer.wire import expert_pb2
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
@@ -165,21 +166,9 @@ def test_right_and_wrong_certificate_for_one_address_do_not_share_a_channel(
 def test_nobody_listening_is_unavailable(loop: LoopThread, server: Server, caller: GrpcCaller) -> None:
     with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
-        node = replace(server.info, addresses=(f"127.0.0.1:{taken.getsockname()[1]}",))
+        node = replace(server.info, addresses=(Endpoint.of("127.0.0.1", taken.getsockname()[1]),))
         collected = loop.run(collect(caller, node, requests_for(0)))
     assert collected.status is StatusCode.UNAVAILABLE
-    assert collected.seconds < LONG / 3
-
-
-@pytest.mark.parametrize(
-    "address", ["", ":", "nonsense", "127.0.0.1:99999", "ä\0ö:1", "unix:/nowhere", "ipv4:1"]
-)
-def test_address_that_is_none_is_an_error_of_the_call(
-    loop: LoopThread, server: Server, caller: GrpcCaller, address: str
-) -> None:
-    node = replace(server.info, addresses=(address,))
-    collected = loop.run(collect(caller, node, requests_for(0), deadline_s=2.0))
-    assert collected.error is not None
     assert collected.seconds < LONG / 3
 
 

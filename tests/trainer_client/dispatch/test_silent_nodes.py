@@ -33,6 +33,7 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import ChannelPool
+from peer.transport.addresses import Endpoint
 from peer.wire.expert_pb2 import CallReply
 from trainer_client.dispatch.batches import NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -202,7 +203,7 @@ def test_a_node_that_accepts_and_says_nothing_is_silent_and_one_that_computes_is
     server.behave = says_nothing
 
     async def scenario(frozen: socket.socket) -> None:
-        node = replace(server.info, addresses=(f"127.0.0.1:{frozen.getsockname()[1]}",))
+        node = replace(server.info, addresses=(Endpoint.of("127.0.0.1", frozen.getsockname()[1]),))
         assert not caller.is_silent(node), "nobody has called it yet"
         both = [
             asyncio.create_task(collect(caller, info, requests_for(0), deadline_s=LONG))
@@ -222,7 +223,7 @@ def test_a_node_that_accepts_and_says_nothing_is_silent_and_one_that_computes_is
 def test_a_node_that_refuses_the_connection_is_silent(
     loop: LoopThread, server: Server, caller: GrpcCaller, closed_port: int
 ) -> None:
-    node = replace(server.info, addresses=(f"127.0.0.1:{closed_port}",))
+    node = replace(server.info, addresses=(Endpoint.of("127.0.0.1", closed_port),))
     assert loop.run(call_in_vain(caller, node)) is StatusCode.UNAVAILABLE
     assert caller.is_silent(node)
     assert not caller.is_silent(replace(server.info, addresses=()))

@@ -1,0 +1,131 @@
+"""Whom this peer dials: which of the addresses that strangers write, and how often.
+
+Anybody can write any address into a record, and all peers of a swarm read it. So none dials an address that is nearer
+than its swarm (its own loopback, the network behind it), and all together can't be aimed at a machine that is no peer:
+however many records name it, each of them tries it a few times a minute.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Collection, Iterable
+
+from prometheus_client import CollectorRegistry, Counter
+
+from peer.bounded import BoundedDict
+from peer.identity import PeerID
+from peer.metrics import start_at_zero
+from peer.rates import TokenBuckets
+from peer.transport.addresses import Address, AddressScope, Endpoint, known, neighbourhood
+
+ENDPOINT_BURST = 4
+"""Dials of one IP address and port that did not lead to the peer that was said to be there."""
+ENDPOINT_EVERY_S = 15.0
+MACHINE_BURST = 16
+"""The same of an IP address, at all its ports. For IPv6, of the 2^64 addresses of a line."""
+MACHINE_EVERY_S = 6.0
+_REMEMBERED = 16_384
+_RESOLVE_S = 5.0
+
+
+class Dialling:
+    """Which dials are allowed. Ask `begin` before each, and tell `reached` when the peer was really there.
+
+    For the whole process: the limits are of all records together.
+    """
+
+    def __init__(
+        self,
+        nearest: AddressScope,
+        trusted: Collection[Endpoint] = (),
+        metrics: CollectorRegistry | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`nearest`: of the addresses that are dialled. `trusted`: those of the invite, which no stranger wrote."""
+        refused = Counter(
+            "talkoot_dials_refused",
+            "Addresses in records that were not dialled, because they are nearer than the swarm, or tried too often.",
+            ["reason"],
+            registry=metrics,
+        )
+        self.refused = start_at_zero(refused, "near", "often")
+        self._nearest = nearest
+        self._trusted = frozenset(trusted)
+        self._clock = clock
+        # a bucket may be overdrawn by one dial, so that its burst is one less
+        self._endpoints = TokenBuckets[Endpoint](1 / ENDPOINT_EVERY_S, ENDPOINT_BURST - 1, _REMEMBERED)
+        self._machines = TokenBuckets[str](1 / MACHINE_EVERY_S, MACHINE_BURST - 1, _REMEMBERED)
+        self._peers = BoundedDict[tuple[Endpoint, PeerID], None](_REMEMBERED)
+        """Who was found where."""
+
+    def allows(self, endpoint: Endpoint) -> bool:
+        """Whether it may be dialled at all. A name may not: whoever owns it can let it lead anywhere at any time."""
+        scope = endpoint.scope
+        if endpoint in self._trusted or (scope is not None and scope >= self._nearest):
+            return True
+        self.refused.labels("near").inc()
+        return False
+
+    def begin(self, endpoint: Endpoint, peer_id: PeerID) -> bool:
+        """Whether to dial it now, because a record says that this peer is there."""
+        if not self.allows(endpoint):
+            return False
+        if self.is_known(endpoint, peer_id):
+            return True
+        now, machine = self._clock(), _machine(endpoint)
+        if self._endpoints.wait_s(endpoint, now) or (machine and self._machines.wait_s(machine, now)):
+            self.refused.labels("often").inc()
+            return False
+        self._endpoints.take(endpoint, 1, now)
+        if machine:
+            self._machines.take(machine, 1, now)
+        return True
+
+    def reached(self, endpoint: Endpoint, peer_id: PeerID) -> None:
+        """The peer proved that it is there. It costs nothing to dial it again."""
+        if self.is_known(endpoint, peer_id):
+            return
+        self._peers[endpoint, peer_id] = None
+        self._endpoints.give_back(endpoint, 1)
+        if machine := _machine(endpoint):
+            self._machines.give_back(machine, 1)
+
+    def is_known(self, endpoint: Endpoint, peer_id: PeerID) -> bool:
+        """Whether the peer was found there, or the invite says that it is."""
+        return endpoint in self._trusted or (endpoint, peer_id) in self._peers
+
+
+def nearest_scope(endpoints: Iterable[Endpoint]) -> AddressScope:
+    """How near the addresses are that a swarm's peers dial, by the addresses in its invite.
+
+    Loopback counts only if there is nothing else: then all peers are on this machine.
+    """
+    scopes = {endpoint.scope for endpoint in endpoints} - {None, AddressScope.NONE}
+    if scopes == {AddressScope.LOOPBACK}:
+        return AddressScope.LOOPBACK
+    return AddressScope.PRIVATE if AddressScope.PRIVATE in scopes else AddressScope.GLOBAL
+
+
+async def resolved(addresses: Iterable[Address]) -> list[Address]:
+    """The same addresses with the IP addresses to which their names lead now. For those of the owner, or an invite."""
+    looks = await asyncio.gather(*map(_resolve, addresses))
+    return list(dict.fromkeys(address for found in looks for address in found))
+
+
+async def _resolve(address: Address) -> Iterable[Address]:
+    endpoint = address if isinstance(address, Endpoint) else address.endpoint
+    if endpoint.ip is not None:
+        return (address,)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_RESOLVE_S):
+            found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    except OSError:  # also TimeoutError
+        return ()
+    hosts = (f"[{place[0]}]" if ":" in str(place[0]) else place[0] for *_, place in found)
+    return [address.at(each) for each in known(Endpoint, (f"{host}:{endpoint.port}" for host in hosts), 16)]
+
+
+def _machine(endpoint: Endpoint) -> str | None:
+    """What may be one victim. Not loopback: who dials it is on the same machine."""
+    return None if endpoint.ip is None or endpoint.ip.is_loopback else neighbourhood(endpoint.ip)
