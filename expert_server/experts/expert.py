@@ -29,8 +29,9 @@ from expert_server.experts.format import (
 )
 from expert_server.experts.graphs import ForwardGraph, ParameterSlots, Rows, WeightVersion
 from expert_server.experts.optimizer import Guard, Optimizer, StepOutcome
+from expert_server.experts.plausibility import Scale, require_plausible
 from peer.averaging import MAX_UPDATE_COUNT
-from peer.errors import ExpertError
+from peer.errors import ExpertError, StateError
 from peer.layers import step_size
 
 _ROWS_WORTH_A_COPY = 64
@@ -58,6 +59,12 @@ class Expert:
         self.optimizer = Optimizer(self._parameters, self._settings)
         self.guard = Guard(f"expert {uid}", self.block, self.optimizer, self._settings)
         self.form = StateForm.of(manifest)
+        self.refuted = ""
+        """Who gave the last state that turned bad on probation, until somebody has taken note and cleared it."""
+        self._first_scale = Scale.of(dict(self.block.named_parameters()))
+        self._source = ""
+        self._own_count = 0
+        """Update count of the state that returns if the present one turns bad on probation."""
         self._step_is_due = False
         self._version: WeightVersion | None = None
         """The present parameters, once a graph was made with them."""
@@ -77,7 +84,7 @@ class Expert:
             self.optimizer.step()
         finally:
             self.optimizer.zero_grad()
-        return self.guard.note_update()
+        return self._is_sound(self.guard.note_update)
 
     def forward(self, rows: Rows) -> Tensor:
         """Returns the outputs [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
@@ -221,7 +228,13 @@ class Expert:
 
     def checkpoint(self) -> Checkpoint:
         """A copy of its state and its update count. Raises StateError when a number is not finite."""
-        return Checkpoint(self.export_state(), self.update_count)
+        state = self.export_state()
+        return Checkpoint(state, self.update_count, self.source)
+
+    @property
+    def source(self) -> str:
+        """Who gave the present state, while it is on probation; empty if it is this node's own."""
+        return self._source if self.guard.is_on_probation else ""
 
     def check_state(self, state: Mapping[str, Tensor], update_count: int) -> list[str]:
         """Returns the names of the parameters that have moments.
@@ -230,13 +243,22 @@ class Expert:
         """
         return check_state(self.uid, state, update_count, self.form)
 
-    def import_state(self, state: Mapping[str, Tensor], update_count: int) -> None:
+    def require_plausible(self, state: Mapping[str, Tensor], update_count: int) -> None:
+        """For a state of another peer that `check_state` accepts. Raises StateError if no training can have made it."""
+        known = [self._first_scale, Scale.of(dict(self.block.named_parameters()))]
+        require_plausible(self.uid, state, update_count, known, self._settings)
+
+    def import_state(self, state: Mapping[str, Tensor], update_count: int, source: str = "") -> None:
         """Goes on from an exported state as if it had never stopped.
 
-        Raises StateError as `check_state` does; then nothing has changed.
+        `source`: who gave it, if not this node: it must be plausible, and is on probation. Raises StateError as
+        `check_state` and `require_plausible` do; then nothing has changed.
         """
         self.settle()
         stepped = self.check_state(state, update_count)
+        if source:
+            self.require_plausible(state, update_count)
+            self._keep_own_state()
         parameters = dict(self.block.named_parameters())
         with torch.no_grad():
             for name, tensor in block_tensors(self.block).items():
@@ -249,14 +271,36 @@ class Expert:
             }
         self.update_count = update_count
         self._imported = object()
+        self._source = source
+        if source:
+            self.guard.doubt()
+        else:
+            self.guard.keep()
+
+    def _keep_own_state(self) -> None:
+        """Makes the present state the one that returns, unless it is on probation itself."""
+        if self.guard.is_on_probation:
+            return
+        if not self.guard.check():
+            raise StateError(f"expert {self.uid} was rolled back before its state was replaced")
         self.guard.keep()
+        self._own_count = self.update_count
+
+    def _is_sound(self, check: Callable[[], bool]) -> bool:
+        """What the guard's `check` returns. After a rollback on probation, goes back to the update count too."""
+        source = self.source
+        if check():
+            return True
+        if source:
+            self.update_count, self.refuted = self._own_count, source
+        return False
 
     def _prepare_step(self) -> StepOutcome:
         """Makes the step due, or skips it when the gradients are not finite."""
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         size = float(norm)
         if not isfinite(size):
-            is_good = self.guard.check()
+            is_good = self._is_sound(self.guard.check)
             return StepOutcome.SKIPPED if is_good else StepOutcome.SKIPPED | StepOutcome.ROLLED_BACK
         if size > self._settings.clip_norm:
             clip_grads_with_norm_(self._parameters, self._settings.clip_norm, norm)
@@ -273,7 +317,7 @@ class Expert:
         """Starts the copy to the CPU, complete after `device.wait`. Raises ExpertError when it is not finite."""
         fetched_RD = self.device.fetch(tensor_RD)
         if not self.device.is_finite(tensor_RD):
-            self.guard.check()
+            self._is_sound(self.guard.check)
             raise ExpertError(StatusCode.INTERNAL, f"the {name} of expert {self.uid} are not finite")
         return fetched_RD
 

@@ -21,6 +21,8 @@ State: TypeAlias = dict[str, Tensor]
 """What an expert is made of: `block.…` and `optimizer.…` tensors by name, on the CPU."""
 
 BLOCK, OPTIMIZER = "block.", "optimizer."
+AVERAGED = "averaged"
+"""The source of a state that is the average of this node's own and of another's."""
 _NAME_BYTES = 1024
 """More than a tensor's name, shape and place take in an encoded state."""
 
@@ -132,6 +134,8 @@ class Checkpoint:
 
     state: State
     update_count: int
+    source: str = ""
+    """The peer that gave it, or `AVERAGED`, as long as it is on probation; empty if it is this node's own."""
 
 
 def to_bytes(checkpoint: Checkpoint, swarm_id: str, uid: UID, saved_at: float) -> bytes:

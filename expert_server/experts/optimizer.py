@@ -28,6 +28,8 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 CHECK_EVERY_UPDATES = 8
 KEEP_EVERY_UPDATES = 64
 """A multiple of the above, so that only a state that was checked is kept."""
+PROBATION_UPDATES = 100
+"""Good updates after which a state that another peer gave counts as good."""
 
 
 class StepOutcome(Flag):
@@ -77,7 +79,7 @@ class Optimizer:
                 continue
             for parameter in moved:
                 if self.moments and parameter not in self.state:
-                    self.state[parameter] = self._nothing(parameter)
+                    self.state[parameter] = self.no_moments(parameter)
             moments = {name: [self.state[p][name] for p in moved] for name in self.moments}
             gradients = [p.grad for p in moved if p.grad is not None]
             if self._spec.name == "sgd":
@@ -85,7 +87,8 @@ class Optimizer:
             else:
                 self._step_adam(moved, gradients, moments, weight_decay)
 
-    def _nothing(self, parameter: Tensor) -> dict[str, Tensor]:
+    def no_moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Those of a parameter that has had no gradient."""
         return {
             name: torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
             for name in self.moments
@@ -124,8 +127,11 @@ class Guard:
     """Watches the parameters of one block, and rolls block and optimizer back to their last good state.
 
     The parameters are bad when their norm is not finite, or is more than `guard_factor` times the larger of two norms:
-    that of the kept state, and that of `KEEP_EVERY_UPDATES` steps of the full step size from a block of zeros. The
-    second lets a block that starts near zero grow.
+    that of the kept state (or of one on probation), and that of `KEEP_EVERY_UPDATES` steps of the full step size from
+    a block of zeros. The second lets a block that starts near zero grow.
+
+    A state that another peer gave is on probation: it is watched, and if it turns bad, the state before it returns. It
+    takes that state's place once it was good for `PROBATION_UPDATES`.
 
     The kept state is in bfloat16, which takes half the memory and has the range of float32.
     """
@@ -140,13 +146,19 @@ class Guard:
         size = sum(parameter.numel() for parameter in self._parameters)
         self._reach = KEEP_EVERY_UPDATES * spec.learning_rate * sqrt(size)
         self._updates = 0
-        """Since the state was kept."""
+        """Since the state was kept or replaced."""
+        self._keep_after = KEEP_EVERY_UPDATES
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self._kept_norm = 0.0
+        self._usual_norm = 0.0
         self.keep()
 
+    @property
+    def is_on_probation(self) -> bool:
+        """Whether another peer gave the present state a short while ago."""
+        return self._keep_after == PROBATION_UPDATES
+
     def keep(self) -> None:
-        """Takes the present state as good. Call it when the state was replaced, for example from a checkpoint."""
+        """Takes the present state as good. Call it when the state was replaced by this node's own."""
         nothing: list[tuple[Tensor | None, dict[str, Tensor]]] = [(None, {}) for _ in self._parameters]
         self._kept = [
             (
@@ -155,8 +167,13 @@ class Guard:
             )
             for parameter, (values, moments) in zip(self._parameters, self._kept or nothing, strict=True)
         ]
-        self._kept_norm = self._norm()
-        self._updates = 0
+        self._usual_norm = self._norm()
+        self._updates, self._keep_after = 0, KEEP_EVERY_UPDATES
+
+    def doubt(self) -> None:
+        """Puts the present state on probation. Call it when the state was replaced by what another peer gave."""
+        self._usual_norm = max(self._usual_norm, self._norm())
+        self._updates, self._keep_after = 0, PROBATION_UPDATES
 
     @property
     def checks_next(self) -> bool:
@@ -164,7 +181,8 @@ class Guard:
         return (self._updates + 1) % CHECK_EVERY_UPDATES == 0
 
     def note_update(self) -> bool:
-        """Checks the parameters every `CHECK_EVERY_UPDATES`, and keeps the state every `KEEP_EVERY_UPDATES`.
+        """Checks the parameters every `CHECK_EVERY_UPDATES`. Keeps the state every `KEEP_EVERY_UPDATES`, or after its
+        probation.
 
         Returns False when it rolled back.
         """
@@ -172,13 +190,13 @@ class Guard:
         if self._updates % CHECK_EVERY_UPDATES:
             return True
         is_good = self.check()
-        if is_good and self._updates >= KEEP_EVERY_UPDATES:
+        if is_good and self._updates >= self._keep_after:
             self.keep()
         return is_good
 
     def check(self) -> bool:
         """Whether the parameters are good. If not, rolls back before it returns."""
-        norm, most = self._norm(), self._factor * max(self._kept_norm, self._reach)
+        norm, most = self._norm(), self._factor * max(self._usual_norm, self._reach)
         if norm <= most:  # not so for NaN
             return True
         logger.warning(
@@ -194,9 +212,12 @@ class Guard:
             parameter.copy_(values)
             if not moments:
                 self._optimizer.state.pop(parameter, None)
+                continue
+            present = self._optimizer.state.setdefault(parameter, self._optimizer.no_moments(parameter))
             for key, value in moments.items():
-                self._optimizer.state[parameter][key].copy_(value)
-        self._updates = 0
+                present[key].copy_(value)
+        self._usual_norm = self._norm()
+        self._updates, self._keep_after = 0, KEEP_EVERY_UPDATES
         self.rollbacks += 1
 
     def _norm(self) -> float:

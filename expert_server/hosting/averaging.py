@@ -18,7 +18,7 @@ from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import Checkpoint, State, from_bytes
+from expert_server.experts.format import AVERAGED, Checkpoint, State, from_bytes
 from expert_server.hosting.placement import serving_elsewhere
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
@@ -261,16 +261,17 @@ def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: s
     """Gives the expert the average of its state at `base` and `theirs`, and keeps its updates since `base`.
 
     `share`: the weight of `theirs`. Raises StateError, and changes nothing, if anything but updates changed the expert
-    since `base`, or if a state is not this expert's or not finite.
+    since `base`, or if a state is not this expert's, not finite or not plausible.
     """
     if expert.generation != base.generation:
         raise StateError(f"expert {expert.uid} was replaced or rolled back while it was averaged")
     expert.check_state(theirs.state, theirs.update_count)
+    expert.require_plausible(theirs.state, theirs.update_count)
     before = from_bytes(base.data, swarm_id, base.uid, base.update_count, expert.form)
     state = averaged(expert.export_state(), before.state, theirs.state, share)
     since = expert.update_count - base.update_count
     updates = max(base.update_count, theirs.update_count) + since
-    expert.import_state(state, min(updates, MAX_UPDATE_COUNT))
+    expert.import_state(state, min(updates, MAX_UPDATE_COUNT), AVERAGED)
 
 
 def averaged(current: State, base: State, theirs: State, share: float) -> State:

@@ -308,7 +308,8 @@ class LocalReplicas:
                 fetched = await self.states.fetch(nodes[replica.peer_id], expert.uid)
                 checkpoint = fetched.checkpoint
                 update_count = min(checkpoint.update_count, most)
-                await self.runtime.run(partial(expert.import_state, checkpoint.state, update_count))
+                source = replica.peer_id.to_base58()
+                await self.runtime.run(partial(expert.import_state, checkpoint.state, update_count, source))
             except TransferError as error:
                 logger.warning("%s", error)
                 if not error.answered:

@@ -1,0 +1,120 @@
+"""Whether training can have made a state that another peer gives: how large its numbers are.
+
+Nothing here tells a good state from a bad one whose numbers have an ordinary size. A state that passes is on
+probation until this node has trained it for a while (`Guard.doubt`).
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dht.manifest import OptimizerSpec
+from dht.uid import UID
+from expert_server.experts.format import BLOCK, OPTIMIZER
+from peer.averaging import MAX_UPDATE_COUNT
+from peer.errors import StateError
+
+_MOST_SCALE = 3.0
+"""How many times as large as in the states that are known the numbers of another may be, besides what its updates
+explain.
+"""
+_DIRECTED_UPDATES = 64
+"""So many optimizer steps go in one direction, and more in random ones,"""
+_WALK = 2.0
+"""in which n of them lead about √n steps away."""
+_LARGEST_BUFFER = 1e6
+"""Of tensors that are not trained, about which nothing is known."""
+_LARGEST_MOVE = 16.0
+"""Steps by which moments move a number at once. Adam's own never reach 7.3: with the decay rates β of the two moments,
+the bound is (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂)).
+"""
+_EPSILON = 1e-8
+"""Adam's."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the parameters of a block are, as root mean squares."""
+
+    tensors: Mapping[str, float]
+    """By name in the block."""
+    whole: float
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Tensor]) -> Self:
+        norms = {name: _norm(tensor) for name, tensor in parameters.items()}
+        count = sum(tensor.numel() for tensor in parameters.values())
+        means = {name: norm / sqrt(max(1, parameters[name].numel())) for name, norm in norms.items()}
+        return cls(means, sqrt(sum(norm * norm for norm in norms.values()) / max(1, count)))
+
+
+def require_plausible(
+    uid: UID, state: Mapping[str, Tensor], update_count: int, known: Collection[Scale], spec: OptimizerSpec
+) -> None:
+    """Raises StateError when no training can have led to the state after so many updates.
+
+    `state`: with the names, shapes and dtypes of this expert's, and finite. `known`: of other states of an expert of
+    this kind, at least of its first parameters.
+    """
+    names = next(iter(known)).tensors
+    parameters = {name: state[BLOCK + name] for name in names}
+    found = Scale.of(parameters)
+    steps = min(update_count, _DIRECTED_UPDATES) + _WALK * sqrt(update_count)
+    for name, size in found.tensors.items():
+        # tensors that begin as zeros grow to what the others measure
+        usual = max(max(scale.tensors[name], scale.whole) for scale in known)
+        if not size <= _MOST_SCALE * usual + steps * _step(spec, parameters[name].numel()):
+            raise StateError(f"{name!r} of expert {uid} is far larger than training makes it: {size:.3g}")
+    least = min(scale.whole for scale in known) / _MOST_SCALE
+    least *= (1 - spec.learning_rate * spec.weight_decay) ** update_count
+    # where decay is part of the gradient, it can lead to zero
+    if found.whole < least and (spec.name == "adamw" or not spec.weight_decay):
+        raise StateError(f"the parameters of expert {uid} are far smaller than training makes them")
+    for name, tensor in parameters.items():
+        _check_moments(uid, name, tensor, state, spec)
+    buffers = state.keys() - {BLOCK + name for name in names}
+    for name in sorted(buffer for buffer in buffers if buffer.startswith(BLOCK)):
+        if state[name].is_floating_point() and state[name].abs().max() > _LARGEST_BUFFER:
+            raise StateError(f"{name!r} of expert {uid} is far too large")
+
+
+def _step(spec: OptimizerSpec, numbers: int) -> float:
+    """How far an optimizer step moves each of so many numbers, about."""
+    if spec.name != "sgd":
+        return spec.learning_rate
+    return spec.learning_rate * spec.clip_norm / (1 - spec.sgd_momentum) / sqrt(max(1, numbers))
+
+
+def _check_moments(
+    uid: UID, name: str, parameter: Tensor, state: Mapping[str, Tensor], spec: OptimizerSpec
+) -> None:
+    """Moments are averages of gradients, which were clipped."""
+    most = 2 * (spec.clip_norm + spec.weight_decay * _norm(parameter))
+    first, second, momentum, step = (
+        state.get(f"{OPTIMIZER}{name}.{moment}")
+        for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
+    )
+    if step is not None and step > MAX_UPDATE_COUNT:
+        raise StateError(f"{name!r} of expert {uid} has taken too many steps")
+    sizes = [_norm(first)] if first is not None else []
+    sizes += [sqrt(float(second.double().sum()))] if second is not None else []
+    sizes += [_norm(momentum) * (1 - spec.sgd_momentum)] if momentum is not None else []
+    if not all(size <= most for size in sizes):
+        raise StateError(
+            f"the moments of {name!r} of expert {uid} are larger than clipped gradients make them"
+        )
+    if (
+        first is not None
+        and second is not None
+        and (first.abs() > _LARGEST_MOVE * (second.sqrt() + _EPSILON)).any()
+    ):
+        raise StateError(f"the moments of {name!r} of expert {uid} would throw it far away at the next step")
+
+
+def _norm(tensor: Tensor) -> float:
+    """In float64, in which no float32 overflows."""
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
