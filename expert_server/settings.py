@@ -112,7 +112,10 @@ class NodeSettings(RoleSettings):
         description="seconds between checkpoints of the experts that changed; 0: only when the node stops",
     )
     checkpoints_kept: int = Field(
-        default=2, ge=1, le=1000, description="checkpoints kept for each expert, newest first"
+        default=2,
+        ge=1,
+        le=1000,
+        description="checkpoints kept for each expert, newest first, besides the last of each of up to 4 other nodes",
     )
     standby_every_s: float = Field(
         default=300.0,

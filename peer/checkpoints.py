@@ -275,6 +275,11 @@ class RotatingFiles:
         write_atomically(self.path(number), data)
         self._prune(number)
 
+    def remove(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            with suppress(OSError):  # one file too many does no harm
+                self.path(number).unlink()
+
     def sweep(self) -> None:
         """Removes the temporary files of writers that were killed."""
         for path in self.folder.glob(_TEMPORARY):
@@ -293,7 +298,4 @@ class RotatingFiles:
 
         A file with a higher number was rejected when the newest was loaded, and must not displace good ones.
         """
-        numbers = [number for number in self.numbers() if number <= written]
-        for number in numbers[self._keep :]:
-            with suppress(OSError):  # one file too many does no harm
-                self.path(number).unlink()
+        self.remove([number for number in self.numbers() if number <= written][self._keep :])

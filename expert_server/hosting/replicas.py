@@ -12,8 +12,10 @@ from functools import partial
 from dht.announcements import Replica, ReplicaAnnouncement, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
+from expert_server.blocks import build_block
 from expert_server.experts.devices import ComputeDevice, roomiest
 from expert_server.experts.expert import Expert, expert_bytes
+from expert_server.experts.plausibility import Scale
 from expert_server.hosting.placement import lost_claims, state_sources
 from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import Checkpoints
@@ -73,6 +75,16 @@ class LocalReplicas:
         self._leaving = False
         self._claimed_at: dict[UID, float] = {}
         self._taking: asyncio.Task[list[UID]] | None = None
+        self._first_scale: Scale | None = None
+
+    async def first_scale(self) -> Scale:
+        """How large the first parameters of an expert are. They are drawn alike for all experts."""
+        if self._first_scale is None:
+            manifest = self._swarm.manifest
+            uid = UID(0, (0,) * len(manifest.experts.grid))
+            block = await self.runtime.run(partial(build_block, manifest, uid))
+            self._first_scale = Scale.of(dict(block.named_parameters()))
+        return self._first_scale
 
     @property
     def experts(self) -> Mapping[UID, Expert]:
@@ -277,23 +289,22 @@ class LocalReplicas:
     ) -> bool:
         """Brings an expert that does not serve yet to the freshest state there is: another's, or the one saved here.
 
-        `saved`: updates of this node's newest checkpoint. An expert that nobody has keeps its first parameters. False
-        when others have it and none of them gave it. Peers that are `unreachable` are left out, and those that do not
-        answer are added.
+        `saved`: updates of this node's newest checkpoint. It is restored first: what others give is compared with it,
+        and gives way to it if it turns bad. An expert that nobody has keeps its first parameters. False when others
+        have it and none of them gave it. Peers that are `unreachable` are left out, and those that do not answer are
+        added.
         """
         others = state_sources(hosts, self._swarm.host.peer_id, self._rng)
         most = max_plausible_updates([replica.update_count for replica in others])
         most = min(most, max(most_updates, saved or 0))
-        fresher = [replica for replica in others if saved is None or replica.update_count > saved]
+        restored = saved is not None and await self.checkpoints.restore(expert)
+        least = expert.update_count if restored else -1
+        fresher = [replica for replica in others if replica.update_count > least]
         if await self._fetch_first(expert, fresher, most, unreachable):
             return True
-        restored = saved is not None and await self.checkpoints.restore(expert)
-        if restored and expert.update_count == saved:
-            return True
-        staler = [
-            r for r in others if r not in fresher and (not restored or r.update_count > expert.update_count)
-        ]
-        return await self._fetch_first(expert, staler, most, unreachable) or restored or not others
+        if restored:
+            self.checkpoints.restored.inc()
+        return restored or not others
 
     async def _fetch_first(
         self, expert: Expert, replicas: Sequence[Replica], most: int, unreachable: set[PeerID]
@@ -319,5 +330,6 @@ class LocalReplicas:
                 logger.warning("refused the state of %s by %s: %s", expert.uid, replica.peer_id, error)
                 continue
             self.history.record(expert.uid, replica.peer_id, update_count)
+            self.checkpoints.note_replaced(expert.uid)
             return True
         return False

@@ -12,6 +12,7 @@ from dht.announcements import NodeInfo, Replica
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.format import Checkpoint, StateForm, check_state
+from expert_server.experts.plausibility import Scale, require_plausible
 from expert_server.hosting.placement import plausible_updates, single_hosted
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
@@ -64,7 +65,9 @@ class StandbyCopies:
                 logger.info("%s", error)
 
     async def copy(self) -> None:
-        """Fetches what is clearly newer than the copies here; only a valid state of the same expert replaces one.
+        """Fetches what is clearly newer than the states here that are this node's own, or of the same host.
+
+        Only a valid and plausible state of the same expert and by the same host replaces one.
 
         Does nothing while this node pauses or leaves. Raises UnreachableError.
         """
@@ -72,7 +75,13 @@ class StandbyCopies:
             return
         seen = self._seen()
         wanted = single_hosted(seen, self._swarm.host.peer_id)
-        saved = await self._replicas.checkpoints.newest()
+        found = await self._replicas.checkpoints.newest_by_source()
+        saved = {
+            uid: max(counts.get("", 0), counts.get(wanted[uid].peer_id.to_base58(), 0))
+            if uid in wanted
+            else 0
+            for uid, counts in found.items()
+        }
         held = {*self._replicas.held}  # some since the last look
         plausible = plausible_updates(seen)
         most = {uid: max(plausible, saved.get(uid, 0)) for uid in wanted}
@@ -101,9 +110,10 @@ class StandbyCopies:
     async def _fetch(self, node: NodeInfo, uid: UID, most: int) -> None:
         """Counts `most` updates at most. Raises TransferError, StateError or OSError."""
         checkpoint = (await self._replicas.states.fetch(node, uid)).checkpoint
-        await asyncio.to_thread(self._check, uid, checkpoint)
         believed = min(checkpoint.update_count, most)
-        await self._replicas.checkpoints.keep(uid, replace(checkpoint, update_count=believed))
+        await asyncio.to_thread(self._check, uid, checkpoint, believed, await self._replicas.first_scale())
+        source = node.peer_id.to_base58()
+        await self._replicas.checkpoints.keep(uid, replace(checkpoint, update_count=believed, source=source))
 
     def _is_stale(self, replica: Replica, saved: int, most: int) -> bool:
         """Whether what its host has is worth a transfer: a whole state travels for few updates as for many, of which
@@ -113,6 +123,8 @@ class StandbyCopies:
         is_old = self._clock() >= old_at
         return replica.update_count > saved and (is_old or min(replica.update_count, most) >= _MOVED * saved)
 
-    def _check(self, uid: UID, checkpoint: Checkpoint) -> None:
+    def _check(self, uid: UID, checkpoint: Checkpoint, believed: int, first: Scale) -> None:
         """Raises StateError."""
-        check_state(uid, checkpoint.state, checkpoint.update_count, StateForm.of(self._swarm.manifest))
+        manifest = self._swarm.manifest
+        check_state(uid, checkpoint.state, checkpoint.update_count, StateForm.of(manifest))
+        require_plausible(uid, checkpoint.state, believed, [first], manifest.optimizer)

@@ -7,29 +7,53 @@ it: it saves and restores the experts of a runtime without delaying what they co
 import asyncio
 import logging
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter
 
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import Checkpoint, StateForm, from_bytes, to_bytes
+from expert_server.experts.format import AVERAGED, Checkpoint, StateForm, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
+from peer.bounded import BoundedDict
 from peer.checkpoints import RotatingFiles, read_checkpoint
 from peer.errors import ExpertError, StateError, WireError
 from peer.formatting import counted
 
 logger = logging.getLogger(__name__)
 
+MAX_SOURCES = 4
+"""Other peers whose states of one expert are kept."""
+_OLD_S = 7 * 86400.0
+"""After which a state of another peer gives way to that of a fifth."""
+_SOURCE = re.compile(rf"{AVERAGED}|[1-9A-HJ-NP-Za-km-z]{{2,64}}")
+"""A PeerID, or what stands for it."""
+_REFUTED = 1024
+
+
+class Entry(NamedTuple):
+    """One checkpoint of an expert, by its path."""
+
+    update_count: int
+    source: str
+    """As in `Checkpoint`."""
+
 
 class CheckpointStore:
     """The checkpoints of a swarm's experts: `<folder>/<swarm_id>/<uid>/<update_count>.safetensors`.
+
+    States that others gave are in folders of their own until they are proven: `<uid>/<source>/`, with the last state of
+    each source. So none of them takes the place of what this node trained, or of what another source gave. They are
+    bounded by `MAX_SOURCES` of an expert.
 
     A file is whole or not there: it is written under another name, synced, and renamed. One process at a time may use
     the folder, from any thread.
@@ -43,7 +67,7 @@ class CheckpointStore:
         keep: int,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`keep`: how many checkpoints of each expert stay."""
+        """`keep`: how many checkpoints of each expert stay, besides those of other sources."""
         self._folder = folder / swarm_id
         self._swarm_id = swarm_id
         self._keep = keep
@@ -55,11 +79,12 @@ class CheckpointStore:
 
     def sweep(self) -> None:
         """Removes what killed writers left behind."""
-        for path in self._folder.glob("*/"):
-            RotatingFiles(path, self._keep).sweep()
+        for pattern in ("*/", "*/*/"):
+            for path in self._folder.glob(pattern):
+                RotatingFiles(path, self._keep).sweep()
 
-    def newest(self) -> dict[UID, int]:
-        """The update count of each expert's newest checkpoint, read from the file names alone."""
+    def newest(self) -> dict[UID, dict[str, int]]:
+        """The update count of each expert's newest checkpoint by source, read from the file names alone."""
         try:
             names = os.listdir(self._folder)
         except OSError:
@@ -70,8 +95,8 @@ class CheckpointStore:
                 uid = UID.parse(name)
                 if not self._holds(uid):
                     self._pass_over_stray(uid)
-                elif counts := self.update_counts(uid):
-                    found[uid] = counts[0]
+                elif entries := self.entries(uid):
+                    found[uid] = {entry.source: entry.update_count for entry in reversed(entries)}
         return found
 
     def _pass_over_stray(self, uid: UID) -> None:
@@ -83,43 +108,97 @@ class CheckpointStore:
                 self._folder / str(uid),
             )
 
+    def entries(self, uid: UID) -> list[Entry]:
+        """An expert's checkpoints, newest first, read from the file names alone."""
+        try:
+            names = os.listdir(self._folder / str(uid))
+        except OSError:
+            return []
+        found = [
+            Entry(number, source)
+            for source in ("", *filter(_SOURCE.fullmatch, names))
+            for number in self._files(uid, source).numbers()
+        ]
+        return sorted(found, key=lambda entry: (-entry.update_count, entry.source))
+
     def update_counts(self, uid: UID) -> list[int]:
         """The update counts of an expert's checkpoints, newest first, read from the file names alone."""
-        return self._files(uid).numbers()
+        return [entry.update_count for entry in self.entries(uid)]
 
-    def path(self, uid: UID, update_count: int) -> Path:
-        return self._files(uid).path(update_count)
+    def path(self, uid: UID, update_count: int, source: str = "") -> Path:
+        return self._files(uid, source).path(update_count)
 
     def save(self, uid: UID, checkpoint: Checkpoint) -> None:
-        """Returns when the checkpoint is safely on disk. Raises OSError, and then keeps the earlier checkpoints."""
-        data = to_bytes(checkpoint, self._swarm_id, uid, self._now())
-        with self._writing:
-            self._files(uid).write(checkpoint.update_count, data)
+        """Returns when the checkpoint is safely on disk.
 
-    def load_newest(self, uid: UID, below: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint that is valid, and has fewer than `below` updates if given.
+        Raises OSError, and StateError when too many other sources are kept. Then all earlier checkpoints are kept.
+        """
+        data = to_bytes(checkpoint, self._swarm_id, uid, self._now())
+        source = checkpoint.source
+        with self._writing:
+            if source not in ("", AVERAGED):
+                self._make_room(uid, source)
+            files = self._files(uid, source)
+            files.write(checkpoint.update_count, data)
+            if source:
+                files.remove(number for number in files.numbers() if number != checkpoint.update_count)
+
+    def load(self, uid: UID) -> Iterator[Checkpoint]:
+        """The valid checkpoints, newest first, each read when it is asked for.
 
         Others are passed over, with a line in the log that says why.
         """
-        for update_count in self.update_counts(uid):
-            if below is None or update_count < below:
-                try:
-                    return self._load(uid, update_count)
-                except StateError as error:
-                    self.pass_over(uid, update_count, error)
-        return None
+        for entry in self.entries(uid):
+            try:
+                yield self.read(uid, entry)
+            except StateError as error:
+                self.pass_over(uid, entry, error)
 
-    def pass_over(self, uid: UID, update_count: int, reason: StateError) -> None:
-        """Warns. The file stays, for people to look at, until newer ones replace it."""
-        logger.warning("passing over the checkpoint %s: %s", self.path(uid, update_count), reason)
+    def load_newest(self, uid: UID) -> Checkpoint | None:
+        """The newest valid one."""
+        return next(self.load(uid), None)
 
-    def _load(self, uid: UID, update_count: int) -> Checkpoint:
+    def read(self, uid: UID, entry: Entry) -> Checkpoint:
         """Raises StateError if the file is not what its path says, or not as it was written."""
-        data = read_checkpoint(self.path(uid, update_count), self._form.max_bytes)
-        return from_bytes(data, self._swarm_id, uid, update_count, self._form)
+        data = read_checkpoint(self.path(uid, *entry), self._form.max_bytes)
+        checkpoint = from_bytes(data, self._swarm_id, uid, entry.update_count, self._form)
+        return replace(checkpoint, source=entry.source)
 
-    def _files(self, uid: UID) -> RotatingFiles:
-        return RotatingFiles(self._folder / str(uid), self._keep)
+    def pass_over(self, uid: UID, entry: Entry, reason: StateError) -> None:
+        """Warns. The file stays, for people to look at, until newer ones replace it."""
+        logger.warning("passing over the checkpoint %s: %s", self.path(uid, *entry), reason)
+
+    def remove_averaged(self, uid: UID) -> None:
+        """Removes what was saved between an average that turned bad and the state that returned."""
+        files = self._files(uid, AVERAGED)
+        with self._writing:
+            files.remove(files.numbers())
+
+    def _make_room(self, uid: UID, source: str) -> None:
+        """For a state of this source. Raises StateError when that would cost a state that may be the only good one."""
+        entries = self.entries(uid)
+        others = {e.source: e.update_count for e in entries if e.source not in ("", AVERAGED, source)}
+        if len(others) < MAX_SOURCES:
+            return
+        proven = max((entry.update_count for entry in entries if not entry.source), default=-1)
+        able = {s: n for s, n in others.items() if n <= proven or self._is_old(self.path(uid, n, s))}
+        if not able:
+            raise StateError(
+                f"states of expert {uid} by {len(others)} other peers are kept, which may be needed"
+            )
+        files = self._files(uid, min(able, key=able.__getitem__))
+        files.remove(files.numbers())
+        with suppress(OSError):  # somebody else's files are in it
+            files.folder.rmdir()
+
+    def _is_old(self, path: Path) -> bool:
+        try:
+            return self._now() - path.stat().st_mtime > _OLD_S
+        except OSError:
+            return False
+
+    def _files(self, uid: UID, source: str = "") -> RotatingFiles:
+        return RotatingFiles(self._folder / str(uid) / source, 1 if source else self._keep)
 
 
 class Checkpoints:
@@ -137,8 +216,10 @@ class Checkpoints:
         )
         self._store = store
         self._runtime = runtime
-        self._on_disk: dict[UID, int] = {}
-        """The update count that each expert was saved or restored with."""
+        self._on_disk: dict[UID, Entry] = {}
+        """What each expert was saved or restored as."""
+        self._refuted = BoundedDict[tuple[UID, str], None](_REFUTED)
+        """The sources whose states turned bad."""
 
     async def open(self) -> None:
         """Tidies the folder."""
@@ -146,26 +227,62 @@ class Checkpoints:
 
     async def newest(self) -> dict[UID, int]:
         """The update count of each expert's newest checkpoint, not yet verified."""
+        return {uid: max(counts.values()) for uid, counts in (await self.newest_by_source()).items()}
+
+    async def newest_by_source(self) -> dict[UID, dict[str, int]]:
+        """The same for each source. That of this node's own states is empty."""
         return await asyncio.to_thread(self._store.newest)
 
     async def restore(self, expert: Expert) -> bool:
-        """Loads the newest valid checkpoint into an expert that does not serve yet. Returns whether there was one."""
-        below: int | None = None
-        while checkpoint := await asyncio.to_thread(self._store.load_newest, expert.uid, below):
-            state, below = checkpoint.state, checkpoint.update_count
-            try:
-                await self._runtime.run(partial(expert.import_state, state, below))
-            except StateError as error:
-                self._store.pass_over(expert.uid, below, error)
+        """Loads the newest valid checkpoint into an expert that does not serve yet. Returns whether there was one.
+
+        If another peer gave that state, this node's own newest state is what the expert returns to if it turns bad.
+        """
+        entries = await asyncio.to_thread(self._store.entries, expert.uid)
+        restored = await self._import_first(expert, (entry for entry in entries if not entry.source))
+        least = expert.update_count if restored else -1
+        others = (entry for entry in entries if entry.source and entry.update_count > least)
+        return await self._import_first(expert, others) or restored
+
+    async def _import_first(self, expert: Expert, entries: Iterable[Entry]) -> bool:
+        """Takes the first that is valid and plausible. Returns whether there was one."""
+        uid = expert.uid
+        for entry in entries:
+            if (uid, entry.source) in self._refuted:
                 continue
-            self._on_disk[expert.uid] = below
-            self.restored.inc()
+            try:
+                state = (await asyncio.to_thread(self._store.read, uid, entry)).state
+                await self._runtime.run(partial(expert.import_state, state, *entry))
+            except StateError as error:
+                self._store.pass_over(uid, entry, error)
+                continue
+            self._on_disk[uid] = entry
             return True
-        self._on_disk.pop(expert.uid, None)
         return False
 
+    async def _recover(self, expert: Expert) -> None:
+        """Called after a state that another peer gave turned bad, and what was there before returned.
+
+        If it was a whole state, one of yet another peer may be on this disk, and be the true one.
+        """
+        uid, source, expert.refuted = expert.uid, expert.refuted, ""
+        self.note_replaced(uid)
+        logger.warning(
+            "expert %s turned bad with the state of %s, and returned to the one before", uid, source
+        )
+        if source == AVERAGED:
+            await asyncio.to_thread(self._store.remove_averaged, uid)
+            return
+        self._refuted[uid, source] = None
+        entries = await asyncio.to_thread(self._store.entries, uid)
+        others = (
+            e for e in entries if e.source not in ("", AVERAGED) and e.update_count > expert.update_count
+        )
+        if await self._import_first(expert, others):
+            logger.info("expert %s goes on from the state of %s", uid, expert.source)
+
     async def keep(self, uid: UID, checkpoint: Checkpoint) -> None:
-        """Saves the state of an expert that is served elsewhere. Raises OSError."""
+        """Saves the state of an expert that is served elsewhere. Raises OSError and StateError as `save` does."""
         await asyncio.to_thread(self._store.save, uid, checkpoint)
 
     async def save_every(self, seconds: float) -> None:
@@ -181,9 +298,11 @@ class Checkpoints:
         """
         failures: list[tuple[UID, StateError | OSError]] = []
         for expert in list(self._runtime.experts.values() if experts is None else experts):
-            if not self._is_changed(expert):
-                continue
             try:
+                if expert.refuted:
+                    await self._recover(expert)
+                if not self._is_changed(expert):
+                    continue
                 checkpoint = await self._runtime.run(expert.checkpoint)
                 await asyncio.to_thread(self._store.save, expert.uid, checkpoint)
             except ExpertError:
@@ -192,7 +311,7 @@ class Checkpoints:
                 failures.append((expert.uid, error))
             else:
                 self.saved.inc()
-                self._on_disk[expert.uid] = checkpoint.update_count
+                self._on_disk[expert.uid] = Entry(checkpoint.update_count, checkpoint.source)
         if failures:
             self.failed.inc(len(failures))
             uid, reason = failures[0]
@@ -219,4 +338,4 @@ class Checkpoints:
         self._on_disk.pop(uid, None)
 
     def _is_changed(self, expert: Expert) -> bool:
-        return expert.update_count != self._on_disk.get(expert.uid, 0)
+        return (expert.update_count, expert.source) != self._on_disk.get(expert.uid, (0, ""))

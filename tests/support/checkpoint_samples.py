@@ -13,6 +13,7 @@ from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import Checkpoint, State, StateForm, moment_name
 from expert_server.experts.graphs import Rows
+from expert_server.experts.optimizer import CHECK_EVERY_UPDATES
 from expert_server.state.checkpoints import CheckpointStore
 
 MANIFEST = Manifest.model_validate(
@@ -40,6 +41,17 @@ def step(expert: Expert, steps: int = 1) -> Expert:
         inputs, gradients = torch.randn(2, 5, 8, generator=generator).unbind()
         expert.backward([Rows(inputs, torch.tensor([5]), torch.arange(5), gradients)])
     return expert
+
+
+def explode(expert: Expert) -> None:
+    """Trains an expert on probation until it is rolled back."""
+    with torch.no_grad():
+        for parameter in expert.block.parameters():
+            parameter.mul_(1e6)
+    for _ in range(CHECK_EVERY_UPDATES):
+        if not expert.refuted:
+            step(expert)
+    assert expert.refuted
 
 
 def make_expert(steps: int = 0, uid: UID = AN_UID) -> Expert:

@@ -76,7 +76,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         save(store, step(expert))
     save(store, make_expert(1, OTHER_UID))
     assert store.update_counts(AN_UID) == [12, 11, 10]
-    assert store.newest() == {AN_UID: 12, OTHER_UID: 1}
+    assert store.newest() == {AN_UID: {"": 12}, OTHER_UID: {"": 1}}
 
 
 def test_checkpoints_off_the_grid_are_passed_over_and_said_so_once(
@@ -87,7 +87,7 @@ def test_checkpoints_off_the_grid_are_passed_over_and_said_so_once(
     save(store, make_expert())
     save(store, make_expert(1, OTHER_UID))
     for _ in range(2):
-        assert store.newest() == {AN_UID: 0}
+        assert store.newest() == {AN_UID: {"": 0}}
     (warning,) = warnings_in(caplog)
     assert f"{tmp_path / SWARM / str(OTHER_UID)}: the swarm's grid has no such expert" in warning
     assert store.update_counts(OTHER_UID) == [1], "it is left where it is"
@@ -103,7 +103,7 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == [
         "07.safetensors", "2.safetensors", "9.safetensors.bak", "notes.txt",
     ]  # fmt: skip
-    assert store.newest() == {AN_UID: 2}
+    assert store.newest() == {AN_UID: {"": 2}}
 
 
 def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_full_disk_costs_no_checkpoint_and_is_tried_again(
         assert (total(checkpoints.saved), total(checkpoints.failed)) == (2, 1)
 
     play(scenario)
-    assert store.newest() == {AN_UID: 2}
+    assert store.newest() == {AN_UID: {"": 2}}
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(
@@ -305,7 +305,7 @@ def test_an_expert_that_is_not_finite_never_takes_the_place_of_a_good_checkpoint
         assert (total(checkpoints.saved), total(checkpoints.failed)) == (1, 1)
 
     play(scenario)
-    assert make_store(tmp_path).newest() == {AN_UID: 1}
+    assert make_store(tmp_path).newest() == {AN_UID: {"": 1}}
     assert "is not finite" in warnings_in(caplog)[0]
 
 
