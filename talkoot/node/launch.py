@@ -1,6 +1,7 @@
 """`talkoot node`: starts a node in the foreground, shows what it does, and stops it."""
 
 import asyncio
+import errno
 import logging
 import os
 import time
@@ -228,7 +229,10 @@ class _NodeRun:
     def _show_invite(self, node: Node, made: Invite) -> None:
         invite = str(made)
         if node.swarm.host.peer_id == node.swarm.keys.author:
-            FoundedSwarm(invite=invite, admission=node.swarm.admission.mode).save(self._state)
+            try:
+                FoundedSwarm(invite=invite, admission=node.swarm.admission.mode).save(self._state)
+            except StartError as error:  # it is for `talkoot invite`, and the node serves without it
+                logger.warning("%s", error)
         if self._invite_file is not None:
             _write(self._invite_file, invite + "\n")
         peer_id = node.swarm.host.peer_id.to_base58()
@@ -333,11 +337,19 @@ def last_port(state: Path, host: str) -> int:
 
 
 def remember_port(state: Path, port: int) -> None:
-    write_atomically(state / _LAST_PORT, f"{port}\n".encode())
+    """A full disk only causes a warning."""
+    try:
+        write_atomically(state / _LAST_PORT, f"{port}\n".encode())
+    except OSError as error:
+        logger.warning("can't write %s: %s", state / _LAST_PORT, error.strerror)
 
 
 def _write(path: Path, text: str) -> None:
+    """Raises StartError, but only warns when the disk is full: a node that starts again serves all the same."""
     try:
         write_atomically(path, text.encode())
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            logger.warning("can't write %s: %s", path, error.strerror)
+            return
         raise StartError(f"can't write {path}: {error.strerror}; pass another --invite-file") from error

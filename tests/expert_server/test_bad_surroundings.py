@@ -5,6 +5,7 @@ import contextlib
 import resource
 import signal
 import time
+import tomllib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from raw_dht import store_raw
 from real_swarm import LOCAL, MANIFEST, UIDS, Village, eventually
 
 from dht.announcements import NodeInfo
+from dht.manifest import Manifest
 from dht.records import SwarmKeys, sign_record
 from dht.swarm import join_swarm
 from dht.uid import UID
@@ -88,7 +90,8 @@ async def reaches(node: NodeProcess, name: str, least: float) -> None:
 def saved(node: NodeProcess, folder: Path) -> int:
     """The update count of the newest valid checkpoint, as the next start would find it."""
     (path,) = (folder / "state" / "checkpoints").iterdir()
-    checkpoint = CheckpointStore(path.parent, path.name, MANIFEST, 2).load_newest(AN_EXPERT)
+    manifest = Manifest.model_validate(tomllib.loads(MANIFEST_TOML))
+    checkpoint = CheckpointStore(path.parent, path.name, manifest, 2).load_newest(AN_EXPERT)
     return checkpoint.update_count if checkpoint else 0
 
 
@@ -126,6 +129,35 @@ def test_a_disk_that_is_full_and_a_kill_lose_nothing_that_was_saved(loop: LoopTh
         node.process.terminate()
         node.process.wait(20)
         assert saved(node, tmp_path) == kept + 1  # saved when it stopped politely
+
+
+def test_a_node_starts_and_serves_where_the_disk_is_full_and_keeps_its_checkpoints(
+    loop: LoopThread, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+
+    async def train(node: NodeProcess) -> None:
+        async with training(node, tmp_path) as trainer:
+            await trainer.call("backward")
+
+    async def scenario(node: NodeProcess) -> None:
+        async with training(node, tmp_path) as trainer:
+            await trainer.call("backward")
+            await reaches(node, "talkoot_checkpoint_failures_total", 2)
+            await trainer.call("forward")
+            assert saved(node, tmp_path) == 1
+            full.unlink()
+            await reaches(node, "talkoot_checkpoints_saved_total", 1)
+            assert saved(node, tmp_path) == 2
+
+    with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0) as node:
+        loop.run(train(node), 120)
+    assert saved(node, tmp_path) == 1
+    full.touch()
+    with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0.2) as node:
+        assert "go on from this node's checkpoints" in node.log.read_text()
+        loop.run(scenario(node), 120)
+        assert "could not save 1 expert, such as 0.0: No space left on device" in node.log.read_text()
 
 
 def test_a_state_folder_that_cannot_be_written_costs_no_call(loop: LoopThread, tmp_path: Path) -> None:

@@ -22,14 +22,22 @@ from peer.identity import Identity
 from peer.transport.addresses import NetworkConfig
 
 _MAIN = """
+import errno, os
 from functools import partial
+from peer import files
 from talkoot import options
 from talkoot.cli import main
 set_up_logging = options.set_up_logging
 def set_up_and_patch(*arguments):
     set_up_logging(*arguments)  # first: it says how loud gRPC is, which gRPC reads when it is imported
     from expert_server.node import Node, NodeTiming
-    Node.start = partial(Node.start, timing={})
+    Node.start = partial(Node.start, timing={timing})
+    open_new = files._open_new
+    def open_unless_full(*arguments):
+        if os.path.exists({full!r}):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open_new(*arguments)
+    files._open_new = open_unless_full
 options.set_up_logging = set_up_and_patch
 main()
 """
@@ -53,15 +61,19 @@ class NodeProcess:
 def started(
     folder: Path, manifest: str, timing: NodeTiming | None = None, **settings: object
 ) -> Iterator[NodeProcess]:
-    """Founds a swarm; with the same folder it comes back. Afterwards nothing may be in its log that is a fault."""
+    """Founds a swarm; with the same folder it comes back. Afterwards nothing may be in its log that is a fault.
+
+    As long as there is a file `full` in the folder, no file can be written, as on a full disk.
+    """
     toml, invite, log = folder / "swarm.toml", folder / "invite", folder / "log"
     toml.write_text(manifest)
     invite.unlink(missing_ok=True)
     arguments = ["--new", toml, "--host", LOCAL, "--state", folder / "state", "--invite-file", invite]
     environment = {f"TALKOOT_NODE_{name.upper()}": str(value) for name, value in settings.items()}
+    main = _MAIN.format(timing=timing or NodeTiming(), full=str(folder / "full"))
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", _MAIN.format(timing or NodeTiming()), "node", *map(str, arguments)],
+            [sys.executable, "-c", main, "node", *map(str, arguments)],
             stdout=output,
             stderr=output,
             env=os.environ | environment,
@@ -73,8 +85,10 @@ def started(
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         metrics = re.search(r"metrics at (http://\S+)", log.read_text())
+        made = re.search(r"invite: (talkoot\S+)", log.read_text())
         assert metrics is not None
-        yield NodeProcess(process, Invite.parse(invite.read_text().strip()), metrics[1], log)
+        assert made is not None
+        yield NodeProcess(process, Invite.parse(made[1]), metrics[1], log)
     finally:
         process.terminate()
         process.wait(30)
