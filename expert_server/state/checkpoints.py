@@ -214,6 +214,11 @@ class Checkpoints:
         self.restored = Counter(
             "talkoot_experts_restored", "Experts that went on from a checkpoint.", registry=metrics
         )
+        self.refuted = Counter(
+            "talkoot_states_refuted",
+            "States of other nodes that turned bad here while they were on probation.",
+            registry=metrics,
+        )
         self._store = store
         self._runtime = runtime
         self._on_disk: dict[UID, Entry] = {}
@@ -267,6 +272,7 @@ class Checkpoints:
         """
         uid, source, expert.refuted = expert.uid, expert.refuted, ""
         self.note_replaced(uid)
+        self.refuted.inc()
         logger.warning(
             "expert %s turned bad with the state of %s, and returned to the one before", uid, source
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import resource
 import signal
 import time
@@ -129,6 +130,32 @@ def test_a_disk_that_is_full_and_a_kill_lose_nothing_that_was_saved(loop: LoopTh
         node.process.terminate()
         node.process.wait(20)
         assert saved(node, tmp_path) == kept + 1  # saved when it stopped politely
+
+
+@pytest.mark.slow
+def test_a_node_that_is_killed_at_any_moment_goes_on_from_its_newest_whole_checkpoint(
+    loop: LoopThread, tmp_path: Path
+) -> None:
+    """The store's own test kills its writers 20 times each time that the tests run; here it is the whole node."""
+    rng = random.Random(4)
+
+    async def train_on(node: NodeProcess, newest: int) -> None:
+        async with training(node, tmp_path) as trainer:
+            await trainer.call("backward")
+            await reaches(node, "talkoot_checkpoints_saved_total", 1)
+            assert saved(node, tmp_path) == newest + 1
+            ends = time.monotonic() + rng.uniform(0, 0.5)  # the random moment
+            while time.monotonic() < ends:
+                await trainer.call("backward")
+            node.process.send_signal(signal.SIGKILL)
+
+    newest = 0
+    for _ in range(20):
+        with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0.01) as node:
+            loop.run(train_on(node, newest), 120)
+            node.process.wait(10)
+        newest = saved(node, tmp_path)
+    assert newest > 20
 
 
 def test_a_node_starts_and_serves_where_the_disk_is_full_and_keeps_its_checkpoints(

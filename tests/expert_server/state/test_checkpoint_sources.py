@@ -25,6 +25,7 @@ from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import MAX_SOURCES, Checkpoints, CheckpointStore
 from peer.errors import StateError
 from peer.loop import LoopThread
+from peer.metrics import total
 
 HOST, OTHER = "QmHost", "QmStranger"
 PEERS = ["QmA", "QmB", "QmC", "QmD", "QmE"]
@@ -158,6 +159,7 @@ def test_the_true_copy_takes_the_place_of_one_that_turned_bad(
         assert expert.update_count == 0
         await checkpoints.save_changed()
         assert (expert.update_count, expert.source) == (800, HOST)
+        assert total(checkpoints.refuted) == 1
         assert_same(expert.export_state(), true.export_state())
         assert store.newest() == {AN_UID: {HOST: 800, OTHER: 1000}}, "nothing is lost"
         again = make_expert()

@@ -1,6 +1,7 @@
 """Trainers that break off, hang or lie cost the others nothing, over real sockets."""
 
 import asyncio
+import hashlib
 import random
 import time
 from collections.abc import Callable
@@ -70,6 +71,39 @@ def test_a_hostile_dense_part_is_refused_whoever_calls(
         assert all(torch.equal(tensor, before[name]) for name, tensor in victim.part.read().tensors.items())
 
     play(scenario)
+
+
+def shape_that_overflows() -> bytes:
+    """80 bytes, with a shape of no numbers."""
+    text = b'{"x":{"dtype":"F32","shape":[9223372036854775808,0],"data_offsets":[0,0]}}'
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize("data", [shape_that_overflows(), b"{}" * 40], ids=["overflows", "no safetensors"])
+def test_bytes_that_are_no_dense_part_are_refused_whoever_calls(
+    play: Play, caplog: pytest.LogCaptureFixture, data: bytes
+) -> None:
+    async def scenario(square: Square) -> None:
+        victim = await square.trainer(trained(make_model(), 2), 10)
+        villain = await square.trainer(make_model(), 10**9)
+        packed = villain.part.read(), data, hashlib.sha256(data).digest()
+        villain.exchange._pack = lambda: packed  # type: ignore[method-assign]  # whatever it has
+        before = victim.part.read().tensors
+        assert await victim.take_freshest() is None
+        with pytest.raises(StateError):
+            await square.stepping(victim.average_with(square.info(villain)), victim.part)
+        await square.until(lambda: not villain.exchange.is_running, villain.part)
+        victim.exchange.breakers.succeeded(villain.peer_id)
+        with pytest.raises(TransferError, match="INVALID_ARGUMENT"):
+            await villain.average_with(square.info(victim))
+        assert ended(victim, "averaged") == 0
+        assert victim.part.age == 10 + victim.part.steps
+        take_step(victim.part)
+        assert all(tensor.shape == before[name].shape for name, tensor in victim.part.read().tensors.items())
+
+    play(scenario)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 class Liar(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc]  # grpc's plugin writes no types
