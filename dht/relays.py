@@ -45,9 +45,8 @@ class RelayKeeper:
         self._clock = clock
         self._backoff = RelayBackoff()
 
-    async def begin(self, most_streams: int) -> None:
-        """Opens the tunnel and takes relays. Stops waiting for one after a while."""
-        await self._swarm.host.serve_tunnel(most_streams)
+    async def begin(self) -> None:
+        """Takes relays. Stops waiting for one after a while."""
         await self._take()
 
     async def look(self) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 from prometheus_client import Gauge
 
 from dht.admission import RIGHTS, Role
@@ -37,7 +36,7 @@ from expert_server.resources import (
     threads_of,
     within_memory,
 )
-from expert_server.server import AccessControl, HealthServicer, Services, start_server
+from expert_server.server import AccessControl, HealthServicer, Services
 from expert_server.serving.runtime import Runtime
 from expert_server.serving.servicer import MAX_CALL_S, BudgetLimits, CallLimits, ExpertServicer
 from expert_server.settings import NodeSettings
@@ -50,8 +49,8 @@ from peer.formatting import endpoint
 from peer.loop import LoopLag, Restarts, RetryingRounds, keep_running, tolerating
 from peer.metrics import MetricsServer, total
 from peer.rates import Bandwidth, download_limit
-from peer.rpc.calls import server_credentials
-from peer.rpc.sessions import SessionClient, SessionServicer
+from peer.rpc.server import RpcServer, server_credentials
+from peer.rpc.sessions import SessionClient
 from peer.transport.dialling import resolved
 
 logger = logging.getLogger(__name__)
@@ -161,7 +160,7 @@ class Node:
         self._stopping = self._drained = False
         self._host = ""
         self._port = 0
-        self._server: grpc.aio.Server | None = None
+        self._server: RpcServer | None = None
         self._metrics: MetricsServer | None = None
 
     @classmethod
@@ -227,16 +226,14 @@ class Node:
         services = Services(
             experts=self._servicer,
             states=states,
-            sessions=SessionServicer(self.sessions),
             probe=ProbeServicer(self.swarm.keys.swarm_id, self.traffic),
             health=HealthServicer(lambda: self.state is NodeState.SERVING),
         )
         credentials = server_credentials(self.swarm.host.identity, self._certificate)
-        exit_path = self.swarm.host.tunnels.exit_path()
-        self._server, self._port = await start_server(
-            services, credentials, host, settings.grpc_port, settings.max_calls, exit_path, self.restarts
-        )
-        await self.swarm.host.serve_tunnel()
+        self._server = RpcServer(self.sessions, settings.max_calls, self.swarm.metrics, self.restarts)
+        services.add_to(self._server.services)
+        self._port = await self._server.start(credentials, host, settings.grpc_port)
+        await self.swarm.host.serve_tunnel(self._server.open_for)
         self.address = endpoint(settings.announce_host or host, settings.announce_grpc_port or self._port)
         self._show_levels()
         self._lag.start()

@@ -16,10 +16,8 @@ from expert_server.probe import ProbeServicer
 from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
 from peer.errors import RecordError, StartError
-from peer.loop import Restarts
-from peer.rpc.calls import listen, make_server
-from peer.rpc.sessions import Sessions, SessionServicer
-from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
+from peer.rpc.sessions import Sessions
+from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +41,9 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # g
         status = health_pb2.HealthCheckResponse
         return status(status=status.SERVING if self._serves() else status.NOT_SERVING)
 
+    async def List(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
+
     async def Watch(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
         """Refused, so that clients fall back to Check: endless streams would take the places of calls."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
@@ -54,32 +55,15 @@ class Services:
 
     experts: ExpertServicer
     states: StateServicer
-    sessions: SessionServicer
     probe: ProbeServicer
     health: HealthServicer
 
-
-async def start_server(
-    services: Services,
-    credentials: grpc.ServerCredentials,
-    host: str,
-    port: int,
-    max_calls: int,
-    tunnel_exit: Path,
-    restarts: Restarts,
-) -> tuple[grpc.aio.Server, int]:
-    """Serves on an address of this machine and on a unix socket. Returns the server and its port.
-
-    `port`: 0 for any free one. `max_calls`: at the same time, of all services. `restarts`: counts calls that fail
-    unexpectedly. Raises PortError when it can't listen there.
-    """
-    server = make_server(max_calls, restarts)
-    expert_pb2_grpc.add_ExpertServiceServicer_to_server(services.experts, server)
-    state_pb2_grpc.add_StateServiceServicer_to_server(services.states, server)
-    session_pb2_grpc.add_SessionServiceServicer_to_server(services.sessions, server)
-    probe_pb2_grpc.add_ProbeServiceServicer_to_server(services.probe, server)
-    health_pb2_grpc.add_HealthServicer_to_server(services.health, server)
-    return server, await listen(server, credentials, host, port, tunnel_exit)
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Before it starts."""
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self.experts, server)
+        state_pb2_grpc.add_StateServiceServicer_to_server(self.states, server)
+        probe_pb2_grpc.add_ProbeServiceServicer_to_server(self.probe, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
 
 
 class AccessControl:

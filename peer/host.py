@@ -28,7 +28,7 @@ from peer.transport.addresses import (
 )
 from peer.transport.dialling import Dialling, nearest_scope, resolved
 from peer.transport.p2pd import START_DEADLINE_S, TRANSPORT_ERRORS, Daemon, start_daemon
-from peer.transport.tunnel import Pipe, Tunnels
+from peer.transport.tunnel import OpenExit, Pipe, Tunnels
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,9 @@ class Host:
         finally:
             self._start_supervisor()
 
-    async def serve_tunnel(self, most_streams: int = 256) -> None:
-        """Forwards other peers' gRPC that comes through libp2p to the server that listens on `tunnels.exit_path()`."""
-        self.tunnels.set_exit(self.tunnels.exit_path(), most_streams)
+    async def serve_tunnel(self, open_exit: OpenExit, most_streams: int = 256) -> None:
+        """Forwards other peers' gRPC that comes through libp2p to this peer's server."""
+        self.tunnels.set_exit(open_exit, most_streams)
         try:
             await self.tunnels.serve_on(self.p2p)
         except (UnreachableError, *TRANSPORT_ERRORS) as error:

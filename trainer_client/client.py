@@ -295,10 +295,11 @@ class SwarmClient:
             relays=relays,
         )
         joined.averagings.append(averaging)
-        await averaging.start(host, settings.average_port, None if relays is None else tunnels.exit_path())
+        await averaging.start(host, settings.average_port)
         if relays is not None:
             self._stage("looking for a relay")
-            await relays.begin(_MAX_TUNNEL_STREAMS)
+            await swarm.host.serve_tunnel(averaging.open_for, _MAX_TUNNEL_STREAMS)
+            await relays.begin()
         joined.tasks.supervise("average with other trainers", averaging.run)
         joined.announcer.announce_averaging(averaging)
         return averaging

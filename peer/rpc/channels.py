@@ -32,6 +32,15 @@ SERVER_OPTIONS: list[tuple[str, int | str]] = [
     *_COMMON_OPTIONS,
     ("grpc.http2.lookahead_bytes", SERVER_WINDOW_BYTES),
     ("grpc.so_reuseport", 0),  # or a second server would silently share the port
+    (
+        "grpc.max_concurrent_streams",
+        128,
+    ),  # more than that, and gRPC refuses streams before they cost anything
+    ("grpc.max_metadata_size", 8192),
+    ("grpc.absolute_max_metadata_size", 16384),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.http2.settings_timeout", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]

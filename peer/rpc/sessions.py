@@ -228,6 +228,11 @@ class Sessions:
             raise ExpertError(StatusCode.PERMISSION_DENIED, f"the session was opened without {name}")
         return session
 
+    def of_call(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Session | None:
+        """The session that a call is in, if it is open. Whether it may be used for that is for `require` to say."""
+        session = self._sessions.get(session_named(context))
+        return None if session is None or session.ends_at <= self._clock() else session
+
     def recheck(self) -> None:
         """Ends the sessions of callers that have been denied or revoked, and those that have expired."""
         now = self._clock()

@@ -35,6 +35,8 @@ _FLUSH_DEADLINE_S = 5.0
 _CHUNK_BYTES = 256 * 2**10
 
 Pipe: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+OpenExit: TypeAlias = Callable[[PeerID], Awaitable[Pipe]]
+"""Connects a peer whose tunnel ends here with this peer's gRPC server. Raises OSError."""
 OpenStream: TypeAlias = Callable[[PeerID, Sequence[Multiaddress], str, float], Awaitable[Pipe]]
 """Takes a peer, its addresses, the protocol and a deadline in seconds. Raises UnreachableError."""
 
@@ -77,18 +79,14 @@ class Tunnels:
         self._limits = limits
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._listeners = BoundedDict[PeerID, _Listener](limits.streams)  # least recently used first
-        self._exit: Path | None = None
+        self._exit: OpenExit | None = None
         self._incoming: Multiset[PeerID] = Multiset()
         self._tasks = TaskSet()
         self.streams.set_function(lambda: len(self._tasks))
 
-    def exit_path(self) -> Path:
-        """The unix socket on which this peer's gRPC server must listen to be reached through tunnels."""
-        return self._path("exit")
-
-    def set_exit(self, path: Path, most_streams: int) -> None:
-        """Leads other peers' streams to this unix socket from now on. Before, none is accepted."""
-        self._exit = path
+    def set_exit(self, open_exit: OpenExit, most_streams: int) -> None:
+        """Leads other peers' streams there from now on. Before, none is accepted."""
+        self._exit = open_exit
         self._limits = replace(self._limits, streams=most_streams)
         self._listeners.most = most_streams
 
@@ -153,7 +151,7 @@ class Tunnels:
         self.opened.labels("relayed" if self.last_relayed else "punched").inc()
         self._incoming[caller] += 1
         try:
-            await self._connect_pipes((reader, writer), _connect(self._exit))
+            await self._connect_pipes((reader, writer), self._exit(caller))
         finally:
             self._incoming[caller] -= 1
             if not self._incoming[caller]:
@@ -232,10 +230,6 @@ class _Listener:
         if self.server is not None:
             self.server.close()
         self.path.unlink(missing_ok=True)
-
-
-async def _connect(path: Path) -> Pipe:
-    return await asyncio.open_unix_connection(str(path), limit=_CHUNK_BYTES)
 
 
 def _file_name(peer_id: PeerID) -> str:

@@ -32,8 +32,8 @@ from peer.errors import UnreachableError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rates import Bandwidth, download_limit, upload_limit
-from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
+from peer.rpc.server import server_credentials
 from peer.transport.addresses import address_of
 from peer.wire import probe_pb2, probe_pb2_grpc
 

@@ -36,8 +36,8 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of
 from peer.kademlia.hivemind import DHTID, MSGPackSerializer, dht_pb2
 from peer.kademlia.lookups import Item
-from peer.rpc.calls import server_credentials
 from peer.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS, Contact
+from peer.rpc.server import server_credentials
 from peer.rpc.sessions import SESSION_KEY, Metadata, Right, Sessions, SessionServicer
 from peer.transport.addresses import NetworkConfig
 from peer.wire import records_pb2, session_pb2, session_pb2_grpc

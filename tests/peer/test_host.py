@@ -225,7 +225,7 @@ def test_no_other_user_can_enter_the_folder_of_the_sockets(
         os.umask(before)
     try:
         sockets = [Path(host.p2p.daemon_listen_maddr["unix"]), Path(host.p2p._client_listen_maddr["unix"])]
-        sockets.append(host.tunnels.exit_path())
+        sockets.append(Path(host.tunnels.address_of(host.peer_id).removeprefix("unix:")))
         assert all(stat.S_IMODE(path.parent.stat().st_mode) == 0o700 for path in sockets)
         assert sockets[0].is_socket()
     finally:

@@ -5,7 +5,6 @@ import contextlib
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -73,7 +72,6 @@ class Square:
         reachable: bool = True,
         deadline_s: float = 10,
         tunnels: Tunnels | None = None,
-        exit_path: Path | None = None,
         relays: RelayKeeper | None = None,
     ) -> Averaging:
         identity = self.identities[len(self.made)]
@@ -83,7 +81,7 @@ class Square:
             AveragingSchedule(every, 0.05, deadline_s), tunnels=tunnels, relays=relays,
             rng=random.Random(len(self.made)),
         )  # fmt: skip
-        await averaging.start(LOCAL, 0, exit_path)
+        await averaging.start(LOCAL, 0)
         self.stack.push_async_callback(averaging.close)
         self.made.append(averaging)
         self.announce(averaging, reachable)

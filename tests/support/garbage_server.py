@@ -7,8 +7,8 @@ from typing import Any
 import grpc
 
 from peer.identity import Identity
-from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
+from peer.rpc.server import server_credentials
 
 
 class _Garbage(grpc.GenericRpcHandler):

@@ -19,8 +19,8 @@ from peer.codec import CHUNK_BYTES, Floats
 from peer.errors import ExpertError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
-from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
+from peer.rpc.server import server_credentials
 from peer.transport.addresses import Endpoint
 from peer.wire import expert_pb2
 from peer.wire.expert_pb2 import CallReply, CallRequest, ExpertReply

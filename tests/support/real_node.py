@@ -17,8 +17,8 @@ from expert_server.serving.runtime import Runtime
 from expert_server.serving.servicer import CallLimits, ExpertServicer
 from peer.codec import Floats
 from peer.identity import Identity, certificate_pem
-from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
+from peer.rpc.server import server_credentials
 from peer.rpc.sessions import Sessions, SessionServicer
 from peer.transport.addresses import Endpoint
 from peer.wire import expert_pb2_grpc, session_pb2_grpc

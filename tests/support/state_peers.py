@@ -23,8 +23,8 @@ from peer.averaging import AveragingHistory
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rates import RateLimit
-from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
+from peer.rpc.server import server_credentials
 from peer.rpc.sessions import Sessions, SessionServicer
 from peer.transport.addresses import Endpoint
 from peer.wire import session_pb2_grpc, state_pb2, state_pb2_grpc

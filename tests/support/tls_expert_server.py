@@ -33,10 +33,10 @@ from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rates import Bandwidth, RateLimit
-from peer.rpc.calls import make_server, server_credentials
 from peer.rpc.channels import CLIENT_OPTIONS
-from peer.rpc.sessions import Metadata, Sessions, SessionServicer
-from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, session_pb2_grpc, state_pb2_grpc
+from peer.rpc.server import RpcServer, server_credentials
+from peer.rpc.sessions import Metadata, Sessions
+from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, state_pb2_grpc
 
 HIDDEN, CONTEXT = 16, 16
 SWARM = "sauna-abcdefghijkl"
@@ -109,22 +109,20 @@ async def serving(
     runtime = Runtime(experts, max_queued_rows=max_queued_rows, max_batch_rows=max_batch_rows, threads=1)
     await runtime.start()
     certificate = identity.make_certificate()
-    server = make_server(64)
     sessions = Sessions(SWARM, identity.peer_id)
+    server = RpcServer(sessions, 64)
     limits = CallLimits(
         max_call_bytes, max_call_s, budget=budget or BudgetLimits(), max_memory_bytes=max_memory_bytes
     )
     servicer = ExpertServicer(runtime, MANIFEST, SWARM, limits, sessions)
-    session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
-    expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
+    expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server.services)
     states = StateServicer(
         SnapshotTaker(runtime, SWARM, lambda uid: {}), MANIFEST, SWARM, TransferMetrics(),
         lambda hint: len(hint.uids), RateLimit(None), sessions, max_transfers=4, max_transfer_s=max_call_s,
     )  # fmt: skip
-    state_pb2_grpc.add_StateServiceServicer_to_server(states, server)
-    probe_pb2_grpc.add_ProbeServiceServicer_to_server(ProbeServicer(SWARM, Bandwidth()), server)
-    port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
-    await server.start()
+    state_pb2_grpc.add_StateServiceServicer_to_server(states, server.services)
+    probe_pb2_grpc.add_ProbeServiceServicer_to_server(ProbeServicer(SWARM, Bandwidth()), server.services)
+    port = await server.start(server_credentials(identity, certificate), "127.0.0.1", 0)
     address, pem = f"127.0.0.1:{port}", certificate_pem(certificate, identity.peer_id)
     try:
         async with open_channel(address, pem) as channel:

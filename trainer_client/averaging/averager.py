@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -28,14 +27,14 @@ from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
 from peer.rates import RateLimit
-from peer.rpc.calls import listen, make_server, server_credentials
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import SessionClient, Sessions, SessionServicer
+from peer.rpc.server import RpcServer, server_credentials
+from peer.rpc.sessions import SessionClient, Sessions
 from peer.rpc.transfer import SnapshotClient, SnapshotReceiver, chunked, receive
 from peer.transport.addresses import Endpoint, Multiaddress
 from peer.transport.dialling import Dialling, resolved
-from peer.transport.tunnel import Tunnels
-from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, session_pb2_grpc
+from peer.transport.tunnel import Pipe, Tunnels
+from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2
 from trainer_client.averaging.dense_part import DenseMerge
 from trainer_client.averaging.exchange import AveragingMetrics, DenseExchange, DenseServicer, Snapshot
 
@@ -113,7 +112,7 @@ class Averaging:
             limit_s=deadline_s,
         )
         self._servicer = DenseServicer(exchange, identity.peer_id, self.sessions, deadline_s)
-        self._server: grpc.aio.Server | None = None
+        self._server = RpcServer(self.sessions, _MAX_CALLS)
         self._stepped = asyncio.Event()
         self._unsubscribe: Callable[[], None] = lambda: None
         self._rested_at = 0.0
@@ -131,16 +130,18 @@ class Averaging:
         """Multiaddresses through which trainers behind other routers reach this one."""
         return () if self.relays is None else self.relays.addresses
 
-    async def start(self, host: str, port: int, exit_path: Path | None = None) -> None:
-        """Serves on `host`, and on the unix socket at `exit_path`, where this peer's tunnel ends. Raises PortError."""
+    async def start(self, host: str, port: int) -> None:
+        """Serves on `host`. Raises PortError."""
         self.certificate = self._identity.make_certificate()
-        self._server = make_server(_MAX_CALLS)
-        dense_pb2_grpc.add_DenseServiceServicer_to_server(self._servicer, self._server)
-        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(self.sessions), self._server)
+        dense_pb2_grpc.add_DenseServiceServicer_to_server(self._servicer, self._server.services)
         credentials = server_credentials(self._identity, self.certificate)
-        served = Endpoint.of(host, await listen(self._server, credentials, host, port, exit_path))
+        served = Endpoint.of(host, await self._server.start(credentials, host, port))
         self.addresses = tuple(await resolved([served]))
         self._unsubscribe = self.part.subscribe(partial(_wake, asyncio.get_running_loop(), self._stepped))
+
+    async def open_for(self, caller: PeerID) -> Pipe:
+        """A connection for a trainer that comes through this one's tunnel. Raises OSError."""
+        return await self._server.open_for(caller)
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
@@ -151,8 +152,7 @@ class Averaging:
     async def close(self) -> None:
         self._unsubscribe()
         await self._servicer.close()
-        if self._server is not None:
-            await self._server.stop(None)
+        await self._server.stop(None)
         await self._service.close()
 
     async def find_partners(self) -> None:

@@ -8,8 +8,11 @@ import grpc
 import pytest
 from grpc import StatusCode
 
+from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread, Restarts
-from peer.rpc.calls import make_server
+from peer.rpc.channels import CLIENT_OPTIONS
+from peer.rpc.server import RpcServer, server_credentials
+from peer.rpc.sessions import Sessions
 
 
 async def answer(request: bytes, context: Any) -> bytes:
@@ -32,22 +35,23 @@ def absent(request: bytes, context: Any) -> None:
 
 
 def test_a_call_that_breaks_its_handler_ends_alone(
-    loop: LoopThread, caplog: pytest.LogCaptureFixture
+    loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture
 ) -> None:
     restarts = Restarts()
 
     async def scenario() -> None:
-        server = make_server(8, restarts)
+        server = RpcServer(Sessions("sauna", identity.peer_id), 8, restarts=restarts)
+        certificate = identity.make_certificate()
         methods: dict[str, Any] = {
             "One": grpc.unary_unary_rpc_method_handler(answer, bytes),
             "Many": grpc.stream_stream_rpc_method_handler(answers, bytes),
             "None": grpc.unary_unary_rpc_method_handler(absent, bytes),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", methods),))
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
+        server.services.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", methods),))
+        port = await server.start(server_credentials(identity, certificate), "127.0.0.1", 0)
+        trusted = grpc.ssl_channel_credentials(certificate_pem(certificate, identity.peer_id))
         try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            async with grpc.aio.secure_channel(f"127.0.0.1:{port}", trusted, CLIENT_OPTIONS) as channel:
                 one: Any = channel.unary_unary("/test/One")
                 many: Any = channel.stream_stream("/test/Many")
                 none: Any = channel.unary_unary("/test/None")
@@ -58,6 +62,7 @@ def test_a_call_that_breaks_its_handler_ends_alone(
                 assert caplog.records == []
                 await ends(one(b"break", timeout=20), StatusCode.INTERNAL)
                 await ends(read(many(iter([b"1", b"break"]), timeout=20)), StatusCode.INTERNAL)
+                await ends(one(b"break", timeout=20), StatusCode.INTERNAL)  # which is not logged again
                 assert await one(b"well", timeout=20) == b"well"
         finally:
             await server.stop(None)
@@ -74,5 +79,8 @@ def test_a_call_that_breaks_its_handler_ends_alone(
 
     with caplog.at_level(logging.WARNING):
         loop.run(scenario(), 60)
-    assert restarts.total == 2
-    assert [record.getMessage() for record in caplog.records] == ["could not answer a call"] * 2
+    assert restarts.total == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "could not answer a call of /test/One",
+        "could not answer a call of /test/Many",
+    ]

@@ -17,8 +17,8 @@ from peer.errors import ExpertError
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, certificate_pem
 from peer.loop import LoopThread
 from peer.metrics import total
-from peer.rpc.calls import server_credentials
 from peer.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS
+from peer.rpc.server import server_credentials
 from peer.rpc.sessions import Admitted, Challenges, Right, SessionClient, Sessions, SessionServicer
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 

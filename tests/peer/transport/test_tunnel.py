@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from peer.host import Host
 from peer.identity import Identity, PeerID, certificate_pem
 from peer.loop import LoopThread
 from peer.metrics import total
-from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
+from peer.rpc.server import server_credentials
 from peer.transport.addresses import Endpoint, Multiaddress, NetworkConfig
 from peer.transport.tunnel import TunnelLimits, Tunnels
 
@@ -76,14 +77,16 @@ async def village(identities: list[Identity]) -> AsyncIterator[Village]:
     server = await Host.start(identities[0], NetworkConfig(LOCAL))
     caller = None
     try:
-        async with echo_server(identities[0], server.tunnels.exit_path()) as certificate:
-            await server.serve_tunnel()
-            addresses = tuple(await server.tunnel_addresses())
-            caller = await Host.start(
-                identities[1], NetworkConfig(LOCAL, serves_dht=False), bootstrap=addresses
-            )
-            pem = certificate_pem(certificate, server.peer_id)
-            yield Village(server, caller, Known(server.peer_id, pem, (), tuple(addresses)))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "exit"
+            async with echo_server(identities[0], path) as certificate:
+                await server.serve_tunnel(lambda peer_id: asyncio.open_unix_connection(str(path)))
+                addresses = tuple(await server.tunnel_addresses())
+                caller = await Host.start(
+                    identities[1], NetworkConfig(LOCAL, serves_dht=False), bootstrap=addresses
+                )
+                pem = certificate_pem(certificate, server.peer_id)
+                yield Village(server, caller, Known(server.peer_id, pem, (), tuple(addresses)))
     finally:
         if caller is not None:
             await caller.stop()
@@ -222,7 +225,7 @@ def test_a_tunnel_works_again_after_p2pd_died_at_either_end(
                     assert await call(pool, both.contact, b"%d" % number) == b"%d" % number
             finally:
                 await pool.close()
-            folder = both.server.tunnels.exit_path().parent
+            folder = Path(both.caller.tunnels.address_of(both.server.peer_id).removeprefix("unix:")).parent
             assert folder.stat().st_mode & 0o077 == 0, "nobody else gets in"
         assert not folder.exists()
 
@@ -284,7 +287,7 @@ def test_a_p2pd_that_dies_while_a_tunnel_opens_stops_nobody(
         host = Host(identities[1], NetworkConfig(LOCAL, 0), None)
         host._daemon = Dying()  # type: ignore[assignment]
         try:
-            await host.serve_tunnel()
+            await host.serve_tunnel(lambda caller: asyncio.open_unix_connection("nowhere"))
         finally:
             host._daemon = None
             await host.stop()

@@ -24,8 +24,8 @@ from peer.formatting import age_in_words
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rates import Bandwidth
-from peer.rpc.calls import server_credentials
 from peer.rpc.channels import SERVER_OPTIONS
+from peer.rpc.server import server_credentials
 from peer.transport.addresses import Endpoint
 from peer.wire import probe_pb2_grpc
 from talkoot.doctor import checks

@@ -20,7 +20,7 @@ from torch import nn
 from dht.announcements import TrainerInfo
 from peer import PROTOCOL_VERSION
 from peer.errors import StateError, TransferError
-from peer.rpc.calls import server_credentials
+from peer.rpc.server import server_credentials
 from peer.rpc.sessions import Metadata, SessionServicer
 from peer.transport.addresses import Endpoint
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc, state_pb2

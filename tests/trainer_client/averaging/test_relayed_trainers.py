@@ -63,14 +63,13 @@ def test_dense_parts_are_averaged_through_a_tunnel(play: Play, tmp_path: Path) -
             peer_id: PeerID, addresses: Sequence[str], protocol: str, deadline_s: float
         ) -> Pipe:
             asked.append((peer_id, addresses))
-            return await asyncio.open_unix_connection(str(tmp_path / "exit"))
+            pipe: Pipe = await hidden.open_for(square.identities[1].peer_id)
+            return pipe
 
         tunnels = Tunnels(open_stream)
         square.stack.push_async_callback(tunnels.close)
         relays = KnownRelays(circuit(square.identities[0].peer_id))
-        hidden = await square.trainer(
-            trained(make_model(), 1), 30, exit_path=tmp_path / "exit", relays=relays
-        )
+        hidden = await square.trainer(trained(make_model(), 1), 30, relays=relays)
         square.announce(hidden, reachable=False)
         other = await square.trainer(trained(make_model(), 2), 10, reachable=False, tunnels=tunnels)
         assert await other.take_freshest() == 30
@@ -116,9 +115,6 @@ class FakeSwarm:
         self.finds = True
         self._looks = 0
 
-    async def serve_tunnel(self, most_streams: int) -> None:
-        self.most_streams = most_streams
-
     async def restart_as(self, *, serves_dht: bool, relays: Sequence[str]) -> None:
         assert not serves_dht
         self.moves.append(relays)
@@ -143,8 +139,8 @@ def swarm(monkeypatch: pytest.MonkeyPatch) -> FakeSwarm:
 def test_relays_are_taken_and_waited_for(swarm: Any) -> None:
     async def scenario() -> None:
         relayed = RelayKeeper(swarm, 2, random.Random(0))
-        await relayed.begin(most_streams=5)
-        assert (swarm.moves, swarm.most_streams) == ([[RELAY, RELAY]], 5)
+        await relayed.begin()
+        assert swarm.moves == [[RELAY, RELAY]]
         assert relayed.addresses == (RELAYED,)
 
     asyncio.run(scenario())
@@ -160,7 +156,7 @@ def test_other_relays_are_taken_after_half_a_minute_without_one(
 ) -> None:
     async def scenario() -> None:
         relayed = RelayKeeper(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
-        await relayed.begin(1)
+        await relayed.begin()
         monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
         swarm.finds = False
         for moves in (1, 1, 1, 2):
@@ -181,7 +177,7 @@ def test_relays_that_let_nobody_in_are_replaced_ever_more_seldom(
         monkeypatch.setattr(dht.relays, "_RELAY_S", 0.01)
         swarm.finds = False
         relayed = RelayKeeper(swarm, 1, random.Random(0), ten_seconds_apart().__next__)
-        await relayed.begin(1)
+        await relayed.begin()
         for looks in (4, 6, 12):
             before = len(swarm.moves)
             for _ in range(looks - 1):
@@ -207,7 +203,7 @@ def test_where_nobody_can_be_a_relay_the_daemon_is_left_alone(
 
     async def scenario() -> None:
         relayed = RelayKeeper(swarm, 4, random.Random(0), ten_seconds_apart().__next__)
-        await relayed.begin(1)
+        await relayed.begin()
         assert (swarm.moves, relayed.addresses, searches) == ([], (), 1)
         for _ in range(12):
             await relayed.look()

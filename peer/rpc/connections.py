@@ -1,0 +1,442 @@
+"""The connections of a server: who may have how many, and which one goes when there are too many.
+
+gRPC counts connections and streams, but does not tell whose they are, and closes none of them. So it listens on a unix
+socket that only this process reaches, and `Connections` listens on the network in its place. Bytes are copied, TLS and
+all. Each connection comes to gRPC from a unix socket with a name of its own, by which a call finds its connection.
+
+A connection is proven as soon as a call on it is in a session. Before that it is worth little: there are few of them,
+the oldest of the neighbourhood with the most makes room, and neighbourhoods take turns with TLS.
+"""
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+import tempfile
+import time
+from collections import Counter as Multiset
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import cast
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from peer.errors import PortError
+from peer.identity import PeerID
+from peer.loop import TaskSet
+from peer.metrics import start_at_zero
+from peer.processes import private_socket_folder
+from peer.rates import FairTurns
+from peer.transport.addresses import address_of, ip_address, neighbourhood
+from peer.transport.tunnel import Pipe
+
+_MOST_CONNECTIONS = 2048
+_DESCRIPTORS_EACH = 3
+_DESCRIPTORS_LEFT = 256
+"""For everything else, such as checkpoints, calls of this peer and its p2pd; at most half of those that are free."""
+_UNPROVEN_SHARE = 1 / 4
+_CONNECTIONS_OF_CALLER = 32
+_FIRST_BYTES_S, _PROOF_S = 5.0, 20.0
+"""Longest that a connection stays without a byte, and without a call that is in a session or still under way."""
+_STARTS_PER_S, _STARTS_AT_ONCE = 100.0, 200.0
+"""TLS handshakes, of all callers together. Each takes about a millisecond."""
+_SWEEP_S = 1.0
+_BUFFER_BYTES = 2**20
+_FLUSH_S = 5.0
+_BACKLOG = 1024
+
+
+@dataclass(eq=False, slots=True)
+class Connection:
+    """One connection of a caller."""
+
+    peer: str
+    """The caller's address as gRPC names it; `unix:` if it comes through a tunnel."""
+    origin: str
+    """The neighbourhood of the caller's address, or its PeerID if it comes through a tunnel."""
+    close: Callable[[], None]
+    began_at: float
+    has_spoken: bool = False
+    caller: PeerID | None = None
+    """Who has proved to be at the other end."""
+    calls: int = 0
+    """Under way."""
+
+
+class ConnectionTable:
+    """The open connections, bounded. Pure: `now` is passed in, and closing is left to the caller."""
+
+    def __init__(self, most: int) -> None:
+        self._most_unproven = max(1, int(most * _UNPROVEN_SHARE))
+        self._most_proven = max(1, most - self._most_unproven)
+        self._unproven: dict[str, dict[Connection, None]] = {}
+        """By origin; the oldest first."""
+        self._proven: dict[str, dict[Connection, None]] = {}
+        """By origin; the one used longest ago first."""
+        self._counts: Multiset[bool] = Multiset()
+        """Of connections, by whether they are proven."""
+        self._of_caller: Multiset[PeerID] = Multiset()
+
+    def __len__(self) -> int:
+        return self._counts.total()
+
+    def add(self, connection: Connection) -> Connection | None:
+        """Returns one that must be closed, and is no longer in the table."""
+        self._put(self._unproven, connection)
+        if self._counts[False] <= self._most_unproven:
+            return None
+        return self._drop(next(iter(_largest(self._unproven))))
+
+    def prove(self, connection: Connection, caller: PeerID) -> Connection | None:
+        """Notes a call of the caller on a connection. Returns one that must be closed."""
+        if connection not in self:
+            return None
+        self.remove(connection)
+        connection.caller = caller
+        self._put(self._proven, connection)
+        if self._of_caller[caller] > _CONNECTIONS_OF_CALLER:
+            group: dict[Connection, None] | list[Connection] = [
+                other for other in self._proven[connection.origin] if other.caller == caller
+            ]
+        elif self._counts[True] > self._most_proven:
+            group = _largest(self._proven)
+        else:
+            return None
+        return self._drop(
+            min(group, key=lambda other: other.calls)
+        )  # of the idle ones the one used longest ago
+
+    def remove(self, connection: Connection) -> None:
+        """Removing one twice is harmless."""
+        groups = self._unproven if connection.caller is None else self._proven
+        group = groups.get(connection.origin, {})
+        if connection not in group:
+            return
+        del group[connection]
+        self._counts[connection.caller is not None] -= 1
+        if not group:
+            del groups[connection.origin]
+        if connection.caller is not None:
+            self._of_caller[connection.caller] -= 1
+            if not self._of_caller[connection.caller]:
+                del self._of_caller[connection.caller]
+
+    def overdue(self, now: float) -> list[Connection]:
+        """Those that had time enough to say who they are, and did not."""
+        return [
+            connection
+            for group in self._unproven.values()
+            for connection in group
+            if not connection.calls
+            and now > connection.began_at + (_PROOF_S if connection.has_spoken else _FIRST_BYTES_S)
+        ]
+
+    def __contains__(self, connection: Connection) -> bool:
+        groups = self._unproven if connection.caller is None else self._proven
+        return connection in groups.get(connection.origin, ())
+
+    def all(self) -> list[Connection]:
+        groups = (*self._unproven.values(), *self._proven.values())
+        return [connection for group in groups for connection in group]
+
+    def _put(self, groups: dict[str, dict[Connection, None]], connection: Connection) -> None:
+        groups.setdefault(connection.origin, {})[connection] = None
+        self._counts[connection.caller is not None] += 1
+        if connection.caller is not None:
+            self._of_caller[connection.caller] += 1
+
+    def _drop(self, connection: Connection) -> Connection:
+        self.remove(connection)
+        return connection
+
+
+def _largest(groups: dict[str, dict[Connection, None]]) -> dict[Connection, None]:
+    return max(groups.values(), key=len)
+
+
+class Connections:
+    """Listens for a server, and connects callers with it. For one event loop; `close` it when done."""
+
+    def __init__(
+        self, metrics: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        gauge = Gauge("talkoot_connections", "Connections of callers, open now.", registry=metrics)
+        gauge.set_function(lambda: len(self._table))
+        closed = Counter(
+            "talkoot_connections_closed",
+            "Connections closed here: there were too many, their caller said nothing, or abused them.",
+            ["reason"],
+            registry=metrics,
+        )
+        self.closed = start_at_zero(closed, "crowded", "silent", "abused")
+        self._clock = clock
+        self._table = ConnectionTable(most_connections())
+        self._by_name: dict[str, Connection] = {}
+        self._starts = FairTurns(_STARTS_PER_S, _STARTS_AT_ONCE, same=1)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._numbers = 0
+        self._listener: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._tasks = TaskSet()
+
+    @property
+    def server_path(self) -> Path:
+        """The unix socket on which the server must listen."""
+        return self._path("server")
+
+    async def listen(self, host: str, port: int) -> int:
+        """Accepts callers for the server, which must listen by now. Returns the port. Raises PortError."""
+        loop = asyncio.get_running_loop()
+        try:
+            listening = _listening_socket(host, port)
+        except OSError as error:
+            raise PortError(f"can't listen on {host} port {port}: pass another port") from error
+        bound = int(listening.getsockname()[1])
+        self._listener = await loop.create_server(lambda: _Outside(self), sock=listening, backlog=_BACKLOG)
+        self._sweep()
+        return bound
+
+    async def open_for(self, caller: PeerID) -> Pipe:
+        """A connection to the server for a peer whose tunnel ends here. Raises OSError."""
+        made, name = self._dial()
+        reader, writer = await asyncio.open_unix_connection(sock=made)
+        now = self._clock()
+        connection = Connection("unix:", f"tunnel of {caller}", writer.transport.abort, now, has_spoken=True)
+        self._by_name[name] = connection
+        self.add(connection)
+        self._tasks.spawn(self._wait_for_end(writer, connection, name), "wait for the end of a tunnel")
+        return reader, writer
+
+    def find(self, peer: str) -> Connection | None:
+        """`peer`: as gRPC names the caller. None if it did not come through here."""
+        return self._by_name.get(peer)
+
+    def prove(self, connection: Connection, caller: PeerID) -> None:
+        """Notes that a call of the caller came on the connection."""
+        self._close(self._table.prove(connection, caller), "crowded")
+
+    def punish(self, connection: Connection) -> None:
+        """Closes a connection that is abused."""
+        if connection in self._table:
+            self._table.remove(connection)
+            self._close(connection, "abused")
+
+    def stop_listening(self) -> None:
+        """Those that are connected stay."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    async def close(self) -> None:
+        """Ends all connections. Closing twice is harmless."""
+        self.stop_listening()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in self._table.all():
+            connection.close()
+        await self._tasks.aclose()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def add(self, connection: Connection) -> None:
+        self._close(self._table.add(connection), "crowded")
+
+    def forget(self, connection: Connection, name: str = "") -> None:
+        self._table.remove(connection)
+        self._by_name.pop(name, None)
+
+    def begin(self, outside: "_Outside") -> None:
+        """Connects a caller with the server when it is its turn."""
+        self._tasks.spawn(self._connect(outside), "connect a caller with the server")
+
+    def now(self) -> float:
+        return self._clock()
+
+    async def _connect(self, outside: "_Outside") -> None:
+        caller = outside.connection
+        if not await self._starts.turn(caller.origin, caller.peer):
+            self._table.remove(caller)
+            self._close(caller, "crowded")
+        if not outside.is_open:
+            return
+        try:
+            made, name = self._dial()
+            self._by_name[name] = caller
+            inside = _End(lambda: self.forget(caller, name))
+            await asyncio.get_running_loop().create_unix_connection(lambda: inside, sock=made)
+        except OSError:  # no descriptor is left, or the server has stopped
+            caller.close()
+        else:
+            outside.join(inside)
+
+    async def _wait_for_end(self, writer: asyncio.StreamWriter, connection: Connection, name: str) -> None:
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        self.forget(connection, name)
+
+    def _dial(self) -> tuple[socket.socket, str]:
+        """A socket that is connected to the server, and the name by which gRPC knows it. Raises OSError."""
+        self._numbers += 1
+        path = self._path(str(self._numbers))
+        made = socket.socket(socket.AF_UNIX)
+        try:
+            made.setblocking(False)
+            made.bind(str(path))
+            try:
+                made.connect(str(self.server_path))
+            finally:
+                path.unlink()  # the socket keeps its name
+        except OSError:
+            made.close()
+            raise
+        return made, f"unix:{path}"
+
+    def _sweep(self) -> None:
+        for connection in self._table.overdue(self._clock()):
+            self._close(connection, "silent")
+        self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+
+    def _close(self, connection: Connection | None, reason: str) -> None:
+        if connection is not None:
+            self.closed.labels(reason).inc()
+            connection.close()
+
+    def _path(self, name: str) -> Path:
+        if self._folder is None:
+            self._folder = private_socket_folder()
+        return Path(self._folder.name) / name
+
+
+class _End(asyncio.Protocol):
+    """One end of a connection. What comes in there goes out at the other end."""
+
+    def __init__(self, lost: Callable[[], None]) -> None:
+        self._lost = lost
+        self._early: list[bytes] = []
+        self._other: _End | None = None
+        self._transport: asyncio.Transport | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def join(self, other: "_End") -> None:
+        """From now on the two ends belong together."""
+        self._other, other._other = other, self
+        if not (self.is_open and other.is_open):
+            self.end()
+            other.end()
+            return
+        for data in self._early:
+            other.write(data)
+        self._early.clear()
+        self.read(True)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass
+        self._transport.set_write_buffer_limits(_BUFFER_BYTES)
+
+    def data_received(self, data: bytes) -> None:
+        if self._other is not None:
+            self._other.write(data)
+        else:
+            self._early.append(data)
+            self.read(False)
+
+    def write(self, data: bytes) -> None:
+        if self.is_open:
+            assert self._transport is not None
+            self._transport.write(data)
+
+    def pause_writing(self) -> None:
+        if self._other is not None:
+            self._other.read(False)
+
+    def resume_writing(self) -> None:
+        if self._other is not None:
+            self._other.read(True)
+
+    def read(self, on: bool) -> None:
+        if self.is_open:
+            assert self._transport is not None
+            if on:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    def end(self) -> None:
+        """Closes it once it has sent what it still has, if that does not take long."""
+        if self.is_open:
+            assert self._transport is not None
+            self._transport.close()
+            asyncio.get_running_loop().call_later(_FLUSH_S, self.abort)
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._early.clear()
+        self._lost()
+        if self._other is not None:
+            self._other.end()
+
+
+class _Outside(_End):
+    """The end that is towards the caller."""
+
+    connection: Connection
+
+    def __init__(self, connections: Connections) -> None:
+        super().__init__(lambda: connections.forget(self.connection))
+        self._connections = connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        peer = _peer_name(transport)
+        self.connection = Connection(peer, origin_of(peer), self.abort, self._connections.now())
+        self._connections.add(self.connection)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.connection.has_spoken:
+            self.connection.has_spoken = True
+            self._connections.begin(self)
+
+
+def most_connections() -> int:
+    """How many connections the descriptors of this process allow, beside everything else that it needs them for."""
+    free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
+    left = min(_DESCRIPTORS_LEFT, free // 2)
+    return max(4, min(_MOST_CONNECTIONS, (free - left) // _DESCRIPTORS_EACH))
+
+
+def origin_of(peer: str) -> str:
+    """The neighbourhood of a caller that gRPC names so."""
+    address = address_of(peer)
+    return "somewhere" if address is None else neighbourhood(address)
+
+
+def _peer_name(transport: asyncio.BaseTransport) -> str:
+    """The caller's address as gRPC would name it."""
+    host, port = (transport.get_extra_info("peername") or ("", 0))[:2]
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:  # it has gone already
+        return "unix:"
+    return f"ipv4:{address}:{port}" if isinstance(address, IPv4Address) else f"ipv6:[{address}]:{port}"
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
+    """Where gRPC would listen: all addresses of both kinds if the host is one of the two that stand for all."""
+    if host in {"0.0.0.0", "::"} and socket.has_dualstack_ipv6():  # noqa: S104  # the owner chooses it
+        return socket.create_server(
+            ("::", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG)

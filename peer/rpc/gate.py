@@ -1,0 +1,356 @@
+"""What every call to a server passes: who may have how many under way, how often, and how long it may keep the server
+waiting.
+
+gRPC's own bound counts all calls alike, so a stranger's silent streams would take the places of everybody's calls. Here
+a caller is a peer with a session, or a connection without one. When all places are taken, a call gets the place of one
+whose caller has more of them, or which does nothing but wait for its caller.
+"""
+
+import asyncio
+import inspect
+import logging
+import time
+from collections import Counter as Multiset
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter
+
+from peer.bounded import BoundedDict
+from peer.errors import ExpertError
+from peer.loop import Restarts
+from peer.metrics import start_at_zero
+from peer.rates import TokenBuckets
+from peer.rpc.calls import note_failure, or_empty, retry_metadata
+from peer.rpc.connections import Connection, Connections, origin_of
+from peer.rpc.sessions import Sessions
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M")
+_CALLS_WITHOUT_SESSION = 32
+"""At the same time, of all who have no session yet. These calls open sessions, and ask for what anybody may know."""
+_FIRST_MESSAGE_S, _NEXT_MESSAGE_S = 10.0, 20.0
+"""Longest that a call waits for its caller's messages. A chunk of 256 KiB in that time is 100 kbit/s."""
+_UNREAD_S = 20.0
+"""Longest that a reply waits to be taken."""
+_PATIENCE_S = 1.0
+"""For so long a call may wait for its caller before its place goes to another if there is none left."""
+_CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
+"""Of one caller."""
+_STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE = 5.0, 40.0
+"""On one connection without a session."""
+_ABUSE_S = 1.0
+"""Whoever is so far beyond its rate loses its connection: even refusing calls would cost too much."""
+_RETRY_S = 0.5
+_LOG_EVERY_S = 600.0
+"""Between two tracebacks of the same fault."""
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """The place of one call that is under way."""
+
+    origin: str
+    """The neighbourhood of its caller."""
+    caller: Hashable
+    task: "asyncio.Task[Any]"
+    waits_since: float | None = None
+    """Since when it waits for its caller, if it does."""
+    lost: bool = False
+    """Another call has its place."""
+
+
+class Slots:
+    """Places for calls, in fair shares: by neighbourhood, and then by caller. Pure: `now` is passed in."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken: set[Slot] = set()
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def take(self, slot: Slot, now: float) -> Slot | None:
+        """Returns the one that loses its place, if none was left. Raises ExpertError (RESOURCE_EXHAUSTED)."""
+        loser = None
+        if len(self._taken) >= self._most:
+            loser = self._loser(slot, now)
+            if loser is None:
+                raise ExpertError(
+                    StatusCode.RESOURCE_EXHAUSTED, "as many calls as are possible are under way", _RETRY_S
+                )
+            self._taken.remove(loser)
+            loser.lost = True
+        self._taken.add(slot)
+        return loser
+
+    def release(self, slot: Slot) -> None:
+        self._taken.discard(slot)
+
+    def _loser(self, slot: Slot, now: float) -> Slot | None:
+        origins = Multiset(taken.origin for taken in self._taken)
+        origin, most = origins.most_common(1)[0]
+        if most <= origins[slot.origin] + 1:
+            origin = slot.origin
+        callers = Multiset(taken.caller for taken in self._taken if taken.origin == origin)
+        if callers:
+            caller, most = callers.most_common(1)[0]
+            if origin != slot.origin or most > callers[slot.caller] + 1:
+                group = (taken for taken in self._taken if taken.origin == origin and taken.caller == caller)
+                return max(group, key=lambda taken: _waited_s(taken, now))
+        waiting = (
+            taken
+            for taken in self._taken
+            if _waited_s(taken, now) > _PATIENCE_S
+            and callers[slot.caller] <= callers[taken.caller]
+            and origins[slot.origin] <= origins[taken.origin]
+        )
+        return max(waiting, key=lambda taken: _waited_s(taken, now), default=None)
+
+
+def _waited_s(slot: Slot, now: float) -> float:
+    return 0.0 if slot.waits_since is None else now - slot.waits_since
+
+
+class CallGate(grpc.aio.ServerInterceptor):
+    """Lets the calls of a server pass.
+
+    Every method becomes one that reads and writes streams, which is the same on the wire. So nothing is read before the
+    gate has looked, and all waiting is in one place.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        connections: Connections,
+        most_calls: int,
+        metrics: CollectorRegistry | None = None,
+        restarts: Restarts | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`most_calls`: in sessions, at the same time. `restarts`: counts handlers that fail unexpectedly."""
+        refused = Counter(
+            "talkoot_calls_refused",
+            "Calls that were not answered: no place was left, others lost theirs, their caller came too often, kept "
+            "the server waiting, or met a fault of the program.",
+            ["reason"],
+            registry=metrics,
+        )
+        self.refused = start_at_zero(refused, "crowded", "displaced", "hasty", "slow", "failed")
+        self._sessions = sessions
+        self._connections = connections
+        self._restarts = restarts
+        self._clock = clock
+        self._slots = Slots(most_calls)
+        self._strange_slots = Slots(_CALLS_WITHOUT_SESSION)
+        self._rates = TokenBuckets[Hashable](_CALLS_PER_S, _CALLS_AT_ONCE)
+        self._strange_rates = TokenBuckets[Hashable](_STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE)
+        self._faults = BoundedDict[tuple[str, str], float](256)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details) or _UNKNOWN
+        answer = _streaming(handler)
+
+        async def serve(requests: AsyncIterator[Any], context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+            await self._serve(handler_call_details.method, answer, requests, context)
+
+        parse = handler.request_deserializer
+        return grpc.stream_stream_rpc_method_handler(
+            serve, None if parse is None else or_empty(parse), handler.response_serializer
+        )
+
+    async def _serve(
+        self,
+        method: str,
+        answer: "_Answer",
+        requests: AsyncIterator[Any],
+        context: "grpc.aio.ServicerContext[Any, Any]",
+    ) -> None:
+        connection = self._connections.find(context.peer())
+        session = self._sessions.of_call(context)
+        if connection is None:
+            peer = context.peer()
+            connection = Connection(peer, origin_of(peer), lambda: None, self._clock())
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            if session is None:
+                slot = Slot(connection.origin, connection.peer, task)
+                slots, rates = self._strange_slots, self._strange_rates
+            else:
+                self._connections.prove(connection, session.caller)
+                slot = Slot(connection.origin, session.caller, task)
+                slots, rates = self._slots, self._rates
+            self._admit(connection, slot, slots, rates)
+        except ExpertError as error:
+            await _abort(context, error)
+        connection.calls += 1
+        try:
+            await answer(
+                _Requests(requests, slot, self._clock), _Context(context, connection, slot, self._clock)
+            )
+        except grpc.aio.BaseError:  # the handler ended the call, or the caller has gone
+            raise
+        except ExpertError as error:
+            if error.status is StatusCode.DEADLINE_EXCEEDED:
+                self.refused.labels("slow").inc()
+            await _abort(context, error)
+        except asyncio.CancelledError:
+            if not slot.lost or task.cancelling() > 1:
+                raise
+            task.uncancel()
+            await _abort(context, ExpertError(StatusCode.RESOURCE_EXHAUSTED, _DISPLACED, _RETRY_S))
+        except NotImplementedError:
+            await context.abort(StatusCode.UNIMPLEMENTED, "this peer does not serve this method")
+        except Exception as error:  # noqa: BLE001  # gRPC would log each one, as often as a stranger likes
+            self._note_fault(method, error)
+            await context.abort(StatusCode.INTERNAL, "this peer failed to answer")
+        finally:
+            connection.calls -= 1
+            slots.release(slot)
+
+    def _admit(self, connection: Connection, slot: Slot, slots: Slots, rates: TokenBuckets[Hashable]) -> None:
+        """Raises ExpertError (RESOURCE_EXHAUSTED)."""
+        now = self._clock()
+        wait_s = rates.wait_s(slot.caller, now)
+        rates.take(slot.caller, 1, now)
+        if wait_s:
+            self.refused.labels("hasty").inc()
+            if wait_s > _ABUSE_S:
+                self._connections.punish(connection)
+            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "you call too often: wait a little", wait_s)
+        try:
+            loser = slots.take(slot, now)
+        except ExpertError:
+            self.refused.labels("crowded").inc()
+            raise
+        if loser is not None:
+            self.refused.labels("displaced").inc()
+            loser.task.cancel()
+
+    def _note_fault(self, method: str, error: Exception) -> None:
+        """Logs each kind of fault once in a while: whoever finds one must not fill the log with it."""
+        self.refused.labels("failed").inc()
+        if self._restarts is not None:
+            self._restarts.note("answer a call")
+        kind, now = (method, type(error).__name__), self._clock()
+        if now - self._faults.get(kind, float("-inf")) > _LOG_EVERY_S:
+            self._faults[kind] = now
+            logger.error("could not answer a call of %s", method, exc_info=error)
+
+
+_Answer = Callable[["_Requests", "_Context"], Awaitable[None]]
+_DISPLACED = "others call too, and this call gave its place to one of theirs"
+_END = object()
+
+
+class _Requests:
+    """The messages of one call. A read that has begun ends with the call and is never cancelled: gRPC does not free the
+    message of a read that nobody waits for (grpc issue 43360).
+    """
+
+    def __init__(self, stream: AsyncIterator[Any], slot: Slot, clock: Callable[[], float]) -> None:
+        self._stream = stream
+        self._slot = slot
+        self._clock = clock
+        self._wait_s = _FIRST_MESSAGE_S
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        message = await _in_time(_next(self._stream), self._slot, self._clock, self._wait_s, _SILENT)
+        self._wait_s = _NEXT_MESSAGE_S
+        if message is _END:
+            raise StopAsyncIteration
+        return message
+
+
+_SILENT = "the call's next message did not come in time"
+_UNREAD = "the call's replies were not read in time"
+
+
+class _Context:
+    """The context of one call, with the caller's own address, and with writes that end."""
+
+    def __init__(
+        self,
+        context: "grpc.aio.ServicerContext[Any, Any]",
+        connection: Connection,
+        slot: Slot,
+        clock: Callable[[], float],
+    ) -> None:
+        self._context = context
+        self._connection = connection
+        self._slot = slot
+        self._clock = clock
+
+    def peer(self) -> str:
+        return self._connection.peer
+
+    async def write(self, message: Any) -> None:
+        await _in_time(self._context.write(message), self._slot, self._clock, _UNREAD_S, _UNREAD)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+async def _next(stream: AsyncIterator[Any]) -> Any:
+    return await anext(stream, _END)
+
+
+async def _in_time(
+    transfer: Awaitable[M], slot: Slot, clock: Callable[[], float], limit_s: float, late: str
+) -> M:
+    """Waits for a message to come or go, without ever cancelling it. Raises ExpertError (DEADLINE_EXCEEDED)."""
+    moving = asyncio.ensure_future(transfer)
+    moving.add_done_callback(note_failure)
+    slot.waits_since = clock()
+    try:
+        done, _ = await asyncio.wait([moving], timeout=limit_s)
+    finally:
+        slot.waits_since = None
+    if not done:
+        raise ExpertError(StatusCode.DEADLINE_EXCEEDED, late)
+    return moving.result()
+
+
+def _streaming(handler: Any) -> _Answer:
+    """What a method does, as one that reads and writes streams."""
+    behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+    async def answer(requests: _Requests, context: _Context) -> None:
+        request: Any = requests
+        if not handler.request_streaming:
+            request = await anext(requests, None)
+            if request is None:
+                raise ExpertError(StatusCode.INVALID_ARGUMENT, "the call has no message")
+        answering = behaviour(request, context)
+        if inspect.isasyncgen(answering):
+            async for reply in answering:
+                await context.write(reply)
+            return
+        reply = await answering
+        if not handler.response_streaming:
+            await context.write(reply)
+
+    return answer
+
+
+async def _say_unknown(requests: Any, context: Any) -> None:
+    raise NotImplementedError
+
+
+_UNKNOWN: Any = grpc.stream_stream_rpc_method_handler(_say_unknown)
+
+
+async def _abort(context: "grpc.aio.ServicerContext[Any, Any]", error: ExpertError) -> None:
+    await context.abort(error.status, str(error), retry_metadata(error.retry_after_s))

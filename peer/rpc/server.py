@@ -1,0 +1,88 @@
+"""A gRPC server: it listens on a port and at the end of this peer's tunnel, opens sessions and has a gate for calls."""
+
+import logging
+from typing import Any
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from prometheus_client import CollectorRegistry
+
+from peer.errors import PortError
+from peer.identity import Identity, PeerID
+from peer.loop import Restarts
+from peer.rpc.channels import SERVER_OPTIONS
+from peer.rpc.connections import Connections
+from peer.rpc.gate import CallGate
+from peer.rpc.sessions import Sessions, SessionServicer
+from peer.transport.addresses import require_free_port
+from peer.transport.tunnel import Pipe
+from peer.wire import session_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_MOST_STREAMS = 4096
+"""Calls that gRPC lets begin at the same time. The gate ends those that are too many."""
+_GRPC = logging.getLogger("grpc._cython.cygrpc")
+
+
+class RpcServer:
+    """Serves the services that are added to `services` before it starts. Stop it when done."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        most_calls: int,
+        metrics: CollectorRegistry | None = None,
+        restarts: Restarts | None = None,
+    ) -> None:
+        """`most_calls`: of callers in sessions, at the same time, of all services.
+
+        `restarts`: counts handlers that fail unexpectedly.
+        """
+        _GRPC.addFilter(_is_of_ours)
+        self.connections = Connections(metrics)
+        self.gate = CallGate(sessions, self.connections, most_calls, metrics, restarts)
+        self.services: grpc.aio.Server = grpc.aio.server(
+            interceptors=[self.gate], options=SERVER_OPTIONS, maximum_concurrent_rpcs=_MOST_STREAMS
+        )
+        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), self.services)
+
+    async def start(self, credentials: grpc.ServerCredentials, host: str, port: int) -> int:
+        """Listens on an address of this machine. Returns the port. `port`: 0 for any free one. Raises PortError."""
+        require_free_port(host, port)
+        try:
+            self.services.add_secure_port(f"unix:{self.connections.server_path}", credentials)
+        except RuntimeError as error:
+            raise PortError("can't listen on a unix socket in the temporary folder: set TMPDIR") from error
+        await self.services.start()
+        return await self.connections.listen(host, port)
+
+    async def open_for(self, caller: PeerID) -> Pipe:
+        """A connection for a peer whose tunnel ends here. Raises OSError."""
+        return await self.connections.open_for(caller)
+
+    async def stop(self, grace_s: float | None) -> None:
+        """Ends calls that are not done after the grace period. Stopping twice is harmless."""
+        self.connections.stop_listening()
+        await self.services.stop(grace_s)
+        await self.connections.close()
+
+
+def server_credentials(identity: Identity, certificate: bytes) -> grpc.ServerCredentials:
+    """TLS with this peer's key and its DER certificate."""
+    pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
+    return grpc.ssl_server_credentials([(identity.private_key_pem(), pem)])
+
+
+def _is_of_ours(record: logging.LogRecord) -> bool:
+    """Drops gRPC's complaints that a caller, who has gone or does not read, took no message or status.
+
+    gRPC itself passes over them once it knows that the call has ended. On a busy machine it may learn that later, and
+    then it logs a traceback.
+    """
+    error: Any = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, grpc.aio.InternalError):
+        logger.debug("a call ended before its answer: %s", error)
+        return False
+    return True
