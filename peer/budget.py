@@ -141,25 +141,17 @@ class MemoryBudget(FairBudget):
 
         Raises ExpertError (RESOURCE_EXHAUSTED) if there is none, or if others need it meanwhile.
         """
-        task = asyncio.current_task()
-        assert task is not None, "memory is held by tasks of the loop"
-        cancelling, was_revoked = task.cancelling(), False
+        with interruptible(_REVOKED) as interrupt:
 
-        def revoke() -> None:
-            nonlocal was_revoked
-            was_revoked = True
-            self.events.labels("revoked").inc()
-            task.cancel()
+            def revoke() -> None:
+                self.events.labels("revoked").inc()
+                interrupt()
 
-        reservation = self.reserve(owner, size, revoke)
-        try:
-            yield reservation
-        except BaseException as error:
-            if was_revoked and task.uncancel() <= cancelling and isinstance(error, asyncio.CancelledError):
-                raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, _REVOKED, retry_after_s=_RETRY_S) from error
-            raise
-        finally:
-            reservation.release()
+            reservation = self.reserve(owner, size, revoke)
+            try:
+                yield reservation
+            finally:
+                reservation.release()
 
     def _add(self, reservation: Reservation, size: int) -> None:
         try:
@@ -167,3 +159,27 @@ class MemoryBudget(FairBudget):
         except ExpertError:
             self.events.labels("refused").inc()
             raise
+
+
+@contextmanager
+def interruptible(message: str) -> Iterator[Callable[[], None]]:
+    """Gives a function that other tasks call to end what the current task does inside.
+
+    It then ends with an ExpertError (RESOURCE_EXHAUSTED).
+    """
+    task = asyncio.current_task()
+    assert task is not None, "what is inside runs on the loop"
+    cancelling, is_interrupted = task.cancelling(), False
+
+    def interrupt() -> None:
+        nonlocal is_interrupted
+        if not is_interrupted:
+            is_interrupted = True
+            task.cancel()
+
+    try:
+        yield interrupt
+    except BaseException as error:
+        if is_interrupted and task.uncancel() <= cancelling and isinstance(error, asyncio.CancelledError):
+            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=_RETRY_S) from error
+        raise

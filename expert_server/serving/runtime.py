@@ -190,6 +190,10 @@ class Runtime:
         """Refuses new work with UNAVAILABLE from now on, or takes it again with False."""
         self._leaving = leaving
 
+    @property
+    def is_refusing(self) -> bool:
+        return self._leaving
+
     async def settle(self) -> None:
         """Waits until all work that was taken is done."""
         while self._waiting:

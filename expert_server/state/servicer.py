@@ -11,7 +11,13 @@ from grpc import StatusCode
 
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
-from expert_server.state.transfer import MAX_TRANSFER_S, Snapshot, SnapshotTaker, TransferMetrics
+from expert_server.state.transfer import (
+    MAX_TRANSFER_S,
+    Snapshot,
+    SnapshotTaker,
+    TransferMetrics,
+    largest_state_bytes,
+)
 from peer.bounded import BoundedDict
 from peer.budget import FairBudget, Reservation
 from peer.errors import ExpertError, WireError
@@ -19,12 +25,12 @@ from peer.identity import PeerID
 from peer.rates import RateLimit, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
-from peer.rpc.transfer import outgoing, written
+from peer.rpc.transfer import Pace, TransferSlots, outgoing
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-MAX_TRANSFERS = 4
+MAX_TRANSFERS = 8
 """States that others fetch from a node at the same time."""
 MAX_UIDS_IN_ASK = 256
 _REMEMBERED = 4096
@@ -143,9 +149,9 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         self._follow = follow
         self._up = up
         self._sessions = sessions
-        self._max_transfers = max_transfers
+        self._slots = TransferSlots(max_transfers)
+        self._state_bytes = largest_state_bytes(manifest)
         self._max_transfer_s = max_transfer_s
-        self._transfers = 0
 
     async def Fetch(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
         async with abort_on_error(context, self._max_transfer_s, "the state was not read in time"):
@@ -164,21 +170,13 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
         uid = parse_uid(request.uid, self._manifest)
         if request.offset and not request.sha256:
             raise WireError("an offset belongs to a snapshot: give its checksum")
-        if self._transfers >= self._max_transfers:
-            raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED,
-                f"{self._transfers} states are being fetched here; try again soon",
-            )
-        self._transfers += 1
-        try:
-            snapshot = await self._find(uid, request.sha256)
+        with self._slots.taken(caller, self._state_bytes):
+            snapshot = await self._find(uid, request.sha256, caller)
             await self._stream(snapshot, caller, request.offset, context)
-        finally:
-            self._transfers -= 1
 
-    async def _find(self, uid: UID, sha256: bytes) -> Snapshot:
+    async def _find(self, uid: UID, sha256: bytes, caller: PeerID) -> Snapshot:
         if not sha256:
-            return await self._snapshots.take(uid)
+            return await self._snapshots.take_for(caller, uid)
         snapshot = self._snapshots.find(uid, sha256)
         if snapshot is None:
             raise ExpertError(
@@ -193,8 +191,9 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
             sha256=snapshot.sha256,
             met_update_count=snapshot.met.get(caller, 0),
         )
+        pace = Pace()
         async for reply in outgoing(header, snapshot.data, offset, self._up):
-            await written(context.write, reply)
+            await pace.write(context.write(reply), len(reply.chunk))
             self._metrics.bytes.labels("sent").inc(len(reply.chunk))
         snapshot.note_given(caller)
 

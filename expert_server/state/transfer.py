@@ -21,9 +21,10 @@ from expert_server.serving.runtime import Runtime
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, TransferError
 from peer.identity import PeerID
+from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.parsing import ParseGuard
-from peer.rates import RateLimit
+from peer.rates import RateLimit, TokenBuckets
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.rpc.transfer import SnapshotCache, SnapshotClient, SnapshotReceiver
@@ -39,6 +40,12 @@ MAX_SNAPSHOTS = 8
 """States kept in memory for the nodes that fetch them."""
 SNAPSHOT_S = 300.0
 """How long they are kept."""
+_PEER_SHARE, _PEER_BURST_S = 0.02, 2.0
+_ALL_SHARE, _ALL_BURST_S = 0.1, 10.0
+"""The share of its time that a node makes new snapshots for one peer, and for all; and how much of it may be saved up.
+
+Beyond that they get the newest that was made, or none.
+"""
 _ASK_S = 5.0
 """Longest that a peer may take to answer an Ask."""
 _CHANNELS = 64
@@ -112,24 +119,61 @@ class SnapshotTaker:
         self._met = met
         self._clock = clock
         self._taking = asyncio.Lock()
+        self._tasks = TaskSet()
+        self._of_peer = TokenBuckets[PeerID](_PEER_SHARE, _PEER_BURST_S)
+        self._of_all = TokenBuckets[None](_ALL_SHARE, _ALL_BURST_S)
 
     async def take(self, uid: UID) -> Snapshot:
         """A snapshot of the expert as it is now. Raises ExpertError (NOT_FOUND), or StateError if it is not finite."""
+        return await self._take(uid, None)
+
+    async def take_for(self, peer_id: PeerID, uid: UID) -> Snapshot:
+        """The same for a peer that asked. If it asks too often for new ones, it gets the newest that was made.
+
+        Raises ExpertError (RESOURCE_EXHAUSTED) if there is none. A node that gives its experts up makes as many as are
+        asked for: it serves nobody, and none of its updates may be lost.
+        """
+        return await self._take(uid, None if self._runtime.is_refusing else peer_id)
+
+    async def _take(self, uid: UID, peer_id: PeerID | None) -> Snapshot:
+        # shielded, so that a peer that begins and breaks off causes no work that is thrown away
+        return await asyncio.shield(self._tasks.spawn(self._make(uid, peer_id), f"take a snapshot of {uid}"))
+
+    async def _make(self, uid: UID, peer_id: PeerID | None) -> Snapshot:
         async with self._taking:
             expert = self._runtime.experts.get(uid)
             if expert is None:
                 raise ExpertError(StatusCode.NOT_FOUND, f"expert {uid} is not hosted here")
             met = self._met(uid)
             snapshot = self._current(expert, met)
+            if snapshot is None and peer_id is not None:
+                snapshot = self._instead(uid, peer_id)
             if snapshot is None:
+                began = self._clock()
                 checkpoint, generation = await self._runtime.run(
                     lambda: (expert.checkpoint(), expert.generation)
                 )
                 data, sha256 = await asyncio.to_thread(_encode, checkpoint, self._swarm_id, uid)
-                expires_at = self._clock() + self._snapshots.lifetime_s
+                now = self._clock()
+                expires_at = now + self._snapshots.lifetime_s
                 snapshot = Snapshot(uid, checkpoint.update_count, generation, met, data, sha256, expires_at)
-                self._snapshots.put(snapshot, self._clock())
+                self._snapshots.put(snapshot, now)
+                if peer_id is not None:
+                    self._of_peer.take(peer_id, now - began, now)
+                    self._of_all.take(None, now - began, now)
             return snapshot
+
+    def _instead(self, uid: UID, peer_id: PeerID) -> Snapshot | None:
+        """What a peer gets in place of a new snapshot; None if one may be made. Raises ExpertError."""
+        now = self._clock()
+        wait_s = max(self._of_peer.wait_s(peer_id, now), self._of_all.wait_s(None, now))
+        if not wait_s:
+            return None
+        newest = [kept for kept in self._snapshots.all(now) if kept.uid == uid][-1:]
+        if not newest:
+            message = f"too many new snapshots were asked for lately: come back in {wait_s:.1f} s"
+            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=wait_s)
+        return newest[0]
 
     @property
     def kept_bytes(self) -> int:

@@ -5,7 +5,10 @@ A download that was cut off resumes where it was, as long as the other peer stil
 
 import asyncio
 import hashlib
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -14,19 +17,26 @@ from grpc import StatusCode
 
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.bounded import BoundedDict
+from peer.budget import interruptible
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError, WireError
 from peer.formatting import printable
-from peer.rates import RateLimit
+from peer.identity import PeerID
+from peer.rates import LeastRate, RateLimit
 from peer.rpc.calls import make_stub
 from peer.rpc.channels import ChannelPool, Contact
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import state_pb2
 
-STALL_S = 30.0
-"""Longest wait for the next message."""
-_CHUNK_S = 20.0
-"""Longest that a receiver may take to read one chunk."""
+LEAST_BYTES_PER_S = 32_768
+"""The slowest transfer that is waited for: an upload of 1 Mbit/s that four transfers share."""
+GRACE_S = 10.0
+"""How long a transfer may stall."""
+_FAIR_BYTES_PER_S = 125_000
+_FAIR_S = 10.0
+"""While others wait, a transfer may take so long, and as long as its bytes take at this rate."""
+_CUT_OFF = "others wait, and your transfer was slow or not your only one: go on with it soon"
+_BUSY_S = 1.0
 _ATTEMPTS = 5
 """Times that a download is started or resumed."""
 _BUSY_ATTEMPTS = 20
@@ -232,6 +242,83 @@ class SnapshotClient:
             )  # the attempt may have failed because the session had ended
 
 
+class Pace:
+    """Waits for the messages of one transfer, as long as the other side is not too slow."""
+
+    def __init__(self) -> None:
+        self._rate = LeastRate(LEAST_BYTES_PER_S, GRACE_S)
+
+    async def read(self, message: Awaitable[M], size_of: Callable[[M], int]) -> M:
+        """Waits for the next message. Raises TimeoutError if it stalls, or if all come too slowly."""
+        return await self._wait(message, CHUNK_BYTES, size_of)
+
+    async def write(self, message: Awaitable[M], size: int) -> M:
+        """Waits until a message is taken. Raises TimeoutError if the receiver reads too slowly."""
+        return await self._wait(message, size, lambda _: size)
+
+    async def _wait(self, message: Awaitable[M], expected: int, size_of: Callable[[M], int]) -> M:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._rate.limit_s(expected)):
+                result = await message
+        except TimeoutError:
+            raise TimeoutError(
+                f"it stalled, or came slower than {LEAST_BYTES_PER_S} bytes a second"
+            ) from None
+        self._rate.note(size_of(result), time.monotonic() - began)
+        return result
+
+
+class TransferSlots:
+    """Lets so many transfers go on at the same time, and peers share them fairly. For one event loop.
+
+    If all are taken, a newcomer gets that of the peer with the most, or if none has more than it would have, the slot
+    that was taken first, once its transfer has had time enough at a fair rate. Who is cut off may go on later.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._taken: dict[object, tuple[PeerID, float, Callable[[], None]]] = {}
+        """Peer, when it has had enough, and what cuts it off; the first first."""
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    @contextmanager
+    def taken(self, peer_id: PeerID, size: int) -> Iterator[None]:
+        """A slot for a transfer of about `size` bytes by the current task. Raises ExpertError (RESOURCE_EXHAUSTED)."""
+        with interruptible(_CUT_OFF) as interrupt:
+            if len(self._taken) >= self._most:
+                self._cut_one_off(peer_id)
+            enough_at = self._clock() + _FAIR_S + size / _FAIR_BYTES_PER_S
+            slot = object()
+            self._taken[slot] = peer_id, enough_at, interrupt
+            try:
+                yield
+            finally:
+                self._taken.pop(slot, None)
+
+    def _cut_one_off(self, newcomer: PeerID) -> None:
+        count = Counter(peer_id for peer_id, _, _ in self._taken.values())
+        now, own = self._clock(), count[newcomer] + 1
+        greedy = [slot for slot, (peer_id, _, _) in self._taken.items() if count[peer_id] > own]
+        slow = [
+            slot
+            for slot, (peer_id, enough_at, _) in self._taken.items()
+            if now > enough_at and count[peer_id] >= own
+        ]
+        if greedy:
+            victim = max(greedy, key=lambda slot: count[self._taken[slot][0]])
+        elif slow:
+            victim = slow[0]
+        else:
+            message = f"{len(self._taken)} transfers go on here; try again soon"
+            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=_BUSY_S)
+        _, _, interrupt = self._taken.pop(victim)
+        interrupt()
+
+
 async def receive(
     call: Any,
     incoming: SnapshotReceiver,
@@ -243,20 +330,15 @@ async def receive(
 
     `begun` is called when a valid header has arrived.
     """
-    reply = await in_time(call.read())
+    pace = Pace()
+    reply = await pace.read(call.read(), _size_of)
     if reply is grpc.aio.EOF or reply.WhichOneof("part") != "header":
         raise StateError("a state must begin with its header")
     incoming.begin(reply.header, sha256)
     begun()
-    while (reply := await in_time(call.read())) is not grpc.aio.EOF:
+    while (reply := await pace.read(call.read(), _size_of)) is not grpc.aio.EOF:
         incoming.take(reply.chunk)
         await down.take(len(reply.chunk))
-
-
-async def in_time(message: Awaitable[M]) -> M:
-    """Waits for the next message. Raises TimeoutError if it stalls."""
-    async with asyncio.timeout(STALL_S):
-        return await message
 
 
 async def outgoing(
@@ -276,16 +358,14 @@ def chunked(data: bytes, offset: int = 0) -> Iterator[bytes]:
         yield data[start : start + CHUNK_BYTES]
 
 
-async def written(write: Callable[[Any], Any], message: Any) -> None:
-    """Writes a message. Raises TimeoutError if the receiver does not read."""
-    async with asyncio.timeout(_CHUNK_S):
-        await write(message)
+def _size_of(reply: Any) -> int:
+    return 0 if reply is grpc.aio.EOF else len(reply.chunk)
 
 
 async def _receive(call: Any, incoming: SnapshotReceiver, down: RateLimit, what: str, wanted: bytes) -> None:
     try:
         await receive(call, incoming, down, wanted)
-    except TimeoutError:
-        raise TransferError(f"{what} stalled on its way for {STALL_S:.0f} s") from None
+    except TimeoutError as error:
+        raise TransferError(f"{what} did not come: {error}") from None
     finally:
         call.cancel()

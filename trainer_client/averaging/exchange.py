@@ -24,7 +24,7 @@ from peer.parsing import ParseGuard
 from peer.rates import RateLimit
 from peer.rpc.calls import RequestReader, abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
-from peer.rpc.transfer import SnapshotCache, SnapshotReceiver, in_time, outgoing, written
+from peer.rpc.transfer import Pace, SnapshotCache, SnapshotReceiver, TransferSlots, outgoing
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, state_pb2
 from trainer_client.averaging.dense_part import (
     MAX_AGE,
@@ -43,7 +43,7 @@ _MAX_SNAPSHOTS = 2
 _SNAPSHOT_LIFETIME_S = 300.0
 """How long a snapshot is kept, so that a trainer that was cut off can go on downloading it."""
 _BACKOFF_S, _LONGEST_BACKOFF_S = 10.0, 900.0
-_MAX_TAKERS = 2
+_MAX_TAKERS = 4
 
 Requests = AsyncIterator[dense_pb2.ExchangeRequest]
 ExchangeContext = grpc.aio.ServicerContext[dense_pb2.ExchangeRequest, state_pb2.FetchReply]
@@ -220,7 +220,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         self._me = me
         self._sessions = sessions
         self._deadline_s = deadline_s
-        self._takers = 0
+        self._takers = TransferSlots(_MAX_TAKERS)
         self._merging = TaskSet()
 
     async def Exchange(self, requests: Requests, context: ExchangeContext) -> None:
@@ -276,7 +276,8 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         """Sends and receives at the same time. Raises StateError when what arrives is not what was offered."""
         sending = asyncio.create_task(self._send(mine, caller, 0, context))
         try:
-            while (request := await in_time(messages.next())) is not None:
+            pace = Pace()
+            while (request := await pace.read(messages.next(), _size_of)) is not None:
                 incoming.take(b"" if request.WhichOneof("part") == "offer" else request.chunk)
             await sending
         finally:
@@ -290,28 +291,22 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
             self._exchange.end()
 
     async def _give(self, request: dense_pb2.TakeRequest, context: TakeContext) -> None:
-        self._sessions.require(context, session_pb2.RIGHT_AVERAGE)
+        caller = self._sessions.require(context, session_pb2.RIGHT_AVERAGE).caller
         require_same_swarm(self._exchange.form.swarm_id, request.protocol_version, request.swarm_id)
         self._require_same_form(request.fingerprint)
         if request.offset and not request.sha256:
             raise WireError("an offset belongs to a snapshot: give its checksum")
-        if self._takers >= _MAX_TAKERS:
-            raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED, "others are taking this trainer's dense part; try again soon"
-            )
-        self._takers += 1
-        try:
+        with self._takers.taken(caller, self._exchange.form.max_bytes):
             snapshot = await self._exchange.cached_snapshot(request.sha256)
             await self._send(snapshot, None, request.offset, context)
-        finally:
-            self._takers -= 1
         self._exchange.metrics.ends.labels("given").inc()
 
     async def _send(
         self, snapshot: Snapshot, to: PeerID | None, offset: int, context: ExchangeContext | TakeContext
     ) -> None:
+        pace = Pace()
         async for reply in outgoing(snapshot.header(to), snapshot.data, offset, RateLimit(None)):
-            await written(context.write, reply)
+            await pace.write(context.write(reply), len(reply.chunk))
             self._exchange.metrics.bytes.labels("sent").inc(len(reply.chunk))
 
     def _check(self, caller: PeerID, offer: dense_pb2.DenseOffer) -> None:
@@ -332,3 +327,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
                 StatusCode.FAILED_PRECONDITION,
                 "this trainer trains another dense part: other shapes, tokens or router",
             )
+
+
+def _size_of(request: dense_pb2.ExchangeRequest | None) -> int:
+    return 0 if request is None else len(request.chunk)

@@ -162,7 +162,7 @@ def test_a_fetch_that_stalls_ends_in_time(
         street.client._service = replace(service, limit_s=0.5)
         with pytest.raises(TransferError, match="within"):
             await street.client.fetch(street.node, AN_UID)
-        monkeypatch.setattr("peer.rpc.transfer.STALL_S", 0.3)
+        monkeypatch.setattr("peer.rpc.transfer.GRACE_S", 0.3)
         street.client._service = service
         with pytest.raises(TransferError, match="stalled"):
             await street.client.fetch(street.node, AN_UID)
