@@ -226,7 +226,7 @@ class Node:
         services = Services(
             experts=self._servicer,
             states=states,
-            probe=ProbeServicer(self.swarm.keys.swarm_id, self.traffic),
+            probe=ProbeServicer(self.swarm.keys.swarm_id, self.traffic, dialling=self.swarm.host.dialling),
             health=HealthServicer(lambda: self.state is NodeState.SERVING),
         )
         credentials = server_credentials(self.swarm.host.identity, self._certificate)

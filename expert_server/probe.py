@@ -24,7 +24,8 @@ from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.rates import Bandwidth, TokenBuckets
 from peer.rpc.calls import make_stub, require_same_swarm
-from peer.transport.addresses import IpAddress, address_of, ip_address, neighbourhood
+from peer.transport.addresses import AddressScope, Endpoint, IpAddress, address_of, ip_address, neighbourhood
+from peer.transport.dialling import Dialling
 from peer.wire import probe_pb2, probe_pb2_grpc
 
 MAX_PROBE_BYTES = 8 * 2**20
@@ -87,8 +88,11 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc] 
         traffic: Bandwidth,
         limits: ProbeLimits = ProbeLimits(),
         clock: Callable[[], float] = time.monotonic,
+        dialling: Dialling | None = None,
     ) -> None:
+        """`dialling`: the rules for addresses that are dialled; None: all of this machine may be."""
         self._swarm_id = swarm_id
+        self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
         self._traffic = traffic
         self._limits = limits
         self._clock = clock
@@ -112,6 +116,11 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc] 
             if not LOWEST_PORT <= request.port <= 65535:
                 raise WireError(f"ports from {LOWEST_PORT} to 65535 are dialled, not {request.port}")
             with self._dials.turn(context.peer(), self._clock()) as address:
+                # behind a proxy of this machine, such as a container's, all callers have the proxy's address
+                if not self._dialling.allows(Endpoint.of(str(address), request.port)):
+                    raise ExpertError(
+                        StatusCode.FAILED_PRECONDITION, f"{address} is nearer than this swarm: not dialled"
+                    )
                 return await self._dial(address, request.port)
         assert refusal.error is not None
         await context.abort(refusal.error.status, str(refusal.error))

@@ -34,7 +34,8 @@ from peer.loop import LoopThread
 from peer.rates import Bandwidth, download_limit, upload_limit
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.rpc.server import server_credentials
-from peer.transport.addresses import address_of
+from peer.transport.addresses import AddressScope, address_of
+from peer.transport.dialling import Dialling
 from peer.wire import probe_pb2, probe_pb2_grpc
 
 LOCAL = "127.0.0.1"
@@ -148,6 +149,21 @@ def test_dial_back_says_whether_somebody_listens(play: Play) -> None:
         found = await call_dial_back(peers.channel, SWARM, port)
         assert not found.connected
         assert found.message
+
+    play(scenario, FREE)
+
+
+def test_no_machine_is_dialled_that_is_nearer_than_the_swarm(play: Play) -> None:
+    """Behind a container's proxy, all callers have an address of the node's own machine."""
+
+    async def scenario(peers: Peers) -> None:
+        peers.servicer._dialling = Dialling(AddressScope.PRIVATE)
+        with socket.create_server((LOCAL, 0)) as listener:
+            listener.setblocking(False)
+            with pytest.raises(UnreachableError, match="nearer than this swarm"):
+                await call_dial_back(peers.channel, SWARM, listener.getsockname()[1])
+            with pytest.raises(BlockingIOError):
+                listener.accept()
 
     play(scenario, FREE)
 

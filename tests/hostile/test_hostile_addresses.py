@@ -1,0 +1,125 @@
+"""Addresses that strangers write: none ends a peer or keeps it from starting, and none makes a swarm dial a victim."""
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from stranger import LIFETIME_S, LOCAL, Stranger, new_identities
+from victim import Victim, founder, trainer
+
+from dht.announcements import ReplicaAnnouncement, ReplicaState
+from dht.registry import Registry
+from dht.swarm import Swarm
+from peer.identity import Identity
+from peer.transport.addresses import Endpoint
+from peer.transport.dialling import ENDPOINT_BURST, ENDPOINT_EVERY_S
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+NAMES_OF_NOBODY = 24
+EVERY_S = 1.0
+
+
+def bad_addresses(own: str) -> list[str]:
+    """Each broke a parser, or passed one check and failed the next. `own`: the writer's PeerID."""
+    here = f"/ip4/{LOCAL}/tcp/1/p2p/{own}"
+    return [
+        f"/onion/aaimaq4ygg2iegci:80/dns/a/p2p/{own}",
+        f"/onion/:80/dns/a/p2p/{own}",
+        f"{here}/ip4/{LOCAL}/p2p/{own}",
+        f"/ip4/{LOCAL}/tcp/x/p2p/{own}",
+        f"/ip4/{LOCAL}/tcp/1/p2p/nobody",
+        f"/dns/{'a' * 300}/tcp/1/p2p/{own}",
+        f"/ip4/{LOCAL}/tcp/99999/p2p/{own}",
+        f"{here},--listen={here}",
+    ]
+
+
+BAD_ENDPOINTS = ["", ":", "x:y", "127.1:80", f"{LOCAL}:99999", "unix:/nowhere", "[::1%lo]:1", "\x1b[2J:1"]
+
+
+class Listener:
+    """A machine that is no peer. Counts who connects."""
+
+    def __init__(self) -> None:
+        self.dials = 0
+
+    async def __aenter__(self) -> "Listener":
+        self._server = await asyncio.start_server(self._accept, LOCAL, 0)
+        self.endpoint = Endpoint.of(LOCAL, self._server.sockets[0].getsockname()[1])
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _accept(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.dials += 1
+        writer.close()
+
+
+async def name_it(swarm: Swarm, identities: Sequence[Identity], victim: Endpoint) -> None:
+    """Signed records of many peers: all host all experts, and are reached at the victim's address."""
+    uids = swarm.manifest.uids()
+    serving = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 10**6) for uid in uids]
+    for identity in identities:
+        registry = Registry(lambda: swarm.host.dht, swarm.keys, identity)
+        here = f"/ip4/{victim.host}/tcp/{victim.port}/p2p/{identity.peer_id}"
+        record = Stranger(swarm).node_record(
+            certificate=identity.make_certificate(),
+            addresses=[victim],
+            bootstrap_addresses=[here],
+            tunnel_addresses=[here],
+        )
+        await registry.publish_node(record, LIFETIME_S)
+        await registry.announce(serving, LIFETIME_S)
+
+
+async def reads(victims: Sequence[Victim], rounds: int) -> None:
+    """Waits until each of them has read the swarm's records so many times more."""
+    wanted = {victim.state: lookups(victim) + rounds for victim in victims}
+
+    def have_read() -> bool:
+        return all(lookups(victim) >= wanted[victim.state] for victim in victims)
+
+    await asyncio.to_thread(victims[0].until, have_read, "records to be read", 60.0)
+
+
+def lookups(victim: Victim) -> float:
+    return victim.metric('talkoot_dht_seconds_count{operation="get"}')
+
+
+def test_no_addresses_end_a_peer_and_none_make_it_dial_a_victim(tmp_path: Path) -> None:
+    with founder(tmp_path, announce_every_s=EVERY_S) as node:
+        with trainer(tmp_path, node.invite, announce_every_s=EVERY_S) as train:
+
+            async def attack() -> None:
+                async with Stranger.joined(node.invite) as stranger, Listener() as victim:
+                    bad = bad_addresses(stranger.peer_id.to_base58())
+                    await stranger.publish_node(
+                        addresses=BAD_ENDPOINTS, tunnel_addresses=bad, bootstrap_addresses=bad
+                    )
+                    certificate = stranger.identity.make_certificate()
+                    await stranger.publish_trainer(
+                        certificate=certificate, addresses=BAD_ENDPOINTS, tunnel_addresses=bad
+                    )
+                    began = time.monotonic()
+                    await name_it(stranger.swarm, new_identities(NAMES_OF_NOBODY), victim.endpoint)
+                    await reads([node, train], 5)
+                    a_peer = ENDPOINT_BURST + (time.monotonic() - began) / ENDPOINT_EVERY_S + 1
+                    assert 0 < victim.dials <= 2 * a_peer
+                    assert train.metric('talkoot_dials_refused_total{reason="often"}') > 0
+
+            asyncio.run(attack())
+            assert (node.alive, train.alive) == (True, True)
+        (peers,) = (node.state / "peers").iterdir()
+
+    # what an earlier version stored
+    own = str(node.invite.bootstrap[0].peer_id)
+    poisoned = [{"addresses": [bad], "met_at": 1.0} for bad in bad_addresses(own)]
+    peers.write_text(json.dumps({"peers": poisoned}))
+    with founder(tmp_path, announce_every_s=EVERY_S) as again:
+        assert sum("dropped" in line for line in again.log_lines) == len(poisoned)
+        assert all(address.endpoint.host == LOCAL for address in again.invite.bootstrap)

@@ -1,0 +1,87 @@
+"""A pool of channels dials no victim: not again and again, not for many records, and nothing that is near."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+
+from peer.errors import UnreachableError
+from peer.identity import Identity, PeerID, certificate_pem
+from peer.rpc.channels import ChannelPool
+from peer.transport.addresses import AddressScope, Endpoint, Multiaddress
+from peer.transport.dialling import ENDPOINT_BURST, Dialling
+
+LOCAL = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a record says."""
+
+    peer_id: PeerID
+    addresses: tuple[Endpoint, ...]
+    certificate_pem: bytes
+    tunnel_addresses: tuple[Multiaddress, ...] = ()
+
+
+@dataclass
+class Victim:
+    endpoint: Endpoint
+    dials: int = 0
+
+
+@contextlib.asynccontextmanager
+async def victim() -> AsyncIterator[Victim]:
+    """Speaks no TLS, and counts who connects."""
+
+    async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        here.dials += 1
+        writer.close()
+
+    server = await asyncio.start_server(accept, LOCAL, 0)
+    here = Victim(Endpoint.of(LOCAL, server.sockets[0].getsockname()[1]))
+    try:
+        yield here
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def pem(identity: Identity) -> bytes:
+    return certificate_pem(identity.make_certificate(), identity.peer_id)
+
+
+def peer(number: int) -> PeerID:
+    return PeerID(b"\x12\x20" + number.to_bytes(32, "big"))
+
+
+def test_however_many_records_name_a_victim_it_is_dialled_a_few_times(pem: bytes) -> None:
+    async def scenario() -> None:
+        dialling = Dialling(AddressScope.LOOPBACK, clock=lambda: 0.0)
+        pools = [ChannelPool(dialling=dialling) for _ in range(2)]
+        async with victim() as here:
+            for number in range(30):
+                node = Named(peer(number), (here.endpoint,), pem)
+                with pytest.raises(UnreachableError, match="does not answer"):
+                    await pools[number % 2].reach(node)
+                assert pools[number % 2].is_silent(node)
+            assert here.dials == ENDPOINT_BURST
+            assert not any(pool._channels for pool in pools), "gRPC would dial again and again"
+        for pool in pools:
+            await pool.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_nearer_than_the_swarm_is_not_dialled(pem: bytes) -> None:
+    async def scenario() -> None:
+        pool = ChannelPool(dialling=Dialling(AddressScope.GLOBAL))
+        async with victim() as here:
+            with pytest.raises(UnreachableError, match="no address that is called from here"):
+                await pool.reach(Named(peer(0), (here.endpoint, Endpoint.of("localhost", 1)), pem))
+            assert not here.dials
+        await pool.close()
+
+    asyncio.run(scenario())
