@@ -266,12 +266,11 @@ class Checkpoints:
         return False
 
     async def _recover(self, expert: Expert) -> None:
-        """Called after a state that another peer gave turned bad, and what was there before returned.
+        """Called after a state that another peer gave turned bad, and what was there before returned, and was saved.
 
         If it was a whole state, one of yet another peer may be on this disk, and be the true one.
         """
         uid, source, expert.refuted = expert.uid, expert.refuted, ""
-        self.note_replaced(uid)
         self.refuted.inc()
         logger.warning(
             "expert %s turned bad with the state of %s, and returned to the one before", uid, source
@@ -305,19 +304,14 @@ class Checkpoints:
         failures: list[tuple[UID, StateError | OSError]] = []
         for expert in list(self._runtime.experts.values() if experts is None else experts):
             try:
+                if self._is_changed(expert):
+                    await self._save(expert)
                 if expert.refuted:
                     await self._recover(expert)
-                if not self._is_changed(expert):
-                    continue
-                checkpoint = await self._runtime.run(expert.checkpoint)
-                await asyncio.to_thread(self._store.save, expert.uid, checkpoint)
             except ExpertError:
                 return  # the runtime was stopped
             except (StateError, OSError) as error:
                 failures.append((expert.uid, error))
-            else:
-                self.saved.inc()
-                self._on_disk[expert.uid] = Entry(checkpoint.update_count, checkpoint.source)
         if failures:
             self.failed.inc(len(failures))
             uid, reason = failures[0]
@@ -327,6 +321,13 @@ class Checkpoints:
                 uid,
                 reason.strerror if isinstance(reason, OSError) and reason.strerror else reason,
             )
+
+    async def _save(self, expert: Expert) -> None:
+        """Raises ExpertError, StateError or OSError."""
+        checkpoint = await self._runtime.run(expert.checkpoint)
+        await asyncio.to_thread(self._store.save, expert.uid, checkpoint)
+        self.saved.inc()
+        self._on_disk[expert.uid] = Entry(checkpoint.update_count, checkpoint.source)
 
     async def save_all_within(self, seconds: float, experts: Collection[Expert] | None = None) -> None:
         """Saves what changed, or as much of it as there is time for."""
@@ -344,4 +345,6 @@ class Checkpoints:
         self._on_disk.pop(uid, None)
 
     def _is_changed(self, expert: Expert) -> bool:
-        return (expert.update_count, expert.source) != self._on_disk.get(expert.uid, (0, ""))
+        """First parameters follow from the manifest, and are never saved."""
+        now = expert.update_count, expert.source
+        return expert.update_count > 0 and now != self._on_disk.get(expert.uid)

@@ -133,6 +133,7 @@ def test_a_disk_that_is_full_and_a_kill_lose_nothing_that_was_saved(loop: LoopTh
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_node_that_is_killed_at_any_moment_goes_on_from_its_newest_whole_checkpoint(
     loop: LoopThread, tmp_path: Path
 ) -> None:

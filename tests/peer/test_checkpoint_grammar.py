@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_samples import AN_UID, MANIFEST, SWARM, make_expert
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -198,23 +198,30 @@ def refuses(read: Callable[[], object]) -> None:
     assert len(said) < 1000
 
 
-@settings(deadline=None, max_examples=300)
-@given(mutants(STATE))
-@example(HUGE_AND_EMPTY)
-def test_a_changed_state_raises_nothing_but_its_own_error(data: bytes) -> None:
-    refuses(lambda: from_bytes(data, SWARM, AN_UID, 3, FORM))
+EXAMPLES = pytest.mark.parametrize("examples", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 
 
-@settings(deadline=None, max_examples=200)
-@given(mutants(DENSE))
-@example(HUGE_AND_EMPTY)
-def test_a_changed_dense_part_raises_nothing_but_its_own_error(data: bytes) -> None:
-    refuses(lambda: DENSE_FORM.from_bytes(data, 7))
+def check_all(strategy: st.SearchStrategy[bytes], examples: int, read: Callable[[bytes], object]) -> None:
+    @settings(deadline=None, max_examples=examples, suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    @example(HUGE_AND_EMPTY)
+    def check(data: bytes) -> None:
+        refuses(lambda: read(data))
+
+    check()
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.binary(max_size=200))
-@example(HUGE_AND_EMPTY)
-def test_bytes_raise_nothing_but_the_parsers_error(data: bytes) -> None:
-    refuses(lambda: decoded(data))
-    refuses(lambda: decoded(with_outline(data, b"")))
+@EXAMPLES
+def test_a_changed_state_raises_nothing_but_its_own_error(examples: int) -> None:
+    check_all(mutants(STATE), examples, lambda data: from_bytes(data, SWARM, AN_UID, 3, FORM))
+
+
+@EXAMPLES
+def test_a_changed_dense_part_raises_nothing_but_its_own_error(examples: int) -> None:
+    check_all(mutants(DENSE), examples, lambda data: DENSE_FORM.from_bytes(data, 7))
+
+
+@EXAMPLES
+def test_bytes_raise_nothing_but_the_parsers_error(examples: int) -> None:
+    check_all(st.binary(max_size=200), examples, decoded)
+    check_all(st.binary(max_size=200), examples, lambda data: decoded(with_outline(data, b"")))

@@ -170,6 +170,24 @@ def test_the_true_copy_takes_the_place_of_one_that_turned_bad(
     assert any(f"turned bad with the state of {OTHER}" in line for line in warnings_in(caplog))
 
 
+def test_what_was_trained_here_is_saved_before_another_copy_takes_its_place(play: Play) -> None:
+    async def scenario(checkpoints: Checkpoints, store: CheckpointStore, runtime: Runtime) -> None:
+        store.save(AN_UID, given(HOST, 800))
+        expert = make_expert(8)
+        own = expert.export_state()
+        runtime.add(expert)
+        expert.import_state(make_expert(3).export_state(), 1000, OTHER)
+        explode(expert)
+        assert expert.update_count == 8
+        await checkpoints.save_changed()
+        assert (expert.update_count, expert.source) == (800, HOST)
+        assert store.newest() == {AN_UID: {"": 8, HOST: 800}}
+        saved = [checkpoint for checkpoint in store.load(AN_UID) if not checkpoint.source]
+        torch.testing.assert_close(saved[0].state, own, rtol=2**-8, atol=0)
+
+    play(scenario)
+
+
 def test_garbage_on_disk_is_passed_over_for_the_true_copy(
     play: Play, caplog: pytest.LogCaptureFixture
 ) -> None:
