@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from peer.kademlia.search import DEFAULT_LIMITS, IterativeSearch, SearchLimits
+from peer.kademlia.search import IterativeSearch
 
 BUCKET = 20
 HOLDERS = 5
@@ -24,10 +24,10 @@ Answer = Callable[[int], Sequence[int]]
 
 
 def walk(
-    key: int, start: Sequence[int], holders: set[int], answer: Answer, limits: SearchLimits = DEFAULT_LIMITS
+    key: int, start: Sequence[int], holders: set[int], answer: Answer, reach: int
 ) -> tuple[IterativeSearch, int]:
-    """One look-up, and how many questions it took."""
-    search = IterativeSearch(key, start, limits)
+    """One look-up, and how many questions it took, without those to witnesses. `reach`: see `IterativeSearch`."""
+    search = IterativeSearch(key, start, reach=reach)
     questions = 0
     while wanted := search.ask():
         questions += len(wanted)
@@ -81,12 +81,12 @@ def nearest(ids: NDArray[np.uint64], key: int, count: int) -> list[int]:
 def measure(nodes: int, lookups: int, seed: int) -> Mapping[str, float]:
     """Hops and questions of look-ups of random keys from random nodes."""
     network = DrawnNetwork(nodes, seed)
-    rng = random.Random(seed)
+    rng, reach = random.Random(seed), 2**_BITS * HOLDERS // nodes
     hops, rounds, questions = [], [], []
     for _ in range(lookups):
         key = rng.getrandbits(_BITS)
         start = network.named(int(rng.choice(network.ids)), key)
-        search, asked = walk(key, start, network.holders(key), partial(network.named, key=key))
+        search, asked = walk(key, start, network.holders(key), partial(network.named, key=key), reach)
         assert search.found_after is not None, "the search missed the holders"
         hops.append(search.found_after)
         rounds.append(search.rounds)

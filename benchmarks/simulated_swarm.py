@@ -95,7 +95,8 @@ class SimulatedSwarm:
         identity: Any = SimulatedIdentity(self._made)
         p2p: Any = SimulatedP2P(self.network, identity.peer_id)
         dht = await start_dht(p2p, RecordValidator(self._loop.unix_time), serves_dht)
-        registry = Registry(lambda: dht, self.keys, identity, now=self._loop.unix_time)
+        rng = random.Random(self._made)
+        registry = Registry(lambda: dht, self.keys, identity, now=self._loop.unix_time, rng=rng)
         return SimulatedPeer(identity, dht, registry)
 
     async def join(self, peer: SimulatedPeer, by: Sequence[SimulatedPeer] = ()) -> None:

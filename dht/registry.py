@@ -83,6 +83,7 @@ class Registry:
         deadline_s: float = 15.0,
         now: Callable[[], float] = time.time,
         metrics: CollectorRegistry | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         """`dht` returns the current DHT node, which is another one after a restart of p2pd.
 
@@ -109,7 +110,7 @@ class Registry:
             buckets=_HOPS,
             registry=metrics,
         )
-        self.lookups = Lookups(dht)
+        self.lookups = Lookups(dht, rng=rng)
         self._identity = identity
         self._admission = admission
         self._guard = guard or ParseGuard()

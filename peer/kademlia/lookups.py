@@ -4,12 +4,17 @@ hivemind's `get_many` and `store_many` ask four peers at a time, wait three seco
 keys together. Here, every key asks its nearest nodes at once, the keys for one peer travel in one call, and a peer that
 is slower than others usually are is passed over until it answers.
 
+Signed records can't be forged, only withheld, so more answers never do harm. Enough peers beside a key could still hide
+what is stored there. So each look-up also asks a few witnesses elsewhere, and every peer stores what it finds: what one
+peer has seen, others hear of.
+
 `find` replaces hivemind's `call_find`, which makes a PeerID of every neighbour in an answer, 20 for each key, and
 encodes each in base 58. That took half of a look-up's CPU time. Here they stay bytes until they are asked.
 """
 
 import asyncio
 import contextlib
+import random
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +38,7 @@ from peer.kademlia.search import (
     RttEstimator,
     SearchLimits,
     UnverifiedNodes,
+    UsualReach,
 )
 from peer.kademlia.validation import (
     MAX_ANSWER_BYTES,
@@ -52,8 +58,14 @@ from peer.transport.p2pd import TRANSPORT_ERRORS
 
 T = TypeVar("T")
 
-_NEAREST = SearchLimits(quorum=2**31)
+_NEAREST = SearchLimits(doubt=0, witnesses=0, quorum=2**31)
 """For writers, which need all of the nearest nodes whatever values those have."""
+_WIDE = 3
+"""A record is stored at so many times the usual number of nodes, if there is a crowd beside its key."""
+_SAMPLE_EVERY_S = 30.0
+"""How often a look-up of a random key shows how far from a key its holders usually are."""
+_STORED_AT_ONCE = 16
+"""Keys found that this peer stores before other tasks get a turn."""
 _CALLS_OF_NODE = 8
 """Under way in one look-up."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
@@ -101,7 +113,7 @@ class Found:
     """By subkey, from the answer that expires last. Some may have expired."""
 
     def take(self, entries: Entries) -> bool:
-        """Merges a holder's answer; False if it is empty."""
+        """Merges an answer; False if it is empty."""
         for subkey, entry in entries.items():
             known = self.entries.get(subkey)
             if known is None or known.expires_at < entry.expires_at:
@@ -116,12 +128,17 @@ class Found:
 class Lookups:
     """A peer's access to the keys of the DHT."""
 
-    def __init__(self, dht: Callable[[], DHTNode], *, parallel_calls: int = 512) -> None:
+    def __init__(
+        self, dht: Callable[[], DHTNode], *, parallel_calls: int = 512, rng: random.Random | None = None
+    ) -> None:
         """`dht` returns the current DHT node. `parallel_calls`: the limit in one look-up, without late calls."""
         self._dht = dht
         self.parallel_calls = parallel_calls
         self.round_trips = RttEstimator()
         self.checker = EntryChecker()
+        self.reach = UsualReach()
+        self._rng = rng or random.SystemRandom()
+        self._sample_at = 0.0
         self._tasks = TaskSet()
         self.unverified = UnverifiedNodes()
         self._near = BoundedDict[DHTID, dict[int, PeerID]](_REMEMBERED_KEYS)
@@ -130,12 +147,43 @@ class Lookups:
     async def find(
         self, keys: Collection[DHTID], limits: SearchLimits = DEFAULT_LIMITS, besides_self: bool = False
     ) -> dict[DHTID, Found]:
-        """Looks up all keys. `besides_self`: leaves out what this peer itself stores."""
-        run = _Run(self, self._dht(), keys, limits, besides_self)
+        """Looks up all keys, and stores what is found. `besides_self`: leaves out what this peer itself stores."""
+        dht, now = self._dht(), asyncio.get_running_loop().time()
+        if limits.witnesses and now >= self._sample_at:
+            self._sample_at = now + _SAMPLE_EVERY_S
+            self.spawn(self._sample(dht))
+        run = _Run(self, dht, keys, limits, besides_self)
+        await run.until_finished()
+        for number, (key, found) in enumerate(run.found.items()):
+            self._remember(key, found)
+            if found.entries:
+                dht.protocol.storage.put(key, found.entries)
+            if number % _STORED_AT_ONCE == _STORED_AT_ONCE - 1:
+                await asyncio.sleep(0)
+        return run.found
+
+    async def _sample(self, dht: DHTNode) -> None:
+        """Looks up a random key, because nobody can have made peers to surround it."""
+        run = _Run(self, dht, [self._random_key()], _NEAREST, besides_self=False)
         await run.until_finished()
         for key, found in run.found.items():
-            self._remember(key, found)
-        return run.found
+            self.reach.note(key, found.search.nearest())
+
+    def usual_reach(self, dht: DHTNode) -> int:
+        """The distance from a key within which its holders usually are."""
+        table = dht.protocol.routing_table
+        neighbours = table.get_nearest_neighbors(dht.node_id, dht.protocol.bucket_size)
+        return self.reach.distance(dht.node_id, [node for node, _ in neighbours])
+
+    def witnesses(self, dht: DHTNode, number: int) -> dict[int, PeerID]:
+        """Known nodes nearest to random places. Those that crowd at one place are rarely drawn."""
+        table = dht.protocol.routing_table
+        return dict(
+            node for _ in range(number) for node in table.get_nearest_neighbors(self._random_key(), 1)
+        )
+
+    def _random_key(self) -> DHTID:
+        return DHTID(self._rng.getrandbits(8 * DHTID.HASH_NBYTES))
 
     def near(self, key: DHTID) -> Mapping[int, PeerID]:
         """Nodes near the key from the last look-up. The next one starts there, and mostly needs one round."""
@@ -146,14 +194,21 @@ class Lookups:
         self._near[key] = {node: found.peers[node] for node in nearest}
 
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
-        """Stores each item at the live nodes nearest to its key; returns key and subkey of those that any accepted."""
+        """Stores each item at the live nodes nearest to its key; returns key and subkey of those that any accepted.
+
+        This peer stores it too, as a witness. If more nodes are within reach than should be, some of them get it as
+        well, drawn at random: those that crowd beside the key may be liars.
+        """
         dht = self._dht()
         by_key: dict[DHTID, list[Item]] = {}
         for item in items:
             by_key.setdefault(DHTID.generate(source=item.key), []).append(item)
         found = await self.find(list(by_key), _NEAREST)
-        candidates = {key: deque(found[key].search.nearest()) for key in by_key}
-        missing = dict.fromkeys(by_key, dht.num_replicas)
+        candidates: dict[DHTID, deque[int]] = {}
+        missing: dict[DHTID, int] = {}
+        for key in by_key:
+            holders, others = found[key].search.places(dht.num_replicas, _WIDE * dht.num_replicas, self._rng)
+            candidates[key], missing[key] = deque([*holders, *others]), max(len(holders), dht.num_replicas)
         accepted: set[tuple[str, int | bytes]] = set()
         while any(missing[key] and candidates[key] for key in by_key):
             by_node: dict[int, list[DHTID]] = {}
@@ -172,6 +227,8 @@ class Lookups:
             for store in stores:
                 for key in store.result():
                     missing[key] -= 1
+        for item in items:
+            _store_here(dht, _row(DHTID.generate(source=item.key), item))
         return accepted
 
     async def _store_at(
@@ -269,21 +326,25 @@ class _Run:
         self._answering: set[int] = set()
         """Nodes that have answered for any key."""
         self.found: dict[DHTID, Found] = {}
+        reach, witnesses = lookups.usual_reach(dht), lookups.witnesses(dht, limits.witnesses)
+        self._peers.know(witnesses)
         for key in keys:
-            self.found[key] = Found(IterativeSearch(key, self._start(key), limits), self._peers)
-            if not besides_self and not dht.protocol.client_mode:
+            search = IterativeSearch(key, self._start(key), limits, reach)
+            self.found[key] = Found(search, self._peers)
+            if not besides_self:
                 self._ask_self(key)
-        self._unfinished = set(keys)
+            for node in witnesses:
+                if search.ask_witness(node):
+                    self._queue.setdefault(node, []).append(key)
+        self._unfinished = set(self.found)
 
-    def _start(self, key: DHTID) -> list[int]:
+    def _start(self, key: DHTID) -> Collection[int]:
         """The known nodes nearest to the key."""
         protocol, me = self._dht.protocol, self._dht.node_id
         table = protocol.routing_table.get_nearest_neighbors(key, protocol.bucket_size, exclude=me)
         known = {**dict(table), **self._lookups.near(key)}
-        heard = self._lookups.unverified.near(key)
         self._peers.know(known)
-        self._peers.hear(heard)
-        return [node for node in {*known, *heard} if node != me]
+        return known
 
     async def until_finished(self) -> None:
         self._advance(self.found)
@@ -293,9 +354,11 @@ class _Run:
                 self._settle(call, answers)
 
     def _ask_self(self, key: DHTID) -> None:
-        found = self.found[key]
-        self._peers.know({self._dht.node_id: self._dht.peer_id})
-        found.search.holds(self._dht.node_id, found.take(self._dht.protocol.storage.get(key)))
+        found, protocol = self.found[key], self._dht.protocol
+        has_value = found.take(protocol.storage.get(key))
+        if not protocol.client_mode:
+            self._peers.know({self._dht.node_id: self._dht.peer_id})
+            found.search.holds(self._dht.node_id, has_value)
 
     def _advance(self, keys: Iterable[DHTID]) -> None:
         """Queues the next requests of these searches."""
@@ -303,13 +366,13 @@ class _Run:
             search = self.found[key].search
             heard = self._lookups.unverified.near(key)
             self._peers.hear(heard)
-            search.learn(heard)
+            search.hear(heard)
             if search.is_stranded:
-                search.learn(self._answering)
+                search.know(self._answering)
             while wanted := search.ask():
                 for node in wanted:
                     if self._peers[node] in self._dht.blacklist and not search.asks_again:
-                        search.failed(node)
+                        search.pass_over(node)
                     else:
                         self._queue.setdefault(node, []).append(key)
             if search.finished and not (search.is_thin and self._overdue[key] > 0):

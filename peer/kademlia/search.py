@@ -4,12 +4,28 @@ Maymounkov & Mazières 2002, section 2.3, with two differences. All of the neare
 because a round trip is expensive and a request is cheap. And a value does not end the search until a majority of its
 holders has given theirs: many peers write to one dictionary, and a single holder could leave out what it likes.
 
+A node's place is the hash of its public key, but keys are cheap: anybody can make peers that are nearer to a key than
+all others. Four rules keep them from hiding what is stored under it.
+
+- Paths: S/Kademlia (Baumgart & Mies 2007) searches along several paths that share no node, so that a liar spoils only
+  one of them. Here, each answer opens a path, of the nodes that it names. A node is asked once, on one path, and a path
+  ends after three failures. So a liar that names nodes which don't exist causes three useless questions.
+- Reach: other keys show within which distance holders usually are (Sridhar et al., NDSS 2024). All nodes within it are
+  asked, even if a crowd is nearer, and writers store beyond the nearest ones.
+- Witnesses: a few nodes elsewhere are asked, too.
+- Doubt: if the nearest nodes have no value, as many more are asked, and those that did not answer are asked again.
+
 Also what a peer knows of others beside its routing table: nodes that others named, and how long calls take.
 """
 
 import bisect
-from collections.abc import Iterable, Mapping
+import math
+import random
+import statistics
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from peer.identity import PeerID
 from peer.kademlia.hivemind import DHTID
@@ -18,6 +34,10 @@ _MIN_TIMEOUT_S, _MAX_TIMEOUT_S = 0.3, 3.0
 _BUCKET_SHIFT = 8 * DHTID.HASH_NBYTES - 8
 _BUCKET_NODES = 16
 """Nodes remembered for each first byte of their IDs: the ones named most recently."""
+_SAMPLES, _FEWEST_SAMPLES = 32, 8
+_EVERYWHERE: int = 2 ** (8 * DHTID.HASH_NBYTES)
+_FAILURE = 2
+"""What a failure takes of a path's width; a question takes 1 while it is under way."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +46,20 @@ class SearchLimits:
 
     front: int = 7
     """Nearest live nodes that must all answer before a key counts as having no value."""
+    doubt: int = 7
+    """Further nodes that must answer before that, if those of the front have no value."""
+    crowd: int = 64
+    """Nodes within reach that are asked, at most."""
     first: int = 4
     """Nodes asked before the first answer, when the known ones may be far from the key."""
     holders: int = 5
     """Nearest nodes, at which writers store. Values elsewhere may be old: nodes hand them to new peers."""
     quorum: int = 3
     """Holders whose values are enough: a majority."""
+    witnesses: int = 2
+    """Nodes elsewhere that are asked as well."""
+    path: int = 6
+    """Nodes of one path that are asked at the same time."""
     most: int = 96
     """Nodes asked in total: a liar could name nearer ones forever."""
     tries: int = 3
@@ -39,14 +67,31 @@ class SearchLimits:
 
 
 DEFAULT_LIMITS = SearchLimits()
-NEIGHBOURS = SearchLimits(front=20, quorum=2**31)
+NEIGHBOURS = SearchLimits(front=20, doubt=0, witnesses=0, quorum=2**31)
 """For a peer that joins and looks itself up: as many as fill a bucket of its routing table."""
+
+
+class _Path:
+    """The nodes that one answer named. It takes at most `width` questions at the same time."""
+
+    __slots__ = ("used", "width")
+
+    def __init__(self, width: float) -> None:
+        self.width = width
+        self.used = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self.used < self.width
 
 
 class IterativeSearch:
     """A search for one key. Nodes are named by their Kademlia IDs, as integers."""
 
-    def __init__(self, key: int, known: Iterable[int], limits: SearchLimits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self, key: int, known: Iterable[int], limits: SearchLimits = DEFAULT_LIMITS, reach: int = 0
+    ) -> None:
+        """`known`: nodes that answered this peer before. `reach`: distance within which all nodes are asked."""
         self.key = key
         self.found_after: int | None = None
         """Rounds of requests until the first value; None while there is none."""
@@ -55,23 +100,32 @@ class IterativeSearch:
         self._holding: set[int] = set()
         """Nodes that returned a value."""
         self._limits = limits
+        self._reach = reach
         self._nearest: list[tuple[int, int]] = []
         """(distance, node) of the known nodes that have not failed, nearest first."""
         self._depth: dict[int, int] = {}
         """The round that asks each node, 1 for those known at the start. Failed ones are included."""
+        self._paths: dict[int, tuple[_Path, ...]] = {}
+        """Those on which each node may be asked."""
+        self._charges: dict[int, tuple[_Path, int]] = {}
+        """What each asked node takes of the path on which it was asked. An answer returns it."""
         self._asked: set[int] = set()
         self._answered: set[int] = set()
+        self._awaited: set[int] = set()
+        """Witnesses that may answer, while none has."""
         self._failed: set[int] = set()
         """In the current try."""
         self._tries = 1
         self._own: int | None = None
-        self._learn(known, 1)
+        self._known = _Path(math.inf)
+        self._hearsay = _Path(limits.path)
+        self._learn(known, 1, self._known)
 
     @property
     def satisfied(self) -> bool:
-        """Whether enough holders have given their values."""
+        """Whether enough holders have given their values, and everybody within reach has answered."""
         holders = sum(node in self._holding for _, node in self._nearest[: self._limits.holders])
-        return holders >= self._limits.quorum
+        return holders >= self._limits.quorum and self._all_answered(self._within_reach())
 
     @property
     def is_thin(self) -> bool:
@@ -80,17 +134,31 @@ class IterativeSearch:
 
     @property
     def finished(self) -> bool:
-        """Whether it is satisfied, or all of the nearest nodes have answered."""
+        """Whether it is satisfied, or all of the nearest nodes have answered, and a witness has answered too."""
+        return not self._awaited and self._asks_no_more
+
+    @property
+    def _asks_no_more(self) -> bool:
         if self.satisfied or len(self._asked) >= self._limits.most:
             return True
-        return all(node in self._answered for _, node in self._front()) and not self.is_stranded
+        return not self.is_stranded and not self._is_doubtful and self._all_answered(self._front())
 
     @property
     def is_stranded(self) -> bool:
         """Whether all requests were lost and another try is allowed."""
         if self._tries >= self._limits.tries or not self._failed:
             return False
-        return all(node == self._own for _, node in self._nearest)
+        return all(node == self._own for node in self._usable())
+
+    @property
+    def _is_doubtful(self) -> bool:
+        """Whether nodes that did not answer should be asked once more, since the others have no value."""
+        if self._holding or self._tries > 1 or not self._failed or not self._limits.doubt:
+            return False
+        return self._all_answered(self._front())
+
+    def _all_answered(self, nodes: Iterable[int]) -> bool:
+        return all(node in self._answered for node in nodes)
 
     @property
     def asks_again(self) -> bool:
@@ -99,18 +167,19 @@ class IterativeSearch:
 
     def ask(self) -> list[int]:
         """The nodes to ask now, nearest first. Each is returned once per try."""
-        if self.is_stranded:
+        if self.is_stranded or self._is_doubtful:
             self._try_again()
-        if self.finished:
+        if self._asks_no_more:
             return []
         front = self._front()
         if not self._answered:
             front = front[: self._limits.first]
-        wanted = [node for _, node in front if node not in self._asked]
+        wanted = [node for node in front if node not in self._asked]
         if self._holding:
-            wanted = wanted[: self._wanting()]
-        self._asked.update(wanted)
-        return wanted
+            within = set(self._within_reach())
+            wanting = self._wanting()
+            wanted = [node for n, node in enumerate(wanted) if n < wanting or node in within]
+        return [node for node in wanted if self._send_to(node)]
 
     def _wanting(self) -> int:
         """How many more nodes to ask: one more holder than the quorum needs.
@@ -118,7 +187,7 @@ class IterativeSearch:
         If all holders have answered and too few had the value, the whole front: it may be stored beside its place.
         """
         holders = [node for _, node in self._nearest[: self._limits.holders]]
-        if all(node in self._answered for node in holders):
+        if self._all_answered(holders):
             return self._limits.front
         hopeful = sum(node in self._holding or self._is_pending(node) for node in holders)
         return max(0, self._limits.quorum + 1 - hopeful)
@@ -126,14 +195,26 @@ class IterativeSearch:
     def _is_pending(self, node: int) -> bool:
         return node in self._asked and node not in self._answered
 
-    def learn(self, nodes: Iterable[int]) -> None:
-        """Adds nodes that others know; the next round may ask them."""
-        self._learn(nodes, self.rounds + 1)
+    def ask_witness(self, node: int) -> bool:
+        """Adds a node that is asked wherever it is; the search waits for one such. False if it is asked already."""
+        self._learn([node], 1, self._known)
+        if node in self._asked or not self._send_to(node):
+            return False
+        self._awaited.add(node)
+        return True
+
+    def know(self, nodes: Iterable[int]) -> None:
+        """Adds nodes that have answered this peer; the next round may ask them."""
+        self._learn(nodes, self.rounds + 1, self._known)
+
+    def hear(self, nodes: Iterable[int]) -> None:
+        """Adds nodes that others named in other searches. They count as one path."""
+        self._learn(nodes, self.rounds + 1, self._hearsay)
 
     def holds(self, node: int, has_value: bool) -> None:
         """Adds this peer's own node, which needs no request."""
         self._own = node
-        self._learn([node], 0)
+        self._learn([node], 0, self._known)
         self._asked.add(node)
         self.answered(node, [], has_value)
 
@@ -141,42 +222,115 @@ class IterativeSearch:
         """A node answered, perhaps late, and named these others."""
         depth = self._depth[node]
         self._restore(node)
+        self._charge(node, 0)
         self._answered.add(node)
+        if node in self._awaited:
+            self._awaited.clear()
         self.rounds = max(self.rounds, depth)
         if has_value:
             self._holding.add(node)
             if self.found_after is None:
                 self.found_after = depth
-        self._learn(nearer, depth + 1)
+        self._learn(nearer, depth + 1, _Path(self._limits.path))
 
     def failed(self, node: int) -> None:
         """The node did not answer in time: the next nearest takes its place."""
-        entry = (node ^ self.key, node)
-        place = bisect.bisect_left(self._nearest, entry)
-        if node not in self._answered and self._nearest[place : place + 1] == [entry]:
-            del self._nearest[place]
-            self._failed.add(node)
+        if self._remove(node):
+            self._charge(node, _FAILURE)
+
+    def pass_over(self, node: int) -> None:
+        """The node has failed elsewhere, so it is not asked, which costs its path nothing."""
+        if self._remove(node):
+            self._charge(node, 0)
 
     def nearest(self) -> list[int]:
         """The nodes that have answered, nearest first."""
         return [node for _, node in self._nearest if node in self._answered]
+
+    def places(self, usual: int, most: int, rng: random.Random) -> tuple[list[int], list[int]]:
+        """The nodes at which to store, and the other live nodes, which replace those that fail.
+
+        The usual number of the nearest nodes, and up to `most` in all within reach: who crowds there may be liars.
+        """
+        nearest = self.nearest()
+        within = [node for node in nearest[usual:] if node ^ self.key <= self._reach]
+        drawn = rng.sample(within, min(len(within), most - usual))
+        taken = nearest[:usual] + drawn
+        return taken, [node for node in nearest if node not in taken]
+
+    def _remove(self, node: int) -> bool:
+        entry = (node ^ self.key, node)
+        place = bisect.bisect_left(self._nearest, entry)
+        if node in self._answered or self._nearest[place : place + 1] != [entry]:
+            return False
+        del self._nearest[place]
+        self._failed.add(node)
+        self._awaited.discard(node)
+        return True
 
     def _try_again(self) -> None:
         self._tries += 1
         again, self._failed = self._failed, set()
         self._asked -= again
         for node in again:
+            self._charge(node, 0)
             self._depth[node] += 1
             self._restore(node)
 
-    def _front(self) -> list[tuple[int, int]]:
-        return self._nearest[: self._limits.front]
+    def _usable(self) -> Iterator[int]:
+        """The nodes that were asked or may be asked, nearest first."""
+        for _, node in self._nearest:
+            if node in self._asked or any(path.is_open for path in self._paths[node]):
+                yield node
 
-    def _learn(self, nodes: Iterable[int], depth: int) -> None:
+    def _front(self) -> list[int]:
+        """The nodes that must answer."""
+        front: list[int] = []
+        usable = self._usable()
+        for node in usable:
+            if len(front) >= self._limits.front and (
+                node ^ self.key > self._reach or len(front) >= self._limits.crowd
+            ):
+                break
+            front.append(node)
+        else:
+            return front
+        if not self._holding and self._all_answered(front):
+            front += islice(chain([node], usable), self._limits.doubt)
+        return front
+
+    def _within_reach(self) -> Iterator[int]:
+        for node in islice(self._usable(), self._limits.crowd):
+            if node ^ self.key > self._reach:
+                break
+            yield node
+
+    def _learn(self, nodes: Iterable[int], depth: int, path: _Path) -> None:
         for node in nodes:
-            if node not in self._depth:
+            paths = self._paths.get(node)
+            if paths is None:
+                self._paths[node] = (path,)
                 self._depth[node] = depth
                 bisect.insort(self._nearest, (node ^ self.key, node))
+            elif node not in self._asked:
+                self._paths[node] = (*paths, path)
+
+    def _send_to(self, node: int) -> bool:
+        """Whether one of its paths has room for the question."""
+        path = next((path for path in self._paths[node] if path.is_open), None)
+        if path is None:
+            return False
+        path.used += 1
+        self._charges[node] = path, 1
+        self._asked.add(node)
+        return True
+
+    def _charge(self, node: int, charge: int) -> None:
+        """Sets what the node takes of the path on which it was asked."""
+        if node in self._charges:
+            path, charged = self._charges[node]
+            path.used += charge - charged
+            self._charges[node] = path, charge
 
     def _restore(self, node: int) -> None:
         """Puts a failed node back: it has answered after all, or is asked again."""
@@ -184,6 +338,39 @@ class IterativeSearch:
         place = bisect.bisect_left(self._nearest, entry)
         if self._nearest[place : place + 1] != [entry]:
             self._nearest.insert(place, entry)
+
+
+class UsualReach:
+    """How far from a key its holders usually are: the median over keys that nobody could know beforehand."""
+
+    def __init__(self, holders: int = DEFAULT_LIMITS.holders) -> None:
+        self._holders = holders
+        self._samples: deque[int] = deque(maxlen=_SAMPLES)
+
+    def note(self, key: int, nearest: Sequence[int]) -> None:
+        """The live nodes nearest to a random key, as a search found them, nearest first."""
+        if nearest:
+            self._samples.append(self._estimate(key, nearest))
+
+    def distance(self, own: int, neighbours: Sequence[int]) -> int:
+        """While there are too few samples, this peer's own neighbours are the only one."""
+        if len(self._samples) >= _FEWEST_SAMPLES:
+            return statistics.median_low(self._samples)
+        return self._estimate(own, neighbours)
+
+    def _estimate(self, place: int, nearest: Sequence[int]) -> int:
+        """The distance from the place within which as many nodes are as a key has holders, on average.
+
+        The nodes are counted by the cells that they occupy (linear counting, Whang et al. 1990). So a crowd, which is
+        in few cells, counts little.
+        """
+        count = len(nearest)
+        if count < self._holders:
+            return _EVERYWHERE
+        width = (nearest[-1] ^ place) + 1
+        empty = count - len({(node ^ place) * count // width for node in nearest})
+        number = count * math.log(count / (empty + 0.5))
+        return min(_EVERYWHERE, int(width * self._holders / number))
 
 
 class ContactBook:

@@ -87,13 +87,16 @@ def test_the_walk_takes_as_many_rounds_as_the_simulation(seed: int, nodes: int) 
             def named(node: int) -> list[int]:
                 return [int(n) for n, _ in tables[node].get_nearest_neighbors(key, 20, exclude=me)]
 
-            search, _ = walk(key, named(int(me)), having, named)
+            search, _ = walk(key, named(int(me)), having, named, reach=2**160 * 5 // nodes)
             before = loop.time()
-            found = (await Lookups(lambda: asking.dht).find([key], besides_self=True))[key]
+            lookups = Lookups(lambda: asking.dht, rng=random.Random(seed))
+            found = (await lookups.find([key], besides_self=True))[key]
             assert found.entries
             assert found.search.found_after == search.found_after
             assert abs(found.search.rounds - search.rounds) <= 1
-            assert round((loop.time() - before) / 0.1) == found.search.rounds
+            # those within reach that were known at the start may be asked after the first answers
+            waves = round((loop.time() - before) / 0.1)
+            assert found.search.rounds <= waves <= found.search.rounds + 1
 
         loop.run_until_complete(run())
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.kademlia.search import IterativeSearch, SearchLimits
+from peer.kademlia.search import IterativeSearch, SearchLimits, UsualReach
 
 NODES = st.sets(st.integers(0, 2**16 - 1), min_size=1, max_size=60)
 KEY = st.integers(0, 2**16 - 1)
@@ -45,7 +45,7 @@ def test_a_search_that_finds_no_value_ends_when_the_nearest_it_heard_of_have_ans
 
 
 @given(NODES, KEY, st.integers(0, 2**32), st.floats(0, 0.6))
-def test_no_node_is_asked_twice_once_others_answer_and_failed_ones_are_not_among_the_nearest(
+def test_failed_nodes_are_asked_once_more_if_the_others_have_nothing_and_are_not_among_the_nearest(
     nodes: set[int], key: int, seed: int, dead: float
 ) -> None:
     rng = random.Random(seed)
@@ -59,7 +59,9 @@ def test_no_node_is_asked_twice_once_others_answer_and_failed_ones_are_not_among
                 search.failed(node)
             else:
                 search.answered(node, rng.sample(sorted(nodes), min(4, len(nodes))), has_value=False)
-    assert len(asked) == len(set(asked)) or nodes == failing or not search.nearest()
+    if search.nearest():
+        assert max(asked.count(node) for node in asked) <= 2
+        assert all(asked.count(node) == 1 for node in asked if node not in failing)
     assert search.finished
     assert not failing & set(search.nearest())
 
@@ -115,7 +117,7 @@ def test_values_of_nodes_that_are_not_the_nearest_are_not_enough() -> None:
 
 
 def test_a_late_answer_still_counts() -> None:
-    search = IterativeSearch(0, [1, 2], SearchLimits(front=2))
+    search = IterativeSearch(0, [1, 2], SearchLimits(front=2, doubt=0))
     assert search.ask() == [1, 2]
     search.failed(1)
     search.answered(2, [], has_value=False)
@@ -153,31 +155,191 @@ def test_the_only_known_node_is_asked_again_when_the_request_is_lost() -> None:
     assert search.ask() == [1, 2]
 
 
-def test_a_node_is_not_asked_again_when_another_has_answered() -> None:
+def test_a_node_is_asked_once_more_when_the_others_have_nothing() -> None:
     search = IterativeSearch(0, [1, 2])
     search.ask()
     search.answered(2, [], has_value=False)
+    search.failed(1)
+    assert not search.finished
+    assert search.ask() == [1]
     search.failed(1)
     assert search.finished
     assert search.ask() == []
 
 
-def test_this_peers_own_answer_does_not_stand_for_that_of_others() -> None:
-    search = IterativeSearch(0, [9])
-    search.holds(5, has_value=False)
+def test_a_node_is_not_asked_again_when_another_has_the_value() -> None:
+    search = IterativeSearch(0, [1, 2])
     search.ask()
-    search.failed(9)
-    assert search.ask() == [9]
+    search.answered(2, [], has_value=True)
+    search.failed(1)
+    assert search.finished
+    assert search.ask() == []
 
 
-def test_whoever_answered_other_keys_is_asked_when_nobody_else_answers() -> None:
-    search = IterativeSearch(0, [9])
-    search.ask()
-    search.failed(9)
-    assert search.is_stranded
-    search.learn([4])
-    assert search.ask() == [4]
-    assert not search.asks_again
+# Nodes that crowd beside a key and say that they have nothing.
+
+
+def test_if_the_nearest_have_nothing_as_many_more_are_asked() -> None:
+    search = IterativeSearch(0, range(1, 40))
+    asked = search.ask()
+    while len(asked) < 7:
+        search.answered(asked[0], [], has_value=False)
+        asked += search.ask()
+    for node in asked:
+        search.answered(node, [], has_value=False)
+    assert not search.finished
+    assert search.ask() == list(range(8, 15))
+    search.answered(10, [], has_value=True)
+    assert search.found_after == 1
+
+
+def test_all_within_reach_are_asked_though_a_crowd_of_liars_is_nearer() -> None:
+    liars, holders = set(range(1, 31)), {1000, 1001, 1002, 1003}
+    search = IterativeSearch(0, [*liars, *holders, *range(3000, 3100)], reach=2000)
+    asked: set[int] = set()
+    while wanted := search.ask():
+        asked |= {*wanted}
+        for node in wanted:
+            search.answered(node, [], has_value=node in holders)
+    assert asked >= liars | holders
+    assert len(asked) <= len(liars | holders) + 7
+    assert search.found_after == 1
+
+
+@given(st.sets(st.integers(0, 2000), min_size=1, max_size=8))
+def test_worthless_values_of_a_crowd_do_not_end_the_search_before_all_within_reach_have_answered(
+    honest: set[int],
+) -> None:
+    search = IterativeSearch(0, [*range(2001, 2013), *honest], SearchLimits(first=2**31), reach=3000)
+    for node in search.ask():
+        if node not in honest:
+            search.answered(node, [], has_value=True)
+    assert not search.finished
+    for node in honest:
+        search.answered(node, [], has_value=True)
+    assert search.finished
+
+
+def test_records_are_stored_beyond_a_crowd() -> None:
+    rng, shares = random.Random(1), []
+    liars, honest = range(1, 9), range(1000, 1005)
+    for _ in range(100):
+        search = IterativeSearch(0, [*liars, *honest, 5000], SearchLimits(doubt=0, quorum=99), reach=2000)
+        while wanted := search.ask():
+            for node in wanted:
+                search.answered(node, [], has_value=False)
+        places, others = search.places(5, 15, rng)
+        assert places[:5] == [1, 2, 3, 4, 5]
+        assert sorted([*places, *others]) == [*liars, *honest]
+        shares.append(len({*places} & {*honest}))
+    assert min(shares) == 5, "they all fit"
+
+
+def test_a_larger_crowd_is_drawn_from() -> None:
+    rng = random.Random(1)
+    search = IterativeSearch(0, range(1, 41), SearchLimits(doubt=0, quorum=99), reach=2000)
+    while wanted := search.ask():
+        for node in wanted:
+            search.answered(node, [], has_value=False)
+    drawn = [search.places(5, 15, rng)[0] for _ in range(200)]
+    assert {len(places) for places in drawn} == {15}
+    assert {node for places in drawn for node in places} == set(range(1, 41))
+
+
+def test_a_liar_that_names_nodes_which_do_not_exist_costs_three_questions() -> None:
+    honest = {node: [other for other in range(1000, 1010) if other != node] for node in range(1000, 1010)}
+    search = IterativeSearch(0, [1009])
+    asked: list[int] = []
+    while wanted := search.ask():
+        asked += wanted
+        for node in wanted:
+            if node == 1003:
+                search.answered(node, range(1, 21), has_value=False)
+            elif node in honest:
+                search.answered(node, honest[node], has_value=node == 1001)
+            else:
+                search.failed(node)
+    assert len({node for node in asked if node < 21}) <= 6
+    assert search.found_after is not None
+
+
+@given(st.integers(0, 2**32), st.integers(1, 8))
+def test_liars_on_their_own_paths_do_not_keep_a_search_from_the_others(seed: int, liars: int) -> None:
+    """Each names 20 nodes that don't exist, nearer than all others."""
+    rng = random.Random(seed)
+    nodes = rng.sample(range(2**20, 2**21), 40)
+    lying, truthful = nodes[:liars], nodes[liars:]
+    holders = by_distance(truthful, 0)[:5]
+    search, asked = IterativeSearch(0, rng.sample(nodes, 20)), 0
+    while wanted := search.ask():
+        asked += len(wanted)
+        for node in wanted:
+            if node in lying:
+                search.answered(node, rng.sample(range(1, 2**20), 20), has_value=False)
+            elif node in truthful:
+                search.answered(node, by_distance(nodes, 0)[:20], has_value=node in holders)
+            else:
+                search.failed(node)
+    assert asked <= 40 + 2 * 6 * liars
+    assert search.found_after is not None
+
+
+def test_the_usual_reach_follows_from_this_peers_neighbours_and_then_from_random_keys() -> None:
+    usual = UsualReach()
+    assert usual.distance(8, [8 ^ 1, 8 ^ 2]) == 2**160, "a swarm of fewer nodes than a key has holders"
+    own = usual.distance(0, range(20, 401, 20))
+    for n in range(8):
+        usual.note(0, [])  # nobody answered
+        assert usual.distance(0, range(20, 401, 20)) == own
+        usual.note(0, [1000 * k for k in range(1, 10 + n)])
+    samples = [UsualReach() for _ in range(8)]
+    alone = [reach.distance(0, [1000 * k for k in range(1, 10 + n)]) for n, reach in enumerate(samples)]
+    assert usual.distance(0, []) == sorted(alone)[3]
+
+
+@given(st.integers(0, 2**32), st.integers(20, 2000))
+def test_about_five_nodes_are_within_the_usual_reach(seed: int, count: int) -> None:
+    rng, usual = random.Random(seed), UsualReach()
+    nodes = [rng.getrandbits(160) for _ in range(count)]
+    for key in [rng.getrandbits(160) for _ in range(32)]:
+        usual.note(key, by_distance(nodes, key)[:7])
+    assert 3 <= usual.distance(0, []) * count / 2**160 <= 9
+
+
+@given(st.integers(0, 2**32), st.integers(4, 40))
+def test_a_crowd_at_one_place_hardly_changes_the_usual_reach(seed: int, count: int) -> None:
+    """As many liars as there are honest nodes, or eight."""
+    rng, usual = random.Random(seed), UsualReach()
+    place = rng.getrandbits(160)
+    nodes = [rng.getrandbits(160) for _ in range(count)]
+    nodes += [place ^ rng.getrandbits(150) for _ in range(max(8, count))]
+    for key in [rng.getrandbits(160) for _ in range(32)]:
+        usual.note(key, by_distance(nodes, key)[:7])
+    assert usual.distance(0, []) * count / 2**160 >= 2
+
+
+def test_a_search_waits_for_one_of_its_witnesses() -> None:
+    search = IterativeSearch(0, [1, 2, 3, 4, 5, 6, 7])
+    assert search.ask_witness(5000)
+    assert search.ask_witness(6000)
+    assert not search.ask_witness(6000)
+    for node in search.ask():
+        search.answered(node, [], has_value=True)
+    assert search.satisfied
+    assert not search.finished
+    search.failed(5000)
+    assert not search.finished
+    search.answered(6000, [], has_value=False)
+    assert search.finished
+
+
+def test_a_search_does_not_wait_for_witnesses_that_failed() -> None:
+    search = IterativeSearch(0, [1, 2, 3, 4, 5, 6, 7])
+    search.ask_witness(5000)
+    for node in search.ask():
+        search.answered(node, [], has_value=True)
+    search.failed(5000)
+    assert search.finished
 
 
 @pytest.mark.parametrize("known", [[], [7]])

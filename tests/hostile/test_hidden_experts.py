@@ -1,0 +1,123 @@
+"""Strangers with keys of their own making crowd beside an expert's key in the DHT, to hide who hosts it."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from callers import numbered_identities
+from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, playing
+from stranger import Stranger, digest, identities_near, packed
+
+from dht.announcements import ReplicaAnnouncement, ReplicaState
+from dht.swarm import Swarm, found_swarm, join_swarm
+from peer.kademlia.hivemind import dht_pb2
+from peer.kademlia.lookups import Lookups
+from peer.kademlia.validation import Entry, node_id_of, pack_entries
+from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
+from peer.wire import records_pb2
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+HIDDEN = UIDS[0]
+HONEST = 4
+"""Nodes of the DHT; one hosts the expert."""
+HOSTILE = 8
+LOOKS = 20
+
+Lie = Callable[[bytes], dict[str, Any]]
+"""What a stranger answers for a key."""
+
+
+@pytest.fixture
+def play(loop: LoopThread, tmp_path: Path) -> Play:
+    return playing(loop, numbered_identities(HONEST + 1), tmp_path)
+
+
+def test_a_crowd_of_made_up_peers_beside_an_expert_does_not_hide_it(play: Play) -> None:
+    """Eight beside four honest ones, and a watcher that has seen nothing before."""
+
+    async def scenario(village: Village) -> None:
+        host = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL))
+        village.stack.push_async_callback(host.stop)
+        invite, key = await host.invite(), host.keys.expert(HIDDEN)
+        others = await asyncio.gather(
+            *(join_swarm(village.identities[n], invite, NetworkConfig(LOCAL)) for n in range(1, HONEST))
+        )
+        for swarm in others:
+            village.stack.push_async_callback(swarm.stop)
+        identities = identities_near(key, HOSTILE, among=2000)
+        strangers = [Stranger.joined(invite, identity) for identity in identities]
+        crowd = Crowd(
+            key, await asyncio.gather(*(village.stack.enter_async_context(one) for one in strangers))
+        )
+        watcher = await village.observe(HONEST, invite)
+        for lie in (crowd.nothing, crowd.worthless, crowd.nobody):
+            await crowd.tell(lie)
+            await host.registry.announce([ReplicaAnnouncement(HIDDEN, ReplicaState.SERVING)], 60.0)
+            for swarm in (host, *others):
+                await swarm.registry.replicas([HIDDEN])  # as nodes do all the time
+            seen = [await sees(watcher, host) for _ in range(LOOKS)]
+            assert sum(seen) >= 0.95 * LOOKS, lie.__name__
+
+    play(scenario)
+
+
+async def sees(watcher: Swarm, host: Swarm) -> bool:
+    """Whether a look finds the expert's host, where nothing was seen before."""
+    watcher.host.dht.protocol.storage.clear()
+    watcher.registry.lookups = Lookups(lambda: watcher.host.dht)
+    found = await watcher.registry.replicas([HIDDEN])
+    return host.host.peer_id in {replica.peer_id for replica in found[HIDDEN]}
+
+
+class Crowd:
+    """Peers beside a key that store nothing and agree on what they say."""
+
+    def __init__(self, key: str, strangers: list[Stranger]) -> None:
+        self._key = key
+        self._strangers = strangers
+        place = int.from_bytes(digest(key), "big")
+        names = [b"\x12\x20" + os.urandom(32) for _ in range(5000)]
+        self._nobody = sorted(names, key=lambda name: node_id_of(name) ^ place)[:100]
+
+    def nothing(self, key: bytes) -> dict[str, Any]:
+        """It knows nobody but the crowd, and nothing is stored there."""
+        return self._named([stranger.peer_id.to_bytes() for stranger in self._strangers])
+
+    def worthless(self, key: bytes) -> dict[str, Any]:
+        """A valid record of a stranger, and no other."""
+        if key != digest(self._key):
+            return self.nothing(key)
+        subkey, value, until = self._record
+        entries = pack_entries({subkey: Entry(value, until)})
+        return {**self.nothing(key), "type": dht_pb2.FOUND_DICTIONARY, "value": entries}
+
+    def nobody(self, key: bytes) -> dict[str, Any]:
+        """Nearer nodes, which don't exist."""
+        return self._named(self._nobody[:20])
+
+    async def tell(self, lie: Lie) -> None:
+        until = time.time() + 500
+        first = self._strangers[0]
+        announcement = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_WITHDRAWN)
+        payload = records_pb2.RecordPayload(key=self._key, expires_at=until, announcement=announcement)
+        self._record = first.peer_id.to_bytes(), packed(await first.publish(payload)), until
+
+        async def find(request: Any, context: Any) -> Any:
+            answers = [dht_pb2.FindResult(**lie(key)) for key in request.keys]
+            return dht_pb2.FindResponse(results=answers, peer=first.protocol.node_info)
+
+        async def store(request: Any, context: Any) -> Any:
+            return dht_pb2.StoreResponse(store_ok=[True] * len(request.keys), peer=first.protocol.node_info)
+
+        for stranger in self._strangers:
+            await stranger.answer(find=find, store=store)
+
+    def _named(self, names: list[bytes]) -> dict[str, Any]:
+        ids = [node_id_of(name).to_bytes() for name in names]
+        return {"type": dht_pb2.NOT_FOUND, "nearest_node_ids": ids, "nearest_peer_ids": names}
