@@ -43,6 +43,8 @@ ALSO_IMPORT = {
     "tests/peer/kademlia/test_find_replies.py",
     "tests/peer/test_identity.py",
     "tests/peer/transport/test_p2pd_calls.py",
+    # compares our grammar with hivemind's
+    "tests/peer/transport/test_addresses.py",
 }
 
 IMPORTED = {
