@@ -25,7 +25,6 @@ PINNED = "1.1.12"
 FENCE = (
     "peer/identity.py",
     "peer/kademlia/hivemind.py",
-    "peer/transport/addresses.py",
     "peer/transport/p2pd.py",
 )
 """The modules that import hivemind. Their neighbours use what they pass on."""
@@ -63,7 +62,6 @@ IMPORTED = {
     "hivemind.proto": {"crypto_pb2", "dht_pb2", "p2pd_pb2"},
     "hivemind.utils": {"MSGPackSerializer", "timed_storage"},
     "hivemind.utils.logging": {"use_hivemind_log_handler"},
-    "hivemind.utils.multiaddr": {"Multiaddr"},
 }
 
 PRIVATE = {
@@ -170,7 +168,6 @@ PARAMETERS = {
     "hivemind.p2p.p2p_daemon_bindings.utils.read_pbmsg_safe": "stream, pbmsg",
     "hivemind.p2p.p2p_daemon_bindings.utils.write_pbmsg": "stream, pbmsg",
     "hivemind.utils.logging.use_hivemind_log_handler": "where",
-    "hivemind.utils.multiaddr.Multiaddr": "addr, registry=",
 }
 """Of what we call; `=` marks those with a default."""
 
