@@ -198,7 +198,7 @@ def _read(path: Path) -> list[tuple[list[Multiaddress], float]]:
         ]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         logger.warning("can't read the known peers from %s: %s", path, error)
         return []
 

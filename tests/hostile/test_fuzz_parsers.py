@@ -1,0 +1,542 @@
+"""Every parser of what strangers write, fed with spoilt real messages: it gives a value or raises its own error.
+
+Each target names a format, some real messages made by the code itself, and how they are delivered to the parser. What
+is signed is spoilt first and signed then, as a stranger would do it. `-m slow` runs each target for a minute.
+"""
+
+import contextlib
+import functools
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import base58
+import mutations
+import psutil
+import pytest
+import torch
+from checkpoint_samples import AN_UID, MANIFEST, SWARM, make_expert
+from expert_fakes import make_node, make_peer_id, make_request, random_rows
+from google.protobuf.message import DecodeError, Message
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import Mutate
+from pydantic import ValidationError
+from stranger import digest, new_identities, packed
+
+from benchmarks.simulated_p2p import Link, simulated_world
+from benchmarks.simulated_swarm import SimulatedSwarm
+from dht.admission import RIGHTS, Role, SwarmAdmission, make_badge, make_token, parse_denied
+from dht.announcements import read_node, read_replica, read_trainer
+from dht.invites import Invite
+from dht.manifest import Manifest, parse_uid
+from dht.membership import PeerStore
+from dht.records import RecordValidator, SwarmKeys, digits_of, open_record, sign_record
+from dht.uid import UID
+from expert_server.experts.format import StateForm, from_bytes, to_bytes
+from expert_server.serving.call import HeaderParser, call_bytes
+from expert_server.serving.forward_cache import ForwardCache
+from peer import PROTOCOL_VERSION
+from peer.errors import AddressError, TalkootError, UserError
+from peer.identity import SESSION_DOMAIN
+from peer.kademlia.hivemind import DHTRecord, P2PContext, dht_pb2
+from peer.kademlia.validation import Entry, pack_entries, unpack, unpack_entries, unpack_subkey
+from peer.rpc.sessions import Sessions
+from peer.rpc.transfer import SnapshotReceiver
+from peer.transport.addresses import Endpoint, Multiaddress
+from peer.wire import admission_pb2, expert_pb2, records_pb2, session_pb2, state_pb2
+from talkoot.dashboard import api
+from talkoot.node import control
+from trainer_client.averaging.dense_part import DenseForm
+from trainer_client.dispatch.batches import NodeCall
+from trainer_client.dispatch.grpc_caller import ReplyAssembler
+
+NOW = 1_700_000_000.0
+FOUNDER, NODE, STRANGER = new_identities(3)
+KEYS = SwarmKeys("sauna", FOUNDER.peer_id)
+TOKEN = make_token(FOUNDER, KEYS.swarm_id, Role.NODE, NOW + 3600, 7)
+ADMISSION = SwarmAdmission(KEYS, now=lambda: NOW)
+ADMISSION.learn(FOUNDER.public_key, "token")
+ADDRESS = f"/ip4/192.0.2.7/tcp/31337/p2p/{NODE.peer_id.to_base58()}"
+RELAYED = f"/ip4/192.0.2.8/tcp/1/p2p/{FOUNDER.peer_id.to_base58()}/p2p-circuit/p2p/{NODE.peer_id.to_base58()}"
+OPEN = RecordValidator(now=lambda: NOW)
+
+
+@dataclass(frozen=True)
+class Target:
+    """`deliver` hands bytes to the parser. It may raise `refusals` and nothing else."""
+
+    name: str
+    mutate: Mutate
+    corpus: Callable[[], Sequence[bytes]]
+    deliver: Callable[[bytes], object]
+    refusals: tuple[type[Exception], ...] = (TalkootError,)
+
+
+def parsed(kind: type[Message], data: bytes) -> Any:
+    """As gRPC servers and clients here do it: what can't be parsed is empty."""
+    message: Any = kind()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        return kind()
+    return message
+
+
+def serialized(*messages: Message) -> list[bytes]:
+    return [message.SerializeToString() for message in messages]
+
+
+def payloads() -> list[bytes]:
+    """One record of each kind, with all fields."""
+    node = records_pb2.NodeRecord(
+        addresses=["192.0.2.7:50051", "[2001:db8::1]:1", "example.org:2"],
+        certificate=NODE.make_certificate(), protocol_version=PROTOCOL_VERSION, software_version="1.2",
+        expert_count=3, expert_capacity=9, rows_processed=5, updates=6, started_at=NOW - 5,
+        bootstrap_addresses=[ADDRESS], name="sauna", activity=records_pb2.NODE_ACTIVITY_SERVING,
+        metrics_address="192.0.2.7:9100", rows_per_s=1.5, renew_every_s=9.0, contributed_rows=7,
+        contributed_updates=8, contributed_s=9.5, reachability=records_pb2.REACHABILITY_RELAYED,
+        tunnel_addresses=[RELAYED, ADDRESS],
+    )  # fmt: skip
+    latency = records_pb2.Latency(p50_s=0.1, p99_s=0.3)
+    trainer = records_pb2.TrainerRecord(
+        name="löyly", protocol_version=PROTOCOL_VERSION, software_version="1.2", started_at=NOW - 9, step=5, steps=9,
+        loss=2.5, validation_loss=2.6, bits_per_byte=1.1, tokens_per_s=900.0, forward=latency, backward=latency,
+        calls=4, bytes_sent=5, bytes_received=6, failures=[records_pb2.Failures(cause="unavailable", count=2)],
+        nodes=[records_pb2.NodeLatency(peer_id=NODE.peer_id.to_bytes(), mean_s=0.5)], addresses=["192.0.2.9:1"],
+        certificate=NODE.make_certificate(), dense_fingerprint=b"f" * 32, dense_age=7, tunnel_addresses=[RELAYED],
+        metrics_address="192.0.2.7:9100", renew_every_s=9.0,
+    )  # fmt: skip
+    replica = records_pb2.Announcement(
+        state=records_pb2.REPLICA_STATE_SERVING, update_count=3, queued_rows=1, claimed_at=NOW - 1
+    )
+    return serialized(
+        records_pb2.RecordPayload(key=KEYS.node(NODE.peer_id), expires_at=NOW + 60, node=node),
+        records_pb2.RecordPayload(key=KEYS.trainer(NODE.peer_id), expires_at=NOW + 60, trainer=trainer),
+        records_pb2.RecordPayload(
+            key=KEYS.expert(UID(0, (1, 1))), expires_at=NOW + 60, announcement=replica,
+            badge=make_badge(TOKEN, NODE.peer_id),
+        ),
+    )  # fmt: skip
+
+
+def deliver_payload(data: bytes) -> None:
+    """Signed by its writer, stored, found by others, and read as each kind of record."""
+    payload = parsed(records_pb2.RecordPayload, data)
+    key = payload.key
+    payload.peer_id = NODE.peer_id.to_bytes()
+    signed = payload.SerializeToString()
+    record = records_pb2.SignedRecord(
+        payload=signed, public_key=NODE.public_key, signature=NODE.sign(signed)
+    ).SerializeToString()
+    stored = DHTRecord(digest(key), packed(payload.peer_id), packed(record), payload.expires_at)
+    OPEN.validate(stored)
+    opened = open_record(record, key, NODE.peer_id, NOW)
+    for read in (
+        lambda: read_node(opened, NODE.peer_id),
+        lambda: read_trainer(opened, NODE.peer_id),
+        lambda: read_replica(opened, AN_UID, NODE.peer_id),
+        lambda: ADMISSION.check_record(opened, NODE.peer_id),
+    ):
+        try:
+            read()
+        except TalkootError:
+            continue
+
+
+def deliver_signed_record(data: bytes) -> None:
+    """As it is: the key, the signature and the payload may all be spoilt."""
+    OPEN.check(
+        DHTRecord(digest(KEYS.node(NODE.peer_id)), packed(NODE.peer_id.to_bytes()), packed(data), NOW + 60)
+    )
+
+
+def signed_records() -> list[bytes]:
+    return [sign_record(NODE, parsed(records_pb2.RecordPayload, data)) for data in payloads()[:1]]
+
+
+def invites() -> list[bytes]:
+    message = records_pb2.InviteMessage(
+        name="sauna", author=FOUNDER.peer_id.to_bytes(), bootstrap_addresses=[ADDRESS, RELAYED], token=TOKEN
+    )
+    return serialized(message)
+
+
+def deliver_invite(data: bytes) -> None:
+    line: bytes = base58.b58encode_check(data[:4000])
+    str(Invite.parse(f"talkoot1{line.decode()}"))
+
+
+def deliver_badge(data: bytes) -> None:
+    ADMISSION.admit(NODE.peer_id, RIGHTS[Role.NODE], parsed(admission_pb2.Badge, data))
+
+
+def deliver_token(data: bytes) -> None:
+    joining = SwarmAdmission(KEYS, now=lambda: NOW)
+    joining.learn(FOUNDER.public_key, "token")
+    joining.present(parsed(admission_pb2.Token, data), NODE.peer_id)
+
+
+SESSIONS = Sessions(KEYS.swarm_id, FOUNDER.peer_id, ADMISSION, now=lambda: NOW)
+CHALLENGE = SESSIONS.challenges.new()
+
+
+def statements() -> list[bytes]:
+    statement = session_pb2.OpenStatement(
+        protocol_version=PROTOCOL_VERSION, swarm_id=KEYS.swarm_id, caller=STRANGER.peer_id.to_bytes(),
+        server=FOUNDER.peer_id.to_bytes(), challenge=CHALLENGE, rights=RIGHTS[Role.NODE],
+        badge=make_badge(TOKEN, STRANGER.peer_id),
+    )  # fmt: skip
+    return serialized(statement)
+
+
+def deliver_statement(data: bytes) -> None:
+    data = data.replace(CHALLENGE, SESSIONS.challenges.new())  # one can be used once
+    request = session_pb2.OpenRequest(
+        statement=data, public_key=STRANGER.public_key, signature=STRANGER.sign(data, SESSION_DOMAIN)
+    )
+    SESSIONS.open(request)
+
+
+def headers() -> list[bytes]:
+    rows = expert_pb2.ExpertRows(uid="0.1.1", segment_lengths=[2, 1], positions=[0, 4, 1])
+    kept = expert_pb2.ExpertRows(uid="0.1.1", kept_request_id=b"k" * 16, kept_index=0, kept_rows=3)
+    header = expert_pb2.CallHeader(
+        protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, request_id=b"r" * 16, width=MANIFEST.model.hidden,
+        codec=expert_pb2.CODEC_FP32, experts=[rows, kept], keep=True,
+    )  # fmt: skip
+    return serialized(header)
+
+
+HEADERS = HeaderParser(SWARM, MANIFEST, 2**20, ForwardCache(2**20))
+
+
+def deliver_header(data: bytes) -> None:
+    header = parsed(expert_pb2.CallHeader, data)
+    for direction in ("forward", "backward"):
+        assert call_bytes(header, direction) >= 0
+        try:
+            HEADERS.parse(header, direction, "caller")
+        except TalkootError:
+            continue
+
+
+def replies() -> list[bytes]:
+    size = 4 * 3 * 8
+    answer = expert_pb2.ExpertReply(index=0, update_count=5, payload_bytes=size, kept=True)
+    error = expert_pb2.ExpertReply(index=1, status=8, message="busy", retry_after_s=1.5)
+    return serialized(
+        expert_pb2.CallReply(experts=[answer], chunk=bytes(size)),
+        expert_pb2.CallReply(experts=[error]),
+        expert_pb2.CallReply(experts=[error, answer], chunk=bytes(size)),
+    )
+
+
+REQUESTS = [make_request(UID(0, (0, n)), [3], range(3), random_rows(3, 8, seed=n)) for n in range(2)]
+
+
+def deliver_reply(data: bytes) -> None:
+    call = NodeCall(make_node(make_peer_id(1)), "forward", REQUESTS, 1.0)
+    assembler = ReplyAssembler(call, b"r" * 16, 8, expert_pb2.CODEC_FP32)
+    list(assembler.take(parsed(expert_pb2.CallReply, data)))
+    with contextlib.suppress(TalkootError):
+        list(assembler.take(parsed(expert_pb2.CallReply, data)))
+
+
+@functools.cache
+def state() -> bytes:
+    return to_bytes(make_expert(3).checkpoint(), SWARM, AN_UID, 1000.0)
+
+
+FORM = StateForm.of(MANIFEST)
+
+
+@functools.cache
+def dense() -> tuple[DenseForm, bytes]:
+    model = torch.nn.Linear(3, 2)
+    form = DenseForm.of(model, SWARM)
+    return form, form.to_bytes({name: p.detach() for name, p in model.named_parameters()}, 3)
+
+
+def snapshot_headers() -> list[bytes]:
+    header = state_pb2.StateHeader(update_count=3, total_bytes=9, sha256=b"s" * 32)
+    return serialized(header)
+
+
+def deliver_snapshot_header(data: bytes) -> None:
+    receiver = SnapshotReceiver(1000, lambda size: None)
+    receiver.begin(parsed(state_pb2.StateHeader, data))
+    receiver.take(b"123456789")
+
+
+def entries() -> list[bytes]:
+    record = packed(signed_records()[0])
+    names = [NODE.peer_id.to_bytes(), STRANGER.peer_id.to_bytes()]
+    return [
+        pack_entries({name: Entry(record, NOW + 60) for name in names}),
+        pack_entries({n: Entry(packed(KEYS.prefix(0)), NOW + 60) for n in range(9)}),
+    ]
+
+
+def deliver_entries(data: bytes) -> None:
+    key = digest(KEYS.prefix(0))
+    for subkey, entry in unpack_entries(data).items():
+        OPEN.validate(DHTRecord(key, packed(subkey), *entry))
+
+
+def deliver_value(data: bytes) -> None:
+    for read in (unpack, unpack_subkey):
+        try:
+            read(data)
+        except TalkootError:
+            continue
+    OPEN.check(DHTRecord(digest(KEYS.prefix(0)), packed(3), data, NOW + 60))
+
+
+def deliver_known_peers(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "peers.json"
+        path.write_bytes(data)
+        PeerStore(path).addresses()
+
+
+def known_peers() -> list[bytes]:
+    return [json.dumps({"peers": [{"addresses": [ADDRESS, RELAYED], "met_at": NOW}] * 2}).encode()]
+
+
+def manifest() -> list[bytes]:
+    return [MANIFEST.to_json()]
+
+
+def queries() -> list[bytes]:
+    return [
+        b"metric=loss&points=300&since=1700000000.5",
+        b"page=2&per_page=50&sort=updates&order=desc&state=serving",
+    ]
+
+
+def deliver_query(data: bytes) -> None:
+    pairs = (pair.partition("=") for pair in data.decode(errors="replace").split("&"))
+    query = {key: value for key, _, value in pairs}
+    for ask in (
+        lambda: api.history_query(query, NOW),
+        lambda: api.nodes(None, query),
+        lambda: api.trainers(None, query),
+        lambda: api.experts(None, query),
+        lambda: api.leaderboard(None, query),
+    ):
+        try:
+            ask()
+        except api.ApiError:
+            continue
+
+
+def deliver_address(data: bytes) -> None:
+    text = data.decode(errors="replace")
+    for kind in (Multiaddress, Endpoint):
+        with contextlib.suppress(AddressError):
+            assert kind(kind(text)) == kind(text)
+    opened = records_pb2.RecordPayload(
+        expires_at=NOW + 60,
+        node=records_pb2.NodeRecord(
+            certificate=NODE.make_certificate(), addresses=[text], bootstrap_addresses=[text],
+            tunnel_addresses=[text], metrics_address=text,
+        ),
+    )  # fmt: skip
+    node = read_node(opened, NODE.peer_id)
+    assert node is not None
+
+
+def addresses() -> list[bytes]:
+    texts = (
+        ADDRESS,
+        RELAYED,
+        "192.0.2.7:1",
+        "[2001:db8::1]:9100",
+        "example.org:80",
+        "/dns4/example.org/tcp/1/p2p/Q",
+    )
+    return [text.encode() for text in texts]
+
+
+TARGETS = [
+    Target("record", mutations.protobuf, payloads, deliver_payload),
+    Target("signed record", mutations.protobuf, signed_records, deliver_signed_record),
+    Target("DHT value", mutations.packed, lambda: [packed(KEYS.prefix(0))], deliver_value),
+    Target("DHT entries", mutations.packed, entries, deliver_entries),
+    Target("address", mutations.text, addresses, deliver_address),
+    Target("encoded address", mutations.mutate_bytes,
+           lambda: [Multiaddress(text).to_bytes() for text in (ADDRESS, RELAYED)], Multiaddress.decode),
+    Target("invite", mutations.protobuf, invites, deliver_invite, (UserError,)),
+    Target("invite line", mutations.text, lambda: [str(Invite(KEYS, (Multiaddress(ADDRESS),))).encode()],
+           lambda data: Invite.parse(data.decode(errors="replace")), (UserError,)),
+    Target("manifest", mutations.json_text, manifest, Manifest.from_json),
+    Target("token", mutations.protobuf, lambda: serialized(TOKEN), deliver_token),
+    Target("badge", mutations.protobuf, lambda: serialized(make_badge(TOKEN, NODE.peer_id)), deliver_badge),
+    Target("session statement", mutations.protobuf, statements, deliver_statement),
+    Target("call header", mutations.protobuf, headers, deliver_header),
+    Target("call reply", mutations.protobuf, replies, deliver_reply),
+    Target("snapshot header", mutations.protobuf, snapshot_headers, deliver_snapshot_header),
+    Target("state", mutations.safetensors, lambda: [state()],
+           lambda data: from_bytes(data, SWARM, AN_UID, 3, FORM)),
+    Target("dense part", mutations.safetensors, lambda: [dense()[1]], lambda data: dense()[0].from_bytes(data, 3)),
+    Target("expert's UID", mutations.text, lambda: [b"1.0.1", b"0.1.1"],
+           lambda data: parse_uid(data.decode(errors="replace"), MANIFEST)),
+    Target("known peers", mutations.json_text, known_peers, deliver_known_peers),
+    Target("denied peer", mutations.text, lambda: [NODE.peer_id.to_base58().encode()],
+           lambda data: parse_denied(data.decode(errors="replace"))),
+    Target("control request", mutations.json_text,
+           lambda: [control.ControlRequest(command="pause", for_s=60).model_dump_json().encode()],
+           control._parse, (UserError, ValidationError)),
+    Target("dashboard query", mutations.text, queries, deliver_query),
+]  # fmt: skip
+by_name = pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
+
+
+@functools.cache
+def corpus_of(name: str) -> tuple[bytes, ...]:
+    (target,) = (target for target in TARGETS if target.name == name)
+    return tuple(target.corpus())
+
+
+def attack(target: Target, seed: int) -> None:
+    """One spoilt message."""
+    rng = random.Random(seed)
+    data = target.mutate(rng.choice(corpus_of(target.name)), rng)
+    try:
+        target.deliver(data)
+    except target.refusals:
+        pass
+    except Exception as error:
+        error.add_note(f"target {target.name}, seed {seed}, message {data[:2000]!r}")
+        raise
+
+
+@by_name
+def test_the_real_messages_are_taken(target: Target) -> None:
+    """Otherwise their spoilt forms would be refused too early to reach anything."""
+    for data in corpus_of(target.name):
+        target.deliver(data)
+
+
+@by_name
+def test_a_spoilt_message_gives_a_value_or_the_parsers_own_error(target: Target) -> None:
+    @given(st.integers(0, 2**64))
+    def spoil(seed: int) -> None:
+        for more in range(3):
+            attack(target, 3 * seed + more)
+
+    spoil()
+
+
+def test_a_spoilt_request_of_the_dht_gets_an_answer() -> None:
+    """Of another peer's handlers, over a network that only exists in this process."""
+    with simulated_world() as world:
+
+        async def scenario() -> None:
+            swarm = await SimulatedSwarm.start(world, 1, 4, Link(rtt_s=0.1), seed=1)
+            peer, until = swarm.peers[0], world.unix_time() + 60
+            handlers: Any = peer.dht.p2p
+            key = digest(swarm.keys.prefix(0))
+            info = dht_pb2.NodeInfo(node_id=digest("node"))
+            real = {
+                "ping": dht_pb2.PingRequest(peer=info, validate=True),
+                "find": dht_pb2.FindRequest(keys=[key, digest("other")], peer=info),
+                "store": dht_pb2.StoreRequest(
+                    keys=[key, key], subkeys=[packed(3), b""], values=[packed(swarm.keys.prefix(0)), entries()[0]],
+                    expiration_time=[until, until], in_cache=[False, False], peer=info,
+                ),
+            }  # fmt: skip
+            for seed in range(300):
+                rng = random.Random(seed)
+                name = rng.choice(list(real))
+                request = parsed(type(real[name]), mutations.protobuf(real[name].SerializeToString(), rng))
+                called = f"DHTProtocol.rpc_{name}"
+                context = P2PContext(called, peer.peer_id, STRANGER.peer_id)
+                answer = await handlers.handlers[called](request, context)
+                assert isinstance(answer, Message), (name, seed)
+            await peer.registry.prefixes([(0, ())], 2)
+
+        world.run_until_complete(scenario())
+
+
+def right_records() -> list[DHTRecord]:
+    """One of each kind, and index entries."""
+    badge = make_badge(TOKEN, NODE.peer_id)
+    bodies = [parsed(records_pb2.RecordPayload, data) for data in payloads()]
+    bodies = [body for body in bodies if body.WhichOneof("body") != "trainer"]
+    revoked = admission_pb2.Revocations(serials=range(1, 50))
+    signed = [(NODE, body) for body in bodies] + [
+        (FOUNDER, records_pb2.RecordPayload(key=KEYS.manifest, manifest_json=b'{"name": "sauna"}')),
+        (FOUNDER, records_pb2.RecordPayload(key=KEYS.revocations, revocations=revoked)),
+    ]
+    records = []
+    for writer, payload in signed:
+        payload.expires_at = NOW + 60
+        if writer is NODE:
+            payload.badge.CopyFrom(badge)
+        records.append(stored(payload.key, writer.peer_id.to_bytes(), sign_record(writer, payload)))
+    shard = KEYS.node_shard(digits_of(NODE.peer_id.to_bytes())[:2])
+    return [
+        *records,
+        stored(KEYS.prefix(0), 3, KEYS.prefix(0)),
+        stored(shard, NODE.peer_id.to_bytes(), shard),
+    ]
+
+
+def stored(key: str, subkey: object, value: object) -> DHTRecord:
+    return DHTRecord(digest(key), packed(subkey), packed(value), NOW + 60)
+
+
+def spoilt(record: DHTRecord, others: list[DHTRecord], rng: random.Random) -> DHTRecord:
+    key, subkey, value, expiry = record.key, record.subkey, record.value, record.expiration_time
+    other = rng.choice(others)
+    match rng.randrange(7):
+        case 0 | 1:
+            value = mutations.mutate_bytes(value, rng)
+        case 2:
+            value = mutations.packed(value, rng)
+        case 3:
+            subkey = mutations.mutate_bytes(subkey, rng)
+        case 4:
+            key = mutations.mutate_bytes(key, rng)
+        case 5:
+            key, subkey = other.key, other.subkey
+        case _:
+            expiry = rng.choice([expiry + 1, NOW + 10**7, float("nan"), float("inf"), -1.0])
+    return DHTRecord(key, subkey, value, expiry)
+
+
+def test_no_changed_record_is_taken_for_another() -> None:
+    validator = RecordValidator(now=lambda: NOW, rule=ADMISSION.check_record, swarm_id=KEYS.swarm_id)
+    right = right_records()
+    assert all(map(validator.validate, right))
+    rng, taken, count = random.Random(1), 0, 10_000
+    before, began = psutil.Process().memory_info().rss, time.thread_time()
+    for _ in range(count):
+        original = rng.choice(right)
+        record = spoilt(original, right, rng)
+        if validator.validate(record) and record not in right:
+            taken += 1
+            same = (record.key, record.value) == (original.key, original.value)
+            # index entries are not signed: another coordinate or expiry is another entry, and a right one
+            assert same, record
+            assert isinstance(unpack(record.value), str), record
+            assert isinstance(unpack(record.subkey), int | bytes)
+    assert taken < count / 20
+    assert psutil.Process().memory_info().rss - before < 32 * 2**20
+    assert time.thread_time() - began < 60
+
+
+@pytest.mark.slow
+@by_name
+def test_a_minute_of_spoilt_messages(target: Target) -> None:
+    seed, ends = time.time_ns(), time.monotonic() + 60
+    while time.monotonic() < ends:
+        seed += 1
+        attack(target, seed)
