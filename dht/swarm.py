@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -66,7 +67,8 @@ class Swarm:
     async def invite(self) -> Invite:
         """An invite by which others join through this peer, or through peers that it met if it is gone."""
         own = await self.host.bootstrap_addresses()
-        return Invite(self.keys, (*own, *self.peer_store.addresses()[:_OTHERS_IN_INVITE]))
+        known = (a for a in self.peer_store.addresses() if self.host.dialling.allows(a.endpoint))
+        return Invite(self.keys, (*own, *itertools.islice(known, _OTHERS_IN_INVITE)))
 
     async def keep_manifest(self) -> None:
         """Stores the founder's records again, so that they outlive their holders. The founder renews them."""

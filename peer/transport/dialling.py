@@ -16,7 +16,7 @@ from peer.bounded import BoundedDict
 from peer.identity import PeerID
 from peer.metrics import start_at_zero
 from peer.rates import TokenBuckets
-from peer.transport.addresses import Address, AddressScope, Endpoint, known, neighbourhood
+from peer.transport.addresses import Address, AddressScope, Endpoint, IpAddress, known, neighbourhood
 
 ENDPOINT_BURST = 4
 """Dials of one IP address and port that did not lead to the peer that was said to be there."""
@@ -57,6 +57,8 @@ class Dialling:
         self._machines = TokenBuckets[str](1 / MACHINE_EVERY_S, MACHINE_BURST - 1, _REMEMBERED)
         self._peers = BoundedDict[tuple[Endpoint, PeerID], None](_REMEMBERED)
         """Who was found where."""
+        self._met = BoundedDict[tuple[IpAddress, PeerID], None](_REMEMBERED)
+        """Who was connected from where, by libp2p."""
 
     def allows(self, endpoint: Endpoint) -> bool:
         """Whether it may be dialled at all. A name may not: whoever owns it can let it lead anywhere at any time."""
@@ -90,9 +92,18 @@ class Dialling:
         if machine := _machine(endpoint):
             self._machines.give_back(machine, 1)
 
+    def met(self, peer_id: PeerID, address: IpAddress) -> None:
+        """The peer proved that it is at this IP address, at whatever port.
+
+        Without that, strangers who name a node's endpoint as theirs would use up the dials of the node itself.
+        """
+        self._met[address, peer_id] = None
+
     def is_known(self, endpoint: Endpoint, peer_id: PeerID) -> bool:
-        """Whether the peer was found there, or the invite says that it is."""
-        return endpoint in self._trusted or (endpoint, peer_id) in self._peers
+        """Whether the peer was found on that machine, or the invite says that it is there."""
+        if endpoint in self._trusted or (endpoint, peer_id) in self._peers:
+            return True
+        return endpoint.ip is not None and (endpoint.ip, peer_id) in self._met
 
 
 def nearest_scope(endpoints: Iterable[Endpoint]) -> AddressScope:

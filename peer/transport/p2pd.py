@@ -126,12 +126,14 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
 
     async def connected_ips(self, deadline_s: float) -> dict[PeerID, frozenset[IpAddress]]:
         """The peers to which there are connections, and the IP addresses at their other ends."""
-        return {
-            PeerID(peer): frozenset(
-                a.endpoint.ip for a in known_bytes(ends, PeerID(peer)) if a.endpoint.ip and not a.is_relayed
-            )
-            for peer, ends in (await self._connections(deadline_s)).items()
-        }
+        connected = {}
+        for data, ends in (await self._connections(deadline_s)).items():
+            peer_id = PeerID(data)
+            direct = [a.endpoint.ip for a in known_bytes(ends, peer_id) if a.endpoint.ip and not a.is_relayed]
+            for address in direct:
+                self._dialling.met(peer_id, address)
+            connected[peer_id] = frozenset(direct)
+        return connected
 
     async def _connections(self, deadline_s: float) -> dict[bytes, list[bytes]]:
         """PeerID → the multiaddresses at the other ends of the connections to that peer, as p2pd encodes them."""

@@ -106,6 +106,17 @@ def test_peers_that_are_there_are_dialled_as_often_as_needed() -> None:
     assert others.count(True) == ENDPOINT_BURST, "others gain nothing by it"
 
 
+def test_who_claims_a_nodes_endpoint_does_not_use_up_the_nodes_dials() -> None:
+    dialling = Dialling(AddressScope.GLOBAL, clock=lambda: 0.0)
+    claims = [dialling.begin(VICTIM, peer(n)) for n in range(1, 100)]
+    assert claims.count(True) == ENDPOINT_BURST
+    assert not dialling.begin(VICTIM, peer(0))
+    assert VICTIM.ip is not None
+    dialling.met(peer(0), VICTIM.ip)
+    assert all(dialling.begin(VICTIM, peer(0)) for _ in range(9))
+    assert not dialling.begin(VICTIM, peer(1))
+
+
 @pytest.mark.parametrize(
     ("hosts", "scope"),
     [
