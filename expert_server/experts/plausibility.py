@@ -116,5 +116,6 @@ def _check_moments(
 
 
 def _norm(tensor: Tensor) -> float:
-    """In float64, in which no float32 overflows."""
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+    """In float64, in which no float32 overflows, unless the device has none."""
+    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=dtype))
