@@ -17,7 +17,7 @@ from peer.kademlia.node import BootstrapReply, bootstrap, check_bootstrap, known
 from peer.kademlia.storage import StoreBounds, StoreMetrics
 from peer.loop import keep_running
 from peer.metrics import total
-from peer.processes import sweep_socket_folders
+from peer.processes import raise_descriptor_limit, sweep_socket_folders
 from peer.rates import upload_limit
 from peer.transport.addresses import (
     AddressScope,
@@ -269,6 +269,7 @@ class Host:
             raise UnreachableError(f"no stream to {peer_id}: {error}") from error
 
     async def _start(self, bootstrap: Sequence[Multiaddress], remembered: Sequence[Multiaddress]) -> None:
+        raise_descriptor_limit()
         sweep_socket_folders()
         if self.config.serves_dht:
             require_free_port(self.config.listen, self.config.port)

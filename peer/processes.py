@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import shutil
 import socket
 import stat
@@ -30,6 +31,14 @@ _DIE_WITH_PARENT = (
 def die_with_parent(arguments: Sequence[str]) -> list[str]:
     """The command line that runs `arguments` as a child that the kernel kills when this process ends in any way."""
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *arguments]
+
+
+def raise_descriptor_limit() -> None:
+    """Lets this process and its children have as many open files and connections as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS names no number
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def private_socket_folder() -> "tempfile.TemporaryDirectory[str]":

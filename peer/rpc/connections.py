@@ -5,7 +5,7 @@ socket that only this process reaches, and `Connections` listens on the network 
 all. Each connection comes to gRPC from a unix socket with a name of its own, by which a call finds its connection.
 
 A connection is proven as soon as a call on it is in a session. Before that it is worth little: there are few of them,
-the oldest of the neighbourhood with the most makes room, and neighbourhoods take turns with TLS.
+and neighbourhoods take turns with TLS. The neighbourhood with the most makes room, first by what says nothing.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ from peer.transport.tunnel import Pipe
 
 _MOST_CONNECTIONS = 2048
 _DESCRIPTORS_EACH = 3
-_DESCRIPTORS_LEFT = 256
-"""For everything else, such as checkpoints, calls of this peer and its p2pd; at most half of those that are free."""
+_LEAST_LEFT, _MOST_LEFT = 24, 256
+"""Descriptors for everything else, such as checkpoints, calls of this peer and its p2pd; else a sixteenth of all."""
 _UNPROVEN_SHARE = 1 / 4
 _CONNECTIONS_OF_CALLER = 32
 _FIRST_BYTES_S, _PROOF_S = 5.0, 20.0
@@ -44,6 +44,7 @@ _FIRST_BYTES_S, _PROOF_S = 5.0, 20.0
 _STARTS_PER_S, _STARTS_AT_ONCE = 100.0, 200.0
 """TLS handshakes, of all callers together. Each takes about a millisecond."""
 _SWEEP_S = 1.0
+_RECOUNT_S = 0.05
 _BUFFER_BYTES = 2**20
 _FLUSH_S = 5.0
 _BACKLOG = 1024
@@ -86,9 +87,15 @@ class ConnectionTable:
     def add(self, connection: Connection) -> Connection | None:
         """Returns one that must be closed, and is no longer in the table."""
         self._put(self._unproven, connection)
-        if self._counts[False] <= self._most_unproven:
+        return self.shed() if self._counts[False] > self._most_unproven else None
+
+    def shed(self) -> Connection | None:
+        """Returns the unproven one that is worth least, which must be closed, and is no longer in the table."""
+        if not self._unproven:
             return None
-        return self._drop(next(iter(_largest(self._unproven))))
+        group = _largest(self._unproven)
+        silent = (connection for connection in group if not connection.has_spoken)
+        return self._drop(next(silent, next(iter(group))))
 
     def prove(self, connection: Connection, caller: PeerID) -> Connection | None:
         """Notes a call of the caller on a connection. Returns one that must be closed."""
@@ -178,6 +185,7 @@ class Connections:
         self._starts = FairTurns(_STARTS_PER_S, _STARTS_AT_ONCE, same=1)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._numbers = 0
+        self._short_until = 0.0
         self._listener: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._tasks = TaskSet()
@@ -242,8 +250,11 @@ class Connections:
             self._folder.cleanup()
             self._folder = None
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: Connection, descriptor: int = 0) -> None:
+        """`descriptor`: of its socket. The lowest that is free is given out, so a high one says that few are left."""
         self._close(self._table.add(connection), "crowded")
+        if self._are_few_left(descriptor):  # then no connection comes unless another goes
+            self._close(self._table.shed(), "crowded")
 
     def forget(self, connection: Connection, name: str = "") -> None:
         self._table.remove(connection)
@@ -294,6 +305,14 @@ class Connections:
             made.close()
             raise
         return made, f"unix:{path}"
+
+    def _are_few_left(self, descriptor: int) -> bool:
+        """Counts the descriptors that are open, if a high one was given out lately, and not each time."""
+        now = self._clock()
+        if now >= self._short_until and (self._short_until or descriptor >= _most_descriptors()):
+            are_few = len(os.listdir("/dev/fd")) >= _most_descriptors()
+            self._short_until = now + _RECOUNT_S if are_few else 0.0
+        return bool(self._short_until)
 
     def _sweep(self) -> None:
         for connection in self._table.overdue(self._clock()):
@@ -400,7 +419,7 @@ class _Outside(_End):
         super().connection_made(transport)
         peer = _peer_name(transport)
         self.connection = Connection(peer, origin_of(peer), self.abort, self._connections.now())
-        self._connections.add(self.connection)
+        self._connections.add(self.connection, transport.get_extra_info("socket").fileno())
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -411,9 +430,14 @@ class _Outside(_End):
 
 def most_connections() -> int:
     """How many connections the descriptors of this process allow, beside everything else that it needs them for."""
-    free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
-    left = min(_DESCRIPTORS_LEFT, free // 2)
-    return max(4, min(_MOST_CONNECTIONS, (free - left) // _DESCRIPTORS_EACH))
+    free = _most_descriptors() - len(os.listdir("/dev/fd"))
+    return max(4, min(_MOST_CONNECTIONS, free // _DESCRIPTORS_EACH))
+
+
+def _most_descriptors() -> int:
+    """How many this process may use before connections must leave the rest to others."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit - min(max(limit // 16, _LEAST_LEFT), _MOST_LEFT)
 
 
 def origin_of(peer: str) -> str:

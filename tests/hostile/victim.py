@@ -37,7 +37,7 @@ from peer.processes import die_with_parent
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from talkoot.node.control import ControlClient, ControlStatus
-from trainer_client.dispatch.batches import NodeCall
+from trainer_client.dispatch.batches import Direction, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 MANIFEST_TOML = """
@@ -219,14 +219,22 @@ class HonestCaller:
         """Of the calls, those that succeeded within their deadline."""
         return 1 - self.failed / self.calls if self.calls else 0.0
 
-    async def call(self) -> bool:
-        """Whether one forward call succeeds."""
+    async def call(self, direction: Direction = "forward") -> bool:
+        """Whether one call succeeds."""
         inputs = np.ones((4, self.width), dtype=np.float32)
-        requests = [make_request(self.uids[self.calls % len(self.uids)], [4], range(4), inputs)]
+        requests = [
+            make_request(
+                self.uids[self.calls % len(self.uids)],
+                [4],
+                range(4),
+                inputs,
+                inputs if direction == "backward" else None,
+            )
+        ]
         self.calls += 1
         began = time.monotonic()
         try:
-            answers = self.caller.call(NodeCall(self.node, "forward", requests, self.deadline_s))
+            answers = self.caller.call(NodeCall(self.node, direction, requests, self.deadline_s))
             errors = [answer.error async for answer in answers]
         except ExpertError as error:
             errors = [error]

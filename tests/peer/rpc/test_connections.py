@@ -1,0 +1,52 @@
+"""Which connections a server keeps when there are too many, and how long one may stay unproven."""
+
+from callers import numbered_identities
+
+from peer.rpc.connections import Connection, ConnectionTable
+
+
+def connection(origin: str, began_at: float = 0.0, spoken: bool = False) -> Connection:
+    return Connection("unix:", origin, lambda: None, began_at, spoken)
+
+
+def test_silent_connections_make_room_for_others_and_proven_ones_stay() -> None:
+    table = ConnectionTable(16)  # four of them unproven
+    (trainer,) = numbered_identities(1)
+    proven = connection("home")
+    table.add(proven)
+    table.prove(proven, trainer.peer_id)
+    silent = [connection("here") for _ in range(4)]
+    assert [table.add(one) for one in silent] == [None] * 4
+    speaks = connection("here", spoken=True)
+    assert table.add(speaks) is silent[0]
+    assert table.add(connection("there")) is silent[1]
+    assert proven in table
+    assert speaks in table
+    assert len(table) == 5
+
+
+def test_one_caller_has_a_bounded_number_and_the_idle_one_goes() -> None:
+    table = ConnectionTable(4096)
+    (stranger,) = numbered_identities(1)
+    many = [connection("here") for _ in range(40)]
+    many[0].calls = 1
+    closed = []
+    for one in many:
+        table.add(one)
+        closed.append(table.prove(one, stranger.peer_id))
+    assert [one for one in closed if one is not None] == many[1:9]
+    assert len(table) == 32
+
+
+def test_a_connection_must_say_something_soon_and_prove_itself_later() -> None:
+    table = ConnectionTable(16)
+    silent, speaks, calls = connection("here"), connection("here", spoken=True), connection("here")
+    calls.calls = 1
+    for one in (silent, speaks, calls):
+        table.add(one)
+    assert table.overdue(4.0) == []
+    assert table.overdue(6.0) == [silent]
+    assert table.overdue(21.0) == [silent, speaks]
+    table.remove(silent)
+    table.remove(silent)
+    assert table.overdue(21.0) == [speaks]
