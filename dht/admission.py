@@ -7,7 +7,6 @@ signature are its badge. So a token admits whoever holds it, while a badge is of
 import logging
 import math
 import secrets
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +21,7 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from dht.records import SwarmKeys
+from peer import clock
 from peer.errors import ExpertError, RecordError, SettingsError
 from peer.identity import GRANT_DOMAIN, Identity, PeerID, verify
 from peer.rpc.sessions import Admitted, Right
@@ -139,7 +139,7 @@ class SwarmAdmission:
     """The rules of one swarm, as this peer applies them to callers and to records. Holds no secrets."""
 
     def __init__(
-        self, keys: SwarmKeys, denylist: Denylist | None = None, now: Callable[[], float] = time.time
+        self, keys: SwarmKeys, denylist: Denylist | None = None, now: Callable[[], float] = clock.now
     ) -> None:
         self.denylist = denylist or Denylist()
         self._keys = keys

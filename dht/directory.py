@@ -9,7 +9,6 @@ Shapes: R rows, G_d size of grid dimension d.
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,6 +21,7 @@ from dht.beam_search import PrefixIndex, Selection, default_beam_size, select_ex
 from dht.manifest import Manifest
 from dht.registry import Prefix, Registry
 from dht.uid import UID
+from peer import clock
 from peer.codec import Booleans, Floats
 from peer.errors import UnreachableError
 from peer.identity import PeerID
@@ -129,7 +129,7 @@ class Directory:
         manifest: Manifest,
         *,
         refresh_every_s: float,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
         rng: random.Random | None = None,
     ) -> None:
         self.view = View(manifest, {}, {}, 0.0)

@@ -6,13 +6,13 @@ gives it the manifest, and knows from the start who is revoked.
 """
 
 import logging
-import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from dht.admission import MAX_REVOKED, SwarmAdmission
 from dht.records import MAX_RECORD_BYTES
 from dht.registry import Registry
+from peer import clock
 from peer.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class ManifestRecord:
         data: bytes,
         expires_at: float,
         file: "RecordFile | None" = None,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
     ) -> None:
         """`file`: where the newest record is saved."""
         self.data = data
@@ -130,7 +130,7 @@ class Revocations:
         registry: Registry,
         admission: SwarmAdmission,
         file: "RecordFile | None" = None,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
     ) -> None:
         """Applies what is on disk at once. `file`: where the newest record is saved."""
         self._registry = registry

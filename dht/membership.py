@@ -5,11 +5,11 @@ import json
 import logging
 import math
 import random
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from dht.registry import Registry
+from peer import clock
 from peer.bounded import BoundedDict
 from peer.errors import AddressError, UnreachableError
 from peer.files import write_atomically
@@ -91,7 +91,7 @@ class Membership:
         peer_store: PeerStore,
         *,
         dial_every_s: float = _DIAL_EVERY_S,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
         rng: random.Random | None = None,
     ) -> None:
         self.rejoined = 0

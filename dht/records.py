@@ -12,7 +12,6 @@ Four digits hold 13 million nodes.
 
 import hashlib
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,12 +19,14 @@ from functools import lru_cache
 from google.protobuf.message import DecodeError
 
 from dht.uid import UID
+from peer import clock
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.bounded import BoundedDict
+from peer.clock import CLOCK_TOLERANCE_S
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, PeerID, peer_id_of, verify
 from peer.kademlia.hivemind import DHTID, DHTRecord, RecordValidatorBase
-from peer.kademlia.validation import CLOCK_TOLERANCE_S, unpack
+from peer.kademlia.validation import unpack
 from peer.wire import records_pb2
 
 Rule = Callable[[records_pb2.RecordPayload, PeerID], None]
@@ -106,7 +107,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
 
     def __init__(
         self,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
         rule: Rule | None = None,
         *,
         swarm_id: str | None = None,

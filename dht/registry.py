@@ -36,6 +36,7 @@ from dht.records import (
     trainer_shard_of,
 )
 from dht.uid import UID
+from peer import clock
 from peer.errors import UnreachableError, WireError
 from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import DHTID, DHTNode
@@ -81,7 +82,7 @@ class Registry:
         *,
         guard: ParseGuard | None = None,
         deadline_s: float = 15.0,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
         metrics: CollectorRegistry | None = None,
         rng: random.Random | None = None,
     ) -> None:

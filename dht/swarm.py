@@ -19,6 +19,7 @@ from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
 from dht.records import RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry
+from peer import clock
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host
 from peer.identity import Identity
@@ -213,7 +214,7 @@ class _Peer:
         self, host: Host, registry: Registry, manifest: Manifest, record: tuple[bytes, float]
     ) -> Swarm:
         """`record`: the manifest as its author signed it, and its expiry."""
-        self._store.add(host.bootstrapped_from, time.time())
+        self._store.add(host.bootstrapped_from, clock.now())
         self._admission.learn(writers_key(record[0]), manifest.admission.mode)
         return Swarm(
             host,
@@ -271,7 +272,7 @@ async def _own_manifest(
             "in it" + ("" if found is not None else f"; if that swarm has ended, remove {file.path}")
         )
     if record is None or _manifest_in(registry, record) != manifest:
-        expires_at = time.time() + LIFETIME_S
+        expires_at = clock.now() + LIFETIME_S
         record = registry.sign_manifest(manifest.to_json(), expires_at), expires_at
     try:
         await registry.republish(registry.keys.manifest, *record)

@@ -44,6 +44,7 @@ from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import SnapshotTaker, StateClient
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
+from peer import clock
 from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
 from peer.loop import LoopLag, Restarts, RetryingRounds, keep_running, tolerating
@@ -83,7 +84,7 @@ class Node:
         state: Path,
         devices: Sequence[ComputeDevice],
         timing: NodeTiming = NodeTiming(),
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
     ) -> None:
         self.swarm = swarm
         self.runtime = runtime
@@ -432,6 +433,7 @@ class Node:
             reachability=self.reachability.status.in_words,
             reachability_advice=self.reachability.advice,
             unsteady=self.restarts.unsteady,
+            clock_warning=clock.CLOCK.warning,
         )
 
     def _memory_bytes(self) -> int:

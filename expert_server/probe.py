@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
-from peer import PROTOCOL_VERSION
+from peer import PROTOCOL_VERSION, clock
 from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
@@ -143,7 +143,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):  # type: ignore[misc] 
                 )
             await self._traffic.down.take(sent)
             await self._traffic.up.take(request.reply_bytes)
-            reply = probe_pb2.ProbeReply(time=time.time(), payload=bytes(request.reply_bytes))
+            reply = probe_pb2.ProbeReply(time=clock.now(), payload=bytes(request.reply_bytes))
             try:
                 await context.write(reply)
             except asyncio.CancelledError:

@@ -1,7 +1,6 @@
 """A node's gRPC server: its services behind one port and the tunnel's exit, its health service, and who may call it."""
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from dht.swarm import Swarm
 from expert_server.probe import ProbeServicer
 from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
+from peer import clock
 from peer.errors import RecordError, StartError
 from peer.rpc.sessions import Sessions
 from peer.wire import expert_pb2, expert_pb2_grpc, probe_pb2_grpc, state_pb2_grpc
@@ -69,7 +69,7 @@ class Services:
 class AccessControl:
     """Who may call this node. `look` once in every announcement period, to keep that up to date."""
 
-    def __init__(self, swarm: Swarm, state: Path, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, swarm: Swarm, state: Path, now: Callable[[], float] = clock.now) -> None:
         """`state`: the node's state folder; a founder's holds the ledger of its invites."""
         self.sessions = Sessions(
             swarm.keys.swarm_id, swarm.host.peer_id, swarm.admission, now=now, metrics=swarm.metrics

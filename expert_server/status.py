@@ -77,6 +77,8 @@ class NodeStatus:
     reachability_advice: str = ""
     """What would let them connect directly; empty when they do."""
     unsteady: tuple[str, ...] = ()
+    clock_warning: str = ""
+    """In words, if most peers say that this machine's clock is wrong."""
     """What it does that failed and started again too often lately, such as `announce`."""
 
 

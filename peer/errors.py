@@ -7,9 +7,7 @@ TalkootError
 │   ├── StartError              T103  a peer could not start, or something could not be written
 │   │   ├── PortError           T104  nobody can listen at that address and port
 │   │   ├── StateFolderError    T105  a state folder that is in use or can't be written
-│   │   ├── DaemonError         T106  p2pd is missing, does not start or has died
-│   │   ├── ClockError          T107  this machine's clock is wrong
-│   │   └── HiddenError         T108  no peer can reach this one
+│   │   └── DaemonError         T106  p2pd is missing, does not start or has died
 │   ├── UnreachableError        T109  nobody answers at the addresses given
 │   ├── SwarmError              T110  the swarm is not what was expected: no manifest, or another one or version
 │   ├── DataError               T111  text that is missing, empty or unreadable
@@ -78,18 +76,6 @@ class DaemonError(StartError):
     """p2pd is missing, does not start or has died."""
 
     code = "T106"
-
-
-class ClockError(StartError):
-    """This machine's clock is wrong."""
-
-    code = "T107"
-
-
-class HiddenError(StartError):
-    """No peer can reach this one."""
-
-    code = "T108"
 
 
 class UnreachableError(UserError):

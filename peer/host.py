@@ -4,16 +4,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Self
 
 from prometheus_client import CollectorRegistry, Counter
 
+from peer.clock import CLOCK
 from peer.errors import DaemonError, UnreachableError, UserError
+from peer.formatting import counted
 from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import DHTNode, RecordValidatorBase
-from peer.kademlia.node import BootstrapReply, bootstrap, check_bootstrap, known_peers, start_dht, stop_dht
+from peer.kademlia.node import BootstrapReply, bootstrap, known_peers, start_dht, stop_dht
 from peer.kademlia.storage import StoreBounds, StoreMetrics
 from peer.loop import keep_running
 from peer.metrics import total
@@ -97,7 +99,7 @@ class Host:
         """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
         If there is no `bootstrap`, it may be that none of the remembered peers answers. Raises StartError when this
-        machine can't start it or its clock is wrong, and UnreachableError when no bootstrap address answers.
+        machine can't start it, and UnreachableError when no bootstrap address answers.
         """
         given = await resolved(bootstrap)
         own = (
@@ -287,12 +289,22 @@ class Host:
                 f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}; "
                 "other programs may have their ports now: ask for a new invite"
             )
-        if replies:
-            check_bootstrap(replies, self.config.serves_dht)
+        for warning in self._doubts(replies):
+            logger.warning("%s", warning)
         self.remember((*bootstrap, *remembered))
         self.bootstrapped_from = _addresses(replies)
         self._ready = True
         self._start_supervisor()
+
+    def _doubts(self, replies: Sequence[BootstrapReply]) -> Iterator[str]:
+        """What others say against this peer. They may be wrong or lie, so none of it keeps a peer from starting."""
+        if CLOCK.warning:
+            yield CLOCK.warning
+        if self.config.serves_dht and replies and not any(reply.reaches_us for reply in replies):
+            yield (
+                f"none of the {counted(len(replies), 'peer')} asked can reach this one: open its DHT port to the "
+                "others, or pass the address by which they reach this machine as --host"
+            )
 
     async def _start_daemon(self) -> None:
         """Starts p2pd, on the port it had before, and a DHT node that knows nobody. Raises DaemonError."""

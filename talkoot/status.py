@@ -19,6 +19,7 @@ from dht.directory import Directory, View
 from dht.invites import Invite, invite_of
 from dht.swarm import Stage, Swarm, join_swarm
 from dht.uid import UID
+from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import age_in_words, counted
 from peer.identity import Identity, PeerID
@@ -76,7 +77,7 @@ class SwarmReader:
         *,
         list_every_s: float = 0.0,
         most_nodes: int = 65536,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
     ) -> None:
         """`list_every_s`: how often it lists all nodes. Those that host experts are found by each reading."""
         self._swarm = swarm

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -12,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from dht.announcements import MAX_LATENCIES, Latency
 from dht.invites import Invite
 from dht.swarm import Swarm
-from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer import PROTOCOL_VERSION, SOFTWARE_VERSION, clock
 from peer.errors import UnreachableError
 from peer.metrics import MetricsServer, total
 from peer.transport.addresses import default_listen_address
@@ -77,7 +76,7 @@ class TrainerAnnouncer:
         invite: Invite,
         settings: TrainerSettings,
         dispatcher: Dispatcher,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
     ) -> None:
         """For a running loop. Raises PortError when the port of the metrics is taken."""
         self._registry = swarm.registry

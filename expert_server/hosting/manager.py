@@ -29,6 +29,7 @@ from expert_server.hosting.placement import (
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
 from expert_server.state.servicer import MAX_UIDS_IN_ASK
+from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
@@ -139,7 +140,7 @@ class HostingManager:
         settings: NodeSettings,
         swarm: Swarm,
         replicas: LocalReplicas,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
         exchange_every_s: float = _EXCHANGE_EVERY_S,
         metrics: CollectorRegistry | None = None,
     ) -> None:

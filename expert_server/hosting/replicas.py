@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from expert_server.hosting.placement import lost_claims, state_sources
 from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import Checkpoints
 from expert_server.state.transfer import StateClient
+from peer import clock
 from peer.averaging import AveragingHistory, max_plausible_updates
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.formatting import counted
@@ -59,7 +59,7 @@ class LocalReplicas:
         *,
         lifetime_s: float,
         claim_wait_s: float = CLAIM_WAIT_S,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
     ) -> None:
         """`lifetime_s`: of announcements."""
         self.runtime = runtime

@@ -8,6 +8,7 @@ tests/peer/kademlia/test_hivemind_contract.py lists every private name that we u
 import logging
 import os
 
+from hivemind.dht import node, protocol, routing
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID, RoutingTable
@@ -16,6 +17,8 @@ from hivemind.p2p import P2PContext
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer, timed_storage
 from hivemind.utils.logging import use_hivemind_log_handler
+
+from peer import clock
 
 __all__ = [
     "DHTID",
@@ -30,6 +33,10 @@ __all__ = [
     "quiet_hivemind",
     "timed_storage",
 ]
+
+
+for _module in (node, protocol, routing, timed_storage):
+    _module.get_dht_time = clock.now  # as all other code, it must not jump when this machine's clock is set
 
 
 def quiet_hivemind() -> None:

@@ -5,7 +5,7 @@ the PeerID, whatever is claimed. hivemind bounds neither what one message asks f
 under way, nor what it stores. It stops storing a dictionary at its first outdated entry, and lets a value that was
 stored as cached hide the rest of its key.
 
-To join, a peer dials others, they dial back, and both compare their clocks.
+To join, a peer dials others, they dial back, and it compares their clocks with its own.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from peer.errors import ClockError, HiddenError, WireError
-from peer.formatting import counted
+from peer.clock import CLOCK
+from peer.errors import WireError
 from peer.identity import PeerID
 from peer.kademlia.hivemind import (
     DHTID,
@@ -33,7 +33,6 @@ from peer.kademlia.lookups import Lookups, Row, store
 from peer.kademlia.search import NEIGHBOURS
 from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics
 from peer.kademlia.validation import (
-    CLOCK_TOLERANCE_S,
     MAX_ANSWER_BYTES,
     MAX_FIND_KEYS,
     MAX_ITEMS,
@@ -74,8 +73,6 @@ class BootstrapReply:
     """What a peer answered when this peer joined by it."""
 
     addresses: tuple[Multiaddress, ...]
-    clock_offset_s: float
-    """How far its clock is ahead of ours, corrected by half the round trip."""
     reaches_us: bool
     """Whether it could dial back."""
 
@@ -171,32 +168,13 @@ async def _greet(
         await daemon.connect(peer_id, addresses, deadline_s)
     except TRANSPORT_ERRORS:
         return None
-    asked_at = time.time()
+    asked_at = time.monotonic()
     answer = await ping(dht.protocol, peer_id, deadline_s, validate=True)
-    took_s = time.time() - asked_at
     if answer is None:
         return None
+    CLOCK.note(peer_id.to_base58(), answer.dht_time + (time.monotonic() - asked_at) / 2)
     dht.blacklist.register_success(peer_id)  # it may be listed from before it restarted
-    offset_s = answer.dht_time - asked_at - took_s / 2
-    return BootstrapReply(tuple(addresses), offset_s, answer.available)
-
-
-def check_bootstrap(replies: Collection[BootstrapReply], serves_dht: bool) -> None:
-    """Raises ClockError if this clock differs from most others, HiddenError if nobody can reach this peer."""
-    offsets = (reply.clock_offset_s for reply in replies)
-    by_size = sorted((math.inf if math.isnan(offset) else offset for offset in offsets), key=abs)
-    offset_s = by_size[(len(by_size) - 1) // 2]
-    if abs(offset_s) > CLOCK_TOLERANCE_S:
-        side = "behind" if offset_s > 0 else "ahead of"
-        raise ClockError(
-            f"this machine's clock is {abs(offset_s):.0f} s {side} those of most of the "
-            f"{counted(len(by_size), 'peer')} asked: set it right, at most {CLOCK_TOLERANCE_S:.0f} s are tolerated"
-        )
-    if serves_dht and not any(reply.reaches_us for reply in replies):
-        raise HiddenError(
-            f"none of the {counted(len(replies), 'peer')} asked can reach this one: open its DHT port to the others, "
-            "or pass the address by which they reach this machine as --host"
-        )
+    return BootstrapReply(tuple(addresses), answer.available)
 
 
 class BoundedDHTHandlers:

@@ -28,8 +28,6 @@ from peer.kademlia.hivemind import (
 )
 from peer.transport.p2pd import MAX_MESSAGE_BYTES
 
-CLOCK_TOLERANCE_S = 3.0
-"""hivemind's own bound. With larger differences, records are rejected, or expire too early for some peers."""
 MAX_ENTRIES = 512
 """Under one key. A shard of nodes is full at 192."""
 MAX_KEY_BYTES = 96 * 2**10

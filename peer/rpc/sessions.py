@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from peer import PROTOCOL_VERSION
+from peer import PROTOCOL_VERSION, clock
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError
 from peer.formatting import printable
@@ -157,7 +157,7 @@ class Sessions:
         *,
         limit: int = 8192,
         lifetime_s: float = 3600.0,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
         clock: Callable[[], float] = time.monotonic,
         metrics: CollectorRegistry | None = None,
     ) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from dht.announcements import NodeInfo, TrainerInfo
 from dht.invites import Invite
 from dht.swarm import Swarm, join_swarm
+from peer import clock
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.identity import Identity
 from peer.loop import Restarts, TaskSet, keep_running
@@ -70,7 +70,7 @@ class Watcher:
         kept: Picture | None,
         *,
         metrics: CollectorRegistry | None = None,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
     ) -> None:
         """`kept`: the last picture of an earlier run."""
         self.picture = kept

@@ -35,6 +35,7 @@ from expert_server.probe import DialledBack, Link, call_dial_back, call_probe
 from expert_server.resources import usable_cores, within_memory
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer.clock import CLOCK
 from peer.errors import PortError, SettingsError, UnreachableError, UserError
 from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
@@ -268,7 +269,12 @@ async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> l
 
 
 def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
-    """Judges by the median of the peers' answers, so that a single lie has no effect."""
+    """Judges by the median of the peers' answers, so that a single lie has no effect.
+
+    Without any, what DHT peers said when this one joined must do: a wrong clock finds no nodes to ask.
+    """
+    if not links and CLOCK.warning:
+        return Finding(name="clock", verdict=Verdict.PROBLEM, says="it is wrong", fix=CLOCK.warning)
     if not links:
         return _skipped("clock", nobody)
     offset_s = statistics.median(link.clock_offset_s for link in links)

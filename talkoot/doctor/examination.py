@@ -20,7 +20,7 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from expert_server.settings import NodeSettings
-from peer.errors import ClockError, DataError, StartError, UserError
+from peer.errors import DataError, StartError, UserError
 from peer.files import StateFolder, write_atomically
 from peer.formatting import age_in_words
 from peer.host import Host
@@ -40,6 +40,7 @@ from talkoot.doctor.checks import (
     check_software,
     check_speed,
     check_state,
+    judge_clock,
 )
 from talkoot.node.control import node_folder
 from talkoot.node.launch import Origin, listen_address
@@ -218,13 +219,11 @@ class Check:
             # stores no DHT records, since it leaves again at once
             config = NetworkConfig(self._host, serves_dht=False)
             swarm = await join_swarm(identity, invite, config, stage=stage)
-        except ClockError as error:
-            self._note("clock", Verdict.PROBLEM, "it is wrong", fix=str(error))
-            self._skip("the clock is wrong", "swarm", "bandwidth", "reachability")
-            return None
         except UserError as error:
             self._note("swarm", Verdict.PROBLEM, "it can't be joined", fix=str(error))
-            self._skip("the swarm can't be joined", "clock", "bandwidth", "reachability")
+            why = "the swarm can't be joined"
+            self._findings.append(judge_clock([], why))
+            self._skip(why, "bandwidth", "reachability")
             return None
         try:
             self._note_joined(swarm, time.monotonic() - began)

@@ -92,8 +92,8 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
         f"{status.peers:,} known by the DHT   {counted(status.updates, 'update', ',')} since the start",
     )
     grid.add_row("all runs", _so_far(status))
-    if status.unsteady:
-        grid.add_row("trouble", Text(_trouble(status), style="red"))
+    if trouble := _trouble(status):
+        grid.add_row("trouble", Text(textwrap.shorten(trouble, _WORDS, placeholder="…"), style="red"))
     return Panel(grid, title=Text(f"talkoot node in {swarm}"), title_align="left", width=WIDTH)
 
 
@@ -115,8 +115,8 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield counted(status.peers, "DHT peer")
     yield f"reached: {_reached(status)}"
     yield f"in all runs {_so_far(status)}"
-    if status.unsteady:
-        yield _trouble(status)
+    if trouble := _trouble(status):
+        yield trouble
 
 
 def _moved(status: NodeStatus) -> str:
@@ -152,7 +152,9 @@ def _so_far(status: NodeStatus) -> str:
 
 
 def _trouble(status: NodeStatus) -> str:
-    return f"fails again and again: {', '.join(status.unsteady)}; see `talkoot logs`"
+    if status.unsteady:
+        return f"fails again and again: {', '.join(status.unsteady)}; see `talkoot logs`"
+    return status.clock_warning
 
 
 def _bar(value: float, most: float, words: str) -> Table:

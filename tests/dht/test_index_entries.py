@@ -11,9 +11,10 @@ from dht.records import (
     SwarmKeys,
     shards_of,
 )
+from peer.clock import CLOCK_TOLERANCE_S
 from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import MSGPackSerializer
-from peer.kademlia.validation import CLOCK_TOLERANCE_S, Entries, Entry, pack_entries
+from peer.kademlia.validation import Entries, Entry, pack_entries
 
 __all__ = ["keys"]
 

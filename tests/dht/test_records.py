@@ -23,10 +23,10 @@ from dht.records import (
     sign_record,
 )
 from dht.uid import UID
+from peer.clock import CLOCK_TOLERANCE_S
 from peer.errors import RecordError, WireError
 from peer.identity import Identity, PeerID, verify
 from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer
-from peer.kademlia.validation import CLOCK_TOLERANCE_S
 from peer.wire import admission_pb2, records_pb2
 
 __all__ = ["keys"]

@@ -47,6 +47,7 @@ ALSO_IMPORT = {
 }
 
 IMPORTED = {
+    "hivemind.dht": {"node", "protocol", "routing"},
     "hivemind.dht.node": {"DHTNode"},
     "hivemind.dht.protocol": {"DHTProtocol"},
     "hivemind.dht.routing": {"DHTID", "RoutingTable"},
@@ -232,7 +233,7 @@ MESSAGES = {
 """Fields that we fill in or read."""
 
 PATCHED_BY_NAME = {
-    # the clocks and identities of benchmarks.simulated_p2p
+    # `peer.clock` in place of the machine's, and the clocks and identities of benchmarks.simulated_p2p
     "hivemind.dht.node.get_dht_time",
     "hivemind.dht.protocol.PeerID",
     "hivemind.dht.protocol.get_dht_time",

@@ -18,7 +18,8 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from expert_server.settings import NodeSettings
-from peer.errors import ClockError, UserError
+from peer.clock import SwarmClock
+from peer.errors import UserError
 from peer.files import StateFolder
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -128,12 +129,11 @@ def test_missing_p2pd_is_named(doctor: Doctor, invite: Invite, monkeypatch: pyte
 
 
 def test_clock_that_is_off_is_named(doctor: Doctor, invite: Invite, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def join(*_: object, **__: object) -> None:
-        raise ClockError("this machine's clock is 60 s behind those of most of the 3 peers asked")
-
-    monkeypatch.setattr(examination, "join_swarm", join)
+    clock = SwarmClock(lambda: 1000.0, lambda: 0.0)
+    clock.note("a peer", 1060.0)
+    monkeypatch.setattr(checks, "CLOCK", clock)
     found = doctor(invite=invite)
-    assert problems(found) == {"clock"}
+    assert problems(found) == {"clock", "swarm"}
     assert "60 s behind" in found["clock"].fix
 
 

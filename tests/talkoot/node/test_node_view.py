@@ -61,6 +61,7 @@ statuses = st.builds(
         "pause_reason": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
         "reachability": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
         "reachability_advice": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
+        "clock_warning": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
         "unsteady": st.lists(st.text("abc ", max_size=40), max_size=5).map(tuple),
         "upload_mbit": st.none() | st.floats(0.01, 1e6),
         "download_mbit": st.none() | st.floats(0.01, 1e6),

@@ -1,0 +1,94 @@
+"""The time by which records expire. It does not jump when somebody sets this machine's clock.
+
+All peers of a swarm compare expiry times with their own clocks. A clock that is set by an hour, even for a moment,
+would end whatever was stored, or keep it for an hour. So a process goes on with the time that it had. It adopts a new
+setting when most peers that it asked agree with that one, or when nobody could be asked for a while. Peers can only
+choose between what this machine's clock said before and says now, so liars gain nothing by the time that they tell.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from peer.bounded import BoundedDict
+from peer.formatting import counted
+
+logger = logging.getLogger(__name__)
+
+CLOCK_TOLERANCE_S = 3.0
+"""By how much the clocks of two peers may differ: otherwise records are refused, or expire too early for some."""
+_STEP_S = 1.0
+"""A clock that moves by more at once was set, and not only corrected."""
+_ALONE_S = 600.0
+"""How long a peer that could ask nobody goes on with the time it had."""
+_REMEMBERED = 64
+
+
+class SwarmClock:
+    """One machine's clock, and what other peers' clocks said. The clocks that it reads are passed in."""
+
+    def __init__(self, wall: Callable[[], float], steady: Callable[[], float]) -> None:
+        """`wall`: Unix time, which may be set at any moment. `steady`: seconds since any moment, which can't be set."""
+        self._wall = wall
+        self._steady = steady
+        self._offset = wall() - steady()
+        """Of the time that is used, against the steady clock. So are the others."""
+        self._others = BoundedDict[str, float](_REMEMBERED)
+        self._set_at: float | None = None
+        """When the clock was set to what is not used, by the steady clock."""
+
+    def now(self) -> float:
+        """Unix time in seconds."""
+        steady, wall = self._steady(), self._wall()
+        offset = wall - steady
+        if abs(offset - self._offset) <= _STEP_S:
+            self._offset, self._set_at = offset, None
+        else:
+            self._judge(offset, steady)
+        return steady + self._offset
+
+    def note(self, peer: str, its_time: float) -> None:
+        """Remembers what another peer's clock says now."""
+        if math.isfinite(its_time):
+            self._others[peer] = its_time - self._steady()
+
+    @property
+    def error_s(self) -> float:
+        """How far this machine's clock is ahead of those of most peers asked; 0 if nobody was asked."""
+        own = self._wall() - self._steady()
+        errors = sorted((0.0, *(own - other for other in self._others.values())), key=abs)
+        return errors[len(errors) // 2]
+
+    @property
+    def warning(self) -> str:
+        """In words, if this machine's clock is wrong by what most peers say; else empty."""
+        error_s = self.error_s
+        if abs(error_s) <= CLOCK_TOLERANCE_S:
+            return ""
+        side = "ahead of" if error_s > 0 else "behind"
+        return (
+            f"this machine's clock is {abs(error_s):.0f} s {side} those of most of the "
+            f"{counted(len(self._others), 'peer')} asked: set it right, or others take what this machine says for "
+            "outdated"
+        )
+
+    def _judge(self, offset: float, steady: float) -> None:
+        """Adopts what the clock was set to if most peers side with it, or after a while if there are none."""
+        if self._set_at is None:
+            self._set_at = steady
+            logger.warning("this machine's clock was set by %+.0f s", offset - self._offset)
+        others = list(self._others.values())
+        siding = sum(abs(other - offset) < abs(other - self._offset) for other in others)
+        if siding > len(others) / 2 or (not others and steady > self._set_at + _ALONE_S):
+            self._offset, self._set_at = offset, None
+
+
+def _seconds_since_boot() -> float:
+    """Unlike `time.monotonic`, it goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+CLOCK = SwarmClock(time.time, _seconds_since_boot)
+"""Of this process: there is one clock to read."""
+now = CLOCK.now

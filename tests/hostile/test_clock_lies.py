@@ -1,0 +1,112 @@
+"""Strangers lie about the time and about who is reached, and the machine's own clock is set: no node stops for it."""
+
+import asyncio
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from callers import numbered_identities
+from real_swarm import LOCAL, MANIFEST, Play, Village, eventually, playing
+from stranger import Stranger
+from victim import founder, honest_caller
+
+from dht.invites import Invite
+from dht.manifest import Manifest
+from dht.swarm import Swarm, join_swarm
+from peer import clock
+from peer.bounded import BoundedDict
+from peer.errors import UnreachableError
+from peer.kademlia.hivemind import dht_pb2
+from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+HOUR_S = 3600.0
+STEPS = ("+3600", "-3600")
+
+
+@pytest.fixture
+def play(loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
+    monkeypatch.setattr(clock.CLOCK, "_others", BoundedDict(8))  # this process goes on with the right ones
+    return playing(loop, numbered_identities(3), tmp_path)
+
+
+def test_a_node_starts_whatever_two_of_three_peers_say(
+    play: Play, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=1)
+        invite = await node.swarm.invite()
+
+        async def lie(request: Any, context: Any) -> Any:
+            return dht_pb2.PingResponse(
+                peer=liar.protocol.node_info, dht_time=time.time() + HOUR_S, available=False
+            )
+
+        async with contextlib.AsyncExitStack() as stack:
+            addresses = list(invite.bootstrap)
+            for _ in range(2):
+                liar = await stack.enter_async_context(Stranger.joined(invite))
+                await liar.answer(ping=lie)
+                addresses += await liar.swarm.host.bootstrap_addresses()
+            # the honest one is not among those that a restarting node happens to ask
+            for asked in (addresses, addresses[len(invite.bootstrap) :]):
+                caplog.clear()
+                swarm = await join_swarm(
+                    village.identities[1], Invite(invite.keys, tuple(asked)), NetworkConfig(LOCAL)
+                )
+                stack.push_async_callback(swarm.stop)
+                assert swarm.manifest == MANIFEST
+                assert "clock is 3600 s behind those of most of the" in caplog.text
+                await swarm.stop()
+        assert "none of the 2 peers asked can reach this one" in caplog.text
+
+    play(scenario)
+
+
+@pytest.mark.skipif(not FAKETIME.exists(), reason="needs the Debian package faketime")
+def test_a_node_survives_when_its_machines_clock_is_set(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_by = tmp_path / "clock"
+    set_by.write_text("+0\n")
+    for name, value in {
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(set_by),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    async def scenario(invite: Invite, manifest: Manifest) -> None:
+        async with Stranger.joined(invite, serves_dht=False) as observer:
+            info = await observer.node(invite.keys.author)
+            async with honest_caller(info, observer.keys.swarm_id, manifest) as caller:
+                for step in STEPS:
+                    await asyncio.to_thread(set_by.write_text, f"{step}\n")
+                    await caller.call_for(3.0, pause_s=0.2)
+                    await asyncio.to_thread(set_by.write_text, "+0\n")
+                    await eventually(lambda: is_announced(observer.swarm, manifest))
+                assert caller.share >= 0.95, caller.last_error
+
+    with founder(tmp_path, announce_every_s=1.0) as node:
+        manifest = Manifest.from_toml(tmp_path / "swarm.toml")
+        node.until(lambda: node.status().experts == 4, "its experts")
+        loop.run(scenario(node.invite, manifest), 120)
+        log = "\n".join(node.log_lines)
+        assert all(f"clock was set by {step} s" in log for step in STEPS)
+        assert node.alive
+
+
+async def is_announced(swarm: Swarm, manifest: Manifest) -> bool:
+    """Whether all experts were announced within the last seconds."""
+    try:
+        found = await swarm.registry.replicas(manifest.uids())
+    except UnreachableError:
+        return False
+    now = time.time()
+    return all(hosts and all(now < r.expires_at < now + 60 for r in hosts) for hosts in found.values())

@@ -1,0 +1,106 @@
+"""The clock that records go by: it does not jump, and others only choose between what this machine's own clock said."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peer.clock import SwarmClock
+
+HOUR_S = 3600.0
+NOON = 1_700_000_000.0
+
+
+class Machine:
+    """Its clock is what it should be, plus `set_by`."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+        self.set_by = 0.0
+        self.clock = SwarmClock(lambda: self.right + self.set_by, lambda: 50_000.0 + self.passed)
+
+    @property
+    def right(self) -> float:
+        return NOON + self.passed
+
+    def asked(self, *errors: float) -> None:
+        """Peers answer; each one's clock is wrong by so much."""
+        for number, error in enumerate(errors):
+            self.clock.note(f"peer {number}", self.right + error)
+
+
+@pytest.mark.parametrize("step_s", [HOUR_S, -HOUR_S])
+@pytest.mark.parametrize("peers", [0, 1, 5])
+def test_a_clock_that_is_set_for_a_while_changes_nothing(step_s: float, peers: int) -> None:
+    machine = Machine()
+    machine.asked(*[0.1] * peers)
+    for set_by in (0.0, step_s, 0.0):
+        machine.set_by = set_by
+        for _ in range(50):
+            machine.passed += 10.0
+            assert machine.clock.now() == pytest.approx(machine.right)
+    assert not machine.clock.warning
+
+
+def test_a_wrong_clock_that_is_set_right_is_followed_at_once_where_peers_agree() -> None:
+    machine = Machine()
+    machine.set_by = -HOUR_S
+    machine.clock = SwarmClock(lambda: machine.right + machine.set_by, lambda: machine.passed)
+    machine.asked(0.0, 0.2, -0.1)
+    assert machine.clock.now() == pytest.approx(machine.right - HOUR_S)
+    assert "clock is 3600 s behind those of most of the 3 peers asked" in machine.clock.warning
+    machine.set_by = 0.0
+    assert machine.clock.now() == pytest.approx(machine.right)
+    assert not machine.clock.warning
+
+
+def test_a_machine_alone_follows_its_clock_after_ten_minutes() -> None:
+    machine = Machine()
+    machine.set_by = HOUR_S
+    assert machine.clock.now() == machine.right
+    machine.passed += 601.0
+    assert machine.clock.now() == machine.right + HOUR_S
+
+
+def test_small_corrections_are_followed() -> None:
+    machine = Machine()
+    for _ in range(100):
+        machine.passed += 1.0
+        machine.set_by += 0.5
+        assert machine.clock.now() == pytest.approx(machine.right + machine.set_by)
+
+
+@given(st.lists(st.floats(), max_size=80), st.lists(st.sampled_from([0.0, HOUR_S, -HOUR_S]), max_size=20))
+def test_liars_never_move_the_time_to_what_this_machine_did_not_say(
+    lies: list[float], steps: list[float]
+) -> None:
+    machine = Machine()
+    machine.asked(*lies)
+    said = {0.0}
+    for machine.set_by in steps:
+        machine.passed += 1.0
+        said.add(machine.set_by)
+        assert any(abs(machine.clock.now() - machine.right - step) < 1e-3 for step in said)
+        assert math.isfinite(machine.clock.error_s)
+
+
+@given(
+    st.lists(st.floats(-2.9, 2.9), min_size=1, max_size=9),
+    st.lists(st.floats(min_value=4.0, allow_nan=False) | st.floats(max_value=-4.0), max_size=9),
+)
+def test_it_takes_more_liars_than_honest_peers_to_cause_a_warning(
+    honest: list[float], liars: list[float]
+) -> None:
+    machine = Machine()
+    machine.asked(*honest, *liars[: len(honest)])
+    assert not machine.clock.warning
+
+
+@pytest.mark.parametrize(("error_s", "words"), [(12.4, "12 s behind"), (-7.0, "7 s ahead of")])
+def test_the_warning_says_which_way_the_clock_is_off(error_s: float, words: str) -> None:
+    machine = Machine()
+    machine.asked(error_s)
+    assert words in machine.clock.warning
+    machine.asked(math.nan)
+    assert words in machine.clock.warning
