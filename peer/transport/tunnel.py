@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import tempfile
+import time
 from collections import Counter as Multiset
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.processes import private_socket_folder
+from peer.rates import TokenBuckets
 from peer.transport.addresses import Multiaddress, is_circuit
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class TunnelLimits:
     """Open at the same time, counted separately for those that others opened and those that this peer opened."""
     streams_of_peer: int = 16
     """Open at the same time from one other peer."""
+    opened_per_s: float = 2.0
+    """By one other peer, once it has opened as many as it may have open."""
     idle_s: float = 600.0
     """A stream that is idle for this long is closed; gRPC opens another one when it needs it."""
 
@@ -81,6 +85,7 @@ class Tunnels:
         self._listeners = BoundedDict[PeerID, _Listener](limits.streams)  # least recently used first
         self._exit: OpenExit | None = None
         self._incoming: Multiset[PeerID] = Multiset()
+        self._opening = TokenBuckets[PeerID](limits.opened_per_s, limits.streams_of_peer)
         self._tasks = TaskSet()
         self.streams.set_function(lambda: len(self._tasks))
 
@@ -143,10 +148,13 @@ class Tunnels:
     async def _accept(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Handles a stream that another peer opened; hivemind calls it."""
         caller: PeerID = info.peer_id
-        if self._exit is None or not self._has_room(caller):
+        now = time.monotonic()
+        is_hasty = self._opening.wait_s(caller, now) > 0
+        if self._exit is None or is_hasty or not self._has_room(caller):
             self.opened.labels("refused").inc()
             writer.close()
             return
+        self._opening.take(caller, 1, now)
         self.last_relayed = is_circuit(info.addr.to_bytes())
         self.opened.labels("relayed" if self.last_relayed else "punched").inc()
         self._incoming[caller] += 1

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -294,3 +295,33 @@ def test_a_p2pd_that_dies_while_a_tunnel_opens_stops_nobody(
 
     loop.run(scenario())
     assert "the tunnel is served when the libp2p daemon runs again: p2pd has gone" in caplog.text
+
+
+def test_a_peer_that_opens_stream_after_stream_is_refused_and_others_are_not(
+    loop: LoopThread, identities: list[Identity]
+) -> None:
+    async def scenario() -> None:
+        async def open_stream(*arguments: Any) -> Any:
+            raise UnreachableError("not asked")
+
+        async def open_exit(caller: PeerID) -> Any:
+            raise OSError("it ends at once")
+
+        tunnels = Tunnels(open_stream, TunnelLimits(streams_of_peer=4, opened_per_s=0.001))
+        tunnels.set_exit(open_exit, 8)
+
+        async def accept(caller: Identity) -> None:
+            here, there = socket.socketpair()
+            with there:
+                reader, writer = await asyncio.open_unix_connection(sock=here)
+                info = SimpleNamespace(peer_id=caller.peer_id, addr=SimpleNamespace(to_bytes=bytes))
+                await tunnels._accept(info, reader, writer)
+
+        for _ in range(9):
+            await accept(identities[0])
+        assert total(tunnels.opened, way="refused") == 4
+        await accept(identities[1])
+        assert total(tunnels.opened, way="refused") == 4
+        await tunnels.close()
+
+    loop.run(scenario(), 60)
