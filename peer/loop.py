@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
@@ -233,6 +233,26 @@ class TaskSet:
                 self._restarts.note(task.get_name())
             context = {"message": f"could not {task.get_name()}", "exception": error, "task": task}
             task.get_loop().call_exception_handler(context)
+
+
+async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) -> None:
+    """Runs them in their order, so many at the same time: one that waits for a slow peer does not hold the others up.
+
+    Raises the first exception of any, and ends the others.
+    """
+    queue = iter(works)
+
+    async def take_turns() -> None:
+        for work in queue:
+            await work
+
+    tasks = [asyncio.create_task(take_turns()) for _ in range(most)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def keep_running(

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -27,7 +27,7 @@ from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker
 from peer.averaging import MAX_UPDATE_COUNT, interpolate, partner_weight
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.identity import PeerID
-from peer.loop import Restarts, keep_running, tolerating
+from peer.loop import Restarts, keep_running, side_by_side, tolerating
 from peer.wire import state_pb2
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _LAST_AVERAGING_S = 5.0
 """Longest that a node which gives its experts up averages them a last time."""
 _MAX_HINTS = 256
 """Experts that others may ask this node to fetch, at one time."""
-_FOLLOWERS = 4
+_AT_ONCE = 4
 """Hints of one kind that are followed at the same time, and averages that are begun."""
 
 Adopt: TypeAlias = Callable[[PeerID, Collection[UID]], Coroutine[Any, Any, None]]
@@ -93,7 +93,7 @@ class ReplicaAveraging:
         try:
             async with asyncio.TaskGroup() as group:
                 average = self._average_now_and_then
-                for kind in _FOLLOWERS * [*self._hinted]:
+                for kind in _AT_ONCE * [*self._hinted]:
                     follow = partial(self._follow_hints, kind)
                     group.create_task(keep_running("follow others' hints", follow, self._restarts))
                 if self._every_s:
@@ -106,11 +106,12 @@ class ReplicaAveraging:
         replicas = await self._swarm.registry.replicas(self._replicas.experts)
         partners = choose_partners(replicas, self._swarm.host.peer_id, self._rng)
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
-        await self._attempt_all(
-            self.meet(replica.uid, nodes[replica.peer_id])
+        meetings = (
+            self._attempt(self.meet(replica.uid, nodes[replica.peer_id]))
             for replica in partners
             if replica.peer_id in nodes and not self._is_idle(replica)
         )
+        await side_by_side(meetings, _AT_ONCE)
 
     async def average_before_leaving(self, limit_s: float) -> None:
         """Averages the experts a last time before they are given up, so that none of this node's updates is lost.
@@ -137,11 +138,12 @@ class ReplicaAveraging:
         me = self._swarm.host.peer_id
         partners = [self._rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
-        await self._attempt_all(
-            self._average_last_with(replica.uid, nodes[replica.peer_id])
+        meetings = (
+            self._attempt(self._average_last_with(replica.uid, nodes[replica.peer_id]))
             for replica in partners
             if replica.peer_id in nodes and not self._is_idle(replica)
         )
+        await side_by_side(meetings, _AT_ONCE)
 
     async def _average_last_with(self, uid: UID, node: NodeInfo) -> None:
         given = await self.meet(uid, node)
@@ -228,18 +230,6 @@ class ReplicaAveraging:
             nodes = await self._swarm.registry.nodes([hint.peer_id])
             if hint.peer_id in nodes:
                 await self._answer(hint, nodes[hint.peer_id])
-
-    async def _attempt_all(self, works: Iterable[Coroutine[Any, Any, Any]]) -> None:
-        """A few at the same time, so that one peer that is slow does not hold all others up."""
-        queue = iter(works)
-
-        async def take_turns() -> None:
-            for work in queue:
-                await self._attempt(work)
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(_FOLLOWERS):
-                group.create_task(take_turns())
 
     async def _attempt(self, work: Coroutine[Any, Any, Any]) -> None:
         try:

@@ -24,6 +24,7 @@ from peer.averaging import AveragingHistory, max_plausible_updates
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
+from peer.loop import side_by_side
 from peer.metrics import total
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ _QUEUE_S = 2.0
 """Longest that a node which gives its experts up waits for the work in its queue."""
 _WITHDRAW_S = 2.0
 """Longest that it tries to withdraw its announcements."""
+_FETCHES = 3
+"""States that are fetched at the same time: one that comes slowly must not hold up the others."""
 _SAVE_S = 10.0
 """Longest that saving given-up experts may take."""
 
@@ -243,19 +246,25 @@ class LocalReplicas:
         saved: Mapping[UID, int],
         most_updates: int,
     ) -> list[UID]:
-        """Serves the experts one by one. Building and fetching take long: meanwhile the claims must not expire."""
+        """Serves each expert as soon as it is ready. That takes long: meanwhile the claims must not expire."""
         taken: list[UID] = []
         failed: list[UID] = []
         unreachable: set[PeerID] = set()
         renewing = asyncio.create_task(self._keep_claimed(claims, taken, failed), name="keep claimed")
+
+        async def serve(uid: UID) -> None:
+            if uid not in built:
+                built[uid] = await self._build(uid, built.values())
+            is_ready = await self._restore(
+                built[uid], replicas[uid], saved.get(uid), most_updates, unreachable
+            )
+            expert = built.pop(uid)
+            if is_ready:
+                self.runtime.add(expert)
+            (taken if is_ready else failed).append(uid)
+
         try:
-            for uid in claims:
-                expert = built.pop(uid, None) or await self._build(uid, built.values())
-                if await self._restore(expert, replicas[uid], saved.get(uid), most_updates, unreachable):
-                    self.runtime.add(expert)
-                    taken.append(uid)
-                else:
-                    failed.append(uid)
+            await side_by_side(map(serve, claims), _FETCHES)
         finally:
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)

@@ -17,11 +17,14 @@ from expert_server.hosting.placement import plausible_updates, single_hosted
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
 from peer.errors import StateError, TransferError, UnreachableError
+from peer.loop import side_by_side
 
 logger = logging.getLogger(__name__)
 
 MAX_STANDBYS = 32
 """Copies in all, and experts copied each time."""
+_FETCHES = 3
+"""Copies that are fetched at the same time, so that one that comes slowly does not hold up the others."""
 _MOVED = 1.01
 """A copy is renewed when its host has taken so many times its updates,"""
 _OLD_ROUNDS = 6
@@ -96,16 +99,18 @@ class StandbyCopies:
         new = [replica for replica in stale if replica.uid not in saved][: max(room, 0)]
         some = [r for r in stale if r.uid in saved or r in new][: self._limit]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
-        for replica in some:
-            if self._replicas.leaving:
+
+        async def copy(replica: Replica) -> None:
+            if replica.peer_id not in nodes or self._replicas.leaving:
                 return
-            if replica.peer_id in nodes:
-                try:
-                    await self._fetch(nodes[replica.peer_id], replica.uid, most[replica.uid])
-                    self.copied.inc()
-                    self._copied_at[replica.uid] = self._clock()
-                except (TransferError, StateError, OSError) as error:
-                    logger.info("no copy of expert %s: %s", replica.uid, error)
+            try:
+                await self._fetch(nodes[replica.peer_id], replica.uid, most[replica.uid])
+                self.copied.inc()
+                self._copied_at[replica.uid] = self._clock()
+            except (TransferError, StateError, OSError) as error:
+                logger.info("no copy of expert %s: %s", replica.uid, error)
+
+        await side_by_side(map(copy, some), _FETCHES)
 
     async def _fetch(self, node: NodeInfo, uid: UID, most: int) -> None:
         """Counts `most` updates at most. Raises TransferError, StateError or OSError."""

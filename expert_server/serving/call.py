@@ -370,7 +370,7 @@ class RequestStream:
         try:
             async with asyncio.timeout(self._pace.limit_s(expected)):
                 request = await self._messages.next()
-        except TimeoutError:
+        except (TimeoutError, ExpertError):  # the server itself waits for no message for ever
             raise TimeoutError(_STALLED) from None
         if request is not None:
             self._pace.note(len(request.chunk), time.monotonic() - began)
