@@ -5,12 +5,15 @@ schedule that follows from the seed kills with SIGKILL, stops politely, freezes 
 and kills the founder.
 
     python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick | --at-once | --only PART]
+        [--hostile]
 
+With `--hostile`, strangers of several kinds attack the chaos part meanwhile (tests/hostile/siege.py).
 With `--only`, the other part is taken from the JSON file, if it is there.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import tempfile
@@ -27,6 +30,7 @@ from benchmarks.chaos.accounts import losses
 from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.report import plot, show, verdicts
 from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
+from benchmarks.chaos.strangers import besieging
 from benchmarks.chaos.swarm import ChaosSwarm, until
 from benchmarks.chaos.watching import Watcher
 from peer.kademlia.hivemind import quiet_hivemind
@@ -49,26 +53,36 @@ _SAVING_S = 3.0
 
 
 async def run_parts(
-    parts: Mapping[str, tuple[Event, ...]], plan: Plan, seconds: float, at_once: bool, console: Console
+    parts: Mapping[str, tuple[Event, ...]],
+    plan: Plan,
+    seconds: float,
+    at_once: bool,
+    console: Console,
+    besieged: Mapping[str, int],
 ) -> dict[str, Any]:
-    """One after another, or all at the same time."""
+    """One after another, or all at the same time. `besieged`: the parts that strangers attack, with a seed."""
     if at_once:
         return dict(
             zip(
                 parts,
-                await asyncio.gather(*(run(plan, events, seconds, console) for events in parts.values())),
+                await asyncio.gather(
+                    *(run(plan, events, seconds, console, besieged.get(p)) for p, events in parts.items())
+                ),
                 strict=True,
             )
         )
     results = {}
     for part, events in parts.items():
         console.log(f"{part}: {seconds:.0f} s")
-        results[part] = await run(plan, events, seconds, console)
+        results[part] = await run(plan, events, seconds, console, besieged.get(part))
     return results
 
 
-async def run(plan: Plan, events: tuple[Event, ...], seconds: float, console: Console) -> dict[str, Any]:
-    """One part: the calm one has no events."""
+async def run(
+    plan: Plan, events: tuple[Event, ...], seconds: float, console: Console, siege_seed: int | None
+) -> dict[str, Any]:
+    """One part: the calm one has no events. `siege_seed`: of the strangers that attack it; None: there are none."""
+    strangers: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="talkoot-chaos-") as folder:
         swarm = ChaosSwarm(plan, Path(folder))
         try:
@@ -77,12 +91,15 @@ async def run(plan: Plan, events: tuple[Event, ...], seconds: float, console: Co
             try:
                 await until(lambda: watcher.served() == plan.experts, _ALL_SERVED_S)
                 await swarm.start_trainers()
-                results = await measure(swarm, watcher, events, seconds, console)
+                async with contextlib.AsyncExitStack() as stack:
+                    if siege_seed is not None:
+                        strangers = await stack.enter_async_context(besieging(invite, seconds, siege_seed))
+                    results = await measure(swarm, watcher, events, seconds, console)
             finally:
                 await watcher.stop()
         finally:
             await swarm.stop()
-        return results | {"leaked": await swarm.leaks(), "faults": swarm.faults()}
+        return results | {"leaked": await swarm.leaks(), "faults": swarm.faults(), "misdeeds": strangers}
 
 
 async def measure(
@@ -154,6 +171,7 @@ def main() -> None:
         help="both parts at the same time: on a machine that does other work too",
     )
     parser.add_argument("--only", choices=PARTS, help="one part; the other is taken from the JSON file")
+    parser.add_argument("--hostile", action="store_true", help="strangers attack the chaos part")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="write a PNG with the steps over time there"
@@ -170,7 +188,12 @@ def main() -> None:
     events = {"calm": (), "chaos": make_schedule(options.seed, seconds, plan.nodes, plan.every_s)}
     results |= uvloop.run(
         run_parts(
-            {part: events[part] for part in parts}, plan, seconds, options.quick or options.at_once, console
+            {part: events[part] for part in parts},
+            plan,
+            seconds,
+            options.quick or options.at_once,
+            console,
+            {"chaos": options.seed} if options.hostile else {},
         )
     )
     sweep_socket_folders()

@@ -55,6 +55,8 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     table.add_row("longest stall, s", *(f"{p['longest_stall_s']:.2f}" for p in parts))
     table.add_row("final loss", *(f"{final_loss(p):.3f}" for p in parts))
     table.add_row("deaths", *(str(p["deaths"]) for p in parts))
+    if any(p.get("misdeeds") for p in parts):
+        table.add_row("misdeeds of strangers", *(str(sum(p.get("misdeeds", {}).values())) for p in parts))
     table.add_row(
         "experts served at the end", *(f"{p['experts_served_at_the_end']} of {p['experts']}" for p in parts)
     )

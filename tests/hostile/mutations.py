@@ -160,7 +160,7 @@ def _mutate_json(data: bytes, rng: random.Random) -> bytes:
 def _mutate_msgpack(data: bytes, rng: random.Random) -> bytes:
     try:
         tree = msgpack.unpackb(data, strict_map_key=False)
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         return mutate_bytes(data, rng)
     if isinstance(tree, msgpack.ExtType):
         code = rng.choice((tree.code, tree.code, tree.code, 0, 1, 127))

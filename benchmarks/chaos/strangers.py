@@ -1,0 +1,35 @@
+"""Strangers that attack the swarm of a chaos run, in a process of their own: tests/hostile/siege.py."""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from dht.invites import Invite
+from peer.processes import die_with_parent
+
+_ROOT = Path(__file__).parents[2]
+_SIEGE = _ROOT / "tests" / "hostile" / "siege.py"
+
+
+@contextlib.asynccontextmanager
+async def besieging(invite: Invite, seconds: float, seed: int) -> AsyncIterator[dict[str, int]]:
+    """Strangers attack meanwhile, at most for so long. Afterwards, what is yielded says how often each kind did."""
+    done: dict[str, int] = {}
+    arguments = [sys.executable, str(_SIEGE), str(invite), str(seconds), str(seed)]
+    process = await asyncio.create_subprocess_exec(
+        *die_with_parent(arguments),
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(_ROOT), "PYTHONWARNINGS": "ignore"},
+    )
+    try:
+        yield done
+        said, _ = await process.communicate()
+        done |= json.loads(said)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
