@@ -165,16 +165,13 @@ async def open_sessions(stranger: Stranger, rng: random.Random) -> None:
 
 async def open_connections(stranger: Stranger, rng: random.Random) -> None:
     """Connections that never say a word, and some that speak no TLS."""
-    async with _caller(stranger, rng) as caller:
-        writers = []
+    async with _caller(stranger, rng) as caller, contextlib.AsyncExitStack() as stack:
         for _ in range(50):
             _, writer = await caller.tcp()
-            writers.append(writer)
+            stack.callback(writer.close)
             if rng.random() < 0.3:
                 writer.write(rng.randbytes(99))
         await asyncio.sleep(2.0)
-        for writer in writers:
-            writer.close()
 
 
 @contextlib.asynccontextmanager
