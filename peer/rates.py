@@ -195,12 +195,12 @@ class SharedBudget(Generic[K]):
         self._taken: dict[K, float] = {}
         """The virtual time to which each caller has taken; of those that are ahead."""
 
-    def allows(self, key: K, now: float) -> bool:
-        """Whether it may take something now, however much that is."""
+    def allows(self, key: K, now: float, bursts: float = 1.0) -> bool:
+        """Whether it may take something now, however much that is, and be ahead by so many bursts before."""
         self._advance(now)
         left = self._all.left(now)
         ahead = self._taken.get(key, self._virtual) - self._virtual
-        return left > -1 and ahead < self._burst_of_each * max(left, _LEAST_BURST)
+        return left > -bursts and ahead < bursts * self._burst_of_each * max(left, _LEAST_BURST)
 
     def take(self, key: K, amount: float, now: float) -> None:
         self._advance(now)

@@ -51,7 +51,7 @@ from peer.rates import RateLimit, SharedBudget, TokenBucket
 from peer.transport.addresses import Multiaddress
 from peer.transport.p2pd import TRANSPORT_ERRORS, Daemon
 
-_YIELD_AFTER = 64
+_YIELD_AFTER = 32
 """Entries or keys handled before other tasks get a turn."""
 _YIELD_AFTER_ANSWERS = 8
 """The same, for keys that a peer looks up."""
@@ -62,6 +62,8 @@ _WORK = (2000.0, 1000.0)
 """What others may make this peer do in a second, all and each. The unit is a key looked up or an entry checked, of
 0.1 ms or less.
 """
+_NEAREST_BURSTS = 1.5
+"""A peer that has had its share of values hears of nearest nodes until it is ahead by so much, and then of nothing."""
 _RESULT_OVERHEAD_BYTES = 8
 _ITEM_OVERHEAD_BYTES = 64
 _HANDOVER_BURST_S = 16.0
@@ -202,7 +204,7 @@ class BoundedDHTHandlers:
         self._work = SharedBudget[PeerID](*_WORK)
         self._answers = SharedBudget[PeerID](*bounds.answer_rates(self._upload.limit))
         self._under_way = Counter[PeerID]()
-        self._turn = asyncio.Lock()
+        self._turn, self._storing = asyncio.Lock(), asyncio.Lock()
         protocol.storage = BoundedStorage(bounds, metrics)
         protocol.update_routing_table = self.update_routing_table
         protocol.rpc_ping, protocol.rpc_store, protocol.rpc_find = (
@@ -246,14 +248,18 @@ class BoundedDHTHandlers:
         """For each key, what is stored here and the nearest nodes that this peer knows.
 
         When a message is full, the rest of the keys have no result, and are asked again. A peer that has had more
-        than its share hears of the nearest nodes only.
+        than its share hears of the nearest nodes only, and then of nothing.
         """
         response, keys = dht_pb2.FindResponse(peer=self._protocol.node_info), request.keys
         if len(keys) > MAX_FIND_KEYS or any(len(key) != DHTID.HASH_NBYTES for key in keys):
             self._metrics.refused.inc()
             return response
         with self._admit(context.remote_id, len(keys)) as is_admitted:
+            now = asyncio.get_running_loop().time()
             if not is_admitted:
+                return response
+            if not self._answers.allows(context.remote_id, now, _NEAREST_BURSTS):
+                self._metrics.refused.inc()
                 return response
             await self._meet_sender(request.peer, context)
             async with self._turn:
@@ -328,11 +334,14 @@ class BoundedDHTHandlers:
             brought.setdefault(key_id, {}).update(entries)
             if number % _YIELD_AFTER == _YIELD_AFTER - 1:
                 await asyncio.sleep(0)
-        for key_id, entries in brought.items():
-            accepted = await self._checker.accepted(self._protocol.record_validator, key_id, entries)
-            stored = self._protocol.storage.put(key_id, accepted)
-            for number, subkeys in places[key_id]:
-                response.store_ok[number] = not stored.isdisjoint(subkeys)
+        async with self._storing:
+            for number, (key_id, entries) in enumerate(brought.items()):
+                if number % _YIELD_AFTER == _YIELD_AFTER - 1:
+                    await asyncio.sleep(0)
+                accepted = await self._checker.accepted(self._protocol.record_validator, key_id, entries)
+                stored = self._protocol.storage.put(key_id, accepted)
+                for place, subkeys in places[key_id]:
+                    response.store_ok[place] = not stored.isdisjoint(subkeys)
 
     def _entries(self, tag: bytes, value: bytes, expires_at: float) -> Entries:
         """`tag`: the subkey, or a mark that the value is a dictionary. Raises WireError."""

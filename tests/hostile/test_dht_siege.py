@@ -1,0 +1,257 @@
+"""Strangers besiege a node's DHT: its loop is not held, it sends no flood, and honest look-ups succeed."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import msgpack
+import pytest
+from loop_lags import LoopLags, exposed_at
+from stranger import Stranger, new_identities, packed
+from victim import NodeVictim, founder
+
+from dht.records import sign_record
+from dht.swarm import Swarm
+from dht.uid import UID
+from peer.errors import UnreachableError
+from peer.identity import Identity
+from peer.kademlia.hivemind import dht_pb2
+from peer.kademlia.validation import MAX_FIND_KEYS, MAX_ITEMS, Entry, pack_entries
+from peer.loop import LoopThread
+from peer.transport.p2pd import TRANSPORT_ERRORS
+from peer.wire import records_pb2
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+ATTACK_S = 4.0
+LOOPS = 6
+UPLOAD_MBIT = 8.0
+HIVEMINDS_MESSAGE_BYTES = 4 * 2**20
+FORGED = 80
+"""Records under one key: as many as one message takes."""
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeVictim]:
+    """Its announcements live for 15 s."""
+    folder = tmp_path_factory.mktemp("besieged")
+    with founder(folder, announce_every_s=5, upload_mbit=UPLOAD_MBIT) as victim:
+        yield victim
+
+
+@pytest.fixture
+def larger_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's p2pd has hivemind's own bound."""
+    monkeypatch.setattr("peer.transport.p2pd.MAX_MESSAGE_BYTES", HIVEMINDS_MESSAGE_BYTES)
+
+
+class HonestReader:
+    """A client of the DHT that looks up all experts and the node, again and again."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self.looks = self.failed = 0
+        self.longest_s = 0.0
+        self._swarm = swarm
+
+    async def read_for(self, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            self.looks += 1
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(3.0):
+                    found = await self._swarm.registry.replicas(self._swarm.manifest.uids())
+                    nodes = await self._swarm.registry.nodes([self._swarm.keys.author])
+                self.failed += not all(found.values()) or not nodes
+            except (TimeoutError, UnreachableError):
+                self.failed += 1
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
+            await asyncio.sleep(0.05)
+
+    @property
+    def share(self) -> float:
+        return 1 - self.failed / self.looks
+
+
+class Siege:
+    def __init__(self, node: NodeVictim, stranger: Stranger, reader: HonestReader) -> None:
+        self.node = node
+        self.stranger = stranger
+        self.reader = reader
+        self.victim = stranger.keys.author
+        self.sent = self.answered = self.received_bytes = 0
+        """Requests, answers, and the bytes of the answers."""
+        self._is_over = False
+
+    async def lasts(self, *attackers: Any) -> LoopLags:
+        """While they run, each in several loops at once, honest look-ups go on."""
+        lags = LoopLags(exposed_at(self.node.metrics_address))
+        tasks = [asyncio.create_task(self._repeat(attack)) for attack in attackers for _ in range(LOOPS)]
+        await self.reader.read_for(ATTACK_S)
+        self._is_over = True
+        await asyncio.gather(*tasks)
+        return lags
+
+    async def _repeat(self, attack: Any) -> None:
+        number = 0
+        while not self._is_over:
+            number += 1
+            self.sent += 1
+            try:
+                answer = await attack(number)
+            except TRANSPORT_ERRORS:
+                await asyncio.sleep(0)
+                continue
+            self.answered += 1
+            self.received_bytes += answer.ByteSize()
+
+    def check(self) -> None:
+        """The node lives, and its readers found it."""
+        print(f"{self.sent} sent, {self.answered} answered, {self.received_bytes} bytes")
+        print(
+            f"{self.reader.looks} looks, {self.reader.failed} failed, at most {self.reader.longest_s:.2f} s"
+        )
+        assert self.node.alive
+        assert self.reader.looks >= 5
+        assert self.reader.share >= 0.95, f"{self.reader.failed} of {self.reader.looks} look-ups failed"
+
+
+@contextlib.asynccontextmanager
+async def siege_of(node: NodeVictim) -> AsyncIterator[Siege]:
+    async with contextlib.AsyncExitStack() as stack:
+        stranger = await stack.enter_async_context(Stranger.joined(node.invite))
+        client = await stack.enter_async_context(Stranger.joined(node.invite, serves_dht=False))
+        yield Siege(node, stranger, HonestReader(client.swarm))
+
+
+def forged_records(siege: Siege, writers: list[Identity], key: str, until: float) -> dict[Any, Entry]:
+    """As good as real ones, but for the signature."""
+    entries = {}
+    for writer in writers:
+        body = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING)
+        payload = records_pb2.RecordPayload(key=key, expires_at=until, announcement=body)
+        record = bytearray(sign_record(writer, payload))
+        record[-1] ^= 1
+        entries[writer.peer_id.to_bytes()] = Entry(packed(bytes(record)), until)
+    return entries
+
+
+def tiny_entries(count: int, until: float) -> bytes:
+    """As hivemind packs them, however many."""
+    rows = [[n % 128, b"", until] for n in range(count)]
+    data: bytes = msgpack.packb(msgpack.ExtType(0x50, msgpack.packb([None, until, rows])))
+    return data
+
+
+def test_a_siege_with_large_and_many_messages_holds_no_loop(
+    loop: LoopThread, node: NodeVictim, larger_messages: None
+) -> None:
+    async def scenario() -> None:
+        async with siege_of(node) as siege:
+            stranger, until = siege.stranger, time.time() + 300
+            keys = [stranger.keys.expert(UID(0, (0, n))) for n in range(2)]
+            writers = new_identities(FORGED)
+            huge, tiny = tiny_entries(105_000, until), tiny_entries(9000, until)
+            assert len(huge) > 0.9 * 2**20
+            forged = [
+                stranger.store_request(
+                    [(key, b"", pack_entries(forged_records(siege, writers, key, until)), until)]
+                )
+                for key in keys
+            ]
+            assert all(100_000 * 0.4 < request.ByteSize() < 128 * 2**10 for request in forged)
+
+            async def lie(request: Any, context: Any) -> Any:
+                """Every other answer is as large as hivemind allows; the others just fit."""
+                value = [huge * 2, tiny, forged[0].values[0], forged[1].values[0]][siege.sent % 4]
+                results = [
+                    dht_pb2.FindResult(type=dht_pb2.FOUND_DICTIONARY, value=value if n == 0 else b"")
+                    for n in range(len(request.keys))
+                ]
+                return dht_pb2.FindResponse(results=results, peer=stranger.protocol.node_info)
+
+            async def stuff(number: int) -> Any:
+                rows = [(key, b"", huge if number % 2 else tiny, until) for key in keys]
+                return await stranger.store_at(siege.victim, stranger.store_request(rows))
+
+            async def forge(number: int) -> Any:
+                return await stranger.store_at(siege.victim, forged[number % 2])
+
+            async def flood(number: int) -> Any:
+                question = dht_pb2.FindRequest(
+                    keys=[number.to_bytes(20, "big")] * MAX_FIND_KEYS, peer=stranger.protocol.node_info
+                )
+                return await stranger.find_at(siege.victim, question)
+
+            await stranger.answer(find=lie)
+            lags = await siege.lasts(stuff, forge, flood)
+            siege.check()
+            assert siege.sent > 200, "the attack was no attack"
+            assert node.metric("talkoot_dht_messages_refused_total") > 0
+            print("lag", lags.quantile(1.0), lags.quantile(0.99))
+            await asyncio.to_thread(lags.check)
+
+    loop.run(scenario(), 120)
+
+
+def test_small_questions_get_no_flood_of_answers(loop: LoopThread, node: NodeVictim) -> None:
+    async def scenario() -> None:
+        async with siege_of(node) as siege:
+            stranger, until = siege.stranger, time.time() + 300
+            key = stranger.keys.expert(UID(0, (1, 1)))
+            entries = {}
+            for writer in new_identities(FORGED):
+                body = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_WITHDRAWN)
+                payload = records_pb2.RecordPayload(key=key, expires_at=until, announcement=body)
+                entries[writer.peer_id.to_bytes()] = Entry(packed(sign_record(writer, payload)), until)
+            stored = await stranger.store_at(
+                siege.victim, stranger.store_request([(key, b"", pack_entries(entries), until)])
+            )
+            assert list(stored.store_ok) == [True]
+            question = stranger.store_request([(key, b"", b"", until)]).keys
+            before = node.metric("talkoot_uploaded_bytes_total")
+
+            async def ask(number: int) -> Any:
+                return await stranger.find_at(siege.victim, dht_pb2.FindRequest(keys=question))
+
+            began = time.monotonic()
+            lags = await siege.lasts(ask)
+            rate = UPLOAD_MBIT * 1e6 / 8 / 4
+            siege.check()
+            assert siege.answered > 100
+            # the burst and the rate, and the nearest nodes that go with each answer
+            most = rate * (16 + time.monotonic() - began) + siege.answered * 500
+            assert 0.3 * rate * 16 < siege.received_bytes < most
+            assert node.metric("talkoot_uploaded_bytes_total") - before >= siege.received_bytes * 0.9
+            assert node.metric("talkoot_dht_values_withheld_total") > 0
+            print("lag", lags.quantile(1.0), lags.quantile(0.99))
+            await asyncio.to_thread(lags.check)
+
+    loop.run(scenario(), 120)
+
+
+def test_what_strangers_store_takes_the_memory_that_the_metric_says(
+    loop: LoopThread, node: NodeVictim
+) -> None:
+    async def scenario() -> None:
+        async with siege_of(node) as siege:
+            stranger, until = siege.stranger, time.time() + 300
+            keys, before = stranger.keys, node.rss_bytes
+            stored_before = node.metric("talkoot_dht_stored_bytes")
+            numbers = iter(range(10**9))
+
+            async def fill(number: int) -> Any:
+                names = [keys.prefix(0, (next(numbers), 7)) for _ in range(MAX_ITEMS // 2)]
+                names += [f"other-{name}" for name in names]
+                rows = [(name, packed(3), packed(name), until) for name in names]
+                return await stranger.store_at(siege.victim, stranger.store_request(rows))
+
+            await siege.lasts(fill)
+            siege.check()
+            stored = node.metric("talkoot_dht_stored_bytes") - stored_before
+            assert 2**19 < stored < 64 * 2**20
+            assert node.rss_bytes - before < 1.2 * stored + 30 * 2**20
+
+    loop.run(scenario(), 120)
