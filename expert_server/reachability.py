@@ -17,6 +17,7 @@ from dht.swarm import Stage, Swarm
 from expert_server.probe import DialledBack, call_dial_back
 from expert_server.settings import NodeSettings
 from peer.errors import DaemonError, UnreachableError
+from peer.loop import tolerating
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import AddressScope, Endpoint, Multiaddress, is_public
 
@@ -281,14 +282,15 @@ class ReachabilityMonitor:
         swarm_id, settings = self._swarm.keys.swarm_id, self._settings
         dht_port = settings.announce_dht_port or self._swarm.host.config.port
         try:
-            channel = await pool.reach(node)
-            return DialledPorts(
-                await call_dial_back(channel, swarm_id, self._announced_port),
-                await call_dial_back(channel, swarm_id, dht_port),
-            )
+            with tolerating("ask a node to dial back"):  # the others are asked all the same
+                channel = await pool.reach(node)
+                return DialledPorts(
+                    await call_dial_back(channel, swarm_id, self._announced_port),
+                    await call_dial_back(channel, swarm_id, dht_port),
+                )
         except UnreachableError as error:
             logger.debug("%s did not dial back: %s", node.peer_id, error)
-            return None
+        return None
 
     @property
     def _announced_port(self) -> int:

@@ -17,7 +17,9 @@ _SIEGE = _ROOT / "tests" / "hostile" / "siege.py"
 
 @contextlib.asynccontextmanager
 async def besieging(invite: Invite, seconds: float, seed: int) -> AsyncIterator[dict[str, int]]:
-    """Strangers attack meanwhile, at most for so long. Afterwards, what is yielded says how often each kind did."""
+    """Strangers attack meanwhile, for so long, once they have joined. Afterwards, what is yielded says how often
+    each misdeed was done.
+    """
     done: dict[str, int] = {}
     arguments = [sys.executable, str(_SIEGE), str(invite), str(seconds), str(seed)]
     process = await asyncio.create_subprocess_exec(
@@ -25,10 +27,11 @@ async def besieging(invite: Invite, seconds: float, seed: int) -> AsyncIterator[
         stdout=asyncio.subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(_ROOT), "PYTHONWARNINGS": "ignore"},
     )
+    assert process.stdout is not None
     try:
+        await process.stdout.readline()  # they have joined, or ended
         yield done
-        said, _ = await process.communicate()
-        done |= json.loads(said)
+        done |= json.loads(await process.stdout.read())
     finally:
         if process.returncode is None:
             process.kill()

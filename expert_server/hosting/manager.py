@@ -33,6 +33,7 @@ from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
+from peer.loop import tolerating
 from peer.wire import state_pb2
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,9 @@ class Handover:
         return [(heir, list(share)[:MAX_UIDS_IN_ASK]) for heir, share in by_heir]
 
     async def _ask_one(self, heir: PeerID, share: list[UID]) -> None:
-        accepted = await self._replicas.states.ask(self._nodes[heir], state_pb2.ASK_REASON_ADOPT, share)
+        accepted = 0
+        with tolerating("ask an heir"):  # the others are asked all the same
+            accepted = await self._replicas.states.ask(self._nodes[heir], state_pb2.ASK_REASON_ADOPT, share)
         for uid in share[:accepted]:
             self._asked[uid] = heir, self._clock()
         self._refusals[heir] += accepted < len(share)

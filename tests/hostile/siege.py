@@ -3,11 +3,12 @@
     python tests/hostile/siege.py INVITE SECONDS [SEED]
 
 They join by the real protocol, and each repeats one misdeed, at a pace that one machine's swarm should bear.
-It talks only to the swarm of the invite. What it did is printed as one line of JSON.
+It talks only to the swarm of the invite. It prints `joined` when it begins, and at the end what it did, as JSON.
 """
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -43,7 +44,9 @@ _PAUSE_S = 0.2
 Misdeed = Callable[[Stranger, random.Random], Awaitable[None]]
 
 
-async def siege(invite: Invite, seconds: float, seed: int) -> dict[str, int]:
+async def siege(
+    invite: Invite, seconds: float, seed: int, joined: Callable[[], None] = lambda: None
+) -> dict[str, int]:
     """Attacks for so long after the strangers have joined. Returns how often each misdeed was done."""
     done: Counter[str] = Counter()
     async with (
@@ -51,6 +54,7 @@ async def siege(invite: Invite, seconds: float, seed: int) -> dict[str, int]:
         Stranger.joined(invite, serves_dht=False) as client,
         asyncio.TaskGroup() as group,
     ):
+        joined()
         for name, misdeed in MISDEEDS.items():
             stranger = peer if misdeed in _BY_PEERS else client
             rng = random.Random(f"{name} {seed}")
@@ -200,5 +204,6 @@ _BY_PEERS = (publish_spoilt_records, claim_all_experts, flood_the_dht)
 """The others are done by a client, which others can't ask."""
 
 if __name__ == "__main__":
-    given = [*sys.argv[1:], "0"]
-    print(json.dumps(asyncio.run(siege(Invite.parse(given[0]), float(given[1]), int(given[2])))))
+    line, length, seed_text = [*sys.argv[1:], "0"][:3]
+    begun = functools.partial(print, "joined", flush=True)
+    print(json.dumps(asyncio.run(siege(Invite.parse(line), float(length), int(seed_text), begun))))
