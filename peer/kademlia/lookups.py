@@ -151,7 +151,7 @@ class Lookups:
         dht, now = self._dht(), asyncio.get_running_loop().time()
         if limits.witnesses and now >= self._sample_at:
             self._sample_at = now + _SAMPLE_EVERY_S
-            self.spawn(self._sample(dht))
+            self.spawn(self.sample(dht))
         run = _Run(self, dht, keys, limits, besides_self)
         await run.until_finished()
         for number, (key, found) in enumerate(run.found.items()):
@@ -162,9 +162,12 @@ class Lookups:
                 await asyncio.sleep(0)
         return run.found
 
-    async def _sample(self, dht: DHTNode) -> None:
-        """Looks up a random key, because nobody can have made peers to surround it."""
-        run = _Run(self, dht, [self._random_key()], _NEAREST, besides_self=False)
+    async def sample(self, dht: DHTNode) -> None:
+        """Looks up random keys, because nobody can have made peers to surround them. So it also gets to know nodes
+        everywhere.
+        """
+        keys = [self._random_key() for _ in range(max(1, self.reach.missing))]
+        run = _Run(self, dht, keys, _NEAREST, besides_self=False)
         await run.until_finished()
         for key, found in run.found.items():
             self.reach.note(key, found.search.nearest())
@@ -329,7 +332,9 @@ class _Run:
         reach, witnesses = lookups.usual_reach(dht), lookups.witnesses(dht, limits.witnesses)
         self._peers.know(witnesses)
         for key in keys:
-            search = IterativeSearch(key, self._start(key), limits, reach)
+            search = IterativeSearch(key, self._nearest_known(key, dht.protocol.bucket_size), limits, reach)
+            if search.is_crowded:
+                search.know(self._nearest_known(key, limits.crowd))
             self.found[key] = Found(search, self._peers)
             if not besides_self:
                 self._ask_self(key)
@@ -338,10 +343,9 @@ class _Run:
                     self._queue.setdefault(node, []).append(key)
         self._unfinished = set(self.found)
 
-    def _start(self, key: DHTID) -> Collection[int]:
-        """The known nodes nearest to the key."""
-        protocol, me = self._dht.protocol, self._dht.node_id
-        table = protocol.routing_table.get_nearest_neighbors(key, protocol.bucket_size, exclude=me)
+    def _nearest_known(self, key: DHTID, most: int) -> Collection[int]:
+        """Those in the routing table, and those that answered when the key was looked up last."""
+        table = self._dht.protocol.routing_table.get_nearest_neighbors(key, most, exclude=self._dht.node_id)
         known = {**dict(table), **self._lookups.near(key)}
         self._peers.know(known)
         return known

@@ -11,7 +11,7 @@ all others. Four rules keep them from hiding what is stored under it.
   one of them. Here, each answer opens a path, of the nodes that it names. A node is asked once, on one path, and a path
   ends after three failures. So a liar that names nodes which don't exist causes three useless questions.
 - Reach: other keys show within which distance holders usually are (Sridhar et al., NDSS 2024). All nodes within it are
-  asked, even if a crowd is nearer, and writers store beyond the nearest ones.
+  asked, even if a crowd is nearer, and writers store beyond the nearest ones. A crowd widens it.
 - Witnesses: a few nodes elsewhere are asked, too.
 - Doubt: if the nearest nodes have no value, as many more are asked, and those that did not answer are asked again.
 
@@ -36,6 +36,7 @@ _BUCKET_NODES = 16
 """Nodes remembered for each first byte of their IDs: the ones named most recently."""
 _SAMPLES, _FEWEST_SAMPLES = 32, 8
 _EVERYWHERE: int = 2 ** (8 * DHTID.HASH_NBYTES)
+_WIDER = 4
 _FAILURE = 2
 """What a failure takes of a path's width; a question takes 1 while it is under way."""
 
@@ -100,7 +101,7 @@ class IterativeSearch:
         self._holding: set[int] = set()
         """Nodes that returned a value."""
         self._limits = limits
-        self._reach = reach
+        self._usual_reach = reach
         self._nearest: list[tuple[int, int]] = []
         """(distance, node) of the known nodes that have not failed, nearest first."""
         self._depth: dict[int, int] = {}
@@ -253,7 +254,8 @@ class IterativeSearch:
         The usual number of the nearest nodes, and up to `most` in all within reach: who crowds there may be liars.
         """
         nearest = self.nearest()
-        within = [node for node in nearest[usual:] if node ^ self.key <= self._reach]
+        reach = self._reach
+        within = [node for node in nearest[usual:] if node ^ self.key <= reach]
         drawn = rng.sample(within, min(len(within), most - usual))
         taken = nearest[:usual] + drawn
         return taken, [node for node in nearest if node not in taken]
@@ -283,13 +285,25 @@ class IterativeSearch:
             if node in self._asked or any(path.is_open for path in self._paths[node]):
                 yield node
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more than twice as many nodes as should be are within the usual reach."""
+        crowd = 2 * self._limits.holders
+        return len(self._nearest) > crowd and self._nearest[crowd][0] <= self._usual_reach
+
+    @property
+    def _reach(self) -> int:
+        """Wider in a crowd, since few within the usual one may be honest."""
+        return self._usual_reach * (_WIDER if self.is_crowded else 1)
+
     def _front(self) -> list[int]:
         """The nodes that must answer."""
         front: list[int] = []
+        reach = self._reach
         usable = self._usable()
         for node in usable:
             if len(front) >= self._limits.front and (
-                node ^ self.key > self._reach or len(front) >= self._limits.crowd
+                node ^ self.key > reach or len(front) >= self._limits.crowd
             ):
                 break
             front.append(node)
@@ -300,8 +314,9 @@ class IterativeSearch:
         return front
 
     def _within_reach(self) -> Iterator[int]:
+        reach = self._reach
         for node in islice(self._usable(), self._limits.crowd):
-            if node ^ self.key > self._reach:
+            if node ^ self.key > reach:
                 break
             yield node
 
@@ -347,6 +362,11 @@ class UsualReach:
         self._holders = holders
         self._samples: deque[int] = deque(maxlen=_SAMPLES)
 
+    @property
+    def missing(self) -> int:
+        """Samples that are needed to be certain."""
+        return max(0, _FEWEST_SAMPLES - len(self._samples))
+
     def note(self, key: int, nearest: Sequence[int]) -> None:
         """The live nodes nearest to a random key, as a search found them, nearest first."""
         if nearest:
@@ -354,7 +374,7 @@ class UsualReach:
 
     def distance(self, own: int, neighbours: Sequence[int]) -> int:
         """While there are too few samples, this peer's own neighbours are the only one."""
-        if len(self._samples) >= _FEWEST_SAMPLES:
+        if not self.missing:
             return statistics.median_low(self._samples)
         return self._estimate(own, neighbours)
 
