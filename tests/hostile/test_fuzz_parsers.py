@@ -56,7 +56,7 @@ from trainer_client.averaging.dense_part import DenseForm
 from trainer_client.dispatch.batches import NodeCall
 from trainer_client.dispatch.grpc_caller import ReplyAssembler
 
-pytestmark = pytest.mark.filterwarnings("ignore:Parsed a serial number")  # cryptography's, of a spoilt certificate
+pytestmark = pytest.mark.filterwarnings("ignore:Parsed a serial number")  # of a spoilt certificate
 NOW = 1_700_000_000.0
 FOUNDER, NODE, STRANGER = new_identities(3)
 KEYS = SwarmKeys("sauna", FOUNDER.peer_id)
