@@ -17,7 +17,8 @@ from peer.bounded import BoundedDict
 from peer.errors import RecordError
 from peer.formatting import printable
 from peer.identity import PeerID, certificate_pem
-from peer.transport.addresses import AddressScope, Endpoint, Multiaddress, known
+from peer.transport.addresses import Multiaddress, known
+from peer.transport.endpoints import AddressScope, Endpoint
 from peer.wire import records_pb2
 
 MAX_NAME_CHARACTERS = 32

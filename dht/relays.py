@@ -12,7 +12,8 @@ from dht.registry import Registry
 from dht.swarm import Swarm
 from peer.errors import DaemonError, UnreachableError
 from peer.host import Host
-from peer.transport.addresses import Multiaddress, is_public
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import is_public
 
 logger = logging.getLogger(__name__)
 

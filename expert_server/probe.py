@@ -24,8 +24,8 @@ from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.rates import Bandwidth, TokenBuckets
 from peer.rpc.calls import make_stub, require_same_swarm
-from peer.transport.addresses import AddressScope, Endpoint, IpAddress, address_of, ip_address, neighbourhood
 from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope, Endpoint, IpAddress, address_of, ip_address, neighbourhood
 from peer.wire import probe_pb2, probe_pb2_grpc
 
 MAX_PROBE_BYTES = 8 * 2**20

@@ -19,7 +19,8 @@ from expert_server.settings import NodeSettings
 from peer.errors import DaemonError, UnreachableError
 from peer.loop import tolerating
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import AddressScope, Endpoint, Multiaddress, is_public
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import AddressScope, Endpoint, is_public
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 from expert_server.schedule import Schedule
 from peer.formatting import parse_bytes
 from peer.settings import Denied, DenylistPath, MetricsHost, MetricsPort, PeerName, RoleSettings
-from peer.transport.addresses import HostName
+from peer.transport.endpoints import HostName
 
 PrecisionSetting = Literal["auto", "fp32", "tf32", "bf16"]
 

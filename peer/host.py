@@ -21,14 +21,9 @@ from peer.loop import keep_running
 from peer.metrics import total
 from peer.processes import raise_descriptor_limit, sweep_socket_folders
 from peer.rates import upload_limit
-from peer.transport.addresses import (
-    AddressScope,
-    Endpoint,
-    Multiaddress,
-    NetworkConfig,
-    require_free_port,
-)
+from peer.transport.addresses import Multiaddress, NetworkConfig, require_free_port
 from peer.transport.dialling import Dialling, nearest_scope, resolved
+from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.p2pd import START_DEADLINE_S, TRANSPORT_ERRORS, Daemon, start_daemon
 from peer.transport.tunnel import OpenExit, Pipe, Tunnels
 

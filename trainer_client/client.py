@@ -26,7 +26,8 @@ from peer.loop import LoopLag, LoopThread, Restarts, TaskSet
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.settings import DENYLIST
-from peer.transport.addresses import AddressScope, NetworkConfig, default_listen_address
+from peer.transport.addresses import NetworkConfig, default_listen_address
+from peer.transport.endpoints import AddressScope
 from trainer_client.announcer import TrainerAnnouncer, reached_at
 from trainer_client.averaging.averager import Averaging, AveragingSchedule
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters

@@ -16,7 +16,7 @@ from peer.settings import (
     RoleSettings,
     describe_validation_error,
 )
-from peer.transport.addresses import HostName
+from peer.transport.endpoints import HostName
 
 PresetName = Literal["transformer", "ffn"]
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]

@@ -14,8 +14,9 @@ from peer.bounded import BoundedDict
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import UnreachableError
 from peer.identity import TLS_NAME, PeerID
-from peer.transport.addresses import AddressScope, Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.tunnel import Tunnels
 
 WINDOW_BYTES = 16 * 2**20

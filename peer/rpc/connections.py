@@ -30,7 +30,7 @@ from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.processes import private_socket_folder
 from peer.rates import FairTurns
-from peer.transport.addresses import address_of, ip_address, neighbourhood
+from peer.transport.endpoints import address_of, ip_address, neighbourhood
 from peer.transport.tunnel import Pipe
 
 _MOST_CONNECTIONS = 2048

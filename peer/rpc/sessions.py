@@ -30,7 +30,7 @@ from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.metrics import start_at_zero
 from peer.rates import FairTurns
 from peer.rpc.calls import abort_on_error, make_stub, require_same_swarm
-from peer.transport.addresses import address_of, neighbourhood
+from peer.transport.endpoints import address_of, neighbourhood
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
 Right: TypeAlias = "session_pb2.Right"

@@ -16,7 +16,8 @@ from peer.bounded import BoundedDict
 from peer.identity import PeerID
 from peer.metrics import start_at_zero
 from peer.rates import TokenBuckets
-from peer.transport.addresses import Address, AddressScope, Endpoint, IpAddress, known, neighbourhood
+from peer.transport.addresses import Address, known
+from peer.transport.endpoints import AddressScope, Endpoint, IpAddress, neighbourhood
 
 ENDPOINT_BURST = 4
 """Dials of one IP address and port that did not lead to the peer that was said to be there."""

@@ -26,15 +26,9 @@ from hivemind.proto import p2pd_pb2
 from peer.errors import DaemonError
 from peer.identity import Identity
 from peer.processes import die_with_parent, private_socket_folder
-from peer.transport.addresses import (
-    AddressScope,
-    IpAddress,
-    Multiaddress,
-    NetworkConfig,
-    known_bytes,
-    multiaddress,
-)
+from peer.transport.addresses import Multiaddress, NetworkConfig, known_bytes, multiaddress
 from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope, IpAddress
 
 START_DEADLINE_S = 60.0
 _STOP_DEADLINE_S = 3.0

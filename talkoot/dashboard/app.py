@@ -20,8 +20,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peer.errors import AddressError
-from peer.transport.addresses import AddressScope, Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import nearest_scope
+from peer.transport.endpoints import AddressScope, Endpoint
 from talkoot.dashboard import api
 from talkoot.dashboard.history import HistoryStore
 from talkoot.dashboard.picture import Json, Picture

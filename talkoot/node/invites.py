@@ -185,8 +185,7 @@ def invite_advice(
     return (
         f"nobody outside this network can join by this invite: {named}. Make this machine reachable and start again "
         f"({fix}forward {ports} on your router to {host}, and set announce_host to the router's public address), "
-        "found the swarm on a machine with a public address, or pass --bootstrap with the address of any DHT peer that "
-        "has one: then others join and are reached through it"
+        "or found the swarm on a machine with a public address: others then join through it, this machine too"
     )
 
 

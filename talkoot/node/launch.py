@@ -31,14 +31,8 @@ from peer.kademlia.hivemind import quiet_hivemind
 from peer.kademlia.storage import StoreBounds
 from peer.loop import keep_running
 from peer.settings import DENYLIST
-from peer.transport.addresses import (
-    Endpoint,
-    Multiaddress,
-    NetworkConfig,
-    default_listen_address,
-    ip_address,
-    require_free_port,
-)
+from peer.transport.addresses import Multiaddress, NetworkConfig, default_listen_address, require_free_port
+from peer.transport.endpoints import Endpoint, ip_address
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm, invite_advice
 from talkoot.node.view import NodeRates, RateMeter, line, panel

@@ -20,7 +20,7 @@ from dht.uid import UID
 from peer.codec import Floats
 from peer.errors import UnreachableError
 from peer.identity import PeerID
-from peer.transport.addresses import Endpoint
+from peer.transport.endpoints import Endpoint
 
 GRID = (30, 20)
 FIRST, SECOND = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))

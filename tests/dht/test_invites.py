@@ -12,7 +12,8 @@ from dht.invites import Invite
 from dht.records import SwarmKeys
 from peer.errors import InviteError
 from peer.identity import Identity, PeerID
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from peer.wire import records_pb2
 
 AUTHOR = PeerID(b"\x12\x20" + bytes(range(32)))

@@ -150,7 +150,16 @@ def test_a_file_of_another_protocol_version_is_refused_naming_both(tmp_path: Pat
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[]", b"null", b"{}", b'{"protocol_version": "x"}', b'{"protocol_version": 1}', b"\xff"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"protocol_version": "x"}',
+        b'{"protocol_version": %d}' % PROTOCOL_VERSION,
+        b"\xff",
+    ],
 )
 def test_json_that_is_no_manifest_is_refused(text: bytes) -> None:
     with pytest.raises(SwarmError, match="not valid"):

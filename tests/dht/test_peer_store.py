@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from dht.membership import PeerStore
 from peer.identity import PeerID
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 
 
 def peer(number: int) -> PeerID:

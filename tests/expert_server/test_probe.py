@@ -34,8 +34,8 @@ from peer.loop import LoopThread
 from peer.rates import Bandwidth, download_limit, upload_limit
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.rpc.server import server_credentials
-from peer.transport.addresses import AddressScope, address_of
 from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope, address_of
 from peer.wire import probe_pb2, probe_pb2_grpc
 
 LOCAL = "127.0.0.1"

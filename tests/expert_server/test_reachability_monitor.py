@@ -16,8 +16,9 @@ from expert_server.probe import DialledBack
 from expert_server.reachability import DialledPorts, ReachabilityMonitor
 from expert_server.settings import NodeSettings
 from peer.identity import Identity
-from peer.transport.addresses import AddressScope, Multiaddress
+from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope
 
 PEER = "/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 PUBLIC, NEIGHBOUR = Multiaddress(f"/ip4/44.1.1.1/tcp/1{PEER}"), Multiaddress(f"/ip4/192.168.1.9/tcp/1{PEER}")

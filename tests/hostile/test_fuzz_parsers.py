@@ -48,7 +48,8 @@ from peer.kademlia.hivemind import DHTRecord, P2PContext, dht_pb2
 from peer.kademlia.validation import Entry, pack_entries, unpack, unpack_entries, unpack_subkey
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import SnapshotReceiver
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from peer.wire import admission_pb2, expert_pb2, records_pb2, session_pb2, state_pb2
 from talkoot.dashboard import api
 from talkoot.node import control

@@ -14,8 +14,8 @@ from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.registry import Registry
 from dht.swarm import Swarm
 from peer.identity import Identity
-from peer.transport.addresses import Endpoint
 from peer.transport.dialling import ENDPOINT_BURST, ENDPOINT_EVERY_S
+from peer.transport.endpoints import Endpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

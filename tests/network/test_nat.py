@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks.homes import START_S, Village
 from benchmarks.namespaces import Machine, internet, why_not
-from dht.invites import Invite
 
 STEPS = 4
 MANIFEST = """
@@ -105,27 +104,3 @@ def test_two_trainers_in_homes_average(
         assert all(trainer.process.poll() is None for trainer in trainers), [t.said for t in trainers]
         assert time.monotonic() < deadline, [trainer.said for trainer in trainers]
         time.sleep(0.2)
-
-
-@pytest.mark.slow
-def test_homes_alone_are_a_swarm_once_a_public_peer_of_another_one_lets_them_in(
-    village: Village, tmp_path: Path
-) -> None:
-    other = tmp_path / "other.toml"
-    other.write_text(MANIFEST.replace("homes", "well"))
-    public = village.node(village.net.public(), "--new", other, "--experts", 0, "--spare", 0)
-    public.wait_for("an invite", lambda: public.events("invite"))
-    (way_in,) = Invite.parse(public.events("invite")[0]["invite"]).bootstrap
-    manifest = tmp_path / "swarm.toml"
-    manifest.write_text(MANIFEST)
-    options = ("--experts", 2, "--spare", 0)
-    founder = village.node(village.net.home(), "--new", manifest, "--bootstrap", way_in, *options)
-    founder.wait_for("an invite", lambda: founder.events("invite"))
-    assert "nobody outside" not in founder.said
-    invite = founder.events("invite")[0]["invite"]
-    joiner = village.node(village.net.home(), "--join", invite, *options)
-    for home in (founder, joiner):
-        home.wait_until_reached("relayed")
-    assert len(train(village, village.net.home(), invite, tmp_path / "text.txt")) == STEPS
-    for home in (founder, joiner):
-        home.wait_until_updated()

@@ -18,7 +18,8 @@ from peer.errors import ExpertError, SettingsError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import Endpoint, Multiaddress, NetworkConfig, multiaddress
+from peer.transport.addresses import Multiaddress, NetworkConfig, multiaddress
+from peer.transport.endpoints import Endpoint
 from talkoot.demo.links import Link, Proxy, Wire, free_ports
 from trainer_client.dispatch.batches import NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller

@@ -19,13 +19,8 @@ from peer.host import Host
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.processes import _is_unbound, die_with_parent
-from peer.transport.addresses import (
-    Endpoint,
-    Multiaddress,
-    NetworkConfig,
-    default_listen_address,
-    require_free_port,
-)
+from peer.transport.addresses import Multiaddress, NetworkConfig, default_listen_address, require_free_port
+from peer.transport.endpoints import Endpoint
 from peer.transport.p2pd import Daemon
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

@@ -21,7 +21,7 @@ from expert_server.blocks import build_block
 from peer.codec import Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
-from peer.transport.addresses import Endpoint
+from peer.transport.endpoints import Endpoint
 from trainer_client.dispatch.batches import (
     Answer,
     Direction,

@@ -21,7 +21,7 @@ from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.rpc.server import server_credentials
-from peer.transport.addresses import Endpoint
+from peer.transport.endpoints import Endpoint
 from peer.wire import expert_pb2
 from peer.wire.expert_pb2 import CallReply, CallRequest, ExpertReply
 from trainer_client.dispatch.batches import Answer, Direction, NodeCall, Request

@@ -20,7 +20,7 @@ from peer.identity import Identity, certificate_pem
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.server import server_credentials
 from peer.rpc.sessions import Sessions, SessionServicer
-from peer.transport.addresses import Endpoint
+from peer.transport.endpoints import Endpoint
 from peer.wire import expert_pb2_grpc, session_pb2_grpc
 from trainer_client.dispatch.batches import Answer, Direction, NodeCall, Request
 from trainer_client.dispatch.grpc_caller import GrpcCaller

@@ -19,7 +19,8 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from peer.identity import PeerID
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from talkoot.dashboard.app import MAX_STREAMS, Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
 from talkoot.dashboard.picture import CallRateMeter, Census, Picture, paint

@@ -26,7 +26,7 @@ from peer.rates import RateLimit
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.server import server_credentials
 from peer.rpc.sessions import Sessions, SessionServicer
-from peer.transport.addresses import Endpoint
+from peer.transport.endpoints import Endpoint
 from peer.wire import session_pb2_grpc, state_pb2, state_pb2_grpc
 
 SWARM = "sauna-QmFounder"

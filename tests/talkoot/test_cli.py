@@ -19,7 +19,8 @@ from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, run_
 from dht.invites import Invite
 from dht.manifest import Manifest
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

@@ -31,8 +31,9 @@ from peer.rpc.channels import ChannelPool
 from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import SessionClient, Sessions
 from peer.rpc.transfer import SnapshotClient, SnapshotReceiver, chunked, receive
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling, resolved
+from peer.transport.endpoints import Endpoint
 from peer.transport.tunnel import Pipe, Tunnels
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2
 from trainer_client.averaging.dense_part import DenseMerge

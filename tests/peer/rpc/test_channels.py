@@ -10,8 +10,9 @@ import pytest
 from peer.errors import UnreachableError
 from peer.identity import Identity, PeerID, certificate_pem
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import AddressScope, Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import ENDPOINT_BURST, Dialling
+from peer.transport.endpoints import AddressScope, Endpoint
 
 LOCAL = "127.0.0.1"
 

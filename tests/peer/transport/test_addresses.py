@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 
 from peer.errors import AddressError
 from peer.identity import PeerID
-from peer.transport.addresses import (
-    AddressScope,
-    Endpoint,
-    Multiaddress,
-    is_circuit,
-    known,
-    known_bytes,
-    multiaddress,
-    scope_of,
-)
+from peer.transport.addresses import Multiaddress, is_circuit, known, known_bytes, multiaddress
+from peer.transport.endpoints import AddressScope, Endpoint, scope_of
 
 PEER = PeerID(b"\x12\x20" + bytes(range(32)))
 NAME = PEER.to_base58()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peer.identity import PeerID
 from peer.metrics import totals
-from peer.transport.addresses import AddressScope, Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import (
     ENDPOINT_BURST,
     ENDPOINT_EVERY_S,
@@ -19,6 +19,7 @@ from peer.transport.dialling import (
     nearest_scope,
     resolved,
 )
+from peer.transport.endpoints import AddressScope, Endpoint
 
 VICTIM = Endpoint("44.1.1.1:443")
 NEAR = {

@@ -23,7 +23,8 @@ from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.rpc.server import server_credentials
-from peer.transport.addresses import Endpoint, Multiaddress, NetworkConfig
+from peer.transport.addresses import Multiaddress, NetworkConfig
+from peer.transport.endpoints import Endpoint
 from peer.transport.tunnel import TunnelLimits, Tunnels
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11

@@ -10,7 +10,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from simulated_readings import NOW, Answer, Asked, manifest, node, peer, picture_of, replica, trainer
 
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from talkoot.dashboard.app import OPENAPI, is_loopback, targets
 from talkoot.dashboard.history import Sample
 from talkoot.dashboard.picture import Picture

@@ -26,8 +26,8 @@ from peer.loop import LoopThread
 from peer.rates import Bandwidth
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.server import server_credentials
-from peer.transport.addresses import AddressScope, Endpoint
 from peer.transport.dialling import Dialling
+from peer.transport.endpoints import AddressScope, Endpoint
 from peer.wire import probe_pb2_grpc
 from talkoot.doctor import checks
 from talkoot.doctor.checks import (

@@ -23,7 +23,8 @@ from peer.errors import UserError
 from peer.files import StateFolder
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from talkoot.doctor import checks, examination
 from talkoot.doctor.checks import Finding, Verdict
 from talkoot.doctor.examination import Check, Report

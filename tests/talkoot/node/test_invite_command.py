@@ -11,7 +11,8 @@ from dht.admission import Mode, Role, SwarmAdmission, read_grant
 from dht.invites import Invite
 from dht.records import SwarmKeys
 from peer.identity import Identity
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from peer.wire import admission_pb2
 from talkoot.node.invites import FoundedSwarm
 

@@ -18,7 +18,8 @@ from dht.records import SwarmKeys
 from peer.errors import InviteError, SettingsError, StartError
 from peer.identity import Identity
 from peer.loop import LoopThread
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from talkoot.node.control import ControlServer
 from talkoot.node.launch import Origin
 from talkoot.node.service import UNIT, Service, make_service, run_install, run_remove, run_status

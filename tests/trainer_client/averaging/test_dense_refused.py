@@ -22,7 +22,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import StateError, TransferError
 from peer.rpc.server import server_credentials
 from peer.rpc.sessions import Metadata, SessionServicer
-from peer.transport.addresses import Endpoint
+from peer.transport.endpoints import Endpoint
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc, state_pb2
 from trainer_client.averaging.averager import choose_partner
 from trainer_client.averaging.exchange import PeerDensePart

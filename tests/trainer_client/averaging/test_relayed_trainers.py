@@ -16,7 +16,8 @@ from dht import relays as relays_module
 from dht.announcements import read_trainer
 from dht.relays import RelayKeeper, is_hidden
 from peer.identity import PeerID
-from peer.transport.addresses import Endpoint, Multiaddress
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from peer.transport.tunnel import Pipe, Tunnels
 from peer.wire import records_pb2
 from trainer_client.averaging.averager import choose_partner

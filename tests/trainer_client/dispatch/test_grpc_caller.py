@@ -30,7 +30,7 @@ from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.metrics import total, totals
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import Endpoint
+from peer.transport.endpoints import Endpoint
 from peer.wire import expert_pb2
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 

@@ -33,7 +33,7 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import Endpoint
+from peer.transport.endpoints import Endpoint
 from peer.wire.expert_pb2 import CallReply
 from trainer_client.dispatch.batches import NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller

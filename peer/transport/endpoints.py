@@ -1,0 +1,195 @@
+"""Endpoints, `host:port` as gRPC dials them, and IP addresses: their grammar, scopes and neighbourhoods.
+
+Strangers write endpoints. Whatever is not in the grammar is not stored, dialled or put on a command line.
+"""
+
+import ipaddress
+import re
+from enum import IntEnum
+from typing import Annotated, Self, TypeAlias
+from urllib.parse import unquote
+
+from pydantic import AfterValidator
+
+from peer.errors import AddressError
+
+IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_MAX_CHARACTERS = 512
+"""Of one address. A circuit to a host with the longest name has 420."""
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
+_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_NAME = re.compile(rf"(?:{_LABEL}\.)*(?=[a-z]){_LABEL}")
+"""Its last label begins with a letter: resolvers take the likes of 127.1 and 0x7f000001 for IPv4 addresses."""
+_ENDPOINT = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]+)")
+
+
+class AddressScope(IntEnum):
+    """How far an IP address is valid."""
+
+    NONE = 0
+    """It names no machine that strangers may name: link-local, multicast, reserved, a cloud's metadata."""
+    LOOPBACK = 1
+    PRIVATE = 2
+    """Of a private network, a provider's (RFC 6598), or documentation."""
+    GLOBAL = 3
+
+
+_METADATA = frozenset(
+    map(
+        ipaddress.ip_address,
+        # of Amazon, Alibaba, Oracle and Azure, which are not link-local as the others'
+        ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"),
+    )
+)
+"""Addresses at which clouds tell a machine its secrets."""
+_THIS_NETWORK = ipaddress.ip_network("0.0.0.0/8")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")
+
+
+def scope_of(address: IpAddress) -> AddressScope:
+    """The scope of an IP address, or of the IPv4 address in it."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return scope_of(inner)
+    if address.is_loopback:
+        return AddressScope.LOOPBACK
+    nowhere = address.is_link_local or address.is_multicast or address.is_unspecified or address.is_reserved
+    if nowhere or address in _METADATA or address in _THIS_NETWORK:
+        return AddressScope.NONE
+    if address.is_global and (isinstance(address, ipaddress.IPv4Address) or address in _UNICAST):
+        return AddressScope.GLOBAL
+    return AddressScope.PRIVATE
+
+
+def ip_address(text: str) -> IpAddress:
+    """Parses an IP address; an IPv4 address written as IPv6, such as ::ffff:127.0.0.1, too. Raises ValueError."""
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address.scope_id is not None:
+        raise ValueError("an address with a zone means something on one machine only")
+    return address.ipv4_mapped or address
+
+
+class Endpoint(str):
+    """`host:port`, parsed: an IP address or a host name in its canonical form, and a port from 1 to 65535."""
+
+    host: str
+    ip: IpAddress | None
+    """None if the host is a name."""
+    port: int
+
+    def __new__(cls, text: str) -> Self:
+        """Raises AddressError."""
+        match = _ENDPOINT.fullmatch(bounded(text))
+        if match is None:
+            raise AddressError("an endpoint is an IP address or a host name, and a port: host:port")
+        bracketed, plain, port = match.groups()
+        ip = parse_ip6(bracketed) if bracketed else _ip4_or_none(plain)
+        host = parse_name(plain) if ip is None else str(ip)
+        self = super().__new__(
+            cls, f"[{host}]:{parse_port(port)}" if bracketed else f"{host}:{parse_port(port)}"
+        )
+        self.host, self.ip, self.port = host, ip, int(port)
+        return self
+
+    @classmethod
+    def of(cls, host: str, port: int) -> Self:
+        """Of a host without brackets. Raises AddressError."""
+        return cls(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+    def at(self, other: "Endpoint") -> "Endpoint":
+        """The other one; as `Multiaddress.at` does."""
+        return other
+
+    @property
+    def scope(self) -> AddressScope | None:
+        """None if the host is a name, which may lead anywhere."""
+        return None if self.ip is None else scope_of(self.ip)
+
+
+def _host(text: str) -> str:
+    try:
+        return Endpoint.of(text, 1).host
+    except AddressError:
+        raise ValueError("must be an IP address or a host name, without a port") from None
+
+
+HostName = Annotated[str, AfterValidator(_host)]
+"""Where others reach a peer: an IP address, or a name that the peer looks up before it announces itself."""
+
+
+def address_of(peer: str) -> IpAddress | None:
+    """The IP address in gRPC's name of a peer, such as `ipv4:192.0.2.7:4711` or `ipv6:%5B::1%5D:4711`."""
+    kind, _, rest = unquote(peer).partition(":")
+    if kind not in {"ipv4", "ipv6"}:
+        return None
+    host = rest.rpartition(":")[0].strip("[]")
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def neighbourhood(address: IpAddress) -> str:
+    """What counts as one caller: an IPv4 address, or the 2^64 IPv6 addresses that one line usually has."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+
+
+def is_public(host: str) -> bool:
+    """Whether it is an IP address that is reachable from the whole internet."""
+    try:
+        return scope_of(ip_address(host)) is AddressScope.GLOBAL
+    except ValueError:
+        return False
+
+
+def bounded(text: str) -> str:
+    if len(text) > _MAX_CHARACTERS or not text.isascii():
+        raise AddressError(f"an address has at most {_MAX_CHARACTERS} characters, all of them ASCII")
+    return text
+
+
+def _ip4_or_none(text: str) -> ipaddress.IPv4Address | None:
+    try:
+        return ipaddress.IPv4Address(text)
+    except ValueError:
+        return None
+
+
+def parse_ip4(text: str) -> ipaddress.IPv4Address:
+    address = _ip4_or_none(text)
+    if address is None:
+        raise AddressError("not an IPv4 address")
+    return address
+
+
+def parse_ip6(text: str) -> ipaddress.IPv6Address:
+    """Without a zone, and no IPv4 address in disguise."""
+    try:
+        address = ipaddress.IPv6Address(text)
+    except ValueError as error:
+        raise AddressError("not an IPv6 address") from error
+    if address.scope_id is not None or address.ipv4_mapped is not None:
+        raise AddressError("an IPv6 address has no zone, and an IPv4 address is written as one")
+    return address
+
+
+def parse_name(text: str) -> str:
+    name = text.lower()
+    if len(name) > 253 or _NAME.fullmatch(name) is None:
+        raise AddressError("not a host name")
+    return name
+
+
+def parse_port(text: str) -> int:
+    if _PORT.fullmatch(text) is None or int(text) > 65535:
+        raise AddressError("ports are from 1 to 65535")
+    return int(text)
