@@ -170,7 +170,8 @@ class Lookups:
         run = _Run(self, dht, keys, _NEAREST, besides_self=False)
         await run.until_finished()
         for key, found in run.found.items():
-            self.reach.note(key, found.search.nearest())
+            # others on the way there have answered, too, and they are not all that is near
+            self.reach.note(key, found.search.nearest()[: DEFAULT_LIMITS.front])
 
     def usual_reach(self, dht: DHTNode) -> int:
         """The distance from a key within which its holders usually are."""

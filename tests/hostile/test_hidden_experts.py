@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from callers import numbered_identities
 from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, playing
-from stranger import Stranger, digest, identities_near, packed
+from stranger import DHTHandler, Stranger, digest, identities_near, packed
 
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.swarm import Swarm, found_swarm, join_swarm
@@ -108,15 +108,20 @@ class Crowd:
         payload = records_pb2.RecordPayload(key=self._key, expires_at=until, announcement=announcement)
         self._record = first.peer_id.to_bytes(), packed(await first.publish(payload)), until
 
+        for stranger in self._strangers:
+            await stranger.answer(**self._handlers(stranger, lie))
+
+    def _handlers(self, stranger: Stranger, lie: Lie) -> dict[str, DHTHandler]:
+        own = stranger.protocol.node_info
+
         async def find(request: Any, context: Any) -> Any:
             answers = [dht_pb2.FindResult(**lie(key)) for key in request.keys]
-            return dht_pb2.FindResponse(results=answers, peer=first.protocol.node_info)
+            return dht_pb2.FindResponse(results=answers, peer=own)
 
         async def store(request: Any, context: Any) -> Any:
-            return dht_pb2.StoreResponse(store_ok=[True] * len(request.keys), peer=first.protocol.node_info)
+            return dht_pb2.StoreResponse(store_ok=[True] * len(request.keys), peer=own)
 
-        for stranger in self._strangers:
-            await stranger.answer(find=find, store=store)
+        return {"find": find, "store": store}
 
     def _named(self, names: list[bytes]) -> dict[str, Any]:
         ids = [node_id_of(name).to_bytes() for name in names]

@@ -216,6 +216,22 @@ def test_a_second_look_up_starts_at_the_holders(world: VirtualLoop) -> None:
     play(world, scenario, nodes=24)
 
 
+def test_samples_show_within_which_distance_the_holders_are_and_honest_look_ups_stay_cheap(
+    world: VirtualLoop,
+) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        for reader in swarm.peers[:5]:
+            await reader.lookups.sample(reader.dht)
+            assert 2 < reader.lookups.usual_reach(reader.dht) * 100 / 2**160 < 11
+            await reader.registry.replicas([HOME])  # samples once more
+            await asyncio.sleep(1)
+            before = swarm.network.traffic.by_method["find"]
+            await reader.registry.replicas([UID(0, (1, 1))])
+            assert swarm.network.traffic.by_method["find"] - before <= 20
+
+    play(world, scenario, nodes=100)
+
+
 def test_a_request_that_fails_through_a_bug_counts_as_unanswered(
     world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
