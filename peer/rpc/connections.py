@@ -55,7 +55,7 @@ class Connection:
     """One connection of a caller."""
 
     peer: str
-    """The caller's address as gRPC names it; `unix:` if it comes through a tunnel."""
+    """The caller's address as gRPC names it, or its PeerID if it comes through a tunnel, where libp2p has proved it."""
     origin: str
     """The neighbourhood of the caller's address, or its PeerID if it comes through a tunnel."""
     close: Callable[[], None]
@@ -212,7 +212,8 @@ class Connections:
         made, name = self._dial()
         reader, writer = await asyncio.open_unix_connection(sock=made)
         now = self._clock()
-        connection = Connection("unix:", f"tunnel of {caller}", writer.transport.abort, now, has_spoken=True)
+        peer = f"tunnel of {caller}"
+        connection = Connection(peer, peer, writer.transport.abort, now, has_spoken=True)
         self._by_name[name] = connection
         self.add(connection)
         self._tasks.spawn(self._wait_for_end(writer, connection, name), "wait for the end of a tunnel")

@@ -48,7 +48,7 @@ _CHECKS_PER_S = 200.0
 """Signatures checked for callers that open sessions. Each takes about 0.2 ms of the loop."""
 _CHECKS_AT_ONCE = 32
 _TUNNELS = "tunnels"
-"""The neighbourhood of all callers that come by the server's unix socket."""
+"""The neighbourhood of all callers that come through tunnels."""
 _RENEW_AT = 0.8
 """The share of a session's lifetime after which a new one is opened."""
 _LONGEST_LIFETIME_S = 7 * 86400.0
@@ -317,13 +317,11 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):  # type: ignore[
         context: grpc.aio.ServicerContext[session_pb2.OpenRequest, session_pb2.OpenReply],
     ) -> session_pb2.OpenReply:
         async with abort_on_error(context):
-            statement = self._sessions.check(request)
+            self._sessions.check(request)
             address = address_of(context.peer())
             near = _TUNNELS if address is None else neighbourhood(address)
-            # a tunnel's connections look alike: there, the caller that is named counts as one
-            connection = statement.caller.hex() if address is None else context.peer()
             with self._sessions.counting_refusals():
-                if not await self._checks.turn(near, connection):
+                if not await self._checks.turn(near, context.peer()):
                     raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "too many open sessions now", 1.0)
             return self._sessions.open(request, near)
         raise AssertionError("abort raises")

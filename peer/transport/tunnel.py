@@ -10,7 +10,6 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections import Counter as Multiset
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any, TypeAlias
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from peer.bounded import BoundedDict
-from peer.errors import UnreachableError
+from peer.budget import FairBudget
+from peer.errors import ExpertError, UnreachableError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
@@ -84,7 +84,8 @@ class Tunnels:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._listeners = BoundedDict[PeerID, _Listener](limits.streams)  # least recently used first
         self._exit: OpenExit | None = None
-        self._incoming: Multiset[PeerID] = Multiset()
+        self._room = FairBudget(limits.streams)
+        """Streams that others opened. When all are open, the peer with the most gives one up for another peer."""
         self._opening = TokenBuckets[PeerID](limits.opened_per_s, limits.streams_of_peer)
         self._tasks = TaskSet()
         self.streams.set_function(lambda: len(self._tasks))
@@ -93,6 +94,7 @@ class Tunnels:
         """Leads other peers' streams there from now on. Before, none is accepted."""
         self._exit = open_exit
         self._limits = replace(self._limits, streams=most_streams)
+        self._room = FairBudget(most_streams)
         self._listeners.most = most_streams
 
     async def serve_on(self, daemon: Any) -> None:
@@ -148,26 +150,28 @@ class Tunnels:
     async def _accept(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Handles a stream that another peer opened; hivemind calls it."""
         caller: PeerID = info.peer_id
-        now = time.monotonic()
-        is_hasty = self._opening.wait_s(caller, now) > 0
-        if self._exit is None or is_hasty or not self._has_room(caller):
+        now, task = time.monotonic(), asyncio.current_task()
+        assert task is not None
+        exit_, room = self._exit, None
+
+        def give_up() -> None:
+            task.cancel()
+
+        is_modest = self._room.held(caller) < self._limits.streams_of_peer
+        if exit_ is not None and is_modest and not self._opening.wait_s(caller, now):
+            with contextlib.suppress(ExpertError):
+                room = self._room.reserve(caller, 1, give_up)
+        if exit_ is None or room is None:
             self.opened.labels("refused").inc()
             writer.close()
             return
         self._opening.take(caller, 1, now)
         self.last_relayed = is_circuit(info.addr.to_bytes())
         self.opened.labels("relayed" if self.last_relayed else "punched").inc()
-        self._incoming[caller] += 1
         try:
-            await self._connect_pipes((reader, writer), self._exit(caller))
+            await self._connect_pipes((reader, writer), exit_(caller))
         finally:
-            self._incoming[caller] -= 1
-            if not self._incoming[caller]:
-                del self._incoming[caller]
-
-    def _has_room(self, caller: PeerID) -> bool:
-        limits = self._limits
-        return self._incoming[caller] < limits.streams_of_peer and self._incoming.total() < limits.streams
+            room.release()
 
     async def _forward(self, peer_id: PeerID, listener: "_Listener", accepted: Pipe) -> None:
         """Handles a connection of this process's own gRPC."""

@@ -326,3 +326,45 @@ def test_a_peer_that_opens_stream_after_stream_is_refused_and_others_are_not(
         await tunnels.close()
 
     loop.run(scenario(), 60)
+
+
+def test_strangers_that_hold_all_streams_leave_a_newcomer_its_share(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        ended = asyncio.Event()
+
+        async def open_stream(*arguments: Any) -> Any:
+            raise UnreachableError("not asked")
+
+        async def open_exit(caller: PeerID) -> Any:
+            await ended.wait()
+            raise OSError("it has ended")
+
+        tunnels = Tunnels(open_stream, TunnelLimits(streams_of_peer=3))
+        tunnels.set_exit(open_exit, 6)
+        strangers, newcomers = numbered_identities(4)[:2], numbered_identities(4)[2:]
+
+        async def accept(caller: Identity) -> None:
+            here, there = socket.socketpair()
+            with there:
+                reader, writer = await asyncio.open_unix_connection(sock=here)
+                info = SimpleNamespace(peer_id=caller.peer_id, addr=SimpleNamespace(to_bytes=bytes))
+                await tunnels._accept(info, reader, writer)
+
+        async def streams(callers: list[Identity], number: int) -> list[asyncio.Task[None]]:
+            tasks = [asyncio.create_task(accept(caller)) for caller in callers for _ in range(number)]
+            opened = total(tunnels.opened)
+            await until(lambda: total(tunnels.opened) == opened + len(tasks))
+            return tasks
+
+        hostile = await streams(strangers, 3)
+        assert total(tunnels.streams) == 6, "all there are"
+        honest = await streams(newcomers, 1)
+        assert total(tunnels.opened, way="refused") == 0
+        await until(lambda: sum(task.done() for task in hostile) == 2)
+        assert not any(task.done() for task in honest)
+        assert [sum(not task.done() for task in hostile[n : n + 3]) for n in (0, 3)] == [2, 2]
+        ended.set()
+        await asyncio.gather(*hostile, *honest, return_exceptions=True)
+        await tunnels.close()
+
+    loop.run(scenario(), 60)

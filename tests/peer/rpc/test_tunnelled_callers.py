@@ -1,0 +1,106 @@
+"""Callers that come through tunnels count apart: what one of them does costs the others nothing."""
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import pytest
+from callers import numbered_identities
+from grpc import StatusCode
+
+from peer.identity import Identity, certificate_pem
+from peer.loop import LoopThread
+from peer.metrics import total
+from peer.rpc.channels import ChannelPool
+from peer.rpc.server import RpcServer, server_credentials
+from peer.rpc.sessions import SessionClient, Sessions
+from peer.transport.tunnel import Pipe, Tunnels
+from peer.wire import session_pb2, session_pb2_grpc
+
+
+@contextlib.asynccontextmanager
+async def channel_of(caller: Identity, server: RpcServer, identity: Identity) -> AsyncIterator[Any]:
+    """A channel to the server as through a tunnel of this caller, whom libp2p has proved."""
+
+    async def open_stream(*arguments: Any) -> Pipe:
+        return await server.open_for(caller.peer_id)
+
+    tunnels, pool = Tunnels(open_stream), ChannelPool()
+    try:
+        certificate = certificate_pem(identity.make_certificate(), identity.peer_id)
+        yield await pool.get(await tunnels.open_to(identity.peer_id, ()), certificate)
+    finally:
+        await pool.close()
+        await tunnels.close()
+
+
+async def flood(channel: Any, requests: Sequence[session_pb2.OpenRequest]) -> int:
+    """How many of many calls without a session were refused for coming too often."""
+    refused = 0
+    stub = session_pb2_grpc.SessionServiceStub(channel)
+    for request in requests:
+        try:
+            await stub.Open(request, timeout=20)
+        except grpc.aio.AioRpcError as error:
+            refused += error.code() in {StatusCode.RESOURCE_EXHAUSTED, StatusCode.UNAVAILABLE}
+    return refused
+
+
+def test_a_stranger_in_a_tunnel_that_calls_too_often_keeps_no_newcomer_in_another_out(
+    loop: LoopThread,
+) -> None:
+    identity, stranger, newcomer = numbered_identities(3)
+
+    async def scenario() -> None:
+        server = RpcServer(Sessions("sauna", identity.peer_id), 8)
+        await server.start(server_credentials(identity, identity.make_certificate()), "127.0.0.1", 0)
+        sessions = SessionClient(newcomer, "sauna", [session_pb2.RIGHT_FORWARD])
+        try:
+            async with (
+                channel_of(stranger, server, identity) as hostile,
+                channel_of(newcomer, server, identity) as honest,
+            ):
+                request = session_pb2.OpenRequest(statement=b"made up")
+                assert await flood(hostile, 80 * [request]) > 5, "the attack was no attack"
+                assert await sessions.metadata(identity.peer_id, honest, 20.0)
+                assert total(server.connections.closed, reason="abused") >= 1
+        finally:
+            await sessions.close()
+            await server.stop(0)
+
+    loop.run(scenario(), 60)
+
+
+def test_a_statement_waits_for_its_turn_under_the_name_that_its_connection_proved(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not under the one in the statement, which a stranger may make up: that of a newcomer it wants to keep out."""
+    identity, stranger, newcomer = numbered_identities(3)
+
+    async def scenario() -> None:
+        server = RpcServer(Sessions("sauna", identity.peer_id), 8)
+        sources = []
+
+        async def turn(_: Any, near: str, source: str) -> bool:
+            sources.append(source)
+            return True
+
+        monkeypatch.setattr("peer.rates.FairTurns.turn", turn)
+        await server.start(server_credentials(identity, identity.make_certificate()), "127.0.0.1", 0)
+        client = SessionClient(newcomer, "sauna", [session_pb2.RIGHT_FORWARD])
+        try:
+            async with channel_of(stranger, server, identity) as hostile:
+                stub = session_pb2_grpc.SessionServiceStub(hostile)
+                given = await stub.Challenge(session_pb2.ChallengeRequest(), timeout=20)
+                forged = client.statement(identity.peer_id, given.challenge)
+                forged.signature = b"forged"
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await stub.Open(forged, timeout=20)
+            assert len(sources) == 1
+            assert str(stranger.peer_id) in sources[0]
+        finally:
+            await client.close()
+            await server.stop(0)
+
+    loop.run(scenario(), 60)
