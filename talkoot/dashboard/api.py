@@ -15,8 +15,8 @@ MAX_POINTS = 2000
 _MAX_FILTER_CHARACTERS = 200
 
 NODE_KEYS = (
-    "peer_id", "short", "name", "state", "experts", "capacity", "rows_per_s", "latency_ms", "software_version",
-    "protocol_version", "reach", "up_s", "started_at", "seen_at", "updates", "rows", "hours",
+    "peer_id", "short", "name", "state", "unsteady", "experts", "capacity", "rows_per_s", "latency_ms",
+    "software_version", "protocol_version", "reach", "up_s", "started_at", "seen_at", "updates", "rows", "hours",
 )  # fmt: skip
 """The keys that nodes can be sorted by."""
 _FILTERED_KEYS = ("peer_id", "name", "state", "software_version", "reach")
@@ -53,6 +53,10 @@ class DashboardState:
     unreachable_since: float | None
     refresh_s: float
     now: float
+    longest_lag_s: float
+    """Of the dashboard's own loop, in the last two minutes."""
+    unsteady: tuple[str, ...]
+    """The dashboard's own tasks that fail again and again."""
 
 
 def swarm(seen: DashboardState) -> Json:
@@ -68,7 +72,7 @@ def swarm(seen: DashboardState) -> Json:
         "unreachable_since": seen.unreachable_since,
         "state": health(seen),
         "warning": figures.get("warning"),
-        "nodes": figures.get("nodes", {"live": None, "gone": None}),
+        "nodes": figures.get("nodes", {"live": None, "gone": None, "unsteady": None}),
         "experts": figures.get("experts", {"live": None, "total": None}),
         "replicas": figures.get("replicas"),
         "trainers": figures.get("trainers"),
@@ -85,6 +89,7 @@ def swarm(seen: DashboardState) -> Json:
         },
         "refresh_s": seen.refresh_s,
         "announce_s": figures.get("announce_s") or 10.0,
+        "dashboard": {"longest_lag_s": seen.longest_lag_s, "unsteady": list(seen.unsteady)},
         "software_version": SOFTWARE_VERSION,
         "protocol_version": PROTOCOL_VERSION,
     }  # fmt: skip

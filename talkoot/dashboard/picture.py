@@ -152,7 +152,7 @@ def _together(each: list[CallRates]) -> CallRates:
     )
 
 
-FORM = 2
+FORM = 3
 """The format of a picture in a file. Other formats are not read."""
 
 Json = dict[str, Any]
@@ -193,7 +193,7 @@ class Picture:
         here = {row["peer_id"] for row in self.nodes}
         room = max(0, MAX_GONE - self.figures["nodes"]["gone"])
         gone = [
-            row | {"state": "gone", "rows_per_s": None, "latency_ms": None}
+            row | {"state": "gone", "unsteady": False, "rows_per_s": None, "latency_ms": None}
             for row in rows
             if row["peer_id"] not in here and self.read_at - row["seen_at"] < GONE_KEPT_S
         ][:room]
@@ -264,7 +264,7 @@ def _figures(
     periods = [node.renew_every_s for node in nodes]
     return {
         "name": manifest.name,
-        "nodes": {"live": len(nodes)},
+        "nodes": {"live": len(nodes), "unsteady": sum(node.unsteady for node in nodes)},
         "trainers": len(live),
         "tokens_per_s": sum(speeds) if speeds else None,
         "validation_loss": best[0],
@@ -364,6 +364,7 @@ def _node_row(seen: Seen[NodeInfo], read_at: float, latency_ms: float | None) ->
         "short": seen.name[-8:],
         "name": node.name or None,
         "state": "gone" if seen.gone else _STATES[node.activity],
+        "unsteady": node.unsteady and not seen.gone,
         "experts": node.expert_count,
         "capacity": node.expert_capacity,
         "rows_per_s": None if seen.gone else node.rows_per_s,

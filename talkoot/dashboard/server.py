@@ -18,7 +18,6 @@ from peer.errors import PortError
 from peer.files import StateFolder
 from peer.formatting import endpoint
 from peer.kademlia.hivemind import quiet_hivemind
-from peer.loop import LoopLag
 from peer.metrics import new_registry
 from talkoot.dashboard.app import Streams, make_app
 from talkoot.dashboard.history import History, HistoryStore
@@ -77,7 +76,6 @@ async def dashboard(
     """A dashboard that runs inside. Yields its tasks, none of which should end."""
     metrics = new_registry()
     ProcessCollector(registry=metrics)
-    lag = LoopLag(metrics)
     history = await asyncio.to_thread(History, folder / f"history-{invite.keys.swarm_id}.sqlite")
     store = HistoryStore(history, metrics)
     intervals = intervals or WatchIntervals(settings.refresh_s)
@@ -99,11 +97,9 @@ async def dashboard(
     )
     serving = asyncio.create_task(server.serve([listener]), name="serve the page")
     watching = asyncio.create_task(watcher.run(), name="watch the swarm")
-    lag.start()
     try:
         yield {serving, watching}
     finally:
-        lag.stop()
         watching.cancel()
         server.should_exit = server.force_exit = True
         with contextlib.suppress(TimeoutError):

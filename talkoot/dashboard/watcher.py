@@ -17,7 +17,7 @@ from dht.swarm import Swarm, join_swarm
 from peer import clock
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.identity import Identity
-from peer.loop import Restarts, TaskSet, keep_running
+from peer.loop import LoopLag, Restarts, TaskSet, keep_running
 from peer.transport.addresses import NetworkConfig
 from talkoot.dashboard.api import DashboardState
 from talkoot.dashboard.history import MAX_EXPERTS, HistoryStore, Sample
@@ -82,7 +82,8 @@ class Watcher:
         self.failures = Counter(
             "talkoot_dashboard_failed_readings", "Readings of the swarm that failed.", registry=metrics
         )
-        self._restarts = Restarts(metrics)
+        self.restarts = Restarts(metrics)
+        self._lag = LoopLag(metrics)
         self._expose(metrics)
         self._was_read = False
         self._invite = invite
@@ -109,6 +110,8 @@ class Watcher:
             self.unreachable_since,
             self._intervals.refresh_s,
             self._now(),
+            self._lag.longest_s,
+            self.restarts.unsteady,
         )
 
     async def news(self) -> None:
@@ -117,7 +120,11 @@ class Watcher:
 
     async def run(self) -> None:
         """Joins and watches forever. Raises UserError when the invite is for a swarm that was never seen here."""
-        await keep_running("watch the swarm", self._join_and_watch, self._restarts, fatal=UserError)
+        self._lag.start()
+        try:
+            await keep_running("watch the swarm", self._join_and_watch, self.restarts, fatal=UserError)
+        finally:
+            self._lag.stop()
 
     async def _join_and_watch(self) -> None:
         while True:
@@ -183,7 +190,7 @@ class Watcher:
 
     async def _watch(self, swarm: Swarm) -> None:
         reader = SwarmReader(swarm, list_every_s=self._intervals.list_every_s, most_nodes=MAX_NODES)
-        tasks = TaskSet(self._restarts)
+        tasks = TaskSet(self.restarts)
         tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
         try:
             while tasks:

@@ -33,7 +33,13 @@ export function showSwarm(swarm) {
     byId("versions"),
     `Talkoot ${swarm.software_version}, protocol ${swarm.protocol_version}, swarm ${swarm.swarm_id}`,
   );
+  setText(byId("own-state"), ownState(swarm.dashboard));
   showAge();
+}
+
+function ownState({ longest_lag_s: lag, unsteady }) {
+  const failing = unsteady.length ? ` It fails again and again: ${unsteady.join(", ")}.` : "";
+  return `This dashboard was at most ${format.milliseconds(1000 * lag)} late in the last two minutes.${failing}`;
 }
 
 function showState(state, name) {
@@ -76,7 +82,7 @@ const TILES = [
     id: "nodes",
     label: "Live nodes",
     value: (s) => shown(s.nodes.live, format.count),
-    sub: goneNodes,
+    sub: nodesInTrouble,
     spark: "live_nodes",
   },
   {
@@ -104,9 +110,15 @@ const TILES = [
   },
 ];
 
-function goneNodes({ nodes }) {
-  if (!nodes.gone) return [nodes.gone === 0 ? "none gone within a day" : shown(null)];
-  return [el("a", { href: "#nodes", class: "gone-link" }, `${format.count(nodes.gone)} gone`), " in a day"];
+function nodesInTrouble({ nodes }) {
+  if (nodes.gone === null) return [shown(null)];
+  const link = (kind, words) => el("a", { href: "#nodes", class: kind }, words);
+  return [
+    ...(nodes.gone
+      ? [link("gone-link", `${format.count(nodes.gone)} gone`), " in a day"]
+      : ["none gone within a day"]),
+    ...(nodes.unsteady ? [", ", link("unsteady-link", `${format.count(nodes.unsteady)} unsteady`)] : []),
+  ];
 }
 
 function share({ experts }) {

@@ -6,7 +6,7 @@ import * as format from "./format.js";
 import { serverNow } from "./head.js";
 import { Plot } from "./plot.js";
 import { Section } from "./section.js";
-import { peerName, stateBadge } from "./tables.js";
+import { nodeBadges, peerName, stateBadge } from "./tables.js";
 
 const REACHED = { direct: "directly", punched: "through its router", relayed: "through a relay" };
 
@@ -84,7 +84,7 @@ async function load() {
 function showNode(node) {
   byId("panel-title").replaceChildren(...peerName(node));
   byId("panel-body").replaceChildren(
-    el("p", {}, stateBadge(node.state)),
+    el("p", {}, ...nodeBadges(node)),
     facts([
       [
         "Key",

@@ -25,6 +25,17 @@ export function stateBadge(state) {
   return el("span", { class: "badge", "data-level": level }, icon(picture ?? level), words);
 }
 
+/** A node's state, with a warning when it says that its tasks fail again and again. */
+export function nodeBadges({ state, unsteady }) {
+  if (!unsteady) return [stateBadge(state)];
+  const title = "some of its tasks fail again and again, as it reports";
+  return [
+    stateBadge(state),
+    " ",
+    el("span", { class: "badge", "data-level": "warn", title }, icon("warn"), "unsteady"),
+  ];
+}
+
 /** What the peer calls itself, and the start of its key, which is its own. */
 export function peerName({ name, short }) {
   const parts = name ? [el("bdi", { class: "name" }, name), " "] : [];
@@ -49,7 +60,7 @@ const figure = (id, name, write, drop) => ({
 
 const NODE_COLUMNS = [
   { id: "name", name: "Node", cell: peerLink },
-  { id: "state", name: "State", cell: ({ state }) => stateBadge(state) },
+  { id: "state", name: "State", cell: nodeBadges },
   {
     id: "experts",
     name: "Experts",
@@ -188,6 +199,7 @@ export function makeTables() {
   });
   byId("tiles").addEventListener("click", ({ target }) => {
     if (target.closest(".gone-link")) nodes.table.sortBy("state", "asc");
+    if (target.closest(".unsteady-link")) nodes.table.sortBy("unsteady", "desc");
   });
   const trainers = paged("trainers", "trainers", "trainers", "trainer", TRAINER_COLUMNS);
   const leaders = paged("volunteers", "leaderboard", "nodes", "volunteer", LEADER_COLUMNS, {

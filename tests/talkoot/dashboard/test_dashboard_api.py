@@ -43,7 +43,9 @@ def large() -> Picture:
 def state_of(
     picture: Picture | None, unreachable_since: float | None = None, now: float = NOW + 1
 ) -> DashboardState:
-    return DashboardState(picture, "sauna-x", "sauna", str(INVITE), unreachable_since, 2.0, now)
+    return DashboardState(
+        picture, "sauna-x", "sauna", str(INVITE), unreachable_since, 2.0, now, 0.25, ("keep",)
+    )
 
 
 def healthy(**changes: Any) -> Picture:
@@ -60,10 +62,24 @@ def healthy(**changes: Any) -> Picture:
 def test_a_swarm_in_which_all_experts_have_a_host_is_healthy() -> None:
     shown = api.swarm(state_of(healthy()))
     assert shown["state"] == {"level": "ok", "words": "healthy"}
-    assert shown["nodes"] == {"live": 2, "gone": 0}
+    assert shown["nodes"] == {"live": 2, "gone": 0, "unsteady": 0}
     assert (shown["experts"], shown["replicas"], shown["trainers"]) == ({"live": 8, "total": 8}, 8, 1)
     assert (shown["tokens_per_s"], shown["validation_loss"], shown["bits_per_byte"]) == (100.0, 2.25, 3.25)
     assert shown["join"]["node"] == f"talkoot node --join {INVITE}"
+
+
+def test_nodes_that_are_unsteady_are_counted_and_found_as_long_as_they_are_there() -> None:
+    unsteady = [node(1, unsteady=True), node(2, unsteady=True)]
+    picture = picture_of([node(0), *unsteady], gone=[node(3, unsteady=True)])
+    assert api.swarm(state_of(picture))["nodes"] == {"live": 3, "gone": 1, "unsteady": 2}
+    rows = api.nodes(picture, {"sort": "unsteady", "order": "desc"})["nodes"]
+    assert [row["unsteady"] for row in rows] == [True, True, False, False]
+    restarted = picture_of([node(0)]).with_earlier(picture.nodes)
+    assert not any(row["unsteady"] for row in restarted.nodes if row["state"] == "gone")
+
+
+def test_the_dashboard_says_how_it_does_itself() -> None:
+    assert api.swarm(state_of(None))["dashboard"] == {"longest_lag_s": 0.25, "unsteady": ["keep"]}
 
 
 def test_a_warning_stands_beside_the_state() -> None:
@@ -91,7 +107,7 @@ def test_missing_hosts_are_counted(hosted: int, level: str, words: str) -> None:
 def test_a_swarm_of_zero_nodes_is_shown_as_none_and_not_as_unseen() -> None:
     shown = api.swarm(state_of(picture_of([])))
     assert shown["state"] == {"level": "bad", "words": "no node is there"}
-    assert shown["nodes"] == {"live": 0, "gone": 0}
+    assert shown["nodes"] == {"live": 0, "gone": 0, "unsteady": 0}
     assert (shown["tokens_per_s"], shown["validation_loss"], shown["trainers"]) == (None, None, 0)
 
 
@@ -200,7 +216,7 @@ def test_a_node_that_has_gone_serves_nothing_any_more() -> None:
     picture = picture_of([node(0)], swarm=model, replicas=replicas, gone=[node(1)])
     shown = api.swarm(state_of(picture))
     assert (shown["nodes"], shown["experts"], shown["replicas"]) == (
-        {"live": 1, "gone": 1},
+        {"live": 1, "gone": 1, "unsteady": 0},
         {"live": 4, "total": 8},
         4,
     )
@@ -329,7 +345,7 @@ def test_nodes_of_an_earlier_run_are_listed_as_gone() -> None:
     assert {row["name"]: row["state"] for row in now_there.nodes} == {
         "volunteer 1": "serving", "volunteer 0": "gone",
     }  # fmt: skip
-    assert now_there.figures["nodes"] == {"live": 1, "gone": 1}
+    assert now_there.figures["nodes"] == {"live": 1, "gone": 1, "unsteady": 0}
     assert len(picture_of([node(1)], now=NOW + 90_000).with_earlier(_SMALL.nodes).nodes) == 1
 
 

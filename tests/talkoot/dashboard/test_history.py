@@ -215,7 +215,9 @@ def test_a_full_disk_is_said_once_and_not_each_time(
     assert caplog.text.count("the history can't be used: database or disk is full") == 1
 
 
-@pytest.mark.parametrize("kept", [None, 3, [], {}, {"form": 1}, {"form": 2}, {"form": 1, "replicas": 7}])
+@pytest.mark.parametrize(
+    "kept", [None, 3, [], {}, {"form": 1}, {"form": 2}, {"form": 3}, {"form": 3, "replicas": 7}]
+)
 def test_a_picture_of_another_form_is_not_read(tmp_path: Path, kept: object) -> None:
     async def read() -> Picture | None:
         history = opened(tmp_path)

@@ -48,6 +48,22 @@ def test_manifest_that_expires_soon_is_told(browser: Browser, tmp_path: Path) ->
     asked.history.close()
 
 
+def test_what_fails_again_and_again_is_told(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, picture_of([node(1), node(2, unsteady=True)]))
+    for _ in range(3):
+        asked.watcher.restarts.note("watch the swarm")
+    with served(asked.app) as address, visit(browser, address) as seen:
+        assert seen.text("#tile-nodes .sub") == "none gone within a day, 1 unsteady"
+        seen.page.locator(".unsteady-link").click()
+        seen.until("document.querySelector('#nodes-table tbody tr')?.textContent.includes('unsteady')")
+        assert "late in the last two minutes. It fails again and again: watch the swarm." in seen.text(
+            "#own-state"
+        )
+        seen.page.locator("#nodes-table .peer").first.click()
+        seen.until("document.querySelector('#panel-body .badge[data-level=warn]') !== null")
+    asked.history.close()
+
+
 def test_swarm_that_was_never_seen_has_no_figures(browser: Browser, tmp_path: Path) -> None:
     asked = Asked(tmp_path, None)
     with served(asked.app) as address, visit(browser, address, was_read=False) as seen:
