@@ -19,6 +19,7 @@ from collections import Counter as Multiset
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
+from operator import itemgetter
 from pathlib import Path
 from typing import cast
 
@@ -46,6 +47,8 @@ _STARTS_PER_S, _STARTS_AT_ONCE = 100.0, 200.0
 _SWEEP_S = 1.0
 _RECOUNT_S = 0.05
 _BUFFER_BYTES = 2**20
+_MOST_UNSENT_BYTES = 64 * 2**20
+"""What waits here for callers to read it, of all connections together. It is beside the memory for calls."""
 _FLUSH_S = 5.0
 _BACKLOG = 1024
 
@@ -65,6 +68,8 @@ class Connection:
     """Who has proved to be at the other end."""
     calls: int = 0
     """Under way."""
+    unsent: Callable[[], int] = lambda: 0
+    """Bytes that wait until the caller reads."""
 
 
 class ConnectionTable:
@@ -141,6 +146,26 @@ class ConnectionTable:
             and now > connection.began_at + (_PROOF_S if connection.has_spoken else _FIRST_BYTES_S)
         ]
 
+    def unread(self, most: int) -> list[Connection]:
+        """Those that must be closed so that at most so many bytes wait to be read.
+
+        The neighbourhood for which the most bytes wait makes room, its fullest connection first.
+        """
+        waiting: dict[str, list[tuple[int, Connection]]] = {}
+        for connection in self.all():
+            if unsent := connection.unsent():
+                waiting.setdefault(connection.origin, []).append((unsent, connection))
+        sums = {origin: sum(size for size, _ in group) for origin, group in waiting.items()}
+        for group in waiting.values():
+            group.sort(key=itemgetter(0))
+        found = []
+        while sum(sums.values()) > most:
+            origin = max(sums, key=sums.__getitem__)
+            size, connection = waiting[origin].pop()
+            sums[origin] -= size
+            found.append(connection)
+        return found
+
     def __contains__(self, connection: Connection) -> bool:
         groups = self._unproven if connection.caller is None else self._proven
         return connection in groups.get(connection.origin, ())
@@ -174,11 +199,11 @@ class Connections:
         gauge.set_function(lambda: len(self._table))
         closed = Counter(
             "talkoot_connections_closed",
-            "Connections closed here: there were too many, their caller said nothing, or abused them.",
+            "Connections closed here: there were too many, their caller said nothing, read nothing, or abused them.",
             ["reason"],
             registry=metrics,
         )
-        self.closed = start_at_zero(closed, "crowded", "silent", "abused")
+        self.closed = start_at_zero(closed, "crowded", "silent", "unread", "abused")
         self._clock = clock
         self._table = ConnectionTable(most_connections())
         self._by_name: dict[str, Connection] = {}
@@ -318,6 +343,9 @@ class Connections:
     def _sweep(self) -> None:
         for connection in self._table.overdue(self._clock()):
             self._close(connection, "silent")
+        for connection in self._table.unread(_MOST_UNSENT_BYTES):
+            self._table.remove(connection)
+            self._close(connection, "unread")
         self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
     def _close(self, connection: Connection | None, reason: str) -> None:
@@ -343,6 +371,10 @@ class _End(asyncio.Protocol):
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
+
+    def unsent(self) -> int:
+        """Bytes that wait to be read at the other side."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def join(self, other: "_End") -> None:
         """From now on the two ends belong together."""
@@ -419,7 +451,8 @@ class _Outside(_End):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         peer = _peer_name(transport)
-        self.connection = Connection(peer, origin_of(peer), self.abort, self._connections.now())
+        now = self._connections.now()
+        self.connection = Connection(peer, origin_of(peer), self.abort, now, unsent=self.unsent)
         self._connections.add(self.connection, transport.get_extra_info("socket").fileno())
 
     def data_received(self, data: bytes) -> None:

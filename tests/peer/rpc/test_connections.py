@@ -1,5 +1,8 @@
 """Which connections a server keeps when there are too many, and how long one may stay unproven."""
 
+from dataclasses import replace
+from functools import partial
+
 from callers import numbered_identities
 
 from peer.rpc.connections import Connection, ConnectionTable
@@ -50,3 +53,16 @@ def test_a_connection_must_say_something_soon_and_prove_itself_later() -> None:
     table.remove(silent)
     table.remove(silent)
     assert table.overdue(21.0) == [speaks]
+
+
+def test_the_neighbourhood_that_reads_least_makes_room() -> None:
+    table = ConnectionTable(64)
+    deaf = [replace(connection("here"), unsent=partial(int, size)) for size in (2, 9, 5)]
+    slow = replace(connection("there"), unsent=partial(int, 7))
+    idle = connection("here")
+    for one in (*deaf, slow, idle):
+        table.add(one)
+    assert table.unread(23) == []
+    assert table.unread(22) == [deaf[1]]
+    assert table.unread(13) == [deaf[1], deaf[2]]
+    assert set(table.unread(0)) == {*deaf, slow}, "but not the one for which nothing waits"
