@@ -17,6 +17,7 @@ from expert_server.hosting.placement import (
     HostingSurvey,
     assign_orphans,
     exchange,
+    keener,
     lasting_replicas,
     plausible_updates,
     rank_vacancies,
@@ -33,7 +34,7 @@ from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
-from peer.loop import tolerating
+from peer.loop import side_by_side, tolerating
 from peer.wire import state_pb2
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ _FIRM_LOOKS = 4
 """Looks in a row that must find the same replica to spare. Announcements live three periods."""
 _EXCHANGE_EVERY_S = 600.0
 """Shortest time between two exchanges."""
+_MOST_PROOFS, _PROOFS_AT_ONCE = 16, 4
+"""Experts that one look can give up, and of how many the states are fetched at the same time."""
 _CLAIM_WITHIN_S = 10.0
 """An heir that has not claimed what it accepted within this time is passed over: it may be leaving too."""
 _LOOK_EVERY_S = 0.2
@@ -311,7 +314,7 @@ class HostingManager:
         room = self._room - len(self._replicas.experts)
         gains = self._regressed_elsewhere(replicas, saved)
         lacking = len(orphans | gains.keys()) - room - self._spare
-        if gone := releasable(replicas, self._replicas.experts, me, lacking):
+        if gone := await self._proven(releasable(replicas, self._replicas.experts, me, lacking), replicas, 1):
             await self._replicas.release(gone)
             room += len(gone)
             logger.info(
@@ -334,23 +337,45 @@ class HostingManager:
         """
         mine, enough = self._replicas.experts, self._enough
         is_full = self._room <= len(mine) < self.capacity
-        wish = exchange(replicas, mine, self._swarm.host.peer_id, enough) if is_full else None
+        # anybody can announce an expert and not give it: that must not keep others from being taken
+        able = {uid: hosts for uid, hosts in replicas.items() if not self._replicas.is_withheld(uid)}
+        wish = exchange(able, mine, self._swarm.host.peer_id, enough) if is_full else None
         if not self._hysteresis.is_due(wish, self._now()) or wish is None:
             return
-        self._hysteresis.done(self._now())
+        self._hysteresis.failed()  # unless it succeeds
+        if not await self._proven([wish.gives], replicas, max(1, enough)):
+            return
         if await self._take([wish.takes], max(enough, lasting_replicas(replicas[wish.takes]) + 1)):
             await self._replicas.release([wish.gives])
+            self._hysteresis.done(self._now())
             self.exchanged.inc()
             logger.info("exchanged expert %s, which others host, for %s", wish.gives, wish.takes)
 
     async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         me, mine = self._swarm.host.peer_id, self._replicas.experts
         self.replicated = sum(bool(serving_elsewhere(replicas[uid], me)) for uid in mine)
-        others = {uid: hosts for uid, hosts in replicas.items() if uid not in mine}
+        others = {
+            uid: hosts
+            for uid, hosts in replicas.items()
+            if uid not in mine and not self._replicas.is_withheld(uid)
+        }
         wanted = under_replicated(others, self._room - len(mine), me, self._enough)
         if taken := await self._take(wanted, self._enough):
             self.replicated += len(taken)
             logger.info("took further replicas of %s", counted(len(taken), "expert"))
+
+    async def _proven(
+        self, uids: Collection[UID], replicas: Mapping[UID, Collection[Replica]], enough: int
+    ) -> list[UID]:
+        """Those of this node's experts that `enough` of the others, to whom they would be left, really have."""
+        me, proven = self._swarm.host.peer_id, []
+
+        async def prove(uid: UID) -> None:
+            if await self._replicas.are_given(uid, keener(replicas[uid], uid, me), enough):
+                proven.append(uid)
+
+        await side_by_side(map(prove, [*uids][:_MOST_PROOFS]), _PROOFS_AT_ONCE)
+        return proven
 
     async def _take(self, wanted: list[UID], enough: int = 1) -> list[UID]:
         return await self._replicas.take(wanted, plausible_updates(self.seen), enough)

@@ -6,6 +6,7 @@ time mostly choose differently, and agree who wins a contested expert.
 
 import hashlib
 import random
+from collections import Counter as Multiset
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,13 +65,14 @@ def regressed(
     for uid, saved in checkpoints.items():
         others = [replica for replica in replicas.get(uid, ()) if replica.peer_id != peer_id]
         if others and all(
-            r.state is not ReplicaState.CLAIMED and _is_behind(r.update_count, saved) for r in others
+            r.state is not ReplicaState.CLAIMED and is_behind(r.update_count, saved) for r in others
         ):
             found[uid] = saved - max(replica.update_count for replica in others)
     return found
 
 
-def _is_behind(update_count: int, saved: int) -> bool:
+def is_behind(update_count: int, saved: int) -> bool:
+    """Whether a replica has far fewer updates than another state of its expert."""
     return update_count < _BEHIND * saved
 
 
@@ -141,12 +143,14 @@ def releasable(
     def others(uid: UID) -> list[Replica]:
         return serving_elsewhere(replicas.get(uid, ()), peer_id)
 
-    able = [
-        uid
-        for uid in mine
-        if any(preference(uid, other.peer_id) > preference(uid, peer_id) for other in others(uid))
-    ]
+    able = [uid for uid in mine if keener(replicas.get(uid, ()), uid, peer_id)]
     return sorted(able, key=lambda uid: (-len(others(uid)), preference(uid, peer_id)))[: max(count, 0)]
+
+
+def keener(hosts: Collection[Replica], uid: UID, peer_id: PeerID) -> list[Replica]:
+    """The serving replicas of peers that prefer the expert more than this peer does."""
+    own = preference(uid, peer_id)
+    return [replica for replica in _serving(hosts) if preference(uid, replica.peer_id) > own]
 
 
 def serving_elsewhere(hosts: Collection[Replica], me: PeerID) -> list[Replica]:
@@ -175,17 +179,20 @@ def plausible_updates(replicas: Mapping[UID, Collection[Replica]]) -> int:
 
 
 def assign_orphans(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[UID, PeerID]:
-    """Which peer adopts which expert: the one with most room left, and of several the one that prefers it most.
+    """Which peer adopts which expert: each peer with room gets one in turn, the one that prefers it most.
 
-    Experts for which no peer has room are left out.
+    Nobody gets more for saying that it has more room, which costs nothing to say. Experts for which no peer has room
+    are left out.
     """
-    left = dict(rooms)
+    given_to: Multiset[PeerID] = Multiset()
     found = {}
     for uid in uids:
-        heir = max(left, key=lambda p: (left[p], preference(uid, p)), default=None)  # called at once
-        if heir is None or left[heir] <= 0:
+        able = [peer_id for peer_id, room in rooms.items() if given_to[peer_id] < room]
+        if not able:
             break
-        left[heir] -= 1
+        fewest = min(given_to[peer_id] for peer_id in able)
+        heir = max((peer_id for peer_id in able if given_to[peer_id] == fewest), key=partial(preference, uid))
+        given_to[heir] += 1
         found[uid] = heir
     return found
 
@@ -216,7 +223,7 @@ def lost_claims(
 
 def _outranks(other: Replica, update_count: int, peer_id: PeerID) -> bool:
     if other.state is not ReplicaState.CLAIMED:
-        return other.state is ReplicaState.SERVING and not _is_behind(other.update_count, update_count)
+        return other.state is ReplicaState.SERVING and not is_behind(other.update_count, update_count)
     theirs = other.update_count, preference(other.uid, other.peer_id)
     return theirs > (update_count, preference(other.uid, peer_id))
 
@@ -282,14 +289,16 @@ class ExchangeHysteresis:
         return self._last is None or now >= self._last + self._pause_s
 
     def done(self, now: float) -> None:
-        """An exchange was made or tried."""
+        """An exchange was made."""
         self._last, self._seen = now, 0
+
+    def failed(self) -> None:
+        """It could not be made. Another may be wanted soon: strangers must not be able to use up the pauses."""
+        self._seen = 0
 
 
 def _can_go(hosts: Collection[Replica], uid: UID, peer_id: PeerID, enough: int) -> bool:
-    own = preference(uid, peer_id)
-    before = [replica for replica in _serving(hosts) if preference(uid, replica.peer_id) > own]
-    return len(before) >= max(1, enough)
+    return len(keener(hosts, uid, peer_id)) >= max(1, enough)
 
 
 def _serving(hosts: Collection[Replica]) -> list[Replica]:

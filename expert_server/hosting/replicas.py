@@ -14,13 +14,15 @@ from dht.uid import UID
 from expert_server.blocks import build_block
 from expert_server.experts.devices import ComputeDevice, roomiest
 from expert_server.experts.expert import Expert, expert_bytes
+from expert_server.experts.format import Checkpoint
 from expert_server.experts.plausibility import Scale
-from expert_server.hosting.placement import lost_claims, state_sources
+from expert_server.hosting.placement import is_behind, lost_claims, state_sources
 from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import Checkpoints
 from expert_server.state.transfer import StateClient
 from peer import clock
 from peer.averaging import AveragingHistory, max_plausible_updates
+from peer.bounded import BoundedDict
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
@@ -41,6 +43,11 @@ _WITHDRAW_S = 2.0
 """Longest that it tries to withdraw its announcements."""
 _FETCHES = 3
 """States that are fetched at the same time: one that comes slowly must not hold up the others."""
+_PROOF_S = 30.0
+"""Longest that others are asked for the state of an expert that is to be given up to them."""
+_WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
+"""How long an expert is left alone whose state nobody gave, at first; twice as long each further time."""
+_WITHHELD = 4096
 _SAVE_S = 10.0
 """Longest that saving given-up experts may take."""
 
@@ -79,6 +86,8 @@ class LocalReplicas:
         self._claimed_at: dict[UID, float] = {}
         self._taking: asyncio.Task[list[UID]] | None = None
         self._first_scale: Scale | None = None
+        self._withheld = BoundedDict[UID, tuple[int, float]](_WITHHELD)
+        """How often in a row nobody gave an expert's state, and until when it is not tried again."""
 
     async def first_scale(self) -> Scale:
         """How large the first parameters of an expert are. They are drawn alike for all experts."""
@@ -174,6 +183,39 @@ class LocalReplicas:
             self._claimed_at |= claimed_at
             raise
 
+    async def are_given(self, uid: UID, others: Sequence[Replica], enough: int) -> bool:
+        """Whether `enough` of the others give a good state of an expert in service, no older than its own.
+
+        Ask before it is given up to them: an announcement costs its writer nothing.
+        """
+        expert, given = self.experts[uid], 0
+
+        def check(checkpoint: Checkpoint) -> None:
+            expert.check_state(checkpoint.state, checkpoint.update_count)
+            expert.require_plausible(checkpoint.state, checkpoint.update_count)
+            if is_behind(checkpoint.update_count, expert.update_count):
+                raise StateError(f"it has {checkpoint.update_count} updates of {expert.update_count}")
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PROOF_S):
+                nodes = await self._swarm.registry.nodes({replica.peer_id for replica in others})
+                able = [nodes[replica.peer_id] for replica in others if replica.peer_id in nodes]
+                for node in self._rng.sample(able, len(able)):
+                    try:
+                        fetched = await self.states.fetch(node, uid)
+                        await self.runtime.run(partial(check, fetched.checkpoint))
+                    except (TransferError, StateError) as error:
+                        logger.info("kept expert %s, as %s may not have it: %s", uid, node.peer_id, error)
+                        continue
+                    given += 1
+                    if given >= enough:
+                        return True
+        return False
+
+    def is_withheld(self, uid: UID) -> bool:
+        """Whether nobody gave this expert's state when it was last tried, which was not long ago."""
+        return self._withheld.get(uid, (0, 0.0))[1] > self._now()
+
     async def release(self, uids: Collection[UID]) -> None:
         """Withdraws some experts, serves them no more, and saves them. Raises UnreachableError and then keeps them."""
         await self.withdraw(uids)
@@ -262,6 +304,13 @@ class LocalReplicas:
             if is_ready:
                 self.runtime.add(expert)
             (taken if is_ready else failed).append(uid)
+
+            if is_ready:
+                self._withheld.pop(uid, None)
+            else:
+                times = self._withheld.get(uid, (0, 0.0))[0]
+                wait_s = min(_WITHHELD_S * 2**times, _LONGEST_WITHHELD_S)
+                self._withheld[uid] = min(times + 1, 16), self._now() + wait_s
 
         try:
             await side_by_side(map(serve, claims), _FETCHES)

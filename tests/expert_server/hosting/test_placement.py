@@ -275,10 +275,16 @@ def test_heirs_get_no_more_than_they_have_room_for_and_share_evenly(
     total = sum(max(room, 0) for room in rooms.values())
     assert set(found) <= set(wanted)
     assert len(found) == min(len(wanted), total)
-    left = {p: room - given_to[p] for p, room in rooms.items()}
     assert all(given_to[p] <= max(room, 0) for p, room in rooms.items())
-    for p in given_to:  # nobody else had more room left when this one got its last
-        assert left[p] + 1 >= max(left.values())
+    for p in given_to:  # nobody that had room was passed over when this one got its last
+        assert all(given_to[p] <= given_to[other] + 1 for other in rooms if given_to[other] < rooms[other])
+
+
+@given(st.integers(1, 40), st.integers(1, 5))
+def test_who_says_that_it_has_room_for_all_gets_no_more_than_others(wanted: int, honest: int) -> None:
+    liar, *others = seeded_peers(honest + 1)
+    found = assign_orphans(GRID[:wanted], {liar: 2**32 - 1, **dict.fromkeys(others, wanted)})
+    assert list(found.values()).count(liar) <= -(-wanted // (honest + 1))
 
 
 @given(st.integers(2, 5), st.integers(0, 40), st.randoms(use_true_random=False))
