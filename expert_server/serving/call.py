@@ -27,7 +27,7 @@ from expert_server.serving.forward_cache import CachedForward, CacheKey, Forward
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
 from peer.rates import Bandwidth, LeastRate, RateLimit
-from peer.rpc.calls import RequestReader, note_failure, require_same_swarm
+from peer.rpc.calls import note_failure, require_same_swarm
 from peer.rpc.channels import SERVER_WINDOW_BYTES
 from peer.wire import expert_pb2
 
@@ -329,7 +329,7 @@ class RequestStream:
     """
 
     def __init__(self, requests: Requests, downloads: RateLimit) -> None:
-        self._messages = RequestReader(requests)
+        self._messages = requests
         self._downloads = downloads
         self._pace = LeastRate(_LEAST_BYTES_PER_S, _GRACE_S)
         self._chunk = memoryview(b"")
@@ -369,7 +369,7 @@ class RequestStream:
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._pace.limit_s(expected)):
-                request = await self._messages.next()
+                request = await anext(self._messages, None)
         except (TimeoutError, ExpertError):  # the server itself waits for no message for ever
             raise TimeoutError(_STALLED) from None
         if request is not None:

@@ -1,4 +1,4 @@
-"""What all gRPC services and callers share: how a call is refused, how its messages are read.
+"""What all gRPC services and callers share: how a call is refused, how its messages are parsed.
 
 A message that can't be parsed counts as an empty one, which whoever reads it refuses. gRPC by itself would log a
 traceback for each, and give a caller None in place of a reply.
@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -81,24 +81,6 @@ def retry_after_s(metadata: Iterable[tuple[str, str | bytes]] | None, otherwise:
 def make_stub(stub: Callable[[Any], Any], channel: grpc.aio.Channel) -> Any:
     """A generated stub that parses replies tolerantly: those that can't be parsed are empty."""
     return stub(_Calls(channel))
-
-
-class RequestReader(Generic[M]):
-    """Reads the messages of one call.
-
-    A read that has begun is never cancelled, and ends with the call: gRPC does not free the message of a read that
-    nobody waits for (grpc issue 43360).
-    """
-
-    def __init__(self, stream: AsyncIterator[M]) -> None:
-        self._stream = stream
-        self._reading: asyncio.Future[M | None] | None = None
-
-    async def next(self) -> M | None:
-        """The next message; None at the end."""
-        self._reading = asyncio.ensure_future(anext(self._stream, None))
-        self._reading.add_done_callback(note_failure)
-        return await asyncio.shield(self._reading)
 
 
 def note_failure(transfer: "asyncio.Future[Any]") -> None:

@@ -195,7 +195,7 @@ class CallGate(grpc.aio.ServerInterceptor):
         connection.calls += 1
         try:
             await answer(
-                _Requests(requests, slot, self._clock), _Context(context, connection, slot, self._clock)
+                Requests(requests, slot, self._clock), _Context(context, connection, slot, self._clock)
             )
         except grpc.aio.BaseError:  # the handler ended the call, or the caller has gone
             raise
@@ -247,12 +247,12 @@ class CallGate(grpc.aio.ServerInterceptor):
             logger.error("could not answer a call of %s", method, exc_info=error)
 
 
-_Answer = Callable[["_Requests", "_Context"], Awaitable[None]]
+_Answer = Callable[["Requests", "_Context"], Awaitable[None]]
 _DISPLACED = "others call too, and this call gave its place to one of theirs"
 _END = object()
 
 
-class _Requests:
+class Requests:
     """The messages of one call. A read that has begun ends with the call and is never cancelled: gRPC does not free the
     message of a read that nobody waits for (grpc issue 43360).
     """
@@ -327,7 +327,7 @@ def _streaming(handler: Any) -> _Answer:
     """What a method does, as one that reads and writes streams."""
     behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
-    async def answer(requests: _Requests, context: _Context) -> None:
+    async def answer(requests: Requests, context: _Context) -> None:
         request: Any = requests
         if not handler.request_streaming:
             request = await anext(requests, None)

@@ -22,7 +22,7 @@ from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.parsing import ParseGuard
 from peer.rates import RateLimit
-from peer.rpc.calls import RequestReader, abort_on_error, require_same_swarm
+from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import Pace, SnapshotCache, SnapshotReceiver, TransferSlots, outgoing
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, state_pb2
@@ -225,7 +225,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
 
     async def Exchange(self, requests: Requests, context: ExchangeContext) -> None:
         async with abort_on_error(context, self._deadline_s, "the dense parts were not exchanged in time"):
-            await self._answer(RequestReader(requests), context)
+            await self._answer(requests, context)
 
     async def Take(self, request: dense_pb2.TakeRequest, context: TakeContext) -> None:
         async with abort_on_error(context, self._deadline_s, "the dense part was not read in time"):
@@ -235,11 +235,9 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         """Gives up the merges that still wait for the end of a step."""
         await self._merging.aclose()
 
-    async def _answer(
-        self, messages: RequestReader[dense_pb2.ExchangeRequest], context: ExchangeContext
-    ) -> None:
+    async def _answer(self, requests: Requests, context: ExchangeContext) -> None:
         caller = self._sessions.require(context, session_pb2.RIGHT_AVERAGE).caller
-        request = await messages.next()
+        request = await anext(requests, None)
         if request is None or request.WhichOneof("part") != "offer":
             raise WireError("an exchange begins with an offer")
         offer = request.offer
@@ -250,7 +248,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
             incoming = exchange.receiver()
             incoming.begin(offer.header)
             mine = await exchange.snapshot()
-            await self._swap(mine, incoming, caller, messages, context)
+            await self._swap(mine, incoming, caller, requests, context)
             theirs = await exchange.check(mine.part, incoming, caller)
             merge = self._merge(mine, theirs, offer.header.met_update_count, caller)
             self._merging.spawn(merge, "merge a dense part")
@@ -270,14 +268,14 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         mine: Snapshot,
         incoming: SnapshotReceiver,
         caller: PeerID,
-        messages: RequestReader[dense_pb2.ExchangeRequest],
+        requests: Requests,
         context: ExchangeContext,
     ) -> None:
         """Sends and receives at the same time. Raises StateError when what arrives is not what was offered."""
         sending = asyncio.create_task(self._send(mine, caller, 0, context))
         try:
             pace = Pace()
-            while (request := await pace.read(messages.next(), _size_of)) is not None:
+            while (request := await pace.read(anext(requests, None), _size_of)) is not None:
                 incoming.take(b"" if request.WhichOneof("part") == "offer" else request.chunk)
             await sending
         finally:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -35,13 +35,12 @@ from tls_expert_server import (
 
 from expert_server.experts.expert import Expert
 from expert_server.serving.batching import Direction
-from expert_server.serving.call import OPEN_CALL_BYTES, RequestStream
+from expert_server.serving.call import OPEN_CALL_BYTES
 from expert_server.serving.forward_cache import SeenRequests
 from peer.codec import CHUNK_BYTES
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
-from peer.rates import RateLimit
 from peer.wire import expert_pb2
 
 
@@ -251,25 +250,3 @@ def test_a_caller_who_goes_while_its_status_is_sent_is_no_error(
         await wait_until(lambda: len(asyncio.all_tasks()) <= tasks)
 
     run(scenario)
-
-
-def test_a_read_that_has_begun_is_not_cancelled_with_its_call(loop: LoopThread) -> None:
-    """gRPC would not free what it reads then (issue 43360)."""
-
-    async def scenario() -> None:
-        arrives, ended = asyncio.Event(), asyncio.Event()
-
-        async def requests() -> AsyncIterator[expert_pb2.CallRequest]:
-            await arrives.wait()
-            ended.set()
-            yield expert_pb2.CallRequest()
-
-        reading = asyncio.create_task(RequestStream(requests(), RateLimit(None)).header())
-        await asyncio.sleep(0)
-        reading.cancel()
-        await asyncio.wait([reading])
-        assert reading.cancelled()
-        arrives.set()
-        await asyncio.wait_for(ended.wait(), 5)
-
-    loop.run(scenario(), 120)

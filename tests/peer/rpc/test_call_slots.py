@@ -1,13 +1,15 @@
 """Places for calls are shared fairly: by neighbourhood, by caller, and against those who keep a server waiting."""
 
 import asyncio
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from grpc import StatusCode
 
 from peer.errors import ExpertError
-from peer.rpc.gate import Slot, Slots
+from peer.rpc.gate import Requests, Slot, Slots
 
 
 def slot(origin: str, caller: str, waits_since: float | None = None) -> Slot:
@@ -62,5 +64,27 @@ def test_a_place_that_was_lost_is_released_only_once() -> None:
         assert slots.take(slot("here", "trainer"), 5.0) is first
         slots.release(first)
         assert len(slots) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_read_that_has_begun_is_not_cancelled_with_its_call() -> None:
+    """gRPC would not free what it reads then (issue 43360)."""
+
+    async def scenario() -> None:
+        arrives, ended = asyncio.Event(), asyncio.Event()
+
+        async def requests() -> AsyncIterator[bytes]:
+            await arrives.wait()
+            ended.set()
+            yield b"late"
+
+        reading = asyncio.ensure_future(anext(Requests(requests(), slot("here", "me"), time.monotonic)))
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        assert reading.cancelled()
+        arrives.set()
+        await asyncio.wait_for(ended.wait(), 5)
 
     asyncio.run(scenario())
