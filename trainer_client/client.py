@@ -301,7 +301,7 @@ class SwarmClient:
             self._stage("looking for a relay")
             await swarm.host.serve_tunnel(averaging.open_for, _MAX_TUNNEL_STREAMS)
             await relays.begin()
-        joined.tasks.supervise("average with other trainers", averaging.run)
+        averaging.keep_meeting(joined.tasks)
         joined.announcer.announce_averaging(averaging)
         return averaging
 

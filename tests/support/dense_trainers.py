@@ -16,7 +16,7 @@ from torch import nn
 from dht.announcements import TrainerInfo, read_trainer
 from dht.relays import RelayKeeper
 from peer.identity import Identity, PeerID
-from peer.loop import LoopThread
+from peer.loop import LoopThread, Restarts, TaskSet
 from peer.metrics import total
 from peer.transport.tunnel import Tunnels
 from peer.wire import records_pb2
@@ -86,6 +86,14 @@ class Square:
         self.made.append(averaging)
         self.announce(averaging, reachable)
         return averaging
+
+    def meeting(self, averaging: Averaging) -> Restarts:
+        """Lets it search for others and average with them until the scenario ends. Returns what failed unexpectedly."""
+        restarts = Restarts()
+        tasks = TaskSet(restarts, first_pause_s=0.01)
+        self.stack.push_async_callback(tasks.aclose)
+        averaging.keep_meeting(tasks)
+        return restarts
 
     def announce(self, averaging: Averaging, reachable: bool = True) -> None:
         record = trainer_record(

@@ -26,6 +26,7 @@ from peer.averaging import freshest_first, max_plausible_updates
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
+from peer.loop import TaskSet
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.server import RpcServer, server_credentials
@@ -69,7 +70,7 @@ class AveragingSchedule:
 
 
 class Averaging:
-    """Averages one model with other trainers. `start` it and `run` it as a task of the loop; `close` it at the end."""
+    """Averages one model with other trainers. `start` it, let it `keep_meeting` others, and `close` it at the end."""
 
     def __init__(
         self,
@@ -144,11 +145,10 @@ class Averaging:
         """A connection for a trainer that comes through this one's tunnel. Raises OSError."""
         return await self._server.open_for(caller)
 
-    async def run(self) -> None:
-        """Runs until it is cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_searching())
-            group.create_task(self._keep_averaging())
+    def keep_meeting(self, tasks: TaskSet) -> None:
+        """Searches for other trainers and averages with them, until `tasks` are closed."""
+        tasks.supervise("look for other trainers", self._keep_searching)
+        tasks.supervise("average with other trainers", self._keep_averaging)
 
     async def close(self) -> None:
         self._unsubscribe()

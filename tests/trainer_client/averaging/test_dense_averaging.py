@@ -1,7 +1,5 @@
 """Trainers average their dense parts over real sockets."""
 
-import asyncio
-
 import pytest
 import torch
 from dense_trainers import Play, Square, are_one, ended, identities, play
@@ -43,8 +41,7 @@ def test_who_nobody_reaches_calls_others(play: Play) -> None:
         hidden = await square.trainer(trained(make_model(), 1), 10, every=2, reachable=False)
         public = await square.trainer(trained(make_model(), 2), 10, every=2)
         for averaging in (hidden, public):
-            running = asyncio.create_task(averaging.run())
-            square.stack.callback(running.cancel)
+            square.meeting(averaging)
         # each meeting brings them nearer, the more the fewer steps they take while it goes on
         await square.until(
             lambda: (
@@ -55,6 +52,26 @@ def test_who_nobody_reaches_calls_others(play: Play) -> None:
             public.part,
         )
         assert ended(public, "failed") == 0
+
+    play(scenario)
+
+
+def test_a_search_that_fails_again_and_again_breaks_off_no_meeting(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(square: Square) -> None:
+        one = await square.trainer(trained(make_model(), 1), 10, every=1)
+        other = await square.trainer(trained(make_model(), 2), 10)
+        one.partners = (square.info(other),)
+
+        async def find_partners() -> None:
+            raise ValueError("nobody foresaw this")
+
+        monkeypatch.setattr(one, "find_partners", find_partners)
+        restarts = square.meeting(one)
+        await square.until(lambda: ended(one, "averaged") >= 2 and restarts.total >= 5, one.part, other.part)
+        assert restarts.unsteady == ("look for other trainers",)
+        assert ended(other, "failed") == 0
 
     play(scenario)
 
