@@ -11,8 +11,8 @@ import logging
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from peer.errors import UnreachableError
 from peer.identity import PeerID
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PrefixTables = tuple[Booleans, ...]
 """One bool array per grid dimension, of shape grid[:d+1]: True where a prefix leads to a live expert."""
@@ -198,21 +200,27 @@ class Directory:
         experts that it chose: nothing, when all of that is known. Rows that met experts which can't be called go on,
         each time twice as far. Raises UnreachableError.
         """
-        index = self._index(layer)
+        index, room = self._index(layer), _MAX_READ
         for round_number in range(_SEARCH_ROUNDS):
             passed_over = self._only_at(avoided, layer)
             await self._read_way(layer, index, scores, default_beam_size(k), passed_over)
             chosen = select_experts(scores, index.tables(passed_over), k << round_number)
             unknown = self._experts_at(layer, chosen, self._lacking(layer, chosen, avoided))
-            await self._read_experts([uid for uid in unknown if uid not in self.view.replicas])
+            read = self._drawn([uid for uid in unknown if uid not in self.view.replicas], room)
+            await self._read_experts(read)
+            room -= len(read)
             lacking = self._lacking(layer, chosen, avoided)
-            if not lacking.any():
-                break
             for uid in self._experts_at(layer, chosen, lacking):
-                if not self.view.hosts(uid):
+                if uid in self.view.replicas and not self.view.hosts(uid):
                     index.drop(uid.coordinate)
+            if not lacking.any() or not room:
+                break
             scores = [table[lacking.any(axis=1)] for table in scores]
         return self.view
+
+    def _drawn(self, some: list[T], most: int) -> list[T]:
+        """All of them, or so many drawn at random: anybody can say that a coordinate is active."""
+        return some if len(some) <= most else self._rng.sample(some, most)
 
     def _only_at(self, avoided: frozenset[PeerID], layer: int) -> Booleans | None:
         """The experts that nobody but these peers is known to host, as a table of the grid."""
@@ -247,7 +255,7 @@ class Directory:
             if index.knows_all_of(depth):
                 continue
             wanted = [(), *ahead] if depth == 0 else index.best(scores[:depth], width, passed_over)
-            prefixes = [(layer, coordinate) for coordinate in wanted if not index.knows(coordinate)]
+            prefixes = self._drawn([(layer, c) for c in wanted if not index.knows(c)], _MAX_READ)
             by_size: dict[int, list[Prefix]] = {}
             for prefix in prefixes:
                 by_size.setdefault(self._size_after(prefix), []).append(prefix)
@@ -258,14 +266,14 @@ class Directory:
                     index.note(coordinate, active)
 
     async def _read_experts(self, uids: Collection[UID]) -> None:
-        """Adds them to the view, also those that nobody hosts; what was added longest ago leaves it."""
+        """Adds them to the view, also those that nobody hosts. Of too many, those go first, then the oldest."""
         if not uids:
             return
         replicas = await self.registry.replicas(uids)
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
         nodes = dict(self.view.nodes) | await self.registry.nodes(peers - self.view.nodes.keys())
         known = dict(self.view.replicas) | replicas
-        for uid in list(islice(known, max(0, len(known) - _MAX_READ))):
+        for uid in sorted(known, key=lambda uid: bool(known[uid]))[: max(0, len(known) - _MAX_READ)]:
             del known[uid]
         self.view = View(self._manifest, known, self._but_the_gone(nodes), self._now())
 

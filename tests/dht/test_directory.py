@@ -130,6 +130,30 @@ def test_experts_that_nobody_hosts_make_room_for_the_next_best_and_are_not_asked
     asyncio.run(scenario())
 
 
+def test_a_search_among_made_up_coordinates_reads_a_bounded_number_and_loses_nothing_that_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dht.directory._MAX_READ", 100)
+    served = random_experts(1.0, 0)[::60]
+    registry = FakeRegistry(random_experts(1.0, 0), served)
+    directory = make_directory(registry)
+
+    async def scenario() -> None:
+        seen: set[UID] = set()
+        for number in range(40):
+            registry.reads.clear()
+            view = await directory.search(0, random_scores(number, rows=200), 4)
+            read = [int(said.split()[0]) for said in registry.reads if "experts" in said]
+            assert sum(read) <= 100
+            alive = {uid for uid in view.replicas if view.hosts(uid)}
+            assert alive >= seen, "an expert that lives stays in the view"
+            assert len(view.replicas) <= 100
+            seen = alive
+        assert {uid.coordinate for uid in seen} == set(served), "what lives is found in time"
+
+    asyncio.run(scenario())
+
+
 def test_a_small_grid_is_read_at_once_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dht.directory._MAX_READ", 600)
     monkeypatch.setattr("dht.directory._READ_AT_ONCE", 600)
