@@ -105,6 +105,8 @@ class Membership:
         self._dialled_at = now()
         self._lonely = 0
         """Consecutive rounds in which nobody answered."""
+        self._in_vain = 0
+        """Consecutive rejoins after which nobody returned what this peer announced."""
 
     async def check(self, announced: bool) -> None:
         """Checks whether other peers see this one, and rejoins by known peers if they don't.
@@ -115,7 +117,7 @@ class Membership:
         if await self._is_cut_off(announced):
             await self._join_again(announced)
             return
-        self._lonely = 0
+        self._lonely = self._in_vain = 0
         await self._meet()
         if self._is_time_to_dial():
             await self._dial_one()
@@ -138,17 +140,27 @@ class Membership:
     async def _join_again(self, announced: bool) -> None:
         """Raises UnreachableError, but not for ever: the last peer of a swarm goes on, and tries now and then.
 
+        So does one among liars, who answer and say that they know nothing of it.
         A peer that announces nothing is of no use alone and tries each time: a trainer waits for its nodes.
         """
-        if announced and self._lonely >= _LONELY_ROUNDS and not self._is_time_to_dial():
+        gave_up = max(self._lonely, self._in_vain) >= _LONELY_ROUNDS
+        if announced and gave_up and not self._is_time_to_dial():
             return
         joined = await self._host.join(self._peer_store.addresses())
         if joined:
             self._lonely = 0
             self.rejoined += 1
-            raise UnreachableError(
-                f"no other peer returned what this one announced: rejoined by {len(joined)} addresses"
-            )
+            self._in_vain += announced
+            if self._in_vain < _LONELY_ROUNDS:
+                raise UnreachableError(
+                    f"no other peer returned what this one announced: rejoined by {len(joined)} addresses"
+                )
+            if self._in_vain == _LONELY_ROUNDS:
+                logger.warning(
+                    "others answer, but none returns what this one announced: it goes on, and joins again every %.0f s",
+                    self._dial_every_s,
+                )
+            return
         self._lonely += 1
         if self._lonely < _LONELY_ROUNDS:
             raise UnreachableError("no other peer answers; is this machine's network connection up?")
