@@ -294,9 +294,14 @@ class LocalReplicas:
         unreachable: set[PeerID] = set()
         renewing = asyncio.create_task(self._keep_claimed(claims, taken, failed), name="keep claimed")
 
+        building = (
+            asyncio.Lock()
+        )  # the room that is left on a device is known when the expert before is built
+
         async def serve(uid: UID) -> None:
-            if uid not in built:
-                built[uid] = await self._build(uid, built.values())
+            async with building:
+                if uid not in built:
+                    built[uid] = await self._build(uid, built.values())
             is_ready = await self._restore(
                 built[uid], replicas[uid], saved.get(uid), most_updates, unreachable
             )
@@ -304,7 +309,6 @@ class LocalReplicas:
             if is_ready:
                 self.runtime.add(expert)
             (taken if is_ready else failed).append(uid)
-
             if is_ready:
                 self._withheld.pop(uid, None)
             else:

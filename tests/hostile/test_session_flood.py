@@ -79,15 +79,6 @@ def test_honest_newcomers_open_sessions_while_strangers_flood(loop: LoopThread, 
             await calls
             attack.cancel()
             await asyncio.gather(attack, return_exceptions=True)
-            print(
-                flood.outcomes,
-                came,
-                failed,
-                trainer.calls,
-                trainer.failed,
-                lags.quantile(1),
-                lags.quantile(0.99),
-            )
             assert flood.outcomes.total() > 200, "the attack was no attack"
             assert flood.outcomes["opened"] <= 200 * ATTACK_S + 100, "checks are bounded"
             assert failed <= 0.05 * came

@@ -40,7 +40,12 @@ class LoopLags:
         return min(bound for bound, count in since.items() if count >= share * ticks)
 
     def check(self) -> None:
+        """Checks the longest stall, which holds on a machine that other tests keep busy, too."""
         assert self.quantile(1.0) <= LONGEST_STALL_S, f"the loop stalled for up to {self.quantile(1.0)} s"
+
+    def check_when_quiet(self) -> None:
+        """Checks p99 as well, for slow tests: beside others, a process waits for a processor more often than that."""
+        self.check()
         assert self.quantile(0.99) <= P99_S, f"the loop's p99 is up to {self.quantile(0.99)} s"
 
     def _buckets(self) -> dict[float, float]:

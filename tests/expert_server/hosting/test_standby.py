@@ -240,7 +240,7 @@ def test_a_pause_ends_the_copying_that_is_under_way(play: Play, monkeypatch: pyt
             return await fetch(node, uid)
 
         monkeypatch.setattr(keeper.replicas.states, "fetch", fetch_and_pause)
-        assert await copied(keeper) == 1
+        assert 1 <= await copied(keeper) <= 3 < len(UIDS), "those that were under way, and no others"
 
     play(scenario)
 
