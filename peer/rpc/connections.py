@@ -252,11 +252,11 @@ class Connections:
         """Notes that a call of the caller came on the connection."""
         self._close(self._table.prove(connection, caller), "crowded")
 
-    def punish(self, connection: Connection) -> None:
-        """Closes a connection that is abused."""
+    def punish(self, connection: Connection, reason: str = "abused") -> None:
+        """Closes a connection that is abused, or whose caller does not read (`unread`)."""
         if connection in self._table:
             self._table.remove(connection)
-            self._close(connection, "abused")
+            self._close(connection, reason)
 
     def stop_listening(self) -> None:
         """Those that are connected stay."""

@@ -12,8 +12,9 @@ import logging
 import time
 from collections import Counter as Multiset
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 from grpc import StatusCode
@@ -34,9 +35,11 @@ M = TypeVar("M")
 _CALLS_WITHOUT_SESSION = 32
 """At the same time, of all who have no session yet. These calls open sessions, and ask for what anybody may know."""
 _FIRST_MESSAGE_S, _NEXT_MESSAGE_S = 10.0, 20.0
-"""Longest that a call waits for its caller's messages. A chunk of 256 KiB in that time is 100 kbit/s."""
+"""Longest that a call waits for its caller's messages. A slow line takes less for a chunk."""
 _UNREAD_S = 20.0
 """Longest that a reply waits to be taken."""
+_END_S = 5.0
+"""Longest that the end of a call waits to be taken, with the reply before it."""
 _PATIENCE_S = 1.0
 """For so long a call may wait for its caller before its place goes to another if there is none left."""
 _CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
@@ -191,31 +194,61 @@ class CallGate(grpc.aio.ServerInterceptor):
                 slots, rates = self._slots, self._rates
             self._admit(connection, slot, slots, rates)
         except ExpertError as error:
-            await _abort(context, error)
+            await self._end(_Context(context, connection, None, self._clock), _EndedError.by(error))
         connection.calls += 1
+        call = _Context(context, connection, slot, self._clock)
         try:
-            await answer(
-                Requests(requests, slot, self._clock), _Context(context, connection, slot, self._clock)
-            )
-        except grpc.aio.BaseError:  # the handler ended the call, or the caller has gone
+            end = await self._answer(method, answer, requests, call, slot)
+        finally:
+            connection.calls -= 1
+            slots.release(slot)
+            if call.is_writing:
+                asyncio.get_running_loop().call_later(_END_S, self._close_if_unread, call)
+        if end is not None:
+            await self._end(call, end)
+
+    async def _answer(
+        self, method: str, answer: "_Answer", requests: AsyncIterator[Any], call: "_Context", slot: Slot
+    ) -> "_EndedError | None":
+        """Returns how the call ends; None: well."""
+        try:
+            await answer(Requests(requests, slot, self._clock), call)
+        except _EndedError as end:
+            return end
+        except grpc.aio.BaseError:  # the caller has gone
             raise
         except ExpertError as error:
             if error.status is StatusCode.DEADLINE_EXCEEDED:
                 self.refused.labels("slow").inc()
-            await _abort(context, error)
+            return _EndedError.by(error)
         except asyncio.CancelledError:
-            if not slot.lost or task.cancelling() > 1:
+            if not slot.lost or slot.task.cancelling() > 1:
                 raise
-            task.uncancel()
-            await _abort(context, ExpertError(StatusCode.RESOURCE_EXHAUSTED, _DISPLACED, _RETRY_S))
+            slot.task.uncancel()
+            return _EndedError(StatusCode.RESOURCE_EXHAUSTED, _DISPLACED, retry_metadata(_RETRY_S))
         except NotImplementedError:
-            await context.abort(StatusCode.UNIMPLEMENTED, "this peer does not serve this method")
+            return _EndedError(StatusCode.UNIMPLEMENTED, "this peer does not serve this method")
         except Exception as error:  # noqa: BLE001  # gRPC would log each one, as often as a stranger likes
             self._note_fault(method, error)
-            await context.abort(StatusCode.INTERNAL, "this peer failed to answer")
+            return _EndedError(StatusCode.INTERNAL, "this peer failed to answer")
+        return None
+
+    async def _end(self, call: "_Context", end: "_EndedError") -> None:
+        """Ends a call whose place is free already. A caller that does not take that loses its connection.
+
+        For gRPC takes no status before the last reply has gone, and keeps both as long as the connection stands.
+        """
+        watch = asyncio.get_running_loop().call_later(
+            _END_S, self._connections.punish, call.connection, "unread"
+        )
+        try:
+            await call.end(end)
         finally:
-            connection.calls -= 1
-            slots.release(slot)
+            watch.cancel()
+
+    def _close_if_unread(self, call: "_Context") -> None:
+        if call.is_writing:
+            self._connections.punish(call.connection, "unread")
 
     def _admit(self, connection: Connection, slot: Slot, slots: Slots, rates: TokenBuckets[Hashable]) -> None:
         """Raises ExpertError (RESOURCE_EXHAUSTED)."""
@@ -245,6 +278,22 @@ class CallGate(grpc.aio.ServerInterceptor):
         if now - self._faults.get(kind, float("-inf")) > _LOG_EVERY_S:
             self._faults[kind] = now
             logger.error("could not answer a call of %s", method, exc_info=error)
+
+
+class _EndedError(grpc.aio.AbortError):
+    """Ends a call with a status."""
+
+    def __init__(
+        self, status: StatusCode, details: str, trailing_metadata: tuple[tuple[str, str], ...] = ()
+    ) -> None:
+        super().__init__(details)
+        self.status = status
+        self.details = details
+        self.trailing_metadata = trailing_metadata
+
+    @classmethod
+    def by(cls, error: ExpertError) -> Self:
+        return cls(error.status, str(error), retry_metadata(error.retry_after_s))
 
 
 _Answer = Callable[["Requests", "_Context"], Awaitable[None]]
@@ -279,25 +328,45 @@ _UNREAD = "the call's replies were not read in time"
 
 
 class _Context:
-    """The context of one call, with the caller's own address, and with writes that end."""
+    """The context of one call, with the caller's own address, with writes that end, and ended by the gate."""
 
     def __init__(
         self,
         context: "grpc.aio.ServicerContext[Any, Any]",
         connection: Connection,
-        slot: Slot,
+        slot: Slot | None,
         clock: Callable[[], float],
     ) -> None:
+        """`slot`: None if the call got none and does nothing but end."""
+        self.connection = connection
         self._context = context
-        self._connection = connection
         self._slot = slot
         self._clock = clock
+        self._writing: asyncio.Future[None] | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether gRPC still has a reply that the caller has not taken."""
+        return self._writing is not None and not self._writing.done()
 
     def peer(self) -> str:
-        return self._connection.peer
+        return self.connection.peer
 
     async def write(self, message: Any) -> None:
-        await _in_time(self._context.write(message), self._slot, self._clock, _UNREAD_S, _UNREAD)
+        assert self._slot is not None
+        self._writing = asyncio.ensure_future(self._context.write(message))
+        await _in_time(self._writing, self._slot, self._clock, _UNREAD_S, _UNREAD)
+
+    async def abort(
+        self, code: StatusCode, details: str = "", trailing_metadata: tuple[tuple[str, str], ...] = ()
+    ) -> None:
+        raise _EndedError(code, details, trailing_metadata)
+
+    async def end(self, end: _EndedError) -> None:
+        """Waits until the caller has taken the last reply and the status."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+        await self._context.abort(end.status, end.details, end.trailing_metadata)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -335,8 +404,9 @@ def _streaming(handler: Any) -> _Answer:
                 raise ExpertError(StatusCode.INVALID_ARGUMENT, "the call has no message")
         answering = behaviour(request, context)
         if inspect.isasyncgen(answering):
-            async for reply in answering:
-                await context.write(reply)
+            async with aclosing(answering):
+                async for reply in answering:
+                    await context.write(reply)
             return
         reply = await answering
         if not handler.response_streaming:
@@ -350,7 +420,3 @@ async def _say_unknown(requests: Any, context: Any) -> None:
 
 
 _UNKNOWN: Any = grpc.stream_stream_rpc_method_handler(_say_unknown)
-
-
-async def _abort(context: "grpc.aio.ServicerContext[Any, Any]", error: ExpertError) -> None:
-    await context.abort(error.status, str(error), retry_metadata(error.retry_after_s))
