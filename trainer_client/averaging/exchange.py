@@ -121,7 +121,7 @@ class DenseExchange:
         self.breakers = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
         self.clock = clock
         self.ended_at_step = 0
-        """Steps of this trainer when its last exchange ended, whoever began it."""
+        """Steps of this trainer when the last exchange ended that it began, or that changed its dense part."""
         self.is_running = False
         self._guard = guard or ParseGuard()
         self._history: AveragingHistory[bytes] = AveragingHistory(clock)
@@ -136,8 +136,14 @@ class DenseExchange:
         self.is_running = True
 
     def end(self) -> None:
-        self.is_running = False
+        self.break_off()
         self.ended_at_step = self.part.steps
+
+    def break_off(self) -> None:
+        """Ends one that another began and that came to nothing. This trainer's own next one is due as before: or
+        strangers who begin one after another, each with a new key, would keep it from all.
+        """
+        self.is_running = False
 
     async def snapshot(self) -> Snapshot:
         """Of the dense part as it is now."""
@@ -261,7 +267,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
             raise
         finally:
             if not merging:
-                exchange.end()
+                exchange.break_off()
 
     async def _swap(
         self,

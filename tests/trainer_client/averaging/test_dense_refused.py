@@ -243,6 +243,30 @@ def test_a_caller_that_stalls_is_let_go_and_left_alone(play: Play, monkeypatch: 
     play(scenario)
 
 
+def test_who_begins_exchanges_and_breaks_them_off_does_not_put_off_those_of_others(play: Play) -> None:
+    """Keys cost nothing, so a stranger may come again and again."""
+
+    async def scenario(square: Square) -> None:
+        one = await square.trainer(make_model(), 10)
+        await square.until(lambda: one.part.steps >= 5, one.part)
+        for _ in range(2):
+            stranger = await square.trainer(make_model(), 10)
+            stub, session = await stranger._service.stub(square.info(one))
+            offer = dense_pb2.DenseOffer(
+                protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, fingerprint=stranger.form.fingerprint,
+                header=(await stranger.exchange.snapshot()).header(),
+            )  # fmt: skip
+            call = stub.Exchange(timeout=60, metadata=session)
+            await call.write(dense_pb2.ExchangeRequest(offer=offer))
+            assert (await call.read()).WhichOneof("part") == "header"
+            call.cancel()
+            await square.until(lambda: not one.exchange.is_running)
+            assert stranger.peer_id in one.exchange.breakers.open_at(time.monotonic())
+        assert one.exchange.ended_at_step == 0
+
+    play(scenario)
+
+
 def test_an_answerer_that_dies_in_the_middle_is_passed_over(play: Play) -> None:
     async def scenario(square: Square) -> None:
         one = await square.trainer(trained(make_model(), 1), 10, every=1)
