@@ -50,7 +50,7 @@ def test_a_crowd_of_made_up_peers_beside_an_expert_does_not_hide_it(play: Play) 
         )
         for swarm in others:
             village.stack.push_async_callback(swarm.stop)
-        identities = identities_near(key, HOSTILE, among=2000)
+        identities = identities_near(key, HOSTILE, among=500)
         strangers = [Stranger.joined(invite, identity) for identity in identities]
         crowd = Crowd(
             key, await asyncio.gather(*(village.stack.enter_async_context(one) for one in strangers))

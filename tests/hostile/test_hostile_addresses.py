@@ -11,6 +11,7 @@ from stranger import LIFETIME_S, LOCAL, Stranger, new_identities
 from victim import Victim, founder, trainer
 
 from dht.announcements import ReplicaAnnouncement, ReplicaState
+from dht.records import SwarmKeys
 from dht.registry import Registry
 from dht.swarm import Swarm
 from peer.identity import Identity
@@ -91,8 +92,20 @@ def lookups(victim: Victim) -> float:
     return victim.metric('talkoot_dht_seconds_count{operation="get"}')
 
 
+def poison(state: Path) -> int:
+    """Leaves in a founder's state folder what an earlier version stored of bad addresses. Returns their number."""
+    me = Identity.load_or_create(state / "identity.key").peer_id
+    poisoned = [{"addresses": [bad], "met_at": 1.0} for bad in bad_addresses(me.to_base58())]
+    (state / "peers").mkdir()
+    (state / "peers" / f"{SwarmKeys('siege', me).swarm_id}.json").write_text(json.dumps({"peers": poisoned}))
+    return len(poisoned)
+
+
 def test_no_addresses_end_a_peer_and_none_make_it_dial_a_victim(tmp_path: Path) -> None:
+    poisoned = poison(tmp_path / "founder")
     with founder(tmp_path, announce_every_s=EVERY_S) as node:
+        assert sum("dropped" in line for line in node.log_lines) == poisoned
+        assert all(address.endpoint.host == LOCAL for address in node.invite.bootstrap)
         with trainer(tmp_path, node.invite, announce_every_s=EVERY_S) as train:
 
             async def attack() -> None:
@@ -114,12 +127,3 @@ def test_no_addresses_end_a_peer_and_none_make_it_dial_a_victim(tmp_path: Path) 
 
             asyncio.run(attack())
             assert (node.alive, train.alive) == (True, True)
-        (peers,) = (node.state / "peers").iterdir()
-
-    # what an earlier version stored
-    own = str(node.invite.bootstrap[0].peer_id)
-    poisoned = [{"addresses": [bad], "met_at": 1.0} for bad in bad_addresses(own)]
-    peers.write_text(json.dumps({"peers": poisoned}))
-    with founder(tmp_path, announce_every_s=EVERY_S) as again:
-        assert sum("dropped" in line for line in again.log_lines) == len(poisoned)
-        assert all(address.endpoint.host == LOCAL for address in again.invite.bootstrap)
