@@ -37,6 +37,19 @@ LONGEST = (
     "test_restart.py",
     "test_pause.py",
     "test_soak.py",
+    "test_lookups.py",
+    "test_hostile_addresses.py",
+    "test_dht_siege.py",
+    "test_hidden_experts.py",
+    "test_siege.py",
+    "test_fuzz_parsers.py",
+    "test_stalled_payloads.py",
+    "test_storage.py",
+    "test_session_flood.py",
+    "test_all_strangers.py",
+    "test_clock_lies.py",
+    "test_p2pd_dies.py",
+    "test_bad_surroundings.py",
 )
 """By the time that they take. Those that mostly wait stand beside those that keep the processor busy."""
 
