@@ -55,6 +55,8 @@ _CLAIM_WITHIN_S = 10.0
 """An heir that has not claimed what it accepted within this time is passed over: it may be leaving too."""
 _LOOK_EVERY_S = 0.2
 """How often a node that leaves looks whether its heirs serve, and asks those again that refused."""
+_MOST_LISTED = 512
+"""Nodes drawn from the lists in the DHT, to find those with room."""
 _ASKS = 3
 """How often an heir that refuses is asked: strangers may keep it busy."""
 
@@ -105,7 +107,9 @@ class Handover:
 
     async def _find_rooms(self) -> None:
         me = self._swarm.host.peer_id
-        others = await self._swarm.registry.node_ids() - {me}
+        # the lists are not signed: among thousands of made-up names, those in the routing table have answered
+        listed = await self._swarm.registry.node_ids(_MOST_LISTED)
+        others = (listed | self._swarm.host.peers()) - {me}
         self._nodes = await self._swarm.registry.nodes(others)
         self._rooms = {p: node.expert_capacity - node.expert_count for p, node in self._nodes.items()}
 
