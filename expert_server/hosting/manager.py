@@ -1,6 +1,7 @@
 """Which experts a node hosts: it adopts orphans, adds or exchanges replicas, and hands its own over when it leaves."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter as Multiset
@@ -51,6 +52,8 @@ _EXCHANGE_EVERY_S = 600.0
 """Shortest time between two exchanges."""
 _MOST_PROOFS, _PROOFS_AT_ONCE = 16, 4
 """Experts that one look can give up, and of how many the states are fetched at the same time."""
+_PROOFS_S = 20.0
+"""Longest that all of that may take in one look."""
 _CLAIM_WITHIN_S = 10.0
 """An heir that has not claimed what it accepted within this time is passed over: it may be leaving too."""
 _LOOK_EVERY_S = 0.2
@@ -378,7 +381,9 @@ class HostingManager:
             if await self._replicas.are_given(uid, keener(replicas[uid], uid, me), enough):
                 proven.append(uid)
 
-        await side_by_side(map(prove, [*uids][:_MOST_PROOFS]), _PROOFS_AT_ONCE)
+        with contextlib.suppress(TimeoutError):  # who stalls must not hold up what else is to be done
+            async with asyncio.timeout(_PROOFS_S):
+                await side_by_side(map(prove, [*uids][:_MOST_PROOFS]), _PROOFS_AT_ONCE)
         return proven
 
     async def _take(self, wanted: list[UID], enough: int = 1) -> list[UID]:

@@ -43,8 +43,6 @@ _WITHDRAW_S = 2.0
 """Longest that it tries to withdraw its announcements."""
 _FETCHES = 3
 """States that are fetched at the same time: one that comes slowly must not hold up the others."""
-_PROOF_S = 30.0
-"""Longest that others are asked for the state of an expert that is to be given up to them."""
 _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
 """How long an expert is left alone whose state nobody gave, at first; twice as long each further time."""
 _WITHHELD = 4096
@@ -196,20 +194,18 @@ class LocalReplicas:
             if is_behind(checkpoint.update_count, expert.update_count):
                 raise StateError(f"it has {checkpoint.update_count} updates of {expert.update_count}")
 
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_PROOF_S):
-                nodes = await self._swarm.registry.nodes({replica.peer_id for replica in others})
-                able = [nodes[replica.peer_id] for replica in others if replica.peer_id in nodes]
-                for node in self._rng.sample(able, len(able)):
-                    try:
-                        fetched = await self.states.fetch(node, uid)
-                        await self.runtime.run(partial(check, fetched.checkpoint))
-                    except (TransferError, StateError) as error:
-                        logger.info("kept expert %s, as %s may not have it: %s", uid, node.peer_id, error)
-                        continue
-                    given += 1
-                    if given >= enough:
-                        return True
+        nodes = await self._swarm.registry.nodes({replica.peer_id for replica in others})
+        able = [nodes[replica.peer_id] for replica in others if replica.peer_id in nodes]
+        for node in self._rng.sample(able, len(able)):
+            try:
+                fetched = await self.states.fetch(node, uid)
+                await self.runtime.run(partial(check, fetched.checkpoint))
+            except (TransferError, StateError) as error:
+                logger.info("kept expert %s, as %s may not have it: %s", uid, node.peer_id, error)
+                continue
+            given += 1
+            if given >= enough:
+                return True
         return False
 
     def is_withheld(self, uid: UID) -> bool:
