@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from callers import a_caller, numbered_identities
 from expert_fakes import make_request
-from node_process import NodeProcess, found_by_a_trainer, started
+from node_process import found_by_a_trainer, started
 from raw_dht import store_raw
 from real_swarm import LOCAL, MANIFEST, UIDS, Village, eventually
+from victim import NodeVictim
 
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
@@ -72,7 +73,7 @@ class Trainer:
 
 
 @contextlib.asynccontextmanager
-async def training(node: NodeProcess, folder: Path) -> AsyncIterator[Trainer]:
+async def training(node: NodeVictim, folder: Path) -> AsyncIterator[Trainer]:
     async with found_by_a_trainer(node, folder) as (info, _, swarm_id):
         channels = ChannelPool()
         try:
@@ -81,14 +82,14 @@ async def training(node: NodeProcess, folder: Path) -> AsyncIterator[Trainer]:
             await channels.close()
 
 
-async def reaches(node: NodeProcess, name: str, least: float) -> None:
+async def reaches(node: NodeVictim, name: str, least: float) -> None:
     async def reached() -> bool:
         return await asyncio.to_thread(node.metric, name) >= least
 
     await eventually(reached)
 
 
-def saved(node: NodeProcess, folder: Path) -> int:
+def saved(node: NodeVictim, folder: Path) -> int:
     """The update count of the newest valid checkpoint, as the next start would find it."""
     (path,) = (folder / "state" / "checkpoints").iterdir()
     manifest = Manifest.model_validate(tomllib.loads(MANIFEST_TOML))
@@ -97,7 +98,7 @@ def saved(node: NodeProcess, folder: Path) -> int:
 
 
 def test_a_disk_that_is_full_and_a_kill_lose_nothing_that_was_saved(loop: LoopThread, tmp_path: Path) -> None:
-    async def until_the_disk_is_full(node: NodeProcess) -> int:
+    async def until_the_disk_is_full(node: NodeVictim) -> int:
         async with training(node, tmp_path) as trainer:
             await trainer.call("backward")
             await reaches(node, "talkoot_checkpoints_saved_total", 1)
@@ -114,7 +115,7 @@ def test_a_disk_that_is_full_and_a_kill_lose_nothing_that_was_saved(loop: LoopTh
             node.process.send_signal(signal.SIGKILL)  # the third may be on its way to the disk
             return 2 if answer.tensor is not None else 0
 
-    async def what_is_left(node: NodeProcess) -> None:
+    async def what_is_left(node: NodeVictim) -> None:
         assert "go on from this node's checkpoints" in node.log.read_text()
         async with training(node, tmp_path) as trainer:
             await trainer.call("backward")
@@ -140,7 +141,7 @@ def test_a_node_that_is_killed_at_any_moment_goes_on_from_its_newest_whole_check
     """The store's own test kills its writers 20 times each time that the tests run; here it is the whole node."""
     rng = random.Random(4)
 
-    async def train_on(node: NodeProcess, newest: int) -> None:
+    async def train_on(node: NodeVictim, newest: int) -> None:
         async with training(node, tmp_path) as trainer:
             await trainer.call("backward")
             await reaches(node, "talkoot_checkpoints_saved_total", 1)
@@ -164,11 +165,11 @@ def test_a_node_starts_and_serves_where_the_disk_is_full_and_keeps_its_checkpoin
 ) -> None:
     full = tmp_path / "full"
 
-    async def train(node: NodeProcess) -> None:
+    async def train(node: NodeVictim) -> None:
         async with training(node, tmp_path) as trainer:
             await trainer.call("backward")
 
-    async def scenario(node: NodeProcess) -> None:
+    async def scenario(node: NodeVictim) -> None:
         async with training(node, tmp_path) as trainer:
             await trainer.call("backward")
             await reaches(node, "talkoot_checkpoint_failures_total", 2)
@@ -193,7 +194,7 @@ def test_a_state_folder_that_cannot_be_written_costs_no_call(loop: LoopThread, t
     (tmp_path / "state").mkdir(mode=0o700)
     (tmp_path / "state" / "checkpoints").write_text("in the way")
 
-    async def scenario(node: NodeProcess) -> None:
+    async def scenario(node: NodeVictim) -> None:
         async with training(node, tmp_path) as trainer:
             await trainer.call("backward")
             await reaches(node, "talkoot_checkpoint_failures_total", 2)

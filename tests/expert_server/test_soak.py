@@ -19,8 +19,9 @@ import torch
 from callers import a_caller
 from expert_fakes import make_request
 from hostile_callers import Troublemakers
-from node_process import NodeProcess, found_by_a_trainer, started
+from node_process import found_by_a_trainer, started
 from real_swarm import eventually
+from victim import NodeVictim
 
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
@@ -78,7 +79,7 @@ class Sample:
     tasks: int
 
 
-def sample(node: NodeProcess) -> Sample:
+def sample(node: NodeVictim) -> Sample:
     process = psutil.Process(node.process.pid)
     memory_mb = process.memory_info().rss / 2**20
     tasks = int(node.metric("talkoot_tasks"))
@@ -86,7 +87,7 @@ def sample(node: NodeProcess) -> Sample:
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[NodeProcess]:
+def node(tmp_path: Path) -> Iterator[NodeVictim]:
     with started(tmp_path, MANIFEST_TOML, NodeTiming(max_call_s=5), **SETTINGS) as running:
         yield running
         assert running.process.poll() is None, "the node died"
@@ -150,7 +151,7 @@ class RightCaller:
 class Siege:
     """A node's troublemakers and its one right caller."""
 
-    def __init__(self, node: NodeProcess, info: NodeInfo, manifest: Manifest, swarm_id: str) -> None:
+    def __init__(self, node: NodeVictim, info: NodeInfo, manifest: Manifest, swarm_id: str) -> None:
         self._channels = ChannelPool()
         self._node, self._info, self._manifest, self._swarm_id = node, info, manifest, swarm_id
         self._right = RightCaller(
@@ -196,7 +197,7 @@ class Siege:
 
 
 @contextlib.asynccontextmanager
-async def siege(node: NodeProcess, folder: Path) -> AsyncIterator[Siege]:
+async def siege(node: NodeVictim, folder: Path) -> AsyncIterator[Siege]:
     async with found_by_a_trainer(node, folder) as (info, manifest, swarm_id):
         of_node = Siege(node, info, manifest, swarm_id)
         try:
@@ -205,7 +206,7 @@ async def siege(node: NodeProcess, folder: Path) -> AsyncIterator[Siege]:
             await of_node.close()
 
 
-async def soak(node: NodeProcess, folder: Path, seconds: float) -> list[Sample]:
+async def soak(node: NodeVictim, folder: Path, seconds: float) -> list[Sample]:
     """Samples of the time of trouble; before and after all is quiet."""
     async with siege(node, folder) as besiegers:
         before = await besiegers.quiet()
@@ -215,7 +216,7 @@ async def soak(node: NodeProcess, folder: Path, seconds: float) -> list[Sample]:
     return samples
 
 
-async def rounds(node: NodeProcess, folder: Path, seconds: float, most: int) -> list[float]:
+async def rounds(node: NodeVictim, folder: Path, seconds: float, most: int) -> list[float]:
     """Megabytes that the quiet node holds more after each round of trouble, up to the first that adds next to none."""
     grown: list[float] = []
     async with siege(node, folder) as besiegers:
@@ -267,7 +268,7 @@ def test_growth_is_as_high_as_a_step_and_as_steep_as_a_line() -> None:
 
 
 def test_a_node_holds_no_more_after_a_little_trouble(
-    node: NodeProcess, loop: LoopThread, tmp_path: Path
+    node: NodeVictim, loop: LoopThread, tmp_path: Path
 ) -> None:
     """The allocator takes more and more at first; what is not given back makes every round grow."""
     grown = loop.run(rounds(node, tmp_path, 2.5, most=8), 110)
@@ -277,5 +278,5 @@ def test_a_node_holds_no_more_after_a_little_trouble(
 
 @pytest.mark.slow
 @pytest.mark.timeout(SOAK_S + 120)
-def test_a_node_holds_no_more_after_long_trouble(node: NodeProcess, loop: LoopThread, tmp_path: Path) -> None:
+def test_a_node_holds_no_more_after_long_trouble(node: NodeVictim, loop: LoopThread, tmp_path: Path) -> None:
     assert_flat(loop.run(soak(node, tmp_path, SOAK_S), SOAK_S + 90))

@@ -6,12 +6,11 @@ import re
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from real_swarm import LOCAL
+from victim import NodeVictim
 
 from dht.announcements import NodeInfo
 from dht.invites import Invite
@@ -43,24 +42,10 @@ main()
 """
 
 
-@dataclass(frozen=True)
-class NodeProcess:
-    process: subprocess.Popen[bytes]
-    invite: Invite
-    metrics_address: str
-    log: Path
-
-    def metric(self, name: str) -> float:
-        with urllib.request.urlopen(self.metrics_address, timeout=10) as response:
-            found = re.search(rf"^{name} (\S+)$", response.read().decode(), re.MULTILINE)
-        assert found is not None, name
-        return float(found[1])
-
-
 @contextlib.contextmanager
 def started(
     folder: Path, manifest: str, timing: NodeTiming | None = None, **settings: object
-) -> Iterator[NodeProcess]:
+) -> Iterator[NodeVictim]:
     """Founds a swarm; with the same folder it comes back. Afterwards nothing may be in its log that is a fault.
 
     As long as there is a file `full` in the folder, no file can be written, as on a full disk.
@@ -88,7 +73,7 @@ def started(
         made = re.search(r"invite: (talkoot\S+)", log.read_text())
         assert metrics is not None
         assert made is not None
-        yield NodeProcess(process, Invite.parse(made[1]), metrics[1], log)
+        yield NodeVictim(process, log, folder / "state", metrics[1], invite=Invite.parse(made[1]))
     finally:
         process.terminate()
         process.wait(30)
@@ -97,9 +82,7 @@ def started(
 
 
 @contextlib.asynccontextmanager
-async def found_by_a_trainer(
-    node: NodeProcess, folder: Path
-) -> AsyncIterator[tuple[NodeInfo, Manifest, str]]:
+async def found_by_a_trainer(node: NodeVictim, folder: Path) -> AsyncIterator[tuple[NodeInfo, Manifest, str]]:
     """The node, the manifest and the swarm's id, as the DHT gives them."""
     swarm = await join_swarm(
         Identity.load_or_create(folder / "trainer.key"), node.invite, NetworkConfig(LOCAL, serves_dht=False)
