@@ -12,6 +12,7 @@ import platformdirs
 import uvicorn
 import uvloop
 from prometheus_client import ProcessCollector
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dht.invites import Invite, invite_of
 from peer.errors import PortError
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 _MAX_CONNECTIONS = 1000
+_PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
+"""For so long a connection may go on without a whole request, or with an answer that is not taken."""
 _BACKLOG = 128
 _KEEP_S = 5.0
 """Deadline for saving the last picture when the dashboard stops."""
@@ -84,7 +87,7 @@ async def dashboard(
     server = _Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=Page,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -107,6 +110,30 @@ async def dashboard(
                 await watcher.keep()
         await asyncio.gather(serving, watching, return_exceptions=True)
         await store.close()
+
+
+class Page(H11Protocol):
+    """A connection that ends if its page neither asks nor takes what it asked for. uvicorn alone waits for ever.
+
+    Event streams end by themselves.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        super().connection_made(transport)
+        self._look(None, self.loop.time())
+
+    def _look(self, before: object, since: float) -> None:
+        """`before`: what it did when last looked at; `since`: when it was first seen to do so."""
+        if self.transport.is_closing():
+            return
+        now, cycle = self.loop.time(), self.cycle
+        answering = cycle is not None and not cycle.response_complete
+        if (cycle, answering) != before:
+            since = now
+        elif now - since > _PATIENCE_S and not (answering and cycle.scope["path"] == "/events"):
+            self.transport.abort()
+            return
+        self.loop.call_later(_LOOK_EVERY_S, self._look, (cycle, answering), since)
 
 
 class _Server(uvicorn.Server):
