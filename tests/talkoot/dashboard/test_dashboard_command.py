@@ -74,7 +74,7 @@ def test_a_swarm_that_cannot_be_reached_is_shown_so_until_ctrl_c(dead_invite: st
             assert time.monotonic() < deadline, shown
             threading.Event().wait(0.1)
         assert shown["state"] == {"level": "unknown", "words": "cannot reach the swarm"}
-        assert (shown["name"], shown["nodes"]) == ("sauna", {"live": None, "gone": None})
+        assert (shown["name"], shown["nodes"]) == ("sauna", {"live": None, "gone": None, "unsteady": None})
         assert get(found[1] + "healthz") == {"status": "ok"}
         kin = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
