@@ -7,6 +7,7 @@ joined), and the announcements lie where the registry would have stored them, at
 """
 
 import asyncio
+import math
 import random
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
@@ -176,7 +177,11 @@ class _Placing(Lookups):
         return {(item.key, item.subkey) for item in items}
 
     async def find(
-        self, keys: Collection[DHTID], limits: SearchLimits = DEFAULT_LIMITS, besides_self: bool = False
+        self,
+        keys: Collection[DHTID],
+        limits: SearchLimits = DEFAULT_LIMITS,
+        besides_self: bool = False,
+        patience_s: float = math.inf,
     ) -> dict[DHTID, Found]:
         """What the nearest node stores."""
         found = {}

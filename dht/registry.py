@@ -111,10 +111,10 @@ class Registry:
             buckets=_HOPS,
             registry=metrics,
         )
-        self.lookups = Lookups(dht, rng=rng)
+        self._guard = guard or ParseGuard()
+        self.lookups = Lookups(dht, rng=rng, guard=self._guard)
         self._identity = identity
         self._admission = admission
-        self._guard = guard or ParseGuard()
         self._deadline_s = deadline_s
         self._now = now
         self.claims = ClaimAges()

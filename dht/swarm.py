@@ -195,6 +195,7 @@ class _Peer:
             validator=RecordValidator(rule=self._admission.check_record, swarm_id=self._keys.swarm_id),
             store_bounds=store_bounds,
             metrics=self._metrics,
+            guard=self._guard,
         )
 
     def registry(self, host: Host) -> Registry:

@@ -19,6 +19,7 @@ from peer.kademlia.node import BootstrapReply, bootstrap, known_peers, start_dht
 from peer.kademlia.storage import StoreBounds, StoreMetrics
 from peer.loop import keep_running
 from peer.metrics import total
+from peer.parsing import ParseGuard
 from peer.processes import raise_descriptor_limit, sweep_socket_folders
 from peer.rates import upload_limit
 from peer.transport.addresses import Multiaddress, NetworkConfig, require_free_port
@@ -51,6 +52,7 @@ class Host:
         store_bounds: StoreBounds | None = None,
         metrics: CollectorRegistry | None = None,
         dialling: Dialling | None = None,
+        guard: ParseGuard | None = None,
     ) -> None:
         self.identity = identity
         self.dialling = dialling or Dialling(AddressScope.LOOPBACK)
@@ -70,6 +72,7 @@ class Host:
         self.upload = upload_limit(self._store_bounds.upload_mbit, served)
         """Of all that this peer sends, in the DHT and elsewhere."""
         self._validator = validator
+        self._guard = guard or ParseGuard()
         self._daemon: Daemon | None = None
         self._dht: DHTNode | None = None
         self._remembered: tuple[Multiaddress, ...] = ()
@@ -90,6 +93,7 @@ class Host:
         validator: RecordValidatorBase | None = None,
         store_bounds: StoreBounds | None = None,
         metrics: CollectorRegistry | None = None,
+        guard: ParseGuard | None = None,
     ) -> Self:
         """Joins the DHT by the addresses in `bootstrap` and `remembered`, or starts a new one.
 
@@ -104,7 +108,7 @@ class Host:
         )
         named = [address.endpoint for address in given or (remembered if bootstrap else ())]
         dialling = Dialling(nearest_scope(named or own), [a.endpoint for a in given], metrics)
-        host = cls(identity, config, validator, store_bounds, metrics, dialling)
+        host = cls(identity, config, validator, store_bounds, metrics, dialling, guard)
         try:
             await host._start(bootstrap, remembered)
         except BaseException:
@@ -314,6 +318,7 @@ class Host:
                     self._store_bounds,
                     self._store_metrics,
                     self.upload,
+                    self._guard,
                 )
                 await self.tunnels.serve_on(daemon)
                 addresses = await self._visible() if config.listens else []

@@ -33,6 +33,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _TOO_OFTEN, _LATELY_RESTARTED_S = 3, 900.0
 """A task that fails so many times within so many seconds is unsteady."""
 
+_SLICE_S = 0.002
+"""As long as 20 signatures take to check."""
 _TICK_S = 0.025
 _LATELY_S = 60.0
 _MOST_MISSED = 4000
@@ -177,6 +179,19 @@ class Restarts:
         """The tasks that failed too often lately."""
         since = self._clock() - _LATELY_RESTARTED_S
         return tuple(name for name, at in self._lately.items() if len(at) == _TOO_OFTEN and at[0] >= since)
+
+
+class TimeSlices:
+    """For work that many small steps make up: between them, other tasks get a turn whenever a slice is over."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    async def pause(self) -> None:
+        """Returns at once while the slice lasts."""
+        if time.perf_counter() - self._began > _SLICE_S:
+            await asyncio.sleep(0)
+            self._began = time.perf_counter()
 
 
 class TaskSet:

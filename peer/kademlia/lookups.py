@@ -14,6 +14,7 @@ encodes each in base 58. That took half of a look-up's CPU time. Here they stay 
 
 import asyncio
 import contextlib
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from peer.bounded import BoundedDict
-from peer.errors import WireError
 from peer.identity import PeerID
 from peer.kademlia.hivemind import (
     DHTID,
@@ -50,10 +50,9 @@ from peer.kademlia.validation import (
     is_peer_id,
     node_id_of,
     serves_keys,
-    unpack_entries,
-    unpack_subkey,
 )
-from peer.loop import TaskSet
+from peer.loop import TaskSet, TimeSlices
+from peer.parsing import ParseGuard
 from peer.transport.p2pd import TRANSPORT_ERRORS
 
 T = TypeVar("T")
@@ -64,13 +63,15 @@ _WIDE = 3
 """A record is stored at so many times the usual number of nodes, if there is a crowd beside its key."""
 _SAMPLE_EVERY_S = 30.0
 """How often a look-up of a random key shows how far from a key its holders usually are."""
-_STORED_AT_ONCE = 16
-"""Keys found that this peer stores before other tasks get a turn."""
 _CALLS_OF_NODE = 8
 """Under way in one look-up."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
 """In one request to store items."""
 _ITEM_OVERHEAD_BYTES = 64
+_PATIENCE_S = 1.0
+"""A writer waits for no peer longer than this, if others answer."""
+_STORE_S = 3.0
+"""After this time, no more nodes take the places of those that are late or fail."""
 _REMEMBERED_KEYS = 4096
 
 
@@ -129,15 +130,24 @@ class Lookups:
     """A peer's access to the keys of the DHT."""
 
     def __init__(
-        self, dht: Callable[[], DHTNode], *, parallel_calls: int = 512, rng: random.Random | None = None
+        self,
+        dht: Callable[[], DHTNode],
+        *,
+        parallel_calls: int = 512,
+        rng: random.Random | None = None,
+        guard: ParseGuard | None = None,
     ) -> None:
-        """`dht` returns the current DHT node. `parallel_calls`: the limit in one look-up, without late calls."""
+        """`dht` returns the current DHT node. `parallel_calls`: the limit in one look-up, without late calls.
+
+        `guard`: of this process.
+        """
         self._dht = dht
         self.parallel_calls = parallel_calls
         self.round_trips = RttEstimator()
-        self.checker = EntryChecker()
+        self._store_trips = RttEstimator()
+        self.checker = EntryChecker(guard)
         self.reach = UsualReach()
-        self._rng = rng or random.SystemRandom()
+        self.rng = rng or random.SystemRandom()
         self._sample_at = 0.0
         self._tasks = TaskSet()
         self.unverified = UnverifiedNodes()
@@ -145,21 +155,28 @@ class Lookups:
         """Who answered in the last look-up of each key; the key looked up most recently comes last."""
 
     async def find(
-        self, keys: Collection[DHTID], limits: SearchLimits = DEFAULT_LIMITS, besides_self: bool = False
+        self,
+        keys: Collection[DHTID],
+        limits: SearchLimits = DEFAULT_LIMITS,
+        besides_self: bool = False,
+        patience_s: float = math.inf,
     ) -> dict[DHTID, Found]:
-        """Looks up all keys, and stores what is found. `besides_self`: leaves out what this peer itself stores."""
+        """Looks up all keys, and stores what is found. `besides_self`: leaves out what this peer itself stores.
+
+        `patience_s`: so long the search for a key to which few have answered waits for late answers, if any peer has.
+        """
         dht, now = self._dht(), asyncio.get_running_loop().time()
         if limits.witnesses and now >= self._sample_at:
             self._sample_at = now + _SAMPLE_EVERY_S
             self.spawn(self.sample(dht))
-        run = _Run(self, dht, keys, limits, besides_self)
+        run = _Run(self, dht, keys, limits, besides_self, patience_s)
         await run.until_finished()
-        for number, (key, found) in enumerate(run.found.items()):
+        slices = TimeSlices()
+        for key, found in run.found.items():
             self._remember(key, found)
             if found.entries:
                 dht.protocol.storage.put(key, found.entries)
-            if number % _STORED_AT_ONCE == _STORED_AT_ONCE - 1:
-                await asyncio.sleep(0)
+            await slices.pause()
         return run.found
 
     async def sample(self, dht: DHTNode) -> None:
@@ -187,11 +204,19 @@ class Lookups:
         )
 
     def _random_key(self) -> DHTID:
-        return DHTID(self._rng.getrandbits(8 * DHTID.HASH_NBYTES))
+        return DHTID(self.rng.getrandbits(8 * DHTID.HASH_NBYTES))
 
     def near(self, key: DHTID) -> Mapping[int, PeerID]:
         """Nodes near the key from the last look-up. The next one starts there, and mostly needs one round."""
         return self._near.get(key, {})
+
+    @property
+    def store_timeout_s(self) -> float:
+        """A peer that takes longer to store something is late. Whoever is slow can't raise it far."""
+        return min(self._store_trips.timeout_s, _PATIENCE_S)
+
+    def note_store(self, took_s: float) -> None:
+        self._store_trips.note(took_s)
 
     def _remember(self, key: DHTID, found: Found) -> None:
         nearest = found.search.nearest()[: DEFAULT_LIMITS.front]
@@ -200,62 +225,19 @@ class Lookups:
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
         """Stores each item at the live nodes nearest to its key; returns key and subkey of those that any accepted.
 
-        This peer stores it too, as a witness. If more nodes are within reach than should be, some of them get it as
-        well, drawn at random: those that crowd beside the key may be liars.
+        This peer stores it first, as a witness. If more nodes are within reach than should be, some of them get it as
+        well, drawn at random: those that crowd beside the key may be liars. A node that is late is passed over: the
+        next one gets the item too.
         """
         dht = self._dht()
         by_key: dict[DHTID, list[Item]] = {}
         for item in items:
             by_key.setdefault(DHTID.generate(source=item.key), []).append(item)
-        found = await self.find(list(by_key), _NEAREST)
-        candidates: dict[DHTID, deque[int]] = {}
-        missing: dict[DHTID, int] = {}
-        for key in by_key:
-            holders, others = found[key].search.places(dht.num_replicas, _WIDE * dht.num_replicas, self._rng)
-            candidates[key], missing[key] = deque([*holders, *others]), max(len(holders), dht.num_replicas)
-        accepted: set[tuple[str, int | bytes]] = set()
-        while any(missing[key] and candidates[key] for key in by_key):
-            by_node: dict[int, list[DHTID]] = {}
-            peers: dict[int, PeerID] = {}
-            for key in by_key:
-                for _ in range(min(missing[key], len(candidates[key]))):
-                    node = candidates[key].popleft()
-                    by_node.setdefault(node, []).append(key)
-                    peers[node] = found[key].peers[node]
-            stores = [
-                self.spawn(self._store_at(dht, peers[node], part, by_key, accepted))
-                for node, its_keys in by_node.items()
-                for part in _parts(its_keys, by_key)
-            ]
-            await asyncio.wait(stores)
-            for store in stores:
-                for key in store.result():
-                    missing[key] -= 1
-        for item in items:
-            _store_here(dht, _row(DHTID.generate(source=item.key), item))
-        return accepted
-
-    async def _store_at(
-        self,
-        dht: DHTNode,
-        peer: PeerID,
-        keys: Sequence[DHTID],
-        by_key: Mapping[DHTID, Sequence[Item]],
-        accepted: set[tuple[str, int | bytes]],
-    ) -> Sequence[DHTID]:
-        """Returns the keys if the peer answered, whether it accepted them or not, else none."""
-        items = [(key, item) for key in keys for item in by_key[key]]
-        rows = [_row(key, item) for key, item in items]
-        if peer == dht.peer_id:
-            stored: Sequence[bool] | None = [_store_here(dht, row) for row in rows]
-        else:
-            stored = await store(dht.protocol, peer, rows)
-        if not stored:
-            return []
-        accepted.update(
-            (item.key, item.subkey) for (_, item), ok in zip(items, stored, strict=False) if ok
-        )  # a peer may answer with too few
-        return keys
+        kept = await _store_here(dht, by_key)
+        found = await self.find(list(by_key), _NEAREST, patience_s=_PATIENCE_S)
+        writing = _Writing(self, dht, by_key, found, kept)
+        await writing.until_finished()
+        return writing.accepted
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Starts a call that may outlive its look-up. It ends at hivemind's own deadline.
@@ -285,12 +267,122 @@ def _row(key: DHTID, item: Item) -> Row:
     return Row(key, pack(item.subkey), pack(item.value), float(item.expires_at))
 
 
-def _store_here(dht: DHTNode, row: Row) -> bool:
-    validator = dht.protocol.record_validator
-    if validator is not None and not validator.validate(DHTRecord(row.key.to_bytes(), *row[1:])):
-        return False
-    entry = Entry(row.value, row.expires_at)
-    return bool(dht.protocol.storage.put(row.key, {unpack_subkey(row.tag): entry}))
+async def _store_here(dht: DHTNode, by_key: Mapping[DHTID, Sequence[Item]]) -> set[tuple[str, int | bytes]]:
+    """Returns key and subkey of those that this peer accepts."""
+    validator, kept, slices = dht.protocol.record_validator, set(), TimeSlices()
+    rows = ((item, _row(key, item)) for key, some in by_key.items() for item in some)
+    for item, row in rows:
+        await slices.pause()
+        record, entry = DHTRecord(row.key.to_bytes(), *row[1:]), Entry(row.value, row.expires_at)
+        is_valid = validator is None or validator.validate(record)
+        if is_valid and dht.protocol.storage.put(row.key, {item.subkey: entry}):
+            kept.add(_name(item))
+    return kept
+
+
+class _Writing:
+    """Items on their way to the nodes that hold them."""
+
+    def __init__(
+        self,
+        lookups: Lookups,
+        dht: DHTNode,
+        by_key: Mapping[DHTID, Sequence[Item]],
+        found: Mapping[DHTID, "Found"],
+        kept: Collection[tuple[str, int | bytes]],
+    ) -> None:
+        """`kept`: what this peer itself has stored."""
+        self.accepted: set[tuple[str, int | bytes]] = set()
+        self._lookups = lookups
+        self._dht = dht
+        self._by_key = by_key
+        self._found = found
+        self._kept = kept
+        self._clock = asyncio.get_running_loop().time
+        self._ends_at = self._clock() + _STORE_S
+        self._candidates: dict[DHTID, deque[int]] = {}
+        self._missing: dict[DHTID, int] = {}
+        """For each key, nodes that have it not and are not being sent it."""
+        self._answered: set[DHTID] = set()
+        self._in_time: dict[asyncio.Task[bool], tuple[float, Sequence[DHTID]]] = {}
+        """Calls, when each is late, and what it brings."""
+        self._late: dict[asyncio.Task[bool], Sequence[DHTID]] = {}
+        for key in by_key:
+            holders, others = found[key].search.places(
+                dht.num_replicas, _WIDE * dht.num_replicas, lookups.rng
+            )
+            self._candidates[key] = deque([*holders, *others])
+            self._missing[key] = max(len(holders), dht.num_replicas)
+
+    async def until_finished(self) -> None:
+        """Late calls go on. They are waited for only if nobody else takes a key."""
+        self._send()
+        while self._in_time or self._needs_late():
+            late_at = min((at for at, _ in self._in_time.values()), default=None)
+            await asyncio.wait(
+                [*self._in_time, *self._late],
+                timeout=None if late_at is None else max(0.0, late_at - self._clock()),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            self._settle()
+            self._send()
+
+    def _needs_late(self) -> bool:
+        return any(key not in self._answered for keys in self._late.values() for key in keys)
+
+    def _settle(self) -> None:
+        now = self._clock()
+        for call, (late_at, keys) in list(self._in_time.items()):
+            if not call.done() and now < late_at:
+                continue
+            del self._in_time[call]
+            if not call.done():
+                self._late[call] = keys
+            if call.done() and call.result():
+                self._answered.update(keys)
+            else:
+                for key in keys:
+                    self._missing[key] += 1
+        for call, keys in list(self._late.items()):
+            if call.done():
+                del self._late[call]
+                if call.result():
+                    self._answered.update(keys)
+
+    def _send(self) -> None:
+        by_node: dict[int, list[DHTID]] = {}
+        peers: dict[int, PeerID] = {}
+        now = self._clock()
+        for key, candidates in self._candidates.items():
+            while self._missing[key] and candidates and now < self._ends_at:
+                node = candidates.popleft()
+                self._missing[key] -= 1
+                by_node.setdefault(node, []).append(key)
+                peers[node] = self._found[key].peers[node]
+        late_at = now + self._lookups.store_timeout_s
+        for node, its_keys in by_node.items():
+            for part in _parts(its_keys, self._by_key):
+                call = self._lookups.spawn(self._store_at(peers[node], part))
+                self._in_time[call] = late_at, part
+
+    async def _store_at(self, peer: PeerID, keys: Sequence[DHTID]) -> bool:
+        """Whether the peer answered, whether it accepted them or not."""
+        items = [(key, item) for key in keys for item in self._by_key[key]]
+        if peer == self._dht.peer_id:
+            self.accepted.update(_name(item) for _, item in items if _name(item) in self._kept)
+            return True
+        began = self._clock()
+        stored = await store(self._dht.protocol, peer, [_row(key, item) for key, item in items])
+        if not stored:
+            return False
+        self._lookups.note_store(self._clock() - began)
+        # a peer may answer with too few
+        self.accepted.update(_name(item) for (_, item), ok in zip(items, stored, strict=False) if ok)
+        return True
+
+
+def _name(item: Item) -> tuple[str, int | bytes]:
+    return item.key, item.subkey
 
 
 @dataclass(eq=False)
@@ -312,10 +404,13 @@ class _Run:
         keys: Collection[DHTID],
         limits: SearchLimits,
         besides_self: bool,
+        patience_s: float = math.inf,
     ) -> None:
         self._lookups = lookups
         self._dht = dht
         self._clock = asyncio.get_running_loop().time
+        self._patient_until = self._clock() + patience_s
+        self._is_patient = True
         self._peers = ContactBook()
         self._queue: dict[int, list[DHTID]] = {}
         """The keys that each node will be asked for."""
@@ -380,8 +475,14 @@ class _Run:
                         search.pass_over(node)
                     else:
                         self._queue.setdefault(node, []).append(key)
-            if search.finished and not (search.is_thin and self._overdue[key] > 0):
+            if search.finished and not self._waits_for_late(key):
                 self._unfinished.discard(key)
+
+    def _waits_for_late(self, key: DHTID) -> bool:
+        search = self.found[key].search
+        if not search.is_thin or self._overdue[key] <= 0:
+            return False
+        return self._is_patient or not search.nearest()
 
     def _send(self) -> None:
         for node in list(self._queue):
@@ -421,9 +522,11 @@ class _Run:
     async def _next_answers(self) -> list[tuple[_Call, Mapping[DHTID, FindResult] | None]]:
         """The answers since the last time: at least one, unless calls become late first."""
         came: list[tuple[_Call, Mapping[DHTID, FindResult] | None]] = []
-        while not came and not self._give_up_late():
+        while not came and not self._give_up_late() and not self._lose_patience():
+            late_at = self._waiting[0].late_at if self._waiting else math.inf
+            wakes_at = min(late_at, self._patient_until)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._waiting[0].late_at if self._waiting else None):
+                async with asyncio.timeout_at(wakes_at if wakes_at < math.inf else None):
                     came.append(await self._answers.get())
         while not self._answers.empty():
             came.append(self._answers.get_nowait())
@@ -443,6 +546,14 @@ class _Run:
                 self._overdue.update(call.keys)
                 self._fail(call.node, [*call.keys, *held_back])
         return gave_up
+
+    def _lose_patience(self) -> bool:
+        """Finishes the searches that only wait for late answers, when it is time; returns whether it is."""
+        if self._clock() < self._patient_until:
+            return False
+        self._patient_until, self._is_patient = math.inf, False
+        self._advance(list(self._unfinished))
+        return True
 
     def _ended(self, call: _Call) -> None:
         self._active -= 1
@@ -497,9 +608,10 @@ async def find(
         await protocol.update_routing_table(node, peer)
     answers = {}
     for key, result in zip(keys, response.results, strict=False):
-        entries = _entries(result)
+        # Talkoot stores no plain values
+        entries = checker.unpack(peer, result.value) if result.type == dht_pb2.FOUND_DICTIONARY else {}
         if entries and protocol.record_validator is not None:
-            entries = await checker.accepted(protocol.record_validator, key, entries)
+            entries = await checker.accepted(protocol.record_validator, peer, key, entries)
         named = result.nearest_peer_ids[: protocol.bucket_size]
         nearer: dict[int, bytes] = {node_id_of(peer): peer for peer in named if is_peer_id(peer)}
         answers[key] = FindResult(entries, nearer)
@@ -526,12 +638,3 @@ async def store(protocol: DHTProtocol, peer: PeerID, rows: Sequence[Row]) -> Seq
         await protocol.update_routing_table(node, peer)
     stored: Sequence[bool] = response.store_ok[: len(rows)]
     return stored
-
-
-def _entries(result: dht_pb2.FindResult) -> Entries:
-    if result.type != dht_pb2.FOUND_DICTIONARY:
-        return {}  # Talkoot stores no plain values
-    try:
-        return unpack_entries(result.value)
-    except WireError:
-        return {}

@@ -10,11 +10,13 @@ To join, a peer dials others, they dial back, and it compares their clocks with 
 
 import asyncio
 import contextlib
+import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from peer.clock import CLOCK
 from peer.errors import WireError
@@ -43,24 +45,26 @@ from peer.kademlia.validation import (
     is_peer_id,
     node_id_of,
     serves_keys,
-    unpack_entries,
     unpack_subkey,
 )
-from peer.loop import TaskSet
+from peer.loop import TaskSet, TimeSlices
+from peer.parsing import ParseGuard
 from peer.rates import RateLimit, SharedBudget, TokenBucket
 from peer.transport.addresses import Multiaddress
 from peer.transport.p2pd import TRANSPORT_ERRORS, Daemon
 
-_YIELD_AFTER = 32
-"""Entries or keys handled before other tasks get a turn."""
-_YIELD_AFTER_ANSWERS = 8
-"""The same, for keys that a peer looks up."""
+T = TypeVar("T")
+
 _CALLS = 512
 """Calls of others under way. From half of them on, a peer may have one."""
 _CALLS_OF_PEER = 64
 _WORK = (2000.0, 1000.0)
 """What others may make this peer do in a second, all and each. The unit is a key looked up or an entry checked, of
 0.1 ms or less.
+"""
+_BYTES_OF_WORK = 2048
+"""An entry is stored together with all others of its key, which are unpacked for that; the unit of work for so many
+packed bytes.
 """
 _NEAREST_BURSTS = 1.5
 """A peer that has had its share of values hears of nearest nodes until it is ahead by so much, and then of nothing."""
@@ -86,10 +90,12 @@ async def start_dht(
     bounds: StoreBounds | None = None,
     metrics: StoreMetrics | None = None,
     upload: RateLimit | None = None,
+    guard: ParseGuard | None = None,
 ) -> DHTNode:
     """A DHT node that knows no peers yet.
 
-    `bounds`, `metrics`: of what other peers store here. `upload`: in which the answers to them are counted.
+    `bounds`, `metrics`: of what other peers store here. `upload`: in which the answers to them are counted. `guard`: of
+    this process.
     """
     dht = await DHTNode.create(
         p2p=daemon,
@@ -102,7 +108,9 @@ async def start_dht(
         cache_refresh_before_expiry=0,
     )
     if validator is not None:
-        await install_handlers(dht.protocol, bounds or StoreBounds(), metrics or StoreMetrics(), upload)
+        await install_handlers(
+            dht.protocol, bounds or StoreBounds(), metrics or StoreMetrics(), upload, guard
+        )
     return dht
 
 
@@ -179,6 +187,25 @@ async def _greet(
     return BootstrapReply(tuple(addresses), answer.available)
 
 
+def _or_empty(
+    answer: Callable[[], T],
+) -> Callable[[Callable[..., Awaitable[T]]], Callable[..., Awaitable[T]]]:
+    """For a handler: if it fails unexpectedly, the answer is empty. That is counted, and logged once for each peer."""
+
+    def guarded(handle: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+        @functools.wraps(handle)
+        async def handler(self: "BoundedDHTHandlers", request: Any, context: P2PContext) -> T:
+            try:
+                with self.guard.guarding("dht", context.remote_id, WireError):
+                    return await handle(self, request, context)
+            except WireError:
+                return answer()
+
+        return handler
+
+    return guarded
+
+
 class BoundedDHTHandlers:
     """Replaces a DHT node's handlers. A bad request gets an empty answer, because an error would fill the log.
 
@@ -191,13 +218,15 @@ class BoundedDHTHandlers:
         bounds: StoreBounds,
         metrics: StoreMetrics,
         upload: RateLimit | None = None,
+        guard: ParseGuard | None = None,
     ) -> None:
-        """`upload`: in which answers are counted."""
+        """`upload`: in which answers are counted. `guard`: of this process."""
+        self.guard = guard or ParseGuard()
         self._protocol = protocol
         self._bounds = bounds
         self._metrics = metrics
         self._upload = upload or RateLimit(None)
-        self._checker = EntryChecker()
+        self._checker = EntryChecker(self.guard)
         self._tasks = TaskSet()
         self._handover = TokenBucket(1.0, _HANDOVER_BURST_S, 0.0)
         """In seconds at the rate `handed_bytes_per_s`."""
@@ -213,6 +242,7 @@ class BoundedDHTHandlers:
             self.rpc_find,
         )
 
+    @_or_empty(dht_pb2.PingResponse)
     async def rpc_ping(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
         """Tells the time and, if asked, whether this peer can dial back."""
         protocol = self._protocol
@@ -228,6 +258,7 @@ class BoundedDHTHandlers:
                 await self._meet_sender(request.peer, context)
             return response
 
+    @_or_empty(dht_pb2.StoreResponse)
     async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
         """Tells for each entry whether it was stored."""
         response = dht_pb2.StoreResponse(store_ok=[False] * len(request.keys), peer=self._protocol.node_info)
@@ -244,6 +275,7 @@ class BoundedDHTHandlers:
             await self._store_all(request, response, context.remote_id)
         return response
 
+    @_or_empty(dht_pb2.FindResponse)
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
         """For each key, what is stored here and the nearest nodes that this peer knows.
 
@@ -288,9 +320,9 @@ class BoundedDHTHandlers:
         protocol, now = self._protocol, asyncio.get_running_loop().time()
         own_node = protocol.routing_table.get(peer_id=sender)
         room, is_within_share = MAX_ANSWER_BYTES, self._answers.allows(sender, now)
+        slices = TimeSlices()
         for number, key in enumerate(keys):
-            if number % _YIELD_AFTER_ANSWERS == _YIELD_AFTER_ANSWERS - 1:
-                await asyncio.sleep(0)
+            await slices.pause()
             key_id = DHTID.from_bytes(key)
             result = dht_pb2.FindResult(type=dht_pb2.NOT_FOUND)
             for node, peer in protocol.routing_table.get_nearest_neighbors(
@@ -321,32 +353,37 @@ class BoundedDHTHandlers:
         rows = zip(
             request.keys, request.subkeys, request.values, request.expiration_time, cached, strict=False
         )
+        slices = TimeSlices()
         for number, (key, tag, value, expires_at, is_cached) in enumerate(rows):
+            await slices.pause()
             if len(key) != DHTID.HASH_NBYTES or is_cached:
                 continue  # Talkoot peers never store in caches, which would only be more to keep
             try:
-                entries = self._entries(tag, value, expires_at)
+                entries = self._entries(sender, tag, value, expires_at)
             except WireError:
                 continue
             self._work.take(sender, len(entries), asyncio.get_running_loop().time())
             key_id = DHTID.from_bytes(key)
             places.setdefault(key_id, []).append((number, entries.keys()))
             brought.setdefault(key_id, {}).update(entries)
-            if number % _YIELD_AFTER == _YIELD_AFTER - 1:
-                await asyncio.sleep(0)
+        storage = self._protocol.storage
         async with self._storing:
-            for number, (key_id, entries) in enumerate(brought.items()):
-                if number % _YIELD_AFTER == _YIELD_AFTER - 1:
-                    await asyncio.sleep(0)
-                accepted = await self._checker.accepted(self._protocol.record_validator, key_id, entries)
-                stored = self._protocol.storage.put(key_id, accepted)
+            for key_id, entries in brought.items():
+                await slices.pause()
+                accepted = await self._checker.accepted(
+                    self._protocol.record_validator, sender, key_id, entries
+                )
+                if accepted:
+                    work = storage.bytes_of(key_id) / _BYTES_OF_WORK
+                    self._work.take(sender, work, asyncio.get_running_loop().time())
+                stored = storage.put(key_id, accepted)
                 for place, subkeys in places[key_id]:
                     response.store_ok[place] = not stored.isdisjoint(subkeys)
 
-    def _entries(self, tag: bytes, value: bytes, expires_at: float) -> Entries:
+    def _entries(self, sender: PeerID, tag: bytes, value: bytes, expires_at: float) -> Entries:
         """`tag`: the subkey, or a mark that the value is a dictionary. Raises WireError."""
         if tag == self._protocol.IS_DICTIONARY:
-            return unpack_entries(value)
+            return self._checker.unpack(sender, value)
         if not math.isfinite(expires_at):
             raise WireError("an entry that never expires")
         return {unpack_subkey(tag): Entry(value, expires_at)}
@@ -369,7 +406,8 @@ class BoundedDHTHandlers:
         if place not in table:
             _make_room(table, place)
             if self._may_hand_over():
-                self._tasks.spawn(self._hand_over(place, peer_id), "hand records to a new DHT peer")
+                keys = protocol.storage.keys()  # now: it need not hear what it brings itself
+                self._tasks.spawn(self._hand_over(place, peer_id, keys), "hand records to a new DHT peer")
         if (oldest := table.add_or_update_node(place, peer_id)) is not None:
             self._tasks.spawn(ping(protocol, oldest[1], protocol.wait_timeout), "ping a DHT peer")
 
@@ -386,13 +424,14 @@ class BoundedDHTHandlers:
         self._handover.take(self._protocol.storage.bytes / self._bounds.handed_bytes_per_s, now)
         return True
 
-    async def _hand_over(self, node_id: DHTID, peer_id: PeerID) -> None:
+    async def _hand_over(self, node_id: DHTID, peer_id: PeerID, keys: Sequence[bytes]) -> None:
         """Stores at the new node the keys that it is near enough to hold, if this peer is their nearest holder."""
         protocol, room = self._protocol, MAX_ANSWER_BYTES
         part: list[Row] = []
-        for number, key in enumerate(protocol.storage.keys()):
-            if number % _YIELD_AFTER == _YIELD_AFTER - 1:
-                await asyncio.sleep(0)
+        slices = TimeSlices()
+        for name in keys:
+            await slices.pause()
+            key = DHTID.from_bytes(name)
             nearest = protocol.routing_table.get_nearest_neighbors(
                 key, protocol.num_replicas, exclude=node_id
             )
@@ -423,10 +462,14 @@ def _make_room(table: RoutingTable, place: DHTID) -> None:
 
 
 async def install_handlers(
-    protocol: DHTProtocol, bounds: StoreBounds, metrics: StoreMetrics, upload: RateLimit | None = None
+    protocol: DHTProtocol,
+    bounds: StoreBounds,
+    metrics: StoreMetrics,
+    upload: RateLimit | None = None,
+    guard: ParseGuard | None = None,
 ) -> None:
     """Bounds what other peers may store and look up at this DHT node, which must have a validator and be new."""
-    BoundedDHTHandlers(protocol, bounds, metrics, upload)
+    BoundedDHTHandlers(protocol, bounds, metrics, upload, guard)
     if not protocol.client_mode:
         await protocol.remove_p2p_handlers(protocol.p2p)
         await protocol.add_p2p_handlers(protocol.p2p)

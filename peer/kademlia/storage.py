@@ -105,6 +105,8 @@ class BoundedStorage:
 
     def put(self, key: DHTID, entries: Entries) -> set[Subkey]:
         """Stores those that are newer than what is stored. Returns their subkeys."""
+        if not entries:
+            return set()
         now, held = timed_storage.get_dht_time(), self.get(key)
         new = {
             subkey: entry
@@ -140,9 +142,14 @@ class BoundedStorage:
             self._report()
         return self._stored[key.to_bytes()].packed
 
-    def keys(self) -> list[DHTID]:
-        """Some may have expired."""
-        return [DHTID.from_bytes(key) for key in self._order]
+    def bytes_of(self, key: DHTID) -> int:
+        """Of all entries under the key, packed, expired ones included."""
+        stored = self._stored.get(key.to_bytes())
+        return 0 if stored is None else len(stored.packed)
+
+    def keys(self) -> list[bytes]:
+        """As they are now. Some may have expired."""
+        return list(self._order)
 
     def clear(self) -> None:
         self._stored.clear()

@@ -12,13 +12,14 @@ import asyncio
 import hashlib
 import math
 import random
-import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import msgpack
 
 from peer.errors import WireError
+from peer.identity import PeerID
 from peer.kademlia.hivemind import (
     DHTID,
     DHTRecord,
@@ -26,6 +27,8 @@ from peer.kademlia.hivemind import (
     RecordValidatorBase,
     dht_pb2,
 )
+from peer.loop import TimeSlices
+from peer.parsing import ParseGuard
 from peer.transport.p2pd import MAX_MESSAGE_BYTES
 
 MAX_ENTRIES = 512
@@ -50,8 +53,6 @@ _PEER_ID_PREFIXES = b"\x12\x20", b"\x00\x24\x08\x01\x12\x20"
 """Of a key's SHA-256 hash, and of an Ed25519 key as it is. 32 bytes follow."""
 _NO_BOUND = math.inf
 """hivemind packs the most entries that a dictionary may have. Ours have no bound of their own."""
-_SLICE_S = 0.002
-"""Entries are checked for so long before other tasks get a turn. A signature takes about 0.1 ms."""
 
 Subkey: TypeAlias = int | bytes
 """A coordinate or a PeerID."""
@@ -69,22 +70,32 @@ Entries: TypeAlias = dict[Subkey, Entry]
 
 
 class EntryChecker:
-    """Lets validators judge the entries of one message after the other, in slices that don't hold the loop."""
+    """Reads the entries that other peers bring. Whatever fails at one counts as not said.
 
-    def __init__(self) -> None:
+    Validators judge one message after the other, in slices that don't hold the loop.
+    """
+
+    def __init__(self, guard: ParseGuard | None = None) -> None:
+        """`guard`: of this process."""
+        self._guard = guard or ParseGuard()
         self._turn = asyncio.Lock()
 
-    async def accepted(self, validator: RecordValidatorBase, key: DHTID, entries: Entries) -> Entries:
+    def unpack(self, sender: PeerID, data: bytes) -> Entries:
+        """The entries of a dictionary; empty if it is none."""
+        return self._guard.read("dht", sender, partial(unpack_entries, data)) or {}
+
+    async def accepted(
+        self, validator: RecordValidatorBase, sender: PeerID, key: DHTID, entries: Entries
+    ) -> Entries:
         """The entries that the validator accepts."""
         kept, packed = {}, key.to_bytes()
         async with self._turn:
-            began = time.perf_counter()
+            slices = TimeSlices()
             for subkey, entry in entries.items():
-                if validator.validate(DHTRecord(packed, MSGPackSerializer.dumps(subkey), *entry)):
+                record = DHTRecord(packed, MSGPackSerializer.dumps(subkey), *entry)
+                if self._guard.read("dht", sender, partial(validator.validate, record)):
                     kept[subkey] = entry
-                if time.perf_counter() - began > _SLICE_S:
-                    await asyncio.sleep(0)
-                    began = time.perf_counter()
+                await slices.pause()
         return kept
 
 

@@ -11,6 +11,7 @@ from loop_lags import longest_slice
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.announcements import ReplicaAnnouncement, ReplicaState
+from dht.directory import Directory
 from dht.records import sign_record
 from dht.uid import UID
 from peer.identity import PeerID
@@ -32,7 +33,7 @@ from peer.kademlia.validation import (
     pack_entries,
     unpack_entries,
 )
-from peer.metrics import total
+from peer.metrics import total, totals
 from peer.rates import RateLimit, SharedBudget
 from peer.transport.p2pd import MAX_MESSAGE_BYTES
 from peer.wire import records_pb2
@@ -271,6 +272,96 @@ def test_a_peer_that_makes_others_work_without_end_gets_empty_answers(world: Vir
         assert len((await send(peer, "find", find)).results) == 1
 
     play(world, scenario)
+
+
+def test_entries_under_a_full_key_count_as_the_work_that_they_make(world: VirtualLoop) -> None:
+    """All entries of a key are unpacked to store one more."""
+
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        handlers, key, until = (
+            peer.dht.protocol.rpc_find.__self__,
+            swarm.keys.expert(HOME),
+            world.unix_time() + 60,
+        )
+
+        async def work_of_one(number: int) -> float:
+            stranger: Any = SimulatedIdentity(number)
+            record = announced_by(stranger, key, until)
+            request = store_request(key, stranger.peer_id.to_bytes(), record, until)
+            await send(peer, "store", request, stranger.peer_id)
+            return float(handlers._work._taken[stranger.peer_id] - handlers._work._virtual)
+
+        first = await work_of_one(2000)
+        for number in range(2001, 2080):
+            await work_of_one(number)
+        assert first < 5
+        assert await work_of_one(2080) > 20
+
+    play(world, scenario)
+
+
+def test_a_handler_that_fails_unexpectedly_gives_an_empty_answer_and_says_so_once(
+    world: VirtualLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def breaks(*question: object) -> None:
+        raise RuntimeError("a mistake\n\x1b[31m")
+
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        guard = peer.dht.protocol.rpc_find.__self__.guard
+        key, until = swarm.keys.prefix(5), world.unix_time() + 60
+        find = dht_pb2.FindRequest(keys=[DHTID.generate(source=key).to_bytes()])
+        monkeypatch.setattr(peer.dht.protocol.storage, "packed", breaks)
+        monkeypatch.setattr(peer.dht.protocol.storage, "put", breaks)
+        for _ in range(3):
+            assert await send(peer, "find", find) == dht_pb2.FindResponse()
+            answer = await send(peer, "store", store_request(key, 3, key, until))
+            assert answer == dht_pb2.StoreResponse()
+        assert totals(guard.failures, "message")["dht"] == 6
+        (line,) = caplog.messages
+        assert "a mistake" in line
+        assert line.isprintable()
+        assert not peer.dht.protocol.rpc_find.__self__._under_way
+
+    play(world, scenario)
+
+
+def test_an_entry_at_which_the_validator_fails_is_left_out_and_counted(
+    world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        key, until = swarm.keys.prefix(5), world.unix_time() + 60
+        validator, guard = peer.dht.protocol.record_validator, peer.dht.protocol.rpc_find.__self__.guard
+        validate = validator.validate
+
+        def breaks_at_four(record: Any) -> bool:
+            if record.subkey == MSGPackSerializer.dumps(4):
+                raise TypeError("unforeseen")
+            return bool(validate(record))
+
+        monkeypatch.setattr(validator, "validate", breaks_at_four)
+        packed = pack_entries({n: Entry(MSGPackSerializer.dumps(key), until) for n in (3, 4, 5)})
+        answer = await send(peer, "store", store_request(key, b"", Packed(packed), until))
+        assert list(answer.store_ok) == [True]
+        assert set(await held(peer, key)) == {3, 5}
+        assert totals(guard.failures, "message")["dht"] == 1
+
+    play(world, scenario)
+
+
+def test_a_trainer_that_gets_to_know_a_large_swarm_is_served_within_its_share(world: VirtualLoop) -> None:
+    async def run() -> None:
+        swarm = await SimulatedSwarm.start(world, 4, 1024, Link(rtt_s=0.1), seed=1)
+        trainer = await swarm.make_peer(serves_dht=False)
+        await swarm.join(trainer)
+        directory = Directory(trainer.registry, swarm.manifest, refresh_every_s=3.0, now=world.unix_time)
+        for _ in range(3):
+            view = await directory.refresh()
+            assert view.live_experts() == 1024
+            await asyncio.sleep(3.0)
+        handlers = [peer.dht.protocol.rpc_find.__self__ for peer in swarm.peers]
+        assert not any(total(h._metrics.withheld) or total(h._metrics.refused) for h in handlers)
+
+    world.run_until_complete(run())
 
 
 def test_calls_under_way_are_bounded_for_each_peer_and_in_all(world: VirtualLoop) -> None:

@@ -64,6 +64,70 @@ def test_slow_peers_are_waited_for_when_there_are_no_others(world: VirtualLoop) 
     play(world, scenario, nodes=3)
 
 
+def silence(peer: SimulatedPeer, *calls: str) -> None:
+    """It never answers these calls."""
+
+    async def waits(request: object, context: P2PContext) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    for call in calls:
+        peer.dht.protocol.p2p.handlers[f"DHTProtocol.rpc_{call}"] = waits
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 12])
+@pytest.mark.parametrize("calls", [["store"], ["store", "find"]])
+def test_a_silent_peer_does_not_hold_announcements_up(
+    world: VirtualLoop, nodes: int, calls: list[str]
+) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        peer, liar = swarm.peers[:2]
+        for _ in range(3):
+            await peer.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
+        silence(liar, *calls)
+        key = DHTID.generate(source=swarm.keys.expert(HOME))
+        for n in range(1, 4):
+            began = world.time()
+            announcing = asyncio.create_task(
+                peer.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0 + n)
+            )
+            await asyncio.sleep(0.001)
+            until = world.unix_time() - 0.001 + 60 + n
+            own = peer.dht.protocol.storage.get(key)[peer.peer_id.to_bytes()]
+            assert own.expires_at == pytest.approx(until), "its own copy waits for nobody"
+            await announcing
+            assert world.time() - began < 2.5
+            holders = [
+                other
+                for other in swarm.peers
+                if (entry := other.dht.protocol.storage.get(key).get(peer.peer_id.to_bytes()))
+                and entry.expires_at == own.expires_at
+            ]
+            assert len(holders) >= min(5, nodes - 1), "others take the silent one's place"
+
+    play(world, scenario, nodes=nodes)
+
+
+def test_a_slow_peer_holds_announcements_up_for_a_second_at_most(world: VirtualLoop) -> None:
+    """However often it shows that it takes long, and though its answers count as others' do."""
+
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        peer, liar = swarm.peers[:2]
+        handlers = liar.dht.protocol.p2p.handlers
+        store = handlers["DHTProtocol.rpc_store"]
+
+        async def dawdle(request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
+            await asyncio.sleep(2.8)
+            return await store(request, context)
+
+        handlers["DHTProtocol.rpc_store"] = dawdle
+        for n in range(10):
+            began = world.time()
+            await peer.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0 + n)
+            assert world.time() - began < 1.5
+
+    play(world, scenario, nodes=3)
+
+
 async def know_one(swarm: SimulatedSwarm, bootstrap: SimulatedPeer) -> SimulatedPeer:
     """A client that has pinged one peer and knows no other."""
     client = await swarm.make_peer(serves_dht=False)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loop_lags import longest_slice
 
 from peer.errors import WireError
+from peer.identity import PeerID
 from peer.kademlia.hivemind import DHTID, DHTRecord, MSGPackSerializer, RecordValidatorBase
 from peer.kademlia.validation import (
     MAX_ENTRIES,
@@ -27,6 +28,7 @@ from peer.kademlia.validation import (
 from peer.transport.p2pd import MAX_MESSAGE_BYTES
 
 KEY = DHTID.generate(source="key")
+SOMEBODY = PeerID(b"\x12\x20" + bytes(32))
 SUBKEYS = st.integers(0, 2**31 - 1) | st.binary(max_size=64)
 ENTRIES = st.builds(Entry, st.binary(max_size=200), st.floats(allow_nan=False, allow_infinity=False))
 PACKABLE = st.recursive(
@@ -200,7 +202,7 @@ class Slow(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
 
 def test_only_good_entries_are_kept() -> None:
     entries: dict[int | bytes, Entry] = {n: Entry([b"good", b"bad"][n % 2], 1.0) for n in range(9)}
-    kept = asyncio.run(EntryChecker().accepted(OnlyGood(), KEY, entries))
+    kept = asyncio.run(EntryChecker().accepted(OnlyGood(), SOMEBODY, KEY, entries))
     assert set(kept) == {0, 2, 4, 6, 8}
 
 
@@ -210,7 +212,7 @@ def test_many_messages_at_once_leave_turns_to_others() -> None:
     async def run() -> float:
         checker = EntryChecker()
         return await longest_slice(
-            asyncio.gather(*(checker.accepted(Slow(), KEY, entries) for _ in range(20)))
+            asyncio.gather(*(checker.accepted(Slow(), SOMEBODY, KEY, entries) for _ in range(20)))
         )
 
     assert asyncio.run(run()) < 0.02, "0.5 s of checks"
