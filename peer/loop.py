@@ -33,6 +33,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _TOO_OFTEN, _LATELY_RESTARTED_S = 3, 900.0
 """A task that fails so many times within so many seconds is unsteady."""
 
+_CLOSE_S = 30.0
+"""Longest wait for a loop's thread: uvloop waits in `close` for requests under way, some of which never end."""
 _SLICE_S = 0.002
 """As long as 20 signatures take to check."""
 _TICK_S = 0.025
@@ -71,8 +73,7 @@ class LoopThread:
         if self.loop.is_closed():
             return
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
+        self._thread.join(_CLOSE_S)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -83,6 +84,7 @@ class LoopThread:
         self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        self.loop.close()
 
 
 class LoopLag:
