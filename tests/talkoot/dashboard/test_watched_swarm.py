@@ -172,7 +172,7 @@ def test_the_head_has_the_right_counts(watched: Watched) -> None:
         return bool(measured and shown["state"] == {"level": "ok", "words": "healthy"})
 
     shown = watched.until(complete)
-    assert shown["nodes"] == {"live": 2, "gone": 0}
+    assert shown["nodes"] == {"live": 2, "gone": 0, "unsteady": 0}
     assert (shown["experts"], shown["replicas"]) == ({"live": 8, "total": 8}, 8)
     assert shown["layers"] == [{"layer": 0, "grid": [2, 2]}, {"layer": 1, "grid": [2, 2]}]
     assert shown["join"]["train"] == f"talkoot train --join {watched.invite}"
