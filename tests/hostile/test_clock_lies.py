@@ -73,7 +73,7 @@ def test_a_node_survives_when_its_machines_clock_is_set(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_by = tmp_path / "clock"
-    set_by.write_text("+0\n")
+    set_clock(set_by, "+0")
     for name, value in {
         "LD_PRELOAD": str(FAKETIME),
         "FAKETIME_TIMESTAMP_FILE": str(set_by),
@@ -87,9 +87,9 @@ def test_a_node_survives_when_its_machines_clock_is_set(
             info = await observer.node(invite.keys.author)
             async with honest_caller(info, observer.keys.swarm_id, manifest) as caller:
                 for step in STEPS:
-                    await asyncio.to_thread(set_by.write_text, f"{step}\n")
+                    await asyncio.to_thread(set_clock, set_by, step)
                     await caller.call_for(3.0, pause_s=0.2)
-                    await asyncio.to_thread(set_by.write_text, "+0\n")
+                    await asyncio.to_thread(set_clock, set_by, "+0")
                     await eventually(lambda: is_announced(observer.swarm, manifest))
                 assert caller.share >= 0.95, caller.last_error
 
@@ -100,6 +100,13 @@ def test_a_node_survives_when_its_machines_clock_is_set(
         log = "\n".join(node.log_lines)
         assert all(f"clock was set by {step} s" in log for step in STEPS)
         assert node.alive
+
+
+def set_clock(set_by: Path, offset: str) -> None:
+    """At once: libfaketime ends its process if it reads a file that is still empty."""
+    written = set_by.with_suffix(".new")
+    written.write_text(f"{offset}\n")
+    written.replace(set_by)
 
 
 async def is_announced(swarm: Swarm, manifest: Manifest) -> bool:
