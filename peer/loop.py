@@ -34,7 +34,7 @@ _TOO_OFTEN, _LATELY_RESTARTED_S = 3, 900.0
 """A task that fails so many times within so many seconds is unsteady."""
 
 _CLOSE_S = 30.0
-"""Longest wait for a loop's thread: uvloop waits in `close` for requests under way, some of which never end."""
+"""Longest wait for a loop's thread. uvloop waits in `close` for whatever is under way; once, it waited for ever."""
 _SLICE_S = 0.002
 """As long as 20 signatures take to check."""
 _TICK_S = 0.025
@@ -74,6 +74,8 @@ class LoopThread:
             return
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            logger.warning("the event loop did not close within %.0f s, and is left as it is", _CLOSE_S)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
