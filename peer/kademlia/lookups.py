@@ -41,6 +41,7 @@ from peer.kademlia.search import (
     UsualReach,
 )
 from peer.kademlia.validation import (
+    ITEM_OVERHEAD_BYTES,
     MAX_ANSWER_BYTES,
     MAX_FIND_KEYS,
     MAX_ITEMS,
@@ -67,7 +68,6 @@ _CALLS_OF_NODE = 8
 """Under way in one look-up."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
 """In one request to store items."""
-_ITEM_OVERHEAD_BYTES = 64
 _PATIENCE_S = 1.0
 """A writer waits for no peer longer than this, if others answer."""
 _STORE_S = 3.0
@@ -252,7 +252,7 @@ def _parts(keys: Sequence[DHTID], by_key: Mapping[DHTID, Sequence[Item]]) -> Ite
     part: list[DHTID] = []
     size = count = 0
     for key in keys:
-        taken = sum(_ITEM_OVERHEAD_BYTES + len(item.value) for item in by_key[key])
+        taken = sum(ITEM_OVERHEAD_BYTES + len(item.value) for item in by_key[key])
         if part and (size + taken > _STORED_BYTES or count + len(by_key[key]) > MAX_ITEMS):
             yield part
             part, size, count = [], 0, 0

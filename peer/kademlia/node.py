@@ -35,6 +35,7 @@ from peer.kademlia.lookups import Lookups, Row, store
 from peer.kademlia.search import NEIGHBOURS
 from peer.kademlia.storage import BoundedStorage, StoreBounds, StoreMetrics
 from peer.kademlia.validation import (
+    ITEM_OVERHEAD_BYTES,
     MAX_ANSWER_BYTES,
     MAX_FIND_KEYS,
     MAX_ITEMS,
@@ -69,7 +70,6 @@ packed bytes.
 _NEAREST_BURSTS = 1.5
 """A peer that has had its share of values hears of nearest nodes until it is ahead by so much, and then of nothing."""
 _RESULT_OVERHEAD_BYTES = 8
-_ITEM_OVERHEAD_BYTES = 64
 _HANDOVER_BURST_S = 16.0
 """How much of its rate the handover may use at once after a pause."""
 
@@ -442,7 +442,7 @@ class BoundedDHTHandlers:
             ):
                 continue
             packed = protocol.storage.packed(key)
-            size = len(packed) + _ITEM_OVERHEAD_BYTES
+            size = len(packed) + ITEM_OVERHEAD_BYTES
             if part and (size > room or len(part) == MAX_ITEMS):
                 await store(protocol, peer_id, part)
                 part, room = [], MAX_ANSWER_BYTES

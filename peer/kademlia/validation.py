@@ -41,6 +41,8 @@ MAX_FIND_KEYS = 16
 """Keys in one look-up request. Their nearest nodes take 19 KiB of the answer, and three records for each 48 KiB."""
 MAX_ITEMS = 256
 """Items in one request to store entries."""
+ITEM_OVERHEAD_BYTES = 64
+"""What an item takes in such a request beside its value."""
 MAX_SUBKEY_BYTES = 64
 _MAX_NUMBER = 2**31
 _ENTRY_BYTES = 24
