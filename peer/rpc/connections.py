@@ -302,10 +302,16 @@ class Connections:
             return
         try:
             made, name = self._dial()
-            self._by_name[name] = caller
-            inside = _End(lambda: self.forget(caller, name))
-            await asyncio.get_running_loop().create_unix_connection(lambda: inside, sock=made)
         except OSError:  # no descriptor is left, or the server has stopped
+            caller.close()
+            return
+        self._by_name[name] = caller
+        inside = _End(lambda: self.forget(caller, name))
+        try:
+            await asyncio.get_running_loop().create_unix_connection(lambda: inside, sock=made)
+        except OSError:
+            made.close()
+            self.forget(caller, name)
             caller.close()
         else:
             outside.join(inside)
