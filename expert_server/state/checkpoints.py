@@ -121,10 +121,6 @@ class CheckpointStore:
         ]
         return sorted(found, key=lambda entry: (-entry.update_count, entry.source))
 
-    def update_counts(self, uid: UID) -> list[int]:
-        """The update counts of an expert's checkpoints, newest first, read from the file names alone."""
-        return [entry.update_count for entry in self.entries(uid)]
-
     def path(self, uid: UID, update_count: int, source: str = "") -> Path:
         return self._files(uid, source).path(update_count)
 
@@ -143,22 +139,19 @@ class CheckpointStore:
             if source:
                 files.remove(number for number in files.numbers() if number != checkpoint.update_count)
 
-    def load(self, uid: UID) -> Iterator[Checkpoint]:
-        """The valid checkpoints, newest first, each read when it is asked for.
+    def load_newest(self, uid: UID, entries: Iterator[Entry] | None = None) -> Checkpoint | None:
+        """The newest valid checkpoint, or the first valid one of `entries`; None if there is none.
 
         Others are passed over, with a line in the log that says why.
         """
-        for entry in self.entries(uid):
+        for entry in self.entries(uid) if entries is None else entries:
             try:
-                yield self.read(uid, entry)
+                return self._read(uid, entry)
             except StateError as error:
                 self.pass_over(uid, entry, error)
+        return None
 
-    def load_newest(self, uid: UID) -> Checkpoint | None:
-        """The newest valid one."""
-        return next(self.load(uid), None)
-
-    def read(self, uid: UID, entry: Entry) -> Checkpoint:
+    def _read(self, uid: UID, entry: Entry) -> Checkpoint:
         """Raises StateError if the file is not what its path says, or not as it was written."""
         data = read_checkpoint(self.path(uid, *entry), self._form.max_bytes)
         checkpoint = from_bytes(data, self._swarm_id, uid, entry.update_count, self._form)
@@ -252,17 +245,16 @@ class Checkpoints:
     async def _import_first(self, expert: Expert, entries: Iterable[Entry]) -> bool:
         """Takes the first that is valid and plausible. Returns whether there was one."""
         uid = expert.uid
-        for entry in entries:
-            if (uid, entry.source) in self._refuted:
-                continue
+        left = iter([entry for entry in entries if (uid, entry.source) not in self._refuted])
+        while checkpoint := await asyncio.to_thread(self._store.load_newest, uid, left):
+            entry = Entry(checkpoint.update_count, checkpoint.source)
             try:
-                state = (await asyncio.to_thread(self._store.read, uid, entry)).state
-                await self._runtime.run(partial(expert.import_state, state, *entry))
+                await self._runtime.run(partial(expert.import_state, checkpoint.state, *entry))
             except StateError as error:
                 self._store.pass_over(uid, entry, error)
-                continue
-            self._on_disk[uid] = entry
-            return True
+            else:
+                self._on_disk[uid] = entry
+                return True
         return False
 
     async def _recover(self, expert: Expert) -> None:

@@ -34,6 +34,11 @@ def make_store(
     return CheckpointStore(folder, swarm_id, manifest, keep, now=lambda: 1000.5)
 
 
+def update_counts(store: CheckpointStore, uid: UID) -> list[int]:
+    """Of an expert's checkpoints, newest first."""
+    return [entry.update_count for entry in store.entries(uid)]
+
+
 def step(expert: Expert, steps: int = 1) -> Expert:
     """Takes optimizer steps that depend on the update count alone."""
     for _ in range(steps):

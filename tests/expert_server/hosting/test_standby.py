@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from callers import numbered_identities
+from checkpoint_samples import update_counts
 from garbage_server import garbage_server
 from real_swarm import UIDS, Play, Village, eventually, playing
 from test_restart import train
@@ -161,7 +162,7 @@ def test_what_is_no_state_of_its_expert_takes_no_copys_place(
         await train(host, dict.fromkeys(UIDS, 1))
         await host.hosting.announce()
         assert await copied(keeper) == len(UIDS)
-        before = {uid: keeper.replicas.checkpoints._store.update_counts(uid) for uid in UIDS}
+        before = {uid: update_counts(keeper.replicas.checkpoints._store, uid) for uid in UIDS}
         fetch, spoils = keeper.replicas.states.fetch, iter(2 * SPOILS)
 
         async def fetch_spoilt(node: NodeInfo, uid: UID) -> Fetched:
@@ -174,7 +175,7 @@ def test_what_is_no_state_of_its_expert_takes_no_copys_place(
             await train(host, dict.fromkeys(UIDS, 1))
             await host.hosting.announce()
             assert await copied(keeper) == len(UIDS)
-        assert {uid: keeper.replicas.checkpoints._store.update_counts(uid) for uid in UIDS} == before
+        assert {uid: update_counts(keeper.replicas.checkpoints._store, uid) for uid in UIDS} == before
 
     play(scenario)
 

@@ -23,6 +23,7 @@ from checkpoint_samples import (
     make_store,
     save,
     step,
+    update_counts,
     warnings_in,
     without,
 )
@@ -190,4 +191,4 @@ def test_a_broken_newer_file_never_pushes_out_a_good_one(tmp_path: Path, keep: i
         checkpoint = store.load_newest(AN_UID)
         assert checkpoint is not None
         assert checkpoint.update_count == expert.update_count
-    assert len(store.update_counts(AN_UID)) == 3 + keep
+    assert len(update_counts(store, AN_UID)) == 3 + keep

@@ -16,6 +16,7 @@ from checkpoint_samples import (
     make_store,
     save,
     step,
+    update_counts,
     warnings_in,
 )
 
@@ -45,7 +46,7 @@ def test_the_last_state_of_each_source_is_kept_whatever_others_claim(tmp_path: P
     store.save(AN_UID, given(OTHER, 10**14))
     store.save(AN_UID, given(AVERAGED, 7))
     assert store.newest() == {AN_UID: {"": 3, HOST: 900_000, OTHER: 10**14, AVERAGED: 7}}
-    assert store.update_counts(AN_UID) == [10**14, 900_000, 7, 3, 2]
+    assert update_counts(store, AN_UID) == [10**14, 900_000, 7, 3, 2]
     newest = make_store(tmp_path).load_newest(AN_UID)
     assert newest is not None
     assert (newest.source, newest.update_count) == (OTHER, 10**14)
@@ -55,7 +56,7 @@ def test_a_source_whose_claims_fall_has_one_state_too(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     for update_count in (50, 40, 30):
         store.save(AN_UID, given(HOST, update_count))
-    assert store.update_counts(AN_UID) == [30]
+    assert update_counts(store, AN_UID) == [30]
 
 
 def test_a_flood_of_sources_costs_none_that_may_be_needed(tmp_path: Path) -> None:
@@ -182,8 +183,9 @@ def test_what_was_trained_here_is_saved_before_another_copy_takes_its_place(play
         await checkpoints.save_changed()
         assert (expert.update_count, expert.source) == (800, HOST)
         assert store.newest() == {AN_UID: {"": 8, HOST: 800}}
-        saved = [checkpoint for checkpoint in store.load(AN_UID) if not checkpoint.source]
-        torch.testing.assert_close(saved[0].state, own, rtol=2**-8, atol=0)
+        saved = store.load_newest(AN_UID, (entry for entry in store.entries(AN_UID) if not entry.source))
+        assert saved is not None
+        torch.testing.assert_close(saved.state, own, rtol=2**-8, atol=0)
 
     play(scenario)
 
