@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import Counter as Multiset
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter
@@ -13,13 +13,12 @@ from peer.bounded import BoundedDict
 from peer.metrics import total
 
 K = TypeVar("K")
+T = TypeVar("T")
 
 BURST_S = 0.2
 """The burst of a bandwidth limit, in seconds of its rate."""
 _PIECE_S = 0.05
 """Callers take turns after this much of the rate, so that a short message need not wait for long ones to end."""
-
-
 _LEAST_BURST = 1 / 64
 """What each may take at once when nothing is left for all, as a part of its usual burst."""
 
@@ -77,6 +76,27 @@ class LeastRate:
     def note(self, size: int, took_s: float) -> None:
         """Counts a message that has come."""
         self._left_s = min(self._grace_s, self.limit_s(size) - took_s)
+
+
+class Pace:
+    """Waits for the messages of one sender or receiver, as long as it keeps to a least rate."""
+
+    def __init__(self, rate: float, grace_s: float, what: str = "it") -> None:
+        """As in `LeastRate`. `what`: is waited for, in words."""
+        self.late = f"{what} stalled, or came slower than {rate:.0f} bytes a second"
+        """What a TimeoutError says."""
+        self._least = LeastRate(rate, grace_s)
+
+    async def wait(self, message: Awaitable[T], expected: int, size_of: Callable[[T], int]) -> T:
+        """Waits until a message of about `expected` bytes has come or gone. Raises TimeoutError."""
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._least.limit_s(expected)):
+                result = await message
+        except TimeoutError:
+            raise TimeoutError(self.late) from None
+        self._least.note(size_of(result), time.monotonic() - began)
+        return result
 
 
 class TokenBuckets(Generic[K]):

@@ -7,7 +7,6 @@ Shape suffixes: S = segments, R = rows, D = hidden.
 """
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from expert_server.serving.batching import Direction, Entry, Result, WorkItem
 from expert_server.serving.forward_cache import CachedForward, CacheKey, ForwardCache
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, decode, encode, encoded_bytes
 from peer.errors import ExpertError, WireError
-from peer.rates import Bandwidth, LeastRate, RateLimit
+from peer.rates import Bandwidth, Pace, RateLimit
 from peer.rpc.calls import note_failure, require_same_swarm
 from peer.rpc.channels import SERVER_WINDOW_BYTES
 from peer.wire import expert_pb2
@@ -42,7 +41,6 @@ _LEAST_BYTES_PER_S = 16_384
 """The slowest payload that is waited for: an upload of 1 Mbit/s that eight calls share."""
 _GRACE_S = 5.0
 """How long a payload may stall."""
-_STALLED = f"the payload stalled, or came slower than {_LEAST_BYTES_PER_S} bytes a second"
 _SETTLE_S = 1.0
 """How long a call that has failed waits at most for a caller that does not read."""
 
@@ -331,7 +329,7 @@ class RequestStream:
     def __init__(self, requests: Requests, downloads: RateLimit) -> None:
         self._messages = requests
         self._downloads = downloads
-        self._pace = LeastRate(_LEAST_BYTES_PER_S, _GRACE_S)
+        self._pace = Pace(_LEAST_BYTES_PER_S, _GRACE_S, "the payload")
         self._chunk = memoryview(b"")
 
     async def header(self) -> expert_pb2.CallHeader:
@@ -366,17 +364,18 @@ class RequestStream:
 
     async def _next(self, expected: int) -> expert_pb2.CallRequest | None:
         """None at the end. `expected`: how many bytes of payload the message may bring."""
-        began = time.monotonic()
         try:
-            async with asyncio.timeout(self._pace.limit_s(expected)):
-                request = await anext(self._messages, None)
-        except (TimeoutError, ExpertError):  # the server itself waits for no message for ever
-            raise TimeoutError(_STALLED) from None
+            request = await self._pace.wait(anext(self._messages, None), expected, _payload_bytes)
+        except ExpertError:  # the server itself waits for no message for ever
+            raise TimeoutError(self._pace.late) from None
         if request is not None:
-            self._pace.note(len(request.chunk), time.monotonic() - began)
             # gRPC reads on only after this wait, so the sender slows down
             await self._downloads.take(len(request.chunk))
         return request
+
+
+def _payload_bytes(request: expert_pb2.CallRequest | None) -> int:
+    return 0 if request is None else len(request.chunk)
 
 
 def _checked(chunk: bytes, least: int) -> bytes:

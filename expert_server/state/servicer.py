@@ -25,7 +25,7 @@ from peer.identity import PeerID
 from peer.rates import RateLimit, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
-from peer.rpc.transfer import Pace, TransferSlots, outgoing
+from peer.rpc.transfer import TransferPace, TransferSlots, outgoing
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):  # type: ignore[misc] 
             sha256=snapshot.sha256,
             met_update_count=snapshot.met.get(caller, 0),
         )
-        pace = Pace()
+        pace = TransferPace()
         async for reply in outgoing(header, snapshot.data, offset, self._up):
             await pace.write(context.write(reply), len(reply.chunk))
             self._metrics.bytes.labels("sent").inc(len(reply.chunk))

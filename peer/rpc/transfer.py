@@ -22,7 +22,7 @@ from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
-from peer.rates import LeastRate, RateLimit
+from peer.rates import Pace, RateLimit
 from peer.rpc.calls import make_stub
 from peer.rpc.channels import ChannelPool, Contact
 from peer.rpc.sessions import Metadata, SessionClient
@@ -242,31 +242,19 @@ class SnapshotClient:
             )  # the attempt may have failed because the session had ended
 
 
-class Pace:
-    """Waits for the messages of one transfer, as long as the other side is not too slow."""
+class TransferPace(Pace):
+    """How fast a transfer must be at least, whoever sends."""
 
     def __init__(self) -> None:
-        self._rate = LeastRate(LEAST_BYTES_PER_S, GRACE_S)
+        super().__init__(LEAST_BYTES_PER_S, GRACE_S)
 
     async def read(self, message: Awaitable[M], size_of: Callable[[M], int]) -> M:
         """Waits for the next message. Raises TimeoutError if it stalls, or if all come too slowly."""
-        return await self._wait(message, CHUNK_BYTES, size_of)
+        return await self.wait(message, CHUNK_BYTES, size_of)
 
     async def write(self, message: Awaitable[M], size: int) -> M:
         """Waits until a message is taken. Raises TimeoutError if the receiver reads too slowly."""
-        return await self._wait(message, size, lambda _: size)
-
-    async def _wait(self, message: Awaitable[M], expected: int, size_of: Callable[[M], int]) -> M:
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(self._rate.limit_s(expected)):
-                result = await message
-        except TimeoutError:
-            raise TimeoutError(
-                f"it stalled, or came slower than {LEAST_BYTES_PER_S} bytes a second"
-            ) from None
-        self._rate.note(size_of(result), time.monotonic() - began)
-        return result
+        return await self.wait(message, size, lambda _: size)
 
 
 class TransferSlots:
@@ -330,7 +318,7 @@ async def receive(
 
     `begun` is called when a valid header has arrived.
     """
-    pace = Pace()
+    pace = TransferPace()
     reply = await pace.read(call.read(), _size_of)
     if reply is grpc.aio.EOF or reply.WhichOneof("part") != "header":
         raise StateError("a state must begin with its header")

@@ -24,7 +24,7 @@ from peer.parsing import ParseGuard
 from peer.rates import RateLimit
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
-from peer.rpc.transfer import Pace, SnapshotCache, SnapshotReceiver, TransferSlots, outgoing
+from peer.rpc.transfer import SnapshotCache, SnapshotReceiver, TransferPace, TransferSlots, outgoing
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, state_pb2
 from trainer_client.averaging.dense_part import (
     MAX_AGE,
@@ -280,7 +280,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
         """Sends and receives at the same time. Raises StateError when what arrives is not what was offered."""
         sending = asyncio.create_task(self._send(mine, caller, 0, context))
         try:
-            pace = Pace()
+            pace = TransferPace()
             while (request := await pace.read(anext(requests, None), _size_of)) is not None:
                 incoming.take(b"" if request.WhichOneof("part") == "offer" else request.chunk)
             await sending
@@ -308,7 +308,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):  # type: ignore[misc] 
     async def _send(
         self, snapshot: Snapshot, to: PeerID | None, offset: int, context: ExchangeContext | TakeContext
     ) -> None:
-        pace = Pace()
+        pace = TransferPace()
         async for reply in outgoing(snapshot.header(to), snapshot.data, offset, RateLimit(None)):
             await pace.write(context.write(reply), len(reply.chunk))
             self._exchange.metrics.bytes.labels("sent").inc(len(reply.chunk))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.loop import LoopThread
-from peer.rpc.transfer import GRACE_S, LEAST_BYTES_PER_S, Pace, TransferSlots
+from peer.rpc.transfer import GRACE_S, LEAST_BYTES_PER_S, TransferPace, TransferSlots
 
 PEERS = [PeerID(b"\x12\x20" + bytes([n]) * 32) for n in range(6)]
 ENOUGH_S = 20.0
@@ -114,7 +114,7 @@ def test_a_transfer_that_trickles_is_given_up(loop: LoopThread, monkeypatch: pyt
         return bytes(100)
 
     async def scenario() -> None:
-        pace, came = Pace(), list[bytes]()
+        pace, came = TransferPace(), list[bytes]()
 
         async def receive() -> None:
             while True:
