@@ -2,14 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.homes import START_S, Village
-from benchmarks.namespaces import Machine, internet, why_not
+from benchmarks.homes import START_S, Program, Village
+from benchmarks.namespaces import internet, why_not
 
 STEPS = 4
 MANIFEST = """
@@ -47,14 +46,13 @@ def found(village: Village, tmp_path: Path, experts: int = 0) -> str:
     return str(founder.events("invite")[0]["invite"])
 
 
-def train(village: Village, machine: Machine, invite: str, text: Path) -> Sequence[dict[str, Any]]:
-    """The steps that a trainer on this machine takes."""
+def trainer(village: Village, invite: str, text: Path, *arguments: object) -> Program:
+    """A trainer at a home, which goes on until the end of the test."""
     text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
-    trainer = village.run(
-        machine, "train", "--join", invite, "--data", text, "--steps", STEPS, "--batch-size", 2, "--threads", 1
+    return village.run(
+        village.net.home(), "train", "--join", invite, "--data", text, "--steps", 100_000,
+        "--batch-size", 2, "--threads", 1, *arguments,
     )  # fmt: skip
-    assert trainer.process.wait(START_S) == 0, trainer.said
-    return trainer.events("step")
 
 
 def test_two_homes_and_a_public_peer_train_together(village: Village, tmp_path: Path) -> None:
@@ -65,8 +63,8 @@ def test_two_homes_and_a_public_peer_train_together(village: Village, tmp_path: 
     for home in homes:
         home.wait_until_reached("relayed")
         assert "forward both TCP ports" in home.events("state")[-1]["reachability_advice"]
-    steps = train(village, village.net.home(), invite, tmp_path / "text.txt")
-    assert len(steps) == STEPS
+    training = trainer(village, invite, tmp_path / "text.txt")
+    training.wait_for("steps", lambda: len(training.events("step")) >= STEPS)
     for home in homes:
         home.wait_until_updated()
 
@@ -86,15 +84,7 @@ def test_two_trainers_in_homes_average(
 ) -> None:
     monkeypatch.setenv("TALKOOT_TRAIN_ANNOUNCE_EVERY_S", "1")
     invite = found(village, tmp_path, experts=4)
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
-    trainers = [
-        village.run(
-            village.net.home(), "train", "--join", invite, "--data", text, "--steps", 100_000,
-            "--batch-size", 2, "--threads", 1, "--average-every", 2,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
+    trainers = [trainer(village, invite, tmp_path / "text.txt", "--average-every", 2) for _ in range(2)]
 
     def have_averaged() -> bool:
         return all((steps := t.events("step")) and steps[-1]["averagings"] > 0 for t in trainers)
