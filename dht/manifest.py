@@ -21,7 +21,7 @@ class _Part(BaseModel):
 
 
 class ModelSpec(_Part):
-    """The language model: `layers` times (local Transformer layers, then a mixture of experts)."""
+    """The language model: `layers` times (a local part at the trainer, then a mixture of experts)."""
 
     layers: int = Field(default=2, ge=1, le=64, description="mixture layers of the model")
     hidden: int = Field(default=128, ge=8, le=16384, description="columns of every activation")
@@ -31,6 +31,11 @@ class ModelSpec(_Part):
     context: int = Field(default=128, ge=2, le=65536, description="longest sequence, in tokens")
     local_layers: int = Field(
         default=1, ge=0, le=16, description="local Transformer layers before each mixture"
+    )
+    local: Literal["layer", "attention"] = Field(
+        default="layer",
+        description="attention: after these layers one attention more, so that the mixture takes the place of a "
+        "feed-forward block, as in the Switch Transformer (local_layers 0) and GLaM (1)",
     )
     feed_forward: int = Field(default=512, ge=8, le=65536, description="inner size of feed-forward blocks")
     norm: Norm = Field(default="layer", description="LayerNorm or RMSNorm, in every layer")

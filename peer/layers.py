@@ -68,31 +68,22 @@ class Gate(nn.Module):
         return output
 
 
-class TransformerLayer(nn.Module):
-    """Causal attention with rotary positions (Su et al., arXiv 2104.09864), then a feed-forward block.
+class Attention(nn.Module):
+    """Causal attention with rotary positions (Su et al., arXiv 2104.09864). Normalises its input and adds to it.
 
-    Both normalise their input first and add to it. Rows are packed, segment after segment, so that no linear layer
-    computes padding. A row attends to itself and to the earlier rows of its own segment.
+    Rows are packed, segment after segment, so that no linear layer computes padding. A row attends to itself and to the
+    earlier rows of its own segment.
     """
 
     frequencies_C: Tensor
 
-    def __init__(
-        self,
-        hidden: int,
-        heads: int,
-        feed_forward: int,
-        norm: Norm = "layer",
-        activation: Activation = "gelu",
-    ) -> None:
+    def __init__(self, hidden: int, heads: int, norm: Norm = "layer") -> None:
         super().__init__()
         assert hidden % (2 * heads) == 0, f"hidden ({hidden}) must be an even multiple of heads ({heads})"
         self.heads = heads
         self.attention_norm = make_norm(norm, hidden)
         self.attention_input = nn.Linear(hidden, 3 * hidden, bias=False)
         self.attention_output = nn.Linear(hidden, hidden, bias=False)
-        self.feed_forward_norm = make_norm(norm, hidden)
-        self.feed_forward = make_feed_forward(hidden, feed_forward, activation)
         width = hidden // heads
         # computed on the CPU: on the device "meta" a division imports torch's compiler, which takes a second
         exponents_C = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
@@ -103,10 +94,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
         """Returns [R, D]. `lengths_S`: int64, on the CPU, each at least 1, with sum R. `positions_R`: int64."""
-        x_RD = x_RD + self.attention_output(
+        output_RD: Tensor = x_RD + self.attention_output(
             self._attention(self.attention_norm(x_RD), lengths_S.tolist(), positions_R)
         )
-        output_RD: Tensor = x_RD + self.feed_forward(self.feed_forward_norm(x_RD))
         return output_RD
 
     def _attention(self, x_RD: Tensor, lengths: list[int], positions_R: Tensor) -> Tensor:
@@ -116,6 +106,27 @@ class TransformerLayer(nn.Module):
         angles_R11C = (positions_R[:, None] * self.frequencies_C)[:, None, None]
         qk_R2HC = _rotate(qkv_R3HC[:, :2], angles_R11C.cos(), angles_R11C.sin())
         return _attend_segments(torch.cat((qk_R2HC, qkv_R3HC[:, 2:]), dim=1), lengths).reshape(rows, hidden)
+
+
+class TransformerLayer(Attention):
+    """Attention, then a feed-forward block, which normalises its input and adds to it too."""
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        feed_forward: int,
+        norm: Norm = "layer",
+        activation: Activation = "gelu",
+    ) -> None:
+        super().__init__(hidden, heads, norm)
+        self.feed_forward_norm = make_norm(norm, hidden)
+        self.feed_forward = make_feed_forward(hidden, feed_forward, activation)
+
+    def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
+        x_RD = super().forward(x_RD, lengths_S, positions_R)
+        output_RD: Tensor = x_RD + self.feed_forward(self.feed_forward_norm(x_RD))
+        return output_RD
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dht.manifest import Manifest, ModelSpec
-from peer.layers import TransformerLayer, make_norm, seeded
+from peer.layers import Attention, TransformerLayer, make_norm, seeded
 from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import VOCABULARY
 from trainer_client.moe import RemoteMixtureOfExperts, Routed
@@ -22,7 +22,7 @@ _EMBEDDING_SCALE = 0.3
 
 
 class LanguageModel(nn.Module):
-    """`layers` times (local Transformer layers, then a mixture of experts).
+    """`layers` times (a local part, then a mixture of experts).
 
     `make_mixture(layer)` returns a module from [B, T, D] to [B, T, D] with its own residual connection: where no expert
     answers it returns its input. All parameters, including the mixtures', follow from `manifest.model.seed`, so all
@@ -47,7 +47,7 @@ class LanguageModel(nn.Module):
     def _add_dense_part(self, spec: ModelSpec, vocabulary: int) -> Self:
         self.embedding = nn.Embedding(vocabulary, spec.hidden)
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_SCALE)
-        self.local = nn.ModuleList(LocalLayers(spec) for _ in range(spec.layers))
+        self.local = nn.ModuleList(LocalPart(spec) for _ in range(spec.layers))
         self.norm = make_norm(spec.norm, spec.hidden)
         self.head = nn.Linear(spec.hidden, vocabulary, bias=False)
         return self
@@ -88,8 +88,12 @@ class LanguageModel(nn.Module):
         return [mixture for mixture in self.mixtures if isinstance(mixture, RemoteMixtureOfExperts)]
 
 
-class LocalLayers(nn.Module):
-    """The trainer's own Transformer layers before a mixture. They attend over all positions of a sequence."""
+class LocalPart(nn.Module):
+    """What the trainer computes before a mixture: Transformer layers, which attend over all positions of a sequence.
+
+    With local = "attention" the mixture takes the place of a feed-forward block, as in the Switch Transformer (arXiv
+    2101.03961, figure 2), and attention of its own comes before it.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -97,6 +101,8 @@ class LocalLayers(nn.Module):
             TransformerLayer(spec.hidden, spec.heads, spec.feed_forward, spec.norm, spec.activation)
             for _ in range(spec.local_layers)
         )
+        if spec.local == "attention":
+            self.layers.append(Attention(spec.hidden, spec.heads, spec.norm))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         sequences, length, _ = x_BTD.shape

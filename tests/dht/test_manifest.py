@@ -93,6 +93,7 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
             "prefix (128) must be less than the model's context (128)",
         ),
         ('name = "sauna"\n[model]\nhidden = 100\nheads = 3', "hidden (100)"),
+        ('name = "sauna"\n[model]\nlocal = "ffn"', "model.local: must be 'layer' or 'attention'"),
         ('name = "sauna"\n[model]\nnorm = "batch"', "model.norm: must be 'layer' or 'rms'"),
         ('name = "sauna"\n[model]\nactivation = "relu"', "model.activation: must be 'gelu', "),
         ('name = "sauna"\n[wire]\ncodec = "int4"', "wire.codec: must be 'fp32', "),
@@ -204,12 +205,16 @@ def test_a_key_that_this_release_does_not_know_is_refused_with_what_to_do() -> N
         Manifest.from_json(json.dumps(values).encode())
 
 
-def test_a_manifest_from_before_norms_could_be_chosen_means_the_same_model() -> None:
+def test_a_manifest_from_before_norms_and_local_parts_could_be_chosen_means_the_same_model() -> None:
     values = Manifest(name="sauna").model_dump(mode="json")
-    del values["model"]["norm"], values["model"]["activation"]
+    del values["model"]["norm"], values["model"]["activation"], values["model"]["local"]
     manifest = Manifest.from_json(json.dumps(values).encode())
     assert manifest == Manifest(name="sauna")
-    assert (manifest.model.norm, manifest.model.activation) == ("layer", "gelu")
+    assert (manifest.model.norm, manifest.model.activation, manifest.model.local) == (
+        "layer",
+        "gelu",
+        "layer",
+    )
 
 
 def test_the_example_manifest_says_the_defaults() -> None:

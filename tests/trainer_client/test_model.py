@@ -40,13 +40,17 @@ def test_there_are_logits_for_every_position() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 15), st.integers(0, 2))
-def test_a_changed_token_changes_no_logit_before_it(seed: int, at: int, local_layers: int) -> None:
+@given(
+    st.integers(0, 2**32 - 1), st.integers(0, 15), st.integers(0, 2), st.sampled_from(["layer", "attention"])
+)
+def test_a_changed_token_changes_no_logit_before_it(
+    seed: int, at: int, local_layers: int, local: str
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(256, (2, 16), generator=generator)
     changed = tokens.clone()
     changed[0, at] = (changed[0, at] + 1) % 256
-    model = make_model(local_layers=local_layers)
+    model = make_model(local_layers=local_layers, local=local)
     with torch.no_grad():
         before, after = model(tokens), model(changed)
     torch.testing.assert_close(after[0, :at], before[0, :at], rtol=0, atol=1e-5)
@@ -54,11 +58,12 @@ def test_a_changed_token_changes_no_logit_before_it(seed: int, at: int, local_la
     assert not torch.allclose(after[0, at], before[0, at])
 
 
-def test_a_later_position_sees_an_earlier_token_through_the_local_layer() -> None:
+@pytest.mark.parametrize(("local", "local_layers"), [("layer", 1), ("attention", 0)])
+def test_a_later_position_sees_an_earlier_token_through_the_local_part(local: str, local_layers: int) -> None:
     tokens = torch.zeros(1, 16, dtype=torch.int64)
     changed = tokens.clone()
     changed[0, 0] = 1
-    model = make_model()
+    model = make_model(local=local, local_layers=local_layers)
     assert not torch.allclose(model(tokens)[0, -1], model(changed)[0, -1])
 
 
@@ -108,6 +113,19 @@ def test_the_manifest_chooses_norm_and_activation_of_the_dense_part() -> None:
     assert modules.count(nn.RMSNorm) == 2 * 2 + 1
     assert modules.count(nn.SiLU) == 2
     assert nn.LayerNorm not in modules
+
+
+@pytest.mark.parametrize("local_layers", [0, 2])
+def test_with_local_attention_the_mixture_takes_the_place_of_a_feed_forward_block(local_layers: int) -> None:
+    """Switch Transformer (arXiv 2101.03961), figure 2: attention, then the mixture; no feed-forward block between."""
+    model = make_model(local_layers=local_layers, local="attention")
+    names = set(model.local[0].state_dict())
+    last = f"layers.{local_layers}."
+    assert {name for name in names if name.startswith(last)} == {
+        f"{last}attention_{part}" for part in ("norm.weight", "norm.bias", "input.weight", "output.weight")
+    }
+    whole = make_model(local_layers=local_layers).local[0].state_dict()
+    assert {name for name in names if not name.startswith(last)} == set(whole)
 
 
 def test_what_a_mixture_draws_changes_no_other_parameter() -> None:
