@@ -291,7 +291,10 @@ def generate(
 def evaluate(
     context: typer.Context,
     paths: Annotated[
-        list[str], typer.Argument(metavar="FILE", help="Text to score, as for `talkoot train --data`.")
+        list[str],
+        typer.Argument(
+            metavar="TEXT", help="Files, folders or globs, each of them a text of its own to score."
+        ),
     ],
     *,
     join: Join = None,
@@ -299,7 +302,7 @@ def evaluate(
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,
 ) -> None:
-    """Measure a trained model's loss and perplexity on a text."""
+    """Measure a trained model's loss and perplexity on texts, and compare them."""
     with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
         with signals.importing():
             from talkoot.train.trained import run_evaluate

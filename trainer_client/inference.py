@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peer.errors import DataError, UserError
+from peer.formatting import counted
 from trainer_client.data.tokenizer import Tokens
 from trainer_client.model import LanguageModel
 from trainer_client.settings import Sampling
@@ -111,11 +112,7 @@ def evaluate(
     computed again. Raises DataError if the text is too short, and UserError if the loss is not finite.
     """
     first = model.first_scored
-    if len(tokens) <= first:
-        raise DataError(
-            f"the text has {len(tokens)} tokens, and the first that this model predicts is number {first + 1}: "
-            "give a longer one"
-        )
+    check_length(tokens, first)
     model.eval()
     bytes_of = np.array([len(token) for token in token_bytes])
     nats, done, size = 0.0, 0, 0
@@ -127,10 +124,32 @@ def evaluate(
         nats += loss * targets.size
         done += targets.size
         size += int(bytes_of[targets].sum())
-    loss = nats / done
-    if not math.isfinite(loss):
+    if not math.isfinite(nats):
         raise UserError("the loss is not finite: the model's checkpoint or an expert is broken")
-    return Evaluation(loss, perplexity(loss), bits_per_byte(loss, size / done), done, size)
+    return _evaluation(nats, done, size)
+
+
+def check_length(tokens: Tokens, first: int, name: str = "the text") -> None:
+    """Raises DataError if a model whose first predicted token is number `first`, from 0, predicts none of these."""
+    if len(tokens) <= first:
+        raise DataError(
+            f"{name} has {counted(len(tokens), 'token')}, and the first that this model predicts is number "
+            f"{first + 1}: give a longer one"
+        )
+
+
+def combined(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Of all the texts together: every token counts alike, whichever text it is in."""
+    nats = math.fsum(each.loss * each.tokens for each in evaluations)
+    return _evaluation(
+        nats, sum(each.tokens for each in evaluations), sum(each.bytes for each in evaluations)
+    )
+
+
+def _evaluation(nats: float, tokens: int, size: int) -> Evaluation:
+    """`nats`: the sum over the predicted tokens, which stand for `size` bytes."""
+    loss = nats / tokens
+    return Evaluation(loss, perplexity(loss), bits_per_byte(loss, size / tokens), tokens, size)
 
 
 def pieces(tokens: Tokens, context: int, batch_size: int, shared: int = 1) -> Iterator[Tensor]:

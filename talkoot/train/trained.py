@@ -24,13 +24,20 @@ from peer.formatting import counted
 from peer.kademlia.hivemind import quiet_hivemind
 from peer.metrics import total
 from talkoot.signals import StopSignals
-from talkoot.terminal import Terminal, to_json
+from talkoot.terminal import Terminal, escaped, to_json
 from talkoot.train.session import once, trainer_state
 from trainer_client.client import SwarmClient
-from trainer_client.data.corpus import Corpus, encode_corpus
-from trainer_client.data.sources import find_files
-from trainer_client.data.tokenizer import Tokenizer, load_tokenizer
-from trainer_client.inference import Evaluation, decoded, evaluate, generate
+from trainer_client.data.corpus import encode_corpus
+from trainer_client.data.sources import find_texts
+from trainer_client.data.tokenizer import Tokenizer, Tokens, load_tokenizer
+from trainer_client.inference import (
+    Evaluation,
+    check_length,
+    combined,
+    decoded,
+    evaluate,
+    generate,
+)
 from trainer_client.model import LanguageModel
 from trainer_client.settings import Sampling, TrainerSettings
 from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
@@ -116,37 +123,49 @@ def run_evaluate(
     paths: Sequence[str],
     settings: TrainerSettings,
 ) -> None:
-    """Raises UserError when it can't, and Stopped after a signal."""
-    files = find_files(paths)
-    read: list[Corpus] = []
+    """Each path is a text, whose files are joined. Raises UserError when it can't, and Stopped after a signal."""
+    texts = find_texts(paths)
+    read: dict[str, Tokens] = {}
 
-    def read_files(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
-        read.append(encode_corpus(files, settings.field, tokenizer, folder / "text"))
+    def read_texts(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
+        for number, (name, files) in enumerate(texts.items()):
+            # a folder of its own: one folder keeps one text
+            read[name] = encode_corpus(files, settings.field, tokenizer, folder / f"text-{number}").tokens
+            check_length(read[name], 1, name)
 
-    with trained_model(terminal, signals, join, settings, read_files) as trained:
-        evaluation = _evaluate(terminal, trained, read[0])
+    with trained_model(terminal, signals, join, settings, read_texts) as trained:
+        for name, tokens in read.items():  # again: a swarm may route by a prefix, which no checkpoint tells
+            check_length(tokens, trained.model.first_scored, name)
+        found = _evaluate(terminal, trained, read)
         unanswered = int(total(trained.client.dispatcher.metrics.unanswered_rows))
-    values = asdict(evaluation) | {"step": trained.step, "unanswered_rows": unanswered}
+    values = asdict(combined(list(found.values())))
+    rest = {"step": trained.step, "unanswered_rows": unanswered}
     if terminal.json:
-        terminal.line(to_json(values))
+        each = [{"name": name} | asdict(evaluation) for name, evaluation in found.items()]
+        terminal.line(to_json(values | rest | ({"texts": each} if len(each) > 1 else {})))
+    elif len(found) > 1:
+        terminal.out.print(_comparison(found))
+        terminal.out.print(_table(rest))
     else:
-        terminal.out.print(_table(values))
+        terminal.out.print(_table(values | rest))
 
 
-def _evaluate(terminal: Terminal, trained: TrainedModel, corpus: Corpus) -> Evaluation:
-    with _shown(terminal, len(corpus.tokens) - trained.model.first_scored) as show:
+def _evaluate(
+    terminal: Terminal, trained: TrainedModel, texts: Mapping[str, Tokens]
+) -> dict[str, Evaluation]:
+    first, done_before = trained.model.first_scored, 0
+    found: dict[str, Evaluation] = {}
+    with _shown(terminal, sum(len(tokens) - first for tokens in texts.values())) as show:
 
         def observe(done: int) -> bool:
-            show(done)
+            show(done_before + done)
             return trained.has_experts()
 
-        return evaluate(
-            trained.model,
-            corpus.tokens,
-            trained.tokenizer.token_bytes,
-            trained.settings.batch_size,
-            observe,
-        )
+        for name, tokens in texts.items():
+            token_bytes, batch_size = trained.tokenizer.token_bytes, trained.settings.batch_size
+            found[name] = evaluate(trained.model, tokens, token_bytes, batch_size, observe)
+            done_before += found[name].tokens
+    return found
 
 
 @contextmanager
@@ -170,6 +189,24 @@ def _table(values: Mapping[str, Any]) -> Table:
         shown = f"{value:.4f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown)
     return table
+
+
+def _comparison(found: Mapping[str, Evaluation]) -> Table:
+    """A row for each text, and one for all of them together."""
+    table = Table()
+    table.add_column("text", overflow="fold")
+    for column in ("tokens", "loss", "bits per byte", "perplexity"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, each in found.items():
+        table.add_row(escaped(name), *_figures(each))
+    table.add_section()
+    table.add_row("all", *_figures(combined(list(found.values()))))
+    return table
+
+
+def _figures(evaluation: Evaluation) -> list[str]:
+    figures = (evaluation.loss, evaluation.bits_per_byte, evaluation.perplexity)
+    return [str(evaluation.tokens), *(f"{figure:.4f}" for figure in figures)]
 
 
 def run_generate(

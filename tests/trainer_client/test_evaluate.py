@@ -12,7 +12,7 @@ from run_samples import TEXT
 from torch import nn
 
 from peer.errors import DataError, UserError
-from trainer_client.inference import evaluate, pieces
+from trainer_client.inference import combined, evaluate, pieces
 from trainer_client.model import LanguageModel
 
 BYTES = [bytes([value]) for value in range(256)]
@@ -53,6 +53,22 @@ def test_bits_per_byte_count_the_bytes_of_tokens() -> None:
     assert found.bits_per_byte == pytest.approx(found.loss * 3 / 7 / math.log(2))
 
 
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=4))
+def test_texts_together_count_every_token_alike(lengths: list[int]) -> None:
+    model = make_model()
+    ends = np.cumsum(lengths)
+    texts = [TOKENS[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    each = [evaluate(model, tokens, BYTES, 2) for tokens in texts]
+    found = combined(each)
+    assert found.tokens == found.bytes == sum(lengths) - len(lengths)
+    mean = float(np.average([one.loss for one in each], weights=[one.tokens for one in each]))
+    assert found.loss == pytest.approx(mean)
+    assert found.perplexity == pytest.approx(math.exp(mean))
+    assert (
+        min(one.loss for one in each) <= found.loss * (1 + 1e-9) <= max(one.loss for one in each) * (1 + 2e-9)
+    )
+
+
 def test_a_batch_that_does_not_count_is_computed_again() -> None:
     asked: list[int] = []
 
@@ -67,7 +83,9 @@ def test_a_batch_that_does_not_count_is_computed_again() -> None:
 
 @pytest.mark.parametrize(("prefix", "length"), [(0, 0), (0, 1), (1, 1), (5, 5)])
 def test_a_text_with_nothing_to_predict_is_refused(prefix: int, length: int) -> None:
-    with pytest.raises(DataError, match=f"has {length} tokens.* number {max(1, prefix) + 1}: give a longer"):
+    with pytest.raises(
+        DataError, match=f"has {length} tokens?, .* number {max(1, prefix) + 1}: give a longer"
+    ):
         evaluate(make_model(prefix=prefix), TOKENS[:length], BYTES, 1)
 
 

@@ -33,6 +33,23 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def find_texts(paths: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of each path, which is a text of its own.
+
+    Raises DataError as `find_files` does, and for two paths that name the same files.
+    """
+    found: dict[str, list[Path]] = {}
+    known: dict[tuple[Path, ...], str] = {}
+    for path in paths:
+        files = find_files([path])
+        resolved = tuple(sorted(file.resolve() for file in files))
+        if (other := known.setdefault(resolved, path)) != path or path in found:
+            same = f"{path} is given twice" if other == path else f"{other} and {path} are the same text"
+            raise DataError(f"{same}: give each text once")
+        found[path] = files
+    return found
+
+
 def read_text(files: Sequence[Path], field: str = "text") -> Iterator[str]:
     """All text of the files in pieces, with a newline between two documents.
 

@@ -117,6 +117,44 @@ def test_the_newest_run_is_taken_by_default(founder: Founder, trained: Path, tex
     assert "perplexity" in ended.out
 
 
+def test_several_texts_are_compared(founder: Founder, trained: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "digits.txt"
+    other.write_text("3.14159 26535 " * 9)
+    given = ("evaluate", text, other, "--join", founder.invite, "--state", trained)
+    shown = talkoot(*given)
+    assert shown.status == 0, shown.err
+    values = json.loads(talkoot(*given, "--json").out.splitlines()[-1])
+    sauna, digits = values["texts"]
+    assert (sauna["name"], digits["name"]) == (str(text), str(other))
+    assert (sauna["tokens"], digits["tokens"]) == (len(TEXT) - 1, 9 * 14 - 1)
+    assert values["tokens"] == sauna["tokens"] + digits["tokens"]
+    assert sauna["loss"] < values["loss"] < digits["loss"]
+    for row in (sauna, digits, values):
+        assert f"{row['tokens']} │ {row['loss']:.4f}" in shown.out
+    alone = json.loads(talkoot("evaluate", other, *given[3:], "--json").out.splitlines()[-1])
+    assert "texts" not in alone
+    assert alone["loss"] == pytest.approx(digits["loss"])
+
+
+def test_texts_that_can_not_be_scored_are_named_before_joining(
+    founder: Founder, trained: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.write_text("")
+    short.write_text("I")
+    for wrong, said in (
+        (empty, f"{empty} is empty: give a file"),
+        (
+            short,
+            f"{short} has 1 token, and the first that this model predicts is number 2: give a longer one",
+        ),
+        (tmp_path / "none.txt", f"no file or folder {tmp_path / 'none.txt'}"),
+        (text, f"{text} is given twice"),
+    ):
+        talkoot("evaluate", text, wrong, "--join", founder.invite, "--state", trained).is_one_clear_line(said)
+    assert "making ready" not in caplog.text
+
+
 def test_a_prompt_longer_than_the_context_is_cut_with_a_word(
     founder: Founder,
     trained: Path,

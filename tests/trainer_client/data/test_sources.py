@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peer import settings
 from peer.errors import DataError, SettingsError
 from trainer_client.data import sources
-from trainer_client.data.sources import find_files, read_text
+from trainer_client.data.sources import find_files, find_texts, read_text
 
 
 def text_of(*paths: Path, field: str = "text") -> str:
@@ -68,6 +68,27 @@ def test_several_paths_come_in_their_order_and_each_file_once(tmp_path: Path) ->
     second.write_text("second")
     assert text_of(first, tmp_path, first) == "first\nsecond"
     assert text_of(first, tmp_path / "?.txt") == "first\nsecond"
+
+
+def test_each_path_is_a_text_of_its_own(tmp_path: Path) -> None:
+    one, folder = tmp_path / "one.txt", tmp_path / "folder"
+    folder.mkdir()
+    for path in (one, folder / "b.txt", folder / "a.txt"):
+        path.write_text("sauna")
+    found = find_texts([str(folder), str(one)])
+    assert found == {str(folder): [folder / "a.txt", folder / "b.txt"], str(one): [one]}
+    assert find_texts([]) == {}
+
+
+def test_a_text_is_given_once(tmp_path: Path) -> None:
+    one, link = tmp_path / "one.txt", tmp_path / "link.txt"
+    one.write_text("sauna")
+    link.symlink_to(one)
+    with pytest.raises(DataError, match=r"one\.txt is given twice: give each text once"):
+        find_texts([str(one), str(one)])
+    for other in (str(link), f"{tmp_path}/one*"):
+        with pytest.raises(DataError, match=r"one\.txt and .* are the same text: give each text once"):
+            find_texts([str(one), other])
 
 
 def test_a_glob_reaches_into_folders(tmp_path: Path) -> None:
