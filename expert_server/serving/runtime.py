@@ -340,8 +340,9 @@ class Runtime:
             logger.exception("expert %s failed on a batch from %s", expert.uid, callers)
             message = f"expert {expert.uid} failed: {type(error).__name__}"
             results = [ExpertError(StatusCode.INTERNAL, message) for _ in batch]
-        # from the expert itself, because a batch that failed may have changed it
-        self.metrics.updates.inc(expert.update_count - updates)
+        # from the expert itself, because a batch that failed may have changed it; the count is less than before if
+        # a state that another peer gave turned bad
+        self.metrics.updates.inc(max(0, expert.update_count - updates))
         self.metrics.rollbacks.inc(expert.guard.rollbacks - rollbacks)
         for result in results:
             if isinstance(result, ExpertError):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
+from expert_server.experts.optimizer import CHECK_EVERY_UPDATES
 from peer.errors import ExpertError
 from peer.metrics import total
 
@@ -185,5 +186,26 @@ def test_rollbacks_are_counted_also_when_the_batch_fails() -> None:
         assert await status_of(submit(runtime, make_work())) is StatusCode.INTERNAL
         assert (await submit(runtime, make_work())).tensor.isfinite().all()
         assert (total(runtime.metrics.rollbacks), total(runtime.metrics.updates)) == (1, 1)
+
+    with_runtime(runtime, scenario)
+
+
+def test_a_rollback_to_an_earlier_update_count_is_no_failure_of_the_node() -> None:
+    """The count goes down when a state that another peer gave turns bad."""
+    expert, given = Expert(FIRST, MANIFEST), Expert(FIRST, MANIFEST)
+    for seed in range(2 * CHECK_EVERY_UPDATES):
+        given.backward([make_work(direction="backward", seed=seed).rows])
+    expert.import_state(given.export_state(), given.update_count, "a peer")
+    runtime = make_runtime(expert)
+
+    async def scenario() -> None:
+        with torch.no_grad():
+            for parameter in expert.block.parameters():
+                parameter.mul_(1e6)
+        for _ in range(CHECK_EVERY_UPDATES):
+            await submit(runtime, make_work(direction="backward"))
+        assert expert.guard.rollbacks == total(runtime.metrics.rollbacks) == 1
+        assert expert.update_count < given.update_count
+        await submit(runtime, make_work())
 
     with_runtime(runtime, scenario)
