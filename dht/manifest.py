@@ -110,6 +110,13 @@ class OptimizerSpec(_Part):
     clip_norm: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="largest gradient norm of one step"
     )
+    rows_per_update: int = Field(
+        default=1,
+        ge=1,
+        le=10**6,
+        description="rows whose gradients an expert adds up for one step, over calls and callers; it takes the step "
+        "after 30 s in any case; 1: a step for each batch",
+    )
     warmup_updates: int = Field(
         default=10, ge=0, le=10**7, description="steps in which the step size rises linearly"
     )

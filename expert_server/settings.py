@@ -217,7 +217,8 @@ class NodeSettings(RoleSettings):
         default=None,
         gt=0,
         le=10**9,
-        description="optimizer steps per second that one caller may cause, of all experts; unset: no limit",
+        description="optimizer steps per second that one caller may cause, of all experts; a batch counts as a step "
+        "even if `rows_per_update` demands several; unset: no limit",
     )
     caller_expert_updates_per_hour: float | None = Field(
         default=None,

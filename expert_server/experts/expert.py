@@ -16,15 +16,20 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block, weightless_block
+from expert_server.experts.accumulation import AccumulatedGradients
 from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.format import (
+    ACCUMULATED_ROWS,
+    ACCUMULATED_SIZES,
     BLOCK,
     Checkpoint,
     State,
     StateForm,
+    accumulated_rows,
     block_tensors,
     check_numbers,
     check_state,
+    gradient_name,
     moment_name,
 )
 from expert_server.experts.graphs import ForwardGraph, ParameterSlots, Rows, WeightVersion
@@ -66,6 +71,7 @@ class Expert:
         self._own_count = 0
         """Update count of the state that returns if the present one turns bad on probation."""
         self._step_is_due = False
+        self._accumulated: AccumulatedGradients | None = None
         self._version: WeightVersion | None = None
         """The present parameters, once a graph was made with them."""
 
@@ -73,6 +79,22 @@ class Expert:
     def step_is_due(self) -> bool:
         """Whether the last backward pass left its optimizer step for later. Whatever reads the state takes it first."""
         return self._step_is_due
+
+    @property
+    def accumulated_rows(self) -> int:
+        """Rows whose gradients have not led to a step yet: fewer than `rows_per_update`."""
+        return self._accumulated.rows if self._accumulated is not None else 0
+
+    def end_accumulation(self) -> StepOutcome:
+        """Makes a step due for what is accumulated, of however few rows. `settle` takes it."""
+        if self._accumulated is None:
+            return StepOutcome.NONE
+        self._accumulated.give_to(self._parameters)
+        self._accumulated = None
+        outcome = self._prepare_step()
+        if not self._step_is_due:
+            self.optimizer.zero_grad()
+        return outcome
 
     def settle(self) -> bool:
         """Takes the optimizer step that is due, if there is one. Returns False when the guard rolled it back."""
@@ -149,15 +171,19 @@ class Expert:
     def backward(self, parts: Sequence[Rows], *, may_defer: bool = False) -> tuple[list[Tensor], StepOutcome]:
         """Returns the gradient of each part's inputs [R, D], and takes one optimizer step for all parts together.
 
-        The step is skipped when the gradient of a parameter is not finite. Raises ExpertError (INTERNAL), and takes
-        no step, when the gradient of an input is not finite.
+        If they are of fewer rows than `rows_per_update`, their gradients accumulate, and the step is that of all
+        accumulated rows once there are so many. What is accumulated takes a step of its own before gradients of
+        another size (`AccumulatedGradients.are_like`).
+
+        The step is skipped when the gradient of a parameter is not finite, and what was accumulated stays. Raises
+        ExpertError (INTERNAL), and takes no step, when the gradient of an input is not finite.
 
         `may_defer`: the caller ensures that `settle` takes the step soon; it already counts as taken.
         """
         self.settle()
         try:
             grad_inputs = [self._gradient_of_inputs(part) for part in parts]
-            outcome = self._prepare_step()
+            outcome = self._step_or_accumulate(parts)
         finally:
             if not self._step_is_due:
                 self.optimizer.zero_grad()
@@ -166,6 +192,26 @@ class Expert:
             outcome |= StepOutcome.ROLLED_BACK
         self.device.wait()
         return grad_inputs, outcome
+
+    def _step_or_accumulate(self, parts: Sequence[Rows]) -> StepOutcome:
+        """Called with the gradients of these parts in the parameters."""
+        enough = self._settings.rows_per_update
+        if self._accumulated is None and sum(map(len, parts)) >= enough:
+            return self._prepare_step()
+        batch = AccumulatedGradients.take_from(self._parameters, parts)
+        if not batch.are_finite:
+            return self._skip_step()
+        outcome = StepOutcome.NONE
+        if self._accumulated is not None and not self._accumulated.are_like(batch):
+            # if that step is skipped, it is not this batch's
+            outcome = self.end_accumulation() & ~StepOutcome.SKIPPED
+            if not self.settle():
+                return outcome | StepOutcome.ROLLED_BACK
+        if self._accumulated is None:
+            self._accumulated = batch
+        else:
+            self._accumulated.add(batch)
+        return outcome | self.end_accumulation() if self._accumulated.rows >= enough else outcome
 
     def _gradient_of_inputs(self, part: Rows) -> Tensor:
         """Adds to the gradients of the parameters. A graph can be used only once."""
@@ -208,12 +254,17 @@ class Expert:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights and optimizer state, without the guard's copy. Moments come with the first step."""
+        """Bytes of weights, optimizer state and accumulated gradients, without the guard's copy.
+
+        Moments come with the first step.
+        """
         moments = (value for state in self.optimizer.state.values() for value in state.values())
-        return sum(tensor.nbytes for tensor in chain(self._parameters, moments))
+        accumulated = self._accumulated.bytes if self._accumulated is not None else 0
+        return sum(tensor.nbytes for tensor in chain(self._parameters, moments)) + accumulated
 
     def export_state(self) -> State:
-        """Copies the block's parameters and persistent buffers, and the optimizer's moments of each parameter.
+        """Copies the block's parameters and persistent buffers, the optimizer's moments of each parameter, and the
+        accumulated gradients.
 
         A parameter that has never had a gradient has no moments. Raises StateError when a number is not finite.
         """
@@ -222,6 +273,14 @@ class Expert:
         for name, parameter in self.block.named_parameters():
             for moment, tensor in self.optimizer.state.get(parameter, {}).items():
                 state[moment_name(name, moment)] = tensor
+        if self._accumulated is not None:
+            state[ACCUMULATED_ROWS] = torch.tensor(self._accumulated.rows)
+            state[ACCUMULATED_SIZES] = torch.tensor(self._accumulated.sizes, dtype=torch.float64)
+            for (name, _), gradient in zip(
+                self.block.named_parameters(), self._accumulated.gradients, strict=True
+            ):
+                if gradient is not None:
+                    state[gradient_name(name)] = gradient
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         check_numbers(self.uid, copies)
         return copies
@@ -269,6 +328,7 @@ class Expert:
                 m: state[moment_name(name, m)].to(self.device.torch_device, copy=True)
                 for m in self.optimizer.moments
             }
+        self._accumulated = self._accumulated_in(state)
         self.update_count = update_count
         self._imported = object()
         self._source = source
@@ -276,6 +336,19 @@ class Expert:
             self.guard.doubt()
         else:
             self.guard.keep()
+
+    def _accumulated_in(self, state: Mapping[str, Tensor]) -> AccumulatedGradients | None:
+        rows = accumulated_rows(state)
+        if not rows:
+            return None
+        gradients = [
+            state[gradient_name(name)].to(self.device.torch_device, copy=True)
+            if gradient_name(name) in state
+            else None
+            for name, _ in self.block.named_parameters()
+        ]
+        least, most = state[ACCUMULATED_SIZES].tolist()
+        return AccumulatedGradients(gradients, rows, (least, most))
 
     def _keep_own_state(self) -> None:
         """Makes the present state the one that returns, unless it is on probation itself."""
@@ -287,10 +360,14 @@ class Expert:
         self._own_count = self.update_count
 
     def _is_sound(self, check: Callable[[], bool]) -> bool:
-        """What the guard's `check` returns. After a rollback on probation, goes back to the update count too."""
+        """What the guard's `check` returns. After a rollback on probation, goes back to the update count too.
+
+        A rollback drops what is accumulated: the gradients are those of parameters that were bad.
+        """
         source = self.source
         if check():
             return True
+        self._accumulated = None
         if source:
             self.update_count, self.refuted = self._own_count, source
         return False
@@ -300,14 +377,17 @@ class Expert:
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         size = float(norm)
         if not isfinite(size):
-            is_good = self._is_sound(self.guard.check)
-            return StepOutcome.SKIPPED if is_good else StepOutcome.SKIPPED | StepOutcome.ROLLED_BACK
+            return self._skip_step()
         if size > self._settings.clip_norm:
             clip_grads_with_norm_(self._parameters, self._settings.clip_norm, norm)
         self.optimizer.learning_rate = self._learning_rate()
         self.update_count = min(self.update_count + 1, MAX_UPDATE_COUNT)
         self._step_is_due = True
         return StepOutcome.TAKEN
+
+    def _skip_step(self) -> StepOutcome:
+        is_good = self._is_sound(self.guard.check)
+        return StepOutcome.SKIPPED if is_good else StepOutcome.SKIPPED | StepOutcome.ROLLED_BACK
 
     def _learning_rate(self) -> float:
         spec = self._settings
@@ -343,11 +423,12 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 def expert_bytes(manifest: Manifest) -> int:
-    """Estimates the memory of one expert: weights, gradients, moments, and the guard's half. Allocates nothing.
+    """Estimates the memory of one expert: weights, gradients, moments and the guard's half. Allocates nothing.
 
     It holds for every precision: parameters are always float32, and bfloat16 matrices live for one batch.
     """
     block = weightless_block(manifest)
     weights = sum(parameter.nbytes for parameter in block.parameters())
     state = (1 + manifest.optimizer.moments) * weights
-    return state + weights + state // 2 + sum(buffer.nbytes for buffer in block.buffers())
+    gradients = weights if manifest.optimizer.rows_per_update == 1 else 2 * weights
+    return state + gradients + state // 2 + sum(buffer.nbytes for buffer in block.buffers())

@@ -18,17 +18,29 @@ from peer.errors import StateError
 from peer.formatting import printable
 
 State: TypeAlias = dict[str, Tensor]
-"""What an expert is made of: `block.…` and `optimizer.…` tensors by name, on the CPU."""
+"""What an expert is made of: `block.…`, `optimizer.…` and `accumulated.…` tensors by name, on the CPU."""
 
 BLOCK, OPTIMIZER = "block.", "optimizer."
+ACCUMULATED = "accumulated."
+"""Gradients that have not led to a step yet: of parameters by name, and two more tensors."""
+ACCUMULATED_ROWS, ACCUMULATED_SIZES = ACCUMULATED + "rows", ACCUMULATED + "sizes"
+"""How many rows the gradients are of, int64 []; and their sizes, float64 [2] (`AccumulatedGradients.sizes`)."""
 AVERAGED = "averaged"
 """The source of a state that is the average of this node's own and of another's."""
+_ABOUT_ACCUMULATED: Outline = {
+    ACCUMULATED_ROWS: ((), torch.int64),
+    ACCUMULATED_SIZES: ((2,), torch.float64),
+}
 _NAME_BYTES = 1024
 """More than a tensor's name, shape and place take in an encoded state."""
 
 
 def moment_name(parameter: str, moment: str) -> str:
     return f"{OPTIMIZER}{parameter}.{moment}"
+
+
+def gradient_name(parameter: str) -> str:
+    return f"{ACCUMULATED}gradient.{parameter}"
 
 
 def block_tensors(block: nn.Module) -> dict[str, Tensor]:
@@ -46,6 +58,8 @@ class StateForm:
     """Those that are trained, under their names in the block."""
     moments: tuple[str, ...]
     """The names of the tensors that the optimizer keeps for a parameter."""
+    rows_per_update: int
+    """Fewer rows than these have accumulated gradients."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -55,6 +69,7 @@ class StateForm:
             {BLOCK + name: form_of(tensor) for name, tensor in block_tensors(block).items()},
             {name: form_of(parameter) for name, parameter in block.named_parameters()},
             moments_of(manifest.optimizer),
+            manifest.optimizer.rows_per_update,
         )
 
     def check(self, uid: UID, outline: Outline, update_count: int) -> list[str]:
@@ -68,6 +83,10 @@ class StateForm:
         expected = dict(self.block)
         for name in stepped:
             expected |= {moment_name(name, m): self._moment(name, m) for m in self.moments}
+        if self._accumulates and any(name.startswith(ACCUMULATED) for name in outline):
+            reached = [name for name in self.parameters if gradient_name(name) in outline]
+            expected |= {gradient_name(name): self.parameters[name] for name in reached}
+            expected |= _ABOUT_ACCUMULATED
         _check_outline(uid, outline, expected)
         if update_count < 0 or (self.moments and bool(update_count) != bool(stepped)):
             raise StateError(f"{update_count} updates, and moments of {len(stepped)} parameters")
@@ -76,14 +95,21 @@ class StateForm:
     @property
     def max_outline_bytes(self) -> int:
         """Of an encoded state's names and header."""
-        return _NAME_BYTES * (len(self.block) + len(self.parameters) * len(self.moments) + 4)
+        per_parameter = len(self.moments) + self._accumulates
+        return _NAME_BYTES * (len(self.block) + len(self.parameters) * per_parameter + 6)
 
     @property
     def max_bytes(self) -> int:
         """Of an encoded state."""
         moments = (self._moment(name, m) for name in self.parameters for m in self.moments)
-        numbers = sum(prod(shape) * dtype.itemsize for shape, dtype in (*self.block.values(), *moments))
-        return numbers + self.max_outline_bytes
+        forms: list[Form] = [*self.block.values(), *moments, *_ABOUT_ACCUMULATED.values()]
+        if self._accumulates:
+            forms += self.parameters.values()
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in forms) + self.max_outline_bytes
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.rows_per_update > 1
 
     def _moment(self, parameter: str, moment: str) -> Form:
         return ((), torch.float32) if moment == "step" else self.parameters[parameter]
@@ -92,11 +118,21 @@ class StateForm:
 def check_state(uid: UID, state: Mapping[str, Tensor], update_count: int, form: StateForm) -> list[str]:
     """Returns the names of the parameters that have moments.
 
-    Raises StateError as `StateForm.check` does, and when a number is not finite.
+    Raises StateError as `StateForm.check` does, and when a number is not finite or cannot be.
     """
     stepped = form.check(uid, {name: form_of(tensor) for name, tensor in state.items()}, update_count)
     check_numbers(uid, state)
+    rows = accumulated_rows(state)
+    if ACCUMULATED_ROWS in state and not 0 < rows < form.rows_per_update:
+        raise StateError(
+            f"the gradients of {rows} rows are accumulated in expert {uid}; at most {form.rows_per_update - 1}"
+        )
     return stepped
+
+
+def accumulated_rows(state: Mapping[str, Tensor]) -> int:
+    """Rows whose gradients have not led to a step yet."""
+    return int(state[ACCUMULATED_ROWS]) if ACCUMULATED_ROWS in state else 0
 
 
 def check_numbers(uid: UID, state: Mapping[str, Tensor]) -> None:
@@ -104,7 +140,8 @@ def check_numbers(uid: UID, state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise StateError(f"{name!r} of expert {uid} is not finite")
-        if name.endswith((".exp_avg_sq", ".step")) and name.startswith(OPTIMIZER) and (tensor < 0).any():
+        moment = name.startswith(OPTIMIZER) and name.endswith((".exp_avg_sq", ".step"))
+        if (moment or name == ACCUMULATED_SIZES) and (tensor < 0).any():
             raise StateError(f"{name!r} of expert {uid} is negative")
 
 
@@ -136,6 +173,11 @@ class Checkpoint:
     update_count: int
     source: str = ""
     """The peer that gave it, or `AVERAGED`, as long as it is on probation; empty if it is this node's own."""
+
+    @property
+    def accumulated_rows(self) -> int:
+        """Rows whose gradients have not led to a step yet."""
+        return accumulated_rows(self.state)
 
 
 def to_bytes(checkpoint: Checkpoint, swarm_id: str, uid: UID, saved_at: float) -> bytes:

@@ -18,7 +18,7 @@ from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import AVERAGED, Checkpoint, State, from_bytes
+from expert_server.experts.format import ACCUMULATED, AVERAGED, Checkpoint, State, from_bytes
 from expert_server.hosting.placement import serving_elsewhere
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
@@ -137,6 +137,7 @@ class ReplicaAveraging:
         replicas = await self._swarm.registry.replicas(self._replicas.experts)
         me = self._swarm.host.peer_id
         partners = [self._rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
+        await self._replicas.runtime.run(partial(self._end_accumulation, {r.uid for r in partners}))
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
         meetings = (
             self._attempt(self._average_last_with(replica.uid, nodes[replica.peer_id]))
@@ -144,6 +145,12 @@ class ReplicaAveraging:
             if replica.peer_id in nodes and not self._is_idle(replica)
         )
         await side_by_side(meetings, _AT_ONCE)
+
+    def _end_accumulation(self, uids: set[UID]) -> None:
+        """So that what is accumulated is part of the average: the other replica takes over no gradients."""
+        for uid in uids & self._replicas.experts.keys():
+            self._replicas.experts[uid].end_accumulation()
+            self._replicas.experts[uid].settle()
 
     async def _average_last_with(self, uid: UID, node: NodeInfo) -> None:
         given = await self.meet(uid, node)
@@ -267,13 +274,16 @@ def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: s
 def averaged(current: State, base: State, theirs: State, share: float) -> State:
     """The average of `base` and `theirs`, plus what changed from `base` to `current`.
 
-    A moment of the optimizer that one side lacks counts as zeros.
+    A moment of the optimizer that one side lacks counts as zeros. Gradients that `current` has accumulated stay as they
+    are, and those of `theirs` are left to the other replica, which takes a step with them: each counts once.
     """
     names = current.keys() | theirs.keys()
-    return {
+    state = {
         name: _averaged(name, current.get(name), base.get(name), theirs.get(name), share)
         for name in sorted(names)
+        if not name.startswith(ACCUMULATED)
     }
+    return state | {name: tensor for name, tensor in current.items() if name.startswith(ACCUMULATED)}
 
 
 def _averaged(

@@ -5,18 +5,16 @@ Shape suffixes: R = rows, D = hidden.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, sqrt
+from math import inf
 from operator import itemgetter
 
 import torch
 
+from expert_server.experts.accumulation import MOST_APART, root_mean_square
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
 from expert_server.serving.batching import Result, WorkItem
 from peer.errors import ExpertError
-
-MOST_APART = 10.0
-"""Callers share an optimizer step if the sizes of their gradients, row by row, differ by no more than this factor."""
 
 
 def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:
@@ -55,9 +53,7 @@ def by_size(batch: Sequence[WorkItem]) -> list[list[WorkItem]]:
 
 def _size_of(works: Sequence[WorkItem]) -> float:
     """Root mean square of the gradients, over all rows of one caller."""
-    gradients = [work.rows.gradients for work in works if work.rows.gradients is not None]
-    squares = sum(float(gradient.square().sum()) for gradient in gradients)
-    return sqrt(squares / max(1, sum(gradient.numel() for gradient in gradients)))
+    return root_mean_square([work.rows.gradients for work in works if work.rows.gradients is not None])
 
 
 def _computed(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:

@@ -3,7 +3,8 @@
 `Runtime` is the shell around the policy in `batching.py`: the event loop adds work, and a few threads take it in
 batches, each for a different expert. A thread that ends a batch starts the next one itself, because a turn through the
 loop would leave it idle, and the loop is busiest when work waits. Optimizer steps are taken when no batch waits, or
-before the expert's next batch, because no answer needs them.
+before the expert's next batch, because no answer needs them. Gradients that accumulate lead to a step after a while,
+however few they are.
 """
 
 import asyncio
@@ -11,9 +12,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from itertools import chain
+from math import inf
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -36,6 +40,8 @@ _MOST_AT_ONCE = 4
 """Batches: more would keep more tensors in memory and gain little."""
 _GATHER_S = 0.005
 """How long results wait for others while more is computed: waking the loop for each costs the threads their cores."""
+_LONGEST_ACCUMULATION_S = 30.0
+"""After its first gradients, an expert takes a step, even if they are of fewer rows than a step should have."""
 _BATCH_ROWS = tuple(4.0**power for power in range(8))
 _STOPPING = "this node is stopping"
 
@@ -125,6 +131,10 @@ class Runtime:
         self._exclusive = self._stopped = False
         self._due: dict[UID, None] = {}
         """Experts whose optimizer step is due, oldest first."""
+        self._accumulating: dict[UID, tuple[int, float]] = {}
+        """Experts with accumulated gradients, oldest first: the update count then, and when a step is to be taken."""
+        self._timer: asyncio.TimerHandle | None = None
+        """Wakes the loop for the first of these steps."""
         self._computing = 0
         """Batches under way."""
         self._done: list[tuple[Sequence[Entry], Sequence[Result | ExpertError]]] = []
@@ -154,11 +164,15 @@ class Runtime:
     async def start(self) -> None:
         assert self._loop is None, "a runtime starts once"
         self._loop = asyncio.get_running_loop()
+        for expert in self._experts.values():
+            self._note_accumulation(expert)
 
     async def stop(self) -> None:
         """Fails what waits, lets what is under way finish, and ends the threads."""
         with self._lock:
             self._stopped = True
+            if self._timer is not None:
+                self._timer.cancel()
             waiting, tasks = self._queue.clear(), list(self._tasks)
             self._tasks.clear()
         self._fail(waiting, StatusCode.UNAVAILABLE, _STOPPING)
@@ -203,12 +217,14 @@ class Runtime:
         """Puts an expert into service, in place of one with the same UID."""
         with self._lock:
             self._experts[expert.uid] = expert
+            self._note_accumulation(expert)
 
     def remove(self, uid: UID) -> None:
         """Takes an expert out of service. Work that waits for it fails with NOT_FOUND."""
         with self._lock:
             del self._experts[uid]
             self._due.pop(uid, None)
+            self._accumulating.pop(uid, None)
             waiting = self._queue.remove(uid)
         self._fail(waiting, StatusCode.NOT_FOUND, _not_hosted(uid))
 
@@ -281,7 +297,9 @@ class Runtime:
 
     def _free_step(self) -> UID | None:
         """An expert whose step is due and which has no batch under way."""
-        return next((uid for uid in self._due if uid not in self._busy), None)
+        now = self._clock()
+        late = (uid for uid, (_, step_at) in self._accumulating.items() if step_at <= now)
+        return next((uid for uid in chain(self._due, late) if uid not in self._busy), None)
 
     def _run_task(self, task: "_Task") -> None:
         torch.set_num_threads(self._threads)
@@ -317,10 +335,12 @@ class Runtime:
     def _run_step(self, expert: Expert, _: Sequence[Entry], threads: int) -> None:
         torch.set_num_threads(threads)
         began = self._clock()
-        try:
-            expert.settle()
-        except Exception:  # the thread must go on, as in `_compute`
-            logger.exception("expert %s failed in an optimizer step", expert.uid)
+        with self._counting_updates(expert):
+            try:
+                self._end_late_accumulation(expert)
+                expert.settle()
+            except Exception:  # the thread must go on, as in `_compute`
+                logger.exception("expert %s failed in an optimizer step", expert.uid)
         self.metrics.compute_s.inc((self._clock() - began) * threads / self._threads)
         with self._lock:
             self._end(expert)
@@ -328,22 +348,63 @@ class Runtime:
 
     def _end(self, expert: Expert) -> None:
         self._busy.remove(expert.uid)
-        if expert.step_is_due and self._experts.get(expert.uid) is expert:
-            self._due[expert.uid] = None
+        if self._experts.get(expert.uid) is expert:
+            if expert.step_is_due:
+                self._due[expert.uid] = None
+            self._note_accumulation(expert)
 
-    def _compute(self, expert: Expert, batch: Sequence[Entry]) -> list[Result | ExpertError]:
+    def _note_accumulation(self, expert: Expert) -> None:
+        uid, count = expert.uid, expert.update_count
+        began_at_count, _ = self._accumulating.get(uid, (None, 0.0))
+        if not expert.accumulated_rows:
+            self._accumulating.pop(uid, None)
+        elif began_at_count != count:
+            self._accumulating.pop(uid, None)
+            self._accumulating[uid] = count, self._clock() + _LONGEST_ACCUMULATION_S
+            if self._timer is None and self._loop is not None:
+                self._loop.call_soon_threadsafe(self._set_timer)
+
+    def _set_timer(self) -> None:
+        """For the first step that is to be taken later. Those that are late are taken as soon as threads are free."""
+        with self._lock:
+            now = self._clock()
+            waits_s = (step_at - now for _, step_at in self._accumulating.values() if step_at > now)
+            wait_s = min(waits_s, default=None)
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = None
+            if wait_s is not None and self._loop is not None and not self._stopped:
+                self._timer = self._loop.call_later(wait_s, self._look_for_late_steps)
+
+    def _look_for_late_steps(self) -> None:
+        self._set_timer()
+        self._start()
+
+    def _end_late_accumulation(self, expert: Expert) -> None:
+        """Of a busy expert, on its thread."""
+        _, step_at = self._accumulating.get(expert.uid, (0, inf))
+        if step_at <= self._clock():
+            expert.end_accumulation()
+
+    @contextmanager
+    def _counting_updates(self, expert: Expert) -> Iterator[None]:
+        """From the expert itself, because a batch that failed may have changed it."""
         updates, rollbacks = expert.update_count, expert.guard.rollbacks
-        try:
-            results = compute(expert, [entry.work for entry in batch])
-        except Exception as error:  # one broken batch must not end the others
-            callers = ", ".join(sorted({entry.work.caller for entry in batch}))
-            logger.exception("expert %s failed on a batch from %s", expert.uid, callers)
-            message = f"expert {expert.uid} failed: {type(error).__name__}"
-            results = [ExpertError(StatusCode.INTERNAL, message) for _ in batch]
-        # from the expert itself, because a batch that failed may have changed it; the count is less than before if
-        # a state that another peer gave turned bad
+        yield
+        # it is less after a rollback to the state before another peer's
         self.metrics.updates.inc(max(0, expert.update_count - updates))
         self.metrics.rollbacks.inc(expert.guard.rollbacks - rollbacks)
+
+    def _compute(self, expert: Expert, batch: Sequence[Entry]) -> list[Result | ExpertError]:
+        with self._counting_updates(expert):
+            try:
+                self._end_late_accumulation(expert)
+                results = compute(expert, [entry.work for entry in batch])
+            except Exception as error:  # one broken batch must not end the others
+                callers = ", ".join(sorted({entry.work.caller for entry in batch}))
+                logger.exception("expert %s failed on a batch from %s", expert.uid, callers)
+                message = f"expert {expert.uid} failed: {type(error).__name__}"
+                results = [ExpertError(StatusCode.INTERNAL, message) for _ in batch]
         for result in results:
             if isinstance(result, ExpertError):
                 self.metrics.failed.labels("failed").inc()

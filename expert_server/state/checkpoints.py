@@ -214,8 +214,8 @@ class Checkpoints:
         )
         self._store = store
         self._runtime = runtime
-        self._on_disk: dict[UID, Entry] = {}
-        """What each expert was saved or restored as."""
+        self._on_disk: dict[UID, tuple[Entry, int]] = {}
+        """What each expert was saved or restored as, and the rows whose gradients were accumulated then."""
         self._refuted = BoundedDict[tuple[UID, str], None](_REFUTED)
         """The sources whose states turned bad."""
 
@@ -253,7 +253,7 @@ class Checkpoints:
             except StateError as error:
                 self._store.pass_over(uid, entry, error)
             else:
-                self._on_disk[uid] = entry
+                self._on_disk[uid] = entry, checkpoint.accumulated_rows
                 return True
         return False
 
@@ -319,7 +319,8 @@ class Checkpoints:
         checkpoint = await self._runtime.run(expert.checkpoint)
         await asyncio.to_thread(self._store.save, expert.uid, checkpoint)
         self.saved.inc()
-        self._on_disk[expert.uid] = Entry(checkpoint.update_count, checkpoint.source)
+        entry = Entry(checkpoint.update_count, checkpoint.source)
+        self._on_disk[expert.uid] = entry, checkpoint.accumulated_rows
 
     async def save_all_within(self, seconds: float, experts: Collection[Expert] | None = None) -> None:
         """Saves what changed, or as much of it as there is time for."""
@@ -338,5 +339,6 @@ class Checkpoints:
 
     def _is_changed(self, expert: Expert) -> bool:
         """First parameters follow from the manifest, and are never saved."""
-        now = expert.update_count, expert.source
-        return expert.update_count > 0 and now != self._on_disk.get(expert.uid)
+        rows = expert.accumulated_rows
+        now = Entry(expert.update_count, expert.source), rows
+        return bool(expert.update_count or rows) and now != self._on_disk.get(expert.uid)

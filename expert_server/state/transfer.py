@@ -78,6 +78,8 @@ class Snapshot:
 
     uid: UID
     update_count: int
+    accumulated_rows: int
+    """Rows whose gradients had not led to a step at that moment."""
     generation: object
     """Of the expert at that moment."""
     met: Mapping[PeerID, int]
@@ -156,7 +158,10 @@ class SnapshotTaker:
                 data, sha256 = await asyncio.to_thread(_encode, checkpoint, self._swarm_id, uid)
                 now = self._clock()
                 expires_at = now + self._snapshots.lifetime_s
-                snapshot = Snapshot(uid, checkpoint.update_count, generation, met, data, sha256, expires_at)
+                snapshot = Snapshot(
+                    uid, checkpoint.update_count, checkpoint.accumulated_rows, generation,
+                    met, data, sha256, expires_at,
+                )  # fmt: skip
                 self._snapshots.put(snapshot, now)
                 if peer_id is not None:
                     self._of_peer.take(peer_id, now - began, now)
@@ -186,9 +191,9 @@ class SnapshotTaker:
 
     def _current(self, expert: Expert, met: Mapping[PeerID, int]) -> Snapshot | None:
         """The kept snapshot of the expert as it is now, if there is one."""
-        state = expert.uid, expert.update_count, expert.generation, met
+        state = expert.uid, expert.update_count, expert.accumulated_rows, expert.generation, met
         for kept in self._snapshots.all(self._clock()):
-            if (kept.uid, kept.update_count, kept.generation, kept.met) == state:
+            if (kept.uid, kept.update_count, kept.accumulated_rows, kept.generation, kept.met) == state:
                 return kept
         return None
 

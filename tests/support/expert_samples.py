@@ -25,6 +25,7 @@ def make_manifest(
     clip_norm: float = 1.0,
     name: Literal["adamw", "adam", "sgd"] = "adamw",
     momentum: float | None = None,
+    rows_per_update: int = 1,
 ) -> Manifest:
     model = ModelSpec(
         layers=2, hidden=HIDDEN, heads=2, context=32, local_layers=1, feed_forward=32, seed=seed
@@ -35,6 +36,7 @@ def make_manifest(
         momentum=momentum,
         weight_decay=0.1,
         clip_norm=clip_norm,
+        rows_per_update=rows_per_update,
         warmup_updates=warmup_updates,
         decay_updates=decay_updates,
     )

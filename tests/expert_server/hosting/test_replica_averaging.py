@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from callers import numbered_identities
-from real_swarm import LOCAL, UIDS, Play, Village, eventually, playing, serving
+from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, eventually, playing, serving
 from test_restart import step, train
 
 from dht.announcements import Replica, ReplicaState
+from dht.manifest import Manifest
 from dht.swarm import join_swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert
@@ -44,9 +45,11 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
     return playing(loop, identities, tmp_path)
 
 
-async def couple(village: Village, updates: int, **settings: Any) -> tuple[Node, Node]:
+async def couple(
+    village: Village, updates: int, manifest: Manifest = MANIFEST, **settings: Any
+) -> tuple[Node, Node]:
     """Two nodes that host the same experts, which took updates before the second came."""
-    first = await village.found(**TWICE, **settings)
+    first = await village.found(manifest=manifest, **TWICE, **settings)
     await train(first, dict.fromkeys(UIDS, updates))
     await first.hosting.announce()
     second = await village.join(1, await first.swarm.invite(), **TWICE, **settings)
@@ -160,6 +163,27 @@ def test_updates_since_the_last_meeting_stay_when_their_node_leaves(play: Play) 
         name = "block.attention_input.weight"
         expected = (before[0][name] + before[1][name]) / 2
         torch.testing.assert_close((await state_of(second, AN_UID))[name], expected)
+
+    play(scenario)
+
+
+def test_what_a_leaving_node_has_accumulated_is_in_the_last_average(play: Play) -> None:
+    optimizer = MANIFEST.optimizer.model_copy(update={"rows_per_update": 10})
+    manifest = MANIFEST.model_copy(update={"optimizer": optimizer})
+
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2, manifest=manifest, average_every_s=60, drain_timeout_s=20)
+        await village.run(second)
+        expert = second.runtime.experts[AN_UID]
+        assert expert.update_count == 1, "a step of two calls of 5 rows"
+        await train(first, {AN_UID: 1})
+        await first.hosting.announce()
+        await first.stop()
+
+        async def averaged() -> bool:
+            return expert.update_count == 2
+
+        await eventually(averaged)
 
     play(scenario)
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from tls_expert_server import FIRST, MANIFEST, ROWS, Call, Edge, Runner, make, running
 
 from dht.uid import UID
+from expert_server.experts.accumulation import MOST_APART
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
 from expert_server.serving.batching import Direction, Result, WorkItem
-from expert_server.serving.compute import MOST_APART, by_size, compute
+from expert_server.serving.compute import by_size, compute
 from expert_server.serving.servicer import BudgetLimits, Budgets
 from expert_server.settings import NodeSettings
 from peer.errors import ExpertError

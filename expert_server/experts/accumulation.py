@@ -1,0 +1,75 @@
+"""Gradients that an expert adds up over calls and callers, until they are of enough rows for an optimizer step.
+
+The sum is that of one batch with all the rows: nothing is divided by a number of rows or calls, because the gradients
+that trainers send are of a mean already.
+"""
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from expert_server.experts.graphs import Rows
+
+MOST_APART = 10.0
+"""Gradients share an optimizer step if their sizes, row by row, differ by no more than this factor."""
+
+
+class AccumulatedGradients:
+    """The sum of the parameters' gradients over all rows of one or more backward passes."""
+
+    def __init__(
+        self, gradients: list[Tensor | None], rows: int, sizes: tuple[float, float] = (0.0, 0.0)
+    ) -> None:
+        """`gradients`: of each parameter, or None if nothing has reached it. `sizes`: as the property."""
+        self.gradients = gradients
+        self.rows = rows
+        self.sizes = sizes
+        """The least and the largest root mean square of one pass's gradients of the outputs, zeros left out."""
+
+    @classmethod
+    def take_from(cls, parameters: Sequence[nn.Parameter], parts: Sequence[Rows]) -> Self:
+        """Takes the gradients of the parameters, which then have none. `parts`: the rows they are of."""
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        size = root_mean_square([part.gradients for part in parts if part.gradients is not None])
+        return cls(gradients, sum(map(len, parts)), (size, size))
+
+    def give_to(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Makes these the gradients of the parameters."""
+        for parameter, gradient in zip(parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+
+    @property
+    def are_finite(self) -> bool:
+        return bool(get_total_norm([each for each in self.gradients if each is not None]).isfinite())
+
+    def are_like(self, others: Self) -> bool:
+        """Whether the two may share a step. Otherwise the larger would drown the smaller."""
+        sizes = [size for size in (*self.sizes, *others.sizes) if size > 0]
+        return not sizes or max(sizes) <= MOST_APART * min(sizes)
+
+    def add(self, others: Self) -> None:
+        """Adds others, which must not be used any more."""
+        for number, (mine, its) in enumerate(zip(self.gradients, others.gradients, strict=True)):
+            if mine is None:
+                self.gradients[number] = its
+            elif its is not None:
+                mine += its
+        self.rows += others.rows
+        sizes = [size for size in (*self.sizes, *others.sizes) if size > 0]
+        self.sizes = min(sizes, default=0.0), max(sizes, default=0.0)
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.nbytes for each in self.gradients if each is not None)
+
+
+def root_mean_square(tensors: Sequence[Tensor]) -> float:
+    """Of all their numbers together; in float64, in which the square of no float32 overflows."""
+    squares = sum(float(torch.linalg.vector_norm(each, dtype=torch.float64)) ** 2 for each in tensors)
+    return sqrt(squares / max(1, sum(each.numel() for each in tensors)))
