@@ -83,7 +83,7 @@ export function makeGrid() {
   );
   table = makeTable();
   byId("grid-as-table").addEventListener("click", toggleTable);
-  addEventListener("theme", () => view.data && draw());
+  addEventListener("theme", draw);
   section = new Section(byId("grid"), load, () => (view.data?.replicas.length ?? 0) * REST_MS_PER_EXPERT);
   return section;
 }
@@ -144,6 +144,7 @@ function uid(index) {
 }
 
 function draw() {
+  if (!view.data) return; // its answer is still to come
   const { replicas } = view.data;
   const values = MEASURES[view.measure].values(view.data);
   const scale = (MEASURES[view.measure].scale ?? scaleOf)(values, replicas);

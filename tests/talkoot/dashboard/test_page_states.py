@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from browser import Visit, chromium, needs_chromium, served, visit
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Route
 from simulated_readings import NOW, Asked, manifest, node, picture_of, replica, trainer
 
 pytestmark = [needs_chromium, pytest.mark.timeout(300)]
@@ -122,6 +122,19 @@ def test_colours_tell_how_long_ago_experts_learned(browser: Browser, tmp_path: P
         for words in ("no update seen yet", "updated 0 s ago"):  # the largest first, then the smallest
             seen.page.locator("#grid-table").get_by_role("button", name="Freshness").click()
             seen.until(f"{top} === '{words}'")
+    asked.history.close()
+
+
+def test_a_measure_can_be_chosen_before_the_experts_have_come(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, HEALTHY)
+    with served(asked.app) as address, visit(browser, address) as seen:
+        held: list[Route] = []
+        seen.page.route("**/api/v1/experts*", lambda route: held.append(route))
+        seen.page.reload()
+        seen.page.get_by_role("button", name="Freshness").click()
+        seen.until(lambda: bool(held))
+        held[0].continue_()
+        seen.until("document.querySelector('#grid-side h3')?.textContent === 'Experts by last update'")
     asked.history.close()
 
 
