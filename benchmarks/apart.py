@@ -10,14 +10,26 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 _TRIES = 3
 
 
 def end_in_order_when_stopped() -> None:
-    """Lets SIGTERM end this process as Ctrl-C does, so that contenders end with it: `timeout` sends that."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Lets the first Ctrl-C or SIGTERM, which `timeout` sends, end this process and all that it started.
+
+    Later ones are ignored, so that nothing is left behind.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in _STOPS:
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in _STOPS:
+        signal.signal(number, stop)
 
 
 def run_apart(module: str, arguments: Sequence[str], limit_s: float) -> dict[str, Any]:

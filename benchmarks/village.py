@@ -89,6 +89,9 @@ def _process(state: Path, experts: int, flags: Sequence[str]) -> "Iterator[subpr
         )
     try:
         yield node
+    except BaseException:
+        node.kill()  # whoever stops a benchmark does not wait until nodes have left in order
+        raise
     finally:
         node.terminate()
         node.wait()
