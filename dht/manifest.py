@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dht.uid import UID, grid_coordinates
 from peer import PROTOCOL_VERSION
-from peer.codec import CodecName
+from peer.codec import CodecName, codec_of, encoded_bytes
 from peer.errors import SettingsError, SwarmError, WireError
 from peer.layers import Activation, Norm
 from peer.settings import describe_validation_error, read_toml
@@ -156,7 +156,8 @@ class WireSpec(_Part):
 
     codec: CodecName = Field(
         default="fp32",
-        description="of trainers' calls and of the answers; int8: with a scale for each row",
+        description="of trainers' calls and of the answers; int8: with a scale for each row; int4: with a scale for "
+        "each 64 numbers, which are rotated together; 16 must divide the hidden size",
     )
 
 
@@ -189,6 +190,14 @@ class Manifest(_Part):
             raise ValueError(
                 f"top_k ({self.routing.top_k}) is more than a layer's {self.experts.count} experts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _codec_fits(self) -> Self:
+        try:
+            encoded_bytes(0, self.model.hidden, codec_of(self.wire.codec))
+        except WireError as error:
+            raise ValueError(str(error)) from error
         return self
 
     @model_validator(mode="after")

@@ -1,9 +1,11 @@
 """Encodes tensors as bytes for the wire: codecs, sizes and chunks.
 
-Shape suffixes: R = rows, D = the model's width, N = all numbers of a tensor, C = bytes of an encoded row.
+Shape suffixes: R = rows, D = the wire's width, N = all numbers of a tensor, C = bytes of an encoded row, G = int4's
+blocks in a row, B = numbers of such a block.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -17,7 +19,7 @@ from peer.wire import expert_pb2
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
-CodecName: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
+CodecName: TypeAlias = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 """The names of codecs in a manifest."""
 
 CHUNK_BYTES = 128 * 1024
@@ -33,19 +35,21 @@ _CODECS = {
     "bf16": expert_pb2.CODEC_BF16,
     "fp16": expert_pb2.CODEC_FP16,
     "int8": expert_pb2.CODEC_INT8,
+    "int4": expert_pb2.CODEC_INT4,
 }
-_BYTES_PER_NUMBER = {
-    expert_pb2.CODEC_FP32: 4,
-    expert_pb2.CODEC_BF16: 2,
-    expert_pb2.CODEC_FP16: 2,
-    expert_pb2.CODEC_INT8: 1,
-}
+_BYTES_PER_NUMBER = {expert_pb2.CODEC_FP32: 4, expert_pb2.CODEC_BF16: 2, expert_pb2.CODEC_FP16: 2}
 _HALVES = {expert_pb2.CODEC_BF16: torch.bfloat16, expert_pb2.CODEC_FP16: torch.float16}
 _SCALE_BYTES = 4
 _STEP = (1 - 2**-20) / 127
 """int8's step, as a part of the row's largest magnitude. Just below 1/127, so that no row overflows when decoded."""
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 """Rows with a smaller scale are sent as zeros, because dividing by it would lose precision."""
+_LEAST_BLOCK, _LARGEST_BLOCK = 16, 64
+"""int4's. Smaller ones would spend more than a bit a number on scales; larger ones cost more time than they save."""
+_HALF_STEPS = 7.5
+"""int4's numbers are the 16 odd multiples of half a step from -7.5 to 7.5 steps."""
+_LARGEST_NUMBER, _LARGEST_SCALE = 2.0**100, 2.0**101
+"""int4's. No sum of a block's numbers overflows, neither here nor where they are decoded."""
 _BLOCK_NUMBERS = 32_000
 """Converted at once: they fit the processor's cache, and torch starts no threads for so few (its limit is 32768)."""
 
@@ -56,19 +60,38 @@ def codec_of(name: CodecName) -> "expert_pb2.Codec":
 
 
 def encoded_bytes(rows: int, width: int, codec: "expert_pb2.Codec") -> int:
-    """Size of an encoded [rows, width] tensor. Raises WireError for an unknown codec."""
-    if codec not in _BYTES_PER_NUMBER:
-        spoken = ", ".join(map(expert_pb2.Codec.Name, _BYTES_PER_NUMBER))
+    """Size of an encoded [rows, width] tensor.
+
+    Raises WireError for an unknown codec, and for a width that it cannot encode.
+    """
+    if codec not in _CODECS.values():
+        spoken = ", ".join(map(expert_pb2.Codec.Name, _CODECS.values()))
         raise WireError(f"codec {codec} is not spoken here; spoken: {spoken}")
-    scales = _SCALE_BYTES * rows if codec == expert_pb2.CODEC_INT8 else 0
-    return rows * width * _BYTES_PER_NUMBER[codec] + scales
+    if codec == expert_pb2.CODEC_INT8:
+        return rows * (_SCALE_BYTES + width)
+    if codec == expert_pb2.CODEC_INT4:
+        return rows * (2 * width // block_of_int4(width) + width // 2)
+    return rows * width * _BYTES_PER_NUMBER[codec]
 
 
-def encode(tensor_RD: Floats, codec: "expert_pb2.Codec") -> memoryview:
+def block_of_int4(width: int) -> int:
+    """How many numbers of a row int4 rotates together. Raises WireError when 16 doesn't divide the width."""
+    block = min(width & -width, _LARGEST_BLOCK)
+    if block < _LEAST_BLOCK:
+        raise WireError(f"int4 needs a width that {_LEAST_BLOCK} divides, and it is {width}")
+    return block
+
+
+def encode(tensor_RD: Floats, codec: "expert_pb2.Codec", seed: bytes | None = None) -> memoryview:
     """The tensor's bytes. With CODEC_FP32, a contiguous float32 tensor is not copied.
+
+    With a `seed`, which gradients have, CODEC_INT4 rounds up or down at random, so that errors cancel out over many
+    calls. All else is rounded to the nearest.
 
     Finite numbers beyond a codec's range are clipped to it (fp16: ±65504), so that one outlier doesn't fail a call.
     Numbers that are not finite stay so in every codec, and the receiver rejects them.
+
+    Raises WireError for an unknown codec or a width that it cannot encode.
     """
     rows, width = tensor_RD.shape
     size = encoded_bytes(rows, width, codec)
@@ -76,29 +99,37 @@ def encode(tensor_RD: Floats, codec: "expert_pb2.Codec") -> memoryview:
         return np.ascontiguousarray(tensor_RD, dtype="<f4").data.cast("B")
     data = np.empty(size, np.uint8)
     numbers_RD = torch.from_numpy(np.require(tensor_RD, np.float32, ["C", "W"]))
-    if codec == expert_pb2.CODEC_INT8:
-        _encode_int8(numbers_RD, torch.from_numpy(data).view(rows, _SCALE_BYTES + width))
-    else:
+    if codec in _HALVES:
         _encode_half(numbers_RD.flatten(), torch.from_numpy(data.view(np.int16)).view(_HALVES[codec]))
+        return data.data
+    rows_RC = torch.from_numpy(data).view(rows, -1)
+    if codec == expert_pb2.CODEC_INT8:
+        _encode_int8(numbers_RD, rows_RC)
+    else:
+        _encode_int4(numbers_RD, rows_RC, seed)
     return data.data
 
 
 def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") -> Floats:
     """The [rows, width] tensor in `data`. With CODEC_FP32, it shares the memory of `data`.
 
-    Raises WireError if a number is not finite.
+    Raises WireError if `data` is not of whole rows, if a number is not finite, or if an int4 scale is out of bounds.
     """
-    encoded_bytes(0, 0, codec)
+    row_bytes = encoded_bytes(1, width, codec)
+    rows, rest = divmod(len(data), row_bytes)
+    if rest:
+        raise WireError(f"{len(data)} bytes; expected rows of {row_bytes}")
     if codec == expert_pb2.CODEC_FP32:
-        tensor_RD = np.frombuffer(data, dtype="<f4").reshape(-1, width)
-    elif codec == expert_pb2.CODEC_INT8:
-        rows_RC = _writable(data, np.uint8).view(-1, _SCALE_BYTES + width)
-        tensor_RD = np.empty((len(rows_RC), width), np.float32)
-        _decode_int8(rows_RC, torch.from_numpy(tensor_RD))
+        tensor_RD = np.frombuffer(data, dtype="<f4").reshape(rows, width)
     else:
-        halves_N = _writable(data, np.int16).view(_HALVES[codec])
-        tensor_RD = np.empty((len(halves_N) // width, width), np.float32)
-        _decode_half(halves_N, torch.from_numpy(tensor_RD).flatten())
+        tensor_RD = np.empty((rows, width), np.float32)
+        numbers_RD, bytes_N = torch.from_numpy(tensor_RD), _writable(data)
+        if codec in _HALVES:
+            _decode_half(bytes_N.view(_HALVES[codec]), numbers_RD.flatten())
+        elif codec == expert_pb2.CODEC_INT8:
+            _decode_int8(bytes_N.view(rows, row_bytes), numbers_RD)
+        else:
+            _decode_int4(bytes_N.view(rows, row_bytes), numbers_RD)
     if not np.isfinite(tensor_RD).all():
         raise WireError("the tensor has numbers that are not finite")
     return tensor_RD
@@ -151,12 +182,82 @@ def _decode_int8(rows_RC: Tensor, numbers_RD: Tensor) -> None:
         torch.mul(rows[:, _SCALE_BYTES:].view(torch.int8), scales_R1, out=block)
 
 
+def _encode_int4(numbers_RD: Tensor, rows_RC: Tensor, seed: bytes | None) -> None:
+    width = numbers_RD.shape[1]
+    rng = None if seed is None else np.random.Generator(np.random.SFC64(int.from_bytes(seed)))
+    half, size = width // 2, block_of_int4(width)
+    for block, rows in zip(_blocks(numbers_RD, width), _blocks(rows_RC, width), strict=True):
+        steps_RGB = _rotated(block, size)
+        scales_RG = steps_RGB.abs().amax(2).numpy() / _HALF_STEPS
+        if not scales_RG.max() <= _LARGEST_SCALE:
+            clipped = torch.where(block.isfinite(), block.clamp(-_LARGEST_NUMBER, _LARGEST_NUMBER), block)
+            steps_RGB = _rotated(clipped, size)
+            scales_RG = steps_RGB.abs().amax(2).numpy() / _HALF_STEPS
+            scales_RG[~np.isfinite(scales_RG)] = np.inf
+        scales_RG[scales_RG < _SMALLEST_SCALE] = 0
+        halves_RG = (
+            scales_RG.view(np.uint32) + 0xFFFF >> 16
+        )  # as bfloat16, rounded up so that no number is clipped
+        rows.numpy()[:, :-half] = halves_RG.astype("<u2").view(np.uint8)
+        scales_RG = (halves_RG << 16).view(np.float32)
+        scales_RG[scales_RG == 0] = np.inf
+        steps_RGB *= torch.from_numpy(1 / scales_RG[:, :, None])
+        middle = _HALF_STEPS + 0.5  # half a step more, because conversion truncates
+        if rng is not None:
+            noise = rng.integers(2**64, size=block.numel() // 8, dtype=np.uint64).view(np.int8)
+            steps_RGB += torch.from_numpy(noise).view(steps_RGB.shape) * 2**-8
+            middle += 2**-9
+        codes_RD = steps_RGB.add_(middle).clamp_(0, 15).to(torch.int8).view(torch.uint8).view(block.shape)
+        torch.add(codes_RD[:, :half], codes_RD[:, half:], alpha=16, out=rows[:, -half:])
+
+
+def _decode_int4(rows_RC: Tensor, numbers_RD: Tensor) -> None:
+    width = numbers_RD.shape[1]
+    half, size = width // 2, block_of_int4(width)
+    scales_RG1 = rows_RC[:, :-half].contiguous().view(torch.bfloat16).float()[:, :, None]
+    if not scales_RG1.isfinite().all():
+        raise WireError("the tensor has numbers that are not finite")
+    if not ((scales_RG1 >= 0) & (scales_RG1 <= _LARGEST_SCALE)).all():
+        raise WireError(f"the tensor has scales that are not between 0 and {_LARGEST_SCALE:.4g}")
+    parts = (_blocks(part, width) for part in (rows_RC[:, -half:], scales_RG1, numbers_RD))
+    for codes, scales, block in zip(*parts, strict=True):
+        steps_RD = torch.empty_like(block)
+        torch.bitwise_and(codes, 15, out=steps_RD[:, :half])
+        torch.bitwise_right_shift(codes, 4, out=steps_RD[:, half:])
+        steps_RD.view(len(block), -1, size).sub_(_HALF_STEPS).mul_(scales)
+        block.copy_(_rotated(steps_RD, size).view(block.shape))
+
+
+def _rotated(numbers_RD: Tensor, size: int) -> Tensor:
+    """Each block of each row times the Hadamard matrix, which is its own inverse: [R, G, B].
+
+    It spreads an outlier over its block, so that the others keep their precision (QuaRot, arXiv 2404.00456). numpy
+    multiplies eight blocks at a time: so the result for a block does not depend on the others, and the loop's thread
+    starts no threads of its own, as torch.mm would.
+    """
+    blocks = numbers_RD.numpy().reshape(-1, size)
+    eights = np.zeros((-(-len(blocks) // 8), 8, size), np.float32)
+    eights.reshape(-1, size)[: len(blocks)] = blocks
+    with np.errstate(over="ignore", invalid="ignore"):  # encoders see by the result what does not fit
+        rotated = np.matmul(eights, _hadamard(size)).reshape(-1, size)
+    return torch.from_numpy(rotated[: len(blocks)]).view(len(numbers_RD), -1, size)
+
+
+@cache
+def _hadamard(size: int) -> Floats:
+    """[size, size], orthonormal, by Sylvester's construction."""
+    signs = np.ones((1, 1), np.float32)
+    while len(signs) < size:
+        signs = np.block([[signs, signs], [signs, -signs]])
+    return signs / np.float32(size**0.5)
+
+
 def _blocks(tensor: Tensor, width: int) -> Iterator[Tensor]:
     """The tensor in blocks of rows of `width` numbers."""
     step = max(1, _BLOCK_NUMBERS // width)
     return (tensor[at : at + step] for at in range(0, len(tensor), step))
 
 
-def _writable(data: bytearray | memoryview, dtype: npt.DTypeLike) -> Tensor:
+def _writable(data: bytearray | memoryview) -> Tensor:
     """As a torch tensor, which can only share writable memory."""
-    return torch.from_numpy(np.require(np.frombuffer(data, dtype), requirements="W"))
+    return torch.from_numpy(np.require(np.frombuffer(data, np.uint8), requirements="W"))

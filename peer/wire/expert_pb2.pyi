@@ -14,11 +14,13 @@ class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CODEC_BF16: _ClassVar[Codec]
     CODEC_FP16: _ClassVar[Codec]
     CODEC_INT8: _ClassVar[Codec]
+    CODEC_INT4: _ClassVar[Codec]
 CODEC_UNSPECIFIED: Codec
 CODEC_FP32: Codec
 CODEC_BF16: Codec
 CODEC_FP16: Codec
 CODEC_INT8: Codec
+CODEC_INT4: Codec
 
 class CallRequest(_message.Message):
     __slots__ = ("header", "chunk")

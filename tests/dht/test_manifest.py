@@ -96,7 +96,11 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
         ('name = "sauna"\n[model]\nlocal = "ffn"', "model.local: must be 'layer' or 'attention'"),
         ('name = "sauna"\n[model]\nnorm = "batch"', "model.norm: must be 'layer' or 'rms'"),
         ('name = "sauna"\n[model]\nactivation = "relu"', "model.activation: must be 'gelu', "),
-        ('name = "sauna"\n[wire]\ncodec = "int4"', "wire.codec: must be 'fp32', "),
+        ('name = "sauna"\n[wire]\ncodec = "int2"', "wire.codec: must be 'fp32', "),
+        (
+            'name = "sauna"\n[model]\nhidden = 72\n[wire]\ncodec = "int4"',
+            "int4 needs a width that 16 divides, and it is 72",
+        ),
         ('name = "sauna"\n[experts]\ngrid = []', "experts.grid"),
         ('name = "sauna"\n[experts]\ngrid = [4, 0]', "experts.grid.1"),
         ('name = "sauna"\n[experts]\ngrid = [4096, 4096]', "at most 1048576"),

@@ -21,7 +21,7 @@ from grpc import StatusCode
 from dht.announcements import NodeInfo
 from dht.directory import Directory
 from peer import PROTOCOL_VERSION
-from peer.codec import MAX_CHUNK_BYTES, Floats, chunks, decode, encode, encoded_bytes
+from peer.codec import MAX_CHUNK_BYTES, chunks, decode, encode, encoded_bytes
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
@@ -275,14 +275,14 @@ class GrpcCaller:
             experts=map(_expert_rows, requests),
             keep=any(request.keep for request in requests),
         )
-        payload = chunks(encode(tensor, self._codec) for tensor in _tensors(requests))
+        payload = chunks(_encoded(requests, self._codec, request_id))
         first = next(payload, b"")
         await stream.write(expert_pb2.CallRequest(header=header, chunk=first))
         self.metrics.bytes.labels("sent").inc(len(first))
         for chunk in payload:
             await stream.write(expert_pb2.CallRequest(chunk=chunk))
             self.metrics.bytes.labels("sent").inc(len(chunk))
-        self.metrics.fp32_bytes.labels("sent").inc(sum(tensor.nbytes for tensor in _tensors(requests)))
+        self.metrics.fp32_bytes.labels("sent").inc(sum(map(_fp32_bytes, requests)))
         await stream.done_writing()
 
     async def _answers(
@@ -306,13 +306,20 @@ class GrpcCaller:
             raise WireError("more than all experts' answers")
 
 
-def _tensors(requests: Sequence[Request]) -> Iterator[Floats]:
-    """In the order of the payload."""
-    for request in requests:
+def _encoded(
+    requests: Sequence[Request], codec: "expert_pb2.Codec", request_id: bytes
+) -> Iterator[memoryview]:
+    """In the order of the payload. The same bytes when a call is repeated."""
+    for index, request in enumerate(requests):
         if not request.kept:
-            yield request.inputs
+            yield encode(request.inputs, codec)
         if request.gradients is not None:
-            yield request.gradients
+            yield encode(request.gradients, codec, seed=b"request %b %d" % (request_id, index))
+
+
+def _fp32_bytes(request: Request) -> int:
+    inputs = 0 if request.kept else request.inputs.nbytes
+    return inputs + (0 if request.gradients is None else request.gradients.nbytes)
 
 
 def _expert_rows(request: Request) -> expert_pb2.ExpertRows:

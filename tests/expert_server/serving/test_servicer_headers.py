@@ -152,7 +152,9 @@ def test_another_swarm_or_version_is_refused_naming_both(
     run(scenario)
 
 
-@pytest.mark.parametrize("codec", [expert_pb2.CODEC_FP32, expert_pb2.CODEC_BF16, expert_pb2.CODEC_INT8])
+@pytest.mark.parametrize(
+    "codec", [expert_pb2.CODEC_FP32, expert_pb2.CODEC_BF16, expert_pb2.CODEC_INT8, expert_pb2.CODEC_INT4]
+)
 def test_a_call_of_too_many_bytes_is_refused_before_they_are_sent_by_what_they_become_in_memory(
     run: Runner, codec: "expert_pb2.Codec"
 ) -> None:
@@ -253,7 +255,7 @@ headers = st.builds(
     ),
     st.sampled_from([b"", bytes(15), bytes(16)]),
     st.sampled_from([HIDDEN, HIDDEN, 0, 2**32 - 1]),
-    st.sampled_from([1, 2, 3, 4, 0, 99]),
+    st.sampled_from([1, 2, 3, 4, 5, 0, 99]),
     st.lists(expert_rows, max_size=3),
 )
 
@@ -267,7 +269,7 @@ def test_a_header_is_right_or_refused_with_an_error_of_the_edge(
     size = 4 * HIDDEN * sum(len(rows.positions) for rows in header.experts) * (1 + (direction == "backward"))
     right = (
         (len(header.request_id), header.width) == (16, HIDDEN)
-        and header.codec in (1, 2, 3, 4)
+        and header.codec in (1, 2, 3, 4, 5)
         and 0 < size <= 800
         and all(map(is_right, header.experts))
     )

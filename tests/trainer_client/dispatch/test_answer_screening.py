@@ -42,8 +42,9 @@ def sent(rows: Floats, codec: CodecName) -> Floats:
 def test_what_honest_experts_answer_is_let_through(
     rows: int, seed: int, codec: CodecName, size: float
 ) -> None:
-    test, block = AnswerScreening(), build_block(MANIFEST, MANIFEST.uids()[0])
-    inputs = np.float32(size) * random_rows(rows, seed=seed)
+    manifest = make_manifest((2, 2), k=2, hidden=16)
+    test, block = AnswerScreening(), build_block(manifest, manifest.uids()[0])
+    inputs = np.float32(size) * random_rows(rows, 16, seed)
     for _ in range(3):  # a trainer moves on by little
         with torch.no_grad():
             answer = block(

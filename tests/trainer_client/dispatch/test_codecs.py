@@ -1,6 +1,7 @@
 """Every codec between a trainer and a real node, over real sockets."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -17,7 +18,7 @@ from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
-CLOSE = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.003, "int8": 0.04}
+CLOSE = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.003, "int8": 0.04, "int4": 0.5}
 """Of the largest number: both ways' rounding together, as a network of one layer carries it on."""
 
 
@@ -48,6 +49,23 @@ def test_answers_are_close_to_those_of_fp32_and_as_small_as_the_codec_makes_them
     assert len(found) == len(exact) == 4
     for one, other in zip(found, exact, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=CLOSE[codec] * np.abs(other).max())
+
+
+def test_int4_rounds_gradients_at_random_and_alike_for_the_same_request(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways: what a step of the node and its answer depend on, and the answer itself."""
+
+    def answers(name: str, first_id: int) -> list[bytes]:
+        ids = (bytes([first_id + call]) * 16 for call in range(2))
+        source = SimpleNamespace(token_bytes=lambda size: next(ids))
+        monkeypatch.setattr("trainer_client.dispatch.grpc_caller.secrets", source)
+        return [tensor.tobytes() for tensor in loop.run(out_and_back(tmp_path / name, "int4"), 120)[0]]
+
+    one, again, other = answers("one", 0), answers("again", 0), answers("other", 2)
+    assert one == again
+    assert one[:2] == other[:2], "forward is rounded to the nearest"
+    assert one[2:] != other[2:]
 
 
 @pytest.mark.parametrize("codec", CODECS)
