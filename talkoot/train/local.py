@@ -1,11 +1,12 @@
 """Local mode: all experts of a manifest in this process, without a swarm. It is the baseline of a swarm's training.
 
 The experts are the same as on nodes: they start by UID, take an optimizer step for each backward call, and clip and
-guard alike.
+guard alike. What would travel is rounded by the manifest's codec.
 
 Shapes: R rows, K experts for each row, D hidden size.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from grpc import StatusCode
 
 from dht.beam_search import Selection
 from dht.directory import NOBODY, LiveExperts, View
@@ -20,8 +22,8 @@ from dht.manifest import Manifest
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
 from expert_server.experts.optimizer import StepOutcome
-from peer.codec import Floats
-from peer.errors import ExpertError
+from peer.codec import Floats, codec_of, decode, encode
+from peer.errors import ExpertError, WireError
 from trainer_client.dispatch.batches import ExpertBatch, ForwardPass, RoutedRows, group_by_expert
 from trainer_client.dispatch.calls import DispatchMetrics
 from trainer_client.moe import RemoteMixtureOfExperts
@@ -92,6 +94,9 @@ class LocalExperts:
         self._view = View(manifest, {}, {}, 0.0)
         self._tables = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
         self._lock = threading.Lock()
+        self._codec = codec_of(manifest.wire.codec)
+        self._gradients = itertools.count()
+        """Encoded so far: the seeds of their rounding."""
 
     def live_experts(self) -> int:
         return len(self.experts)
@@ -114,18 +119,19 @@ class LocalExperts:
 
     def _compute(self, batch: ExpertBatch, result: LocalForward) -> None:
         expert, keep = self.experts[batch.uid], result.rows.keep
-        x_RD = torch.from_numpy(result.rows.inputs[batch.rows])
         lengths, positions = torch.from_numpy(batch.lengths), torch.from_numpy(batch.positions)
         graph = None
         try:
+            x_RD = torch.from_numpy(self._arrived(result.rows.inputs[batch.rows]))
             if keep:
                 y_RD, graph = expert.forward_with_graph(Rows(x_RD, lengths, positions))
             else:
                 y_RD = expert.forward(Rows(x_RD, lengths, positions))
+            outputs = self._arrived(y_RD.numpy())
         except ExpertError as error:
             self._note_failure(error)
             return
-        result.outputs[batch.rows, batch.slots] = y_RD.numpy()
+        result.outputs[batch.rows, batch.slots] = outputs
         result.answered[batch.rows, batch.slots] = True
         if keep:
             result.parts.append((batch, Rows(x_RD, lengths, positions, x_RD, graph)))
@@ -136,24 +142,35 @@ class LocalExperts:
         total = np.zeros_like(forward.rows.inputs)
         with self._lock, torch.enable_grad(), torch.autocast("cpu", enabled=False):
             for batch, part in forward.parts:
-                own = torch.from_numpy(gradients[batch.rows, batch.slots])
                 total[batch.rows] += self._step(
-                    self.experts[batch.uid],
-                    Rows(part.inputs, part.lengths, part.positions, own, part.graph),
+                    self.experts[batch.uid], part, gradients[batch.rows, batch.slots]
                 )
         return total
 
-    def _step(self, expert: Expert, part: Rows) -> Floats:
+    def _step(self, expert: Expert, part: Rows, gradients: Floats) -> Floats:
         """The gradient of the inputs; zeros when it is not finite."""
         try:
-            (gradient,), outcome = expert.backward([part])
+            own = torch.from_numpy(self._arrived(gradients, self._next_seed()))
+            (gradient,), outcome = expert.backward([replace(part, gradients=own)])
+            answer = self._arrived(gradient.numpy(), self._next_seed())
         except ExpertError as error:
             self._note_failure(error)
             return np.zeros_like(part.inputs.detach().numpy())
         self.metrics.skipped_updates.inc(StepOutcome.SKIPPED in outcome)
         self.metrics.rollbacks.inc(StepOutcome.ROLLED_BACK in outcome)
-        answer: Floats = gradient.numpy()
         return answer
+
+    def _arrived(self, tensor: Floats, seed: bytes | None = None) -> Floats:
+        """A tensor as its receiver gets it. Raises ExpertError when the codec refuses a number that is not finite."""
+        if self._codec == codec_of("fp32"):
+            return tensor
+        try:
+            return decode(encode(tensor, self._codec, seed), tensor.shape[1], self._codec)
+        except WireError as error:
+            raise ExpertError(StatusCode.INVALID_ARGUMENT, str(error)) from error
+
+    def _next_seed(self) -> bytes:
+        return b"%d" % next(self._gradients)
 
     def _note_failure(self, error: ExpertError) -> None:
         self.metrics.failures.labels(error.status.name.lower()).inc()

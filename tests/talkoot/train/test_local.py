@@ -12,8 +12,9 @@ from expert_fakes import make_manifest
 from router_fakes import LearningSwarm, every_router, k_of, mixtures
 from torch import Tensor, nn
 
-from dht.manifest import Manifest
+from dht.manifest import Manifest, WireSpec
 from dht.uid import UID
+from peer.codec import CodecName
 from peer.errors import SettingsError
 from peer.metrics import total
 from talkoot.train.local import LocalSwarm
@@ -74,6 +75,33 @@ def test_a_manifest_with_a_prefix_routes_whole_sequences_by_it() -> None:
         for n in request.batch.lengths.tolist()
     }
     assert lengths == {16}
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+def test_what_would_travel_is_rounded_by_the_codec_of_the_manifest(codec: CodecName) -> None:
+    manifest = MANIFEST.model_copy(update={"wire": WireSpec(codec=codec)})
+    here, fp32 = (LocalSwarm(one, TrainerSettings()) for one in (manifest, MANIFEST))
+    coded, uncoded = here.mixture(0), fp32.mixture(0)
+    uncoded.load_state_dict(coded.state_dict())
+    x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    exact = x.detach().clone().requires_grad_()
+    found, expected = coded(x), uncoded(exact)
+    torch.autograd.backward([found.square().sum(), expected.square().sum()])
+    for one, other in ((found, expected), (x.grad, exact.grad)):
+        assert one is not None
+        assert other is not None
+        off = ((one - other).norm() / other.norm()).item()
+        assert 1e-3 < off / {"bf16": 1, "int8": 3, "int4": 50}[codec] < 1e-2
+    assert losses(here.mixture, manifest)[-1] < 5
+
+
+def test_numbers_that_the_codec_refuses_are_counted_as_a_nodes_refusal() -> None:
+    manifest = MANIFEST.model_copy(update={"wire": WireSpec(codec="int8")})
+    here = LocalSwarm(manifest, TrainerSettings())
+    x = torch.ones(1, 2, 16)
+    x[0, 1, 3] = torch.inf
+    here.mixture(0)(x)
+    assert set(here.dispatcher.metrics.failures_by_cause()) == {"invalid_argument"}
 
 
 def test_it_is_a_function_of_its_seed() -> None:
