@@ -4,9 +4,10 @@ local     all experts in one process, without a network
 swarm     real nodes, each a process, and one trainer
 faults    the same, each call 1 s slower, and 10% of the calls failing after dispatch
 three     the same nodes as swarm, and three trainers, each with a third of every batch, who average their dense parts
-bf16, fp16, int8   as swarm, with that codec on the wire
+bf16, fp16, int8, int4   as local, with what would travel rounded by that codec
 
     python -m benchmarks.learning [--quick] [--json FILE]
+    python -m benchmarks.learning --ways local bf16 int8 int4 --steps 600
 
 What counts is the loss on held-out text after the last step, in nats per byte, measured with the faults off and all
 experts live. `--quick` trains a smaller model for a few steps, with 0.1 s of delay and no codecs, in
@@ -38,6 +39,7 @@ from benchmarks.faults import FaultyCaller
 from benchmarks.village import START_LIMIT_S, running_village
 from dht.invites import Invite
 from dht.manifest import Manifest
+from peer.codec import CodecName
 from peer.metrics import total
 from peer.processes import die_with_parent
 from talkoot.train.local import LocalSwarm
@@ -55,20 +57,23 @@ class Way:
     """How the model is trained, and what its loss is compared with."""
 
     trainers: int = 1
-    codec: str = "fp32"
+    swarm: bool = True
+    """Of real nodes; otherwise all experts are in the trainer's process."""
+    codec: CodecName = "fp32"
     of: str = "local"
     target: float | None = None
     """The largest ratio of the losses."""
 
 
 WAYS = {
-    "local": Way(),
+    "local": Way(swarm=False),
     "swarm": Way(target=1.01),
     "faults": Way(target=1.03),
     "three": Way(trainers=3, target=1.03),
-    "bf16": Way(codec="bf16", of="swarm"),
-    "fp16": Way(codec="fp16", of="swarm"),
-    "int8": Way(codec="int8", of="swarm"),
+    "bf16": Way(swarm=False, codec="bf16"),
+    "fp16": Way(swarm=False, codec="fp16"),
+    "int8": Way(swarm=False, codec="int8"),
+    "int4": Way(swarm=False, codec="int4"),
 }
 QUICK_WAYS = ("local", "swarm", "faults", "three")
 FAILING = 0.1
@@ -107,7 +112,7 @@ class Plan:
     """Steps between averagings of several trainers' dense parts."""
     validations: int = 8  # batches
 
-    def manifest(self, codec: str = "fp32") -> str:
+    def manifest(self, codec: CodecName) -> str:
         return MANIFEST.format(
             hidden=self.hidden, context=self.context, feed_forward=2 * self.hidden, codec=codec
         )
@@ -176,7 +181,7 @@ def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
         source: SwarmClient | LocalSwarm
         if not invite:
             manifest = state / "swarm.toml"
-            manifest.write_text(plan.manifest())
+            manifest.write_text(plan.manifest(WAYS[way].codec))
             source = LocalSwarm(Manifest.from_toml(manifest), settings)
         else:
             timing = TrainerTiming(least_deadline_s=60.0)
@@ -219,7 +224,7 @@ def run_way(way: str, plan: Plan) -> dict[str, Any]:
         # first, so that they import while the nodes start
         trainers = [_start(stack, way, plan, folder, number) for number in range(WAYS[way].trainers)]
         invite = ""
-        if way != "local":
+        if WAYS[way].swarm:
             options = ["--threads", "1", "--niceness", "0", "--spare", "0", "--drain-timeout", "0"]
             manifest, experts = plan.manifest(WAYS[way].codec), 32 // plan.nodes
             village = stack.enter_context(running_village(manifest, plan.nodes, experts, options))
