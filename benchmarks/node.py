@@ -158,16 +158,16 @@ async def step_all(invite: Invite, state: Path) -> int:
     )
     channels = ChannelPool()
     try:
-        uids, hidden = swarm.manifest.uids(), swarm.manifest.model.hidden
+        uids, width = swarm.manifest.uids(), swarm.manifest.width
         (host,) = {replica.peer_id for r in (await swarm.registry.replicas(uids)).values() for replica in r}
         node = (await swarm.registry.nodes([host]))[host]
-        rows = np.random.default_rng(0).standard_normal((4, hidden)).astype(np.float32)
+        rows = np.random.default_rng(0).standard_normal((4, width)).astype(np.float32)
         each, zeros = np.arange(4), np.zeros(4, dtype=np.int64)
         batches = [ExpertBatch(uid, each, zeros, np.ones_like(each), zeros) for uid in uids]
         requests = [Request(batch, rows, rows) for batch in batches]
         rights = (session_pb2.RIGHT_BACKWARD,)
         sessions = SessionClient(swarm.host.identity, invite.keys.swarm_id, rights)
-        caller = GrpcCaller(channels, invite.keys.swarm_id, hidden, sessions=sessions)
+        caller = GrpcCaller(channels, invite.keys.swarm_id, width, sessions=sessions)
         call = NodeCall(node, "backward", requests, 60.0)
         answers = [answer async for answer in caller.call(call)]
         return sum(answer.tensor is not None for answer in answers)

@@ -1,6 +1,7 @@
 """What `benchmarks.recipe` compares: models that compute as much for each token, and what each of them is given.
 
-Shapes: D hidden, F inner size of feed-forward blocks, L rows that attend to each other, V vocabulary.
+Shapes: D hidden, A columns of all heads, F inner size of feed-forward blocks, L rows that attend to each other, V
+vocabulary.
 """
 
 import hashlib
@@ -106,24 +107,40 @@ class Configuration:
 
     def flops(self, size: Size) -> dict[str, float]:
         """Forward, for each token, by part; a backward pass takes twice as many."""
-        manifest = self.manifest(size)
-        model, experts = manifest.model, manifest.experts
-        parts = {"dense layers": model.layers * model.local_layers * layer_flops(model, model.context)}
-        if self.expert_kind is not None:
-            # rows of a sequence that reach one expert, when it gets its part of them
-            reached = max(1.0, model.context * self.top_k / experts.count)
-            one = layer_flops(model, reached) if experts.kind == "transformer" else feed_forward_flops(model)
-            parts["experts"] = model.layers * self.top_k * one
-            parts["gates"] = model.layers * 2.0 * model.hidden * sum(experts.grid)
-        return parts | {"head": 2.0 * model.hidden * 256}
+        return model_flops(self.manifest(size), has_experts=self.expert_kind is not None)
+
+
+def model_flops(manifest: Manifest, *, has_experts: bool = True) -> dict[str, float]:
+    """Forward, for each token, by part; a backward pass takes twice as many."""
+    model, experts, expert = manifest.model, manifest.experts, manifest.expert_model
+    local = model.local_layers * layer_flops(model, model.context)
+    if model.local == "attention":
+        local += attention_flops(model, model.context)
+    parts = {"dense layers": model.layers * local}
+    if has_experts:
+        # rows of a sequence that reach one expert, when it gets its part of them
+        reached = max(1.0, model.context * manifest.routing.top_k / experts.count)
+        one = layer_flops(expert, reached) if experts.kind == "transformer" else feed_forward_flops(expert)
+        parts["experts"] = model.layers * manifest.routing.top_k * one
+        parts["gates"] = model.layers * 2.0 * model.hidden * sum(experts.grid)
+        if manifest.width < model.hidden:
+            parts["projections"] = model.layers * 2.0 * 2 * model.hidden * manifest.width
+    return parts | {"head": 2.0 * model.hidden * 256}
 
 
 def layer_flops(model: ModelSpec, attended: float) -> float:
-    """Of one Transformer layer for each token, norms and activations not counted.
+    """Of one Transformer layer for each token, norms and activations not counted."""
+    return attention_flops(model, attended) + feed_forward_flops(model)
 
-    Projections take 2 · 4 D²; scores and their sum 2 · 2 D for each of the (L + 1) / 2 rows that a row sees on average.
+
+def attention_flops(model: ModelSpec, attended: float) -> float:
+    """Of one attention for each token.
+
+    Its matrices take 2 · 4 D A. Scores and their sum take 2 · 2 A for each of the (L + 1) / 2 rows that a row sees on
+    average.
     """
-    return 8.0 * model.hidden**2 + 4.0 * model.hidden * (attended + 1) / 2 + feed_forward_flops(model)
+    columns = model.heads * (model.head_size or model.hidden // model.heads)
+    return 8.0 * model.hidden * columns + 4.0 * columns * (attended + 1) / 2
 
 
 def feed_forward_flops(model: ModelSpec) -> float:

@@ -10,7 +10,7 @@ from dht.uid import UID, grid_coordinates
 from peer import PROTOCOL_VERSION
 from peer.codec import CodecName, codec_of, encoded_bytes
 from peer.errors import SettingsError, SwarmError, WireError
-from peer.layers import Activation, Norm
+from peer.layers import Activation, Norm, check_heads
 from peer.settings import describe_validation_error, read_toml
 
 SwarmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}[a-z0-9]$")]
@@ -25,8 +25,9 @@ class ModelSpec(_Part):
 
     layers: int = Field(default=2, ge=1, le=64, description="mixture layers of the model")
     hidden: int = Field(default=128, ge=8, le=16384, description="columns of every activation")
-    heads: int = Field(
-        default=4, ge=1, le=256, description="attention heads, at the trainer and in transformer experts"
+    heads: int = Field(default=4, ge=1, le=256, description="attention heads")
+    head_size: int | None = Field(
+        default=None, ge=2, le=512, description="columns of an attention head, even; unset: hidden / heads"
     )
     context: int = Field(default=128, ge=2, le=65536, description="longest sequence, in tokens")
     local_layers: int = Field(
@@ -46,14 +47,13 @@ class ModelSpec(_Part):
     seed: int = Field(default=0, ge=0, lt=2**63, description="from which all first parameters are drawn")
 
     @model_validator(mode="after")
-    def _heads_divide_hidden(self) -> Self:
-        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ValueError(f"hidden ({self.hidden}) must be an even multiple of heads ({self.heads})")
+    def _heads_fit(self) -> Self:
+        check_heads(self.hidden, self.heads, self.head_size)
         return self
 
 
 class ExpertSpec(_Part):
-    """The experts: their grid and their kind."""
+    """The experts: their grid, their kind, and their sizes where these are not those of the model."""
 
     grid: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         default=(4, 4),
@@ -63,6 +63,32 @@ class ExpertSpec(_Part):
     )
     kind: str = Field(
         default="transformer", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="what an expert is"
+    )
+    width: int | None = Field(
+        default=None,
+        ge=8,
+        le=16384,
+        description="columns of what travels to experts and back, even; less than hidden: the trainer projects to it "
+        "and back; unset: hidden",
+    )
+    heads: int | None = Field(
+        default=None,
+        ge=1,
+        le=256,
+        description="attention heads of an expert; unset: as many as the model's, or fewer if those do not divide the "
+        "width evenly",
+    )
+    head_size: int | None = Field(
+        default=None,
+        ge=2,
+        le=512,
+        description="columns of an expert's attention head, even; unset: width / heads",
+    )
+    feed_forward: int | None = Field(
+        default=None,
+        ge=8,
+        le=65536,
+        description="inner size of an expert's feed-forward block; unset: the model's",
     )
 
     @model_validator(mode="after")
@@ -193,9 +219,21 @@ class Manifest(_Part):
         return self
 
     @model_validator(mode="after")
+    def _experts_have_sizes(self) -> Self:
+        width = self.width
+        if width > self.model.hidden:
+            raise ValueError(
+                f"the experts' width ({width}) is more than the model's hidden size ({self.model.hidden})"
+            )
+        if width % 2:
+            raise ValueError(f"the experts' width ({width}) must be even")
+        check_heads(width, self._expert_heads, self.experts.head_size, "the experts' width")
+        return self
+
+    @model_validator(mode="after")
     def _codec_fits(self) -> Self:
         try:
-            encoded_bytes(0, self.model.hidden, codec_of(self.wire.codec))
+            encoded_bytes(0, self.width, codec_of(self.wire.codec))
         except WireError as error:
             raise ValueError(str(error)) from error
         return self
@@ -248,6 +286,30 @@ class Manifest(_Part):
                 "protocol_version out of it"
             )
         return cls.model_validate(values)
+
+    @property
+    def width(self) -> int:
+        """Columns of what travels to experts and back; at most `model.hidden`."""
+        return self.experts.width or self.model.hidden
+
+    @property
+    def expert_model(self) -> ModelSpec:
+        """What a kind of experts is built from: the model with the experts' own sizes, `width` in place of `hidden`."""
+        experts = self.experts
+        sizes = {
+            "hidden": self.width,
+            "heads": self._expert_heads,
+            "head_size": experts.head_size,
+            "feed_forward": experts.feed_forward or self.model.feed_forward,
+        }
+        return self.model.model_copy(update=sizes)
+
+    @property
+    def _expert_heads(self) -> int:
+        experts, heads = self.experts, self.model.heads
+        if experts.heads or experts.head_size:
+            return experts.heads or heads
+        return next((n for n in range(heads, 1, -1) if self.width % (2 * n) == 0), 1)
 
     @property
     def experts_total(self) -> int:

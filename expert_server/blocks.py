@@ -1,8 +1,9 @@
 """The trainable block inside an expert, by the manifest's kind.
 
 A block maps (rows [R, D], lengths [S] of the segments, positions [R] in their sequences) to [R, D], and carries its own
-residual connection. Kinds beside the two here come from other packages, through the entry point group
-`talkoot.expert_kinds`: a name, and a function from the manifest's `ModelSpec` to such a block (docs/expert-kinds.md).
+residual connection; D is the width of the experts. Kinds beside the two here come from other packages, through the
+entry point group `talkoot.expert_kinds`: a name, and a function from the experts' `ModelSpec` to such a block
+(docs/expert-kinds.md).
 """
 
 import hashlib
@@ -41,7 +42,9 @@ class FeedForward(nn.Module):
 
 
 def _transformer(model: ModelSpec) -> nn.Module:
-    return TransformerLayer(model.hidden, model.heads, model.feed_forward, model.norm, model.activation)
+    return TransformerLayer(
+        model.hidden, model.heads, model.feed_forward, model.norm, model.activation, model.head_size
+    )
 
 
 def _ffn(model: ModelSpec) -> nn.Module:
@@ -71,13 +74,13 @@ def _others_builder(kind: str) -> BlockBuilder:
 def build_block(manifest: Manifest, uid: UID) -> nn.Module:
     """The block with its first parameters, which follow from the manifest's seed and the UID alone."""
     build = builder_of(manifest.experts.kind)
-    return seeded(first_seed(manifest, uid), lambda: build(manifest.model))
+    return seeded(first_seed(manifest, uid), lambda: build(manifest.expert_model))
 
 
 def weightless_block(manifest: Manifest) -> nn.Module:
     """A block of the manifest's kind with no memory behind its tensors: to look at shapes and sizes."""
     with torch.device("meta"):
-        return builder_of(manifest.experts.kind)(manifest.model)
+        return builder_of(manifest.experts.kind)(manifest.expert_model)
 
 
 def first_seed(manifest: Manifest, uid: UID) -> int:

@@ -68,6 +68,16 @@ class Gate(nn.Module):
         return output
 
 
+def check_heads(hidden: int, heads: int, head_size: int | None = None, name: str = "hidden") -> None:
+    """Raises ValueError unless heads have an even number of columns: rotary positions turn pairs of them."""
+    if head_size is None and hidden % (2 * heads):
+        raise ValueError(
+            f"{name} ({hidden}) must be an even multiple of heads ({heads}), unless head_size is set"
+        )
+    if head_size is not None and head_size % 2:
+        raise ValueError(f"head_size ({head_size}) must be even")
+
+
 class Attention(nn.Module):
     """Causal attention with rotary positions (Su et al., arXiv 2104.09864). Normalises its input and adds to it.
 
@@ -77,16 +87,17 @@ class Attention(nn.Module):
 
     frequencies_C: Tensor
 
-    def __init__(self, hidden: int, heads: int, norm: Norm = "layer") -> None:
+    def __init__(self, hidden: int, heads: int, norm: Norm = "layer", head_size: int | None = None) -> None:
+        """`head_size`: columns of one head, hidden / heads by default."""
         super().__init__()
-        assert hidden % (2 * heads) == 0, f"hidden ({hidden}) must be an even multiple of heads ({heads})"
+        check_heads(hidden, heads, head_size)
+        size = head_size or hidden // heads
         self.heads = heads
         self.attention_norm = make_norm(norm, hidden)
-        self.attention_input = nn.Linear(hidden, 3 * hidden, bias=False)
-        self.attention_output = nn.Linear(hidden, hidden, bias=False)
-        width = hidden // heads
+        self.attention_input = nn.Linear(hidden, 3 * heads * size, bias=False)
+        self.attention_output = nn.Linear(heads * size, hidden, bias=False)
         # computed on the CPU: on the device "meta" a division imports torch's compiler, which takes a second
-        exponents_C = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+        exponents_C = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
         frequencies = (_ROTARY_BASE**-exponents_C).tolist()
         self.register_buffer(
             "frequencies_C", torch.tensor(frequencies, dtype=torch.float32), persistent=False
@@ -100,12 +111,13 @@ class Attention(nn.Module):
         return output_RD
 
     def _attention(self, x_RD: Tensor, lengths: list[int], positions_R: Tensor) -> Tensor:
-        rows, hidden = x_RD.shape
+        """Of each row, what its heads see: [R, H * C]."""
+        rows = len(x_RD)
         assert sum(lengths) == rows, f"the segments have {sum(lengths)} rows, but there are {rows}"
-        qkv_R3HC = self.attention_input(x_RD).view(rows, 3, self.heads, hidden // self.heads)
+        qkv_R3HC = self.attention_input(x_RD).view(rows, 3, self.heads, -1)
         angles_R11C = (positions_R[:, None] * self.frequencies_C)[:, None, None]
         qk_R2HC = _rotate(qkv_R3HC[:, :2], angles_R11C.cos(), angles_R11C.sin())
-        return _attend_segments(torch.cat((qk_R2HC, qkv_R3HC[:, 2:]), dim=1), lengths).reshape(rows, hidden)
+        return _attend_segments(torch.cat((qk_R2HC, qkv_R3HC[:, 2:]), dim=1), lengths).flatten(1)
 
 
 class TransformerLayer(Attention):
@@ -118,8 +130,9 @@ class TransformerLayer(Attention):
         feed_forward: int,
         norm: Norm = "layer",
         activation: Activation = "gelu",
+        head_size: int | None = None,
     ) -> None:
-        super().__init__(hidden, heads, norm)
+        super().__init__(hidden, heads, norm, head_size)
         self.feed_forward_norm = make_norm(norm, hidden)
         self.feed_forward = make_feed_forward(hidden, feed_forward, activation)
 

@@ -245,8 +245,7 @@ class SwarmClient:
         exits.push_async_callback(sessions.close)
         codec = codec_of(swarm.manifest.wire.codec)
         metrics = DispatchMetrics(swarm.metrics)
-        width = swarm.manifest.model.hidden
-        caller = GrpcCaller(channels, swarm.keys.swarm_id, width, codec, sessions, metrics)
+        caller = GrpcCaller(channels, swarm.keys.swarm_id, swarm.manifest.width, codec, sessions, metrics)
         dispatcher = Dispatcher(
             directory,
             through(caller),

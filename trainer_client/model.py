@@ -98,11 +98,13 @@ class LocalPart(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            TransformerLayer(spec.hidden, spec.heads, spec.feed_forward, spec.norm, spec.activation)
+            TransformerLayer(
+                spec.hidden, spec.heads, spec.feed_forward, spec.norm, spec.activation, spec.head_size
+            )
             for _ in range(spec.local_layers)
         )
         if spec.local == "attention":
-            self.layers.append(Attention(spec.hidden, spec.heads, spec.norm))
+            self.layers.append(Attention(spec.hidden, spec.heads, spec.norm, spec.head_size))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         sequences, length, _ = x_BTD.shape

@@ -1,10 +1,14 @@
 """A decentralized mixture of experts as a torch layer.
 
-Ryabinin & Gusev 2020 (arXiv 2002.04013), section 3.1: y = sum of w_k f_k(x) over the experts that answered. The router
-says which experts a row is sent to, and what their answers weigh.
+Ryabinin & Gusev 2020 (arXiv 2002.04013), section 3.1: y = sum of w_k f_k(x) over the experts that answered. An expert
+answers its update f_k(x) - x, so that the sum over those that answered is right whatever its weights add up to, and
+nothing for a row that nobody answered. The router says which experts a row is sent to, and what their answers weigh.
+
+Experts may be narrower than the model (LatentMoE, arXiv 2601.18089): then rows are projected to their width before they
+travel, and the sum of updates is projected back.
 
 Shapes: B sequences, T positions, R = B * T rows, U routed rows (each token, or each sequence as a whole), K experts for
-each row, D hidden size, G_d size of grid dimension d.
+each row, D hidden size, W width of the experts, G_d size of grid dimension d.
 """
 
 import threading
@@ -22,6 +26,7 @@ from dht.directory import LiveExperts, PrefixTables
 from dht.manifest import Manifest
 from peer.codec import Floats
 from peer.errors import SettingsError
+from peer.layers import make_norm
 from trainer_client.balancing import LoadSpread, balancing_loss, load_spread
 from trainer_client.dispatch.batches import ForwardPass, RoutedRows
 from trainer_client.routers import Gate, Routing, noisy_scores
@@ -44,7 +49,7 @@ class Experts(Protocol):
         ...
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
-        """Sends the gradients of the outputs [R, K, D] to whoever answered; gives those of the inputs [R, D]."""
+        """Sends the gradients of the updates [R, K, W] to whoever answered; gives those of the inputs [R, W]."""
         ...
 
 
@@ -59,10 +64,10 @@ class Routed:
 
 
 class RemoteMixtureOfExperts(nn.Module):
-    """Sends each token to the live experts that its router chooses, and mixes what they answer. Holds the gate alone.
+    """Sends each token to the live experts that its router chooses, and adds the weighed sum of their updates to it.
 
-    Experts carry their own residual connection, so a token's own value takes what its weights lack to 1; where no
-    expert answers, it passes unchanged.
+    It holds the gate, and where experts are narrower than the model a norm and the projections to their width and back.
+    A token that no expert answers passes unchanged.
     """
 
     def __init__(
@@ -87,6 +92,8 @@ class RemoteMixtureOfExperts(nn.Module):
         self._router = routing.router
         scale = routing.gate_scale if self._router.starts_small else None
         self.gate = Gate(self.hidden, manifest.experts.grid, scale=scale, has_noise=self._router.has_noise)
+        # after the gate, so that it starts as it does without them
+        self.projections = Projections(manifest) if manifest.width < self.hidden else None
         self._experts = experts
         self._run = run
         self._gradient_scale = gradient_scale
@@ -109,9 +116,7 @@ class RemoteMixtureOfExperts(nn.Module):
         [T, D] is one sequence, [B, T, D] are B sequences, and any dimensions before them make more. Each is causal by
         itself. Mixes in float32, under autocast too.
         """
-        assert x.shape[-1] == self.hidden, (
-            f"{x.shape[-1]} columns, and this swarm's experts have {self.hidden}"
-        )
+        assert x.shape[-1] == self.hidden, f"{x.shape[-1]} columns, and this swarm's model has {self.hidden}"
         if not x.numel():
             return x
         x_BTD = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, self.hidden)
@@ -122,22 +127,27 @@ class RemoteMixtureOfExperts(nn.Module):
     def _mix(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [R, D], float32. One step of a layer: score, find, choose, send, weigh."""
         length, rng = x_BTD.shape[1], self._rng if self.training else None
-        scores = self._score(x_BTD, rng)
+        x_RD = x_BTD.flatten(0, 1).float()
+        h_RD = x_RD if self.projections is None else self.projections.normed(x_RD)
+        scores = self._score(h_RD.view(x_BTD.shape), rng)
         live: LiveExperts = self._run(self._experts.find(self.layer, _arrays(scores), self.k))
         selection = self._router.choose(_arrays(scores), live.tables, self.k, rng)
         if self.training:
             self._note_routing(scores, selection, live.tables)
         if self._routing.choose_by == "sequence":
             scores, selection = _for_each_row(scores, selection, length)
-        x_RD = x_BTD.flatten(0, 1).float()
-        inputs = x_RD.detach().cpu().numpy()
+        z_RW = h_RD if self.projections is None else self.projections.narrowed(h_RD)
+        inputs = z_RW.detach().cpu().numpy()
         rows = RoutedRows(self.layer, inputs, _arrays(scores), self.k, length, torch.is_grad_enabled())
-        outputs_RKD, answered_RK, coordinates = _SendToExperts.apply(  # type: ignore[no-untyped-call]  # torch's lacks types
-            x_RD, self.gate.linear.weight, self, rows, selection, live
+        updates_RKW, answered_RK, coordinates = _SendToExperts.apply(  # type: ignore[no-untyped-call]  # torch's lacks types
+            z_RW, self.gate.linear.weight, self, rows, selection, live
         )
         logits_RK = self.gate.logits(scores, coordinates)
         weights_RK = self._router.weigh(scores, live.tables, logits_RK, answered_RK).float()
-        return self._combine(x_RD, outputs_RKD, weights_RK, answered_RK)
+        if self.training and self._router.drops_updates:
+            updates_RKW = self._drop(updates_RKW)
+        sum_RW = (weights_RK.unsqueeze(1) @ updates_RKW).squeeze(1)
+        return x_RD + (sum_RW if self.projections is None else self.projections.widened(sum_RW))
 
     def _score(self, x_BTD: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
         """One table [U, G_d] per grid dimension, with the router's noise in training."""
@@ -156,21 +166,10 @@ class RemoteMixtureOfExperts(nn.Module):
             loss = self._routing.balance_weight * balancing_loss(scores, selection, alive)
         self._last.routed = Routed(loss, load_spread(selection, alive))
 
-    def _combine(self, x_RD: Tensor, outputs_RKD: Tensor, weights_RK: Tensor, answered_RK: Tensor) -> Tensor:
-        """[R, D]: the weighed outputs, and what their weights lack to 1 of the row itself where the router keeps it."""
-        if self.training and self._router.drops_outputs:
-            outputs_RKD = self._drop(outputs_RKD, x_RD)
-        mixed_RD = (weights_RK.unsqueeze(1) @ outputs_RKD).squeeze(1)
-        if self._router.keeps_rest:
-            mixed_RD = mixed_RD + (1 - weights_RK.sum(dim=1, keepdim=True)) * x_RD
-        return torch.where(answered_RK.any(dim=1, keepdim=True), mixed_RD, x_RD)
-
-    def _drop(self, outputs_RKD: Tensor, x_RD: Tensor) -> Tensor:
-        """Dropout of what experts add to their input: dropping the input too would cut their residual connection."""
+    def _drop(self, updates_RKW: Tensor) -> Tensor:
         rate = self._routing.expert_dropout
-        kept = torch.from_numpy(self._rng.random(outputs_RKD.shape, dtype=np.float32) >= rate)
-        x_R1D = x_RD.unsqueeze(1)
-        return x_R1D + (outputs_RKD - x_R1D) * kept.to(outputs_RKD) / (1 - rate)
+        kept = torch.from_numpy(self._rng.random(updates_RKW.shape, dtype=np.float32) >= rate)
+        return updates_RKW * kept.to(updates_RKW) / (1 - rate)
 
     def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
         result: ForwardPass = self._run(self._experts.send(rows, selection, live))
@@ -186,6 +185,36 @@ class RemoteMixtureOfExperts(nn.Module):
         scale = np.float32(self._gradient_scale())
         unscaled = self._run(self._experts.send_back(forward, gradients / scale))
         return unscaled * scale
+
+
+class Projections(nn.Module):
+    """Norm, and the linear maps from the model to the experts' width and back, which have no biases.
+
+    They compute in the precision of their parameters, and give float32.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__()
+        hidden, width = manifest.model.hidden, manifest.width
+        self.norm = make_norm(manifest.model.norm, hidden)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+
+    def normed(self, x_RD: Tensor) -> Tensor:
+        """What the gate reads and `narrowed` takes."""
+        return self._through(self.norm, x_RD)
+
+    def narrowed(self, h_RD: Tensor) -> Tensor:
+        """[R, D] -> [R, W]"""
+        return self._through(self.down, h_RD)
+
+    def widened(self, sum_RW: Tensor) -> Tensor:
+        """[R, W] -> [R, D]"""
+        return self._through(self.up, sum_RW)
+
+    def _through(self, module: nn.Module, rows: Tensor) -> Tensor:
+        output: Tensor = module(rows.to(self.down.weight.dtype))
+        return output.float()
 
 
 def _arrays(scores: Sequence[Tensor]) -> list[Floats]:
@@ -209,30 +238,30 @@ class _SendToExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_RD: Tensor,
+        z_RW: Tensor,
         anchor: Tensor,
         mixture: RemoteMixtureOfExperts,
         rows: RoutedRows,
         selection: Selection,
         live: LiveExperts,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs [R, K, D], which of them are there [R, K], and the experts' coordinates [R, K, dims].
+        """Updates [R, K, W], which of them are there [R, K], and the experts' coordinates [R, K, dims].
 
         `anchor` is any parameter: experts are sent gradients also where x needs none, as in a model's first layer.
-        `rows` holds the numbers of `x_RD`.
+        `rows` holds the numbers of `z_RW`.
         """
         ctx.mixture = mixture
         ctx.forward_pass = result = mixture.send(rows, selection, live)
-        outputs_RKD = torch.from_numpy(result.outputs).to(x_RD.device)
-        answered_RK = torch.from_numpy(result.answered).to(x_RD.device)
-        coordinates = torch.from_numpy(result.coordinates).to(x_RD.device)
+        updates_RKW = torch.from_numpy(result.updates).to(z_RW.device)
+        answered_RK = torch.from_numpy(result.answered).to(z_RW.device)
+        coordinates = torch.from_numpy(result.coordinates).to(z_RW.device)
         ctx.mark_non_differentiable(answered_RK, coordinates)
-        return outputs_RKD, answered_RK, coordinates
+        return updates_RKW, answered_RK, coordinates
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradients_RKD = gradients[0]
-        numbers = np.ascontiguousarray(gradients_RKD.detach().cpu().numpy())
-        total_RD = ctx.mixture.send_back(ctx.forward_pass, numbers)
-        return torch.from_numpy(total_RD).to(gradients_RKD.device), None, None, None, None, None
+        gradients_RKW = gradients[0]
+        numbers = np.ascontiguousarray(gradients_RKW.detach().cpu().numpy())
+        total_RW = ctx.mixture.send_back(ctx.forward_pass, numbers)
+        return torch.from_numpy(total_RW).to(gradients_RKW.device), None, None, None, None, None

@@ -208,13 +208,11 @@ class Router:
     """Experts for each row; None: the manifest's top_k."""
     only_k: bool = False
     """No other k is possible."""
-    keeps_rest: bool = False
-    """Its weights don't sum to 1; what is missing stays with the row itself."""
     has_noise: bool = False
     has_balancing_loss: bool = False
     starts_small: bool = False
     """Its gate starts with smaller parameters."""
-    drops_outputs: bool = False
+    drops_updates: bool = False
     """Drops some of what experts answer, in training."""
 
 
@@ -225,11 +223,11 @@ ROUTERS: dict[RouterName, Router] = {
     "noisy-top-k": Router(best_others_by_chance, k=2, has_noise=True, has_balancing_loss=True),
     # Fedus et al. 2021
     "switch": Router(
-        weigh=probability_among_live, k=1, only_k=True, keeps_rest=True,
-        has_balancing_loss=True, starts_small=True, drops_outputs=True,
+        weigh=probability_among_live, k=1, only_k=True,
+        has_balancing_loss=True, starts_small=True, drops_updates=True,
     ),
     # Lewis et al. 2021
-    "base": Router(balanced, sigmoid_of_logit, k=1, only_k=True, keeps_rest=True),
+    "base": Router(balanced, sigmoid_of_logit, k=1, only_k=True),
     # Du et al. 2021 (arXiv 2112.06905)
     "glam": Router(k=2, has_balancing_loss=True),
 }  # fmt: skip

@@ -138,7 +138,7 @@ class TrainerSettings(RoleSettings):
         description="weight of the balancing loss, for noisy-top-k, switch and glam",
     )
     expert_dropout: float = Field(
-        default=0.1, ge=0, lt=1, description="dropout of the experts' outputs in training, for switch"
+        default=0.1, ge=0, lt=1, description="dropout of the experts' updates in training, for switch"
     )
     gate_scale: float = Field(
         default=0.1,

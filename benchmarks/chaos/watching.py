@@ -52,11 +52,11 @@ class Watcher:
         self._clock = clock
         self._began = clock()
         self._channels = ChannelPool()
-        hidden = swarm.manifest.model.hidden
+        width = swarm.manifest.width
         swarm_id = swarm.keys.swarm_id
         sessions = SessionClient(swarm.host.identity, swarm_id, (session_pb2.RIGHT_FORWARD,))
-        self._caller = GrpcCaller(self._channels, swarm_id, hidden, sessions=sessions)
-        self._rows: Floats = np.random.default_rng(0).standard_normal((_ROWS, hidden)).astype(np.float32)
+        self._caller = GrpcCaller(self._channels, swarm_id, width, sessions=sessions)
+        self._rows: Floats = np.random.default_rng(0).standard_normal((_ROWS, width)).astype(np.float32)
         self._known: dict[str, dict[str, int]] = {}
         """Node → expert → update count, as each node answered last."""
         self._infos: dict[PeerID, NodeInfo] = {}
@@ -170,7 +170,7 @@ class Watcher:
         for number, some in enumerate(answers):
             for others in answers[number + 1 :]:
                 for uid in some.keys() & others.keys():
-                    self.differing += difference(self._rows, some[uid], others[uid]) > TOLERANCE
+                    self.differing += difference(some[uid], others[uid]) > TOLERANCE
 
     def _counts(self) -> dict[str, dict[str, int]]:
         counts: dict[str, dict[str, int]] = {}

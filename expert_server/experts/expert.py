@@ -1,6 +1,8 @@
 """An expert: one trainable block with its optimizer, and the guard that keeps its numbers finite.
 
-Shape suffixes: R = rows, S = segments, D = hidden.
+An expert answers its update: what its block adds to its input.
+
+Shape suffixes: R = rows, S = segments, D = width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +42,7 @@ from peer.errors import ExpertError, StateError
 from peer.layers import step_size
 
 _ROWS_WORTH_A_COPY = 64
-"""Rows whose outputs take longer to compute again than the parameters take to copy."""
+"""Rows whose updates take longer to compute again than the parameters take to copy."""
 
 
 class Expert:
@@ -109,37 +111,37 @@ class Expert:
         return self._is_sound(self.guard.note_update)
 
     def forward(self, rows: Rows) -> Tensor:
-        """Returns the outputs [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
+        """Returns the updates [R, D]. Raises ExpertError (INTERNAL) when one of them is not finite."""
         self.settle()
         with torch.no_grad():
-            y_RD = self._outputs(self.device.load(rows.inputs), rows.lengths, rows.positions)
-        outputs_RD = self._fetched(y_RD, "outputs")
+            u_RD = self._updates(self.device.load(rows.inputs), rows.lengths, rows.positions)
+        updates_RD = self._fetched(u_RD, "updates")
         self.device.wait()
-        return outputs_RD
+        return updates_RD
 
     def forward_with_graph(self, rows: Rows) -> tuple[Tensor, ForwardGraph]:
-        """As `forward`, and also returns the graph, which spares `backward` computing the outputs again."""
+        """As `forward`, and also returns the graph, which spares `backward` computing the updates again."""
         self.settle()
         x_RD = self.device.load(rows.inputs.detach()).requires_grad_()
         if self._version is None or self._version.generation != self.generation:
             self._version = WeightVersion(self._parameters, self.generation)
         if self._graph_bytes_per_row is None:
-            y_RD = self._measure_graph(x_RD, rows.lengths, rows.positions, self._version)
+            u_RD = self._measure_graph(x_RD, rows.lengths, rows.positions, self._version)
         else:
-            y_RD = self._outputs(x_RD, rows.lengths, rows.positions, self._version)
+            u_RD = self._updates(x_RD, rows.lengths, rows.positions, self._version)
         size = self._cast_bytes() + int(len(x_RD) * (self._graph_bytes_per_row or 0))
-        graph = ForwardGraph(x_RD, y_RD, self._version, size)
+        graph = ForwardGraph(x_RD, u_RD, self._version, size)
         self._version.add(graph)
-        outputs_RD = self._fetched(y_RD.detach(), "outputs")
+        updates_RD = self._fetched(u_RD.detach(), "updates")
         self.device.wait()
-        return outputs_RD, graph
+        return updates_RD, graph
 
-    def _outputs(
+    def _updates(
         self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: WeightVersion | None = None
     ) -> Tensor:
         with self.device.autocast(), nullcontext() if version is None else self._places.hold(version):
             y_RD: Tensor = self.block(x_RD, lengths_S, self.device.load(positions_R))
-        return y_RD.float()
+        return y_RD.float() - x_RD
 
     def _measure_graph(
         self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: WeightVersion
@@ -147,11 +149,11 @@ class Expert:
         """Runs the block and counts what autograd keeps. Only once: counting takes as long as a small forward pass."""
         sizes: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(_count_into(sizes), _unchanged):
-            y_RD = self._outputs(x_RD, lengths_S, positions_R, version)
+            u_RD = self._updates(x_RD, lengths_S, positions_R, version)
         for parameter in self._parameters:
             sizes.pop(parameter.untyped_storage().data_ptr(), None)
         self._graph_bytes_per_row = max(0, sum(sizes.values()) - self._cast_bytes()) / len(x_RD)
-        return y_RD
+        return u_RD
 
     def _cast_bytes(self) -> int:
         """Bytes of the bfloat16 matrices that autocast makes for each forward pass and a graph keeps."""
@@ -215,21 +217,21 @@ class Expert:
 
     def _gradient_of_inputs(self, part: Rows) -> Tensor:
         """Adds to the gradients of the parameters. A graph can be used only once."""
-        assert part.gradients is not None, "a backward pass starts from the gradients of the outputs"
+        assert part.gradients is not None, "a backward pass starts from the gradients of the updates"
         graph = part.graph if self.is_good(part.graph) else None
         if graph is not None:
-            x_RD, y_RD = graph.inputs, graph.outputs
+            x_RD, u_RD = graph.inputs, graph.updates
         else:
             x_RD = self.device.load(part.inputs.detach()).requires_grad_()
-            y_RD = self._outputs(x_RD, part.lengths, part.positions)
+            u_RD = self._updates(x_RD, part.lengths, part.positions)
         try:
-            # loaded only now: the gradients travel while the outputs are computed
-            _run_backward(y_RD, self.device.load(part.gradients))
+            # loaded only now: the gradients travel while the updates are computed
+            _run_backward(u_RD, self.device.load(part.gradients))
         finally:
             if graph is not None:
                 graph.version.discard(graph)
                 self._take_gradients(graph.version)
-        assert x_RD.grad is not None, "a block must use its input"
+        assert x_RD.grad is not None, "the input is part of the update"
         return self._fetched(x_RD.grad, "gradients of the inputs")
 
     def _take_gradients(self, version: WeightVersion) -> None:
@@ -402,10 +404,10 @@ class Expert:
         return fetched_RD
 
 
-def _run_backward(outputs: Tensor, gradients: Tensor) -> None:
+def _run_backward(updates: Tensor, gradients: Tensor) -> None:
     """Calls what torch.autograd.backward calls, without its check of shapes: 0.65 s and 38 MB at the first call."""
     torch.autograd.Variable._execution_engine.run_backward(
-        (outputs,), (gradients,), False, False, (), allow_unreachable=True, accumulate_grad=True
+        (updates,), (gradients,), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 

@@ -2,9 +2,9 @@
 
 An optimizer step changes the parameters in place. A graph from before the step stays usable if the step took place on
 a copy of the parameters (weight stashing: Narayanan et al. 2019, PipeDream, section 3.3). Its gradient is then that of
-the outputs the caller received.
+the updates the caller received.
 
-Shape suffixes: R = rows, S = segments, D = hidden.
+Shape suffixes: R = rows, S = segments, D = width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,7 +63,7 @@ class ForwardGraph:
     """What autograd kept of one forward pass. Good for one backward pass."""
 
     inputs: Tensor
-    outputs: Tensor
+    updates: Tensor
     version: WeightVersion
     bytes: int
     """About how much memory it holds, without the parameters."""
@@ -80,7 +80,7 @@ class Rows:
     positions: Tensor
     """[R]"""
     gradients: Tensor | None = None
-    """[R, D], of the outputs; in backward only."""
+    """[R, D], of the updates; in backward only."""
     graph: ForwardGraph | None = None
     """What their forward pass kept, if anything."""
 

@@ -5,7 +5,7 @@ computed for it. The caller with the least chooses the expert and direction of t
 then by deadline. Other callers' work for that expert joins in the same order. Experts with a batch under way are passed
 over.
 
-Shape suffixes: R = rows, D = hidden.
+Shape suffixes: R = rows, D = width.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ class Result:
     """What was computed for a work item."""
 
     tensor: Tensor
-    """[R, D]: outputs in forward, gradients of the inputs in backward; on the CPU, float32."""
+    """[R, D]: updates in forward, gradients of the inputs in backward; on the CPU, float32."""
     update_count: int
     graph: ForwardGraph | None = None
     """Of a forward pass that was to be kept, unless it was merged with others."""

@@ -3,7 +3,7 @@
 A call has a part for each expert. Parts are computed while the payload of later ones is still arriving, and each is
 answered as soon as it is ready.
 
-Shape suffixes: S = segments, R = rows, D = hidden.
+Shape suffixes: S = segments, R = rows, D = width.
 """
 
 import asyncio
@@ -88,10 +88,8 @@ class HeaderParser:
         require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
         if len(header.request_id) != 16:
             raise WireError(f"a request id of {len(header.request_id)} bytes; expected 16")
-        if header.width != self._manifest.model.hidden:
-            raise WireError(
-                f"width {header.width}; this swarm's hidden size is {self._manifest.model.hidden}"
-            )
+        if header.width != self._manifest.width:
+            raise WireError(f"width {header.width}; this swarm's experts have {self._manifest.width}")
         if not 1 <= len(header.experts) <= MAX_EXPERTS_IN_CALL:
             raise WireError(f"{len(header.experts)} experts in one call; expected 1 to {MAX_EXPERTS_IN_CALL}")
         rows = sum(_tensor_rows(expert, direction) for expert in header.experts)
@@ -155,7 +153,7 @@ def call_bytes(header: expert_pb2.CallHeader, direction: Direction) -> int:
 def smallest_call_memory(manifest: Manifest) -> int:
     """What a node must have, to take a backward call of one whole sequence."""
     return OPEN_CALL_BYTES + manifest.model.context * (
-        2 * _TENSORS_OF_ROW * 4 * manifest.model.hidden + 2 * _ROW_BYTES
+        2 * _TENSORS_OF_ROW * 4 * manifest.width + 2 * _ROW_BYTES
     )
 
 

@@ -1,6 +1,6 @@
 """Computes one batch on one expert. This is what the compute threads run.
 
-Shape suffixes: R = rows, D = hidden.
+Shape suffixes: R = rows, D = width.
 """
 
 from collections.abc import Sequence

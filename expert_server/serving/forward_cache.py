@@ -1,6 +1,6 @@
 """Forward passes cached until their backward call comes, and the backward calls already seen. Pure and bounded.
 
-A cached pass spares sending the inputs again and computing the outputs again. Remembering the request ids of backward
+A cached pass spares sending the inputs again and computing the updates again. Remembering the request ids of backward
 calls ensures that none is applied twice.
 """
 

@@ -5,7 +5,7 @@ import warnings
 
 from peer.wire import expert_pb2 as peer_dot_wire_dot_expert__pb2
 
-GRPC_GENERATED_VERSION = '1.83.0'
+GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -55,8 +55,8 @@ class ExpertServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Forward(self, request_iterator, context):
-        """Runs experts on rows of activations. Requests: one CallHeader, then payload chunks. Replies: for every expert
-        one ExpertReply, and its tensor in the payload.
+        """Runs experts on rows of activations. An expert answers its update: what it adds to its input. Requests: one
+        CallHeader, then payload chunks. Replies: for every expert one ExpertReply, and its tensor in the payload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

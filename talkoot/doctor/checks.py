@@ -44,7 +44,7 @@ from peer.transport.addresses import require_free_port
 
 _PEERS_ASKED = 3
 _SLOW_MBIT = 5.0
-"""At this rate a call of 1,000 rows of hidden size 128 takes about a second."""
+"""At this rate a call of 1,000 rows of width 128 takes about a second."""
 _CLOCK_OFF_S = 1.0
 _CLOCK_BROKEN_S = 3.0
 """Beyond this, others mistake fresh records for expired or not yet valid ones."""
@@ -166,8 +166,8 @@ def check_speed(settings: NodeSettings, manifest: Manifest) -> Finding:
     cores = usable_cores()
     threads = min(settings.threads or cores, cores)
     rows_per_s = _rows_per_s(manifest, threads)
-    model, kind = manifest.model, manifest.experts.kind
-    says = f"{rows_per_s:,.0f} rows/s, forward and backward, through a {kind} expert of hidden size {model.hidden}"
+    kind, width = manifest.experts.kind, manifest.width
+    says = f"{rows_per_s:,.0f} rows/s, forward and backward, through a {kind} expert of width {width}"
     slow = rows_per_s < _SLOW_ROWS_PER_S
     return Finding(
         name="speed",
@@ -351,9 +351,9 @@ def _rows_per_s(manifest: Manifest, threads: int) -> float:
     expert = Expert(manifest.uids()[0], manifest)
     length = min(manifest.model.context, _ROWS)
     segments = max(1, _ROWS // length)
-    rows, hidden = segments * length, manifest.model.hidden
+    rows, width = segments * length, manifest.width
     lengths, positions = torch.full((segments,), length), torch.arange(length).repeat(segments)
-    inputs, gradients = torch.randn(rows, hidden), torch.randn(rows, hidden)
+    inputs, gradients = torch.randn(rows, width), torch.randn(rows, width)
     done, began = 0, 0.0
     while not done or time.perf_counter() - began < _MEASURE_S:
         if not began:  # the first round is a warm-up

@@ -3,7 +3,7 @@
 The experts are the same as on nodes: they start by UID, take an optimizer step for each backward call, and clip and
 guard alike. What would travel is rounded by the manifest's codec.
 
-Shapes: R rows, K experts for each row, D hidden size.
+Shapes: R rows, K experts for each row, W width of the experts.
 """
 
 import itertools
@@ -106,7 +106,7 @@ class LocalExperts:
         return LiveExperts(layer, self._view, NOBODY, self._tables)
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
-        """As the dispatcher's, but no row is sent elsewhere when an expert's outputs are not finite."""
+        """As the dispatcher's, but no row is sent elsewhere when an expert's updates are not finite."""
         result = LocalForward.of(rows)
         result.coordinates[:] = selection.coordinates
         with self._lock, torch.set_grad_enabled(rows.keep), torch.autocast("cpu", enabled=False):
@@ -122,19 +122,19 @@ class LocalExperts:
         lengths, positions = torch.from_numpy(batch.lengths), torch.from_numpy(batch.positions)
         graph = None
         try:
-            x_RD = torch.from_numpy(self._arrived(result.rows.inputs[batch.rows]))
+            x_RW = torch.from_numpy(self._arrived(result.rows.inputs[batch.rows]))
             if keep:
-                y_RD, graph = expert.forward_with_graph(Rows(x_RD, lengths, positions))
+                u_RW, graph = expert.forward_with_graph(Rows(x_RW, lengths, positions))
             else:
-                y_RD = expert.forward(Rows(x_RD, lengths, positions))
-            outputs = self._arrived(y_RD.numpy())
+                u_RW = expert.forward(Rows(x_RW, lengths, positions))
+            updates = self._arrived(u_RW.numpy())
         except ExpertError as error:
             self._note_failure(error)
             return
-        result.outputs[batch.rows, batch.slots] = outputs
+        result.updates[batch.rows, batch.slots] = updates
         result.answered[batch.rows, batch.slots] = True
         if keep:
-            result.parts.append((batch, Rows(x_RD, lengths, positions, x_RD, graph)))
+            result.parts.append((batch, Rows(x_RW, lengths, positions, x_RW, graph)))
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
         """As the dispatcher's: each expert steps once, after all its rows."""

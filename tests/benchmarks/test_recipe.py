@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from benchmarks.recipe import out_of_domain, overtakes, show
-from benchmarks.recipe_configurations import ALL, QUICK_SIZE, VARIANTS, Configuration, Size
+from benchmarks.recipe_configurations import ALL, QUICK_SIZE, VARIANTS, Configuration, Size, model_flops
 from benchmarks.recipe_plots import draw, ordered
 from benchmarks.recipe_runs import Run, shared_information
 from benchmarks.recipe_texts import BYTE_KINDS, Mixed, byte_kinds, shares
+from dht.manifest import Manifest
 
 NAMED = {configuration.name: configuration for configuration in ALL}
 SMALL = replace(
@@ -37,6 +38,17 @@ def test_a_dense_layer_takes_12_multiplications_of_hidden_squared_and_its_attent
     size = Size(hidden=96, context=128)
     layers = NAMED["dense-2"].flops(size)["dense layers"]
     assert layers == 2 * (2 * 12 * 96**2 + 2 * 2 * 96 * 129 / 2)
+
+
+def test_narrow_experts_take_their_own_sizes_and_two_projections() -> None:
+    """The lab's row at equal compute: attention, then 64 experts of a quarter of the width, top-4."""
+    model = {"layers": 4, "hidden": 96, "context": 128, "local": "attention", "local_layers": 0}
+    experts = {"grid": [8, 8], "width": 24, "heads": 1, "head_size": 16, "feed_forward": 312}
+    manifest = Manifest.model_validate({"name": "lab", "model": model, "experts": experts})
+    parts = model_flops(manifest)
+    assert parts["dense layers"] == 4 * (2 * 4 * 96**2 + 2 * 2 * 96 * 129 / 2)
+    assert parts["experts"] == 4 * 4 * (2 * 4 * 24 * 16 + 2 * 2 * 16 * 9 / 2 + 2 * 2 * 24 * 312)
+    assert parts["projections"] == 4 * 2 * 2 * 96 * 24
 
 
 def test_top_k_takes_k_times_the_experts() -> None:

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
@@ -52,6 +52,36 @@ def test_json_gives_back_the_same_manifest(manifest: Manifest) -> None:
     assert Manifest.from_json(manifest.to_json()).to_json() == manifest.to_json()
 
 
+@given(
+    manifests(),
+    st.none() | st.integers(4, 128).map(lambda pairs: 2 * pairs),
+    st.none() | st.integers(1, 16),
+    st.none() | st.integers(1, 16).map(lambda pairs: 2 * pairs),
+    st.none() | st.integers(8, 64),
+)
+def test_experts_are_built_from_a_model_of_their_own_sizes(
+    manifest: Manifest, width: int | None, heads: int | None, head_size: int | None, feed_forward: int | None
+) -> None:
+    """Whatever a manifest lets in is a valid model, for kinds of other packages too."""
+    sizes = {"width": width, "heads": heads, "head_size": head_size, "feed_forward": feed_forward}
+    values = manifest.model_dump()
+    try:
+        narrow = Manifest.model_validate(values | {"experts": values["experts"] | sizes})
+    except ValidationError:
+        columns = width or manifest.model.hidden
+        wide = columns > manifest.model.hidden
+        assert wide or (heads and not head_size and columns % (2 * heads))
+        return
+    model = narrow.expert_model
+    assert ModelSpec.model_validate(model.model_dump()) == model
+    assert (model.hidden, narrow.width) == (width or manifest.model.hidden,) * 2
+    assert model.feed_forward == (feed_forward or manifest.model.feed_forward)
+    assert model.head_size == head_size
+    assert model.heads == heads or (heads is None and model.heads <= manifest.model.heads)
+    assert model.seed == manifest.model.seed
+    assert Manifest.from_json(narrow.to_json()) == narrow
+
+
 @given(manifests())
 def test_json_names_what_differs_from_the_defaults(manifest: Manifest) -> None:
     """A release that knows more keys publishes a manifest that earlier ones read, and knows their checkpoints by it."""
@@ -93,6 +123,23 @@ def test_toml_gives_what_it_says_and_defaults_for_the_rest(tmp_path: Path) -> No
             "prefix (128) must be less than the model's context (128)",
         ),
         ('name = "sauna"\n[model]\nhidden = 100\nheads = 3', "hidden (100)"),
+        ('name = "sauna"\n[model]\nhead_size = 15', "head_size (15) must be even"),
+        (
+            'name = "sauna"\n[experts]\nwidth = 256',
+            "the experts' width (256) is more than the model's hidden size (128)",
+        ),
+        ('name = "sauna"\n[experts]\nwidth = 33', "the experts' width (33) must be even"),
+        ('name = "sauna"\n[experts]\nwidth = 4', "experts.width: "),
+        (
+            'name = "sauna"\n[experts]\nwidth = 32\nheads = 3',
+            "the experts' width (32) must be an even multiple of heads (3), unless head_size is set",
+        ),
+        (
+            'name = "sauna"\n[experts]\nheads = 128',
+            "the experts' width (128) must be an even multiple of heads",
+        ),
+        ('name = "sauna"\n[experts]\nhead_size = 9', "head_size (9) must be even"),
+        ('name = "sauna"\n[experts]\nfeed_forward = 0', "experts.feed_forward"),
         ('name = "sauna"\n[model]\nlocal = "ffn"', "model.local: must be 'layer' or 'attention'"),
         ('name = "sauna"\n[model]\nnorm = "batch"', "model.norm: must be 'layer' or 'rms'"),
         ('name = "sauna"\n[model]\nactivation = "relu"', "model.activation: must be 'gelu', "),
@@ -209,9 +256,13 @@ def test_a_key_that_this_release_does_not_know_is_refused_with_what_to_do() -> N
         Manifest.from_json(json.dumps(values).encode())
 
 
-def test_a_manifest_from_before_norms_and_local_parts_could_be_chosen_means_the_same_model() -> None:
+def test_a_manifest_of_the_old_kind_means_the_same_model() -> None:
+    """From before norms, local parts and the experts' own sizes could be chosen."""
     values = Manifest(name="sauna").model_dump(mode="json")
-    del values["model"]["norm"], values["model"]["activation"], values["model"]["local"]
+    for key in ("norm", "activation", "local", "head_size"):
+        del values["model"][key]
+    for key in ("width", "heads", "head_size", "feed_forward"):
+        del values["experts"][key]
     manifest = Manifest.from_json(json.dumps(values).encode())
     assert manifest == Manifest(name="sauna")
     assert (manifest.model.norm, manifest.model.activation, manifest.model.local) == (
@@ -219,6 +270,8 @@ def test_a_manifest_from_before_norms_and_local_parts_could_be_chosen_means_the_
         "gelu",
         "layer",
     )
+    assert manifest.width == manifest.model.hidden
+    assert manifest.expert_model == manifest.model
 
 
 def test_the_example_manifest_says_the_defaults() -> None:

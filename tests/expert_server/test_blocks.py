@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dht.manifest import ModelSpec
-from expert_server.blocks import builder_of
+from dht.manifest import Manifest, ModelSpec
+from dht.uid import UID
+from expert_server.blocks import build_block, builder_of
 from peer.errors import SwarmError
 from peer.layers import Activation, Norm, TransformerLayer
 
@@ -43,6 +44,15 @@ def test_the_manifest_chooses_norm_and_activation(kind: str) -> None:
     assert not {nn.LayerNorm, nn.GELU} & set(modules)
     if isinstance(block, TransformerLayer):
         assert block.state_dict()["feed_forward.0.weight"].shape == (32, 8)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "ffn"])
+def test_an_expert_has_the_manifests_sizes(kind: str) -> None:
+    sizes = {"width": 16, "heads": 1, "head_size": 6, "feed_forward": 24}
+    manifest = Manifest.model_validate({"name": "sauna", "experts": {"kind": kind, **sizes}})
+    shapes = {tuple(tensor.shape) for tensor in build_block(manifest, UID(0, (0, 0))).state_dict().values()}
+    feed_forward = {(16,), (24, 16), (24,), (16, 24)}
+    assert shapes == feed_forward | ({(18, 16), (16, 6)} if kind == "transformer" else set())
 
 
 def test_a_kind_comes_from_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

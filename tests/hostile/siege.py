@@ -134,7 +134,7 @@ async def hold_calls(stranger: Stranger, rng: random.Random) -> None:
             protocol_version=PROTOCOL_VERSION,
             swarm_id=stranger.keys.swarm_id,
             request_id=rng.randbytes(16),
-            width=stranger.swarm.manifest.model.hidden,
+            width=stranger.swarm.manifest.width,
             codec=expert_pb2.CODEC_FP32,
             experts=[expert_pb2.ExpertRows(uid="0.0.0", segment_lengths=[64], positions=range(64))],
         )

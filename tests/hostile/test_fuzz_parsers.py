@@ -209,7 +209,7 @@ def headers() -> list[bytes]:
     rows = expert_pb2.ExpertRows(uid="0.1.1", segment_lengths=[2, 1], positions=[0, 4, 1])
     kept = expert_pb2.ExpertRows(uid="0.1.1", kept_request_id=b"k" * 16, kept_index=0, kept_rows=3)
     header = expert_pb2.CallHeader(
-        protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, request_id=b"r" * 16, width=MANIFEST.model.hidden,
+        protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, request_id=b"r" * 16, width=MANIFEST.width,
         codec=expert_pb2.CODEC_FP32, experts=[rows, kept], keep=True,
     )  # fmt: skip
     return serialized(header)

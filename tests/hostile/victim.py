@@ -264,7 +264,7 @@ async def honest_caller(
     """`uids`: experts that the node hosts; by default all of the manifest."""
     sessions = SessionClient(identity or new_identity(), swarm_id, ALL_RIGHTS)
     channels = ChannelPool()
-    width = manifest.model.hidden
+    width = manifest.width
     caller = GrpcCaller(channels, swarm_id, width, sessions=sessions)
     try:
         yield HonestCaller(caller, node, uids or manifest.uids(), width)

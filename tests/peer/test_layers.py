@@ -24,11 +24,13 @@ norms = st.sampled_from(get_args(Norm))
 activations = st.sampled_from(get_args(Activation))
 
 
-def build_layer(norm: Norm = "layer", activation: Activation = "gelu") -> TransformerLayer:
-    return seeded(7, lambda: TransformerLayer(HIDDEN, HEADS, FEED_FORWARD, norm, activation))
+def build_layer(
+    norm: Norm = "layer", activation: Activation = "gelu", head_size: int | None = None
+) -> TransformerLayer:
+    return seeded(7, lambda: TransformerLayer(HIDDEN, HEADS, FEED_FORWARD, norm, activation, head_size))
 
 
-layers = st.builds(build_layer, norms, activations)
+layers = st.builds(build_layer, norms, activations, st.sampled_from([None, 4, 12]))
 
 
 def random_rows(rows: int, seed: int) -> Tensor:
@@ -43,7 +45,7 @@ def rising_positions(lengths: list[int], seed: int) -> Tensor:
 
 def attention_by_the_book(layer: TransformerLayer, x: Tensor, positions: Tensor) -> Tensor:
     """One segment, head by head, with complex rotations."""
-    width = HIDDEN // HEADS
+    width = layer.attention_output.in_features // HEADS
     qkv = layer.attention_input(layer.attention_norm(x)).view(-1, 3, HEADS, width)
     turns = torch.polar(torch.ones(1), positions[:, None] * 10_000.0 ** (-torch.arange(0, width, 2) / width))
     outputs = []
@@ -157,13 +159,25 @@ def test_gradients_of_rows_near_zero_stay_small(norm: Norm) -> None:
 
 
 @settings(max_examples=40)
-@given(norms, activations, st.integers(1, 8), st.integers(1, 40))
-def test_parameters_are_as_many_as_stated(norm: Norm, activation: Activation, heads: int, inner: int) -> None:
+@given(
+    norms,
+    activations,
+    st.integers(1, 8),
+    st.integers(1, 40),
+    st.none() | st.integers(1, 9).map(lambda n: 2 * n),
+)
+def test_parameters_are_as_many_as_stated(
+    norm: Norm, activation: Activation, heads: int, inner: int, head_size: int | None
+) -> None:
+    """With `head_size` attention has heads * head_size columns inside, whatever the hidden size."""
     hidden = 4 * heads
-    layer = TransformerLayer(hidden, heads, inner, norm, activation)
+    layer = TransformerLayer(hidden, heads, inner, norm, activation, head_size)
+    x_RD = torch.zeros(3, hidden)
+    assert layer(x_RD, torch.tensor([3]), torch.arange(3)).shape == x_RD.shape
+    columns = heads * (head_size or 4)
     norms = 2 * (2 if norm == "layer" else 1) * hidden
     feed_forward = 2 * hidden * inner + hidden + inner if activation == "gelu" else 3 * hidden * inner
-    assert sum(p.numel() for p in layer.parameters()) == norms + 4 * hidden * hidden + feed_forward
+    assert sum(p.numel() for p in layer.parameters()) == norms + 4 * hidden * columns + feed_forward
 
 
 @settings(deadline=None, max_examples=20)

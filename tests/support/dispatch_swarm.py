@@ -73,7 +73,7 @@ def answered_by(result: ForwardPass, row: int) -> list[int]:
 
 def answered_by_all_rows(result: ForwardPass) -> list[int]:
     experts = answered_by(result, 0)
-    assert all(answered_by(result, row) == experts for row in range(len(result.outputs)))
+    assert all(answered_by(result, row) == experts for row in range(len(result.updates)))
     return experts
 
 
@@ -82,8 +82,8 @@ def check_outputs(swarm: FakeSwarm, result: ForwardPass) -> None:
     for row, slots in enumerate(result.answered):
         experts = result.coordinates[row, slots].tolist()
         assert len(set(map(tuple, experts))) == len(experts)
-    assert not result.outputs[~result.answered].any()
-    computed = np.zeros_like(result.outputs)
+    assert not result.updates[~result.answered].any()
+    computed = np.zeros_like(result.updates)
     counted = np.zeros(result.answered.shape, int)
     for sent in result.answers:
         batch = sent.batch
@@ -93,7 +93,7 @@ def check_outputs(swarm: FakeSwarm, result: ForwardPass) -> None:
         computed[rows, slots] = tensor[sent.counts]
         counted[rows, slots] += 1
     np.testing.assert_array_equal(counted, result.answered)
-    np.testing.assert_allclose(result.outputs, computed, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.updates, computed, rtol=0, atol=1e-5)
 
 
 async def settle() -> None:
@@ -106,4 +106,4 @@ async def forward_once(dispatcher: Dispatcher, experts: int, k: int = 3) -> Forw
 
 
 def random_gradients(result: ForwardPass, seed: int = 1) -> Floats:
-    return np.random.default_rng(seed).standard_normal(result.outputs.shape, dtype=np.float32)
+    return np.random.default_rng(seed).standard_normal(result.updates.shape, dtype=np.float32)

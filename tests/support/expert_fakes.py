@@ -250,10 +250,11 @@ class FakeSwarm:
             outputs: Tensor = self.block(request.batch.uid)(
                 inputs, torch.from_numpy(request.batch.lengths), torch.from_numpy(request.batch.positions)
             )
+            answered = outputs - inputs
             if direction == "backward":
                 assert request.gradients is not None
-                (outputs,) = torch.autograd.grad(outputs, inputs, torch.from_numpy(request.gradients))
-        answer: Floats = outputs.detach().numpy()
+                (answered,) = torch.autograd.grad(answered, inputs, torch.from_numpy(request.gradients))
+        answer: Floats = answered.detach().numpy()
         return answer
 
     def _behaviour(self, of: UID | PeerID) -> Behaviour:
@@ -281,13 +282,18 @@ def make_replica(uid: UID, peer_id: PeerID) -> Replica:
 
 
 def make_manifest(
-    grid: tuple[int, ...], k: int = 1, kind: str = "transformer", prefix: int = 0, **model: int
+    grid: tuple[int, ...],
+    k: int = 1,
+    kind: str = "transformer",
+    prefix: int = 0,
+    width: int | None = None,
+    **model: int | str,
 ) -> Manifest:
     small = {"layers": 1, "hidden": 8, "heads": 2, "context": 16, "local_layers": 1, "feed_forward": 16}
     return Manifest(
         name="sauna",
         model=ModelSpec.model_validate(small | model),
-        experts=ExpertSpec(grid=grid, kind=kind),
+        experts=ExpertSpec(grid=grid, kind=kind, width=width),
         routing=RoutingSpec(top_k=k, prefix=prefix),
     )
 

@@ -80,7 +80,7 @@ class Troublemakers:
 
     async def cancel_while_sending(self) -> None:
         stream = self._call(self._rng.choice(["Forward", "Backward"]))
-        header, chunk = self._requests("backward", rows=2 * CHUNK_BYTES // (4 * self._manifest.model.hidden))
+        header, chunk = self._requests("backward", rows=2 * CHUNK_BYTES // (4 * self._manifest.width))
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await stream.write(header)
             await stream.write(expert_pb2.CallRequest(chunk=chunk.chunk[:CHUNK_BYTES]))
@@ -89,7 +89,7 @@ class Troublemakers:
 
     async def cancel_while_receiving(self) -> None:
         stream = self._call("Forward")
-        for request in self._requests("forward", rows=2 * CHUNK_BYTES // (4 * self._manifest.model.hidden)):
+        for request in self._requests("forward", rows=2 * CHUNK_BYTES // (4 * self._manifest.width)):
             await stream.write(request)
         await stream.done_writing()
         if self._rng.random() < 0.5:
@@ -99,7 +99,7 @@ class Troublemakers:
 
     async def call_wrongly(self) -> None:
         header, chunk = self._requests("forward", rows=16)
-        nan = torch.full((16, self._manifest.model.hidden), torch.nan).numpy().tobytes()
+        nan = torch.full((16, self._manifest.width), torch.nan).numpy().tobytes()
         narrow = expert_pb2.CallRequest()
         narrow.CopyFrom(header)
         narrow.header.width -= 1
@@ -169,7 +169,7 @@ class Troublemakers:
 
     def _requests(self, direction: str, rows: int) -> list[expert_pb2.CallRequest]:
         """A right call of one expert: its header, and its payload in one message unless it is too long."""
-        width = self._manifest.model.hidden
+        width = self._manifest.width
         numbers = torch.randn(rows * (2 if direction == "backward" else 1), width, generator=self._generator)
         header = expert_pb2.CallHeader(
             protocol_version=PROTOCOL_VERSION,

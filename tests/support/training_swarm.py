@@ -24,8 +24,15 @@ HOST = "127.0.0.1"
 MANIFEST = Manifest.model_validate(
     {
         "name": "village",
-        "model": {"layers": 2, "hidden": 8, "heads": 2, "context": 16, "feed_forward": 8},
-        "experts": {"grid": [2, 2]},
+        "model": {
+            "layers": 2,
+            "hidden": 16,
+            "heads": 2,
+            "context": 16,
+            "feed_forward": 8,
+            "local": "attention",
+        },
+        "experts": {"grid": [2, 2], "width": 8},
         "routing": {"top_k": 2},
     }
 )

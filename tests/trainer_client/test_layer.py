@@ -78,7 +78,7 @@ def test_a_view_that_is_not_contiguous_is_as_good_as_a_copy() -> None:
 def test_a_model_of_another_width_is_told_so() -> None:
     with (
         mixtures(make_swarm(), "product-key") as make_mixture,
-        pytest.raises(AssertionError, match=r"9 columns.*have 8"),
+        pytest.raises(AssertionError, match=r"9 columns.*has 8"),
     ):
         make_mixture(0)(torch.zeros(2, 9))
 

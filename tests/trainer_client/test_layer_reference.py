@@ -1,9 +1,12 @@
 """Outputs and gradients of the layer against plain torch: every router, both kinds, any subset answering.
 
-The reference computes every expert on its rows by loops, under autograd, and weighs by each router's own formula.
+The reference computes every expert on its rows by loops, under autograd, and weighs their outputs by each router's own
+formula: it knows nothing of updates. Narrow experts are computed on the projected rows, and what they add is projected
+back.
 """
 
 from collections.abc import Set
+from typing import get_args
 
 import numpy as np
 import torch
@@ -17,11 +20,12 @@ from torch.nn import functional as F
 
 from dht.beam_search import Selection
 from dht.uid import UID
+from peer.layers import Norm
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS, Gate
 from trainer_client.settings import RouterName
 
-HIDDEN = 8
+NARROW = {"hidden": 16, "width": 8}
 
 grids = st.sampled_from([(5,), (2, 3), (2, 2, 2)])
 seeds = st.integers(0, 2**31 - 1)
@@ -112,9 +116,10 @@ def reference(
     name: RouterName, swarm: FakeSwarm, mixture: RemoteMixtureOfExperts, x_BTD: Tensor, missing: Set[UID]
 ) -> Tensor:
     gate, length = mixture.gate, x_BTD.shape[1]
-    x_RD = x_BTD.reshape(-1, HIDDEN)
+    x_RD = x_BTD.flatten(0, 1)
     rng = np.random.default_rng((0, 0)) if mixture.training else None
-    scores = scores_of(gate, x_RD, rng)
+    read_RD, sent_RW = narrowed(mixture, x_RD)
+    scores = scores_of(gate, read_RD, rng)
     arrays = [table.detach().numpy() for table in scores]
     choose = ROUTERS[name].choose
     selection = choose(arrays, swarm.directory().view.tables(0), mixture.k, rng)
@@ -122,17 +127,34 @@ def reference(
     again = choose(arrays, others.view.tables(0), mixture.k, None)
     first = [_uids(selection, row) for row in range(len(x_RD))]
     answering = experts_of(name, selection, missing, again)
-    outputs = outputs_of(swarm, x_RD, length, answering, first)
+    outputs = outputs_of(swarm, sent_RW, length, answering, first)
     rows = [
-        mixed(name, swarm, scores, row, x_D, {uid: outputs[row, uid] for uid in answering[row]})
-        for row, x_D in enumerate(x_RD)
+        mixed(name, swarm, scores, row, sent_W, {uid: outputs[row, uid] for uid in answering[row]})
+        for row, sent_W in enumerate(sent_RW)
     ]
-    return torch.stack(rows).view_as(x_BTD)
+    mixed_RW = torch.stack(rows)
+    if mixture.projections is None:
+        return mixed_RW.view_as(x_BTD)
+    return (x_RD + (mixed_RW - sent_RW) @ mixture.projections.up.weight.T).view_as(x_BTD)
+
+
+def narrowed(mixture: RemoteMixtureOfExperts, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """What the gate reads [R, D], and what is sent [R, W]."""
+    if mixture.projections is None:
+        return x_RD, x_RD
+    norm = mixture.projections.norm
+    assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+    centred_RD = x_RD - x_RD.mean(dim=1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x_RD
+    h_RD = centred_RD / (centred_RD.square().mean(dim=1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    if isinstance(norm, nn.LayerNorm):
+        h_RD = h_RD + norm.bias
+    return h_RD, h_RD @ mixture.projections.down.weight.T
 
 
 def check(name: RouterName, swarm: FakeSwarm, seed: int, missing: Set[UID], training: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x_BTD, gradient_BTD = torch.randn(2, 2, 4, HIDDEN, generator=generator).unbind()
+    hidden = swarm.manifest.model.hidden
+    x_BTD, gradient_BTD = torch.randn(2, 2, 4, hidden, generator=generator).unbind()
     x_BTD.requires_grad_()
     with mixtures(swarm, name, expert_dropout=0.0) as make_mixture:
         torch.manual_seed(seed)
@@ -175,3 +197,34 @@ def test_with_any_subset_answering_gradients_are_those_of_the_rest(
     missing = data.draw(st.sets(st.sampled_from(uids), min_size=1, max_size=most))
     swarm.behaviours |= dict.fromkeys(missing, fails(StatusCode.NOT_FOUND))
     check(name, swarm, seed, missing, training=False)
+
+
+@every_router
+@every_kind
+@settings(max_examples=6)
+@given(
+    data=st.data(),
+    grid=grids,
+    seed=seeds,
+    norm=st.sampled_from(get_args(Norm)),
+    fail=st.booleans(),
+    training=st.booleans(),
+)
+def test_narrow_experts_are_projected_to_and_back(
+    name: RouterName,
+    kind: str,
+    data: st.DataObject,
+    grid: tuple[int, ...],
+    seed: int,
+    norm: Norm,
+    fail: bool,
+    training: bool,
+) -> None:
+    """Gradients of norm, projections and gate too, with all or any subset answering."""
+    swarm = FakeSwarm(make_manifest(grid, kind=kind, norm=norm, **NARROW))
+    missing = frozenset[UID]()
+    if fail:
+        uids, most = swarm.manifest.uids(), max(1, k_of(name) - 1)
+        missing = frozenset(data.draw(st.sets(st.sampled_from(uids), min_size=1, max_size=most)))
+        swarm.behaviours |= dict.fromkeys(missing, fails(StatusCode.NOT_FOUND))
+    check(name, swarm, seed, missing, training and not fail)

@@ -4,8 +4,8 @@ A step's rows are all tokens of a batch, sequence after sequence. Each row is se
 slots. `group_by_expert` gathers the rows of one expert into an `ExpertBatch`; the batches that go to one node travel
 together in one `NodeCall`. `ExpertCaller` is the network as dispatch sees it: tests put a function in its place.
 
-Shapes: R rows, K slots of each row, D hidden size, G_d size of grid dimension d, r rows of one batch, s its segments
-(the rows of one sequence each), n rows whose experts are chosen again.
+Shapes: R rows, K slots of each row, W width of the experts, G_d size of grid dimension d, r rows of one batch, s its
+segments (the rows of one sequence each), n rows whose experts are chosen again.
 """
 
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -31,7 +31,7 @@ class RoutedRows:
     """What is sent in one forward pass of a layer."""
 
     layer: int
-    inputs: Floats  # [R, D]
+    inputs: Floats  # [R, W]
     scores: Sequence[Floats]  # one [R, G_d] per grid dimension; rows that lack answers choose again by them
     k: int
     sequence_length: int  # row r is position r % sequence_length of sequence r // sequence_length
@@ -66,8 +66,8 @@ class Request:
     """What one expert is asked."""
 
     batch: ExpertBatch
-    inputs: Floats  # [r, D]
-    gradients: Floats | None = None  # [r, D], of the outputs; None in forward
+    inputs: Floats  # [r, W]
+    gradients: Floats | None = None  # [r, W], of the updates; None in forward
     keep: bool = False
     """In forward: whether a backward call is meant to follow."""
     kept: KeptForward | None = None
@@ -93,7 +93,7 @@ class Answer:
 
     batch: ExpertBatch
     peer_id: PeerID
-    tensor: Floats | None  # [r, D]
+    tensor: Floats | None  # [r, W]
     error: ExpertError | None = None
     call_lost: bool = False
     """The whole call broke off or reached its deadline; the node has said nothing of the expert."""
@@ -147,7 +147,7 @@ class ForwardPass:
 
     rows: RoutedRows
     coordinates: Integers  # [R, K, dims], of the expert in each slot
-    outputs: Floats  # [R, K, D], zeros where nobody answered
+    updates: Floats  # [R, K, W], zeros where nobody answered
     answered: Booleans  # [R, K]
     answers: list[SentBatch] = field(default_factory=list)
     """The batches whose answers count, in the order in which these came."""

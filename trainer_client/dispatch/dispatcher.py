@@ -1,6 +1,6 @@
 """A trainer's experts, as its layers use them: finds who is live, sends rows forward, and sends gradients back.
 
-Shapes: R rows, K slots of each row, D hidden size, G_d size of grid dimension d.
+Shapes: R rows, K slots of each row, W width of the experts, G_d size of grid dimension d.
 """
 
 import asyncio
@@ -116,7 +116,7 @@ class Dispatcher:
         return run.result
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
-        """Sends `gradients` [R, K, D] to the experts that answered; gives the gradient of the inputs [R, D].
+        """Sends `gradients` [R, K, W] to the experts that answered; gives the gradient of the inputs [R, W].
 
         An expert that does not answer within the deadline contributes nothing.
         """
@@ -156,7 +156,7 @@ class Dispatcher:
 
 
 def _backward_request(sent: SentBatch, inputs: Floats, gradients: Floats) -> Request:
-    """With the gradients [R, K, D] of the batch's rows, zero where the slot has another expert's answer."""
+    """With the gradients [R, K, W] of the batch's rows, zero where the slot has another expert's answer."""
     own = gradients[sent.batch.rows, sent.batch.slots]
     if not sent.counts.all():
         own[~sent.counts] = 0

@@ -221,7 +221,7 @@ class ForwardRun:
             return False
         rows, slots = batch.rows[sent.counts], batch.slots[sent.counts]
         result.coordinates[rows, slots] = batch.uid.coordinate
-        result.outputs[rows, slots] = answer.tensor[sent.counts]
+        result.updates[rows, slots] = answer.tensor[sent.counts]
         result.answered[rows, slots] = True
         self._pending[rows, slots] = False
         result.answers.append(sent)

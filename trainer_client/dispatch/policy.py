@@ -9,7 +9,7 @@
 
 Everything is bounded, and pure: `now` is passed in.
 
-Shapes: R rows, D hidden size.
+Shapes: R rows, D columns: the width of the experts.
 """
 
 import math
@@ -206,7 +206,9 @@ class AnswerScreening:
         return "replayed" if self._is_replayed(peer_id, inputs_RD[0], answer_RD[0]) else None
 
     def _is_replayed(self, peer_id: PeerID, inputs_D: Floats, answer_D: Floats) -> bool:
-        """Whether the answer's first row came lately, for other inputs. Also remembers it."""
+        """Whether the answer's first row came lately, for other inputs. Also remembers it, unless it is zero."""
+        if not answer_D.any():
+            return False
         lately = self._lately[peer_id] = self._lately.get(peer_id) or []
         row, compared = answer_D.tobytes(), inputs_D[:_COMPARED].copy()
         for kept in lately:
@@ -222,8 +224,8 @@ def is_huge(inputs_RD: Floats, answer_RD: Floats, most_growth: float = MOST_GROW
 
 
 def is_constant(inputs_RD: Floats, answer_RD: Floats) -> bool:
-    """Whether rows that are far apart were all given the same answer."""
-    if len(answer_RD) < 2 or not np.array_equal(answer_RD[0], answer_RD[-1]):
+    """Whether rows that are far apart were all given the same answer. Zeros are an honest one: some blocks start so."""
+    if len(answer_RD) < 2 or not answer_RD[0].any() or not np.array_equal(answer_RD[0], answer_RD[-1]):
         return False
     return are_apart(inputs_RD[0], inputs_RD[-1]) and bool((answer_RD == answer_RD[0]).all())
 

@@ -21,27 +21,24 @@ from trainer_client.dispatch.calls import Answers, CallTracker, next_answers
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.75
-"""Of the difference between two answers, against what the larger of them adds to its input. Honest replicas that had
-taken 25, 100 and 200 updates apart and never averaged differed by up to 0.45, 0.58 and 0.56.
+"""Of the difference between two answers, against the larger of them. Honest replicas that had taken 25, 100 and 200
+updates apart and never averaged differed by up to 0.45, 0.58 and 0.56.
 """
 
 _MOST_AT_ONCE = 4
-_LEAST_ADDED = 1e-6
+_LEAST = 1e-6
 
 
-def difference(inputs: Floats, one: Floats, other: Floats) -> float:
-    """How far two answers [R, D] are apart: 0 when they are equal, 1 when one gives its inputs back, 2 at most.
-
-    Experts carry their own residual connection, so what they add to their input is compared.
-    """
-    largest = max(float(np.linalg.norm(one - inputs)), float(np.linalg.norm(other - inputs)))
-    return float(np.linalg.norm(one - other)) / max(largest, _LEAST_ADDED)
+def difference(one: Floats, other: Floats) -> float:
+    """How far two answers [R, W] are apart: 0 when they are equal, 1 when one is zero, 2 at most."""
+    largest = max(float(np.linalg.norm(one)), float(np.linalg.norm(other)))
+    return float(np.linalg.norm(one - other)) / max(largest, _LEAST)
 
 
-def outlier(inputs: Floats, answers: Sequence[Floats]) -> int | None:
+def outlier(answers: Sequence[Floats]) -> int | None:
     """Which of three answers differs from both others, which agree; None when that is no one."""
     a, b, c = answers
-    agree = [difference(inputs, *pair) <= TOLERANCE for pair in ((b, c), (a, c), (a, b))]
+    agree = [difference(*pair) <= TOLERANCE for pair in ((b, c), (a, c), (a, b))]
     return agree.index(True) if sum(agree) == 1 else None
 
 
@@ -74,12 +71,12 @@ class SpotChecks:
         await self._tasks.aclose()
 
     async def _check(self, first: Answer, calls: Sequence[NodeCall]) -> None:
-        metrics, inputs = self._calls.metrics, calls[0].requests[0].inputs
+        metrics = self._calls.metrics
         second = await self._ask(calls[0])
         if not _are_comparable(first, second):
             return
         metrics.spot_checks.inc()
-        apart = difference(inputs, _tensor(first), _tensor(second))
+        apart = difference(_tensor(first), _tensor(second))
         if apart <= TOLERANCE:
             return
         metrics.differing_answers.inc()
@@ -91,7 +88,7 @@ class SpotChecks:
             return
         third = await self._ask(calls[1])
         if _are_comparable(first, third):
-            self._judge(inputs, [first, second, third])
+            self._judge([first, second, third])
 
     async def _ask(self, call: NodeCall) -> Answer:
         answers: Answers = asyncio.Queue()
@@ -99,8 +96,8 @@ class SpotChecks:
         found = await next_answers(answers, 2 * call.deadline_s)
         return found[0] if found else Answer(call.requests[0].batch, call.node.peer_id, None)
 
-    def _judge(self, inputs: Floats, answers: Sequence[Answer]) -> None:
-        odd = outlier(inputs, [_tensor(answer) for answer in answers])
+    def _judge(self, answers: Sequence[Answer]) -> None:
+        odd = outlier([_tensor(answer) for answer in answers])
         if odd is not None:
             self._calls.metrics.outvoted_answers.inc()
             self._calls.breakers.distrust(answers[odd].peer_id, self._calls.now())

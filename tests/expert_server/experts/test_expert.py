@@ -1,4 +1,4 @@
-"""An expert: its outputs, gradients and steps."""
+"""An expert: its updates, gradients and steps."""
 
 from collections.abc import Callable
 from functools import partial
@@ -54,20 +54,24 @@ def test_first_parameters_stay_the_same_between_releases() -> None:
     )
 
 
-def test_forward_gives_the_outputs_of_the_block_without_a_graph() -> None:
+def test_forward_gives_what_the_block_adds_to_its_input_without_a_graph() -> None:
     expert = Expert(AN_UID, make_manifest())
-    output = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS))
-    assert not output.requires_grad
-    assert output.dtype == torch.float32
-    torch.testing.assert_close(output, expert.block(random_rows(0), LENGTHS, POSITIONS))
+    update = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS))
+    assert not update.requires_grad
+    assert update.dtype == torch.float32
+    torch.testing.assert_close(random_rows(0) + update, expert.block(random_rows(0), LENGTHS, POSITIONS))
 
 
-def test_backward_gives_the_gradient_of_the_inputs_before_the_step() -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_backward_gives_the_gradient_of_the_inputs_before_the_step(kept: bool) -> None:
+    """Of the update: the block's is larger by the gradient itself, which its residual connection passes on."""
     expert = Expert(AN_UID, make_manifest())
     x = random_rows(0).requires_grad_()
     output = build_block(make_manifest(), AN_UID)(x, LENGTHS, POSITIONS)
-    (expected,) = torch.autograd.grad(output, x, random_rows(1))
-    torch.testing.assert_close(backward(expert, random_rows(0), random_rows(1)), expected)
+    (of_output,) = torch.autograd.grad(output, x, random_rows(1))
+    graph = expert.forward_with_graph(Rows(random_rows(0), LENGTHS, POSITIONS))[1] if kept else None
+    found = backward(expert, random_rows(0), random_rows(1), graph)
+    torch.testing.assert_close(found + random_rows(1), of_output)
 
 
 @pytest.mark.parametrize(

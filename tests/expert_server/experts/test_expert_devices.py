@@ -49,7 +49,7 @@ MakeDevice = Callable[[], ComputeDevice]
 
 
 def train(expert: Expert, steps: int) -> list[float]:
-    """Fits fixed outputs; the loss before each step."""
+    """Fits fixed updates; the loss before each step."""
     losses = []
     for _ in range(steps):
         error = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS)) - random_rows(1)

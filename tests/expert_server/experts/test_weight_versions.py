@@ -52,7 +52,7 @@ class Reference:
         x = random_rows(seed).requires_grad_()
         wanted = [x, *block.parameters()]
         of_inputs, *others = torch.autograd.grad(
-            block(x, LENGTHS, POSITIONS), wanted, random_rows(seed + 100)
+            block(x, LENGTHS, POSITIONS) - x, wanted, random_rows(seed + 100)
         )
         return of_inputs, others
 
@@ -129,8 +129,8 @@ def test_a_backward_pass_that_fails_leaves_no_gradients_behind(monkeypatch: pyte
 
     run_backward = expert_module._run_backward
 
-    def run_and_fail(outputs: Tensor, gradients: Tensor) -> None:
-        run_backward(outputs, gradients)
+    def run_and_fail(updates: Tensor, gradients: Tensor) -> None:
+        run_backward(updates, gradients)
         raise RuntimeError("on purpose")
 
     monkeypatch.setattr(expert_module, "_run_backward", run_and_fail)

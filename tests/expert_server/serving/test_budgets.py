@@ -113,7 +113,7 @@ def test_a_caller_beyond_its_budget_is_refused_and_another_is_served(run: Runner
 
 def work(caller: str, size: float, seed: int = 0) -> WorkItem:
     generator = torch.Generator().manual_seed(seed)
-    width = MANIFEST.model.hidden
+    width = MANIFEST.width
     inputs, gradients = (torch.randn(4, width, generator=generator) for _ in range(2))
     rows = Rows(inputs, torch.tensor([4]), torch.arange(4), size * gradients)
     return WorkItem(FIRST, "backward", rows, 1e9, caller)

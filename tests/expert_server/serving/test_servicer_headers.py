@@ -77,9 +77,9 @@ def add_experts(count: int) -> Callable[[Call], None]:
 
 
 WRONG_HEADERS: dict[str, tuple[Callable[[Call], None], tuple[str, ...]]] = {
-    "wider": (set_header(width=HIDDEN + 1), ("width 17", "hidden size is 16")),
-    "huge width": (set_header(width=2**32 - 1), ("width 4294967295", "hidden size is 16")),
-    "no width": (clear("width"), ("width 0", "hidden size is 16")),
+    "wider": (set_header(width=HIDDEN + 1), ("width 17", "experts have 16")),
+    "huge width": (set_header(width=2**32 - 1), ("width 4294967295", "experts have 16")),
+    "no width": (clear("width"), ("width 0", "experts have 16")),
     "no rows": (set_rows([], []), ("no rows for expert 0.0.0",)),
     "no experts": (clear("experts"), ("0 experts in one call; expected 1 to 4096",)),
     "too many experts": (add_experts(4096), ("4097 experts in one call; expected 1 to 4096",)),

@@ -23,6 +23,7 @@ from trainer_client.settings import RouterName, TrainerSettings
 
 TEXT = b"In the sauna one must behave as in church. " * 60
 MANIFEST = make_manifest((2, 3), k=3, layers=2, hidden=16, feed_forward=32)
+NARROW = make_manifest((2, 3), k=3, layers=2, hidden=16, feed_forward=32, width=8, local="attention")
 
 
 def losses(make_mixture: Callable[[int], nn.Module], manifest: Manifest = MANIFEST) -> list[float]:
@@ -39,16 +40,17 @@ def losses(make_mixture: Callable[[int], nn.Module], manifest: Manifest = MANIFE
     return found
 
 
-def local(name: RouterName = "product-key", seed: int = 0) -> LocalSwarm:
-    return LocalSwarm(MANIFEST, TrainerSettings(router=name, top_k=k_of(name), seed=seed))
+def local(name: RouterName = "product-key", seed: int = 0, manifest: Manifest = MANIFEST) -> LocalSwarm:
+    return LocalSwarm(manifest, TrainerSettings(router=name, top_k=k_of(name), seed=seed))
 
 
+@pytest.mark.parametrize("manifest", [MANIFEST, NARROW], ids=["wide", "narrow"])
 @every_router
-def test_a_model_learns_the_same_locally_and_in_a_swarm(name: RouterName) -> None:
-    swarm, here = LearningSwarm(MANIFEST), local(name)
+def test_a_model_learns_the_same_locally_and_in_a_swarm(name: RouterName, manifest: Manifest) -> None:
+    swarm, here = LearningSwarm(manifest), local(name, manifest=manifest)
     with mixtures(swarm, name) as make_mixture:
-        expected = losses(make_mixture)
-    found = losses(here.mixture)
+        expected = losses(make_mixture, manifest)
+    found = losses(here.mixture, manifest)
     assert found == pytest.approx(expected, rel=1e-4)
     assert found[-1] < found[0] - 0.5
     updates = {uid: expert.update_count for uid, expert in here.dispatcher.experts.items()}
@@ -87,9 +89,12 @@ def test_what_would_travel_is_rounded_by_the_codec_of_the_manifest(codec: CodecN
     exact = x.detach().clone().requires_grad_()
     found, expected = coded(x), uncoded(exact)
     torch.autograd.backward([found.square().sum(), expected.square().sum()])
-    for one, other in ((found, expected), (x.grad, exact.grad)):
-        assert one is not None
-        assert other is not None
+    assert x.grad is not None
+    assert exact.grad is not None
+    # a row and its gradient go past the experts too, where nothing is rounded
+    updates = (found - x, expected - exact)
+    gradients = (x.grad - 2 * found, exact.grad - 2 * expected)
+    for one, other in (updates, gradients):
         off = ((one - other).norm() / other.norm()).item()
         assert 1e-3 < off / {"bf16": 1, "int8": 3, "int4": 50}[codec] < 1e-2
     assert losses(here.mixture, manifest)[-1] < 5

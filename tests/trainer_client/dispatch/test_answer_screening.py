@@ -4,7 +4,6 @@ import asyncio
 from typing import get_args
 
 import numpy as np
-import pytest
 import torch
 from expert_fakes import (
     FakeSwarm,
@@ -47,9 +46,8 @@ def test_what_honest_experts_answer_is_let_through(
     inputs = np.float32(size) * random_rows(rows, 16, seed)
     for _ in range(3):  # a trainer moves on by little
         with torch.no_grad():
-            answer = block(
-                torch.from_numpy(sent(inputs, codec)), torch.tensor([rows]), torch.arange(rows)
-            ).numpy()
+            x_RD = torch.from_numpy(sent(inputs, codec))
+            answer = (block(x_RD, torch.tensor([rows]), torch.arange(rows)) - x_RD).numpy()
         assert test.find_fault(PEER, inputs, sent(answer, codec)) is None
         inputs = inputs * np.float32(1.0001)
 
@@ -74,12 +72,19 @@ def test_huge_gradients_are_seen_and_those_of_a_nearly_constant_row_are_not() ->
     assert AnswerScreening().fault_of_gradient(gradients, answer) == "huge"
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_the_same_answer_for_all_rows_is_seen(value: float) -> None:
+def test_the_same_answer_for_all_rows_is_seen() -> None:
     inputs = random_rows(4)
-    assert AnswerScreening().find_fault(PEER, inputs, np.full_like(inputs, value)) == "constant"
+    assert AnswerScreening().find_fault(PEER, inputs, np.full_like(inputs, 1.0)) == "constant"
     same = np.repeat(inputs[:1], 4, axis=0)  # and is right for rows that are alike
     assert AnswerScreening().find_fault(PEER, same, 2 * same) is None
+
+
+def test_an_expert_that_adds_nothing_is_honest() -> None:
+    """A block whose last matrix starts at zero."""
+    test = AnswerScreening()
+    for seed in range(3):
+        inputs = random_rows(4, seed=seed)
+        assert test.find_fault(PEER, inputs, np.zeros_like(inputs)) is None
 
 
 def test_an_answer_that_is_given_again_for_other_inputs_is_seen() -> None:
@@ -126,7 +131,7 @@ async def dispatch(swarm: FakeSwarm) -> tuple[Dispatcher, list[np.ndarray]]:
     for _ in range(2):
         result = await send_to_best(dispatcher, random_rows(6), scores, 4, 6)
         answered.append(result.answered)
-        assert not (result.outputs[result.answered] == 1.0).all(axis=-1).any()
+        assert not (result.updates[result.answered] == 1.0).all(axis=-1).any()
     return dispatcher, answered
 
 

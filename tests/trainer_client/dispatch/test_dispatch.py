@@ -123,10 +123,10 @@ def test_late_answer_changes_nothing_after_the_call_has_returned() -> None:
         swarm = make_swarm(3)
         swarm.behaviours[uid(2)] = LATE
         result = await send_to_best(make_dispatcher(swarm), random_rows(8), ranked(8, 3), 3, LENGTH)
-        outputs, answers = result.outputs.copy(), len(result.answers)
+        outputs, answers = result.updates.copy(), len(result.answers)
         await settle()
         assert swarm.ended == 3
-        np.testing.assert_array_equal(result.outputs, outputs)
+        np.testing.assert_array_equal(result.updates, outputs)
         assert len(result.answers) == answers
 
     run(scenario())
@@ -140,7 +140,7 @@ def test_all_experts_dead_ends_at_once_with_nothing_and_no_exception() -> None:
         result = await send_to_best(dispatcher, random_rows(8), ranked(8, 30), 4, LENGTH)
         assert now() == 0
         assert not result.answered.any()
-        assert not result.outputs.any()
+        assert not result.updates.any()
         assert total(dispatcher.metrics.unanswered_rows) == 8
         calls = len(swarm.calls)
         assert 4 < calls <= 2 * 8 * 4  # in eight rounds, each expert at most twice
@@ -168,7 +168,7 @@ def test_no_rows_need_no_experts() -> None:
     async def scenario() -> None:
         swarm = make_swarm(6)
         result = await send_to_best(make_dispatcher(swarm), random_rows(0), ranked(0, 6), 4, LENGTH)
-        assert result.outputs.shape == (0, 4, 8)
+        assert result.updates.shape == (0, 4, 8)
         assert not swarm.calls
 
     run(scenario())
@@ -231,7 +231,7 @@ def test_whatever_fails_a_call_ends_in_time_with_the_right_outputs_and_no_expert
         assert now() <= DEADLINE
         check_outputs(swarm, result)
         began = now()
-        gradients = await dispatcher.send_back(result, np.ones_like(result.outputs))
+        gradients = await dispatcher.send_back(result, np.ones_like(result.updates))
         assert np.isfinite(gradients).all()
         assert now() <= began + DEADLINE
         await settle()

@@ -52,7 +52,7 @@ def make_dispatcher(
 async def forward(dispatcher: Dispatcher, k: int = 3) -> Floats:
     result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, k, LENGTH)
     assert result.answered.all()
-    return result.outputs
+    return result.updates
 
 
 def test_another_replica_answers_for_one_that_is_silent() -> None:
@@ -87,7 +87,7 @@ def test_the_first_answer_counts_and_gradients_go_only_to_its_giver() -> None:
         result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH, keep=True)
         assert total(dispatcher.metrics.hedged_calls) == 1
         assert total(dispatcher.metrics.hedges_won) == 0
-        await dispatcher.send_back(result, np.ones_like(result.outputs))
+        await dispatcher.send_back(result, np.ones_like(result.updates))
         rows = [swarm.rows_sent("backward", uid) for uid in swarm.manifest.uids()]
         assert rows == [ROWS] * 3
         await dispatcher.close()
@@ -153,7 +153,7 @@ def test_backward_calls_are_never_sent_twice() -> None:
         dispatcher = make_dispatcher(swarm, most_hedged=1.0)
         result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH)
         swarm.behaviours |= {make_peer_id(number): SILENT for number in (0, 1, 2, 9)}
-        await dispatcher.send_back(result, np.ones_like(result.outputs))
+        await dispatcher.send_back(result, np.ones_like(result.updates))
         assert [swarm.rows_sent("backward", uid) for uid in swarm.manifest.uids()] == [ROWS] * 3
         await dispatcher.close()
 
@@ -170,7 +170,7 @@ def test_after_quick_calls_a_silent_peer_costs_the_shortest_deadline(direction: 
         dispatcher = make_dispatcher(swarm, hosts=(), least_deadline_s=1.5)
         while swarm.ended < 4 * LEAST_KNOWN:
             result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, 3, LENGTH)
-            await dispatcher.send_back(result, np.ones_like(result.outputs))
+            await dispatcher.send_back(result, np.ones_like(result.updates))
         if direction == "forward":
             swarm.behaviours |= dict.fromkeys(swarm.manifest.uids(), SILENT)
             began = time()
@@ -178,7 +178,7 @@ def test_after_quick_calls_a_silent_peer_costs_the_shortest_deadline(direction: 
         else:
             swarm.behaviours |= dict.fromkeys(swarm.manifest.uids(), SILENT)
             began = time()
-            await dispatcher.send_back(result, np.ones_like(result.outputs))
+            await dispatcher.send_back(result, np.ones_like(result.updates))
         assert time() - began == pytest.approx(1.5, abs=0.1)
         await dispatcher.close()
 
@@ -221,8 +221,8 @@ def history(seed: int, schedule: int) -> tuple[list[object], dict[str, Any]]:
         )
         for _ in range(25):
             result = await send_to_best(dispatcher, random_rows(ROWS), [scores], 2, LENGTH)
-            gradients = await dispatcher.send_back(result, np.ones_like(result.outputs))
-            seen.append((result.outputs.tobytes(), result.coordinates.tobytes(), gradients.tobytes()))
+            gradients = await dispatcher.send_back(result, np.ones_like(result.updates))
+            seen.append((result.updates.tobytes(), result.coordinates.tobytes(), gradients.tobytes()))
             await asyncio.sleep(3.0)  # virtual: breakers close again
         await dispatcher.close()
         return dispatcher

@@ -62,7 +62,7 @@ def test_a_lost_call_is_made_again_at_the_only_host() -> None:
         assert (counts["calls"], counts["repeated_calls"], counts["reselected_rows"]) == (4, 1, 0)
         assert counts["failures"] == {"unavailable": 1}
         assert dispatcher.live_experts() == 3
-        gradients = await dispatcher.send_back(result, np.ones_like(result.outputs))
+        gradients = await dispatcher.send_back(result, np.ones_like(result.updates))
         assert gradients.any()
         assert [swarm.rows_sent("backward", uid(i)) for i in range(3)] == [8, 8, 8]
 
@@ -152,7 +152,7 @@ def outcome_of_passes(seed: int) -> tuple[float, list[object], dict[str, Any]]:
         for number in range(50):
             result = await send_to_best(dispatcher, random_rows(8, seed=number), ranked(8, 4), 2, LENGTH)
             answered.append(result.answered.mean())
-            seen.append((now(), result.outputs.tobytes(), result.coordinates.tobytes()))
+            seen.append((now(), result.updates.tobytes(), result.coordinates.tobytes()))
         return dispatcher
 
     coroutine = scenario()

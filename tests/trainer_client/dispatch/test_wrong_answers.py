@@ -73,6 +73,7 @@ WRONG = {
     "the last index twice": ((*ANSWERED_0, reply(1), chunk(), reply(1), chunk()), [0, 1]),
     "more bytes announced than the tensor has": ((*ANSWERED_0, reply(1, BYTES + 4), chunk(BYTES + 4)), [0]),
     "fewer bytes announced than the tensor has": ((*ANSWERED_0, reply(1, BYTES - 4), chunk(BYTES - 4)), [0]),
+    "a tensor of twice the width": ((*ANSWERED_0, reply(1, 2 * BYTES), chunk(2 * BYTES)), [0]),
     "a size beyond all memory": ((reply(0, 2**63), chunk()), []),
     "no bytes announced": ((reply(0, 0),), []),
     "a chunk longer than announced": ((*ANSWERED_0, reply(1), chunk(BYTES + 4)), [0]),
