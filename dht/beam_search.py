@@ -1,7 +1,8 @@
 """Beam search for the k live experts with the highest scores.
 
 Ryabinin & Gusev 2020 (arXiv 2002.04013), appendix "SelectExperts". An expert's score is the sum of one
-number per grid dimension (product keys), so the search goes by prefixes, not by experts.
+number per grid dimension (product keys), so the search goes by prefixes, not by experts. A bias for each expert may
+be added: then a prefix ranks by its scores and the largest bias of the live experts below it.
 
 `PrefixIndex` holds what a peer knows of one layer's prefixes on a grid that it can't know whole.
 
@@ -23,6 +24,7 @@ _LIMIT = np.float32(1e30)  # far from overflow, so that sums of clipped scores s
 _DEAD = np.int32(-(2**31))  # the order of a dead prefix: below that of every score
 _LOW_32 = np.int64(2**32 - 1)
 _CANDIDATES_AT_ONCE = 2**17  # 1 MiB of keys: a block of rows stays in the cache
+_WIDER = 4  # times as wide is the beam of rows whose choice is not sure
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ def default_beam_size(k: int) -> int:
 
 
 def select_experts(
-    scores: Sequence[Floats], alive: Sequence[Booleans], k: int, beam_size: int | None = None
+    scores: Sequence[Floats],
+    alive: Sequence[Booleans],
+    k: int,
+    beam_size: int | None = None,
+    bias: Floats | None = None,
 ) -> Selection:
     """The k live experts with the highest scores, for each row.
 
@@ -55,6 +61,10 @@ def select_experts(
     A prefix counts as live only if an expert below it does: one that is marked live over dead experts, as
     when records expire at different times, takes no slot of the beam. Below a dead prefix nothing is found.
 
+    `bias`, float32 of the grid's shape and finite, is added to the scores of experts, those of the selection
+    included. Then the result is exact on grids of up to 2^17 experts whatever the beam: rows in which a prefix that
+    was left out might lead to a better expert are searched again with a wider one.
+
     A score beyond ±1e30 counts as ±1e30 and NaN as the lowest: a diverged gate still chooses live experts.
     """
     width = default_beam_size(k) if beam_size is None else beam_size
@@ -66,13 +76,19 @@ def select_experts(
     assert math.prod(grid) <= 2**32, f"the coordinates of {grid} need more than 32 bits"
 
     tables = _tables_of_live_prefixes(alive)
-    rows = len(scores[0])
-    block = max(1, _CANDIDATES_AT_ONCE // (max(grid) * width))
-    keys_Rk = np.full((rows, k), np.int64(_DEAD) << 32)
-    for start in range(0, rows, block):
-        part = slice(start, start + block)
-        found = _best_keys([_finite(table[part]) for table in scores], tables, k, width)
-        keys_Rk[part, : found.shape[1]] = found
+    finite = [_finite(table) for table in scores]
+    if bias is None:
+        return _selection(_searched(finite, tables, k, width, None)[0], grid)
+    assert bias.shape == grid, f"the bias does not fit the grid {grid}"
+    largest = _largest_biases(bias, tables)
+    keys_Rk, sure_R = _searched(finite, tables, k, width, largest)
+    most = min(math.prod(grid[:-1]), _CANDIDATES_AT_ONCE // grid[-1])
+    while width < most and not sure_R.all():
+        width = min(_WIDER * width, most)
+        unsure = np.flatnonzero(~sure_R)
+        keys_Rk[unsure], sure_R[unsure] = _searched(
+            [table[unsure] for table in finite], tables, k, width, largest
+        )
     return _selection(keys_Rk, grid)
 
 
@@ -90,17 +106,64 @@ def _finite(scores: Floats) -> Floats:
     return np.clip(numbers, -_LIMIT, _LIMIT) + np.float32(0)  # + 0 turns -0 into 0: they must tie
 
 
-def _best_keys(scores: Sequence[Floats], tables: Sequence[Booleans], k: int, width: int) -> Integers:
-    """The beam search: keys of the best k experts, best first. [R, at most k]"""
+def _largest_biases(bias: Floats, tables: Sequence[Booleans]) -> list[Floats]:
+    """For each dimension, in the form of `tables`: the largest bias of the live experts below each prefix."""
+    lowest = np.float32(-np.inf)
+    largest = [np.where(tables[-1], bias.reshape(tables[-1].shape), lowest)]
+    for table in reversed(tables[:-1]):
+        largest.insert(0, largest[0].max(axis=1).reshape(table.shape))
+    return [np.where(table, numbers, np.float32(0)) for table, numbers in zip(tables, largest, strict=True)]
+
+
+def _searched(
+    scores: Sequence[Floats],
+    tables: Sequence[Booleans],
+    k: int,
+    width: int,
+    largest: Sequence[Floats] | None,
+) -> tuple[Integers, Booleans]:
+    """The keys of each row's best k experts [R, k], and which rows no wider beam would change [R].
+
+    In blocks of rows.
+    """
+    rows, size = len(scores[0]), max(table.shape[1] for table in scores)
+    block = max(1, _CANDIDATES_AT_ONCE // (size * width))
+    keys_Rk = np.full((rows, k), np.int64(_DEAD) << 32)
+    sure_R = np.zeros(rows, np.bool_)
+    for start in range(0, rows, block):
+        part = slice(start, start + block)
+        found, sure_R[part] = _best_keys([table[part] for table in scores], tables, k, width, largest)
+        keys_Rk[part, : found.shape[1]] = found
+    return keys_Rk, sure_R
+
+
+def _best_keys(
+    scores: Sequence[Floats],
+    tables: Sequence[Booleans],
+    k: int,
+    width: int,
+    largest: Sequence[Floats] | None,
+) -> tuple[Integers, Booleans]:
+    """The beam search: keys of the best k experts, best first [R, at most k], and which rows are sure [R]."""
     rows, dims = len(scores[0]), len(scores)
     prefix_RW = np.zeros((rows, 1), np.int64)
     total_RW = np.zeros((rows, 1), np.float32)
     live_RW = np.ones((rows, 1), np.bool_)
+    left_out_R = np.full(rows, -np.inf, np.float32)  # no expert that the beam has lost is better
     for d, (scores_RG, table) in enumerate(zip(scores, tables, strict=True)):
         beam = _Beam(total_RW, prefix_RW, live_RW)
-        keys_RW = _next_keys(beam, scores_RG, table, k if d == dims - 1 else width)
+        step = None
+        if largest is not None:
+            above = largest[d - 1].reshape(-1, 1) if d else np.zeros((1, 1), np.float32)
+            step = largest[d] - above
+        keys_RW = _next_keys(beam, scores_RG, table, k if d == dims - 1 else width, step)
         total_RW, prefix_RW, live_RW = _read_keys(keys_RW)
-    return keys_RW
+        if d < dims - 1 and len(tables[d]) * tables[d].shape[1] > width:
+            to_come_R = np.sum([after.max(axis=1) for after in scores[d + 1 :]], axis=0, dtype=np.float32)
+            worst_R = np.where(live_RW[:, -1], total_RW[:, -1] + to_come_R, -np.inf)
+            left_out_R = np.maximum(left_out_R, worst_R)
+    found_R = np.where(live_RW[:, -1] & (live_RW.shape[1] == k), total_RW[:, -1], -np.inf)
+    return keys_RW, (left_out_R == -np.inf) | (found_R > left_out_R)
 
 
 class _Beam(NamedTuple):
@@ -114,32 +177,38 @@ class _Beam(NamedTuple):
         return _Beam(self.totals[rows], self.prefixes[rows], self.live[rows])
 
 
-def _next_keys(beam: _Beam, scores_RG: Floats, table: Booleans, count: int) -> Integers:
+def _next_keys(beam: _Beam, scores_RG: Floats, table: Booleans, count: int, step: Floats | None) -> Integers:
     """The keys of the `count` best prefixes that are longer by one coordinate, best first.
+
+    `step`, in the form of the table: what else is added for that coordinate. From the second dimension on at most 0.
 
     Tried first with each row's best coordinates alone. That is exact where what was found beats the best prefix with
     the best coordinate that was left out; the other rows are done in full.
     """
     size, few = scores_RG.shape[1], 2 * count
     if beam.totals.shape[1] == 1 or size <= 2 * few:
-        return _extended(beam, scores_RG, np.arange(size)[None], table, count)
+        return _extended(beam, scores_RG, np.arange(size)[None], table, count, step)
     columns = np.argpartition(-scores_RG, few, axis=1)[:, : few + 1]
     scores_RF = np.take_along_axis(scores_RG, columns, axis=1)
-    keys_RW = _extended(beam, scores_RF[:, :few], columns[:, :few], table, count)
+    keys_RW = _extended(beam, scores_RF[:, :few], columns[:, :few], table, count, step)
     beaten_R = np.where(beam.live, beam.totals, -np.float32(np.inf)).max(axis=1) + scores_RF[:, few]
     found_RW, _, live_RW = _read_keys(keys_RW)
     unsure_R = ~(live_RW[:, -1] & (found_RW[:, -1] > beaten_R))
     if unsure_R.any():
         keys_RW[unsure_R] = _extended(
-            beam.of(unsure_R), scores_RG[unsure_R], np.arange(size)[None], table, count
+            beam.of(unsure_R), scores_RG[unsure_R], np.arange(size)[None], table, count, step
         )
     return keys_RW
 
 
-def _extended(beam: _Beam, scores_RC: Floats, columns: Integers, table: Booleans, count: int) -> Integers:
+def _extended(
+    beam: _Beam, scores_RC: Floats, columns: Integers, table: Booleans, count: int, step: Floats | None
+) -> Integers:
     """`columns`, [R, C] or [1, C]: the coordinates by which prefixes are made longer, and their scores."""
     total_RWC = beam.totals[:, :, None] + scores_RC[:, None, :]
     prefix_RWC = beam.prefixes[:, :, None] * table.shape[1] + columns[:, None, :]
+    if step is not None:
+        total_RWC = total_RWC + step.ravel()[prefix_RWC]
     live_RWC = table.ravel()[prefix_RWC] & beam.live[:, :, None]
     return _best_of(total_RWC, prefix_RWC, live_RWC, count)
 

@@ -191,20 +191,26 @@ class Directory:
         return LiveExperts(layer, self.view, avoided, self.view.tables(layer, avoided))
 
     async def search(
-        self, layer: int, scores: Sequence[Floats], k: int, avoided: frozenset[PeerID] = NOBODY
+        self,
+        layer: int,
+        scores: Sequence[Floats],
+        k: int,
+        avoided: frozenset[PeerID] = NOBODY,
+        bias: Floats | None = None,
     ) -> View:
         """Brings the top-k experts of each row into the view, on a grid too large to know whole. Passes over experts
         that only `avoided` peers host.
 
-        `scores` has one float32 [R, G_d] per grid dimension. Reads the prefixes that a beam search comes by, then the
-        experts that it chose: nothing, when all of that is known. Rows that met experts which can't be called go on,
-        each time twice as far. Raises UnreachableError.
+        `scores` has one float32 [R, G_d] per grid dimension; `bias`, of the grid's shape, is added to those of experts.
+        Reads the prefixes that a beam search by the scores alone comes by, then the experts that are best with the
+        bias: nothing, when all of that is known. Rows that met experts which can't be called go on, each time twice as
+        far. Raises UnreachableError.
         """
         index, room = self._index(layer), _MAX_READ
         for round_number in range(_SEARCH_ROUNDS):
             passed_over = self._only_at(avoided, layer)
             await self._read_way(layer, index, scores, default_beam_size(k), passed_over)
-            chosen = select_experts(scores, index.tables(passed_over), k << round_number)
+            chosen = select_experts(scores, index.tables(passed_over), k << round_number, bias=bias)
             unknown = self._experts_at(layer, chosen, self._lacking(layer, chosen, avoided))
             read = self._drawn([uid for uid in unknown if uid not in self.view.replicas], room)
             await self._read_experts(read)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.beam_search import Selection, default_beam_size, select_experts
@@ -40,11 +40,15 @@ def prefix_tables(alive: Booleans) -> list[Booleans]:
     return [np.asarray(alive.any(axis=tuple(range(d + 1, alive.ndim)))) for d in range(alive.ndim)]
 
 
-def brute_force(scores: Sequence[Floats], alive_last: Booleans, k: int) -> Selection:
+def brute_force(
+    scores: Sequence[Floats], alive_last: Booleans, k: int, bias: Floats | None = None
+) -> Selection:
     rows, grid = len(scores[0]), alive_last.shape
     total = np.zeros((rows, 1), np.float32)
     for table in scores:
         total = (total[:, :, None] + table[:, None, :]).reshape(rows, total.shape[1] * table.shape[1])
+    if bias is not None:
+        total = total + bias.reshape(-1)
     total = np.where(alive_last.reshape(-1), total, -np.inf).astype(np.float32)
     slots = min(k, total.shape[1])
     best = np.argsort(-total, axis=1, kind="stable")[:, :slots]
@@ -85,6 +89,37 @@ def test_what_a_large_grid_leaves_out_is_never_among_the_best(seed: int, share: 
 def test_beam_of_k_finds_the_highest_scores_where_every_expert_is_live(case: Case) -> None:
     found = select_experts(case.scores, case.alive, case.k, case.k)
     np.testing.assert_array_equal(found.scores, brute_force(case.scores, case.alive[-1], case.k).scores)
+
+
+@given(cases(max_dims=4), st.integers(1, 5), st.sampled_from([1, 1000]), st.integers(0, 2**32 - 1))
+def test_experts_with_biases_are_chosen_as_brute_force_does_by_any_beam(
+    case: Case, width: int, levels: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    bias = (rng.integers(-levels, levels + 1, case.alive[-1].shape) / 8).astype(np.float32)
+    found = select_experts(case.scores, case.alive, case.k, width, bias)
+    assert_same(found, brute_force(case.scores, case.alive[-1], case.k, bias))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.02, 0.3, 1.0]), st.sampled_from([0.1, 1.0, 4.0]))
+def test_on_a_large_grid_with_biases_the_choice_is_brute_forces(seed: int, share: float, size: float) -> None:
+    rng = np.random.default_rng(seed)
+    grid, k = (int(rng.integers(30, 50)), int(rng.integers(30, 50))), int(rng.integers(1, 5))
+    # multiples of 1/1024: their sums are exact, so that rounding decides nothing
+    scores = [(rng.normal(0, 1024, (8, side)).round() / 1024).astype(np.float32) for side in grid]
+    bias = (rng.normal(0, 1024 * size, grid).round() / 1024).astype(np.float32)
+    alive = prefix_tables(rng.random(grid) < share)
+    found = select_experts(scores, alive, k, bias=bias)
+    assert_same(found, brute_force(scores, alive[-1], k, bias))
+
+
+def test_a_bias_of_zeros_changes_nothing() -> None:
+    rng = np.random.default_rng(5)
+    scores = [rng.standard_normal((64, 16)).astype(np.float32) for _ in range(2)]
+    alive = prefix_tables(rng.random((16, 16)) < 0.7)
+    found = select_experts(scores, alive, 4, bias=np.zeros((16, 16), np.float32))
+    assert_same(found, select_experts(scores, alive, 4))
 
 
 @given(cases(max_dims=2), st.integers(1, 5))
@@ -187,15 +222,17 @@ def test_tables_that_do_not_fit_the_grid_are_refused() -> None:
         select_experts([np.zeros((1, 4), np.float32)], [np.ones(3, np.bool_)], k=1)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("live", [0.1, 1.0])
-def test_a_thousand_rows_are_chosen_in_milliseconds(live: float) -> None:
-    """Takes 2.5 ms here; the bound leaves room for a busy machine."""
+def test_a_thousand_rows_are_chosen_in_milliseconds(live: float, has_bias: bool) -> None:
+    """Takes 2.5 ms here, BIASED with biases; the bound leaves room for a busy machine."""
     rng = np.random.default_rng(3)
     scores = [rng.standard_normal((1024, 32)).astype(np.float32) for _ in range(2)]
     alive = prefix_tables(rng.random((32, 32)) < live)
+    bias = rng.standard_normal((32, 32)).astype(np.float32) if has_bias else None
     times = []
     for _ in range(10):
         began = time.thread_time()
-        select_experts(scores, alive, k=4)
+        select_experts(scores, alive, k=4, bias=bias)
         times.append(time.thread_time() - began)
     assert min(times) < 0.05
