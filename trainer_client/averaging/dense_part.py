@@ -1,6 +1,7 @@
 """The dense part of a model, as trainers give it to each other: its form, its bytes, and how it is merged.
 
-A dense part is the trainer's own parameters, without the optimizer's moments. `SharedParameters` stands between the
+A dense part is the trainer's own parameters, without the optimizer's moments, and the buffers of floats that are saved
+with them: the biases that even out the experts' load. `SharedParameters` stands between the
 thread that trains it and those who average it: they read it at any time, and it changes at the end of a step.
 """
 
@@ -25,6 +26,8 @@ from peer.errors import StateError
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
+MAX_BUFFER = 1e9
+"""Largest number in a buffer. A bias is a few times as large as the gate's scores; this is far from overflow."""
 MAX_AGE = 10**12
 """In steps. Nobody trains for so long: a higher claim counts as this one, so that lies do not add up."""
 _MOST_SCALE = 4.0
@@ -53,15 +56,19 @@ class DenseForm:
     fingerprint: bytes
     """SHA-256 of all of it, 32 bytes."""
     kinds: Mapping[str, tuple[torch.Size, torch.dtype]]
-    """Shape and dtype of each parameter, by name."""
+    """Shape and dtype of each parameter and buffer, by name."""
+    buffers: frozenset[str]
+    """Those that no gradient trains: their size and direction say nothing of where training has led."""
 
     @classmethod
     def of(cls, model: nn.Module, swarm_id: str, *meanings: str) -> Self:
         """`meanings`: what the shapes do not show, such as which token each row of the embedding stands for."""
-        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters()}
+        buffers = shared_buffers(model)
+        tensors = {**dict(model.named_parameters()), **buffers}
+        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         told = sorted((name, list(shape), str(dtype)) for name, (shape, dtype) in kinds.items())
         text = json.dumps([swarm_id, told, meanings])
-        return cls(swarm_id, hashlib.sha256(text.encode()).digest(), kinds)
+        return cls(swarm_id, hashlib.sha256(text.encode()).digest(), kinds, frozenset(buffers))
 
     @property
     def max_bytes(self) -> int:
@@ -80,7 +87,9 @@ class DenseForm:
         return encode_checkpoint(header, dict(tensors))
 
     def from_bytes(self, data: bytes, age: int) -> dict[str, Tensor]:
-        """Raises StateError when they are not a dense part of this form and age, or a number is not finite."""
+        """Raises StateError when they are not a dense part of this form and age, or a number is not finite or, in a
+        buffer, too large.
+        """
 
         def check(header: Header, outline: Outline) -> None:
             said = (header.swarm_id, header.fingerprint, header.age)
@@ -92,7 +101,25 @@ class DenseForm:
         _, tensors = decode_checkpoint(data, Header, check, self.max_outline_bytes)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise StateError("it has numbers that are not finite")
+        require_bounded({name: tensors[name] for name in self.buffers})
         return tensors
+
+    def trained(self, tensors: Tensors) -> Tensors:
+        """The parameters among them."""
+        return {name: tensor for name, tensor in tensors.items() if name not in self.buffers}
+
+
+def shared_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of floats that are saved with a model, by name."""
+    saved = model.state_dict().keys()
+    return {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
+
+
+def require_bounded(buffers: Tensors) -> None:
+    """Raises StateError when one has a number that is not finite or beyond ±`MAX_BUFFER`."""
+    for name, tensor in buffers.items():
+        if not (tensor.abs() <= MAX_BUFFER).all():  # NaN neither
+            raise StateError(f"its {name:.80} has numbers that are not finite or beyond ±{MAX_BUFFER:.0e}")
 
 
 def require_near(mine: Tensors, theirs: Tensors) -> float:
@@ -159,7 +186,7 @@ class _Waiting:
 
 
 class SharedParameters:
-    """A model's parameters, shared between the training thread and others.
+    """A model's parameters and saved buffers, shared between the training thread and others.
 
     One thread takes optimizer steps inside `stepping`. Others read the parameters and hand in what is to be merged;
     that happens at the end of the next step, so no step waits and no forward pass sees a change.
@@ -172,7 +199,7 @@ class SharedParameters:
         """Taken by this trainer."""
         self._age = age
         self._subscribers: tuple[Callable[[], None], ...] = ()
-        self._parameters = dict(model.named_parameters())
+        self._tensors = {**dict(model.named_parameters()), **shared_buffers(model)}
         self._changing = threading.Lock()
         self._waiting: deque[_Waiting] = deque()
         self._merges: deque[DenseMerge] = deque(maxlen=_MERGES_REMEMBERED)
@@ -206,7 +233,7 @@ class SharedParameters:
     def read(self) -> DensePart:
         """May be called on any thread."""
         with self._changing:
-            tensors = {name: p.detach().cpu().contiguous().clone() for name, p in self._parameters.items()}
+            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self._tensors.items()}
             return DensePart(tensors, self._age)
 
     def merge(
@@ -224,8 +251,8 @@ class SharedParameters:
     def replace(self, tensors: Tensors, age: int) -> None:
         """Takes over saved parameters, or another trainer's to begin with. Not while a step is under way."""
         with self._changing:
-            for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[name])
+            for name, tensor in self._tensors.items():
+                tensor.copy_(tensors[name])
             self._age = min(age, MAX_AGE)
 
     def take_merges(self) -> list[DenseMerge]:
@@ -240,9 +267,9 @@ class SharedParameters:
         if not waiting.done.set_running_or_notify_cancel():
             return
         base = waiting.base
-        for name, parameter in self._parameters.items():
-            current, then = parameter.cpu(), base.tensors[name]
-            parameter.copy_(interpolate(current, then, waiting.theirs[name], waiting.share))
+        for name, tensor in self._tensors.items():
+            current, then = tensor.cpu(), base.tensors[name]
+            tensor.copy_(interpolate(current, then, waiting.theirs[name], waiting.share))
         self._age = min(max(base.age, waiting.their_age) + self._age - base.age, MAX_AGE)
         merge = DenseMerge(waiting.peer, waiting.share, self._age, waiting.difference)
         self._merges.append(merge)

@@ -213,7 +213,7 @@ class DenseExchange:
         header, data = incoming.whole()
         with self._guard.guarding("dense", peer_id, StateError):
             tensors = self.form.from_bytes(data, header.update_count)
-            difference = require_near(mine.tensors, tensors)
+            difference = require_near(self.form.trained(mine.tensors), self.form.trained(tensors))
         return PeerDensePart(tensors, min(header.update_count, MAX_AGE), difference)
 
 
