@@ -37,6 +37,7 @@ from peer.kademlia.hivemind import quiet_hivemind
 from peer.layers import seeded, step_size
 from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.dispatch.batches import ExpertCaller
+from trainer_client.moe import rebalance
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.in_flight import InFlight
 
@@ -182,6 +183,7 @@ def _apply(optimizer: torch.optim.Optimizer, rate: float, model: nn.Module, comp
     for own, other in zip(model.parameters(), computed.parameters(), strict=True):
         own.grad = other.grad
     optimizer.step()
+    rebalance(model, computed)
 
 
 @torch.no_grad()

@@ -160,7 +160,8 @@ class Run:
         scores = [table.numpy() for table in mixture.gate(x_BTD.flatten(0, 1))]
         alive = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
         router = ROUTERS[self.configuration.trainer_settings(self.size).router]
-        found = router.choose(scores, alive, self.configuration.top_k, None)
+        bias = None if mixture.balance is None else mixture.balance.table()
+        found = router.choose(scores, alive, self.configuration.top_k, None, bias)
         experts: Integers = np.ravel_multi_index(tuple(np.moveaxis(found.coordinates, -1, 0)), grid)
         return experts
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer_client import SwarmClient
+from trainer_client import SwarmClient, rebalance
 
 SYMBOLS = 16
 
@@ -89,6 +89,7 @@ def main() -> None:
             optimizer.zero_grad()
             torch.autograd.backward(loss)  # the experts take their own steps
             optimizer.step()
+            rebalance(model)  # so that all experts get about as many rows
             if step % 10 == 0 or step == options.steps - 1:
                 print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
 

@@ -7,13 +7,17 @@ with SwarmClient.join(invite) as swarm:
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["RemoteMixtureOfExperts", "SwarmClient"]
+__all__ = ["RemoteMixtureOfExperts", "SwarmClient", "rebalance"]
 
 if TYPE_CHECKING:
     from trainer_client.client import SwarmClient
-    from trainer_client.moe import RemoteMixtureOfExperts
+    from trainer_client.moe import RemoteMixtureOfExperts, rebalance
 else:
-    _HOMES = {"SwarmClient": "trainer_client.client", "RemoteMixtureOfExperts": "trainer_client.moe"}
+    _HOMES = {
+        "SwarmClient": "trainer_client.client",
+        "RemoteMixtureOfExperts": "trainer_client.moe",
+        "rebalance": "trainer_client.moe",
+    }
 
     def __getattr__(name: str) -> object:
         """Imports torch and hivemind, which takes seconds, only when they are needed."""

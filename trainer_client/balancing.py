@@ -1,24 +1,39 @@
-"""How evenly a router uses the live experts: the loss that evens it out, the figures that show it, and the assignment
-that enforces it.
+"""How evenly a router uses the live experts: the loss and the bias that even it out, the figures that show it, and the
+assignment that enforces it.
+
+`LoadBias` balances without a gradient (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", arXiv 2408.15664): a
+number for each expert is added to its score when experts are chosen, and counts in no weight. After each optimizer step
+it falls for experts that got more rows than the mean, and rises for the others.
 
 `balanced_assignment` gives each row one expert and each expert as many rows, with the highest total of scores. That is
 a linear assignment problem (BASE layers, Lewis et al. 2021, arXiv 2103.16716, section 3.1).
 
 Shapes: R rows, G_d size of grid dimension d, K experts for each row, E live experts, N rows that prices
-leave undecided.
+leave undecided, S entries of a bias.
 """
 
+import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 
 from dht.beam_search import Selection
 from dht.directory import PrefixTables
 from peer.codec import Floats, Integers
+
+_MAX_ENTRIES = 4096
+_LARGE_PRIME = 4093
+_LOAD_STEPS = 10
+"""Optimizer steps over which a load is averaged."""
+_RATE = 0.05
+"""How far a bias moves in a step at most, in standard deviations of the logits."""
+_MOST_BIAS = 4.0
+"""In standard deviations of the logits."""
 
 _LIMIT = np.float32(1e15)  # its square is far from overflow
 _SOLVED_WHOLE = 256  # rows
@@ -81,6 +96,95 @@ def balancing_loss(scores: Sequence[Tensor], selection: Selection, alive: Prefix
         probability_G = scores_RG.index_select(1, index).softmax(dim=1).mean(dim=0)
         losses.append((ratio_G * probability_G).sum())
     return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class Load:
+    """The rows that experts got, by the entries of a `LoadBias`."""
+
+    rows: Floats  # [S]
+    live: Floats  # [S], live experts
+    spread: float
+    """Standard deviation of the logits of a row's live experts, the mean over rows."""
+
+    def __add__(self, other: "Load") -> "Load":
+        rows, others = float(self.rows.sum()), float(other.rows.sum())
+        spread = (rows * self.spread + others * other.spread) / max(1.0, rows + others)
+        return Load(self.rows + other.rows, np.maximum(self.live, other.live), spread)
+
+
+class LoadSum:
+    """The load of a step's forward passes, on whatever threads these run."""
+
+    def __init__(self) -> None:
+        self._load: Load | None = None
+        self._lock = threading.Lock()
+
+    def add(self, load: Load) -> None:
+        with self._lock:
+            self._load = load if self._load is None else self._load + load
+
+    def take(self) -> Load | None:
+        """What was added since the last call; None for nothing."""
+        with self._lock:
+            load, self._load = self._load, None
+            return load
+
+
+class LoadBias(nn.Module):
+    """What is added to the score of each expert of a layer when experts are chosen, so that all get as many rows.
+
+    Its state is two buffers of up to 4,096 entries, saved and averaged with the dense part. Where a layer has more
+    experts, several share an entry.
+    """
+
+    def __init__(self, grid: tuple[int, ...]) -> None:
+        super().__init__()
+        count = math.prod(grid)
+        size = count if count <= _MAX_ENTRIES else _LARGE_PRIME
+        self._entries = np.arange(count, dtype=np.int64).reshape(grid) % size
+        self.bias: Tensor
+        self.load: Tensor
+        self.register_buffer("bias", torch.zeros(size))
+        self.register_buffer("load", torch.ones(size))  # relative to the mean, averaged over steps
+
+    def table(self) -> Floats:
+        """The bias of each expert as it is now. float32, of the grid's shape"""
+        bias: Floats = self.bias.float().cpu().numpy()[self._entries]
+        return bias
+
+    def measure(self, scores: Sequence[Tensor], selection: Selection, alive: PrefixTables) -> Load:
+        """What a forward pass says of the load. `scores`: one [R, G_d] per grid dimension."""
+        size = len(self.bias)
+        chosen = tuple(selection.coordinates[selection.valid].T)
+        rows_S = np.bincount(self._entries[chosen], minlength=size)
+        live_S = np.bincount(self._entries[alive[-1]], minlength=size)
+        variance = 0.0
+        for d, scores_RG in enumerate(scores):
+            others = tuple(axis for axis in range(alive[-1].ndim) if axis != d)
+            under_G = torch.from_numpy(alive[-1].any(axis=others)).to(scores_RG.device)
+            variance += float(scores_RG.detach()[:, under_G].var(dim=1, correction=0).mean())
+        return Load(rows_S.astype(np.float32), live_S.astype(np.float32), math.sqrt(variance))
+
+    @torch.no_grad()
+    def correct(self, load: Load) -> None:
+        """Moves each live entry against the logarithm of its load, by at most `_RATE` times the logits' spread.
+
+        Those of experts that are not live stay as they are. Nothing changes where nobody got a row, or the scores are
+        not finite.
+        """
+        live_S, unit = load.live > 0, load.spread
+        if not load.rows.any() or not 0 < unit < math.inf:
+            return
+        count_S = load.live[live_S]
+        even_S = count_S * (load.rows.sum() / count_S.sum())
+        bias_S, load_S = (buffer.double().cpu().numpy() for buffer in (self.bias, self.load))
+        load_S[live_S] += (load.rows[live_S] / even_S - load_S[live_S]) / _LOAD_STEPS
+        bias_S[live_S] -= _RATE * unit * np.log(np.clip(load_S[live_S], 1 / math.e, math.e))
+        bias_S[live_S] -= np.average(bias_S[live_S], weights=count_S)
+        bias_S[live_S] = np.clip(bias_S[live_S], -_MOST_BIAS * unit, _MOST_BIAS * unit)
+        self.bias.copy_(torch.from_numpy(bias_S))
+        self.load.copy_(torch.from_numpy(load_S))
 
 
 def balanced_assignment(scores_RE: Floats) -> Integers:

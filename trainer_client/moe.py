@@ -27,7 +27,7 @@ from dht.manifest import Manifest
 from peer.codec import Floats
 from peer.errors import SettingsError
 from peer.layers import make_norm
-from trainer_client.balancing import LoadSpread, balancing_loss, load_spread
+from trainer_client.balancing import LoadBias, LoadSpread, LoadSum, balancing_loss, load_spread
 from trainer_client.dispatch.batches import ForwardPass, RoutedRows
 from trainer_client.routers import Gate, Routing, noisy_scores
 
@@ -40,8 +40,12 @@ RunOnLoop = Callable[[Coroutine[Any, Any, T]], T]
 class Experts(Protocol):
     """All experts of a swarm, as a mixture sees them."""
 
-    async def find(self, layer: int, scores: Sequence[Floats], k: int) -> LiveExperts:
-        """The experts of a layer that can be called now, among them the best k of each row by its `scores`."""
+    async def find(
+        self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
+    ) -> LiveExperts:
+        """The experts of a layer that can be called now, among them the best k of each row by its `scores` and the
+        experts' `bias`, of the grid's shape.
+        """
         ...
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
@@ -94,6 +98,8 @@ class RemoteMixtureOfExperts(nn.Module):
         self.gate = Gate(self.hidden, manifest.experts.grid, scale=scale, has_noise=self._router.has_noise)
         # after the gate, so that it starts as it does without them
         self.projections = Projections(manifest) if manifest.width < self.hidden else None
+        self.balance = LoadBias(manifest.experts.grid) if routing.has_bias else None
+        self._loads = LoadSum()
         self._experts = experts
         self._run = run
         self._gradient_scale = gradient_scale
@@ -109,6 +115,15 @@ class RemoteMixtureOfExperts(nn.Module):
     def begin_step(self, number: int) -> None:
         """Noise, chance and dropout are those of this training step from now on: a resumed run draws the same."""
         self._rng = np.random.default_rng((self._routing.seed, self.layer, number))
+        self._loads.take()  # of a step that was skipped
+
+    def rebalance(self, computed: "RemoteMixtureOfExperts") -> None:
+        """Corrects the bias of each expert by the rows that it got from `computed`, this mixture or a copy, since the
+        last time.
+        """
+        load = computed._loads.take()
+        if self.balance is not None and load is not None:
+            self.balance.correct(load)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], of the same dtype and on the same device.
@@ -130,15 +145,16 @@ class RemoteMixtureOfExperts(nn.Module):
         x_RD = x_BTD.flatten(0, 1).float()
         h_RD = x_RD if self.projections is None else self.projections.normed(x_RD)
         scores = self._score(h_RD.view(x_BTD.shape), rng)
-        live: LiveExperts = self._run(self._experts.find(self.layer, _arrays(scores), self.k))
-        selection = self._router.choose(_arrays(scores), live.tables, self.k, rng)
+        bias = None if self.balance is None else self.balance.table()
+        live: LiveExperts = self._run(self._experts.find(self.layer, _arrays(scores), self.k, bias))
+        selection = self._router.choose(_arrays(scores), live.tables, self.k, rng, bias)
         if self.training:
             self._note_routing(scores, selection, live.tables)
         if self._routing.choose_by == "sequence":
             scores, selection = _for_each_row(scores, selection, length)
         z_RW = h_RD if self.projections is None else self.projections.narrowed(h_RD)
         inputs = z_RW.detach().cpu().numpy()
-        rows = RoutedRows(self.layer, inputs, _arrays(scores), self.k, length, torch.is_grad_enabled())
+        rows = RoutedRows(self.layer, inputs, _arrays(scores), self.k, length, torch.is_grad_enabled(), bias)
         updates_RKW, answered_RK, coordinates = _SendToExperts.apply(  # type: ignore[no-untyped-call]  # torch's lacks types
             z_RW, self.gate.linear.weight, self, rows, selection, live
         )
@@ -162,7 +178,9 @@ class RemoteMixtureOfExperts(nn.Module):
 
     def _note_routing(self, scores: Sequence[Tensor], selection: Selection, alive: PrefixTables) -> None:
         loss = None
-        if self._router.has_balancing_loss:
+        if self.balance is not None and selection.valid.any():
+            self._loads.add(self.balance.measure(scores, selection, alive))
+        if self._routing.has_balancing_loss:
             loss = self._routing.balance_weight * balancing_loss(scores, selection, alive)
         self._last.routed = Routed(loss, load_spread(selection, alive))
 
@@ -215,6 +233,16 @@ class Projections(nn.Module):
     def _through(self, module: nn.Module, rows: Tensor) -> Tensor:
         output: Tensor = module(rows.to(self.down.weight.dtype))
         return output.float()
+
+
+def rebalance(model: nn.Module, computed: nn.Module | None = None) -> None:
+    """Corrects the biases of all mixtures in a model. Call it after each optimizer step, on its thread.
+
+    `computed`: the copy of the model in which the step was computed; None: the model itself.
+    """
+    for own, other in zip(model.modules(), (computed or model).modules(), strict=True):
+        if isinstance(own, RemoteMixtureOfExperts) and isinstance(other, RemoteMixtureOfExperts):
+            own.rebalance(other)
 
 
 def _arrays(scores: Sequence[Tensor]) -> list[Floats]:

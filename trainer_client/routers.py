@@ -1,10 +1,10 @@
 """The gate, which scores grid coordinates, and the routers, which turn its scores into chosen experts and weights.
 
 Routers are pure functions over live experts. A router chooses by the same scores that weigh its choice, so where it
-adds noise it adds it before both. All but `base` leave the choice to the beam search over live prefixes, which needs no
-list of the experts. `switch` needs the softmax over all live experts, and `log_total` has that without a list too: the
-exponential of a sum of scores is a product. `base` weighs every row against every expert, so it needs the list, and at
-most `MOST_BALANCED` experts in a layer.
+adds noise it adds it before both. A bias that evens the load out counts in the choice alone. All but `base` leave the
+choice to the beam search over live prefixes, which needs no list of the experts. `switch` needs the softmax over all
+live experts, and `log_total` has that without a list too: the exponential of a sum of scores is a product. `base`
+weighs every row against every expert, so it needs the list, and at most `MOST_BALANCED` experts in a layer.
 
 `rng` is None in evaluation. Then nothing is random, and each row's choice follows from its own scores.
 
@@ -28,13 +28,15 @@ from dht.manifest import Manifest
 from peer.codec import Floats
 from peer.errors import SettingsError
 from trainer_client.balancing import balanced_assignment
-from trainer_client.settings import RouterName, TrainerSettings
+from trainer_client.settings import Balance, RouterName, TrainerSettings
 
 MOST_BALANCED = 256
 """Experts in a layer that `base` can balance."""
 
-Choose = Callable[[Sequence[Floats], PrefixTables, int, np.random.Generator | None], Selection]
-"""(one [R, G_d] of scores per grid dimension, prefix tables, k, rng) -> k experts for each row, best first"""
+Choose = Callable[[Sequence[Floats], PrefixTables, int, np.random.Generator | None, Floats | None], Selection]
+"""(one [R, G_d] of scores per grid dimension, prefix tables, k, rng, bias of the grid's shape or None) -> k experts for
+each row, best first
+"""
 
 Weigh = Callable[[Sequence[Tensor], PrefixTables, Tensor, Tensor], Tensor]
 """(scores, prefix tables, logits [R, K], which experts answered [R, K]) -> weights [R, K]; 0 where none answered"""
@@ -100,36 +102,51 @@ def mixture_weights(logits_RK: Tensor, answered_RK: Tensor) -> Tensor:
 
 
 def best(
-    scores: Sequence[Floats], alive: PrefixTables, k: int, rng: np.random.Generator | None = None
+    scores: Sequence[Floats],
+    alive: PrefixTables,
+    k: int,
+    rng: np.random.Generator | None = None,
+    bias: Floats | None = None,
 ) -> Selection:
-    """The k live experts with the highest scores."""
-    return select_experts(scores, alive, k, default_beam_size(k))
+    """The k live experts with the highest scores, the bias included."""
+    return select_experts(scores, alive, k, default_beam_size(k), bias)
 
 
 def best_others_by_chance(
-    scores: Sequence[Floats], alive: PrefixTables, k: int, rng: np.random.Generator | None = None
+    scores: Sequence[Floats],
+    alive: PrefixTables,
+    k: int,
+    rng: np.random.Generator | None = None,
+    bias: Floats | None = None,
 ) -> Selection:
     """The best expert, and each of the k - 1 next with probability min(1, k g), g its weight among the k.
 
     GShard (arXiv 2006.16668), algorithm 1, "random routing", there with k = 2. In evaluation all k.
     """
-    selection = best(scores, alive, k)
+    selection = best(scores, alive, k, bias=bias)
     if rng is None:
         return selection
     chance_RK = rng.random(selection.valid.shape, dtype=np.float32)
-    logits_RK, valid_RK = torch.from_numpy(selection.scores), torch.from_numpy(selection.valid)
+    logits_RK = Gate.logits(tuple(map(torch.from_numpy, scores)), torch.from_numpy(selection.coordinates))
+    valid_RK = torch.from_numpy(selection.valid)
     kept_RK = chance_RK < k * mixture_weights(logits_RK, valid_RK).numpy()
     kept_RK[:, 0] = True
     return replace(selection, valid=selection.valid & kept_RK)
 
 
 def balanced(
-    scores: Sequence[Floats], alive: PrefixTables, k: int, rng: np.random.Generator | None = None
+    scores: Sequence[Floats],
+    alive: PrefixTables,
+    k: int,
+    rng: np.random.Generator | None = None,
+    bias: Floats | None = None,
 ) -> Selection:
     """In training one expert for each row and R / E rows for each live expert (BASE, arXiv 2103.16716, section 3.1).
 
-    There a row's expert depends on all rows. In evaluation it is the row's best, so that no row sees another.
+    There a row's expert depends on all rows. In evaluation it is the row's best, so that no row sees another. It takes
+    no bias: no expert gets more rows than another.
     """
+    assert bias is None, "base balances without a bias"
     live = np.argwhere(alive[-1])
     if rng is None or not len(live):
         return best(scores, alive, k)
@@ -209,7 +226,8 @@ class Router:
     only_k: bool = False
     """No other k is possible."""
     has_noise: bool = False
-    has_balancing_loss: bool = False
+    balance: Balance = "loss"
+    """What evens out the load unless the settings say otherwise."""
     starts_small: bool = False
     """Its gate starts with smaller parameters."""
     drops_updates: bool = False
@@ -218,18 +236,18 @@ class Router:
 
 ROUTERS: dict[RouterName, Router] = {
     # the paper, section 3.1
-    "product-key": Router(),
+    "product-key": Router(balance="bias"),
     # Shazeer et al. 2017 with GShard's choice of the second
-    "noisy-top-k": Router(best_others_by_chance, k=2, has_noise=True, has_balancing_loss=True),
+    "noisy-top-k": Router(best_others_by_chance, k=2, has_noise=True),
     # Fedus et al. 2021
     "switch": Router(
         weigh=probability_among_live, k=1, only_k=True,
-        has_balancing_loss=True, starts_small=True, drops_updates=True,
+        starts_small=True, drops_updates=True,
     ),
     # Lewis et al. 2021
-    "base": Router(balanced, sigmoid_of_logit, k=1, only_k=True),
+    "base": Router(balanced, sigmoid_of_logit, k=1, only_k=True, balance="none"),
     # Du et al. 2021 (arXiv 2112.06905)
-    "glam": Router(k=2, has_balancing_loss=True),
+    "glam": Router(k=2),
 }  # fmt: skip
 
 
@@ -249,6 +267,8 @@ class Routing:
     """0: the mean of all tokens says so, which is not for causal models. With a prefix a model is causal from the
     prediction of the token after it on: tokens of the prefix may not be predicted in the loss.
     """
+    balance: Balance | None = None
+    """What evens out the load; None: as the router does."""
     balance_weight: float = 0.01
     """Of the balancing loss in the loss."""
     expert_dropout: float = 0.1
@@ -260,13 +280,18 @@ class Routing:
     def of(cls, settings: TrainerSettings, manifest: Manifest, own_seed: int) -> Self:
         """As a trainer's settings and the manifest say. `own_seed` is taken where the settings have none.
 
-        Raises SettingsError when the router does not fit the swarm.
+        Raises SettingsError when the router does not fit the swarm or the other settings.
         """
+        if settings.router == "base" and settings.balance not in (None, "none"):
+            raise SettingsError(
+                f"balance: base gives each expert as many rows by itself: leave {settings.balance} out"
+            )
         return cls(
             settings.router,
             experts_for_each_row(settings.router, settings.top_k, manifest),
             "sequence" if manifest.routing.prefix else "token",
             manifest.routing.prefix,
+            settings.balance,
             settings.balance_weight,
             settings.expert_dropout,
             settings.gate_scale,
@@ -276,6 +301,15 @@ class Routing:
     @property
     def router(self) -> Router:
         return ROUTERS[self.name]
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a bias of each expert evens out the load."""
+        return (self.balance or self.router.balance) in ("bias", "both")
+
+    @property
+    def has_balancing_loss(self) -> bool:
+        return (self.balance or self.router.balance) in ("loss", "both")
 
 
 def experts_for_each_row(name: RouterName, asked: int | None, manifest: Manifest) -> int:

@@ -20,6 +20,7 @@ from peer.transport.endpoints import HostName
 
 PresetName = Literal["transformer", "ffn"]
 RouterName = Literal["product-key", "noisy-top-k", "switch", "base", "glam"]
+Balance = Literal["bias", "loss", "both", "none"]
 Precision = Literal["fp32", "bf16"]
 
 _ONE_EXPERT: dict[str, Any] = {
@@ -130,12 +131,13 @@ class TrainerSettings(RoleSettings):
         le=64,
         description="experts for each token, at most the manifest's top_k; unset: as many as the router needs",
     )
+    balance: Balance | None = Field(
+        default=None,
+        description="what spreads tokens evenly over experts: bias, added to scores when experts are chosen; loss, in "
+        "the model's; both or none; unset: bias for product-key, none for base, else loss",
+    )
     balance_weight: float = Field(
-        default=0.01,
-        ge=0,
-        le=100,
-        allow_inf_nan=False,
-        description="weight of the balancing loss, for noisy-top-k, switch and glam",
+        default=0.01, ge=0, le=100, allow_inf_nan=False, description="weight of the balancing loss"
     )
     expert_dropout: float = Field(
         default=0.1, ge=0, lt=1, description="dropout of the experts' updates in training, for switch"

@@ -101,7 +101,9 @@ class LocalExperts:
     def live_experts(self) -> int:
         return len(self.experts)
 
-    async def find(self, layer: int, scores: Sequence[Floats], k: int) -> LiveExperts:
+    async def find(
+        self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
+    ) -> LiveExperts:
         """All of them: they are all here."""
         return LiveExperts(layer, self._view, NOBODY, self._tables)
 

@@ -122,9 +122,9 @@ def reference(
     scores = scores_of(gate, read_RD, rng)
     arrays = [table.detach().numpy() for table in scores]
     choose = ROUTERS[name].choose
-    selection = choose(arrays, swarm.directory().view.tables(0), mixture.k, rng)
+    selection = choose(arrays, swarm.directory().view.tables(0), mixture.k, rng, None)
     others = swarm.directory(uid for uid in swarm.manifest.uids() if uid not in missing)
-    again = choose(arrays, others.view.tables(0), mixture.k, None)
+    again = choose(arrays, others.view.tables(0), mixture.k, None, None)
     first = [_uids(selection, row) for row in range(len(x_RD))]
     answering = experts_of(name, selection, missing, again)
     outputs = outputs_of(swarm, sent_RW, length, answering, first)

@@ -269,10 +269,11 @@ def test_bfloat16_goes_in_and_comes_out() -> None:
     torch.testing.assert_close(y_BTD.float(), expected_BTD, rtol=0.02, atol=0.02)
 
 
-def test_the_state_holds_only_the_gate() -> None:
+def test_the_state_holds_only_the_gate_and_the_biases() -> None:
     swarm = FakeSwarm(make_manifest((2, 3)))
     with mixtures(swarm, k=2) as make_mixture:
-        assert sorted(make_mixture(0).state_dict()) == ["gate.linear.bias", "gate.linear.weight"]
+        state = sorted(make_mixture(0).state_dict())
+        assert state == ["balance.bias", "balance.load", "gate.linear.bias", "gate.linear.weight"]
 
 
 def test_it_works_from_this_thread_with_the_loop_on_its_own(loop: LoopThread) -> None:

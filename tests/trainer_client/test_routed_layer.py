@@ -186,8 +186,10 @@ def test_gate_and_weights_compute_in_float32_in_a_bfloat16_model(name: RouterNam
 
 
 @every_router
-def test_the_state_is_the_gates(name: RouterName) -> None:
+def test_the_state_is_the_gates_and_the_biases(name: RouterName) -> None:
     expected = ["gate.linear.bias", "gate.linear.weight"]
+    if name == "product-key":
+        expected = ["balance.bias", "balance.load", *expected]
     if name == "noisy-top-k":
         expected.append("gate.noise.weight")
     with mixtures(FakeSwarm(make_manifest((2, 3))), name) as make_mixture:

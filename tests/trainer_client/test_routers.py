@@ -78,7 +78,7 @@ def worked(gate: list[list[float]], k: int, router: RouterName) -> list[list[flo
     """The weights of all experts, where the gate's softmax is `gate`."""
     scores = [torch.tensor(gate).log()]
     alive = all_live(len(gate[0]))
-    selection = ROUTERS[router].choose(arrays(scores), alive, k, None)
+    selection = ROUTERS[router].choose(arrays(scores), alive, k, None, None)
     logits = Gate.logits(tuple(scores), torch.from_numpy(selection.coordinates))
     weights = ROUTERS[router].weigh(scores, alive, logits, torch.from_numpy(selection.valid))
     full = torch.zeros(len(gate), len(gate[0]))
@@ -179,7 +179,7 @@ def test_where_no_expert_is_live_none_is_chosen(name: RouterName, rng: np.random
     scores = random_scores(4, (2, 3))
     nobody = prefix_tables(np.zeros((2, 3), np.bool_))
     router = ROUTERS[name]
-    selection = router.choose(arrays(scores), nobody, 2 if router.k != 1 else 1, rng)
+    selection = router.choose(arrays(scores), nobody, 2 if router.k != 1 else 1, rng, None)
     assert not selection.valid.any()
     logits = Gate.logits(tuple(scores), torch.from_numpy(selection.coordinates)).requires_grad_()
     weights = router.weigh(scores, nobody, logits, torch.from_numpy(selection.valid))

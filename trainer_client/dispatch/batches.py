@@ -36,6 +36,7 @@ class RoutedRows:
     k: int
     sequence_length: int  # row r is position r % sequence_length of sequence r // sequence_length
     keep: bool  # a backward pass is meant to follow
+    bias: Floats | None = None  # of the grid's shape, added to the scores of experts when rows choose again
 
     @property
     def grid(self) -> tuple[int, ...]:

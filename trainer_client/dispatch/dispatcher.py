@@ -92,19 +92,22 @@ class Dispatcher:
         await self._checks.close()
         await self._calls.close()
 
-    async def find(self, layer: int, scores: Sequence[Floats], k: int) -> LiveExperts:
+    async def find(
+        self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
+    ) -> LiveExperts:
         """A layer's experts that can be called now. On a grid too large to know whole, those among them that a search
-        for each row's best k by `scores`, one [R, G_d] per grid dimension, brings in.
+        for each row's best k by `scores`, one [R, G_d] per grid dimension, and the experts' `bias` brings in.
         """
         if not self._directory.knows_all:
             with contextlib.suppress(UnreachableError):  # what is known must do
-                await self._directory.search(layer, scores, k, self._calls.avoided())
+                await self._directory.search(layer, scores, k, self._calls.avoided(), bias)
         return self._directory.live(layer, self._calls.avoided())
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
         """Sends each row to the experts selected for it among those that were `live`, and returns when enough answered.
 
-        A row that gets too few answers is sent to its next best by `rows.scores`. Never raises for experts that fail.
+        A row that gets too few answers is sent to its next best by `rows.scores` and `rows.bias`. Never raises for
+        experts that fail.
         """
         context = live.view.manifest.model.context
         assert rows.sequence_length <= context, (

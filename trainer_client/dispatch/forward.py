@@ -163,7 +163,7 @@ class ForwardRun:
 
     def _best(self, rows: Integers, tables: PrefixTables) -> Selection:
         scores = [table[rows] for table in self._rows.scores]
-        return select_experts(scores, tables, self._rows.k, default_beam_size(self._rows.k))
+        return select_experts(scores, tables, self._rows.k, default_beam_size(self._rows.k), self._rows.bias)
 
     def _without_failed(self, tables: PrefixTables) -> PrefixTables:
         if not self._failed:

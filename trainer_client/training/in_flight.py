@@ -144,7 +144,7 @@ class InFlight(Generic[M, R]):
     def begin(self, work: Callable[[M], R]) -> None:
         """Starts `work` on a copy of the current shared model."""
         copy = self._free.pop() if self._free else self._make_copy()
-        _copy_parameters(self._shared, copy)
+        _copy_tensors(self._shared, copy)
         alone = not self._begun
         for other in self._begun.values():
             other.alone = False
@@ -172,5 +172,5 @@ class InFlight(Generic[M, R]):
 
 
 @torch.no_grad()
-def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    torch._foreach_copy_(list(target.parameters()), list(source.parameters()))
+def _copy_tensors(source: nn.Module, target: nn.Module) -> None:
+    torch._foreach_copy_([*target.parameters(), *target.buffers()], [*source.parameters(), *source.buffers()])

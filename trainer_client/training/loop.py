@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from peer.errors import StateError
 from peer.layers import step_size
-from trainer_client.averaging.dense_part import SharedParameters
+from trainer_client.averaging.dense_part import SharedParameters, require_bounded, shared_buffers
 from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
+from trainer_client.moe import rebalance
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.in_flight import MAX_IN_FLIGHT, InFlight, InFlightController, staleness_limit
 from trainer_client.training.record import History, Progress, Summary, TrainingRecord
@@ -50,7 +51,7 @@ class Training:
             torch.set_num_threads(settings.threads)
         self.history = History()
         self.part = SharedParameters(model)
-        """The model's parameters, to be averaged with other trainers'."""
+        """The model's parameters and biases, to be averaged with other trainers'."""
         self._model = model
         self._dataset = dataset
         self._settings = settings
@@ -119,11 +120,12 @@ class Training:
         history = _take_history(tensors)
         model, moments = _split(tensors, self._parameters)
         _check(model, self._model.state_dict())
+        require_bounded({name: model[name] for name in shared_buffers(self._model)})
         for name, state in moments.items():
             parameter = self._parameters[name]
             _check(state, {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter})
         self._model.load_state_dict(model)
-        self.part.replace({name: model[name] for name in self._parameters}, age)
+        self.part.replace(model, age)
         for name, state in moments.items():
             self._optimizer.state[self._parameters[name]] = {
                 key: moment.clone() for key, moment in state.items()
@@ -187,6 +189,7 @@ class Training:
         self._is_whole = False  # until the step is recorded
         with self.part.stepping():
             self._optimizer.step()
+            rebalance(self._model, computed)
         return loss
 
     def _add_gradients(self, model: LanguageModel, tokens: Tensor) -> float:

@@ -35,8 +35,8 @@ def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> str:
     return "\n".join(record.getMessage() for record in caplog.records if record.levelno >= level)
 
 
-# one draws noise and chance, the other dropout
-@pytest.mark.parametrize(("name", "accumulate"), [("noisy-top-k", 2), ("switch", 1)])
+# one draws noise and chance, one dropout, and one has biases
+@pytest.mark.parametrize(("name", "accumulate"), [("noisy-top-k", 2), ("switch", 1), ("product-key", 2)])
 def test_five_steps_and_five_resumed_are_ten_straight(
     tmp_path: Path, name: RouterName, accumulate: int
 ) -> None:
