@@ -125,6 +125,9 @@ def model_flops(manifest: Manifest, *, has_experts: bool = True) -> dict[str, fl
         parts["gates"] = model.layers * 2.0 * model.hidden * sum(experts.grid)
         if manifest.width < model.hidden:
             parts["projections"] = model.layers * 2.0 * 2 * model.hidden * manifest.width
+        if model.shared_feed_forward:
+            shared = model.model_copy(update={"feed_forward": model.shared_feed_forward})
+            parts["shared experts"] = model.layers * feed_forward_flops(shared)
     return parts | {"head": 2.0 * model.hidden * 256}
 
 

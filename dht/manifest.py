@@ -39,6 +39,12 @@ class ModelSpec(_Part):
         "feed-forward block, as in the Switch Transformer (local_layers 0) and GLaM (1)",
     )
     feed_forward: int = Field(default=512, ge=8, le=65536, description="inner size of feed-forward blocks")
+    shared_feed_forward: int = Field(
+        default=0,
+        ge=0,
+        le=65536,
+        description="inner size of a feed-forward block that the trainer adds to each mixture for every token; 0: none",
+    )
     norm: Norm = Field(default="layer", description="LayerNorm or RMSNorm, in every layer")
     activation: Activation = Field(
         default="gelu",

@@ -5,7 +5,8 @@ answers its update f_k(x) - x, so that the sum over those that answered is right
 nothing for a row that nobody answered. The router says which experts a row is sent to, and what their answers weigh.
 
 Experts may be narrower than the model (LatentMoE, arXiv 2601.18089): then rows are projected to their width before they
-travel, and the sum of updates is projected back.
+travel, and the sum of updates is projected back. A shared expert at the trainer, which every token passes, may stand
+beside them (DeepSeekMoE, arXiv 2401.06066).
 
 Shapes: B sequences, T positions, R = B * T rows, U routed rows (each token, or each sequence as a whole), K experts for
 each row, D hidden size, W width of the experts, G_d size of grid dimension d.
@@ -23,10 +24,10 @@ from torch.autograd.function import once_differentiable
 
 from dht.beam_search import Selection
 from dht.directory import LiveExperts, PrefixTables
-from dht.manifest import Manifest
+from dht.manifest import Manifest, ModelSpec
 from peer.codec import Floats
 from peer.errors import SettingsError
-from peer.layers import make_norm
+from peer.layers import make_feed_forward, make_norm
 from trainer_client.balancing import LoadBias, LoadSpread, LoadSum, balancing_loss, load_spread
 from trainer_client.dispatch.batches import ForwardPass, RoutedRows
 from trainer_client.routers import Gate, Routing, noisy_scores
@@ -70,8 +71,8 @@ class Routed:
 class RemoteMixtureOfExperts(nn.Module):
     """Sends each token to the live experts that its router chooses, and adds the weighed sum of their updates to it.
 
-    It holds the gate, and where experts are narrower than the model a norm and the projections to their width and back.
-    A token that no expert answers passes unchanged.
+    It holds the gate, where experts are narrower than the model a norm and the projections to their width and back, and
+    the shared expert if the model has one. A token that no expert answers passes unchanged but for that one's update.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class RemoteMixtureOfExperts(nn.Module):
         self.gate = Gate(self.hidden, manifest.experts.grid, scale=scale, has_noise=self._router.has_noise)
         # after the gate, so that it starts as it does without them
         self.projections = Projections(manifest) if manifest.width < self.hidden else None
+        self.shared = _shared_expert(manifest.model)
         self.balance = LoadBias(manifest.experts.grid) if routing.has_bias else None
         self._loads = LoadSum()
         self._experts = experts
@@ -163,7 +165,8 @@ class RemoteMixtureOfExperts(nn.Module):
         if self.training and self._router.drops_updates:
             updates_RKW = self._drop(updates_RKW)
         sum_RW = (weights_RK.unsqueeze(1) @ updates_RKW).squeeze(1)
-        return x_RD + (sum_RW if self.projections is None else self.projections.widened(sum_RW))
+        y_RD = x_RD + (sum_RW if self.projections is None else self.projections.widened(sum_RW))
+        return y_RD if self.shared is None else y_RD + _through(self.shared, x_RD)
 
     def _score(self, x_BTD: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
         """One table [U, G_d] per grid dimension, with the router's noise in training."""
@@ -206,10 +209,7 @@ class RemoteMixtureOfExperts(nn.Module):
 
 
 class Projections(nn.Module):
-    """Norm, and the linear maps from the model to the experts' width and back, which have no biases.
-
-    They compute in the precision of their parameters, and give float32.
-    """
+    """Norm, and the linear maps from the model to the experts' width and back, which have no biases."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__()
@@ -220,19 +220,29 @@ class Projections(nn.Module):
 
     def normed(self, x_RD: Tensor) -> Tensor:
         """What the gate reads and `narrowed` takes."""
-        return self._through(self.norm, x_RD)
+        return _through(self.norm, x_RD)
 
     def narrowed(self, h_RD: Tensor) -> Tensor:
         """[R, D] -> [R, W]"""
-        return self._through(self.down, h_RD)
+        return _through(self.down, h_RD)
 
     def widened(self, sum_RW: Tensor) -> Tensor:
         """[R, W] -> [R, D]"""
-        return self._through(self.up, sum_RW)
+        return _through(self.up, sum_RW)
 
-    def _through(self, module: nn.Module, rows: Tensor) -> Tensor:
-        output: Tensor = module(rows.to(self.down.weight.dtype))
-        return output.float()
+
+def _shared_expert(model: ModelSpec) -> nn.Module | None:
+    """A feed-forward block [R, D] -> [R, D] with its norm, without a residual connection."""
+    if not model.shared_feed_forward:
+        return None
+    layers = make_feed_forward(model.hidden, model.shared_feed_forward, model.activation)
+    return nn.Sequential(make_norm(model.norm, model.hidden), *layers)
+
+
+def _through(module: nn.Module, rows: Tensor) -> Tensor:
+    """Computes in the precision of the module's parameters, gives float32."""
+    output: Tensor = module(rows.to(next(module.parameters()).dtype))
+    return output.float()
 
 
 def rebalance(model: nn.Module, computed: nn.Module | None = None) -> None:

@@ -259,7 +259,7 @@ def test_a_key_that_this_release_does_not_know_is_refused_with_what_to_do() -> N
 def test_a_manifest_of_the_old_kind_means_the_same_model() -> None:
     """From before norms, local parts and the experts' own sizes could be chosen."""
     values = Manifest(name="sauna").model_dump(mode="json")
-    for key in ("norm", "activation", "local", "head_size"):
+    for key in ("norm", "activation", "local", "head_size", "shared_feed_forward"):
         del values["model"][key]
     for key in ("width", "heads", "head_size", "feed_forward"):
         del values["experts"][key]

@@ -6,7 +6,7 @@ back.
 """
 
 from collections.abc import Set
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -132,10 +132,13 @@ def reference(
         mixed(name, swarm, scores, row, sent_W, {uid: outputs[row, uid] for uid in answering[row]})
         for row, sent_W in enumerate(sent_RW)
     ]
-    mixed_RW = torch.stack(rows)
-    if mixture.projections is None:
-        return mixed_RW.view_as(x_BTD)
-    return (x_RD + (mixed_RW - sent_RW) @ mixture.projections.up.weight.T).view_as(x_BTD)
+    y_RD = torch.stack(rows)
+    if mixture.projections is not None:
+        y_RD = x_RD + (y_RD - sent_RW) @ mixture.projections.up.weight.T
+    if mixture.shared is not None:
+        norm, up, activation, down = cast(nn.Sequential, mixture.shared)
+        y_RD = y_RD + down(activation(up(norm(x_RD))))
+    return y_RD.view_as(x_BTD)
 
 
 def narrowed(mixture: RemoteMixtureOfExperts, x_RD: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,6 +210,7 @@ def test_with_any_subset_answering_gradients_are_those_of_the_rest(
     grid=grids,
     seed=seeds,
     norm=st.sampled_from(get_args(Norm)),
+    shared=st.sampled_from([0, 8]),
     fail=st.booleans(),
     training=st.booleans(),
 )
@@ -217,11 +221,12 @@ def test_narrow_experts_are_projected_to_and_back(
     grid: tuple[int, ...],
     seed: int,
     norm: Norm,
+    shared: int,
     fail: bool,
     training: bool,
 ) -> None:
-    """Gradients of norm, projections and gate too, with all or any subset answering."""
-    swarm = FakeSwarm(make_manifest(grid, kind=kind, norm=norm, **NARROW))
+    """Gradients of norm, projections, gate and shared expert too, with all or any subset answering."""
+    swarm = FakeSwarm(make_manifest(grid, kind=kind, norm=norm, shared_feed_forward=shared, **NARROW))
     missing = frozenset[UID]()
     if fail:
         uids, most = swarm.manifest.uids(), max(1, k_of(name) - 1)
