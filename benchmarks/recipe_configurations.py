@@ -50,6 +50,10 @@ class Configuration:
     top_k: int = 1
     grid: tuple[int, ...] | None = None
     """None: the size's."""
+    takes_feed_forward: bool = False
+    """Each mixture takes the place of a feed-forward block: before it is an attention. Else a whole layer is."""
+    width: float = 1.0
+    """Of experts, as a multiple of hidden. Their heads are as large as the trainer's."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the trainer, beside those that all have."""
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -66,13 +70,22 @@ class Configuration:
         dense = self.expert_kind is None
         model = {
             "layers": 1 if dense else self.layers,
-            "local_layers": self.layers if dense else 1,
+            "local": "attention" if self.takes_feed_forward else "layer",
+            "local_layers": self.layers if dense else int(not self.takes_feed_forward),
             "hidden": size.hidden,
             "heads": size.heads,
             "context": size.context,
             "feed_forward": round(self.feed_forward * size.hidden),
         }
-        experts = {"grid": self.grid or size.grid, "kind": self.expert_kind or "transformer"}
+        experts: dict[str, Any] = {
+            "grid": self.grid or size.grid,
+            "kind": self.expert_kind or "transformer",
+        }
+        if self.width != 1.0:
+            experts |= {
+                "width": round(self.width * size.hidden),
+                "heads": max(1, round(self.width * size.heads)),
+            }
         optimizer = {
             "learning_rate": EXPERT_RATE,
             "warmup_updates": 20,
@@ -163,7 +176,30 @@ _FFN = Configuration("ffn top-1", 2, 2.0, "ffn", settings=_SWITCH, rival="dense-
 
 _THIN = replace(_TRANSFORMER, name="transformer top-1, thin", layers=2, feed_forward=1.0)
 
+_FINE = Configuration(
+    "ffn top-4, fine",
+    4,
+    1.0,
+    "ffn",
+    4,
+    (8, 8),
+    takes_feed_forward=True,
+    settings=_PRODUCT_KEY,
+    rival="dense-4",
+)
+_NARROW = replace(
+    _FINE, name="transformer top-4, narrow", expert_kind="transformer", width=1 / 4, feed_forward=13 / 4
+)
+"""Its projections take a sixteenth of what a feed-forward block of usual size does."""
+
 CONFIGURATIONS = (
+    Configuration("dense-4", 4),
+    _FINE,
+    replace(_FINE, name="ffn top-4, narrow", width=1 / 4, feed_forward=15 / 4),
+    _NARROW,
+    replace(_NARROW, name="transformer top-4, half as wide", width=1 / 2, feed_forward=11 / 16),
+    replace(_NARROW, name="transformer top-4, narrow, 16 experts", grid=(4, 4), rival=_NARROW.name),
+    replace(_NARROW, name="transformer top-4, narrow, 256 experts", grid=(16, 16), rival=_NARROW.name),
     Configuration("dense-2", 2),
     _TRANSFORMER,
     _FFN,
@@ -189,7 +225,7 @@ def _variant(change: str, **changes: Any) -> Configuration:
 
 
 VARIANTS = (
-    _short(CONFIGURATIONS[0]),
+    _short(Configuration("dense-2", 2)),
     _short(_TRANSFORMER, "short, dense-2"),
     _variant("two thin layers", layers=2, feed_forward=1.0),
     _variant("one dimension of 16", grid=(16,)),
@@ -212,6 +248,17 @@ VARIANTS = (
     _variant("experts' rate 0.001", optimizer={"learning_rate": 1e-3}),
     _variant("experts' rate 0.004", optimizer={"learning_rate": 4e-3}),
     _variant("balance weight 0.001", settings={"balance_weight": 0.001}),
+    _short(Configuration("dense-4", 4)),
+    _short(_FINE, "short, dense-4"),
+    _short(_NARROW, "short, dense-4"),
+    *(
+        _short(
+            replace(_NARROW, name=f"transformer top-4, narrow, {rows} rows for a step"),
+            f"short, {_NARROW.name}",
+            optimizer={"rows_per_update": rows},
+        )
+        for rows in (128, 256)
+    ),
 )
 """With a third of the steps, the rate falling as much: other numbers of experts for each token beside dense models that
 compute as much, and one mixture with one thing changed at a time."""
