@@ -189,7 +189,7 @@ class WireSpec(_Part):
     codec: CodecName = Field(
         default="fp32",
         description="of trainers' calls and of the answers; int8: with a scale for each row; int4: with a scale for "
-        "each 64 numbers, which are rotated together; 16 must divide the hidden size",
+        "each 64 numbers, which are rotated together; 16 must divide the experts' width",
     )
 
 

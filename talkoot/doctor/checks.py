@@ -41,15 +41,18 @@ from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import require_free_port
+from talkoot.doctor.traffic import row_traffic, trainer_traffic
 
 _PEERS_ASKED = 3
-_SLOW_MBIT = 5.0
-"""At this rate a call of 1,000 rows of width 128 takes about a second."""
+_SLOW_LINE_ROWS_PER_S = 500.0
+"""Forward and backward: a call of 1,000 rows then takes a second."""
 _CLOCK_OFF_S = 1.0
 _CLOCK_BROKEN_S = 3.0
 """Beyond this, others mistake fresh records for expired or not yet valid ones."""
 _SLOW_ROWS_PER_S = 200.0
 """Below this, a sequence of a few hundred tokens takes longer than trainers are willing to wait."""
+_TOKENS_PER_S = 1000.0
+"""Of the trainer whose traffic is told."""
 _MEASURE_S = 1.5
 _ROWS = 512
 _FREE_MEMORY_SHARE = 0.25
@@ -263,7 +266,7 @@ async def ask_peers(swarm: Swarm, host: str, port: int, rng: random.Random) -> l
     nobody = "; ".join(failures) or "there is no other node to ask"
     return [
         judge_clock(links, nobody),
-        judge_bandwidth(links, nobody),
+        judge_bandwidth(links, swarm.manifest, nobody),
         judge_reachability(dials, host, own_port, nobody),
     ]
 
@@ -293,19 +296,40 @@ def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
     )
 
 
-def judge_bandwidth(links: Sequence[Link], nobody: str) -> Finding:
+def check_traffic(manifest: Manifest) -> Finding:
+    """What a trainer would move over its line. A figure to compare with one's own."""
+    traffic = trainer_traffic(manifest, _TOKENS_PER_S)
+    up, down = traffic.upload_mbit, traffic.download_mbit
+    return Finding(
+        name="traffic",
+        verdict=Verdict.OK,
+        says=f"a trainer moves {up:.1f} Mbit/s up and {down:.1f} Mbit/s down for {_TOKENS_PER_S:,.0f} tokens/s, in "
+        f"{manifest.wire.codec}",
+        values={"tokens_per_s": _TOKENS_PER_S, "trainer_upload_mbit": up, "trainer_download_mbit": down},
+    )
+
+
+def judge_bandwidth(links: Sequence[Link], manifest: Manifest, nobody: str) -> Finding:
     """Judges by the fastest peer: a slow one says nothing about this machine."""
     if not links:
         return _skipped("bandwidth", nobody)
     up = max(link.upload_mbit for link in links)
     down = max(link.download_mbit for link in links)
     round_trip_s = min(link.round_trip_s for link in links)
+    row = row_traffic(manifest, 1.0)  # of a trainer: what it downloads, a node uploads
+    rows_per_s = min(up / row.download_mbit, down / row.upload_mbit)
     return Finding(
         name="bandwidth",
-        verdict=Verdict.OK if min(up, down) >= _SLOW_MBIT else Verdict.WEAK,
-        says=f"{up:.1f} Mbit/s up, {down:.1f} Mbit/s down, {1000 * round_trip_s:.0f} ms to a peer and back",
+        verdict=Verdict.OK if rows_per_s >= _SLOW_LINE_ROWS_PER_S else Verdict.WEAK,
+        says=f"{up:.1f} Mbit/s up, {down:.1f} Mbit/s down, {1000 * round_trip_s:.0f} ms to a peer and back; enough for "
+        f"{rows_per_s:,.0f} rows/s, forward and backward",
         fix="answers to trainers will often be late: a cable may be faster than Wi-Fi",
-        values={"upload_mbit": up, "download_mbit": down, "round_trip_s": round_trip_s},
+        values={
+            "upload_mbit": up,
+            "download_mbit": down,
+            "round_trip_s": round_trip_s,
+            "rows_per_s": rows_per_s,
+        },
     )
 
 

@@ -40,6 +40,7 @@ from talkoot.doctor.checks import (
     check_software,
     check_speed,
     check_state,
+    check_traffic,
     judge_clock,
 )
 from talkoot.node.control import node_folder
@@ -252,6 +253,7 @@ class Check:
             self._skip(str(error), "clock", "bandwidth", "reachability")
 
     async def _check_machine(self, manifest: Manifest, stage: Stage) -> None:
+        self._findings.append(check_traffic(manifest))
         stage("training one expert for a moment")
         try:
             self._findings.append(await asyncio.to_thread(check_speed, self._settings, manifest))

@@ -45,18 +45,20 @@ def request(
 
 
 @asynccontextmanager
-async def a_node(path: Path, max_kept_bytes: int) -> AsyncIterator[tuple[NodeInfo, Runtime]]:
+async def a_node(
+    path: Path, max_kept_bytes: int, manifest: Manifest = MANIFEST
+) -> AsyncIterator[tuple[NodeInfo, Runtime]]:
     identity = Identity.load_or_create(path / "identity.key")
     certificate = identity.make_certificate()
     runtime = Runtime(
-        {uid: Expert(uid, MANIFEST) for uid in UIDS}, max_queued_rows=999, max_batch_rows=99, threads=1
+        {uid: Expert(uid, manifest) for uid in UIDS}, max_queued_rows=999, max_batch_rows=99, threads=1
     )
     await runtime.start()
     server = grpc.aio.server(options=SERVER_OPTIONS)
     limits = CallLimits(max_call_bytes=2**20, max_call_s=30.0, max_kept_bytes=max_kept_bytes)
     sessions = Sessions("kept-swarm", identity.peer_id)
     expert_pb2_grpc.add_ExpertServiceServicer_to_server(
-        ExpertServicer(runtime, MANIFEST, "kept-swarm", limits, sessions), server
+        ExpertServicer(runtime, manifest, "kept-swarm", limits, sessions), server
     )
     session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))

@@ -86,10 +86,20 @@ def test_one_peer_that_lies_about_the_time_changes_nothing(lie_s: float) -> None
 
 
 def test_bandwidth_is_that_of_the_best_peer() -> None:
-    assert judge_bandwidth([link(up=1.0, down=2.0), link(up=20.0, down=90.0)], "").verdict is Verdict.OK
-    found = judge_bandwidth([link(up=1.0, down=90.0)], "")
+    demo = Manifest(name="demo")
+    slow, fast = link(up=1.0, down=2.0), link(up=20.0, down=90.0)
+    assert judge_bandwidth([slow, fast], demo, "").verdict is Verdict.OK
+    found = judge_bandwidth([link(up=1.0, down=90.0)], demo, "")
     assert found.verdict is Verdict.WEAK
     assert "1.0 Mbit/s up, 90.0 Mbit/s down, 100 ms" in found.says
+
+
+def test_a_line_is_slow_or_not_for_the_width_and_codec_of_the_swarm() -> None:
+    slow = [link(up=1.0, down=1.0)]
+    narrow = Manifest.model_validate({"name": "demo", "wire": {"codec": "int4"}})
+    one, other = (judge_bandwidth(slow, manifest, "") for manifest in (Manifest(name="demo"), narrow))
+    assert (one.verdict, other.verdict) == (Verdict.WEAK, Verdict.OK)
+    assert float(other.values["rows_per_s"]) > 6 * float(one.values["rows_per_s"])
 
 
 def test_machine_that_peers_can_dial_is_reachable() -> None:
@@ -115,7 +125,11 @@ def test_machine_whose_router_forwards_the_port_is_reachable() -> None:
 
 
 def test_what_nobody_said_is_not_checked() -> None:
-    found = [judge_clock([], "why"), judge_bandwidth([], "why"), judge_reachability([], LOCAL, 1, "why")]
+    found = [
+        judge_clock([], "why"),
+        judge_bandwidth([], SMALL, "why"),
+        judge_reachability([], LOCAL, 1, "why"),
+    ]
     assert {(finding.verdict, finding.says) for finding in found} == {(Verdict.SKIPPED, "why")}
 
 
@@ -152,6 +166,7 @@ class Swarm:
         swarm: Any = SimpleNamespace(
             registry=SimpleNamespace(node_ids=node_ids, nodes=nodes),
             keys=SimpleNamespace(swarm_id=SWARM),
+            manifest=SMALL,
             host=SimpleNamespace(peer_id=None, dialling=Dialling(AddressScope.LOOPBACK)),
         )
         found = await ask_peers(swarm, host, port, random.Random(0))

@@ -36,7 +36,7 @@ SMALL = Manifest.model_validate(
 )
 ALL = {
     *("state folder", "software", "device", "ports", "p2pd", "swarm", "clock", "bandwidth", "reachability"),
-    *("speed", "memory", "cores", "disk"),
+    *("traffic", "speed", "memory", "cores", "disk"),
 }
 
 Doctor = Callable[..., dict[str, Finding]]
@@ -77,6 +77,7 @@ def test_sound_machine_has_no_problem(doctor: Doctor, tmp_path: Path) -> None:
     assert "cpu" in found["device"].says or "cuda" in found["device"].says
     assert "any free one" in found["ports"].says
     assert "--join" in found["reachability"].says
+    assert "Mbit/s up" in found["traffic"].says
     assert Report.load(tmp_path / "state").can_serve
 
 
