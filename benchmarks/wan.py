@@ -1,7 +1,7 @@
 """Links between homes: Talkoot and hivemind.moe on the same emulated links, in one run.
 
-(1) A link of 100 Mbit/s and 20 ms, large batches: how much of it carries payload, and what int8 gains. (2) Samples per
-second at delays from none to a second, on experts that compute. (3) The same with every tenth call failing.
+(1) A link of 100 Mbit/s and 20 ms, large batches: how much of it carries payload, and what int8 and int4 gain. (2)
+Samples per second at delays from none to a second, on experts that compute. (3) The same with every tenth call failing.
 
     python -m benchmarks.wan [--quick] [--json FILE] [--plot FILE] [--in-flight N|auto]
 
@@ -95,7 +95,8 @@ def add_shares(measured: dict[str, Any], options: argparse.Namespace) -> dict[st
     full = measured["full"]
     if "full_hivemind" in measured:
         full["hivemind"] = measured["full_hivemind"]["fp32"]
-    full["int8_vs_fp32"] = full["int8"]["samples_per_s"] / full["fp32"]["samples_per_s"]
+    for codec in ("int8", "int4"):
+        full[f"{codec}_vs_fp32"] = full[codec]["samples_per_s"] / full["fp32"]["samples_per_s"]
     for way in ("up", "down"):
         full[f"payload_{way}_share"] = full["fp32"][f"{way}_mbit"] / LINK_MBIT
     delay = {name: measured[name] for name in ("talkoot", "hivemind")}
@@ -116,13 +117,13 @@ def judged(name: str, value: float) -> str:
 
 def show_full(results: dict[str, Any], console: Console) -> None:
     table = Table("", "samples/s", "up, Mbit/s", "down, Mbit/s", title=f"full link: {LINK}")
-    for name in ("fp32", "int8", "hivemind"):
+    for name in ("fp32", "int8", "int4", "hivemind"):
         if (measured := results.get(name)) is None:
             continue
         table.add_row(name, *(f"{measured[key]:.1f}" for key in ("samples_per_s", "up_mbit", "down_mbit")))
     console.print(table)
     console.print("Mbit/s: of Talkoot the tensors alone; of hivemind all that the link carried")
-    for name in ("payload_up_share", "payload_down_share", "int8_vs_fp32"):
+    for name in ("payload_up_share", "payload_down_share", "int8_vs_fp32", "int4_vs_fp32"):
         console.print(f"{name.replace('_', ' ')} (target): {judged(name, results[name])}")
 
 

@@ -27,7 +27,7 @@ from benchmarks.moe_contenders import make_step
 from benchmarks.rival_blocks import SEQUENCE
 from benchmarks.village import START_LIMIT_S, joining_node, running_node
 from benchmarks.wan_pace import Carried, Turns, auto_pace_of, pace_of
-from peer.codec import codec_of
+from peer.codec import CodecName, codec_of
 from peer.errors import ExpertError
 from peer.metrics import total
 from talkoot.demo.links import free_ports
@@ -47,6 +47,8 @@ RIVAL_KINDS = {"full": "nop", "delay": "transformer"}
 _HOST = "127.0.0.1"
 _NO_LINK = "0ms"
 _CALL_LIMIT_S = 120.0
+_CODECS: tuple[CodecName, ...] = ("int8", "int4")
+"""Beside fp32, on a full link."""
 _ALL_STARTED_S = 40.0
 AUTO_LIMIT = 32
 """The trainer's default."""
@@ -81,7 +83,7 @@ def run_case(
     links: EmulatedLinks,
     failing: "Failing",
     carried: Carried,
-    use_int8: Callable[[], None] | None = None,
+    use_codec: Callable[[CodecName], None] | None = None,
     make_mixture: Callable[[], nn.Module] | None = None,
 ) -> dict[str, Any]:
     """`make_mixture`: for as many steps under way as a trainer finds enough, each on a mixture of its own."""
@@ -99,9 +101,10 @@ def run_case(
     results: dict[str, Any] = {}
     if options.case == "full":
         results["fp32"] = pace()
-        if use_int8 is not None:
-            use_int8()
-            results["int8"] = pace()
+        if use_codec is not None:
+            for codec in _CODECS:
+                use_codec(codec)
+                results[codec] = pace()
         return results
     for delay in options.delays.split(","):
         links.change(f"{delay}ms")
@@ -190,13 +193,13 @@ def run_talkoot(options: argparse.Namespace) -> dict[str, Any]:
             moved = caller.metrics.bytes
             return int(total(moved, direction="sent")), int(total(moved, direction="received"))
 
-        def use_int8() -> None:
+        def use_codec(codec: CodecName) -> None:
             assert failing.caller is not None
-            failing.caller._codec = codec_of("int8")  # of each call: a node speaks all
+            failing.caller._codec = codec_of(codec)  # of each call: a node speaks all
 
         with turns_of(options).turn(f"talkoot-{options.case}"):
             results = run_case(
-                options, mixture, links, failing, payload, use_int8, partial(make_mixture, client)
+                options, mixture, links, failing, payload, use_codec, partial(make_mixture, client)
             )
         counts = client.dispatcher.metrics.values()
         return results | {name: counts[name] for name in ("failures", "unanswered_rows", "late_gradients")}

@@ -20,7 +20,7 @@ def figures(pace: float, mbit: float = 50.0) -> dict[str, Any]:
 def test_shares_are_of_no_delay_and_of_the_link(tmp_path: Path) -> None:
     delays = {"0_ms": figures(20.0), "200_ms": figures(19.0), "failing": figures(18.0, 40.0)}
     measured = {
-        "full": {"fp32": figures(3.0, 95.0), "int8": figures(12.0)},
+        "full": {"fp32": figures(3.0, 95.0), "int8": figures(12.0), "int4": figures(21.0)},
         "talkoot": dict(delays),
         "hivemind": dict(delays),
     }
@@ -28,6 +28,7 @@ def test_shares_are_of_no_delay_and_of_the_link(tmp_path: Path) -> None:
     results = add_shares(measured, options)
     assert results["full"]["payload_up_share"] == pytest.approx(0.95)
     assert results["full"]["int8_vs_fp32"] == pytest.approx(4.0)
+    assert results["full"]["int4_vs_fp32"] == pytest.approx(7.0)
     assert results["delay"]["talkoot"]["at_200_ms"] == pytest.approx(0.95)
     assert results["delay"]["talkoot"]["at_10%_failing"] == pytest.approx(
         0.8
