@@ -128,7 +128,9 @@ def test_several_texts_are_compared(founder: Founder, trained: Path, text: Path,
     assert (sauna["name"], digits["name"]) == (str(text), str(other))
     assert (sauna["tokens"], digits["tokens"]) == (len(TEXT) - 1, 9 * 14 - 1)
     assert values["tokens"] == sauna["tokens"] + digits["tokens"]
-    assert sauna["loss"] < values["loss"] < digits["loss"]
+    summed = sauna["loss"] * sauna["tokens"] + digits["loss"] * digits["tokens"]
+    assert values["loss"] == pytest.approx(summed / values["tokens"], rel=1e-5)
+    assert sauna["loss"] != pytest.approx(digits["loss"], rel=1e-5)
     for row in (sauna, digits, values):
         assert f"{row['tokens']} │ {row['loss']:.4f}" in shown.out
     alone = json.loads(talkoot("evaluate", other, *given[3:], "--json").out.splitlines()[-1])
