@@ -139,38 +139,39 @@ class Run:
         layers = len(self.model.mixtures)
         by_domain = np.zeros((layers, len(data.domains), experts), dtype=np.int64)
         by_kind = np.zeros((layers, len(BYTE_KINDS), experts), dtype=np.int64)
-        with torch.no_grad(), inputs_of(self.model.mixtures) as inputs:
+        with torch.no_grad(), scores_of(self.model.mixtures) as scores:
             self.model.eval()
             for number, domain in enumerate(data.domains.values()):
                 for tokens in domain.validation_batches(self.size.batch, batches):
                     self.model(tokens[:, :-1])
                     kinds = byte_kinds(tokens[:, :-1]).flatten().numpy()
-                    for layer, x in enumerate(inputs):
-                        chosen = self._choose(layer, x)  # (R, k)
+                    for layer, of_layer in enumerate(scores):
+                        chosen = self._choose(layer, of_layer)  # (R, k)
                         np.add.at(by_domain[layer, number], chosen, 1)
                         np.add.at(by_kind[layer], (kinds[:, None], chosen), 1)
-                    inputs.clear()
+                    scores.clear()
             self.model.train()
         return {"domains": by_domain.tolist(), "kinds": by_kind.tolist()}
 
-    def _choose(self, layer: int, x_BTD: Tensor) -> Integers:
+    def _choose(self, layer: int, scores: tuple[Tensor, ...]) -> Integers:
         """The experts of each row, as numbers in order of the grid. [R, k]"""
         mixture, grid = self.model.mixtures[layer], self.configuration.manifest(self.size).experts.grid
         assert isinstance(mixture, RemoteMixtureOfExperts)
-        scores = [table.numpy() for table in mixture.gate(x_BTD.flatten(0, 1))]
         alive = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
         router = ROUTERS[self.configuration.trainer_settings(self.size).router]
         bias = None if mixture.balance is None else mixture.balance.table()
-        found = router.choose(scores, alive, self.configuration.top_k, None, bias)
+        tables = [table.numpy() for table in scores]
+        found = router.choose(tables, alive, self.configuration.top_k, None, bias)
         experts: Integers = np.ravel_multi_index(tuple(np.moveaxis(found.coordinates, -1, 0)), grid)
         return experts
 
 
 @contextmanager
-def inputs_of(modules: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """What each of them gets, in the order in which they are called."""
-    found: list[Tensor] = []
-    hooks = [m.register_forward_pre_hook(lambda module, args: found.append(args[0])) for m in modules]
+def scores_of(mixtures: nn.ModuleList) -> Iterator[list[tuple[Tensor, ...]]]:
+    """What the gate of each mixture gives, in the order in which they are called."""
+    found: list[tuple[Tensor, ...]] = []
+    gates = [mixture.gate for mixture in mixtures if isinstance(mixture, RemoteMixtureOfExperts)]
+    hooks = [gate.register_forward_hook(lambda module, args, output: found.append(output)) for gate in gates]
     try:
         yield found
     finally:

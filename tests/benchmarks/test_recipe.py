@@ -20,7 +20,11 @@ from benchmarks.recipe_configurations import ALL, QUICK_SIZE, VARIANTS, Configur
 from benchmarks.recipe_plots import draw, ordered
 from benchmarks.recipe_runs import Run, shared_information
 from benchmarks.recipe_texts import BYTE_KINDS, Mixed, byte_kinds, shares
+from dht.beam_search import Selection
+from dht.directory import LiveExperts
 from dht.manifest import Manifest
+from talkoot.train.local import LocalExperts
+from trainer_client.dispatch.batches import ForwardPass, RoutedRows
 
 NAMED = {configuration.name: configuration for configuration in ALL}
 SMALL = replace(
@@ -173,6 +177,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert rest.train(tmp_path / "part.safetensors", threading.Event())
     assert rest.training.history == whole.training.history
     assert rest.results(data)["chosen"] == whole.results(data)["chosen"]
+
+
+def test_the_experts_of_rows_are_those_that_they_are_sent_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of narrow experts too, whose gate reads a norm of the rows."""
+    data, sent = Mixed(TEXTS, SMALL.context), np.zeros((4, 64), np.int64)
+    run = Run.begin(NAMED["transformer top-4, narrow"], replace(SMALL, hidden=32), data)
+    send = LocalExperts.send
+
+    async def count(self: LocalExperts, rows: RoutedRows, found: Selection, live: LiveExperts) -> ForwardPass:
+        experts = np.ravel_multi_index(tuple(found.coordinates[found.valid].T), rows.grid)
+        np.add.at(sent[rows.layer], experts, 1)
+        return await send(self, rows, found, live)
+
+    monkeypatch.setattr(LocalExperts, "send", count)
+    told = np.array(run._chosen(data, 1)["domains"]).sum(axis=1)
+    np.testing.assert_array_equal(told, sent)
 
 
 def test_the_table_and_the_pictures_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
