@@ -142,7 +142,7 @@ class LoadBias(nn.Module):
         super().__init__()
         count = math.prod(grid)
         size = count if count <= _MAX_ENTRIES else _LARGE_PRIME
-        self._entries = np.arange(count, dtype=np.int64).reshape(grid) % size
+        self._grid = grid  # the entry of an expert is its number in the order of the grid, modulo their count
         self.bias: Tensor
         self.load: Tensor
         self.register_buffer("bias", torch.zeros(size))
@@ -150,15 +150,14 @@ class LoadBias(nn.Module):
 
     def table(self) -> Floats:
         """The bias of each expert as it is now. float32, of the grid's shape"""
-        bias: Floats = self.bias.float().cpu().numpy()[self._entries]
-        return bias
+        return np.resize(self.bias.float().cpu().numpy(), self._grid)
 
     def measure(self, scores: Sequence[Tensor], selection: Selection, alive: PrefixTables) -> Load:
         """What a forward pass says of the load. `scores`: one [R, G_d] per grid dimension."""
         size = len(self.bias)
-        chosen = tuple(selection.coordinates[selection.valid].T)
-        rows_S = np.bincount(self._entries[chosen], minlength=size)
-        live_S = np.bincount(self._entries[alive[-1]], minlength=size)
+        chosen = np.ravel_multi_index(tuple(selection.coordinates[selection.valid].T), self._grid)
+        rows_S = np.bincount(chosen % size, minlength=size)
+        live_S = np.bincount(np.flatnonzero(alive[-1]) % size, minlength=size)
         variance = 0.0
         for d, scores_RG in enumerate(scores):
             others = tuple(axis for axis in range(alive[-1].ndim) if axis != d)
