@@ -3,7 +3,8 @@ assignment that enforces it.
 
 `LoadBias` balances without a gradient (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", arXiv 2408.15664): a
 number for each expert is added to its score when experts are chosen, and counts in no weight. After each optimizer step
-it falls for experts that got more rows than the mean, and rises for the others.
+it falls for experts that got more rows than the mean, and rises for the others. Loads are paired with the biases that
+led to them, so that steps in flight, whose biases are old, don't make it swing.
 
 `balanced_assignment` gives each row one expert and each expert as many rows, with the highest total of scores. That is
 a linear assignment problem (BASE layers, Lewis et al. 2021, arXiv 2103.16716, section 3.1).
@@ -28,11 +29,11 @@ from peer.codec import Floats, Integers
 
 _MAX_ENTRIES = 4096
 _LARGE_PRIME = 4093
-_LOAD_STEPS = 10
-"""Optimizer steps over which a load is averaged."""
-_RATE = 0.05
-"""How far a bias moves in a step at most, in standard deviations of the logits."""
-_MOST_BIAS = 4.0
+_AVERAGED_STEPS = 10
+"""Optimizer steps over which loads, and the biases that led to them, are averaged."""
+_REACH = 0.5
+"""How far a bias may be from its average, in standard deviations of the logits: it moves a tenth of that in a step."""
+_MOST_BIAS = 8.0
 """In standard deviations of the logits."""
 
 _LIMIT = np.float32(1e15)  # its square is far from overflow
@@ -104,13 +105,14 @@ class Load:
 
     rows: Floats  # [S]
     live: Floats  # [S], live experts
+    bias: Floats  # [S], by which they were chosen
     spread: float
     """Standard deviation of the logits of a row's live experts, the mean over rows."""
 
     def __add__(self, other: "Load") -> "Load":
         rows, others = float(self.rows.sum()), float(other.rows.sum())
         spread = (rows * self.spread + others * other.spread) / max(1.0, rows + others)
-        return Load(self.rows + other.rows, np.maximum(self.live, other.live), spread)
+        return Load(self.rows + other.rows, np.maximum(self.live, other.live), other.bias, spread)
 
 
 class LoadSum:
@@ -134,7 +136,7 @@ class LoadSum:
 class LoadBias(nn.Module):
     """What is added to the score of each expert of a layer when experts are chosen, so that all get as many rows.
 
-    Its state is two buffers of up to 4,096 entries, saved and averaged with the dense part. Where a layer has more
+    Its state is three buffers of up to 4,096 entries, saved and averaged with the dense part. Where a layer has more
     experts, several share an entry.
     """
 
@@ -144,9 +146,11 @@ class LoadBias(nn.Module):
         size = count if count <= _MAX_ENTRIES else _LARGE_PRIME
         self._grid = grid  # the entry of an expert is its number in the order of the grid, modulo their count
         self.bias: Tensor
-        self.load: Tensor
+        self.average_bias: Tensor
+        self.average_load: Tensor
         self.register_buffer("bias", torch.zeros(size))
-        self.register_buffer("load", torch.ones(size))  # relative to the mean, averaged over steps
+        self.register_buffer("average_bias", torch.zeros(size))
+        self.register_buffer("average_load", torch.ones(size))  # relative to the mean
 
     def table(self) -> Floats:
         """The bias of each expert as it is now. float32, of the grid's shape"""
@@ -163,27 +167,35 @@ class LoadBias(nn.Module):
             others = tuple(axis for axis in range(alive[-1].ndim) if axis != d)
             under_G = torch.from_numpy(alive[-1].any(axis=others)).to(scores_RG.device)
             variance += float(scores_RG.detach()[:, under_G].var(dim=1, correction=0).mean())
-        return Load(rows_S.astype(np.float32), live_S.astype(np.float32), math.sqrt(variance))
+        bias_S = self.bias.float().cpu().numpy().copy()
+        return Load(rows_S.astype(np.float32), live_S.astype(np.float32), bias_S, math.sqrt(variance))
 
     @torch.no_grad()
     def correct(self, load: Load) -> None:
-        """Moves each live entry against the logarithm of its load, by at most `_RATE` times the logits' spread.
+        """Puts each live entry as far below the average of the biases of the last steps as the logarithm of their
+        average load says, by at most `_REACH` times the logits' spread.
 
-        Those of experts that are not live stay as they are. Nothing changes where nobody got a row, or the scores are
-        not finite.
+        What belongs to experts that are not live stays as it is. Nothing changes where nobody got a row, or the scores
+        are not finite.
         """
         live_S, unit = load.live > 0, load.spread
         if not load.rows.any() or not 0 < unit < math.inf:
             return
         count_S = load.live[live_S]
         even_S = count_S * (load.rows.sum() / count_S.sum())
-        bias_S, load_S = (buffer.double().cpu().numpy() for buffer in (self.bias, self.load))
-        load_S[live_S] += (load.rows[live_S] / even_S - load_S[live_S]) / _LOAD_STEPS
-        bias_S[live_S] -= _RATE * unit * np.log(np.clip(load_S[live_S], 1 / math.e, math.e))
-        bias_S[live_S] -= np.average(bias_S[live_S], weights=count_S)
-        bias_S[live_S] = np.clip(bias_S[live_S], -_MOST_BIAS * unit, _MOST_BIAS * unit)
-        self.bias.copy_(torch.from_numpy(bias_S))
-        self.load.copy_(torch.from_numpy(load_S))
+        live = torch.from_numpy(np.flatnonzero(live_S)).to(self.bias.device)
+        loads, biases = (
+            buffer[live].lerp(torch.from_numpy(new).to(buffer), 1 / _AVERAGED_STEPS)
+            for buffer, new in (
+                (self.average_load, load.rows[live_S] / even_S),
+                (self.average_bias, load.bias[live_S]),
+            )
+        )
+        bias = biases - _REACH * unit * loads.clamp(1 / math.e, math.e).log()
+        weights = torch.from_numpy(count_S / count_S.sum()).to(bias)
+        bias = (bias - bias @ weights).clamp(-_MOST_BIAS * unit, _MOST_BIAS * unit)
+        for buffer, values in ((self.average_load, loads), (self.average_bias, biases), (self.bias, bias)):
+            buffer[live] = values
 
 
 def balanced_assignment(scores_RE: Floats) -> Integers:

@@ -19,6 +19,7 @@ from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS, Routing
 from trainer_client.settings import RouterName
 
+BALANCE_STATE = ["balance.average_bias", "balance.average_load", "balance.bias"]
 every_router = pytest.mark.parametrize("name", get_args(RouterName))
 every_kind = pytest.mark.parametrize("kind", ["transformer", "ffn"])
 

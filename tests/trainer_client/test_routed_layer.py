@@ -11,7 +11,7 @@ from expert_fakes import FakeSwarm, fails, make_manifest, send_to_best, virtual_
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router_fakes import every_kind, every_router, k_of, mixtures
+from router_fakes import BALANCE_STATE, every_kind, every_router, k_of, mixtures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -189,7 +189,7 @@ def test_gate_and_weights_compute_in_float32_in_a_bfloat16_model(name: RouterNam
 def test_the_state_is_the_gates_and_the_biases(name: RouterName) -> None:
     expected = ["gate.linear.bias", "gate.linear.weight"]
     if name == "product-key":
-        expected = ["balance.bias", "balance.load", *expected]
+        expected = [*BALANCE_STATE, *expected]
     if name == "noisy-top-k":
         expected.append("gate.noise.weight")
     with mixtures(FakeSwarm(make_manifest((2, 3))), name) as make_mixture:
