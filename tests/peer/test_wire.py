@@ -3,12 +3,15 @@
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import FileDescriptor
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from peer.wire import admission_pb2, dense_pb2, expert_pb2, probe_pb2, records_pb2, session_pb2, state_pb2
 
@@ -46,6 +49,14 @@ def test_every_proto_file_has_generated_code() -> None:
     assert {path.stem.removesuffix("_pb2") for path in (ROOT / "peer/wire").glob("*_pb2.py")} == set(
         COMMITTED
     )
+
+
+def test_the_oldest_grpcio_that_is_allowed_takes_the_generated_code() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "peer/wire").glob("*_pb2_grpc.py"))
+    needed = max(map(Version, re.findall(r"GRPC_GENERATED_VERSION = '(.+)'", code)))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (grpcio,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "grpcio")
+    assert min(Version(each.version) for each in grpcio.specifier) >= needed
 
 
 @pytest.mark.parametrize("name", COMMITTED)
