@@ -106,14 +106,6 @@ class Evenness:
         mean = float(rows.mean())
         return cls(float(rows.max()) / mean, float(rows.std()) / mean, float(rows.min()) / mean)
 
-    @property
-    def is_reached(self) -> bool:
-        return (
-            self.max_over_mean <= MOST_OVER_MEAN
-            and self.cv <= MOST_CV
-            and self.min_over_mean >= LEAST_OVER_MEAN
-        )
-
 
 def train(plan: Plan, texts: dict[str, bytes], trainers: int) -> dict[str, Any]:
     """The worst figures of all layers, and each trainer's last loss on held-out text in nats per byte."""

@@ -28,7 +28,7 @@ class AccumulatedGradients:
         self.gradients = gradients
         self.rows = rows
         self.sizes = sizes
-        """The least and the largest root mean square of one pass's gradients of the outputs, zeros left out."""
+        """The least and the largest root mean square of one pass's gradients of the updates, zeros left out."""
 
     @classmethod
     def take_from(cls, parameters: Sequence[nn.Parameter], parts: Sequence[Rows]) -> Self:

@@ -41,7 +41,7 @@ def trainer_traffic(
 
 def row_traffic(manifest: Manifest, rows_per_s: float) -> Traffic:
     """What a trainer moves for so many rows a second, each forward and backward."""
-    # inputs and gradients of outputs one way, outputs and gradients of inputs the other
+    # inputs and gradients of updates one way, updates and gradients of inputs the other
     tensors = 2 * encoded_bytes(1, manifest.width, codec_of(manifest.wire.codec))
     sent = rows_per_s * (_FRAMES * tensors + _SENT_BESIDE)
     received = rows_per_s * (_FRAMES * tensors + _RECEIVED_BESIDE)
