@@ -512,6 +512,18 @@ def spoilt(record: DHTRecord, others: list[DHTRecord], rng: random.Random) -> DH
     return DHTRecord(key, subkey, value, expiry)
 
 
+def as_read(record: DHTRecord) -> DHTRecord:
+    """As a reader takes it: where a field of the signed message comes twice, the last one counts."""
+    value = unpack(record.value)
+    if not isinstance(value, bytes):
+        return record
+    message = parsed(records_pb2.SignedRecord, value)
+    again = records_pb2.SignedRecord(
+        payload=message.payload, public_key=message.public_key, signature=message.signature
+    )
+    return DHTRecord(record.key, record.subkey, packed(again.SerializeToString()), record.expiration_time)
+
+
 def test_no_changed_record_is_taken_for_another() -> None:
     validator = RecordValidator(now=lambda: NOW, rule=ADMISSION.check_record, swarm_id=KEYS.swarm_id)
     right = right_records()
@@ -521,7 +533,7 @@ def test_no_changed_record_is_taken_for_another() -> None:
     for _ in range(count):
         original = rng.choice(right)
         record = spoilt(original, right, rng)
-        if validator.validate(record) and record not in right:
+        if validator.validate(record) and as_read(record) not in right:
             taken += 1
             same = (record.key, record.value) == (original.key, original.value)
             # index entries are not signed: another coordinate or expiry is another entry, and a right one
