@@ -35,7 +35,7 @@ class ModelSpec(_Part):
     )
     local: Literal["layer", "attention"] = Field(
         default="layer",
-        description="attention: after these layers one attention more, so that the mixture takes the place of a "
+        description="attention: one more attention after these layers, so that the mixture takes the place of a "
         "feed-forward block, as in the Switch Transformer (local_layers 0) and GLaM (1)",
     )
     feed_forward: int = Field(default=512, ge=8, le=65536, description="inner size of feed-forward blocks")

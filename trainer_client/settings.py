@@ -133,8 +133,8 @@ class TrainerSettings(RoleSettings):
     )
     balance: Balance | None = Field(
         default=None,
-        description="what spreads tokens evenly over experts: bias, added to scores when experts are chosen; loss, in "
-        "the model's; both or none; unset: bias for product-key, none for base, else loss",
+        description="what spreads tokens evenly over experts: a bias, added to scores when experts are chosen; a loss, "
+        "added to the model's; both; or none; unset: bias for product-key, none for base, loss for the others",
     )
     balance_weight: float = Field(
         default=0.01, ge=0, le=100, allow_inf_nan=False, description="weight of the balancing loss"
