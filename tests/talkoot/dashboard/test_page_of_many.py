@@ -61,11 +61,14 @@ def test_the_page_paints_before_the_server_says_what_it_shows(
         with browser.new_context() as context:
             context.set_default_timeout(WAIT_MS)
             seen = Visit(context.new_page())
+            seen.page.on("pageerror", lambda error: seen.complaints.append(str(error)))
             seen.page.goto(address)
             seen.until("performance.getEntriesByName('first-contentful-paint').length > 0")
             assert "10,000" not in seen.text("body")
+            seen.page.get_by_role("button", name="Freshness").click()
             may_answer.set()
             seen.until("document.querySelector('#tile-nodes .figure')?.textContent === '10,000'")
+            assert not seen.complaints, seen.complaints
     finally:
         may_answer.set()
 
