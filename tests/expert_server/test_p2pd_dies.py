@@ -22,7 +22,7 @@ from dht.invites import Invite
 from dht.swarm import Swarm
 from expert_server.node import Node
 from expert_server.status import NodeState
-from peer.errors import StartError, UnreachableError
+from peer.errors import StartError
 from peer.host import Host
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -150,10 +150,7 @@ async def is_state(node: Node, state: NodeState) -> bool:
 
 
 async def sees_all(swarm: Swarm) -> bool:
-    try:
-        return await serving(swarm) == ONCE_EACH
-    except UnreachableError:
-        return False
+    return await serving(swarm) == ONCE_EACH
 
 
 def held() -> tuple[int, int, int]:

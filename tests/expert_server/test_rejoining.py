@@ -272,6 +272,4 @@ def test_a_trainer_that_forgot_everybody_in_an_outage_finds_them_again(play: Pla
 
 
 async def sees_all(swarm: Swarm) -> bool:
-    with contextlib.suppress(UnreachableError):
-        return await serving(swarm) == ONCE_EACH
-    return False
+    return await serving(swarm) == ONCE_EACH

@@ -17,7 +17,6 @@ from dht.manifest import Manifest
 from dht.swarm import Swarm, join_swarm
 from peer import clock
 from peer.bounded import BoundedDict
-from peer.errors import UnreachableError
 from peer.kademlia.hivemind import dht_pb2
 from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
@@ -111,9 +110,6 @@ def set_clock(set_by: Path, offset: str) -> None:
 
 async def is_announced(swarm: Swarm, manifest: Manifest) -> bool:
     """Whether all experts were announced within the last seconds."""
-    try:
-        found = await swarm.registry.replicas(manifest.uids())
-    except UnreachableError:
-        return False
+    found = await swarm.registry.replicas(manifest.uids())
     now = time.time()
     return all(hosts and all(now < r.expires_at < now + 60 for r in hosts) for hosts in found.values())
