@@ -1,6 +1,8 @@
 """Shared by all tests: one event loop for the network, one torch thread, two peers' keys, and a release's wheel."""
 
+import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from peer.loop import LoopThread
 
 settings.register_profile("talkoot", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("talkoot")
+sys.dont_write_bytecode = False  # else every process that a test starts compiles all modules again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 torch.set_num_threads(1)  # on a busy machine several pools wait for each other
 
 LONGEST = (
