@@ -73,8 +73,15 @@ class SimulatedSwarm:
 
     @classmethod
     async def start(
-        cls, loop: VirtualLoop, nodes: int, experts: int, link: Link, seed: int
+        cls,
+        loop: VirtualLoop,
+        nodes: int,
+        experts: int,
+        link: Link,
+        seed: int,
+        in_place: bool | None = None,
     ) -> "SimulatedSwarm":
+        """`in_place`: nobody joins or announces; unset: if there are many nodes."""
         manifest = Manifest.model_validate(
             {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid_of(experts)}}
         )
@@ -83,11 +90,11 @@ class SimulatedSwarm:
             swarm.peers.append(await swarm.make_peer())
         for n, uid in enumerate(manifest.uids()):
             swarm.hosts[uid] = swarm.peers[n % nodes]
-        if nodes <= JOIN_REALLY:
-            await swarm._join_all()
-        else:
+        if nodes > JOIN_REALLY if in_place is None else in_place:
             swarm.fill_tables(swarm.peers, swarm.peers)
-        await swarm.announce_all(LIFETIME_S)
+        else:
+            await swarm._join_all()
+        await swarm.announce_all(LIFETIME_S, in_place)
         return swarm
 
     async def make_peer(self, serves_dht: bool = True) -> SimulatedPeer:

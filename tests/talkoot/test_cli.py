@@ -133,7 +133,7 @@ def test_example_manifest_is_the_demos() -> None:
 
 
 def test_wrong_invite_is_refused() -> None:
-    assert_one_clear_line(run("node", "--join", "hello"), "an invite starts with 'talkoot1'")
+    assert_one_clear_line(run_here("node", "--join", "hello"), "an invite starts with 'talkoot1'")
 
 
 @pytest.mark.parametrize("name", ["train", "status", "dashboard"])

@@ -350,7 +350,7 @@ def test_an_entry_at_which_the_validator_fails_is_left_out_and_counted(
 
 def test_a_trainer_that_gets_to_know_a_large_swarm_is_served_within_its_share(world: VirtualLoop) -> None:
     async def run() -> None:
-        swarm = await SimulatedSwarm.start(world, 4, 1024, Link(rtt_s=0.1), seed=1)
+        swarm = await SimulatedSwarm.start(world, 4, 1024, Link(rtt_s=0.1), seed=1, in_place=True)
         trainer = await swarm.make_peer(serves_dht=False)
         await swarm.join(trainer)
         directory = Directory(trainer.registry, swarm.manifest, refresh_every_s=3.0, now=world.unix_time)

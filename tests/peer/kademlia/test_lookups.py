@@ -29,9 +29,12 @@ def play(
     scenario: Callable[[SimulatedSwarm], Awaitable[None]],
     nodes: int = 12,
     experts: int = 24,
+    in_place: bool = False,
 ) -> None:
     async def run() -> None:
-        await scenario(await SimulatedSwarm.start(loop, nodes, experts, Link(rtt_s=0.1), seed=1))
+        await scenario(
+            await SimulatedSwarm.start(loop, nodes, experts, Link(rtt_s=0.1), seed=1, in_place=in_place)
+        )
 
     loop.run_until_complete(run())
 
@@ -147,7 +150,7 @@ def test_a_newcomer_that_knows_one_peer_finds_all_though_questions_are_lost(
             assert all((await client.registry.replicas(swarm.manifest.uids())).values())
             swarm.network.link = Link()
 
-    play(world, scenario, nodes=30, experts=60)
+    play(world, scenario, nodes=30, experts=60, in_place=True)
 
 
 def test_keys_for_which_nobody_answers_are_not_taken_for_empty(world: VirtualLoop) -> None:
@@ -277,7 +280,7 @@ def test_a_second_look_up_starts_at_the_holders(world: VirtualLoop) -> None:
         assert found.search.found_after == 1
         assert found.search.rounds <= 2
 
-    play(world, scenario, nodes=24)
+    play(world, scenario, nodes=24, in_place=True)
 
 
 def test_samples_show_within_which_distance_the_holders_are_and_honest_look_ups_stay_cheap(
@@ -293,7 +296,7 @@ def test_samples_show_within_which_distance_the_holders_are_and_honest_look_ups_
             await reader.registry.replicas([UID(0, (1, 1))])
             assert swarm.network.traffic.by_method["find"] - before <= 20
 
-    play(world, scenario, nodes=100)
+    play(world, scenario, nodes=100, in_place=True)
 
 
 def test_a_request_that_fails_through_a_bug_counts_as_unanswered(
