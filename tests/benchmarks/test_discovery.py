@@ -16,14 +16,14 @@ from benchmarks.simulated_swarm import LIFETIME_S, SimulatedSwarm, grid_of
 from peer.kademlia.hivemind import DHTID
 from peer.kademlia.lookups import Lookups
 
-NODES = 30
+NODES = 20
 
 
 def simulate(seed: int) -> dict[str, Any]:
     with simulated_world() as loop:
 
         async def run() -> dict[str, Any]:
-            swarm = await SimulatedSwarm.start(loop, NODES, 60, Link(loss=0.01), seed)
+            swarm = await SimulatedSwarm.start(loop, NODES, 40, Link(loss=0.01), seed)
             result: dict[str, Any] = {"lookups": await measure_lookups(loop, swarm, 20)}
             result["recall"] = await measure_recall(loop, swarm)
             result["crawl"] = await measure_crawl(loop, swarm)
@@ -47,7 +47,7 @@ def test_a_swarm_put_in_place_is_like_one_that_joined_and_announced() -> None:
     with simulated_world() as loop:
 
         async def run() -> None:
-            swarm = await SimulatedSwarm.start(loop, NODES, 60, Link(), seed=5)
+            swarm = await SimulatedSwarm.start(loop, NODES, 40, Link(), seed=5)
             keys = [DHTID.generate(source=swarm.keys.expert(uid)) for uid in swarm.hosts]
             really = holders(swarm, keys)
             for peer in swarm.peers:
