@@ -27,6 +27,8 @@ MARK = "TEST_OF_THE_DEMO"
 LIMIT_S = 200
 ROOT = Path(__file__).parents[3]
 FLOORS = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
+SMALLEST = ("--nodes", "1", "--no-kill")
+"""Of which two have a p2pd: the node and the trainer."""
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 """Without a path of whoever runs the tests, which would come before the wheel."""
 
@@ -173,7 +175,7 @@ def test_demo_learns_loses_a_node_and_serves_its_experts_again(installed: Path, 
 
 
 def test_interrupted_demo_over_links_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
-    with running_demo(tmp_path, "--nodes", "2", "--link", "100mbit,5ms") as demo:
+    with running_demo(tmp_path, *SMALLEST, "--link", "100mbit,5ms") as demo:
         wait_until(lambda: demo.processes().count("p2pd") >= 2, demo.log)
         sockets = demo.sockets()
         demo.process.send_signal(signal.SIGINT)
@@ -186,7 +188,7 @@ def test_interrupted_demo_over_links_ends_at_once_and_leaves_nothing(tmp_path: P
 
 
 def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
-    with running_demo(tmp_path, "--nodes", "2") as demo:
+    with running_demo(tmp_path, *SMALLEST) as demo:
         wait_until(lambda: demo.processes().count("p2pd") >= 2, demo.log)
         demo.process.kill()
         demo.process.wait()
@@ -196,7 +198,7 @@ def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
 def test_child_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short")
-    with running_demo(tmp_path, "--nodes", "1", "--no-kill", "--data", str(text)) as demo:
+    with running_demo(tmp_path, *SMALLEST, "--data", str(text)) as demo:
         demo.process.wait(LIMIT_S)
         said = demo.log.read_text()
         assert demo.process.returncode == 2, said
