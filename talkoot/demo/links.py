@@ -7,6 +7,7 @@ everything behind it on its connection, as with TCP.
 
 import asyncio
 import contextlib
+import errno
 import math
 import random
 import re
@@ -35,6 +36,9 @@ _RETRANSMIT_S = 0.2
 """Linux's shortest retransmission timeout."""
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER of 0 s: closing then sends a reset."""
+
+_UNASSIGNED_PORTS = range(20_000, 32_768)
+"""Below those that Linux gives to whoever asks for any; other systems' are higher still."""
 
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(kbit|mbit|gbit|ms|s|%)")
 _MBIT = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}
@@ -299,7 +303,19 @@ def _socket(link: Link, host: str) -> socket.socket:
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """TCP ports that are free now, for peers that must know their ports beforehand."""
+    """TCP ports that are free now, for peers that must know their ports beforehand.
+
+    Not of those that the system gives to whoever asks for any: another program could get one meanwhile.
+    """
+    free: list[int] = []
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
+        for port in random.SystemRandom().sample(_UNASSIGNED_PORTS, len(_UNASSIGNED_PORTS)):
+            if len(free) == count:
+                break
+            try:
+                stack.enter_context(socket.create_server((host, port)))
+                free.append(port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+    return free
