@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import msgpack
@@ -26,6 +26,8 @@ from peer.wire import records_pb2
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
 ATTACK_S = 4.0
+LOOKS = 20
+DEADLINE_S = 60.0
 LOOPS = 6
 UPLOAD_MBIT = 8.0
 HIVEMINDS_MESSAGE_BYTES = 4 * 2**20
@@ -85,11 +87,15 @@ class Siege:
         """Requests, answers, and the bytes of the answers."""
         self._is_over = False
 
-    async def lasts(self, *attackers: Any) -> LoopLags:
-        """While they run, each in several loops at once, honest look-ups go on."""
+    async def lasts(self, *attackers: Any, is_enough: Callable[[], bool]) -> LoopLags:
+        """While they run, each in several loops at once, honest look-ups go on. A busy machine needs longer."""
         lags = LoopLags(exposed_at(self.node.metrics_address))
         tasks = [asyncio.create_task(self._repeat(attack)) for attack in attackers for _ in range(LOOPS)]
         await self.reader.read_for(ATTACK_S)
+        ends = time.monotonic() + DEADLINE_S
+        while self.reader.looks < LOOKS or not await asyncio.to_thread(is_enough):
+            assert time.monotonic() < ends, "the attack was no attack"
+            await self.reader.read_for(0.5)
         self._is_over = True
         await asyncio.gather(*tasks)
         return lags
@@ -114,7 +120,6 @@ class Siege:
             f"{self.reader.looks} looks, {self.reader.failed} failed, at most {self.reader.longest_s:.2f} s"
         )
         assert self.node.alive
-        assert self.reader.looks >= 5
         assert self.reader.share >= 0.95, f"{self.reader.failed} of {self.reader.looks} look-ups failed"
 
 
@@ -186,10 +191,12 @@ def test_a_siege_with_large_and_many_messages_holds_no_loop(
                 return await stranger.find_at(siege.victim, question)
 
             await stranger.answer(find=lie)
-            lags = await siege.lasts(stuff, forge, flood)
+
+            def is_enough() -> bool:
+                return siege.sent > 200 and node.metric("talkoot_dht_messages_refused_total") > 0
+
+            lags = await siege.lasts(stuff, forge, flood, is_enough=is_enough)
             siege.check()
-            assert siege.sent > 200, "the attack was no attack"
-            assert node.metric("talkoot_dht_messages_refused_total") > 0
             print("lag", lags.quantile(1.0), lags.quantile(0.99))
             await asyncio.to_thread(lags.check)
 
@@ -216,16 +223,20 @@ def test_small_questions_get_no_flood_of_answers(loop: LoopThread, node: NodeVic
             async def ask(number: int) -> Any:
                 return await stranger.find_at(siege.victim, dht_pb2.FindRequest(keys=question))
 
-            began = time.monotonic()
-            lags = await siege.lasts(ask)
             rate = UPLOAD_MBIT * 1e6 / 8 / 4
+
+            def is_enough() -> bool:
+                had_its_share = siege.received_bytes > 0.3 * rate * 16
+                return had_its_share and node.metric("talkoot_dht_values_withheld_total") > 0
+
+            began = time.monotonic()
+            lags = await siege.lasts(ask, is_enough=is_enough)
             siege.check()
             assert siege.answered > 100
             # the burst and the rate, and the nearest nodes that go with each answer
             most = rate * (16 + time.monotonic() - began) + siege.answered * 500
-            assert 0.3 * rate * 16 < siege.received_bytes < most
+            assert siege.received_bytes < most
             assert node.metric("talkoot_uploaded_bytes_total") - before >= siege.received_bytes * 0.9
-            assert node.metric("talkoot_dht_values_withheld_total") > 0
             print("lag", lags.quantile(1.0), lags.quantile(0.99))
             await asyncio.to_thread(lags.check)
 
@@ -248,12 +259,14 @@ def test_what_strangers_store_takes_the_memory_that_the_metric_says(
                 rows = [(name, packed(3), packed(name), until) for name in names]
                 return await stranger.store_at(siege.victim, stranger.store_request(rows))
 
-            lags = await siege.lasts(fill)
+            def stored() -> float:
+                return node.metric("talkoot_dht_stored_bytes") - stored_before
+
+            lags = await siege.lasts(fill, is_enough=lambda: stored() > 2**19)
             siege.check()
             print("lag", lags.quantile(1.0), lags.quantile(0.99))
             await asyncio.to_thread(lags.check)
-            stored = node.metric("talkoot_dht_stored_bytes") - stored_before
-            assert 2**19 < stored < 64 * 2**20
-            assert node.rss_bytes - before < 1.2 * stored + 30 * 2**20
+            assert stored() < 64 * 2**20
+            assert node.rss_bytes - before < 1.2 * stored() + 30 * 2**20
 
     loop.run(scenario(), 120)
