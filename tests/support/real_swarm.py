@@ -24,7 +24,7 @@ from peer.loop import LoopThread
 from peer.transport.addresses import NetworkConfig
 
 LOCAL = "127.0.0.1"
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 """For what comes soon, on a machine that may be busy."""
 _PLAY_S = 240.0
 MANIFEST = Manifest.model_validate(

@@ -26,7 +26,7 @@ from peer.loop import LoopThread
 from peer.metrics import total
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
-LEAVES: dict[str, Any] = {"drain_timeout_s": 600, "announce_every_s": 3.0}
+LEAVES: dict[str, Any] = {"drain_timeout_s": 600}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_node_that_leaves_hands_its_experts_over_with_their_updates(
     async def scenario(village: Village) -> None:
         leaver = await village.found(experts=8, **LEAVES)
         invite = await leaver.swarm.invite()
-        heirs = [await village.join(n, invite, experts=0, spare=4, announce_every_s=3.0) for n in (1, 2)]
+        heirs = [await village.join(n, invite, experts=0, spare=4) for n in (1, 2)]
         for heir in heirs:
             await village.run(heir)
         updates = {uid: n % 4 for n, uid in enumerate(UIDS)}
@@ -91,7 +91,7 @@ def test_the_only_node_of_a_swarm_leaves_at_once(play: Play) -> None:
 def test_what_nobody_has_room_for_stays_in_the_checkpoints(play: Play) -> None:
     async def scenario(village: Village) -> None:
         leaver = await village.found(experts=8, **LEAVES)
-        heir = await village.join(1, await leaver.swarm.invite(), experts=0, spare=3, announce_every_s=3.0)
+        heir = await village.join(1, await leaver.swarm.invite(), experts=0, spare=3)
         for node in (leaver, heir):
             await village.run(node)
         await train(leaver, dict.fromkeys(UIDS, 2))

@@ -90,6 +90,7 @@ def test_a_payload_that_stalls_is_given_up_long_before_the_longest_call(
         outcome = await exchange(edge, "forward", SLOW[name](Call()), ends=False, timeout_s=None)
         refused(outcome, StatusCode.DEADLINE_EXCEEDED, "the payload stalled")
         await wait_until(lambda: edge.memory.used == 0)
+        monkeypatch.undo()  # a busy machine may be slower than that
         await check_it_goes_on(edge)
 
     run(scenario)
