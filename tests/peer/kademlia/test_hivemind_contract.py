@@ -267,6 +267,13 @@ def test_attributes_that_we_use_are_there(names: Mapping[str, set[str]]) -> None
     _expect_none("gone", [f"{owner}.{name}" for owner, name in wanted if not _exists(owner, name)])
 
 
+def test_hivemind_has_what_it_defines_for_those_who_ask_for_it() -> None:
+    """Though its package is not run for its parts."""
+    assert pkgutil.resolve_name("hivemind:DHT") is pkgutil.resolve_name("hivemind.dht:DHT")
+    with pytest.raises(AttributeError, match="nothing"):
+        pkgutil.resolve_name("hivemind:nothing")
+
+
 def test_a_class_attribute_says_where_sockets_are() -> None:
     assert pkgutil.resolve_name("hivemind.p2p.P2P")._UNIX_SOCKET_PREFIX == "/unix/tmp/hivemind-"
 
