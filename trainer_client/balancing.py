@@ -191,9 +191,14 @@ class LoadBias(nn.Module):
                 (self.average_bias, load.bias[live_S]),
             )
         )
+        most = _MOST_BIAS * unit
+        loads, biases = (
+            loads.clamp(0, len(live)),
+            biases.clamp(-most, most),
+        )  # another trainer may have given them
         bias = biases - _REACH * unit * loads.clamp(1 / math.e, math.e).log()
         weights = torch.from_numpy(count_S / count_S.sum()).to(bias)
-        bias = (bias - bias @ weights).clamp(-_MOST_BIAS * unit, _MOST_BIAS * unit)
+        bias = (bias - bias @ weights).clamp(-most, most)
         for buffer, values in ((self.average_load, loads), (self.average_bias, biases), (self.bias, bias)):
             buffer[live] = values
 

@@ -347,14 +347,40 @@ def test_a_saved_bias_that_is_not_finite_or_would_overflow_is_refused(number: fl
 
 def test_biases_are_averaged_with_the_dense_part() -> None:
     with training() as (one, model), training() as (other, there):
-        for name, buffer in there.named_buffers():
-            if ".balance." in name:
-                buffer.copy_(model.get_buffer(name) + 1.0)
+        for name in biases_of(model):
+            model.get_buffer(name)[0] = 2.0
+            there.get_buffer(name).copy_(model.get_buffer(name) - 1.0)
         before = biases_of(model)
         one.part.merge("other", one.part.read(), other.part.read().tensors, 1, 0.5, 0.0)
         with one.part.stepping():
             pass
-        assert all(torch.equal(tensor, before[name] + 0.5) for name, tensor in biases_of(model).items())
+        assert all(torch.equal(tensor, before[name] - 0.5) for name, tensor in biases_of(model).items())
+
+
+@given(st.lists(st.floats(-1e9, 1e9, width=32), min_size=16, max_size=16))
+def test_another_trainers_biases_count_no_more_than_ones_own(theirs: list[float]) -> None:
+    """Or biases of 1e9 would send all rows to the experts of one node."""
+    balance = LoadBias((4, 4))
+    balance.bias.copy_(torch.linspace(-0.25, 0.5, 16))
+    part = SharedParameters(balance)
+    own = part.read()
+    part.merge("liar", own, {name: torch.tensor(theirs) for name in own.tensors}, 1, 0.5, 0.0)
+    with part.stepping():
+        pass
+    for name, tensor in part.read().tensors.items():
+        assert float(tensor.abs().max()) <= float(own.tensors[name].abs().max())
+
+
+@given(seeds)
+def test_whatever_a_new_trainer_took_over_is_within_bounds_after_a_step(seed: int) -> None:
+    """Numbers of 1e9 in averages over ten steps would last for two hundred."""
+    rng, balance = np.random.default_rng(seed), LoadBias((2, 4))
+    for buffer in balance.buffers():
+        buffer.copy_(torch.from_numpy(rng.uniform(-1e9, 1e9, 8)))
+    correct(balance, list(rng.integers(1, 100, 8)), spread=0.5)
+    assert float(balance.bias.abs().max()) <= 8 * 0.5
+    assert float(balance.average_bias.abs().max()) <= 8 * 0.5
+    assert 0 <= float(balance.average_load.min()) <= float(balance.average_load.max()) <= 8
 
 
 def test_a_dense_part_with_large_biases_is_no_stranger_to_one_that_begins() -> None:

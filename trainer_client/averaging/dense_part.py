@@ -199,7 +199,9 @@ class SharedParameters:
         """Taken by this trainer."""
         self._age = age
         self._subscribers: tuple[Callable[[], None], ...] = ()
-        self._tensors = {**dict(model.named_parameters()), **shared_buffers(model)}
+        buffers = shared_buffers(model)
+        self._buffers = buffers.keys()
+        self._tensors = {**dict(model.named_parameters()), **buffers}
         self._changing = threading.Lock()
         self._waiting: deque[_Waiting] = deque()
         self._merges: deque[DenseMerge] = deque(maxlen=_MERGES_REMEMBERED)
@@ -241,7 +243,9 @@ class SharedParameters:
     ) -> "Future[DenseMerge]":
         """Moves the parameters, at the end of the next step, by `share` of the way from `base` to `theirs`.
 
-        `base` was read here, and `theirs` is what the other trainer had at that time. May be called on any thread.
+        `base` was read here, and `theirs` is what the other trainer had at that time. Numbers of its buffers count as
+        no larger than the largest of one's own: nothing else tells a bias that sends all rows to one expert from one
+        that spreads them. May be called on any thread.
         """
         waiting = _Waiting(peer, base, theirs, their_age, share, difference)
         self._waiting.append(waiting)
@@ -268,9 +272,16 @@ class SharedParameters:
             return
         base = waiting.base
         for name, tensor in self._tensors.items():
-            current, then = tensor.cpu(), base.tensors[name]
-            tensor.copy_(interpolate(current, then, waiting.theirs[name], waiting.share))
+            current, then, theirs = tensor.cpu(), base.tensors[name], waiting.theirs[name]
+            if name in self._buffers:
+                theirs = _no_larger(theirs, then)
+            tensor.copy_(interpolate(current, then, theirs, waiting.share))
         self._age = min(max(base.age, waiting.their_age) + self._age - base.age, MAX_AGE)
         merge = DenseMerge(waiting.peer, waiting.share, self._age, waiting.difference)
         self._merges.append(merge)
         waiting.done.set_result(merge)
+
+
+def _no_larger(theirs: Tensor, mine: Tensor) -> Tensor:
+    most = float(mine.abs().max()) if mine.numel() else 0.0
+    return theirs.clamp(-most, most)
