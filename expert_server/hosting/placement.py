@@ -353,15 +353,18 @@ class HostingSurvey:
         """The prefixes without the last coordinate that are read now: all of them, or a part."""
         shape = (self._manifest.model.layers, *self._manifest.experts.grid[:-1])
         count = int(np.prod(shape))
-        numbers = np.arange(count)
+        numbers = np.arange(min(count, MOST_PREFIXES))
         if count > MOST_PREFIXES:
             # the same rows for several looks; other nodes read others
             turn = random.Random(f"{self._peer_id} {self._looks // _ROWS_FOR}")  # noqa: S311  # no secret
-            numbers = np.random.default_rng(turn.getrandbits(64)).permutation(count)
+            rng = np.random.default_rng(turn.getrandbits(64))
             # first the rows that had hosts: if those died, their prefixes may be gone
-            was_used = self._had_host.any(axis=-1).ravel()[numbers]
-            used = numbers[was_used][: MOST_PREFIXES // 2]
-            numbers = np.concatenate([used, np.setdiff1d(numbers, used, assume_unique=True)])[:MOST_PREFIXES]
+            used = np.flatnonzero(self._had_host.any(axis=-1))
+            used = rng.permutation(used)[: MOST_PREFIXES // 2]
+            drawn = rng.choice(
+                count, MOST_PREFIXES, replace=False
+            )  # without a list of all, which may be millions
+            numbers = np.concatenate([used, np.setdiff1d(drawn, used, assume_unique=True)])[:MOST_PREFIXES]
         self._looks += 1
         return [
             (int(layer), tuple(map(int, row)))

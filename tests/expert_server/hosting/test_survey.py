@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+import tracemalloc
 from collections.abc import Collection
 
 import pytest
@@ -103,6 +104,20 @@ def test_a_huge_grid_costs_no_more_and_what_is_vacant_is_seen_twice() -> None:
         assert later.keys() != first.keys(), "after a while it looks elsewhere"
 
     asyncio.run(scenario())
+
+
+def test_a_manifest_of_millions_of_rows_costs_no_list_of_them() -> None:
+    """A list of the rows alone would be of 16 MB here, and of 512 MB on the largest grid."""
+    registry = FakeRegistry([])
+    survey = make_survey((1024, 1024, 1), registry)
+    tracemalloc.start()
+    try:
+        asyncio.run(survey.read([]))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert registry.prefixes_read == MOST_PREFIXES
+    assert most < 8e6
 
 
 @pytest.mark.parametrize("grid", [(500, 1000), (1000, 1000)], ids=["all-rows", "some-rows"])
