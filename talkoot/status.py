@@ -17,8 +17,9 @@ from rich.text import Text
 from dht.announcements import NodeInfo, Replica, TrainerInfo
 from dht.directory import Directory, View
 from dht.invites import Invite, invite_of
+from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
-from dht.uid import UID
+from dht.uid import UID, grid_coordinates
 from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import age_in_words, counted
@@ -32,6 +33,8 @@ _WATCH_EVERY_S = 2.0
 _LIST_EVERY_S = 20.0
 _NODES_AT_ONCE = 512
 """Node records in one look-up, which has one deadline."""
+_MOST_LISTED = 65536
+"""Experts that are shown one by one. Of a larger swarm, whose manifest may have 2^26, those that have a replica."""
 _LOOK_AGAIN_S = 300.0
 """Seconds until a listed peer that has no record is looked up again."""
 
@@ -50,7 +53,8 @@ class SwarmReading:
 
     def to_dict(self) -> dict[str, Any]:
         """As `talkoot status --json` prints it. Ages and times are in seconds."""
-        uids = self.view.manifest.uids()
+        manifest = self.view.manifest
+        uids = manifest.uids() if _can_list(manifest) else sorted(self.view.replicas)
         return {
             "swarm": self.swarm,
             "read_at": self.view.read_at,
@@ -58,7 +62,7 @@ class SwarmReading:
             "nodes": [_node_dict(node, self.view.read_at) for node in self.nodes.values()],
             "trainers": [_trainer_dict(trainer, self.view.read_at) for trainer in self.trainers.values()],
             "experts": {
-                "total": len(uids),
+                "total": manifest.experts_total,
                 "alive": self.view.live_experts(),
                 "list": [
                     {"uid": str(uid), "replicas": [_replica_dict(r) for r in self.view.replicas.get(uid, ())]}
@@ -190,13 +194,13 @@ def _renderables(reading: SwarmReading) -> list[RenderableType]:
         f"{counted(view.manifest.experts_total, 'expert')} alive, {counted(len(reading.trainers), 'trainer')}, "
         f"read {time.time() - view.read_at:.1f} s ago"
     )
-    layers = [_layer_table(view, layer) for layer in range(view.manifest.model.layers)]
+    layers = range(view.manifest.model.layers if _can_list(view.manifest) else 0)
     return [
         Text(head),
         *([Text(f"warning: {reading.warning}", style="yellow")] if reading.warning else []),
         _nodes_table(reading),
         *([_trainers_table(reading)] if reading.trainers else []),
-        *layers,
+        *(_layer_table(view, layer) for layer in layers),
     ]
 
 
@@ -271,6 +275,10 @@ def _shown(value: float | None, form: str) -> str:
     return "?" if value is None else format(value, form)
 
 
+def _can_list(manifest: Manifest) -> bool:
+    return manifest.experts_total <= _MOST_LISTED
+
+
 def _layer_table(view: View, layer: int) -> Table:
     """The number of serving replicas at each place of the grid. The columns are its last dimension."""
     columns = view.manifest.experts.grid[-1]
@@ -279,9 +287,8 @@ def _layer_table(view: View, layer: int) -> Table:
     for column in range(columns):
         table.add_column(str(column), justify="right")
     by_row: dict[tuple[int, ...], list[UID]] = {}
-    for uid in view.manifest.uids():
-        if uid.layer == layer:
-            by_row.setdefault(uid.coordinate[:-1], []).append(uid)
+    for coordinate in grid_coordinates(view.manifest.experts.grid):
+        by_row.setdefault(coordinate[:-1], []).append(UID(layer, coordinate))
     for coordinate, uids in by_row.items():
         counts = [len(view.hosts(uid)) for uid in uids]
         table.add_row(".".join(map(str, coordinate)), *(str(count) if count else "-" for count in counts))

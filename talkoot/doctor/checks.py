@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
 from dht.swarm import Swarm
+from dht.uid import UID
 from expert_server.experts.devices import check_devices
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.graphs import Rows
@@ -166,6 +167,8 @@ def check_clock_keeping() -> Finding:
 
 def check_speed(settings: NodeSettings, manifest: Manifest) -> Finding:
     """Trains one expert of the manifest for a moment. Blocks, so don't call it on an event loop."""
+    if expert_bytes(manifest) > psutil.virtual_memory().available:
+        return Finding(name="speed", verdict=Verdict.SKIPPED, says="not one expert fits into memory")
     cores = usable_cores()
     threads = min(settings.threads or cores, cores)
     rows_per_s = _rows_per_s(manifest, threads)
@@ -372,7 +375,7 @@ def _version(name: str) -> str:
 
 def _rows_per_s(manifest: Manifest, threads: int) -> float:
     torch.set_num_threads(threads)
-    expert = Expert(manifest.uids()[0], manifest)
+    expert = Expert(UID(0, (0,) * len(manifest.experts.grid)), manifest)
     length = min(manifest.model.context, _ROWS)
     segments = max(1, _ROWS // length)
     rows, width = segments * length, manifest.width

@@ -171,3 +171,13 @@ def test_status_for_programs_has_trainers() -> None:
 def test_a_name_is_one_short_printable_line(name: str) -> None:
     with pytest.raises(SettingsError, match="name"):
         TrainerSettings.load(name=name)
+
+
+def test_of_a_manifest_with_millions_of_experts_those_are_shown_that_have_a_replica() -> None:
+    seen = UID(1, (2, 3))
+    view = View(manifest((4096, 256), layers=64), {seen: (replica(seen, 0),)}, {peer(0): node(0)}, NOW)
+    reading = SwarmReading("sauna", view, {peer(0): node(0)})
+    experts = reading.to_dict()["experts"]
+    assert (experts["total"], experts["alive"]) == (2**26, 1)
+    assert [expert["uid"] for expert in experts["list"]] == ["1.2.3"]
+    assert len(_renderables(reading)) == 2

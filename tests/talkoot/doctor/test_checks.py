@@ -240,6 +240,15 @@ def test_speed_is_measured_with_one_expert(monkeypatch: pytest.MonkeyPatch) -> N
     assert check_speed(NodeSettings(threads=1), SMALL).verdict is Verdict.WEAK
 
 
+def test_an_expert_that_does_not_fit_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a manifest with 2^26 experts of 190 GB each."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**36))
+    huge = {"layers": 64, "hidden": 16384, "heads": 256, "feed_forward": 65536}
+    experts = {"grid": [4096, 256], "heads": 256, "head_size": 512}
+    manifest = Manifest.model_validate({"name": "huge", "model": huge, "experts": experts})
+    assert check_speed(NodeSettings(threads=1), manifest).verdict is Verdict.SKIPPED
+
+
 def test_memory_says_how_many_experts_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     each = expert_bytes(SMALL)
     free = SimpleNamespace(available=10 * each)
