@@ -87,6 +87,8 @@ class StateForm:
             reached = [name for name in self.parameters if gradient_name(name) in outline]
             expected |= {gradient_name(name): self.parameters[name] for name in reached}
             expected |= _ABOUT_ACCUMULATED
+            if self.parameters and not reached:  # a step of them would count, and leave no moments
+                raise StateError(f"the state of expert {uid} lacks the accumulated gradients")
         _check_outline(uid, outline, expected)
         if update_count < 0 or (self.moments and bool(update_count) != bool(stepped)):
             raise StateError(f"{update_count} updates, and moments of {len(stepped)} parameters")
@@ -122,12 +124,19 @@ def check_state(uid: UID, state: Mapping[str, Tensor], update_count: int, form: 
     """
     stepped = form.check(uid, {name: form_of(tensor) for name, tensor in state.items()}, update_count)
     check_numbers(uid, state)
-    rows = accumulated_rows(state)
-    if ACCUMULATED_ROWS in state and not 0 < rows < form.rows_per_update:
+    if ACCUMULATED_ROWS in state:
+        _check_accumulated(uid, accumulated_rows(state), state[ACCUMULATED_SIZES].tolist(), form)
+    return stepped
+
+
+def _check_accumulated(uid: UID, rows: int, sizes: list[float], form: StateForm) -> None:
+    if not 0 < rows < form.rows_per_update:
         raise StateError(
             f"the gradients of {rows} rows are accumulated in expert {uid}; at most {form.rows_per_update - 1}"
         )
-    return stepped
+    least, most = sizes
+    if least > most or bool(least) != bool(most):
+        raise StateError(f"the accumulated gradients of expert {uid} can't have sizes of {least} to {most}")
 
 
 def accumulated_rows(state: Mapping[str, Tensor]) -> int:

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from dht.manifest import OptimizerSpec
 from dht.uid import UID
-from expert_server.experts.format import BLOCK, OPTIMIZER
+from expert_server.experts.format import (
+    ACCUMULATED_SIZES,
+    BLOCK,
+    OPTIMIZER,
+    accumulated_rows,
+    gradient_name,
+)
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import StateError
 
@@ -34,6 +40,8 @@ the bound is (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂)).
 """
 _EPSILON = 1e-8
 """Adam's."""
+_STEEPEST = 1e6
+"""A row's gradient of the parameters against that of its updates: large where the norm divides by little."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ def require_plausible(
         raise StateError(f"the parameters of expert {uid} are far smaller than training makes them")
     for name, tensor in parameters.items():
         _check_moments(uid, name, tensor, state, spec)
+    _check_accumulated(uid, names, state)
     buffers = state.keys() - {BLOCK + name for name in names}
     for name in sorted(buffer for buffer in buffers if buffer.startswith(BLOCK)):
         if state[name].is_floating_point() and state[name].abs().max() > _LARGEST_BUFFER:
@@ -113,6 +122,18 @@ def _check_moments(
         and (first.abs() > _LARGEST_MOVE * (second.sqrt() + _EPSILON)).any()
     ):
         raise StateError(f"the moments of {name!r} of expert {uid} would throw it far away at the next step")
+
+
+def _check_accumulated(uid: UID, names: Collection[str], state: Mapping[str, Tensor]) -> None:
+    """They are no larger than rows of their sizes make them: or others would lose theirs in the same step."""
+    if not (rows := accumulated_rows(state)):
+        return
+    gradients = [state[gradient_name(name)] for name in names if gradient_name(name) in state]
+    norm = sqrt(sum(_norm(gradient) ** 2 for gradient in gradients))
+    if norm > _STEEPEST * rows * float(state[ACCUMULATED_SIZES].max()):
+        raise StateError(
+            f"the accumulated gradients of expert {uid} are far larger than {rows} rows make them"
+        )
 
 
 def _norm(tensor: Tensor) -> float:

@@ -249,6 +249,18 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
     "fewer than none": (lambda s: s | {ACCUMULATED_ROWS: torch.tensor(-1)}, "at most 29"),
     "rows of another type": (lambda s: s | {ACCUMULATED_ROWS: torch.tensor(1.0)}, "float32"),
     "negative size": (lambda s: s | {ACCUMULATED_SIZES: -s[ACCUMULATED_SIZES]}, "negative"),
+    "sizes in the wrong order": (
+        lambda s: s | {ACCUMULATED_SIZES: s[ACCUMULATED_SIZES] * torch.tensor([2.0, 1.0])},
+        "can't have sizes",
+    ),
+    "no least size": (
+        lambda s: s | {ACCUMULATED_SIZES: s[ACCUMULATED_SIZES] * torch.tensor([0.0, 1.0])},
+        "can't have sizes",
+    ),
+    "no gradients": (
+        lambda s: {n: t for n, t in s.items() if not n.startswith(ACCUMULATED + "gradient")},
+        "lacks the accumulated gradients",
+    ),
     "shape": (lambda s: s | {GRADIENT: s[GRADIENT][:1]}, r"is \(\(1, 16\)"),
     "NaN": (lambda s: s | {GRADIENT: s[GRADIENT] * torch.nan}, "not finite"),
     "another parameter": (lambda s: s | {ACCUMULATED + "gradient.more": torch.zeros(1)}, "unknown"),
@@ -263,6 +275,20 @@ def test_accumulated_gradients_that_cannot_be_are_refused(
     before = expert.export_state()
     with pytest.raises(StateError, match=message):
         expert.import_state(spoil(trained(1).export_state()), 0)
+    torch.testing.assert_close(expert.export_state(), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("gradient", "size"), [(1e30, 0.0), (1e30, 1e-3), (3e38, 1.0), (1e-30, 0.0)])
+def test_a_stranger_accumulates_no_gradients_that_drown_those_of_others(gradient: float, size: float) -> None:
+    state = {
+        name: torch.full_like(tensor, gradient) if name.startswith(ACCUMULATED + "gradient") else tensor
+        for name, tensor in trained(1).export_state().items()
+    }
+    state[ACCUMULATED_SIZES] = torch.tensor([size, size], dtype=torch.float64)
+    expert = trained(2)
+    before = expert.export_state()
+    with pytest.raises(StateError, match="far larger than"):
+        expert.import_state(state, 0, "QmStranger")
     torch.testing.assert_close(expert.export_state(), before, atol=0, rtol=0)
 
 
