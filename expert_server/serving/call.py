@@ -10,8 +10,9 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import grpc
 import numpy as np
@@ -39,10 +40,14 @@ _ROW_BYTES = 24
 """Memory of a row's position, and of a segment's length: parsed, and as int64."""
 _LEAST_BYTES_PER_S = 16_384
 """The slowest payload that is waited for: an upload of 1 Mbit/s that eight calls share."""
+_LOOP_NUMBERS = 2**18
+"""Tensors of so many numbers are converted on the loop: int4 takes 4 ms for them. Larger ones are on another thread."""
 _GRACE_S = 5.0
 """How long a payload may stall."""
 _SETTLE_S = 1.0
 """How long a call that has failed waits at most for a caller that does not read."""
+
+T = TypeVar("T")
 
 Requests: TypeAlias = AsyncIterator[expert_pb2.CallRequest]
 Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
@@ -249,8 +254,8 @@ class Call:
             rows = part.cached.rows
         else:
             assert inputs is not None, "inputs that are not cached come in the payload"
-            rows = Rows(self._tensor(inputs), part.lengths, part.positions)
-        return rows if gradients is None else replace(rows, gradients=self._tensor(gradients))
+            rows = Rows(await self._decoded(inputs, part), part.lengths, part.positions)
+        return rows if gradients is None else replace(rows, gradients=await self._decoded(gradients, part))
 
     def begin(self, part: Part, entry: Entry) -> None:
         """Answers a part when its work is done."""
@@ -285,9 +290,9 @@ class Call:
             self._is_done.clear()
             done, self._done = self._done, []
             unanswered -= len(done)
-            await self._replies.write([self._reply(part, outcome) for part, outcome in done])
+            await self._replies.write([await self._reply(part, outcome) for part, outcome in done])
 
-    def _reply(self, part: Part, outcome: Entry | ExpertError) -> Reply:
+    async def _reply(self, part: Part, outcome: Entry | ExpertError) -> Reply:
         if isinstance(outcome, ExpertError):
             return _error_reply(part, outcome)
         try:
@@ -296,7 +301,8 @@ class Call:
             return _error_reply(part, error)
         seed = b"answer %b %d" % (self.header.request_id, part.index)
         is_gradient = self._direction == "backward"
-        data = encode(result.tensor.numpy(), self.header.codec, seed if is_gradient else None)
+        convert = partial(encode, result.tensor.numpy(), self.header.codec, seed if is_gradient else None)
+        data = await self._converted(convert, part)
         key = (self._caller, self.header.request_id, part.index)
         reply = expert_pb2.ExpertReply(
             index=part.index,
@@ -308,8 +314,13 @@ class Call:
         )
         return reply, data
 
-    def _tensor(self, data: bytearray) -> torch.Tensor:
-        return torch.from_numpy(decode(data, self.header.width, self.header.codec))
+    async def _decoded(self, data: bytearray, part: Part) -> torch.Tensor:
+        convert = partial(decode, data, self.header.width, self.header.codec)
+        return torch.from_numpy(await self._converted(convert, part))
+
+    async def _converted(self, convert: Callable[[], T], part: Part) -> T:
+        is_large = part.row_count * self.header.width > _LOOP_NUMBERS
+        return await asyncio.to_thread(convert) if is_large else convert()
 
 
 def _error_reply(part: Part, error: ExpertError) -> Reply:

@@ -1,14 +1,20 @@
 """Wrong streams of requests, over real TLS: each is refused, and nothing of it is computed."""
 
 import math
+import struct
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import torch
 from grpc import StatusCode
 from tls_expert_server import (
     CONTEXT,
     FIRST,
     HIDDEN,
+    MANIFEST,
+    ROWS,
     Call,
     Edge,
     Runner,
@@ -24,6 +30,8 @@ from tls_expert_server import (
     with_payload,
 )
 
+from expert_server.experts.expert import Expert
+from expert_server.serving import call as call_module
 from expert_server.serving.batching import Direction
 from peer.codec import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from peer.identity import Identity
@@ -132,6 +140,65 @@ def test_numbers_that_are_not_finite_are_refused(
         refused(await make(edge, call), StatusCode.INVALID_ARGUMENT, "numbers that are not finite")
         assert edge.updates() == total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        (0x7FC0, "numbers that are not finite"),
+        (0xFF80, "numbers that are not finite"),
+        (0xBF80, "scales that are not between"),
+        (0x7201, "scales that are not between"),
+        (0x8000, ""),
+        (0x0001, ""),
+    ],
+)
+def test_scales_of_int4_are_in_bounds_or_refused(run: Runner, scale: int, said: str) -> None:
+    """The last two are minus zero, and the smallest subnormal number."""
+    call = Call("backward")
+    call.header.codec = expert_pb2.CODEC_INT4
+    right, wrong = (struct.pack("<H", number) + bytes(range(HIDDEN // 2)) for number in (0x3F80, scale))
+    payload = right * ROWS + right * (ROWS - 1) + wrong
+
+    async def scenario(edge: Edge) -> None:
+        outcome = await exchange(edge, "backward", [header_of(call), piece(payload)])
+        if said:
+            refused(outcome, StatusCode.INVALID_ARGUMENT, said)
+            assert edge.updates() == 0
+        else:
+            (reply,) = (expert for message in outcome.replies for expert in message.experts)
+            assert (reply.status, reply.payload_bytes) == (0, len(payload) // 2)
+        await check_it_goes_on(edge)
+
+    run(scenario)
+
+
+@both_directions
+def test_large_tensors_are_converted_off_the_loop(
+    run: Runner, direction: Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 MiB take int4 a quarter of a second, in which the loop would serve nobody."""
+    threads: list[int] = []
+
+    def noting(convert: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*given: Any) -> Any:
+            threads.append(threading.get_ident())
+            return convert(*given)
+
+        return noted
+
+    for name in ("decode", "encode"):
+        monkeypatch.setattr(call_module, name, noting(getattr(call_module, name)))
+    monkeypatch.setattr(call_module, "_LOOP_NUMBERS", ROWS * HIDDEN - 1)
+
+    async def scenario(edge: Edge) -> None:
+        call, own = Call(direction), Expert(FIRST, MANIFEST)
+        found = answers(await make(edge, call))
+        torch.testing.assert_close(found[0][1], call.expected(own))
+        assert len(threads) == (2 if direction == "forward" else 3)
+        assert threading.get_ident() not in threads
 
     run(scenario)
 
