@@ -24,7 +24,7 @@ _LIMIT = np.float32(1e30)  # far from overflow, so that sums of clipped scores s
 _DEAD = np.int32(-(2**31))  # the order of a dead prefix: below that of every score
 _LOW_32 = np.int64(2**32 - 1)
 _CANDIDATES_AT_ONCE = 2**17  # 1 MiB of keys: a block of rows stays in the cache
-_WIDER = 4  # times as wide is the beam of rows whose choice is not sure
+_MOST_WEIGHED = 2**12  # experts: as many as a layer that is known whole can have
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def select_experts(
     when records expire at different times, takes no slot of the beam. Below a dead prefix nothing is found.
 
     `bias`, float32 of the grid's shape and finite, is added to the scores of experts, those of the selection
-    included. Then the result is exact on grids of up to 2^17 experts whatever the beam: rows in which a prefix that
-    was left out might lead to a better expert are searched again with a wider one.
+    included. Up to 4,096 live experts are weighed one by one then, so that the result is exact. Among more, a prefix
+    ranks by its scores and the largest bias of the live experts below it.
 
     A score beyond ±1e30 counts as ±1e30 and NaN as the lowest: a diverged gate still chooses live experts.
     """
@@ -77,18 +77,19 @@ def select_experts(
 
     tables = _tables_of_live_prefixes(alive)
     finite = [_finite(table) for table in scores]
-    if bias is None:
-        return _selection(_searched(finite, tables, k, width, None)[0], grid)
-    assert bias.shape == grid, f"the bias does not fit the grid {grid}"
-    largest = _largest_biases(bias, tables)
-    keys_Rk, sure_R = _searched(finite, tables, k, width, largest)
-    most = min(math.prod(grid[:-1]), _CANDIDATES_AT_ONCE // grid[-1])
-    while width < most and not sure_R.all():
-        width = min(_WIDER * width, most)
-        unsure = np.flatnonzero(~sure_R)
-        keys_Rk[unsure], sure_R[unsure] = _searched(
-            [table[unsure] for table in finite], tables, k, width, largest
-        )
+    largest: list[Floats] | None = None
+    if bias is not None:
+        assert bias.shape == grid, f"the bias does not fit the grid {grid}"
+        if np.count_nonzero(alive[-1]) <= _MOST_WEIGHED:
+            return _selection(_weighed(finite, alive, k, bias), grid)
+        largest = _largest_biases(bias, tables)
+    rows = len(scores[0])
+    block = max(1, _CANDIDATES_AT_ONCE // (max(grid) * width))
+    keys_Rk = np.full((rows, k), np.int64(_DEAD) << 32)
+    for start in range(0, rows, block):
+        part = slice(start, start + block)
+        found = _best_keys([table[part] for table in finite], tables, k, width, largest)
+        keys_Rk[part, : found.shape[1]] = found
     return _selection(keys_Rk, grid)
 
 
@@ -115,26 +116,26 @@ def _largest_biases(bias: Floats, tables: Sequence[Booleans]) -> list[Floats]:
     return [np.where(table, numbers, np.float32(0)) for table, numbers in zip(tables, largest, strict=True)]
 
 
-def _searched(
-    scores: Sequence[Floats],
-    tables: Sequence[Booleans],
-    k: int,
-    width: int,
-    largest: Sequence[Floats] | None,
-) -> tuple[Integers, Booleans]:
-    """The keys of each row's best k experts [R, k], and which rows no wider beam would change [R].
-
-    In blocks of rows.
-    """
-    rows, size = len(scores[0]), max(table.shape[1] for table in scores)
-    block = max(1, _CANDIDATES_AT_ONCE // (size * width))
+def _weighed(scores: Sequence[Floats], alive: Sequence[Booleans], k: int, bias: Floats) -> Integers:
+    """The keys of each row's best k experts, found by weighing all that are live. [R, k]"""
+    live = alive[-1]
+    for d, marked in enumerate(alive[:-1]):
+        live = live & marked.reshape(*marked.shape, *[1] * (live.ndim - 1 - d))
+    coordinates, numbers_E, bias_E = np.nonzero(live), np.flatnonzero(live), bias[live]
+    rows = len(scores[0])
+    block = max(1, _CANDIDATES_AT_ONCE // max(1, len(numbers_E)))
     keys_Rk = np.full((rows, k), np.int64(_DEAD) << 32)
-    sure_R = np.zeros(rows, np.bool_)
     for start in range(0, rows, block):
         part = slice(start, start + block)
-        found, sure_R[part] = _best_keys([table[part] for table in scores], tables, k, width, largest)
+        total_RE = np.zeros((len(scores[0][part]), len(numbers_E)), np.float32)
+        for table, coordinate_E in zip(scores, coordinates, strict=True):
+            total_RE += table[part][:, coordinate_E]
+        total_RE += bias_E
+        found = _best_of(
+            total_RE, np.broadcast_to(numbers_E, total_RE.shape), np.ones_like(total_RE, np.bool_), k
+        )
         keys_Rk[part, : found.shape[1]] = found
-    return keys_Rk, sure_R
+    return keys_Rk
 
 
 def _best_keys(
@@ -143,27 +144,20 @@ def _best_keys(
     k: int,
     width: int,
     largest: Sequence[Floats] | None,
-) -> tuple[Integers, Booleans]:
-    """The beam search: keys of the best k experts, best first [R, at most k], and which rows are sure [R]."""
+) -> Integers:
+    """The beam search: keys of the best k experts, best first. [R, at most k]"""
     rows, dims = len(scores[0]), len(scores)
     prefix_RW = np.zeros((rows, 1), np.int64)
     total_RW = np.zeros((rows, 1), np.float32)
     live_RW = np.ones((rows, 1), np.bool_)
-    left_out_R = np.full(rows, -np.inf, np.float32)  # no expert that the beam has lost is better
     for d, (scores_RG, table) in enumerate(zip(scores, tables, strict=True)):
         beam = _Beam(total_RW, prefix_RW, live_RW)
         step = None
         if largest is not None:
-            above = largest[d - 1].reshape(-1, 1) if d else np.zeros((1, 1), np.float32)
-            step = largest[d] - above
+            step = largest[d] - (largest[d - 1].reshape(-1, 1) if d else np.float32(0))
         keys_RW = _next_keys(beam, scores_RG, table, k if d == dims - 1 else width, step)
         total_RW, prefix_RW, live_RW = _read_keys(keys_RW)
-        if d < dims - 1 and len(tables[d]) * tables[d].shape[1] > width:
-            to_come_R = np.sum([after.max(axis=1) for after in scores[d + 1 :]], axis=0, dtype=np.float32)
-            worst_R = np.where(live_RW[:, -1], total_RW[:, -1] + to_come_R, -np.inf)
-            left_out_R = np.maximum(left_out_R, worst_R)
-    found_R = np.where(live_RW[:, -1] & (live_RW.shape[1] == k), total_RW[:, -1], -np.inf)
-    return keys_RW, (left_out_R == -np.inf) | (found_R > left_out_R)
+    return keys_RW
 
 
 class _Beam(NamedTuple):
