@@ -19,7 +19,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from dht.invites import invite_of
-from peer.errors import CheckpointError, DataError
+from peer.errors import DataError
 from peer.formatting import counted
 from peer.kademlia.hivemind import quiet_hivemind
 from peer.metrics import total
@@ -106,10 +106,7 @@ def trained_model(
                 share = 1 / client.manifest.experts_total
                 client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=share)
             model = LanguageModel(client.manifest, client.mixture, len(tokenizer.token_bytes))
-            try:
-                model.load_state_dict(checkpoint.model_tensors())
-            except RuntimeError as error:
-                raise CheckpointError(f"the checkpoint {path} does not fit the swarm: {error}") from error
+            checkpoint.load_into(model)
             yield TrainedModel(model, tokenizer, client, settings, checkpoint.header.step, folder)
         finally:
             signals.ignore()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from dht.manifest import Manifest
 from peer.checkpoints import (
@@ -28,6 +28,7 @@ from peer.checkpoints import (
 )
 from peer.errors import CheckpointError, DataError, SettingsError, StateError
 from peer.files import StateFolder
+from trainer_client.averaging.dense_part import require_bounded, shared_buffers
 from trainer_client.data.corpus import Corpus, encode_corpus
 from trainer_client.data.sources import find_files, read_text
 from trainer_client.data.tokenizer import (
@@ -72,13 +73,20 @@ class Checkpoint:
     header: Header
     tensors: dict[str, Tensor]
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """The state dict of the model alone."""
-        return {
+    def load_into(self, model: nn.Module) -> None:
+        """Restores the model alone. Raises CheckpointError when it is of another one, or a bias would overflow."""
+        tensors = {
             name.removeprefix("model."): tensor
             for name, tensor in self.tensors.items()
             if name.startswith("model.")
         }
+        try:
+            require_bounded({name: tensors[name] for name in shared_buffers(model) if name in tensors})
+            model.load_state_dict(tensors)
+        except (RuntimeError, StateError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {self.header.step} does not fit the swarm: {error}"
+            ) from error
 
     def check_manifest(self, manifest: Manifest) -> None:
         """Raises CheckpointError when the swarm has a different manifest now."""

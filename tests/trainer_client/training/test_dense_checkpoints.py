@@ -11,6 +11,7 @@ import pytest
 import safetensors
 import torch
 from run_samples import MANIFEST, SWARM
+from torch import Tensor, nn
 
 from peer.checkpoints import CheckpointHeader, encode_checkpoint
 from peer.errors import CheckpointError
@@ -58,10 +59,46 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     write(tmp_path / "new" / "folder", 3)
     checkpoint = load_checkpoint(tmp_path / "new" / "folder", SWARM)
     assert checkpoint.header.model_copy(update={"sha256": ""}) == header(3)
-    model = checkpoint.model_tensors()
-    assert model.keys() == {"a", "step"}
-    assert torch.equal(model["a"], TENSORS["model.a"])
+    assert torch.equal(checkpoint.tensors["model.a"], TENSORS["model.a"])
     assert checkpoint.tensors["optimizer.a.step"].shape == ()
+
+
+class Balanced(nn.Module):
+    """With a parameter and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2, bias=False)
+        self.register_buffer("bias", torch.zeros(3))
+
+
+def saved(folder: Path, **tensors: Tensor) -> Checkpoint:
+    model = {f"model.{name}": tensor for name, tensor in (Balanced().state_dict() | tensors).items()}
+    assert CheckpointWriter(folder, 1).save(header(2), model | {"optimizer.a.step": torch.tensor(1.0)})
+    return load_checkpoint(folder, SWARM)
+
+
+def test_the_model_alone_is_loaded(tmp_path: Path) -> None:
+    model = Balanced()
+    saved(tmp_path, bias=torch.arange(3.0)).load_into(model)
+    assert model.get_buffer("bias").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"bias": torch.tensor([0, 3e38, 0])}, r"its bias has numbers that are not finite or beyond"),
+        ({"linear.weight": torch.zeros(3, 3)}, "size mismatch"),
+        ({"gift": torch.zeros(1)}, "gift"),
+    ],
+)
+def test_one_of_another_model_or_with_a_bias_that_would_overflow_is_refused(
+    tmp_path: Path, wrong: dict[str, Tensor], reason: str
+) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"(?s)the checkpoint of step 2 does not fit the swarm.*{reason}"
+    ):
+        saved(tmp_path, **wrong).load_into(Balanced())
 
 
 def test_the_loss_of_a_skipped_step_may_be_not_finite(tmp_path: Path) -> None:
