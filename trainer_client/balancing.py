@@ -192,10 +192,8 @@ class LoadBias(nn.Module):
             )
         )
         most = _MOST_BIAS * unit
-        loads, biases = (
-            loads.clamp(0, len(live)),
-            biases.clamp(-most, most),
-        )  # another trainer may have given them
+        # another trainer may have given them
+        loads, biases = loads.clamp(0, len(live)), biases.clamp(-most, most)
         bias = biases - _REACH * unit * loads.clamp(1 / math.e, math.e).log()
         weights = torch.from_numpy(count_S / count_S.sum()).to(bias)
         bias = (bias - bias @ weights).clamp(-most, most)
