@@ -51,19 +51,19 @@ def _ffn(model: ModelSpec) -> nn.Module:
     return FeedForward(model.hidden, model.feed_forward, model.norm, model.activation)
 
 
-_OWN_KINDS: dict[str, BlockBuilder] = {"transformer": _transformer, "ffn": _ffn}
+OWN_KINDS: dict[str, BlockBuilder] = {"transformer": _transformer, "ffn": _ffn}
 
 
 def builder_of(kind: str) -> BlockBuilder:
     """The builder of a kind's blocks. Raises SwarmError when no installed package has it."""
-    return _OWN_KINDS.get(kind) or _others_builder(kind)
+    return OWN_KINDS.get(kind) or _others_builder(kind)
 
 
 @cache  # the search reads the metadata of every installed package, and comes for each expert
 def _others_builder(kind: str) -> BlockBuilder:
     found = entry_points(group=ENTRY_POINT_GROUP)
     if kind not in found.names:
-        known = sorted({*_OWN_KINDS, *found.names})
+        known = sorted({*OWN_KINDS, *found.names})
         raise SwarmError(
             f"this swarm's experts are of kind {kind!r}, which is not installed here (installed: {', '.join(known)}): "
             "install the package that its founder names"

@@ -7,12 +7,14 @@ Shape suffixes: R = rows, S = segments, D = width.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from itertools import chain
 from math import isfinite
+from typing import TypeGuard
 
 import torch
 from grpc import StatusCode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dht.manifest import Manifest
@@ -34,7 +36,17 @@ from expert_server.experts.format import (
     gradient_name,
     moment_name,
 )
-from expert_server.experts.graphs import ForwardGraph, ParameterSlots, Rows, WeightVersion
+from expert_server.experts.graphs import (
+    ForwardGraph,
+    GraphMeter,
+    ParameterSlots,
+    Rows,
+    SharedGraph,
+    SharedPass,
+    WeightVersion,
+    run_backward,
+)
+from expert_server.experts.grouped import GroupedBlock
 from expert_server.experts.optimizer import Guard, Optimizer, StepOutcome
 from expert_server.experts.plausibility import Scale, require_plausible
 from peer.averaging import MAX_UPDATE_COUNT
@@ -58,7 +70,8 @@ class Expert:
         self.device = device or ComputeDevice()
         self.update_count = 0
         self._imported = object()
-        self._graph_bytes_per_row: float | None = None
+        self._meter = GraphMeter()
+        self._manifest = manifest
         self.block = build_block(manifest, uid).to(self.device.torch_device)
         self._settings = manifest.optimizer
         self._parameters = list(self.block.parameters())  # to walk through a block takes long
@@ -125,16 +138,28 @@ class Expert:
         x_RD = self.device.load(rows.inputs.detach()).requires_grad_()
         if self._version is None or self._version.generation != self.generation:
             self._version = WeightVersion(self._parameters, self.generation)
-        if self._graph_bytes_per_row is None:
-            u_RD = self._measure_graph(x_RD, rows.lengths, rows.positions, self._version)
-        else:
+        with self._meter.measuring(x_RD, self._parameters, self._cast_bytes()):
             u_RD = self._updates(x_RD, rows.lengths, rows.positions, self._version)
-        size = self._cast_bytes() + int(len(x_RD) * (self._graph_bytes_per_row or 0))
+        size = self._cast_bytes() + self._meter.bytes_of(len(x_RD))
         graph = ForwardGraph(x_RD, u_RD, self._version, size)
         self._version.add(graph)
         updates_RD = self._fetched(u_RD.detach(), "updates")
         self.device.wait()
         return updates_RD, graph
+
+    def updates_in(self, shared: SharedPass, index: int) -> Tensor:
+        """Its updates [R, D] in a pass of several experts. Raises ExpertError as `forward` does."""
+        return self._fetched(shared.updates[index], "updates")
+
+    @cached_property
+    def grouped_block(self) -> GroupedBlock | None:
+        """Computes this expert together with others of the same swarm. None if it is computed by itself."""
+        return GroupedBlock.of(self.block, self._manifest, self.device)
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """As they are, in the block's order."""
+        return self._parameters
 
     def _updates(
         self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: WeightVersion | None = None
@@ -143,27 +168,17 @@ class Expert:
             y_RD: Tensor = self.block(x_RD, lengths_S, self.device.load(positions_R))
         return y_RD.float() - x_RD
 
-    def _measure_graph(
-        self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor, version: WeightVersion
-    ) -> Tensor:
-        """Runs the block and counts what autograd keeps. Only once: counting takes as long as a small forward pass."""
-        sizes: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(_count_into(sizes), _unchanged):
-            u_RD = self._updates(x_RD, lengths_S, positions_R, version)
-        for parameter in self._parameters:
-            sizes.pop(parameter.untyped_storage().data_ptr(), None)
-        self._graph_bytes_per_row = max(0, sum(sizes.values()) - self._cast_bytes()) / len(x_RD)
-        return u_RD
-
     def _cast_bytes(self) -> int:
         """Bytes of the bfloat16 matrices that autocast makes for each forward pass and a graph keeps."""
         if self.device.precision != "bf16":
             return 0
         return sum(p.nbytes // 2 for p in self._parameters if p.dim() > 1)
 
-    def is_good(self, graph: ForwardGraph | None) -> bool:
-        """Whether the parameters with which the graph was computed still exist."""
-        return graph is not None and graph.version.is_whole and graph.version.generation == self.generation
+    def is_good(self, graph: ForwardGraph | SharedGraph | None) -> TypeGuard[ForwardGraph]:
+        """Whether it is this expert's alone, and the parameters with which it was computed still exist."""
+        if not isinstance(graph, ForwardGraph):
+            return False
+        return graph.version.is_whole and graph.version.generation == self.generation
 
     @property
     def generation(self) -> object:
@@ -183,8 +198,30 @@ class Expert:
         `may_defer`: the caller ensures that `settle` takes the step soon; it already counts as taken.
         """
         self.settle()
+        return self._backward(parts, lambda: [self._gradient_of_inputs(part) for part in parts], may_defer)
+
+    def backward_by(
+        self, part: Rows, of_inputs: Tensor, of_parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, StepOutcome]:
+        """As `backward`, and may defer the step, by gradients that were computed together with other experts'."""
+        assert not self._step_is_due, "the gradients are of parameters that are about to change"
+
+        def take_gradients() -> list[Tensor]:
+            accumulates = self._settings.rows_per_update > 1
+            for parameter, gradient in zip(self._parameters, of_parameters, strict=True):
+                # one that stays must not keep those of all the others in memory
+                parameter.grad = gradient.clone() if accumulates else gradient
+            return [self._fetched(of_inputs, "gradients of the inputs")]
+
+        (gradient,), outcome = self._backward([part], take_gradients, may_defer=True)
+        return gradient, outcome
+
+    def _backward(
+        self, parts: Sequence[Rows], compute: Callable[[], list[Tensor]], may_defer: bool
+    ) -> tuple[list[Tensor], StepOutcome]:
+        """`compute`: leaves gradients in the parameters, and returns those of the inputs."""
         try:
-            grad_inputs = [self._gradient_of_inputs(part) for part in parts]
+            grad_inputs = compute()
             outcome = self._step_or_accumulate(parts)
         finally:
             if not self._step_is_due:
@@ -226,7 +263,7 @@ class Expert:
             u_RD = self._updates(x_RD, part.lengths, part.positions)
         try:
             # loaded only now: the gradients travel while the updates are computed
-            _run_backward(u_RD, self.device.load(part.gradients))
+            run_backward(u_RD, self.device.load(part.gradients))
         finally:
             if graph is not None:
                 graph.version.discard(graph)
@@ -402,26 +439,6 @@ class Expert:
             self._is_sound(self.guard.check)
             raise ExpertError(StatusCode.INTERNAL, f"the {name} of expert {self.uid} are not finite")
         return fetched_RD
-
-
-def _run_backward(updates: Tensor, gradients: Tensor) -> None:
-    """Calls what torch.autograd.backward calls, without its check of shapes: 0.65 s and 38 MB at the first call."""
-    torch.autograd.Variable._execution_engine.run_backward(
-        (updates,), (gradients,), False, False, (), allow_unreachable=True, accumulate_grad=True
-    )
-
-
-def _count_into(sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()  # all of it is kept, even if the tensor is only a part
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    return count
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def expert_bytes(manifest: Manifest) -> int:

@@ -7,11 +7,12 @@ the updates the caller received.
 Shape suffixes: R = rows, S = segments, D = width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
 
@@ -69,6 +70,95 @@ class ForwardGraph:
     """About how much memory it holds, without the parameters."""
 
 
+class SharedPass:
+    """A forward pass of several experts together, on copies of their parameters, which no step overwrites."""
+
+    def __init__(
+        self, inputs: Tensor, updates: Tensor, stacks: Sequence[Tensor], counts: Sequence[int], size: int
+    ) -> None:
+        """Expert after expert: inputs and updates [R, D], `counts` of their rows. `stacks`: their parameters."""
+        self.updates = torch.split(updates.detach(), list(counts))
+        """Of each expert."""
+        self.counts = list(counts)
+        self._kept: tuple[Tensor, Tensor, Sequence[Tensor]] | None = (inputs, updates, stacks)
+        self._bytes = size
+
+    @property
+    def bytes(self) -> int:
+        """Memory held as long as one of its experts may still use it."""
+        return self._bytes if self._kept is not None else 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no backward pass has used it."""
+        return self._kept is not None
+
+    def take(self) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Inputs, updates and stacks, once."""
+        assert self._kept is not None, "it was used"
+        kept, self._kept = self._kept, None
+        return kept
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedGraph:
+    """One expert's part of a shared pass. Good for a backward pass of all of its experts together."""
+
+    version: SharedPass
+    index: int
+    """The expert's place in the pass."""
+    generation: object
+    """Of the expert at that time."""
+
+    @property
+    def bytes(self) -> int:
+        """None beside those of the pass."""
+        return 0
+
+
+class GraphMeter:
+    """Estimates the memory of graphs of one block. It counts once: that takes as long as a small forward pass."""
+
+    def __init__(self) -> None:
+        self._bytes_per_row: float | None = None
+
+    @contextmanager
+    def measuring(self, inputs: Tensor, others: Sequence[Tensor], extra: int = 0) -> Iterator[None]:
+        """Counts what autograd keeps for the rows of `inputs`, without `others` and `extra` bytes."""
+        if self._bytes_per_row is not None or not torch.is_grad_enabled():
+            yield
+            return
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(_count_into(sizes), _unchanged):
+            yield
+        for other in others:
+            sizes.pop(other.untyped_storage().data_ptr(), None)
+        self._bytes_per_row = max(0, sum(sizes.values()) - extra) / len(inputs)
+
+    def bytes_of(self, rows: int) -> int:
+        return int(rows * (self._bytes_per_row or 0))
+
+
+def run_backward(updates: Tensor, gradients: Tensor) -> None:
+    """Calls what torch.autograd.backward calls, without its check of shapes: 0.65 s and 38 MB at the first call."""
+    torch.autograd.Variable._execution_engine.run_backward(
+        (updates,), (gradients,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def _count_into(sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()  # all of it is kept, even if the tensor is only a part
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    return count
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
     """Rows that one expert computes together. Floats are float32, integers int64."""
@@ -81,7 +171,7 @@ class Rows:
     """[R]"""
     gradients: Tensor | None = None
     """[R, D], of the updates; in backward only."""
-    graph: ForwardGraph | None = None
+    graph: ForwardGraph | SharedGraph | None = None
     """What their forward pass kept, if anything."""
 
     def __len__(self) -> int:

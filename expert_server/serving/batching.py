@@ -19,7 +19,8 @@ from grpc import StatusCode
 from torch import Tensor
 
 from dht.uid import UID
-from expert_server.experts.graphs import ForwardGraph, Rows
+from expert_server.experts.graphs import ForwardGraph, Rows, SharedGraph, SharedPass
+from expert_server.experts.grouped import MOST_EXPERTS
 from expert_server.experts.optimizer import StepOutcome
 from peer.errors import ExpertError
 
@@ -53,6 +54,12 @@ class WorkItem:
     def key(self) -> Key:
         return self.uid, self.direction
 
+    @property
+    def shared(self) -> SharedPass | None:
+        """The forward pass that it shares with other experts' work, if no backward pass has used that."""
+        graph = self.rows.graph
+        return graph.version if isinstance(graph, SharedGraph) and graph.version.is_whole else None
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -61,7 +68,7 @@ class Result:
     tensor: Tensor
     """[R, D]: updates in forward, gradients of the inputs in backward; on the CPU, float32."""
     update_count: int
-    graph: ForwardGraph | None = None
+    graph: ForwardGraph | SharedGraph | None = None
     """Of a forward pass that was to be kept, unless it was merged with others."""
     step: StepOutcome = StepOutcome.NONE
 
@@ -93,8 +100,9 @@ class Entry:
 class BatchQueue:
     """Bounded queue that merges work of one expert and direction into batches, and is fair to every caller.
 
-    Among callers that always have work waiting, none is ever ahead of another by more rows than the larger of one
-    batch and one work item. A caller that arrives or returns starts level with those furthest behind.
+    Among callers that always have work waiting, none is ever ahead of another by more rows than the largest of one
+    batch, one work item, and what is computed together with one (`pop_alike`). A caller that arrives or returns starts
+    level with those furthest behind.
     """
 
     def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
@@ -173,6 +181,33 @@ class BatchQueue:
                 return self._take_batch(busy), expired
             expired.append(self._take(self._waiting[order]))
         return [], expired
+
+    def pop_alike(
+        self, entry: Entry, busy: Set[UID], most_rows: int, fits: Callable[[WorkItem], bool]
+    ) -> list[Entry]:
+        """Takes more work of an entry's caller, for other experts that are not busy, to be computed together with it.
+
+        All that shares the entry's forward pass, or else what shares none, in order: up to `most_rows` in all, and
+        `MOST_EXPERTS`. `fits`: whether it may be computed together with others'.
+        """
+        first, caller = entry.work, self._callers.get(entry.work.caller)
+        passed_over, rows = {*busy, first.uid}, len(first.rows)
+        found: list[Entry] = []
+        for _, _, order in sorted(caller.line.items()) if caller is not None else ():
+            work = self._waiting[order].work
+            is_alike = (work.direction, work.keep) == (first.direction, first.keep)
+            if work.uid in passed_over or not is_alike or work.shared is not first.shared or not fits(work):
+                continue
+            rows += len(work.rows)
+            if first.shared is None and (len(found) + 1 == MOST_EXPERTS or rows > most_rows):
+                break
+            passed_over.add(work.uid)
+            found.append(self._waiting[order])
+        for each in found:
+            assert caller is not None, "it has work waiting"
+            caller.virtual_time += len(each.work.rows)
+            self._take(each)
+        return found
 
     def discard(self, entry: Entry) -> None:
         """Takes out work that nobody waits for, if it still waits."""

@@ -1,4 +1,4 @@
-"""Computes one batch on one expert. This is what the compute threads run.
+"""Computes one batch on one expert, or work of several narrow experts at once. This is what the compute threads run.
 
 Shape suffixes: R = rows, D = width.
 """
@@ -12,7 +12,8 @@ import torch
 
 from expert_server.experts.accumulation import MOST_APART, root_mean_square
 from expert_server.experts.expert import Expert
-from expert_server.experts.graphs import Rows
+from expert_server.experts.graphs import Rows, SharedGraph, SharedPass
+from expert_server.experts.grouped import LEAST_EXPERTS, backward
 from expert_server.serving.batching import Result, WorkItem
 from peer.errors import ExpertError
 
@@ -32,6 +33,74 @@ def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertEr
         }
         return [results[work] for work in batch]
     return _computed(expert, batch)
+
+
+def can_join(expert: Expert, work: WorkItem) -> bool:
+    """Whether the work can be computed together with other experts': there is no graph of its own for it."""
+    return expert.grouped_block is not None and not expert.is_good(work.rows.graph)
+
+
+def compute_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> list[Result | ExpertError]:
+    """Computes one work item of each expert, all of one direction, at once; in backward each takes its own step.
+
+    All of them can join. In backward they are those of one shared forward pass, or of none.
+    """
+    if len(works) < LEAST_EXPERTS and works[0].shared is None:
+        return [compute(expert, [work])[0] for expert, work in zip(experts, works, strict=True)]
+    for expert in experts:
+        expert.settle()
+    if works[0].direction == "forward":
+        return _forward_together(experts, works)
+    return _backward_together(experts, works)
+
+
+def _pass_together(experts: Sequence[Expert], works: Sequence[WorkItem], keep: bool) -> SharedPass:
+    block = experts[0].grouped_block
+    assert block is not None, "each of them can join"
+    return block.forward([expert.parameters for expert in experts], [work.rows for work in works], keep)
+
+
+def _forward_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> list[Result | ExpertError]:
+    keep = works[0].keep
+    shared = _pass_together(experts, works, keep)
+    results: list[Result | ExpertError] = []
+    for index, expert in enumerate(experts):
+        graph = SharedGraph(shared, index, expert.generation) if keep else None
+        try:
+            results.append(Result(expert.updates_in(shared, index), expert.update_count, graph))
+        except ExpertError as error:
+            results.append(error)
+    return results
+
+
+def _backward_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> list[Result | ExpertError]:
+    ordered, shared = list(zip(experts, works, strict=True)), works[0].shared
+    if shared is not None and _are_whole(shared, experts, works):
+        ordered.sort(key=lambda pair: _graph_of(pair[1]).index)
+    else:
+        shared = _pass_together(experts, works, keep=True)
+    gradients = [work.rows.gradients for _, work in ordered if work.rows.gradients is not None]
+    of_inputs, of_parameters = backward(shared, gradients)
+    results: dict[WorkItem, Result | ExpertError] = {}
+    for (expert, work), own, others in zip(ordered, of_inputs, of_parameters, strict=True):
+        try:
+            gradient, outcome = expert.backward_by(work.rows, own, others)
+            results[work] = Result(gradient, expert.update_count, step=outcome)
+        except ExpertError as error:
+            results[work] = error
+    return [results[work] for work in works]
+
+
+def _are_whole(shared: SharedPass, experts: Sequence[Expert], works: Sequence[WorkItem]) -> bool:
+    """Whether these are all experts of the pass, and none was replaced or rolled back since."""
+    return len(works) == len(shared.counts) and all(
+        _graph_of(work).generation == expert.generation for expert, work in zip(experts, works, strict=True)
+    )
+
+
+def _graph_of(work: WorkItem) -> SharedGraph:
+    assert isinstance(work.rows.graph, SharedGraph), "it shares a pass"
+    return work.rows.graph
 
 
 def by_size(batch: Sequence[WorkItem]) -> list[list[WorkItem]]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from dht.uid import UID
-from expert_server.experts.graphs import Rows, WeightVersion
+from expert_server.experts.graphs import Rows, SharedPass, WeightVersion
 
 CacheKey: TypeAlias = tuple[str, bytes, int]
 """The caller of the forward pass, its request id, and the index of the part within the call."""
+Version: TypeAlias = WeightVersion | SharedPass
+"""What several graphs share."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,13 +48,13 @@ class ForwardCache:
         """Oldest first."""
         self._callers: dict[str, _Kept] = {}
         """None is empty."""
-        self._versions: Counter[WeightVersion] = Counter()
+        self._versions: Counter[Version] = Counter()
         """How many graphs each version has."""
         self._own_bytes = 0
 
     @property
     def bytes(self) -> int:
-        """Includes older parameters of experts, held for cached graphs alone. Safe from any thread."""
+        """Includes what graphs share, such as older parameters of experts. Safe from any thread."""
         return self._own_bytes + sum(version.bytes for version in list(self._versions))
 
     def put(self, key: CacheKey, forward: CachedForward, now: float) -> bool:
@@ -139,14 +141,14 @@ class _Kept:
     """What is cached for one caller, oldest first."""
 
     passes: dict[CacheKey, None] = field(default_factory=dict)
-    graphs: dict[CacheKey, WeightVersion] = field(default_factory=dict)
-    """The weights of each pass that has its graph."""
-    versions: Counter[WeightVersion] = field(default_factory=Counter)
+    graphs: dict[CacheKey, Version] = field(default_factory=dict)
+    """What each pass that has its graph shares with others."""
+    versions: Counter[Version] = field(default_factory=Counter)
     own_bytes: int = 0
 
     @property
     def bytes(self) -> int:
-        """With older parameters that its graphs hold, be it alone or with others."""
+        """With what its graphs hold, be it alone or with others."""
         return self.own_bytes + sum(version.bytes for version in self.versions)
 
 

@@ -27,8 +27,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dht.uid import UID
 from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import SharedPass
+from expert_server.experts.grouped import LEAST_ROWS, MOST_EXPERTS, MOST_ROWS
 from expert_server.serving.batching import BatchQueue, Entry, Result, WorkItem
-from expert_server.serving.compute import compute
+from expert_server.serving.compute import can_join, compute, compute_together
 from peer.errors import ExpertError
 from peer.metrics import SECONDS, start_at_zero
 
@@ -39,7 +41,9 @@ T = TypeVar("T")
 _MOST_AT_ONCE = 4
 """Batches: more would keep more tensors in memory and gain little."""
 _GATHER_S = 0.005
-"""How long results wait for others while more is computed: waking the loop for each costs the threads their cores."""
+"""How long results wait for others while more is computed: waking the loop for each costs the threads their cores.
+Also how long backward work waits for that of the experts whose forward pass it shares.
+"""
 _LONGEST_ACCUMULATION_S = 30.0
 """After its first gradients, an expert takes a step, even if they are of fewer rows than a step should have."""
 _BATCH_ROWS = tuple(4.0**power for power in range(8))
@@ -125,18 +129,20 @@ class Runtime:
         self._queue = BatchQueue(max_queued_rows, max_batch_rows)
         self._experts = dict(experts)
         self._busy: set[UID] = set()
-        """Experts that have a batch under way."""
+        """Experts that have a job under way."""
         self._tasks: deque[_Task] = deque()
         """Functions given to `run`. Each waits until nothing is under way."""
         self._exclusive = self._stopped = False
+        self._gathering: dict[SharedPass, set[UID]] = {}
+        """Shared forward passes of which some backward work waits for the rest, for `_GATHER_S` at most."""
         self._due: dict[UID, None] = {}
         """Experts whose optimizer step is due, oldest first."""
         self._accumulating: dict[UID, tuple[int, float]] = {}
         """Experts with accumulated gradients, oldest first: the update count then, and when a step is to be taken."""
         self._timer: asyncio.TimerHandle | None = None
         """Wakes the loop for the first of these steps."""
-        self._computing = 0
-        """Batches under way."""
+        self._running = self._computing = 0
+        """Jobs under way; and how many of them are no steps."""
         self._done: list[tuple[Sequence[Entry], Sequence[Result | ExpertError]]] = []
         """Batches whose results the loop has not delivered yet."""
         self._is_told = self._is_starting = False
@@ -248,6 +254,8 @@ class Runtime:
                 displaced = self._queue.make_room(work)
                 retry_after_s = [self._queue.retry_after_s(other.work.caller) for other in displaced]
                 entry = self._queue.push(work, future, self._discard)
+                if work.shared is not None:
+                    self._gather(work.uid, work.shared)
         except ExpertError:
             self.metrics.failed.labels("refused").inc()
             raise
@@ -257,6 +265,20 @@ class Runtime:
         for other, seconds in zip(displaced, retry_after_s, strict=True):
             self._fail([other], StatusCode.RESOURCE_EXHAUSTED, message, seconds)
         return entry
+
+    def _gather(self, uid: UID, shared: SharedPass) -> None:
+        if shared not in self._gathering and self._loop is not None:
+            self._loop.call_later(_GATHER_S, self._end_gathering, shared)
+        waiting = self._gathering.setdefault(shared, set())
+        waiting.add(uid)
+        if len(waiting) == len(shared.counts):
+            del self._gathering[shared]
+
+    def _end_gathering(self, shared: SharedPass) -> None:
+        with self._lock:
+            was_waiting = self._gathering.pop(shared, None)
+        if was_waiting:
+            self._start()
 
     def _forget(self, entry: Entry, future: "asyncio.Future[Result]") -> None:
         self._waiting.remove(entry)
@@ -279,27 +301,47 @@ class Runtime:
                     self._exclusive = True
                     self._pool.submit(self._run_task, self._tasks.popleft())
                 return
-            jobs: list[tuple[Expert, list[Entry]]] = []
-            while not (self._exclusive or self._stopped) and len(self._busy) < self._at_once:
-                batch, expired = self._queue.pop(self._clock(), self._busy)
+            jobs: list[list[tuple[Expert, list[Entry]]]] = []
+            gathering = set[UID]().union(*self._gathering.values())
+            while not (self._exclusive or self._stopped) and self._running < self._at_once:
+                batch, expired = self._queue.pop(self._clock(), self._busy | gathering)
                 if expired and self._loop is not None:
                     self._loop.call_soon_threadsafe(self._expire, expired)
-                uid = batch[0].work.uid if batch else self._free_step()
-                if uid is None:
+                if batch:
+                    self._busy.add(batch[0].work.uid)
+                    alike = [(entry.work.uid, [entry]) for entry in self._alike(batch)]
+                    work_of = [(batch[0].work.uid, batch), *alike]
+                else:
+                    work_of = [(uid, []) for uid in self._free_steps()]
+                if not work_of:
                     break
-                self._due.pop(uid, None)
-                self._busy.add(uid)
+                for uid, _ in work_of:
+                    self._due.pop(uid, None)
+                    self._busy.add(uid)
+                jobs.append([(self._experts[uid], entries) for uid, entries in work_of])
+                self._running += 1
                 self._computing += bool(batch)
-                jobs.append((self._experts[uid], batch))
-            threads = max(1, self._threads // max(1, len(self._busy)))
-            for expert, batch in jobs:
-                self._pool.submit(self._run_batch if batch else self._run_step, expert, batch, threads)
+            threads = max(1, self._threads // max(1, self._running))
+            for job in jobs:
+                self._pool.submit(self._run_batches if job[0][1] else self._run_steps, job, threads)
 
-    def _free_step(self) -> UID | None:
-        """An expert whose step is due and which has no batch under way."""
+    def _alike(self, batch: Sequence[Entry]) -> list[Entry]:
+        """What is computed together with a batch, of other experts: none if it is of several work items."""
+        if len(batch) != 1 or not self._can_join(batch[0].work):
+            return []
+        share = max(LEAST_ROWS, self._queue.rows // self._at_once)
+        return self._queue.pop_alike(batch[0], self._busy, min(share, MOST_ROWS), self._can_join)
+
+    def _can_join(self, work: WorkItem) -> bool:
+        return can_join(self._experts[work.uid], work)
+
+    def _free_steps(self) -> list[UID]:
+        """An expert whose step is due and which has no job under way. If it is narrow, with others that are."""
         now = self._clock()
         late = (uid for uid, (_, step_at) in self._accumulating.items() if step_at <= now)
-        return next((uid for uid in chain(self._due, late) if uid not in self._busy), None)
+        free = [uid for uid in dict.fromkeys(chain(self._due, late)) if uid not in self._busy]
+        narrow = [uid for uid in free if self._experts[uid].grouped_block is not None]
+        return narrow[:MOST_EXPERTS] if free[:1] == narrow[:1] else free[:1]
 
     def _run_task(self, task: "_Task") -> None:
         torch.set_num_threads(self._threads)
@@ -308,11 +350,12 @@ class Runtime:
             self._exclusive = False
         self._start()
 
-    def _run_batch(self, expert: Expert, batch: Sequence[Entry], threads: int) -> None:
+    def _run_batches(self, job: Sequence[tuple[Expert, Sequence[Entry]]], threads: int) -> None:
         assert self._loop is not None, "the runtime was started"
         torch.set_num_threads(threads)  # affects this thread alone
         began = self._clock()
-        results = self._compute(expert, batch)
+        batch = [entry for _, entries in job for entry in entries]
+        results = self._compute([expert for expert, _ in job], batch)
         seconds = self._clock() - began
         rows = sum(len(entry.work.rows) for entry in batch)
         self.metrics.batches.inc()
@@ -321,9 +364,9 @@ class Runtime:
         self.metrics.rows.inc(rows)
         self.metrics.compute_s.inc(seconds * threads / self._threads)
         with self._lock:
-            self._queue.measure(rows, seconds / len(self._busy))
+            self._queue.measure(rows, seconds / self._running)
             self._computing -= 1
-            self._end(expert)
+            self._end(job)
             self._done.append((batch, results))
             is_last, is_told, self._is_told = not self._computing, self._is_told, True
         self._start()
@@ -332,26 +375,29 @@ class Runtime:
         elif not is_told:
             self._loop.call_soon_threadsafe(self._loop.call_later, _GATHER_S, self._deliver)
 
-    def _run_step(self, expert: Expert, _: Sequence[Entry], threads: int) -> None:
+    def _run_steps(self, job: Sequence[tuple[Expert, Sequence[Entry]]], threads: int) -> None:
         torch.set_num_threads(threads)
         began = self._clock()
-        with self._counting_updates(expert):
-            try:
-                self._end_late_accumulation(expert)
-                expert.settle()
-            except Exception:  # the thread must go on, as in `_compute`
-                logger.exception("expert %s failed in an optimizer step", expert.uid)
+        for expert, _ in job:
+            with self._counting_updates([expert]):
+                try:
+                    self._end_late_accumulation(expert)
+                    expert.settle()
+                except Exception:  # the thread must go on, as in `_compute`
+                    logger.exception("expert %s failed in an optimizer step", expert.uid)
         self.metrics.compute_s.inc((self._clock() - began) * threads / self._threads)
         with self._lock:
-            self._end(expert)
+            self._end(job)
         self._start()
 
-    def _end(self, expert: Expert) -> None:
-        self._busy.remove(expert.uid)
-        if self._experts.get(expert.uid) is expert:
-            if expert.step_is_due:
-                self._due[expert.uid] = None
-            self._note_accumulation(expert)
+    def _end(self, job: Sequence[tuple[Expert, Sequence[Entry]]]) -> None:
+        self._running -= 1
+        for expert, _ in job:
+            self._busy.remove(expert.uid)
+            if self._experts.get(expert.uid) is expert:
+                if expert.step_is_due:
+                    self._due[expert.uid] = None
+                self._note_accumulation(expert)
 
     def _note_accumulation(self, expert: Expert) -> None:
         uid, count = expert.uid, expert.update_count
@@ -387,23 +433,30 @@ class Runtime:
             expert.end_accumulation()
 
     @contextmanager
-    def _counting_updates(self, expert: Expert) -> Iterator[None]:
-        """From the expert itself, because a batch that failed may have changed it."""
-        updates, rollbacks = expert.update_count, expert.guard.rollbacks
+    def _counting_updates(self, experts: Sequence[Expert]) -> Iterator[None]:
+        """From the experts themselves, because a batch that failed may have changed them."""
+        before = [(expert.update_count, expert.guard.rollbacks) for expert in experts]
         yield
-        # it is less after a rollback to the state before another peer's
-        self.metrics.updates.inc(max(0, expert.update_count - updates))
-        self.metrics.rollbacks.inc(expert.guard.rollbacks - rollbacks)
+        for expert, (updates, rollbacks) in zip(experts, before, strict=True):
+            # it is less after a rollback to the state before another peer's
+            self.metrics.updates.inc(max(0, expert.update_count - updates))
+            self.metrics.rollbacks.inc(expert.guard.rollbacks - rollbacks)
 
-    def _compute(self, expert: Expert, batch: Sequence[Entry]) -> list[Result | ExpertError]:
-        with self._counting_updates(expert):
+    def _compute(self, experts: Sequence[Expert], batch: Sequence[Entry]) -> list[Result | ExpertError]:
+        """One batch of one expert, or one work item of each."""
+        works = [entry.work for entry in batch]
+        with self._counting_updates(experts):
             try:
-                self._end_late_accumulation(expert)
-                results = compute(expert, [entry.work for entry in batch])
+                for expert in experts:
+                    self._end_late_accumulation(expert)
+                results = (
+                    compute(experts[0], works) if len(experts) == 1 else compute_together(experts, works)
+                )
             except Exception as error:  # one broken batch must not end the others
                 callers = ", ".join(sorted({entry.work.caller for entry in batch}))
-                logger.exception("expert %s failed on a batch from %s", expert.uid, callers)
-                message = f"expert {expert.uid} failed: {type(error).__name__}"
+                names = ", ".join(str(expert.uid) for expert in experts)
+                logger.exception("expert %s failed on a batch from %s", names, callers)
+                message = f"expert {names} failed: {type(error).__name__}"
                 results = [ExpertError(StatusCode.INTERNAL, message) for _ in batch]
         for result in results:
             if isinstance(result, ExpertError):

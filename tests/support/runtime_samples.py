@@ -99,7 +99,9 @@ class HeldThread:
 
 
 class HeldExpert(Expert):
-    """Computes forward passes when it is let go."""
+    """Computes forward passes when it is let go, and by itself."""
+
+    grouped_block = None
 
     def __init__(self, uid: UID = FIRST) -> None:
         super().__init__(uid, MANIFEST)

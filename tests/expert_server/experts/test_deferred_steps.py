@@ -80,7 +80,9 @@ def test_a_skipped_update_leaves_nothing_due() -> None:
 
 
 class SlowStepper(Expert):
-    """Takes its step when it is let go."""
+    """Takes its step when it is let go, and computes by itself."""
+
+    grouped_block = None
 
     def __init__(self, uid: UID) -> None:
         super().__init__(uid, MANIFEST)

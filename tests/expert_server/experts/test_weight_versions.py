@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expert_server.experts import expert as expert_module
+from expert_server.experts import graphs as graphs_module
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import ForwardGraph, Rows
 
@@ -127,16 +128,16 @@ def test_a_backward_pass_that_fails_leaves_no_gradients_behind(monkeypatch: pyte
     expert, plain = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
     broken, whole = forward(expert, 0), forward(expert, 1)
 
-    run_backward = expert_module._run_backward
+    run_backward = graphs_module.run_backward
 
     def run_and_fail(updates: Tensor, gradients: Tensor) -> None:
         run_backward(updates, gradients)
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(expert_module, "_run_backward", run_and_fail)
+    monkeypatch.setattr(expert_module, "run_backward", run_and_fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         expert.backward([part(0, broken)])
-    monkeypatch.setattr(expert_module, "_run_backward", run_backward)
+    monkeypatch.setattr(expert_module, "run_backward", run_backward)
     expert.backward([part(1, whole)])
     plain.backward([part(1, None)])
     torch.testing.assert_close(parameters_of(expert), parameters_of(plain))

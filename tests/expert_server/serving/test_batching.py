@@ -1,6 +1,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Set
+from dataclasses import replace
 from itertools import combinations, count
 from typing import get_args
 
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.uid import UID
-from expert_server.experts.graphs import Rows
+from expert_server.experts.graphs import Rows, SharedGraph, SharedPass
+from expert_server.experts.grouped import MOST_EXPERTS
 from expert_server.serving.batching import BatchQueue, Direction, Entry, WorkItem
 from peer.errors import ExpertError
 
@@ -401,3 +403,63 @@ def test_steps_over_a_slow_link_stay_apart_unless_their_work_is_merged(
         now, busy_s = now + took_s, busy_s + took_s
         on_the_way += [now + link_s] * len(batch)
     assert least <= busy_s / now <= most
+
+
+def shared_work(shared: SharedPass, uid: UID, index: int) -> WorkItem:
+    work = make_work(4, uid, "backward")
+    return replace(work, rows=replace(work.rows, graph=SharedGraph(shared, index, None)))
+
+
+MANY = [UID(0, (0, number)) for number in range(20)]
+
+
+def test_what_is_alike_is_taken_in_order_up_to_a_number_of_rows() -> None:
+    queue = BatchQueue(1000, MAX_BATCH_ROWS)
+    for uid in MANY:
+        add(queue, make_work(4, uid))
+    others = [
+        make_work(4, MANY[1], "backward", 100.0), make_work(4, MANY[2], caller="another"), make_work(4, MANY[3]),
+    ]  # fmt: skip
+    for other in others:
+        add(queue, other)
+    busy, refused = MANY[5], MANY[6]
+    (first, *_), _ = queue.pop(0.0, frozenset(set(MANY) - {MANY[0]}))
+    found = queue.pop_alike(first, {busy}, 20, lambda work: work.uid != refused)
+    assert [entry.work.uid for entry in found] == [MANY[n] for n in (1, 2, 3, 4)]
+    assert {(entry.work.direction, entry.work.caller) for entry in found} == {("forward", "a trainer")}
+    found = queue.pop_alike(first, set(), 1000, lambda work: True)
+    assert len(found) == MOST_EXPERTS - 1
+    assert queue.rows == 4 * (20 + 3 - 1 - 4 - len(found))
+    queue.clear()
+    assert queue.pop_alike(first, set(), 1000, lambda work: True) == []
+
+
+def test_what_shares_a_pass_is_taken_whole_and_nothing_else_with_it() -> None:
+    queue = BatchQueue(1000, MAX_BATCH_ROWS)
+    inputs = torch.zeros(12, 1)
+    passes = [SharedPass(inputs, inputs, [], [4, 4, 4], 100) for _ in range(2)]
+    for uid, shared, index in zip(MANY, 3 * passes, (0, 0, 1, 1, 2, 2), strict=False):
+        add(queue, shared_work(shared, uid, index))
+    add(queue, make_work(4, MANY[7], "backward"))
+    (first,), _ = queue.pop(0.0)
+    found = queue.pop_alike(first, set(), 1, lambda work: True)
+    assert [entry.work.uid for entry in found] == [MANY[2], MANY[4]]
+    (first,), _ = queue.pop(0.0)
+    passes[1].take()
+    found = queue.pop_alike(first, set(), 100, lambda work: True)
+    assert [entry.work.uid for entry in found] == [MANY[3], MANY[5], MANY[7]], "a used pass is none"
+
+
+def test_a_caller_pays_for_what_is_computed_together() -> None:
+    queue = BatchQueue(1000, MAX_BATCH_ROWS)
+    for uid in MANY[:8]:
+        for caller in ("a", "b"):
+            add(queue, make_work(4, uid, caller=caller, deadline=1.0 if caller == "a" else 2.0))
+    (first, *_), _ = queue.pop(0.0)
+    taken = queue.pop_alike(first, set(), 16, lambda work: True)
+    assert [entry.work.caller for entry in (first, *taken)] == 4 * ["a"]
+    turns: list[str] = []
+    while len(turns) < 4:
+        batch, _ = queue.pop(0.0)
+        turns += [entry.work.caller for entry in batch]
+    assert Counter(turns)["b"] >= 3, "it is behind"

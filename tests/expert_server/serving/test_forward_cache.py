@@ -3,6 +3,7 @@
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dht.uid import UID
-from expert_server.experts.graphs import ForwardGraph, Rows, WeightVersion
+from expert_server.experts.graphs import ForwardGraph, Rows, SharedGraph, SharedPass, WeightVersion
 from expert_server.serving.forward_cache import CachedForward, ForwardCache
 
 AN_UID = UID(0, (0, 0))
@@ -64,6 +65,24 @@ def test_when_full_the_oldest_graph_goes_first_and_its_inputs_stay() -> None:
         assert store.put(key(number), a_forward(), now=0.0)
     graphs = [kept.rows.graph is not None for number in range(3) if (kept := store.take(key(number)))]
     assert graphs == [False, True, True]
+
+
+def test_what_several_experts_share_counts_once_and_until_none_of_them_has_it() -> None:
+    inputs = torch.zeros(3, 8)
+    shared = SharedPass(inputs, inputs, [], [1, 1, 1], 100)
+    store = ForwardCache(3 * BARE + 100)
+    for index in range(3):
+        forward = a_forward(None)
+        graph = SharedGraph(shared, index, None)
+        store.put(key(index), replace(forward, rows=replace(forward.rows, graph=graph)), now=0.0)
+    assert store.bytes == 3 * BARE + 100
+    for index in range(2):
+        store.take(key(index))
+    assert store.bytes == BARE + 100
+    shared.take()
+    assert store.bytes == BARE
+    store.take(key(2))
+    assert store.bytes == 0
 
 
 def test_when_only_inputs_are_left_the_oldest_go() -> None:

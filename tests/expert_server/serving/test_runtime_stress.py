@@ -69,7 +69,9 @@ class Witness:
 
 
 class WatchedExpert(Expert):
-    """Gives back what it gets, some of it twice as large, after a while."""
+    """Gives back what it gets, some of it twice as large, after a while, and by itself."""
+
+    grouped_block = None
 
     def __init__(self, uid: UID, witness: Witness) -> None:
         super().__init__(uid, MANIFEST)
