@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count, islice
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from grpc import StatusCode
@@ -172,40 +173,47 @@ class BatchQueue:
             line.push(entry)
         return entry
 
-    def pop(self, now: float, busy: Set[UID] = frozenset()) -> tuple[list[Entry], list[Entry]]:
-        """Takes the next batch, of no busy expert, and apart from it all work whose deadline has passed."""
+    def pop(
+        self, now: float, busy: Set[UID] = frozenset(), held: Mapping[str, Set[UID]] = MappingProxyType({})
+    ) -> tuple[list[Entry], list[Entry]]:
+        """Takes the next batch, of no busy expert, and apart from it all work whose deadline has passed.
+
+        `held`: experts by caller, whose work for them is passed over.
+        """
         expired: list[Entry] = []
         while self._waiting:
             _, deadline, order = self._by_deadline.first()
             if deadline > now:
-                return self._take_batch(busy), expired
+                return self._take_batch(busy, held), expired
             expired.append(self._take(self._waiting[order]))
         return [], expired
 
     def pop_alike(
         self, entry: Entry, busy: Set[UID], most_rows: int, fits: Callable[[WorkItem], bool]
     ) -> list[Entry]:
-        """Takes more work of an entry's caller, for other experts that are not busy, to be computed together with it.
+        """Takes the first work of an entry's caller for each other expert that is not busy, to be computed with it.
 
         All that shares the entry's forward pass, or else what shares none, in order: up to `most_rows` in all, and
         `MOST_EXPERTS`. `fits`: whether it may be computed together with others'.
         """
-        first, caller = entry.work, self._callers.get(entry.work.caller)
-        passed_over, rows = {*busy, first.uid}, len(first.rows)
+        first, passed_over = entry.work, {*busy, entry.work.uid}
+        turns = sorted(
+            line.first()
+            for (uid, direction), lines in self._by_key.items()
+            if direction == first.direction and uid not in passed_over and (line := lines.get(first.caller))
+        )
         found: list[Entry] = []
-        for _, _, order in sorted(caller.line.items()) if caller is not None else ():
+        rows = len(first.rows)
+        for _, _, order in turns:
             work = self._waiting[order].work
-            is_alike = (work.direction, work.keep) == (first.direction, first.keep)
-            if work.uid in passed_over or not is_alike or work.shared is not first.shared or not fits(work):
+            if work.keep != first.keep or work.shared is not first.shared or not fits(work):
                 continue
             rows += len(work.rows)
             if first.shared is None and (len(found) + 1 == MOST_EXPERTS or rows > most_rows):
                 break
-            passed_over.add(work.uid)
             found.append(self._waiting[order])
         for each in found:
-            assert caller is not None, "it has work waiting"
-            caller.virtual_time += len(each.work.rows)
+            self._callers[first.caller].virtual_time += len(each.work.rows)
             self._take(each)
         return found
 
@@ -243,19 +251,25 @@ class BatchQueue:
     def _rows_of(self, caller: str) -> int:
         return self._callers[caller].rows if caller in self._callers else 0
 
-    def _take_batch(self, busy: Set[UID]) -> list[Entry]:
+    def _take_batch(self, busy: Set[UID], held: Mapping[str, Set[UID]]) -> list[Entry]:
         """No caller joins that would then be more than a batch ahead of the caller whose turn it is."""
         callers = self._callers.values()
         choosers = [
-            (caller.virtual_time, *first) for caller in callers if (first := self._first(caller, busy))
+            (caller.virtual_time, *first)
+            for caller in callers
+            if (first := self._first(caller, busy | held.get(caller.name, frozenset())))
         ]
         if not choosers:
             return []
         self._virtual_time = min(caller.virtual_time for caller in callers)
         virtual_time, _, _, order = min(choosers)
         most = virtual_time + self._max_batch_rows
-        lines = self._by_key[self._waiting[order].work.key]
-        turns = [(self._callers[name].virtual_time, line.first(), name) for name, line in lines.items()]
+        uid, lines = self._waiting[order].work.uid, self._by_key[self._waiting[order].work.key]
+        turns = [
+            (self._callers[name].virtual_time, line.first(), name)
+            for name, line in lines.items()
+            if uid not in held.get(name, ())
+        ]
         heapify(turns)  # the chooser's is first
         batch: list[Entry] = []
         rows = 0

@@ -133,8 +133,11 @@ class Runtime:
         self._tasks: deque[_Task] = deque()
         """Functions given to `run`. Each waits until nothing is under way."""
         self._exclusive = self._stopped = False
-        self._gathering: dict[SharedPass, set[UID]] = {}
-        """Shared forward passes of which some backward work waits for the rest, for `_GATHER_S` at most."""
+        self._gathering: dict[SharedPass, tuple[str, set[UID]]] = {}
+        """Shared forward passes of which some backward work waits for the rest, for `_GATHER_S` at most.
+
+        The caller, and the experts of that work.
+        """
         self._due: dict[UID, None] = {}
         """Experts whose optimizer step is due, oldest first."""
         self._accumulating: dict[UID, tuple[int, float]] = {}
@@ -255,7 +258,7 @@ class Runtime:
                 retry_after_s = [self._queue.retry_after_s(other.work.caller) for other in displaced]
                 entry = self._queue.push(work, future, self._discard)
                 if work.shared is not None:
-                    self._gather(work.uid, work.shared)
+                    self._gather(work, work.shared)
         except ExpertError:
             self.metrics.failed.labels("refused").inc()
             raise
@@ -266,12 +269,12 @@ class Runtime:
             self._fail([other], StatusCode.RESOURCE_EXHAUSTED, message, seconds)
         return entry
 
-    def _gather(self, uid: UID, shared: SharedPass) -> None:
+    def _gather(self, work: WorkItem, shared: SharedPass) -> None:
         if shared not in self._gathering and self._loop is not None:
             self._loop.call_later(_GATHER_S, self._end_gathering, shared)
-        waiting = self._gathering.setdefault(shared, set())
-        waiting.add(uid)
-        if len(waiting) == len(shared.counts):
+        _, uids = self._gathering.setdefault(shared, (work.caller, set()))
+        uids.add(work.uid)
+        if len(uids) == len(shared.counts):
             del self._gathering[shared]
 
     def _end_gathering(self, shared: SharedPass) -> None:
@@ -302,9 +305,11 @@ class Runtime:
                     self._pool.submit(self._run_task, self._tasks.popleft())
                 return
             jobs: list[list[tuple[Expert, list[Entry]]]] = []
-            gathering = set[UID]().union(*self._gathering.values())
+            held: dict[str, set[UID]] = {}
+            for caller, uids in self._gathering.values():
+                held.setdefault(caller, set()).update(uids)
             while not (self._exclusive or self._stopped) and self._running < self._at_once:
-                batch, expired = self._queue.pop(self._clock(), self._busy | gathering)
+                batch, expired = self._queue.pop(self._clock(), self._busy, held)
                 if expired and self._loop is not None:
                     self._loop.call_soon_threadsafe(self._expire, expired)
                 if batch:

@@ -10,6 +10,7 @@ from runtime_samples import HIDDEN, NEVER, make_runtime, make_work, submit, with
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import SharedGraph
+from expert_server.serving import runtime as runtime_module
 from expert_server.serving.batching import Result, WorkItem
 from expert_server.serving.runtime import Runtime
 from peer.metrics import total
@@ -91,5 +92,23 @@ def test_backward_work_does_not_wait_for_what_never_comes() -> None:
         for expert, work, result in zip(alone, works, await submit_all(runtime, works), strict=False):
             expected = expert.backward([replace(work.rows, graph=None)])[0][0]
             torch.testing.assert_close(result.tensor, expected, rtol=1e-3, atol=1e-4)
+
+    with_runtime(runtime, scenario)
+
+
+def test_others_do_not_wait_for_the_rest_of_a_callers_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a caller that never sends the rest would keep an expert from all others."""
+    runtime = make_runtime(*make_experts())
+    monkeypatch.setattr(runtime_module, "_GATHER_S", 60.0)
+
+    async def scenario() -> None:
+        forward = await submit_all(runtime, works_of())
+        waits = asyncio.create_task(submit(runtime, works_of(forward)[0]))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await submit(runtime, make_work(uid=UIDS[0], caller="another"))
+            await submit(runtime, make_work(uid=UIDS[0], direction="backward", caller="another"))
+        assert not waits.done()
+        waits.cancel()
 
     with_runtime(runtime, scenario)
