@@ -1,7 +1,6 @@
 """A revoked token opens nothing, not even in the first moments of a founder's node that was away meanwhile."""
 
 import asyncio
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from dht.invites import InviteLedger, IssuedInvite
 from dht.manifest import AdmissionSpec
 from peer.loop import LoopThread
 from peer.wire import session_pb2
+from talkoot.demo.links import free_ports
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 
@@ -31,8 +31,7 @@ def play(loop: LoopThread, tmp_path: Path) -> Play:
 
 def test_a_revoked_token_opens_nothing_while_the_founder_starts_again(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        with socket.create_server((LOCAL, 0)) as free:
-            port = free.getsockname()[1]
+        (port,) = free_ports(LOCAL, 1)
         node = await village.found(manifest=BY_TOKEN, experts=1, grpc_port=port)
         swarm, state, now = node.swarm, village.state(node.swarm), time.time()
         issued = IssuedInvite(

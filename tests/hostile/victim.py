@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -36,6 +35,7 @@ from peer.identity import Identity
 from peer.processes import die_with_parent
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
+from talkoot.demo.links import free_ports
 from talkoot.node.control import ControlClient, ControlStatus
 from trainer_client.dispatch.batches import Direction, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -142,9 +142,7 @@ def member(folder: Path, invite: Invite, name: str = "member", **settings: objec
 @contextlib.contextmanager
 def trainer(folder: Path, invite: Invite, **settings: object) -> Iterator[Victim]:
     """A trainer that trains for ever. Yields once it has taken a step."""
-    with socket.socket() as free:
-        free.bind((LOCAL, 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(LOCAL, 1)
     endless: dict[str, object] = {"steps": 10**7, "threads": 1, "seed": 0, "metrics_port": port}
     arguments = ["train", "--join", str(invite), "--log-format", "json"]
     with _running(folder, "trainer", arguments, "TRAIN", endless | settings) as (process, log, state):
