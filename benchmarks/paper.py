@@ -2,9 +2,9 @@
 
 dense     a dense Transformer that computes as much for each token, in this process
 calm      the mixture: its experts are in node processes, and every call travels by gRPC and TLS
-delayed   the same; each call takes 1 s longer, 10% of the calls fail, and several steps are in flight
+delayed   the same; each call takes 1 s longer, and 10% of the calls fail
 
-    python -m benchmarks.paper [--quick] [--steps N] [--json FILE] [--plot FILE]
+    python -m benchmarks.paper [--quick] [--steps N] [--in-flight N] [--json FILE] [--plot FILE]
 
 After Ryabinin & Gusev 2020, section 4.3, where 256 experts are spread over the layers of a language model, each is a
 Transformer layer, and calls take a second and fail as often. All see the same batches: text of Python's help and of its
@@ -75,7 +75,7 @@ class Plan:
 
     nodes: int = 4
     delay_s: float = 1.0
-    in_flight: int = 6
+    in_flight: int = 1
     """Steps under way at once in `delayed`. Each waits 4 s: forward and backward, in two layers."""
     size: Size = FULL_SIZE
 
@@ -99,7 +99,7 @@ class Plan:
         return sum(configuration.flops(self.size).values())
 
 
-QUICK = Plan(nodes=2, delay_s=0.1, in_flight=3, size=QUICK_SIZE)
+QUICK = Plan(nodes=2, delay_s=0.1, size=QUICK_SIZE)
 
 Observe = Callable[[Progress], None]
 
@@ -248,7 +248,7 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     found = {way: results[way] for way in WAYS if way in results}
     table = Table(
         title=f"{plan['size']['steps']:,} steps; delayed: {plan['delay_s']} s, {FAILING:.0%} failing, "
-        f"{plan['in_flight']} steps in flight"
+        f"in flight: {plan['in_flight']}"
     )
     columns = ("", "nats/byte", "of dense", "of calm", "parameters", "MFLOP/token", "tokens/s")
     for column in (*columns, "staleness", "calls", "made to fail", "seconds"):
@@ -310,6 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="take over the ways that the file has already")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves there, as SVG")
     parser.add_argument("--steps", type=int, metavar="N", help=f"of each way, by default {Plan.size.steps}")
+    parser.add_argument(
+        "--in-flight", type=int, metavar="N", help="steps under way at once, where calls are slow"
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="only these")
     options = parser.parse_args(arguments)
     if options.resume and not options.json:
@@ -318,6 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.steps is not None:
         every = max(1, options.steps // _POINTS)
         plan = replace(plan, size=replace(plan.size, steps=options.steps, validate_every=every))
+
+    if options.in_flight is not None:
+        plan = replace(plan, in_flight=options.in_flight)
 
     def keep(results: dict[str, Any]) -> None:
         if options.json:

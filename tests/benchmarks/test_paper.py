@@ -51,8 +51,8 @@ def test_the_quick_run_trains_on_real_nodes_that_are_slow_and_fail(
     file, picture = tmp_path / "found.json", tmp_path / "found.svg"
     kept = ["--quick", "--json", str(file), "--plot", str(picture)]
     with signals_restored():
-        main([*kept, "--ways", "dense", "delayed"])
-        main([*kept, "--resume", "--ways", "delayed"])  # has nothing left to do
+        main([*kept, "--in-flight", "3", "--ways", "dense", "delayed"])
+        main([*kept, "--in-flight", "3", "--resume", "--ways", "delayed"])  # has nothing left to do
     results = json.loads(file.read_text())
     delayed, dense = results["delayed"], results["dense"]
     assert delayed["summary"]["steps"] == dense["summary"]["steps"] == 20
