@@ -7,11 +7,11 @@ delayed   the same; each call takes 1 s longer, and 10% of the calls fail
     python -m benchmarks.paper [--quick] [--steps N] [--in-flight N] [--json FILE] [--plot FILE]
 
 After Ryabinin & Gusev 2020, section 4.3, where 256 experts are spread over the layers of a language model, each is a
-Transformer layer, and calls take a second and fail as often. All see the same batches: text of Python's help and of its
-library. The loss is that on held-out text, in nats per byte, and the time is by the clock, with validations. The curve
-of `delayed` is measured as it trains, with delays and failures; its final loss, as those of all, without. `--quick`
-trains 64 smaller experts for 20 steps with less delay, in under 60 seconds. Ctrl-C ends it at once; --json has what was
-done before.
+Transformer layer, and calls take a second and fail as often. All see the same batches: an equal part each of Python's
+help, the source of its library and C++ headers. The loss is that on held-out text, in nats per byte, and the time is by
+the clock, with validations. The curve of `delayed` is measured as it trains, with delays and failures; its final loss,
+as those of all, without. `--quick` trains 64 smaller experts for 20 steps with less delay, in under 60 seconds. Ctrl-C
+ends it at once; --json has what was done before.
 """
 
 import argparse
