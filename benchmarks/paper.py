@@ -295,7 +295,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         by_step.plot(steps[1:], losses[1:], style, marker=".", label=label)
         by_time.plot([s / 60 for s in seconds[1:]], losses[1:], style, marker=".")
     by_step.set(xlabel="step", ylabel="held-out loss, nats per byte")
-    by_time.set(xlabel="minutes, on one machine with 2 cores")
+    by_time.set(xlabel="minutes, trainer and nodes on one machine")
     by_step.legend(title=f"{size['steps']:,} steps of {size['batch'] * size['context']} tokens")
     for axes in (by_step, by_time):
         axes.grid(alpha=0.3)
