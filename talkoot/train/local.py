@@ -8,8 +8,10 @@ Shapes: R rows, K experts for each row, W width of the experts.
 
 import itertools
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -21,7 +23,9 @@ from dht.directory import NOBODY, LiveExperts, View
 from dht.manifest import Manifest
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
-from expert_server.experts.optimizer import StepOutcome
+from expert_server.experts.grouped import MOST_EXPERTS, MOST_ROWS
+from expert_server.serving.batching import Result, WorkItem
+from expert_server.serving.compute import can_join, compute, compute_together
 from peer.codec import Floats, codec_of, decode, encode
 from peer.errors import ExpertError, WireError
 from trainer_client.dispatch.batches import ExpertBatch, ForwardPass, RoutedRows, group_by_expert
@@ -112,55 +116,63 @@ class LocalExperts:
         result = LocalForward.of(rows)
         result.coordinates[:] = selection.coordinates
         with self._lock, torch.set_grad_enabled(rows.keep), torch.autocast("cpu", enabled=False):
-            for batch in group_by_expert(
+            batches = group_by_expert(
                 rows.layer, selection.coordinates, selection.valid, rows.grid, rows.sequence_length
-            ):
-                self._compute(batch, result)
+            )
+            self._compute(list(batches), result)
         self.metrics.unanswered_rows.inc(int((~result.answered.any(axis=1)).sum()))
         return result
 
-    def _compute(self, batch: ExpertBatch, result: LocalForward) -> None:
-        expert, keep = self.experts[batch.uid], result.rows.keep
-        lengths, positions = torch.from_numpy(batch.lengths), torch.from_numpy(batch.positions)
-        graph = None
-        try:
-            x_RW = torch.from_numpy(self._arrived(result.rows.inputs[batch.rows]))
-            if keep:
-                u_RW, graph = expert.forward_with_graph(Rows(x_RW, lengths, positions))
-            else:
-                u_RW = expert.forward(Rows(x_RW, lengths, positions))
-            updates = self._arrived(u_RW.numpy())
-        except ExpertError as error:
-            self._note_failure(error)
-            return
-        result.updates[batch.rows, batch.slots] = updates
-        result.answered[batch.rows, batch.slots] = True
-        if keep:
-            result.parts.append((batch, Rows(x_RW, lengths, positions, x_RW, graph)))
+    def _compute(self, batches: Sequence[ExpertBatch], result: LocalForward) -> None:
+        parts = []
+        for batch in batches:
+            with self._noting_failures():
+                x_RW = torch.from_numpy(self._arrived(result.rows.inputs[batch.rows]))
+                lengths, positions = torch.from_numpy(batch.lengths), torch.from_numpy(batch.positions)
+                parts.append((batch, Rows(x_RW, lengths, positions)))
+        works = [WorkItem(b.uid, "forward", part, inf, "", result.rows.keep) for b, part in parts]
+        for (batch, part), computed in zip(parts, self._computed(works), strict=True):
+            with self._noting_failures():
+                if isinstance(computed, ExpertError):
+                    raise computed
+                result.updates[batch.rows, batch.slots] = self._arrived(computed.tensor.numpy())
+                result.answered[batch.rows, batch.slots] = True
+                if result.rows.keep:
+                    result.parts.append((batch, replace(part, graph=computed.graph)))
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> Floats:
-        """As the dispatcher's: each expert steps once, after all its rows."""
+        """As the dispatcher's: each expert steps once, after all its rows. Of those that fail, the gradient is zero."""
         assert isinstance(forward, LocalForward), "of another swarm"
         total = np.zeros_like(forward.rows.inputs)
         with self._lock, torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            batches, works = [], []
             for batch, part in forward.parts:
-                total[batch.rows] += self._step(
-                    self.experts[batch.uid], part, gradients[batch.rows, batch.slots]
-                )
+                with self._noting_failures():
+                    own = self._arrived(gradients[batch.rows, batch.slots], self._next_seed())
+                    rows = replace(part, gradients=torch.from_numpy(own))
+                    works.append(WorkItem(batch.uid, "backward", rows, inf, ""))
+                    batches.append(batch)
+            for batch, computed in zip(batches, self._computed(works), strict=True):
+                with self._noting_failures():
+                    if isinstance(computed, ExpertError):
+                        raise computed
+                    self.metrics.skipped_updates.inc(computed.skipped_update)
+                    self.metrics.rollbacks.inc(computed.rolled_back)
+                    total[batch.rows] += self._arrived(computed.tensor.numpy(), self._next_seed())
+            for work in works:
+                self.experts[work.uid].settle()
         return total
 
-    def _step(self, expert: Expert, part: Rows, gradients: Floats) -> Floats:
-        """The gradient of the inputs; zeros when it is not finite."""
-        try:
-            own = torch.from_numpy(self._arrived(gradients, self._next_seed()))
-            (gradient,), outcome = expert.backward([replace(part, gradients=own)])
-            answer = self._arrived(gradient.numpy(), self._next_seed())
-        except ExpertError as error:
-            self._note_failure(error)
-            return np.zeros_like(part.inputs.detach().numpy())
-        self.metrics.skipped_updates.inc(StepOutcome.SKIPPED in outcome)
-        self.metrics.rollbacks.inc(StepOutcome.ROLLED_BACK in outcome)
-        return answer
+    def _computed(self, works: Sequence[WorkItem]) -> list[Result | ExpertError]:
+        """In their order, narrow experts several at once as on a node."""
+        results: list[Result | ExpertError] = []
+        for group in groups_of(works):
+            experts = [self.experts[work.uid] for work in group]
+            if all(map(can_join, experts, group)):
+                results += compute_together(experts, group)
+            else:
+                results += [compute(expert, [work])[0] for expert, work in zip(experts, group, strict=True)]
+        return results
 
     def _arrived(self, tensor: Floats, seed: bytes | None = None) -> Floats:
         """A tensor as its receiver gets it. Raises ExpertError when the codec refuses a number that is not finite."""
@@ -174,5 +186,25 @@ class LocalExperts:
     def _next_seed(self) -> bytes:
         return b"%d" % next(self._gradients)
 
-    def _note_failure(self, error: ExpertError) -> None:
-        self.metrics.failures.labels(error.status.name.lower()).inc()
+    @contextmanager
+    def _noting_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except ExpertError as error:
+            self.metrics.failures.labels(error.status.name.lower()).inc()
+
+
+def groups_of(works: Sequence[WorkItem]) -> list[list[WorkItem]]:
+    """What to compute at once: all that shares a forward pass, or as much as is worth it of what shares none."""
+    groups: list[list[WorkItem]] = []
+    rows = 0
+    for work in works:
+        rows += len(work.rows)
+        last = groups[-1] if groups else []
+        fits = work.shared is not None or (rows <= MOST_ROWS and len(last) < MOST_EXPERTS)
+        if last and work.shared is last[0].shared and fits:
+            last.append(work)
+        else:
+            groups.append([work])
+            rows = len(work.rows)
+    return groups

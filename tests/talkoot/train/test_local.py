@@ -9,15 +9,20 @@ import pytest
 import torch
 from byte_texts import byte_dataset
 from expert_fakes import make_manifest
+from hypothesis import given
+from hypothesis import strategies as st
 from router_fakes import LearningSwarm, every_router, k_of, mixtures
 from torch import Tensor, nn
 
 from dht.manifest import Manifest, WireSpec
 from dht.uid import UID
+from expert_server.experts.graphs import Rows, SharedGraph, SharedPass
+from expert_server.experts.grouped import MOST_EXPERTS, MOST_ROWS
+from expert_server.serving.batching import WorkItem
 from peer.codec import CodecName
 from peer.errors import SettingsError
 from peer.metrics import total
-from talkoot.train.local import LocalSwarm
+from talkoot.train.local import LocalSwarm, groups_of
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName, TrainerSettings
 
@@ -174,3 +179,27 @@ def test_several_threads_may_train_at_once() -> None:
 def test_a_layer_that_is_not_there_is_named() -> None:
     with pytest.raises(SettingsError, match="layer 2: this swarm has layers 0 to 1"):
         local().mixture(2)
+
+
+def a_work(rows: int, graph: SharedGraph | None = None) -> WorkItem:
+    inputs = torch.empty(rows, 1)
+    part = Rows(inputs, torch.tensor([rows]), torch.arange(rows), inputs, graph)
+    return WorkItem(UID(0, (0, 0)), "backward", part, float("inf"), "")
+
+
+@given(st.lists(st.integers(1, MOST_ROWS + 5), max_size=60))
+def test_what_is_computed_at_once_is_bounded_and_nothing_is_left_out(sizes: list[int]) -> None:
+    works = [a_work(rows) for rows in sizes]
+    groups = groups_of(works)
+    assert [work for group in groups for work in group] == works
+    for group in groups:
+        assert 0 < len(group) <= MOST_EXPERTS
+        assert len(group) == 1 or sum(len(work.rows) for work in group) <= MOST_ROWS
+
+
+def test_what_shares_a_pass_is_computed_at_once() -> None:
+    inputs = torch.empty(40, 1)
+    passes = [SharedPass(inputs, inputs, [], [20, 20], 0) for _ in range(2)]
+    works = [a_work(20, SharedGraph(shared, index, None)) for shared in passes for index in (0, 1)]
+    works += [a_work(20), a_work(20)]
+    assert groups_of(works) == [works[:2], works[2:4], works[4:]]
