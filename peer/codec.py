@@ -102,7 +102,7 @@ def encode(tensor_RD: Floats, codec: "expert_pb2.Codec", seed: bytes | None = No
     if codec in _HALVES:
         _encode_half(numbers_RD.flatten(), torch.from_numpy(data.view(np.int16)).view(_HALVES[codec]))
         return data.data
-    rows_RC = torch.from_numpy(data).view(rows, -1)
+    rows_RC = torch.from_numpy(data.reshape(rows, encoded_bytes(1, width, codec)))
     if codec == expert_pb2.CODEC_INT8:
         _encode_int8(numbers_RD, rows_RC)
     else:
