@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import base58
 import mutations
 import psutil
 import pytest
 import torch
-from checkpoint_samples import AN_UID, MANIFEST, SWARM, make_expert
+from checkpoint_samples import AN_UID, MANIFEST, SWARM, make_expert, step
 from expert_fakes import make_node, make_peer_id, make_request, random_rows
 from google.protobuf.message import DecodeError, Message
 from hypothesis import given
@@ -38,10 +38,12 @@ from dht.manifest import Manifest, parse_uid
 from dht.membership import PeerStore
 from dht.records import RecordValidator, SwarmKeys, digits_of, open_record, sign_record
 from dht.uid import UID
+from expert_server.experts.expert import Expert
 from expert_server.experts.format import StateForm, from_bytes, to_bytes
 from expert_server.serving.call import HeaderParser, call_bytes
 from expert_server.serving.forward_cache import ForwardCache
 from peer import PROTOCOL_VERSION
+from peer.codec import CodecName, codec_of, decode, encode
 from peer.errors import AddressError, TalkootError, UserError
 from peer.identity import SESSION_DOMAIN
 from peer.kademlia.hivemind import DHTRecord, P2PContext, dht_pb2
@@ -53,7 +55,8 @@ from peer.transport.endpoints import Endpoint
 from peer.wire import admission_pb2, expert_pb2, records_pb2, session_pb2, state_pb2
 from talkoot.dashboard import api
 from talkoot.node import control
-from trainer_client.averaging.dense_part import DenseForm
+from trainer_client.averaging.dense_part import DenseForm, SharedParameters, require_near
+from trainer_client.balancing import LoadBias
 from trainer_client.dispatch.batches import NodeCall
 from trainer_client.dispatch.grpc_caller import ReplyAssembler
 
@@ -237,6 +240,20 @@ def replies() -> list[bytes]:
     )
 
 
+def tensors() -> list[bytes]:
+    """In each codec: its number, the width, and three rows."""
+    rows = random_rows(3, 32, seed=0)
+    codecs = map(codec_of, get_args(CodecName))
+    return [bytes([codec, 32]) + encode(rows, codec) for codec in codecs]
+
+
+def deliver_tensor(data: bytes) -> None:
+    number, width = (*data[:2], 0, 0)[:2]
+    codec: Any = number
+    numbers = decode(bytearray(data[2:]), max(1, width), codec)
+    decode(bytearray(encode(numbers, codec)), max(1, width), codec)  # whatever was taken can be sent on
+
+
 REQUESTS = [make_request(UID(0, (0, n)), [3], range(3), random_rows(3, 8, seed=n)) for n in range(2)]
 
 
@@ -254,13 +271,45 @@ def state() -> bytes:
 
 
 FORM = StateForm.of(MANIFEST)
+PATIENT = MANIFEST.model_copy(
+    update={"optimizer": MANIFEST.optimizer.model_copy(update={"rows_per_update": 12})}
+)
+"""Five rows of a call of `step` are accumulated."""
 
 
 @functools.cache
-def dense() -> tuple[DenseForm, bytes]:
-    model = torch.nn.Linear(3, 2)
-    form = DenseForm.of(model, SWARM)
-    return form, form.to_bytes({name: p.detach() for name, p in model.named_parameters()}, 3)
+def patient() -> tuple[Expert, bytes]:
+    """One that takes others' states, and such a state."""
+    taker, giver = (step(Expert(AN_UID, PATIENT), calls) for calls in (0, 4))
+    return taker, to_bytes(giver.checkpoint(), SWARM, AN_UID, 1000.0)
+
+
+def deliver_accumulated(data: bytes) -> None:
+    """The step of what was accumulated leaves a state that others take."""
+    expert, _ = patient()
+    checkpoint = from_bytes(data, SWARM, AN_UID, 1, StateForm.of(PATIENT))
+    expert.import_state(checkpoint.state, 1, "QmStranger")
+    expert.end_accumulation()
+    state = expert.export_state()
+    expert.check_state(state, expert.update_count)
+
+
+@functools.cache
+def dense() -> tuple[DenseForm, SharedParameters, bytes]:
+    """With biases."""
+    part = SharedParameters(torch.nn.Sequential(torch.nn.Linear(3, 2), LoadBias((2, 2))))
+    form = DenseForm.of(part.model, SWARM)
+    return form, part, form.to_bytes(part.read().tensors, 3)
+
+
+def deliver_dense(data: bytes) -> None:
+    form, part, _ = dense()
+    own, theirs = part.read(), form.from_bytes(data, 3)
+    require_near(form.trained(own.tensors), form.trained(theirs))
+    part.merge("liar", own, theirs, 3, 0.5, 0.0)
+    with part.stepping():
+        pass
+    assert all(float(part.read().tensors[name].abs().max()) <= 1 for name in form.buffers)
 
 
 def snapshot_headers() -> list[bytes]:
@@ -384,7 +433,9 @@ TARGETS = [
     Target("snapshot header", mutations.protobuf, snapshot_headers, deliver_snapshot_header),
     Target("state", mutations.safetensors, lambda: [state()],
            lambda data: from_bytes(data, SWARM, AN_UID, 3, FORM)),
-    Target("dense part", mutations.safetensors, lambda: [dense()[1]], lambda data: dense()[0].from_bytes(data, 3)),
+    Target("accumulated gradients", mutations.safetensors, lambda: [patient()[1]], deliver_accumulated),
+    Target("dense part", mutations.safetensors, lambda: [dense()[2]], deliver_dense),
+    Target("tensor", mutations.mutate_bytes, tensors, deliver_tensor),
     Target("expert's UID", mutations.text, lambda: [b"1.0.1", b"0.1.1"],
            lambda data: parse_uid(data.decode(errors="replace"), MANIFEST)),
     Target("known peers", mutations.json_text, known_peers, deliver_known_peers),
