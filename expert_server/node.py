@@ -31,6 +31,7 @@ from expert_server.resources import (
     call_memory_of,
     kept_bytes_of,
     most_bytes,
+    require_room,
     return_freed_memory,
     snapshots_of,
     threads_of,
@@ -183,6 +184,7 @@ class Node:
             builder_of(swarm.manifest.experts.kind)
             devices = open_devices(settings.device, settings.precision)
             settings = within_memory(settings, swarm.manifest)
+            require_room(settings, swarm.manifest, max(device.memory_bytes for device in devices))
         except UserError:
             await swarm.stop()
             raise

@@ -116,6 +116,16 @@ def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
     )
 
 
+def require_room(settings: NodeSettings, manifest: Manifest, free_bytes: int) -> None:
+    """Raises SettingsError when an expert doesn't fit into `free_bytes`. The swarm's founder chooses its size."""
+    each = expert_bytes(manifest)
+    if each > free_bytes and (settings.experts, settings.spare) != (0, 0):
+        raise SettingsError(
+            f"an expert of this swarm takes {bytes_in_words(each)}, and {bytes_in_words(free_bytes)} of memory are "
+            "free: pass --experts 0 --spare 0 to host none"
+        )
+
+
 def keep_freed_memory() -> None:
     """Lets the process keep up to 256 MiB that it freed. Call it before threads start: they have their own arenas.
 

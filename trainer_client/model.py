@@ -7,11 +7,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Self
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dht.manifest import Manifest, ModelSpec
+from peer.errors import SettingsError
+from peer.formatting import bytes_in_words
 from peer.layers import Attention, TransformerLayer, make_norm, seeded
 from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import VOCABULARY
@@ -86,6 +89,31 @@ class LanguageModel(nn.Module):
 
     def _remote(self) -> list[RemoteMixtureOfExperts]:
         return [mixture for mixture in self.mixtures if isinstance(mixture, RemoteMixtureOfExperts)]
+
+
+def require_memory(
+    manifest: Manifest, make_mixture: Callable[[int], nn.Module], vocabulary: int, copies: int
+) -> None:
+    """Raises SettingsError when so many copies of the model's parameters don't fit into the free memory.
+
+    A manifest's author chooses the sizes of everybody's models. Allocates nothing.
+    """
+    spec = manifest.model
+    with torch.device(
+        "meta"
+    ):  # without embedding and head: there normal_ imports torch's compiler, for a second
+        modules = [
+            LocalPart(spec) if local else make_mixture(n)
+            for n in range(spec.layers)
+            for local in (True, False)
+        ]
+    size = 4 * 2 * vocabulary * spec.hidden + sum(p.nbytes for module in modules for p in module.parameters())
+    free = psutil.virtual_memory().available
+    if copies * size > free:
+        raise SettingsError(
+            f"the trainer's part of this swarm's model takes {bytes_in_words(copies * size)}, and "
+            f"{bytes_in_words(free)} of memory are free"
+        )
 
 
 class LocalPart(nn.Module):

@@ -24,7 +24,7 @@ from trainer_client.averaging.averager import Averaging
 from trainer_client.averaging.dense_part import SharedParameters
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import Dataset
-from trainer_client.model import LanguageModel
+from trainer_client.model import LanguageModel, require_memory
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import CheckpointSaver, RunStart, prepare_run
 from trainer_client.training.loop import Training
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 Client: TypeAlias = SwarmClient | LocalSwarm
 
+_COPIES = 4
+"""Of the parameters: themselves, their gradients and Adam's two moments."""
 _ALL_EXPERTS_WITHIN_S = 60.0
 """How long training waits for the other experts once one is live."""
 
@@ -130,6 +132,7 @@ class _Run:
             say = once(stage)
             client.wait_for_experts(settings.wait_for_experts_s, say, share=1 / manifest.experts_total)
             client.wait_for_experts(min(_ALL_EXPERTS_WITHIN_S, settings.wait_for_experts_s), say)
+        require_memory(manifest, client.mixture, len(token_bytes), _COPIES)
         make_model = partial(LanguageModel, manifest, client.mixture, len(token_bytes))
         self._training = Training(make_model(), dataset, settings, make_model)
         start.restore(self._training)

@@ -38,7 +38,7 @@ from trainer_client.inference import (
     evaluate,
     generate,
 )
-from trainer_client.model import LanguageModel
+from trainer_client.model import LanguageModel, require_memory
 from trainer_client.settings import Sampling, TrainerSettings
 from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
 
@@ -105,7 +105,9 @@ def trained_model(
             with terminal.stages("looking for experts") as stage:
                 share = 1 / client.manifest.experts_total
                 client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=share)
-            model = LanguageModel(client.manifest, client.mixture, len(tokenizer.token_bytes))
+            vocabulary = len(tokenizer.token_bytes)
+            require_memory(client.manifest, client.mixture, vocabulary, 1)
+            model = LanguageModel(client.manifest, client.mixture, vocabulary)
             checkpoint.load_into(model)
             yield TrainedModel(model, tokenizer, client, settings, checkpoint.header.step, folder)
         finally:

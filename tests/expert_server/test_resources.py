@@ -14,6 +14,7 @@ from expert_server.resources import (
     call_memory_of,
     kept_bytes_of,
     most_bytes,
+    require_room,
     smallest_memory,
     snapshots_of,
     within_memory,
@@ -69,6 +70,15 @@ def test_the_smallest_that_works_is_named(manifest: Manifest) -> None:
     assert experts >= 1
     with pytest.raises(SettingsError, match=re.escape(f"the smallest that works is {smallest} bytes")):
         within_memory(NodeSettings(memory=smallest - 1), manifest)
+
+
+def test_an_expert_that_does_not_fit_is_refused_before_it_is_built() -> None:
+    manifest = manifest_of(256, 16)
+    each = expert_bytes(manifest)
+    require_room(NodeSettings(), manifest, each)
+    require_room(NodeSettings(experts=0, spare=0), manifest, each - 1)
+    with pytest.raises(SettingsError, match="an expert of this swarm takes"):
+        require_room(NodeSettings(), manifest, each - 1)
 
 
 def test_what_is_left_is_for_experts_a_third_of_it_to_adopt() -> None:

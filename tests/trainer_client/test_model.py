@@ -1,7 +1,9 @@
 """The language model, with mixtures that compute at home."""
 
 import math
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dht.manifest import Manifest
-from trainer_client.model import LanguageModel
+from peer.errors import SettingsError
+from trainer_client.model import LanguageModel, require_memory
 
 
 class DenseMixture(nn.Module):
@@ -179,3 +182,21 @@ def test_the_model_learns_a_small_text() -> None:
         torch.autograd.backward(loss)
         optimizer.step()
     assert model.loss(tokens).item() < first / 4
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_manifest(layers=2)
+    size = sum(parameter.nbytes for parameter in LanguageModel(manifest, make_gate, 7).parameters())
+    memory = SimpleNamespace(available=4 * size)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    require_memory(manifest, make_gate, 7, 4)
+    memory.available = 3 * size
+    with pytest.raises(SettingsError, match="the trainer's part of this swarm's model takes"):
+        require_memory(manifest, make_gate, 7, 4)
+    huge = {"layers": 64, "hidden": 16384, "heads": 256, "local_layers": 16, "feed_forward": 65536}
+    with pytest.raises(SettingsError, match="TB"):
+        require_memory(Manifest.model_validate({"name": "huge", "model": huge}), make_gate, 7, 4)
+
+
+def make_gate(layer: int) -> nn.Module:
+    return nn.Linear(8, 3)
