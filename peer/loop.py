@@ -34,7 +34,7 @@ _TOO_OFTEN, _LATELY_RESTARTED_S = 3, 900.0
 """A task that fails so many times within so many seconds is unsteady."""
 
 _CLOSE_S = 30.0
-"""Longest wait for a loop's thread. uvloop waits in `close` for whatever is under way; once, it waited for ever."""
+"""Longest wait for a loop's thread: uvloop waits in `close` for what is open and cannot be closed."""
 _SLICE_S = 0.002
 """As long as 20 signatures take to check."""
 _TICK_S = 0.025
@@ -43,11 +43,23 @@ _MOST_MISSED = 4000
 """Ticks counted for one late one: enough for a stall of 100 s, and soon done."""
 
 
+def new_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop loop. It does not log that a stream's handler was cancelled, which Python 3.11 takes for an error."""
+    loop = uvloop.new_event_loop()
+    loop.set_exception_handler(_report)
+    return loop
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
+
+
 class LoopThread:
     """A uvloop loop on its own thread, for a process whose main thread runs torch. Close it when done."""
 
     def __init__(self) -> None:
-        self.loop = uvloop.new_event_loop()
+        self.loop = new_loop()
         self._thread = threading.Thread(target=self._run, name="talkoot-loop", daemon=True)
         self._thread.start()
 

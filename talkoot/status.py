@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvloop
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -25,6 +24,7 @@ from peer.errors import UnreachableError
 from peer.formatting import age_in_words, counted
 from peer.identity import Identity, PeerID
 from peer.kademlia.hivemind import quiet_hivemind
+from peer.loop import new_loop
 from peer.transport.addresses import NetworkConfig
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import FittingTable, Terminal
@@ -134,7 +134,7 @@ def run_status(terminal: Terminal, join: str | None, watch: bool = False) -> Non
     invite = invite_of(join)
     with (
         tempfile.TemporaryDirectory(prefix="talkoot-status-") as folder,
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        asyncio.Runner(loop_factory=new_loop) as runner,
     ):
         runner.run(run_until_stopped(_look(terminal, invite, Path(folder), watch)))
 

@@ -188,6 +188,8 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
             except TimeoutError:
                 self._child.kill()
                 await self._child.wait()
+            # p2pd has ended, but its pipes are open as long as any process has their other ends
+            self._child._transport.close()
         if self._sockets is not None:
             self._sockets.cleanup()
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import uvloop
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from peer.formatting import age_in_words
 from peer.host import Host
 from peer.identity import Identity
 from peer.kademlia.hivemind import quiet_hivemind
+from peer.loop import new_loop
 from peer.transport.addresses import NetworkConfig
 from talkoot.doctor.checks import (
     Finding,
@@ -148,7 +148,7 @@ def _check(terminal: Terminal, source: Manifest | Invite, settings: NodeSettings
     check = Check(source, settings, listen_address(settings), path)
     with (
         terminal.stages("making ready") as stage,
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        asyncio.Runner(loop_factory=new_loop) as runner,
     ):
         return runner.run(run_until_stopped(check.run(stage)))
 

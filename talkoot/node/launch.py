@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import uvloop
 from rich.live import Live
 
 from dht.admission import Denylist, Role
@@ -29,7 +28,7 @@ from peer.files import StateFolder, write_atomically
 from peer.identity import Identity
 from peer.kademlia.hivemind import quiet_hivemind
 from peer.kademlia.storage import StoreBounds
-from peer.loop import keep_running
+from peer.loop import keep_running, new_loop
 from peer.settings import DENYLIST
 from peer.transport.addresses import Multiaddress, NetworkConfig, default_listen_address, require_free_port
 from peer.transport.endpoints import Endpoint, ip_address
@@ -97,7 +96,7 @@ def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_
     try:
         with log_file(folder.path / LOG_FILE):
             run = _NodeRun(terminal, source, origin.addresses(), settings, host, folder.path, invite_file)
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            with asyncio.Runner(loop_factory=new_loop) as runner:
                 runner.run(run.run())
     finally:
         folder.close()

@@ -99,6 +99,7 @@ def test_unknown_node_in_the_address_is_told(browser: Browser, tmp_path: Path) -
     asked = Asked(tmp_path, HEALTHY)
     with served(asked.app) as address, visit(browser, f"{address}/#/node/%E0%A4%A") as seen:
         seen.until("document.querySelector('#panel .problem').textContent.startsWith('no node ')")
+        seen.until(lambda: bool(seen.complaints))
         seen.complaints.clear()  # the browser tells each 404
     asked.history.close()
 

@@ -1,0 +1,69 @@
+"""A loop ends and says nothing, whatever was open in it."""
+
+import asyncio
+import ctypes
+import os
+
+import pytest
+from callers import numbered_identities
+
+from peer.host import Host, NetworkConfig
+from peer.loop import LoopThread
+
+pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
+
+
+@pytest.fixture
+def thread() -> LoopThread:
+    return LoopThread()
+
+
+def descriptor_of(pid: int, number: int) -> int:
+    """Another process's descriptor, by the kernel's pidfd_getfd."""
+    process = os.pidfd_open(pid)
+    try:
+        found = ctypes.CDLL(None, use_errno=True).syscall(438, process, number, 0)
+    finally:
+        os.close(process)
+    assert found >= 0, os.strerror(ctypes.get_errno())
+    return int(found)
+
+
+def test_it_closes_while_another_process_has_p2pds_output(thread: LoopThread) -> None:
+    host = thread.run(Host.start(numbered_identities(1)[0], NetworkConfig("127.0.0.1")), 120)
+    held = descriptor_of(host.p2p._child.pid, 1)
+    try:
+        thread.run(host.stop(), 120)
+        thread.close()
+        assert thread.loop.is_closed()
+    finally:
+        os.close(held)
+
+
+def test_a_streams_handler_that_is_cancelled_is_no_error(
+    thread: LoopThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        handling: asyncio.Future[asyncio.Task[None] | None] = asyncio.get_running_loop().create_future()
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            handling.set_result(asyncio.current_task())
+            try:
+                await reader.read()
+            finally:
+                writer.close()
+
+        async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            task = await handling
+            assert task is not None
+            task.cancel()
+            await asyncio.wait({task})
+            writer.close()
+            await writer.wait_closed()
+
+    try:
+        thread.run(scenario(), 60)
+    finally:
+        thread.close()
+    assert not caplog.records
