@@ -7,8 +7,9 @@ import os
 import pytest
 from callers import numbered_identities
 
-from peer.host import Host, NetworkConfig
+from peer.host import Host
 from peer.loop import LoopThread
+from peer.transport.addresses import NetworkConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning")  # hivemind's, on 3.11
 

@@ -235,10 +235,10 @@ def test_broken_installation_is_an_error_line(monkeypatch: pytest.MonkeyPatch) -
         run_here("doctor")
     monkeypatch.undo()
     monkeypatch.delitem(sys.modules, "talkoot.node.launch")
-    monkeypatch.setitem(sys.modules, "uvloop", None)
+    monkeypatch.setitem(sys.modules, "rich.live", None)
     ended = run_here("doctor")
     assert ended.returncode == 2
-    assert "error: can't import uvloop" in ended.stderr
+    assert "error: can't import rich.live" in ended.stderr
     assert ended.stderr.endswith(" [T112]\n")
 
 
