@@ -66,6 +66,8 @@ IMPORTED = {
 }
 
 PRIVATE = {
+    # of p2pd's process, as hivemind starts it
+    "asyncio.subprocess.Process": {"_transport"},
     "hivemind.p2p.P2P": {
         "_UNIX_SOCKET_PREFIX",
         "_alive",
