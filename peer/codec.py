@@ -195,9 +195,8 @@ def _encode_int4(numbers_RD: Tensor, rows_RC: Tensor, seed: bytes | None) -> Non
             scales_RG = steps_RGB.abs().amax(2).numpy() / _HALF_STEPS
             scales_RG[~np.isfinite(scales_RG)] = np.inf
         scales_RG[scales_RG < _SMALLEST_SCALE] = 0
-        halves_RG = (
-            scales_RG.view(np.uint32) + 0xFFFF >> 16
-        )  # as bfloat16, rounded up so that no number is clipped
+        # as bfloat16, rounded up so that no number is clipped
+        halves_RG = scales_RG.view(np.uint32) + 0xFFFF >> 16
         rows.numpy()[:, :-half] = halves_RG.astype("<u2").view(np.uint8)
         scales_RG = (halves_RG << 16).view(np.float32)
         scales_RG[scales_RG == 0] = np.inf

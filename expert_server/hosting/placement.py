@@ -361,9 +361,8 @@ class HostingSurvey:
             # first the rows that had hosts: if those died, their prefixes may be gone
             used = np.flatnonzero(self._had_host.any(axis=-1))
             used = rng.permutation(used)[: MOST_PREFIXES // 2]
-            drawn = rng.choice(
-                count, MOST_PREFIXES, replace=False
-            )  # without a list of all, which may be millions
+            # without a list of all, which may be millions
+            drawn = rng.choice(count, MOST_PREFIXES, replace=False)
             numbers = np.concatenate([used, np.setdiff1d(drawn, used, assume_unique=True)])[:MOST_PREFIXES]
         self._looks += 1
         return [

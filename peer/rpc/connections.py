@@ -117,9 +117,8 @@ class ConnectionTable:
             group = _largest(self._proven)
         else:
             return None
-        return self._drop(
-            min(group, key=lambda other: other.calls)
-        )  # of the idle ones the one used longest ago
+        # of the idle ones the one used longest ago
+        return self._drop(min(group, key=lambda other: other.calls))
 
     def remove(self, connection: Connection) -> None:
         """Removing one twice is harmless."""
