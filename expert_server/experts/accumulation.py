@@ -36,7 +36,7 @@ class AccumulatedGradients:
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        size = root_mean_square([part.gradients for part in parts if part.gradients is not None])
+        size = size_of(parts)
         return cls(gradients, sum(map(len, parts)), (size, size))
 
     def give_to(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -50,8 +50,8 @@ class AccumulatedGradients:
 
     def are_like(self, others: Self) -> bool:
         """Whether the two may share a step. Otherwise the larger would drown the smaller."""
-        sizes = [size for size in (*self.sizes, *others.sizes) if size > 0]
-        return not sizes or max(sizes) <= MOST_APART * min(sizes)
+        least, most = self._sizes_with(others)
+        return most <= MOST_APART * least
 
     def add(self, others: Self) -> None:
         """Adds others, which must not be used any more."""
@@ -61,15 +61,19 @@ class AccumulatedGradients:
             elif its is not None:
                 mine += its
         self.rows += others.rows
+        self.sizes = self._sizes_with(others)
+
+    def _sizes_with(self, others: Self) -> tuple[float, float]:
         sizes = [size for size in (*self.sizes, *others.sizes) if size > 0]
-        self.sizes = min(sizes, default=0.0), max(sizes, default=0.0)
+        return min(sizes, default=0.0), max(sizes, default=0.0)
 
     @property
     def bytes(self) -> int:
         return sum(each.nbytes for each in self.gradients if each is not None)
 
 
-def root_mean_square(tensors: Sequence[Tensor]) -> float:
-    """Of all their numbers together; in float64, in which the square of no float32 overflows."""
+def size_of(parts: Sequence[Rows]) -> float:
+    """Root mean square of their gradients of the updates; in float64, in which the square of no float32 overflows."""
+    tensors = [part.gradients for part in parts if part.gradients is not None]
     squares = sum(float(torch.linalg.vector_norm(each, dtype=torch.float64)) ** 2 for each in tensors)
     return sqrt(squares / max(1, sum(each.numel() for each in tensors)))

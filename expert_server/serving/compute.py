@@ -10,7 +10,7 @@ from operator import itemgetter
 
 import torch
 
-from expert_server.experts.accumulation import MOST_APART, root_mean_square
+from expert_server.experts.accumulation import MOST_APART, size_of
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows, SharedGraph, SharedPass
 from expert_server.experts.grouped import LEAST_EXPERTS, backward
@@ -43,9 +43,10 @@ def can_join(expert: Expert, work: WorkItem) -> bool:
 def compute_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> list[Result | ExpertError]:
     """Computes one work item of each expert, all of one direction, at once; in backward each takes its own step.
 
-    All of them can join. In backward they are those of one shared forward pass, or of none.
+    In backward they are those of one shared forward pass, or of none. What cannot join is computed one by one.
     """
-    if len(works) < LEAST_EXPERTS and works[0].shared is None:
+    is_small = len(works) < LEAST_EXPERTS and works[0].shared is None
+    if is_small or not all(map(can_join, experts, works)):
         return [compute(expert, [work])[0] for expert, work in zip(experts, works, strict=True)]
     for expert in experts:
         expert.settle()
@@ -112,17 +113,14 @@ def by_size(batch: Sequence[WorkItem]) -> list[list[WorkItem]]:
         return [list(batch)]
     groups: list[list[WorkItem]] = []
     least = -inf
-    for size, works in sorted(((_size_of(works), works) for works in callers.values()), key=itemgetter(0)):
+    for size, works in sorted(
+        ((size_of([work.rows for work in works]), works) for works in callers.values()), key=itemgetter(0)
+    ):
         if not groups or not size <= MOST_APART * least:  # NaN stands alone, too
             groups.append([])
             least = size
         groups[-1] += works
     return groups
-
-
-def _size_of(works: Sequence[WorkItem]) -> float:
-    """Root mean square of the gradients, over all rows of one caller."""
-    return root_mean_square([work.rows.gradients for work in works if work.rows.gradients is not None])
 
 
 def _computed(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertError]:

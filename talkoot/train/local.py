@@ -25,7 +25,7 @@ from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
 from expert_server.experts.grouped import MOST_EXPERTS, MOST_ROWS
 from expert_server.serving.batching import Result, WorkItem
-from expert_server.serving.compute import can_join, compute, compute_together
+from expert_server.serving.compute import compute_together
 from peer.codec import Floats, codec_of, decode, encode
 from peer.errors import ExpertError, WireError
 from trainer_client.dispatch.batches import ExpertBatch, ForwardPass, RoutedRows, group_by_expert
@@ -167,11 +167,7 @@ class LocalExperts:
         """In their order, narrow experts several at once as on a node."""
         results: list[Result | ExpertError] = []
         for group in groups_of(works):
-            experts = [self.experts[work.uid] for work in group]
-            if all(map(can_join, experts, group)):
-                results += compute_together(experts, group)
-            else:
-                results += [compute(expert, [work])[0] for expert, work in zip(experts, group, strict=True)]
+            results += compute_together([self.experts[work.uid] for work in group], group)
         return results
 
     def _arrived(self, tensor: Floats, seed: bytes | None = None) -> Floats:
